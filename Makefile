@@ -1,0 +1,57 @@
+# The two commands are `make demo` and `make test`. Both install the pinned packages into .venv first, when
+# pyproject.toml or constraints.txt changed; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
+PYTEST_ARGS ?=
+SOURCES := flowml runtime tools tests examples scripts
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types unit wheel pins clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP)  ## train a digit recogniser on a cluster of local processes
+	@$(PY) examples/digits.py
+
+test: lint types wheel unit  ## everything that CI checks
+
+lint: $(STAMP)  ## format, style and import rules
+	@$(PY) -m ruff format --check --quiet $(SOURCES) || { echo "the files above are not formatted: make format" >&2; exit 1; }
+	@$(PY) -m ruff check --quiet $(SOURCES)
+	@$(VENV)/bin/lint-imports --no-cache --no-logo
+
+types: $(STAMP)  ## pyright, strict
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
+
+unit: $(STAMP)  ## unit and integration tests; PYTEST_ARGS="-k name" chooses
+	@$(PY) -m pytest --timeout=120 $(PYTEST_ARGS)
+
+wheel: $(STAMP)  ## build the wheel and use it in an environment of its own
+	@$(PY) scripts/check_wheel.py
+
+format: $(STAMP)  ## rewrite the sources in the house format
+	@$(PY) -m ruff format --quiet $(SOURCES)
+	@$(PY) -m ruff check --quiet --fix $(SOURCES)
+
+pins: $(STAMP)  ## resolve constraints.txt anew
+	@$(PY) scripts/pin.py
+
+clean:  ## remove everything that is made
+	@rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Touched last, so that an interrupted install is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "flowml needs Python 3.11 or newer, and '$(PYTHON)' is not one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing the pinned packages into $(VENV) (once, a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -r constraints.txt
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@$(PY) -m pip check --disable-pip-version-check >/dev/null || { $(PY) -m pip check --disable-pip-version-check >&2; exit 1; }
+	@touch $(STAMP)

@@ -1,0 +1,91 @@
+"""flowml: a dataflow-graph execution engine for JAX.
+
+Names are handed on lazily (PEP 562), so that `import flowml` costs nothing until a name is used and the
+JAX-free parts can be imported where JAX is not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from flowml import policies as policies
+    from flowml.compile import compile as compile
+    from flowml.devices import Device as Device
+    from flowml.errors import ClusterError as ClusterError
+    from flowml.errors import DeadlineError as DeadlineError
+    from flowml.errors import FlowmlError as FlowmlError
+    from flowml.errors import PlacementError as PlacementError
+    from flowml.errors import PolicyError as PolicyError
+    from flowml.errors import UnsupportedError as UnsupportedError
+    from flowml.errors import WorkerError as WorkerError
+    from flowml.errors import WorkerLostError as WorkerLostError
+    from flowml.placement import AutoPlacement as AutoPlacement
+    from flowml.placement import Pipeline as Pipeline
+    from flowml.plan import Estimate as Estimate
+    from flowml.plan import Plan as Plan
+    from flowml.plan import Transfer as Transfer
+    from flowml.policy import UNBOUNDED as UNBOUNDED
+    from flowml.policy import Every as Every
+    from flowml.policy import Factors as Factors
+    from flowml.policy import Gradient as Gradient
+    from flowml.policy import ParameterServer as ParameterServer
+    from flowml.policy import Policy as Policy
+    from flowml.policy import Quorum as Quorum
+    from flowml.scopes import device as device
+    from flowml.scopes import layer as layer
+    from flowml_runtime.cluster import Cluster as Cluster
+    from flowml_runtime.dataflow import dataflow as dataflow
+    from flowml_runtime.trainer import Trainer as Trainer
+    from flowml_runtime.trainer import TrainingResult as TrainingResult
+
+_HOMES = {
+    "policies": "flowml.policies",
+    "compile": "flowml.compile",
+    "Device": "flowml.devices",
+    "ClusterError": "flowml.errors",
+    "DeadlineError": "flowml.errors",
+    "FlowmlError": "flowml.errors",
+    "PlacementError": "flowml.errors",
+    "PolicyError": "flowml.errors",
+    "UnsupportedError": "flowml.errors",
+    "WorkerError": "flowml.errors",
+    "WorkerLostError": "flowml.errors",
+    "AutoPlacement": "flowml.placement",
+    "Pipeline": "flowml.placement",
+    "Estimate": "flowml.plan",
+    "Plan": "flowml.plan",
+    "Transfer": "flowml.plan",
+    "UNBOUNDED": "flowml.policy",
+    "Every": "flowml.policy",
+    "Factors": "flowml.policy",
+    "Gradient": "flowml.policy",
+    "ParameterServer": "flowml.policy",
+    "Policy": "flowml.policy",
+    "Quorum": "flowml.policy",
+    "device": "flowml.scopes",
+    "layer": "flowml.scopes",
+    "Cluster": "flowml_runtime.cluster",
+    "dataflow": "flowml_runtime.dataflow",
+    "Trainer": "flowml_runtime.trainer",
+    "TrainingResult": "flowml_runtime.trainer",
+}
+
+__all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'flowml' has no attribute {name!r}")
+    module = importlib.import_module(home)
+    value = module if name == "policies" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,209 @@
+"""The only file that touches JAX's internals, so that one place changes when they move.
+
+Everything a pass needs of a jaxpr goes through here: tracing, looking into nested calls, building a
+callable from a run of equations, exporting it as StableHLO, and restoring weak types.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+
+from flowml.plan import ArraySpec
+
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
+"""Calls whose bodies are spliced into the graph: once differentiated, custom rules have done their work."""
+
+CALLBACK = "pure_callback"
+UNSUPPORTED = frozenset({"debug_callback", "debug_print", "io_callback", "infeed", "outfeed"})
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced function: its jaxpr, constants, flat input and output descriptions and trees."""
+
+    jaxpr: Any
+    constants: tuple[Any, ...]
+    in_tree: Any
+    out_tree: Any
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    parameter_inputs: tuple[int, ...]
+
+
+def trace(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], static_argnums: Sequence[int] = ()
+) -> Traced:
+    """Trace `fn` as `jax.jit` would. Leaves are arrays or ShapeDtypeStructs."""
+    traced = jax.jit(fn, static_argnums=tuple(static_argnums), keep_unused=True).trace(*args, **kwargs)
+    closed = traced.jaxpr
+    static = {i % len(args) for i in static_argnums} if args else set[int]()
+    dynamic = [a for i, a in enumerate(args) if i not in static]
+    leaves, in_tree = jax.tree_util.tree_flatten_with_path((tuple(dynamic), dict(kwargs)))
+    outs, out_tree = jax.tree_util.tree_flatten_with_path(traced.out_info)
+    return Traced(
+        jaxpr=closed.jaxpr,
+        constants=tuple(closed.consts),
+        in_tree=in_tree,
+        out_tree=out_tree,
+        input_names=tuple(path_name(p[2:] if _is_args(p) else p[1:]) for p, _ in leaves),
+        output_names=tuple(path_name(p) for p, _ in outs),
+        parameter_inputs=_first_container(leaves),
+    )
+
+
+def _first_container(leaves: Sequence[tuple[Any, Any]]) -> tuple[int, ...]:
+    """Positions of the leaves of the first argument that is more than one array."""
+    arguments = [p[:2] for p, _ in leaves]
+    first = next((a for a, (p, _) in zip(arguments, leaves, strict=True) if len(p) > 2), None)
+    return tuple(i for i, a in enumerate(arguments) if a == first and first is not None)
+
+
+def _is_args(path: Sequence[Any]) -> bool:
+    return path[0] == jax.tree_util.SequenceKey(0)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A tree path as text: `conv1/kernel`."""
+    return "/".join(_key_name(k) for k in path)
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def spec_of(aval: Any) -> ArraySpec:
+    """The spec of an array, aval or ShapeDtypeStruct."""
+    dtype = aval.dtype
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        return ArraySpec(tuple(aval.shape), str(dtype))
+    return ArraySpec(tuple(aval.shape), np.dtype(dtype).name, bool(getattr(aval, "weak_type", False)))
+
+
+def is_literal(atom: Any) -> bool:
+    return isinstance(atom, jex.Literal)
+
+
+def name_stack(equation: Any) -> str:
+    return str(equation.source_info.name_stack)
+
+
+def called_jaxpr(equation: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """The body (jaxpr, constants) of a call that is to be inlined, or None."""
+    if equation.primitive.name not in INLINED:
+        return None
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        body = equation.params.get(key)
+        if body is not None:
+            return (body.jaxpr, tuple(body.consts)) if hasattr(body, "jaxpr") else (body, ())
+    return None
+
+
+def nested_jaxprs(equation: Any) -> list[Any]:
+    """Every jaxpr in the parameters of an equation (bodies of loops, branches, remat)."""
+    return [getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(equation.params)]
+
+
+def build_function(
+    equations: Sequence[tuple[Any, Sequence[Any], Sequence[int]]],
+    avals: Mapping[int, Any],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+) -> Callable[..., tuple[Any, ...]]:
+    """A function of a flat list of arrays that runs the equations.
+
+    Each equation comes as (JaxprEqn, operands, output values); an operand is a value or a JAX literal.
+    """
+    variables: dict[int, Any] = {}
+
+    def variable(value: int) -> Any:
+        if value not in variables:
+            variables[value] = jex.Var(avals[value])
+        return variables[value]
+
+    invars = [variable(v) for v in inputs]
+    eqns = [
+        equation.replace(
+            invars=[variable(o) if isinstance(o, int) else o for o in operands],
+            outvars=[variable(v) for v in outs],
+        )
+        for equation, operands, outs in equations
+    ]
+    info = jex.DebugInfo("task", "task", tuple(f"a{i}" for i in range(len(invars))), tuple("r" for _ in outputs))
+    jaxpr = jex.Jaxpr((), invars, [variable(v) for v in outputs], eqns, frozenset(), info)
+    closed = jex.ClosedJaxpr(jaxpr, ())
+
+    def task(*arrays: Any) -> tuple[Any, ...]:
+        return tuple(jex.jaxpr_as_fun(closed)(*arrays))
+
+    return task
+
+
+def callback_function(equation: Any) -> Callable[..., list[np.ndarray]]:
+    """The Python function behind a `pure_callback`, on flat NumPy arrays."""
+    callback, results = equation.params["callback"], equation.params["result_avals"]
+    dtypes = [np.dtype(a.dtype) for a in results]
+
+    def call(*arrays: Any) -> list[np.ndarray]:
+        flat = jax.tree_util.tree_leaves(callback(*arrays))
+        return [np.asarray(x, d) for x, d in zip(flat, dtypes, strict=True)]
+
+    return call
+
+
+def struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def struct_of(spec: ArraySpec) -> jax.ShapeDtypeStruct:
+    """The ShapeDtypeStruct that a spec describes."""
+    if spec.dtype.startswith("key<"):
+        dtype: Any = key_dtype(spec.dtype)
+        return jax.ShapeDtypeStruct(spec.shape, dtype)
+    return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype), weak_type=spec.weak_type)
+
+
+_KEY_IMPLEMENTATIONS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
+
+
+def key_implementation(dtype: str) -> str:
+    """The PRNG implementation behind `key<fry>`, as `jax.random.wrap_key_data` wants it."""
+    return _KEY_IMPLEMENTATIONS[dtype[4:-1]]
+
+
+def key_dtype(dtype: str) -> Any:
+    return jax.eval_shape(lambda: jax.random.key(0, impl=key_implementation(dtype))).dtype
+
+
+def export(
+    fn: Callable[..., Any], inputs: Sequence[Any], platforms: Sequence[str], donate: Sequence[int] = ()
+) -> bytes:
+    """Lower a function of flat arrays for `platforms` and serialise it as StableHLO."""
+    jitted = jax.jit(fn, donate_argnums=tuple(donate), keep_unused=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        exported = jax.export.export(jitted, platforms=list(platforms))(*inputs)
+    return bytes(exported.serialize())
+
+
+def with_weak_type(array: jax.Array) -> jax.Array:
+    """The same array marked weakly typed, as the results of Python scalars are."""
+    from jax._src.lax.lax import _convert_element_type  # pyright: ignore
+
+    return _convert_element_type(array, array.dtype, weak_type=True)
+
+
+def literal_value(atom: Any) -> np.ndarray:
+    """The NumPy value of a JAX literal."""
+    return np.asarray(atom.val, atom.aval.dtype)

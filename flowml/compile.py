@@ -1,0 +1,184 @@
+"""compile: the passes, in order, from a JAX function to a `Plan`.
+
+    trace -> simplify -> label -> place -> partition -> transfer -> schedule -> lower
+
+`compile_graph` below is the whole compiler to read; each pass lives in the module of its name and has a
+verifier behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowml import _jax, verify
+from flowml.cost import node_seconds
+from flowml.devices import Device, Link, as_devices
+from flowml.estimate import estimate
+from flowml.graph import Graph, Literal
+from flowml.label import label
+from flowml.lower import ExecutableTable, lower_groups
+from flowml.partition import partition
+from flowml.placement import Placement, place
+from flowml.plan import Constant, NodeView, Output, Plan
+from flowml.program import Bindings, emit, route
+from flowml.schedule import Schedule, schedule
+from flowml.simplify import simplify
+from flowml.trace import Trace, trace
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A plan with the trees that turn a call's arguments into its flat inputs, and its outputs back."""
+
+    plan: Plan
+    in_tree: Any
+    out_tree: Any
+
+
+def compile(  # noqa: A001 - the public name
+    fn: Callable[..., Any],
+    *args: Any,
+    devices: Iterable[Device | str],
+    placement: Placement = "auto",
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
+    platforms: Sequence[str] = ("cpu",),
+    **kwargs: Any,
+) -> Plan:
+    """Compile `fn` for `devices` with no cluster at all; runs nothing.
+
+    Args are arrays or `jax.ShapeDtypeStruct`s. `platforms` are those to lower for, whatever this machine
+    has. Raises PlacementError or UnsupportedError before anything else happens.
+    """
+    return compile_function(
+        fn,
+        args,
+        kwargs,
+        devices=devices,
+        placement=placement,
+        static_argnums=static_argnums,
+        donate_argnums=donate_argnums,
+        platforms=platforms,
+    ).plan
+
+
+def compile_function(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    devices: Iterable[Device | str],
+    placement: Placement = "auto",
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
+    platforms: Sequence[str] = ("cpu",),
+    name: str | None = None,
+    link: Link | None = None,
+) -> Compiled:
+    """Like `compile`, with the trees of the call."""
+    del donate_argnums  # arguments are copied to the workers, so the caller's buffers are free in any case
+    title = name or getattr(fn, "__name__", type(fn).__name__)
+    traced = trace(fn, args, kwargs, as_tuple(static_argnums), title)
+    plan = compile_graph(title, traced, as_devices(devices), placement, link or Link(), tuple(platforms))
+    return Compiled(plan, traced.in_tree, traced.out_tree)
+
+
+def compile_graph(
+    name: str,
+    traced: Trace,
+    devices: Sequence[Device],
+    placement: Placement,
+    link: Link,
+    platforms: tuple[str, ...],
+) -> Plan:
+    """The passes. Each is `Graph -> Graph`, or makes the next type."""
+    graph = traced.graph
+    verify.verify_graph(graph, "trace")
+    graph = simplify(graph)
+    verify.verify_graph(graph, "simplify")
+    graph = label(graph, traced.parameters)
+    verify.verify_graph(graph, "label")
+    choices = place(graph, devices, placement, link)
+    verify.verify_placed(graph, choices.assignment, devices)
+    graph = partition(graph, choices.assignment)
+    verify.verify_partitioned(graph)
+    by_name = {d.name: d for d in devices}
+    seconds = {n.id: node_seconds(graph, n, by_name[n.device]) for n in graph.nodes}
+    tasks = schedule(graph, seconds)
+    verify.verify_schedule(graph, tasks)
+    routing = route(graph, tasks)
+    table = ExecutableTable(platforms)
+    numbers = lower_groups(graph, tasks, table, seconds, frozenset(graph.output_values))
+    bindings, outputs, constants = _bind(graph)
+    programs = emit(graph, tasks, routing, numbers, bindings, feed_first=True)
+    inputs = tuple(graph.values[v] for v in graph.inputs)
+    specs = {"inputs": inputs, "constants": tuple(c.spec for c in constants)}
+    single = sum(node_seconds(graph, n, devices[0]) for n in graph.nodes) + devices[0].dispatch_s
+    plan = Plan(
+        name=name,
+        devices=tuple(p.device for p in programs),
+        programs=programs,
+        tasks=tuple(table.tasks),
+        messages=routing.messages,
+        executables=table.executables,
+        inputs=inputs,
+        input_names=graph.input_names,
+        outputs=outputs,
+        constants=constants,
+        estimate=estimate(programs, table.tasks, routing.messages, by_name, link, single, specs),
+        choices=choices.weighed,
+        notes=choices.notes,
+        nodes=node_views(graph, tasks, table),
+        platforms=platforms,
+    )
+    verify.verify_plan(plan)
+    return plan
+
+
+def _bind(graph: Graph) -> tuple[Bindings, tuple[Output, ...], tuple[Constant, ...]]:
+    """Number the feeds, fetches and constants of a graph whose inputs and outputs belong to the driver."""
+    fetched = [v for v in graph.output_values if v in graph.producer]
+    slots = {v: i for i, v in enumerate(fetched)}
+    position = {v: i for i, v in enumerate(graph.inputs)}
+    constants = [Constant(graph.values[v], array_bytes(c)) for v, c in graph.constants.items()]
+    numbers = {v: i for i, v in enumerate(graph.constants)}
+    outputs: list[Output] = []
+    for output in graph.outputs:
+        if isinstance(output, Literal):
+            constants.append(Constant(_jax.spec_of(output.aval), output.key[1]))
+            outputs.append(Output(constants[-1].spec, "constant", len(constants) - 1))
+        elif output in slots:
+            outputs.append(Output(graph.values[output], "fetch", slots[output]))
+        elif output in position:
+            outputs.append(Output(graph.values[output], "input", position[output]))
+        else:
+            outputs.append(Output(graph.values[output], "constant", numbers[output]))
+    return Bindings(feeds=position, fetches=slots, constants=numbers), tuple(outputs), tuple(constants)
+
+
+def array_bytes(array: Any) -> bytes:
+    """The bytes of a concrete array as they cross a wire (key data for typed keys)."""
+    if isinstance(array, jax.Array) and jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
+        array = jax.random.key_data(array)
+    return np.ascontiguousarray(np.asarray(array)).tobytes()
+
+
+def node_views(graph: Graph, tasks: Schedule, table: ExecutableTable) -> tuple[NodeView, ...]:
+    """The placed graph, for drawing: each node with its producers and its task."""
+    task_of = {n.id: table.tasks[i].name for i, g in enumerate(tasks.groups) for n in g.nodes}
+    return tuple(
+        NodeView(n.id, n.op, n.layer, n.device, tuple(p.id for p in graph.parents(n)), task_of[n.id])
+        for n in graph.nodes
+    )
+
+
+def as_tuple(numbers: int | Sequence[int]) -> tuple[int, ...]:
+    return (numbers,) if isinstance(numbers, int) else tuple(numbers)
+
+
+__all__ = ["Compiled", "as_tuple", "compile", "compile_function", "compile_graph"]

@@ -1,0 +1,66 @@
+"""Devices: the places that run nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from flowml.errors import PlacementError
+
+
+@dataclass(frozen=True)
+class Device:
+    """A place that runs nodes. `name` is `"worker:1/cpu:0"`; memory in bytes, rates in flop/s and bytes/s.
+
+    The rates are priors of one ordinary CPU core; measured ones replace them where a cluster knows better.
+    """
+
+    name: str
+    platform: str = "cpu"
+    memory_bytes: int | None = None
+    flops_per_s: float = 2e10
+    bytes_per_s: float = 5e9
+    dispatch_s: float = 2e-5
+
+    @property
+    def worker(self) -> str:
+        return self.name.split("/", 1)[0]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a transfer between two devices costs: a fixed latency in seconds and a rate in bytes/s."""
+
+    latency_s: float = 4e-4
+    bytes_per_s: float = 1e9
+
+    def seconds(self, nbytes: int) -> float:
+        return self.latency_s + nbytes / self.bytes_per_s
+
+
+def as_devices(devices: Iterable[Device | str]) -> tuple[Device, ...]:
+    """Devices from names: `"worker:0"` stands for `"worker:0/cpu:0"`. Raises PlacementError for none or twice."""
+    found = tuple(d if isinstance(d, Device) else Device(_full(d)) for d in devices)
+    if not found:
+        raise PlacementError("no devices given; name at least one, e.g. devices=['worker:0']")
+    names = [d.name for d in found]
+    twice = {n for n in names if names.count(n) > 1}
+    if twice:
+        raise PlacementError(f"device {sorted(twice)[0]!r} is given twice; name each device once")
+    return found
+
+
+def _full(name: str) -> str:
+    return name if "/" in name else f"{name}/cpu:0"
+
+
+def find_device(name: str, devices: Sequence[Device], asked_by: str) -> Device:
+    """The device called `name`; a worker's name alone means its first device. Raises PlacementError."""
+    for device in devices:
+        if name in (device.name, device.worker):
+            return device
+    known = ", ".join(d.name for d in devices)
+    raise PlacementError(f"{asked_by} names device {name!r}, which does not exist; there are: {known}")

@@ -1,0 +1,58 @@
+"""The errors a user meets: each says what is wrong, where, and the fix."""
+
+from __future__ import annotations
+
+
+class FlowmlError(Exception):
+    """Base of every error that flowml raises on purpose.
+
+    During a run the attributes say where: `worker`, `step`, `node` (task or edge), and `remote_traceback`,
+    the text of the traceback on the worker; each is None where it does not apply.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        worker: str | None = None,
+        step: int | None = None,
+        node: str | None = None,
+        remote_traceback: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.worker = worker
+        self.step = step
+        self.node = node
+        self.remote_traceback = remote_traceback
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text}\n\nOn the worker:\n{self.remote_traceback}" if self.remote_traceback else text
+
+
+class PlacementError(FlowmlError):
+    """A device that does not exist, contradicting pins, a pattern that matches nothing, a model that fits nowhere."""
+
+
+class UnsupportedError(FlowmlError):
+    """A function that cannot be traced into a dataflow graph, e.g. because of an effect."""
+
+
+class PolicyError(FlowmlError, ValueError):
+    """A policy, or a composition of policies, that is not sound."""
+
+
+class WorkerLostError(FlowmlError):
+    """A worker died or stopped answering while work depended on it."""
+
+
+class DeadlineError(FlowmlError, TimeoutError):
+    """A wait passed its deadline; names the edge, both its devices and the step."""
+
+
+class WorkerError(FlowmlError):
+    """An exception raised on a worker while it ran a task, callback or data source."""
+
+
+class ClusterError(FlowmlError):
+    """A cluster that could not be started, joined or reached: version, token, address, TLS."""

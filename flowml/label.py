@@ -1,0 +1,105 @@
+"""label: every node gets its layer: its scope, else the parameter it touches, else its consumer, else its data.
+
+Parameters are known by their tree paths (`conv1/kernel` belongs to `conv1`). A Flax module also names its
+scopes after its parameters (`CNN/conv1` holds `conv1`), so a scope that contains a parameter's layer takes
+that shorter name: one label then ties forward, backward and parameters together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from flowml.graph import Graph, Literal, Node
+from flowml.scopes import Scope
+
+_COLLECTION = "params/"  # Flax wraps its tree in this; users write and read paths without it
+
+
+def parameter_path(name: str) -> str:
+    """A parameter's path as users write it: without Flax's collection name in front."""
+    return name.removeprefix(_COLLECTION)
+
+
+def layer_of(path: str) -> str:
+    """The layer that a parameter belongs to: its path without the leaf's own name (unless that is all)."""
+    path = parameter_path(path)
+    return path.rsplit("/", 1)[0] if "/" in path else path
+
+
+def matches(layer: str, pattern: str) -> bool:
+    """Whether a pattern names a layer: as a whole, or from any of its components on."""
+    parts = layer.split("/")
+    return any(fnmatchcase("/".join(parts[i:]), pattern) for i in range(len(parts)))
+
+
+def label(graph: Graph, parameters: Mapping[int, str], output_layers: Sequence[str] = ()) -> Graph:
+    """Give every node a layer.
+
+    `parameters` maps input values that are parameters to their paths; `output_layers` name the layers of
+    outputs that are gradients ("" otherwise).
+    """
+    owner = {v: layer_of(n) for v, n in parameters.items()}
+    known = set(owner.values())
+    by_scope = {s: _from_scope(s, known) for s in {n.scope for n in graph.nodes}}
+    layers = {n.id: by_scope[n.scope] for n in graph.nodes}
+    _from_parameters(graph, layers, owner)
+    _from_outputs(graph, layers, output_layers)
+    _from_consumers(graph, layers)
+    _from_producers(graph, layers)
+    return graph.with_nodes(tuple(replace(n, layer=layers[n.id]) for n in graph.nodes))
+
+
+def _from_scope(scope: Scope, known: set[str]) -> str:
+    labels = scope.labels
+    for length in range(len(labels), 0, -1):
+        for start in range(len(labels) - length + 1):
+            candidate = "/".join(labels[start : start + length])
+            if candidate in known:
+                return candidate
+    return scope.path
+
+
+def _from_parameters(graph: Graph, layers: dict[int, str], owner: Mapping[int, str]) -> None:
+    """A node without a scope that reads exactly one layer's parameters belongs to it."""
+    for node in graph.nodes:
+        if not layers[node.id]:
+            touched = {owner[v] for v in node.reads if v in owner}
+            if len(touched) == 1:
+                layers[node.id] = touched.pop()
+
+
+def _from_outputs(graph: Graph, layers: dict[int, str], output_layers: Sequence[str]) -> None:
+    for output, layer in zip(graph.outputs, output_layers, strict=False):
+        if layer and not isinstance(output, Literal) and output in graph.producer:
+            node = graph.producer[output]
+            layers[node.id] = layers[node.id] or layer
+
+
+def _from_consumers(graph: Graph, layers: dict[int, str]) -> None:
+    """Forward nodes prepare what their first forward reader needs (a norm belongs to the layer behind it)."""
+    for node in reversed(graph.nodes):
+        if not layers[node.id] and not node.scope.backward:
+            users = (u for v in node.outputs for u in graph.consumers.get(v, ()) if not u.scope.backward)
+            layers[node.id] = next((layers[u.id] for u in users if layers[u.id]), "")
+
+
+def _from_producers(graph: Graph, layers: dict[int, str]) -> None:
+    """What is left follows its data; a backward node follows the forward values that it reads, if any."""
+    for node in graph.nodes:
+        if not layers[node.id]:
+            ranked = sorted(_makers(graph, node), key=lambda m: (-m[0], m[1].scope.backward, -m[1].id))
+            layers[node.id] = next((layers[m.id] for _, m in ranked if layers[m.id]), "")
+    for node in reversed(graph.nodes):
+        if not layers[node.id]:
+            users = (u for v in node.outputs for u in graph.consumers.get(v, ()))
+            layers[node.id] = next((layers[u.id] for u in users if layers[u.id]), "")
+
+
+def _makers(graph: Graph, node: Node) -> Iterator[tuple[int, Node]]:
+    """(bytes, producer) of what a node reads. Small values and constants may be shared by all layers."""
+    for value in dict.fromkeys(node.reads):
+        maker = graph.producer.get(value)
+        if maker is not None and maker.reads:
+            yield graph.values[value].nbytes, maker

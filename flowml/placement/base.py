@@ -1,0 +1,150 @@
+"""The placement pass: pins win, then the user's rule, then unlabelled nodes follow their data.
+
+A rule decides by layer (a mapping of patterns, a pipeline, `"auto"`) or by node (a callable). Every rule
+returns the same thing, a device per node, and the alternatives it weighed, for `plan.explain()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flowml.devices import Device, Link, find_device
+from flowml.errors import PlacementError
+from flowml.graph import Graph, Node
+from flowml.label import matches
+from flowml.placement.auto import choose
+from flowml.placement.memory import check_memory
+from flowml.placement.pipeline import pipeline_stages
+from flowml.plan import Choice
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Cut the layers, in order of first use, into `stages` runs of equal cost, one device each.
+
+    The cut is the exact optimum of a dynamic programme over layers for the slowest stage. Raises
+    ValueError if `stages` < 1.
+    """
+
+    stages: int
+
+    def __post_init__(self) -> None:
+        if self.stages < 1:
+            raise ValueError(f"Pipeline(stages={self.stages}): needs at least one stage")
+
+
+@dataclass(frozen=True)
+class AutoPlacement:
+    """Choose between one device and pipelines by estimate.
+
+    `objective` is "latency" (one call) or "throughput" (many in flight); `memory_bytes` limits each device;
+    `time_limit_s` bounds the search.
+    """
+
+    objective: str = "latency"
+    memory_bytes: int | None = None
+    time_limit_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("latency", "throughput"):
+            raise ValueError(f"AutoPlacement(objective={self.objective!r}): must be 'latency' or 'throughput'")
+
+
+Rule = Callable[[Graph, Sequence[Device]], Mapping[int, Device | str]]
+Placement = str | Mapping[str, str] | Pipeline | AutoPlacement | Rule
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A device for every node of the graph, with what was weighed and anything worth telling the user."""
+
+    assignment: Mapping[int, str]
+    weighed: tuple[Choice, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+
+def place(graph: Graph, devices: Sequence[Device], placement: Placement, link: Link) -> Choices:
+    """Decide where every node runs. Raises PlacementError naming the device, layer or pin at fault."""
+    pins = {n.id: _pin(n, devices) for n in graph.nodes if n.scope.pins}
+    choices = _apply_rule(graph, devices, placement, link)
+    assignment = _follow_data(graph, {**choices.assignment, **pins}, devices[0].name)
+    check_memory(graph, assignment, devices, placement.memory_bytes if isinstance(placement, AutoPlacement) else None)
+    return Choices(assignment, choices.weighed, choices.notes)
+
+
+def _apply_rule(graph: Graph, devices: Sequence[Device], placement: Placement, link: Link) -> Choices:
+    if placement == "auto":
+        placement = AutoPlacement()
+    if isinstance(placement, AutoPlacement):
+        assignment, weighed, notes = choose(graph, devices, placement.objective, placement.memory_bytes, link)
+        return Choices(assignment, weighed, notes)
+    if isinstance(placement, Pipeline):
+        if placement.stages > len(devices):
+            raise PlacementError(
+                f"Pipeline(stages={placement.stages}) needs {placement.stages} devices, there are {len(devices)}; "
+                "start more workers or use fewer stages"
+            )
+        return Choices(pipeline_stages(graph, devices[: placement.stages], link))
+    if isinstance(placement, Mapping):
+        return Choices(_by_pattern(graph, devices, placement))
+    if callable(placement):
+        return Choices(_by_callable(graph, devices, placement))
+    raise PlacementError(
+        f"placement {placement!r} is not one; use 'auto', a mapping such as {{'conv*': 'worker:0'}}, "
+        "fm.Pipeline(stages=2), fm.AutoPlacement() or a callable (graph, devices) -> {node id: device}"
+    )
+
+
+def _pin(node: Node, devices: Sequence[Device]) -> str:
+    """The device of a node's pins; a nested pin may only narrow the one outside it."""
+    asked = f"fm.device in layer {node.layer or '(none)'!r}"
+    found = [find_device(p, devices, asked) for p in node.scope.pins]
+    for outer, inner in zip(node.scope.pins, node.scope.pins[1:], strict=False):
+        if inner != outer and not inner.startswith(f"{outer}/"):
+            raise PlacementError(
+                f"node {node.op} of layer {node.layer or '(none)'!r} is pinned to {outer!r} and, inside that, to "
+                f"{inner!r}; keep one of the two fm.device blocks"
+            )
+    return found[-1].name
+
+
+def _by_pattern(graph: Graph, devices: Sequence[Device], patterns: Mapping[str, str]) -> dict[int, str]:
+    layers = dict.fromkeys(n.layer for n in graph.nodes)
+    chosen: dict[str, str] = {}
+    for pattern, name in patterns.items():
+        device = find_device(name, devices, f"placement pattern {pattern!r}").name
+        hit = [layer for layer in layers if layer and matches(layer, pattern)]
+        if not hit and pattern != "*":
+            known = ", ".join(sorted(layer for layer in layers if layer)) or "none; label code with fm.layer"
+            raise PlacementError(f"placement pattern {pattern!r} matches no layer; layers are: {known}")
+        for layer in hit:
+            chosen.setdefault(layer, device)
+    return {n.id: chosen[n.layer] for n in graph.nodes if n.layer in chosen}
+
+
+def _by_callable(graph: Graph, devices: Sequence[Device], rule: Rule) -> dict[int, str]:
+    known = {n.id for n in graph.nodes}
+    assignment: dict[int, str] = {}
+    for node, device in rule(graph, devices).items():
+        if node not in known:
+            raise PlacementError(f"the placement callable names node {node}, which the graph does not have")
+        name = device.name if isinstance(device, Device) else device
+        assignment[node] = find_device(name, devices, "the placement callable").name
+    return assignment
+
+
+def _follow_data(graph: Graph, placed: Mapping[int, str], default: str) -> dict[int, str]:
+    """Unplaced nodes go where the largest of their placed inputs is, else to their consumer, else to `default`."""
+    assignment = dict(placed)
+    for node in graph.nodes:
+        if node.id not in assignment:
+            parents = [p for p in graph.parents(node) if p.id in assignment]
+            if parents:
+                heaviest = max(parents, key=lambda p: sum(graph.values[v].nbytes for v in p.outputs if v in node.reads))
+                assignment[node.id] = assignment[heaviest.id]
+    for node in reversed(graph.nodes):
+        if node.id not in assignment:
+            users = (c.id for v in node.outputs for c in graph.consumers.get(v, ()))
+            assignment[node.id] = next((assignment[u] for u in users if u in assignment), default)
+    return assignment

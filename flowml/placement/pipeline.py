@@ -1,0 +1,86 @@
+"""Pipeline placement: an exact dynamic programme over layers.
+
+Layers in order of first use are cut into contiguous stages so that the slowest stage (its compute plus the
+transfer into it) is as fast as can be: best[s][j] = min over i of max(best[s-1][i], cost(i, j)), the
+linear-partition recurrence that PipeDream (Harlap et al., 2018) uses for pipelines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from flowml.cost import node_seconds
+from flowml.devices import Device, Link
+from flowml.errors import PlacementError
+from flowml.graph import Graph, Node
+
+_MAX_ITEMS = 600
+
+
+def pipeline_stages(graph: Graph, devices: Sequence[Device], link: Link) -> dict[int, str]:
+    """node id -> device, stage by stage. Raises PlacementError if there are fewer layers than stages."""
+    items = pipeline_items(graph)
+    stages = cut(graph, items, devices, link)
+    return {node.id: devices[stage].name for item, stage in zip(items, stages, strict=True) for node in item}
+
+
+def pipeline_items(graph: Graph) -> list[list[Node]]:
+    """What is kept together: the nodes of one layer; each unlabelled node by itself. In order of first use."""
+    groups: dict[str | int, list[Node]] = {}
+    for node in graph.nodes:
+        groups.setdefault(node.layer or node.id, []).append(node)
+    items = list(groups.values())
+    if len(items) <= _MAX_ITEMS:
+        return items
+    step = -(-len(items) // _MAX_ITEMS)
+    return [[n for item in items[i : i + step] for n in item] for i in range(0, len(items), step)]
+
+
+def cut(graph: Graph, items: Sequence[Sequence[Node]], devices: Sequence[Device], link: Link) -> list[int]:
+    """The stage of every item: the exact optimum for the slowest stage."""
+    count, stages = len(items), len(devices)
+    if count < stages:
+        raise PlacementError(
+            f"Pipeline(stages={stages}) has only {count} layers to cut; use fewer stages or label more with fm.layer"
+        )
+    work = np.array([[sum(node_seconds(graph, n, d) for n in item) for item in items] for d in devices])
+    prefix = np.concatenate([np.zeros((stages, 1)), np.cumsum(work, axis=1)], axis=1)
+    transfer = np.array([link.seconds(b) if b else 0.0 for b in _crossing_bytes(graph, items)])
+    best = np.full((stages + 1, count + 1), np.inf)
+    choice = np.zeros((stages + 1, count + 1), dtype=int)
+    best[0, 0] = 0.0
+    for s in range(1, stages + 1):
+        for j in range(s, count + 1):
+            starts = np.arange(s - 1, j)
+            costs = np.maximum(best[s - 1, starts], prefix[s - 1, j] - prefix[s - 1, starts] + transfer[starts])
+            k = int(np.argmin(costs))
+            best[s, j], choice[s, j] = costs[k], starts[k]
+    return _unwind(choice, stages, count)
+
+
+def _unwind(choice: np.ndarray, stages: int, count: int) -> list[int]:
+    stage_of = [0] * count
+    end = count
+    for s in range(stages, 0, -1):
+        start = int(choice[s, end])
+        stage_of[start:end] = [s - 1] * (end - start)
+        end = start
+    return stage_of
+
+
+def _crossing_bytes(graph: Graph, items: Sequence[Sequence[Node]]) -> list[int]:
+    """Bytes that cross a cut in front of each item (the first has none in front of it)."""
+    position = {node.id: i for i, item in enumerate(items) for node in item}
+    change = [0] * (len(items) + 1)
+    for value, users in graph.consumers.items():
+        maker = graph.producer.get(value)
+        if maker is None:
+            continue
+        places = [position[maker.id], *(position[u.id] for u in users)]
+        first, last = min(places), max(places)
+        if first != last:
+            change[first + 1] += graph.values[value].nbytes
+            change[last + 1] -= graph.values[value].nbytes
+    return np.cumsum(change)[: len(items)].tolist()

@@ -1,0 +1,30 @@
+"""The update-policy algebra: how the replicas of a layer keep its parameters in step, as one small value.
+
+`update = Apply(Quorum(Topology(Payload(work^Every(parameters read under Consistency)))))`
+
+A `Policy` is one choice for each of these, so a published method (parameter server, local SGD, Downpour,
+stale-synchronous, backup workers, factor exchange) is a composition and has no machinery of its own. A
+composition that is not sound cannot be constructed. Nothing here imports JAX.
+"""
+
+from __future__ import annotations
+
+from flowml.policy.compose import DEFAULT_PATTERN, check_composition, resolve
+from flowml.policy.mathematics import can_read, coefficients, due
+from flowml.policy.spec import UNBOUNDED, Every, Factors, Gradient, ParameterServer, Policy, Quorum
+
+__all__ = [
+    "DEFAULT_PATTERN",
+    "UNBOUNDED",
+    "Every",
+    "Factors",
+    "Gradient",
+    "ParameterServer",
+    "Policy",
+    "Quorum",
+    "can_read",
+    "check_composition",
+    "coefficients",
+    "due",
+    "resolve",
+]

@@ -1,0 +1,87 @@
+"""Which policy governs which parameter, and whether the policies of one model go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from flowml.errors import PolicyError
+from flowml.policy.spec import Policy
+
+DEFAULT_PATTERN = "*"
+"""What `resolve` reports as the pattern of a parameter that no pattern matches; its policy is `Policy()`."""
+
+_ROOT = "params/"  # the collection that flax puts around a model's parameters; patterns need not repeat it
+
+
+def resolve(policies: Mapping[str, Policy], paths: Iterable[str]) -> dict[str, tuple[str, Policy]]:
+    """For each parameter path (`"conv1/kernel"`) the pattern that won, and its policy.
+
+    Patterns are fnmatch patterns; `*` matches `/` too. They are tried in the mapping's order on the path,
+    and on the path without a leading `params/`; the first match wins.
+
+    Raises:
+        PolicyError: for a pattern that matches no path, or a value that is not a Policy.
+    """
+    known = tuple(paths)
+    for pattern, policy in policies.items():
+        _check_entry(pattern, policy, known)
+    return {path: _first_match(policies, path) for path in known}
+
+
+def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[str, ...]:
+    """Check that the policies of one model are sound together for `replicas` replicas.
+
+    Returns notes for the user, on what is sound but may not be what was meant. `policies` maps any name
+    (a pattern, a store) to its policy.
+
+    Raises:
+        PolicyError: if a layer that applies contributions on arrival shares a model with one that drops late
+            ones. The fate of a work item is decided for the item as a whole, and what has been applied on
+            arrival can no longer be dropped.
+    """
+    if replicas < 1:
+        raise PolicyError(f"replicas={replicas}: training needs at least one replica")
+    clocked = {name: p for name, p in policies.items() if p.clocked}
+    dropping = {name: p for name, p in clocked.items() if not p.quorum.never_drops(replicas)}
+    arriving = [name for name, p in policies.items() if not p.clocked]
+    if dropping and arriving:
+        name, policy = next(iter(dropping.items()))
+        raise PolicyError(
+            f"{name!r} ({policy.describe()}) with {arriving[0]!r} ({policies[arriving[0]].describe()}) is not sound: "
+            f"a work item that {name!r} drops as late would already have been applied to {arriving[0]!r}, so half of "
+            f"it would count; give both a quorum, or let {name!r} wait for all {replicas} replicas"
+        )
+    notes = [_idle_quorum(name, p, replicas) for name, p in clocked.items()]
+    if dropping and len({p.every.push for p in clocked.values()}) > 1:
+        notes.append(
+            "layers push at different rhythms under a quorum that drops: a replica that misses the last push of the "
+            "run leaves out what it had gathered since its last one for the slower layers"
+        )
+    return tuple(dict.fromkeys(n for n in notes if n))
+
+
+def _check_entry(pattern: str, policy: object, paths: tuple[str, ...]) -> None:
+    if not isinstance(policy, Policy):
+        raise PolicyError(f"policies[{pattern!r}] is {policy!r}; give a flowml.Policy or one of flowml.policies")
+    if not any(_matches(pattern, path) for path in paths):
+        shown = ", ".join(paths[:20]) + (f", … ({len(paths)} in all)" if len(paths) > 20 else "")
+        raise PolicyError(f"policies[{pattern!r}] matches no parameter; there are: {shown or 'none'}")
+
+
+def _matches(pattern: str, path: str) -> bool:
+    return fnmatchcase(path, pattern) or (path.startswith(_ROOT) and fnmatchcase(path[len(_ROOT) :], pattern))
+
+
+def _first_match(policies: Mapping[str, Policy], path: str) -> tuple[str, Policy]:
+    for pattern, policy in policies.items():
+        if _matches(pattern, path):
+            return pattern, policy
+    return DEFAULT_PATTERN, Policy()
+
+
+def _idle_quorum(name: str, policy: Policy, replicas: int) -> str:
+    quorum = policy.quorum
+    if quorum.never_drops(replicas) and (quorum.counted or quorum.count_or_fraction != 1):
+        return f"{name!r}: {quorum} of {replicas} can never drop"
+    return ""

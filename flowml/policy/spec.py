@@ -1,0 +1,248 @@
+"""The values a policy is made of, and what makes a composition of them unsound.
+
+Each knob is a frozen value that checks itself; `Policy` checks how they go together. The algebra has more
+choices than work today (`docs` lists them): asking for one of those is an error that says so and names
+what there is, never something that is silently ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flowml.errors import PolicyError
+
+UNBOUNDED = math.inf
+"""A staleness without bound: a read never waits for anybody."""
+
+_ROUNDING = 1e-9  # 1 - 1/3 of three members is two of them, whatever binary fractions make of it
+
+
+@dataclass(frozen=True)
+class ParameterServer:
+    """Every layer has one home, which holds its parameters and optimizer state and applies what replicas send."""
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Replicas send gradients, summed over the microbatches and steps since they last sent."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Replicas send the operands a and δ of the outer product aᵀδ, and the home forms the gradient.
+
+    Less to send for a large dense layer and a small batch (Chilimbi et al., Project Adam, OSDI 2014).
+    """
+
+
+@dataclass(frozen=True)
+class Quorum:
+    """How many contributions complete a clock, and what becomes of those that come later.
+
+    Args:
+        count_or_fraction: a float in (0, 1] is a share of the replicas, rounded up; an int ≥ 1 a number of them.
+        of: `"replicas"`.
+        late: `"drop"` leaves late contributions out for good; `"fold"` applies each one when it comes,
+            which is what `Quorum(1, late="fold")` with a staleness above 0 means.
+
+    Raises:
+        PolicyError: for a value out of range, or one that is not available yet.
+    """
+
+    count_or_fraction: float = 1.0
+    of: Literal["replicas"] = "replicas"
+    late: Literal["drop", "fold"] = "drop"
+    counted: bool = field(init=False, repr=False)  # makes Quorum(1), one replica, differ from Quorum(1.0), all
+
+    def __post_init__(self) -> None:
+        value = _number(self.count_or_fraction, "Quorum({!r}): give a fraction like 0.75 or a count like 3")
+        object.__setattr__(self, "counted", isinstance(value, int))
+        if isinstance(value, int) and value < 1:
+            raise PolicyError(f"Quorum({value}): a count of replicas is at least 1")
+        if isinstance(value, float) and not 0 < value <= 1:
+            raise PolicyError(f"Quorum({value}): a fraction lies in (0, 1]; for a number of replicas give an int")
+        _available("Quorum(of=…)", self.of, ("replicas",))
+        _available("Quorum(late=…)", self.late, ("drop", "fold"))
+
+    def need(self, members: int) -> int:
+        """How many contributions complete a clock of `members` replicas: the count, or the share rounded up."""
+        if self.counted:
+            return min(int(self.count_or_fraction), members)
+        return math.ceil(self.count_or_fraction * members - _ROUNDING)
+
+    def never_drops(self, members: int) -> bool:
+        """Whether every one of `members` replicas is needed, so that none can come too late."""
+        return self.need(members) >= members
+
+    def __str__(self) -> str:
+        return f"Quorum({self.count_or_fraction})"
+
+
+@dataclass(frozen=True)
+class Every:
+    """Push (and pull) once every `push` steps; in between gradients add up where they were computed."""
+
+    push: int = 1
+    pull: int | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_int(self.push) or self.push < 1:
+            raise PolicyError(f"Every(push={self.push!r}): the number of steps between pushes is an int of at least 1")
+        if self.pull is None:
+            object.__setattr__(self, "pull", self.push)
+        if self.pull != self.push:
+            raise PolicyError(
+                f"Every(push={self.push}, pull={self.pull}): pulling at another rhythm than pushing is not available "
+                f"yet; leave pull out"
+            )
+
+
+@dataclass(frozen=True, init=False)
+class Policy:
+    """How one layer is kept in step. `Policy()` is synchronous data parallelism: nothing read is ever old.
+
+    Attributes:
+        topology: who sends to whom.
+        staleness: how many clocks a read may be behind (0 synchronous, n bounded, `UNBOUNDED`).
+        quorum: what completes a clock. Left out: all replicas when the staleness is 0, else none has to wait
+            and each contribution is applied on arrival (Dean et al., Downpour; Ho et al., stale synchronous).
+        every: steps between pushes.
+        payload: what is sent.
+        filters: transformations of the payload.
+        apply: `"mean"` divides by the number of microbatch gradients that took part, `"sum"` only by the
+            microbatches of one step.
+
+    Raises:
+        PolicyError: for a composition that is not sound, or a part that is not available yet.
+    """
+
+    topology: ParameterServer
+    staleness: float
+    quorum: Quorum
+    every: Every
+    payload: Gradient | Factors
+    filters: tuple[object, ...]
+    apply: Literal["mean", "sum"]
+
+    def __init__(
+        self,
+        topology: ParameterServer = ParameterServer(),
+        staleness: float = 0,
+        quorum: Quorum | None = None,
+        every: Every | int = 1,
+        payload: Gradient | Factors = Gradient(),
+        filters: Sequence[object] = (),
+        apply: Literal["mean", "sum"] = "mean",
+    ) -> None:
+        bound = _staleness(staleness)
+        if quorum is None:
+            quorum = Quorum(1.0) if bound == 0 else Quorum(1, late="fold")
+        values = {
+            "topology": topology,
+            "staleness": bound,
+            "quorum": quorum,
+            "every": every if isinstance(every, Every) else Every(every),
+            "payload": payload,
+            "filters": tuple(filters),
+            "apply": apply,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        _check_parts(self)
+        _check_sound(self)
+
+    @property
+    def clocked(self) -> bool:
+        """Whether the layer commits clock by clock. False: each contribution is applied when it arrives."""
+        return self.quorum.late != "fold"
+
+    def describe(self) -> str:
+        """A few words for tables: `"sync"`, `"every 4"`, `"async ≤3, factors"`, `"quorum 0.75 drop"`."""
+        bound = "" if self.staleness == UNBOUNDED else f" ≤{self.staleness}"
+        words: list[str] = []
+        if not self.clocked:
+            words.append(f"async{bound}")
+        elif self.staleness:
+            words.append(f"stale{bound}")
+        if self.every.push > 1:
+            words.append(f"every {self.every.push}")
+        if self.clocked and self.quorum != Quorum(1.0):
+            words.append(f"quorum {self.quorum.count_or_fraction} {self.quorum.late}")
+        words = words or ["sync"]
+        if isinstance(self.payload, Factors):
+            words.append("factors")
+        if self.apply == "sum":
+            words.append("sum")
+        return ", ".join(words)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: object, otherwise: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise PolicyError(otherwise.format(value))
+    return value
+
+
+def _staleness(staleness: object) -> float:
+    """The bound as an int, or UNBOUNDED."""
+    value = _number(staleness, "staleness={!r}: give a number of clocks, or flowml.UNBOUNDED")
+    if value < 0:
+        raise PolicyError(f"staleness={value}: a read cannot be newer than now; 0 is synchronous")
+    if value == UNBOUNDED:
+        return UNBOUNDED
+    if value != int(value):
+        raise PolicyError(f"staleness={value}: clocks are whole, so the bound is an int or flowml.UNBOUNDED")
+    return int(value)
+
+
+def _available(what: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        known = " or ".join(repr(c) for c in choices)
+        raise PolicyError(f"{what}: {value!r} is not available yet; there is {known}")
+
+
+def _check_parts(policy: Policy) -> None:
+    """Each knob holds something that works today."""
+    kinds: tuple[tuple[str, object, tuple[type, ...]], ...] = (
+        ("topology", policy.topology, (ParameterServer,)),
+        ("quorum", policy.quorum, (Quorum,)),
+        ("payload", policy.payload, (Gradient, Factors)),
+    )
+    for name, value, types in kinds:
+        if type(value) not in types:
+            known = " or ".join(f"flowml.{t.__name__}()" for t in types)
+            raise PolicyError(f"{name}={value!r} is not available yet; give {known}")
+    if policy.filters:
+        raise PolicyError(f"filters={policy.filters!r} is not available yet; leave filters out")
+    _available("apply=…", policy.apply, ("mean", "sum"))
+
+
+def _check_sound(policy: Policy) -> None:
+    """The knobs go together."""
+    quorum, stale = policy.quorum, policy.staleness
+    if isinstance(policy.payload, Factors) and policy.every.push > 1:
+        raise PolicyError(
+            f"Factors() with every={policy.every.push} is not sound: the factors of several steps cannot be added up "
+            f"without forming the product they stand for; use every=1, or Gradient()"
+        )
+    if quorum.late == "fold" and stale == 0:
+        raise PolicyError(
+            "Quorum(late='fold') with staleness=0 is not sound: folding a late contribution in applies a gradient of "
+            "older parameters, which staleness 0 rules out; give a staleness above 0, or late='drop'"
+        )
+    if quorum.late == "fold" and quorum != Quorum(1, late="fold"):
+        raise PolicyError(
+            f"{quorum} with late='fold' is not available yet; there is Quorum(1, late='fold'), "
+            f"which applies every contribution on arrival, and late='drop'"
+        )
+    if policy.clocked and stale == UNBOUNDED:
+        raise PolicyError(
+            f"{quorum} with staleness=UNBOUNDED is not sound: replicas would run ahead of the clocks that the quorum "
+            f"completes, and their contributions pile up without bound; give a finite staleness, or leave quorum out"
+        )

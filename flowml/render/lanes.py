@@ -1,0 +1,168 @@
+"""Layout of a plan without replicas: a lane a device, time downwards.
+
+A box goes below everything that it waits for, and no two boxes of a lane share a row. So every arrow points
+down, the gaps between rows hold nothing but arrows, and the gutters between lanes are free for those that
+pass several rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flowml.render.drawing import (
+    TINTS,
+    Drawing,
+    Path,
+    PlacedBox,
+    PlacedCard,
+    Rect,
+    Words,
+    bracket,
+    elbow,
+    text_width,
+    weight,
+)
+from flowml.render.scene import FEED, FETCH, LOCAL, Arrow, Box, Scene
+
+MARGIN = 28.0
+_TOP = 92.0
+_BOX_WIDTH = 204.0
+_PAD = 24.0
+_LANE = _BOX_WIDTH + 2 * _PAD
+_GUTTER = 44.0
+_HEADER = 52.0
+_ROW_GAP = 46.0
+
+
+def box_height(box: Box) -> float:
+    """A pill for what comes and goes, else a line for the title and one for each fact."""
+    return 42.0 if box.kind in (FEED, FETCH) else 34.0 + 16.0 * len(box.facts)
+
+
+def draw_lanes(scene: Scene) -> Drawing:
+    """Place every box of `scene`, and route its arrows."""
+    rows = _rows(scene)
+    depth = max(rows.values(), default=-1) + 1
+    heights = [max((box_height(b) for b in scene.boxes if rows[b.id] == r), default=0.0) for r in range(depth)]
+    tops = [_TOP + _HEADER + 10 + sum(heights[:r]) + _ROW_GAP * r for r in range(depth)]
+    bottom = (tops[-1] + heights[-1] if depth else _TOP + _HEADER) + 20
+    placed: dict[str, PlacedBox] = {}
+    cards: list[PlacedCard] = []
+    for lane, card in enumerate(scene.cards):
+        x = MARGIN + lane * (_LANE + _GUTTER)
+        cards.append(PlacedCard(card, Rect(x, _TOP, _LANE, bottom - _TOP)))
+        for box in card.boxes:
+            at = Rect(x + _PAD, tops[rows[box.id]], _BOX_WIDTH, box_height(box))
+            placed[box.id] = PlacedBox(box, at, lane % TINTS)
+    router = _Router(placed, rows, [(top - _ROW_GAP, top) for top in tops] + [(bottom, bottom)])
+    for arrow in _outer_first(scene.arrows, rows):
+        router.add(arrow)
+    right = max((c.at.right for c in cards), default=MARGIN + _LANE)
+    words = (Words(MARGIN, 40, scene.name, "title"), Words(MARGIN, 62, scene.headline, "headline"))
+    return Drawing(
+        width=max(right, MARGIN + text_width(scene.headline, 13)) + MARGIN,
+        height=bottom + MARGIN,
+        cards=tuple(cards),
+        boxes=tuple(placed.values()),
+        paths=tuple(router.paths),
+        words=(*words, *router.words),
+    )
+
+
+def _rows(scene: Scene) -> dict[str, int]:
+    """A row for each box: after all it waits for, alone in its lane; a feed just above its first user."""
+    sources: dict[str, list[str]] = {b.id: [] for b in scene.boxes}
+    users: dict[str, list[str]] = {b.id: [] for b in scene.boxes}
+    for arrow in scene.arrows:
+        sources[arrow.target].append(arrow.source)
+        users[arrow.source].append(arrow.target)
+    level = {b.id: b.level for b in scene.boxes}
+    for box in scene.boxes:
+        if box.kind == FEED and users[box.id]:
+            level[box.id] = min(level[u] for u in users[box.id]) - 1
+    rows: dict[str, int] = {}
+    taken: set[tuple[str, int]] = set()
+    for box in sorted(scene.boxes, key=lambda b: (level[b.id], b.order)):
+        row = max([level[box.id], *(rows[s] + 1 for s in sources[box.id] if s in rows)])
+        while (box.device, row) in taken:
+            row += 1
+        taken.add((box.device, row))
+        rows[box.id] = row
+    return rows
+
+
+def _outer_first(arrows: Sequence[Arrow], rows: Mapping[str, int]) -> list[Arrow]:
+    """Short arrows last, so that they lie above the ones that pass by."""
+    return sorted(arrows, key=lambda a: -abs(rows[a.target] - rows[a.source]))
+
+
+@dataclass
+class _Router:
+    """Draws arrows one after the other and remembers which ports and gutter tracks are in use."""
+
+    placed: Mapping[str, PlacedBox]
+    rows: Mapping[str, int]
+    gaps: Sequence[tuple[float, float]]
+    paths: list[Path] = field(default_factory=list[Path])
+    words: list[Words] = field(default_factory=list[Words])
+    tracks: dict[float, int] = field(default_factory=dict[float, int])
+    ports: dict[str, int] = field(default_factory=dict[str, int])
+
+    def add(self, arrow: Arrow) -> None:
+        source, target = self.placed[arrow.source].at, self.placed[arrow.target].at
+        span = self.rows[arrow.target] - self.rows[arrow.source]
+        if source.x == target.x and span > 1:
+            data, label = self._around(source, target)
+        elif span == 1:
+            x1, x2 = self._port(arrow.source, "out", source, target), self._port(arrow.target, "in", target, source)
+            middle = target.y - _ROW_GAP / 2
+            data = elbow([(x1, source.bottom), (x1, middle), (x2, middle), (x2, target.y)])
+            label = ((x1 + x2) / 2, middle)
+        else:
+            data, label = self._through_gutter(arrow, source, target)
+        self.paths.append(
+            Path(data, arrow.kind, 1.2 if arrow.kind == LOCAL else weight(arrow.nbytes), arrow.detail, arrow.source, arrow.target)
+        )
+        if arrow.label:
+            self._label(arrow.label, *label)
+
+    def _port(self, box: str, side: str, at: Rect, other: Rect) -> float:
+        """Where an arrow meets a box: the middle for its own lane, to the side that the other end is on."""
+        if at.x == other.x:
+            return at.cx
+        key = f"{side} {box} {other.x > at.x}"
+        used = self.ports[key] = self.ports.get(key, 0) + 1
+        shift = min(26.0 + 18.0 * used, at.w / 2 - 12)
+        return at.cx + (shift if other.x > at.x else -shift)
+
+    def _around(self, source: Rect, target: Rect) -> tuple[str, tuple[float, float]]:
+        """Past the boxes between, in the lane's own margin."""
+        track = self.tracks[source.x] = self.tracks.get(source.x, 0) + 1
+        y1, y2 = source.cy + min(3.0 * track, 14), target.cy - min(3.0 * track, 14)
+        return bracket(source.x, y1, target.x, y2, 16 + 3.0 * min(track, 3)), (source.x, (y1 + y2) / 2)
+
+    def _through_gutter(self, arrow: Arrow, source: Rect, target: Rect) -> tuple[str, tuple[float, float]]:
+        """Down to the gap below the source, along the gutter beside the target, in above the target."""
+        to_the_right = target.x > source.x
+        gutter = target.x - _PAD - _GUTTER if to_the_right else target.right + _PAD
+        track = self.tracks[gutter] = self.tracks.get(gutter, -1) + 1
+        x = gutter + 8 + (track * 9) % (_GUTTER - 12)
+        above = self.gaps[self.rows[arrow.source] + 1][1] - 12 - 4 * (track % 4)
+        below = self.gaps[self.rows[arrow.target]][1] - 16 - 4 * (track % 4)
+        x1, x2 = self._port(arrow.source, "out", source, target), self._port(arrow.target, "in", target, source)
+        points = [(x1, source.bottom), (x1, above), (x, above), (x, below), (x2, below), (x2, target.y)]
+        return elbow(points), ((x1 + x) / 2, above)
+
+    def _label(self, text: str, x: float, y: float) -> None:
+        """Put a label at a place, or a little below or above where another one is."""
+        width = text_width(text, 11)
+        for shift in (0, 14, -14, 28, -28, 42):
+            free = all(
+                abs(w.x - x) > (width + text_width(w.text, 11)) / 2 or abs(w.y - 4 - y - shift) > 13 for w in self.words
+            )
+            if free:
+                y += shift
+                break
+        self.words.append(Words(x, y + 4, text, "label", "middle"))
+

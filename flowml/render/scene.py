@@ -1,0 +1,346 @@
+"""The picture behind every picture: a plan as boxes and arrows, without sizes or positions.
+
+A plan lists instructions; a reader wants to see tasks and what flows between them. `make_scene` walks each
+device's program once, follows buffers from the instruction that fills them to the ones that use them, and
+keeps one box a task (its microbatches counted, not repeated) and one arrow a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from flowml.plan import (
+    ArraySpec,
+    Feed,
+    Fetch,
+    Message,
+    Partition,
+    Plan,
+    Program,
+    Read,
+    Recv,
+    Run,
+    Send,
+    StoreSpec,
+    Task,
+)
+from flowml.render.units import bytes_text, flops_text, listed, plural, seconds_text
+
+FEED, TASK, PYTHON, FETCH = "feed", "task", "python", "fetch"
+MESSAGE, LOCAL = "message", "local"
+
+
+@dataclass(frozen=True)
+class Box:
+    """A task, or what a device takes from or gives to the driver. `order` is its place in the program.
+
+    `short` is for where there is room for a word only.
+    """
+
+    id: str
+    kind: str
+    title: str
+    facts: tuple[str, ...]
+    device: str
+    order: int
+    detail: str
+    short: str = ""
+    level: int = 0
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """Data that flows from one box to another: a message between devices, or a buffer within one."""
+
+    source: str
+    target: str
+    kind: str
+    nbytes: int
+    label: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One device: its boxes and what it does in total. `homes` are the stores that live there."""
+
+    device: str
+    facts: tuple[str, ...]
+    boxes: tuple[Box, ...]
+    homes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cylinder:
+    """A store: where a layer's parameters live, and the rule that keeps them in step."""
+
+    id: str
+    name: str
+    home: str
+    policy: str
+    facts: tuple[str, ...]
+    stage: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything a drawing shows. `grid` is replica -> one device a stage; without training it is empty."""
+
+    name: str
+    headline: str
+    cards: tuple[Card, ...]
+    arrows: tuple[Arrow, ...]
+    stores: tuple[Cylinder, ...] = ()
+    grid: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        return tuple(b for c in self.cards for b in c.boxes)
+
+
+def make_scene(plan: Plan) -> Scene:
+    """The boxes and arrows of `plan`."""
+    walks = [_Walk(plan, number, p) for number, p in enumerate(plan.programs)]
+    for walk in walks:
+        walk.run()
+    arrows = [a for w in walks for a in w.arrows] + _message_arrows(plan, walks)
+    levels = _levels([b for w in walks for b in w.boxes], arrows)
+    cards = tuple(_card(plan, w, p, levels) for w, p in zip(walks, plan.partitions, strict=True))
+    training = plan.training
+    return Scene(
+        name=plan.name,
+        headline=headline(plan),
+        cards=cards,
+        arrows=tuple(arrows),
+        stores=tuple(_cylinder(i, s) for i, s in enumerate(training.stores)) if training else (),
+        grid=training.replicas if training else (),
+    )
+
+
+def headline(plan: Plan) -> str:
+    """One line: how many devices, stages and replicas, and the estimated step."""
+    parts = [plural(len(plan.programs), "device"), plural(len(plan.messages), "message")]
+    if plan.training:
+        stages = max((len(r) for r in plan.training.replicas), default=0)
+        parts = [
+            f"{plural(len(plan.training.replicas), 'replica')} × {plural(stages, 'stage')}",
+            f"{plan.training.schedule}, {plural(plan.training.microbatches, 'microbatch', 'microbatches')}",
+        ]
+    parts.append(f"{seconds_text(plan.estimate.step_seconds)} a step")
+    parts.append(f"{bytes_text(plan.estimate.transfer_bytes)} sent")
+    return " · ".join(parts)
+
+
+def spec_text(spec: ArraySpec) -> str:
+    return f"{spec.dtype}[{','.join(map(str, spec.shape))}]"
+
+
+def input_names(plan: Plan, slots: Iterable[int]) -> tuple[str, ...]:
+    """What the feed slots are called: arguments, or leaves of the batch and the key when training."""
+    names = plan.training.batch_paths if plan.training else plan.input_names
+    spare = "key" if plan.training else "input"
+    return tuple((names[s] or f"{spare} {s}") if s < len(names) else f"{spare} {s}" for s in slots)
+
+
+def push_text(store: StoreSpec) -> str:
+    """What one contribution takes, and what the plain gradient would have taken if that differs."""
+    pushed, plain = store.push_bytes, store.gradient_bytes
+    return bytes_text(pushed) if pushed == plain else f"{bytes_text(pushed)} (gradient {bytes_text(plain)})"
+
+
+@dataclass
+class _Walk:
+    """One pass over a device's program: which box, or which message, fills the buffers that a task uses.
+
+    Arrows come from the first run of each task only: the other microbatches repeat them.
+    """
+
+    plan: Plan
+    number: int
+    program: Program
+    boxes: dict[str, Box] = field(default_factory=dict[str, Box])
+    arrows: list[Arrow] = field(default_factory=list[Arrow])
+    senders: dict[int, str] = field(default_factory=dict[int, str])
+    receivers: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
+
+    def run(self) -> None:
+        origin: dict[int, str | int] = {}  # buffer -> the box that made it, or the message that brought it
+        self._put_feed()
+        for instruction in self.program.instructions:
+            match instruction:
+                case Feed(buffers=buffers):
+                    origin.update(dict.fromkeys(buffers, self._id(FEED)))
+                case Recv(message=message, buffers=buffers):
+                    origin.update(dict.fromkeys(buffers, message))
+                case Read(buffers=buffers):
+                    for buffer in buffers:
+                        origin.pop(buffer, None)
+                case Run(task=task, inputs=inputs, outputs=outputs):
+                    self._use(f"t{task}", inputs, self.plan.tasks[task].inputs, origin, self._task_box(task))
+                    origin.update(dict.fromkeys(outputs, self._id(f"t{task}")))
+                case Send(message=message, buffers=buffers):
+                    made = [o for b in buffers if isinstance(o := origin.get(b), str)]
+                    if made:
+                        self.senders.setdefault(message, made[-1])
+                case Fetch(slots=slots, buffers=buffers):
+                    specs = [o.spec for s in slots for o in self.plan.outputs if (o.kind, o.index) == (FETCH, s)]
+                    self._use(FETCH, buffers, specs, origin, self._fetch_box())
+                case _:
+                    pass
+
+    def _use(
+        self,
+        part: str,
+        buffers: Sequence[int],
+        specs: Sequence[ArraySpec],
+        origin: Mapping[int, str | int],
+        box: Box,
+    ) -> None:
+        if box.id in self.boxes:
+            return
+        self.boxes[box.id] = box
+        local: dict[str, int] = {}
+        for position, buffer in enumerate(buffers):
+            nbytes = specs[position].nbytes if position < len(specs) else 0
+            match origin.get(buffer):
+                case int(message):
+                    self.receivers.setdefault(message, []).append(box.id)
+                case str(source) if source != box.id:
+                    local[source] = local.get(source, 0) + nbytes
+                case _:
+                    pass
+        self.arrows += [Arrow(s, box.id, LOCAL, n, detail=bytes_text(n)) for s, n in local.items()]
+
+    def _task_box(self, index: int) -> Box:
+        task = self.plan.tasks[index]
+        runs = sum(isinstance(i, Run) and i.task == index for i in self.program.instructions)
+        kind = PYTHON if task.kind == "python" else TASK
+        box = self._box(f"t{index}", kind, task.name, _task_facts(task, runs), _task_detail(task, runs))
+        return replace(box, short=", ".join(task.layers) or task.name)
+
+    def _put_feed(self) -> None:
+        slots = tuple(dict.fromkeys(s for i in self.program.instructions if isinstance(i, Feed) for s in i.slots))
+        if slots:
+            specs = self.plan.training.batch_specs if self.plan.training else self.plan.inputs
+            names = input_names(self.plan, slots)
+            total = bytes_text(sum(specs[s].nbytes for s in slots if s < len(specs)))
+            box = self._box(FEED, FEED, listed(names, 2), (total,), "from the driver:\n" + "\n".join(names))
+            self.boxes[box.id] = box
+
+    def _fetch_box(self) -> Box:
+        slots = tuple(dict.fromkeys(s for i in self.program.instructions if isinstance(i, Fetch) for s in i.slots))
+        names = tuple("loss" if self.plan.training and s == 0 else f"output {s}" for s in slots)
+        total = sum(o.spec.nbytes for o in self.plan.outputs if o.kind == FETCH and o.index in slots)
+        return self._box(FETCH, FETCH, listed(names, 2), (bytes_text(total),), "to the driver:\n" + "\n".join(names))
+
+    def _box(self, part: str, kind: str, title: str, facts: tuple[str, ...], detail: str) -> Box:
+        return Box(self._id(part), kind, title, facts, self.program.device, len(self.boxes), detail, title)
+
+    def _id(self, part: str) -> str:
+        return f"d{self.number}-{part}"
+
+
+def _message_arrows(plan: Plan, walks: Sequence[_Walk]) -> list[Arrow]:
+    """One labelled arrow a message, and unlabelled ones to further tasks that use what it brought."""
+    arrows: list[Arrow] = []
+    times = plan.training.microbatches if plan.training else 1
+    for index, message in enumerate(plan.messages):
+        source = next((w.senders[index] for w in walks if index in w.senders), None)
+        targets = dict.fromkeys(t for w in walks for t in w.receivers.get(index, ()))
+        if source is not None:
+            label = bytes_text(message.nbytes) + (f" × {times}" if times > 1 else "")
+            detail = _message_detail(message, times)
+            for target in targets:
+                arrows.append(Arrow(source, target, MESSAGE, message.nbytes, label, detail))
+                label = ""
+    return arrows
+
+
+def _levels(boxes: Sequence[str], arrows: Sequence[Arrow]) -> dict[str, int]:
+    """Length of the longest path to each box. An arrow that closes a cycle (an accumulator) is left out."""
+    sources: dict[str, list[str]] = {b: [] for b in boxes}
+    for arrow in arrows:
+        sources[arrow.target].append(arrow.source)
+    levels: dict[str, int] = {}
+    for start in boxes:
+        stack, open_boxes = [start], set[str]()
+        while stack:
+            box = stack[-1]
+            waiting = [s for s in sources[box] if s not in levels and s not in open_boxes and s != box]
+            open_boxes.add(box)
+            if waiting and box not in levels:
+                stack.append(waiting[0])
+            else:
+                stack.pop()
+                levels.setdefault(box, max((levels[s] + 1 for s in sources[box] if s in levels), default=0))
+    return levels
+
+
+def _card(plan: Plan, walk: _Walk, partition: Partition, levels: Mapping[str, int]) -> Card:
+    peak = plan.estimate.peak_bytes.get(partition.device)
+    facts = [flops_text(partition.flops)]
+    if peak is not None:
+        facts.append(f"peak {bytes_text(peak)}")
+    stores = plan.training.stores if plan.training else ()
+    homes = tuple(s.name for s in stores if s.home == partition.device)
+    return Card(
+        partition.device, tuple(facts), tuple(replace(b, level=levels[b.id]) for b in walk.boxes.values()), homes
+    )
+
+
+def _task_facts(task: Task, runs: int) -> tuple[str, ...]:
+    effort = [flops_text(task.flops)] if task.flops else []
+    effort += [seconds_text(task.seconds)] if task.seconds else []
+    times = f"{runs} × " if runs > 1 and effort else ""
+    layers = ", ".join(task.layers)
+    return tuple(f for f in (layers if layers != task.name else "", times + " · ".join(effort)) if f)
+
+
+def _task_detail(task: Task, runs: int) -> str:
+    lines = [
+        f"{task.name}: {plural(task.nodes, 'node')}, runs {plural(runs, 'time')} a step",
+        f"layers: {', '.join(task.layers) or 'none'}",
+        f"{flops_text(task.flops)}, {bytes_text(task.nbytes)} touched, {seconds_text(task.seconds)} each",
+        f"in: {listed(tuple(map(spec_text, task.inputs)), 8)}",
+        f"out: {listed(tuple(map(spec_text, task.outputs)), 8)}",
+    ]
+    return "\n".join(lines)
+
+
+def _message_detail(message: Message, times: int) -> str:
+    values = [
+        f"{t.layer or 'value'}: {spec_text(ArraySpec(t.shape, t.dtype))}, {bytes_text(t.nbytes)}"
+        for t in message.transfers
+    ]
+    often = f", {times} times a step" if times > 1 else ""
+    return "\n".join([f"{message.source} → {message.destination}{often}", *values])
+
+
+def _cylinder(index: int, store: StoreSpec) -> Cylinder:
+    stage = min((p.stage for p in store.parts), default=0)
+    every = f" every {store.every}" if store.every > 1 else ""
+    facts = (store.policy, f"push {push_text(store)}{every}", f"home {store.home}")
+    detail = "\n".join(
+        [
+            f"{store.name}: {bytes_text(store.nbytes)} in {plural(len(store.leaves), 'leaf', 'leaves')}",
+            f"policy: {store.policy}",
+            f"home: {store.home}",
+            f"read by: {listed(store.readers, 8)}",
+            f"one contribution: {push_text(store)}",
+            *store.paths[:12],
+        ]
+    )
+    return Cylinder(f"s{index}", store.name, store.home, policy_kind(store), facts, stage, detail)
+
+
+def policy_kind(store: StoreSpec) -> str:
+    """The one word a legend has room for."""
+    if any(p.factors for p in store.parts):
+        return "factors"
+    if store.every > 1:
+        return "periodic"
+    if store.staleness == float("inf"):
+        return "asynchronous"
+    return "bounded" if store.staleness > 0 else "synchronous"

@@ -1,0 +1,73 @@
+"""When each task would run: the plan's instruction lists, played through at their estimated durations.
+
+The same rule as the executor's: a device goes through its list in order, a receive waits for its message,
+a send does not wait. Time is counted, never read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from flowml.devices import Link
+from flowml.plan import Plan, Program, Recv, Run, Send, Task
+
+_FLOPS_PER_S = 2e10
+_LEAST_S = 1e-6
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One run of a task, in seconds from the start of the step."""
+
+    device: str
+    task: int
+    microbatch: int
+    start_s: float
+    end_s: float
+
+
+def timeline(plan: Plan, devices: Collection[str] | None = None) -> tuple[Bar, ...]:
+    """The runs of one step on `devices` (all by default), in order of start. What cannot run is left out."""
+    programs = [p for p in plan.programs if devices is None or p.device in devices]
+    bars: list[Bar] = []
+    arrivals: dict[tuple[int, int], float] = {}
+    players = [_Player(plan, p) for p in programs]
+    while any(player.play(bars, arrivals) for player in players):
+        pass
+    return tuple(sorted(bars, key=lambda b: (b.start_s, b.end_s, b.device)))
+
+
+def duration_s(task: Task) -> float:
+    """The estimate of a task; by its operations where the plan holds none."""
+    return max(task.seconds or task.flops / _FLOPS_PER_S, _LEAST_S)
+
+
+@dataclass
+class _Player:
+    """One device's place in its program, and its clock."""
+
+    plan: Plan
+    program: Program
+    position: int = 0
+    now_s: float = 0.0
+
+    def play(self, bars: list[Bar], arrivals: dict[tuple[int, int], float]) -> bool:
+        """Go on until a message is missing; True if anything was done."""
+        began = self.position
+        while self.position < len(self.program.instructions):
+            match self.program.instructions[self.position]:
+                case Recv(message=message, microbatch=m):
+                    if (message, m) not in arrivals:
+                        break
+                    self.now_s = max(self.now_s, arrivals[message, m])
+                case Send(message=message, microbatch=m):
+                    arrivals[message, m] = self.now_s + Link().seconds(self.plan.messages[message].nbytes)
+                case Run(task=task, microbatch=m):
+                    end_s = self.now_s + duration_s(self.plan.tasks[task])
+                    bars.append(Bar(self.program.device, task, m, self.now_s, end_s))
+                    self.now_s = end_s
+                case _:
+                    pass
+            self.position += 1
+        return self.position > began

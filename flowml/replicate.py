@@ -1,0 +1,55 @@
+"""Repeat one replica's programs on the devices of the others. Tasks are shared; only names and numbers change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from flowml.plan import Message, Program, Recv, Send
+
+
+@dataclass(frozen=True)
+class Template:
+    """The programs and messages of the first replica, and its devices, one a stage."""
+
+    programs: tuple[Program, ...]
+    messages: tuple[Message, ...]
+    stages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Replicated:
+    programs: tuple[Program, ...]
+    messages: tuple[Message, ...]
+    replicas: tuple[tuple[str, ...], ...]
+
+
+def replicate(template: Template, blocks: Sequence[Mapping[str, str]]) -> Replicated:
+    """The template once for each block (template device -> device). Programs come replica by replica."""
+    programs: list[Program] = []
+    messages: list[Message] = []
+    for block in blocks:
+        first = len(messages)
+        messages.extend(_message(m, block) for m in template.messages)
+        programs.extend(_program(p, block, first) for p in template.programs)
+    return Replicated(
+        tuple(programs), tuple(messages), tuple(tuple(b[stage] for stage in template.stages) for b in blocks)
+    )
+
+
+def _message(message: Message, block: Mapping[str, str]) -> Message:
+    source, destination = block[message.source], block[message.destination]
+    moved = tuple(
+        msgspec.structs.replace(t, source=source, destination=destination) for t in message.transfers
+    )
+    return Message(source, destination, moved)
+
+
+def _program(program: Program, block: Mapping[str, str], first: int) -> Program:
+    instructions = tuple(
+        msgspec.structs.replace(i, message=i.message + first) if isinstance(i, Send | Recv) else i
+        for i in program.instructions
+    )
+    return Program(block[program.device], instructions, program.constants)

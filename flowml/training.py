@@ -1,0 +1,314 @@
+"""training: loss + optimizer + policies -> a training plan.
+
+The gradient of the loss is one more dataflow graph: it goes through the same passes as any function, is cut
+for one replica's devices, and that replica's programs are then repeated for every other. What is new are
+its ends. Parameters are not fed but *read* from stores; gradients are not fetched but *pushed* to them, each
+as soon as its last microbatch has added to it; and every store has a task of its own that combines what
+came in and applies the optimizer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flowml import _jax, verify
+from flowml.compile import array_bytes, node_views
+from flowml.cost import node_seconds
+from flowml.devices import Device, Link, as_devices
+from flowml.errors import PlacementError
+from flowml.estimate import estimate
+from flowml.graph import Graph
+from flowml.label import label, layer_of
+from flowml.lower import ExecutableTable, lower_groups
+from flowml.optimizer import OptimizerSlices, slice_optimizer
+from flowml.partition import partition
+from flowml.placement import Pipeline, Placement, place
+from flowml.plan import ArraySpec, Constant, Plan, Training
+from flowml.policy import Policy, resolve
+from flowml.program import Bindings, PartBinding, emit, route
+from flowml.replicate import Template, replicate
+from flowml.schedule import SCHEDULES, schedule
+from flowml.simplify import simplify
+from flowml.stores import StoreDraft, StorePlanner
+from flowml.trace import trace
+
+RNG_WORDS = 3
+"""uint32 words of the key feed: seed, work item, microbatch."""
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """What the user asked for. See `flowml.Trainer` for the meaning of each."""
+
+    loss: Callable[..., Any]
+    optimizer: Any
+    replicas: int = 1
+    placement: Placement = "auto"
+    microbatches: int = 1
+    schedule: str = "1f1b"
+    policies: Mapping[str, Policy] | None = None
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1 or self.microbatches < 1:
+            raise ValueError(f"replicas={self.replicas} and microbatches={self.microbatches} must be at least 1")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule {self.schedule!r} is not one; choose from {', '.join(SCHEDULES)}")
+
+
+@dataclass(frozen=True)
+class TrainingCompiled:
+    """A training plan with the trees of parameters, optimizer state, batch and aux."""
+
+    plan: Plan
+    params_tree: Any
+    state_tree: Any
+    batch_tree: Any
+    aux_tree: Any
+
+
+def loss_takes_rng(loss: Callable[..., Any]) -> bool:
+    """Whether a loss is `loss(params, batch, rng)` rather than `loss(params, batch)`."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p for p in inspect.signature(loss).parameters.values() if p.kind in kinds]
+    return len(positional) >= 3 and (positional[2].default is inspect.Parameter.empty or positional[2].name == "rng")
+
+
+def item_key(seed: Any, item: Any, microbatch: Any, microbatches: int) -> jax.Array:
+    """The key that a work item's loss gets: `fold_in(key(seed), item)`, folded again per microbatch if several."""
+    key = jax.random.fold_in(jax.random.key(seed), item)
+    return jax.random.fold_in(key, microbatch) if microbatches > 1 else key
+
+
+def compile_training(
+    spec: TrainingSpec,
+    params: Any,
+    batch: Any,
+    devices: Iterable[Device | str],
+    *,
+    link: Link | None = None,
+    platforms: Sequence[str] = ("cpu",),
+) -> TrainingCompiled:
+    """Compile a training step for `spec.replicas` copies of the model. `batch` is one global batch (or specs).
+
+    Raises PlacementError, PolicyError or ValueError before anything runs.
+    """
+    everyone = as_devices(devices)
+    template = _template_devices(spec, everyone)
+    item, microbatch = _microbatch(batch, spec.replicas, spec.microbatches)
+    step, aux_tree, aux_leaves = _step_function(spec, params, microbatch)
+    rng = jax.ShapeDtypeStruct((RNG_WORDS,), jnp.uint32)
+    takes_rng = loss_takes_rng(spec.loss)
+    traced = trace(step, (params, microbatch, *([rng] if takes_rng else [])), {}, name=_name(spec.loss))
+    leaves, params_tree = jax.tree_util.tree_flatten_with_path(params)
+    paths = tuple(_jax.path_name(p) for p, _ in leaves)
+    slices = slice_optimizer(spec.optimizer, params)
+    plan = _Compiler(
+        spec=spec,
+        devices=everyone,
+        template=template,
+        link=link or Link(),
+        platforms=tuple(platforms),
+        paths=paths,
+        slices=slices,
+        item=item,
+        takes_rng=takes_rng,
+        aux_leaves=aux_leaves,
+        batch=tuple(_jax.spec_of(x) for x in jax.tree_util.tree_leaves(microbatch)),
+        batch_paths=tuple(_jax.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(microbatch)[0]),
+    ).compile(traced.graph)
+    return TrainingCompiled(plan, params_tree, slices.state_tree, jax.tree_util.tree_structure(microbatch), aux_tree)
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _template_devices(spec: TrainingSpec, devices: Sequence[Device]) -> tuple[Device, ...]:
+    """The devices of the first replica; the others are equal blocks after it."""
+    share = len(devices) // spec.replicas
+    if isinstance(spec.placement, Pipeline):
+        wanted = spec.placement.stages
+        if share < wanted:
+            raise PlacementError(
+                f"{spec.replicas} replicas of {wanted} stages need {spec.replicas * wanted} devices, "
+                f"there are {len(devices)}; start more workers or ask for fewer replicas or stages"
+            )
+        return tuple(devices[:wanted])
+    if share < 1:
+        raise PlacementError(
+            f"{spec.replicas} replicas need at least as many devices, there are {len(devices)}; start more workers"
+        )
+    return tuple(devices[:share])
+
+
+def _microbatch(batch: Any, replicas: int, microbatches: int) -> tuple[int, Any]:
+    """The size of a work item, and the specs of one microbatch. Raises ValueError if the batch does not divide."""
+    leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
+    if not leaves:
+        raise ValueError("the batch has no arrays; the source must give a pytree with at least one")
+    sizes = {_jax.path_name(p) or "batch": (x.shape[0] if x.shape else None) for p, x in leaves}
+    if len(set(sizes.values())) != 1 or None in sizes.values():
+        raise ValueError(f"the arrays of a batch differ in their first dimension: {sizes}; each needs one row an example")
+    size = next(iter(sizes.values()))
+    pieces = replicas * microbatches
+    if not size or size % pieces:
+        raise ValueError(
+            f"batch_size {size} does not divide into {replicas} replicas x {microbatches} microbatches; "
+            f"use a multiple of {pieces}"
+        )
+    rows = size // pieces
+    return size // replicas, jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+
+
+def _step_function(spec: TrainingSpec, params: Any, batch: Any) -> tuple[Callable[..., Any], Any, int]:
+    """The function of one microbatch: (loss, aux leaves, gradients), each through a copy of its own.
+
+    The copies give every result a node that makes it, even where the gradient of a sum is an input itself.
+    """
+    takes_rng = loss_takes_rng(spec.loss)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shape = jax.eval_shape(spec.loss, params, batch, *([key] if takes_rng else []))
+    has_aux = isinstance(shape, tuple)
+    if has_aux and len(shape) != 2:
+        raise ValueError(f"the loss returns {len(shape)} values; it must return a scalar or (scalar, aux)")
+    scalar = shape[0] if has_aux else shape
+    if getattr(scalar, "shape", None) != ():
+        raise ValueError(f"the loss returns shape {getattr(scalar, 'shape', None)}; it must return a scalar")
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(f"parameter {_jax.path_name(path)!r} has dtype {leaf.dtype}; parameters must be floating")
+    aux_leaves, aux_tree = jax.tree_util.tree_flatten(shape[1] if has_aux else None)
+    gradient = jax.value_and_grad(spec.loss, has_aux=has_aux)
+
+    def step(params: Any, batch: Any, *rng: Any) -> Any:
+        keys = [item_key(rng[0][0], rng[0][1], rng[0][2], spec.microbatches)] if rng else []
+        value, gradients = gradient(params, batch, *keys)
+        loss, aux = value if has_aux else (value, None)
+        return jax.tree_util.tree_map(jnp.copy, (loss, jax.tree_util.tree_leaves(aux), gradients))
+
+    return step, aux_tree, len(aux_leaves)
+
+
+@dataclass(frozen=True)
+class _Compiler:
+    """The passes of a training plan; `compile` is the list to read."""
+
+    spec: TrainingSpec
+    devices: tuple[Device, ...]
+    template: tuple[Device, ...]
+    link: Link
+    platforms: tuple[str, ...]
+    paths: tuple[str, ...]
+    slices: OptimizerSlices
+    item: int
+    takes_rng: bool
+    aux_leaves: int
+    batch: tuple[ArraySpec, ...]
+    batch_paths: tuple[str, ...]
+
+    def compile(self, graph: Graph) -> Plan:
+        spec = self.spec
+        fetched = 1 + self.aux_leaves
+        verify.verify_graph(graph, "trace")
+        graph = simplify(graph)
+        verify.verify_graph(graph, "simplify")
+        parameters = dict(zip(graph.inputs, self.paths, strict=False))
+        graph = label(graph, parameters, ("",) * fetched + tuple(layer_of(p) for p in self.paths))
+        planner = StorePlanner(self.paths, self.slices, self._resolve(), spec.replicas, spec.microbatches)
+        gradients = tuple(int(o) for o in graph.outputs[fetched:])  # pyright: ignore[reportArgumentType]
+        graph, contributions = planner.contributions(graph, gradients)
+        graph = simplify(graph)
+        verify.verify_graph(graph, "factors")
+        choices = place(graph, self.template, spec.placement, self.link)
+        verify.verify_placed(graph, choices.assignment, self.template)
+        graph = partition(graph, choices.assignment)
+        verify.verify_partitioned(graph)
+
+        by_name = {d.name: d for d in self.devices}
+        seconds = {n.id: node_seconds(graph, n, by_name[n.device]) for n in graph.nodes}
+        stages = tuple(d.name for d in self.template if any(n.device == d.name for n in graph.nodes))
+        stores = planner.stores(graph, contributions, stages)
+        alone = spec.replicas == 1 and len(stages) == 1
+        milestones = [] if alone else [p.values for s in stores for p in s.parts]
+        tasks = schedule(
+            graph, seconds, milestones=milestones, microbatches=spec.microbatches, kind=spec.schedule
+        )
+        verify.verify_schedule(graph, tasks)
+        routing = route(graph, tasks)
+        table = ExecutableTable(self.platforms)
+        pushed = {v for s in stores for p in s.parts for v in p.values}
+        numbers = lower_groups(graph, tasks, table, seconds, frozenset({*graph.output_values, *pushed}))
+        constants = tuple(Constant(graph.values[v], array_bytes(c)) for v, c in graph.constants.items())
+        parts = planner.lower_parts(graph, stores, table)
+        programs = emit(graph, tasks, routing, numbers, self._bind(graph, stores, parts), feed_first=False)
+        whole = replicate(Template(programs, routing.messages, stages), self._blocks(stages))
+        specs = planner.lower_stores(graph, stores, parts, table, whole.replicas)
+        training = Training(
+            replicas=whole.replicas,
+            stores=specs,
+            microbatches=spec.microbatches,
+            item_size=self.item,
+            batch_leaves=len(self.batch),
+            batch_specs=self.batch,
+            batch_paths=self.batch_paths,
+            takes_rng=self.takes_rng,
+            schedule=spec.schedule,
+            aux_leaves=self.aux_leaves,
+        )
+        rng = (ArraySpec((RNG_WORDS,), "uint32"),) if self.takes_rng else ()
+        single = spec.replicas * spec.microbatches * sum(node_seconds(graph, n, self.template[0]) for n in graph.nodes)
+        fed = {"inputs": (*self.batch, *rng), "constants": tuple(c.spec for c in constants)}
+        plan = Plan(
+            name=_name(spec.loss),
+            devices=tuple(p.device for p in whole.programs),
+            programs=whole.programs,
+            tasks=tuple(table.tasks),
+            messages=whole.messages,
+            executables=table.executables,
+            inputs=fed["inputs"],
+            input_names=(*self.batch_paths, *(["rng"] if self.takes_rng else [])),
+            outputs=(),
+            constants=constants,
+            estimate=estimate(
+                whole.programs, table.tasks, whole.messages, by_name, self.link, single, fed, specs
+            ),
+            choices=choices.weighed,
+            notes=(*choices.notes, *planner.notes),
+            nodes=node_views(graph, tasks, table),
+            training=training,
+            platforms=self.platforms,
+        )
+        verify.verify_plan(plan)
+        return plan
+
+    def _resolve(self) -> dict[str, Policy]:
+        found = resolve(self.spec.policies or {}, self.paths)
+        return {path: policy for path, (_, policy) in found.items()}
+
+    def _bind(self, graph: Graph, stores: Sequence[StoreDraft], parts: Sequence[PartBinding]) -> Bindings:
+        count = len(self.paths)
+        where = {leaf: (s, i) for s, store in enumerate(stores) for i, leaf in enumerate(store.leaves)}
+        outputs = graph.outputs[: 1 + self.aux_leaves]
+        return Bindings(
+            feeds={v: i for i, v in enumerate(graph.inputs[count:])},
+            fetches={int(v): i for i, v in enumerate(outputs)},  # pyright: ignore[reportArgumentType]
+            constants={v: i for i, v in enumerate(graph.constants)},
+            reads={v: where[i] for i, v in enumerate(graph.inputs[:count])},
+            parts=parts,
+        )
+
+    def _blocks(self, stages: Sequence[str]) -> tuple[dict[str, str], ...]:
+        """For each replica, the template's devices -> its own."""
+        width = len(self.template)
+        names = [d.name for d in self.devices]
+        return tuple(
+            {d.name: names[r * width + i] for i, d in enumerate(self.template) if d.name in stages}
+            for r in range(self.spec.replicas)
+        )
+

@@ -1,0 +1,1 @@
+"""Who starts the workers: threads of this process, or processes of this machine."""

@@ -1,0 +1,266 @@
+"""`dataflow`: any JAX function as a program on a cluster, called and decorated like `jax.jit`.
+
+The first call with arguments of new shapes compiles the function for the cluster's devices and loads the
+plan on its workers; every later one only feeds it. What decides is the signature: static arguments, tree
+structure, and the shape, dtype and weak type of each leaf, under the JAX settings in force.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+
+import jax
+from jax.core import Tracer
+from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+
+from flowml.errors import ClusterError
+from flowml_runtime.host.future import Future
+from flowml_runtime.host.leaves import signature
+from flowml_runtime.host.session import LoadedPlan, Session
+
+if TYPE_CHECKING:
+    from flowml.devices import Device
+    from flowml.plan import Plan
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ClusterLike(Protocol):
+    """What a dataflow program needs of a cluster."""
+
+    @property
+    def devices(self) -> Sequence[Device]: ...
+    @property
+    def session(self) -> Session: ...
+
+
+@dataclass
+class _Program:
+    """A compiled signature; loaded on the cluster once it is called."""
+
+    plan: Plan
+    out_tree: Any
+    handle: LoadedPlan | None = None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call's arguments, sorted: the key of its program, and the flat dynamic leaves."""
+
+    key: Hashable
+    leaves: list[Any]
+
+
+class Dataflow(Generic[P, R]):
+    """A function as a dataflow program; made by `dataflow`. Safe to call from several threads."""
+
+    def __init__(
+        self,
+        fn: Callable[P, R],
+        *,
+        cluster: ClusterLike | None,
+        placement: Any,
+        static_argnums: Sequence[int],
+        donate_argnums: Sequence[int],
+    ) -> None:
+        functools.update_wrapper(self, fn)
+        self._fn = fn
+        self._name = str(getattr(fn, "__name__", type(fn).__name__))
+        self._cluster = cluster
+        self._placement = placement
+        self._static = tuple(static_argnums)
+        self._donate = tuple(donate_argnums)
+        self._lock = threading.Lock()
+        self._programs: weakref.WeakKeyDictionary[ClusterLike, dict[Hashable, _Program]] = weakref.WeakKeyDictionary()
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function on the cluster. Under another JAX transformation it is inlined, as jit is."""
+        call = self._sort(args, kwargs)
+        if call is None:
+            return self._fn(*args, **kwargs)
+        session, program, handle = self._loaded(call, args, kwargs)
+        return cast(R, tree_unflatten(program.out_tree, session.call(handle, call.leaves)))
+
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        """Start a call and return at once; several may be under way. The future's result is the output pytree."""
+        call = self._sort(args, kwargs)
+        if call is None:
+            raise TypeError(
+                f"{self._name}.submit() cannot be traced by another JAX transformation; call {self._name}()"
+            )
+        session, program, handle = self._loaded(call, args, kwargs)
+        return session.submit(handle, call.leaves).then(lambda flat: cast(R, tree_unflatten(program.out_tree, flat)))
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """The plan for these arguments, which may be `jax.ShapeDtypeStruct`s. Compiles if need be; runs nothing."""
+        call = self._sort(args, kwargs)
+        if call is None:
+            raise TypeError(f"{self._name}.plan() cannot be traced by another JAX transformation")
+        return self._program(self._current(), call, args, kwargs).plan
+
+    def _sort(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
+        """None if an argument is being traced. Raises TypeError for one that is no array, ValueError for a static one
+        that has no hash."""
+        static: tuple[Any, ...] = ()
+        dynamic: tuple[Any, ...] = tuple(args)
+        if self._static:
+            positions = {i % len(args) for i in self._static if -len(args) <= i < len(args)}
+            static = tuple((i, args[i]) for i in sorted(positions))
+            dynamic = tuple(a for i, a in enumerate(args) if i not in positions)
+            _check_hashable(self._name, static)
+        leaves, tree = tree_flatten((dynamic, kwargs))
+        try:
+            signatures = tuple([signature(leaf) for leaf in leaves])
+        except TypeError:
+            raise self._not_an_array(dynamic, kwargs) from None
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            return None
+        return _Call((static, tree, signatures, _settings()), leaves)
+
+    def _loaded(
+        self, call: _Call, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Session, _Program, LoadedPlan]:
+        cluster = self._current()
+        program = self._program(cluster, call, args, kwargs)
+        session = cluster.session
+        handle = program.handle
+        if handle is None:
+            with self._lock:
+                handle = program.handle = program.handle or session.load(program.plan)
+        return session, program, handle
+
+    def _program(self, cluster: ClusterLike, call: _Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Program:
+        programs = self._programs.get(cluster)
+        found = programs.get(call.key) if programs is not None else None
+        if found is not None:
+            return found
+        with self._lock:
+            programs = self._programs.setdefault(cluster, {})
+            if call.key not in programs:
+                programs[call.key] = self._compile(cluster, args, kwargs)
+            return programs[call.key]
+
+    def _compile(self, cluster: ClusterLike, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Program:
+        from flowml.compile import compile_function
+
+        compiled = compile_function(
+            self._fn,
+            tuple(args),
+            dict(kwargs),
+            devices=cluster.devices,
+            placement=self._placement,
+            static_argnums=self._static,
+            donate_argnums=self._donate,
+            platforms=_platforms(cluster.devices),
+            name=self._name,
+        )
+        return _Program(compiled.plan, compiled.out_tree)
+
+    def _current(self) -> ClusterLike:
+        if self._cluster is not None:
+            return self._cluster
+        from flowml_runtime.cluster import current_cluster
+
+        cluster = current_cluster()
+        if cluster is None:
+            raise ClusterError(
+                f"{self._name} has no cluster to run on; call it inside `with fm.Cluster.local(workers=2):`, "
+                "or give fm.dataflow(..., cluster=...)"
+            )
+        return cast(ClusterLike, cluster)
+
+    def _not_an_array(self, dynamic: Sequence[Any], kwargs: Mapping[str, Any]) -> TypeError:
+        for path, leaf in tree_flatten_with_path((dynamic, dict(kwargs)))[0]:
+            try:
+                signature(leaf)
+            except TypeError:
+                where = f"args{keystr(path[1:])}" if path[0].idx == 0 else f"keyword {keystr(path[1:])}"
+                return TypeError(
+                    f"{self._name}: {where} is of type {type(leaf).__name__}, which is not an array; "
+                    "pass arrays or numbers, or list its position in static_argnums"
+                )
+        raise AssertionError("every leaf is an array")
+
+
+def _check_hashable(name: str, static: Sequence[tuple[int, Any]]) -> None:
+    for position, value in static:
+        try:
+            hash(value)
+        except TypeError:
+            raise ValueError(
+                f"{name}: static argument {position} is of type {type(value).__name__}, which cannot be hashed; "
+                "static arguments are part of what a plan is compiled for, so pass a hashable value"
+            ) from None
+
+
+def _platforms(devices: Sequence[Device]) -> tuple[str, ...]:
+    """The platforms to lower for, as `jax.export` calls them."""
+    return tuple(dict.fromkeys("cuda" if d.platform == "gpu" else d.platform for d in devices))
+
+
+def _settings() -> Hashable:
+    """The JAX settings that change what a function compiles to."""
+    config: Any = jax.config
+    return config.jax_enable_x64, config.jax_default_matmul_precision, config.jax_numpy_dtype_promotion
+
+
+@overload
+def dataflow(
+    fn: Callable[P, R],
+    *,
+    cluster: ClusterLike | None = None,
+    placement: Any = "auto",
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
+) -> Dataflow[P, R]: ...
+@overload
+def dataflow(
+    fn: None = None,
+    *,
+    cluster: ClusterLike | None = None,
+    placement: Any = "auto",
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
+) -> Callable[[Callable[P, R]], Dataflow[P, R]]: ...
+def dataflow(
+    fn: Callable[P, R] | None = None,
+    *,
+    cluster: ClusterLike | None = None,
+    placement: Any = "auto",
+    static_argnums: int | Sequence[int] = (),
+    donate_argnums: int | Sequence[int] = (),
+) -> Dataflow[P, R] | Callable[[Callable[P, R]], Dataflow[P, R]]:
+    """Run a JAX function as a dataflow program on a cluster; a function or a decorator, like `jax.jit`.
+
+    Args:
+        fn: takes and returns pytrees of arrays.
+        cluster: where to run; by default the innermost `with cluster:` at the time of the call.
+        placement: what goes where: "auto", a mapping from layer patterns to devices, `Pipeline`,
+            `AutoPlacement`, or a callable.
+        static_argnums: positions of arguments that are compiled in; they must be hashable.
+        donate_argnums: positions of arguments whose buffers the program may overwrite.
+
+    Returns: an object that is called like `fn`, with `.submit(...)` -> Future and `.plan(...)` -> Plan. A call
+    raises FlowmlError for what goes wrong on the way, TypeError for arguments that are no arrays.
+    """
+    options: dict[str, Any] = {
+        "cluster": cluster,
+        "placement": placement,
+        "static_argnums": _positions(static_argnums),
+        "donate_argnums": _positions(donate_argnums),
+    }
+    if fn is None:
+        return lambda function: Dataflow(function, **options)
+    if not callable(fn):
+        raise TypeError(f"dataflow() takes a function, got {type(fn).__name__}")
+    return Dataflow(fn, **options)
+
+
+def _positions(argnums: int | Sequence[int]) -> tuple[int, ...]:
+    return (argnums,) if isinstance(argnums, int) else tuple(argnums)

@@ -1,0 +1,96 @@
+"""Futures: the handle on a call that is under way.
+
+A `Future` is completed once, by whichever thread takes in the last result or the first fault. What turns
+raw results into what the caller sees (`finish`) runs in the first thread that asks for it, so that the
+receiving threads are never held up by it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar, cast
+
+from flowml.errors import DeadlineError
+
+_log = logging.getLogger("flowml")
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Future(Generic[T]):
+    """The result of a submitted call. Safe to use from any thread."""
+
+    def __init__(self, name: str, finish: Callable[[Any], T]) -> None:
+        """`name` is how errors call the work, e.g. "step 3 of f"."""
+        self.name = name
+        self._finish = finish
+        self._lock = threading.Lock()
+        self._done = threading.Lock()  # a latch: held until completion
+        self._done.acquire()
+        self._completed = False
+        self._finished = False
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._callbacks: list[Callable[[Future[T]], object]] = []
+
+    def done(self) -> bool:
+        """True once there is a result or an error."""
+        return self._completed
+
+    def result(self, timeout: float | None = None) -> T:
+        """The result; raises what went wrong, or DeadlineError after `timeout` seconds (the call goes on)."""
+        self._wait(timeout)
+        if self._error is not None:
+            raise self._error
+        if not self._finished:
+            with self._lock:
+                if not self._finished:
+                    self._value = self._finish(self._value)
+                    self._finished = True
+        return cast(T, self._value)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What went wrong, or None. Waits like `result`."""
+        self._wait(timeout)
+        return self._error
+
+    def add_done_callback(self, callback: Callable[[Future[T]], object]) -> None:
+        """Call `callback(self)` once done: at once if it is, else on a receiving thread, which it must not hold up."""
+        with self._lock:
+            if not self._completed:
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    def then(self, finish: Callable[[T], U]) -> Future[U]:
+        """A view of the same call whose result is `finish` of this one's."""
+        view: Future[U] = Future(self.name, lambda _: finish(self.result()))
+        self.add_done_callback(lambda _: view.complete(None, self._error))
+        return view
+
+    def complete(self, value: Any, error: BaseException | None = None) -> bool:
+        """Set the outcome; False if there is one already. For the runtime, not for callers of `submit`."""
+        with self._lock:
+            if self._completed:
+                return False
+            self._value, self._error, self._completed = value, error, True
+            callbacks, self._callbacks = self._callbacks, []
+        self._done.release()
+        for callback in callbacks:
+            try:
+                callback(self)
+            except Exception:  # it must not end the receiving thread that happened to run it
+                _log.exception("a done callback of %s failed", self.name)
+        return True
+
+    def _wait(self, timeout: float | None) -> None:
+        if self._completed:
+            return
+        if not self._done.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
+            raise DeadlineError(
+                f"{self.name} is not done after {timeout:g} s; it goes on, ask again or allow a longer timeout"
+            )
+        self._done.release()

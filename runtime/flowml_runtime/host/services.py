@@ -1,0 +1,174 @@
+"""What a dataflow step asks of its surroundings, answered: feeds, edges to other devices, fetches.
+
+`EdgeServices` is the part that every plan shares: a Send is pushed to the destination's worker and never
+waits for its Recv; a Recv takes from the mailbox, with a deadline. `DataflowServices` adds the driver's
+feeds and fetches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from flowml.errors import DeadlineError
+from flowml.plan import ArraySpec, Message
+from flowml_runtime.host.mailbox import Mailbox
+from flowml_runtime.host.programs import Array, JaxDevice, LoadedProgram, feed_slots
+from flowml_runtime.messages import Value, Wire
+
+DEADLINE_S = 300.0
+"""How long a Recv waits before the step fails."""
+
+
+class Sender(Protocol):
+    """The one thing that steps need of an endpoint."""
+
+    def send(self, peer: str, message: Wire, arrays: Sequence[Array] = ()) -> None: ...
+
+
+def ready(arrays: Sequence[Array]) -> Sequence[Array]:
+    """The arrays, once they are computed: what is sent must not fail or change afterwards."""
+    for array in arrays:
+        if isinstance(array, jax.Array):
+            array.block_until_ready()
+    return arrays
+
+
+def lendable(arrays: Sequence[Array], device: JaxDevice) -> Sequence[Array]:
+    """The arrays in the form in which another thread of this process may use them on any device.
+
+    On CPU that is a NumPy view of the buffer: it costs nothing, it keeps the buffer alive, and XLA never
+    overwrites a buffer that has a view. Elsewhere it is the JAX array itself.
+    """
+    if device.platform == "cpu":
+        return [np.asarray(a) for a in arrays]
+    return ready(arrays)
+
+
+def adopt(arrays: Sequence[Array], device: JaxDevice) -> Sequence[Array]:
+    """The arrays, with those on another device of this process brought over to `device`."""
+    here = {device}
+    return [jax.device_put(a, device) if isinstance(a, jax.Array) and a.devices() != here else a for a in arrays]
+
+
+def must_adopt(device: JaxDevice) -> bool:
+    """False where every array of this process is on `device` already, which is the common case on CPU."""
+    return jax.local_device_count() > 1 or device.platform != "cpu"
+
+
+def at_home(device: JaxDevice) -> bool:
+    """True for the device that JAX puts arrays on unasked.
+
+    A result from there can be returned as it is. From another device it goes by way of the host, since what
+    jit returns can be combined freely and an array bound to a second device cannot.
+    """
+    return device == jax.local_devices()[0]
+
+
+class EdgeServices:
+    """Sends and receives along a plan's edges, for one device: what dataflow and training plans share."""
+
+    def __init__(
+        self, plan_id: str, loaded: LoadedProgram, mailbox: Mailbox, sender: Sender, deadline_s: float = DEADLINE_S
+    ) -> None:
+        self.plan_id = plan_id
+        self.loaded = loaded
+        self.device = loaded.name
+        self.deadline_s = deadline_s
+        self._mailbox = mailbox
+        self._sender = sender
+        self._messages: tuple[Message, ...] = loaded.plan.messages
+        self._specs = [tuple(ArraySpec(t.shape, t.dtype) for t in m.transfers) for m in self._messages]
+        self._workers = [m.destination.split("/", 1)[0] for m in self._messages]
+        self._adopts = must_adopt(loaded.device)
+
+    def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
+        try:
+            arrays = self._mailbox.take(
+                (self.plan_id, step, self.device), ("edge", message, microbatch), self.deadline_s
+            )
+        except TimeoutError:
+            raise self._late(step, message) from None
+        return self.adopt(arrays)
+
+    def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None:
+        value = Value(
+            plan_id=self.plan_id,
+            step=step,
+            kind="edge",
+            index=message,
+            device=self._messages[message].destination,
+            microbatch=microbatch,
+            specs=self._specs[message],
+        )
+        self._sender.send(self._workers[message], value, lendable(arrays, self.loaded.device))
+
+    def should_abandon(self, step: int) -> bool:
+        return self._mailbox.is_cancelled((self.plan_id, step, self.device))
+
+    def adopt(self, arrays: Sequence[Array]) -> Sequence[Array]:
+        return adopt(arrays, self.loaded.device) if self._adopts else arrays
+
+    def _late(self, step: int, message: int) -> DeadlineError:
+        edge = self._messages[message]
+        return DeadlineError(
+            f"step {step} of plan {self.loaded.plan.name!r}: {self.device} waited {self.deadline_s:g} s for "
+            f"{edge} and it did not come; see whether {edge.source} is stuck, or allow a longer deadline",
+            worker=self.device.split("/", 1)[0],
+            step=step,
+            node=str(edge),
+        )
+
+
+class DataflowServices(EdgeServices):
+    """The services of a dataflow plan: inputs come with the feed, outputs go to the driver."""
+
+    def __init__(
+        self,
+        plan_id: str,
+        loaded: LoadedProgram,
+        mailbox: Mailbox,
+        sender: Sender,
+        driver: str,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        super().__init__(plan_id, loaded, mailbox, sender, deadline_s)
+        self._driver = driver
+        self._slots = feed_slots(loaded.program)
+        self._fed: Mapping[int, Array] = {}
+        self._number = loaded.plan.devices.index(self.device)
+        self._outputs = {o.index: o.spec for o in loaded.plan.outputs if o.kind == "fetch"}
+        self._at_home = at_home(loaded.device)
+
+    def begin(self, arrays: Sequence[Array]) -> None:
+        """Take in the feed of the step that runs next."""
+        self._fed = dict(zip(self._slots, self.adopt(arrays), strict=True))
+
+    def end(self) -> None:
+        """Let go of the inputs, which else would stay alive until the next step."""
+        self._fed = {}
+
+    def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
+        return [self._fed[s] for s in slots]
+
+    def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
+        value = Value(
+            plan_id=self.plan_id,
+            step=step,
+            kind="fetch",
+            index=self._number,
+            device=self.device,
+            microbatch=microbatch,
+            slots=tuple(slots),
+            specs=tuple(self._outputs[s] for s in slots),
+        )
+        self._sender.send(self._driver, value, ready(arrays) if self._at_home else lendable(arrays, self.loaded.device))
+
+    def read(self, step: int, store: int, leaves: Sequence[int]) -> Sequence[Array]:
+        raise NotImplementedError("a dataflow plan has no stores to read")
+
+    def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None:
+        raise NotImplementedError("a dataflow plan has no stores to push to")

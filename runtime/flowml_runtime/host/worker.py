@@ -1,0 +1,219 @@
+"""The worker: takes in messages, loads plans, and keeps one executor a (plan, device).
+
+Messages come in on the endpoint's receiving threads and none of them is ever held up: a value goes to the
+mailbox or an executor's queue, a plan to the loader thread. What a training plan adds is done by a handler
+of its own, made by `training_factory`, to which every message that is not a plan's static path is handed.
+
+    LoadPlan -> loader: compile -> Loaded | Failed        (to the peer that sent it, the plan's driver)
+    Value    -> mailbox (edge) | executor (feed)
+    StepFailed -> cancel the step     Unload, driver lost -> stop and forget the plan
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from flowml.errors import FlowmlError, WorkerLostError
+from flowml.plan import Plan
+from flowml_runtime.host.executor import Executor, StepProgram, prepare
+from flowml_runtime.host.faults import one_line, own_traceback, step_failed
+from flowml_runtime.host.local import LocalStep
+from flowml_runtime.host.mailbox import Mailbox
+from flowml_runtime.host.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
+from flowml_runtime.host.services import DEADLINE_S, DataflowServices, Sender
+from flowml_runtime.messages import Failed, Loaded, LoadPlan, StepFailed, Unload, Value, Wire
+
+JOIN_S = 5.0
+"""How long `close` waits for each thread. One that sits in a callback that never returns is left behind."""
+
+
+class TrainingHandler(Protocol):
+    """What hosts a training plan on this worker. Called on receiving threads: none of these may wait."""
+
+    def on_message(self, peer: str, message: Wire, arrays: Sequence[Array]) -> None: ...
+    def on_lost(self, peer: str, reason: str) -> None: ...
+    def close(self) -> None: ...
+
+
+TrainingFactory = Callable[["Worker", str, Plan, Mapping[str, LoadedProgram], str], TrainingHandler]
+"""(worker, plan id, plan, device -> its program, driver) -> handler"""
+
+
+def _default_training(
+    worker: Worker, plan_id: str, plan: Plan, programs: Mapping[str, LoadedProgram], driver: str
+) -> TrainingHandler:
+    from flowml_runtime.host.training import TrainingHost
+
+    return TrainingHost(worker, plan_id, plan, programs, driver)
+
+
+@dataclass
+class _Hosted:
+    """A plan on this worker. It exists from the moment its LoadPlan arrives; `executors` once it is compiled."""
+
+    driver: str
+    executors: dict[str, Executor] = field(default_factory=dict[str, Executor])
+    local: LocalStep | None = None
+    devices: tuple[str, ...] = ()
+    training: TrainingHandler | None = None
+    closed: bool = False
+
+
+class Worker:
+    """Runs this process's part of plans. `devices` maps device names ("worker:0/cpu:0") to JAX devices."""
+
+    def __init__(
+        self,
+        name: str,
+        devices: Mapping[str, JaxDevice],
+        endpoint: Sender,
+        *,
+        python: bool = False,
+        deadline_s: float = DEADLINE_S,
+        training_factory: TrainingFactory = _default_training,
+    ) -> None:
+        self.name = name
+        self.devices = dict(devices)
+        self.endpoint = endpoint
+        self.python = python
+        self.deadline_s = deadline_s
+        self.training_factory = training_factory
+        self.mailbox = Mailbox()
+        self._cache = ExecutableCache()
+        self._lock = threading.Lock()
+        self._plans: dict[str, _Hosted] = {}
+        self._stopped: list[Executor] = []
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
+
+    def on_message(self, peer: str, message: Wire, arrays: Sequence[Array]) -> None:
+        """Take one message in. Called by the endpoint on its receiving threads; returns at once."""
+        match message:
+            case Value(kind="edge"):
+                key = (message.kind, message.index, message.microbatch)
+                self.mailbox.put((message.plan_id, message.step, message.device), key, arrays)
+            case LoadPlan():
+                self._accept(peer, message, arrays)
+            case _:
+                hosted = self._plans.get(getattr(message, "plan_id", ""))
+                if hosted is not None:
+                    self._on_plan_message(hosted, peer, message, arrays)
+
+    def on_lost(self, peer: str, reason: str) -> None:
+        """A peer is gone. Plans it drove end; those it shared go on until their driver cancels steps."""
+        for plan_id, hosted in list(self._plans.items()):
+            if hosted.driver == peer:
+                self.unload(plan_id)
+            elif hosted.training is not None:
+                hosted.training.on_lost(peer, reason)
+
+    def local_step(self, plan_id: str) -> LocalStep | None:
+        """The short way to run a plan from this process, if the whole of it is one program on this worker."""
+        hosted = self._plans.get(plan_id)
+        return hosted.local if hosted is not None else None
+
+    def unload(self, plan_id: str) -> None:
+        """Stop and forget a plan. Does not wait for a task that runs now."""
+        with self._lock:
+            hosted = self._plans.pop(plan_id, None)
+            if hosted is None:
+                return
+            hosted.closed = True
+            executors = list(hosted.executors.values())
+            self._stopped = [e for e in self._stopped if not e.join(0)] + executors
+        self.mailbox.close(plan_id)
+        for executor in executors:
+            executor.stop()
+        if hosted.training is not None:
+            hosted.training.close()
+
+    def close(self) -> None:
+        """Unload every plan and end every thread. Idempotent."""
+        for plan_id in list(self._plans):
+            self.unload(plan_id)
+        self._loader.shutdown(wait=True, cancel_futures=True)
+        for plan_id in list(self._plans):  # one that arrived meanwhile
+            self.unload(plan_id)
+        for executor in self._stopped:
+            executor.join(JOIN_S)
+
+    def _on_plan_message(self, hosted: _Hosted, peer: str, message: Wire, arrays: Sequence[Array]) -> None:
+        if hosted.training is not None and not isinstance(message, Unload):
+            hosted.training.on_message(peer, message, arrays)
+        elif peer != hosted.driver:
+            return  # only the one who loaded a plan may drive it
+        elif isinstance(message, Value):
+            executor = hosted.executors.get(message.device)
+            if executor is not None and message.kind == "feed":
+                executor.feed(message.step, arrays)
+        elif isinstance(message, StepFailed):
+            for device in hosted.devices:
+                self.mailbox.cancel((message.plan_id, message.step, device))
+        elif isinstance(message, Unload):
+            self.unload(message.plan_id)
+
+    def _accept(self, driver: str, message: LoadPlan, arrays: Sequence[Array]) -> None:
+        with self._lock:
+            if message.plan_id in self._plans:
+                return
+            hosted = self._plans[message.plan_id] = _Hosted(driver)
+        self.mailbox.open(message.plan_id)
+        try:
+            self._loader.submit(self._load, message.plan_id, hosted, arrays)
+        except RuntimeError:  # closing
+            self.unload(message.plan_id)
+
+    def _load(self, plan_id: str, hosted: _Hosted, arrays: Sequence[Array]) -> None:
+        began = time.perf_counter()
+        try:
+            (data,) = arrays
+            plan = Plan.decode(np.asarray(data).tobytes(), f"plan {plan_id}")
+            programs = load_programs(plan, self.devices, self._cache, python=self.python)
+            self._install(plan_id, hosted, plan, programs)
+        except Exception as error:
+            self.unload(plan_id)
+            trace = "" if isinstance(error, FlowmlError) else own_traceback(error)
+            answer: Wire = Failed(
+                plan_id=plan_id, worker=self.name, node="load", error=one_line(error), traceback=trace
+            )
+        else:
+            answer = Loaded(plan_id=plan_id, worker=self.name, compile_seconds=time.perf_counter() - began)
+        self._tell(hosted.driver, answer)
+
+    def _install(self, plan_id: str, hosted: _Hosted, plan: Plan, programs: Mapping[str, LoadedProgram]) -> None:
+        if plan.training is not None:
+            handler = self.training_factory(self, plan_id, plan, programs, hosted.driver)
+            with self._lock:
+                hosted.devices, hosted.training = tuple(programs), handler
+                closed = hosted.closed
+            if closed:
+                handler.close()
+            return
+        with self._lock:
+            if not hosted.closed:
+                hosted.devices = tuple(programs)
+                steps = {d: prepare(p) for d, p in programs.items()}
+                hosted.executors = {d: self._executor(plan_id, hosted.driver, p, steps[d]) for d, p in programs.items()}
+                if len(plan.programs) == 1 and programs:
+                    ((device, loaded),) = programs.items()
+                    hosted.local = LocalStep(loaded, steps[device])
+
+    def _executor(self, plan_id: str, driver: str, loaded: LoadedProgram, program: StepProgram) -> Executor:
+        services = DataflowServices(plan_id, loaded, self.mailbox, self.endpoint, driver, self.deadline_s)
+
+        def on_fault(step: int, node: str, error: BaseException) -> None:
+            self._tell(driver, step_failed(plan_id, step, self.name, node, error))
+
+        return Executor(program, services, on_fault, f"{loaded.name} {plan_id}")
+
+    def _tell(self, driver: str, message: Wire) -> None:
+        try:
+            self.endpoint.send(driver, message)
+        except WorkerLostError:
+            return  # nobody is left to be told; on_lost unloads what it drove

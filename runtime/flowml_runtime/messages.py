@@ -1,0 +1,401 @@
+"""Everything that crosses a wire, as frozen types that check themselves when decoded.
+
+One msgspec tagged union, `Wire`, is the whole vocabulary. A message is a small msgpack header; the arrays
+it announces in `specs` follow it as raw bytes, so a decoder knows every length before it takes a byte of
+payload, and nothing is ever unpickled. Ids and clocks only: no array, handle or socket appears here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from flowml.plan import ArraySpec
+
+PROTOCOL = 1
+"""Version of this vocabulary; peers of another version are refused when they say hello."""
+
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_ARRAYS = 65536
+MAX_PAYLOAD_BYTES = 2**36
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Text = Annotated[str, msgspec.Meta(max_length=2**20)]
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+Specs = Annotated[tuple[ArraySpec, ...], msgspec.Meta(max_length=MAX_ARRAYS)]
+
+
+class _Wire(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Base of the wire messages. `specs` describes the arrays that follow the header, in order."""
+
+    specs: Specs = ()
+
+
+# Meeting: who is who, and who is alive.
+
+
+class Hello(_Wire, frozen=True):
+    """First message of every stream: who speaks, in which life, and which flowml."""
+
+    peer: Name
+    incarnation: Count
+    protocol: Count
+    version: Name
+
+
+class DeviceInfo(msgspec.Struct, frozen=True):
+    name: Name  # "worker:1/cpu:0"
+    platform: Name
+    memory_bytes: Count
+    cores: float
+
+
+class Join(_Wire, frozen=True):
+    """A worker asks to be admitted. `worker` is the name it asks for ("" lets the coordinator choose)."""
+
+    worker: Annotated[str, msgspec.Meta(max_length=256)]
+    address: Name
+    incarnation: Count
+    protocol: Count
+    version: Name
+    devices: tuple[DeviceInfo, ...]
+    python: bool = False
+
+
+class Welcome(_Wire, frozen=True):
+    worker: Name
+    heartbeat_s: float
+    timeout_s: float
+
+
+class Refused(_Wire, frozen=True):
+    reason: Text
+
+
+class Heartbeat(_Wire, frozen=True):
+    worker: Name
+    incarnation: Count
+
+
+class Member(msgspec.Struct, frozen=True):
+    worker: Name
+    address: Name
+    incarnation: Count
+    devices: tuple[DeviceInfo, ...]
+    python: bool = False
+
+
+class Members(_Wire, frozen=True):
+    """The coordinator's view, sent to all whenever it changes. `lost` names those gone and why."""
+
+    epoch: Count
+    members: tuple[Member, ...]
+    lost: tuple[tuple[Name, Text], ...] = ()
+
+
+class Leave(_Wire, frozen=True):
+    worker: Name
+    reason: Text = ""
+
+
+# Plans and steps.
+
+
+class LoadPlan(_Wire, frozen=True):
+    """Load a plan: its bytes follow as one uint8 array. The worker compiles everything, then says Loaded."""
+
+    plan_id: Name
+    peers: tuple[Name, ...] = ()
+
+
+class Loaded(_Wire, frozen=True):
+    plan_id: Name
+    worker: Name
+    compile_seconds: float
+
+
+class Unload(_Wire, frozen=True):
+    plan_id: Name
+
+
+class Value(_Wire, frozen=True):
+    """Arrays on their way to a Recv: key (plan, step, kind, index, microbatch, device) in the rendezvous.
+
+    `kind`: "edge" (index = message of the plan), "feed" (driver to device; index 0; one a step and device,
+    even when empty: it also starts the step), "fetch" (device to driver; index = device number in the plan,
+    `slots` says which outputs these are).
+    """
+
+    plan_id: Name
+    step: Count
+    kind: Literal["edge", "feed", "fetch"]
+    index: Count
+    device: Name
+    microbatch: Count = 0
+    slots: tuple[Count, ...] = ()
+
+
+class StepFailed(_Wire, frozen=True):
+    """A step cannot finish. Worker to driver with the cause; driver to workers so that nobody waits for it."""
+
+    plan_id: Name
+    step: Count
+    worker: Name
+    node: Text
+    kind: Literal["error", "deadline", "cancelled", "lost"]
+    error: Text
+    traceback: Text = ""
+
+
+class Failed(_Wire, frozen=True):
+    """Something outside a step failed on a worker (loading, training); ends the work of that plan."""
+
+    plan_id: Name
+    worker: Name
+    node: Text
+    error: Text
+    traceback: Text = ""
+
+
+# Training. A clock is a step of one replica; a store homes the parameters of one layer group.
+
+
+class Item(msgspec.Struct, frozen=True):
+    """A work item: `size` examples from `start` in the order of epoch `epoch`. `sequence` never repeats."""
+
+    sequence: Count
+    epoch: Count
+    start: Count
+    size: Count
+
+
+class StartTraining(_Wire, frozen=True):
+    """Begin a fit with a loaded training plan. Store values and the source follow in messages of their own.
+
+    `run` is the number of the fit's first step among all steps of the plan, so that no two fits share one.
+    `source`: "shipped" (arrays follow in `Source`) or "fed" (each Batch comes from the driver). `delays` slow
+    workers down on purpose: (worker, seconds added to each of its steps).
+    """
+
+    plan_id: Name
+    run: Count
+    total_clocks: Count
+    seed: Count
+    shuffle: bool
+    examples: Count
+    source: Literal["shipped", "fed"]
+    delays: tuple[tuple[Name, float], ...] = ()
+
+
+class Source(_Wire, frozen=True):
+    """Whole leaves of an array source for the stages on this worker; `slots` are the batch leaves."""
+
+    plan_id: Name
+    run: Count
+    slots: tuple[Count, ...]
+
+
+class Batch(_Wire, frozen=True):
+    """The leaves of one fed work item for one device."""
+
+    plan_id: Name
+    run: Count
+    device: Name
+    sequence: Count
+    slots: tuple[Count, ...]
+
+
+class StoreValue(_Wire, frozen=True):
+    """A store's parameters and optimizer state: driver to home at the start, home to driver at the end."""
+
+    plan_id: Name
+    run: Count
+    store: Count
+    version: Count
+
+
+class Ask(_Wire, frozen=True):
+    """A replica asks for work ahead of need: an item for each of `clocks`; `returned` it never began."""
+
+    plan_id: Name
+    run: Count
+    replica: Count
+    clocks: tuple[Count, ...]
+    returned: tuple[Item, ...] = ()
+
+
+class Grant(_Wire, frozen=True):
+    """The answer: (clock, item). No item for an asked clock means that there is no more work for it."""
+
+    plan_id: Name
+    run: Count
+    replica: Count
+    items: tuple[tuple[Count, Item], ...]
+    exhausted: bool = False
+
+
+class Begin(_Wire, frozen=True):
+    """The replica's first stage tells the others to begin `clock` with `item` (abandoning any earlier clock)."""
+
+    plan_id: Name
+    run: Count
+    replica: Count
+    clock: Count
+    item: Item
+    last: bool = False
+
+
+class Contribution(_Wire, frozen=True):
+    """Part of what one replica sends for one store at one clock. `weight` counts summed microbatch gradients.
+
+    `empty` says that the replica has nothing to give at this clock, so that nobody waits for it.
+    """
+
+    plan_id: Name
+    run: Count
+    store: Count
+    part: Count
+    replica: Count
+    incarnation: Count
+    clock: Count
+    base_version: Count
+    weight: Count
+    empty: bool = False
+
+
+class Arrived(_Wire, frozen=True):
+    """A home tells the leader of the decision that `replica`'s contribution to `store` at `clock` is complete."""
+
+    plan_id: Name
+    run: Count
+    store: Count
+    replica: Count
+    clock: Count
+
+
+class Commit(_Wire, frozen=True):
+    """The decision for `clock`: it is complete with the work of these replicas, and only these."""
+
+    plan_id: Name
+    run: Count
+    clock: Count
+    replicas: tuple[Count, ...]
+
+
+class Published(_Wire, frozen=True):
+    """A store's new version, sent unasked to its readers. `clocks`: finished clocks of each replica.
+
+    Without `specs` only the clocks moved.
+    """
+
+    plan_id: Name
+    run: Count
+    store: Count
+    version: Count
+    clocks: tuple[Count, ...]
+
+
+class Settled(_Wire, frozen=True):
+    """What became of work items, for the ledger: (item, fate), each item exactly once a run."""
+
+    plan_id: Name
+    run: Count
+    replica: Count
+    fates: tuple[tuple[Item, Literal["used", "dropped", "folded", "requeued"]], ...]
+
+
+class Report(_Wire, frozen=True):
+    """Loss (slot 0) and aux leaves of one replica's step, over its microbatches, from the stage that made them."""
+
+    plan_id: Name
+    run: Count
+    replica: Count
+    clock: Count
+    item: Item
+    slots: tuple[Count, ...]
+    seconds: float
+
+
+class Traffic(_Wire, frozen=True):
+    """What this worker sent for each store in the run, counted when it leaves for another worker.
+
+    `stores`: (store, contributions pushed, their bytes, bytes of those that crossed to another worker,
+    bytes of published parameters that crossed).
+    """
+
+    plan_id: Name
+    run: Count
+    worker: Name
+    stores: tuple[tuple[Count, Count, Count, Count, Count], ...]
+
+
+class Retired(_Wire, frozen=True):
+    """This stage of a replica pushes nothing more. Stage 0 speaks for the replica: it has no more work.
+
+    Each stage tells the homes, on the link that carried its contributions; stage 0 tells the other stages,
+    the leader of the decision and the driver too.
+    """
+
+    plan_id: Name
+    run: Count
+    replica: Count
+    stage: Count = 0
+
+
+class StopTraining(_Wire, frozen=True):
+    """End the run: homes answer with their StoreValue unless `discard`."""
+
+    plan_id: Name
+    run: Count
+    discard: bool = False
+
+
+Wire = (
+    Hello
+    | Join
+    | Welcome
+    | Refused
+    | Heartbeat
+    | Members
+    | Leave
+    | LoadPlan
+    | Loaded
+    | Unload
+    | Value
+    | StepFailed
+    | Failed
+    | StartTraining
+    | Source
+    | Batch
+    | StoreValue
+    | Ask
+    | Grant
+    | Begin
+    | Contribution
+    | Arrived
+    | Commit
+    | Published
+    | Settled
+    | Report
+    | Traffic
+    | Retired
+    | StopTraining
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Wire)
+
+
+def encode(message: Wire) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | memoryview) -> Wire:
+    """Raises msgspec.DecodeError (ValidationError) for anything that is not a well-formed message."""
+    if len(data) > MAX_HEADER_BYTES:
+        raise msgspec.ValidationError(f"header of {len(data)} bytes exceeds {MAX_HEADER_BYTES}")
+    message = _decoder.decode(data)
+    if sum(s.nbytes for s in message.specs) > MAX_PAYLOAD_BYTES:
+        raise msgspec.ValidationError(f"payload exceeds {MAX_PAYLOAD_BYTES} bytes")
+    return message

@@ -1,0 +1,258 @@
+"""Who belongs to the cluster: admits peers, watches over them, and tells everybody when that changes.
+
+Two kinds of peer join: workers, which offer devices, and observers (drivers), which offer none. Both are in
+`Members`, so that everyone has everyone's address. A name with an incarnation is one life of a peer: who
+joins again must bring a later incarnation, so that what an earlier life left under way is never taken for
+its successor's. A peer is lost by the first of: its process ended, its connection broke, it said so, or it
+was silent for `timeout_s`.
+
+Duties of the host:
+
+1. Pass on every Join, Heartbeat and Leave as `Received` from the peer that sent it, and do the actions in order.
+2. Tick several times per heartbeat. Time moves only with ticks.
+3. Report the end of a peer's connection once, and before anything from a later life of that peer.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from flowml_runtime.messages import Heartbeat, Join, Leave, Member, Members, Refused, Welcome, Wire
+from flowml_runtime.protocol.terms import ProtocolError
+
+HEARTBEAT_S = 0.5
+TIMEOUT_S = 5.0
+MAX_MEMBERS = 1024
+
+_WORKER = re.compile(r"worker:(0|[1-9]\d{0,8})")
+_OBSERVER = re.compile(r"driver(-[0-9a-zA-Z]{1,64})?")
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message of membership from `peer`, which is the name that its connection goes by."""
+
+    peer: str
+    message: Join | Heartbeat | Leave
+
+
+@dataclass(frozen=True)
+class ConnectionLost:
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ProcessExited:
+    """The process that ran `worker` is gone. Reported by whoever started it."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    now_s: float
+
+
+Event = Received | ConnectionLost | ProcessExited | Tick
+
+
+@dataclass(frozen=True)
+class Know:
+    """From now on `peer` is reached at `address`."""
+
+    peer: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Rename:
+    """The peer known as `peer` is called `name` from now on, and its connections with it."""
+
+    peer: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Send:
+    peer: str
+    message: Wire
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Nothing more is sent to `peer` after what has been."""
+
+    peer: str
+
+
+Action = Know | Rename | Send | Forget
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """A member, and when it was last heard of."""
+
+    member: Member
+    heard_s: float
+
+
+class Coordinator:
+    """The membership machine. Not safe for threads; the host guards it."""
+
+    def __init__(
+        self,
+        version: str,
+        protocol: int,
+        *,
+        heartbeat_s: float = HEARTBEAT_S,
+        timeout_s: float = TIMEOUT_S,
+        max_members: int = MAX_MEMBERS,
+    ) -> None:
+        self._version = version
+        self._protocol = protocol
+        self._heartbeat_s = heartbeat_s
+        self._timeout_s = timeout_s
+        self._max_members = max_members
+        self._now_s: float | None = None
+        self._epoch = 0
+        self._seats: dict[str, _Seat] = {}
+        self._last_life: dict[str, int] = {}
+        """Worker -> its latest incarnation, kept beyond its loss. Observers never come back under their name."""
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return tuple(seat.member for seat in self._seats.values())
+
+    def step(self, event: Event) -> list[Action]:
+        """Take one event in; returns what is to be done about it, in order."""
+        match event:
+            case Tick(now_s):
+                return self._tick(now_s)
+            case ConnectionLost(peer, reason) | ProcessExited(peer, reason):
+                return self._lose({peer: reason})
+            case Received(peer, Join() as join):
+                return self._join(peer, join)
+            case Received(_, Heartbeat(worker=worker, incarnation=incarnation)):
+                self._hear(worker, incarnation)
+                return []
+            case Received(peer, Leave(reason=reason)):
+                return self._lose({peer: reason or "it left"})
+
+    def validate(self) -> None:
+        """Raises ProtocolError if an invariant does not hold."""
+        addresses = [seat.member.address for seat in self._seats.values()]
+        if len(set(addresses)) != len(addresses):
+            raise ProtocolError(f"two members share an address: {sorted(addresses)}")
+        if len(self._seats) > self._max_members:
+            raise ProtocolError(f"{len(self._seats)} members, more than {self._max_members}")
+        for name, seat in self._seats.items():
+            member = seat.member
+            if member.worker != name or any(d.name.rpartition("/")[0] != name for d in member.devices):
+                raise ProtocolError(f"{name} has the seat or devices of another: {member}")
+            if bool(member.devices) != bool(_WORKER.fullmatch(name)):
+                raise ProtocolError(f"{name} has {len(member.devices)} devices")
+            if member.devices and self._last_life.get(name) != member.incarnation:
+                raise ProtocolError(f"{name} lives in incarnation {member.incarnation}, not its latest")
+            if seat.heard_s > self._now():
+                raise ProtocolError(f"{name} was heard of in the future")
+
+    def _now(self) -> float:
+        return self._now_s or 0.0
+
+    def _tick(self, now_s: float) -> list[Action]:
+        last = now_s if self._now_s is None else self._now_s
+        slept = max(0.0, now_s - last - self._heartbeat_s)
+        self._now_s = max(now_s, last)
+        if slept:
+            # The coordinator itself was suspended: the heartbeats of that time still wait to be read.
+            for name, seat in self._seats.items():
+                self._seats[name] = replace(seat, heard_s=min(seat.heard_s + slept, self._now_s))
+        silent = {n: s for n, s in self._seats.items() if self._now() - s.heard_s > self._timeout_s}
+        return self._lose({name: f"no heartbeat for {self._timeout_s:g} s" for name in silent})
+
+    def _hear(self, worker: str, incarnation: int) -> None:
+        seat = self._seats.get(worker)
+        if seat is not None and seat.member.incarnation == incarnation:
+            self._seats[worker] = replace(seat, heard_s=self._now())
+
+    def _join(self, peer: str, join: Join) -> list[Action]:
+        name = join.worker or self._free_name(join.incarnation)
+        reason = self._objection(name, join)
+        if reason is not None:
+            return self._refuse(peer, join.address, reason)
+        seat = self._seats.get(name)
+        if seat is not None and (seat.member.incarnation, seat.member.address) == (join.incarnation, join.address):
+            self._hear(name, join.incarnation)  # it asked again because the answer was slow
+            return [Send(name, self._welcome(name)), Send(name, self._view({}))]
+        actions: list[Action] = []
+        lost: dict[str, str] = {}
+        if seat is not None:
+            lost = {name: f"a new {name} took its place"}
+            actions += self._refuse(name, seat.member.address, f"{lost[name]}; stop this one")
+        devices = tuple(replace_name(d, name) for d in join.devices)
+        member = Member(
+            worker=name, address=join.address, incarnation=join.incarnation, devices=devices, python=join.python
+        )
+        self._seats[name] = _Seat(member, self._now())
+        if devices:
+            self._last_life[name] = join.incarnation
+        actions.append(Know(peer, join.address))
+        if peer != name:
+            actions.append(Rename(peer, name))
+        return [*actions, Send(name, self._welcome(name)), *self._announce(lost)]
+
+    def _objection(self, name: str, join: Join) -> str | None:
+        """Why this peer is not admitted, and what to do about it."""
+        if (join.version, join.protocol) != (self._version, self._protocol):
+            return (
+                f"it runs flowml {join.version} (protocol {join.protocol}) and this cluster "
+                f"flowml {self._version} (protocol {self._protocol}); install flowml {self._version} there"
+            )
+        kind = _WORKER if join.devices else _OBSERVER
+        if not kind.fullmatch(name):
+            return f"{name!r} is no name for a {'worker' if join.devices else 'driver'}; ask for none to be given one"
+        if len({d.name.rpartition("/")[2] for d in join.devices}) != len(join.devices):
+            return f"two of its devices have one name: {', '.join(d.name for d in join.devices)}; name each once"
+        holder = next((n for n, s in self._seats.items() if s.member.address == join.address), name)
+        if holder != name:
+            return f"its address {join.address} is that of {holder}; let each listen on an address of its own"
+        seat = self._seats.get(name)
+        latest = self._last_life.get(name, seat.member.incarnation if seat is not None else 0)
+        again = seat is not None and seat.member.address == join.address and latest == join.incarnation
+        if name in self._last_life | self._seats and join.incarnation <= latest and not again:
+            return (
+                f"its incarnation {join.incarnation} of {name} is not later than {latest}, seen before; "
+                "start it again, and if that does not help set its clock"
+            )
+        if seat is None and len(self._seats) >= self._max_members:
+            return f"the cluster is full with {self._max_members} members"
+        return None
+
+    def _refuse(self, peer: str, address: str, reason: str) -> list[Action]:
+        return [Know(peer, address), Send(peer, Refused(reason=reason)), Forget(peer)]
+
+    def _free_name(self, incarnation: int) -> str:
+        """The first worker's name that nobody has, nor had in a later life."""
+        numbers = range(len(self._seats) + len(self._last_life) + 1)
+        names = (f"worker:{i}" for i in numbers)
+        return next(n for n in names if n not in self._seats and self._last_life.get(n, -1) < incarnation)
+
+    def _lose(self, reasons: dict[str, str]) -> list[Action]:
+        lost = {name: reason for name, reason in reasons.items() if self._seats.pop(name, None) is not None}
+        return [*map(Forget, lost), *self._announce(lost)] if lost else []
+
+    def _announce(self, lost: dict[str, str]) -> list[Action]:
+        self._epoch += 1
+        view = self._view(lost)
+        return [Send(name, view) for name in self._seats]
+
+    def _view(self, lost: dict[str, str]) -> Members:
+        return Members(epoch=self._epoch, members=self.members, lost=tuple(lost.items()))
+
+    def _welcome(self, name: str) -> Welcome:
+        return Welcome(worker=name, heartbeat_s=self._heartbeat_s, timeout_s=self._timeout_s)
+
+

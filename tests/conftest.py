@@ -1,0 +1,112 @@
+"""What all tests share: seeds, clusters that are started once, and a check that nothing is left behind.
+
+Every test runs on the CPU with fixed seeds; the header of a run prints them. `FLOWML_TEST_SEED=7 make test` tries
+another one.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import random
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hypothesis
+import numpy as np
+import psutil
+import pytest
+
+if TYPE_CHECKING:
+    import flowml as fm
+
+SEED = int(os.environ.get("FLOWML_TEST_SEED", "0"))
+LEAK_DEADLINE_S = 10.0
+SHARED_MEMORY = Path("/dev/shm")
+
+hypothesis.settings.register_profile(
+    "flowml",
+    deadline=None,  # a first call compiles: a deadline would test the compiler's speed
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    max_examples=50,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("flowml")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seeds: FLOWML_TEST_SEED={SEED} for random, numpy and jax; Hypothesis derandomized"
+
+
+@pytest.fixture
+def seed() -> int:
+    """The seed of this run, for `jax.random.key(seed)` and for `fit(seed=seed)`."""
+    return SEED
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+@pytest.fixture(scope="session")
+def threads_cluster() -> Iterator[fm.Cluster]:
+    """Four workers inside this process. Shared by all tests: do not close it or kill its workers."""
+    import flowml as fm
+
+    with fm.Cluster.threads(workers=4) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def process_cluster() -> Iterator[fm.Cluster]:
+    """Two worker processes. Shared by all tests: do not close it or kill its workers."""
+    import flowml as fm
+
+    with fm.Cluster.local(workers=2) as cluster:
+        yield cluster
+
+
+def wait_until(condition: Callable[[], object], what: str, deadline_s: float = LEAK_DEADLINE_S) -> None:
+    """Return as soon as `condition()` is true; fail with `what` after `deadline_s`."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(f"not within {deadline_s:g} s: {what}")
+        threading.Event().wait(0.01)
+
+
+@pytest.fixture
+def no_leaks() -> Callable[[], AbstractContextManager[None]]:
+    """`with no_leaks(): …`: what the block started is gone soon after it: threads, processes, ports, shared memory."""
+    return _no_leaks
+
+
+@contextmanager
+def _no_leaks() -> Generator[None]:
+    before = _held()
+    yield
+    wait_until(lambda: _held() <= before, "everything that was started is gone", LEAK_DEADLINE_S)
+
+
+def _held() -> set[str]:
+    """Names of what this process holds now: threads, child processes, listening ports, shared memory files."""
+    process = psutil.Process()
+    held = {f"thread {t.ident} {t.name}" for t in threading.enumerate()}
+    held |= {f"process {p.pid} {p.name()}" for p in process.children(recursive=True)}
+    held |= {f"port {c.laddr.port}" for c in process.net_connections() if c.status == psutil.CONN_LISTEN}
+    return held | {f"shared memory {p.name}" for p in SHARED_MEMORY.glob("*flowml*")}

@@ -1,0 +1,66 @@
+"""Patterns pick policies, and the policies of one model must go together."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowml import policies
+from flowml.errors import PolicyError
+from flowml.policy import DEFAULT_PATTERN, Policy, Quorum, check_composition, resolve
+
+PATHS = ("params/conv1/kernel", "params/conv1/bias", "params/fc1/kernel", "head/w")
+
+
+def test_the_first_pattern_in_order_wins_and_params_need_not_be_named() -> None:
+    every, stale, rest = policies.every(4), policies.asynchronous(3), policies.synchronous(apply="sum")
+    found = resolve({"conv*": every, "params/fc?/kernel": stale, "*": rest}, PATHS)
+    assert list(found.values()) == [("conv*", every), ("conv*", every), ("params/fc?/kernel", stale), ("*", rest)]
+    assert list(found) == list(PATHS)
+
+
+def test_what_no_pattern_matches_is_synchronous() -> None:
+    assert resolve({"*/bias": policies.every(2)}, PATHS)["head/w"] == (DEFAULT_PATTERN, Policy())
+    assert resolve({}, PATHS) == {p: (DEFAULT_PATTERN, Policy()) for p in PATHS}
+
+
+def test_patterns_are_case_sensitive_on_every_platform() -> None:
+    with pytest.raises(PolicyError, match="matches no parameter"):
+        resolve({"CONV*": Policy()}, PATHS)
+
+
+def test_a_pattern_that_matches_nothing_names_what_there_is() -> None:
+    with pytest.raises(PolicyError, match=r"'cnov\*'.*params/conv1/kernel, .*head/w"):
+        resolve({"cnov*": Policy(), "*": Policy()}, PATHS)
+
+
+def test_a_long_list_of_parameters_is_cut_short() -> None:
+    with pytest.raises(PolicyError, match=r"… \(500 in all\)"):
+        resolve({"x": Policy()}, [f"layer{i}/w" for i in range(500)])
+
+
+def test_only_policies_are_policies() -> None:
+    with pytest.raises(PolicyError, match=r"policies\['\*'\] is 'sync'"):
+        resolve({"*": "sync"}, PATHS)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_item_must_not_be_half_used() -> None:
+    mixed = {"conv": policies.quorum(0.75), "fc": policies.asynchronous(3)}
+    with pytest.raises(PolicyError, match=r"'conv' .* with 'fc' .*half of it"):
+        check_composition(mixed, replicas=4)
+    assert check_composition(mixed, replicas=3) == ("'conv': Quorum(0.75) of 3 can never drop",)
+    assert check_composition({"conv": policies.synchronous(), "fc": policies.asynchronous()}, replicas=4) == ()
+
+
+def test_a_quorum_that_cannot_drop_is_remarked_upon_once() -> None:
+    notes = check_composition({"a": policies.quorum(0.75), "b": Policy(), "c": Policy(quorum=Quorum(5))}, replicas=2)
+    assert notes == ("'a': Quorum(0.75) of 2 can never drop", "'c': Quorum(5) of 2 can never drop")
+
+
+def test_different_rhythms_under_a_dropping_quorum_are_remarked_upon() -> None:
+    (note,) = check_composition({"a": policies.quorum(0.75), "b": policies.quorum(0.75, every=4)}, replicas=4)
+    assert "different rhythms" in note
+
+
+def test_somebody_has_to_train() -> None:
+    with pytest.raises(PolicyError, match="replicas=0"):
+        check_composition({}, replicas=0)

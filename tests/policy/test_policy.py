@@ -1,0 +1,118 @@
+"""A policy is a value that cannot be unsound."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from flowml import policies
+from flowml.errors import PolicyError
+from flowml.policy import UNBOUNDED, Every, Factors, Gradient, ParameterServer, Policy, Quorum
+
+
+def test_the_default_is_synchronous_data_parallelism() -> None:
+    policy = Policy()
+    assert policy == Policy(ParameterServer(), 0, Quorum(1.0), 1, Gradient(), (), "mean")
+    assert policy.clocked
+    assert policy.every == Every(push=1)
+
+
+@pytest.mark.parametrize("staleness", [1, 3, 3.0, UNBOUNDED])
+def test_staleness_alone_means_that_each_contribution_is_applied_on_arrival(staleness: float) -> None:
+    policy = Policy(staleness=staleness)
+    assert policy.quorum == Quorum(1, late="fold")
+    assert not policy.clocked
+    assert policy == Policy(staleness=staleness, quorum=Quorum(1, late="fold"))
+
+
+def test_a_quorum_keeps_stale_reads_on_the_clock() -> None:
+    assert Policy(staleness=2, quorum=Quorum(0.75)).clocked
+    assert Policy(staleness=2, quorum=Quorum(1)).clocked
+
+
+def test_one_replica_is_not_all_replicas() -> None:
+    assert Quorum(1) != Quorum(1.0)
+    assert len({Quorum(1), Quorum(1.0), Quorum(1.0)}) == 2
+
+
+def test_a_policy_is_a_value() -> None:
+    policy = Policy(staleness=3, every=4)
+    assert dataclasses.replace(policy, every=2) == Policy(staleness=3, every=2)
+    assert copy.deepcopy(policy) == policy == pickle.loads(pickle.dumps(policy))
+    assert hash(policy) == hash(Policy(staleness=3, every=Every(4)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.staleness = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Policy(topology="ring"), "flowml.ParameterServer"),
+        (lambda: Policy(filters=("top_k",)), "leave filters out"),
+        (lambda: Policy(apply="prox"), "'mean' or 'sum'"),
+        (lambda: Policy(payload="weights"), "flowml.Gradient.. or flowml.Factors"),
+        (lambda: Policy(quorum=0.75), "flowml.Quorum"),
+        (lambda: Quorum(0.75, of="samples"), "'replicas'"),
+        (lambda: Quorum(0.75, late="requeue"), "'drop' or 'fold'"),
+        (lambda: Every(push=4, pull=2), "leave pull out"),
+        (lambda: Policy(staleness=3, quorum=Quorum(2, late="fold")), "late='drop'"),
+    ],
+)
+def test_what_is_not_available_yet_says_what_is(make: object, reason: str) -> None:
+    with pytest.raises(PolicyError, match=reason) as caught:
+        make()  # pyright: ignore[reportCallIssue]
+    assert "not available yet" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: Policy(payload=Factors(), every=2), "cannot be added up"),
+        (lambda: Policy(staleness=-1), "newer than now"),
+        (lambda: Policy(staleness=1.5), "whole"),
+        (lambda: Policy(staleness=float("nan")), "staleness=nan"),
+        (lambda: Policy(staleness=True), "staleness=True"),
+        (lambda: Policy(staleness="none"), "staleness='none'"),
+        (lambda: Policy(quorum=Quorum(1, late="fold")), "older parameters"),
+        (lambda: Policy(staleness=UNBOUNDED, quorum=Quorum(0.5)), "pile up"),
+        (lambda: Policy(every=0), "at least 1"),
+        (lambda: Policy(every=2.0), "push=2.0"),
+        (lambda: Quorum(0), "at least 1"),
+        (lambda: Quorum(0.0), "lies in"),
+        (lambda: Quorum(1.5), "give an int"),
+        (lambda: Quorum(True), "fraction like"),
+        (lambda: Quorum("all"), "'all'"),
+    ],
+)
+def test_an_unsound_policy_cannot_be_made(make: object, reason: str) -> None:
+    with pytest.raises(PolicyError, match=reason):
+        make()  # pyright: ignore[reportCallIssue]
+
+
+@pytest.mark.parametrize(
+    ("policy", "text"),
+    [
+        (policies.synchronous(), "sync"),
+        (policies.every(4), "every 4"),
+        (policies.asynchronous(), "async"),
+        (policies.asynchronous(staleness=3, payload=Factors()), "async ≤3, factors"),
+        (policies.asynchronous(staleness=0), "sync"),
+        (policies.factors(), "sync, factors"),
+        (policies.quorum(0.75), "quorum 0.75 drop"),
+        (policies.quorum(3, every=2, staleness=1), "stale ≤1, every 2, quorum 3 drop"),
+        (policies.quorum(1, late="fold", staleness=2), "async ≤2"),
+        (policies.synchronous(apply="sum"), "sync, sum"),
+    ],
+)
+def test_short_names_are_compositions(policy: Policy, text: str) -> None:
+    assert policy.describe() == text
+
+
+def test_policies_need_no_jax() -> None:
+    code = "import sys, flowml.policies, flowml.policy; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

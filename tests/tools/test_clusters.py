@@ -1,0 +1,149 @@
+"""`flowml run`, `launch` and `worker`: real processes, stopped the way a user stops them."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+from pathlib import Path
+from typing import IO
+
+import psutil
+import pytest
+
+DOUBLE = """
+import sys
+import flowml as fm, jax.numpy as jnp
+double = fm.dataflow(lambda x: x * 2)
+print(sys.argv[1:], __name__, float(double(jnp.float32(21))))
+"""
+
+WAITS = """
+import threading
+print("ready", flush=True)
+threading.Event().wait()
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path):
+    def write(text: str) -> str:
+        (tmp_path / "script.py").write_text(text)
+        return "script.py"
+
+    return write
+
+
+def read_until(stream: IO[str] | None, ending: str) -> str:
+    """What `stream` says up to the line that starts with `ending`."""
+    assert stream is not None
+    lines: list[str] = []
+    for line in stream:
+        lines.append(line)
+        if line.startswith(ending):
+            return "".join(lines)
+    raise AssertionError(f"ended without {ending!r}: {lines}")
+
+
+def tree(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
+
+
+def test_run_gives_the_script_a_cluster_and_its_arguments(flowml, script) -> None:
+    done = flowml("run", "--workers", "1", script(DOUBLE), "a", "--workers", "9", check=True)
+    assert done.stdout == "['a', '--workers', '9'] __main__ 42.0\n"
+
+
+def test_run_ends_with_the_scripts_own_status(flowml, script) -> None:
+    assert flowml("run", "--workers", "1", script("raise SystemExit(7)")).returncode == 7
+
+
+def test_run_shows_an_exception_of_the_script_as_python_does(flowml, script) -> None:
+    done = flowml("run", "--workers", "1", script("def f():\n    return [][0]\nf()\n"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "Traceback (most recent call last):"
+    assert done.stderr.splitlines()[-1] == "IndexError: list index out of range"
+    assert "flowml_tools" not in done.stderr
+
+
+def test_run_shows_an_error_of_flowml_as_one_line(flowml, script) -> None:
+    text = "import flowml as fm\nfm.dataflow(lambda x: x + 1, placement={'*': 'worker:9'})(1.0)\n"
+    done = flowml("run", "--workers", "1", script(text))
+    assert done.returncode == 2
+    assert re.fullmatch(r"flowml: error: .*worker:9.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_run_takes_its_workers_with_it(start_flowml, script, stop: signal.Signals) -> None:
+    process = start_flowml("run", "--workers", "2", script(WAITS))
+    read_until(process.stdout, "ready")
+    workers = tree(process)
+    assert len(workers) >= 2
+    process.send_signal(stop)
+    assert process.wait(timeout=20) == (-stop if stop == signal.SIGKILL else 128 + stop)
+    assert_gone(workers)
+    if stop != signal.SIGKILL:
+        assert "Traceback" not in process.stderr.read()
+
+
+def launch(start_flowml, *options: str) -> tuple[subprocess.Popen[str], str, Path]:
+    """A launched cluster: its process, address and token file."""
+    process = start_flowml("launch", *options)
+    said = read_until(process.stdout, "Ctrl-C stops it.")
+    found = re.search(r"cluster at (\S+), token in (\S+)", said)
+    assert found is not None
+    return process, found[1], Path(found[2])
+
+
+def test_a_launched_cluster_serves_scripts_and_takes_more_workers(flowml, start_flowml, script) -> None:
+    launched, address, token_file = launch(start_flowml, "-n", "1")
+    assert token_file.stat().st_mode & 0o777 == 0o600
+    token = token_file.read_text().strip()
+    options = ("--token-file", token_file)
+
+    done = flowml("run", "--on", address, *options, script(DOUBLE), check=True)
+    assert done.stdout == "[] __main__ 42.0\n"
+
+    joined = start_flowml("worker", address, *options)
+    read_until(joined.stdout, "joined")
+    count = script("import flowml_runtime.cluster as c\nprint(len(c.current_cluster().devices))\n")
+    assert flowml("run", "--on", address, *options, count, check=True).stdout == "2\n"
+
+    processes = [psutil.Process(p.pid) for p in (launched, joined)] + tree(launched) + tree(joined)
+    assert not any(token in " ".join(p.cmdline()) for p in processes)
+    launched.send_signal(signal.SIGINT)
+    assert launched.wait(timeout=20) == 130
+    assert "Traceback" not in launched.stderr.read()
+    assert_gone(processes)
+    assert not token_file.exists()
+
+
+def test_a_wrong_token_is_refused_in_one_line(flowml, start_flowml, script, tmp_path: Path) -> None:
+    launched, address, _ = launch(start_flowml, "-n", "1")
+    wrong = tmp_path / "wrong"
+    wrong.write_text("guess")
+    wrong.chmod(0o600)
+    done = flowml("run", "--on", address, "--token-file", wrong, script(DOUBLE))
+    assert done.returncode == 1
+    assert re.fullmatch(r"flowml: error: .*token.*\n", done.stderr)
+    launched.send_signal(signal.SIGINT)
+    assert launched.wait(timeout=20) == 130
+
+
+def test_launch_beyond_loopback_needs_tls(flowml) -> None:
+    done = flowml("launch", "--bind", "0.0.0.0:0")
+    assert done.returncode == 1
+    assert "TLS" in done.stderr.splitlines()[-1]
+
+
+def test_launch_writes_the_token_where_it_is_told(start_flowml, tmp_path: Path) -> None:
+    process, _, token_file = launch(start_flowml, "-n", "1", "--token-file", "mine")
+    assert token_file == Path("mine")
+    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    assert (tmp_path / "mine").exists()

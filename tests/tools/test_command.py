@@ -1,0 +1,91 @@
+"""The command as such: help, versions, and how mistakes are told."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+import flowml as fm
+from flowml_tools.main import main
+
+COMMANDS = ("run", "launch", "worker", "viz", "doctor")
+
+
+def test_help_lists_the_commands_and_is_quick(flowml) -> None:
+    flowml("--help")  # writes the bytecode
+    start = time.perf_counter()
+    done = flowml("--help", check=True)
+    assert time.perf_counter() - start < 1.0  # 0.3 s on an idle machine
+    assert all(f"\n    {command}" in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+    assert exit_info.value.code == 0
+    assert "--traceback" in capsys.readouterr().out
+
+
+def test_version(flowml) -> None:
+    assert flowml("--version", check=True).stdout == f"flowml {fm.__version__}\n"
+
+
+def write(folder: Path, name: str, text: str, mode: int = 0o644) -> Path:
+    path = folder / name
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "missing.py"], "there is no file 'missing.py'"),
+        (["run", "."], "'.' is a folder"),
+        (["run", "--workers", "0", "x.py"], "0 is too few"),
+        (["run", "--on", "nowhere", "x.py"], "'nowhere' is not HOST:PORT"),
+        (["run", "--on", "127.0.0.1:1", "--workers", "2", "x.py"], "give one of them"),
+        (["run", "--on", "127.0.0.1:1", "x.py"], "give --token-file"),
+        (["run", "--on", "127.0.0.1:1", "--token-file", "none", "x.py"], "token file 'none' does not exist"),
+        (["run", "--on", "127.0.0.1:1", "--token-file", "open", "x.py"], "chmod 600 open"),
+        (["run", "--on", "127.0.0.1:1", "--token-file", "empty", "x.py"], "token file 'empty' is empty"),
+        (["run", "--token-file", "open", "x.py"], "--token-file goes with --on"),
+        (["launch", "--tls-cert", "open"], "--tls-cert and --tls-key belong together"),
+        (["launch", "--tls-ca", "none"], "--tls-ca 'none' does not exist"),
+        (["worker", "127.0.0.1:1"], "give --token-file"),
+        (["viz", "x.py", "-o", "g.svg"], "'x.py' is not FILE.py:FUNCTION"),
+        (["viz", "x.py:f", "-o", "g.png"], "cannot draw 'g.png'"),
+        (["viz", "x.py:f", "-o", "no/g.svg"], "the folder of 'no/g.svg' does not exist"),
+        (["viz", "y.py:f", "-o", "g.svg"], "there is no file 'y.py'"),
+        (["nonsense"], "invalid choice"),
+    ],
+)
+def test_a_wrong_call_is_one_readable_line(
+    arguments: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write(tmp_path, "x.py", "")
+    write(tmp_path, "open", "token\n")
+    write(tmp_path, "empty", "", 0o600)
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(arguments)
+    except SystemExit as exit_info:  # argparse's own errors
+        status = exit_info.code
+    assert status == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in last
+    assert says in last
+
+
+def test_traceback_shows_the_rest(flowml) -> None:
+    done = flowml("run", "--traceback", "missing.py")
+    assert done.returncode == 2
+    assert "Traceback (most recent call last)" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("flowml: error: there is no file")

@@ -1,0 +1,193 @@
+"""`flowml doctor`: what this machine has, measured rather than looked up where that is possible.
+
+A report is a stream of facts. Each is printed as soon as it is known, which is also the progress; `--json` collects
+the same facts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import flowml
+from flowml_tools.command import cores
+
+SUMMARY = "what this machine has, measured: cores, memory, links, versions"
+DESCRIPTION = "Measure what matters to flowml on this machine. Takes a few seconds; nothing is changed."
+PACKAGES = ("jax", "jaxlib", "numpy", "optax", "grpcio", "msgspec")
+FEW_FILES = 1024
+LITTLE_SHARED_MEMORY = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of the report. `value` is what `--json` gives (SI units), `text` what a person reads."""
+
+    section: str
+    name: str
+    value: object
+    text: str
+    advice: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object; rates are in bytes/s, times in s")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    facts = _collect() if arguments.json else list(_print(_facts()))
+    if arguments.json:
+        print(json.dumps(_nested(facts), indent=2))
+    return 0
+
+
+def _facts() -> Iterator[Fact]:
+    yield from _versions()
+    yield from _machine()
+    yield from _devices()
+    yield from _links()
+    yield from _programs()
+
+
+def _print(facts: Iterator[Fact]) -> Iterator[Fact]:
+    section = ""
+    advice: list[str] = []
+    for fact in facts:
+        if fact.section != section:
+            section = fact.section
+            print(section)
+        print(f"  {fact.name:<18}{fact.text}", flush=True)
+        if fact.advice:
+            advice.append(fact.advice)
+        yield fact
+    for line in advice:
+        print(f"advice: {line}")
+
+
+def _collect() -> list[Fact]:
+    facts: list[Fact] = []
+    for fact in _facts():
+        facts.append(fact)
+        if sys.stderr.isatty():
+            print(f"\r\033[K{fact.section}: {fact.name}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    return facts
+
+
+def _nested(facts: list[Fact]) -> dict[str, object]:
+    sections: dict[str, dict[str, object]] = {}
+    for fact in facts:
+        sections.setdefault(fact.section, {})[fact.name] = fact.value
+    return {**sections, "advice": [f.advice for f in facts if f.advice]}
+
+
+def _versions() -> Iterator[Fact]:
+    yield Fact("versions", "flowml", flowml.__version__, f"{flowml.__version__} ({Path(flowml.__file__).parent})")
+    yield Fact("versions", "python", platform.python_version(), f"{platform.python_version()} ({sys.executable})")
+    for package in PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield Fact("versions", package, None, "not installed as a package")
+        else:
+            yield Fact("versions", package, version, version)
+
+
+def _machine() -> Iterator[Fact]:
+    import psutil
+
+    yield Fact("machine", "system", platform.platform(), platform.platform())
+    count = os.cpu_count() or 1
+    yield Fact("machine", "cores", count, str(count))
+    yield Fact("machine", "usable cores", cores(), f"{cores()} (affinity {sorted(os.sched_getaffinity(0))})")
+    quota = _cpu_quota()
+    if quota is not None:
+        slow = f"the container gives {quota:g} cores' worth of time; --workers {max(1, int(quota))} fits it"
+        yield Fact("machine", "cpu quota", quota, f"{quota:g} cores", slow if quota < cores() else "")
+    memory = psutil.virtual_memory()
+    yield Fact("machine", "memory", memory.total, _size(memory.total))
+    yield Fact("machine", "available memory", memory.available, _size(memory.available))
+    limit = _cgroup("memory.max")
+    if limit.isdecimal():
+        yield Fact("machine", "memory limit", int(limit), f"{_size(int(limit))} (container)")
+    yield from _shared_memory()
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    few = "raise the limit of open files (ulimit -n 4096) before you start many workers"
+    yield Fact("machine", "open files", files, str(files), few if files < FEW_FILES else "")
+
+
+def _shared_memory() -> Iterator[Fact]:
+    if not Path("/dev/shm").is_dir():
+        return
+    free = shutil.disk_usage("/dev/shm").free
+    little = f"/dev/shm has {_size(free)} free; in a container, start it with a larger --shm-size"
+    yield Fact("machine", "shared memory", free, f"{_size(free)} free", little if free < LITTLE_SHARED_MEMORY else "")
+
+
+def _cgroup(name: str) -> str:
+    try:
+        return Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _cpu_quota() -> float | None:
+    quota, _, period = _cgroup("cpu.max").partition(" ")
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
+
+
+def _devices() -> Iterator[Fact]:
+    import jax
+
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        yield Fact("devices", "jax", None, f"none: {reason}", "JAX finds no device; try JAX_PLATFORMS=cpu")
+        return
+    for device in devices:
+        yield Fact("devices", f"{device.platform}:{device.id}", device.device_kind, device.device_kind)
+
+
+def _links() -> Iterator[Fact]:
+    from flowml_tools import measure
+
+    rate = measure.memcpy()
+    yield Fact("links", "memcpy", {"bytes_per_s": rate}, _rate(rate))
+    for name, link in (("loopback TCP", measure.tcp), ("gRPC stream", measure.grpc_stream)):
+        try:
+            speed = link()
+        except measure.Unmeasured as error:
+            yield Fact("links", name, None, f"failed: {error}", "something keeps processes from talking over 127.0.0.1")
+            continue
+        value = {"bytes_per_s": speed.bytes_per_s, "round_trip_s": speed.round_trip_s}
+        yield Fact("links", name, value, f"{_rate(speed.bytes_per_s)}, round trip {speed.round_trip_s * 1e6:.0f} µs")
+
+
+def _programs() -> Iterator[Fact]:
+    dot = shutil.which("dot")
+    if dot is None:
+        missing = "install Graphviz (apt install graphviz, brew install graphviz) to draw plans as SVG"
+        yield Fact("programs", "dot", None, "not found", missing)
+        return
+    version = subprocess.run([dot, "-V"], capture_output=True, text=True, check=False).stderr.strip()
+    yield Fact("programs", "dot", version, f"{version} ({dot})")
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.2f} GB/s"

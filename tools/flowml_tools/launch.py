@@ -1,0 +1,84 @@
+"""`flowml launch`: start a cluster that others connect to, and keep it until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from flowml_tools.command import add_tls, address, positive, read_token, tls_files
+
+if TYPE_CHECKING:
+    from flowml_runtime.cluster import LaunchedCluster
+
+SUMMARY = "start a cluster and print how to connect to it"
+DESCRIPTION = """\
+Start a coordinator and N workers on this machine, print the lines that connect to them and that join more workers, and
+run until Ctrl-C. The token is written to a file that only its owner can read, and never printed.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-n", "--workers", type=positive, default=1, metavar="N", help="workers to start (default 1)")
+    parser.add_argument("--on", choices=["local"], default="local", help="where the workers run (default local)")
+    parser.add_argument(
+        "--bind",
+        type=address,
+        default="127.0.0.1:0",
+        metavar="HOST:PORT",
+        help="where to listen (default 127.0.0.1, any free port); beyond loopback TLS is required",
+    )
+    parser.add_argument("--token-file", type=Path, metavar="F", help="use the token in F, or write a new one there")
+    add_tls(parser)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    tls = tls_files(arguments)
+    with _token(arguments.token_file) as (token, path):
+        from flowml_runtime.cluster import LaunchedCluster
+
+        print(f"starting {arguments.workers} workers", file=sys.stderr)
+        cluster = LaunchedCluster(bind=arguments.bind, workers=arguments.workers, tls=tls, token=token)
+        try:
+            _announce(cluster, path)
+            cluster.wait()
+        finally:
+            cluster.close()
+    return 0
+
+
+def _announce(cluster: LaunchedCluster, token_file: Path) -> None:
+    at, options = cluster.address, f"--token-file {token_file}"
+    print(f"cluster at {at}, token in {token_file}")
+    print(f'  in Python:   fm.Cluster.connect("{at}", token=Path("{token_file}").read_text())')
+    print(f"  a script:    flowml run --on {at} {options} FILE.py")
+    print(f"  one more:    flowml worker {at} {options}")
+    print("Ctrl-C stops it.", flush=True)
+
+
+@contextmanager
+def _token(path: Path | None) -> Generator[tuple[str, Path]]:
+    """The token and the file that holds it: the user's file, made if it is not there, or one that goes at the end."""
+    if path is not None and path.exists():
+        yield read_token(path), path
+        return
+    if path is not None:
+        yield _write_token(path), path
+        return
+    with TemporaryDirectory(prefix="flowml-") as folder:
+        made = Path(folder, "token")
+        yield _write_token(made), made
+
+
+def _write_token(path: Path) -> str:
+    token = secrets.token_urlsafe(32)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(token + "\n")
+    return token

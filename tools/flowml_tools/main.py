@@ -1,0 +1,90 @@
+"""The door of the `flowml` command: one subcommand a module, errors as one readable line, Ctrl-C without a trace.
+
+The subcommands import flowml and JAX only when they run, so that `flowml --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import NoReturn
+
+from flowml_tools import doctor, launch, run, viz, worker
+from flowml_tools.command import CommandError
+
+INTERRUPTED = 128 + signal.SIGINT
+DESCRIPTION = "Run JAX functions as dataflow programs on many devices and machines."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script; returns the exit status: 0, 1 (failed), 2 (wrong call), 130 (Ctrl-C)."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return arguments.command(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`flowml doctor | head`); what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _report(error, arguments.traceback)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds like any other exit, so that clusters are closed on the way."""
+    raise SystemExit(128 + signum)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from flowml import __version__
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--traceback", action="store_true", help="with an error, show where it came from")
+    parser = argparse.ArgumentParser(prog="flowml", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"flowml {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for module in (run, launch, worker, viz, doctor):
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=module.DESCRIPTION,
+            parents=[shared],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.set_defaults(command=module.main)
+    return parser
+
+
+def _report(error: Exception, with_traceback: bool) -> int:
+    if with_traceback:
+        traceback.print_exception(error)
+    first, *rest = str(error).splitlines() or [""]
+    if _expected(error):
+        print(f"flowml: error: {first}", file=sys.stderr)
+    else:
+        print(f"flowml: error: {type(error).__name__}: {first} (--traceback shows where)", file=sys.stderr)
+    if rest and not with_traceback:
+        print("flowml: --traceback shows the rest", file=sys.stderr)
+    return 2 if _wrong_call(error) else 1
+
+
+def _expected(error: Exception) -> bool:
+    """Errors that say what is wrong and the fix in their own words."""
+    from flowml.errors import FlowmlError
+
+    return isinstance(error, CommandError | FlowmlError)
+
+
+def _wrong_call(error: Exception) -> bool:
+    from flowml.errors import PlacementError, PolicyError, UnsupportedError
+
+    return isinstance(error, CommandError | PlacementError | PolicyError | UnsupportedError)

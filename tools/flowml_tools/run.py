@@ -1,0 +1,58 @@
+"""`flowml run`: run a script with a cluster around it."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flowml_tools.command import CommandError, add_connection, address, connect, cores, positive
+from flowml_tools.script import own_errors, script
+
+if TYPE_CHECKING:
+    from flowml_runtime.cluster import Cluster
+
+SUMMARY = "run a script with a local cluster, or on one that runs already"
+DESCRIPTION = """\
+Run FILE.py as `python FILE.py ARGS` would, with a cluster around it that fm.dataflow and fm.Trainer find by
+themselves: worker processes on this machine, or with --on a cluster that `flowml launch` started. A cluster that the
+script makes itself works as ever, and comes first inside its own `with` block.
+
+Options of flowml go before FILE.py; what follows it is the script's.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=positive, metavar="N", help=f"worker processes (default: cores, {cores()})")
+    parser.add_argument("--on", type=address, metavar="HOST:PORT", help="a cluster that runs already")
+    add_connection(parser)
+    parser.add_argument("file", metavar="FILE.py", help="the script")
+    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    path = script(arguments.file)
+    with _cluster(arguments):
+        _run(path, arguments.args)
+    return 0
+
+
+def _cluster(arguments: argparse.Namespace) -> Cluster:
+    if arguments.on is not None:
+        if arguments.workers is not None:
+            raise CommandError("--workers starts a local cluster and --on joins one; give one of them")
+        return connect(arguments.on, arguments)
+    if arguments.token_file is not None:
+        raise CommandError("--token-file goes with --on HOST:PORT; a local cluster makes its own token")
+    import flowml as fm
+
+    return fm.Cluster.local(workers=arguments.workers or cores())
+
+
+def _run(path: Path, args: list[str]) -> None:
+    sys.argv = [str(path), *args]
+    sys.path.insert(0, str(path.resolve().parent))
+    with own_errors(path):
+        runpy.run_path(str(path), run_name="__main__")

@@ -1,0 +1,97 @@
+"""`flowml viz`: draw a function's plan without running it."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+from flowml_tools.command import CommandError, positive
+from flowml_tools.script import load, own_errors, script
+
+if TYPE_CHECKING:
+    from flowml.plan import Plan
+
+SUMMARY = "draw a function's plan"
+DESCRIPTION = """\
+Draw the plan of a function: which device runs what, and what crosses between them. Nothing is run but the file's
+own top level.
+
+FUNCTION is one of
+  a function of no arguments that returns an fm.Plan;
+  a function or an fm.dataflow, with example arguments beside it in the file: a tuple called FUNCTION_args, or else
+  example_args (arrays or jax.ShapeDtypeStruct; only their shapes and dtypes matter).
+"""
+SUFFIXES = (".svg", ".html", ".dot", ".txt")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="FILE.py:FUNCTION", help="the file and the function in it")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="G.svg", help="svg, html, dot or txt")
+    parser.add_argument("--workers", type=positive, default=2, metavar="N", help="plan for N workers (default 2)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    output: Path = arguments.output
+    if output.suffix not in SUFFIXES:
+        raise CommandError(f"cannot draw {str(output)!r}: name it .svg, .html, .dot or .txt")
+    if not output.parent.is_dir():
+        raise CommandError(f"the folder of {str(output)!r} does not exist")
+    text, colon, name = arguments.target.rpartition(":")
+    if not colon or not name.isidentifier():
+        raise CommandError(f"{arguments.target!r} is not FILE.py:FUNCTION")
+    path = script(text)
+    module = load(path)
+    with own_errors(path):
+        plan = _plan(module, path, name, [f"worker:{i}" for i in range(arguments.workers)])
+    plan.render(output)
+    print(f"{output}: {_count(len(plan.devices), 'device')}, {_count(len(plan.transfers), 'transfer')}")
+    return 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _plan(module: ModuleType, path: Path, name: str, devices: list[str]) -> Plan:
+    target = getattr(module, name, None)
+    if target is None:
+        raise CommandError(f"{str(path)!r} has no {name!r}; it has {', '.join(_functions(module)) or 'no functions'}")
+    from flowml.plan import Plan
+
+    if isinstance(target, Plan):
+        return target
+    if not callable(target):
+        raise CommandError(f"{name!r} in {str(path)!r} is a {type(target).__name__}, not a function or an fm.Plan")
+    found = _example_arguments(module, name)
+    if found is not None:
+        return _compile(target, found, devices)
+    if inspect.signature(target).parameters:
+        raise CommandError(f"{name!r} takes arguments: put examples beside it in {str(path)!r}, as {name}_args = (…,)")
+    plan = target()
+    if not isinstance(plan, Plan):
+        raise CommandError(f"{name}() returned a {type(plan).__name__}; a function of no arguments returns an fm.Plan")
+    return plan
+
+
+def _functions(module: ModuleType) -> list[str]:
+    return sorted(n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__)
+
+
+def _example_arguments(module: ModuleType, name: str) -> tuple[Any, ...] | None:
+    for attribute in (f"{name}_args", "example_args"):
+        if hasattr(module, attribute):
+            value = getattr(module, attribute)
+            if not isinstance(value, tuple):
+                raise CommandError(f"{attribute} is a {type(value).__name__}; make it a tuple of example arguments")
+            return cast("tuple[Any, ...]", value)
+    return None
+
+
+def _compile(target: Callable[..., Any], examples: tuple[Any, ...], devices: list[str]) -> Plan:
+    import flowml as fm
+
+    return fm.compile(target, *examples, devices=devices)
