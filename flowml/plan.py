@@ -29,6 +29,8 @@ DRIVER = "driver"
 
 Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Shape = Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=64)]
+"""NumPy's own bound on the rank; without one, multiplying a hostile shape's dimensions would take hours."""
 
 
 class ArraySpec(msgspec.Struct, frozen=True):
@@ -38,7 +40,7 @@ class ArraySpec(msgspec.Struct, frozen=True):
     whose buffer then is that of its uint32 key data (`shape` stays the key array's own).
     """
 
-    shape: tuple[Dimension, ...]
+    shape: Shape
     dtype: Annotated[str, msgspec.Meta(max_length=32)]
     weak_type: bool = False
 
@@ -70,7 +72,7 @@ class Transfer(msgspec.Struct, frozen=True):
 
     source: str
     destination: str
-    shape: tuple[Dimension, ...]
+    shape: Shape
     dtype: str
     nbytes: Dimension
     layer: str = ""

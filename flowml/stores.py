@@ -62,6 +62,8 @@ class StorePlanner:
     policies: Mapping[str, Policy]
     replicas: int
     microbatches: int
+    alone: bool = False
+    """One replica on one device: nothing leaves early, so one store a policy serves, and its apply is one whole update."""
     notes: list[str] = field(default_factory=list[str])
     products: Mapping[int, OuterProduct] = field(default_factory=dict[int, OuterProduct])
     product_graph: Graph | None = None
@@ -81,7 +83,8 @@ class StorePlanner:
 
         first: dict[tuple[str, Policy], int] = {}
         for i, path in enumerate(self.paths):
-            parent[find(i)] = find(first.setdefault((layer_of(path), self.policies[path]), i))
+            layer = "" if self.alone else layer_of(path)
+            parent[find(i)] = find(first.setdefault((layer, self.policies[path]), i))
         for group in self.slices.groups:
             self._check_coupled(group)
             for leaf in group:

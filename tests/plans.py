@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 import jax
@@ -149,3 +151,27 @@ def split_key() -> Plan:
     build.program(W0, Feed((0,), (0,)), Run(split, (0,), (1,)), Send(edge, (1,)), Fetch((0,), (1,)))
     build.program(W1, Recv(edge, (0,)), Run(draw, (0,), (1,)), Fetch((1,), (1,)))
     return build.build([key], [fetched(halves), fetched(VECTOR, 1)])
+
+
+class Gate:
+    """Holds callbacks on thread workers until it is opened. Found by name, since callbacks travel pickled."""
+
+    all: ClassVar[dict[str, Gate]] = {}
+
+    def __init__(self, name: str) -> None:
+        self.entered = threading.Semaphore(0)
+        self.opened = threading.Event()
+        Gate.all[name] = self
+
+
+def through_gate(name: str, x: Any) -> Any:
+    gate = Gate.all[name]
+    gate.entered.release()
+    if not gate.opened.wait(60.0):
+        raise TimeoutError(f"gate {name} was never opened")
+    return x
+
+
+def gated(name: str) -> Plan:
+    """x -> x on worker 0, as soon as the gate `name` is open, doubled on worker 1."""
+    return callback_then_double(functools.partial(through_gate, name))

@@ -18,7 +18,6 @@ from flowml.render.drawing import (
     PlacedCard,
     Rect,
     Words,
-    bracket,
     elbow,
     text_width,
     weight,
@@ -32,7 +31,7 @@ _PAD = 24.0
 _LANE = _BOX_WIDTH + 2 * _PAD
 _GUTTER = 44.0
 _HEADER = 52.0
-_ROW_GAP = 46.0
+_ROW_GAP = 52.0
 
 
 def box_height(box: Box) -> float:
@@ -99,7 +98,7 @@ def _outer_first(arrows: Sequence[Arrow], rows: Mapping[str, int]) -> list[Arrow
 
 @dataclass
 class _Router:
-    """Draws arrows one after the other and remembers which ports and gutter tracks are in use."""
+    """Draws arrows one after the other and remembers which ports, tracks and heights are in use."""
 
     placed: Mapping[str, PlacedBox]
     rows: Mapping[str, int]
@@ -108,24 +107,42 @@ class _Router:
     words: list[Words] = field(default_factory=list[Words])
     tracks: dict[float, int] = field(default_factory=dict[float, int])
     ports: dict[str, int] = field(default_factory=dict[str, int])
+    runs: dict[int, list[tuple[float, float, float]]] = field(default_factory=dict[int, list[tuple[float, float, float]]])
 
     def add(self, arrow: Arrow) -> None:
         source, target = self.placed[arrow.source].at, self.placed[arrow.target].at
         span = self.rows[arrow.target] - self.rows[arrow.source]
-        if source.x == target.x and span > 1:
+        if source.x == target.x and span != 1:
             data, label = self._around(source, target)
         elif span == 1:
-            x1, x2 = self._port(arrow.source, "out", source, target), self._port(arrow.target, "in", target, source)
-            middle = target.y - _ROW_GAP / 2
-            data = elbow([(x1, source.bottom), (x1, middle), (x2, middle), (x2, target.y)])
-            label = ((x1 + x2) / 2, middle)
+            data, label = self._across_gap(arrow, source, target)
         else:
             data, label = self._through_gutter(arrow, source, target)
-        self.paths.append(
-            Path(data, arrow.kind, 1.2 if arrow.kind == LOCAL else weight(arrow.nbytes), arrow.detail, arrow.source, arrow.target)
-        )
+        line = 1.2 if arrow.kind == LOCAL else weight(arrow.nbytes)
+        self.paths.append(Path(data, arrow.kind, line, arrow.detail, arrow.source, arrow.target))
         if arrow.label:
             self._label(arrow.label, *label)
+
+    def _across_gap(self, arrow: Arrow, source: Rect, target: Rect) -> tuple[str, tuple[float, float]]:
+        """To the next row: down, across in the gap, down."""
+        x1, x2 = self._port(arrow.source, "out", source, target), self._port(arrow.target, "in", target, source)
+        middle = self._height(self.rows[arrow.target], x1, x2)
+        points = [(x1, source.bottom), (x1, middle), (x2, middle), (x2, target.y)]
+        return elbow(points), ((x1 + x2) / 2, middle)
+
+    def _height(self, gap: int, x1: float, x2: float) -> float:
+        """A height in the gap above row `gap` at which nothing runs between `x1` and `x2` yet."""
+        left, right = min(x1, x2), max(x1, x2)
+        middle = sum(self.gaps[gap]) / 2
+        if left == right:
+            return middle
+        taken = self.runs.setdefault(gap, [])
+        for offset in (0, 8, -8, 16, -16):
+            if all(y != middle + offset or right < a or b < left for a, b, y in taken):
+                middle += offset
+                break
+        taken.append((left, right, middle))
+        return middle
 
     def _port(self, box: str, side: str, at: Rect, other: Rect) -> float:
         """Where an arrow meets a box: the middle for its own lane, to the side that the other end is on."""
@@ -138,21 +155,21 @@ class _Router:
 
     def _around(self, source: Rect, target: Rect) -> tuple[str, tuple[float, float]]:
         """Past the boxes between, in the lane's own margin."""
-        track = self.tracks[source.x] = self.tracks.get(source.x, 0) + 1
-        y1, y2 = source.cy + min(3.0 * track, 14), target.cy - min(3.0 * track, 14)
-        return bracket(source.x, y1, target.x, y2, 16 + 3.0 * min(track, 3)), (source.x, (y1 + y2) / 2)
+        track = self.tracks[source.x] = self.tracks.get(source.x, -1) + 1
+        x = source.x - 8 - 4 * (track % 4)
+        y1, y2 = source.cy + 5 * (track % 3), target.cy - 5 * (track % 3)
+        return elbow([(source.x, y1), (x, y1), (x, y2), (target.x, y2)], 7), (x, (y1 + y2) / 2)
 
     def _through_gutter(self, arrow: Arrow, source: Rect, target: Rect) -> tuple[str, tuple[float, float]]:
         """Down to the gap below the source, along the gutter beside the target, in above the target."""
-        to_the_right = target.x > source.x
-        gutter = target.x - _PAD - _GUTTER if to_the_right else target.right + _PAD
+        gutter = target.x - _PAD - _GUTTER if target.x > source.x else target.right + _PAD
         track = self.tracks[gutter] = self.tracks.get(gutter, -1) + 1
         x = gutter + 8 + (track * 9) % (_GUTTER - 12)
-        above = self.gaps[self.rows[arrow.source] + 1][1] - 12 - 4 * (track % 4)
-        below = self.gaps[self.rows[arrow.target]][1] - 16 - 4 * (track % 4)
         x1, x2 = self._port(arrow.source, "out", source, target), self._port(arrow.target, "in", target, source)
+        above = self._height(self.rows[arrow.source] + 1, x1, x)
+        below = self._height(self.rows[arrow.target], x, x2)
         points = [(x1, source.bottom), (x1, above), (x, above), (x, below), (x2, below), (x2, target.y)]
-        return elbow(points), ((x1 + x) / 2, above)
+        return elbow(points, 8), ((x1 + x) / 2, above)
 
     def _label(self, text: str, x: float, y: float) -> None:
         """Put a label at a place, or a little below or above where another one is."""

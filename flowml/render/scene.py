@@ -230,10 +230,11 @@ class _Walk:
             self.boxes[box.id] = box
 
     def _fetch_box(self) -> Box:
-        slots = tuple(dict.fromkeys(s for i in self.program.instructions if isinstance(i, Fetch) for s in i.slots))
+        slots = sorted({s for i in self.program.instructions if isinstance(i, Fetch) for s in i.slots})
         names = tuple("loss" if self.plan.training and s == 0 else f"output {s}" for s in slots)
+        title = names[0] if len(names) == 1 else f"outputs {listed(tuple(map(str, slots)), 3)}"
         total = sum(o.spec.nbytes for o in self.plan.outputs if o.kind == FETCH and o.index in slots)
-        return self._box(FETCH, FETCH, listed(names, 2), (bytes_text(total),), "to the driver:\n" + "\n".join(names))
+        return self._box(FETCH, FETCH, title, (bytes_text(total),), "to the driver:\n" + "\n".join(names))
 
     def _box(self, part: str, kind: str, title: str, facts: tuple[str, ...], detail: str) -> Box:
         return Box(self._id(part), kind, title, facts, self.program.device, len(self.boxes), detail, title)

@@ -130,9 +130,8 @@ def _task_lines(placed: PlacedBox) -> str:
 
 def _pill_lines(placed: PlacedBox) -> str:
     at, box = placed.at, placed.box
-    way = "in" if box.kind == FEED else "out"
     width = at.w - 36
-    title = fit(f"{way}: {box.title}", width, 12)
+    title = fit(f"in: {box.title}" if box.kind == FEED else box.title, width, 12)
     return _text(at.cx, at.y + 18, title, "small", "middle") + _text(
         at.cx, at.y + 32, fit(", ".join(box.facts), width, 11), "muted", "middle"
     )

@@ -48,14 +48,14 @@ def write(folder: Path, name: str, text: str, mode: int = 0o644) -> Path:
         (["run", "--workers", "0", "x.py"], "0 is too few"),
         (["run", "--on", "nowhere", "x.py"], "'nowhere' is not HOST:PORT"),
         (["run", "--on", "127.0.0.1:1", "--workers", "2", "x.py"], "give one of them"),
-        (["run", "--on", "127.0.0.1:1", "x.py"], "give --token-file"),
-        (["run", "--on", "127.0.0.1:1", "--token-file", "none", "x.py"], "token file 'none' does not exist"),
+        (["run", "--on", "127.0.0.1:1", "x.py"], "--token-file F names one"),
+        (["run", "--on", "127.0.0.1:1", "--token-file", "none", "x.py"], "cannot read the token file none"),
         (["run", "--on", "127.0.0.1:1", "--token-file", "open", "x.py"], "chmod 600 open"),
-        (["run", "--on", "127.0.0.1:1", "--token-file", "empty", "x.py"], "token file 'empty' is empty"),
+        (["run", "--on", "127.0.0.1:1", "--token-file", "empty", "x.py"], "token file empty is empty"),
         (["run", "--token-file", "open", "x.py"], "--token-file goes with --on"),
-        (["launch", "--tls-cert", "open"], "--tls-cert and --tls-key belong together"),
-        (["launch", "--tls-ca", "none"], "--tls-ca 'none' does not exist"),
-        (["worker", "127.0.0.1:1"], "give --token-file"),
+        (["launch", "--tls-cert", "open"], "--tls-cert, --tls-key and --tls-ca belong together"),
+        (["launch", "--tls-cert", "open", "--tls-key", "open", "--tls-ca", "none"], "--tls-ca 'none' is not a file"),
+        (["worker", "127.0.0.1:1"], "--token-file F names one"),
         (["viz", "x.py", "-o", "g.svg"], "'x.py' is not FILE.py:FUNCTION"),
         (["viz", "x.py:f", "-o", "g.png"], "cannot draw 'g.png'"),
         (["viz", "x.py:f", "-o", "no/g.svg"], "the folder of 'no/g.svg' does not exist"),
@@ -74,6 +74,7 @@ def test_a_wrong_call_is_one_readable_line(
     write(tmp_path, "open", "token\n")
     write(tmp_path, "empty", "", 0o600)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FLOWML_TOKEN_FILE", raising=False)
     try:
         status = main(arguments)
     except SystemExit as exit_info:  # argparse's own errors

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flowml_runtime.cluster import Cluster
+    from flowml_runtime.host.security import TLS
 
 
 class CommandError(Exception):
@@ -19,6 +19,11 @@ class CommandError(Exception):
 def cores() -> int:
     """Cores that this process may run on (its affinity), which can be fewer than the machine has."""
     return len(os.sched_getaffinity(0))
+
+
+def count(number: int, noun: str) -> str:
+    """`2 workers`, `1 worker`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def positive(text: str) -> int:
@@ -42,46 +47,52 @@ def address(text: str) -> str:
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
     """Arguments of a command that talks to a cluster that runs already."""
-    parser.add_argument("--token-file", type=Path, metavar="F", help="file with the token that `flowml launch` printed")
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="F",
+        help="the file with the token that `flowml launch` named (default: $FLOWML_TOKEN_FILE)",
+    )
     add_tls(parser)
 
 
 def add_tls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls-cert", type=Path, metavar="PEM", help="own certificate; TLS is required beyond loopback")
     parser.add_argument("--tls-key", type=Path, metavar="PEM", help="private key of --tls-cert")
-    parser.add_argument("--tls-ca", type=Path, metavar="PEM", help="authority that signed the certificates")
-
-
-def existing(path: Path, what: str) -> Path:
-    if not path.is_file():
-        raise CommandError(f"{what} {str(path)!r} does not exist")
-    return path
+    parser.add_argument("--tls-ca", type=Path, metavar="PEM", help="the authority that signed everybody's certificates")
 
 
 def read_token(path: Path | None) -> str:
-    """The token in `path`, which only its owner may be able to read. A token never stands in the arguments."""
-    if path is None:
-        raise CommandError("a cluster asks for its token: give --token-file with the file that `flowml launch` printed")
-    if stat.S_IMODE(existing(path, "token file").stat().st_mode) & 0o077:
-        raise CommandError(f"token file {str(path)!r} can be read by others: chmod 600 {path}")
-    token = path.read_text().strip()
-    if not token:
-        raise CommandError(f"token file {str(path)!r} is empty; use the one that `flowml launch` printed")
-    return token
+    """The token in `path` or in $FLOWML_TOKEN_FILE. A token itself never stands in the arguments."""
+    from flowml.errors import ClusterError
+    from flowml_runtime.host.security import find_token
+
+    try:
+        return find_token(path)
+    except ClusterError as error:
+        hint = "" if path else "; --token-file F names one"
+        raise CommandError(f"{error}{hint}") from None
 
 
-def tls_files(arguments: argparse.Namespace) -> dict[str, Path]:
-    """The --tls-* files that were given, by their name (cert, key, ca), each of which exists."""
-    given: dict[str, Any] = {name: getattr(arguments, f"tls_{name}") for name in ("cert", "key", "ca")}
-    files = {name: existing(path, f"--tls-{name}") for name, path in given.items() if path is not None}
-    if ("cert" in files) != ("key" in files):
-        raise CommandError("--tls-cert and --tls-key belong together; give both or neither")
-    return files
+def tls(arguments: argparse.Namespace) -> TLS | None:
+    """The three --tls-* files, or none of them."""
+    from flowml_runtime.host.security import TLS
+
+    given: dict[str, Path | None] = {name: getattr(arguments, f"tls_{name}") for name in ("cert", "key", "ca")}
+    files = {name: path for name, path in given.items() if path is not None}
+    if not files:
+        return None
+    if len(files) < len(given):
+        raise CommandError("--tls-cert, --tls-key and --tls-ca belong together; give all three")
+    for name, path in files.items():
+        if not path.is_file():
+            raise CommandError(f"--tls-{name} {str(path)!r} is not a file")
+    return TLS(**files)
 
 
 def connect(at: str, arguments: argparse.Namespace) -> Cluster:
     """The running cluster at `at`, with the token and TLS files that the arguments name."""
-    token, tls = read_token(arguments.token_file), tls_files(arguments)
+    token, secured = read_token(arguments.token_file), tls(arguments)
     import flowml as fm
 
-    return fm.Cluster.connect(at, token=token, tls=tls or None)
+    return fm.Cluster.connect(at, token=token, tls=secured)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import secrets
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from flowml_tools.command import add_tls, address, positive, read_token, tls_files
+from flowml_tools.command import add_tls, address, count, positive, read_token, tls
 
 if TYPE_CHECKING:
     from flowml_runtime.cluster import LaunchedCluster
@@ -39,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    tls = tls_files(arguments)
+    secured = tls(arguments)
     with _token(arguments.token_file) as (token, path):
         from flowml_runtime.cluster import LaunchedCluster
 
-        print(f"starting {arguments.workers} workers", file=sys.stderr)
-        cluster = LaunchedCluster(bind=arguments.bind, workers=arguments.workers, tls=tls, token=token)
+        print(f"starting {count(arguments.workers, 'worker')}", file=sys.stderr)
+        cluster = LaunchedCluster(bind=arguments.bind, workers=arguments.workers, tls=secured, token=token)
         try:
             _announce(cluster, path)
             cluster.wait()
@@ -65,20 +63,16 @@ def _announce(cluster: LaunchedCluster, token_file: Path) -> None:
 @contextmanager
 def _token(path: Path | None) -> Generator[tuple[str, Path]]:
     """The token and the file that holds it: the user's file, made if it is not there, or one that goes at the end."""
+    from flowml_runtime.host.security import new_token, write_token
+
     if path is not None and path.exists():
         yield read_token(path), path
         return
+    token = new_token()
     if path is not None:
-        yield _write_token(path), path
+        write_token(path, token)
+        yield token, path
         return
     with TemporaryDirectory(prefix="flowml-") as folder:
-        made = Path(folder, "token")
-        yield _write_token(made), made
-
-
-def _write_token(path: Path) -> str:
-    token = secrets.token_urlsafe(32)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(token + "\n")
-    return token
+        write_token(made := Path(folder, "token"), token)
+        yield token, made

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
-from flowml_tools.command import CommandError, positive
+from flowml_tools.command import CommandError, count, positive
 from flowml_tools.script import load, own_errors, script
 
 if TYPE_CHECKING:
@@ -48,12 +48,8 @@ def main(arguments: argparse.Namespace) -> int:
     with own_errors(path):
         plan = _plan(module, path, name, [f"worker:{i}" for i in range(arguments.workers)])
     plan.render(output)
-    print(f"{output}: {_count(len(plan.devices), 'device')}, {_count(len(plan.transfers), 'transfer')}")
+    print(f"{output}: {count(len(plan.devices), 'device')}, {count(len(plan.transfers), 'transfer')}")
     return 0
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _plan(module: ModuleType, path: Path, name: str, devices: list[str]) -> Plan:
@@ -78,7 +74,8 @@ def _plan(module: ModuleType, path: Path, name: str, devices: list[str]) -> Plan
 
 
 def _functions(module: ModuleType) -> list[str]:
-    return sorted(n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__)
+    own = (n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__)
+    return sorted(own)
 
 
 def _example_arguments(module: ModuleType, name: str) -> tuple[Any, ...] | None:

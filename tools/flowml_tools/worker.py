@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flowml_tools.command import add_connection, address, positive, read_token, tls_files
+from flowml_tools.command import add_connection, address, positive, read_token, tls
 
 SUMMARY = "join a cluster as one more worker"
 DESCRIPTION = "Join the cluster at HOST:PORT as one more worker, and serve it until it ends or Ctrl-C."
@@ -17,5 +17,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    token, tls = read_token(arguments.token_file), tls_files(arguments)
+    token, secured = read_token(arguments.token_file), tls(arguments)
     raise NotImplementedError

@@ -11,6 +11,7 @@ Duties of the host:
 1. Pass on every Join, Heartbeat and Leave as `Received` from the peer that sent it, and do the actions in order.
 2. Tick several times per heartbeat. Time moves only with ticks.
 3. Report the end of a peer's connection once, and before anything from a later life of that peer.
+4. A peer joins under a passing name that is its alone, and takes the one that `Welcome` gives it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from flowml_runtime.messages import Heartbeat, Join, Leave, Member, Members, Refused, Welcome, Wire
+from flowml_runtime.messages import DeviceInfo, Heartbeat, Join, Leave, Member, Members, Refused, Welcome, Wire
 from flowml_runtime.protocol.terms import ProtocolError
 
 HEARTBEAT_S = 0.5
@@ -180,29 +181,28 @@ class Coordinator:
 
     def _join(self, peer: str, join: Join) -> list[Action]:
         name = join.worker or self._free_name(join.incarnation)
-        reason = self._objection(name, join)
-        if reason is not None:
-            return self._refuse(peer, join.address, reason)
-        seat = self._seats.get(name)
-        if seat is not None and (seat.member.incarnation, seat.member.address) == (join.incarnation, join.address):
-            self._hear(name, join.incarnation)  # it asked again because the answer was slow
+        if self._is_seated(name, join):  # it asked again because the answer was slow
+            self._hear(name, join.incarnation)
             return [Send(name, self._welcome(name)), Send(name, self._view({}))]
-        actions: list[Action] = []
-        lost: dict[str, str] = {}
-        if seat is not None:
-            lost = {name: f"a new {name} took its place"}
-            actions += self._refuse(name, seat.member.address, f"{lost[name]}; stop this one")
-        devices = tuple(replace_name(d, name) for d in join.devices)
+        objection = self._objection(name, join)
+        if objection is not None:
+            # Who speaks under the name of a living member is not answered: the answer would go to that member.
+            answer = Send(peer, Refused(reason=objection))
+            return [] if peer in self._seats else [Know(peer, join.address), answer, Forget(peer)]
+        lost = {name: f"a new {name} took its place"} if name in self._seats else {}
+        devices = tuple(_named(d, name) for d in join.devices)
         member = Member(
             worker=name, address=join.address, incarnation=join.incarnation, devices=devices, python=join.python
         )
         self._seats[name] = _Seat(member, self._now())
         if devices:
             self._last_life[name] = join.incarnation
-        actions.append(Know(peer, join.address))
-        if peer != name:
-            actions.append(Rename(peer, name))
-        return [*actions, Send(name, self._welcome(name)), *self._announce(lost)]
+        named = [Know(peer, join.address), *([Rename(peer, name)] if peer != name else [])]
+        return [*named, Send(name, self._welcome(name)), *self._announce(lost)]
+
+    def _is_seated(self, name: str, join: Join) -> bool:
+        seat = self._seats.get(name)
+        return seat is not None and (seat.member.address, seat.member.incarnation) == (join.address, join.incarnation)
 
     def _objection(self, name: str, join: Join) -> str | None:
         """Why this peer is not admitted, and what to do about it."""
@@ -216,29 +216,28 @@ class Coordinator:
             return f"{name!r} is no name for a {'worker' if join.devices else 'driver'}; ask for none to be given one"
         if len({d.name.rpartition("/")[2] for d in join.devices}) != len(join.devices):
             return f"two of its devices have one name: {', '.join(d.name for d in join.devices)}; name each once"
-        holder = next((n for n, s in self._seats.items() if s.member.address == join.address), name)
-        if holder != name:
-            return f"its address {join.address} is that of {holder}; let each listen on an address of its own"
-        seat = self._seats.get(name)
-        latest = self._last_life.get(name, seat.member.incarnation if seat is not None else 0)
-        again = seat is not None and seat.member.address == join.address and latest == join.incarnation
-        if name in self._last_life | self._seats and join.incarnation <= latest and not again:
+        for holder, seat in self._seats.items():
+            if holder != name and seat.member.address == join.address:
+                return f"its address {join.address} is that of {holder}; let each listen on an address of its own"
+        latest = self._latest_life(name)
+        if join.incarnation <= latest:
             return (
                 f"its incarnation {join.incarnation} of {name} is not later than {latest}, seen before; "
                 "start it again, and if that does not help set its clock"
             )
-        if seat is None and len(self._seats) >= self._max_members:
+        if name not in self._seats and len(self._seats) >= self._max_members:
             return f"the cluster is full with {self._max_members} members"
         return None
 
-    def _refuse(self, peer: str, address: str, reason: str) -> list[Action]:
-        return [Know(peer, address), Send(peer, Refused(reason=reason)), Forget(peer)]
+    def _latest_life(self, name: str) -> int:
+        seat = self._seats.get(name)
+        return seat.member.incarnation if seat is not None else self._last_life.get(name, -1)
 
     def _free_name(self, incarnation: int) -> str:
         """The first worker's name that nobody has, nor had in a later life."""
         numbers = range(len(self._seats) + len(self._last_life) + 1)
         names = (f"worker:{i}" for i in numbers)
-        return next(n for n in names if n not in self._seats and self._last_life.get(n, -1) < incarnation)
+        return next(n for n in names if n not in self._seats and self._latest_life(n) < incarnation)
 
     def _lose(self, reasons: dict[str, str]) -> list[Action]:
         lost = {name: reason for name, reason in reasons.items() if self._seats.pop(name, None) is not None}
@@ -256,3 +255,11 @@ class Coordinator:
         return Welcome(worker=name, heartbeat_s=self._heartbeat_s, timeout_s=self._timeout_s)
 
 
+def _named(device: DeviceInfo, worker: str) -> DeviceInfo:
+    """The device under its full name; a worker that waits to be named offers "cpu:0" only."""
+    return DeviceInfo(
+        name=f"{worker}/{device.name.rpartition('/')[2]}",
+        platform=device.platform,
+        memory_bytes=device.memory_bytes,
+        cores=device.cores,
+    )

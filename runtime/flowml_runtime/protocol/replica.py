@@ -282,7 +282,9 @@ class Replica:
         return actions
 
     def _is_resolved(self, step: _Step) -> bool:
-        return step.finished if step.started else step.used is False
+        if step.used is None:
+            return False
+        return step.finished or not (step.started or step.used)
 
     def _advance(self) -> list[Action]:
         """Start, begin, ask and retire, as far as nothing stands in the way."""

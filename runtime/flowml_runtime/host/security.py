@@ -1,0 +1,119 @@
+"""Who may talk to whom: tokens, TLS files, and the rule that nothing listens or connects beyond this machine without both.
+
+A token is a secret that all members of a cluster share. It travels in the metadata of a call, is held in files that
+only their owner can read, and never in arguments, the environment or logs.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowml.errors import ClusterError
+
+TOKEN_FILE_VARIABLE = "FLOWML_TOKEN_FILE"
+
+
+@dataclass(frozen=True)
+class TLS:
+    """PEM files: this process's certificate and key, and the authority that signed everybody's."""
+
+    cert: Path
+    key: Path
+    ca: Path
+
+    @staticmethod
+    def of(given: TLS | Mapping[str, str | os.PathLike[str]] | None) -> TLS | None:
+        """From a mapping with "cert", "key" and "ca"; an empty one is None. Raises ClusterError for what is missing."""
+        if given is None or isinstance(given, TLS):
+            return given
+        if not given:
+            return None
+        missing = [name for name in ("cert", "key", "ca") if name not in given]
+        if missing or len(given) != 3:
+            raise ClusterError(f"TLS takes cert, key and ca, and nothing else; given: {', '.join(given)}")
+        return TLS(*(Path(given[name]) for name in ("cert", "key", "ca")))
+
+    def read(self) -> tuple[bytes, bytes, bytes]:
+        """Contents of cert, key and ca. Raises ClusterError naming the file that cannot be read."""
+        try:
+            return self.cert.read_bytes(), self.key.read_bytes(), self.ca.read_bytes()
+        except OSError as error:
+            raise ClusterError(f"cannot read the TLS file {error.filename}: {error.strerror}") from None
+
+
+def new_token() -> str:
+    return secrets.token_urlsafe(32)
+
+
+def same_token(a: str, b: str) -> bool:
+    """Compares in a time that does not depend on where they differ."""
+    return hmac.compare_digest(a.encode(), b.encode())
+
+
+def write_token(path: Path, token: str) -> None:
+    """Write a token into a new file that only its owner can read. Raises ClusterError if it exists already."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise ClusterError(f"token file {path} exists already; remove it or use the token in it") from None
+    with os.fdopen(descriptor, "w") as file:
+        file.write(token + "\n")
+
+
+def find_token(token: str | os.PathLike[str] | None) -> str:
+    """The token: itself, or read from the file that is named here or by FLOWML_TOKEN_FILE. Raises ClusterError."""
+    if token is None:
+        named = os.environ.get(TOKEN_FILE_VARIABLE)
+        if not named:
+            raise ClusterError(f"a cluster asks for its token: give token=, or a file in {TOKEN_FILE_VARIABLE}")
+        return _read_token(Path(named))
+    if not isinstance(token, str) or (os.sep in token and Path(token).exists()):
+        return _read_token(Path(token))
+    if not token.strip():
+        raise ClusterError("the token is empty; use the one that `flowml launch` wrote")
+    return token.strip()
+
+
+def _read_token(path: Path) -> str:
+    try:
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise ClusterError(f"token file {path} can be read by others: chmod 600 {path}")
+        token = path.read_text().strip()
+    except OSError as error:
+        raise ClusterError(f"cannot read the token file {path}: {error.strerror}") from None
+    if not token:
+        raise ClusterError(f"token file {path} is empty; use the one that `flowml launch` wrote")
+    return token
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of "host:port". Raises ClusterError."""
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isdecimal() and int(port) < 65536):
+        raise ClusterError(f"{address!r} is no address; give HOST:PORT, e.g. 127.0.0.1:7070")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_exposure(address: str, tls: TLS | None, token: str, what: str) -> None:
+    """Raises ClusterError if `what` ("listen on", "connect to") this address would leave the machine unprotected."""
+    if not token:
+        raise ClusterError(f"refusing to {what} {address} without a token")
+    if tls is None and not is_loopback(split_address(address)[0]):
+        raise ClusterError(
+            f"refusing to {what} {address} without TLS: beyond this machine a certificate, its key and a CA are "
+            "needed, tls={'cert': ..., 'key': ..., 'ca': ...}; or use 127.0.0.1"
+        )

@@ -1,0 +1,36 @@
+"""Tables for people: what each layer's policy is, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flowml.plan import Plan
+from flowml.render.units import bytes_text
+
+
+def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], *, steps: int) -> str:
+    """Policy, home and measured bytes by layer; `plain` is what a gradient from every replica and step would take."""
+    training = plan.training
+    assert training is not None
+    header = ("layer", "policy", "home", "parameters", "pushes", "pushed", "plain", "ratio", "crossed workers")
+    rows = [header]
+    for store in training.stores:
+        counts = traffic.get(store.name, {})
+        pushed = counts.get("pushed_bytes", 0)
+        plain = store.gradient_bytes * len(training.replicas) * steps
+        rows.append(
+            (
+                store.name,
+                store.policy,
+                store.home.split("/", 1)[0],
+                bytes_text(store.nbytes),
+                str(counts.get("pushes", 0)),
+                bytes_text(pushed),
+                bytes_text(plain),
+                f"{pushed / plain:.3f}" if plain else "-",
+                bytes_text(counts.get("pushed_wire_bytes", 0) + counts.get("published_wire_bytes", 0)),
+            )
+        )
+    widths = [max(len(r[i]) for r in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

@@ -1,0 +1,84 @@
+"""A cluster inside the test's own process: real workers and a real session, joined by direct calls.
+
+It has no queues and no threads of its own, so that a test of the executor or session sees only theirs, and
+`lose` makes a worker vanish at an exact moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from flowml.devices import Device, as_devices
+from flowml.errors import WorkerLostError
+from flowml_runtime.host.session import Session
+from flowml_runtime.host.worker import Worker
+from flowml_runtime.messages import Wire
+
+Receive = Callable[[str, Wire, Sequence[Any]], None]
+
+
+class DirectEndpoint:
+    """Delivers on the sender's thread."""
+
+    def __init__(self, name: str, receivers: dict[str, Receive]) -> None:
+        self.name = name
+        self.receivers = receivers
+        self.sent: list[tuple[str, Wire]] = []
+
+    def send(self, peer: str, message: Wire, arrays: Sequence[Any] = ()) -> None:
+        self.sent.append((peer, message))
+        receive = self.receivers.get(peer)
+        if receive is None:
+            raise WorkerLostError(f"{peer} is gone", worker=peer)
+        receive(self.name, message, list(arrays))
+
+
+class Network:
+    """`workers` workers of one device each, and the driver's session. Use as a context manager."""
+
+    def __init__(
+        self,
+        workers: int = 2,
+        *,
+        python: bool = True,
+        deadline_s: float = 60.0,
+        in_flight: int = 16,
+        local: bool = False,
+        devices: Sequence[Any] = (),
+    ) -> None:
+        self.receivers: dict[str, Receive] = {}
+        self.devices: tuple[Device, ...] = as_devices([f"worker:{n}" for n in range(workers)])
+        self.driver = DirectEndpoint("driver", self.receivers)
+        self.session = Session(self.driver, self.devices, in_flight=in_flight)
+        self.receivers["driver"] = self.session.on_message
+        self.workers: list[Worker] = []
+        for n, device in enumerate(self.devices):
+            place = devices[n] if devices else jax.local_devices()[0]
+            endpoint = DirectEndpoint(device.worker, self.receivers)
+            worker = Worker(device.worker, {device.name: place}, endpoint, python=python, deadline_s=deadline_s)
+            self.receivers[device.worker] = worker.on_message
+            self.workers.append(worker)
+            if local:
+                self.session.attach(worker)
+
+    def lose(self, name: str) -> None:
+        """The worker is gone: nothing reaches it or comes from it, and all peers are told."""
+        del self.receivers[name]
+        self.session.on_lost(name, "connection closed")
+        for worker in self.workers:
+            worker.on_lost(name, "connection closed")
+
+    def held_values(self) -> int:
+        """Values that wait in the workers' mailboxes."""
+        return sum(len(w.mailbox) for w in self.workers)
+
+    def __enter__(self) -> Network:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.session.close()
+        for worker in self.workers:
+            worker.close()

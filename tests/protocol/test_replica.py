@@ -1,0 +1,259 @@
+"""The rules of a replica: which clock is next, what is in vain, and what becomes of its items."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowml_runtime.messages import Item
+from flowml_runtime.protocol.replica import (
+    Abandon,
+    AdoptAccumulator,
+    Ask,
+    Begin,
+    BeginReceived,
+    DiscardAccumulator,
+    Granted,
+    LeaderRetired,
+    Replica,
+    Retire,
+    Settle,
+    Start,
+    Started,
+    StepFinished,
+    StorePublished,
+)
+from flowml_runtime.protocol.terms import RETIRED, Committed, ProtocolError, StoreTerms, Terms
+
+SYNC = StoreTerms(stages=(0,), need=4)
+QUORUM = StoreTerms(stages=(0,), need=3)
+QUORUM_EVERY = StoreTerms(stages=(0,), need=3, every=4)
+ARRIVING = StoreTerms(stages=(0,), clocked=False, staleness=2)
+
+
+def item(number: int) -> Item:
+    return Item(sequence=number, epoch=0, start=8 * number, size=8)
+
+
+def leader(*stores: StoreTerms, clocks: int = 20, replicas: int = 4) -> Replica:
+    """A first stage that holds items 0 and 1 for clocks 0 and 1, and runs clock 0."""
+    machine = Replica(Terms(replicas, 2, 1, stores, clocks), 0, 0)
+    assert machine.step(Started()) == [Ask((0, 1))]
+    begun = machine.step(Granted(((0, item(0)), (1, item(1)))))
+    assert begun == [Begin(0, item(0), False), Start(0, item(0), False), Ask((2,))]
+    return machine
+
+
+def follower(*stores: StoreTerms, clocks: int = 20) -> Replica:
+    return Replica(Terms(4, 2, 1, stores, clocks), 0, 1)
+
+
+def test_work_is_asked_for_ahead_of_need() -> None:
+    machine = leader(SYNC)
+    assert machine.step(Granted(((2, item(2)),))) == []
+    assert machine.step(StepFinished(0)) == [Begin(1, item(1), False), Start(1, item(1), False), Ask((3,))]
+    machine.validate()
+
+
+def test_without_clocks_a_step_is_begun_when_it_is_known_whether_it_is_the_last() -> None:
+    machine = leader(ARRIVING)
+    assert machine.step(StepFinished(0)) == [Settle(item(0), "used")]
+    begun = [Begin(1, item(1), True), Start(1, item(1), True)]
+    assert machine.step(Granted((), exhausted=True)) == begun
+    assert machine.pushes(0, 1)
+    assert machine.step(StepFinished(1)) == [Settle(item(1), "used"), Retire()]
+    assert machine.retired
+
+
+def test_a_replica_without_any_work_retires_at_once() -> None:
+    machine = Replica(Terms(4, 2, 1, (ARRIVING,), 20), 0, 0)
+    machine.step(Started())
+    assert machine.step(Granted((), exhausted=True)) == [Retire()]
+
+
+def test_reads_wait_for_the_publication_that_the_policy_wants() -> None:
+    machine = leader(ARRIVING, StoreTerms(stages=(0,), clocked=False, staleness=0, every=4))
+    assert not machine.can_read(0, 0)
+    machine.step(StorePublished(0, 0, (0, 0, 0, 0)))
+    assert machine.can_read(0, 2)
+    assert not machine.can_read(0, 3)
+    machine.step(StorePublished(0, 3, (5, 1, RETIRED, 4)))
+    assert machine.can_read(0, 3)
+    machine.step(StorePublished(1, 0, (4, 4, 4, 4)))
+    assert machine.can_read(1, 7)
+    assert not machine.can_read(1, 8)
+
+
+def test_a_version_never_goes_back() -> None:
+    machine = leader(ARRIVING)
+    machine.step(StorePublished(0, 3, (1, 1, 1, 1)))
+    with pytest.raises(ProtocolError, match="went back"):
+        machine.step(StorePublished(0, 2, (1, 1, 1, 1)))
+
+
+def test_a_commit_without_us_makes_the_step_in_vain_and_we_join_the_current_clock() -> None:
+    machine = leader(QUORUM)
+    machine.step(Granted(((2, item(2)),)))
+    assert machine.step(Committed(0, (1, 2, 3))) == [Abandon(0), Settle(item(0), "dropped")]
+    assert machine.should_abandon(0)
+    assert machine.step(Committed(1, (1, 2, 3))) == []
+    joined = machine.step(StepFinished(0))
+    assert joined == [Begin(2, item(2), False), Start(2, item(2), False), Ask((3, 4), (item(1),))]
+    assert not machine.should_abandon(2)
+    machine.validate()
+
+
+def test_a_step_that_finished_before_it_was_decided_can_still_be_late() -> None:
+    machine = leader(QUORUM)
+    machine.step(StepFinished(0))
+    assert machine.step(Committed(0, (1, 2, 3))) == [Abandon(0), Settle(item(0), "dropped")]
+    assert not machine.should_abandon(1)
+
+
+def test_a_step_may_be_committed_before_this_stage_has_finished_it() -> None:
+    machine = leader(QUORUM, QUORUM_EVERY)
+    assert machine.step(Committed(0, (0, 1, 2))) == [Settle(item(0), "used")]
+    assert machine.step(StepFinished(0))[0] == AdoptAccumulator(0)
+
+
+def test_a_decision_that_needs_everybody_leaves_nobody_out() -> None:
+    machine = leader(SYNC, StoreTerms(stages=(0,), need=4, every=3))
+    actions = machine.step(StepFinished(0))
+    assert actions[0] == AdoptAccumulator(0)
+    assert machine.step(Committed(0, (0, 1, 2, 3))) == [Settle(item(0), "used")]
+
+
+def test_a_step_without_a_decision_is_finished_though_the_others_are_ahead() -> None:
+    machine = leader(QUORUM_EVERY)
+    machine.step(Granted(((2, item(2)),)))
+    assert machine.step(Committed(3, (1, 2, 3))) == []
+    assert not machine.should_abandon(0)
+    actions = machine.step(StepFinished(0))
+    assert actions == [AdoptAccumulator(0), Ask((4, 5), (item(1), item(2)))]
+    machine.step(Granted(((4, item(4)), (5, item(5)))))
+    machine.step(Committed(7, (0, 1, 2)))
+    machine.validate()
+
+
+def test_items_are_settled_by_the_first_commit_that_carries_them() -> None:
+    machine = leader(QUORUM_EVERY)
+    for clock in range(3):
+        machine.step(Granted(((clock + 2, item(clock + 2)),)))
+        assert not [a for a in machine.step(StepFinished(clock)) if isinstance(a, Settle)]
+    assert machine.step(Committed(3, (0, 1, 2))) == [Settle(item(c), "used") for c in range(4)]
+
+
+def test_a_late_push_loses_its_own_item_and_keeps_what_was_gathered() -> None:
+    machine = leader(QUORUM_EVERY)
+    for clock in range(4):
+        machine.step(Granted(((clock + 2, item(clock + 2)),)))
+        machine.step(StepFinished(clock))
+    late = machine.step(Committed(3, (1, 2, 3)))
+    assert late == [Abandon(3), Settle(item(3), "dropped"), DiscardAccumulator(3)]
+    assert Settle(item(0), "used") in machine.step(Committed(7, (0, 1, 2))) or machine.committed == 7
+
+
+def test_what_no_commit_carries_is_dropped_at_the_end() -> None:
+    machine = leader(QUORUM_EVERY, clocks=2)
+    assert machine.step(StepFinished(0))[0] == AdoptAccumulator(0)
+    end = machine.step(Committed(1, (1, 2, 3)))
+    assert end == [Abandon(1), Settle(item(1), "dropped")]
+    assert machine.step(StepFinished(1)) == [DiscardAccumulator(1), Settle(item(0), "dropped"), Retire()]
+    machine.validate()
+
+
+def leader_of_two_clocks() -> Replica:
+    machine = Replica(Terms(4, 2, 1, (QUORUM,), 2), 0, 0)
+    machine.step(Started())
+    machine.step(Granted(((0, item(0)), (1, item(1)))))
+    return machine
+
+
+def leader_retires_only_when_decided(machine: Replica) -> list[object]:
+    machine.step(StepFinished(0))
+    machine.step(Committed(0, (0, 1, 2)))
+    assert machine.step(StepFinished(1)) == []
+    return list(machine.step(Committed(1, (0, 1, 3))))
+
+
+def test_the_leader_retires_after_the_last_decision_and_not_before() -> None:
+    assert leader_retires_only_when_decided(leader_of_two_clocks()) == [Settle(item(1), "used"), Retire()]
+
+
+def test_work_for_clocks_that_are_over_is_given_back_before_retiring() -> None:
+    machine = leader(QUORUM, clocks=3)
+    for clock in range(3):
+        machine.step(Committed(clock, (1, 2, 3)))
+    assert machine.step(StepFinished(0)) == []  # clock 2 was asked for; the answer is still to come
+    assert machine.step(Granted(((2, item(2)),))) == [Ask((), (item(1), item(2))), Retire()]
+
+
+def test_a_push_of_several_steps_waits_until_their_fates_are_known() -> None:
+    stale = StoreTerms(stages=(0,), need=3, staleness=3)
+    machine = leader(stale, StoreTerms(stages=(0,), need=3, every=2, staleness=3))
+    machine.step(Granted(((2, item(2)),)))
+    assert machine.step(StepFinished(0)) == []
+    released = machine.step(Committed(0, (0, 1, 2)))
+    assert released[:3] == [Settle(item(0), "used"), AdoptAccumulator(0), Begin(1, item(1), False)]
+
+
+def test_the_other_stages_follow_in_order() -> None:
+    machine = follower(QUORUM)
+    assert machine.step(BeginReceived(0, item(0))) == [Start(0, item(0), False)]
+    assert machine.step(BeginReceived(1, item(1))) == []
+    assert machine.step(StepFinished(0)) == [Start(1, item(1), False)]
+    with pytest.raises(ProtocolError, match="begins clock 1 after clock 1"):
+        machine.step(BeginReceived(1, item(1)))
+
+
+def test_a_commit_may_overtake_the_begin_of_its_clock() -> None:
+    machine = follower(QUORUM)
+    machine.step(Committed(0, (1, 2, 3)))
+    assert machine.step(BeginReceived(0, item(0))) == [Abandon(0)]
+    machine.step(Committed(1, (0, 1, 2)))
+    machine.step(Committed(2, (1, 2, 3)))
+    assert machine.step(BeginReceived(1, item(1))) == [Start(1, item(1), False)]
+    assert not machine.should_abandon(1)
+    assert machine.step(BeginReceived(2, item(2))) == [Abandon(2)]
+    assert machine.step(StepFinished(1)) == []
+    machine.validate()
+
+
+def test_a_step_that_waits_in_line_and_is_late_never_starts() -> None:
+    machine = follower(QUORUM)
+    for clock in range(3):
+        machine.step(BeginReceived(clock, item(clock)))
+    assert machine.step(Committed(0, (0, 1, 2))) == []
+    assert machine.step(Committed(1, (1, 2, 3))) == [Abandon(1)]
+    assert machine.step(StepFinished(0)) == [Start(2, item(2), False)]
+
+
+def test_the_other_stages_retire_after_their_last_step() -> None:
+    machine = follower(ARRIVING)
+    machine.step(BeginReceived(0, item(0)))
+    machine.step(BeginReceived(1, item(1), last=True))
+    assert machine.step(LeaderRetired()) == []
+    assert machine.step(StepFinished(0)) == [Start(1, item(1), True)]
+    assert machine.step(StepFinished(1)) == [Retire()]
+
+
+def test_pushes_follow_the_rhythm_and_the_last_step() -> None:
+    machine = follower(StoreTerms(stages=(0,), clocked=False, every=2))
+    pushes: list[bool] = []
+    for clock in range(3):
+        machine.step(BeginReceived(clock, item(clock), last=clock == 2))
+        pushes.append(machine.pushes(0, clock))
+        machine.step(StepFinished(clock))
+    assert pushes == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (StepFinished(5), "does not run"),
+        (Granted(((2, item(2)), (9, item(9)))), r"asked for \(2,\)"),
+        (Committed(5, (0, 1, 2)), "has not begun it"),
+    ],
+)
+def test_what_the_protocol_rules_out_is_refused(event: StepFinished | Granted | Committed, reason: str) -> None:
+    with pytest.raises(ProtocolError, match=reason):
+        leader(QUORUM).step(event)

@@ -1,0 +1,229 @@
+"""Faults of dataflow steps: each surfaces as one typed error that says where, and the next call works."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flowml.errors import ClusterError, DeadlineError, WorkerError, WorkerLostError
+from flowml_runtime.messages import StepFailed
+from tests.conftest import wait_until
+from tests.network import Network
+from tests.plans import Gate, callback_then_double, chain, gated, never_sent, one_device
+
+X = np.arange(4, dtype=np.float32)
+NoLeaks = Callable[[], AbstractContextManager[None]]
+
+
+def refuse_negative(x: Any) -> Any:
+    if x.min() < 0:
+        raise ValueError("the input is negative\nand this is a second line")
+    return x
+
+
+def test_a_stuck_transfer_names_its_edge_both_devices_and_the_step() -> None:
+    with Network(deadline_s=0.2) as network:
+        stuck = network.session.load(never_sent())
+        fine = network.session.load(chain())
+        for step in range(2):
+            with pytest.raises(DeadlineError) as caught:
+                network.session.submit(stuck, [X]).result(timeout=30)
+            error = caught.value
+            assert (error.worker, error.step) == ("worker:1", step)
+            assert error.node == "worker:0/cpu:0 -> worker:1/cpu:0 (h)"
+            assert str(error).startswith(
+                f"step {step} of plan 'stuck': worker:1/cpu:0 waited 0.2 s for worker:0/cpu:0 -> worker:1/cpu:0 (h)"
+            )
+        assert network.session.submit(fine, [X]).exception(timeout=30) is None
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_an_exception_in_a_callback_brings_its_traceback_and_the_next_call_works(local: bool) -> None:
+    with Network(local=local) as network:
+        handle = network.session.load(callback_then_double(refuse_negative))
+        futures = [network.session.submit(handle, [x]) for x in (X, X - 1, X)]
+        with pytest.raises(WorkerError) as caught:
+            futures[1].result(timeout=30)
+        error = caught.value
+        assert (error.worker, error.step, error.node) == ("worker:0", 1, "callback")
+        assert error.args[0] == (
+            "ValueError: the input is negative and this is a second line "
+            "(in 'callback' on worker:0, step 1 of with_callback)"
+        )
+        assert error.remote_traceback is not None
+        assert 'raise ValueError("the input is negative' in error.remote_traceback
+        assert "host/executor.py" not in error.remote_traceback
+        for good in (futures[0], futures[2], network.session.submit(handle, [X])):
+            np.testing.assert_array_equal(good.result(timeout=30)[0], X * 2)
+        assert network.held_values() == 0
+
+
+def test_an_exception_on_the_callers_own_thread_is_the_same_error() -> None:
+    from tests.plans import VECTOR, W0, Feed, Fetch, PlanBuilder, Run, fetched
+
+    build = PlanBuilder()
+    check = build.python("check", lambda x: [refuse_negative(x)], [VECTOR], [VECTOR])
+    build.program(W0, Feed((0,), (0,)), Run(check, (0,), (1,)), Fetch((0,), (1,)))
+    with Network(local=True) as network:
+        handle = network.session.load(build.build([VECTOR], [fetched()]))
+        with pytest.raises(WorkerError, match="ValueError: the input is negative") as caught:
+            network.session.call(handle, [X - 1])
+        assert caught.value.node == "check"
+        assert "refuse_negative" in (caught.value.remote_traceback or "")
+        np.testing.assert_array_equal(network.session.call(handle, [X])[0], X)
+
+
+def test_a_callback_that_returns_something_else_than_declared() -> None:
+    with Network() as network:
+        handle = network.session.load(callback_then_double(lambda x: x[:2]))
+        with pytest.raises(WorkerError, match=r"'callback' returned float32\[2\], but was declared .*float32\[4\]"):
+            network.session.submit(handle, [X]).result(timeout=30)
+
+
+@pytest.mark.parametrize("fatal", [SystemExit, KeyboardInterrupt])
+def test_a_callback_cannot_end_the_executor(fatal: type[BaseException]) -> None:
+    def leave(x: Any) -> Any:
+        if x.min() < 0:
+            raise fatal
+        return x
+
+    with Network() as network:
+        handle = network.session.load(callback_then_double(leave))
+        with pytest.raises(WorkerError, match=fatal.__name__):
+            network.session.submit(handle, [X - 1]).result(timeout=30)
+        assert network.session.submit(handle, [X]).exception(timeout=30) is None
+
+
+def test_a_lost_worker_fails_what_is_in_flight_and_what_comes_later() -> None:
+    gate = Gate("lost")
+    with Network() as network:
+        handle = network.session.load(gated("lost"))
+        alone = network.session.load(one_device())
+        futures = [network.session.submit(handle, [X]) for _ in range(3)]
+        assert gate.entered.acquire(timeout=30)
+        network.lose("worker:1")
+        for step, future in enumerate(futures):
+            error = future.exception(timeout=5)
+            assert isinstance(error, WorkerLostError)
+            assert (error.worker, error.step) == ("worker:1", step)
+            assert "worker:1 was lost, and step" in str(error)
+        with pytest.raises(WorkerLostError, match="worker:1 was lost"):
+            network.session.submit(handle, [X])
+        gate.opened.set()
+        assert network.session.submit(alone, [X]).exception(timeout=30) is None
+        assert network.held_values() == 0
+
+
+def test_a_worker_that_vanishes_unnoticed_is_found_by_whoever_sends_to_it() -> None:
+    with Network() as network:
+        handle = network.session.load(chain())
+        del network.receivers["worker:1"]  # nobody was told
+        with pytest.raises(WorkerLostError) as caught:
+            network.session.submit(handle, [X]).result(timeout=30)
+        assert caught.value.worker == "worker:1"
+
+
+def test_a_submit_that_waits_for_room_is_woken_by_the_loss() -> None:
+    gate = Gate("full-lost")
+    outcome: list[BaseException] = []
+    with Network(in_flight=1) as network:
+        handle = network.session.load(gated("full-lost"))
+        network.session.submit(handle, [X])
+        assert gate.entered.acquire(timeout=30)
+
+        def submit() -> None:
+            try:
+                network.session.submit(handle, [X])
+            except WorkerLostError as error:
+                outcome.append(error)
+
+        waiting = threading.Thread(target=submit)
+        waiting.start()
+        network.lose("worker:1")
+        waiting.join(30)
+        assert [type(e) for e in outcome] == [WorkerLostError]
+        gate.opened.set()
+
+
+def test_a_worker_lost_while_loading_ends_the_load() -> None:
+    with Network() as network:
+        network.receivers["worker:1"] = lambda *_: network.session.on_lost("worker:1", "connection closed")
+        with pytest.raises(WorkerLostError, match="while it compiled plan 'chain'"):
+            network.session.load(chain())
+        assert network.session.load(one_device()) is not None
+
+
+def test_a_failed_step_is_dropped_by_the_other_workers() -> None:
+    gate = Gate("dropped")
+    with Network(deadline_s=60) as network:
+        handle = network.session.load(gated("dropped"))
+        future = network.session.submit(handle, [X])
+        assert gate.entered.acquire(timeout=30)
+        failed = StepFailed(
+            plan_id=handle.plan_id, step=0, worker="worker:0", node="callback", kind="error", error="made up"
+        )
+        network.session.on_message("worker:0", failed, [])
+        with pytest.raises(WorkerError, match="made up"):
+            future.result(timeout=5)
+        gate.opened.set()  # the callback ends, its value is for a step that nobody wants
+        np.testing.assert_array_equal(network.session.submit(handle, [X]).result(timeout=30)[0], X * 2)
+        wait_until(lambda: network.held_values() == 0, "values of the failed step are dropped")
+
+
+def test_closing_fails_what_is_outstanding(no_leaks: NoLeaks) -> None:
+    gate = Gate("closing")
+    with no_leaks(), Network() as network:
+        handle = network.session.load(gated("closing"))
+        future = network.session.submit(handle, [X])
+        assert gate.entered.acquire(timeout=30)
+        network.session.close()
+        with pytest.raises(ClusterError, match="the cluster is closed"):
+            future.result(timeout=5)
+        with pytest.raises(ClusterError, match="the cluster is closed"):
+            network.session.submit(handle, [X])
+        with pytest.raises(ClusterError, match="the cluster is closed"):
+            network.session.load(one_device())
+        gate.opened.set()
+
+
+def test_interrupting_a_wait_leaves_the_session_usable() -> None:
+    gate = Gate("interrupt")
+    main = threading.main_thread().ident
+    assert main is not None
+    with Network() as network:
+        handle = network.session.load(gated("interrupt"))
+        future = network.session.submit(handle, [X])
+
+        def interrupt() -> None:
+            assert gate.entered.acquire(timeout=30)
+            signal.pthread_kill(main, signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+
+        def wait() -> None:
+            thread.start()
+            future.result(timeout=30)
+
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+        thread.join(30)
+        gate.opened.set()
+        np.testing.assert_array_equal(future.result(timeout=30)[0], X * 2)
+        np.testing.assert_array_equal(network.session.submit(handle, [X]).result(timeout=30)[0], X * 2)
+
+
+def test_only_the_driver_of_a_plan_may_feed_or_end_it() -> None:
+    from flowml_runtime.messages import Unload, Value
+
+    with Network() as network:
+        handle = network.session.load(chain())
+        stray = Value(plan_id=handle.plan_id, step=0, kind="feed", index=0, device="worker:0/cpu:0", slots=(0,))
+        network.workers[0].on_message("worker:1", stray, [X - 9])
+        network.workers[0].on_message("worker:1", Unload(plan_id=handle.plan_id), [])
+        np.testing.assert_array_equal(network.session.submit(handle, [X]).result(timeout=30)[0], (X + 1) * 2)
