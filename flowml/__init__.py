@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from flowml import policies as policies
-    from flowml.compile import compile as compile
+    from flowml.compiler import compile as compile
     from flowml.devices import Device as Device
     from flowml.errors import ClusterError as ClusterError
     from flowml.errors import DeadlineError as DeadlineError
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "policies": "flowml.policies",
-    "compile": "flowml.compile",
+    "compile": "flowml.compiler",
     "Device": "flowml.devices",
     "ClusterError": "flowml.errors",
     "DeadlineError": "flowml.errors",

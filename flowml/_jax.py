@@ -9,12 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax._src.source_info_util import new_source_info
 from jax.extend import core as jex
 
 from flowml.plan import ArraySpec
@@ -133,8 +134,11 @@ def build_function(
         return variables[value]
 
     invars = [variable(v) for v in inputs]
+    # Where in the user's code an equation stood must not tell two equal tasks apart.
+    nowhere = new_source_info()
     eqns = [
         equation.replace(
+            source_info=nowhere,
             invars=[variable(o) if isinstance(o, int) else o for o in operands],
             outvars=[variable(v) for v in outs],
         )
@@ -201,7 +205,7 @@ def with_weak_type(array: jax.Array) -> jax.Array:
     """The same array marked weakly typed, as the results of Python scalars are."""
     from jax._src.lax.lax import _convert_element_type  # pyright: ignore
 
-    return _convert_element_type(array, array.dtype, weak_type=True)
+    return cast(jax.Array, _convert_element_type(array, array.dtype, weak_type=True))
 
 
 def literal_value(atom: Any) -> np.ndarray:

@@ -53,7 +53,9 @@ def _array_source(leaves: Sequence[Any], tree: Any) -> Source:
     sizes = {a.shape[0] if a.ndim else None for a in arrays}
     if len(sizes) != 1 or None in sizes:
         shapes = ", ".join(str(a.shape) for a in arrays)
-        raise ValueError(f"the arrays of a source differ in their first dimension: {shapes}; each needs one row an example")
+        raise ValueError(
+            f"the arrays of a source differ in their first dimension: {shapes}; each needs one row an example"
+        )
     return Source(arrays[0].shape[0], tree, lambda indices: [a[indices] for a in arrays], arrays)
 
 

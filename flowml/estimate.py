@@ -48,14 +48,16 @@ def estimate(
             f"deadlock in the plan: {stuck.program.device} would wait for ever at "
             f"{stuck.program.instructions[stuck.position]}; this is a bug in flowml, please report it"
         )
-    repeats = {m: 0 for m in range(len(messages))}
+    repeats = dict.fromkeys(range(len(messages)), 0)
     for program in programs:
         for instruction in program.instructions:
             if isinstance(instruction, Send):
                 repeats[instruction.message] += 1
     return Estimate(
         step_seconds=max((w.clock_s for w in walkers), default=0.0),
-        peak_bytes={p.device: peak_bytes(p, tasks, messages, sizes["inputs"], sizes["constants"], stores) for p in programs},
+        peak_bytes={
+            p.device: peak_bytes(p, tasks, messages, sizes["inputs"], sizes["constants"], stores) for p in programs
+        },
         transfer_bytes=sum(messages[m].nbytes * n for m, n in repeats.items()),
         single_device_seconds=single_device_seconds,
     )

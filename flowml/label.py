@@ -40,15 +40,39 @@ def label(graph: Graph, parameters: Mapping[int, str], output_layers: Sequence[s
     `parameters` maps input values that are parameters to their paths; `output_layers` name the layers of
     outputs that are gradients ("" otherwise).
     """
-    owner = {v: layer_of(n) for v, n in parameters.items()}
+    owner = _owners(graph, {v: layer_of(n) for v, n in parameters.items()})
     known = set(owner.values())
     by_scope = {s: _from_scope(s, known) for s in {n.scope for n in graph.nodes}}
     layers = {n.id: by_scope[n.scope] for n in graph.nodes}
     _from_parameters(graph, layers, owner)
     _from_outputs(graph, layers, output_layers)
-    _from_consumers(graph, layers)
-    _from_producers(graph, layers)
+    forward = [n for n in graph.nodes if not n.scope.backward]
+    backward = [n for n in graph.nodes if n.scope.backward]
+    saved = {n.id for n in forward if _is_saved_for_backward(graph, n)}
+    # A forward node prepares what its first reader needs: a norm belongs to the layer behind it. The loss, at
+    # the end, follows its data. A backward node follows the largest value it reads, and what the forward pass
+    # keeps for it is kept where it is needed.
+    _follow_readers(graph, layers, forward, backward_too=False)
+    _follow_data(graph, layers, [n for n in forward if n.id not in saved])
+    _follow_data(graph, layers, backward)
+    _follow_readers(graph, layers, forward, backward_too=True)
+    _follow_data(graph, layers, graph.nodes)
+    _follow_readers(graph, layers, graph.nodes, backward_too=True)
     return graph.with_nodes(tuple(replace(n, layer=layers[n.id]) for n in graph.nodes))
+
+
+def _owners(graph: Graph, owner: dict[int, str]) -> dict[int, str]:
+    """The layer behind each value that is a parameter, or computed from parameters of one layer alone."""
+    for node in graph.nodes:
+        behind = {owner.get(v) for v in node.reads}
+        if len(behind) == 1 and None not in behind:
+            owner.update(dict.fromkeys(node.outputs, next(iter(behind)) or ""))
+    return owner
+
+
+def _is_saved_for_backward(graph: Graph, node: Node) -> bool:
+    users = [u for v in node.outputs for u in graph.consumers.get(v, ())]
+    return bool(users) and all(u.scope.backward for u in users)
 
 
 def _from_scope(scope: Scope, known: set[str]) -> str:
@@ -77,24 +101,19 @@ def _from_outputs(graph: Graph, layers: dict[int, str], output_layers: Sequence[
             layers[node.id] = layers[node.id] or layer
 
 
-def _from_consumers(graph: Graph, layers: dict[int, str]) -> None:
-    """Forward nodes prepare what their first forward reader needs (a norm belongs to the layer behind it)."""
-    for node in reversed(graph.nodes):
-        if not layers[node.id] and not node.scope.backward:
-            users = (u for v in node.outputs for u in graph.consumers.get(v, ()) if not u.scope.backward)
-            layers[node.id] = next((layers[u.id] for u in users if layers[u.id]), "")
+def _follow_readers(graph: Graph, layers: dict[int, str], nodes: Sequence[Node], *, backward_too: bool) -> None:
+    for node in reversed(nodes):
+        if not layers[node.id]:
+            users = (u for v in node.outputs for u in graph.consumers.get(v, ()))
+            wanted = (layers[u.id] for u in users if backward_too or not u.scope.backward)
+            layers[node.id] = next((layer for layer in wanted if layer), "")
 
 
-def _from_producers(graph: Graph, layers: dict[int, str]) -> None:
-    """What is left follows its data; a backward node follows the forward values that it reads, if any."""
-    for node in graph.nodes:
+def _follow_data(graph: Graph, layers: dict[int, str], nodes: Sequence[Node]) -> None:
+    for node in nodes:
         if not layers[node.id]:
             ranked = sorted(_makers(graph, node), key=lambda m: (-m[0], m[1].scope.backward, -m[1].id))
             layers[node.id] = next((layers[m.id] for _, m in ranked if layers[m.id]), "")
-    for node in reversed(graph.nodes):
-        if not layers[node.id]:
-            users = (u for v in node.outputs for u in graph.consumers.get(v, ()))
-            layers[node.id] = next((layers[u.id] for u in users if layers[u.id]), "")
 
 
 def _makers(graph: Graph, node: Node) -> Iterator[tuple[int, Node]]:

@@ -97,7 +97,9 @@ def _callback(graph: Graph, group: TaskGroup) -> Callable[..., list[Any]]:
     call = _jax.callback_function(node.equation)
     position = {v: i for i, v in enumerate(group.inputs)}
     wanted = [node.outputs.index(v) for v in group.outputs]
-    operands = [(-1, _jax.literal_value(i.value)) if isinstance(i, Literal) else (position[i], None) for i in node.inputs]
+    operands = [
+        (-1, _jax.literal_value(i.value)) if isinstance(i, Literal) else (position[i], None) for i in node.inputs
+    ]
 
     def run(*arrays: Any) -> list[Any]:
         results = call(*(arrays[p] if p >= 0 else constant for p, constant in operands))

@@ -9,7 +9,7 @@ count) is kept by every store that reads it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -96,7 +96,7 @@ class OptimizerSlices:
             self.graph.inputs[i]
             for i in (*leaves, *(self.count + leaf for leaf in leaves), *(2 * self.count + s for s in state))
         )
-        kept = drop_dead(Graph(**{**vars_of(self.graph), "outputs": outputs}))
+        kept = drop_dead(replace(self.graph, outputs=outputs))
         equations = [
             (n.equation, [i.value if isinstance(i, Literal) else i for i in n.inputs], n.outputs) for n in kept.nodes
         ]
@@ -109,10 +109,6 @@ class OptimizerSlices:
             return tuple(_jax.literal_value(o.value) if isinstance(o, Literal) else next(results) for o in outputs)
 
         return updated
-
-
-def vars_of(graph: Graph) -> dict[str, Any]:
-    return {name: getattr(graph, name) for name in graph.__dataclass_fields__}
 
 
 def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:

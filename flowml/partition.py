@@ -22,9 +22,7 @@ def partition(graph: Graph, assignment: Mapping[int, str]) -> Graph:
     duplicator = _Duplicator(graph, assignment)
     for node in graph.nodes:
         duplicator.add(node)
-    placed = replace(
-        graph, nodes=tuple(duplicator.nodes), values=duplicator.values, avals=duplicator.avals
-    )
+    placed = replace(graph, nodes=tuple(duplicator.nodes), values=duplicator.values, avals=duplicator.avals)
     return drop_dead(placed)
 
 

@@ -41,9 +41,7 @@ def replicate(template: Template, blocks: Sequence[Mapping[str, str]]) -> Replic
 
 def _message(message: Message, block: Mapping[str, str]) -> Message:
     source, destination = block[message.source], block[message.destination]
-    moved = tuple(
-        msgspec.structs.replace(t, source=source, destination=destination) for t in message.transfers
-    )
+    moved = tuple(msgspec.structs.replace(t, source=source, destination=destination) for t in message.transfers)
     return Message(source, destination, moved)
 
 

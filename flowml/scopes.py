@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager
+from typing import Any
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +19,7 @@ _SLASH = "|"  # "/" separates the scopes of a name stack, so a device's own slas
 _TRANSFORM = re.compile(r"^[A-Za-z_]\w*\(")
 
 
-def layer(name: str) -> AbstractContextManager[None]:
+def layer(name: str) -> AbstractContextManager[Any]:
     """Label the operations traced inside the block. Labels nest with `/`; the same as `jax.named_scope`.
 
     Raises ValueError for an empty name or one that starts with "@", which marks pins.
@@ -28,7 +29,7 @@ def layer(name: str) -> AbstractContextManager[None]:
     return jax.named_scope(name)
 
 
-def device(name: str) -> AbstractContextManager[None]:
+def device(name: str) -> AbstractContextManager[Any]:
     """Pin the operations traced inside the block to a device: `"worker:1"` or `"worker:1/cpu:0"`."""
     if not name or any(c in name for c in "()@|"):
         raise ValueError(f"device name {name!r} is not one; try device('worker:1') or device('worker:1/cpu:0')")

@@ -63,7 +63,7 @@ class StorePlanner:
     replicas: int
     microbatches: int
     alone: bool = False
-    """One replica on one device: nothing leaves early, so one store a policy serves, and its apply is one whole update."""
+    """One replica on one device: nothing leaves early, so one store a policy serves, applied as one update."""
     notes: list[str] = field(default_factory=list[str])
     products: Mapping[int, OuterProduct] = field(default_factory=dict[int, OuterProduct])
     product_graph: Graph | None = None

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from flowml import _jax, verify
-from flowml.compile import array_bytes, node_views
+from flowml.compiler import array_bytes, node_views
 from flowml.cost import node_seconds
 from flowml.devices import Device, Link, as_devices
 from flowml.errors import PlacementError
@@ -154,7 +154,9 @@ def _microbatch(batch: Any, replicas: int, microbatches: int) -> tuple[int, Any]
         raise ValueError("the batch has no arrays; the source must give a pytree with at least one")
     sizes = {_jax.path_name(p) or "batch": (x.shape[0] if x.shape else None) for p, x in leaves}
     if len(set(sizes.values())) != 1 or None in sizes.values():
-        raise ValueError(f"the arrays of a batch differ in their first dimension: {sizes}; each needs one row an example")
+        raise ValueError(
+            f"the arrays of a batch differ in their first dimension: {sizes}; each needs one row an example"
+        )
     size = next(iter(sizes.values()))
     pieces = replicas * microbatches
     if not size or size % pieces:
@@ -163,7 +165,9 @@ def _microbatch(batch: Any, replicas: int, microbatches: int) -> tuple[int, Any]
             f"use a multiple of {pieces}"
         )
     rows = size // pieces
-    return size // replicas, jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
+    return size // replicas, jax.tree_util.tree_map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch
+    )
 
 
 def _step_function(spec: TrainingSpec, params: Any, batch: Any) -> tuple[Callable[..., Any], Any, int]:
@@ -237,9 +241,7 @@ class _Compiler:
         stores = planner.stores(graph, contributions, stages)
         alone = spec.replicas == 1 and len(stages) == 1
         milestones = [] if alone else [p.values for s in stores for p in s.parts]
-        tasks = schedule(
-            graph, seconds, milestones=milestones, microbatches=spec.microbatches, kind=spec.schedule
-        )
+        tasks = schedule(graph, seconds, milestones=milestones, microbatches=spec.microbatches, kind=spec.schedule)
         verify.verify_schedule(graph, tasks)
         routing = route(graph, tasks)
         table = ExecutableTable(self.platforms)
@@ -276,9 +278,7 @@ class _Compiler:
             input_names=(*self.batch_paths, *(["rng"] if self.takes_rng else [])),
             outputs=(),
             constants=constants,
-            estimate=estimate(
-                whole.programs, table.tasks, whole.messages, by_name, self.link, single, fed, specs
-            ),
+            estimate=estimate(whole.programs, table.tasks, whole.messages, by_name, self.link, single, fed, specs),
             choices=choices.weighed,
             notes=(*choices.notes, *planner.notes),
             nodes=node_views(graph, tasks, table),
@@ -312,4 +312,3 @@ class _Compiler:
             {d.name: names[r * width + i] for i, d in enumerate(self.template) if d.name in stages}
             for r in range(self.spec.replicas)
         )
-

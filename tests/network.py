@@ -55,14 +55,20 @@ class Network:
         self.session = Session(self.driver, self.devices, in_flight=in_flight)
         self.receivers["driver"] = self.session.on_message
         self.workers: list[Worker] = []
-        for n, device in enumerate(self.devices):
-            place = devices[n] if devices else jax.local_devices()[0]
-            endpoint = DirectEndpoint(device.worker, self.receivers)
-            worker = Worker(device.worker, {device.name: place}, endpoint, python=python, deadline_s=deadline_s)
-            self.receivers[device.worker] = worker.on_message
-            self.workers.append(worker)
+        self._options: dict[str, Any] = {"python": python, "deadline_s": deadline_s}
+        for n in range(workers):
+            worker = self.start(n, devices[n] if devices else jax.local_devices()[0])
             if local:
                 self.session.attach(worker)
+
+    def start(self, number: int, device: Any = None) -> Worker:
+        """A worker under this number, be it the first or one that takes the place of one that was lost."""
+        name = self.devices[number].worker
+        places = {self.devices[number].name: device or jax.local_devices()[0]}
+        worker = Worker(name, places, DirectEndpoint(name, self.receivers), **self._options)
+        self.receivers[name] = worker.on_message
+        self.workers.append(worker)
+        return worker
 
     def lose(self, name: str) -> None:
         """The worker is gone: nothing reaches it or comes from it, and all peers are told."""

@@ -26,7 +26,9 @@ def choose(
         (f"one device ({devices[0].name})", {n.id: devices[0].name for n in graph.nodes})
     ]
     for stages in range(2, min(len(devices), layers) + 1):
-        candidates.append((f"pipeline of {stages} stages", pipeline_stages(graph, devices[:stages], link)))
+        limit = min((_limit(d, memory_bytes) for d in devices[:stages]), default=float("inf"))
+        bound = None if limit == float("inf") else int(limit)
+        candidates.append((f"pipeline of {stages} stages", pipeline_stages(graph, devices[:stages], link, bound)))
     weighed = [_weigh(graph, name, a, devices, objective, memory_bytes, link) for name, a in candidates]
     fitting = [i for i, (_, fits) in enumerate(weighed) if fits]
     if not fitting:

@@ -19,10 +19,16 @@ from flowml.graph import Graph, Node
 _MAX_ITEMS = 600
 
 
-def pipeline_stages(graph: Graph, devices: Sequence[Device], link: Link) -> dict[int, str]:
-    """node id -> device, stage by stage. Raises PlacementError if there are fewer layers than stages."""
+def pipeline_stages(
+    graph: Graph, devices: Sequence[Device], link: Link, limit_bytes: int | None = None
+) -> dict[int, str]:
+    """node id -> device, stage by stage. Raises PlacementError if there are fewer layers than stages.
+
+    With `limit_bytes` only cuts whose stages hold no more inputs (parameters, mostly) than that are
+    considered, as long as there are any.
+    """
     items = pipeline_items(graph)
-    stages = cut(graph, items, devices, link)
+    stages = cut(graph, items, devices, link, limit_bytes)
     return {node.id: devices[stage].name for item, stage in zip(items, stages, strict=True) for node in item}
 
 
@@ -38,7 +44,13 @@ def pipeline_items(graph: Graph) -> list[list[Node]]:
     return [[n for item in items[i : i + step] for n in item] for i in range(0, len(items), step)]
 
 
-def cut(graph: Graph, items: Sequence[Sequence[Node]], devices: Sequence[Device], link: Link) -> list[int]:
+def cut(
+    graph: Graph,
+    items: Sequence[Sequence[Node]],
+    devices: Sequence[Device],
+    link: Link,
+    limit_bytes: int | None = None,
+) -> list[int]:
     """The stage of every item: the exact optimum for the slowest stage."""
     count, stages = len(items), len(devices)
     if count < stages:
@@ -48,6 +60,9 @@ def cut(graph: Graph, items: Sequence[Sequence[Node]], devices: Sequence[Device]
     work = np.array([[sum(node_seconds(graph, n, d) for n in item) for item in items] for d in devices])
     prefix = np.concatenate([np.zeros((stages, 1)), np.cumsum(work, axis=1)], axis=1)
     transfer = np.array([link.seconds(b) if b else 0.0 for b in _crossing_bytes(graph, items)])
+    held = np.concatenate([[0], np.cumsum(_input_bytes(graph, items))])
+    largest = max((sum(graph.values[v].nbytes for v in n.outputs) for item in items for n in item), default=0)
+    limit = np.inf if limit_bytes is None else limit_bytes - largest
     best = np.full((stages + 1, count + 1), np.inf)
     choice = np.zeros((stages + 1, count + 1), dtype=int)
     best[0, 0] = 0.0
@@ -55,8 +70,11 @@ def cut(graph: Graph, items: Sequence[Sequence[Node]], devices: Sequence[Device]
         for j in range(s, count + 1):
             starts = np.arange(s - 1, j)
             costs = np.maximum(best[s - 1, starts], prefix[s - 1, j] - prefix[s - 1, starts] + transfer[starts])
+            costs = np.where(held[j] - held[starts] > limit, np.inf, costs)
             k = int(np.argmin(costs))
             best[s, j], choice[s, j] = costs[k], starts[k]
+    if limit_bytes is not None and not np.isfinite(best[stages, count]):
+        return cut(graph, items, devices, link)
     return _unwind(choice, stages, count)
 
 
@@ -68,6 +86,17 @@ def _unwind(choice: np.ndarray, stages: int, count: int) -> list[int]:
         stage_of[start:end] = [s - 1] * (end - start)
         end = start
     return stage_of
+
+
+def _input_bytes(graph: Graph, items: Sequence[Sequence[Node]]) -> list[int]:
+    """Bytes of the inputs and constants that each item is the first to read."""
+    seen: set[int] = set()
+    found: list[int] = []
+    for item in items:
+        fresh = {v for n in item for v in n.reads if v not in graph.producer} - seen
+        seen |= fresh
+        found.append(sum(graph.values[v].nbytes for v in fresh))
+    return found
 
 
 def _crossing_bytes(graph: Graph, items: Sequence[Sequence[Node]]) -> list[int]:

@@ -37,7 +37,7 @@ _LEFT = 92.0
 _PAD, _GAP, _MIDDLE, _COLUMN_GAP = 24.0, 12.0, 26.0, 24.0
 _HEADER = 52.0
 _ROW_GAP, _BUS = 64.0, 22.0
-_WIDTH, _COMPACT_WIDTH = 168.0, 80.0
+_WIDTH, _COMPACT_WIDTH = 186.0, 84.0
 _STORE_WIDTH, _STORE_HEIGHT, _STORE_GAP = 236.0, 84.0, 14.0
 _SHOWN_REPLICAS, _SHOWN_STORES = 6, 6
 _BAR_HEIGHT, _CHART_WIDTH = 22.0, 900.0
@@ -79,9 +79,7 @@ def _split(card: Card, scene: Scene, stage_of: Mapping[str, int], compact: bool)
     """Boxes from the first that hears from a later stage on go up; all before them go down."""
     device_of = {b.id: b.device for b in scene.boxes}
     stage = stage_of[card.device]
-    back = {
-        a.target for a in scene.arrows if a.kind == MESSAGE and stage_of.get(device_of[a.source], -1) > stage
-    }
+    back = {a.target for a in scene.arrows if a.kind == MESSAGE and stage_of.get(device_of[a.source], -1) > stage}
     tasks = [b for b in card.boxes if b.kind not in (FEED, FETCH)]
     turn = next((i for i, b in enumerate(tasks) if b.id in back), (len(tasks) + 1) // 2)
     feeds = [b for b in card.boxes if b.kind == FEED]
@@ -99,7 +97,7 @@ class _Grid:
     paths: list[Path] = field(default_factory=list[Path])
     words: list[Words] = field(default_factory=list[Words])
     bars: list[Bar] = field(default_factory=list[Bar])
-    lanes: dict[tuple[str, bool], int] = field(default_factory=dict[tuple[str, bool], int])
+    crossings: dict[tuple[str, bool], list[Arrow]] = field(default_factory=dict[tuple[str, bool], list[Arrow]])
     rules: list[tuple[float, float, float, float]] = field(default_factory=list[tuple[float, float, float, float]])
 
     def __post_init__(self) -> None:
@@ -153,6 +151,7 @@ class _Grid:
         for arrow in sorted(self.scene.arrows, key=lambda a: a.kind == MESSAGE):
             if arrow.source in self.placed and arrow.target in self.placed:
                 self._arrow(arrow)
+        self._label_crossings()
         self._chart()
 
     def _columns(self) -> list[float]:
@@ -239,25 +238,38 @@ class _Grid:
         """To the next box of the column, or across to the other one; a feed shows only its first use."""
         a, b = source.at, target.at
         if a.x != b.x:
-            return "" if source.box.kind == FEED else f"M{a.right},{a.cy}C{b.x},{a.cy} {a.right},{b.cy} {b.x},{b.cy}"
+            x1, x2 = (a.right, b.x) if a.x < b.x else (a.x, b.right)
+            return "" if source.box.kind == FEED else f"M{x1},{a.cy}C{x2},{a.cy} {x1},{b.cy} {x2},{b.cy}"
         if abs(a.cy - b.cy) > (a.h + b.h) / 2 + _GAP + 2:
             return "" if source.box.kind == FEED else bracket(a.x, a.cy, b.x, b.cy, 9)
         return f"M{a.cx},{a.bottom}L{b.cx},{b.y}" if b.y > a.y else f"M{a.cx},{a.y}L{b.cx},{b.bottom}"
 
     def _between_stages(self, arrow: Arrow, source: PlacedBox, target: PlacedBox) -> str:
-        """Down along the left margin of the cards, up along the right one, with the size beside it."""
+        """Down along the left margin of the cards, up along the right one, one beside the other."""
         a, b = source.at, target.at
         card = next(c.at for c in self.cards if c.card.device == source.box.device)
         downwards = b.y > a.y
-        lane = self.lanes[source.box.device, downwards] = self.lanes.get((source.box.device, downwards), -1) + 1
-        inset = 12 - 4 * (lane % 3)
+        carried = self.crossings.setdefault((source.box.device, downwards), [])
+        inset = 12 - 4 * (len(carried) % 3)
+        carried.append(arrow)
         x = card.x + inset if downwards else card.right - inset
-        y = card.bottom + _ROW_GAP / 2 if downwards else card.y - _ROW_GAP / 2
-        if arrow.label and not source.compact:
-            label = (x + 8, "start") if downwards else (x - 8, "end")
-            self.words.append(Words(label[0], y + 4 + 14 * (lane % 3), arrow.label, "label", label[1]))
         start, end = (a.x, b.x) if downwards else (a.right, b.right)
         return elbow([(start, a.cy), (x, a.cy), (x, b.cy), (end, b.cy)], 7)
+
+    def _label_crossings(self) -> None:
+        """What goes from stage to stage of the first replica, beside the arrows, one line a direction."""
+        times = self.plan.training.microbatches if self.plan.training else 1
+        for (device, downwards), arrows in self.crossings.items():
+            if not self.shown or device not in self.shown[0]:
+                continue
+            sent = [a for a in arrows if a.label]
+            many = f"{len(sent)} messages, " if len(sent) > 1 else ""
+            text = many + bytes_text(sum(a.nbytes for a in sent)) + (f" × {times}" if times > 1 else "")
+            at = next(c.at for c in self.cards if c.card.device == device)
+            if downwards:
+                self.words.append(Words(at.x + 20, at.bottom + _ROW_GAP / 2 + 4, text, "label"))
+            else:
+                self.words.append(Words(at.right - 20, at.y - _ROW_GAP / 2 + 4, text, "label", "end"))
 
     def _chart(self) -> None:
         """The timeline of the first replica."""
@@ -282,7 +294,8 @@ class _Grid:
                 when = f"{seconds_text(run.start_s)} to {seconds_text(run.end_s)}"
                 tint = self.tints.get(f"{number[device]}-t{run.task}", 0)
                 at = Rect(x, y, max(w - 1, 1), _BAR_HEIGHT)
-                self.bars.append(Bar(at, tint, str(run.microbatch), f"{task.name}, microbatch {run.microbatch}: {when}"))
+                detail = f"{task.name}, microbatch {run.microbatch}: {when}"
+                self.bars.append(Bar(at, tint, str(run.microbatch), detail))
         self.bottom = top + len(replica) * (_BAR_HEIGHT + 8)
         self.right = max(self.right, left + width)
 
@@ -299,4 +312,3 @@ class _Grid:
             bars=tuple(self.bars),
             rules=tuple(self.rules),
         )
-

@@ -96,6 +96,10 @@ def _outer_first(arrows: Sequence[Arrow], rows: Mapping[str, int]) -> list[Arrow
     return sorted(arrows, key=lambda a: -abs(rows[a.target] - rows[a.source]))
 
 
+_Run = tuple[float, float, float]
+"""A horizontal piece of an arrow: from x, to x, at y."""
+
+
 @dataclass
 class _Router:
     """Draws arrows one after the other and remembers which ports, tracks and heights are in use."""
@@ -107,7 +111,7 @@ class _Router:
     words: list[Words] = field(default_factory=list[Words])
     tracks: dict[float, int] = field(default_factory=dict[float, int])
     ports: dict[str, int] = field(default_factory=dict[str, int])
-    runs: dict[int, list[tuple[float, float, float]]] = field(default_factory=dict[int, list[tuple[float, float, float]]])
+    runs: dict[int, list[_Run]] = field(default_factory=dict[int, list[_Run]])
 
     def add(self, arrow: Arrow) -> None:
         source, target = self.placed[arrow.source].at, self.placed[arrow.target].at
@@ -182,4 +186,3 @@ class _Router:
                 y += shift
                 break
         self.words.append(Words(x, y + 4, text, "label", "middle"))
-

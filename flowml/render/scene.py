@@ -165,6 +165,11 @@ class _Walk:
     senders: dict[int, str] = field(default_factory=dict[int, str])
     receivers: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
 
+    def __post_init__(self) -> None:
+        """Adding gradients up between microbatches is not worth a box."""
+        stores = self.plan.training.stores if self.plan.training else ()
+        self.housekeeping = {p.accumulate for s in stores for p in s.parts} - {None}
+
     def run(self) -> None:
         origin: dict[int, str | int] = {}  # buffer -> the box that made it, or the message that brought it
         self._put_feed()
@@ -177,6 +182,8 @@ class _Walk:
                 case Read(buffers=buffers):
                     for buffer in buffers:
                         origin.pop(buffer, None)
+                case Run(task=task) if task in self.housekeeping:
+                    pass
                 case Run(task=task, inputs=inputs, outputs=outputs):
                     self._use(f"t{task}", inputs, self.plan.tasks[task].inputs, origin, self._task_box(task))
                     origin.update(dict.fromkeys(outputs, self._id(f"t{task}")))
@@ -234,7 +241,8 @@ class _Walk:
         names = tuple("loss" if self.plan.training and s == 0 else f"output {s}" for s in slots)
         title = names[0] if len(names) == 1 else f"outputs {listed(tuple(map(str, slots)), 3)}"
         total = sum(o.spec.nbytes for o in self.plan.outputs if o.kind == FETCH and o.index in slots)
-        return self._box(FETCH, FETCH, title, (bytes_text(total),), "to the driver:\n" + "\n".join(names))
+        facts = (bytes_text(total),) if total else ()
+        return self._box(FETCH, FETCH, title, facts, "to the driver:\n" + "\n".join(names))
 
     def _box(self, part: str, kind: str, title: str, facts: tuple[str, ...], detail: str) -> Box:
         return Box(self._id(part), kind, title, facts, self.program.device, len(self.boxes), detail, title)
@@ -296,7 +304,8 @@ def _task_facts(task: Task, runs: int) -> tuple[str, ...]:
     effort += [seconds_text(task.seconds)] if task.seconds else []
     times = f"{runs} × " if runs > 1 and effort else ""
     layers = ", ".join(task.layers)
-    return tuple(f for f in (layers if layers != task.name else "", times + " · ".join(effort)) if f)
+    told = task.name == layers or task.name.endswith(f":{layers}")
+    return tuple(f for f in ("" if told else layers, times + " · ".join(effort)) if f)
 
 
 def _task_detail(task: Task, runs: int) -> str:

@@ -1,6 +1,6 @@
 """A plan as SVG: the layouts of `lanes` and `grid`, painted. Needs no other program.
 
-Names come from the user and may hold anything, so text enters the document through `_escape` alone, which
+Names come from the user and may hold anything, so text enters the document through `escape_text` alone, which
 also drops what XML cannot carry. Every shape has a tooltip, and the attributes `data-id` and `data-search`
 by which a page can find it.
 """
@@ -23,7 +23,7 @@ _BOLD = 14.5
 """Bold text of 13 pixels is about as wide as plain text of this size."""
 
 
-def svg(plan: Plan, *, style: bool = True) -> str:
+def draw_svg(plan: Plan, *, style: bool = True) -> str:
     """The drawing of `plan` as a document. Without `style` the page around it brings the style sheet."""
     scene = make_scene(plan)
     drawing = draw_grid(plan, scene) if scene.grid else draw_lanes(scene)
@@ -31,8 +31,8 @@ def svg(plan: Plan, *, style: bool = True) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="flowml" viewBox="0 0 {width:.0f} {height:.0f}" '
         f'width="{width:.0f}" height="{height:.0f}" role="img">',
-        f"<title>{_escape(scene.name)}</title>",
-        f"<desc>{_escape(scene.headline)}</desc>",
+        f"<title>{escape_text(scene.name)}</title>",
+        f"<desc>{escape_text(scene.headline)}</desc>",
         f"<style>{stylesheet()}</style>" if style else "",
         _markers(),
         f'<rect class="back" width="{width:.0f}" height="{height:.0f}" rx="10"/>',
@@ -49,7 +49,7 @@ def svg(plan: Plan, *, style: bool = True) -> str:
     return "\n".join(p for p in parts if p) + "\n"
 
 
-def _escape(text: str) -> str:
+def escape_text(text: str) -> str:
     """For element content and quoted attributes alike; a line break survives as a character reference."""
     return escape(_FORBIDDEN.sub("\ufffd", text), quote=True).replace("\n", "&#10;").replace("\r", "&#13;")
 
@@ -66,7 +66,7 @@ def _markers() -> str:
 
 def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
     side = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{side}>{_escape(" ".join(text.split()))}</text>'
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{side}>{escape_text(" ".join(text.split()))}</text>'
 
 
 def _words(words: Words, width: float) -> str:
@@ -86,8 +86,9 @@ def _card(placed: PlacedCard) -> str:
         _text(at.x + 24, at.y + 23, fit(card.device, width, _BOLD), "name"),
         _text(at.x + 24, at.y + 40, fit(shown, width, 11), "muted"),
     ]
+    name = escape_text(card.device)
     return (
-        f'<g data-id="{_escape(card.device)}" data-search="{_escape(card.device)}"><title>{_escape(detail)}</title>'
+        f'<g data-id="{name}" data-search="{name}"><title>{escape_text(detail)}</title>'
         f'<rect class="card" x="{at.x:.1f}" y="{at.y:.1f}" width="{at.w:.1f}" height="{at.h:.1f}" rx="10"/>'
         f"{''.join(lines)}</g>"
     )
@@ -102,11 +103,10 @@ def _box(placed: PlacedBox) -> str:
     )
     accent = "" if pill else f'<path class="tint{placed.tint}" d="{_accent(placed)}"/>'
     lines = _compact_lines(placed) if placed.compact else _pill_lines(placed) if pill else _task_lines(placed)
-    kind = PYTHON if box.kind == PYTHON else box.kind
     search = f"{box.title} {box.detail}"
     return (
-        f'<g class="{kind}" data-id="{_escape(box.id)}" data-search="{_escape(search)}">'
-        f"<title>{_escape(box.detail)}</title>{shape}{accent}{lines}</g>"
+        f'<g class="{box.kind}" data-id="{escape_text(box.id)}" data-search="{escape_text(search)}">'
+        f"<title>{escape_text(box.detail)}</title>{shape}{accent}{lines}</g>"
     )
 
 
@@ -132,9 +132,10 @@ def _pill_lines(placed: PlacedBox) -> str:
     at, box = placed.at, placed.box
     width = at.w - 36
     title = fit(f"in: {box.title}" if box.kind == FEED else box.title, width, 12)
-    return _text(at.cx, at.y + 18, title, "small", "middle") + _text(
-        at.cx, at.y + 32, fit(", ".join(box.facts), width, 11), "muted", "middle"
-    )
+    if not box.facts:
+        return _text(at.cx, at.cy + 4, title, "small", "middle")
+    facts = fit(", ".join(box.facts), width, 11)
+    return _text(at.cx, at.y + 18, title, "small", "middle") + _text(at.cx, at.y + 32, facts, "muted", "middle")
 
 
 def _compact_lines(placed: PlacedBox) -> str:
@@ -154,8 +155,8 @@ def _store(placed: PlacedStore) -> str:
     ]
     search = f"{store.name} {store.detail}"
     return (
-        f'<g class="store" data-id="{_escape(store.id)}" data-search="{_escape(search)}">'
-        f'<title>{_escape(store.detail)}</title><path d="{body}"/><path class="{store.policy}-line" d="{lid}"/>'
+        f'<g class="store" data-id="{escape_text(store.id)}" data-search="{escape_text(search)}">'
+        f'<title>{escape_text(store.detail)}</title><path d="{body}"/><path class="{store.policy}-line" d="{lid}"/>'
         f"{''.join(lines)}</g>"
     )
 
@@ -164,8 +165,8 @@ def _path(path: Path) -> str:
     head = {"message": "message", "local": "local", "stub": "bus"}.get(path.kind)
     end = f' marker-end="url(#flowml-{head})"' if head else ""
     both = ' marker-start="url(#flowml-bus)"' if path.kind == "stub" else ""
-    ends = f' data-source="{_escape(path.source)}" data-target="{_escape(path.target)}"' if path.source else ""
-    title = f"<title>{_escape(path.detail)}</title>" if path.detail else ""
+    ends = f' data-source="{escape_text(path.source)}" data-target="{escape_text(path.target)}"' if path.source else ""
+    title = f"<title>{escape_text(path.detail)}</title>" if path.detail else ""
     return f'<path class="{path.kind}" d="{path.data}" stroke-width="{path.weight:.1f}"{end}{both}{ends}>{title}</path>'
 
 
@@ -173,7 +174,7 @@ def _bar(bar: Bar) -> str:
     at = bar.at
     label = _text(at.cx, at.cy + 4, bar.text, "number", "middle") if at.w > text_width(bar.text, 11) + 2 else ""
     return (
-        f"<g><title>{_escape(bar.detail)}</title><rect class=\"tint{bar.tint}\" x=\"{at.x:.1f}\" y=\"{at.y:.1f}\" "
+        f'<g><title>{escape_text(bar.detail)}</title><rect class="tint{bar.tint}" x="{at.x:.1f}" y="{at.y:.1f}" '
         f'width="{at.w:.1f}" height="{at.h:.1f}" rx="3"/>{label}</g>'
     )
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flowml.plan import Choice, Estimate, Plan, StoreSpec, Training, Transfer
+from flowml.plan import ArraySpec, Choice, Estimate, Plan, StoreSpec, Training, Transfer
 from flowml.render.program_text import device_lists
-from flowml.render.scene import headline, push_text
+from flowml.render.scene import headline, push_text, spec_text
 from flowml.render.timeline import timeline
 from flowml.render.units import bytes_text, clip, flops_text, plural, seconds_text
 
@@ -138,13 +138,18 @@ def _partitions(plan: Plan) -> str:
 def _transfers(plan: Plan) -> str:
     if not plan.transfers:
         return "Transfers\n  none: nothing crosses between devices"
-    heaviest: list[Transfer] = sorted(plan.transfers, key=lambda t: -t.nbytes)
+    messages, scope = plan.messages, ""
+    if plan.training and len(plan.training.replicas) > 1:
+        first = plan.training.replicas[0]
+        messages = tuple(m for m in messages if m.source in first and m.destination in first)
+        scope = "of replica 0; the others send the same: "
+    heaviest: list[Transfer] = sorted((t for m in messages for t in m.transfers), key=lambda t: -t.nbytes)
     rows = [
-        (t.source, t.destination, t.layer or "-", f"{t.dtype}[{','.join(map(str, t.shape))}]", bytes_text(t.nbytes))
+        (t.source, t.destination, t.layer or "-", spec_text(ArraySpec(t.shape, t.dtype)), bytes_text(t.nbytes))
         for t in heaviest
     ]
     times = f", {plan.training.microbatches} times a step" if plan.training and plan.training.microbatches > 1 else ""
-    title = f"Transfers ({plural(len(rows), 'value')} in {plural(len(plan.messages), 'message')}{times})"
+    title = f"Transfers ({scope}{plural(len(rows), 'value')} in {plural(len(messages), 'message')}{times})"
     return table(title, ("from", "to", "layer", "value", "size"), rows, "llllr")
 
 
@@ -207,7 +212,7 @@ def _chart(plan: Plan) -> str:
     letters: dict[int, str] = {}
     for bar in bars:
         letters.setdefault(bar.task, _LETTERS[len(letters) % len(_LETTERS)])
-    rows = {d: [" "] * _CHART_WIDTH for d in dict.fromkeys(b.device for b in bars)}
+    rows = {d: [" "] * _CHART_WIDTH for d in devices if any(b.device == d for b in bars)}
     for bar in bars:
         first = int(bar.start_s / end_s * (_CHART_WIDTH - 1))
         length = max(int(bar.end_s / end_s * (_CHART_WIDTH - 1)) - first, 1)

@@ -1,1 +1,1 @@
-"""flowml's runtime: what runs a plan. `protocol` decides, `host` does it on the real clock, `backends` start workers."""
+"""What runs a plan: `protocol` decides, `host` does it on the real clock, `backends` start the workers."""

@@ -18,7 +18,6 @@ import jax
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from flowml.errors import ClusterError
 from flowml_runtime.host.future import Future
 from flowml_runtime.host.leaves import signature
 from flowml_runtime.host.session import LoadedPlan, Session
@@ -76,7 +75,7 @@ class Dataflow(Generic[P, R]):
         self._placement = placement
         self._static = tuple(static_argnums)
         self._donate = tuple(donate_argnums)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # tracing a function may call its own program
         self._programs: weakref.WeakKeyDictionary[ClusterLike, dict[Hashable, _Program]] = weakref.WeakKeyDictionary()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -130,9 +129,10 @@ class Dataflow(Generic[P, R]):
         program = self._program(cluster, call, args, kwargs)
         session = cluster.session
         handle = program.handle
-        if handle is None:
+        if handle is None or handle.steps.stopped:
             with self._lock:
-                handle = program.handle = program.handle or session.load(program.plan)
+                known = program.handle
+                handle = program.handle = session.load(program.plan) if known is None else session.reload(known)
         return session, program, handle
 
     def _program(self, cluster: ClusterLike, call: _Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Program:
@@ -147,7 +147,7 @@ class Dataflow(Generic[P, R]):
             return programs[call.key]
 
     def _compile(self, cluster: ClusterLike, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Program:
-        from flowml.compile import compile_function
+        from flowml.compiler import compile_function
 
         compiled = compile_function(
             self._fn,
@@ -167,13 +167,7 @@ class Dataflow(Generic[P, R]):
             return self._cluster
         from flowml_runtime.cluster import current_cluster
 
-        cluster = current_cluster()
-        if cluster is None:
-            raise ClusterError(
-                f"{self._name} has no cluster to run on; call it inside `with fm.Cluster.local(workers=2):`, "
-                "or give fm.dataflow(..., cluster=...)"
-            )
-        return cast(ClusterLike, cluster)
+        return current_cluster()
 
     def _not_an_array(self, dynamic: Sequence[Any], kwargs: Mapping[str, Any]) -> TypeError:
         for path, leaf in tree_flatten_with_path((dynamic, dict(kwargs)))[0]:

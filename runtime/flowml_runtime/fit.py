@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flowml._jax import key_implementation
 from flowml.data import Source, epoch_order
 from flowml.errors import FlowmlError, WorkerError, WorkerLostError
 from flowml.plan import Feed, Training
@@ -80,7 +81,9 @@ class _Tally:
 class Fit:
     """Runs one fit over a loaded training plan."""
 
-    def __init__(self, session: Session, handle: LoadedPlan, source: Source, options: FitOptions, aux_tree: Any) -> None:
+    def __init__(
+        self, session: Session, handle: LoadedPlan, source: Source, options: FitOptions, aux_tree: Any
+    ) -> None:
         training = handle.plan.training
         if training is None:
             raise FlowmlError(f"plan {handle.plan.name!r} is not a training plan")
@@ -272,7 +275,7 @@ class Fit:
     def _bytes(self) -> dict[str, dict[str, int]]:
         """Bytes by store, summed over workers."""
         names = ("pushes", "pushed_bytes", "pushed_wire_bytes", "published_wire_bytes")
-        totals = {s.name: dict.fromkeys(names, 0) for s in self._training.stores}
+        totals: dict[str, dict[str, int]] = {s.name: {n: 0 for n in names} for s in self._training.stores}
         for rows in self._traffic.values():
             for store, *counts in rows:
                 for name, count in zip(names, counts, strict=True):
@@ -296,9 +299,9 @@ def _as_buffer(value: Any) -> Any:
 
 
 def _from_buffer(array: Any, dtype: str) -> Any:
-    from flowml._jax import key_implementation
-
-    return jax.random.wrap_key_data(np.asarray(array), impl=key_implementation(dtype)) if dtype[:4] == "key<" else array
+    if not dtype.startswith("key<"):
+        return array
+    return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=key_implementation(dtype))
 
 
 def _slots_by_device(handle: LoadedPlan) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], *, steps: 
     training = plan.training
     assert training is not None
     header = ("layer", "policy", "home", "parameters", "pushes", "pushed", "plain", "ratio", "crossed workers")
-    rows = [header]
+    rows: list[tuple[str, ...]] = [header]
     for store in training.stores:
         counts = traffic.get(store.name, {})
         pushed = counts.get("pushed_bytes", 0)

@@ -85,7 +85,9 @@ class Trainer:
         delays: Mapping[str, float] | None = None,
     ) -> None:
         if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
-            raise TypeError(f"optimizer must be an optax.GradientTransformation such as optax.adam(1e-3), got {optimizer!r}")
+            raise TypeError(
+                f"optimizer must be an optax.GradientTransformation such as optax.adam(1e-3), got {optimizer!r}"
+            )
         self._spec = TrainingSpec(loss, optimizer, replicas, placement, microbatches, schedule, policies)
         self._cluster = cluster
         self._delays = dict(delays or {})
@@ -179,7 +181,9 @@ class Trainer:
         workers = {d.worker for d in cluster.devices}
         for worker in self._delays:
             if worker not in workers:
-                raise FlowmlError(f"delays names {worker!r}, which does not exist; there are {', '.join(sorted(workers))}")
+                raise FlowmlError(
+                    f"delays names {worker!r}, which does not exist; there are {', '.join(sorted(workers))}"
+                )
         return self._delays
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowml_runtime.protocol.decision import Arrived, Commit, Decision, ReplicaRetired
+from flowml_runtime.protocol.decision import Arrived, Commit, Decision, Event, ReplicaRetired
 from flowml_runtime.protocol.terms import ReplicaLost, StoreTerms, Terms
 
 
@@ -79,11 +81,13 @@ def test_the_loss_of_the_last_one_missing_completes_the_clock() -> None:
 
 @settings(derandomize=True, deadline=None)
 @given(st.integers(1, 4), st.randoms(use_true_random=False), st.sets(st.integers(0, 3)))
-def test_every_clock_is_decided_once_with_enough_replicas(need: int, rng: object, lost: set[int]) -> None:
+def test_every_clock_is_decided_once_with_enough_replicas(need: int, rng: random.Random, lost: set[int]) -> None:
     machine = decision(clocked(need), clocked(min(need + 1, 4), every=3))
-    events = [Arrived(s, r, c) for r in range(4) for c in range(6) for s in ((0, 1) if c % 3 == 2 else (0,))]
+    events: list[Event] = [
+        Arrived(s, r, c) for r in range(4) for c in range(6) for s in ((0, 1) if c % 3 == 2 else (0,))
+    ]
     mixed = [*events, *map(ReplicaLost, sorted(lost))]
-    rng.shuffle(mixed)  # pyright: ignore[reportAttributeAccessIssue]
+    rng.shuffle(mixed)
     commits: list[Commit] = []
     for event in mixed:
         commits += machine.step(event)

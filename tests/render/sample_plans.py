@@ -93,7 +93,9 @@ def pipeline_plan(
         input_names=("x", f"params[{layers[0]}]", f"params[{layers[1]}]"),
         outputs=(Output(logits, "fetch", 0), Output(image, "input", 0)),
         constants=(Constant(f32(2), b"\0" * 8),),
-        estimate=Estimate(9.4e-3, dict(zip(names, (4_200_000, 900_000), strict=True)), message.nbytes, single_device_seconds),
+        estimate=Estimate(
+            9.4e-3, dict(zip(names, (4_200_000, 900_000), strict=True)), message.nbytes, single_device_seconds
+        ),
         choices=(
             Choice("one device", single_device_seconds, 4_600_000, "no transfers"),
             Choice("pipeline of 2", 9.4e-3, 4_200_000, f"cut after {layers[0]}", chosen=True),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from flowml_runtime.messages import StepFailed
 from tests.conftest import wait_until
 from tests.network import Network
 from tests.plans import Gate, callback_then_double, chain, gated, never_sent, one_device
+from tests.processes import Processes
 
 X = np.arange(4, dtype=np.float32)
 NoLeaks = Callable[[], AbstractContextManager[None]]
@@ -54,7 +58,7 @@ def test_an_exception_in_a_callback_brings_its_traceback_and_the_next_call_works
         assert (error.worker, error.step, error.node) == ("worker:0", 1, "callback")
         assert error.args[0] == (
             "ValueError: the input is negative and this is a second line "
-            "(in 'callback' on worker:0, step 1 of with_callback)"
+            "(in 'callback' on worker:0, step 1 of 'with_callback')"
         )
         assert error.remote_traceback is not None
         assert 'raise ValueError("the input is negative' in error.remote_traceback
@@ -227,3 +231,41 @@ def test_only_the_driver_of_a_plan_may_feed_or_end_it() -> None:
         network.workers[0].on_message("worker:1", stray, [X - 9])
         network.workers[0].on_message("worker:1", Unload(plan_id=handle.plan_id), [])
         np.testing.assert_array_equal(network.session.submit(handle, [X]).result(timeout=30)[0], (X + 1) * 2)
+
+
+def wait_for_a_kill(path: str, x: Any) -> Any:
+    """Says that it has begun, then never ends by itself."""
+    if x.min() < 0:
+        Path(path).touch()
+        threading.Event().wait()
+    return x
+
+
+def test_a_killed_process_surfaces_within_seconds_and_leaves_nothing(tmp_path: Path, no_leaks: NoLeaks) -> None:
+    begun = tmp_path / "begun"
+    with no_leaks(), Processes() as processes:
+        session = processes.session
+        handle = session.load(callback_then_double(functools.partial(wait_for_a_kill, str(begun))))
+        np.testing.assert_array_equal(session.submit(handle, [X]).result(timeout=30)[0], X * 2)
+        alone = session.load(one_device(device="worker:1/cpu:0"))
+        futures = [session.submit(handle, [X - 1]) for _ in range(2)]
+        wait_until(begun.exists, "worker 0 is in the middle of a step")
+        processes.kill("worker:0")
+        killed = time.monotonic()
+        for step, future in enumerate(futures, start=1):
+            error = future.exception(timeout=30)
+            assert isinstance(error, WorkerLostError)
+            assert (error.worker, error.step) == ("worker:0", step)
+        assert time.monotonic() - killed < 5
+        with pytest.raises(WorkerLostError, match="worker:0 was lost"):
+            session.submit(handle, [X])
+        assert session.submit(alone, [X]).exception(timeout=30) is None
+
+
+def test_a_callback_in_another_process_brings_its_traceback_over() -> None:
+    with Processes() as processes:
+        handle = processes.session.load(callback_then_double(refuse_negative))
+        with pytest.raises(WorkerError, match="ValueError: the input is negative") as caught:
+            processes.session.submit(handle, [X - 1]).result(timeout=30)
+        assert 'raise ValueError("the input is negative' in (caught.value.remote_traceback or "")
+        np.testing.assert_array_equal(processes.session.submit(handle, [X]).result(timeout=30)[0], X * 2)

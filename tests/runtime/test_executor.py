@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,6 +21,8 @@ from flowml.errors import DeadlineError, FlowmlError, PlacementError, WorkerErro
 from flowml.plan import ArraySpec, Constant, Feed, Fetch, Free, Output, Run, Send
 from flowml_runtime.host.mailbox import Cancelled, Mailbox
 from flowml_runtime.host.programs import aligned_copy, safe_donations
+from flowml_runtime.messages import Value
+from flowml_runtime.protocol.terms import ProtocolError
 from tests.network import Network
 from tests.plans import VECTOR, W0, W1, Gate, PlanBuilder, chain, fetched, gated, one_device, split_key
 
@@ -65,19 +70,28 @@ def test_many_steps_in_flight_each_get_their_own_result() -> None:
         assert network.held_values() == 0
 
 
-def test_devices_of_one_process_pass_values_to_each_other(two_cpu_devices: list[Any]) -> None:
-    with Network(devices=two_cpu_devices) as network:
-        handle = network.session.load(chain((W0, W1)))
-        (result,) = network.session.submit(handle, [jax.device_put(vector(), two_cpu_devices[1])]).result()
-        np.testing.assert_array_equal(result + jnp.ones(4), (vector() + 1) * 2 + 1)  # bound to no device
+TWO_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from tests.network import Network
+from tests.plans import W0, W1, chain, one_device
+x = np.arange(4, dtype=np.float32)
+first, second = jax.local_devices()
+with Network(devices=[first, second]) as network:
+    handle = network.session.load(chain((W0, W1)))
+    (result,) = network.session.submit(handle, [jax.device_put(x, second)]).result()
+    np.testing.assert_array_equal(result + jnp.ones(4), (x + 1) * 2 + 1)  # bound to no device
+with Network(1, local=True, devices=[second]) as network:
+    handle = network.session.load(one_device(lambda a: (a + 1,)))
+    for given in (x, jax.device_put(x, first), jax.device_put(x, second)):
+        np.testing.assert_array_equal(network.session.call(handle, [given])[0] + jax.device_put(x, first), 2 * x + 1)
+"""
 
 
-@pytest.fixture
-def two_cpu_devices() -> list[Any]:
-    devices = jax.local_devices()
-    if len(devices) < 2:
-        pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=2")
-    return devices[:2]
+def test_devices_of_one_process_pass_values_to_each_other() -> None:
+    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    subprocess.run(
+        [sys.executable, "-W", "error", "-c", TWO_DEVICES], check=True, timeout=100, env=os.environ | settings
+    )
 
 
 def test_the_local_way_equals_the_fed_way() -> None:
@@ -247,7 +261,7 @@ def test_bytes_of_a_plan_travel_only_where_they_are_run() -> None:
 
 def test_unloading_ends_the_threads_of_a_plan(no_leaks: Callable[[], AbstractContextManager[None]]) -> None:
     with Network() as network:
-        keep = network.session.load(one_device())
+        keep = network.session.load(chain())  # by now each worker has its loader thread
         with no_leaks():
             handle = network.session.load(chain())
             network.session.submit(handle, [vector()]).result()
@@ -267,6 +281,22 @@ def test_nothing_is_left_after_close(no_leaks: Callable[[], AbstractContextManag
 SCOPES = [("plan", step, device) for step in (0, 1) for device in (W0, W1)]
 
 
+def test_a_value_that_comes_twice_fails_its_step() -> None:
+    gate = Gate("twice")
+    with Network() as network:
+        handle = network.session.load(gated("twice"))
+        future = network.session.submit(handle, [vector()])
+        assert gate.entered.acquire(timeout=30)
+        value = Value(plan_id=handle.plan_id, step=1, kind="edge", index=0, device=W1)
+        network.workers[1].on_message("worker:0", value, [vector()])
+        second = network.session.submit(handle, [vector()])
+        network.workers[1].on_message("worker:0", value, [vector()])
+        with pytest.raises(WorkerError, match="came twice"):
+            second.result(timeout=30)
+        gate.opened.set()
+        assert future.exception(timeout=30) is None
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from(["put", "take", "cancel"]), st.sampled_from(SCOPES), st.integers(0, 2)), max_size=40
@@ -280,6 +310,10 @@ def test_a_mailbox_agrees_with_a_plain_dictionary(actions: list[tuple[str, Any, 
     for n, (action, scope, index) in enumerate(actions):
         key = ("edge", index, 0)
         if action == "put":
+            if (scope, key) in model:
+                with pytest.raises(ProtocolError, match="came twice"):
+                    mailbox.put(scope, key, n)
+                continue
             mailbox.put(scope, key, n)
             if scope not in cancelled:
                 model[scope, key] = n
@@ -295,6 +329,8 @@ def test_a_mailbox_agrees_with_a_plain_dictionary(actions: list[tuple[str, Any, 
         else:
             with pytest.raises(TimeoutError):
                 mailbox.take(scope, key, 0.0)
+            cancelled.add(scope)  # a step whose value was too late is over
+            model = {k: v for k, v in model.items() if k[0] != scope}
         assert len(mailbox) == len(model)
     mailbox.close("plan")
     assert len(mailbox) == 0

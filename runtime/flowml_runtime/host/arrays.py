@@ -35,9 +35,11 @@ _ML_DTYPES = (
     *("float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu"),
 )
 
-_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in _NUMPY}
-_DTYPES |= {name: np.dtype(getattr(ml_dtypes, name)) for name in _ML_DTYPES if hasattr(ml_dtypes, name)}
-_DTYPES["float0"] = np.dtype(np.bool_)
+_DTYPES: dict[str, np.dtype[Any]] = {
+    **{name: np.dtype(name) for name in _NUMPY},
+    **{name: np.dtype(getattr(ml_dtypes, name)) for name in _ML_DTYPES},
+    "float0": np.dtype(np.bool_),
+}
 
 
 @functools.lru_cache(maxsize=4096)

@@ -42,7 +42,7 @@ class FedServices(StepServices, Protocol):
     """Services of steps that a driver feeds: `begin` takes the feed in, `end` lets go of it."""
 
     def begin(self, arrays: Sequence[Array]) -> None: ...
-    def end(self) -> None: ...
+    def end(self, step: int) -> None: ...
 
 
 class StepFault(Exception):
@@ -114,15 +114,23 @@ def _buffers(instruction: Instruction) -> tuple[int, ...]:
 
 def _bind(instruction: Instruction, function: TaskFunction | None) -> Operation:
     match instruction:
+        case Feed():
+            return _bind_feed(instruction)
+        case Read():
+            return _bind_read(instruction)
+        case Recv():
+            return _bind_recv(instruction)
         case Run():
             assert function is not None
             return _bind_run(instruction, function)
+        case Send():
+            return _bind_send(instruction)
+        case Push():
+            return _bind_push(instruction)
+        case Fetch():
+            return _bind_fetch(instruction)
         case Free():
-            return _bind_free(instruction.buffers)
-        case Feed() | Read() | Recv():
-            return _bind_source(instruction)
-        case Send() | Push() | Fetch():
-            return _bind_sink(instruction)
+            return _bind_free(instruction)
 
 
 def _gather(buffers: tuple[int, ...]) -> Callable[[Buffers], Sequence[Any]]:
@@ -159,7 +167,9 @@ def _bind_run(run: Run, function: TaskFunction) -> Operation:
     return operation
 
 
-def _bind_free(freed: tuple[int, ...]) -> Operation:
+def _bind_free(free: Free) -> Operation:
+    freed = free.buffers
+
     def operation(buffers: Buffers, step: int, services: StepServices) -> None:
         for buffer in freed:
             buffers[buffer] = None
@@ -167,40 +177,64 @@ def _bind_free(freed: tuple[int, ...]) -> Operation:
     return operation
 
 
-def _bind_source(instruction: Feed | Read | Recv) -> Operation:
-    scatter = _scatter(instruction.buffers)
+def _bind_feed(feed: Feed) -> Operation:
+    scatter = _scatter(feed.buffers)
+    slots, microbatch = feed.slots, feed.microbatch
 
-    def feed(buffers: Buffers, step: int, services: StepServices) -> None:
-        assert isinstance(instruction, Feed)
-        scatter(buffers, services.feed(step, instruction.slots, instruction.microbatch))
+    def operation(buffers: Buffers, step: int, services: StepServices) -> None:
+        scatter(buffers, services.feed(step, slots, microbatch))
 
-    def read(buffers: Buffers, step: int, services: StepServices) -> None:
-        assert isinstance(instruction, Read)
-        scatter(buffers, services.read(step, instruction.store, instruction.leaves))
-
-    def receive(buffers: Buffers, step: int, services: StepServices) -> None:
-        assert isinstance(instruction, Recv)
-        scatter(buffers, services.receive(step, instruction.message, instruction.microbatch))
-
-    return feed if isinstance(instruction, Feed) else read if isinstance(instruction, Read) else receive
+    return operation
 
 
-def _bind_sink(instruction: Send | Push | Fetch) -> Operation:
-    gather = _gather(instruction.buffers)
+def _bind_read(read: Read) -> Operation:
+    scatter = _scatter(read.buffers)
+    store, leaves = read.store, read.leaves
 
-    def send(buffers: Buffers, step: int, services: StepServices) -> None:
-        assert isinstance(instruction, Send)
-        services.send(step, instruction.message, instruction.microbatch, gather(buffers))
+    def operation(buffers: Buffers, step: int, services: StepServices) -> None:
+        scatter(buffers, services.read(step, store, leaves))
 
-    def push(buffers: Buffers, step: int, services: StepServices) -> None:
-        assert isinstance(instruction, Push)
-        services.push(step, instruction.store, instruction.part, gather(buffers))
+    return operation
 
-    def fetch(buffers: Buffers, step: int, services: StepServices) -> None:
-        assert isinstance(instruction, Fetch)
-        services.fetch(step, instruction.slots, instruction.microbatch, gather(buffers))
 
-    return send if isinstance(instruction, Send) else push if isinstance(instruction, Push) else fetch
+def _bind_recv(recv: Recv) -> Operation:
+    scatter = _scatter(recv.buffers)
+    message, microbatch = recv.message, recv.microbatch
+
+    def operation(buffers: Buffers, step: int, services: StepServices) -> None:
+        scatter(buffers, services.receive(step, message, microbatch))
+
+    return operation
+
+
+def _bind_send(send: Send) -> Operation:
+    gather = _gather(send.buffers)
+    message, microbatch = send.message, send.microbatch
+
+    def operation(buffers: Buffers, step: int, services: StepServices) -> None:
+        services.send(step, message, microbatch, gather(buffers))
+
+    return operation
+
+
+def _bind_push(push: Push) -> Operation:
+    gather = _gather(push.buffers)
+    store, part = push.store, push.part
+
+    def operation(buffers: Buffers, step: int, services: StepServices) -> None:
+        services.push(step, store, part, gather(buffers))
+
+    return operation
+
+
+def _bind_fetch(fetch: Fetch) -> Operation:
+    gather = _gather(fetch.buffers)
+    slots, microbatch = fetch.slots, fetch.microbatch
+
+    def operation(buffers: Buffers, step: int, services: StepServices) -> None:
+        services.fetch(step, slots, microbatch, gather(buffers))
+
+    return operation
 
 
 class Executor:
@@ -242,8 +276,6 @@ class Executor:
             del fed, arrays  # else they stay alive until the next feed comes
 
     def _step(self, step: int, arrays: Sequence[Array]) -> None:
-        if self._services.should_abandon(step):
-            return
         try:
             self._services.begin(arrays)
             run_step(self._program, step, self._services)
@@ -254,4 +286,4 @@ class Executor:
         except BaseException as error:  # a feed that does not fit, or a callback that raised KeyboardInterrupt
             self._on_fault(step, "feed", error)
         finally:
-            self._services.end()
+            self._services.end(step)

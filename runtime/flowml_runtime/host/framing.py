@@ -51,7 +51,7 @@ class Outgoing:
     def frames(self) -> Iterator[bytes]:
         yield self.first
         for array in self.large:
-            view = memoryview(as_bytes(array))
+            view = as_bytes(array).data
             for start in range(0, len(view), PIECE_BYTES):
                 yield bytes(view[start : start + PIECE_BYTES])
 
@@ -111,8 +111,9 @@ class Assembler:
                 taken, at = taken + nbytes, at + _padded(nbytes)
             else:
                 data = _allocate(nbytes, spec)
-                self._missing.insert(0, data)
+                self._missing.append(data)
             self._arrays.append(shaped(data, spec))
+        self._missing.reverse()
         self._message = message
 
     def _fill(self, frame: bytes) -> None:

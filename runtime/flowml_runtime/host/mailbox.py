@@ -10,8 +10,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from flowml_runtime.protocol.rendezvous import Cancelled as Cancelled
-from flowml_runtime.protocol.rendezvous import Rendezvous
+from flowml_runtime.protocol.rendezvous import Cancelled, Rendezvous
 
 Scope = tuple[str, int, str]
 """(plan id, step, device)"""

@@ -22,15 +22,12 @@ from typing import Any
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 
 from flowml._jax import key_implementation
 from flowml.errors import FlowmlError
-from flowml.plan import KEY_WORDS, ArraySpec, Constant, Feed, Fetch, Plan, Program, Push, Read, Recv, Run, Send, Task
-
-Array = Any
-"""np.ndarray or jax.Array"""
+from flowml.plan import ArraySpec, Constant, Feed, Fetch, Plan, Program, Push, Read, Recv, Run, Send, Task
+from flowml_runtime.host.arrays import Array, aligned_empty, wire_layout
 
 JaxDevice = Any
 """jax.Device, which type checkers take for a variable."""
@@ -38,22 +35,16 @@ JaxDevice = Any
 TaskFunction = Callable[..., Sequence[Array]]
 """Takes the task's inputs as positional arguments, returns its outputs."""
 
-ALIGNMENT = 64
-"""Bytes. XLA takes a CPU buffer of this alignment as it is and copies any other."""
-
 
 def buffer_struct(spec: ArraySpec) -> jax.ShapeDtypeStruct:
     """Shape and dtype of the buffer that holds an array inside a worker and on a wire."""
-    if spec.dtype.startswith("key<"):
-        return jax.ShapeDtypeStruct((*spec.shape, KEY_WORDS[spec.dtype[4:-1]]), np.uint32)
-    return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype))
+    shape, dtype, _ = wire_layout(spec)
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def aligned_copy(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A C-ordered copy that XLA can use as it is."""
-    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy = aligned_empty(array.nbytes).view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
 

@@ -1,4 +1,4 @@
-"""Who may talk to whom: tokens, TLS files, and the rule that nothing listens or connects beyond this machine without both.
+"""Who may talk to whom: tokens, TLS, and the rule that nothing leaves this machine without both.
 
 A token is a secret that all members of a cluster share. It travels in the metadata of a call, is held in files that
 only their owner can read, and never in arguments, the environment or logs.

@@ -147,9 +147,10 @@ class DataflowServices(EdgeServices):
         """Take in the feed of the step that runs next."""
         self._fed = dict(zip(self._slots, self.adopt(arrays), strict=True))
 
-    def end(self) -> None:
+    def end(self, step: int) -> None:
         """Let go of the inputs, which else would stay alive until the next step."""
         self._fed = {}
+        self._mailbox.finish((self.plan_id, step, self.device))
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
         return [self._fed[s] for s in slots]

@@ -146,13 +146,25 @@ class Session:
             with self._lock:
                 self._check_open()
                 self._plans[plan_id] = handle
+                if loading.error is not None:  # a worker was lost between the barrier and here
+                    raise loading.error
         except BaseException:
+            with self._lock:
+                self._plans.pop(plan_id, None)
             self._broadcast(workers, Unload(plan_id=plan_id))
             raise
         finally:
             with self._lock:
                 del self._loading[plan_id]
         return handle
+
+    def reload(self, handle: LoadedPlan) -> LoadedPlan:
+        """The plan of a handle that lost a worker, loaded again if every worker it needs is there; else as it was."""
+        there = {d.name for d in self.devices}
+        if not handle.steps.stopped or any(p.device not in there for p in handle.plan.programs):
+            return handle
+        self.unload(handle)
+        return self.load(handle.plan)
 
     def submit(self, handle: LoadedPlan, inputs: Sequence[Any], *, copy: bool = True) -> Future[list[Any]]:
         """Start one step with the plan's flat inputs. Waits while too many steps are in flight.
@@ -231,13 +243,12 @@ class Session:
     def on_lost(self, peer: str, reason: str) -> None:
         """A peer died or stopped answering: fail at once all that depends on it."""
         with self._lock:
-            loads = [x for x in self._loading.values() if peer in x.workers]
+            for loading in self._loading.values():
+                if peer in loading.workers:
+                    text = f"{peer} was lost while it compiled plan {loading.plan.name!r}: {reason}"
+                    loading.fail(WorkerLostError(text, worker=peer))
             plans = [p for p in self._plans.values() if peer in p.workers]
             handlers = list(self._handlers.values())
-        for loading in loads:
-            loading.fail(
-                WorkerLostError(f"{peer} was lost while it compiled plan {loading.plan.name!r}: {reason}", worker=peer)
-            )
         for handle in plans:
             self._stop(handle, lambda step, plan=handle.plan: worker_lost(plan, step, peer, reason))
         for handler in handlers:

@@ -61,6 +61,11 @@ class Steps:
             self._next += 1
             return self._next - 1
 
+    @property
+    def stopped(self) -> bool:
+        """True once no step can begin any more."""
+        return self._stopped is not None
+
     def collect(self, step: int, slots: Sequence[int], arrays: Sequence[Array]) -> None:
         """Take in fetched outputs. Those of a step that is over are ignored."""
         with self._lock:

@@ -103,9 +103,11 @@ class TrainingHost:
             self._stop()
         elif self._fit is not None and message.run == self._fit.run.number:
             self._fit.take(message, arrays)
-        elif message.run > max(self._finished, self._fit.run.number if self._fit else -1):
-            if len(self._early) < _EARLY_LIMIT:
-                self._early.append((peer, message, arrays))
+        elif message.run > self._newest_run() and len(self._early) < _EARLY_LIMIT:
+            self._early.append((peer, message, arrays))
+
+    def _newest_run(self) -> int:
+        return max(self._finished, self._fit.run.number if self._fit else -1)
 
     def _begin(self, start: StartTraining) -> _Fit:
         training = self._plan.training
@@ -141,7 +143,7 @@ class TrainingHost:
     def _fail(self, node: str, error: BaseException) -> None:
         trace = "" if isinstance(error, FlowmlError) else own_traceback(error)
         message = Failed(
-            plan_id=self._plan_id, worker=self._worker.name, node=node, error=one_line(error)[:2**20], traceback=trace
+            plan_id=self._plan_id, worker=self._worker.name, node=node, error=one_line(error)[: 2**20], traceback=trace
         )
         try:
             self._worker.endpoint.send(self._driver, message)
@@ -288,4 +290,3 @@ class _Fit:
                 run.send(run.driver, run.traffic())
             case _:
                 pass
-

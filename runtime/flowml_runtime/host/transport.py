@@ -110,9 +110,7 @@ class Budget:
             self._changed.notify_all()
 
     def _fits(self, nbytes: int) -> bool:
-        return not self._messages or (
-            self._bytes + nbytes <= self._max_bytes and self._messages < self._max_messages
-        )
+        return not self._messages or (self._bytes + nbytes <= self._max_bytes and self._messages < self._max_messages)
 
 
 class Delivery:
@@ -186,6 +184,7 @@ class ThreadEndpoint:
         self.address = f"thread:{name}"
         self.incarnation = new_incarnation()
         self._hub = hub
+        self._lock = threading.Lock()
         self._lost: dict[str, str] = {}
         self._delivery = Delivery(name)
         self._started = threading.Event()
@@ -212,11 +211,15 @@ class ThreadEndpoint:
         return self._delivery.put(self._receive, peer, message, arrays, nbytes=nbytes)
 
     def lose(self, peer: str, reason: str) -> None:
-        if self._lost.setdefault(peer, reason) is reason:
-            self._delivery.put(self._report, peer, reason)
+        with self._lock:
+            if peer in self._lost:
+                return
+            self._lost[peer] = reason
+        self._delivery.put(self._report, peer, reason)
 
     def forget(self, peer: str) -> None:
-        self._lost.setdefault(peer, "it was forgotten")
+        with self._lock:
+            self._lost.setdefault(peer, "it was forgotten")
 
     def close(self) -> None:
         self._hub.remove(self.name)

@@ -29,6 +29,7 @@ from flowml_runtime.host.mailbox import Mailbox
 from flowml_runtime.host.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
 from flowml_runtime.host.services import DEADLINE_S, DataflowServices, Sender
 from flowml_runtime.messages import Failed, Loaded, LoadPlan, StepFailed, Unload, Value, Wire
+from flowml_runtime.protocol.terms import ProtocolError
 
 JOIN_S = 5.0
 """How long `close` waits for each thread. One that sits in a callback that never returns is left behind."""
@@ -96,8 +97,7 @@ class Worker:
         """Take one message in. Called by the endpoint on its receiving threads; returns at once."""
         match message:
             case Value(kind="edge"):
-                key = (message.kind, message.index, message.microbatch)
-                self.mailbox.put((message.plan_id, message.step, message.device), key, arrays)
+                self._put(message, arrays)
             case LoadPlan():
                 self._accept(peer, message, arrays)
             case _:
@@ -142,6 +142,15 @@ class Worker:
             self.unload(plan_id)
         for executor in self._stopped:
             executor.join(JOIN_S)
+
+    def _put(self, value: Value, arrays: Sequence[Array]) -> None:
+        try:
+            scope = (value.plan_id, value.step, value.device)
+            self.mailbox.put(scope, (value.kind, value.index, value.microbatch), arrays)
+        except ProtocolError as error:
+            hosted = self._plans.get(value.plan_id)
+            if hosted is not None:
+                self._tell(hosted.driver, step_failed(value.plan_id, value.step, self.name, value.device, error))
 
     def _on_plan_message(self, hosted: _Hosted, peer: str, message: Wire, arrays: Sequence[Array]) -> None:
         if hosted.training is not None and not isinstance(message, Unload):

@@ -134,13 +134,8 @@ class Coordinator:
                 return self._tick(now_s)
             case ConnectionLost(peer, reason) | ProcessExited(peer, reason):
                 return self._lose({peer: reason})
-            case Received(peer, Join() as join):
-                return self._join(peer, join)
-            case Received(_, Heartbeat(worker=worker, incarnation=incarnation)):
-                self._hear(worker, incarnation)
-                return []
-            case Received(peer, Leave(reason=reason)):
-                return self._lose({peer: reason or "it left"})
+            case Received(peer, message):
+                return self._receive(peer, message)
 
     def validate(self) -> None:
         """Raises ProtocolError if an invariant does not hold."""
@@ -160,6 +155,16 @@ class Coordinator:
             if seat.heard_s > self._now():
                 raise ProtocolError(f"{name} was heard of in the future")
 
+    def _receive(self, peer: str, message: Join | Heartbeat | Leave) -> list[Action]:
+        match message:
+            case Join():
+                return self._join(peer, message)
+            case Heartbeat():
+                self._hear(message.worker, message.incarnation)
+                return []
+            case Leave():
+                return self._lose({peer: message.reason or "it left"})
+
     def _now(self) -> float:
         return self._now_s or 0.0
 
@@ -172,7 +177,7 @@ class Coordinator:
             for name, seat in self._seats.items():
                 self._seats[name] = replace(seat, heard_s=min(seat.heard_s + slept, self._now_s))
         silent = {n: s for n, s in self._seats.items() if self._now() - s.heard_s > self._timeout_s}
-        return self._lose({name: f"no heartbeat for {self._timeout_s:g} s" for name in silent})
+        return self._lose(dict.fromkeys(silent, f"no heartbeat for {self._timeout_s:g} s"))
 
     def _hear(self, worker: str, incarnation: int) -> None:
         seat = self._seats.get(worker)

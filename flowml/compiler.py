@@ -1,4 +1,4 @@
-"""compile: the passes, in order, from a JAX function to a `Plan`.
+"""compiler: the passes, in order, from a JAX function to a `Plan`.
 
     trace -> simplify -> label -> place -> partition -> transfer -> schedule -> lower
 

@@ -1,0 +1,320 @@
+"""Clusters: workers that run plans, and the session through which this process uses them.
+
+There are three ways to one, and they differ only in who starts the workers:
+
+    Cluster.threads   workers in this process, joined by references
+    Cluster.local     worker processes on this machine, started here together with a coordinator, then joined as below
+    Cluster.connect   joins a coordinator that runs already: `LaunchedCluster`, which is what `flowml launch` keeps
+
+Nothing of what is started outlives its owner: `close`, leaving the `with` block, the end of the program and its death
+by kill -9 all end it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import threading
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, Self
+
+from flowml.devices import Device
+from flowml.errors import ClusterError
+from flowml_runtime.backends.local import LocalWorkers
+from flowml_runtime.host.coordinator import CoordinatorHost
+from flowml_runtime.host.grpc_transport import GrpcEndpoint, bind_towards
+from flowml_runtime.host.machine import cores, memory_bytes, share_cores
+from flowml_runtime.host.membership import Membership, passing_name
+from flowml_runtime.host.security import TLS, check_exposure, find_token, new_token, split_address
+from flowml_runtime.host.spawning import WorkerConfig
+from flowml_runtime.host.transport import Endpoint, ThreadHub
+from flowml_runtime.messages import Member, Wire
+
+TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
+"""Paths of PEM files under "cert", "key" and "ca"."""
+
+_CORE_FLOPS_PER_S = Device("").flops_per_s
+_current: list[Cluster] = []
+
+
+class Cluster:
+    """Workers and the session that uses them. Made by `local`, `threads` or `connect`; use it in a `with` block."""
+
+    def __init__(self, endpoint: Endpoint, python: bool) -> None:
+        """For the ways above."""
+        from flowml_runtime.host.session import Session
+
+        self.endpoint = endpoint
+        self.session = Session(endpoint, ())
+        self.python = python
+        self.pids: Mapping[str, int] = {}
+        """Worker -> process id, of those that this cluster started."""
+        self._stack = ExitStack()
+        self._lock = threading.Lock()
+        self._owner = os.getpid()
+        self._closed = False
+        atexit.register(self.close)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices of the workers that are there now."""
+        return self.session.devices
+
+    @classmethod
+    def local(
+        cls,
+        workers: int = 2,
+        devices_per_worker: int = 1,
+        *,
+        allow_python: bool = False,
+        platform: str = "cpu",
+        start_timeout_s: float = 120.0,
+    ) -> Cluster:
+        """Start worker processes on this machine; the cores are shared out among them and each is pinned to its own.
+
+        `allow_python` lets plans carry Python callbacks and data sources to the workers. Raises ClusterError, with
+        the end of its log, if a worker does not start.
+        """
+        with ExitStack() as stack:
+            launched = LaunchedCluster(
+                workers=workers,
+                devices_per_worker=devices_per_worker,
+                allow_python=allow_python,
+                platform=platform,
+                start_timeout_s=start_timeout_s,
+            )
+            stack.callback(launched.close)
+            cluster = cls._join(launched.address, launched.token, None, "driver", allow_python, stack)
+            cluster.pids = launched.pids
+            return cluster
+
+    @classmethod
+    def threads(cls, workers: int = 2, devices_per_worker: int = 1) -> Cluster:
+        """Start workers inside this process. They share its cores, its memory and its interpreter."""
+        from flowml_runtime.backends.threads import start_workers
+
+        _check_counts(workers, devices_per_worker)
+        share = len(cores()) / workers / devices_per_worker
+        memory = memory_bytes() // (workers * devices_per_worker)
+        names = {w: [f"{w}/cpu:{d}" for d in range(devices_per_worker)] for w in _names(workers)}
+        devices = {w: [_device(n, "cpu", memory, share) for n in own] for w, own in names.items()}
+        hub = ThreadHub()
+        with ExitStack() as stack:
+            endpoint = hub.endpoint("driver")
+            stack.callback(endpoint.close)
+            cluster = cls(endpoint, True)
+            endpoint.start(cluster.session.on_message, cluster.session.on_lost)
+            cluster.session.devices = tuple(d for own in devices.values() for d in own)
+            for worker, own in start_workers(hub, devices):
+                stack.callback(own.close)
+                stack.callback(worker.close)
+                cluster.session.attach(worker)
+            cluster._stack = stack.pop_all()
+        return cluster
+
+    @classmethod
+    def connect(
+        cls,
+        address: str,
+        token: str | os.PathLike[str] | None = None,
+        tls: TLSFiles = None,
+        *,
+        allow_python: bool = False,
+        timeout_s: float = 30.0,
+    ) -> Cluster:
+        """Join the cluster whose coordinator listens at `address` ("host:port").
+
+        `token` is the token itself or a file that holds it; without one, the file that FLOWML_TOKEN_FILE names. Beyond
+        this machine `tls` is required. Raises ClusterError if the cluster cannot be reached or refuses.
+        """
+        with ExitStack() as stack:
+            name = f"driver-{uuid.uuid4().hex[:12]}"
+            return cls._join(address, find_token(token), TLS.of(tls), name, allow_python, stack, timeout_s)
+
+    @classmethod
+    def _join(
+        cls,
+        address: str,
+        token: str,
+        tls: TLS | None,
+        name: str,
+        allow_python: bool,
+        stack: ExitStack,
+        timeout_s: float = 30.0,
+    ) -> Cluster:
+        """Join a coordinator as a driver. What `stack` holds is closed with the cluster, or now if this fails."""
+        check_exposure(address, tls, token, "connect to")
+        driver = _Driver()
+        endpoint = GrpcEndpoint(passing_name(), token, bind=bind_towards(address), tls=tls)
+        stack.callback(endpoint.close)
+        membership = Membership(
+            endpoint,
+            address,
+            driver.on_message,
+            driver.on_lost,
+            on_members=driver.on_members,
+            on_end=lambda reason: driver.on_end(reason, membership.members),
+        )
+        stack.callback(membership.leave)
+        membership.join(name, timeout_s=timeout_s)
+        cluster = cls(endpoint, allow_python and all(m.python for m in membership.members if m.devices))
+        driver.adopt(cluster, membership)
+        cluster._stack = stack.pop_all()
+        return cluster
+
+    def close(self) -> None:
+        """End the session, and the workers if this cluster started them. Idempotent."""
+        with self._lock:
+            if self._closed or os.getpid() != self._owner:  # a fork of the owner has no business here
+                return
+            self._closed = True
+        atexit.unregister(self.close)
+        with self._stack:
+            self.session.close()
+
+    def __enter__(self) -> Self:
+        if self._closed:
+            raise ClusterError("this cluster is closed; start another")
+        _current.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self in _current:
+            _current.remove(self)
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "<Cluster, closed>"
+        return f"<Cluster of {', '.join(d.name for d in self.devices) or 'no workers'}>"
+
+
+class _Driver:
+    """Joins membership to a cluster that exists only once it has joined."""
+
+    def __init__(self) -> None:
+        self._cluster: Cluster | None = None
+        self._lock = threading.Lock()
+
+    def adopt(self, cluster: Cluster, membership: Membership) -> None:
+        with self._lock:
+            self._cluster = cluster
+            cluster.session.devices = _devices(membership.members)
+
+    def on_members(self, members: tuple[Member, ...]) -> None:
+        with self._lock:
+            if self._cluster is not None:
+                self._cluster.session.devices = _devices(members)
+
+    def on_message(self, peer: str, message: Wire, arrays: list[Any]) -> None:
+        if self._cluster is not None:
+            self._cluster.session.on_message(peer, message, arrays)
+
+    def on_lost(self, peer: str, reason: str) -> None:
+        if self._cluster is not None:
+            self._cluster.session.on_lost(peer, reason)
+
+    def on_end(self, reason: str, members: tuple[Member, ...]) -> None:
+        """Without its coordinator a cluster ends, its workers with it."""
+        if self._cluster is not None:
+            self.on_members(())
+            for member in members:
+                self._cluster.endpoint.lose(member.worker, f"the coordinator was lost: {reason}")
+
+
+class LaunchedCluster:
+    """A coordinator and workers on this machine that others connect to; `address` and `token` are what they need."""
+
+    def __init__(
+        self,
+        bind: str = "127.0.0.1:0",
+        workers: int = 2,
+        tls: TLSFiles = None,
+        token: str | None = None,
+        *,
+        devices_per_worker: int = 1,
+        allow_python: bool = False,
+        platform: str = "cpu",
+        start_timeout_s: float = 120.0,
+    ) -> None:
+        """Returns once all workers have joined. Raises ClusterError, and leaves nothing behind, if one does not."""
+        _check_counts(workers, devices_per_worker)
+        files = TLS.of(tls)
+        self.token = token or new_token()
+        check_exposure(bind, files, self.token, "listen on")
+        self._over = threading.Event()
+        self._host: CoordinatorHost | None = None
+        with ExitStack() as stack:
+            processes = LocalWorkers(self._on_exit)  # first: it takes the longest, and meanwhile we go on
+            stack.callback(processes.close)
+            host = self._host = CoordinatorHost(bind, self.token, files)
+            stack.callback(host.close)
+            self.address = _advertised(host.address)
+            self.pids: Mapping[str, int] = processes.pids
+            names = _names(workers)
+            for name, own in zip(names, share_cores(cores(), workers), strict=True):
+                config = WorkerConfig(
+                    coordinator=self.address,
+                    token=self.token,
+                    name=name,
+                    devices=devices_per_worker,
+                    cores=own,
+                    core_share=len(cores()) / workers,
+                    memory_bytes=memory_bytes() // workers,
+                    python=allow_python,
+                    platform=platform,
+                    tls=files and (str(files.cert), str(files.key), str(files.ca)),
+                )
+                processes.start(config)
+            host.wait_for(names, start_timeout_s)
+            self._stack = stack.pop_all()
+
+    def wait(self) -> None:
+        """Return when the cluster is closed."""
+        self._over.wait()
+
+    def close(self) -> None:
+        """End the workers and the coordinator. Idempotent."""
+        self._over.set()
+        self._stack.close()
+
+    def _on_exit(self, worker: str, reason: str) -> None:
+        if self._host is not None:
+            self._host.process_exited(worker, reason)
+
+
+def current_cluster() -> Cluster:
+    """The cluster of the innermost `with` block. Raises ClusterError if there is none."""
+    if not _current:
+        raise ClusterError("there is no cluster; work inside `with fm.Cluster.local(workers=2):`, or give cluster=")
+    return _current[-1]
+
+
+def _names(workers: int) -> tuple[str, ...]:
+    return tuple(f"worker:{i}" for i in range(workers))
+
+
+def _check_counts(workers: int, devices_per_worker: int) -> None:
+    for name, count in (("workers", workers), ("devices_per_worker", devices_per_worker)):
+        if count < 1:
+            raise ClusterError(f"{name}={count} is too few; give 1 or more")
+
+
+def _advertised(address: str) -> str:
+    """The address that others use for a coordinator that listens on every interface."""
+    host, port = split_address(address)
+    return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "::") else address
+
+
+def _devices(members: tuple[Member, ...]) -> tuple[Device, ...]:
+    """The devices of all workers, in the order of their numbers."""
+    workers = sorted((m for m in members if m.devices), key=lambda m: int(m.worker.rpartition(":")[2]))
+    return tuple(_device(d.name, d.platform, d.memory_bytes, d.cores) for m in workers for d in m.devices)
+
+
+def _device(name: str, platform: str, memory: int, share: float) -> Device:
+    speed = {"flops_per_s": _CORE_FLOPS_PER_S * share} if platform == "cpu" else {}
+    return Device(name, platform=platform, memory_bytes=memory, **speed)

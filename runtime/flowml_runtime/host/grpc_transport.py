@@ -1,0 +1,255 @@
+"""The endpoint between processes: a gRPC server, and one persistent outgoing stream for each peer.
+
+A peer is lost when its stream to us or ours to it ends, or when we are told. That is reported once in each of
+its lives, after which its sends fail and its streams are refused, until it is known at another address.
+Everything that is sent is checked against the specs in its header on both sides, and a stream that brings
+anything else ends there.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+import flowml
+from flowml_runtime.host.framing import Assembler, FrameError, pack
+from flowml_runtime.host.security import TLS, check_exposure, is_loopback, split_address
+from flowml_runtime.host.streams import Stream, StreamServer
+from flowml_runtime.host.transport import (
+    MAX_QUEUED_BYTES,
+    Arrays,
+    Budget,
+    Delivery,
+    OnLost,
+    OnMessage,
+    new_incarnation,
+    unreachable,
+)
+from flowml_runtime.messages import PROTOCOL, Hello, Wire
+
+CLOSE_S = 1.0
+"""How long `close` waits for peers to take in what was sent to them."""
+
+_log = logging.getLogger("flowml")
+
+
+@dataclass
+class _Peer:
+    """One life of a peer as this endpoint sees it. `incarnation` is 0 until it says hello, `lost` the reason."""
+
+    name: str
+    address: str = ""
+    incarnation: int = 0
+    lost: str = ""
+    stream: Stream | None = None
+
+
+class _Refused(Exception):
+    """A stream that may not go on, and why."""
+
+
+class GrpcEndpoint:
+    """See `transport.Endpoint`. `name` may be changed as long as only the coordinator is known."""
+
+    def __init__(
+        self,
+        name: str,
+        token: str,
+        *,
+        bind: str = "127.0.0.1:0",
+        tls: TLS | None = None,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
+    ) -> None:
+        """Binds the port. Raises ClusterError if that is not possible, or not safe."""
+        check_exposure(bind, tls, token, "listen on")
+        self.name = name
+        self.incarnation = new_incarnation()
+        self._token = token
+        self._tls = tls
+        self._max_queued_bytes = max_queued_bytes
+        self._lock = threading.Lock()
+        self._reporting = threading.RLock()
+        """Held while a loss is reported, so that a peer's next life waits until its last one is over."""
+        self._peers: dict[str, _Peer] = {}
+        self._delivery = Delivery(name, max_queued_bytes)
+        self._closed = False
+        self._on_message: OnMessage = lambda *_: None
+        self._on_lost: OnLost = lambda *_: None
+        self._server = StreamServer(bind, tls, token, self._receive)
+        self.address = f"{bind.rpartition(':')[0]}:{self._server.port}"
+
+    def start(self, on_message: OnMessage, on_lost: OnLost) -> None:
+        self._on_message, self._on_lost = on_message, on_lost
+        self._server.start()
+
+    def know(self, peers: Mapping[str, str]) -> None:
+        """Raises ClusterError for an address beyond this machine without TLS."""
+        for name, address in peers.items():
+            check_exposure(address, self._tls, self._token, "connect to")
+            stale: Stream | None = None
+            with self._lock:
+                peer = self._peers.setdefault(name, _Peer(name))
+                if not peer.address and not peer.lost:
+                    peer.address = address
+                elif peer.address != address:
+                    stale = peer.stream
+                    self._peers[name] = _Peer(name, address)
+            if stale is not None:
+                stale.abort()
+
+    def rename(self, peer: str, name: str) -> None:
+        """Call `peer` by `name` from now on, in place of whoever had that name."""
+        with self._lock:
+            renamed = self._peers.pop(peer, None)
+            if renamed is None:
+                return
+            replaced = self._peers.pop(name, None)
+            renamed.name = name
+            self._peers[name] = renamed
+            if replaced is not None:
+                replaced.lost = f"a new {name} took its place"
+        if replaced is not None and replaced.stream is not None:
+            replaced.stream.abort()
+
+    def send(self, peer: str, message: Wire, arrays: Arrays = ()) -> None:
+        if peer == self.name:
+            nbytes = sum(s.nbytes for s in message.specs)
+            if not self._delivery.put(self._on_message, peer, message, list(arrays), nbytes=nbytes):
+                raise unreachable(peer, "it was closed")
+            return
+        packed = pack(message, arrays)
+        if not self._stream(peer).put(packed):
+            known = self._peers.get(peer)
+            raise unreachable(peer, (known and known.lost) or "the connection was ended")
+
+    def lose(self, peer: str, reason: str) -> None:
+        with self._lock:
+            known = self._peers.get(peer)
+        if known is not None:
+            self._lose(known, reason)
+
+    def forget(self, peer: str) -> None:
+        with self._lock:
+            known = self._peers.pop(peer, None)
+        if known is not None and known.stream is not None:
+            known.stream.finish()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            streams = [p.stream for p in self._peers.values() if p.stream is not None]
+        for stream in streams:
+            stream.finish()
+        deadline = time.monotonic() + CLOSE_S
+        for stream in streams:
+            if not stream.wait(max(0.0, deadline - time.monotonic())):
+                stream.abort()
+        self._server.stop()
+        self._delivery.close()
+
+    def _stream(self, name: str) -> Stream:
+        with self._lock:
+            peer = self._peers.get(name)
+            if self._closed:
+                raise unreachable(name, "this end is closed")
+            if peer is None or not peer.address:
+                raise unreachable(name, "it has not joined, or has left")
+            if peer.lost:
+                raise unreachable(name, peer.lost)
+            if peer.stream is not None:
+                return peer.stream
+            hello = Hello(peer=self.name, incarnation=self.incarnation, protocol=PROTOCOL, version=flowml.__version__)
+            budget = Budget(self._max_queued_bytes)
+            stream = peer.stream = Stream(peer.address, self._tls, self._token, pack(hello), budget)
+        stream.start(lambda ended, reason: self._on_end(peer, ended, reason))
+        return stream
+
+    def _on_end(self, peer: _Peer, stream: Stream, reason: str) -> None:
+        if peer.stream is stream:
+            self._lose(peer, reason)
+
+    def _lose(self, peer: _Peer, reason: str) -> None:
+        """Take this life of a peer for lost, unless it is over already or nobody cares any more."""
+        with self._lock:
+            if self._closed or peer.lost or self._peers.get(peer.name) is not peer:
+                return
+            peer.lost = reason
+            stream, peer.stream = peer.stream, None
+        if stream is not None:
+            stream.abort()  # first of all, so that nobody who waits to send holds up the report
+        with self._reporting:
+            self._on_lost(peer.name, reason)
+
+    def _receive(self, frames: Iterator[bytes], context: Any) -> bytes:
+        """Serve one incoming stream to its end."""
+        peer: _Peer | None = None
+        code, reason = None, "it closed the connection"
+        try:
+            assembler = Assembler()
+            for frame in frames:
+                complete = assembler.feed(frame)
+                if complete is None:
+                    continue
+                if peer is None:
+                    peer = self._greet(complete[0])
+                elif peer.lost:
+                    raise _Refused(f"{peer.name} counts as lost here: {peer.lost}; start it again")
+                else:
+                    self._on_message(peer.name, *complete)
+                del complete  # else it would keep its arrays alive until the next message
+        except (FrameError, _Refused) as error:
+            code, reason = grpc.StatusCode.INVALID_ARGUMENT, str(error)
+        except grpc.RpcError:
+            reason = "its connection broke"
+        except Exception as error:
+            _log.exception("a message from %s could not be taken in", peer.name if peer is not None else "a stranger")
+            code, reason = grpc.StatusCode.INTERNAL, f"a message from it failed here: {type(error).__name__}: {error}"
+        if peer is not None:
+            self._lose(peer, reason)
+        if code is not None:
+            context.abort(code, reason[:1024])
+        return b""
+
+    def _greet(self, hello: Wire) -> _Peer:
+        """The peer that a stream's first message introduces. Raises _Refused."""
+        if not isinstance(hello, Hello):
+            raise _Refused(f"a stream begins with Hello, not with {type(hello).__name__}")
+        if (hello.protocol, hello.version) != (PROTOCOL, flowml.__version__):
+            raise _Refused(
+                f"{hello.peer} runs flowml {hello.version} (protocol {hello.protocol}) and {self.name} flowml "
+                f"{flowml.__version__} (protocol {PROTOCOL}); install the same version on both"
+            )
+        with self._lock:
+            peer = self._peers.setdefault(hello.peer, _Peer(hello.peer))
+            if hello.incarnation < peer.incarnation or (hello.incarnation == peer.incarnation and peer.lost):
+                raise _Refused(f"{hello.peer} counts as lost here; start it again")
+            if peer.incarnation in (0, hello.incarnation) and not peer.lost:
+                peer.incarnation = hello.incarnation
+                return peer
+        self._lose(peer, f"a new {hello.peer} took its place")
+        with self._reporting, self._lock:
+            current = self._peers.get(hello.peer)
+            if current is None or current is peer:  # no address yet: that comes from the coordinator
+                current = self._peers[hello.peer] = _Peer(hello.peer)
+            current.incarnation = hello.incarnation
+            return current
+
+
+def bind_towards(address: str) -> str:
+    """Where to listen so that peers at `address` can connect: loopback for loopback, else the interface to there."""
+    host, port = split_address(address)
+    if is_loopback(host):
+        return "127.0.0.1:0"
+    family, _, _, _, target = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # chooses a route; a datagram socket sends nothing to do so
+        return f"{probe.getsockname()[0]}:0"
