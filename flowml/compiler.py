@@ -150,7 +150,7 @@ def _bind(graph: Graph) -> tuple[Bindings, tuple[Output, ...], tuple[Constant, .
     outputs: list[Output] = []
     for output in graph.outputs:
         if isinstance(output, Literal):
-            constants.append(Constant(_jax.spec_of(output.aval), output.key[1]))
+            constants.append(Constant(_jax.spec_of(output.aval), array_bytes(_jax.literal_value(output.value))))
             outputs.append(Output(constants[-1].spec, "constant", len(constants) - 1))
         elif output in slots:
             outputs.append(Output(graph.values[output], "fetch", slots[output]))

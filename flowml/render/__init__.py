@@ -32,7 +32,7 @@ def render(plan: Plan, path: str | PathLike[str]) -> Path:
     if draw is None:
         raise FlowmlError(f"cannot draw a plan as {target.name!r}; end the name in {', '.join(_FORMATS)}")
     try:
-        target.write_text(draw(plan), encoding="utf-8")
+        target.write_text(draw(plan), encoding="utf-8", errors="replace")
     except OSError as error:
         raise FlowmlError(f"cannot write the drawing {target}: {error.strerror}; choose another path") from None
     return target

@@ -166,11 +166,16 @@ def test_the_suffix_chooses_the_format(tmp_path: Path, suffix: str, start: str) 
     assert written.read_text(encoding="utf-8").startswith(start)
 
 
+def test_half_a_character_in_a_name_is_no_reason_to_fail(tmp_path: Path) -> None:
+    for suffix in ("svg", "html", "dot", "txt"):
+        sample_plans.pipeline_plan(name="half\ud800").render(tmp_path / f"g.{suffix}")
+
+
 def test_another_suffix_names_the_four(tmp_path: Path) -> None:
     with pytest.raises(FlowmlError, match=r"g\.png.*\.svg, \.dot, \.txt, \.html"):
         render(PLANS["pipeline"], tmp_path / "g.png")
 
 
 def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(FlowmlError, match="cannot write the drawing .*no/such/g.svg: No such file"):
+    with pytest.raises(FlowmlError, match=r"cannot write the drawing .*no/such/g.svg: No such file"):
         render(PLANS["pipeline"], tmp_path / "no" / "such" / "g.svg")

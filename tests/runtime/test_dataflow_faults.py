@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import threading
 import time
@@ -14,12 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import flowml as fm
 from flowml.errors import ClusterError, DeadlineError, WorkerError, WorkerLostError
 from flowml_runtime.messages import StepFailed
 from tests.conftest import wait_until
 from tests.network import Network
 from tests.plans import Gate, callback_then_double, chain, gated, never_sent, one_device
-from tests.processes import Processes
 
 X = np.arange(4, dtype=np.float32)
 NoLeaks = Callable[[], AbstractContextManager[None]]
@@ -243,14 +244,14 @@ def wait_for_a_kill(path: str, x: Any) -> Any:
 
 def test_a_killed_process_surfaces_within_seconds_and_leaves_nothing(tmp_path: Path, no_leaks: NoLeaks) -> None:
     begun = tmp_path / "begun"
-    with no_leaks(), Processes() as processes:
-        session = processes.session
+    with no_leaks(), fm.Cluster.local(workers=2, allow_python=True) as cluster:
+        session = cluster.session
         handle = session.load(callback_then_double(functools.partial(wait_for_a_kill, str(begun))))
         np.testing.assert_array_equal(session.submit(handle, [X]).result(timeout=30)[0], X * 2)
         alone = session.load(one_device(device="worker:1/cpu:0"))
         futures = [session.submit(handle, [X - 1]) for _ in range(2)]
         wait_until(begun.exists, "worker 0 is in the middle of a step")
-        processes.kill("worker:0")
+        os.kill(cluster.pids["worker:0"], signal.SIGKILL)
         killed = time.monotonic()
         for step, future in enumerate(futures, start=1):
             error = future.exception(timeout=30)
@@ -263,9 +264,9 @@ def test_a_killed_process_surfaces_within_seconds_and_leaves_nothing(tmp_path: P
 
 
 def test_a_callback_in_another_process_brings_its_traceback_over() -> None:
-    with Processes() as processes:
-        handle = processes.session.load(callback_then_double(refuse_negative))
+    with fm.Cluster.local(workers=2, allow_python=True) as cluster:
+        handle = cluster.session.load(callback_then_double(refuse_negative))
         with pytest.raises(WorkerError, match="ValueError: the input is negative") as caught:
-            processes.session.submit(handle, [X - 1]).result(timeout=30)
+            cluster.session.submit(handle, [X - 1]).result(timeout=30)
         assert 'raise ValueError("the input is negative' in (caught.value.remote_traceback or "")
-        np.testing.assert_array_equal(processes.session.submit(handle, [X]).result(timeout=30)[0], X * 2)
+        np.testing.assert_array_equal(cluster.session.submit(handle, [X]).result(timeout=30)[0], X * 2)

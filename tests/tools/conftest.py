@@ -53,6 +53,7 @@ def started(folder: Path, *arguments: str | Path) -> Generator[subprocess.Popen[
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        start_new_session=True,  # so that Ctrl-C, which reaches a whole process group, can be sent
     )
     with process:
         try:

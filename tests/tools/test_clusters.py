@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -49,6 +50,11 @@ def tree(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """What Ctrl-C in a terminal does: it reaches the command and everything that it started in its group."""
+    os.killpg(process.pid, signal.SIGINT)
+
+
 def assert_gone(processes: list[psutil.Process]) -> None:
     assert psutil.wait_procs(processes, timeout=10)[1] == []
 
@@ -83,7 +89,7 @@ def test_run_takes_its_workers_with_it(start_flowml, script, stop: signal.Signal
     read_until(process.stdout, "ready")
     workers = tree(process)
     assert len(workers) >= 2
-    process.send_signal(stop)
+    interrupt(process) if stop == signal.SIGINT else process.send_signal(stop)
     assert process.wait(timeout=20) == (-stop if stop == signal.SIGKILL else 128 + stop)
     assert_gone(workers)
     if stop != signal.SIGKILL:
@@ -115,7 +121,7 @@ def test_a_launched_cluster_serves_scripts_and_takes_more_workers(flowml, start_
 
     processes = [psutil.Process(p.pid) for p in (launched, joined)] + tree(launched) + tree(joined)
     assert not any(token in " ".join(p.cmdline()) for p in processes)
-    launched.send_signal(signal.SIGINT)
+    interrupt(launched)
     assert launched.wait(timeout=20) == 130
     assert "Traceback" not in launched.stderr.read()
     assert_gone(processes)
@@ -130,7 +136,7 @@ def test_a_wrong_token_is_refused_in_one_line(flowml, start_flowml, script, tmp_
     done = flowml("run", "--on", address, "--token-file", wrong, script(DOUBLE))
     assert done.returncode == 1
     assert re.fullmatch(r"flowml: error: .*token.*\n", done.stderr)
-    launched.send_signal(signal.SIGINT)
+    interrupt(launched)
     assert launched.wait(timeout=20) == 130
 
 
@@ -144,6 +150,6 @@ def test_launch_writes_the_token_where_it_is_told(start_flowml, tmp_path: Path) 
     process, _, token_file = launch(start_flowml, "-n", "1", "--token-file", "mine")
     assert token_file == Path("mine")
     assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600
-    process.send_signal(signal.SIGINT)
+    interrupt(process)
     assert process.wait(timeout=20) == 130
     assert (tmp_path / "mine").exists()

@@ -19,6 +19,9 @@ def f(x):
 
 f_args = (jax.ShapeDtypeStruct((4,), "float32"),)
 
+g = fm.dataflow(f)
+g_args = f_args
+
 def plan():
     return fm.compile(f, *f_args, devices=["worker:0", "worker:1"])
 
@@ -41,6 +44,10 @@ def test_viz_draws_a_function_with_example_arguments(flowml, model: Path, tmp_pa
     assert "worker:1/cpu:0" in (tmp_path / f"g.{suffix}").read_text()
 
 
+def test_viz_draws_a_dataflow(flowml, model: Path, tmp_path: Path) -> None:
+    assert flowml("viz", "model.py:g", "-o", "g.txt", check=True).stdout == "g.txt: 2 devices, 1 transfer\n"
+
+
 def test_viz_draws_what_a_function_of_no_arguments_returns(flowml, model: Path, tmp_path: Path) -> None:
     flowml("viz", "model.py:plan", "-o", "g.dot", check=True)
     assert (tmp_path / "g.dot").read_text().startswith("digraph")
@@ -49,9 +56,9 @@ def test_viz_draws_what_a_function_of_no_arguments_returns(flowml, model: Path, 
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        ("model.py:absent", "it has f, needs, plan"),
+        ("model.py:absent", "it has f, g, needs, plan"),
         ("model.py:needs", "put examples beside it in 'model.py', as needs_args = (…,)"),
-        ("model.py:constant", "'constant' in 'model.py' is a int"),
+        ("model.py:constant", "'constant' in 'model.py' is a int, which has no plan"),
     ],
 )
 def test_viz_says_what_is_missing(flowml, model: Path, target: str, says: str) -> None:

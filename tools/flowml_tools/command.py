@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +13,6 @@ if TYPE_CHECKING:
 
 class CommandError(Exception):
     """A mistake in how the command was called; ends it with one line and exit status 2."""
-
-
-def cores() -> int:
-    """Cores that this process may run on (its affinity), which can be fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
 
 
 def count(number: int, noun: str) -> str:
@@ -43,6 +37,15 @@ def address(text: str) -> str:
     if not (host and colon and port.isdecimal() and int(port) < 65536):
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, e.g. 127.0.0.1:7070")
     return text
+
+
+def add_offer(parser: argparse.ArgumentParser) -> None:
+    """Arguments of a command that starts workers: what each of them offers."""
+    parser.add_argument("--devices", type=positive, default=1, metavar="N", help="devices of a worker (default 1)")
+    parser.add_argument("--platform", default="cpu", help="what JAX calls them: cpu, cuda, … (default cpu)")
+    parser.add_argument(
+        "--allow-python", action="store_true", help="run the Python callbacks and data sources that plans carry"
+    )
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import flowml
-from flowml_tools.command import cores
 
 SUMMARY = "what this machine has, measured: cores, memory, links, versions"
 DESCRIPTION = "Measure what matters to flowml on this machine. Takes a few seconds; nothing is changed."
@@ -107,20 +106,23 @@ def _versions() -> Iterator[Fact]:
 def _machine() -> Iterator[Fact]:
     import psutil
 
+    from flowml_runtime.host.machine import cores, memory_bytes
+
     yield Fact("machine", "system", platform.platform(), platform.platform())
     count = os.cpu_count() or 1
     yield Fact("machine", "cores", count, str(count))
-    yield Fact("machine", "usable cores", cores(), f"{cores()} (affinity {sorted(os.sched_getaffinity(0))})")
+    usable = cores()
+    yield Fact("machine", "usable cores", len(usable), f"{len(usable)} (numbers {', '.join(map(str, usable))})")
     quota = _cpu_quota()
     if quota is not None:
         slow = f"the container gives {quota:g} cores' worth of time; --workers {max(1, int(quota))} fits it"
-        yield Fact("machine", "cpu quota", quota, f"{quota:g} cores", slow if quota < cores() else "")
+        yield Fact("machine", "cpu quota", quota, f"{quota:g} cores", slow if quota < len(usable) else "")
     memory = psutil.virtual_memory()
     yield Fact("machine", "memory", memory.total, _size(memory.total))
     yield Fact("machine", "available memory", memory.available, _size(memory.available))
-    limit = _cgroup("memory.max")
-    if limit.isdecimal():
-        yield Fact("machine", "memory limit", int(limit), f"{_size(int(limit))} (container)")
+    limit = memory_bytes()
+    if limit < memory.total:
+        yield Fact("machine", "memory limit", limit, f"{_size(limit)} (container)")
     yield from _shared_memory()
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     few = "raise the limit of open files (ulimit -n 4096) before you start many workers"
@@ -135,16 +137,13 @@ def _shared_memory() -> Iterator[Fact]:
     yield Fact("machine", "shared memory", free, f"{_size(free)} free", little if free < LITTLE_SHARED_MEMORY else "")
 
 
-def _cgroup(name: str) -> str:
-    try:
-        return Path("/sys/fs/cgroup", name).read_text().strip()
-    except OSError:
-        return ""
-
-
 def _cpu_quota() -> float | None:
-    quota, _, period = _cgroup("cpu.max").partition(" ")
-    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
+    """Cores' worth of time that the container may use; None without a limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return None
 
 
 def _devices() -> Iterator[Fact]:
@@ -178,8 +177,8 @@ def _links() -> Iterator[Fact]:
 def _programs() -> Iterator[Fact]:
     dot = shutil.which("dot")
     if dot is None:
-        missing = "install Graphviz (apt install graphviz, brew install graphviz) to draw plans as SVG"
-        yield Fact("programs", "dot", None, "not found", missing)
+        missing = "not found; only .dot files need it (apt install graphviz), SVG and HTML do not"
+        yield Fact("programs", "dot", None, missing)
         return
     version = subprocess.run([dot, "-V"], capture_output=True, text=True, check=False).stderr.strip()
     yield Fact("programs", "dot", version, f"{version} ({dot})")

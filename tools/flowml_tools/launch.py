@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from flowml_tools.command import add_tls, address, count, positive, read_token, tls
+from flowml_tools.command import add_offer, add_tls, address, count, positive, read_token, tls
 
 if TYPE_CHECKING:
     from flowml_runtime.cluster import LaunchedCluster
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--token-file", type=Path, metavar="F", help="use the token in F, or write a new one there")
     add_tls(parser)
+    add_offer(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -42,7 +43,15 @@ def main(arguments: argparse.Namespace) -> int:
         from flowml_runtime.cluster import LaunchedCluster
 
         print(f"starting {count(arguments.workers, 'worker')}", file=sys.stderr)
-        cluster = LaunchedCluster(bind=arguments.bind, workers=arguments.workers, tls=secured, token=token)
+        cluster = LaunchedCluster(
+            arguments.bind,
+            arguments.workers,
+            secured,
+            token,
+            devices_per_worker=arguments.devices,
+            allow_python=arguments.allow_python,
+            platform=arguments.platform,
+        )
         try:
             _announce(cluster, path)
             cluster.wait()
@@ -54,7 +63,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _announce(cluster: LaunchedCluster, token_file: Path) -> None:
     at, options = cluster.address, f"--token-file {token_file}"
     print(f"cluster at {at}, token in {token_file}")
-    print(f'  in Python:   fm.Cluster.connect("{at}", token=Path("{token_file}").read_text())')
+    print(f'  in Python:   fm.Cluster.connect("{at}", token=Path("{token_file}"))')
     print(f"  a script:    flowml run --on {at} {options} FILE.py")
     print(f"  one more:    flowml worker {at} {options}")
     print("Ctrl-C stops it.", flush=True)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowml_tools.command import CommandError, add_connection, address, connect, cores, positive
+from flowml_tools.command import CommandError, add_connection, add_offer, address, connect, positive
 from flowml_tools.script import own_errors, script
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ Options of flowml go before FILE.py; what follows it is the script's.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=positive, metavar="N", help=f"worker processes (default: cores, {cores()})")
+    parser.add_argument("--workers", type=positive, metavar="N", help="worker processes (default: one a core)")
     parser.add_argument("--on", type=address, metavar="HOST:PORT", help="a cluster that runs already")
     add_connection(parser)
+    add_offer(parser)
     parser.add_argument("file", metavar="FILE.py", help="the script")
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
 
@@ -46,9 +47,15 @@ def _cluster(arguments: argparse.Namespace) -> Cluster:
         return connect(arguments.on, arguments)
     if arguments.token_file is not None:
         raise CommandError("--token-file goes with --on HOST:PORT; a local cluster makes its own token")
-    import flowml as fm
+    from flowml_runtime.cluster import Cluster
+    from flowml_runtime.host.machine import cores
 
-    return fm.Cluster.local(workers=arguments.workers or cores())
+    return Cluster.local(
+        arguments.workers or len(cores()),
+        arguments.devices,
+        allow_python=arguments.allow_python,
+        platform=arguments.platform,
+    )
 
 
 def _run(path: Path, args: list[str]) -> None:

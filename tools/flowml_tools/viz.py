@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
@@ -13,6 +13,7 @@ from flowml_tools.command import CommandError, count, positive
 from flowml_tools.script import load, own_errors, script
 
 if TYPE_CHECKING:
+    from flowml.devices import Device
     from flowml.plan import Plan
 
 SUMMARY = "draw a function's plan"
@@ -21,9 +22,9 @@ Draw the plan of a function: which device runs what, and what crosses between th
 own top level.
 
 FUNCTION is one of
-  a function of no arguments that returns an fm.Plan;
-  a function or an fm.dataflow, with example arguments beside it in the file: a tuple called FUNCTION_args, or else
-  example_args (arrays or jax.ShapeDtypeStruct; only their shapes and dtypes matter).
+  a function of no arguments that returns an fm.Plan, or an fm.Plan itself;
+  a function, an fm.dataflow or an fm.Trainer, with example arguments beside it in the file: a tuple called
+  FUNCTION_args, or else example_args (arrays or jax.ShapeDtypeStruct; only their shapes and dtypes matter).
 """
 SUFFIXES = (".svg", ".html", ".dot", ".txt")
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     output: Path = arguments.output
-    if output.suffix not in SUFFIXES:
+    if output.suffix.lower() not in SUFFIXES:
         raise CommandError(f"cannot draw {str(output)!r}: name it .svg, .html, .dot or .txt")
     if not output.parent.is_dir():
         raise CommandError(f"the folder of {str(output)!r} does not exist")
@@ -44,31 +45,36 @@ def main(arguments: argparse.Namespace) -> int:
     if not colon or not name.isidentifier():
         raise CommandError(f"{arguments.target!r} is not FILE.py:FUNCTION")
     path = script(text)
-    module = load(path)
-    with own_errors(path):
-        plan = _plan(module, path, name, [f"worker:{i}" for i in range(arguments.workers)])
+    from flowml_runtime.cluster import Cluster
+
+    # Workers as threads: they lend their devices to whatever asks for the current cluster, and run nothing.
+    with Cluster.threads(arguments.workers) as cluster:
+        module = load(path)
+        with own_errors(path):
+            plan = _plan(module, path, name, cluster.devices)
     plan.render(output)
     print(f"{output}: {count(len(plan.devices), 'device')}, {count(len(plan.transfers), 'transfer')}")
     return 0
 
 
-def _plan(module: ModuleType, path: Path, name: str, devices: list[str]) -> Plan:
-    target = getattr(module, name, None)
+def _plan(module: ModuleType, path: Path, name: str, devices: Sequence[Device]) -> Plan:
+    target: Any = getattr(module, name, None)
     if target is None:
         raise CommandError(f"{str(path)!r} has no {name!r}; it has {', '.join(_functions(module)) or 'no functions'}")
-    from flowml.plan import Plan
+    import flowml as fm
 
-    if isinstance(target, Plan):
+    if isinstance(target, fm.Plan):
         return target
-    if not callable(target):
-        raise CommandError(f"{name!r} in {str(path)!r} is a {type(target).__name__}, not a function or an fm.Plan")
-    found = _example_arguments(module, name)
-    if found is not None:
-        return _compile(target, found, devices)
-    if inspect.signature(target).parameters:
+    planner = getattr(target, "plan", None)
+    if planner is None and not callable(target):
+        raise CommandError(f"{name!r} in {str(path)!r} is a {type(target).__name__}, which has no plan")
+    examples = _example_arguments(module, name)
+    if examples is not None:
+        return planner(*examples) if planner else fm.compile(target, *examples, devices=devices)
+    if planner or inspect.signature(target).parameters:
         raise CommandError(f"{name!r} takes arguments: put examples beside it in {str(path)!r}, as {name}_args = (…,)")
     plan = target()
-    if not isinstance(plan, Plan):
+    if not isinstance(plan, fm.Plan):
         raise CommandError(f"{name}() returned a {type(plan).__name__}; a function of no arguments returns an fm.Plan")
     return plan
 
@@ -86,9 +92,3 @@ def _example_arguments(module: ModuleType, name: str) -> tuple[Any, ...] | None:
                 raise CommandError(f"{attribute} is a {type(value).__name__}; make it a tuple of example arguments")
             return cast("tuple[Any, ...]", value)
     return None
-
-
-def _compile(target: Callable[..., Any], examples: tuple[Any, ...], devices: list[str]) -> Plan:
-    import flowml as fm
-
-    return fm.compile(target, *examples, devices=devices)

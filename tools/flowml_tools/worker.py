@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from flowml_tools.command import add_connection, address, positive, read_token, tls
+from flowml_tools.command import add_connection, add_offer, address, read_token, tls
 
 SUMMARY = "join a cluster as one more worker"
 DESCRIPTION = "Join the cluster at HOST:PORT as one more worker, and serve it until it ends or Ctrl-C."
@@ -13,10 +13,8 @@ DESCRIPTION = "Join the cluster at HOST:PORT as one more worker, and serve it un
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("coordinator", type=address, metavar="HOST:PORT", help="where `flowml launch` listens")
-    parser.add_argument("--devices", type=positive, default=1, metavar="N", help="devices it offers (default 1)")
-    parser.add_argument("--platform", default="cpu", help="what JAX calls them: cpu, cuda, … (default cpu)")
-    parser.add_argument("--allow-python", action="store_true", help="run Python callbacks that plans carry")
     add_connection(parser)
+    add_offer(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:

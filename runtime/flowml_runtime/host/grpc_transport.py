@@ -78,11 +78,11 @@ class GrpcEndpoint:
         self._reporting = threading.RLock()
         """Held while a loss is reported, so that a peer's next life waits until its last one is over."""
         self._peers: dict[str, _Peer] = {}
-        self._delivery = Delivery(name, max_queued_bytes)
         self._closed = False
         self._on_message: OnMessage = lambda *_: None
         self._on_lost: OnLost = lambda *_: None
         self._server = StreamServer(bind, tls, token, self._receive)
+        self._delivery = Delivery(name, max_queued_bytes)
         self.address = f"{bind.rpartition(':')[0]}:{self._server.port}"
 
     def start(self, on_message: OnMessage, on_lost: OnLost) -> None:

@@ -63,18 +63,20 @@ class Stream:
         self._queue.put(first)
 
     def start(self, on_end: Callable[[Stream, str], None]) -> None:
-        """Connect. `on_end(self, reason)` is called once, however the stream ends."""
+        """Connect. `on_end(self, reason)` is called once, however the stream ends, on a thread of its own."""
         push = self._channel.stream_unary(METHOD)
         self._call = push.future(self._frames(), metadata=((TOKEN_KEY, self._token),))
 
         def ended(call: Any) -> None:
-            self._budget.close()
-            self._ended.set()
-            self._queue.put(None)
+            self.finish()
             self._channel.close()
             on_end(self, _why(call))
+            self._ended.set()
 
-        self._call.add_done_callback(ended)
+        def hand_over(call: Any) -> None:  # closing a channel waits for the very thread that calls this
+            threading.Thread(target=ended, args=(call,), name="flowml-ended", daemon=True).start()
+
+        self._call.add_done_callback(hand_over)
 
     def put(self, message: Outgoing) -> bool:
         """Queue a message, waiting while the queue is full. False if the stream has ended."""
@@ -95,11 +97,11 @@ class Stream:
             self._call.cancel()
 
     def wait(self, timeout_s: float) -> bool:
-        """True if the stream has ended."""
+        """True if the stream has ended, and everything that it held is let go."""
         return self._ended.wait(timeout_s)
 
     def _frames(self) -> Iterator[bytes]:
-        while (message := self._queue.get()) is not None and not self._ended.is_set():
+        while (message := self._queue.get()) is not None:
             yield from message.frames()
             self._budget.release(message.nbytes)
             del message  # else it would keep its arrays alive until the next one
@@ -125,7 +127,7 @@ def _why(call: Any) -> str:
     if code is grpc.StatusCode.CANCELLED:
         return "the connection was ended"
     if "failed to connect" in details:
-        return f"it cannot be reached: {details.split('last error:')[-1].strip()}"
+        return f"it cannot be reached: {details.rsplit(': ', 1)[-1]}"
     return "its connection broke"
 
 
@@ -136,6 +138,7 @@ class StreamServer:
         """Raises ClusterError if the address cannot be bound or the TLS files not be used."""
         host, _ = split_address(bind)
         handler = grpc.stream_unary_rpc_method_handler(receive)
+        self._started = False
         self._server = grpc.server(
             _ThreadEach(),  # pyright: ignore[reportArgumentType]
             handlers=[_Push(handler)],
@@ -149,10 +152,13 @@ class StreamServer:
             raise ClusterError(f"cannot listen on {bind}: it is in use, or no address of this machine") from None
 
     def start(self) -> None:
+        self._started = True
         self._server.start()
 
     def stop(self) -> None:
         """Break every stream and free the port."""
+        if not self._started:
+            self._server.start()  # one that never ran would keep its port
         self._server.stop(None).wait(2.0)
 
     def _bind(self, bind: str, tls: TLS | None) -> int:
