@@ -22,7 +22,7 @@ test: lint types wheel unit  ## everything that CI checks
 
 lint: $(STAMP)  ## format, style and import rules
 	@$(PY) -m ruff format --check --quiet $(SOURCES) || { echo "the files above are not formatted: make format" >&2; exit 1; }
-	@$(PY) -m ruff check --quiet $(SOURCES)
+	@$(PY) -m ruff check --quiet --output-format concise $(SOURCES)
 	@$(VENV)/bin/lint-imports --no-cache --no-logo
 
 types: $(STAMP)  ## pyright, strict
@@ -36,7 +36,7 @@ wheel: $(STAMP)  ## build the wheel and use it in an environment of its own
 
 format: $(STAMP)  ## rewrite the sources in the house format
 	@$(PY) -m ruff format --quiet $(SOURCES)
-	@$(PY) -m ruff check --quiet --fix $(SOURCES)
+	@$(PY) -m ruff check --quiet --fix --exit-zero --output-format concise $(SOURCES)
 
 pins: $(STAMP)  ## resolve constraints.txt anew
 	@$(PY) scripts/pin.py

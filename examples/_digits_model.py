@@ -63,9 +63,14 @@ def init_params(seed: int = 0) -> dict[str, Any]:
 
 def loss(params: Mapping[str, Any], batch: Batch) -> jax.Array:
     """Mean cross entropy of a batch, a float32 scalar."""
-    logits = ConvNet().apply({"params": params}, batch["image"])
-    assert isinstance(logits, jax.Array)
+    logits = _logits(params, batch["image"])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+
+def _logits(params: Mapping[str, Any], image: jax.Array) -> jax.Array:
+    result = ConvNet().apply({"params": params}, image)
+    assert isinstance(result, jax.Array)  # with `mutable` it would be a pair
+    return result
 
 
 def make_optimizer() -> optax.GradientTransformation:
@@ -75,8 +80,7 @@ def make_optimizer() -> optax.GradientTransformation:
 
 @jax.jit
 def _correct(params: Mapping[str, Any], image: jax.Array, label: jax.Array) -> jax.Array:
-    logits = ConvNet().apply({"params": params}, image)
-    return jnp.sum(jnp.argmax(logits, -1) == label)
+    return jnp.sum(jnp.argmax(_logits(params, image), -1) == label)
 
 
 def evaluate(params: Mapping[str, Any], batch: Batch) -> float:

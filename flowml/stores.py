@@ -62,18 +62,21 @@ class StorePlanner:
     policies: Mapping[str, Policy]
     replicas: int
     microbatches: int
-    alone: bool = False
-    """One replica on one device: nothing leaves early, so one store a policy serves, applied as one update."""
     notes: list[str] = field(default_factory=list[str])
     products: Mapping[int, OuterProduct] = field(default_factory=dict[int, OuterProduct])
     product_graph: Graph | None = None
 
     def __post_init__(self) -> None:
         self.notes.extend(check_composition({parameter_path(p): q for p, q in self.policies.items()}, self.replicas))
-        self.groups = self._groups()
+        for group in self.slices.groups:
+            self._check_coupled(group)
 
-    def _groups(self) -> list[tuple[int, ...]]:
-        """Leaves kept together: by layer and policy, then whatever the optimizer couples."""
+    def _groups(self, alone: bool) -> list[tuple[int, ...]]:
+        """Leaves kept together: by layer and policy, then whatever the optimizer couples.
+
+        One replica on one device is `alone`: nothing leaves early, so one store a policy serves, applied as one
+        update.
+        """
         parent = {i: i for i in range(len(self.paths))}
 
         def find(i: int) -> int:
@@ -83,10 +86,9 @@ class StorePlanner:
 
         first: dict[tuple[str, Policy], int] = {}
         for i, path in enumerate(self.paths):
-            layer = "" if self.alone else layer_of(path)
+            layer = "" if alone else layer_of(path)
             parent[find(i)] = find(first.setdefault((layer, self.policies[path]), i))
         for group in self.slices.groups:
-            self._check_coupled(group)
             for leaf in group:
                 parent[find(leaf)] = find(group[0])
         found: dict[int, list[int]] = {}
@@ -138,7 +140,8 @@ class StorePlanner:
     def stores(self, graph: Graph, contributions: Contributions, stages: Sequence[str]) -> tuple[StoreDraft, ...]:
         """Group leaves into stores and their contributions into parts by stage, on a placed graph."""
         stage_of = {name: i for i, name in enumerate(stages)}
-        return tuple(self._draft(graph, group, contributions, stage_of) for group in self.groups)
+        groups = self._groups(alone=self.replicas == 1 and len(stages) == 1)
+        return tuple(self._draft(graph, group, contributions, stage_of) for group in groups)
 
     def _draft(
         self, graph: Graph, group: tuple[int, ...], contributions: Contributions, stage_of: Mapping[str, int]
@@ -266,8 +269,9 @@ class StorePlanner:
             for c in range(arity):
                 leaves = gradient(payloads[c * size : (c + 1) * size])
                 if not exact:
-                    leaves = [g * coefficients[c].astype(g.dtype) for g in leaves]
+                    leaves = [g * coefficients[c].astype(g.dtype) for g in map(_wide, leaves)]
                 total = [a + b for a, b in zip(total, leaves, strict=True)] if total else leaves
+            total = [g.astype(p.dtype) for g, p in zip(total, params, strict=True)]
             return update(*total, *params, *states)
 
         return apply
@@ -296,6 +300,11 @@ class StorePlanner:
             return [jnp.asarray(leaves[i]) for i in range(len(leaves))]
 
         return gradient
+
+
+def _wide(gradient: Any) -> Any:
+    """Contributions are combined in float32 at least: a mean of many in bfloat16 would lose what they agree on."""
+    return gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
 
 
 def _strong(spec: ArraySpec) -> ArraySpec:

@@ -224,8 +224,7 @@ class _Compiler:
         verify.verify_graph(graph, "simplify")
         parameters = dict(zip(graph.inputs, self.paths, strict=False))
         graph = label(graph, parameters, ("",) * fetched + tuple(layer_of(p) for p in self.paths))
-        lone = spec.replicas == 1 and len(self.template) == 1
-        planner = StorePlanner(self.paths, self.slices, self._resolve(), spec.replicas, spec.microbatches, lone)
+        planner = StorePlanner(self.paths, self.slices, self._resolve(), spec.replicas, spec.microbatches)
         gradients = tuple(int(o) for o in graph.outputs[fetched:])  # pyright: ignore[reportArgumentType]
         graph, contributions = planner.contributions(graph, gradients)
         graph = simplify(graph)

@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,19 +65,19 @@ def _fixed_seeds(seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def threads_cluster() -> Iterator[fm.Cluster]:
-    """Four workers inside this process. Shared by all tests: do not close it or kill its workers."""
+    """Four workers inside this process. Shared by all tests, so not the current one: give `cluster=`."""
     import flowml as fm
 
-    with fm.Cluster.threads(workers=4) as cluster:
+    with closing(fm.Cluster.threads(workers=4)) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
 def process_cluster() -> Iterator[fm.Cluster]:
-    """Two worker processes. Shared by all tests: do not close it or kill its workers."""
+    """Two worker processes. Shared by all tests, so not the current one: give `cluster=`; kill none of them."""
     import flowml as fm
 
-    with fm.Cluster.local(workers=2) as cluster:
+    with closing(fm.Cluster.local(workers=2)) as cluster:
         yield cluster
 
 

@@ -7,10 +7,9 @@ callbacks run where the user called `fit` and Ctrl-C ends it there.
 from __future__ import annotations
 
 import queue
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,15 +17,15 @@ import numpy as np
 
 from flowml._jax import key_implementation
 from flowml.data import Source, epoch_order
-from flowml.errors import FlowmlError, WorkerError, WorkerLostError
+from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerError, WorkerLostError
 from flowml.plan import Feed, Training
+from flowml_runtime.history import History, Progress, Record
 from flowml_runtime.host.programs import buffer_struct
 from flowml_runtime.host.run import worker_of
 from flowml_runtime.host.session import LoadedPlan, Session
 from flowml_runtime.messages import (
     Ask,
     Batch,
-    Failed,
     Grant,
     Item,
     Report,
@@ -42,8 +41,10 @@ from flowml_runtime.messages import (
 from flowml_runtime.messages import Source as SourceMessage
 from flowml_runtime.protocol.ledger import Asked, Ledger, Summary, Work
 from flowml_runtime.protocol.ledger import Settled as SettledEvent
+from flowml_runtime.protocol.terms import Terms
 
-Record = dict[str, Any]
+_LOOK_UP_S = 1.0
+"""How often a fit that hears nothing looks whether its cluster is still there."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,6 @@ class Outcome:
     traffic: Mapping[str, Mapping[str, int]]
 
 
-@dataclass
-class _Tally:
-    """The reports of one clock."""
-
-    epoch: int
-    losses: dict[int, float] = field(default_factory=dict[int, float])
-    aux: dict[int, dict[int, Any]] = field(default_factory=dict[int, dict[int, Any]])
-
-
 class Fit:
     """Runs one fit over a loaded training plan."""
 
@@ -92,8 +84,8 @@ class Fit:
         self._training: Training = training
         self._source = source
         self._options = options
-        self._aux_tree = aux_tree
         self._ids: dict[str, Any] = {"plan_id": handle.plan_id, "run": options.run}
+        self._steps = range(options.run, options.run + Terms.of(training, options.total).most_clocks)
         self._inbox: queue.SimpleQueue[tuple[str, Any, Sequence[Any]]] = queue.SimpleQueue()
         replicas = len(training.replicas)
         steps_per_epoch = source.examples // options.batch_size
@@ -105,35 +97,36 @@ class Fit:
             aligned=any(s.clocked for s in training.stores),
         )
         self._ledger = Ledger(self._work)
-        self._history = _History(replicas, self._work.clocks_per_epoch, training.aux_leaves, aux_tree)
+        self._history = History(training, self._work.clocks_per_epoch, aux_tree)
         self._values: dict[int, tuple[int, Sequence[Any]]] = {}
         self._traffic: dict[str, list[tuple[int, ...]]] = {}
         self._retired: set[tuple[int, int]] = set()
         self._slots = _slots_by_device(handle)
+        self._orders: dict[int, np.ndarray] = {}
 
     def run(self, params: Sequence[Any], state: Sequence[Any], callbacks: Sequence[Callable[[Record], Any]]) -> Outcome:
         """Train to the end. Whatever ends it early, the workers are told to stop."""
         self._session.register(self._handle.plan_id, self)
-        progress = _Progress(self._options.total, self._options.progress)
+        progress = Progress(self._options.total, self._options.progress)
         began = time.monotonic()
-        try:
-            self._start(params, state)
-            while not self._is_over():
-                self._take(*self._inbox.get())
-                for record in self._history.ready():
-                    record["seconds"] = time.monotonic() - began
-                    progress.show(record)
-                    for callback in callbacks:
-                        callback(record)
-            for record in self._history.rest():
+
+        def show(records: Sequence[Record]) -> None:
+            for record in records:
                 record["seconds"] = time.monotonic() - began
                 progress.show(record)
                 for callback in callbacks:
                     callback(record)
+
+        try:
+            self._start(params, state)
+            while not self._is_over():
+                self._take(*self._next())
+                show(self._history.ready())
+            show(self._history.rest())
             seconds = time.monotonic() - began
         finally:
             progress.close()
-            self._broadcast(StopTraining(**self._ids, discard=not self._is_over()))
+            self._stop()
         return self._outcome(params, state, seconds)
 
     # The endpoint's threads.
@@ -147,19 +140,43 @@ class Fit:
 
     # The caller's thread.
 
+    def _next(self) -> tuple[str, Any, Sequence[Any]]:
+        """The next message. Raises ClusterError if none can come any more."""
+        while True:
+            gone = self._handle.steps.stopped
+            try:
+                return self._inbox.get(timeout=_LOOK_UP_S)
+            except queue.Empty:
+                if gone:  # and still nobody said that a worker was lost
+                    raise ClusterError(
+                        f"the cluster was closed during training at step {self._history.step}; start another and "
+                        "continue from the parameters you have",
+                        step=self._history.step,
+                    ) from None
+
+    def _stop(self) -> None:
+        """Tell the workers, those that are there, and listen no longer."""
+        message = StopTraining(**self._ids, discard=not self._is_over())
+        for worker in self._handle.workers:
+            try:
+                self._session.endpoint.send(worker, message)
+            except WorkerLostError:
+                continue
+        self._session.register(self._handle.plan_id, _Deaf())
+
     def _start(self, params: Sequence[Any], state: Sequence[Any]) -> None:
         options, shipped = self._options, self._source.arrays is not None
-        self._broadcast(
-            StartTraining(
-                **self._ids,
-                total_clocks=options.total,
-                seed=options.seed,
-                shuffle=options.shuffle,
-                examples=self._source.examples,
-                source="shipped" if shipped else "fed",
-                delays=tuple(options.delays.items()),
-            )
+        start = StartTraining(
+            **self._ids,
+            total_clocks=options.total,
+            seed=options.seed,
+            shuffle=options.shuffle,
+            examples=self._source.examples,
+            source="shipped" if shipped else "fed",
+            delays=tuple(options.delays.items()),
         )
+        for worker in self._handle.workers:
+            self._session.endpoint.send(worker, start)
         for index, store in enumerate(self._training.stores):
             arrays = [np.asarray(params[i]) for i in store.leaves]
             specs = (*store.specs, *store.state_specs)
@@ -196,14 +213,10 @@ class Fit:
                 worker=peer,
                 step=self._history.step,
             )
-        if isinstance(message, Failed | StepFailed):
-            raise WorkerError(
-                f"{message.worker} failed during training in {message.node!r}: {message.error}",
-                worker=message.worker,
-                step=self._history.step,
-                node=message.node,
-                remote_traceback=message.traceback or None,
-            )
+        if isinstance(message, StepFailed):
+            if message.step in self._steps:
+                raise self._error(message)
+            return
         if getattr(message, "run", None) != self._options.run:
             return  # of an earlier fit that was stopped
         match message:
@@ -211,7 +224,7 @@ class Fit:
                 self._grant(message)
             case Settled():
                 self._ledger.step(SettledEvent(message.replica, message.fates))
-                self._history.settled(message.replica, message.fates)
+                self._history.settled(message.fates)
             case Report():
                 self._history.report(message, arrays)
             case StoreValue():
@@ -223,6 +236,18 @@ class Fit:
             case _:
                 raise FlowmlError(f"the driver has no use for {type(message).__name__} during training")
 
+    def _error(self, failed: StepFailed) -> FlowmlError:
+        worker, step, node = failed.worker, failed.step - self._options.run, failed.node
+        if failed.kind == "deadline":
+            return DeadlineError(failed.error, worker=worker, step=step, node=node)
+        return WorkerError(
+            f"{worker} failed during training in {node!r} at step {step}: {failed.error}",
+            worker=worker,
+            step=step,
+            node=node,
+            remote_traceback=failed.traceback or None,
+        )
+
     def _grant(self, ask: Ask) -> None:
         for grant in self._ledger.step(Asked(ask.replica, ask.clocks, ask.returned)):
             if self._source.arrays is None:
@@ -232,9 +257,14 @@ class Fit:
             self._session.endpoint.send(worker_of(self._training.replicas[grant.replica][0]), message)
 
     def _feed(self, replica: int, item: Item) -> None:
-        options, specs = self._options, self._training.batch_specs
-        order = epoch_order(self._source.examples, options.seed, item.epoch, shuffle=options.shuffle)
-        leaves = self._source.take(order[item.start : item.start + item.size])
+        specs = self._training.batch_specs
+        leaves = self._source.take(self._order(item.epoch)[item.start : item.start + item.size])
+        for path, spec, leaf in zip(self._training.batch_paths, specs, leaves, strict=True):
+            if leaf.shape != (item.size, *spec.shape[1:]):
+                raise ValueError(
+                    f"source[indices] gave shape {leaf.shape} for {path or 'the batch'!r} and {item.size} indices; "
+                    f"it must give {(item.size, *spec.shape[1:])}"
+                )
         for device in self._training.replicas[replica]:
             slots = self._slots.get(device, ())
             arrays = [np.ascontiguousarray(leaves[s], specs[s].dtype) for s in slots]
@@ -248,13 +278,6 @@ class Fit:
                 )
                 self._session.endpoint.send(worker_of(device), message, arrays)
 
-    def _broadcast(self, message: Wire) -> None:
-        for worker in self._handle.workers:
-            try:
-                self._session.endpoint.send(worker, message)
-            except WorkerLostError:
-                continue
-
     def _outcome(self, params: Sequence[Any], state: Sequence[Any], seconds: float) -> Outcome:
         final, states, newest = list(params), list(state), [-1] * len(state)
         for index, (version, arrays) in self._values.items():
@@ -265,17 +288,21 @@ class Fit:
                 if version > newest[leaf]:  # a step count kept by several stores: that of the one applied most
                     states[leaf], newest[leaf] = _from_buffer(array, spec.dtype), version
         self._ledger.validate()
-        options = self._options
+        summary = self._ledger.summary(lambda epoch: self._order(epoch).tolist())
+        return Outcome(final, states, self._history.records, summary, seconds, self._bytes())
 
-        def order(epoch: int) -> list[int]:
-            return epoch_order(self._source.examples, options.seed, epoch, shuffle=options.shuffle).tolist()
-
-        return Outcome(final, states, self._history.records, self._ledger.summary(order), seconds, self._bytes())
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order of an epoch. Two are kept, because replicas that run on their own may be in two."""
+        if epoch not in self._orders:
+            options = self._options
+            order = epoch_order(self._source.examples, options.seed, epoch, shuffle=options.shuffle)
+            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
+        return self._orders[epoch]
 
     def _bytes(self) -> dict[str, dict[str, int]]:
         """Bytes by store, summed over workers."""
         names = ("pushes", "pushed_bytes", "pushed_wire_bytes", "published_wire_bytes")
-        totals: dict[str, dict[str, int]] = {s.name: {n: 0 for n in names} for s in self._training.stores}
+        totals: dict[str, dict[str, int]] = {s.name: dict.fromkeys(names, 0) for s in self._training.stores}
         for rows in self._traffic.values():
             for store, *counts in rows:
                 for name, count in zip(names, counts, strict=True):
@@ -286,6 +313,14 @@ class Fit:
 @dataclass(frozen=True)
 class _Lost:
     reason: str
+
+
+class _Deaf:
+    """Handles the messages of a plan between fits: what stopped workers still had to say."""
+
+    def on_message(self, peer: str, message: Wire, arrays: Sequence[Any]) -> None: ...
+
+    def on_lost(self, peer: str, reason: str) -> None: ...
 
 
 def _whole(spec: Any, array: np.ndarray) -> Any:
@@ -315,111 +350,3 @@ def _slots_by_device(handle: LoadedPlan) -> dict[str, tuple[int, ...]]:
         if mine:
             found[program.device] = mine
     return found
-
-
-class _History:
-    """Turns the reports of replicas into one record a step, in order of steps.
-
-    A step is complete when every replica has reported it or is known to be past it. The losses of dropped
-    work items are left out.
-    """
-
-    def __init__(self, replicas: int, clocks_per_epoch: int, aux_leaves: int, aux_tree: Any) -> None:
-        self._replicas = replicas
-        self._clocks_per_epoch = clocks_per_epoch
-        self._aux_leaves = aux_leaves
-        self._aux_tree = aux_tree
-        self._open: dict[int, _Tally] = {}
-        self._newest = [-1] * replicas
-        self._dropped: set[int] = set()
-        self._items: dict[tuple[int, int], int] = {}
-        self.step = 0
-        self.records: list[Record] = []
-
-    def report(self, report: Report, arrays: Sequence[Any]) -> None:
-        self._newest[report.replica] = max(self._newest[report.replica], report.clock)
-        if report.clock < self.step:
-            return
-        tally = self._open.setdefault(report.clock, _Tally(report.item.epoch))
-        self._items[report.replica, report.clock] = report.item.sequence
-        for slot, array in zip(report.slots, arrays, strict=True):
-            if slot == 0:
-                tally.losses[report.replica] = float(np.asarray(array))
-            else:
-                tally.aux.setdefault(report.replica, {})[slot] = np.asarray(array)
-
-    def settled(self, replica: int, fates: Sequence[tuple[Item, str]]) -> None:
-        self._dropped.update(item.sequence for item, fate in fates if fate == "dropped")
-
-    def ready(self) -> list[Record]:
-        """Records of the steps that every replica is past."""
-        found: list[Record] = []
-        while self._open and self._is_complete():
-            found.append(self._close())
-        return found
-
-    def rest(self) -> list[Record]:
-        found: list[Record] = []
-        while self._open:
-            found.append(self._close())
-        return found
-
-    def _is_complete(self) -> bool:
-        step = min(self._open)
-        tally = self._open[step]
-        return max(self._open) > step + 1 or len(tally.losses) == self._replicas
-
-    def _close(self) -> Record:
-        step = min(self._open)
-        tally = self._open.pop(step)
-        self.step = step + 1
-        kept = [r for r in tally.losses if self._items[r, step] not in self._dropped] or list(tally.losses)
-        losses = [tally.losses[r] for r in kept]
-        record: Record = {
-            "step": step,
-            "epoch": tally.epoch,
-            "loss": float(np.mean(losses)) if losses else float("nan"),
-            "replicas": len(losses),
-        }
-        if self._aux_leaves:
-            rows = [tally.aux[r] for r in kept if len(tally.aux.get(r, ())) == self._aux_leaves]
-            record["aux"] = jax.tree_util.tree_unflatten(
-                self._aux_tree, [_over_replicas([row[s + 1] for row in rows]) for s in range(self._aux_leaves)]
-            )
-        self._items = {k: v for k, v in self._items.items() if k[1] > step}
-        self.records.append(record)
-        return record
-
-
-def _over_replicas(values: Sequence[np.ndarray]) -> Any:
-    """Floating values are averaged over the replicas, counts are summed."""
-    if not values:
-        return np.nan
-    total = sum(values[1:], values[0])
-    return total if values[0].dtype.kind in "iub" else total / len(values)
-
-
-class _Progress:
-    """One line on stderr, rewritten a few times a second, where somebody can see it."""
-
-    def __init__(self, total: int, wanted: bool | None) -> None:
-        self._total = total
-        self._shown = sys.stderr.isatty() if wanted is None else wanted
-        self._next_s = time.monotonic() + 0.5
-        self._open = False
-
-    def show(self, record: Record) -> None:
-        now = time.monotonic()
-        if not self._shown or now < self._next_s:
-            return
-        self._next_s = now + 0.25
-        self._open = True
-        rate = (record["step"] + 1) / max(record["seconds"], 1e-9)
-        line = f"step {record['step'] + 1}/{self._total}  epoch {record['epoch']}  loss {record['loss']:.4f}"
-        sys.stderr.write(f"\r\x1b[K{line}  {rate:.1f} steps/s")
-        sys.stderr.flush()
-
-    def close(self) -> None:
-        if self._open:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()

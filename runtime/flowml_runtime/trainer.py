@@ -7,6 +7,9 @@ train on their own until the homes send their stores back.
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowml._jax import path_name
 from flowml.data import Source, as_source
 from flowml.errors import FlowmlError
 from flowml.placement import Placement
@@ -22,12 +26,44 @@ from flowml.plan import Plan
 from flowml.policy import Policy
 from flowml.training import TrainingCompiled, TrainingSpec, compile_training
 from flowml_runtime.cluster import Cluster, current_cluster
-from flowml_runtime.fit import Fit, FitOptions, Record
-from flowml_runtime.host.session import LoadedPlan
+from flowml_runtime.fit import Fit, FitOptions
+from flowml_runtime.history import Record
+from flowml_runtime.host.session import LoadedPlan, Session
 from flowml_runtime.protocol.ledger import Summary
+from flowml_runtime.protocol.terms import Terms
 from flowml_runtime.tables import layer_table
 
 Callback = Callable[[Record], Any]
+
+_discarded: deque[tuple[Session, LoadedPlan]] = deque()
+"""Plans of trainers that are gone. A finalizer may run anywhere, so it only notes them; the next fit frees them."""
+
+
+@dataclass
+class _Program:
+    """A training step compiled for one cluster, shapes and dtypes; loaded once it is used."""
+
+    compiled: TrainingCompiled
+    session: Session
+    handle: LoadedPlan | None = None
+    next_step: int = 0
+
+    def load(self) -> LoadedPlan:
+        """The plan on its workers; loaded again if one of them was lost and is back."""
+        while _discarded:
+            session, handle = _discarded.popleft()
+            session.unload(handle)
+        known = self.handle
+        self.handle = self.session.load(self.compiled.plan) if known is None else self.session.reload(known)
+        return self.handle
+
+    def reserve(self, total: int) -> int:
+        """The first of the step numbers of a fit of `total` steps, which no other fit of the plan uses."""
+        training = self.compiled.plan.training
+        assert training is not None
+        first = self.next_step
+        self.next_step += Terms.of(training, total).most_clocks
+        return first
 
 
 @dataclass(frozen=True)
@@ -91,13 +127,16 @@ class Trainer:
         self._spec = TrainingSpec(loss, optimizer, replicas, placement, microbatches, schedule, policies)
         self._cluster = cluster
         self._delays = dict(delays or {})
-        self._compiled: dict[Any, TrainingCompiled] = {}
-        self._loaded: dict[Any, LoadedPlan] = {}
-        self._next_step: dict[Any, int] = {}
+        for worker, seconds in self._delays.items():
+            if not 0 <= seconds < float("inf"):
+                raise ValueError(f"delays[{worker!r}] is {seconds}; give the seconds to add to each of its steps")
+        self._programs: dict[Any, _Program] = {}
+        self._fitting = threading.Lock()
+        weakref.finalize(self, _discard, self._programs).atexit = False
 
     def plan(self, params: Any, batch: Any) -> Plan:
         """The plan for one global batch (arrays or `jax.ShapeDtypeStruct`s), policies drawn in. Runs nothing."""
-        return self._compile(self._here(), params, batch)[1].plan
+        return self._program(self._here(), _structs(params, "parameter"), _structs(batch, "batch leaf")).compiled.plan
 
     def fit(
         self,
@@ -124,73 +163,99 @@ class Trainer:
             epochs, steps: how long; give one of them.
             seed: of the epochs' order (`flowml.data.epoch_order`) and of the keys.
             shuffle: False visits the examples in order.
-            opt_state: continue from this instead of `optimizer.init(params)`.
+            opt_state: continue from this instead of `optimizer.init(params)`. Epochs count from 0 again: for another
+                order give another seed.
             callbacks: called with each step's record, in the caller's thread.
             progress: show a line of progress on stderr; by default where that is a terminal.
 
         Raises:
             ValueError: for a batch that does not divide or a source that is too small.
             WorkerLostError, WorkerError, DeadlineError: for what goes wrong on a worker, within seconds.
+            FlowmlError: if this trainer is in the middle of a fit already.
         """
-        cluster = self._here()
-        data = as_source(source)
-        total = _total_steps(data, batch_size, epochs, steps)
-        key, compiled = self._compile(cluster, params, _batch_structs(data, batch_size))
-        handle = self._load(cluster, key, compiled.plan)
-        first = self._next_step.get(key, 0)
-        self._next_step[key] = first + total
-        state = self._spec.optimizer.init(params) if opt_state is None else opt_state
-        options = FitOptions(
-            run=first,
-            total=total,
-            batch_size=batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            delays=self._checked_delays(cluster),
-            progress=progress,
-        )
-        fit = Fit(cluster.session, handle, data, options, compiled.aux_tree)
-        outcome = fit.run(_leaves(params), _leaves(state), callbacks)
+        if not self._fitting.acquire(blocking=False):
+            raise FlowmlError("this Trainer is in the middle of a fit; wait for it to end, or make another Trainer")
+        try:
+            data = as_source(source)
+            total = _total_steps(data, batch_size, epochs, steps)
+            cluster = self._here()
+            self._check_delays(cluster)
+            program = self._program(cluster, _structs(params, "parameter"), _batch_structs(data, batch_size))
+            params = jax.tree_util.tree_map(jnp.asarray, params)
+            state = self._state(params, opt_state)
+            handle = program.load()
+            options = FitOptions(
+                run=program.reserve(total),
+                total=total,
+                batch_size=batch_size,
+                seed=seed,
+                shuffle=shuffle,
+                delays=self._delays,
+                progress=progress,
+            )
+            fit = Fit(cluster.session, handle, data, options, program.compiled.aux_tree)
+            leaves = jax.tree_util.tree_leaves
+            outcome = fit.run(leaves(params), leaves(state), callbacks)
+        finally:
+            self._fitting.release()
         return TrainingResult(
-            params=_unflatten(compiled.params_tree, outcome.params, params),
-            opt_state=_unflatten(jax.tree_util.tree_structure(state), outcome.state, state),
+            params=_restored(params, outcome.params),
+            opt_state=_restored(state, outcome.state),
             history=outcome.history,
             ledger=outcome.ledger,
             seconds=outcome.seconds,
-            plan=compiled.plan,
+            plan=program.compiled.plan,
             traffic=outcome.traffic,
         )
 
     def _here(self) -> Cluster:
         return self._cluster if self._cluster is not None else current_cluster()
 
-    def _compile(self, cluster: Cluster, params: Any, batch: Any) -> tuple[Any, TrainingCompiled]:
+    def _program(self, cluster: Cluster, params: Any, batch: Any) -> _Program:
+        """Compiled for these ShapeDtypeStructs and the cluster's devices of now."""
         leaves, tree = jax.tree_util.tree_flatten((params, batch))
-        key = (id(cluster), tuple((tuple(x.shape), str(x.dtype)) for x in leaves), tree)
-        if key not in self._compiled:
+        key = (cluster, cluster.devices, tuple((x.shape, str(x.dtype)) for x in leaves), tree)
+        if key not in self._programs:
             platforms = tuple(dict.fromkeys(d.platform for d in cluster.devices))
-            self._compiled[key] = compile_training(self._spec, params, batch, cluster.devices, platforms=platforms)
-        return key, self._compiled[key]
+            compiled = compile_training(self._spec, params, batch, cluster.devices, platforms=platforms)
+            self._programs[key] = _Program(compiled, cluster.session)
+        return self._programs[key]
 
-    def _load(self, cluster: Cluster, key: Any, plan: Plan) -> LoadedPlan:
-        if key not in self._loaded:
-            self._loaded[key] = cluster.session.load(plan)
-        return self._loaded[key]
+    def _state(self, params: Any, opt_state: Any) -> Any:
+        """The optimizer's state to begin with. Raises ValueError for one of another optimizer or model."""
+        if opt_state is None:
+            return jax.tree_util.tree_map(jnp.asarray, self._spec.optimizer.init(params))
+        expected = jax.eval_shape(self._spec.optimizer.init, params)
+        given = jax.tree_util.tree_map(jnp.asarray, opt_state)
+        got, want = jax.tree_util.tree_structure(given), jax.tree_util.tree_structure(expected)
+        if got != want:
+            raise ValueError(f"opt_state is not of this optimizer: it has structure {got}, not {want}")
+        leaves = jax.tree_util.tree_leaves_with_path(expected)
+        for (path, e), g in zip(leaves, jax.tree_util.tree_leaves(given), strict=True):
+            if (g.shape, g.dtype) != (e.shape, e.dtype):
+                raise ValueError(
+                    f"opt_state is not of these parameters: {path_name(path)!r} is {g.dtype}{list(g.shape)}, "
+                    f"not {e.dtype}{list(e.shape)}"
+                )
+        return given
 
-    def _checked_delays(self, cluster: Cluster) -> dict[str, float]:
-        workers = {d.worker for d in cluster.devices}
+    def _check_delays(self, cluster: Cluster) -> None:
+        workers = dict.fromkeys(d.worker for d in cluster.devices)
         for worker in self._delays:
             if worker not in workers:
-                raise FlowmlError(
-                    f"delays names {worker!r}, which does not exist; there are {', '.join(sorted(workers))}"
-                )
-        return self._delays
+                raise FlowmlError(f"delays names {worker!r}, which does not exist; there are {', '.join(workers)}")
+
+
+def _discard(programs: Mapping[Any, _Program]) -> None:
+    _discarded.extend((p.session, p.handle) for p in programs.values() if p.handle is not None)
 
 
 def _total_steps(source: Source, batch_size: int, epochs: int | None, steps: int | None) -> int:
     if (epochs is None) == (steps is None):
         raise ValueError("give fit() either epochs= or steps=")
-    per_epoch = source.examples // batch_size if batch_size > 0 else 0
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: give at least 1")
+    per_epoch = source.examples // batch_size
     if per_epoch < 1:
         raise ValueError(f"batch_size {batch_size} needs at least that many examples; the source has {source.examples}")
     total = steps if steps is not None else (epochs or 0) * per_epoch
@@ -199,21 +264,33 @@ def _total_steps(source: Source, batch_size: int, epochs: int | None, steps: int
     return total
 
 
+def _structs(tree: Any, kind: str) -> Any:
+    """Shapes and dtypes as JAX sees the leaves. Raises TypeError for a leaf that is no array."""
+
+    def struct(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        try:
+            dtype = jax.dtypes.canonicalize_dtype(jax.dtypes.result_type(leaf), allow_extended_dtype=True)
+        except TypeError:
+            raise TypeError(
+                f"{kind} {path_name(path)!r} is of type {type(leaf).__name__}, which is no array; keep what is not "
+                "trained out of the tree (in equinox: eqx.partition(model, eqx.is_inexact_array))"
+            ) from None
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
+
+    return jax.tree_util.tree_map_with_path(struct, tree)
+
+
 def _batch_structs(source: Source, batch_size: int) -> Any:
-    leaves = source.arrays if source.arrays is not None else source.take(np.arange(1))
+    leaves = source.arrays if source.arrays is not None else source.take(np.zeros(1, np.int64))
     structs = [jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)) for x in leaves]
     return jax.tree_util.tree_unflatten(source.tree, structs)
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return [jnp.asarray(x) if not isinstance(x, jax.Array | np.ndarray) else x for x in jax.tree_util.tree_leaves(tree)]
-
-
-def _unflatten(tree: Any, leaves: Sequence[Any], like: Any) -> Any:
-    """Arrays of the dtypes of `like`, in its structure."""
-    dtypes = [getattr(x, "dtype", None) for x in jax.tree_util.tree_leaves(like)]
-    arrays = [jnp.asarray(x) if d is None else jnp.asarray(x, d) for x, d in zip(leaves, dtypes, strict=True)]
-    return jax.tree_util.tree_unflatten(tree, arrays)
+def _restored(like: Any, leaves: Sequence[Any]) -> Any:
+    """Arrays from the wire in the structure of `like`, and of its dtypes."""
+    tree = jax.tree_util.tree_structure(like)
+    dtypes = [x.dtype for x in jax.tree_util.tree_leaves(like)]
+    return jax.tree_util.tree_unflatten(tree, [jnp.asarray(x, d) for x, d in zip(leaves, dtypes, strict=True)])
 
 
 __all__ = ["Trainer", "TrainingResult"]

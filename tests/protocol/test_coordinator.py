@@ -162,6 +162,9 @@ def test_a_coordinator_that_was_suspended_blames_nobody() -> None:
     assert machine.step(Tick(1005.5)) == [Forget("worker:0")]
 
 
+SMALL = st.integers(0, 5)
+
+
 class Membership(RuleBasedStateMachine):
     """Random joins, beats, losses and ticks, against a plain account of who should be in."""
 
@@ -185,11 +188,7 @@ class Membership(RuleBasedStateMachine):
         self.view = {n: told.get(n, self.view.get(n)) for n in after}  # type: ignore[assignment]
         return actions
 
-    @rule(
-        name=st.sampled_from(["", "worker:0", "worker:1", "driver", "x"]),
-        life=st.integers(0, 5),
-        port=st.integers(0, 5),
-    )
+    @rule(name=st.sampled_from(["", "worker:0", "worker:1", "driver", "x"]), life=SMALL, port=SMALL)
     def joins(self, name: str, life: int, port: int) -> None:
         actions = self.take(Received(f"joining-{port}", join(name, life, f"h:{port}")))
         for action in actions:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ from flowml_runtime.host.machine import share_cores
 from tests.conftest import wait_until
 
 NoLeaks = Callable[[], AbstractContextManager[None]]
-TEMPORARY = Path("/tmp")
+NOTICED_S = 4.0
+"""A second is the goal on a machine with nothing else to do; what is not noticed at once takes the timeout of 5 s."""
 
 
 def net(x: Any) -> Any:
@@ -39,9 +41,16 @@ def two_workers(cluster: fm.Cluster) -> Any:
     return fm.dataflow(net, cluster=cluster, placement={"a": "worker:0", "b": "worker:1"})
 
 
-def python(code: str, *arguments: str) -> subprocess.Popen[str]:
-    """An owner of a cluster in a process of its own."""
+def call_until_it_fails(f: Any) -> None:
+    while True:
+        f(jnp.ones(3))
+
+
+def python(code: str, *arguments: str, folder: Path | None = None) -> subprocess.Popen[str]:
+    """An owner of a cluster in a process of its own, with a folder of its own for temporary files."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    if folder is not None:
+        environment["TMPDIR"] = str(folder)
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stdout=subprocess.PIPE,
@@ -69,9 +78,11 @@ def launched() -> Iterator[LaunchedCluster]:
     cluster.close()
 
 
-def test_a_local_cluster_starts_computes_and_ends(no_leaks: NoLeaks) -> None:
+def test_a_local_cluster_starts_computes_and_ends(
+    no_leaks: NoLeaks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     jnp.sin(1.0)
-    folders = set(TEMPORARY.glob("flowml-*"))
     with no_leaks():
         with fm.Cluster.local(workers=2, devices_per_worker=2) as cluster:
             assert [d.name for d in cluster.devices] == [f"worker:{i}/cpu:{j}" for i in range(2) for j in range(2)]
@@ -81,10 +92,10 @@ def test_a_local_cluster_starts_computes_and_ends(no_leaks: NoLeaks) -> None:
             x = jnp.arange(8.0)
             np.testing.assert_allclose(two_workers(cluster)(x), net(x), rtol=1e-6)
             began = time.monotonic()
-        assert time.monotonic() - began < 3.0
+        assert time.monotonic() - began < NOTICED_S
         cluster.close()
         assert repr(cluster) == "<Cluster, closed>"
-    assert set(TEMPORARY.glob("flowml-*")) <= folders
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_workers_have_their_own_cores_and_xla_keeps_to_them(process_cluster: fm.Cluster) -> None:
@@ -117,18 +128,17 @@ def test_the_zygote_has_one_thread_when_it_forks(process_cluster: fm.Cluster) ->
     assert parent.num_threads() == 1
 
 
-def test_a_killed_worker_surfaces_within_a_second() -> None:
+def test_a_killed_worker_surfaces_at_once() -> None:
     with fm.Cluster.local(workers=2) as cluster:
         f = two_workers(cluster)
         f(jnp.ones(3))
         began = time.monotonic()
         os.kill(cluster.pids["worker:1"], signal.SIGKILL)
         with pytest.raises(fm.WorkerLostError, match="worker:1") as caught:
-            while True:
-                f(jnp.ones(3))
-        assert time.monotonic() - began < 1.0
+            call_until_it_fails(f)
+        assert time.monotonic() - began < NOTICED_S
         assert caught.value.worker == "worker:1"
-        wait_until(lambda: [d.name for d in cluster.devices] == ["worker:0/cpu:0"], "its device is gone", 1.0)
+        wait_until(lambda: [d.name for d in cluster.devices] == ["worker:0/cpu:0"], "its device is gone", NOTICED_S)
         np.testing.assert_allclose(fm.dataflow(net, cluster=cluster)(jnp.ones(3)), net(jnp.ones(3)), rtol=1e-6)
 
 
@@ -140,7 +150,7 @@ def test_a_suspended_worker_is_lost_after_the_timeout() -> None:
         began = time.monotonic()
         with pytest.raises(fm.WorkerLostError, match="no heartbeat for 5 s"):
             f(jnp.ones(3))
-        assert time.monotonic() - began < 8.0
+        assert time.monotonic() - began < 5.0 + NOTICED_S
 
 
 def test_without_the_zygote_all_workers_are_lost_and_say_so(no_leaks: NoLeaks) -> None:
@@ -152,8 +162,7 @@ def test_without_the_zygote_all_workers_are_lost_and_say_so(no_leaks: NoLeaks) -
         assert parent is not None
         parent.kill()
         with pytest.raises(fm.WorkerLostError):
-            while True:
-                f(jnp.ones(3))
+            call_until_it_fails(f)
         assert_gone(workers, 5.0)
 
 
@@ -178,34 +187,36 @@ OWNER = """
 import os, sys, threading
 import flowml as fm
 cluster = fm.Cluster.local(workers=2)
-print(*cluster.pids.values(), cluster.endpoint.address.rpartition(":")[2], flush=True)
 if "fork" in sys.argv and os.fork() == 0:
-    threading.Event().wait(20)
+    threading.Event().wait(60)
     os._exit(0)
+print(*cluster.pids.values(), cluster.endpoint.address.rpartition(":")[2], flush=True)
 if "end" not in sys.argv:
     threading.Event().wait()
 """
 
 
 @pytest.mark.parametrize("how", ["end", "interrupt", "terminate", "kill", "kill after a fork"])
-def test_nothing_outlives_its_owner(how: str) -> None:
-    owner = python(OWNER, *how.split())
+def test_nothing_outlives_its_owner(how: str, tmp_path: Path) -> None:
+    owner = python(OWNER, *how.split(), folder=tmp_path)
     *pids, port = map(int, line_of(owner).split())
     workers = [psutil.Process(pid) for pid in pids]
     started = {p for w in workers for p in [w, w.parent()] if p is not None and p.pid != owner.pid}
     forks = [p for p in psutil.Process(owner.pid).children() if p not in started]
-    assert len(started) == 3
+    assert (len(started), len(forks)) == (3, "fork" in how)
     stop = {"interrupt": signal.SIGINT, "terminate": signal.SIGTERM}.get(how, signal.SIGKILL)
     if how != "end":
         owner.send_signal(stop)
-    _, errors = owner.communicate(timeout=20) if not forks else (owner.wait(20), "")
+    _, errors = owner.communicate(timeout=60) if not forks else (owner.wait(60), "")
     assert owner.returncode == (0 if how == "end" else -stop)
     assert_gone(list(started), 5.0)
     assert errors.strip().splitlines()[-1:] == (["KeyboardInterrupt"] if how == "interrupt" else [])
+    wait_until(lambda: list(tmp_path.iterdir()) == [], "its temporary files are gone")
+    for fork in forks:  # it has what the owner had open, the port too
+        fork.kill()
+    assert_gone(forks, 5.0)
     listening = {c.laddr.port for c in psutil.net_connections() if c.status == psutil.CONN_LISTEN}
     assert port not in listening
-    for fork in forks:
-        fork.kill()
     if owner.stdout is not None and owner.stderr is not None:
         owner.stdout.close()
         owner.stderr.close()
@@ -218,7 +229,7 @@ def test_interrupted_while_it_starts_nothing_is_left() -> None:
     wait_until(lambda: watched.children(recursive=True), "the cluster is starting")
     started = watched.children(recursive=True)
     owner.send_signal(signal.SIGINT)
-    _, errors = owner.communicate(timeout=20)
+    _, errors = owner.communicate(timeout=60)
     assert errors.strip().splitlines()[-1] == "KeyboardInterrupt"
     assert_gone(started, 5.0)
 
@@ -305,12 +316,12 @@ def test_workers_that_join_by_address_come_go_and_end_with_the_coordinator() -> 
         f = two_workers(cluster)
         np.testing.assert_allclose(f(jnp.ones(3)), net(jnp.ones(3)), rtol=1e-6)
         first.kill()
-        wait_until(lambda: len(cluster.devices) == 2, "one is lost", 1.0)
+        wait_until(lambda: len(cluster.devices) == 2, "one is lost", NOTICED_S)
         launched.close()
-        out, _ = second.communicate(timeout=5)
+        out, _ = second.communicate(timeout=30)
         assert re.fullmatch(r"the coordinator was lost: .*\n", out)
         first.communicate()
-        wait_until(lambda: cluster.devices == (), "the cluster is over", 1.0)
+        wait_until(lambda: cluster.devices == (), "the cluster is over", NOTICED_S)
         launched.close()
 
 

@@ -29,6 +29,8 @@ from flowml_runtime.messages import Leave, Value, Wire
 from tests.conftest import wait_until
 
 WAIT_S = 10.0
+QUICK_S = 3.0
+"""Most of it for a machine that is busy with other things."""
 TOKEN = "a token for tests"
 
 
@@ -58,10 +60,8 @@ def peers(request: pytest.FixtureRequest) -> Iterator[Peers]:
 
         def make(*names: str, **options: Any) -> list[Peer]:
             hub = ThreadHub()
-            made = [
-                Peer(hub.endpoint(n) if request.param == "threads" else GrpcEndpoint(n, TOKEN, **options))
-                for n in names
-            ]
+            threads = request.param == "threads"
+            made = [Peer(hub.endpoint(n) if threads else GrpcEndpoint(n, TOKEN, **options)) for n in names]
             for peer in made:
                 stack.callback(peer.endpoint.close)
                 peer.start().endpoint.know({p.endpoint.name: p.endpoint.address for p in made if p is not peer})
@@ -353,7 +353,7 @@ def test_endpoints_leave_nothing_behind(no_leaks: Any) -> None:
         began = time.monotonic()
         for endpoint in (a.endpoint, b.endpoint, a.endpoint):
             endpoint.close()
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < QUICK_S
 
 
 def test_a_budget_lets_the_oversized_through_alone() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import msgspec
 
-from flowml_runtime.host.spawning import Exited, Kill, Report, Request, Start, Started, WorkerConfig
+from flowml_runtime.host.spawning import Exited, Kill, Report, Request, Start, Started, WorkerConfig, hear
 
 TERM_S = 3.0
 """How long workers have to end after they were asked; then they are killed."""
@@ -106,7 +106,7 @@ class LocalWorkers:
         buffer = b""
         while True:
             ready = {fd for fd, _ in poll.poll()}
-            received = self._control.recv(2**16) if self._control.fileno() in ready else b""
+            received = hear(self._control) if self._control.fileno() in ready else b""
             *lines, buffer = (buffer + received).split(b"\n")
             for line in lines:
                 self._take(_reports.decode(line))

@@ -121,6 +121,8 @@ class Homes:
         self._run.send(self._run.leader, message)
 
     def _finish(self, store: int) -> None:
+        # Seats may have retired, and told of their traffic, before the last version was published.
+        self._run.send(self._run.driver, self._run.traffic())
         held = self._held[store]
         message = StoreValue(
             plan_id=self._run.plan_id,

@@ -112,6 +112,14 @@ class Mailbox:
             if table is not None:
                 table.advance(device, step + 1)
 
+    def skip_to(self, plan_id: str, device: str, step: int) -> None:
+        """The device takes nothing more from steps before `step`: drops what came for them and what still comes."""
+        with self._lock:
+            table = self._plans.get(plan_id)
+            waiters = table.advance(device, step) if table is not None else ()
+        for waiter in waiters:
+            waiter.cancel()
+
     def is_cancelled(self, scope: Scope) -> bool:
         table = self._plans.get(scope[0])
         return table is None or table.is_over(scope[2], scope[1])

@@ -45,7 +45,6 @@ class Run:
     start: StartTraining
     driver: str
     sender: Sender
-    incarnation: int
     deadline_s: float
     changed: threading.Condition = field(default_factory=threading.Condition)
     stores: dict[int, StoreView] = field(default_factory=dict[int, StoreView])
@@ -68,6 +67,11 @@ class Run:
     def step_of(self, clock: int) -> int:
         """The step under which values of this clock travel: unique over all fits of the plan."""
         return self.start.run + clock
+
+    @property
+    def end(self) -> int:
+        """The first step that is not of this run any more."""
+        return self.step_of(self.terms.most_clocks)
 
     def send(self, worker: str, message: Wire, arrays: Sequence[Array] = ()) -> None:
         """Send to a worker or the driver. One that is lost is none of our business: the driver ends the run."""

@@ -29,10 +29,8 @@ from flowml_runtime.messages import Contribution, Item, Report
 from flowml_runtime.protocol.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.replica import Replica
 
-AHEAD = 8
-"""Contributions of a replica to one store that may be under way; a slow home so slows its replicas down."""
-
-_BATCHES_KEPT = 32
+_LIFE = 0
+"""The incarnation in contributions. All stages of a replica share it, and a replica lives as long as the run."""
 
 
 class Seat(EdgeServices):
@@ -46,7 +44,7 @@ class Seat(EdgeServices):
         loaded: LoadedProgram,
         mailbox: Mailbox,
         on_finished: Callable[[Seat, int], None],
-        on_fault: Callable[[str, BaseException], None],
+        on_fault: Callable[[int, str, BaseException], None],
     ) -> None:
         super().__init__(run.plan_id, loaded, mailbox, run.sender, run.deadline_s)
         self.run = run
@@ -88,16 +86,14 @@ class Seat(EdgeServices):
             (gathered.adopt if counts else gathered.discard)(clock)
 
     def give(self, sequence: int, slots: Sequence[int], arrays: Sequence[Array]) -> None:
-        """A fed work item's leaves."""
+        """A fed work item's leaves. They come in the order of granting, which is that of clocks."""
+        self._batches.pop(sequence, None)  # one that was given back, and granted again
         self._batches[sequence] = dict(zip(slots, arrays, strict=True))
-        while len(self._batches) > _BATCHES_KEPT:
-            self._batches.popitem(last=False)
         self.run.changed.notify_all()
 
     def stop(self) -> None:
         """End the thread after the task that runs now. The run is marked as stopped before."""
-        if self._clock >= 0:
-            self._mailbox.cancel((self.plan_id, self.run.step_of(self._clock), self.device))
+        self._mailbox.skip_to(self.plan_id, self.device, self.run.end)
         self._starts.put(None)
 
     # The executor's thread.
@@ -107,6 +103,7 @@ class Seat(EdgeServices):
             self._clock, self._item = start
             if not self.run.stopped:
                 self._step(self._clock)
+                self._mailbox.finish((self.plan_id, self.run.step_of(self._clock), self.device))
             self._on_finished(self, self._clock)
 
     def _step(self, clock: int) -> None:
@@ -118,9 +115,9 @@ class Seat(EdgeServices):
         except Cancelled:
             return
         except StepFault as fault:
-            self._on_fault(fault.node, fault.__cause__ or fault)
+            self._on_fault(self.run.step_of(clock), fault.node, fault.__cause__ or fault)
         except BaseException as error:
-            self._on_fault("report", error)
+            self._on_fault(self.run.step_of(clock), "report", error)
 
     def _report(self, clock: int, seconds: float) -> None:
         if not self._fetched:
@@ -174,6 +171,8 @@ class Seat(EdgeServices):
             what = f"work item {item.sequence} from the driver"
             self.run.wait_for(lambda: item.sequence in self._batches, self._in_vain, what, step)
             batch = self._batches[item.sequence]
+            while next(iter(self._batches)) != item.sequence:  # of clocks that were skipped
+                self._batches.popitem(last=False)
         return {s: aligned_copy(np.asarray(batch[s])[first : first + rows]) for s in slots}
 
     def _in_vain(self) -> bool:
@@ -193,8 +192,12 @@ class Seat(EdgeServices):
         if not self.machine.can_read(store, self._clock):
             return False
         spec = self.run.training.stores[store]
-        mine = self.run.stores[store].clocks[self.replica]
-        return spec.clocked or mine >= self._clock - AHEAD * spec.every
+        if spec.clocked:
+            return True
+        # A replica reads its own writes (Ho et al., stale synchronous parallel): alone it is serial, and a slow
+        # home slows its replicas down instead of being buried by them.
+        pushed = self._clock // spec.every * spec.every
+        return self.run.stores[store].clocks[self.replica] >= pushed
 
     def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None:
         spec = self.run.training.stores[store]
@@ -213,7 +216,7 @@ class Seat(EdgeServices):
             store=store,
             part=part,
             replica=self.replica,
-            incarnation=self.run.incarnation,
+            incarnation=_LIFE,
             clock=self._clock,
             base_version=self._read_versions.get(store, 0),
             weight=total.steps * self.run.training.microbatches,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import msgspec
 
 
@@ -55,3 +57,11 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
 
 Request = Start | Kill
 Report = Started | Exited
+
+
+def hear(other: socket.socket) -> bytes:
+    """What the other end has said; b"" once it is gone, also where it left something of ours unread."""
+    try:
+        return other.recv(2**16)
+    except ConnectionResetError:
+        return b""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowml.errors import FlowmlError
 from flowml.plan import Plan
-from flowml_runtime.host.faults import one_line, own_traceback
+from flowml_runtime.host.faults import step_failed
 from flowml_runtime.host.homes import Homes
 from flowml_runtime.host.programs import Array, LoadedProgram
 from flowml_runtime.host.run import Run, StoreView, worker_of
@@ -30,7 +30,6 @@ from flowml_runtime.messages import (
     Begin,
     Commit,
     Contribution,
-    Failed,
     Grant,
     Published,
     Retired,
@@ -87,7 +86,7 @@ class TrainingHost:
             try:
                 self._take(*entry)
             except Exception as error:
-                self._fail("training", error)
+                self._fail(getattr(entry[1], "run", 0), "training", error)
         self._stop()
 
     def _take(self, peer: str, message: Any, arrays: Sequence[Array]) -> None:
@@ -120,7 +119,6 @@ class TrainingHost:
             start=start,
             driver=self._driver,
             sender=self._worker.endpoint,
-            incarnation=int(getattr(self._worker.endpoint, "incarnation", 0)),
             deadline_s=self._worker.deadline_s,
         )
         return _Fit(run, self)
@@ -140,13 +138,10 @@ class TrainingHost:
     def programs(self) -> Mapping[str, LoadedProgram]:
         return self._programs
 
-    def _fail(self, node: str, error: BaseException) -> None:
-        trace = "" if isinstance(error, FlowmlError) else own_traceback(error)
-        message = Failed(
-            plan_id=self._plan_id, worker=self._worker.name, node=node, error=one_line(error)[: 2**20], traceback=trace
-        )
+    def _fail(self, step: int, node: str, error: BaseException) -> None:
+        """Tell the driver. By its step it knows which run is meant, which may be one that it has ended."""
         try:
-            self._worker.endpoint.send(self._driver, message)
+            self._worker.endpoint.send(self._driver, step_failed(self._plan_id, step, self._worker.name, node, error))
         except FlowmlError:
             return
 
@@ -286,7 +281,7 @@ class _Fit:
                 run.send(run.driver, Settled(**self._ids, replica=replica, fates=((item, fate),)))
             case protocol.Retire():
                 run.broadcast(Retired(**self._ids, replica=replica, stage=seat.stage))
+                run.send(run.driver, run.traffic())  # before the word that may end the fit
                 run.send(run.driver, Retired(**self._ids, replica=replica, stage=seat.stage))
-                run.send(run.driver, run.traffic())
             case _:
                 pass

@@ -34,7 +34,16 @@ import numpy as np  # noqa: E402
 
 from flowml.errors import FlowmlError  # noqa: E402
 from flowml_runtime.host.process import serve  # noqa: E402
-from flowml_runtime.host.spawning import Exited, Kill, Report, Request, Start, Started, WorkerConfig  # noqa: E402
+from flowml_runtime.host.spawning import (  # noqa: E402
+    Exited,
+    Kill,
+    Report,
+    Request,
+    Start,
+    Started,
+    WorkerConfig,
+    hear,
+)
 
 if _given is None:
     del os.environ[_BLAS_THREADS]
@@ -92,7 +101,7 @@ def _serve(control: socket.socket, children: dict[int, _Child]) -> None:
                 os.close(handle)
                 _tell(control, Exited(child.worker, os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])))
                 continue
-            received = control.recv(2**16)
+            received = hear(control)
             if not received:
                 return
             *lines, buffer = (buffer + received).split(b"\n")

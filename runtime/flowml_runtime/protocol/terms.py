@@ -81,6 +81,11 @@ class Terms:
         return needs
 
     @property
+    def most_clocks(self) -> int:
+        """How many clocks one replica can come to run: all the work there is, where replicas share no clocks."""
+        return self.total_clocks if self.aligned else self.total_clocks * self.replicas
+
+    @property
     def last_clock(self) -> int:
         """The last clock of an aligned run; -1 where each replica finds out for itself."""
         return self.total_clocks - 1 if self.aligned else -1
