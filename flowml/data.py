@@ -62,18 +62,15 @@ def _array_source(leaves: Sequence[Any], tree: Any) -> Source:
 def _object_source(source: Any) -> Source:
     """`source[indices]` for an array of indices; a source of single records (Grain's, say) is stacked here."""
     examples = len(source)
-    batch: Callable[[np.ndarray], Any] = source.__getitem__
-    try:
-        first = batch(np.zeros(1, np.int64))
-    except (TypeError, IndexError, ValueError, KeyError):
+    if examples < 1:
+        raise ValueError(f"the source, a {type(source).__name__}, has no examples")
 
-        def stacked(indices: np.ndarray) -> Any:
-            records = [source[int(i)] for i in indices]
-            return jax.tree_util.tree_map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *records)
+    def stacked(indices: np.ndarray) -> Any:
+        records = [source[int(i)] for i in indices]
+        return jax.tree_util.tree_map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *records)
 
-        batch = stacked
-        first = batch(np.zeros(1, np.int64))
-    tree = jax.tree_util.tree_structure(first)
+    batch: Callable[[np.ndarray], Any] = source.__getitem__ if _gives_batches(source) else stacked
+    tree = jax.tree_util.tree_structure(batch(np.zeros(1, np.int64)))
 
     def take(indices: np.ndarray) -> list[np.ndarray]:
         leaves, got = jax.tree_util.tree_flatten(batch(indices))
@@ -82,3 +79,15 @@ def _object_source(source: Any) -> Source:
         return [np.asarray(x) for x in leaves]
 
     return Source(examples, tree, take, None)
+
+
+def _gives_batches(source: Any) -> bool:
+    """Whether a source understands an array of indices. One of single records fails, or takes it for an index.
+
+    Two indices, because an array of one passes for a number.
+    """
+    try:
+        leaves = jax.tree_util.tree_leaves(source[np.zeros(2, np.int64)])
+    except Exception:
+        return False
+    return bool(leaves) and all(np.shape(x)[:1] == (2,) for x in leaves)

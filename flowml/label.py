@@ -23,8 +23,11 @@ def parameter_path(name: str) -> str:
 
 
 def layer_of(path: str) -> str:
-    """The layer that a parameter belongs to: its path without the leaf's own name (unless that is all)."""
-    path = parameter_path(path)
+    """The layer that a parameter belongs to: its path without the leaf's own name (unless that is all).
+
+    Flax nnx keeps each array as the `value` of a variable, which is not a name of its own.
+    """
+    path = parameter_path(path).removesuffix("/value")
     return path.rsplit("/", 1)[0] if "/" in path else path
 
 
@@ -42,7 +45,7 @@ def label(graph: Graph, parameters: Mapping[int, str], output_layers: Sequence[s
     """
     owner = _owners(graph, {v: layer_of(n) for v, n in parameters.items()})
     known = set(owner.values())
-    by_scope = {s: _from_scope(s, known) for s in {n.scope for n in graph.nodes}}
+    by_scope = _by_scope({n.scope for n in graph.nodes}, known)
     layers = {n.id: by_scope[n.scope] for n in graph.nodes}
     _from_parameters(graph, layers, owner)
     _from_outputs(graph, layers, output_layers)
@@ -73,6 +76,21 @@ def _owners(graph: Graph, owner: dict[int, str]) -> dict[int, str]:
 def _is_saved_for_backward(graph: Graph, node: Node) -> bool:
     users = [u for v in node.outputs for u in graph.consumers.get(v, ())]
     return bool(users) and all(u.scope.backward for u in users)
+
+
+def _by_scope(scopes: set[Scope], known: set[str]) -> dict[Scope, str]:
+    """The layer that each scope names.
+
+    A scope that holds the scopes of several parameters' layers (a model's outermost module) is none of them:
+    what stands there follows its neighbours.
+    """
+    found = {s: _from_scope(s, known) for s in scopes}
+    inside: dict[tuple[str, ...], set[str]] = {}
+    for scope, layer in found.items():
+        if layer in known:
+            for depth in range(len(scope.labels)):
+                inside.setdefault(scope.labels[:depth], set()).add(layer)
+    return {s: "" if layer not in known and len(inside.get(s.labels, ())) > 1 else layer for s, layer in found.items()}
 
 
 def _from_scope(scope: Scope, known: set[str]) -> str:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager
-from typing import Any
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
 _PIN = "@"
 _SLASH = "|"  # "/" separates the scopes of a name stack, so a device's own slash travels as this
+# einsum scopes its own equation, equinox its own classes: neither tells one layer of a model from another.
+_NOBODYS_LAYER = re.compile(r"->|^eqx\.")
 _TRANSFORM = re.compile(r"^[A-Za-z_]\w*\(")
 
 
@@ -57,7 +59,7 @@ def parse(stack: str) -> Scope:
         name = _strip_transforms(component)
         if name.startswith(_PIN):
             pins.append(name[1:].replace(_SLASH, "/"))
-        elif name and "->" not in name:  # einsum scopes its own equation, which is nobody's layer
+        elif name and not _NOBODYS_LAYER.search(name):
             labels.append(name)
     return Scope(tuple(labels), tuple(pins), "transpose(" in stack)
 

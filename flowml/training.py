@@ -29,7 +29,7 @@ from flowml.lower import ExecutableTable, lower_groups
 from flowml.optimizer import OptimizerSlices, slice_optimizer
 from flowml.partition import partition
 from flowml.placement import Pipeline, Placement, place
-from flowml.plan import ArraySpec, Constant, Plan, Training
+from flowml.plan import ArraySpec, Constant, Plan, StoreSpec, Training
 from flowml.policy import Policy, resolve
 from flowml.program import Bindings, PartBinding, emit, route
 from flowml.replicate import Template, replicate
@@ -251,18 +251,6 @@ class _Compiler:
         programs = emit(graph, tasks, routing, numbers, self._bind(graph, stores, parts), feed_first=False)
         whole = replicate(Template(programs, routing.messages, stages), self._blocks(stages))
         specs = planner.lower_stores(graph, stores, parts, table, whole.replicas)
-        training = Training(
-            replicas=whole.replicas,
-            stores=specs,
-            microbatches=spec.microbatches,
-            item_size=self.item,
-            batch_leaves=len(self.batch),
-            batch_specs=self.batch,
-            batch_paths=self.batch_paths,
-            takes_rng=self.takes_rng,
-            schedule=spec.schedule,
-            aux_leaves=self.aux_leaves,
-        )
         rng = (ArraySpec((RNG_WORDS,), "uint32"),) if self.takes_rng else ()
         single = spec.replicas * spec.microbatches * sum(node_seconds(graph, n, self.template[0]) for n in graph.nodes)
         fed = {"inputs": (*self.batch, *rng), "constants": tuple(c.spec for c in constants)}
@@ -281,11 +269,25 @@ class _Compiler:
             choices=choices.weighed,
             notes=(*choices.notes, *planner.notes),
             nodes=node_views(graph, tasks, table),
-            training=training,
+            training=self._training(whole.replicas, specs),
             platforms=self.platforms,
         )
         verify.verify_plan(plan)
         return plan
+
+    def _training(self, replicas: tuple[tuple[str, ...], ...], stores: tuple[StoreSpec, ...]) -> Training:
+        return Training(
+            replicas=replicas,
+            stores=stores,
+            microbatches=self.spec.microbatches,
+            item_size=self.item,
+            batch_leaves=len(self.batch),
+            batch_specs=self.batch,
+            batch_paths=self.batch_paths,
+            takes_rng=self.takes_rng,
+            schedule=self.spec.schedule,
+            aux_leaves=self.aux_leaves,
+        )
 
     def _resolve(self) -> dict[str, Policy]:
         found = resolve(self.spec.policies or {}, self.paths)
