@@ -154,7 +154,7 @@ def summary(
         "Work items:",
         str(result.ledger),
         "",
-        "A step, wall time (median load of this machine; all on the same cores):",
+        "A step, wall time over a whole run (all on the same cores):",
         f"  nobody slow, all waited for            {rate(healthy):7.0f} ms",
         f"  one replica {SLOWDOWN}x slow, all waited for     {rate(waiting):7.0f} ms   {rate(waiting) / rate(healthy):.2f} x",
         f"  one replica {SLOWDOWN}x slow, Quorum(0.75)       {dropped:7.0f} ms   {dropped / rate(healthy):.2f} x",

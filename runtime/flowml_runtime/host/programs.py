@@ -274,7 +274,7 @@ def _load_python(plan: Plan, task: Task, allowed: bool) -> TaskFunction:
     if not allowed:
         raise FlowmlError(
             f"task {task.name!r} is a Python callback, and this worker does not run Python from plans; "
-            "start the cluster with python=True if you trust whoever sends it plans"
+            "start it with allow_python=True if you trust whoever sends it plans"
         )
     import cloudpickle
 
