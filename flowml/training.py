@@ -23,7 +23,7 @@ from flowml.cost import node_seconds
 from flowml.devices import Device, Link, as_devices
 from flowml.errors import PlacementError
 from flowml.estimate import estimate
-from flowml.graph import Graph
+from flowml.graph import Graph, Operand
 from flowml.label import label, layer_of
 from flowml.lower import ExecutableTable, lower_groups
 from flowml.optimizer import OptimizerSlices, slice_optimizer
@@ -63,13 +63,17 @@ class TrainingSpec:
 
 @dataclass(frozen=True)
 class TrainingCompiled:
-    """A training plan with the trees of parameters, optimizer state, batch and aux."""
+    """A training plan with the trees of parameters, optimizer state, batch and aux.
+
+    `aux_slots` are the fetch slots of the leaves of aux. Leaves of one value share a slot: it travels once.
+    """
 
     plan: Plan
     params_tree: Any
     state_tree: Any
     batch_tree: Any
     aux_tree: Any
+    aux_slots: tuple[int, ...]
 
 
 def loss_takes_rng(loss: Callable[..., Any]) -> bool:
@@ -108,7 +112,7 @@ def compile_training(
     leaves, params_tree = jax.tree_util.tree_flatten_with_path(params)
     paths = tuple(_jax.path_name(p) for p, _ in leaves)
     slices = slice_optimizer(spec.optimizer, params)
-    plan = _Compiler(
+    plan, slots = _Compiler(
         spec=spec,
         devices=everyone,
         template=template,
@@ -122,7 +126,8 @@ def compile_training(
         batch=tuple(_jax.spec_of(x) for x in jax.tree_util.tree_leaves(microbatch)),
         batch_paths=tuple(_jax.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(microbatch)[0]),
     ).compile(traced.graph)
-    return TrainingCompiled(plan, params_tree, slices.state_tree, jax.tree_util.tree_structure(microbatch), aux_tree)
+    batch_tree = jax.tree_util.tree_structure(microbatch)
+    return TrainingCompiled(plan, params_tree, slices.state_tree, batch_tree, aux_tree, slots[1:])
 
 
 def _name(fn: Callable[..., Any]) -> str:
@@ -173,7 +178,7 @@ def _microbatch(batch: Any, replicas: int, microbatches: int) -> tuple[int, Any]
 def _step_function(spec: TrainingSpec, params: Any, batch: Any) -> tuple[Callable[..., Any], Any, int]:
     """The function of one microbatch: (loss, aux leaves, gradients), each through a copy of its own.
 
-    The copies give every result a node that makes it, even where the gradient of a sum is an input itself.
+    The copies give every result a node that makes it, even where it is a constant or an input itself.
     """
     takes_rng = loss_takes_rng(spec.loss)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -194,7 +199,8 @@ def _step_function(spec: TrainingSpec, params: Any, batch: Any) -> tuple[Callabl
         keys = [item_key(rng[0][0], rng[0][1], rng[0][2], spec.microbatches)] if rng else []
         value, gradients = gradient(params, batch, *keys)
         loss, aux = value if has_aux else (value, None)
-        return jax.tree_util.tree_map(jnp.copy, (loss, jax.tree_util.tree_leaves(aux), gradients))
+        results = (loss, jax.tree_util.tree_leaves(aux), gradients)
+        return jax.tree_util.tree_map(lambda x: jnp.copy(jnp.asarray(x)), results)
 
     return step, aux_tree, len(aux_leaves)
 
@@ -216,7 +222,8 @@ class _Compiler:
     batch: tuple[ArraySpec, ...]
     batch_paths: tuple[str, ...]
 
-    def compile(self, graph: Graph) -> Plan:
+    def compile(self, graph: Graph) -> tuple[Plan, tuple[int, ...]]:
+        """The plan, and the fetch slot of the loss and of each leaf of aux."""
         spec = self.spec
         fetched = 1 + self.aux_leaves
         verify.verify_graph(graph, "trace")
@@ -225,7 +232,7 @@ class _Compiler:
         parameters = dict(zip(graph.inputs, self.paths, strict=False))
         graph = label(graph, parameters, ("",) * fetched + tuple(layer_of(p) for p in self.paths))
         planner = StorePlanner(self.paths, self.slices, self._resolve(), spec.replicas, spec.microbatches)
-        gradients = tuple(int(o) for o in graph.outputs[fetched:])  # pyright: ignore[reportArgumentType]
+        gradients = tuple(map(_value, graph.outputs[fetched:]))
         graph, contributions = planner.contributions(graph, gradients)
         graph = simplify(graph)
         verify.verify_graph(graph, "factors")
@@ -242,6 +249,7 @@ class _Compiler:
         milestones = [] if alone else [p.values for s in stores for p in s.parts]
         tasks = schedule(graph, seconds, milestones=milestones, microbatches=spec.microbatches, kind=spec.schedule)
         verify.verify_schedule(graph, tasks)
+        slots = self._slots(graph)
         routing = route(graph, tasks)
         table = ExecutableTable(self.platforms)
         pushed = {v for s in stores for p in s.parts for v in p.values}
@@ -269,13 +277,15 @@ class _Compiler:
             choices=choices.weighed,
             notes=(*choices.notes, *planner.notes),
             nodes=node_views(graph, tasks, table),
-            training=self._training(whole.replicas, specs),
+            training=self._training(whole.replicas, specs, max(slots)),
             platforms=self.platforms,
         )
         verify.verify_plan(plan)
-        return plan
+        return plan, slots
 
-    def _training(self, replicas: tuple[tuple[str, ...], ...], stores: tuple[StoreSpec, ...]) -> Training:
+    def _training(
+        self, replicas: tuple[tuple[str, ...], ...], stores: tuple[StoreSpec, ...], aux_leaves: int
+    ) -> Training:
         return Training(
             replicas=replicas,
             stores=stores,
@@ -286,7 +296,7 @@ class _Compiler:
             batch_paths=self.batch_paths,
             takes_rng=self.takes_rng,
             schedule=self.spec.schedule,
-            aux_leaves=self.aux_leaves,
+            aux_leaves=aux_leaves,
         )
 
     def _resolve(self) -> dict[str, Policy]:
@@ -296,14 +306,20 @@ class _Compiler:
     def _bind(self, graph: Graph, stores: Sequence[StoreDraft], parts: Sequence[PartBinding]) -> Bindings:
         count = len(self.paths)
         where = {leaf: (s, i) for s, store in enumerate(stores) for i, leaf in enumerate(store.leaves)}
-        outputs = graph.outputs[: 1 + self.aux_leaves]
+        fetched = graph.outputs[: 1 + self.aux_leaves]
         return Bindings(
             feeds={v: i for i, v in enumerate(graph.inputs[count:])},
-            fetches={int(v): i for i, v in enumerate(outputs)},  # pyright: ignore[reportArgumentType]
+            fetches=dict(zip(map(_value, fetched), self._slots(graph), strict=True)),
             constants={v: i for i, v in enumerate(graph.constants)},
             reads={v: where[i] for i, v in enumerate(graph.inputs[:count])},
             parts=parts,
         )
+
+    def _slots(self, graph: Graph) -> tuple[int, ...]:
+        """The fetch slot of the loss and of each leaf of aux: one a value, however many leaves it is."""
+        fetched = graph.outputs[: 1 + self.aux_leaves]
+        numbers = {v: i for i, v in enumerate(dict.fromkeys(map(_value, fetched)))}
+        return tuple(numbers[_value(v)] for v in fetched)
 
     def _blocks(self, stages: Sequence[str]) -> tuple[dict[str, str], ...]:
         """For each replica, the template's devices -> its own."""
@@ -313,3 +329,9 @@ class _Compiler:
             {d.name: names[r * width + i] for i, d in enumerate(self.template) if d.name in stages}
             for r in range(self.spec.replicas)
         )
+
+
+def _value(output: Operand) -> int:
+    """An output of the step function, each of which is a copy and so a value."""
+    assert isinstance(output, int)
+    return output

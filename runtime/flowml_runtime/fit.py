@@ -19,6 +19,7 @@ from flowml._jax import key_implementation
 from flowml.data import Source, epoch_order
 from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerError, WorkerLostError
 from flowml.plan import Feed, Training
+from flowml.training import TrainingCompiled
 from flowml_runtime.history import History, Progress, Record
 from flowml_runtime.host.programs import buffer_struct
 from flowml_runtime.host.run import worker_of
@@ -74,7 +75,7 @@ class Fit:
     """Runs one fit over a loaded training plan."""
 
     def __init__(
-        self, session: Session, handle: LoadedPlan, source: Source, options: FitOptions, aux_tree: Any
+        self, session: Session, handle: LoadedPlan, source: Source, options: FitOptions, compiled: TrainingCompiled
     ) -> None:
         training = handle.plan.training
         if training is None:
@@ -97,7 +98,7 @@ class Fit:
             aligned=any(s.clocked for s in training.stores),
         )
         self._ledger = Ledger(self._work)
-        self._history = History(training, self._work.clocks_per_epoch, aux_tree)
+        self._history = History(training, self._work.clocks_per_epoch, compiled.aux_tree, compiled.aux_slots)
         self._values: dict[int, tuple[int, Sequence[Any]]] = {}
         self._traffic: dict[str, list[tuple[int, ...]]] = {}
         self._retired: set[tuple[int, int]] = set()

@@ -34,13 +34,15 @@ class _Unit:
 class History:
     """Gathers reports. The losses of work items that are known to be dropped are left out of the means."""
 
-    def __init__(self, training: Training, clocks_per_epoch: int, aux_tree: Any) -> None:
+    def __init__(self, training: Training, clocks_per_epoch: int, aux_tree: Any, aux_slots: Sequence[int]) -> None:
+        """`aux_slots`: for each leaf of `aux_tree` the fetch slot that it comes in."""
         self._replicas = len(training.replicas)
         self._aligned = any(s.clocked for s in training.stores)
         self._droppable = any(s.clocked and s.need < self._replicas for s in training.stores)
         self._clocks_per_epoch = clocks_per_epoch
-        self._aux_leaves = training.aux_leaves
+        self._slots = 1 + training.aux_leaves
         self._aux_tree = aux_tree
+        self._aux_slots = tuple(aux_slots)
         self._partial: dict[tuple[int, int], _Unit] = {}
         self._open: dict[int, list[_Unit]] = {}
         self._dropped: set[int] = set()
@@ -56,7 +58,7 @@ class History:
         key = (report.replica, report.clock)
         unit = self._partial.setdefault(key, _Unit(report.replica, report.item))
         unit.values.update((slot, np.asarray(a)) for slot, a in zip(report.slots, arrays, strict=True))
-        if len(unit.values) < 1 + self._aux_leaves:
+        if len(unit.values) < self._slots:
             return
         del self._partial[key]
         step = report.clock if self._aligned else self._complete // self._replicas
@@ -98,8 +100,8 @@ class History:
             "loss": float(np.mean([float(u.values[0]) for u in kept])),
             "replicas": len(kept),
         }
-        if self._aux_leaves:
-            leaves = [_over_replicas([u.values[s + 1] for u in kept]) for s in range(self._aux_leaves)]
+        if self._aux_slots:
+            leaves = [_over_replicas([u.values[s] for u in kept]) for s in self._aux_slots]
             record["aux"] = jax.tree_util.tree_unflatten(self._aux_tree, leaves)
         if self._aligned:
             self._partial = {k: u for k, u in self._partial.items() if k[1] > step}

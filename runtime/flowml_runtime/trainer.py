@@ -193,7 +193,7 @@ class Trainer:
                 delays=self._delays,
                 progress=progress,
             )
-            fit = Fit(cluster.session, handle, data, options, program.compiled.aux_tree)
+            fit = Fit(cluster.session, handle, data, options, program.compiled)
             leaves = jax.tree_util.tree_leaves
             outcome = fit.run(leaves(params), leaves(state), callbacks)
         finally:

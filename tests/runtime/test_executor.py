@@ -217,7 +217,7 @@ def test_futures_tell_when_they_are_done() -> None:
 
 def test_loading_refuses_what_cannot_run() -> None:
     with Network(python=False) as network:
-        with pytest.raises(WorkerError, match=r"worker:0 cannot load .*Python callback.*python=True") as caught:
+        with pytest.raises(WorkerError, match=r"worker:0 cannot load .*Python callback.*allow_python=True") as caught:
             network.session.load(gated("refused"))
         assert caught.value.worker == "worker:0"
         plan = one_device(device="worker:9/cpu:0")

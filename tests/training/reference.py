@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def mlp(widths: tuple[int, ...] = (16, 16), seed: int = 0, dtype: Any = jnp.floa
             "kernel": (jax.random.normal(keys[i], (m, n)) / np.sqrt(m)).astype(dtype),
             "bias": jnp.zeros(n, dtype),
         }
-        for i, (m, n) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        for i, (m, n) in enumerate(pairwise(sizes))
     }
 
 
@@ -97,14 +98,18 @@ def optax_loop(
     for number in range(steps):
         order = epoch_order(examples, seed, number // per_epoch, shuffle=shuffle)
         batch = order[number % per_epoch * batch_size :][:batch_size]
-        shares = []
+        shares: list[tuple[Any, ...]] = []
         for i in range(items):
-            share = jax.tree.map(lambda leaf, i=i: leaf[batch[i * rows : (i + 1) * rows]], source)
+            share = _rows(source, batch[i * rows : (i + 1) * rows])
             key = jax.random.fold_in(jax.random.key(seed), number * items + i)
             shares.append((share, key) if takes_key else (share,))
         params, state, value = step(params, state, shares)
         losses.append(float(value))
     return Reference(params, state, losses)
+
+
+def _rows(source: Any, indices: np.ndarray) -> Any:
+    return jax.tree.map(lambda leaf: leaf[indices], source)
 
 
 def assert_same(actual: Any, expected: Any) -> None:

@@ -14,7 +14,17 @@ import pytest
 from flax import linen as nn
 
 import flowml as fm
-from tests.training.reference import BATCH, EXAMPLES, assert_close, assert_same, data, mlp, mlp_loss, optax_loop, predict
+from tests.training.reference import (
+    BATCH,
+    EXAMPLES,
+    assert_close,
+    assert_same,
+    data,
+    mlp,
+    mlp_loss,
+    optax_loop,
+    predict,
+)
 
 SOURCE = data()
 STEPS = 10  # two epochs of four batches, and half of a third

@@ -87,20 +87,29 @@ class _Compiled:
 
 
 class ExecutableCache:
-    """Compiled executables of one worker, so that equal tasks of any of its plans are compiled once."""
+    """Compiled executables of the workers of a process, so that equal tasks of any of their plans are compiled once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._turns: dict[Any, threading.Lock] = {}
+        """Held by whoever compiles a key, so that nobody else does."""
         self._entries: weakref.WeakValueDictionary[Any, _Compiled] = weakref.WeakValueDictionary()
 
     def get(self, key: Any, make: Callable[[], TaskFunction]) -> _Compiled:
         with self._lock:
             found = self._entries.get(key)
-        if found is not None:
-            return found
-        made = _Compiled(make())
-        with self._lock:
-            return self._entries.setdefault(key, made)
+            if found is not None:
+                return found
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:
+            with self._lock:
+                found = self._entries.get(key)
+            if found is None:
+                found = _Compiled(make())
+            with self._lock:
+                self._entries[key] = found
+                self._turns.pop(key, None)
+        return found
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,9 @@ class Worker:
         python: bool = False,
         deadline_s: float = DEADLINE_S,
         training_factory: TrainingFactory = _default_training,
+        cache: ExecutableCache | None = None,
     ) -> None:
+        """`cache` is to be shared by the workers of one process."""
         self.name = name
         self.devices = dict(devices)
         self.endpoint = endpoint
@@ -87,7 +89,7 @@ class Worker:
         self.deadline_s = deadline_s
         self.training_factory = training_factory
         self.mailbox = Mailbox()
-        self._cache = ExecutableCache()
+        self._cache = cache or ExecutableCache()
         self._lock = threading.Lock()
         self._plans: dict[str, _Hosted] = {}
         self._stopped: list[Executor] = []
