@@ -38,7 +38,7 @@ def as_source(source: Any) -> Source:
     """Adapt what the user gave. Raises ValueError for arrays of different lengths, TypeError for no source."""
     if isinstance(source, Source):
         return source
-    leaves, tree = jax.tree_util.tree_flatten(source)
+    leaves, tree = ([], None) if hasattr(source, "__next__") else jax.tree_util.tree_flatten(source)
     if leaves and all(isinstance(x, np.ndarray | jax.Array) for x in leaves):
         return _array_source(leaves, tree)
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from flowml.graph import Graph, Literal, Node
 from flowml.scopes import Scope
 
+_SHAPING = frozenset({"copy", "reduce_sum", "reshape", "transpose", "squeeze", "convert_element_type"})
 _COLLECTION = "params/"  # Flax wraps its tree in this; users write and read paths without it
 
 
@@ -113,10 +114,13 @@ def _from_parameters(graph: Graph, layers: dict[int, str], owner: Mapping[int, s
 
 
 def _from_outputs(graph: Graph, layers: dict[int, str], output_layers: Sequence[str]) -> None:
+    """What only shapes a gradient for its output (a sum over the batch, a reshape) belongs to its parameter."""
     for output, layer in zip(graph.outputs, output_layers, strict=False):
-        if layer and not isinstance(output, Literal) and output in graph.producer:
-            node = graph.producer[output]
-            layers[node.id] = layers[node.id] or layer
+        node = None if isinstance(output, Literal) else graph.producer.get(output)
+        while layer and node is not None and not layers[node.id]:
+            layers[node.id] = layer
+            behind = graph.producer.get(node.reads[0]) if len(node.reads) == 1 else None
+            node = behind if behind is not None and behind.op in _SHAPING else None
 
 
 def _follow_readers(graph: Graph, layers: dict[int, str], nodes: Sequence[Node], *, backward_too: bool) -> None:

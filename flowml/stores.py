@@ -141,10 +141,24 @@ class StorePlanner:
         """Group leaves into stores and their contributions into parts by stage, on a placed graph."""
         stage_of = {name: i for i, name in enumerate(stages)}
         groups = self._groups(alone=self.replicas == 1 and len(stages) == 1)
-        return tuple(self._draft(graph, group, contributions, stage_of) for group in groups)
+        names = self._names(groups)
+        return tuple(
+            self._draft(graph, name, group, contributions, stage_of) for name, group in zip(names, groups, strict=True)
+        )
+
+    def _names(self, groups: Sequence[Sequence[int]]) -> list[str]:
+        """The layers in each store; its parameters where policies part a layer among several stores."""
+        by_layer = [_joined([layer_of(self.paths[leaf]) for leaf in group]) for group in groups]
+        by_path = [_joined([parameter_path(self.paths[leaf]) for leaf in group]) for group in groups]
+        return [layer if by_layer.count(layer) == 1 else path for layer, path in zip(by_layer, by_path, strict=True)]
 
     def _draft(
-        self, graph: Graph, group: tuple[int, ...], contributions: Contributions, stage_of: Mapping[str, int]
+        self,
+        graph: Graph,
+        name: str,
+        group: tuple[int, ...],
+        contributions: Contributions,
+        stage_of: Mapping[str, int],
     ) -> StoreDraft:
         plain: dict[int, list[int]] = {}
         parts: list[PartDraft] = []
@@ -159,8 +173,6 @@ class StorePlanner:
             values = tuple(contributions.values[group[p]][0] for p in positions)
             parts.append(PartDraft(stage, tuple(positions), values, factors=False))
         users = {stage_of[n.device] for leaf in group for n in graph.consumers.get(graph.inputs[leaf], ())}
-        layers = dict.fromkeys(layer_of(self.paths[leaf]) for leaf in group)
-        name = "+".join(layers) if len(layers) <= 3 else f"{next(iter(layers))}+{len(layers) - 1} more"
         policy = self.policies[self.paths[group[0]]]
         return StoreDraft(name, group, policy, tuple(parts), tuple(sorted(users or {p.stage for p in parts})))
 
@@ -300,6 +312,11 @@ class StorePlanner:
             return [jnp.asarray(leaves[i]) for i in range(len(leaves))]
 
         return gradient
+
+
+def _joined(names: Sequence[str]) -> str:
+    found = tuple(dict.fromkeys(names))
+    return "+".join(found) if len(found) <= 3 else f"{found[0]}+{len(found) - 1} more"
 
 
 def _wide(gradient: Any) -> Any:

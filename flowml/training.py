@@ -180,19 +180,9 @@ def _step_function(spec: TrainingSpec, params: Any, batch: Any) -> tuple[Callabl
 
     The copies give every result a node that makes it, even where it is a constant or an input itself.
     """
-    takes_rng = loss_takes_rng(spec.loss)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    shape = jax.eval_shape(spec.loss, params, batch, *([key] if takes_rng else []))
-    has_aux = isinstance(shape, tuple)
-    if has_aux and len(shape) != 2:
-        raise ValueError(f"the loss returns {len(shape)} values; it must return a scalar or (scalar, aux)")
-    scalar = shape[0] if has_aux else shape
-    if getattr(scalar, "shape", None) != ():
-        raise ValueError(f"the loss returns shape {getattr(scalar, 'shape', None)}; it must return a scalar")
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            raise ValueError(f"parameter {_jax.path_name(path)!r} has dtype {leaf.dtype}; parameters must be floating")
-    aux_leaves, aux_tree = jax.tree_util.tree_flatten(shape[1] if has_aux else None)
+    _check_parameters(params)
+    has_aux, aux_shape = _check_loss(spec.loss, params, batch)
+    aux_leaves, aux_tree = jax.tree_util.tree_flatten(aux_shape)
     gradient = jax.value_and_grad(spec.loss, has_aux=has_aux)
 
     def step(params: Any, batch: Any, *rng: Any) -> Any:
@@ -203,6 +193,40 @@ def _step_function(spec: TrainingSpec, params: Any, batch: Any) -> tuple[Callabl
         return jax.tree_util.tree_map(lambda x: jnp.copy(jnp.asarray(x)), results)
 
     return step, aux_tree, len(aux_leaves)
+
+
+def _check_parameters(params: Any) -> None:
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    if not leaves:
+        raise ValueError("params has no arrays; there is nothing to train")
+    for path, leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(
+                f"parameter {_jax.path_name(path)!r} has dtype {leaf.dtype}; parameters must be floating, so pass the "
+                "others in the batch or close over them in the loss"
+            )
+
+
+def _check_loss(loss: Callable[..., Any], params: Any, batch: Any) -> tuple[bool, Any]:
+    """Whether the loss returns (scalar, aux), and the shapes of aux."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shape = jax.eval_shape(loss, params, batch, *([key] if loss_takes_rng(loss) else []))
+    has_aux = isinstance(shape, tuple)
+    wanted = "a loss returns a floating scalar, or (scalar, aux)"
+    if has_aux and len(shape) != 2:
+        raise ValueError(f"{_name(loss)} returns {len(shape)} values; {wanted}")
+    scalar = shape[0] if has_aux else shape
+    if getattr(scalar, "shape", None) != ():
+        raise ValueError(f"{_name(loss)} returns {_described(scalar)}; {wanted}, so take the mean over the examples")
+    if not jnp.issubdtype(scalar.dtype, jnp.floating):
+        raise ValueError(f"{_name(loss)} returns {_described(scalar)}; {wanted}")
+    return has_aux, shape[1] if has_aux else None
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype}[{','.join(map(str, value.shape))}]"
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Pipeline placement: an exact dynamic programme over layers.
 
-Layers in order of first use are cut into contiguous stages so that the slowest stage (its compute plus the
-transfer into it) is as fast as can be: best[s][j] = min over i of max(best[s-1][i], cost(i, j)), the
+Layers in order of first use are cut into contiguous stages so that the slowest stage, or the slowest
+transfer into one, is as fast as can be: best[s][j] = min over i of max(best[s-1][i], cost(i, j)), the
 linear-partition recurrence that PipeDream (Harlap et al., 2018) uses for pipelines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -51,41 +51,57 @@ def cut(
     link: Link,
     limit_bytes: int | None = None,
 ) -> list[int]:
-    """The stage of every item: the exact optimum for the slowest stage."""
+    """The stage of every item: the exact optimum for the slowest stage, and among its equals the most even one."""
     count, stages = len(items), len(devices)
     if count < stages:
         raise PlacementError(
             f"Pipeline(stages={stages}) has only {count} layers to cut; use fewer stages or label more with fm.layer"
         )
     work = np.array([[sum(node_seconds(graph, n, d) for n in item) for item in items] for d in devices])
-    prefix = np.concatenate([np.zeros((stages, 1)), np.cumsum(work, axis=1)], axis=1)
+    compute = np.concatenate([np.zeros((stages, 1)), np.cumsum(work, axis=1)], axis=1)
     transfer = np.array([link.seconds(b) if b else 0.0 for b in _crossing_bytes(graph, items)])
     held = np.concatenate([[0], np.cumsum(_input_bytes(graph, items))])
     largest = max((sum(graph.values[v].nbytes for v in n.outputs) for item in items for n in item), default=0)
     limit = np.inf if limit_bytes is None else limit_bytes - largest
+
+    def slowest(stage: int, starts: np.ndarray, end: int) -> np.ndarray:
+        seconds = np.maximum(compute[stage, end] - compute[stage, starts], transfer[starts])
+        return np.where(held[end] - held[starts] > limit, np.inf, seconds)
+
+    best, _ = _linear_partition(slowest, stages, count)
+    if not np.isfinite(best):
+        return cut(graph, items, devices, link)
+
+    def most_compute(stage: int, starts: np.ndarray, end: int) -> np.ndarray:
+        seconds = compute[stage, end] - compute[stage, starts]
+        return np.where(slowest(stage, starts, end) > best, np.inf, seconds)
+
+    return _linear_partition(most_compute, stages, count)[1]
+
+
+def _linear_partition(
+    cost: Callable[[int, np.ndarray, int], np.ndarray], stages: int, count: int
+) -> tuple[float, list[int]]:
+    """Cut `count` items into `stages` runs so that the largest cost is least: (that cost, stage of each item).
+
+    `cost(stage, starts, end)` is the cost of the runs starts[k]..end.
+    """
     best = np.full((stages + 1, count + 1), np.inf)
     choice = np.zeros((stages + 1, count + 1), dtype=int)
     best[0, 0] = 0.0
     for s in range(1, stages + 1):
         for j in range(s, count + 1):
             starts = np.arange(s - 1, j)
-            costs = np.maximum(best[s - 1, starts], prefix[s - 1, j] - prefix[s - 1, starts] + transfer[starts])
-            costs = np.where(held[j] - held[starts] > limit, np.inf, costs)
+            costs = np.maximum(best[s - 1, starts], cost(s - 1, starts, j))
             k = int(np.argmin(costs))
             best[s, j], choice[s, j] = costs[k], starts[k]
-    if limit_bytes is not None and not np.isfinite(best[stages, count]):
-        return cut(graph, items, devices, link)
-    return _unwind(choice, stages, count)
-
-
-def _unwind(choice: np.ndarray, stages: int, count: int) -> list[int]:
     stage_of = [0] * count
     end = count
     for s in range(stages, 0, -1):
         start = int(choice[s, end])
         stage_of[start:end] = [s - 1] * (end - start)
         end = start
-    return stage_of
+    return float(best[stages, count]), stage_of
 
 
 def _input_bytes(graph: Graph, items: Sequence[Sequence[Node]]) -> list[int]:

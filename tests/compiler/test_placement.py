@@ -150,7 +150,8 @@ def test_devices_are_checked() -> None:
 
 def slowest(work: list[float], transfer: list[float], bounds: tuple[int, ...]) -> float:
     edges = [0, *bounds, len(work)]
-    return max(sum(work[a:b]) + transfer[a] for a, b in zip(edges, edges[1:], strict=False))
+    stages = [(sum(work[a:b]), transfer[a]) for a, b in zip(edges, edges[1:], strict=False)]
+    return max(max(stage) for stage in stages)
 
 
 @given(st.lists(st.integers(1, 64), min_size=3, max_size=7), st.integers(1, 3))

@@ -102,8 +102,8 @@ class Run:
                     node=what,
                 )
 
-    def count_push(self, store: int, nbytes: int, destination: str) -> None:
-        self.pushed[store, "count"] += 1
+    def count_push(self, store: int, part: int, nbytes: int, destination: str) -> None:
+        self.pushed[store, "count"] += part == 0  # a contribution is one, in however many parts
         self.pushed[store, "bytes"] += nbytes
         if destination != self.me:
             self.pushed[store, "wire"] += nbytes

@@ -222,7 +222,7 @@ class Seat(EdgeServices):
             weight=total.steps * self.run.training.microbatches,
             specs=payload,
         )
-        self.run.count_push(store, sum(s.nbytes for s in payload), home)
+        self.run.count_push(store, part, sum(s.nbytes for s in payload), home)
         self.run.send(home, message, lendable(total.value, self.loaded.device))
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:

@@ -1,0 +1,119 @@
+"""Training plans: gradients leave early and in the order in which they are made, factors where they are smaller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import flowml as fm
+from flowml.plan import Plan, Push, Run, Send
+from flowml.training import TrainingSpec, compile_training
+
+WIDTH = 64
+
+
+def deep(params: Any, batch: Any) -> jax.Array:
+    x = batch["x"]
+    for i in range(4):
+        x = jnp.tanh(x @ params[f"l{i}"]["w"] + params[f"l{i}"]["b"])
+    return jnp.mean((x - batch["y"]) ** 2)
+
+
+PARAMS = {f"l{i}": {"w": jnp.ones((WIDTH, WIDTH)), "b": jnp.ones(WIDTH)} for i in range(4)}
+
+
+def batch(size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {k: jax.ShapeDtypeStruct((size, WIDTH), jnp.float32) for k in ("x", "y")}
+
+
+def compiled(size: int = 8, workers: int = 4, optimizer: Any = None, **options: Any) -> Plan:
+    spec = TrainingSpec(deep, optimizer or optax.sgd(0.1), **options)
+    return compile_training(spec, PARAMS, batch(size), [f"worker:{i}" for i in range(workers)]).plan
+
+
+def pushes(plan: Plan, device: str) -> list[str]:
+    assert plan.training is not None
+    found = [plan.training.stores[i.store].name for i in plan.program(device).instructions if isinstance(i, Push)]
+    return list(dict.fromkeys(found))
+
+
+def test_gradients_leave_last_layer_first_and_before_the_backward_pass_is_over() -> None:
+    plan = compiled(replicas=2, placement=fm.Pipeline(2))
+    assert pushes(plan, "worker:1/cpu:0") == ["l3", "l2"]
+    assert pushes(plan, "worker:0/cpu:0") == ["l1", "l0"]
+    code = plan.program("worker:0/cpu:0").instructions
+    first_push = next(i for i, x in enumerate(code) if isinstance(x, Push))
+    assert any(isinstance(x, Run) for x in code[first_push:])
+
+
+def test_a_lone_replica_is_one_task_and_one_store() -> None:
+    plan = compiled(workers=1)
+    assert plan.training is not None
+    assert len(plan.training.stores) == 1
+    assert sum(isinstance(i, Run) for i in plan.programs[0].instructions) == 1
+
+
+def test_only_activations_and_their_gradients_cross_between_stages() -> None:
+    plan = compiled(replicas=1, placement=fm.Pipeline(2), workers=2)
+    assert [(t.source[7], t.destination[7], t.shape) for t in plan.transfers] == [
+        ("0", "1", (8, WIDTH)),
+        ("1", "0", (8, WIDTH)),
+    ]
+
+
+def test_microbatches_repeat_the_tasks_and_1f1b_keeps_the_first_stage_ahead() -> None:
+    plan = compiled(replicas=1, placement=fm.Pipeline(2), workers=2, microbatches=4)
+    runs = [i for i in plan.program("worker:1/cpu:0").instructions if isinstance(i, Run)]
+    assert {i.microbatch for i in runs} == {0, 1, 2, 3}
+    sends = [i.microbatch for i in plan.program("worker:0/cpu:0").instructions if isinstance(i, Send)]
+    assert sends == [0, 1, 2, 3]
+
+
+def test_factors_take_their_bytes_and_fall_back_where_the_gradient_is_smaller() -> None:
+    factors = {"l*": fm.policies.factors()}
+    small = compiled(8, replicas=2, policies=factors)
+    large = compiled(256, replicas=2, policies=factors)
+    assert small.training is not None and large.training is not None
+    for store in small.training.stores:
+        kernel = next(p for p in store.parts if p.factors)
+        assert kernel.nbytes == 4 * (WIDTH + WIDTH) * 4  # B (m + n) float32, B = 8 / 2
+    assert not any(p.factors for s in large.training.stores for p in s.parts)
+    assert any("factors would take" in n for n in large.notes)
+
+
+def test_coupled_layers_share_a_store_and_others_do_not() -> None:
+    clipped = compiled(replicas=2, optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))
+    plain = compiled(replicas=2, optimizer=optax.adam(1e-3))
+    assert clipped.training is not None and plain.training is not None
+    assert len(clipped.training.stores) == 1
+    assert [s.name for s in plain.training.stores] == ["l0", "l1", "l2", "l3"]
+    assert all(0 in s.state for s in plain.training.stores)  # the step count goes with every store
+
+
+def test_coupled_layers_need_one_policy() -> None:
+    with pytest.raises(fm.PolicyError, match=r"the optimizer couples 'l0/b' and 'l1/b'"):
+        compiled(
+            replicas=2,
+            optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)),
+            policies={"l0*": fm.policies.every(2)},
+        )
+
+
+def test_homes_are_spread_over_the_replicas_of_their_stage() -> None:
+    plan = compiled(replicas=2, placement=fm.Pipeline(2))
+    assert plan.training is not None
+    homes = [(s.parts[0].stage, s.home) for s in plan.training.stores]
+    assert all(home in {r[stage] for r in plan.training.replicas} for stage, home in homes)
+    assert len({home for _, home in homes}) == 4
+
+
+def test_equal_replicas_share_executables() -> None:
+    one = compiled(4, replicas=1, placement=fm.Pipeline(2), workers=2)
+    two = compiled(8, replicas=2, placement=fm.Pipeline(2))
+    stage_tasks = {i.task for p in two.programs for i in p.instructions if isinstance(i, Run)}
+    assert len(stage_tasks) <= len(one.tasks) + 4  # milestones cut tasks, replicas add none
+    assert len(two.programs) == 4
