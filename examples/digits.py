@@ -119,7 +119,9 @@ def run(cluster: fm.Cluster, epochs: int, seed: int, out: Path) -> bool:
     print(f"   {step_s * 1e3:.0f} ms a step\n")
 
     slow = f"worker:{SLOW_REPLICA * STAGES}"
-    print(f"4. From here on {slow} (replica {SLOW_REPLICA}) is slowed on purpose: a declared delay of {delay_s:.2f} s in")
+    print(
+        f"4. From here on {slow} (replica {SLOW_REPLICA}) is slowed on purpose: a declared delay of {delay_s:.2f} s in"
+    )
     print(f"   each of its steps makes it {SLOWDOWN} times slower. All four waited for, one epoch:")
     waiting = setting.fit(setting.trainer(1.0, delay_s), params, epochs=1)
     print(f"   {waiting.seconds / len(waiting.history) * 1e3:.0f} ms a step\n")
@@ -146,7 +148,9 @@ def summary(
     def rate(run: fm.TrainingResult) -> float:
         return run.seconds / len(run.history) * 1e3
 
-    dropped = rate(result)
+    def timing(what: str, run: fm.TrainingResult) -> str:
+        return f"  {what:<38}{rate(run):7.0f} ms   {rate(run) / rate(healthy):.2f} x"
+
     lines = [
         "Layers, policies and bytes (pushed by all replicas, against plain gradients every step):",
         result.table(),
@@ -155,9 +159,9 @@ def summary(
         str(result.ledger),
         "",
         "A step, wall time over a whole run (all on the same cores):",
-        f"  nobody slow, all waited for            {rate(healthy):7.0f} ms",
-        f"  one replica {SLOWDOWN}x slow, all waited for     {rate(waiting):7.0f} ms   {rate(waiting) / rate(healthy):.2f} x",
-        f"  one replica {SLOWDOWN}x slow, Quorum(0.75)       {dropped:7.0f} ms   {dropped / rate(healthy):.2f} x",
+        timing("nobody slow, all waited for", healthy),
+        timing(f"one replica {SLOWDOWN}x slow, all waited for", waiting),
+        timing(f"one replica {SLOWDOWN}x slow, Quorum(0.75)", result),
         "",
         f"Test accuracy: {accuracy:.4f}   plain jax.jit: {plain_accuracy:.4f}   "
         f"difference {100 * (accuracy - plain_accuracy):+.2f} points",

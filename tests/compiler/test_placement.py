@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import jax
@@ -76,7 +76,10 @@ def test_a_callable_places_nodes_and_the_rest_follows_its_data() -> None:
 @pytest.mark.parametrize(
     ("placement", "message"),
     [
-        ({"l0": "worker:7"}, r"placement pattern 'l0' names device 'worker:7', which does not exist; there are: worker:0"),
+        (
+            {"l0": "worker:7"},
+            r"placement pattern 'l0' names device 'worker:7', which does not exist; there are: worker:0",
+        ),
         ({"nope*": "worker:0"}, r"placement pattern 'nope\*' matches no layer; layers are: l0, l1"),
         (fm.Pipeline(3), r"Pipeline\(stages=3\) needs 3 devices, there are 2"),
         ("best", "placement 'best' is not one"),
@@ -95,7 +98,9 @@ def test_contradicting_pins_are_refused() -> None:
         with fm.device("worker:0"), fm.layer("torn"), fm.device("worker:1"):
             return jnp.sin(x)
 
-    with pytest.raises(fm.PlacementError, match=r"layer 'torn' is pinned to 'worker:0' and, inside that, to 'worker:1'"):
+    with pytest.raises(
+        fm.PlacementError, match=r"layer 'torn' is pinned to 'worker:0' and, inside that, to 'worker:1'"
+    ):
         fm.compile(fn, X, devices=TWO)
 
 
@@ -150,7 +155,7 @@ def test_devices_are_checked() -> None:
 
 def slowest(work: list[float], transfer: list[float], bounds: tuple[int, ...]) -> float:
     edges = [0, *bounds, len(work)]
-    stages = [(sum(work[a:b]), transfer[a]) for a, b in zip(edges, edges[1:], strict=False)]
+    stages = [(sum(work[a:b]), transfer[a]) for a, b in pairwise(edges)]
     return max(max(stage) for stage in stages)
 
 

@@ -34,7 +34,7 @@ def by_turns(graph: Graph, devices: Sequence[fm.Device]) -> Mapping[int, fm.Devi
 
 
 def at_random(seed: str) -> Any:
-    """Runs of nodes anywhere: of one node each in a small graph, longer in a large one, which else compiles for ever."""
+    """Runs of nodes anywhere: single nodes in a small graph, longer runs in a large one, so that it compiles soon."""
 
     def rule(graph: Graph, devices: Sequence[fm.Device]) -> Mapping[int, fm.Device]:
         draw = random.Random(seed)
