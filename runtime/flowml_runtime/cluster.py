@@ -250,7 +250,7 @@ class LaunchedCluster:
         with ExitStack() as stack:
             processes = LocalWorkers(self._on_exit)  # first: it takes the longest, and meanwhile we go on
             stack.callback(processes.close)
-            host = self._host = CoordinatorHost(bind, self.token, files)
+            host = self._host = CoordinatorHost(bind, self.token, files, works=processes.works)
             stack.callback(host.close)
             self.address = _advertised(host.address)
             self.pids: Mapping[str, int] = processes.pids

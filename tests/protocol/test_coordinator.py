@@ -15,11 +15,13 @@ from flowml_runtime.protocol.coordinator import (
     Event,
     Forget,
     Know,
+    Look,
     ProcessExited,
     Received,
     Rename,
     Send,
     Tick,
+    Working,
 )
 
 VERSION, PROTOCOL = "1.0", 7
@@ -158,8 +160,28 @@ def test_silence_is_a_loss_and_a_heartbeat_of_an_earlier_life_is_silence() -> No
 def test_a_coordinator_that_was_suspended_blames_nobody() -> None:
     machine = admitted(cluster(), "worker:0")
     assert machine.step(Tick(1000.0)) == []
-    assert [a for t in range(1, 18) for a in machine.step(Tick(1000 + t / 4))] == []
+    later = [a for t in range(1, 18) for a in machine.step(Tick(1000 + t / 4))]
+    assert set(later) == {Look("worker:0")}  # silent it is
     assert machine.step(Tick(1005.5)) == [Forget("worker:0")]
+
+
+def test_a_silent_worker_that_is_seen_at_work_is_borne_with_for_a_while() -> None:
+    machine = admitted(cluster(), "worker:0", "worker:1", "worker:2")
+    lost: dict[str, str] = {}
+    at: dict[str, float] = {}
+    for tick in range(1, 160):
+        now_s = tick / 4
+        machine.step(Received("worker:2", Heartbeat(worker="worker:2", incarnation=1)))
+        actions = machine.step(Tick(now_s))
+        for view in views(actions).values():
+            lost |= dict(view.lost)
+            at |= {name: now_s for name, _ in view.lost}
+        for look in (a for a in actions if isinstance(a, Look)):
+            works_on = look.worker == "worker:0" or now_s < 4
+            assert machine.step(Working(look.worker)) == [] if works_on else True
+    assert lost == {"worker:0": "no heartbeat for 30 s", "worker:1": "no heartbeat for 5 s"}
+    assert at["worker:0"] == pytest.approx(30.25)
+    assert 5 < at["worker:1"] < 10
 
 
 SMALL = st.integers(0, 5)

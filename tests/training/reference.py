@@ -150,3 +150,11 @@ def _plain(array: Any) -> np.ndarray:
         array = jax.random.key_data(array)
     array = np.asarray(array)
     return array if array.dtype.kind in "iub" else array.astype(np.float64)
+
+
+def refuse_marked(x: Any, bad: Any) -> Any:
+    """A callback that raises for an example that is marked."""
+    found = np.flatnonzero(np.asarray(bad))
+    if len(found):
+        raise ValueError(f"example {found[0]} of the share is marked")
+    return x

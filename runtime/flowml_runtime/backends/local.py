@@ -19,8 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import psutil
 
-from flowml_runtime.host.spawning import Exited, Kill, Report, Request, Start, Started, WorkerConfig, hear
+from flowml_runtime.host.spawning import Exited, Kill, Ready, Report, Request, Start, Started, WorkerConfig, hear
 
 TERM_S = 3.0
 """How long workers have to end after they were asked; then they are killed."""
@@ -42,7 +43,11 @@ class LocalWorkers:
         self._lock = threading.Lock()
         self._changed = threading.Condition()
         self._expected: set[str] = set()
+        self._ready = False
+        """Whether the zygote takes requests yet. Until it does it has started nothing, and is deaf to us."""
         self._closing = False
+        self._cpu_s: dict[int, float] = {}
+        """Process -> CPU time it had used when `works` last looked."""
         self._folder = Path(tempfile.mkdtemp(prefix="flowml-"))
         self._control, theirs = socket.socketpair()
         with theirs, (self._folder / "zygote.log").open("wb") as log:
@@ -67,13 +72,10 @@ class LocalWorkers:
         if self._closing:
             return
         self._closing = True
-        for number, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)):
-            with self._changed:
-                left = sorted(self._expected)
-            for worker in left:
-                self._request(Kill(worker, number))
-            with self._changed:
-                self._changed.wait_for(lambda: not self._expected, wait_s)
+        if self._ready:
+            self._end_workers()
+        else:
+            self._zygote.kill()
         self._hang_up()
         try:
             self._zygote.wait(KILL_S)
@@ -83,6 +85,33 @@ class LocalWorkers:
         self._watcher.join(KILL_S)
         self._control.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def works(self, worker: str) -> bool:
+        """Whether a worker's process runs, or would if it got a core: since the last look, if there was one.
+
+        False for one that is suspended, asleep or gone. To be asked several times: the first look only sees threads.
+        """
+        pid = self.pids.get(worker)
+        if pid is None:
+            return False
+        try:
+            process = psutil.Process(pid)
+            if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE):
+                return False
+            used = sum(process.cpu_times()[:2])
+            before, self._cpu_s[pid] = self._cpu_s.get(pid, used), used
+            return used > before or _wants_core(pid)
+        except (psutil.Error, OSError):
+            return False
+
+    def _end_workers(self) -> None:
+        for number, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)):
+            with self._changed:
+                left = sorted(self._expected)
+            for worker in left:
+                self._request(Kill(worker, number))
+            with self._changed:
+                self._changed.wait_for(lambda: not self._expected, wait_s)
 
     def _request(self, request: Request) -> None:
         try:
@@ -119,6 +148,8 @@ class LocalWorkers:
 
     def _take(self, report: Report) -> None:
         match report:
+            case Ready():
+                self._ready = True
             case Started(worker, pid):
                 self.pids[worker] = pid
             case Exited(worker, status):
@@ -136,6 +167,12 @@ class LocalWorkers:
 
     def _log(self, worker: str) -> Path:
         return self._folder / f"{worker.replace(':', '-')}.log"
+
+
+def _wants_core(pid: int) -> bool:
+    """Whether a thread of the process runs, waits for a core or for a disk."""
+    stats = (entry.read_text() for entry in Path(f"/proc/{pid}/task").glob("*/stat"))
+    return any(stat.rpartition(")")[2].split()[0] in ("R", "D") for stat in stats)
 
 
 def _signal(number: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import flowml
@@ -22,11 +23,13 @@ from flowml_runtime.protocol.coordinator import (
     Event,
     Forget,
     Know,
+    Look,
     ProcessExited,
     Received,
     Rename,
     Send,
     Tick,
+    Working,
 )
 
 MAX_WAITING_EVENTS = 65536
@@ -41,10 +44,15 @@ class CoordinatorHost:
         token: str,
         tls: TLS | None = None,
         *,
+        works: Callable[[str], bool] = lambda _: False,
         heartbeat_s: float = HEARTBEAT_S,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        """Raises ClusterError if the address cannot be bound, or not safely."""
+        """Raises ClusterError if the address cannot be bound, or not safely.
+
+        `works` says whether the process of a worker that keeps silent is at work, as far as that can be seen here.
+        """
+        self._works = works
         self._machine = Coordinator(flowml.__version__, PROTOCOL, heartbeat_s=heartbeat_s, timeout_s=timeout_s)
         self._tick_s = heartbeat_s / 2
         self._events: queue.Queue[Event | None] = queue.Queue(MAX_WAITING_EVENTS)
@@ -126,3 +134,6 @@ class CoordinatorHost:
                 self._endpoint.send(peer, message)
             case Forget(peer):
                 self._endpoint.forget(peer)
+            case Look(worker):
+                if self._works(worker):
+                    self._do(self._machine.step(Working(worker)))

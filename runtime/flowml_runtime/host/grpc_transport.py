@@ -125,9 +125,10 @@ class GrpcEndpoint:
                 raise unreachable(peer, "it was closed")
             return
         packed = pack(message, arrays)
-        if not self._stream(peer).put(packed):
+        stream = self._stream(peer)
+        if not stream.put(packed):
             known = self._peers.get(peer)
-            raise unreachable(peer, (known and known.lost) or "the connection was ended")
+            raise unreachable(peer, (known and known.lost) or stream.reason or "the connection was ended")
 
     def lose(self, peer: str, reason: str) -> None:
         with self._lock:

@@ -30,6 +30,9 @@ from flowml_runtime.messages import (
 
 COORDINATOR = "coordinator"
 
+REPORT_S = 1.0
+"""How long the reason of a failed connection may take from the thread that saw it to the one that joins."""
+
 
 def passing_name() -> str:
     """A name that no other peer has, to join under."""
@@ -82,7 +85,9 @@ class Membership:
         try:
             endpoint.send(COORDINATOR, join)
         except FlowmlError as error:
-            self._refusal = self._refusal or str(error)
+            with self._changed:  # the connection has ended already, and why is about to be reported
+                self._changed.wait_for(lambda: self._refusal is not None, REPORT_S)
+            self._end(str(error))
         with self._changed:
             self._changed.wait_for(lambda: self._refusal is not None or self._epoch >= 0, timeout_s)
         if self._refusal is not None:

@@ -41,6 +41,10 @@ class Kill(msgspec.Struct, frozen=True, tag=True):
     number: int
 
 
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Zygote to owner: all is imported, workers can be started."""
+
+
 class Started(msgspec.Struct, frozen=True, tag=True):
     """Zygote to owner."""
 
@@ -56,7 +60,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
 
 
 Request = Start | Kill
-Report = Started | Exited
+Report = Ready | Started | Exited
 
 
 def hear(other: socket.socket) -> bytes:

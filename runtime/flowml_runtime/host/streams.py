@@ -7,6 +7,7 @@ lives as long as the two peers know each other; its end is how either learns tha
 from __future__ import annotations
 
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -22,6 +23,9 @@ from flowml_runtime.host.transport import Budget
 METHOD = "/flowml.Endpoint/push"
 TOKEN_KEY = "flowml-token"
 MAX_STREAMS = 4096
+
+_UNREACHED = re.compile("failed to connect|connections to all backends failing", re.IGNORECASE)
+"""In gRPC's words, which differ with what its load balancer was doing: there never was a connection."""
 
 Receive = Callable[[Iterator[bytes], Any], bytes]
 """(frames, grpc.ServicerContext) -> b"". Runs on a thread of its own for as long as the stream lives."""
@@ -57,6 +61,8 @@ class Stream:
         self._budget = budget
         self._token = token
         self._ended = threading.Event()
+        self.reason = ""
+        """Why the peer or the connection ended it. Known before `put` returns False for that."""
         self._channel = _channel(address, tls)
         self._call: Any = None
         self._budget.acquire(first.nbytes)
@@ -68,10 +74,13 @@ class Stream:
         self._call = push.future(self._frames(), metadata=((TOKEN_KEY, self._token),))
 
         def ended(call: Any) -> None:
+            self.reason = _why(call)
             self.finish()
-            self._channel.close()
-            on_end(self, _why(call))
-            self._ended.set()
+            try:
+                on_end(self, self.reason)  # first: nobody should wait for the word until gRPC has tidied up
+            finally:
+                self._channel.close()
+                self._ended.set()
 
         def hand_over(call: Any) -> None:  # closing a channel waits for the very thread that calls this
             threading.Thread(target=ended, args=(call,), name="flowml-ended", daemon=True).start()
@@ -126,7 +135,7 @@ def _why(call: Any) -> str:
         return details
     if code is grpc.StatusCode.CANCELLED:
         return "the connection was ended"
-    if "failed to connect" in details:
+    if _UNREACHED.search(details):
         return f"it cannot be reached: {details.rsplit(': ', 1)[-1]}"
     return "its connection broke"
 

@@ -36,7 +36,7 @@ JOIN_S = 5.0
 
 
 class TrainingHandler(Protocol):
-    """What hosts a training plan on this worker. Called on receiving threads: none of these may wait."""
+    """What hosts a training plan on this worker. Called on receiving threads: only `close` may wait."""
 
     def on_message(self, peer: str, message: Wire, arrays: Sequence[Array]) -> None: ...
     def on_lost(self, peer: str, reason: str) -> None: ...
@@ -93,6 +93,8 @@ class Worker:
         self._lock = threading.Lock()
         self._plans: dict[str, _Hosted] = {}
         self._stopped: list[Executor] = []
+        self._ending: list[threading.Thread] = []
+        """Each closes the handler of a training plan that was unloaded."""
         self._loader = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
 
     def on_message(self, peer: str, message: Wire, arrays: Sequence[Array]) -> None:
@@ -133,7 +135,15 @@ class Worker:
         for executor in executors:
             executor.stop()
         if hosted.training is not None:
-            hosted.training.close()
+            self._end(hosted.training)
+
+    def _end(self, training: TrainingHandler) -> None:
+        """Close a handler. That waits for its thread, which whoever unloads a plan may not: it receives messages."""
+        thread = threading.Thread(target=training.close, name=f"{self.name}-unload", daemon=True)
+        with self._lock:
+            self._ending = [t for t in self._ending if t.is_alive()]
+            self._ending.append(thread)
+            thread.start()
 
     def close(self) -> None:
         """Unload every plan and end every thread. Idempotent."""
@@ -144,6 +154,8 @@ class Worker:
             self.unload(plan_id)
         for executor in self._stopped:
             executor.join(JOIN_S)
+        for thread in self._ending:
+            thread.join(JOIN_S)
 
     def _put(self, value: Value, arrays: Sequence[Array]) -> None:
         try:

@@ -37,6 +37,7 @@ from flowml_runtime.host.process import serve  # noqa: E402
 from flowml_runtime.host.spawning import (  # noqa: E402
     Exited,
     Kill,
+    Ready,
     Report,
     Request,
     Start,
@@ -73,7 +74,15 @@ def main(folder: str) -> None:
     gc.collect()
     gc.freeze()  # what all have in common stays shared: no collector writes to it
     children: dict[int, _Child] = {}
-    _serve(control, children)
+    try:
+        _tell(control, Ready())
+        _serve(control, children)
+    finally:  # whatever went wrong with us, nothing is left
+        _end(children)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(children: dict[int, _Child]) -> None:
     for child in children.values():
         os.kill(child.pid, signal.SIGTERM)
     deadline = time.monotonic() + ORPHANS_S
@@ -81,7 +90,6 @@ def main(folder: str) -> None:
         if not select.select([child.handle], [], [], max(0.0, deadline - time.monotonic()))[0]:
             os.kill(child.pid, signal.SIGKILL)
         os.waitpid(child.pid, 0)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _serve(control: socket.socket, children: dict[int, _Child]) -> None:

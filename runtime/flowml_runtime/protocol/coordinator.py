@@ -4,7 +4,8 @@ Two kinds of peer join: workers, which offer devices, and observers (drivers), w
 `Members`, so that everyone has everyone's address. A name with an incarnation is one life of a peer: who
 joins again must bring a later incarnation, so that what an earlier life left under way is never taken for
 its successor's. A peer is lost by the first of: its process ended, its connection broke, it said so, or it
-was silent for `timeout_s`.
+was silent for `timeout_s`. Where the host can see that a silent peer's process is at work, and only starved of a core
+by what else the machine runs, silence is borne for `patience_s`.
 
 Duties of the host:
 
@@ -12,6 +13,7 @@ Duties of the host:
 2. Tick several times per heartbeat. Time moves only with ticks.
 3. Report the end of a peer's connection once, and before anything from a later life of that peer.
 4. A peer joins under a passing name that is its alone, and takes the one that `Welcome` gives it.
+5. Answer `Look` with `Working`, or not at all: also where the process is another machine's.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from flowml_runtime.protocol.terms import ProtocolError
 
 HEARTBEAT_S = 0.5
 TIMEOUT_S = 5.0
+PATIENCE_S = 30.0
 MAX_MEMBERS = 1024
 
 _WORKER = re.compile(r"worker:(0|[1-9]\d{0,8})")
@@ -53,11 +56,18 @@ class ProcessExited:
 
 
 @dataclass(frozen=True)
+class Working:
+    """The process that runs `worker` is at work: the answer to `Look`, if that is so."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
 class Tick:
     now_s: float
 
 
-Event = Received | ConnectionLost | ProcessExited | Tick
+Event = Received | ConnectionLost | ProcessExited | Working | Tick
 
 
 @dataclass(frozen=True)
@@ -89,15 +99,23 @@ class Forget:
     peer: str
 
 
-Action = Know | Rename | Send | Forget
+@dataclass(frozen=True)
+class Look:
+    """`worker` has been silent for a while: see whether its process is at work, if that can be seen from here."""
+
+    worker: str
+
+
+Action = Know | Rename | Send | Forget | Look
 
 
 @dataclass(frozen=True)
 class _Seat:
-    """A member, and when it was last heard of."""
+    """A member, when it was last heard of, and when its process was last seen at work."""
 
     member: Member
     heard_s: float
+    seen_s: float = 0.0
 
 
 class Coordinator:
@@ -110,12 +128,14 @@ class Coordinator:
         *,
         heartbeat_s: float = HEARTBEAT_S,
         timeout_s: float = TIMEOUT_S,
+        patience_s: float = PATIENCE_S,
         max_members: int = MAX_MEMBERS,
     ) -> None:
         self._version = version
         self._protocol = protocol
         self._heartbeat_s = heartbeat_s
         self._timeout_s = timeout_s
+        self._patience_s = patience_s
         self._max_members = max_members
         self._now_s: float | None = None
         self._epoch = 0
@@ -134,6 +154,8 @@ class Coordinator:
                 return self._tick(now_s)
             case ConnectionLost(peer, reason) | ProcessExited(peer, reason):
                 return self._lose({peer: reason})
+            case Working(worker):
+                return self._see(worker)
             case Received(peer, message):
                 return self._receive(peer, message)
 
@@ -176,8 +198,22 @@ class Coordinator:
             # The coordinator itself was suspended: the heartbeats of that time still wait to be read.
             for name, seat in self._seats.items():
                 self._seats[name] = replace(seat, heard_s=min(seat.heard_s + slept, self._now_s))
-        silent = {n: s for n, s in self._seats.items() if self._now() - s.heard_s > self._timeout_s}
-        return self._lose(dict.fromkeys(silent, f"no heartbeat for {self._timeout_s:g} s"))
+        overdue = {n: limit for n, s in self._seats.items() if (limit := self._overdue_s(s))}
+        lost = self._lose({n: f"no heartbeat for {limit:g} s" for n, limit in overdue.items()})
+        return [*lost, *(Look(n) for n, s in self._seats.items() if self._now() - s.heard_s > self._timeout_s / 2)]
+
+    def _overdue_s(self, seat: _Seat) -> float:
+        """The silence that a member has gone beyond, if it has."""
+        now = self._now()
+        if now - seat.heard_s > self._patience_s:
+            return self._patience_s
+        return self._timeout_s if now - max(seat.heard_s, seat.seen_s) > self._timeout_s else 0.0
+
+    def _see(self, worker: str) -> list[Action]:
+        seat = self._seats.get(worker)
+        if seat is not None:
+            self._seats[worker] = replace(seat, seen_s=self._now())
+        return []
 
     def _hear(self, worker: str, incarnation: int) -> None:
         seat = self._seats.get(worker)

@@ -1,0 +1,69 @@
+"""Who counts as alive: a silent worker that is at work is waited for, one that is suspended or stuck is not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from flowml.errors import ClusterError
+from flowml_runtime.backends.local import LocalWorkers
+from flowml_runtime.host.coordinator import CoordinatorHost
+from flowml_runtime.host.grpc_transport import GrpcEndpoint
+from flowml_runtime.host.membership import Membership, passing_name
+from flowml_runtime.messages import DeviceInfo
+from tests.conftest import wait_until
+
+TOKEN = "t"
+CPU = DeviceInfo(name="cpu:0", platform="cpu", memory_bytes=1, cores=1.0)
+
+
+@pytest.fixture
+def busy() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        yield process
+        process.kill()
+
+
+def test_a_busy_process_works_and_a_suspended_or_sleeping_one_does_not(busy: subprocess.Popen[bytes]) -> None:
+    with closing(LocalWorkers(lambda *_: None)) as workers:
+        workers.pids["worker:0"] = busy.pid
+        wait_until(lambda: workers.works("worker:0"), "it works")
+        busy.send_signal(signal.SIGSTOP)
+        wait_until(lambda: not workers.works("worker:0"), "it is suspended")
+        busy.send_signal(signal.SIGCONT)
+        wait_until(lambda: workers.works("worker:0"), "it works again")
+        with subprocess.Popen(["sleep", "60"]) as asleep:
+            workers.pids["worker:1"] = asleep.pid
+            wait_until(lambda: not workers.works("worker:1"), "it sleeps")
+            asleep.kill()
+        assert not workers.works("worker:1")
+        assert not workers.works("worker:2")
+
+
+def test_a_silent_worker_is_lost_when_it_stops_working(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_work = {"worker:0"}
+    host = CoordinatorHost("127.0.0.1:0", TOKEN, works=at_work.__contains__, heartbeat_s=0.1, timeout_s=0.5)
+    endpoint = GrpcEndpoint(passing_name(), TOKEN)
+    ended: list[str] = []
+    monkeypatch.setattr(Membership, "_beat", lambda *_: None)
+    silent = Membership(endpoint, host.address, lambda *_: None, lambda *_: None, on_end=ended.append)
+    with closing(host), closing(endpoint):
+        silent.join("worker:0", (CPU,))
+        with pytest.raises(ClusterError, match="worker:1 did not start"):
+            host.wait_for(("worker:0", "worker:1"), 2.0)  # four times the timeout, in which it stays
+        assert ended == []
+        at_work.clear()
+        wait_until(lambda: ended, "it is lost")
+
+
+def test_workers_that_were_never_started_are_not_waited_for() -> None:
+    workers = LocalWorkers(lambda *_: None)
+    began = time.monotonic()
+    workers.close()
+    assert time.monotonic() - began < 3.0
