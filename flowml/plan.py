@@ -383,7 +383,7 @@ class Plan(msgspec.Struct, frozen=True):
         if not data.startswith(_MAGIC):
             raise FlowmlError(f"{origin} is not a flowml plan of format {FORMAT}; make it again with plan.save()")
         try:
-            plan = msgspec.msgpack.decode(data[len(_MAGIC) :], type=Plan)
+            plan = _decoder.decode(data[len(_MAGIC) :])
         except msgspec.DecodeError as error:
             raise FlowmlError(f"{origin} is damaged: {error}; make it again with plan.save()") from None
         if plan.format != FORMAT:
@@ -397,3 +397,5 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 _MAGIC = b"flowml-plan\x00"
+_decoder = msgspec.msgpack.Decoder(Plan)
+"""Made here, where one thread imports: msgspec crashes if two threads resolve a type for the first time at once."""

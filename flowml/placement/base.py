@@ -39,7 +39,7 @@ class AutoPlacement:
     """Choose between one device and pipelines by estimate.
 
     `objective` is "latency" (one call) or "throughput" (many in flight); `memory_bytes` limits each device;
-    `time_limit_s` bounds the search.
+    `time_limit_s` bounds the search, which takes milliseconds as long as it weighs pipelines only.
     """
 
     objective: str = "latency"

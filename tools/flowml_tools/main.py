@@ -88,3 +88,7 @@ def _wrong_call(error: Exception) -> bool:
     from flowml.errors import PlacementError, PolicyError, UnsupportedError
 
     return isinstance(error, CommandError | PlacementError | PolicyError | UnsupportedError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -142,8 +142,8 @@ class Worker:
         thread = threading.Thread(target=training.close, name=f"{self.name}-unload", daemon=True)
         with self._lock:
             self._ending = [t for t in self._ending if t.is_alive()]
+            thread.start()  # before it is listed: close() joins what is
             self._ending.append(thread)
-            thread.start()
 
     def close(self) -> None:
         """Unload every plan and end every thread. Idempotent."""
@@ -154,7 +154,9 @@ class Worker:
             self.unload(plan_id)
         for executor in self._stopped:
             executor.join(JOIN_S)
-        for thread in self._ending:
+        with self._lock:
+            ending = list(self._ending)
+        for thread in ending:
             thread.join(JOIN_S)
 
     def _put(self, value: Value, arrays: Sequence[Array]) -> None:
