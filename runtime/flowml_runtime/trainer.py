@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,7 +166,8 @@ class Trainer:
             shuffle: False visits the examples in order.
             opt_state: continue from this instead of `optimizer.init(params)`. Epochs count from 0 again: for another
                 order give another seed.
-            callbacks: called with each step's record, in the caller's thread.
+            callbacks: called with each step's record, in the caller's thread. Meanwhile the workers run out of work
+                after two steps, and wait; one of more than five minutes takes them past their deadline.
             progress: show a line of progress on stderr; by default where that is a terminal.
 
         Raises:
@@ -173,13 +175,11 @@ class Trainer:
             WorkerLostError, WorkerError, DeadlineError: for what goes wrong on a worker, within seconds.
             FlowmlError: if this trainer is in the middle of a fit already.
         """
-        if not self._fitting.acquire(blocking=False):
-            raise FlowmlError("this Trainer is in the middle of a fit; wait for it to end, or make another Trainer")
-        try:
-            data = as_source(source)
-            total = _total_steps(data, batch_size, epochs, steps)
-            cluster = self._here()
-            self._check_delays(cluster)
+        data = as_source(source)
+        total = _total_steps(data, batch_size, epochs, steps)
+        cluster = self._here()
+        self._check_delays(cluster)
+        with self._alone():
             program = self._program(cluster, _structs(params, "parameter"), _batch_structs(data, batch_size))
             params = jax.tree_util.tree_map(jnp.asarray, params)
             state = self._state(params, opt_state)
@@ -196,8 +196,6 @@ class Trainer:
             fit = Fit(cluster.session, handle, data, options, program.compiled)
             leaves = jax.tree_util.tree_leaves
             outcome = fit.run(leaves(params), leaves(state), callbacks)
-        finally:
-            self._fitting.release()
         return TrainingResult(
             params=_restored(params, outcome.params),
             opt_state=_restored(state, outcome.state),
@@ -210,6 +208,16 @@ class Trainer:
 
     def _here(self) -> Cluster:
         return self._cluster if self._cluster is not None else current_cluster()
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        """One fit at a time. Raises FlowmlError in another thread, and in a callback of the fit itself."""
+        if not self._fitting.acquire(blocking=False):
+            raise FlowmlError("this Trainer is in the middle of a fit; wait for it to end, or make another Trainer")
+        try:
+            yield
+        finally:
+            self._fitting.release()
 
     def _program(self, cluster: Cluster, params: Any, batch: Any) -> _Program:
         """Compiled for these ShapeDtypeStructs and the cluster's devices of now."""

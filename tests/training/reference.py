@@ -88,17 +88,19 @@ def optax_loop(
     shuffle: bool = True,
     opt_state: Any = None,
     items: int = 1,
+    microbatches: int = 1,
     takes_key: bool = False,
 ) -> Reference:
-    """The plain loop. With `items` the gradient is the mean over that many shares of the batch, each with its own
-    key where the loss takes one: `fold_in(key(seed), number of the share)`."""
+    """The plain loop. With `items` or `microbatches` the gradient is the mean over so many shares of the batch, each
+    with a key of its own where the loss takes one: `fold_in(key(seed), item)`, and that folded with the microbatch."""
     value_and_grad = jax.value_and_grad(loss)
-    rows = batch_size // items
+    count = items * microbatches
+    rows = batch_size // count
 
     @jax.jit
     def step(params: Any, state: Any, shares: Any) -> tuple[Any, Any, Any]:
         found = [value_and_grad(params, *share) for share in shares]
-        value, gradients = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]) / items if items > 1 else xs[0], *found)
+        value, gradients = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]) / count if count > 1 else xs[0], *found)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
@@ -110,9 +112,10 @@ def optax_loop(
         order = epoch_order(examples, seed, number // per_epoch, shuffle=shuffle)
         batch = order[number % per_epoch * batch_size :][:batch_size]
         shares: list[tuple[Any, ...]] = []
-        for i in range(items):
+        for i in range(count):
             share = _rows(source, batch[i * rows : (i + 1) * rows])
-            key = jax.random.fold_in(jax.random.key(seed), number * items + i)
+            key = jax.random.fold_in(jax.random.key(seed), number * items + i // microbatches)
+            key = jax.random.fold_in(key, i % microbatches) if microbatches > 1 else key
             shares.append((share, key) if takes_key else (share,))
         params, state, value = step(params, state, shares)
         losses.append(float(value))

@@ -206,11 +206,21 @@ def test_a_loss_with_a_key(threads_cluster: fm.Cluster) -> None:
     )
     assert_same(result.params, expected.params)
     assert [r["loss"] for r in result.history] == expected.losses
-    shared = optax_loop(dropout_loss, mlp(), optimizer, SOURCE, STEPS, seed=5, takes_key=True, items=2)
-    result = fm.Trainer(dropout_loss, optimizer, cluster=threads_cluster, replicas=2, placement=fm.Pipeline(2)).fit(
-        mlp(), SOURCE, batch_size=BATCH, steps=STEPS, seed=5
-    )
-    assert_close(result.params, shared.params)
+    for layout in ({"placement": fm.Pipeline(2)}, {"microbatches": 3}):
+        shared = optax_loop(
+            dropout_loss,
+            mlp(),
+            optimizer,
+            SOURCE,
+            STEPS,
+            seed=5,
+            takes_key=True,
+            items=2,
+            microbatches=layout.get("microbatches", 1),
+        )
+        trainer = fm.Trainer(dropout_loss, optimizer, cluster=threads_cluster, replicas=2, **layout)
+        result = trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=STEPS, seed=5)
+        assert_close(result.params, shared.params)
 
 
 def test_weights_tied_across_stages(threads_cluster: fm.Cluster) -> None:
