@@ -74,7 +74,7 @@ def nested_jit(x: Value, y: Value) -> Value:
 
 
 def loop(x: Value, y: Value) -> Value:
-    s = total(y).astype(x.dtype)
+    s = total(y.real if jnp.iscomplexobj(y) else y).astype(x.dtype)
     return jax.lax.fori_loop(0, 3, lambda i, c: bounded(c + s) if x.dtype != jnp.bool_ else c ^ s, x)
 
 

@@ -53,15 +53,18 @@ class Peer:
 Peers = Callable[..., list[Peer]]
 
 
-@pytest.fixture(params=["threads", "grpc"])
+@pytest.fixture(params=["threads", "grpc", "shared memory"])
 def peers(request: pytest.FixtureRequest) -> Iterator[Peers]:
     """Makes peers that know each other."""
     with ExitStack() as stack:
 
         def make(*names: str, **options: Any) -> list[Peer]:
             hub = ThreadHub()
-            threads = request.param == "threads"
-            made = [Peer(hub.endpoint(n) if threads else GrpcEndpoint(n, TOKEN, **options)) for n in names]
+            threads, shared = request.param == "threads", request.param == "shared memory"
+            made = [
+                Peer(hub.endpoint(n) if threads else GrpcEndpoint(n, TOKEN, shared_memory=shared, **options))
+                for n in names
+            ]
             for peer in made:
                 stack.callback(peer.endpoint.close)
                 peer.start().endpoint.know({p.endpoint.name: p.endpoint.address for p in made if p is not peer})
@@ -70,10 +73,11 @@ def peers(request: pytest.FixtureRequest) -> Iterator[Peers]:
         yield make
 
 
-@pytest.fixture(scope="module")
-def linked() -> Iterator[tuple[Peer, Peer]]:
-    """Two gRPC peers for properties; each example sends one message and receives it."""
-    a, b = Peer(GrpcEndpoint("a", TOKEN)).start(), Peer(GrpcEndpoint("b", TOKEN)).start()
+@pytest.fixture(scope="module", params=["grpc", "shared memory"])
+def linked(request: pytest.FixtureRequest) -> Iterator[tuple[Peer, Peer]]:
+    """Two peers for properties; each example sends one message and receives it."""
+    shared = request.param == "shared memory"
+    a, b = (Peer(GrpcEndpoint(n, TOKEN, shared_memory=shared)).start() for n in ("a", "b"))
     a.endpoint.know({"b": b.endpoint.address})
     yield a, b
     a.endpoint.close()
@@ -397,7 +401,7 @@ def test_nothing_is_kept_of_what_was_delivered(peers: Peers) -> None:
 def test_assembling_takes_whatever_is_cut_at_frames() -> None:
     sent = [numbers(SMALL_BYTES + 8), numbers(16)]
     assembler = Assembler()
-    complete = [c for frame in pack(value(sent), sent).frames() if (c := assembler.feed(frame)) is not None]
+    complete = [assembler.take() for frame in pack(value(sent), sent).frames() if assembler.feed(frame)]
     assert len(complete) == 1
     assert all(np.array_equal(x, y) for x, y in zip(sent, complete[0][1], strict=True))
     assert framing.MAX_FRAME_BYTES >= PIECE_BYTES

@@ -11,7 +11,7 @@ bytes in, messages out; whatever is not well-formed raises FrameError, and nothi
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -34,6 +34,7 @@ MAX_SMALL_BYTES = 2**20
 MAX_FRAME_BYTES = 4 + MAX_HEADER_BYTES + MAX_SMALL_BYTES
 
 _LENGTH = struct.Struct("<I")
+_NOTHING = aligned_empty(0)
 
 
 class FrameError(FlowmlError):
@@ -82,39 +83,26 @@ class Assembler:
         self._missing: list[Buffer] = []
         """Bytes still to come: of the large arrays, the unfilled rest of each; the next one is last."""
 
-    def feed(self, frame: bytes) -> tuple[Wire, list[Buffer]] | None:
-        """Take one frame in; returns the message and its arrays if that completes it. Raises FrameError."""
-        if self._message is None:
-            self._begin(frame)
+    def feed(self, frame: bytes) -> bool:
+        """Take one frame in; True if that completes a message, to be had by `take`. Raises FrameError."""
+        if self._message is None or not self._missing:
+            self._message, self._arrays = _open(frame, self._expect)
+            self._missing.reverse()
         else:
             self._fill(frame)
-        if self._missing or self._message is None:
-            return None
+        return not self._missing
+
+    def take(self) -> tuple[Wire, list[Buffer]]:
+        """The complete message and its arrays, of which nothing is kept here."""
         message, arrays = self._message, self._arrays
+        assert message is not None
         self._message, self._arrays = None, []
         return message, arrays
 
-    def _begin(self, frame: bytes) -> None:
-        message, inline = _header(frame)
-        specs = message.specs
-        small = _small(specs)
-        sizes = [_size(s) for s in specs]
-        announced = sum(n for n, s in zip(sizes, small, strict=True) if s)
-        if len(inline) != announced:
-            raise FrameError(f"a {type(message).__name__} announces {announced} bytes and brings {len(inline)}")
-        room = aligned_empty(sum(_padded(n) for n, s in zip(sizes, small, strict=True) if s))
-        taken = at = 0
-        for spec, nbytes, is_small in zip(specs, sizes, small, strict=True):
-            if is_small:
-                data = room[at : at + nbytes]
-                data.data[:] = inline[taken : taken + nbytes]
-                taken, at = taken + nbytes, at + _padded(nbytes)
-            else:
-                data = _allocate(nbytes, spec)
-                self._missing.append(data)
-            self._arrays.append(shaped(data, spec))
-        self._missing.reverse()
-        self._message = message
+    def _expect(self, nbytes: int, spec: ArraySpec) -> Buffer:
+        data = _allocate(nbytes, spec)
+        self._missing.append(data)
+        return data
 
     def _fill(self, frame: bytes) -> None:
         rest = self._missing[-1]
@@ -126,7 +114,44 @@ class Assembler:
             self._missing.pop()
 
 
-def _header(frame: bytes) -> tuple[Wire, memoryview]:
+def unpack(frame: bytes | memoryview, room: Buffer | None) -> tuple[Wire, list[Buffer]]:
+    """A message whose large arrays lie in `room`, one after the other at multiples of 64. Raises FrameError."""
+    at = 0
+
+    def place(nbytes: int, spec: ArraySpec) -> Buffer:
+        nonlocal at
+        if room is None or at + nbytes > len(room):
+            raise FrameError(f"{spec.dtype}{list(spec.shape)} of {nbytes} bytes is not within its shared memory")
+        start, at = at, at + padded(nbytes)
+        return room[start : start + nbytes]
+
+    return _open(frame, place)
+
+
+def _open(frame: bytes | memoryview, place: Callable[[int, ArraySpec], Buffer]) -> tuple[Wire, list[Buffer]]:
+    """The message in a first frame. Its small arrays come along; a large one lies where `place` says."""
+    message, inline = _header(frame)
+    specs = message.specs
+    small = _small(specs)
+    sizes = [_size(s) for s in specs]
+    announced = sum(n for n, s in zip(sizes, small, strict=True) if s)
+    if len(inline) != announced:
+        raise FrameError(f"a {type(message).__name__} announces {announced} bytes and brings {len(inline)}")
+    room = aligned_empty(sum(padded(n) for n, s in zip(sizes, small, strict=True) if s)) if announced else _NOTHING
+    arrays: list[Buffer] = []
+    taken = at = 0
+    for spec, nbytes, is_small in zip(specs, sizes, small, strict=True):
+        if is_small:
+            data = room[at : at + nbytes]
+            data.data[:] = inline[taken : taken + nbytes]
+            taken, at = taken + nbytes, at + padded(nbytes)
+        else:
+            data = place(nbytes, spec)
+        arrays.append(shaped(data, spec))
+    return message, arrays
+
+
+def _header(frame: bytes | memoryview) -> tuple[Wire, memoryview]:
     """The message in a first frame, and the bytes of its small arrays."""
     if len(frame) < _LENGTH.size:
         raise FrameError(f"a frame of {len(frame)} bytes is too short for a message")
@@ -168,5 +193,6 @@ def _allocate(nbytes: int, spec: ArraySpec) -> Buffer:
         raise FrameError(f"no memory for an array of {nbytes} bytes, {spec.dtype}{list(spec.shape)}") from None
 
 
-def _padded(nbytes: int) -> int:
+def padded(nbytes: int) -> int:
+    """Where the next array may begin, after one of `nbytes`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

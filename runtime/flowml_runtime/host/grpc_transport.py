@@ -1,4 +1,7 @@
-"""The endpoint between processes: a gRPC server, and one persistent outgoing stream for each peer.
+"""The endpoint between processes: servers for streams, and one persistent outgoing stream for each peer.
+
+Between machines the streams are gRPC's; a peer on this machine is found under the name that goes with its address
+and gets its messages through a Unix socket and shared memory, unless TLS is to say who it is.
 
 A peer is lost when its stream to us or ours to it ends, or when we are told. That is reported once in each of
 its lives, after which its sends fail and its streams are refused, until it is known at another address.
@@ -19,7 +22,8 @@ from typing import Any
 import grpc
 
 import flowml
-from flowml_runtime.host.framing import Assembler, FrameError, pack
+from flowml_runtime.host import unix_stream
+from flowml_runtime.host.framing import Assembler, FrameError, Outgoing, pack
 from flowml_runtime.host.security import TLS, check_exposure, is_loopback, split_address
 from flowml_runtime.host.streams import Stream, StreamServer
 from flowml_runtime.host.transport import (
@@ -32,12 +36,15 @@ from flowml_runtime.host.transport import (
     new_incarnation,
     unreachable,
 )
+from flowml_runtime.host.unix_stream import Incoming, UnixServer, UnixStream
 from flowml_runtime.messages import PROTOCOL, Hello, Wire
 
 CLOSE_S = 1.0
 """How long `close` waits for peers to take in what was sent to them."""
 
 _log = logging.getLogger("flowml")
+
+AnyStream = Stream | UnixStream
 
 
 @dataclass
@@ -48,7 +55,7 @@ class _Peer:
     address: str = ""
     incarnation: int = 0
     lost: str = ""
-    stream: Stream | None = None
+    stream: AnyStream | None = None
 
 
 class _Refused(Exception):
@@ -65,9 +72,13 @@ class GrpcEndpoint:
         *,
         bind: str = "127.0.0.1:0",
         tls: TLS | None = None,
+        shared_memory: bool = True,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
     ) -> None:
-        """Binds the port. Raises ClusterError if that is not possible, or not safe."""
+        """Binds the port. Without `shared_memory` peers of this machine are talked to by gRPC too.
+
+        Raises ClusterError if that is not possible, or not safe.
+        """
         check_exposure(bind, tls, token, "listen on")
         self.name = name
         self.incarnation = new_incarnation()
@@ -84,16 +95,20 @@ class GrpcEndpoint:
         self._server = StreamServer(bind, tls, token, self._receive)
         self._delivery = Delivery(name, max_queued_bytes)
         self.address = f"{bind.rpartition(':')[0]}:{self._server.port}"
+        self._shared_memory = shared_memory and tls is None and unix_stream.AVAILABLE
+        self._local = UnixServer(self.address, token, self._serve_local) if self._shared_memory else None
 
     def start(self, on_message: OnMessage, on_lost: OnLost) -> None:
         self._on_message, self._on_lost = on_message, on_lost
         self._server.start()
+        if self._local is not None:
+            self._local.start()
 
     def know(self, peers: Mapping[str, str]) -> None:
         """Raises ClusterError for an address beyond this machine without TLS."""
         for name, address in peers.items():
             check_exposure(address, self._tls, self._token, "connect to")
-            stale: Stream | None = None
+            stale: AnyStream | None = None
             with self._lock:
                 peer = self._peers.setdefault(name, _Peer(name))
                 if not peer.address and not peer.lost:
@@ -154,10 +169,12 @@ class GrpcEndpoint:
         for stream in streams:
             if not stream.wait(max(0.0, deadline - time.monotonic())):
                 stream.abort()
+        if self._local is not None:
+            self._local.stop()
         self._server.stop()
         self._delivery.close()
 
-    def _stream(self, name: str) -> Stream:
+    def _stream(self, name: str) -> AnyStream:
         with self._lock:
             peer = self._peers.get(name)
             if self._closed:
@@ -169,12 +186,11 @@ class GrpcEndpoint:
             if peer.stream is not None:
                 return peer.stream
             hello = Hello(peer=self.name, incarnation=self.incarnation, protocol=PROTOCOL, version=flowml.__version__)
-            budget = Budget(self._max_queued_bytes)
-            stream = peer.stream = Stream(peer.address, self._tls, self._token, pack(hello), budget)
+            stream = peer.stream = self._connect(peer.address, pack(hello))
         stream.start(lambda ended, reason: self._on_end(peer, ended, reason))
         return stream
 
-    def _on_end(self, peer: _Peer, stream: Stream, reason: str) -> None:
+    def _on_end(self, peer: _Peer, stream: AnyStream, reason: str) -> None:
         if peer.stream is stream:
             self._lose(peer, reason)
 
@@ -190,35 +206,47 @@ class GrpcEndpoint:
         with self._reporting:
             self._on_lost(peer.name, reason)
 
+    def _connect(self, address: str, hello: Outgoing) -> AnyStream:
+        local: UnixStream | None = None
+        if self._shared_memory:
+            local = unix_stream.connect(address, self._token, hello, self._max_queued_bytes)
+        return local or Stream(address, self._tls, self._token, hello, Budget(self._max_queued_bytes))
+
     def _receive(self, frames: Iterator[bytes], context: Any) -> bytes:
-        """Serve one incoming stream to its end."""
+        """Serve one incoming gRPC stream to its end."""
+        refusal, fault = self._serve(_assembled(frames))
+        if refusal:
+            context.abort(grpc.StatusCode.INTERNAL if fault else grpc.StatusCode.INVALID_ARGUMENT, refusal[:1024])
+        return b""
+
+    def _serve_local(self, incoming: Incoming) -> str:
+        refusal, fault = self._serve(incoming)
+        return "its connection broke" if fault else refusal
+
+    def _serve(self, incoming: Incoming) -> tuple[str, bool]:
+        """Take one stream in to its end. Returns why it is refused ("" if it just ended), and whether by our fault."""
         peer: _Peer | None = None
-        code, reason = None, "it closed the connection"
+        refusal, reason, fault = "", "it closed the connection", False
         try:
-            assembler = Assembler()
-            for frame in frames:
-                complete = assembler.feed(frame)
-                if complete is None:
-                    continue
+            for message, arrays in incoming:
                 if peer is None:
-                    peer = self._greet(complete[0])
+                    peer = self._greet(message)
                 elif peer.lost:
                     raise _Refused(f"{peer.name} counts as lost here: {peer.lost}; start it again")
                 else:
-                    self._on_message(peer.name, *complete)
-                del complete  # else it would keep its arrays alive until the next message
+                    self._on_message(peer.name, message, arrays)
+                del message, arrays  # else they would stay alive until the next message
         except (FrameError, _Refused) as error:
-            code, reason = grpc.StatusCode.INVALID_ARGUMENT, str(error)
-        except grpc.RpcError:
+            refusal = reason = str(error)
+        except (grpc.RpcError, ConnectionError):
             reason = "its connection broke"
         except Exception as error:
             _log.exception("a message from %s could not be taken in", peer.name if peer is not None else "a stranger")
-            code, reason = grpc.StatusCode.INTERNAL, f"a message from it failed here: {type(error).__name__}: {error}"
+            refusal = reason = f"a message from it failed here: {type(error).__name__}: {error}"
+            fault = True
         if peer is not None:
             self._lose(peer, reason)
-        if code is not None:
-            context.abort(code, reason[:1024])
-        return b""
+        return refusal, fault
 
     def _greet(self, hello: Wire) -> _Peer:
         """The peer that a stream's first message introduces. Raises _Refused."""
@@ -243,6 +271,13 @@ class GrpcEndpoint:
                 current = self._peers[hello.peer] = _Peer(hello.peer)
             current.incarnation = hello.incarnation
             return current
+
+
+def _assembled(frames: Iterator[bytes]) -> Incoming:
+    assembler = Assembler()
+    for frame in frames:
+        if assembler.feed(frame):
+            yield assembler.take()
 
 
 def bind_towards(address: str) -> str:

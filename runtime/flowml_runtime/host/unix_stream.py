@@ -1,0 +1,461 @@
+"""Streams between processes of one machine: a socket that rings, and shared memory for what is large.
+
+The same half-connection as `streams.Stream` without gRPC: messages go one way, each written by the thread that
+sends it as long as the socket has room, so that a small message costs two system calls. What comes back on the socket
+are the numbers of shared memory slots that the receiver is done with (see `slots`), and at the end the reason.
+
+    client    u32 length | token | records, each:
+              u32 frame bytes | u32 slots given up | u64 slot (0: none) | u64 1 if the slot is new
+              | u64 each given-up slot | frame
+              with a new slot comes its descriptor; a frame of 0 bytes says that no more will come
+    server    u64 slot: nobody uses it any more; u64 slot + 2^63: its message was taken in
+              at the end u64 -1 | u32 length | reason
+
+The receiver says when it has taken in what lies in a slot, and a sender that is too far ahead of that waits: else a
+receiver that is stuck would let its sender fill the machine.
+
+Names are in Linux's abstract space, made of the TCP address that the peer is known by: whoever finds that name is on
+the peer's machine, and in its network namespace. Both sides want the other to be of the same user, and the server
+wants the token before anything else. Peers that identify by certificates (TLS) do not meet here.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import select
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from flowml_runtime.host.arrays import Buffer, as_bytes
+from flowml_runtime.host.framing import MAX_FRAME_BYTES, FrameError, Outgoing, padded, unpack
+from flowml_runtime.host.security import same_token
+from flowml_runtime.host.slots import SlotError, SlotPool, SlotViews
+from flowml_runtime.host.transport import Budget
+from flowml_runtime.messages import Wire
+
+AVAILABLE = hasattr(os, "memfd_create") and hasattr(socket, "SO_PEERCRED")
+"""Linux has all of it."""
+
+CONNECT_S = 5.0
+"""A peer on this machine takes a connection at once; only one that is stuck with a full backlog does not."""
+
+ANSWER_MS = 50
+"""Several threads may wait for one answer, and only one of them reads it: the others look again after this."""
+
+MAX_TOKEN_BYTES = 4096
+MAX_RETIRED = 4096
+MAX_REASON_BYTES = 1024
+TOKEN_REFUSED = "it refuses the token; use the one that its cluster was started with"
+BROKE = "its connection broke"
+CLOSED = "it closed the connection"
+
+_LENGTH = struct.Struct("<I")
+_RECORD = struct.Struct("<IIQQ")
+_NUMBER = struct.Struct("<Q")
+_TAKEN = 2**63
+_GOODBYE = 2**64 - 1
+_BACKLOG = 128
+_SOCKET_BYTES = 2**20
+_READ_BYTES = 2**18
+_RIGHTS = socket.CMSG_SPACE(8 * struct.calcsize("i"))
+
+Incoming = Iterator[tuple[Wire, list[Buffer]]]
+Serve = Callable[[Incoming], str]
+"""Takes the messages of one stream in, to its end; returns why it wants no more of them, or "" if they just ended.
+A connection that broke raises ConnectionError out of the iterator."""
+
+
+def connect(address: str, token: str, first: Outgoing, max_bytes: int) -> UnixStream | None:
+    """A stream to the peer known by `address` (host:port), or None if it is not on this machine, or not ours."""
+    if not AVAILABLE:
+        return None
+    link = socket.socket(socket.AF_UNIX)
+    link.settimeout(CONNECT_S)
+    try:
+        link.connect(_name(address))
+        ours = _user(link) == os.getuid()
+    except OSError:
+        ours = False
+    if not ours:
+        link.close()
+        return None
+    link.settimeout(None)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+    return UnixStream(link, token, first, max_bytes)
+
+
+class UnixStream:
+    """The outgoing half of a connection, as `streams.Stream`. `put` from any thread."""
+
+    def __init__(self, link: socket.socket, token: str, first: Outgoing, max_bytes: int) -> None:
+        self._link = link
+        self._budget = Budget(max_bytes)
+        """Of what waits to be written."""
+        self._max_bytes = max_bytes
+        self._untaken: dict[int, int] = {}
+        """Slots whose message the receiver has not taken in yet, and their bytes: at most `max_bytes` at a time."""
+        self._lock = threading.Lock()
+        """Held while a record is made and put on its way, so that records go in the order of `put`."""
+        self._slots = SlotPool()
+        self._waiting: deque[_Chunk] = deque()
+        """What the socket has no room for yet; a thread writes it. Empty most of the time."""
+        self._ending = False
+        self._ended = threading.Event()
+        self._answers = bytearray()
+        self.reason = ""
+        """Why the peer or the connection ended it. Known before `put` returns False for that."""
+        secret = token.encode()
+        self._budget.acquire(0)
+        self._write(_Chunk(_LENGTH.pack(len(secret)) + secret, (), 0))
+        self.put(first)
+
+    def start(self, on_end: Callable[[Any, str], None]) -> None:
+        """`on_end(self, reason)` is called once, however the stream ends, on a thread of its own."""
+        threading.Thread(target=self._watch, args=(on_end,), name="flowml-watch", daemon=True).start()
+
+    def put(self, message: Outgoing) -> bool:
+        """Send a message, waiting while too much is on its way. False if the stream has ended. Raises SlotError."""
+        if not self._budget.acquire(len(message.first)):
+            return False
+        try:
+            while True:
+                with self._lock:
+                    if self._ending:
+                        break
+                    if not message.large or self._fits(message.nbytes):
+                        return self._write(self._record(message))
+                self._await_answers()
+        except BaseException:
+            self._budget.release(len(message.first))
+            raise
+        self._budget.release(len(message.first))
+        return False
+
+    def finish(self) -> None:
+        """End the stream once all that was put has been taken in."""
+        self._budget.close()
+        with self._lock:
+            if not self._ending:
+                self._ending = True
+                self._budget.acquire(0, wait=False)
+                self._write(_Chunk(_RECORD.pack(0, 0, 0, 0), (), 0))
+
+    def abort(self) -> None:
+        """End the stream now."""
+        self._budget.close()
+        with contextlib.suppress(OSError):
+            self._link.shutdown(socket.SHUT_RDWR)
+
+    def wait(self, timeout_s: float) -> bool:
+        """True if the stream has ended, and everything that it held is let go."""
+        return self._ended.wait(timeout_s)
+
+    def _record(self, message: Outgoing) -> _Chunk:
+        """The bytes of a message; its large arrays are copied into a slot here."""
+        number = new = 0
+        descriptors: tuple[int, ...] = ()
+        if message.large:
+            room = sum(padded(a.nbytes) for a in message.large)
+            slot, fd = self._slots.take(room)
+            self._untaken[slot.number] = room
+            descriptors = (fd,) if fd >= 0 else ()
+            number, new, at = slot.number, len(descriptors), 0
+            for large in message.large:
+                slot.data[at : at + large.nbytes] = as_bytes(large)
+                at += padded(large.nbytes)
+        retired = self._slots.retired()
+        head = _RECORD.pack(len(message.first), len(retired), number, new)
+        return _Chunk(b"".join([head, *map(_NUMBER.pack, retired), message.first]), descriptors, len(message.first))
+
+    def _write(self, chunk: _Chunk) -> bool:
+        """Write as much as there is room for, and leave the rest to the writer. False if the peer is gone."""
+        if not self._waiting:
+            try:
+                if chunk.send(self._link, socket.MSG_DONTWAIT):
+                    self._budget.release(chunk.nbytes)
+                    return True
+            except BlockingIOError:
+                pass
+            except OSError:
+                chunk.close()
+                self._budget.release(chunk.nbytes)
+                return False
+            threading.Thread(target=self._write_waiting, name="flowml-write", daemon=True).start()
+        self._waiting.append(chunk)
+        return True
+
+    def _write_waiting(self) -> None:
+        """Write what waits, as the socket takes it, until nothing does."""
+        with self._lock:
+            chunk = self._waiting[0]
+        while True:
+            try:
+                while not chunk.send(self._link, 0):
+                    pass
+            except OSError:
+                self._drop_waiting()
+                return
+            self._budget.release(chunk.nbytes)
+            with self._lock:
+                self._waiting.popleft()
+                if not self._waiting:
+                    return
+                chunk = self._waiting[0]
+
+    def _drop_waiting(self) -> None:
+        with self._lock:
+            left = list(self._waiting)
+            self._waiting.clear()
+        for chunk in left:
+            chunk.close()
+            self._budget.release(chunk.nbytes)
+
+    def _fits(self, nbytes: int) -> bool:
+        """True if so much may go to the receiver now; what is larger than all that may be on its way goes alone."""
+        self._take_answers()
+        return not self._untaken or sum(self._untaken.values()) + nbytes <= self._max_bytes
+
+    def _await_answers(self) -> None:
+        """Wait until the receiver says something, or another thread may have heard it."""
+        poll = select.poll()
+        poll.register(self._link, select.POLLIN | select.POLLRDHUP)
+        poll.poll(ANSWER_MS)
+
+    def _take_answers(self) -> None:
+        """Take in which messages have arrived and which slots are free again, without waiting for any."""
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while data := self._link.recv(2**16, socket.MSG_DONTWAIT):
+                self._answers += data
+        whole = len(self._answers) // _NUMBER.size * _NUMBER.size
+        taken = 0
+        for (number,) in _NUMBER.iter_unpack(bytes(self._answers[:whole])):
+            if number == _GOODBYE:
+                break
+            if number & _TAKEN:
+                self._untaken.pop(number ^ _TAKEN, None)
+            else:
+                self._slots.give_back(number)
+            taken += _NUMBER.size
+        del self._answers[:taken]
+
+    def _watch(self, on_end: Callable[[Any, str], None]) -> None:
+        """Wait for the end. Slots that come back wake nobody: they are looked for when one is needed."""
+        poll = select.poll()
+        poll.register(self._link, select.POLLRDHUP)
+        poll.poll()
+        with self._lock:
+            self._ending = True
+            with contextlib.suppress(SlotError):
+                self._take_answers()
+                self._take_answers()  # a reset by a peer that left something unread comes before what it said
+            self.reason = _reason(bytes(self._answers)) or BROKE
+        self._budget.close()
+        try:
+            on_end(self, self.reason)
+        finally:
+            with contextlib.suppress(OSError):
+                self._link.shutdown(socket.SHUT_RDWR)
+            with self._lock:
+                self._link.close()
+                self._slots.close()
+            self._ended.set()
+
+
+class _Chunk:
+    """Bytes to be written, with descriptors that go along with the first of them."""
+
+    def __init__(self, data: bytes, descriptors: Sequence[int], nbytes: int) -> None:
+        self._left = memoryview(data)
+        self._descriptors = descriptors
+        self.nbytes = nbytes
+
+    def send(self, link: socket.socket, flags: int) -> bool:
+        """Write what one call takes; True when that was the rest."""
+        rights = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self._descriptors))] if self._descriptors else []
+        )
+        sent = link.sendmsg([self._left], rights, flags | socket.MSG_NOSIGNAL)
+        self.close()
+        self._left = self._left[sent:]
+        return not self._left
+
+    def close(self) -> None:
+        for fd in self._descriptors:
+            os.close(fd)
+        self._descriptors = ()
+
+
+class UnixServer:
+    """Takes streams in under the name that goes with a TCP address. They wait until `start`."""
+
+    def __init__(self, address: str, token: str, serve: Serve) -> None:
+        self._token = token
+        self._serve = serve
+        self._lock = threading.Lock()
+        self._links: set[socket.socket] = set()
+        self._closed = False
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(_name(address))
+        self._listener.listen(_BACKLOG)
+
+    def start(self) -> None:
+        threading.Thread(target=self._accept, name="flowml-accept", daemon=True).start()
+
+    def stop(self) -> None:
+        """Break every stream and free the name."""
+        with self._lock:
+            self._closed = True
+            links = list(self._links)
+        for link in (self._listener, *links):
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                link, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                if self._closed or _user(link) != os.getuid():
+                    link.close()
+                    continue
+                self._links.add(link)
+            threading.Thread(target=self._run, args=(link,), name="flowml-receive", daemon=True).start()
+
+    def _run(self, link: socket.socket) -> None:
+        """One stream, from its token to the reason of its end."""
+        reader = _Reader(link)
+        try:
+            reason = self._check(reader) or self._serve(_messages(link, reader)) or CLOSED
+            with contextlib.suppress(OSError):
+                text = reason.encode()[:MAX_REASON_BYTES]
+                link.sendall(_NUMBER.pack(_GOODBYE) + _LENGTH.pack(len(text)) + text)
+        except (ConnectionError, FrameError):
+            pass  # whoever it was has said nothing that we could answer
+        finally:
+            with self._lock:
+                self._links.discard(link)
+            reader.close()
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+            link.close()
+
+    def _check(self, reader: _Reader) -> str:
+        (length,) = _LENGTH.unpack(reader.read(_LENGTH.size))
+        if length > MAX_TOKEN_BYTES:
+            return TOKEN_REFUSED
+        given = bytes(reader.read(length)).decode("utf-8", "replace")
+        return "" if same_token(given, self._token) else TOKEN_REFUSED
+
+
+def _messages(link: socket.socket, reader: _Reader) -> Incoming:
+    """The messages of a stream. Raises FrameError for what no sender writes, ConnectionError if it breaks off."""
+    unsent: deque[int] = deque()
+
+    def answer(number: int) -> None:
+        """Runs wherever a view dies, perhaps in the middle of anything: it takes no lock and does not wait."""
+        try:
+            link.send(_NUMBER.pack(number), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            unsent.append(number)
+        except OSError:
+            pass  # the sender is gone, and its slots with it
+
+    views = SlotViews(answer)
+    while True:
+        nbytes, given_up, number, new = _RECORD.unpack(reader.read(_RECORD.size))
+        if nbytes > MAX_FRAME_BYTES or given_up > MAX_RETIRED:
+            raise FrameError(f"a record announces {nbytes} bytes and {given_up} slots given up")
+        if not nbytes:
+            return
+        try:
+            for (retired,) in _NUMBER.iter_unpack(bytes(reader.read(given_up * _NUMBER.size))):
+                views.unmap(retired)
+            frame = reader.read(nbytes)
+            if new:
+                views.map(number, reader.descriptor())
+            room = views.lease(number) if number else None
+        except SlotError as error:
+            raise FrameError(str(error)) from None
+        yield unpack(frame, room)
+        room = None
+        if number:
+            answer(number | _TAKEN)
+        for _ in range(len(unsent)):
+            answer(unsent.popleft())
+
+
+class _Reader:
+    """Reads a socket in large pieces, keeping descriptors that come along."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        self._buffer = bytearray(_READ_BYTES)
+        self._start = self._end = 0
+        self._descriptors: deque[int] = deque()
+
+    def read(self, nbytes: int) -> memoryview:
+        """The next bytes, good until the next call. Raises ConnectionError if there will not be as many."""
+        if self._end - self._start < nbytes:
+            self._make_room(nbytes)
+            while self._end - self._start < nbytes:
+                self._receive()
+        self._start += nbytes
+        return memoryview(self._buffer)[self._start - nbytes : self._start]
+
+    def descriptor(self) -> int:
+        """The next descriptor. Raises FrameError if there is none."""
+        if not self._descriptors:
+            raise FrameError("a record announces a new slot and does not bring it")
+        return self._descriptors.popleft()
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+
+    def _make_room(self, nbytes: int) -> None:
+        """Everything unread to the front; views of earlier reads may still exist, so a larger buffer is a new one."""
+        unread = self._buffer[self._start : self._end]
+        if nbytes > len(self._buffer):
+            self._buffer = bytearray(nbytes + _READ_BYTES)
+        self._buffer[: len(unread)] = unread
+        self._start, self._end = 0, len(unread)
+
+    def _receive(self) -> None:
+        view = memoryview(self._buffer)[self._end :]
+        got, rights, flags, _ = self._link.recvmsg_into([view], _RIGHTS, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in rights:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                whole = len(data) // struct.calcsize("i") * struct.calcsize("i")
+                self._descriptors.extend(array.array("i", data[:whole]))
+        if not got:
+            raise ConnectionError(BROKE)
+        if flags & socket.MSG_CTRUNC:
+            raise FrameError("more descriptors came than a record can have")
+        self._end += got
+
+
+def _name(address: str) -> bytes:
+    return f"\0flowml/{address}".encode()
+
+
+def _user(link: socket.socket) -> int:
+    """The user of the process at the other end."""
+    _, user, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return user
+
+
+def _reason(answers: bytes) -> str:
+    """The reason in what a server said last."""
+    head = _NUMBER.size + _LENGTH.size
+    if len(answers) < head or answers[: _NUMBER.size] != _NUMBER.pack(_GOODBYE):
+        return ""
+    return answers[head:].decode("utf-8", "replace")[:MAX_REASON_BYTES]
