@@ -10,7 +10,7 @@ import pytest
 import flowml as fm
 from flowml_tools.main import main
 
-COMMANDS = ("run", "launch", "worker", "viz", "doctor")
+COMMANDS = ("run", "launch", "worker", "viz", "bench", "doctor")
 
 
 def test_help_lists_the_commands_and_is_quick(flowml) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,6 +92,14 @@ def tls(arguments: argparse.Namespace) -> TLS | None:
         if not path.is_file():
             raise CommandError(f"--tls-{name} {str(path)!r} is not a file")
     return TLS(**files)
+
+
+def connection_options(token_file: Path, secured: TLS | None) -> str:
+    """What `add_connection` takes, as somebody would type it in a shell."""
+    files = {"--token-file": token_file}
+    if secured is not None:
+        files |= {"--tls-cert": secured.cert, "--tls-key": secured.key, "--tls-ca": secured.ca}
+    return " ".join(f"{option} {shlex.quote(str(path))}" for option, path in files.items())
 
 
 def connect(at: str, arguments: argparse.Namespace) -> Cluster:

@@ -10,10 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from flowml_tools.command import add_offer, add_tls, address, count, positive, read_token, tls
+from flowml_tools.command import add_offer, add_tls, address, connection_options, count, positive, read_token, tls
 
 if TYPE_CHECKING:
-    from flowml_runtime.cluster import LaunchedCluster
+    from flowml_runtime.host.security import TLS
 
 SUMMARY = "start a cluster and print how to connect to it"
 DESCRIPTION = """\
@@ -53,17 +53,21 @@ def main(arguments: argparse.Namespace) -> int:
             platform=arguments.platform,
         )
         try:
-            _announce(cluster, path)
+            _announce(cluster.address, path, secured)
             cluster.wait()
         finally:
             cluster.close()
     return 0
 
 
-def _announce(cluster: LaunchedCluster, token_file: Path) -> None:
-    at, options = cluster.address, f"--token-file {token_file}"
+def _announce(at: str, token_file: Path, secured: TLS | None) -> None:
+    options = connection_options(token_file, secured)
+    files = {} if secured is None else {"cert": str(secured.cert), "key": str(secured.key), "ca": str(secured.ca)}
     print(f"cluster at {at}, token in {token_file}")
-    print(f'  in Python:   fm.Cluster.connect("{at}", token=Path("{token_file}"))')
+    print("  in Python:   import flowml as fm; from pathlib import Path")
+    print(
+        f"               fm.Cluster.connect({at!r}, token=Path({str(token_file)!r}){f', tls={files}' if files else ''})"
+    )
     print(f"  a script:    flowml run --on {at} {options} FILE.py")
     print(f"  one more:    flowml worker {at} {options}")
     print("Ctrl-C stops it.", flush=True)

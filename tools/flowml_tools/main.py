@@ -13,7 +13,7 @@ import traceback
 from types import FrameType
 from typing import NoReturn
 
-from flowml_tools import doctor, launch, run, viz, worker
+from flowml_tools import bench, doctor, launch, run, viz, worker
 from flowml_tools.command import CommandError
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowml", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"flowml {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (run, launch, worker, viz, doctor):
+    for module in (run, launch, worker, viz, bench, doctor):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name,

@@ -1,0 +1,96 @@
+"""`flowml bench`: side-by-side measurements against what else does the same on this machine.
+
+A benchmark is a module with a SUMMARY and a function `rows`. Its goals are ratios, because absolute times mean little
+from one machine to the next; one that is missed is printed as MISSED and does not fail the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flowml_tools.bench import dispatch, memory, transport
+from flowml_tools.bench.rows import BenchError, Row
+from flowml_tools.bench.table import render
+from flowml_tools.bench.timing import hush
+from flowml_tools.command import CommandError, positive
+
+SUMMARY = "side-by-side measurements, peers included where installed"
+BENCHMARKS = {module.__name__.rpartition(".")[2]: module for module in (dispatch, transport, memory)}
+DESCRIPTION = (
+    "Measure flowml side by side with its peers on this machine, in turn. Takes a minute or so.\n\n"
+    + "\n".join(f"  {name:<11}{module.SUMMARY}" for name, module in BENCHMARKS.items())
+)
+PACKAGES = ("jax", "jaxlib", "numpy", "grpcio", "msgspec", "ray")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", metavar="NAMES", nargs="*", help=f"{', '.join(BENCHMARKS)} (default: all)")
+    parser.add_argument("--json", type=Path, metavar="OUT.json", help="also write the rows, with every measurement")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="measurements a row (default: as each needs)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    names: list[str] = list(dict.fromkeys(arguments.names)) or list(BENCHMARKS)
+    for name in names:
+        if name not in BENCHMARKS:
+            raise CommandError(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
+    output: Path | None = arguments.json
+    if output and not output.parent.is_dir():
+        raise CommandError(f"the folder of {str(output)!r} does not exist")
+    results: dict[str, Sequence[Row]] = {}
+    for name in names:
+        try:
+            results[name] = BENCHMARKS[name].rows(arguments.repeats)
+        except BenchError as error:
+            raise BenchError(f"{name}: {error}") from None
+        finally:
+            hush()
+        print(render(name, results[name]), flush=True)
+        if output:
+            output.write_text(report(results))
+    return 0
+
+
+def report(results: Mapping[str, Sequence[Row]]) -> str:
+    """The rows of each benchmark with what they were measured on, as JSON text."""
+    content = {
+        "machine": _machine(),
+        "versions": _versions(),
+        "benchmarks": {name: [row.json() for row in rows] for name, rows in results.items()},
+    }
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _machine() -> dict[str, object]:
+    import psutil
+
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "usable cores": len(os.sched_getaffinity(0)),
+        "memory": psutil.virtual_memory().total,
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _versions() -> dict[str, str | None]:
+    from flowml import __version__
+
+    versions: dict[str, str | None] = {"flowml": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions

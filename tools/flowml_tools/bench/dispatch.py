@@ -1,0 +1,125 @@
+"""What a call costs: beside `jax.jit` on one device, and through two worker processes beside the plainest ring."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from flowml_tools.bench.peers import installed, peer
+from flowml_tools.bench.rows import BenchError, Goal, Peer, Row, Sample
+from flowml_tools.bench.timing import Probe, interleave, per_call, tell
+
+SUMMARY = "a call on one device and through two workers; against jax.jit, a ring of sockets, Ray"
+REPEATS = 40
+CALLS = 50
+"""Calls of microseconds that make one measurement."""
+
+STEP_CALLS = 10
+RING_CALLS = 10
+RAY_ENDS_S = 15.0
+MESSAGE = b"x" * 64
+
+
+def rows(repeats: int | None) -> list[Row]:
+    return [*_one_device(repeats or REPEATS), *_two_workers(repeats or REPEATS)]
+
+
+def _one_device(repeats: int) -> list[Row]:
+    import jax
+    import jax.numpy as jnp
+
+    import flowml as fm
+    from flowml_tools.bench.functions import example, increment, several_products
+
+    def measure(cluster: fm.Cluster, fn: Callable[[jax.Array], jax.Array], x: jax.Array, calls: int) -> list[Sample]:
+        ours, peers = fm.dataflow(fn, cluster=cluster), jax.jit(fn)
+        probes = [
+            per_call(lambda: ours(x).block_until_ready(), calls),
+            per_call(lambda: peers(x).block_until_ready(), calls),
+        ]
+        return interleave(f"dispatch: {fn.__name__}", probes, repeats)
+
+    tell("dispatch: one device")
+    with fm.Cluster.threads(workers=1) as cluster:
+        tiny = measure(cluster, increment, jnp.zeros(1), CALLS)
+        step = measure(cluster, several_products, jnp.asarray(example(256)), STEP_CALLS)
+    return [
+        Row("one device, tiny array", "s", tiny[0], Peer("jax.jit", tiny[1]), Goal("at most", 20e-6, "difference")),
+        Row("one device, 8 products 256×256", "s", step[0], Peer("jax.jit", step[1]), Goal("at most", 1.02)),
+    ]
+
+
+def _two_workers(repeats: int) -> list[Row]:
+    import jax
+    import numpy as np
+
+    import flowml as fm
+    from flowml_runtime.host.machine import cores, share_cores
+    from flowml_tools.bench.functions import two_layers
+
+    tell("dispatch: driver -> worker:0 -> worker:1 -> driver")
+    shares = share_cores(cores(), 2)
+    x = np.zeros(1, np.float32)
+    with ExitStack() as stack:
+        cluster = stack.enter_context(fm.Cluster.local(workers=2))
+        program = fm.dataflow(two_layers, cluster=cluster, placement={"first": "worker:0", "second": "worker:1"})
+        ours = per_call(lambda: jax.block_until_ready(program(x)), RING_CALLS)
+        ring = per_call(stack.enter_context(_ring(shares)), RING_CALLS)
+        probes: list[Probe] = [ours, ring]
+        ray, why = _ray(stack, shares)
+        if ray:
+            probes.append(ray)
+        samples = interleave("dispatch: driver -> worker:0 -> worker:1 -> driver", probes, repeats)
+    name = "driver → worker → worker → driver"
+    return [
+        Row(name, "s", samples[0], Peer("ring of unix sockets", samples[1])),
+        Row(name, "s", samples[0], Peer(why, samples[2] if ray else None), Goal("at most", 1 / 3)),
+        Row(name, "s", samples[0], Peer(_tensorflow()), Goal("at most", 1 / 10)),
+    ]
+
+
+@contextmanager
+def _ring(shares: Sequence[Sequence[int]]) -> Generator[Callable[[], None]]:
+    """A call sends a few bytes around this process, a process on each share of cores, and back."""
+    with ExitStack() as stack:
+        links = [socket.socketpair() for _ in range(len(shares) + 1)]
+        for link in links:
+            for end in link:
+                stack.enter_context(end)
+        for i, own in enumerate(shares):
+            ends = (links[i][1].fileno(), links[i + 1][0].fileno())
+            stack.enter_context(peer("ring", *map(str, ends), cores=own, pass_fds=ends))
+        first, last = links[0][0], links[-1][1]
+        for link in links:
+            for end in link:
+                if end not in (first, last):
+                    end.close()  # so that a node that dies is an end of file, not silence
+
+        def around() -> None:
+            first.sendall(MESSAGE)
+            if len(last.recv(len(MESSAGE), socket.MSG_WAITALL)) < len(MESSAGE):
+                raise BenchError("a process of the ring has ended")
+
+        yield around
+
+
+def _ray(stack: ExitStack, shares: Sequence[Sequence[int]]) -> tuple[Probe | None, str]:
+    """A probe for Ray's compiled graph of two actors, or None; and its name, or why there is none."""
+    if not installed("ray"):
+        return None, "ray: not installed"
+    every = sorted(os.sched_getaffinity(0))
+    try:
+        process = stack.enter_context(
+            peer("ray", *(",".join(map(str, own)) for own in shares), cores=every, grace_s=RAY_ENDS_S)
+        )
+        process.read()
+    except BenchError as error:
+        return None, f"ray: {error}"
+    return lambda: float(process.ask(str(RING_CALLS))), "Ray compiled graph"
+
+
+def _tensorflow() -> str:
+    """Why TensorFlow's distributed session is not measured."""
+    return "tensorflow: no peer program yet" if installed("tensorflow") else "tensorflow: not installed"

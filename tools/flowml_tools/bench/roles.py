@@ -1,0 +1,164 @@
+"""What the peers' processes do: `python -m flowml_tools.bench.roles ROLE CORES …`, started by `peers.peer`.
+
+Each is the plainest program for its task. Orders come on stdin, answers go to stdout, one line each; a role ends with
+its stdin or with the sockets that it was given.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flowml_tools.bench.peers import EDGE_BYTES
+
+ACCEPT_TIMEOUT_S = 30.0
+
+
+def main() -> None:
+    role, own, *arguments = sys.argv[1:]
+    os.sched_setaffinity(0, [int(core) for core in own.split(",")])
+    ROLES[role](*arguments)
+
+
+def _orders() -> Iterator[str]:
+    return (line.strip() for line in sys.stdin)
+
+
+def _say(text: object) -> None:
+    print(text, flush=True)
+
+
+def _ring(incoming: str, outgoing: str) -> None:
+    """Hand on what comes in: one node of a ring of sockets that were inherited."""
+    receive, send = socket.socket(fileno=int(incoming)), socket.socket(fileno=int(outgoing))
+    with receive, send:
+        while data := receive.recv(65536):
+            send.sendall(data)
+
+
+def _tcp_target() -> None:
+    buffer = memoryview(bytearray(EDGE_BYTES))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        _say(server.getsockname()[1])
+        server.settimeout(ACCEPT_TIMEOUT_S)
+        connection, _ = server.accept()
+    connection.settimeout(None)
+    with connection:
+        while True:
+            left = EDGE_BYTES
+            while left:
+                received = connection.recv_into(buffer[:left])
+                if not received:
+                    return
+                left -= received
+            connection.sendall(b"k")
+
+
+def _tcp_source(port: str) -> None:
+    payload = bytearray(b"x") * EDGE_BYTES
+    with socket.create_connection(("127.0.0.1", int(port)), ACCEPT_TIMEOUT_S) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _say("ready")
+        for _ in _orders():
+            start = time.perf_counter()
+            connection.sendall(payload)
+            if connection.recv(1) != b"k":
+                raise ConnectionError("the receiver went away")
+            _say(time.perf_counter() - start)
+
+
+def _transfer_server() -> Any:
+    import jax
+    from jax.experimental import transfer
+
+    return transfer.start_transfer_server(jax.devices()[0].client, "127.0.0.1:0", ["127.0.0.1:0"])
+
+
+def _transfer_source() -> None:
+    """Offer the array under each number that is asked for. Offering copies nothing and is not timed."""
+    import jax
+    import numpy as np
+
+    array = jax.device_put(np.ones(EDGE_BYTES // 4, np.float32)).block_until_ready()
+    server = _transfer_server()
+    _say(server.address())
+    for number in _orders():
+        server.await_pull(int(number), [array])
+        _say("offered")
+
+
+def _transfer_target(address: str) -> None:
+    import jax
+    import numpy as np
+
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = [jax.ShapeDtypeStruct((EDGE_BYTES // 4,), np.float32, sharding=sharding)]
+    server = _transfer_server()
+    connection = server.connect(address)
+    _say("ready")
+    for number in _orders():
+        start = time.perf_counter()
+        [array] = connection.pull(int(number), wanted)
+        array.block_until_ready()
+        _say(time.perf_counter() - start)
+
+
+def _bare() -> None:
+    """A process that imports JAX and then, when told to, runs one jitted step."""
+    import jax
+
+    from flowml_tools.bench.functions import example, several_products
+
+    jax.devices()
+    _say("imported")
+    for _ in _orders():
+        jax.jit(several_products)(example(256)).block_until_ready()
+        _say("stepped")
+
+
+def _ray(first: str, second: str) -> None:
+    """A compiled graph driver -> actor -> actor -> driver; answers an order of n calls with the seconds of one."""
+    import numpy as np
+    import ray  # pyright: ignore[reportMissingImports]
+    from ray.dag import InputNode  # pyright: ignore[reportMissingImports]
+
+    class Stage:
+        def __init__(self, cores: str) -> None:
+            for thread in os.listdir("/proc/self/task"):  # the compiled graph runs on a thread that exists already
+                os.sched_setaffinity(int(thread), [int(core) for core in cores.split(",")])
+
+        def step(self, x: Any) -> Any:
+            return x + 1
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    actor: Any = ray.remote(Stage)
+    a, b = actor.remote(first), actor.remote(second)
+    with InputNode() as given:
+        graph = b.step.bind(a.step.bind(given)).experimental_compile()
+    x = np.zeros(1, np.float32)
+    ray.get(graph.execute(x))
+    _say("ready")
+    for calls in map(int, _orders()):
+        start = time.perf_counter()
+        for _ in range(calls):
+            ray.get(graph.execute(x))
+        _say((time.perf_counter() - start) / calls)
+    ray.shutdown()
+
+
+ROLES: dict[str, Callable[..., None]] = {
+    "ring": _ring,
+    "tcp-target": _tcp_target,
+    "tcp-source": _tcp_source,
+    "transfer-source": _transfer_source,
+    "transfer-target": _transfer_target,
+    "bare": _bare,
+    "ray": _ray,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What a benchmark finds: rows that set our samples beside a peer's, and the arithmetic of ratios and goals.
+
+Times are in seconds, rates in bytes/s, memory in bytes; the unit of a row says which. A goal bounds either the ratio of
+the medians or their difference. A row whose peer could not be measured has no ratio, and its goal is neither met nor
+missed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from flowml.errors import FlowmlError
+
+Unit = Literal["s", "bytes/s", "bytes"]
+
+
+class BenchError(FlowmlError):
+    """A measurement came to nothing; says why."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Repeated measurements of one thing, in the order they were made."""
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.values:
+            raise ValueError("a sample has at least one value")
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The first and the third, by linear interpolation."""
+        if len(self.values) == 1:
+            return self.values[0], self.values[0]
+        first, _, third = statistics.quantiles(self.values, n=4, method="inclusive")
+        return first, third
+
+    @property
+    def spread(self) -> float:
+        """The interquartile range."""
+        first, third = self.quartiles
+        return third - first
+
+    def json(self) -> dict[str, object]:
+        return {"median": self.median, "quartiles": list(self.quartiles), "samples": list(self.values)}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What we are compared with. Without a sample it was not measured, and `name` says why."""
+
+    name: str
+    sample: Sample | None = None
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on ours / peer, or on ours - peer in the unit of the row."""
+
+    sense: Literal["at most", "at least"]
+    limit: float
+    of: Literal["ratio", "difference"] = "ratio"
+
+    def met(self, value: float) -> bool:
+        return value <= self.limit if self.sense == "at most" else value >= self.limit
+
+    def json(self) -> dict[str, object]:
+        return {"of": self.of, "sense": self.sense, "limit": self.limit}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a benchmark's table."""
+
+    name: str
+    unit: Unit
+    ours: Sample
+    peer: Peer
+    goal: Goal | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Our median over the peer's."""
+        return self.ours.median / self.peer.sample.median if self.peer.sample else None
+
+    @property
+    def difference(self) -> float | None:
+        """Our median less the peer's, in the unit of the row."""
+        return self.ours.median - self.peer.sample.median if self.peer.sample else None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is met; None without a goal or without a measured peer."""
+        if self.goal is None:
+            return None
+        value = self.ratio if self.goal.of == "ratio" else self.difference
+        return None if value is None else self.goal.met(value)
+
+    def json(self) -> dict[str, object]:
+        peer: Mapping[str, object] = self.peer.sample.json() if self.peer.sample else {}
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "ours": self.ours.json(),
+            "peer": {"name": self.peer.name, "measured": self.peer.sample is not None, **peer},
+            "ratio": self.ratio,
+            "difference": self.difference,
+            "goal": self.goal and self.goal.json(),
+            "met": self.met,
+        }

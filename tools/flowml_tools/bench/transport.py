@@ -1,0 +1,107 @@
+"""The rate of a 64 MiB edge between two workers of one machine.
+
+An edge cannot be timed from outside alone: we time a program whose 64 MiB cross, and the same program with the
+array kept on one worker, and take the difference. Feeds and fetches are scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from flowml_tools.bench.peers import EDGE_BYTES, peer
+from flowml_tools.bench.rows import BenchError, Goal, Peer, Row, Sample
+from flowml_tools.bench.timing import Probe, interleave, per_call, tell
+
+SUMMARY = "a 64 MiB edge between two workers; against memcpy, a raw TCP stream, jax.experimental.transfer"
+REPEATS = 15
+WARM_UP = 4
+"""First steps touch fresh memory, which costs more than the copies do."""
+
+CARRIED = {"make": "worker:0", "take": "worker:1"}
+KEPT = {"aside": "worker:1", "make": "worker:0", "take": "worker:0"}
+
+
+def rows(repeats: int | None) -> list[Row]:
+    import numpy as np
+
+    import flowml as fm
+    from flowml_runtime.host.machine import cores, share_cores
+    from flowml_tools.bench.functions import carried, kept
+
+    tell("transport: starting two workers and the peers")
+    shares = share_cores(cores(), 2)
+    x, length = np.float32(2), EDGE_BYTES // 4
+    with ExitStack() as stack:
+        cluster = stack.enter_context(fm.Cluster.local(workers=2))
+        crossing = fm.dataflow(carried, cluster=cluster, placement=CARRIED, static_argnums=1)
+        staying = fm.dataflow(kept, cluster=cluster, placement=KEPT, static_argnums=1)
+        probes = [
+            per_call(lambda: float(crossing(x, length)), 1),
+            per_call(lambda: float(staying(x, length)), 1),
+            _memcpy(),
+            _tcp(stack, shares),
+        ]
+        transfer, name = _transfer(stack, shares)
+        if transfer:
+            probes.append(transfer)
+        samples = interleave("transport: 64 MiB", probes, repeats or REPEATS, WARM_UP)
+    ours = edge(samples[0], samples[1])
+    peers = [Peer("memcpy", _rate(samples[2])), Peer("one raw TCP stream", _rate(samples[3]))]
+    peers.append(Peer(name, _rate(samples[4]) if transfer else None))
+    limits = (0.7, 0.9, 6.0)
+    return [
+        Row("64 MiB edge", "bytes/s", ours, p, Goal("at least", limit)) for p, limit in zip(peers, limits, strict=True)
+    ]
+
+
+def edge(crossing: Sample, staying: Sample) -> Sample:
+    """Rates in bytes/s: what each crossing step took longer than the median of those that stay."""
+    longer = [seconds - staying.median for seconds in crossing.values]
+    if min(longer) <= 0:
+        raise BenchError("the edge cannot be told from noise; measure on a quieter machine, or with more --repeats")
+    return _rate(Sample(tuple(longer)))
+
+
+def _rate(seconds: Sample) -> Sample:
+    return Sample(tuple(EDGE_BYTES / s for s in seconds.values))
+
+
+def _memcpy() -> Probe:
+    import numpy as np
+
+    source, target = np.ones(EDGE_BYTES // 4, np.float32), np.zeros(EDGE_BYTES // 4, np.float32)
+    return per_call(lambda: np.copyto(target, source), 1)
+
+
+def _tcp(stack: ExitStack, shares: Sequence[Sequence[int]]) -> Probe:
+    port = stack.enter_context(peer("tcp-target", cores=shares[1])).read()
+    source = stack.enter_context(peer("tcp-source", port, cores=shares[0]))
+    source.read()
+    return lambda: float(source.ask("send"))
+
+
+def _transfer(stack: ExitStack, shares: Sequence[Sequence[int]]) -> tuple[Probe | None, str]:
+    """A probe for JAX's own transfers between processes, or None where they do not work; its name, or why not."""
+    name = "jax.experimental.transfer"
+    try:
+        source = stack.enter_context(peer("transfer-source", cores=shares[0]))
+        target = stack.enter_context(peer("transfer-target", source.read(), cores=shares[1]))
+        target.read()
+        probe = _pulls(source.ask, target.ask)
+        probe()
+    except BenchError as error:
+        return None, f"{name}: {error}"
+    return probe, name
+
+
+def _pulls(offer: Callable[[str], str], pull: Callable[[str], str]) -> Probe:
+    number = 0
+
+    def probe() -> float:
+        nonlocal number
+        number += 1
+        offer(str(number))
+        return float(pull(str(number)))
+
+    return probe
