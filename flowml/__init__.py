@@ -74,11 +74,23 @@ _HOMES = {
     "TrainingResult": "flowml_runtime.trainer",
 }
 
+_EXISTS = {
+    ("Ring", "Tree", "Gossip", "Hierarchy", "SharedMemory"): "use fm.ParameterServer()",
+    ("Deadline", "Coded", "Speculate"): "use fm.Quorum(0.75) or fm.Quorum(3)",
+    ("Once",): "use every=k or fm.Every(k)",
+    ("Delta", "Weights"): "use fm.Gradient() or fm.Factors()",
+    ("SimulatedCluster", "sim"): "use fm.Cluster.threads(workers=4), and Trainer(delays=…) for slow workers",
+}
+_PLANNED = {name: instead for names, instead in _EXISTS.items() for name in names}
+"""Names of the design that this version does not have, and what there is instead."""
+
 __all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
+    if name in _PLANNED:
+        raise AttributeError(f"flowml {__version__} does not have flowml.{name} yet; {_PLANNED[name]}")
     if home is None:
         raise AttributeError(f"module 'flowml' has no attribute {name!r}")
     module = importlib.import_module(home)

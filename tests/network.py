@@ -52,10 +52,10 @@ class Network:
         self.receivers: dict[str, Receive] = {}
         self.devices: tuple[Device, ...] = as_devices([f"worker:{n}" for n in range(workers)])
         self.driver = DirectEndpoint("driver", self.receivers)
-        self.session = Session(self.driver, self.devices, in_flight=in_flight)
+        self.session = Session(self.driver, self.devices, in_flight=in_flight, deadline_s=deadline_s)
         self.receivers["driver"] = self.session.on_message
         self.workers: list[Worker] = []
-        self._options: dict[str, Any] = {"python": python, "deadline_s": deadline_s}
+        self._options: dict[str, Any] = {"python": python}
         for n in range(workers):
             worker = self.start(n, devices[n] if devices else jax.local_devices()[0])
             if local:

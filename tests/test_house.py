@@ -101,6 +101,21 @@ def test_the_public_names_are_there_and_documented() -> None:
     assert bare == []
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("Ring", "fm.ParameterServer()"), ("Coded", "fm.Quorum(0.75)"), ("Delta", "fm.Gradient()"), ("sim", "delays=")],
+)
+def test_a_name_that_is_still_to_come_says_what_there_is(name: str, instead: str) -> None:
+    import flowml as fm
+
+    with pytest.raises(AttributeError, match=f"does not have flowml.{name} yet; use .*{re.escape(instead)}") as caught:
+        getattr(fm, name)
+    assert "\n" not in str(caught.value)
+    assert not hasattr(fm, name)
+    with pytest.raises(AttributeError, match="has no attribute 'Ringg'"):
+        _ = fm.Ringg
+
+
 def test_files_and_functions_stay_small() -> None:
     long_files = {relative(f): n for f in SOURCES if (n := len(f.read_text().splitlines())) > MAX_FILE_LINES}
     assert long_files == {}

@@ -6,15 +6,18 @@ kept so that `plan.explain()` can say so with numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from flowml.cost import node_seconds
 from flowml.devices import Device, Link
 from flowml.errors import PlacementError
 from flowml.graph import Graph
+from flowml.partition import partition
 from flowml.placement.memory import resident_bytes
 from flowml.placement.pipeline import pipeline_items, pipeline_stages
 from flowml.plan import Choice
+from flowml.program import route
+from flowml.schedule import schedule
 
 
 def choose(
@@ -61,20 +64,37 @@ def _weigh(
     link: Link,
 ) -> tuple[Choice, bool]:
     used = [d for d in devices if d.name in set(assignment.values())] or [devices[0]]
-    work = {d.name: sum(node_seconds(graph, n, d) for n in graph.nodes if assignment[n.id] == d.name) for d in used}
-    crossing = {
-        (value, assignment[user.id])
-        for value, users in graph.consumers.items()
-        if value in graph.producer
-        for user in users
-        if assignment[user.id] != assignment[graph.producer[value].id]
-    }
-    transfers = sum(link.seconds(graph.values[v].nbytes) for v, _ in crossing)
-    seconds = sum(work.values()) + transfers if objective == "latency" else max(work.values()) + transfers / len(used)
+    latency, busiest, crossing = _play(partition(graph, assignment), {d.name: d for d in devices}, link)
+    seconds = latency if objective == "latency" else busiest
     peaks = {d.name: resident_bytes(graph, assignment, d.name) for d in used}
     over = [d.name for d in used if peaks[d.name] > _limit(d, memory_bytes)]
-    note = f"does not fit on {over[0]}" if over else f"{len(crossing)} values cross" if crossing else ""
-    return Choice(name, seconds, max(peaks.values()), note), not over
+    crosses = "1 value crosses" if crossing == 1 else f"{crossing} values cross" if crossing else ""
+    return Choice(name, seconds, max(peaks.values()), f"does not fit on {over[0]}" if over else crosses), not over
+
+
+def _play(graph: Graph, devices: Mapping[str, Device], link: Link) -> tuple[float, float, int]:
+    """Seconds of one step, seconds a step of many in flight, and how many values cross.
+
+    One step is played as `estimate` plays the finished program: tasks in order, each started at its device's cost, each
+    message on its way from the end of the task that sends it.
+    """
+    seconds = {n.id: node_seconds(graph, n, devices[n.device]) for n in graph.nodes}
+    tasks = schedule(graph, seconds)
+    routing = route(graph, tasks)
+    flights = [link.seconds(m.nbytes) for m in routing.messages]
+    clock_s: dict[str, float] = {}
+    busy_s: dict[str, float] = {}
+    arrived_s: dict[int, float] = {}
+    for group in tasks.groups:
+        device = group.device
+        messages = [routing.carrying[v, device] for v in group.inputs if (v, device) in routing.carrying]
+        work = sum(seconds[n.id] for n in group.nodes) + devices[device].dispatch_s
+        clock_s[device] = max([clock_s.get(device, 0.0), *(arrived_s[m] for m in messages)]) + work
+        busy_s[device] = busy_s.get(device, 0.0) + work
+        arrived_s.update({m: clock_s[device] + flights[m] for m in routing.sent_by.get(group.index, ())})
+    if not clock_s:
+        return 0.0, 0.0, 0
+    return max(clock_s.values()), max(busy_s.values()) + sum(flights) / len(busy_s), len(routing.carrying)
 
 
 def _limit(device: Device, memory_bytes: int | None) -> float:

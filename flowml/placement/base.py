@@ -39,7 +39,9 @@ class AutoPlacement:
     """Choose between one device and pipelines by estimate.
 
     `objective` is "latency" (one call) or "throughput" (many in flight); `memory_bytes` limits each device;
-    `time_limit_s` bounds the search, which takes milliseconds as long as it weighs pipelines only.
+    `time_limit_s` is for searches that can be long. Today's is none of them: it weighs one device and one pipeline for
+    each number of stages, each by an exact dynamic programme over at most 600 layers, so there is nothing to cut short
+    and the value changes nothing. Raises ValueError for an objective, a bound or a limit that is none.
     """
 
     objective: str = "latency"
@@ -49,6 +51,12 @@ class AutoPlacement:
     def __post_init__(self) -> None:
         if self.objective not in ("latency", "throughput"):
             raise ValueError(f"AutoPlacement(objective={self.objective!r}): must be 'latency' or 'throughput'")
+        if self.time_limit_s is not None and not 0 < self.time_limit_s < float("inf"):
+            raise ValueError(
+                f"AutoPlacement(time_limit_s={self.time_limit_s!r}): give seconds above 0, or leave it out"
+            )
+        if self.memory_bytes is not None and self.memory_bytes < 1:
+            raise ValueError(f"AutoPlacement(memory_bytes={self.memory_bytes!r}): give at least 1, or leave it out")
 
 
 Rule = Callable[[Graph, Sequence[Device]], Mapping[int, Device | str]]

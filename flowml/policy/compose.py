@@ -50,7 +50,8 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
         raise PolicyError(
             f"{name!r} ({policy.describe()}) with {arriving[0]!r} ({policies[arriving[0]].describe()}) is not sound: "
             f"a work item that {name!r} drops as late would already have been applied to {arriving[0]!r}, so half of "
-            f"it would count; give both a quorum, or let {name!r} wait for all {replicas} replicas"
+            f"it would count; give {arriving[0]!r} staleness=0 or a quorum= that drops too, or let {name!r} wait for "
+            f"all {replicas} replicas with quorum=Quorum(1.0)"
         )
     notes = [_idle_quorum(name, p, replicas) for name, p in clocked.items()]
     if dropping and len({p.every.push for p in clocked.values()}) > 1:

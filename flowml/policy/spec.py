@@ -64,8 +64,8 @@ class Quorum:
             raise PolicyError(f"Quorum({value}): a count of replicas is at least 1")
         if isinstance(value, float) and not 0 < value <= 1:
             raise PolicyError(f"Quorum({value}): a fraction lies in (0, 1]; for a number of replicas give an int")
-        _available("Quorum(of=…)", self.of, ("replicas",))
-        _available("Quorum(late=…)", self.late, ("drop", "fold"))
+        _available("of", self.of, ("replicas",), "Quorum({})")
+        _available("late", self.late, ("drop", "fold"), "Quorum({})")
 
     def need(self, members: int) -> int:
         """How many contributions complete a clock of `members` replicas: the count, or the share rounded up."""
@@ -146,7 +146,7 @@ class Policy:
             "quorum": quorum,
             "every": every if isinstance(every, Every) else Every(every),
             "payload": payload,
-            "filters": tuple(filters),
+            "filters": _filters(filters),
             "apply": apply,
         }
         for name, value in values.items():
@@ -201,10 +201,18 @@ def _staleness(staleness: object) -> float:
     return int(value)
 
 
-def _available(what: str, value: object, choices: tuple[str, ...]) -> None:
+def _filters(filters: Sequence[object]) -> tuple[object, ...]:
+    try:
+        return tuple(filters)
+    except TypeError:
+        raise PolicyError(f"filters={filters!r} is not available yet; leave filters out") from None
+
+
+def _available(knob: str, value: object, choices: tuple[str, ...], where: str = "{}") -> None:
+    """`where` shows the knob where it is given, such as in `"Quorum({})"`."""
     if value not in choices:
-        known = " or ".join(repr(c) for c in choices)
-        raise PolicyError(f"{what}: {value!r} is not available yet; there is {known}")
+        known = " or ".join(f"{knob}={c!r}" for c in choices)
+        raise PolicyError(f"{where.format(f'{knob}={value!r}')} is not available yet; give {known}")
 
 
 def _check_parts(policy: Policy) -> None:
@@ -217,32 +225,34 @@ def _check_parts(policy: Policy) -> None:
     for name, value, types in kinds:
         if type(value) not in types:
             known = " or ".join(f"flowml.{t.__name__}()" for t in types)
-            raise PolicyError(f"{name}={value!r} is not available yet; give {known}")
+            raise PolicyError(f"{name}={value!r} is not available yet; give {name}={known}")
     if policy.filters:
         raise PolicyError(f"filters={policy.filters!r} is not available yet; leave filters out")
-    _available("apply=…", policy.apply, ("mean", "sum"))
+    _available("apply", policy.apply, ("mean", "sum"))
 
 
 def _check_sound(policy: Policy) -> None:
     """The knobs go together."""
     quorum, stale = policy.quorum, policy.staleness
+    folding = f"Quorum({quorum.count_or_fraction}, late='fold')"
     if isinstance(policy.payload, Factors) and policy.every.push > 1:
         raise PolicyError(
-            f"Factors() with every={policy.every.push} is not sound: the factors of several steps cannot be added up "
-            f"without forming the product they stand for; use every=1, or Gradient()"
+            f"payload=Factors() with every={policy.every.push} is not sound: the factors of several steps cannot be "
+            f"added up without forming the product they stand for; use every=1, or payload=Gradient()"
         )
     if quorum.late == "fold" and stale == 0:
         raise PolicyError(
-            "Quorum(late='fold') with staleness=0 is not sound: folding a late contribution in applies a gradient of "
-            "older parameters, which staleness 0 rules out; give a staleness above 0, or late='drop'"
+            f"quorum={folding} with staleness=0 is not sound: folding a late contribution in applies a gradient of "
+            "older parameters, which staleness 0 rules out; give staleness=1 or more, or late='drop'"
         )
     if quorum.late == "fold" and quorum != Quorum(1, late="fold"):
         raise PolicyError(
-            f"{quorum} with late='fold' is not available yet; there is Quorum(1, late='fold'), "
-            f"which applies every contribution on arrival, and late='drop'"
+            f"quorum={folding} is not available yet; give quorum=Quorum(1, late='fold'), "
+            f"which applies every contribution on arrival, or late='drop'"
         )
     if policy.clocked and stale == UNBOUNDED:
         raise PolicyError(
-            f"{quorum} with staleness=UNBOUNDED is not sound: replicas would run ahead of the clocks that the quorum "
-            f"completes, and their contributions pile up without bound; give a finite staleness, or leave quorum out"
+            f"quorum={quorum} with staleness=UNBOUNDED is not sound: replicas would run ahead of the clocks that "
+            f"the quorum completes, and their contributions pile up without bound; give a finite staleness, or "
+            f"leave quorum out"
         )

@@ -17,8 +17,9 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any, Self
 
 from flowml.devices import Device
@@ -28,27 +29,42 @@ from flowml_runtime.host.coordinator import CoordinatorHost
 from flowml_runtime.host.grpc_transport import GrpcEndpoint, bind_towards
 from flowml_runtime.host.machine import cores, memory_bytes, share_cores
 from flowml_runtime.host.membership import Membership, passing_name
-from flowml_runtime.host.security import TLS, check_exposure, find_token, new_token, split_address
+from flowml_runtime.host.security import TLS, check_exposure, find_token, is_loopback, new_token, split_address
 from flowml_runtime.host.spawning import WorkerConfig
 from flowml_runtime.host.transport import Endpoint, ThreadHub
-from flowml_runtime.messages import Member, Wire
+from flowml_runtime.messages import DEADLINE_S, MAX_DEADLINE_S, Member, Wire
 
 TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
 """Paths of PEM files under "cert", "key" and "ca"."""
+
+_START_ANOTHER = "close this cluster and start another"
+"""What to do about a lost worker where the cluster started its workers itself: it has no way to start one more."""
+
+_ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
+"""Addresses that stand for some other machine (RFC 5737, RFC 3849)."""
 
 _CORE_FLOPS_PER_S = Device("").flops_per_s
 _current: list[Cluster] = []
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What a driver brings to a cluster that it joins."""
+
+    allow_python: bool
+    deadline_s: float
+    remedy: str
+
+
 class Cluster:
     """Workers and the session that uses them. Made by `local`, `threads` or `connect`; use it in a `with` block."""
 
-    def __init__(self, endpoint: Endpoint, python: bool) -> None:
+    def __init__(self, endpoint: Endpoint, python: bool, deadline_s: float, remedy: str) -> None:
         """For the ways above."""
         from flowml_runtime.host.session import Session
 
         self.endpoint = endpoint
-        self.session = Session(endpoint, ())
+        self.session = Session(endpoint, (), deadline_s=deadline_s, remedy=remedy)
         self.python = python
         self.pids: Mapping[str, int] = {}
         """Worker -> process id, of those that this cluster started."""
@@ -72,12 +88,15 @@ class Cluster:
         allow_python: bool = False,
         platform: str = "cpu",
         start_timeout_s: float = 120.0,
+        deadline_s: float = DEADLINE_S,
     ) -> Cluster:
         """Start worker processes on this machine; the cores are shared out among them and each is pinned to its own.
 
-        `allow_python` lets plans carry Python callbacks and data sources to the workers. Raises ClusterError, with
-        the end of its log, if a worker does not start.
+        `allow_python` lets plans carry Python callbacks and data sources to the workers. `deadline_s` bounds each wait
+        of one worker for another: what has not come by then is a DeadlineError. Raises ClusterError, with the end of
+        its log, if a worker does not start.
         """
+        _check_deadline(deadline_s)
         with ExitStack() as stack:
             launched = LaunchedCluster(
                 workers=workers,
@@ -87,15 +106,20 @@ class Cluster:
                 start_timeout_s=start_timeout_s,
             )
             stack.callback(launched.close)
-            cluster = cls._join(launched.address, launched.token, None, "driver", allow_python, stack)
+            options = _Options(allow_python, deadline_s, _START_ANOTHER)
+            cluster = cls._join(launched.address, launched.token, None, "driver", options, stack)
             cluster.pids = launched.pids
             return cluster
 
     @classmethod
-    def threads(cls, workers: int = 2, devices_per_worker: int = 1) -> Cluster:
-        """Start workers inside this process. They share its cores, its memory and its interpreter."""
+    def threads(cls, workers: int = 2, devices_per_worker: int = 1, *, deadline_s: float = DEADLINE_S) -> Cluster:
+        """Start workers inside this process. They share its cores, its memory and its interpreter.
+
+        `deadline_s` is that of `local`.
+        """
         from flowml_runtime.backends.threads import start_workers
 
+        _check_deadline(deadline_s)
         _check_counts(workers, devices_per_worker)
         share = len(cores()) / workers / devices_per_worker
         memory = memory_bytes() // (workers * devices_per_worker)
@@ -105,7 +129,7 @@ class Cluster:
         with ExitStack() as stack:
             endpoint = hub.endpoint("driver")
             stack.callback(endpoint.close)
-            cluster = cls(endpoint, True)
+            cluster = cls(endpoint, True, deadline_s, _START_ANOTHER)
             endpoint.start(cluster.session.on_message, cluster.session.on_lost)
             cluster.session.devices = tuple(d for own in devices.values() for d in own)
             for worker, own in start_workers(hub, devices):
@@ -124,15 +148,19 @@ class Cluster:
         *,
         allow_python: bool = False,
         timeout_s: float = 30.0,
+        deadline_s: float = DEADLINE_S,
     ) -> Cluster:
         """Join the cluster whose coordinator listens at `address` ("host:port").
 
         `token` is the token itself or a file that holds it; without one, the file that FLOWML_TOKEN_FILE names. Beyond
-        this machine `tls` is required. Raises ClusterError if the cluster cannot be reached or refuses.
+        this machine `tls` is required. `deadline_s` is that of `local`, for the plans of this driver. Raises
+        ClusterError if the cluster cannot be reached or refuses.
         """
+        _check_deadline(deadline_s)
         with ExitStack() as stack:
             name = f"driver-{uuid.uuid4().hex[:12]}"
-            return cls._join(address, find_token(token), TLS.of(tls), name, allow_python, stack, timeout_s)
+            options = _Options(allow_python, deadline_s, f"start it again with `flowml worker {address}`")
+            return cls._join(address, find_token(token), TLS.of(tls), name, options, stack, timeout_s)
 
     @classmethod
     def _join(
@@ -141,7 +169,7 @@ class Cluster:
         token: str,
         tls: TLS | None,
         name: str,
-        allow_python: bool,
+        options: _Options,
         stack: ExitStack,
         timeout_s: float = 30.0,
     ) -> Cluster:
@@ -160,7 +188,8 @@ class Cluster:
         )
         stack.callback(membership.leave)
         membership.join(name, timeout_s=timeout_s)
-        cluster = cls(endpoint, allow_python and all(m.python for m in membership.members if m.devices))
+        python = options.allow_python and all(m.python for m in membership.members if m.devices)
+        cluster = cls(endpoint, python, options.deadline_s, options.remedy)
         driver.adopt(cluster, membership)
         cluster._stack = stack.pop_all()
         return cluster
@@ -245,6 +274,7 @@ class LaunchedCluster:
         files = TLS.of(tls)
         self.token = token or new_token()
         check_exposure(bind, files, self.token, "listen on")
+        reached_at = _advertised_host(bind)
         self._over = threading.Event()
         self._host: CoordinatorHost | None = None
         with ExitStack() as stack:
@@ -252,7 +282,7 @@ class LaunchedCluster:
             stack.callback(processes.close)
             host = self._host = CoordinatorHost(bind, self.token, files, works=processes.works)
             stack.callback(host.close)
-            self.address = _advertised(host.address)
+            self.address = f"{reached_at}:{split_address(host.address)[1]}"
             self.pids: Mapping[str, int] = processes.pids
             names = _names(workers)
             for name, own in zip(names, share_cores(cores(), workers), strict=True):
@@ -303,10 +333,34 @@ def _check_counts(workers: int, devices_per_worker: int) -> None:
             raise ClusterError(f"{name}={count} is too few; give 1 or more")
 
 
-def _advertised(address: str) -> str:
-    """The address that others use for a coordinator that listens on every interface."""
-    host, port = split_address(address)
-    return f"{socket.gethostname()}:{port}" if host in ("0.0.0.0", "::") else address
+def _check_deadline(deadline_s: float) -> None:
+    if not 0 < deadline_s <= MAX_DEADLINE_S:
+        raise ClusterError(f"deadline_s={deadline_s}: give seconds above 0, at most {MAX_DEADLINE_S:g}")
+
+
+def _advertised_host(bind: str) -> str:
+    """The host by which others reach who listens at `bind`. Raises ClusterError if that cannot be found out."""
+    host, _ = split_address(bind)
+    if host not in ("0.0.0.0", "::"):
+        return bind.rpartition(":")[0]
+    family = socket.AF_INET if host == "0.0.0.0" else socket.AF_INET6
+    found = next((a for a in _own_addresses(family) if not is_loopback(a)), None)
+    if found is None:
+        raise ClusterError(
+            f"cannot tell by which address others reach this machine, to listen on {bind}: there is no route to other "
+            f"machines, and {socket.gethostname()!r} names none but loopback; listen on the address itself, as in "
+            "10.0.0.5:7070"
+        )
+    return f"[{found}]" if family == socket.AF_INET6 else found
+
+
+def _own_addresses(family: socket.AddressFamily) -> Iterator[str]:
+    """This machine's address on its way to others, then those that its name stands for."""
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((_ELSEWHERE[family], 1))  # chooses a route; a datagram socket sends nothing to do so
+        yield probe.getsockname()[0]
+    with suppress(OSError):
+        yield from (str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, family))
 
 
 def _devices(members: tuple[Member, ...]) -> tuple[Device, ...]:

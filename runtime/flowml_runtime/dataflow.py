@@ -238,7 +238,8 @@ def dataflow(
         placement: what goes where: "auto", a mapping from layer patterns to devices, `Pipeline`,
             `AutoPlacement`, or a callable.
         static_argnums: positions of arguments that are compiled in; they must be hashable.
-        donate_argnums: positions of arguments whose buffers the program may overwrite.
+        donate_argnums: accepted so that code written for `jax.jit` runs as it is. A hint that nothing heeds today:
+            inputs go to the workers, so the caller's arrays stay valid after the call.
 
     Returns: an object that is called like `fn`, with `.submit(...)` -> Future and `.plan(...)` -> Plan. A call
     raises FlowmlError for what goes wrong on the way, TypeError for arguments that are no arrays.

@@ -209,8 +209,8 @@ class Fit:
     def _take(self, peer: str, message: Any, arrays: Sequence[Any]) -> None:
         if isinstance(message, _Lost):
             raise WorkerLostError(
-                f"{peer} was lost during training at step {self._history.step}: {message.reason}; start the worker "
-                "again and continue from the parameters you have",
+                f"{peer} was lost during training at step {self._history.step}: {message.reason}; "
+                f"{self._session.remedy}, and continue from the parameters you have",
                 worker=peer,
                 step=self._history.step,
             )

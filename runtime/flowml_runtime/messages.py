@@ -19,6 +19,10 @@ PROTOCOL = 1
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_ARRAYS = 65536
 MAX_PAYLOAD_BYTES = 2**36
+DEADLINE_S = 300.0
+"""How long a wait of one worker for another may last, unless the driver says otherwise."""
+MAX_DEADLINE_S = 1e9
+"""The longest deadline: a thread cannot be told to wait much longer than this (`threading.TIMEOUT_MAX`)."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=2**20)]
@@ -103,10 +107,14 @@ class Leave(_Wire, frozen=True):
 
 
 class LoadPlan(_Wire, frozen=True):
-    """Load a plan: its bytes follow as one uint8 array. The worker compiles everything, then says Loaded."""
+    """Load a plan: its bytes follow as one uint8 array. The worker compiles everything, then says Loaded.
+
+    `deadline_s` is how long each wait of the plan's steps may last.
+    """
 
     plan_id: Name
     peers: tuple[Name, ...] = ()
+    deadline_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_S)] = DEADLINE_S
 
 
 class Loaded(_Wire, frozen=True):

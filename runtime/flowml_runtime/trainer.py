@@ -167,7 +167,7 @@ class Trainer:
             opt_state: continue from this instead of `optimizer.init(params)`. Epochs count from 0 again: for another
                 order give another seed.
             callbacks: called with each step's record, in the caller's thread. Meanwhile the workers run out of work
-                after two steps, and wait; one of more than five minutes takes them past their deadline.
+                after two steps, and wait; one of more than the cluster's `deadline_s` may take them past it.
             progress: show a line of progress on stderr; by default where that is a terminal.
 
         Raises:

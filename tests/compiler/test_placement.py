@@ -51,6 +51,22 @@ def test_patterns_place_layers() -> None:
     ]
 
 
+def test_what_is_weighed_is_what_is_estimated() -> None:
+    fn, params = layered(4)
+    alone = fm.compile(fn, params, X, devices=TWO)
+    assert [c.name for c in alone.choices if c.chosen] == ["one device (worker:0/cpu:0)"]
+    pipeline = fm.compile(fn, params, X, devices=TWO, placement=fm.Pipeline(2))
+    weighed = [c.step_seconds for c in alone.choices]
+    assert weighed == pytest.approx([alone.estimate.step_seconds, pipeline.estimate.step_seconds])
+    assert [c.note for c in alone.choices] == ["", "1 value crosses"]
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf")])
+def test_a_search_time_that_is_none_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match=r"AutoPlacement\(time_limit_s=.*give seconds above 0"):
+        fm.AutoPlacement(time_limit_s=seconds)
+
+
 def test_pins_win_over_the_placement() -> None:
     def fn(x: jax.Array) -> jax.Array:
         with fm.layer("a"):

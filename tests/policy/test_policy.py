@@ -60,11 +60,11 @@ make_quorum: Any = Quorum
     [
         (lambda: make_policy(topology="ring"), "flowml.ParameterServer"),
         (lambda: make_policy(filters=("top_k",)), "leave filters out"),
-        (lambda: make_policy(apply="prox"), "'mean' or 'sum'"),
+        (lambda: make_policy(apply="prox"), "apply='mean' or apply='sum'"),
         (lambda: make_policy(payload="weights"), "flowml.Gradient.. or flowml.Factors"),
         (lambda: make_policy(quorum=0.75), "flowml.Quorum"),
         (lambda: make_quorum(0.75, of="samples"), "'replicas'"),
-        (lambda: make_quorum(0.75, late="requeue"), "'drop' or 'fold'"),
+        (lambda: make_quorum(0.75, late="requeue"), "late='drop' or late='fold'"),
         (lambda: Every(push=4, pull=2), "leave pull out"),
         (lambda: make_policy(staleness=3, quorum=Quorum(2, late="fold")), "late='drop'"),
     ],
@@ -73,6 +73,24 @@ def test_what_is_not_available_yet_says_what_is(make: Callable[[], object], reas
     with pytest.raises(PolicyError, match=reason) as caught:
         make()
     assert "not available yet" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: make_policy(apply="prox"), "apply='prox' is not available yet; give apply='mean' or apply='sum'"),
+        (lambda: make_quorum(0.75, of="samples"), "Quorum(of='samples') is not available yet; give of='replicas'"),
+        (lambda: make_policy(filters=5), "filters=5 is not available yet; leave filters out"),
+        (
+            lambda: make_policy(topology="ring"),
+            "topology='ring' is not available yet; give topology=flowml.ParameterServer()",
+        ),
+    ],
+)
+def test_a_refusal_names_the_knob_the_value_and_the_fix(make: Callable[[], object], text: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        make()
+    assert str(caught.value) == text
 
 
 @pytest.mark.parametrize(

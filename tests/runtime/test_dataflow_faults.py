@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 import flowml as fm
 from flowml.errors import ClusterError, DeadlineError, WorkerError, WorkerLostError
+from flowml_runtime.cluster import LaunchedCluster
 from flowml_runtime.messages import StepFailed
 from tests.conftest import wait_until
 from tests.network import Network
@@ -270,3 +272,50 @@ def test_a_callback_in_another_process_brings_its_traceback_over() -> None:
             cluster.session.submit(handle, [X - 1]).result(timeout=30)
         assert 'raise ValueError("the input is negative' in (caught.value.remote_traceback or "")
         np.testing.assert_array_equal(cluster.session.submit(handle, [X]).result(timeout=30)[0], X * 2)
+
+
+STUCK_S = 30.0
+"""Far above the deadlines below: whoever waits this long did not heed them."""
+
+
+@pytest.mark.parametrize("make", [fm.Cluster.threads, fm.Cluster.local], ids=["threads", "local"])
+def test_the_deadline_of_a_cluster_is_its_users_and_travels_with_the_plan(make: Callable[..., fm.Cluster]) -> None:
+    with make(workers=2, deadline_s=0.2) as cluster:
+        began = time.monotonic()
+        with pytest.raises(DeadlineError, match=r"waited 0\.2 s for worker:0/cpu:0 -> worker:1/cpu:0 \(h\)"):
+            cluster.session.submit(cluster.session.load(never_sent()), [X]).result(timeout=STUCK_S)
+        assert time.monotonic() - began < STUCK_S
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, math.inf, math.nan, 1e12])
+def test_a_deadline_that_is_none_is_refused(seconds: float, no_leaks: NoLeaks) -> None:
+    for make in (fm.Cluster.threads, fm.Cluster.local, functools.partial(fm.Cluster.connect, "127.0.0.1:1", "t")):
+        with no_leaks(), pytest.raises(ClusterError, match=f"deadline_s={seconds}: give seconds above 0, at most"):
+            make(deadline_s=seconds)
+
+
+def test_a_lost_worker_comes_with_advice_that_can_be_followed() -> None:
+    with fm.Cluster.local(workers=2) as cluster:
+        f = fm.dataflow(_across, cluster=cluster)
+        f(X)
+        os.kill(cluster.pids["worker:1"], signal.SIGKILL)
+        with pytest.raises(WorkerLostError, match=r"; close this cluster and start another$"):
+            while True:
+                f(X)
+    with (
+        closing(LaunchedCluster(workers=2)) as launched,
+        fm.Cluster.connect(launched.address, launched.token) as cluster,
+    ):
+        f = fm.dataflow(_across, cluster=cluster)
+        f(X)
+        os.kill(launched.pids["worker:1"], signal.SIGKILL)
+        with pytest.raises(WorkerLostError, match=f"; start it again with `flowml worker {launched.address}`$"):
+            while True:
+                f(X)
+
+
+def _across(x: Any) -> Any:
+    with fm.device("worker:0"):
+        h = x + 1
+    with fm.device("worker:1"):
+        return h * 2

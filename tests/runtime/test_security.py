@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import queue
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -286,3 +287,15 @@ def test_tokens_live_in_files_that_only_their_owner_can_read(tmp_path: Path, mon
 
 def test_a_token_is_not_in_what_is_printed() -> None:
     assert "secret" not in repr(WorkerConfig(coordinator="127.0.0.1:1", token="secret"))
+
+
+def test_who_cannot_be_reached_by_others_does_not_listen_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_route(*_: object) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(socket.socket, "connect", no_route)
+    monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
+    with pytest.raises(ClusterError, match=r"cannot tell by which address .* listen on the address itself"):
+        LaunchedCluster(bind="0.0.0.0:0", tls=Authority(tmp_path / "ours").files(), token=TOKEN)

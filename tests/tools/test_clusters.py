@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import IO
 
 import psutil
 import pytest
+import trustme
+
+from tests.tools.conftest import environment
 
 DOUBLE = """
 import sys
@@ -153,3 +158,28 @@ def test_launch_writes_the_token_where_it_is_told(start_flowml, tmp_path: Path) 
     interrupt(process)
     assert process.wait(timeout=20) == 130
     assert (tmp_path / "mine").exists()
+
+
+def test_what_launch_prints_connects_with_tls_too(start_flowml, tmp_path: Path) -> None:
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    files = {name: folder / f"{name}.pem" for name in ("cert", "key", "ca")}
+    authority.cert_pem.write_to_path(str(files["ca"]))
+    issued.private_key_pem.write_to_path(str(files["key"]))
+    files["cert"].write_bytes(b"".join(p.bytes() for p in issued.cert_chain_pems))
+    options = [text for name, path in files.items() for text in (f"--tls-{name}", str(path))]
+    process = start_flowml("launch", "-n", "1", *options)
+    said = read_until(process.stdout, "Ctrl-C stops it.")
+
+    one_more = re.search(r"one more: +flowml (.*)", said)
+    assert one_more is not None
+    joined = start_flowml(*shlex.split(one_more[1]))
+    read_until(joined.stdout, "joined")
+    in_python = re.search(r"in Python: +(import .*)\n +(fm\..*)", said)
+    assert in_python is not None
+    code = f"{in_python[1]}\nprint(len({in_python[2]}.devices))"
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment(), text=True, timeout=60) == "2\n"
+    interrupt(process)
+    assert process.wait(timeout=20) == 130

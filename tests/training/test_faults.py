@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import flowml as fm
-from flowml.errors import ClusterError, WorkerError, WorkerLostError
+from flowml.errors import ClusterError, DeadlineError, WorkerError, WorkerLostError
 from tests.conftest import wait_until
 from tests.training.reference import BATCH, assert_close, assert_same, data, mlp, mlp_loss, optax_loop, refuse_marked
 
@@ -112,6 +112,14 @@ def test_ctrl_c_while_the_workers_work(process_cluster: fm.Cluster) -> None:
     timer.join()
     assert time.monotonic() - began < 20
     assert works(piped(process_cluster))
+
+
+def test_a_fit_that_waits_too_long_says_how_to_allow_more() -> None:
+    with fm.Cluster.threads(workers=2, deadline_s=0.5) as cluster:
+        slow = {"placement": fm.Pipeline(1), "microbatches": 1, "replicas": 2, "delays": {"worker:0": 5.0}}
+        trainer = piped(cluster, **slow)
+        with pytest.raises(DeadlineError, match=r"waited 0\.5 s for .*allow a longer deadline: deadline_s="):
+            trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=4)
 
 
 class Breaking:

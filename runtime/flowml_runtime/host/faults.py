@@ -48,9 +48,10 @@ def cluster_closed(step: int | None = None) -> ClusterError:
     return ClusterError("the cluster is closed; start another and pass it as cluster=", step=step)
 
 
-def worker_lost(plan: Plan, step: int, worker: str, reason: str) -> WorkerLostError:
+def worker_lost(plan: Plan, step: int, worker: str, reason: str, remedy: str) -> WorkerLostError:
+    """`remedy` is what the user of this cluster can do about it."""
     return WorkerLostError(
-        f"{worker} was lost, and step {step} of {plan.name!r} needs it: {reason}; start the worker again",
+        f"{worker} was lost, and step {step} of {plan.name!r} needs it: {reason}; {remedy}",
         worker=worker,
         step=step,
     )
@@ -65,9 +66,9 @@ def load_failed(plan: Plan, message: Failed) -> WorkerError:
     )
 
 
-def step_error(plan: Plan, message: StepFailed) -> FlowmlError:
+def step_error(plan: Plan, message: StepFailed, remedy: str) -> FlowmlError:
     if message.kind == "lost":
-        return worker_lost(plan, message.step, message.worker, message.error)
+        return worker_lost(plan, message.step, message.worker, message.error, remedy)
     if message.kind == "deadline":
         return DeadlineError(message.error, worker=message.worker, step=message.step, node=message.node)
     return WorkerError(

@@ -96,7 +96,8 @@ class Run:
             left = end - time.monotonic()
             if left <= 0 or not self.changed.wait(left):
                 raise DeadlineError(
-                    f"step {step}: {self.me} waited {self.deadline_s:g} s for {what} and it did not come",
+                    f"step {step}: {self.me} waited {self.deadline_s:g} s for {what} and it did not come; see whether "
+                    "another worker is stuck, or allow a longer deadline: deadline_s= where the cluster is made",
                     worker=self.me,
                     step=step,
                     node=what,

@@ -17,10 +17,7 @@ from flowml.errors import DeadlineError
 from flowml.plan import ArraySpec, Message
 from flowml_runtime.host.mailbox import Mailbox
 from flowml_runtime.host.programs import Array, JaxDevice, LoadedProgram, feed_slots
-from flowml_runtime.messages import Value, Wire
-
-DEADLINE_S = 300.0
-"""How long a Recv waits before the step fails."""
+from flowml_runtime.messages import DEADLINE_S, Value, Wire
 
 
 class Sender(Protocol):
@@ -116,7 +113,8 @@ class EdgeServices:
         edge = self._messages[message]
         return DeadlineError(
             f"step {step} of plan {self.loaded.plan.name!r}: {self.device} waited {self.deadline_s:g} s for "
-            f"{edge} and it did not come; see whether {edge.source} is stuck, or allow a longer deadline",
+            f"{edge} and it did not come; see whether {edge.source} is stuck, or allow a longer "
+            "deadline: deadline_s= where the cluster is made",
             worker=self.device.split("/", 1)[0],
             step=step,
             node=str(edge),

@@ -32,7 +32,7 @@ from flowml_runtime.host.local import LocalStep
 from flowml_runtime.host.programs import Array, feed_slots, store_tasks
 from flowml_runtime.host.services import Sender
 from flowml_runtime.host.steps import Steps
-from flowml_runtime.messages import Failed, Loaded, LoadPlan, StepFailed, Unload, Value, Wire
+from flowml_runtime.messages import DEADLINE_S, Failed, Loaded, LoadPlan, StepFailed, Unload, Value, Wire
 
 IN_FLIGHT = 16
 """Calls of one plan that may be under way at once; `submit` waits for room beyond that."""
@@ -105,11 +105,22 @@ class _Loading:
 class Session:
     """The driver's end of a cluster. Safe to use from any thread. `devices` are those plans may use."""
 
-    def __init__(self, endpoint: Sender, devices: Sequence[Device], *, in_flight: int = IN_FLIGHT) -> None:
+    def __init__(
+        self,
+        endpoint: Sender,
+        devices: Sequence[Device],
+        *,
+        in_flight: int = IN_FLIGHT,
+        deadline_s: float = DEADLINE_S,
+        remedy: str = "start the worker again",
+    ) -> None:
+        """`deadline_s` bounds each wait of a step; `remedy` is what the user can do when a worker is lost."""
         self.endpoint = endpoint
+        self.remedy = remedy
         self.devices = tuple(devices)
         self._name = str(getattr(endpoint, "name", "driver"))
         self._in_flight = in_flight
+        self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._loading: dict[str, _Loading] = {}
         self._plans: dict[str, LoadedPlan] = {}
@@ -177,7 +188,7 @@ class Session:
         try:
             self._feed(handle, step, buffers)
         except WorkerLostError as lost:
-            self._fail_step(handle, step, worker_lost(handle.plan, step, lost.worker or "a worker", str(lost)))
+            self._fail_step(handle, step, self._lost(handle.plan, step, lost.worker or "a worker", str(lost)))
         except BaseException as error:
             self._fail_step(handle, step, error)
             raise
@@ -195,7 +206,7 @@ class Session:
         except StepFault as fault:
             cause = fault.__cause__ or fault
             message = step_failed(handle.plan_id, step, handle.workers[0], fault.node, cause)
-            raise step_error(handle.plan, message) from cause
+            raise step_error(handle.plan, message, self.remedy) from cause
         return handle.restore(fetched, buffers)
 
     def register(self, plan_id: str, handler: PlanHandler) -> None:
@@ -245,12 +256,12 @@ class Session:
         with self._lock:
             for loading in self._loading.values():
                 if peer in loading.workers:
-                    text = f"{peer} was lost while it compiled plan {loading.plan.name!r}: {reason}"
+                    text = f"{peer} was lost while it compiled plan {loading.plan.name!r}: {reason}; {self.remedy}"
                     loading.fail(WorkerLostError(text, worker=peer))
             plans = [p for p in self._plans.values() if peer in p.workers]
             handlers = list(self._handlers.values())
         for handle in plans:
-            self._stop(handle, lambda step, plan=handle.plan: worker_lost(plan, step, peer, reason))
+            self._stop(handle, lambda step, plan=handle.plan: self._lost(plan, step, peer, reason))
         for handler in handlers:
             handler.on_lost(peer, reason)
 
@@ -272,7 +283,7 @@ class Session:
         if isinstance(message, Value):
             handle.steps.collect(message.step, message.slots, arrays)
         elif isinstance(message, StepFailed):
-            self._fail_step(handle, message.step, step_error(handle.plan, message))
+            self._fail_step(handle, message.step, step_error(handle.plan, message, self.remedy))
         elif isinstance(message, Failed):
             self._stop(handle, lambda step: load_failed(handle.plan, message))
 
@@ -301,8 +312,12 @@ class Session:
     def _request(self, plan_id: str, loading: _Loading) -> None:
         for worker in loading.workers:
             data = np.frombuffer(_part(loading.plan, worker).encode(), np.uint8)
-            message = LoadPlan(plan_id=plan_id, peers=loading.workers, specs=(ArraySpec(data.shape, "uint8"),))
+            specs = (ArraySpec(data.shape, "uint8"),)
+            message = LoadPlan(plan_id=plan_id, peers=loading.workers, deadline_s=self._deadline_s, specs=specs)
             self.endpoint.send(worker, message, [data])
+
+    def _lost(self, plan: Plan, step: int, worker: str, reason: str) -> WorkerLostError:
+        return worker_lost(plan, step, worker, reason, self.remedy)
 
     def _check_open(self) -> None:
         if self._closed:

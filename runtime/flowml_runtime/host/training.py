@@ -56,13 +56,20 @@ class TrainingHost:
     """Hosts a training plan on a worker: one fit at a time."""
 
     def __init__(
-        self, worker: Worker, plan_id: str, plan: Plan, programs: Mapping[str, LoadedProgram], driver: str
+        self,
+        worker: Worker,
+        plan_id: str,
+        plan: Plan,
+        programs: Mapping[str, LoadedProgram],
+        driver: str,
+        deadline_s: float,
     ) -> None:
         self._worker = worker
         self._plan_id = plan_id
         self._plan = plan
         self._programs = programs
         self._driver = driver
+        self._deadline_s = deadline_s
         self._fit: _Fit | None = None
         self._finished = -1
         self._early: list[tuple[str, Wire, Sequence[Array]]] = []
@@ -119,7 +126,7 @@ class TrainingHost:
             start=start,
             driver=self._driver,
             sender=self._worker.endpoint,
-            deadline_s=self._worker.deadline_s,
+            deadline_s=self._deadline_s,
         )
         return _Fit(run, self)
 

@@ -27,7 +27,7 @@ from flowml_runtime.host.faults import one_line, own_traceback, step_failed
 from flowml_runtime.host.local import LocalStep
 from flowml_runtime.host.mailbox import Mailbox
 from flowml_runtime.host.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
-from flowml_runtime.host.services import DEADLINE_S, DataflowServices, Sender
+from flowml_runtime.host.services import DataflowServices, Sender
 from flowml_runtime.messages import Failed, Loaded, LoadPlan, StepFailed, Unload, Value, Wire
 from flowml_runtime.protocol.terms import ProtocolError
 
@@ -43,16 +43,16 @@ class TrainingHandler(Protocol):
     def close(self) -> None: ...
 
 
-TrainingFactory = Callable[["Worker", str, Plan, Mapping[str, LoadedProgram], str], TrainingHandler]
-"""(worker, plan id, plan, device -> its program, driver) -> handler"""
+TrainingFactory = Callable[["Worker", str, Plan, Mapping[str, LoadedProgram], str, float], TrainingHandler]
+"""(worker, plan id, plan, device -> its program, driver, deadline of each wait in seconds) -> handler"""
 
 
 def _default_training(
-    worker: Worker, plan_id: str, plan: Plan, programs: Mapping[str, LoadedProgram], driver: str
+    worker: Worker, plan_id: str, plan: Plan, programs: Mapping[str, LoadedProgram], driver: str, deadline_s: float
 ) -> TrainingHandler:
     from flowml_runtime.host.training import TrainingHost
 
-    return TrainingHost(worker, plan_id, plan, programs, driver)
+    return TrainingHost(worker, plan_id, plan, programs, driver, deadline_s)
 
 
 @dataclass
@@ -60,6 +60,7 @@ class _Hosted:
     """A plan on this worker. It exists from the moment its LoadPlan arrives; `executors` once it is compiled."""
 
     driver: str
+    deadline_s: float
     executors: dict[str, Executor] = field(default_factory=dict[str, Executor])
     local: LocalStep | None = None
     devices: tuple[str, ...] = ()
@@ -77,7 +78,6 @@ class Worker:
         endpoint: Sender,
         *,
         python: bool = False,
-        deadline_s: float = DEADLINE_S,
         training_factory: TrainingFactory = _default_training,
         cache: ExecutableCache | None = None,
     ) -> None:
@@ -86,7 +86,6 @@ class Worker:
         self.devices = dict(devices)
         self.endpoint = endpoint
         self.python = python
-        self.deadline_s = deadline_s
         self.training_factory = training_factory
         self.mailbox = Mailbox()
         self._cache = cache or ExecutableCache()
@@ -187,7 +186,7 @@ class Worker:
         with self._lock:
             if message.plan_id in self._plans:
                 return
-            hosted = self._plans[message.plan_id] = _Hosted(driver)
+            hosted = self._plans[message.plan_id] = _Hosted(driver, message.deadline_s)
         self.mailbox.open(message.plan_id)
         try:
             self._loader.submit(self._load, message.plan_id, hosted, arrays)
@@ -213,7 +212,7 @@ class Worker:
 
     def _install(self, plan_id: str, hosted: _Hosted, plan: Plan, programs: Mapping[str, LoadedProgram]) -> None:
         if plan.training is not None:
-            handler = self.training_factory(self, plan_id, plan, programs, hosted.driver)
+            handler = self.training_factory(self, plan_id, plan, programs, hosted.driver, hosted.deadline_s)
             with self._lock:
                 hosted.devices, hosted.training = tuple(programs), handler
                 closed = hosted.closed
@@ -224,13 +223,14 @@ class Worker:
             if not hosted.closed:
                 hosted.devices = tuple(programs)
                 steps = {d: prepare(p) for d, p in programs.items()}
-                hosted.executors = {d: self._executor(plan_id, hosted.driver, p, steps[d]) for d, p in programs.items()}
+                hosted.executors = {d: self._executor(plan_id, hosted, p, steps[d]) for d, p in programs.items()}
                 if len(plan.programs) == 1 and programs:
                     ((device, loaded),) = programs.items()
                     hosted.local = LocalStep(loaded, steps[device])
 
-    def _executor(self, plan_id: str, driver: str, loaded: LoadedProgram, program: StepProgram) -> Executor:
-        services = DataflowServices(plan_id, loaded, self.mailbox, self.endpoint, driver, self.deadline_s)
+    def _executor(self, plan_id: str, hosted: _Hosted, loaded: LoadedProgram, program: StepProgram) -> Executor:
+        driver = hosted.driver
+        services = DataflowServices(plan_id, loaded, self.mailbox, self.endpoint, driver, hosted.deadline_s)
 
         def on_fault(step: int, node: str, error: BaseException) -> None:
             self._tell(driver, step_failed(plan_id, step, self.name, node, error))
