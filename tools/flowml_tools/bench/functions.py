@@ -42,18 +42,22 @@ def carried(x: Any, length: int) -> jax.Array:
     with fm.layer("make"):
         y = jnp.arange(length, dtype=jnp.float32) * x
     with fm.layer("take"):
-        return y[0] + y[-1]
+        return y[_where(x)]
 
 
 def kept(x: Any, length: int) -> jax.Array:
     """The same, for `make` and `take` on one device.
 
-    A scalar of `aside`, on another device and done long before, parts them into two tasks: as one, XLA would not write
-    the array at all, and there were nothing to compare with.
+    Which element is read is known to `aside` alone, on another device: so they are two tasks, and the array exists
+    between them. As one task, XLA would compute the element that is asked for and never write the array.
     """
     with fm.layer("aside"):
-        hint = x * 0
+        where = _where(x)
     with fm.layer("make"):
         y = jnp.arange(length, dtype=jnp.float32) * x
     with fm.layer("take"):
-        return y[0] + y[-1] + hint
+        return y[where]
+
+
+def _where(x: Any) -> jax.Array:
+    return (x * 0).astype(jnp.int32)
