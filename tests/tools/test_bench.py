@@ -119,7 +119,7 @@ def test_the_two_programs_of_an_edge_differ_in_the_edge(threads_cluster: fm.Clus
     assert [t.nbytes for t in plan.transfers] == [4]
     [worker] = [p for p in plan.partitions if p.device.startswith("worker:0")]
     assert len(worker.tasks) == 2  # as one task, XLA would not make the array
-    assert float(crossing(x, length)) == float(staying(x, length)) == 2.0 * (length - 1)
+    assert float(crossing(x, length)) == float(staying(x, length)) == 2.0
 
 
 def test_a_step_of_products_keeps_its_size() -> None:
