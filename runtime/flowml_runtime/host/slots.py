@@ -84,9 +84,9 @@ class SlotPool:
             idle -= given_up.nbytes
             self._retired.append(given_up.number)
 
-    def retired(self) -> tuple[int, ...]:
-        """Numbers of slots that were given up since this was last asked: the receiver is to unmap them."""
-        numbers, self._retired = tuple(self._retired), []
+    def retired(self, most: int) -> tuple[int, ...]:
+        """Numbers of slots that were given up, each told once, `most` at a time: the receiver is to unmap them."""
+        numbers, self._retired = tuple(self._retired[:most]), self._retired[most:]
         return numbers
 
     def close(self) -> None:

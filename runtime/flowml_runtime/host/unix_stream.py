@@ -169,7 +169,7 @@ class UnixStream:
             for large in message.large:
                 slot.data[at : at + large.nbytes] = as_bytes(large)
                 at += padded(large.nbytes)
-        retired = self._slots.retired()
+        retired = self._slots.retired(MAX_RETIRED)
         head = _RECORD.pack(len(message.first), len(retired), number, new)
         return _Chunk(b"".join([head, *map(_NUMBER.pack, retired), message.first]), descriptors, len(message.first))
 
