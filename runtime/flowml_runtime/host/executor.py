@@ -5,7 +5,11 @@ nothing left to decide. All waiting and sending goes through a `StepServices` ob
 between a dataflow plan (here) and a training plan (whose steps are begun by a replica, whose parameters
 come from stores and whose steps may be abandoned half-way).
 
-    feed queue -> executor thread: for each step { run_step(program, step, services) } -> fetches to the driver
+    feed queue -> executor thread: for each step { StepRun(program, step, services) } -> fetches to the driver
+
+Waking a thread costs more than a small step does. So steps that have shown themselves to be quick run on the
+thread that brings what they wait for: the feed begins a step, and where a value is missing the step is left, to
+be taken up by the thread that brings it. Slow steps stay on the executor's own thread, where they hold up nobody.
 
 A step that fails is reported to the driver and the executor goes on to the next.
 """
@@ -14,14 +18,16 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Protocol
 
 from flowml.plan import Feed, Fetch, Free, Instruction, Plan, Push, Read, Recv, Run, Send
-from flowml_runtime.host.mailbox import Cancelled
+from flowml_runtime.host.mailbox import Cancelled, Claim, Parked
 from flowml_runtime.host.programs import Array, LoadedProgram, TaskFunction
+from flowml_runtime.messages import DEADLINE_S
 
 
 class StepServices(Protocol):
@@ -41,8 +47,21 @@ class StepServices(Protocol):
 class FedServices(StepServices, Protocol):
     """Services of steps that a driver feeds: `begin` takes the feed in, `end` lets go of it."""
 
-    def begin(self, arrays: Sequence[Array]) -> None: ...
+    waited_s: float
+    """How long the step has waited for values on the executor's thread."""
+
+    def begin(self, arrays: Sequence[Array], *, parks: bool) -> None:
+        """With `parks`, a value that is missing raises Parked instead of being waited for."""
+        ...
+
+    def resume(self, claim: Claim) -> None:
+        """The step goes on where it was parked: its next receive takes from this claim."""
+        ...
+
     def end(self, step: int) -> None: ...
+    def expire(self, step: int) -> None:
+        """Nobody waits for this step's values any longer: whoever does gets a DeadlineError."""
+        ...
 
 
 class StepFault(Exception):
@@ -82,17 +101,37 @@ def prepare(loaded: LoadedProgram) -> StepProgram:
     )
 
 
+class StepRun:
+    """One step under way, which can be left where a value is missing and taken up again."""
+
+    __slots__ = ("_buffers", "_position", "_program", "_services", "_step")
+
+    def __init__(self, program: StepProgram, step: int, services: StepServices) -> None:
+        self._program = program
+        self._step = step
+        self._services = services
+        self._buffers: Buffers = list(program.buffers)
+        self._position = 0
+
+    def advance(self) -> None:
+        """Run to the end. Raises Parked where it can be taken up later, Cancelled if given up, StepFault if failed."""
+        operations, buffers, step, services = self._program.operations, self._buffers, self._step, self._services
+        position = self._position
+        try:
+            for position in range(self._position, len(operations)):
+                operations[position](buffers, step, services)
+        except Parked:
+            self._position = position
+            raise
+        except (Cancelled, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # a callback's SystemExit must not end the executor either
+            raise StepFault(self._program.nodes[position]) from error
+
+
 def run_step(program: StepProgram, step: int, services: StepServices) -> None:
-    """Run one step to its end. Raises Cancelled if it was given up, StepFault if it failed."""
-    buffers = list(program.buffers)
-    position = 0
-    try:
-        for position, operation in enumerate(program.operations):  # noqa: B007  (names the node of a failure)
-            operation(buffers, step, services)
-    except (Cancelled, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # a callback's SystemExit must not end the executor either
-        raise StepFault(program.nodes[position]) from error
+    """Run one step to its end, with services that wait. Raises Cancelled if it was given up, StepFault if it failed."""
+    StepRun(program, step, services).advance()
 
 
 def describe(plan: Plan, instruction: Instruction) -> str:
@@ -106,6 +145,24 @@ def describe(plan: Plan, instruction: Instruction) -> str:
             return f"store {plan.training.stores[instruction.store].name}"
         case _:
             return type(instruction).__name__.lower()
+
+
+def may_be_quick(loaded: LoadedProgram) -> bool:
+    """Whether steps of this program may run on receiving threads: they run no Python of users, and send little."""
+    plan = loaded.plan
+    specs = {o.index: o.spec for o in plan.outputs if o.kind == "fetch"}
+    sent = 0
+    for instruction in loaded.program.instructions:
+        match instruction:
+            case Run() if plan.tasks[instruction.task].kind != "xla":
+                return False
+            case Send():
+                sent += plan.messages[instruction.message].nbytes
+            case Fetch():
+                sent += sum(specs[s].nbytes for s in instruction.slots)
+            case _:
+                pass
+    return sent <= MAX_QUICK_BYTES
 
 
 def _buffers(instruction: Instruction) -> tuple[int, ...]:
@@ -237,8 +294,20 @@ def _bind_fetch(fetch: Fetch) -> Operation:
     return operation
 
 
+QUICK_S = 300e-6
+"""A step that computes no longer than this may run on a receiving thread."""
+
+PROBATION = 4
+"""So many quick steps in a row make an executor trust that the next one is quick too."""
+
+MAX_QUICK_BYTES = 2**16
+"""What a quick step sends at most: sixteen such steps in flight never fill a queue, so sending never waits."""
+
+MAX_LOOK_S = 60.0
+
+
 class Executor:
-    """The thread of one (plan, device): runs the fed steps in the order in which they were fed."""
+    """Runs the steps of one (plan, device) in the order in which they were fed: on a thread of its own, or quickly."""
 
     def __init__(
         self,
@@ -246,18 +315,42 @@ class Executor:
         services: FedServices,
         on_fault: Callable[[int, str, BaseException], None],
         name: str,
+        *,
+        may_be_quick: bool = False,
+        deadline_s: float = DEADLINE_S,
     ) -> None:
-        """`on_fault(step, node, error)` is called on the executor's thread for each step that fails."""
+        """`on_fault(step, node, error)` is called for each step that fails, on the thread that ran it.
+
+        `may_be_quick` says that steps neither call back into Python nor send more than MAX_QUICK_BYTES.
+        """
         self._program = program
         self._services = services
         self._on_fault = on_fault
+        self._may_be_quick = may_be_quick
+        self._deadline_s = deadline_s
+        self._look_s = min(deadline_s / 8, MAX_LOOK_S)
+        self._lock = threading.Lock()
+        self._unfinished = 0
+        """Steps that were fed and are not over."""
+        self._quick_in_a_row = 0
+        self._turn = threading.Lock()
+        """Held from the beginning of a step to its end, on whatever threads that happens."""
+        self._parked: tuple[int, float] | None = None
+        """(step, since when) it waits for a value without a thread that does."""
         self._feeds: queue.SimpleQueue[tuple[int, Sequence[Array]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def feed(self, step: int, arrays: Sequence[Array]) -> None:
-        """Queue a step. The driver bounds how many are in flight, and with them this queue."""
-        self._feeds.put((step, arrays))
+        """Run a step now if it is bound to be quick, else queue it. The driver bounds how many are in flight."""
+        with self._lock:
+            quick = not self._unfinished and self._quick_in_a_row >= PROBATION
+            self._unfinished += 1
+        if quick:
+            self._turn.acquire()
+            self._begin(step, arrays, parks=True)
+        else:
+            self._feeds.put((step, arrays))
 
     def stop(self) -> None:
         """End after the step that runs now. Does not wait."""
@@ -270,20 +363,77 @@ class Executor:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        while (fed := self._feeds.get()) is not None:
+        while True:
+            try:
+                fed = self._feeds.get(timeout=self._look_s)
+            except queue.Empty:
+                self._look()
+                continue
+            if fed is None:
+                return
+            while not self._turn.acquire(timeout=self._look_s):
+                self._look()
             step, arrays = fed
-            self._step(step, arrays)
+            self._begin(step, arrays, parks=False)
             del fed, arrays  # else they stay alive until the next feed comes
 
-    def _step(self, step: int, arrays: Sequence[Array]) -> None:
+    def _look(self) -> None:
+        """End a parked step that waits for too long."""
+        parked = self._parked
+        if parked is not None and time.monotonic() - parked[1] > self._deadline_s:
+            self._services.expire(parked[0])
+
+    def _begin(self, step: int, arrays: Sequence[Array], *, parks: bool) -> None:
+        began = time.perf_counter()
         try:
-            self._services.begin(arrays)
-            run_step(self._program, step, self._services)
-        except Cancelled:
-            return
-        except StepFault as fault:
-            self._on_fault(step, fault.node, fault.__cause__ or fault)
-        except BaseException as error:  # a feed that does not fit, or a callback that raised KeyboardInterrupt
+            self._services.begin(arrays, parks=parks)
+        except BaseException as error:  # a feed that does not fit
+            self._end(step, QUICK_S)
             self._on_fault(step, "feed", error)
-        finally:
-            self._services.end(step)
+            return
+        self._advance(StepRun(self._program, step, self._services), step, began, 0.0)
+
+    def _advance(self, run: StepRun, step: int, since: float, ran_s: float) -> None:
+        """Run the step to its end, or to where it has to be left. `ran_s` is what it has run before `since`."""
+        fault: StepFault | None = None
+        while True:
+            try:
+                run.advance()
+            except Parked as parked:
+                if self._park(parked.claim, run, step, ran_s + time.perf_counter() - since):
+                    return
+                continue
+            except Cancelled:
+                pass
+            except StepFault as error:
+                fault = error
+            except BaseException as error:  # a callback that raised KeyboardInterrupt
+                fault = StepFault("step")
+                fault.__cause__ = error
+            break
+        self._end(step, ran_s + time.perf_counter() - since - self._services.waited_s)
+        if fault is not None:
+            self._on_fault(step, fault.node, fault.__cause__ or fault)
+
+    def _park(self, claim: Claim, run: StepRun, step: int, ran_s: float) -> bool:
+        """Leave the step until the claim is done. False if it is, by now."""
+
+        def resume() -> None:
+            self._parked = None
+            self._services.resume(claim)
+            self._advance(run, step, time.perf_counter(), ran_s)
+
+        self._parked = step, time.monotonic()
+        if claim.then(resume):
+            return True
+        self._parked = None
+        self._services.resume(claim)
+        return False
+
+    def _end(self, step: int, ran_s: float) -> None:
+        self._services.end(step)
+        quick = self._may_be_quick and ran_s < QUICK_S
+        self._turn.release()
+        with self._lock:
+            self._quick_in_a_row = self._quick_in_a_row + 1 if quick else 0
+            self._unfinished -= 1

@@ -8,6 +8,7 @@ and refuses what still arrives for it, so that a failed step leaves nothing behi
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flowml_runtime.protocol.rendezvous import Cancelled, Rendezvous
@@ -19,26 +20,62 @@ Key = tuple[str, int, int]
 """(kind, index, microbatch) within a scope"""
 
 
-class _Waiter:
-    __slots__ = ("arrived", "cancelled", "value")
+class Claim:
+    """The right to one value: it is here, or its owner waits, or is called when it comes. Made by `Mailbox.claim`."""
 
-    def __init__(self) -> None:
-        self.arrived = threading.Lock()  # a bare lock as a latch: one futex, where an Event takes three locks
-        self.arrived.acquire()
+    __slots__ = ("_arrived", "_lock", "_resume", "cancelled", "done", "value")
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        """The mailbox's, which guards all of this until the claim is done."""
+        self._arrived: threading.Lock | None = None
+        self._resume: Callable[[], None] | None = None
+        self.done = False
         self.cancelled = False
         self.value: Any = None
 
-    def cancel(self) -> None:
-        self.cancelled = True
-        self.arrived.release()
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until the claim is done; False if that takes longer."""
+        with self._lock:
+            if self.done:
+                return True
+            self._arrived = threading.Lock()  # a bare lock as a latch: one futex, where an Event takes three locks
+            self._arrived.acquire()
+        return self._arrived.acquire(timeout=timeout_s)
+
+    def then(self, resume: Callable[[], None]) -> bool:
+        """Have `resume` called once the claim is done, by whoever brings that about. False if it is done already."""
+        with self._lock:
+            if not self.done:
+                self._resume = resume
+            return not self.done
+
+    def settle(self, value: Any, *, cancelled: bool = False) -> None:
+        """For the mailbox, which holds the lock: set the outcome."""
+        self.value, self.cancelled, self.done = value, cancelled, True
+
+    def wake(self) -> None:
+        """For the mailbox, which does not hold the lock any more: call the owner, or wake it."""
+        if self._resume is not None:
+            self._resume()
+        elif self._arrived is not None:
+            self._arrived.release()
+
+
+class Parked(Exception):
+    """A step cannot go on before `claim` is done, and is not to wait for that."""
+
+    def __init__(self, claim: Claim) -> None:
+        super().__init__("a value that has not come")
+        self.claim = claim
 
 
 class Mailbox:
-    """Values for the executors of one process. Safe to use from any thread; no call but `take` ever waits."""
+    """Values for the executors of one process. Safe to use from any thread; only `take` and `Claim.wait` ever wait."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._plans: dict[str, Rendezvous[Any, _Waiter]] = {}
+        self._plans: dict[str, Rendezvous[Any, Claim]] = {}
         self._untidy: set[tuple[str, str]] = set()
         """(plan, device) with cancelled steps, which `finish` has to forget."""
 
@@ -51,10 +88,10 @@ class Mailbox:
         """Drop every value of the plan, wake all who wait for one, and refuse what comes later."""
         with self._lock:
             table = self._plans.pop(plan_id, None)
-            waiters = table.close() if table is not None else ()
+            claims = _cancelled(table.close()) if table is not None else ()
             self._untidy = {u for u in self._untidy if u[0] != plan_id}
-        for waiter in waiters:
-            waiter.cancel()
+        for claim in claims:
+            claim.wake()
 
     def put(self, scope: Scope, key: Key, value: Any) -> None:
         """Leave a value, or hand it to the one who waits. A closed plan or cancelled scope takes none.
@@ -64,30 +101,35 @@ class Mailbox:
         plan_id, step, device = scope
         with self._lock:
             table = self._plans.get(plan_id)
-            waiter = table.put((device, step, *key), value) if table is not None else None
-        if waiter is not None:
-            waiter.value = value
-            waiter.arrived.release()
+            claim = table.put((device, step, *key), value) if table is not None else None
+            if claim is not None:
+                claim.settle(value)
+        if claim is not None:
+            claim.wake()
 
-    def take(self, scope: Scope, key: Key, timeout_s: float) -> Any:
-        """The value under `key`, which leaves the table. Raises Cancelled, or TimeoutError after `timeout_s`."""
+    def claim(self, scope: Scope, key: Key) -> Claim:
+        """The value under `key`, which leaves the table, or the right to it when it comes. Raises Cancelled."""
         plan_id, step, device = scope
+        claim = Claim(self._lock)
         with self._lock:
             table = self._plans.get(plan_id)
             if table is None:
                 raise Cancelled(scope)
-            waiter = _Waiter()
-            value = table.claim((device, step, *key), waiter)
-        if value is not None:
-            return value
-        if not waiter.arrived.acquire(timeout=timeout_s):
+            value = table.claim((device, step, *key), claim)
+            if value is not None:
+                claim.settle(value)
+        return claim
+
+    def take(self, scope: Scope, key: Key, timeout_s: float) -> Any:
+        """The value under `key`, which leaves the table. Raises Cancelled, or TimeoutError after `timeout_s`."""
+        claim = self.claim(scope, key)
+        if not claim.done and not claim.wait(timeout_s):
             self.cancel(scope)  # nobody will ask for this step again; unless the value came just now, it ends here
-            waiter.arrived.acquire()
-            if waiter.cancelled:
+            if claim.cancelled:
                 raise TimeoutError
-        if waiter.cancelled:
+        if claim.cancelled:
             raise Cancelled(scope)
-        return waiter.value
+        return claim.value
 
     def cancel(self, scope: Scope) -> None:
         """Give up a scope: whoever waits in it gets Cancelled, its values are dropped."""
@@ -96,10 +138,10 @@ class Mailbox:
             table = self._plans.get(plan_id)
             if table is None or table.is_over(device, step):
                 return
-            waiters = table.cancel_step(device, step)
+            claims = _cancelled(table.cancel_step(device, step))
             self._untidy.add((plan_id, device))
-        for waiter in waiters:
-            waiter.cancel()
+        for claim in claims:
+            claim.wake()
 
     def finish(self, scope: Scope) -> None:
         """The device takes no more from this step or earlier ones. Frees the memory of cancellations."""
@@ -116,9 +158,9 @@ class Mailbox:
         """The device takes nothing more from steps before `step`: drops what came for them and what still comes."""
         with self._lock:
             table = self._plans.get(plan_id)
-            waiters = table.advance(device, step) if table is not None else ()
-        for waiter in waiters:
-            waiter.cancel()
+            claims = _cancelled(table.advance(device, step)) if table is not None else ()
+        for claim in claims:
+            claim.wake()
 
     def is_cancelled(self, scope: Scope) -> bool:
         table = self._plans.get(scope[0])
@@ -128,3 +170,11 @@ class Mailbox:
         """Values that wait to be taken."""
         with self._lock:
             return sum(len(table) for table in self._plans.values())
+
+
+def _cancelled(claims: Iterable[Claim]) -> tuple[Claim, ...]:
+    """The claims, none of which will get a value. The mailbox's lock is held."""
+    found = tuple(claims)
+    for claim in found:
+        claim.settle(None, cancelled=True)
+    return found

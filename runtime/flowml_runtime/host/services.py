@@ -7,6 +7,7 @@ feeds and fetches.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from flowml.errors import DeadlineError
 from flowml.plan import ArraySpec, Message
-from flowml_runtime.host.mailbox import Mailbox
+from flowml_runtime.host.mailbox import Cancelled, Claim, Mailbox, Parked
 from flowml_runtime.host.programs import Array, JaxDevice, LoadedProgram, feed_slots
 from flowml_runtime.messages import DEADLINE_S, Value, Wire
 
@@ -140,15 +141,43 @@ class DataflowServices(EdgeServices):
         self._number = loaded.plan.devices.index(self.device)
         self._outputs = {o.index: o.spec for o in loaded.plan.outputs if o.kind == "fetch"}
         self._at_home = at_home(loaded.device)
+        self._parks = False
+        self._claim: Claim | None = None
+        self._expired = -1
+        self.waited_s = 0.0
 
-    def begin(self, arrays: Sequence[Array]) -> None:
+    def begin(self, arrays: Sequence[Array], *, parks: bool) -> None:
         """Take in the feed of the step that runs next."""
+        self._parks = parks
+        self.waited_s = 0.0
         self._fed = dict(zip(self._slots, self.adopt(arrays), strict=True))
+
+    def resume(self, claim: Claim) -> None:
+        self._claim = claim
 
     def end(self, step: int) -> None:
         """Let go of the inputs, which else would stay alive until the next step."""
         self._fed = {}
+        self._claim = None
         self._mailbox.finish((self.plan_id, step, self.device))
+
+    def expire(self, step: int) -> None:
+        self._expired = step
+        self._mailbox.cancel((self.plan_id, step, self.device))
+
+    def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
+        if not self._parks:
+            began = time.perf_counter()
+            arrays = super().receive(step, message, microbatch)
+            self.waited_s += time.perf_counter() - began
+            return arrays
+        scope = (self.plan_id, step, self.device)
+        claim, self._claim = self._claim or self._mailbox.claim(scope, ("edge", message, microbatch)), None
+        if not claim.done:
+            raise Parked(claim)
+        if claim.cancelled:
+            raise self._late(step, message) if self._expired == step else Cancelled(scope)
+        return self.adopt(claim.value)
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
         return [self._fed[s] for s in slots]

@@ -22,7 +22,7 @@ import numpy as np
 
 from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import Plan
-from flowml_runtime.host.executor import Executor, StepProgram, prepare
+from flowml_runtime.host.executor import Executor, StepProgram, may_be_quick, prepare
 from flowml_runtime.host.faults import one_line, own_traceback, step_failed
 from flowml_runtime.host.local import LocalStep
 from flowml_runtime.host.mailbox import Mailbox
@@ -235,7 +235,14 @@ class Worker:
         def on_fault(step: int, node: str, error: BaseException) -> None:
             self._tell(driver, step_failed(plan_id, step, self.name, node, error))
 
-        return Executor(program, services, on_fault, f"{loaded.name} {plan_id}")
+        return Executor(
+            program,
+            services,
+            on_fault,
+            f"{loaded.name} {plan_id}",
+            may_be_quick=may_be_quick(loaded),
+            deadline_s=hosted.deadline_s,
+        )
 
     def _tell(self, driver: str, message: Wire) -> None:
         try:
