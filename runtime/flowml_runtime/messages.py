@@ -169,6 +169,18 @@ class Failed(_Wire, frozen=True):
 # Training. A clock is a step of one replica; a store homes the parameters of one layer group.
 
 
+class Taken(_Wire, frozen=True):
+    """The consumer of an edge to its producer on `device`: it has taken this step's value of message `index`.
+
+    Only for edges of large values, whose producer may be a few steps ahead and no more.
+    """
+
+    plan_id: Name
+    step: Count
+    index: Count
+    device: Name
+
+
 class Item(msgspec.Struct, frozen=True):
     """A work item: `size` examples from `start` in the order of epoch `epoch`. `sequence` never repeats."""
 
@@ -407,3 +419,4 @@ def decode(data: bytes | memoryview) -> Wire:
     if sum(s.nbytes for s in message.specs) > MAX_PAYLOAD_BYTES:
         raise msgspec.ValidationError(f"payload exceeds {MAX_PAYLOAD_BYTES} bytes")
     return message
+    | Taken

@@ -7,6 +7,7 @@ feeds and fetches.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -14,11 +15,12 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from flowml.errors import DeadlineError
+from flowml.errors import DeadlineError, WorkerLostError
 from flowml.plan import ArraySpec, Message
 from flowml_runtime.host.mailbox import Cancelled, Claim, Mailbox, Parked
 from flowml_runtime.host.programs import Array, JaxDevice, LoadedProgram, feed_slots
-from flowml_runtime.messages import DEADLINE_S, Value, Wire
+from flowml_runtime.host.window import Windows, window
+from flowml_runtime.messages import DEADLINE_S, Taken, Value, Wire
 
 
 class Sender(Protocol):
@@ -142,6 +144,8 @@ class DataflowServices(EdgeServices):
         self._outputs = {o.index: o.spec for o in loaded.plan.outputs if o.kind == "fetch"}
         self._at_home = at_home(loaded.device)
         self._parks = False
+        self.windows = Windows(self._messages)
+        self._windowed = [window(m) > 0 for m in self._messages]
         self._claim: Claim | None = None
         self._expired = -1
         self.waited_s = 0.0
@@ -159,6 +163,7 @@ class DataflowServices(EdgeServices):
         """Let go of the inputs, which else would stay alive until the next step."""
         self._fed = {}
         self._claim = None
+        self.windows.finish(step)
         self._mailbox.finish((self.plan_id, step, self.device))
 
     def expire(self, step: int) -> None:
@@ -166,6 +171,15 @@ class DataflowServices(EdgeServices):
         self._mailbox.cancel((self.plan_id, step, self.device))
 
     def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
+        arrays = self._receive(step, message, microbatch)
+        if self._windowed[message]:
+            source = self._messages[message].source
+            taken = Taken(plan_id=self.plan_id, step=step, index=message, device=source)
+            with contextlib.suppress(WorkerLostError):  # then nobody waits for it
+                self._sender.send(source.split("/", 1)[0], taken)
+        return arrays
+
+    def _receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
         if not self._parks:
             began = time.perf_counter()
             arrays = super().receive(step, message, microbatch)
@@ -178,6 +192,25 @@ class DataflowServices(EdgeServices):
         if claim.cancelled:
             raise self._late(step, message) if self._expired == step else Cancelled(scope)
         return self.adopt(claim.value)
+
+    def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None:
+        if self._windowed[message]:
+            try:
+                self.windows.enter(message, step, self.deadline_s)
+            except TimeoutError:
+                raise self._stalled(step, message) from None
+        super().send(step, message, microbatch, arrays)
+
+    def _stalled(self, step: int, message: int) -> DeadlineError:
+        edge = self._messages[message]
+        return DeadlineError(
+            f"step {step} of plan {self.loaded.plan.name!r}: {self.device} waited {self.deadline_s:g} s for "
+            f"{edge.destination} to take earlier values of {edge}; see whether that is stuck, or allow a longer "
+            "deadline: deadline_s= where the cluster is made",
+            worker=edge.destination.split("/", 1)[0],
+            step=step,
+            node=str(edge),
+        )
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
         return [self._fed[s] for s in slots]

@@ -32,10 +32,11 @@ from flowml_runtime.host.local import LocalStep
 from flowml_runtime.host.programs import Array, feed_slots, store_tasks
 from flowml_runtime.host.services import Sender
 from flowml_runtime.host.steps import Steps
+from flowml_runtime.host.window import IN_FLIGHT
 from flowml_runtime.messages import DEADLINE_S, Failed, Loaded, LoadPlan, StepFailed, Unload, Value, Wire
 
-IN_FLIGHT = 16
-"""Calls of one plan that may be under way at once; `submit` waits for room beyond that."""
+IN_FLIGHT_BYTES = 512 * 2**20
+"""What the inputs and results of the calls under way may take, unless two calls take more."""
 
 LOAD_DEADLINE_S = 1800.0
 """How long all workers together may take to compile a plan."""
@@ -114,7 +115,10 @@ class Session:
         deadline_s: float = DEADLINE_S,
         remedy: str = "start the worker again",
     ) -> None:
-        """`deadline_s` bounds each wait of a step; `remedy` is what the user can do when a worker is lost."""
+        """`submit` waits while `in_flight` calls of a plan are under way, or fewer where they are large.
+
+        `deadline_s` bounds each wait of a step; `remedy` is what the user can do when a worker is lost.
+        """
         self.endpoint = endpoint
         self.remedy = remedy
         self.devices = tuple(devices)
@@ -334,7 +338,8 @@ def _handle(plan_id: str, plan: Plan, workers: tuple[str, ...], in_flight: int, 
     for program in plan.programs if plan.training is None else ():
         fed = feed_slots(program)
         ports.append(_FeedPort(_worker(program), program.device, fed, tuple(plan.inputs[i] for i in fed)))
-    steps = Steps(plan.name, len(slots), in_flight)
+    nbytes = sum(s.nbytes for s in (*plan.inputs, *(o.spec for o in plan.outputs)))
+    steps = Steps(plan.name, len(slots), min(in_flight, max(2, IN_FLIGHT_BYTES // max(nbytes, 1))))
     return LoadedPlan(plan_id, plan, workers, tuple(ports), steps, Feeder(plan), Restorer(plan), local)
 
 

@@ -28,7 +28,8 @@ from flowml_runtime.host.local import LocalStep
 from flowml_runtime.host.mailbox import Mailbox
 from flowml_runtime.host.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
 from flowml_runtime.host.services import DataflowServices, Sender
-from flowml_runtime.messages import Failed, Loaded, LoadPlan, StepFailed, Unload, Value, Wire
+from flowml_runtime.host.window import Windows
+from flowml_runtime.messages import Failed, Loaded, LoadPlan, StepFailed, Taken, Unload, Value, Wire
 from flowml_runtime.protocol.terms import ProtocolError
 
 JOIN_S = 5.0
@@ -62,6 +63,7 @@ class _Hosted:
     driver: str
     deadline_s: float
     executors: dict[str, Executor] = field(default_factory=dict[str, Executor])
+    windows: dict[str, Windows] = field(default_factory=dict[str, Windows])
     local: LocalStep | None = None
     devices: tuple[str, ...] = ()
     training: TrainingHandler | None = None
@@ -131,6 +133,8 @@ class Worker:
             executors = list(hosted.executors.values())
             self._stopped = [e for e in self._stopped if not e.join(0)] + executors
         self.mailbox.close(plan_id)
+        for windows in hosted.windows.values():
+            windows.close()
         for executor in executors:
             executor.stop()
         if hosted.training is not None:
@@ -170,6 +174,9 @@ class Worker:
     def _on_plan_message(self, hosted: _Hosted, peer: str, message: Wire, arrays: Sequence[Array]) -> None:
         if hosted.training is not None and not isinstance(message, Unload):
             hosted.training.on_message(peer, message, arrays)
+        elif isinstance(message, Taken):
+            if message.device in hosted.windows:
+                hosted.windows[message.device].leave(message.index, message.step)
         elif peer != hosted.driver:
             return  # only the one who loaded a plan may drive it
         elif isinstance(message, Value):
@@ -179,6 +186,8 @@ class Worker:
         elif isinstance(message, StepFailed):
             for device in hosted.devices:
                 self.mailbox.cancel((message.plan_id, message.step, device))
+            for windows in hosted.windows.values():
+                windows.cancel(message.step)
         elif isinstance(message, Unload):
             self.unload(message.plan_id)
 
@@ -231,6 +240,7 @@ class Worker:
     def _executor(self, plan_id: str, hosted: _Hosted, loaded: LoadedProgram, program: StepProgram) -> Executor:
         driver = hosted.driver
         services = DataflowServices(plan_id, loaded, self.mailbox, self.endpoint, driver, hosted.deadline_s)
+        hosted.windows[loaded.name] = services.windows
 
         def on_fault(step: int, node: str, error: BaseException) -> None:
             self._tell(driver, step_failed(plan_id, step, self.name, node, error))
