@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from flowml_runtime.host import window as windows
 from flowml_runtime.host.session import LoadedPlan
 from flowml_runtime.host.window import IN_FLIGHT, WINDOW_BYTES, Windows, window
 from flowml_runtime.messages import StepFailed, Value
+from tests.conftest import wait_until
 from tests.network import DirectEndpoint, Network
 from tests.plans import W0, W1, Gate, PlanBuilder, fetched, through_gate
 
@@ -49,13 +48,6 @@ def held_up(name: str) -> Plan:
     return build.build([SCALAR], [fetched(SCALAR)])
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.002)
-
-
 def sent_edges(network: Network) -> list[int]:
     endpoint = network.workers[0].endpoint
     assert isinstance(endpoint, DirectEndpoint)
@@ -79,7 +71,7 @@ def test_a_producer_stops_where_its_consumer_does_and_goes_on_with_it() -> None:
         handle = network.session.load(held_up("slow consumer"))
         futures = [network.session.submit(handle, [np.float32(n)]) for n in range(8)]
         assert gate.entered.acquire(timeout=30)  # the consumer has taken step 0, and is stuck with it
-        until(lambda: producer(network, handle).waiting == 1)
+        wait_until(lambda: producer(network, handle).waiting == 1, "the producer waits for room")
         assert sent_edges(network) == [0, 1, 2, 3]
         gate.opened.set()
         assert [float(f.result(timeout=30)[0]) for f in futures] == list(range(8))
@@ -92,12 +84,12 @@ def test_a_step_that_is_given_up_gives_its_room_back() -> None:
         handle = network.session.load(held_up("given up"))
         futures = [network.session.submit(handle, [np.float32(n)]) for n in range(6)]
         assert gate.entered.acquire(timeout=30)
-        until(lambda: producer(network, handle).waiting == 1)
+        wait_until(lambda: producer(network, handle).waiting == 1, "the producer waits for room")
         for step in (4, 2):  # one whose sender waits, one that was sent
             over = StepFailed(plan_id=handle.plan_id, step=step, worker="driver", node="", kind="cancelled", error="")
             for worker in network.workers:
                 worker.on_message("driver", over, [])
-        until(lambda: 5 in sent_edges(network))
+        wait_until(lambda: 5 in sent_edges(network), "the last step is sent")
         assert sent_edges(network) == [0, 1, 2, 3, 5]
         gate.opened.set()
         for n in (0, 1, 3, 5):
@@ -123,7 +115,7 @@ def test_closing_wakes_a_producer_that_waits() -> None:
         handle = network.session.load(held_up("closed"))
         futures = [network.session.submit(handle, [np.float32(n)]) for n in range(6)]
         assert gate.entered.acquire(timeout=30)
-        until(lambda: producer(network, handle).waiting == 1)
+        wait_until(lambda: producer(network, handle).waiting == 1, "the producer waits for room")
         network.session.unload(handle)
         assert futures[5].exception(timeout=30) is not None
         gate.opened.set()
@@ -162,7 +154,7 @@ def test_memory_stays_within_the_credits_when_the_consumer_is_slow() -> None:
         with fm.layer("make"):
             y = x + jnp.zeros(length)
         with fm.layer("slow"):
-            for _ in range(40):
+            for _ in range(12):
                 y = jnp.cos(y)
             return y[0] + 0 * y.sum()
 

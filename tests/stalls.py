@@ -1,0 +1,43 @@
+"""Random scheduling delays for processes that the test started: each is stopped for a while, again and again."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import psutil
+
+
+@contextmanager
+def stalls(pids: Sequence[int], seed: int, longest_s: float = 0.008) -> Generator[None]:
+    """Until the block ends, a process chosen at random stands still for a random time, then another."""
+    rng = np.random.default_rng(seed)
+    over = threading.Event()
+
+    def stall() -> None:
+        while not over.is_set():
+            process = psutil.Process(int(rng.choice(pids)))
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGSTOP)
+                try:
+                    over.wait(rng.uniform(0, longest_s))
+                finally:
+                    process.send_signal(signal.SIGCONT)
+            over.wait(rng.uniform(0, longest_s / 2))
+
+    thread = threading.Thread(target=stall)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def processes_of_this_test() -> list[psutil.Process]:
+    """The processes under this one: workers, and the one that forks them."""
+    return psutil.Process().children(recursive=True)
