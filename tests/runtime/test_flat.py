@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ def held(processes: Sequence[psutil.Process]) -> dict[int, tuple[int, int, int]]
 
 
 def test_ten_thousand_steps_hold_no_more_than_the_first() -> None:
-    def fn(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def fn(x: Any) -> tuple[jax.Array, jax.Array]:
         with fm.layer("a"):
             y = x + 1
         with fm.layer("b"):

@@ -17,10 +17,11 @@ import time
 from collections.abc import Sequence
 
 from flowml.plan import Message
+from flowml_runtime.host.transport import MAX_QUEUED_BYTES
 from flowml_runtime.protocol.rendezvous import Cancelled
 
-WINDOW_BYTES = 128 * 2**20
-"""What may wait for the consumer of one edge, unless a single value is larger."""
+WINDOW_BYTES = MAX_QUEUED_BYTES // 2
+"""What may wait for the consumer of one edge, unless a single value is larger. Half of what a connection takes."""
 
 IN_FLIGHT = 16
 """Calls of one plan that may be under way at once: an edge on which so many fit needs no window."""
