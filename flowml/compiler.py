@@ -17,10 +17,11 @@ import numpy as np
 
 from flowml import _jax, verify
 from flowml.cost import node_seconds
-from flowml.devices import Device, Link, as_devices
+from flowml.devices import Device, as_devices
 from flowml.estimate import estimate
 from flowml.graph import Graph, Literal
 from flowml.label import label
+from flowml.links import Links, links_used
 from flowml.lower import ExecutableTable, lower_groups
 from flowml.partition import partition
 from flowml.placement import Placement, place
@@ -78,13 +79,13 @@ def compile_function(
     donate_argnums: int | Sequence[int] = (),
     platforms: Sequence[str] = ("cpu",),
     name: str | None = None,
-    link: Link | None = None,
+    links: Links | None = None,
 ) -> Compiled:
-    """Like `compile`, with the trees of the call."""
+    """Like `compile`, with the trees of the call. `links` is what is known of those between the devices."""
     del donate_argnums  # arguments are copied to the workers, so the caller's buffers are free in any case
     title = name or getattr(fn, "__name__", type(fn).__name__)
     traced = trace(fn, args, kwargs, as_tuple(static_argnums), title)
-    plan = compile_graph(title, traced, as_devices(devices), placement, link or Link(), tuple(platforms))
+    plan = compile_graph(title, traced, as_devices(devices), placement, links or Links(), tuple(platforms))
     return Compiled(plan, traced.in_tree, traced.out_tree)
 
 
@@ -93,7 +94,7 @@ def compile_graph(
     traced: Trace,
     devices: Sequence[Device],
     placement: Placement,
-    link: Link,
+    links: Links,
     platforms: tuple[str, ...],
 ) -> Plan:
     """The passes. Each is `Graph -> Graph`, or makes the next type."""
@@ -103,7 +104,7 @@ def compile_graph(
     verify.verify_graph(graph, "simplify")
     graph = label(graph, traced.parameters)
     verify.verify_graph(graph, "label")
-    choices = place(graph, devices, placement, link)
+    choices = place(graph, devices, placement, links)
     verify.verify_placed(graph, choices.assignment, devices)
     graph = partition(graph, choices.assignment)
     verify.verify_partitioned(graph)
@@ -130,11 +131,12 @@ def compile_graph(
         input_names=graph.input_names,
         outputs=outputs,
         constants=constants,
-        estimate=estimate(programs, table.tasks, routing.messages, by_name, link, single, specs),
+        estimate=estimate(programs, table.tasks, routing.messages, by_name, links, single, specs),
         choices=choices.weighed,
         notes=choices.notes,
         nodes=node_views(graph, tasks, table),
         platforms=platforms,
+        links=links_used(links, routing.messages),
     )
     verify.verify_plan(plan)
     return plan

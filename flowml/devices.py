@@ -30,17 +30,6 @@ class Device:
         return self.name
 
 
-@dataclass(frozen=True)
-class Link:
-    """What a transfer between two devices costs: a fixed latency in seconds and a rate in bytes/s."""
-
-    latency_s: float = 4e-4
-    bytes_per_s: float = 1e9
-
-    def seconds(self, nbytes: int) -> float:
-        return self.latency_s + nbytes / self.bytes_per_s
-
-
 def as_devices(devices: Iterable[Device | str]) -> tuple[Device, ...]:
     """Devices from names: `"worker:0"` stands for `"worker:0/cpu:0"`. Raises PlacementError for none or twice."""
     found = tuple(d if isinstance(d, Device) else Device(_full(d)) for d in devices)

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flowml.devices import Device, Link
+from flowml.devices import Device
 from flowml.errors import FlowmlError
+from flowml.links import Links
 from flowml.plan import ArraySpec, Estimate, Feed, Free, Message, Program, Read, Recv, Run, Send, StoreSpec, Task
-
-_DRIVER_LINK = Link()
 
 
 @dataclass
@@ -29,7 +28,7 @@ def estimate(
     tasks: Sequence[Task],
     messages: Sequence[Message],
     devices: Mapping[str, Device],
-    link: Link,
+    links: Links,
     single_device_seconds: float,
     sizes: Mapping[str, Sequence[ArraySpec]],
     stores: Sequence[StoreSpec] = (),
@@ -41,7 +40,7 @@ def estimate(
     while moved:
         moved = False
         for walker in walkers:
-            moved |= _advance(walker, tasks, messages, arrived, link)
+            moved |= _advance(walker, tasks, messages, arrived, links)
     stuck = next((w for w in walkers if w.position < len(w.program.instructions)), None)
     if stuck is not None:
         raise FlowmlError(
@@ -68,7 +67,7 @@ def _advance(
     tasks: Sequence[Task],
     messages: Sequence[Message],
     arrived: dict[tuple[int, int], float],
-    link: Link,
+    links: Links,
 ) -> bool:
     start = walker.position
     code = walker.program.instructions
@@ -77,7 +76,8 @@ def _advance(
         if isinstance(instruction, Run):
             walker.clock_s += tasks[instruction.task].seconds + walker.device.dispatch_s
         elif isinstance(instruction, Send):
-            seconds = link.seconds(messages[instruction.message].nbytes)
+            message = messages[instruction.message]
+            seconds = links.between(message.source, message.destination).seconds(message.nbytes)
             arrived[instruction.message, instruction.microbatch] = walker.clock_s + seconds
         elif isinstance(instruction, Recv):
             key = (instruction.message, instruction.microbatch)

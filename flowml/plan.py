@@ -93,6 +93,23 @@ class Message(msgspec.Struct, frozen=True):
         return f"{self.source} -> {self.destination} ({', '.join(t.layer or 'value' for t in self.transfers)})"
 
 
+class PlanLink(msgspec.Struct, frozen=True):
+    """The link that the estimate took for messages from one device to another; `way` is "" where it is not known.
+
+    `bytes_per_s` is infinite where arrays are handed over by reference.
+    """
+
+    source: str
+    destination: str
+    latency_s: float
+    bytes_per_s: float
+    way: str = ""
+    measured: bool = False
+
+    def seconds(self, nbytes: float) -> float:
+        return self.latency_s + nbytes / self.bytes_per_s
+
+
 class Task(msgspec.Struct, frozen=True):
     """A run of nodes compiled to one XLA executable (`kind="xla"`), or one Python callback (`"python"`).
 
@@ -336,6 +353,7 @@ class Plan(msgspec.Struct, frozen=True):
     training: Training | None = None
     platforms: tuple[str, ...] = ("cpu",)
     format: int = FORMAT
+    links: tuple[PlanLink, ...] = ()
 
     @property
     def transfers(self) -> tuple[Transfer, ...]:

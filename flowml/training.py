@@ -20,11 +20,12 @@ import jax.numpy as jnp
 from flowml import _jax, verify
 from flowml.compiler import array_bytes, node_views
 from flowml.cost import node_seconds
-from flowml.devices import Device, Link, as_devices
+from flowml.devices import Device, as_devices
 from flowml.errors import PlacementError
 from flowml.estimate import estimate
 from flowml.graph import Graph, Operand
 from flowml.label import label, layer_of
+from flowml.links import Links, links_used
 from flowml.lower import ExecutableTable, lower_groups
 from flowml.optimizer import OptimizerSlices, slice_optimizer
 from flowml.partition import partition
@@ -95,7 +96,7 @@ def compile_training(
     batch: Any,
     devices: Iterable[Device | str],
     *,
-    link: Link | None = None,
+    links: Links | None = None,
     platforms: Sequence[str] = ("cpu",),
 ) -> TrainingCompiled:
     """Compile a training step for `spec.replicas` copies of the model. `batch` is one global batch (or specs).
@@ -116,7 +117,7 @@ def compile_training(
         spec=spec,
         devices=everyone,
         template=template,
-        link=link or Link(),
+        links=links or Links(),
         platforms=tuple(platforms),
         paths=paths,
         slices=slices,
@@ -236,7 +237,7 @@ class _Compiler:
     spec: TrainingSpec
     devices: tuple[Device, ...]
     template: tuple[Device, ...]
-    link: Link
+    links: Links
     platforms: tuple[str, ...]
     paths: tuple[str, ...]
     slices: OptimizerSlices
@@ -260,7 +261,7 @@ class _Compiler:
         graph, contributions = planner.contributions(graph, gradients)
         graph = simplify(graph)
         verify.verify_graph(graph, "factors")
-        choices = place(graph, self.template, spec.placement, self.link)
+        choices = place(graph, self.template, spec.placement, self.links)
         verify.verify_placed(graph, choices.assignment, self.template)
         graph = partition(graph, choices.assignment)
         verify.verify_partitioned(graph)
@@ -297,12 +298,13 @@ class _Compiler:
             input_names=(*self.batch_paths, *(["rng"] if self.takes_rng else [])),
             outputs=(),
             constants=constants,
-            estimate=estimate(whole.programs, table.tasks, whole.messages, by_name, self.link, single, fed, specs),
+            estimate=estimate(whole.programs, table.tasks, whole.messages, by_name, self.links, single, fed, specs),
             choices=choices.weighed,
             notes=(*choices.notes, *planner.notes),
             nodes=node_views(graph, tasks, table),
             training=self._training(whole.replicas, specs, max(slots)),
             platforms=self.platforms,
+            links=links_used(self.links, whole.messages, specs),
         )
         verify.verify_plan(plan)
         return plan, slots

@@ -10,7 +10,10 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import atexit
 import random
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -25,6 +28,11 @@ import pytest
 
 if TYPE_CHECKING:
     import flowml as fm
+
+CACHE = tempfile.mkdtemp(prefix="flowml-tests-")
+"""What tests and the programs that they start remember, in place of the user's cache directory."""
+os.environ["XDG_CACHE_HOME"] = CACHE
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 SEED = int(os.environ.get("FLOWML_TEST_SEED", "0"))
 LEAK_DEADLINE_S = 10.0
@@ -78,6 +86,15 @@ def process_cluster() -> Iterator[fm.Cluster]:
     import flowml as fm
 
     with closing(fm.Cluster.local(workers=2)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def grpc_cluster() -> Iterator[fm.Cluster]:
+    """As `process_cluster`, talking by gRPC as the processes of several machines do."""
+    import flowml as fm
+
+    with closing(fm.Cluster.local(workers=2, transport="grpc")) as cluster:
         yield cluster
 
 

@@ -1,7 +1,8 @@
 """Automatic placement: one device against pipelines of two and more, by estimate.
 
 One fast machine hardly ever gains from a pipeline; slow links never do for a single call. The comparison is
-kept so that `plan.explain()` can say so with numbers.
+kept so that `plan.explain()` can say so with numbers. Stages lie along the fastest links that there are, so that two
+machines with a slow link between them meet in at most one place of the pipeline.
 """
 
 from __future__ import annotations
@@ -9,30 +10,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from flowml.cost import node_seconds
-from flowml.devices import Device, Link
+from flowml.devices import Device
 from flowml.errors import PlacementError
 from flowml.graph import Graph
+from flowml.links import Links
 from flowml.partition import partition
 from flowml.placement.memory import resident_bytes
-from flowml.placement.pipeline import pipeline_items, pipeline_stages
+from flowml.placement.pipeline import crossing_bytes, pipeline_items, pipeline_stages
 from flowml.plan import Choice
 from flowml.program import route
 from flowml.schedule import schedule
 
 
 def choose(
-    graph: Graph, devices: Sequence[Device], objective: str, memory_bytes: int | None, link: Link
+    graph: Graph, devices: Sequence[Device], objective: str, memory_bytes: int | None, links: Links
 ) -> tuple[dict[int, str], tuple[Choice, ...], tuple[str, ...]]:
     """The best assignment that fits, all that were weighed, and notes. Raises PlacementError if none fits."""
-    layers = len(pipeline_items(graph))
+    items = pipeline_items(graph)
+    chain = _chain(devices, links, max(crossing_bytes(graph, items), default=0))
     candidates: list[tuple[str, dict[int, str]]] = [
         (f"one device ({devices[0].name})", {n.id: devices[0].name for n in graph.nodes})
     ]
-    for stages in range(2, min(len(devices), layers) + 1):
-        limit = min((_limit(d, memory_bytes) for d in devices[:stages]), default=float("inf"))
+    for stages in range(2, min(len(devices), len(items)) + 1):
+        limit = min((_limit(d, memory_bytes) for d in chain[:stages]), default=float("inf"))
         bound = None if limit == float("inf") else int(limit)
-        candidates.append((f"pipeline of {stages} stages", pipeline_stages(graph, devices[:stages], link, bound)))
-    weighed = [_weigh(graph, name, a, devices, objective, memory_bytes, link) for name, a in candidates]
+        candidates.append((f"pipeline of {stages} stages", pipeline_stages(graph, chain[:stages], links, bound)))
+    weighed = [_weigh(graph, name, a, devices, objective, memory_bytes, links) for name, a in candidates]
     fitting = [i for i, (_, fits) in enumerate(weighed) if fits]
     if not fitting:
         smallest = min(c.peak_bytes for c, _ in weighed)
@@ -45,12 +48,27 @@ def choose(
     choices = tuple(
         Choice(c.name, c.step_seconds, c.peak_bytes, c.note, chosen=i == best) for i, (c, _) in enumerate(weighed)
     )
-    return candidates[best][1], choices, _notes(best, objective, len(devices))
+    return candidates[best][1], choices, _notes(best, objective, devices, chain)
 
 
-def _notes(best: int, objective: str, devices: int) -> tuple[str, ...]:
-    if best == 0 and devices > 1:
+def _chain(devices: Sequence[Device], links: Links, nbytes: int) -> list[Device]:
+    """The devices in the order in which a pipeline takes them: each the nearest of what is left to the one before it.
+
+    Where all links are alike that is the order given. Nearest for `nbytes`, the most that crosses anywhere.
+    """
+    chain, left = [devices[0]], list(devices[1:])
+    while left:
+        chain.append(min(left, key=lambda d: links.between(chain[-1].name, d.name).seconds(nbytes)))
+        left.remove(chain[-1])
+    return chain
+
+
+def _notes(best: int, objective: str, devices: Sequence[Device], chain: Sequence[Device]) -> tuple[str, ...]:
+    if best == 0 and len(devices) > 1:
         return (f"one device is expected to be faster than any pipeline here (objective: {objective}).",)
+    stages = chain[: best + 1]
+    if list(devices[: best + 1]) != stages:
+        return (f"the stages follow the fastest links: {', then '.join(d.name for d in stages)}.",)
     return ()
 
 
@@ -61,10 +79,10 @@ def _weigh(
     devices: Sequence[Device],
     objective: str,
     memory_bytes: int | None,
-    link: Link,
+    links: Links,
 ) -> tuple[Choice, bool]:
     used = [d for d in devices if d.name in set(assignment.values())] or [devices[0]]
-    latency, busiest, crossing = _play(partition(graph, assignment), {d.name: d for d in devices}, link)
+    latency, busiest, crossing = _play(partition(graph, assignment), {d.name: d for d in devices}, links)
     seconds = latency if objective == "latency" else busiest
     peaks = {d.name: resident_bytes(graph, assignment, d.name) for d in used}
     over = [d.name for d in used if peaks[d.name] > _limit(d, memory_bytes)]
@@ -72,7 +90,7 @@ def _weigh(
     return Choice(name, seconds, max(peaks.values()), f"does not fit on {over[0]}" if over else crosses), not over
 
 
-def _play(graph: Graph, devices: Mapping[str, Device], link: Link) -> tuple[float, float, int]:
+def _play(graph: Graph, devices: Mapping[str, Device], links: Links) -> tuple[float, float, int]:
     """Seconds of one step, seconds a step of many in flight, and how many values cross.
 
     One step is played as `estimate` plays the finished program: tasks in order, each started at its device's cost, each
@@ -81,7 +99,7 @@ def _play(graph: Graph, devices: Mapping[str, Device], link: Link) -> tuple[floa
     seconds = {n.id: node_seconds(graph, n, devices[n.device]) for n in graph.nodes}
     tasks = schedule(graph, seconds)
     routing = route(graph, tasks)
-    flights = [link.seconds(m.nbytes) for m in routing.messages]
+    flights = [links.between(m.source, m.destination).seconds(m.nbytes) for m in routing.messages]
     clock_s: dict[str, float] = {}
     busy_s: dict[str, float] = {}
     arrived_s: dict[int, float] = {}

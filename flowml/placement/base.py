@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flowml.devices import Device, Link, find_device
+from flowml.devices import Device, find_device
 from flowml.errors import PlacementError
 from flowml.graph import Graph, Node
 from flowml.label import matches
+from flowml.links import Links
 from flowml.placement.auto import choose
 from flowml.placement.memory import check_memory
 from flowml.placement.pipeline import pipeline_stages
@@ -72,20 +73,20 @@ class Choices:
     notes: tuple[str, ...] = field(default=())
 
 
-def place(graph: Graph, devices: Sequence[Device], placement: Placement, link: Link) -> Choices:
+def place(graph: Graph, devices: Sequence[Device], placement: Placement, links: Links) -> Choices:
     """Decide where every node runs. Raises PlacementError naming the device, layer or pin at fault."""
     pins = {n.id: _pin(n, devices) for n in graph.nodes if n.scope.pins}
-    choices = _apply_rule(graph, devices, placement, link)
+    choices = _apply_rule(graph, devices, placement, links)
     assignment = _follow_data(graph, {**choices.assignment, **pins}, devices[0].name)
     check_memory(graph, assignment, devices, placement.memory_bytes if isinstance(placement, AutoPlacement) else None)
     return Choices(assignment, choices.weighed, choices.notes)
 
 
-def _apply_rule(graph: Graph, devices: Sequence[Device], placement: Placement, link: Link) -> Choices:
+def _apply_rule(graph: Graph, devices: Sequence[Device], placement: Placement, links: Links) -> Choices:
     if placement == "auto":
         placement = AutoPlacement()
     if isinstance(placement, AutoPlacement):
-        assignment, weighed, notes = choose(graph, devices, placement.objective, placement.memory_bytes, link)
+        assignment, weighed, notes = choose(graph, devices, placement.objective, placement.memory_bytes, links)
         return Choices(assignment, weighed, notes)
     if isinstance(placement, Pipeline):
         if placement.stages > len(devices):
@@ -93,7 +94,7 @@ def _apply_rule(graph: Graph, devices: Sequence[Device], placement: Placement, l
                 f"Pipeline(stages={placement.stages}) needs {placement.stages} devices, there are {len(devices)}; "
                 "start more workers or use fewer stages"
             )
-        return Choices(pipeline_stages(graph, devices[: placement.stages], link))
+        return Choices(pipeline_stages(graph, devices[: placement.stages], links))
     if isinstance(placement, Mapping):
         return Choices(_by_pattern(graph, devices, placement))
     if callable(placement):

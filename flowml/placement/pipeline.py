@@ -8,19 +8,21 @@ linear-partition recurrence that PipeDream (Harlap et al., 2018) uses for pipeli
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from flowml.cost import node_seconds
-from flowml.devices import Device, Link
+from flowml.devices import Device
 from flowml.errors import PlacementError
 from flowml.graph import Graph, Node
+from flowml.links import Links
 
 _MAX_ITEMS = 600
 
 
 def pipeline_stages(
-    graph: Graph, devices: Sequence[Device], link: Link, limit_bytes: int | None = None
+    graph: Graph, devices: Sequence[Device], links: Links, limit_bytes: int | None = None
 ) -> dict[int, str]:
     """node id -> device, stage by stage. Raises PlacementError if there are fewer layers than stages.
 
@@ -28,7 +30,7 @@ def pipeline_stages(
     considered, as long as there are any.
     """
     items = pipeline_items(graph)
-    stages = cut(graph, items, devices, link, limit_bytes)
+    stages = cut(graph, items, devices, links, limit_bytes)
     return {node.id: devices[stage].name for item, stage in zip(items, stages, strict=True) for node in item}
 
 
@@ -48,7 +50,7 @@ def cut(
     graph: Graph,
     items: Sequence[Sequence[Node]],
     devices: Sequence[Device],
-    link: Link,
+    links: Links,
     limit_bytes: int | None = None,
 ) -> list[int]:
     """The stage of every item: the exact optimum for the slowest stage, and among its equals the most even one."""
@@ -59,18 +61,18 @@ def cut(
         )
     work = np.array([[sum(node_seconds(graph, n, d) for n in item) for item in items] for d in devices])
     compute = np.concatenate([np.zeros((stages, 1)), np.cumsum(work, axis=1)], axis=1)
-    transfer = np.array([link.seconds(b) if b else 0.0 for b in _crossing_bytes(graph, items)])
+    transfer = _transfer_seconds(crossing_bytes(graph, items), devices, links)
     held = np.concatenate([[0], np.cumsum(_input_bytes(graph, items))])
     largest = max((sum(graph.values[v].nbytes for v in n.outputs) for item in items for n in item), default=0)
     limit = np.inf if limit_bytes is None else limit_bytes - largest
 
     def slowest(stage: int, starts: np.ndarray, end: int) -> np.ndarray:
-        seconds = np.maximum(compute[stage, end] - compute[stage, starts], transfer[starts])
+        seconds = np.maximum(compute[stage, end] - compute[stage, starts], transfer[stage, starts])
         return np.where(held[end] - held[starts] > limit, np.inf, seconds)
 
     best, _ = _linear_partition(slowest, stages, count)
     if not np.isfinite(best):
-        return cut(graph, items, devices, link)
+        return cut(graph, items, devices, links)
 
     def most_compute(stage: int, starts: np.ndarray, end: int) -> np.ndarray:
         seconds = compute[stage, end] - compute[stage, starts]
@@ -115,7 +117,13 @@ def _input_bytes(graph: Graph, items: Sequence[Sequence[Node]]) -> list[int]:
     return found
 
 
-def _crossing_bytes(graph: Graph, items: Sequence[Sequence[Node]]) -> list[int]:
+def _transfer_seconds(crossing: Sequence[int], devices: Sequence[Device], links: Links) -> np.ndarray:
+    """[stage, item] -> seconds that what crosses a cut in front of the item takes to reach the stage."""
+    into = [links.between(a.name, b.name) for a, b in pairwise(devices)]
+    return np.array([[0.0] * len(crossing), *([k.seconds(n) if n else 0.0 for n in crossing] for k in into)])
+
+
+def crossing_bytes(graph: Graph, items: Sequence[Sequence[Node]]) -> list[int]:
     """Bytes that cross a cut in front of each item (the first has none in front of it)."""
     position = {node.id: i for i, item in enumerate(items) for node in item}
     change = [0] * (len(items) + 1)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flowml.plan import ArraySpec, Choice, Estimate, Plan, StoreSpec, Training, Transfer
+from flowml.plan import ArraySpec, Choice, Estimate, Plan, PlanLink, StoreSpec, Training, Transfer
 from flowml.render.program_text import device_lists
 from flowml.render.scene import headline, push_text, spec_text
 from flowml.render.timeline import timeline
-from flowml.render.units import bytes_text, clip, flops_text, plural, seconds_text
+from flowml.render.units import bytes_text, clip, flops_text, plural, rate_text, seconds_text
 
 _WIDEST = 56
 _ROWS = 40
@@ -26,6 +26,7 @@ def explain(plan: Plan) -> str:
         _choices(plan.choices),
         _partitions(plan),
         _transfers(plan),
+        _links(plan.links),
         _training(plan.training) if plan.training else "",
         _notes(plan.notes),
     ]
@@ -151,6 +152,20 @@ def _transfers(plan: Plan) -> str:
     times = f", {plan.training.microbatches} times a step" if plan.training and plan.training.microbatches > 1 else ""
     title = f"Transfers ({scope}{plural(len(rows), 'value')} in {plural(len(messages), 'message')}{times})"
     return table(title, ("from", "to", "layer", "value", "size"), rows, "llllr")
+
+
+def _links(links: Sequence[PlanLink]) -> str:
+    """What each pair of devices was reckoned with, and how that is known; a pair alike both ways takes one row."""
+    facts = {(k.source, k.destination): (k.way, k.latency_s, k.bytes_per_s, k.measured) for k in links}
+    both = {(a, b) for a, b in facts if facts[a, b] == facts.get((b, a))}
+    rows: list[Sequence[str]] = []
+    for (a, b), (way, latency_s, bytes_per_s, measured) in facts.items():
+        if (a, b) not in both or a < b:
+            edge = f"{a} {'↔' if (a, b) in both else '→'} {b}"
+            known = "measured" if measured else "assumed"
+            rows.append((edge, way or "-", seconds_text(latency_s), rate_text(bytes_per_s), known))
+    header = ("between", "way", "latency", "rate", "")
+    return table("Links (as the estimate took them)", header, rows, "llrrl") if rows else ""
 
 
 def _training(training: Training) -> str:

@@ -6,14 +6,15 @@ a send does not wait. Time is counted, never read.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from flowml.devices import Link
-from flowml.plan import Plan, Program, Recv, Run, Send, Task
+from flowml.links import Link
+from flowml.plan import Plan, PlanLink, Program, Recv, Run, Send, Task
 
 _FLOPS_PER_S = 2e10
 _LEAST_S = 1e-6
+_PRIOR = Link()
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ def timeline(plan: Plan, devices: Collection[str] | None = None) -> tuple[Bar, .
     programs = [p for p in plan.programs if devices is None or p.device in devices]
     bars: list[Bar] = []
     arrivals: dict[tuple[int, int], float] = {}
-    players = [_Player(plan, p) for p in programs]
+    links = {(k.source, k.destination): k for k in plan.links}
+    players = [_Player(plan, p, links) for p in programs]
     while any(player.play(bars, arrivals) for player in players):
         pass
     return tuple(sorted(bars, key=lambda b: (b.start_s, b.end_s, b.device)))
@@ -49,6 +51,7 @@ class _Player:
 
     plan: Plan
     program: Program
+    links: Mapping[tuple[str, str], PlanLink]
     position: int = 0
     now_s: float = 0.0
 
@@ -62,7 +65,7 @@ class _Player:
                         break
                     self.now_s = max(self.now_s, arrivals[message, m])
                 case Send(message=message, microbatch=m):
-                    arrivals[message, m] = self.now_s + Link().seconds(self.plan.messages[message].nbytes)
+                    arrivals[message, m] = self.now_s + self._flight_s(message)
                 case Run(task=task, microbatch=m):
                     end_s = self.now_s + duration_s(self.plan.tasks[task])
                     bars.append(Bar(self.program.device, task, m, self.now_s, end_s))
@@ -71,3 +74,7 @@ class _Player:
                     pass
             self.position += 1
         return self.position > began
+
+    def _flight_s(self, number: int) -> float:
+        message = self.plan.messages[number]
+        return (self.links.get((message.source, message.destination)) or _PRIOR).seconds(message.nbytes)

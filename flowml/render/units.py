@@ -30,6 +30,14 @@ def seconds_text(seconds: float) -> str:
     return "0 s" if seconds <= 0 else f"{_three(seconds / 1e-9)} ns"
 
 
+def rate_text(bytes_per_s: float) -> str:
+    """`6.1e9 -> "6.1 GB/s"`; what is handed over by reference has no rate."""
+    if bytes_per_s == float("inf"):
+        return "by reference"
+    scaled, unit = _scale(bytes_per_s, _DECIMAL, 1000)
+    return f"{_three(scaled)} {unit}B/s"
+
+
 def plural(number: int, noun: str, many: str = "") -> str:
     """`plural(2, "task") -> "2 tasks"`."""
     return f"{number:,} {noun if number == 1 else many or noun + 's'}"

@@ -24,15 +24,19 @@ from typing import Any, Self
 
 from flowml.devices import Device
 from flowml.errors import ClusterError
+from flowml.links import ASSUMED, SAME_PROCESS, Links
+from flowml.placement import AutoPlacement, Pipeline, Placement
 from flowml_runtime.backends.local import LocalWorkers
 from flowml_runtime.host.coordinator import CoordinatorHost
 from flowml_runtime.host.grpc_transport import GrpcEndpoint, bind_towards
+from flowml_runtime.host.link_table import LinkTable, links_mode
+from flowml_runtime.host.links import Prober
 from flowml_runtime.host.machine import cores, memory_bytes, share_cores
 from flowml_runtime.host.membership import Membership, passing_name
 from flowml_runtime.host.security import TLS, check_exposure, find_token, is_loopback, new_token, split_address
 from flowml_runtime.host.spawning import WorkerConfig
 from flowml_runtime.host.transport import Endpoint, ThreadHub
-from flowml_runtime.messages import DEADLINE_S, MAX_DEADLINE_S, Member, Wire
+from flowml_runtime.messages import DEADLINE_S, MAX_DEADLINE_S, Member, Probe, Probed, Wire
 
 TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
 """Paths of PEM files under "cert", "key" and "ca"."""
@@ -43,6 +47,7 @@ _START_ANOTHER = "close this cluster and start another"
 _ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 """Addresses that stand for some other machine (RFC 5737, RFC 3849)."""
 
+_BY_REFERENCE = Links(ASSUMED[SAME_PROCESS])
 _CORE_FLOPS_PER_S = Device("").flops_per_s
 _current: list[Cluster] = []
 
@@ -54,6 +59,8 @@ class _Options:
     allow_python: bool
     deadline_s: float
     remedy: str
+    links: str
+    shared_memory: bool
 
 
 class Cluster:
@@ -68,6 +75,8 @@ class Cluster:
         self.python = python
         self.pids: Mapping[str, int] = {}
         """Worker -> process id, of those that this cluster started."""
+        self._table: LinkTable | None = None
+        """None where all workers are in this process."""
         self._stack = ExitStack()
         self._lock = threading.Lock()
         self._owner = os.getpid()
@@ -79,6 +88,27 @@ class Cluster:
         """The devices of the workers that are there now."""
         return self.session.devices
 
+    @property
+    def links(self) -> Links:
+        """What is known of the links between workers, and to this process ("driver"); what is not is assumed."""
+        return _BY_REFERENCE if self._table is None else self._table.known()
+
+    def measure_links(self) -> Links:
+        """Measure every link now, and remember it for other programs. Takes well under a second for each pair of hosts.
+
+        A link that cannot be measured stays as it was. In `threads` there is nothing to measure.
+        """
+        return _BY_REFERENCE if self._table is None else self._table.measure()
+
+    def links_for(self, placement: Placement, devices: int | None = None) -> Links:
+        """The links to compile with: measured first, if the placement is to be decided by them.
+
+        `devices` is how many there are to choose from, by default all.
+        """
+        rules = placement == "auto" or isinstance(placement, AutoPlacement | Pipeline)
+        count = len(self.devices) if devices is None else devices
+        return self._table.settled() if self._table is not None and rules and count > 1 else self.links
+
     @classmethod
     def local(
         cls,
@@ -89,14 +119,20 @@ class Cluster:
         platform: str = "cpu",
         start_timeout_s: float = 120.0,
         deadline_s: float = DEADLINE_S,
+        transport: str = "auto",
+        links: str | None = None,
     ) -> Cluster:
         """Start worker processes on this machine; the cores are shared out among them and each is pinned to its own.
 
         `allow_python` lets plans carry Python callbacks and data sources to the workers. `deadline_s` bounds each wait
-        of one worker for another: what has not come by then is a DeadlineError. Raises ClusterError, with the end of
-        its log, if a worker does not start.
+        of one worker for another: what has not come by then is a DeadlineError. `transport` is "auto", which is shared
+        memory, or "grpc". `links` says what the cost model knows of the links between workers: "measure" (once, before
+        the first automatic placement, and remember it), "remembered" (never measure unasked) or "assume"; without it
+        the environment variable FLOWML_LINKS, else "measure". Raises ClusterError, with the end of its log, if a worker
+        does not start.
         """
         _check_deadline(deadline_s)
+        mode = links_mode(links)
         with ExitStack() as stack:
             launched = LaunchedCluster(
                 workers=workers,
@@ -104,9 +140,10 @@ class Cluster:
                 allow_python=allow_python,
                 platform=platform,
                 start_timeout_s=start_timeout_s,
+                transport=transport,
             )
             stack.callback(launched.close)
-            options = _Options(allow_python, deadline_s, _START_ANOTHER)
+            options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, _shares_memory(transport))
             cluster = cls._join(launched.address, launched.token, None, "driver", options, stack)
             cluster.pids = launched.pids
             return cluster
@@ -149,17 +186,21 @@ class Cluster:
         allow_python: bool = False,
         timeout_s: float = 30.0,
         deadline_s: float = DEADLINE_S,
+        transport: str = "auto",
+        links: str | None = None,
     ) -> Cluster:
         """Join the cluster whose coordinator listens at `address` ("host:port").
 
         `token` is the token itself or a file that holds it; without one, the file that FLOWML_TOKEN_FILE names. Beyond
-        this machine `tls` is required. `deadline_s` is that of `local`, for the plans of this driver. Raises
-        ClusterError if the cluster cannot be reached or refuses.
+        this machine `tls` is required. `deadline_s` and `links` are those of `local`, for the plans of this driver, and
+        `transport` for its own connections. Raises ClusterError if the cluster cannot be reached or refuses.
         """
         _check_deadline(deadline_s)
+        mode, shared = links_mode(links), _shares_memory(transport)
         with ExitStack() as stack:
             name = f"driver-{uuid.uuid4().hex[:12]}"
-            options = _Options(allow_python, deadline_s, f"start it again with `flowml worker {address}`")
+            remedy = f"start it again with `flowml worker {address}`"
+            options = _Options(allow_python, deadline_s, remedy, mode, shared)
             return cls._join(address, find_token(token), TLS.of(tls), name, options, stack, timeout_s)
 
     @classmethod
@@ -175,9 +216,11 @@ class Cluster:
     ) -> Cluster:
         """Join a coordinator as a driver. What `stack` holds is closed with the cluster, or now if this fails."""
         check_exposure(address, tls, token, "connect to")
-        driver = _Driver()
-        endpoint = GrpcEndpoint(passing_name(), token, bind=bind_towards(address), tls=tls)
+        shared = options.shared_memory
+        endpoint = GrpcEndpoint(passing_name(), token, bind=bind_towards(address), tls=tls, shared_memory=shared)
         stack.callback(endpoint.close)
+        driver = _Driver(Prober(endpoint))
+        stack.callback(driver.prober.close)
         membership = Membership(
             endpoint,
             address,
@@ -190,6 +233,13 @@ class Cluster:
         membership.join(name, timeout_s=timeout_s)
         python = options.allow_python and all(m.python for m in membership.members if m.devices)
         cluster = cls(endpoint, python, options.deadline_s, options.remedy)
+        cluster._table = LinkTable(
+            endpoint,
+            driver.prober,
+            lambda: membership.members,
+            mode=options.links,
+            shared_memory=shared and tls is None,
+        )
         driver.adopt(cluster, membership)
         cluster._stack = stack.pop_all()
         return cluster
@@ -224,7 +274,8 @@ class Cluster:
 class _Driver:
     """Joins membership to a cluster that exists only once it has joined."""
 
-    def __init__(self) -> None:
+    def __init__(self, prober: Prober) -> None:
+        self.prober = prober
         self._cluster: Cluster | None = None
         self._lock = threading.Lock()
 
@@ -239,7 +290,9 @@ class _Driver:
                 self._cluster.session.devices = _devices(members)
 
     def on_message(self, peer: str, message: Wire, arrays: list[Any]) -> None:
-        if self._cluster is not None:
+        if isinstance(message, Probe | Probed):
+            self.prober.on_message(peer, message)
+        elif self._cluster is not None:
             self._cluster.session.on_message(peer, message, arrays)
 
     def on_lost(self, peer: str, reason: str) -> None:
@@ -268,10 +321,11 @@ class LaunchedCluster:
         allow_python: bool = False,
         platform: str = "cpu",
         start_timeout_s: float = 120.0,
+        transport: str = "auto",
     ) -> None:
         """Returns once all workers have joined. Raises ClusterError, and leaves nothing behind, if one does not."""
         _check_counts(workers, devices_per_worker)
-        files = TLS.of(tls)
+        files, shared = TLS.of(tls), _shares_memory(transport)
         self.token = token or new_token()
         check_exposure(bind, files, self.token, "listen on")
         reached_at = _advertised_host(bind)
@@ -280,7 +334,7 @@ class LaunchedCluster:
         with ExitStack() as stack:
             processes = LocalWorkers(self._on_exit)  # first: it takes the longest, and meanwhile we go on
             stack.callback(processes.close)
-            host = self._host = CoordinatorHost(bind, self.token, files, works=processes.works)
+            host = self._host = CoordinatorHost(bind, self.token, files, works=processes.works, shared_memory=shared)
             stack.callback(host.close)
             self.address = f"{reached_at}:{split_address(host.address)[1]}"
             self.pids: Mapping[str, int] = processes.pids
@@ -297,6 +351,7 @@ class LaunchedCluster:
                     python=allow_python,
                     platform=platform,
                     tls=files and (str(files.cert), str(files.key), str(files.ca)),
+                    shared_memory=shared,
                 )
                 processes.start(config)
             host.wait_for(names, start_timeout_s)
@@ -336,6 +391,14 @@ def _check_counts(workers: int, devices_per_worker: int) -> None:
 def _check_deadline(deadline_s: float) -> None:
     if not 0 < deadline_s <= MAX_DEADLINE_S:
         raise ClusterError(f"deadline_s={deadline_s}: give seconds above 0, at most {MAX_DEADLINE_S:g}")
+
+
+def _shares_memory(transport: str) -> bool:
+    if transport not in ("auto", "grpc"):
+        raise ClusterError(
+            f'transport={transport!r} is none; use "auto", which is shared memory where it can, or "grpc"'
+        )
+    return transport == "auto"
 
 
 def _advertised_host(bind: str) -> str:

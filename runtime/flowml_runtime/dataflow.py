@@ -25,6 +25,7 @@ from flowml_runtime.host.session import LoadedPlan, Session
 
 if TYPE_CHECKING:
     from flowml.devices import Device
+    from flowml.links import Links
     from flowml.plan import Plan
 
 P = ParamSpec("P")
@@ -38,6 +39,7 @@ class ClusterLike(Protocol):
     def devices(self) -> Sequence[Device]: ...
     @property
     def session(self) -> Session: ...
+    def links_for(self, placement: Any) -> Links: ...
 
 
 @dataclass
@@ -58,8 +60,6 @@ class _Call:
     leaves: list[Any]
 
 
-class Dataflow(Generic[P, R]):
-    """A function as a dataflow program; made by `dataflow`. Safe to call from several threads."""
 @dataclass(frozen=True)
 class _Direct:
     """What the last call was, if its plan is one task of this process: the same again needs no other thing looked up.
@@ -86,6 +86,8 @@ class _Direct:
         )
 
 
+class Dataflow(Generic[P, R]):
+    """A function as a dataflow program; made by `dataflow`. Safe to call from several threads."""
 
     def __init__(
         self,
@@ -103,25 +105,25 @@ class _Direct:
         self._placement = placement
         self._static = tuple(static_argnums)
         self._donate = tuple(donate_argnums)
+        self._direct: _Direct | None = None
         self._lock = threading.RLock()  # tracing a function may call its own program
         self._programs: weakref.WeakKeyDictionary[ClusterLike, dict[Hashable, _Program]] = weakref.WeakKeyDictionary()
-        self._direct: _Direct | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function on the cluster. Under another JAX transformation it is inlined, as jit is."""
-        call = self._sort(args, kwargs)
-        if call is None:
         direct = self._direct
         if direct is not None:
             leaves, tree = tree_flatten((args, kwargs))
             if direct.fits(self._current(), tree, leaves):
                 with contextlib.suppress(Exception):  # the long way says what is wrong, and where
                     return cast(R, tree_unflatten(direct.out_tree, direct.task(leaves)))
+        call = self._sort(args, kwargs)
+        if call is None:
             return self._fn(*args, **kwargs)
         session, program, handle = self._loaded(call, args, kwargs)
+        self._direct = self._remember(program, handle, call)
         return cast(R, tree_unflatten(program.out_tree, session.call(handle, call.leaves)))
 
-        self._direct = self._remember(program, handle, call)
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Start a call and return at once; several may be under way. The future's result is the output pytree."""
         call = self._sort(args, kwargs)
@@ -139,8 +141,6 @@ class _Direct:
             raise TypeError(f"{self._name}.plan() cannot be traced by another JAX transformation")
         return self._program(self._current(), call, args, kwargs).plan
 
-    def _sort(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
-        """None if an argument is being traced. Raises TypeError for one that is no array, ValueError for a static one
     def _remember(self, program: _Program, handle: LoadedPlan, call: _Call) -> _Direct | None:
         local = handle.local
         leaves: Sequence[Any] = call.leaves
@@ -150,6 +150,8 @@ class _Direct:
         kinds = tuple((type(x), x.aval) for x in leaves)
         return _Direct(weakref.ref(self._current()), tree, kinds, settings, handle, local.direct, program.out_tree)
 
+    def _sort(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
+        """None if an argument is being traced. Raises TypeError for one that is no array, ValueError for a static one
         that has no hash."""
         static: tuple[Any, ...] = ()
         dynamic: tuple[Any, ...] = tuple(args)
@@ -204,6 +206,7 @@ class _Direct:
             donate_argnums=self._donate,
             platforms=_platforms(cluster.devices),
             name=self._name,
+            links=cluster.links_for(self._placement),
         )
         return _Program(compiled.plan, compiled.out_tree)
 

@@ -19,6 +19,7 @@ PROTOCOL = 1
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_ARRAYS = 65536
 MAX_PAYLOAD_BYTES = 2**36
+MAX_PROBE_BYTES = 16 * 2**20
 DEADLINE_S = 300.0
 """How long a wait of one worker for another may last, unless the driver says otherwise."""
 MAX_DEADLINE_S = 1e9
@@ -103,6 +104,30 @@ class Leave(_Wire, frozen=True):
     reason: Text = ""
 
 
+# Links.
+
+
+class Probe(_Wire, frozen=True):
+    """A question to measure a link with, answered by `Probed`. One array may come along, only to take its time.
+
+    With `peer`: measure the link from you to that peer, with messages of up to `nbytes`, and answer what you found.
+    """
+
+    number: Count
+    peer: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_PROBE_BYTES)] = 0
+
+
+class Probed(_Wire, frozen=True):
+    """The answer to Probe `number`. The figures are there if it asked for a link, or `error` says why they are not."""
+
+    number: Count
+    way: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    latency_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_DEADLINE_S)] = 0.0
+    bytes_per_s: Annotated[float, msgspec.Meta(ge=0, le=1e15)] = 0.0
+    error: Text = ""
+
+
 # Plans and steps.
 
 
@@ -144,6 +169,18 @@ class Value(_Wire, frozen=True):
     slots: tuple[Count, ...] = ()
 
 
+class Taken(_Wire, frozen=True):
+    """The consumer of an edge to its producer on `device`: it has taken this step's value of message `index`.
+
+    Only for edges of large values, whose producer may be a few steps ahead and no more.
+    """
+
+    plan_id: Name
+    step: Count
+    index: Count
+    device: Name
+
+
 class StepFailed(_Wire, frozen=True):
     """A step cannot finish. Worker to driver with the cause; driver to workers so that nobody waits for it."""
 
@@ -167,18 +204,6 @@ class Failed(_Wire, frozen=True):
 
 
 # Training. A clock is a step of one replica; a store homes the parameters of one layer group.
-
-
-class Taken(_Wire, frozen=True):
-    """The consumer of an edge to its producer on `device`: it has taken this step's value of message `index`.
-
-    Only for edges of large values, whose producer may be a few steps ahead and no more.
-    """
-
-    plan_id: Name
-    step: Count
-    index: Count
-    device: Name
 
 
 class Item(msgspec.Struct, frozen=True):
@@ -316,6 +341,22 @@ class Published(_Wire, frozen=True):
     clocks: tuple[Count, ...]
 
 
+class Collective(_Wire, frozen=True):
+    """A chunk of a bucket that the replicas of a group reduce together; `specs` describes one array.
+
+    `clock` is the one whose gradients these are, `piece` the part of the bucket, and `take` says which step of the
+    receiver's schedule the chunk is for.
+    """
+
+    plan_id: Name
+    run: Count
+    group: Count
+    bucket: Count
+    clock: Count
+    piece: Count
+    take: Count
+
+
 class Settled(_Wire, frozen=True):
     """What became of work items, for the ledger: (item, fate), each item exactly once a run."""
 
@@ -379,10 +420,13 @@ Wire = (
     | Heartbeat
     | Members
     | Leave
+    | Probe
+    | Probed
     | LoadPlan
     | Loaded
     | Unload
     | Value
+    | Taken
     | StepFailed
     | Failed
     | StartTraining
@@ -396,6 +440,7 @@ Wire = (
     | Arrived
     | Commit
     | Published
+    | Collective
     | Settled
     | Report
     | Traffic
@@ -416,7 +461,7 @@ def decode(data: bytes | memoryview) -> Wire:
     if len(data) > MAX_HEADER_BYTES:
         raise msgspec.ValidationError(f"header of {len(data)} bytes exceeds {MAX_HEADER_BYTES}")
     message = _decoder.decode(data)
-    if sum(s.nbytes for s in message.specs) > MAX_PAYLOAD_BYTES:
-        raise msgspec.ValidationError(f"payload exceeds {MAX_PAYLOAD_BYTES} bytes")
+    limit = MAX_PROBE_BYTES if isinstance(message, Probe) else MAX_PAYLOAD_BYTES
+    if sum(s.nbytes for s in message.specs) > limit:
+        raise msgspec.ValidationError(f"payload exceeds {limit} bytes")
     return message
-    | Taken

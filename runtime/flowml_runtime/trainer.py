@@ -225,7 +225,9 @@ class Trainer:
         key = (cluster, cluster.devices, tuple((x.shape, str(x.dtype)) for x in leaves), tree)
         if key not in self._programs:
             platforms = tuple(dict.fromkeys(d.platform for d in cluster.devices))
-            compiled = compile_training(self._spec, params, batch, cluster.devices, platforms=platforms)
+            share = len(cluster.devices) // self._spec.replicas
+            links = cluster.links_for(self._spec.placement, share)
+            compiled = compile_training(self._spec, params, batch, cluster.devices, links=links, platforms=platforms)
             self._programs[key] = _Program(compiled, cluster.session)
         return self._programs[key]
 

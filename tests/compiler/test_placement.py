@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import flowml as fm
 from flowml.cost import node_seconds
-from flowml.devices import Link, as_devices
+from flowml.devices import as_devices
 from flowml.graph import Graph
 from flowml.label import label
+from flowml.links import Link, Links
 from flowml.placement.pipeline import cut, pipeline_items
 from flowml.trace import trace
 
@@ -169,24 +170,30 @@ def test_devices_are_checked() -> None:
         fm.compile(fn, params, X, devices=["worker:0", "worker:0"])
 
 
-def slowest(work: list[float], transfer: list[float], bounds: tuple[int, ...]) -> float:
+def slowest(work: list[float], transfer: list[list[float]], bounds: tuple[int, ...]) -> float:
     edges = [0, *bounds, len(work)]
-    stages = [(sum(work[a:b]), transfer[a]) for a, b in pairwise(edges)]
+    stages = [(sum(work[a:b]), transfer[s][a]) for s, (a, b) in enumerate(pairwise(edges))]
     return max(max(stage) for stage in stages)
 
 
-@given(st.lists(st.integers(1, 64), min_size=3, max_size=7), st.integers(1, 3))
-def test_the_pipeline_cut_is_the_optimum(widths: list[int], stages: int) -> None:
+@given(
+    st.lists(st.integers(1, 64), min_size=3, max_size=7),
+    st.integers(1, 3),
+    st.lists(st.sampled_from([1e9, 1e8, 1e7]), min_size=2, max_size=2),
+)
+def test_the_pipeline_cut_is_the_optimum(widths: list[int], stages: int, rates: list[float]) -> None:
     depth = len(widths) - 1
     stages = min(stages, depth)
     fn, params = layered(depth, widths)
     traced = trace(fn, (params, jnp.ones((4, widths[0]))), {})
     graph = label(traced.graph, traced.parameters)
-    devices, link = as_devices([f"worker:{i}" for i in range(stages)]), Link(1e-9, 1e9)
+    devices = as_devices([f"worker:{i}" for i in range(stages)])
+    into = [Link(1e-9, rate) for rate in rates[: stages - 1]]
+    links = Links(pairs={(f"worker:{i}", f"worker:{i + 1}"): link for i, link in enumerate(into)})
     items = pipeline_items(graph)
-    found = cut(graph, items, devices, link)
+    found = cut(graph, items, devices, links)
     work = [sum(node_seconds(graph, n, devices[0]) for n in item) for item in items]
-    transfer = [0.0, *(link.seconds(4 * 4 * w) for w in widths[1:-1])]
+    transfer = [[0.0] * depth, *([0.0, *(link.seconds(4 * 4 * w) for w in widths[1:-1])] for link in into)]
     best = min(slowest(work, transfer, b) for b in combinations(range(1, len(items)), stages - 1))
     bounds = tuple(i for i in range(1, len(found)) if found[i] != found[i - 1])
     assert found == sorted(found)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import flowml as fm
 from flowml.compiler import compile_graph
 from flowml.cost import node_seconds
-from flowml.devices import Link, as_devices
+from flowml.devices import as_devices
+from flowml.links import Links
 from flowml.partition import partition
 from flowml.plan import Feed, Free, Recv, Run, Send
 from flowml.schedule import schedule
@@ -178,7 +179,7 @@ def test_no_random_placement_deadlocks_or_sends_twice(choices: list[int]) -> Non
     def rule(graph: Any, _: Any) -> dict[int, str]:
         return {n.id: devices[choices[i % len(choices)]].name for i, n in enumerate(graph.nodes)}
 
-    plan = compile_graph("stacked", traced, devices, rule, Link(), ("cpu",))
+    plan = compile_graph("stacked", traced, devices, rule, Links(), ("cpu",))
     sent = [(m.source, m.destination, t) for m in plan.messages for t in m.transfers]
     assert plan.estimate.step_seconds > 0
     assert len(plan.messages) <= len(sent)

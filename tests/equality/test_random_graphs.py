@@ -208,3 +208,9 @@ def test_on_threads(program: Program, inputs: int, threads_cluster: fm.Cluster) 
 @hypothesis.given(program=programs, inputs=small)
 def test_on_processes(program: Program, inputs: int, process_cluster: fm.Cluster) -> None:
     check(program, process_cluster, inputs)
+
+
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(program=programs, inputs=small)
+def test_on_processes_by_grpc(program: Program, inputs: int, grpc_cluster: fm.Cluster) -> None:
+    check(program, grpc_cluster, inputs)

@@ -6,7 +6,7 @@ import pytest
 
 from flowml.plan import Choice
 from flowml.render.text import draw_text, explain, why
-from flowml.render.units import bytes_text, clip, flops_text, listed, plural, seconds_text
+from flowml.render.units import bytes_text, clip, flops_text, listed, plural, rate_text, seconds_text
 from tests.render import sample_plans
 
 
@@ -37,6 +37,7 @@ def test_seconds(value: float, text: str) -> None:
 
 def test_small_words() -> None:
     assert flops_text(5.1e7) == "51 MFLOP"
+    assert (rate_text(6.12e9), rate_text(float("inf"))) == ("6.12 GB/s", "by reference")
     assert (plural(1, "task"), plural(2, "leaf", "leaves")) == ("1 task", "2 leaves")
     assert listed(("a", "b", "c", "d"), 2) == "a, b and 2 more"
     assert clip("two\nlines and more", 9) == "two line…"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import flowml as fm
+from flowml.links import Links
 from flowml_runtime.messages import LoadPlan
 from tests.network import Network
 
@@ -30,6 +31,9 @@ class FakeCluster:
         self.network = network
         self.devices = network.devices
         self.session = network.session
+
+    def links_for(self, placement: Any) -> Links:
+        return Links()
 
     @property
     def loads(self) -> int:

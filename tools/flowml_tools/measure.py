@@ -1,7 +1,7 @@
-"""Small measurements of the machine for `flowml doctor`: copying memory, and talking to another process over loopback.
+"""Small measurements of the machine for `flowml doctor`: copying memory, and talking to another process.
 
-The other end is a process of its own, as a worker would be (`python -m flowml_tools.measure tcp` or `grpc`): it prints
-the port that it listens on, serves one client and ends with it. Rates are medians of a few repeats, in bytes/s.
+The other end is a process of its own, as a worker would be (`python -m flowml_tools.measure tcp` or `link`): it prints
+the address that it listens on, serves one client and ends with it. Rates are in bytes/s.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
-from concurrent import futures
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import grpc
+from flowml.links import GRPC, SHARED_MEMORY
+
+if TYPE_CHECKING:
+    from flowml_runtime.host.grpc_transport import GrpcEndpoint
+    from flowml_runtime.host.links import Prober
+    from flowml_runtime.messages import Wire
 
 SIZE = 64 * 2**20
-PIECE = 4 * 2**20
 REPEATS = 5
 PINGS = 300
 PEER_TIMEOUT_S = 30.0
-METHOD = "/flowml.Measure/Echo"
-ANY_SIZE = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
 
 class Unmeasured(Exception):
@@ -51,7 +52,7 @@ def memcpy() -> float:
 
 def tcp() -> LinkSpeed:
     """One raw TCP connection to another process: the rate of 64 MiB messages, and the round trip of 1 byte."""
-    with _peer("tcp") as port, socket.create_connection(("127.0.0.1", port), PEER_TIMEOUT_S) as connection:
+    with _peer("tcp") as peer, socket.create_connection(("127.0.0.1", int(peer.read())), PEER_TIMEOUT_S) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
         def send(payload: bytes) -> None:
@@ -63,22 +64,36 @@ def tcp() -> LinkSpeed:
         return _link_speed(send)
 
 
-def grpc_stream() -> LinkSpeed:
-    """An open bidirectional gRPC stream to another process, 64 MiB in pieces of 4 MiB."""
-    with _peer("grpc") as port, grpc.insecure_channel(f"127.0.0.1:{port}", options=ANY_SIZE) as channel:
-        requests: SimpleQueue[bytes | None] = SimpleQueue()
-        replies: Any = channel.stream_stream(METHOD)(iter(requests.get, None), timeout=PEER_TIMEOUT_S)
+def worker_link(way: str) -> LinkSpeed:
+    """The link to another process as workers talk by `way`. It is remembered, so that clusters start with it."""
+    from flowml.errors import FlowmlError
+    from flowml_runtime.host.grpc_transport import GrpcEndpoint
+    from flowml_runtime.host.link_table import HERE
+    from flowml_runtime.host.remembered import RememberedLinks
+    from flowml_runtime.host.security import new_token
 
-        def send(payload: bytes) -> None:
-            starts = range(0, len(payload), PIECE)
-            for start in starts:
-                requests.put(payload[start : start + PIECE])
-            for _ in starts:
-                next(replies)
+    token = new_token()
+    with (
+        _peer("link") as peer,
+        _prober(GrpcEndpoint("doctor", token, shared_memory=way == SHARED_MEMORY)) as (prober, end),
+    ):
+        peer.write(f"{token}\n{end.address}\n")
+        end.know({"peer": peer.read()})
+        try:
+            found = prober.measure("peer")
+        except FlowmlError as error:
+            raise Unmeasured(str(error)) from error
+    if found.way != way:
+        raise Unmeasured(f"the other process is reached by {found.way} and not by {way}")
+    RememberedLinks().remember(HERE, HERE, found)
+    return LinkSpeed(found.bytes_per_s, 2 * found.latency_s)
 
-        speed = _link_speed(send)
-        requests.put(None)
-        return speed
+
+LINKS: Mapping[str, Callable[[], LinkSpeed]] = {
+    "loopback TCP": tcp,
+    SHARED_MEMORY: partial(worker_link, SHARED_MEMORY),
+    GRPC: partial(worker_link, GRPC),
+}
 
 
 def _link_speed(send: Callable[[bytes], None]) -> LinkSpeed:
@@ -97,18 +112,51 @@ def _median(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds)
 
 
+@dataclass(frozen=True)
+class _Peer:
+    """The other process, by lines."""
+
+    process: subprocess.Popen[str]
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def write(self, text: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(text)
+        self.process.stdin.flush()
+
+
 @contextmanager
-def _peer(kind: str) -> Generator[int]:
-    """The port of a new process that serves one client; the process is gone on leaving."""
+def _peer(kind: str) -> Generator[_Peer]:
+    """A new process that serves one client; it is gone on leaving. What goes wrong with it is Unmeasured."""
     command = [sys.executable, "-m", "flowml_tools.measure", kind]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
         try:
-            yield int(process.stdout.readline())
-        except (OSError, ValueError, grpc.RpcError) as error:
+            yield _Peer(process)
+        except (OSError, ValueError) as error:
             raise Unmeasured(f"{kind}: {error}") from error
         finally:
             process.kill()
+
+
+@contextmanager
+def _prober(endpoint: GrpcEndpoint) -> Generator[tuple[Prober, GrpcEndpoint]]:
+    """What measures and answers at one end; both are closed on leaving."""
+    from flowml_runtime.host.links import Prober
+    from flowml_runtime.messages import Probe, Probed
+
+    def on_message(peer: str, message: Wire, arrays: list[Any]) -> None:
+        if isinstance(message, Probe | Probed):
+            prober.on_message(peer, message)
+
+    with ExitStack() as stack:
+        stack.callback(endpoint.close)
+        prober = Prober(endpoint)
+        stack.callback(prober.close)
+        endpoint.start(on_message, lambda peer, reason: None)
+        yield prober, endpoint
 
 
 def _serve_tcp() -> None:
@@ -126,21 +174,15 @@ def _serve_tcp() -> None:
             connection.sendall(b"k")
 
 
-def _serve_grpc() -> None:
-    def echo(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        for _ in requests:
-            yield b""
+def _serve_link() -> None:
+    from flowml_runtime.host.grpc_transport import GrpcEndpoint
 
-    _, service, method = METHOD.split("/")
-    handlers = {method: grpc.stream_stream_rpc_method_handler(echo)}
-    server = grpc.server(futures.ThreadPoolExecutor(1), options=ANY_SIZE)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    print(port, flush=True)
-    sys.stdin.read()  # ends with the process that measures, however that one ends
-    server.stop(None)
+    token, address = (sys.stdin.readline().strip() for _ in range(2))
+    with _prober(GrpcEndpoint("peer", token)) as (_, endpoint):
+        endpoint.know({"doctor": address})
+        print(endpoint.address, flush=True)
+        sys.stdin.read()  # ends with the process that measures, however that one ends
 
 
 if __name__ == "__main__":
-    {"tcp": _serve_tcp, "grpc": _serve_grpc}[sys.argv[1]]()
+    {"tcp": _serve_tcp, "link": _serve_link}[sys.argv[1]]()

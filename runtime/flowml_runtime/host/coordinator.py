@@ -45,12 +45,14 @@ class CoordinatorHost:
         tls: TLS | None = None,
         *,
         works: Callable[[str], bool] = lambda _: False,
+        shared_memory: bool = True,
         heartbeat_s: float = HEARTBEAT_S,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         """Raises ClusterError if the address cannot be bound, or not safely.
 
         `works` says whether the process of a worker that keeps silent is at work, as far as that can be seen here.
+        Without `shared_memory` peers of this machine are talked to by gRPC too.
         """
         self._works = works
         self._machine = Coordinator(flowml.__version__, PROTOCOL, heartbeat_s=heartbeat_s, timeout_s=timeout_s)
@@ -59,7 +61,7 @@ class CoordinatorHost:
         self._changed = threading.Condition()
         self._members: tuple[Member, ...] = ()
         self._exits: dict[str, str] = {}
-        self._endpoint = GrpcEndpoint(COORDINATOR, token, bind=bind, tls=tls)
+        self._endpoint = GrpcEndpoint(COORDINATOR, token, bind=bind, tls=tls, shared_memory=shared_memory)
         self.address = self._endpoint.address
         self._thread = threading.Thread(target=self._run, name="flowml-coordinator", daemon=True)
         self._endpoint.start(self._on_message, lambda peer, reason: self._events.put(ConnectionLost(peer, reason)))

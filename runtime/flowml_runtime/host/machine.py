@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -21,6 +24,15 @@ def share_cores(available: tuple[int, ...], workers: int) -> list[tuple[int, ...
     if workers > n:
         return [(available[i * n // workers],) for i in range(workers)]
     return [available[i * n // workers : (i + 1) * n // workers] for i in range(workers)]
+
+
+def machine_id() -> str:
+    """Tells machines apart, and stays the same when one is started again: its name, cores and processor."""
+    model = platform.processor()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    return f"{socket.gethostname()}, {os.cpu_count()} x {model or platform.machine()}"[:256]
 
 
 def memory_bytes() -> int:

@@ -40,7 +40,8 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
     devices = _devices(config)
     tls = TLS.of(dict(zip(("cert", "key", "ca"), config.tls, strict=True))) if config.tls else None
     hosted = _Hosted()
-    endpoint = GrpcEndpoint(passing_name(), config.token, bind=bind_towards(config.coordinator), tls=tls)
+    bind = bind_towards(config.coordinator)
+    endpoint = GrpcEndpoint(passing_name(), config.token, bind=bind, tls=tls, shared_memory=config.shared_memory)
     membership = Membership(endpoint, config.coordinator, hosted.on_message, hosted.on_lost, on_end=hosted.end)
     try:
         infos = _describe(config, devices)

@@ -22,6 +22,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     python: bool = False
     platform: str = "cpu"
     tls: tuple[str, str, str] | None = None
+    shared_memory: bool = True
+    """False: talk by gRPC to peers of this machine too."""
 
     def __repr__(self) -> str:
         return f"WorkerConfig(name={self.name!r}, coordinator={self.coordinator!r})"  # no token in logs

@@ -24,12 +24,13 @@ from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import Plan
 from flowml_runtime.host.executor import Executor, StepProgram, may_be_quick, prepare
 from flowml_runtime.host.faults import one_line, own_traceback, step_failed
+from flowml_runtime.host.links import Prober
 from flowml_runtime.host.local import LocalStep
 from flowml_runtime.host.mailbox import Mailbox
 from flowml_runtime.host.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
 from flowml_runtime.host.services import DataflowServices, Sender
 from flowml_runtime.host.window import Windows
-from flowml_runtime.messages import Failed, Loaded, LoadPlan, StepFailed, Taken, Unload, Value, Wire
+from flowml_runtime.messages import Failed, Loaded, LoadPlan, Probe, Probed, StepFailed, Taken, Unload, Value, Wire
 from flowml_runtime.protocol.terms import ProtocolError
 
 JOIN_S = 5.0
@@ -90,6 +91,7 @@ class Worker:
         self.python = python
         self.training_factory = training_factory
         self.mailbox = Mailbox()
+        self._prober = Prober(endpoint)
         self._cache = cache or ExecutableCache()
         self._lock = threading.Lock()
         self._plans: dict[str, _Hosted] = {}
@@ -105,6 +107,8 @@ class Worker:
                 self._put(message, arrays)
             case LoadPlan():
                 self._accept(peer, message, arrays)
+            case Probe() | Probed():
+                self._prober.on_message(peer, message)
             case _:
                 hosted = self._plans.get(getattr(message, "plan_id", ""))
                 if hosted is not None:
@@ -150,6 +154,7 @@ class Worker:
 
     def close(self) -> None:
         """Unload every plan and end every thread. Idempotent."""
+        self._prober.close()
         for plan_id in list(self._plans):
             self.unload(plan_id)
         self._loader.shutdown(wait=True, cancel_futures=True)

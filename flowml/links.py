@@ -1,0 +1,66 @@
+"""links: what a transfer between two devices costs, pair by pair.
+
+A transfer takes the latency of its link and its bytes at the link's rate: the postal model (Bar-Noy and Kipnis,
+1992), which is as much as choosing between placements needs. Compiling without a cluster reckons every pair with the
+same prior. A cluster knows by which way each pair of workers talks, and gives what it measured for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from flowml.plan import Message, PlanLink, StoreSpec
+
+SAME_PROCESS = "same process"
+SHARED_MEMORY = "shared memory"
+GRPC = "gRPC"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A fixed latency in seconds, a rate in bytes/s (infinite: by reference), the way, and whether it was measured."""
+
+    latency_s: float = 4e-4
+    bytes_per_s: float = 1e9
+    way: str = ""
+    measured: bool = False
+
+    def seconds(self, nbytes: float) -> float:
+        return self.latency_s + nbytes / self.bytes_per_s
+
+
+ASSUMED: Mapping[str, Link] = MappingProxyType(
+    {
+        "": Link(),
+        SAME_PROCESS: Link(5e-5, float("inf"), SAME_PROCESS),
+        SHARED_MEMORY: Link(1e-4, 4e9, SHARED_MEMORY),
+        GRPC: Link(4e-4, 1e9, GRPC),
+    }
+)
+"""What a link is taken for until it is measured, by its way: what ordinary machines have shown."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """The link of every ordered pair of devices. `pairs` is by names of workers (or "driver"), or of single devices."""
+
+    default: Link = ASSUMED[""]
+    pairs: Mapping[tuple[str, str], Link] = field(default_factory=dict[tuple[str, str], Link])
+
+    def between(self, source: str, destination: str) -> Link:
+        """The link from device to device: their own, else that of their workers, else the default."""
+        found = self.pairs.get((source, destination))
+        if found is None:
+            found = self.pairs.get((source.partition("/")[0], destination.partition("/")[0]))
+        return self.default if found is None else found
+
+
+def links_used(links: Links, messages: Iterable[Message], stores: Iterable[StoreSpec] = ()) -> tuple[PlanLink, ...]:
+    """For the plan: the link of each pair of devices that a message, a push or a publication takes, once."""
+    edges = [(m.source, m.destination) for m in messages]
+    for store in stores:
+        edges += [edge for reader in store.readers for edge in ((reader, store.home), (store.home, reader))]
+    used = [(a, b, links.between(a, b)) for a, b in dict.fromkeys(edges) if a != b]
+    return tuple(PlanLink(a, b, link.latency_s, link.bytes_per_s, link.way, link.measured) for a, b, link in used)
