@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 SOURCES := flowml runtime tools tests examples scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types unit wheel pins clean
+.PHONY: help demo test lint format types unit wheel peers pins clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ wheel: $(STAMP)  ## build the wheel and use it in an environment of its own
 format: $(STAMP)  ## rewrite the sources in the house format
 	@$(PY) -m ruff format --quiet $(SOURCES)
 	@$(PY) -m ruff check --quiet --fix --exit-zero --output-format concise $(SOURCES)
+
+peers: $(STAMP)  ## Ray and TensorFlow for `flowml bench`, in an environment of their own
+	@$(VENV)/bin/flowml bench --make-peers
 
 pins: $(STAMP)  ## resolve constraints.txt anew
 	@$(PY) scripts/pin.py

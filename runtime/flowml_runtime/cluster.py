@@ -17,9 +17,10 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from flowml.devices import Device
@@ -108,6 +109,18 @@ class Cluster:
         rules = placement == "auto" or isinstance(placement, AutoPlacement | Pipeline)
         count = len(self.devices) if devices is None else devices
         return self._table.settled() if self._table is not None and rules and count > 1 else self.links
+
+    @contextmanager
+    def trace(self, path: str | os.PathLike[str]) -> Generator[None]:
+        """Record what every device does during the block, and write it to `path` for Perfetto or chrome://tracing.
+
+        One track a device for its tasks, one for what it sends aside, one for what arrives. Raises ClusterError if the
+        workers do not answer, OSError if the file cannot be written.
+        """
+        from flowml_runtime.tracing import Tracing
+
+        with Tracing(self.session, Path(path)):
+            yield
 
     @classmethod
     def local(

@@ -203,6 +203,24 @@ class Failed(_Wire, frozen=True):
     traceback: Text = ""
 
 
+class Trace(_Wire, frozen=True):
+    """Record what your devices do when, from now on; or, with `on` false, tell what you have recorded: `Traced`.
+
+    `plan_id` names the trace, so that the answer finds whoever asked.
+    """
+
+    plan_id: Name
+    on: bool
+
+
+class Traced(_Wire, frozen=True):
+    """The answer to Trace. The spans follow, encoded, as one uint8 array; `now_ns` is the worker's clock."""
+
+    plan_id: Name
+    worker: Name
+    now_ns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
 # Training. A clock is a step of one replica; a store homes the parameters of one layer group.
 
 
@@ -429,6 +447,8 @@ Wire = (
     | Taken
     | StepFailed
     | Failed
+    | Trace
+    | Traced
     | StartTraining
     | Source
     | Batch

@@ -181,8 +181,9 @@ def test_memory_stays_within_the_credits_when_the_consumer_is_slow() -> None:
         expected = [float(jax.jit(fn)(jnp.float32(n))) for n in (0, 23)]
         np.testing.assert_allclose([results[0], results[23]], expected, rtol=1e-5)
     room = window(edge(PIECE))
-    # Beside what waits: one value that is made and one that is used, each with a copy that XLA works on.
-    allowed = (room + 4) * PIECE * 1.1
+    # Beside what waits: of the producer one value on its way out, one that has no room yet and one that XLA makes; of
+    # the consumer one in use and two that XLA works on; and a slot that is idle.
+    allowed = (room + 7) * PIECE * 1.1
     assert peak[0] - before < allowed, f"{(peak[0] - before) / 2**20:.0f} MiB for {room} room of 16 MiB"
     assert allowed < windows.IN_FLIGHT * PIECE  # else the test could not fail
 

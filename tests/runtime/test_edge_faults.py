@@ -44,9 +44,7 @@ def small_edge(x: Any) -> jax.Array:
 
 @pytest.fixture(scope="module", params=["auto", "grpc"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[fm.Cluster]:
-    with closing(
-        fm.Cluster.local(workers=2, allow_python=True, transport=request.param, deadline_s=DEADLINE_S)
-    ) as cluster:
+    with closing(fm.Cluster.local(workers=2, transport=request.param, deadline_s=DEADLINE_S)) as cluster:
         yield cluster
 
 
@@ -55,22 +53,7 @@ def program(cluster: fm.Cluster, fn: Callable[[Any], jax.Array]) -> Callable[[An
 
 
 def worker_process(cluster: fm.Cluster, name: str) -> psutil.Process:
-    """The process of a worker, found by what it alone can tell: its own id."""
-
-    def pid(x: Any) -> jax.Array:
-        with fm.layer("ask"):
-            return jax.pure_callback(lambda _: _own_pid(), jax.ShapeDtypeStruct((), jnp.int32), x)
-
-    ask = fm.dataflow(pid, cluster=cluster, placement={"ask": name})
-    return psutil.Process(int(ask(jnp.float32(0))))
-
-
-def _own_pid() -> Any:
-    import os
-
-    import numpy as np
-
-    return np.int32(os.getpid())
+    return psutil.Process(cluster.pids[name])
 
 
 @contextlib.contextmanager
@@ -136,7 +119,7 @@ def test_no_memory_for_a_message_fails_its_step_and_no_other(
 @pytest.mark.parametrize("transport", ["auto", "grpc"])
 @pytest.mark.parametrize("victim", ["worker:0", "worker:1"])
 def test_a_process_killed_amid_large_messages_is_named_at_once(transport: str, victim: str, no_leaks: NoLeaks) -> None:
-    with no_leaks(), fm.Cluster.local(workers=2, allow_python=True, transport=transport) as cluster:
+    with no_leaks(), fm.Cluster.local(workers=2, transport=transport) as cluster:
         run = fm.dataflow(large_edge, cluster=cluster, placement={"make": "worker:0", "take": "worker:1"})
         expected = run(jnp.float32(0))
         process = worker_process(cluster, victim)

@@ -287,3 +287,28 @@ def test_many_threads_send_through_a_narrow_stream_in_order() -> None:
     assert seen == {n: list(range(60)) for n in range(4)}
     a.endpoint.close()
     b.endpoint.close()
+
+
+def test_sealed_messages_arrive_and_a_changed_byte_in_shared_memory_is_refused() -> None:
+    a, b = Inbox("a", checksum=True), Inbox("b")
+    a.endpoint.know({"b": b.endpoint.address})
+    for step, nbytes in enumerate((12, 4 * MEGABYTE, 0, MEGABYTE)):
+        sent = np.arange(nbytes // 4, dtype=np.float32)
+        a.endpoint.send("b", value([sent], step), [sent])
+        assert np.array_equal(b.messages.get(timeout=WAIT_S)[0], sent)
+    a.endpoint.close()
+
+    big = np.ones(MEGABYTE, np.uint8)
+    for number, changed in ((1, 1), (2, 0)):  # a byte that changed; a message that was lost
+        link = dial(b)
+        hello = pack(Hello(peer=f"x{number}", incarnation=1, protocol=PROTOCOL, version=flowml.__version__))
+        link.sendall(record(hello.sealed(0)))
+        slot, fd = SlotPool().take(MEGABYTE)
+        slot.data[:] = 1
+        slot.data[MEGABYTE // 2] ^= changed
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        link.sendmsg([record(pack(value([big]), [big]).sealed(number), 1, 1)], rights)
+        os.close(fd)
+        assert "checksum of frame 1 is wrong, of Value (edge 0" in goodbye(link)
+    assert b.messages.empty()
+    b.endpoint.close()

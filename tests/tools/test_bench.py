@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -14,11 +16,13 @@ import psutil
 import pytest
 
 import flowml as fm
-from flowml_tools.bench import BENCHMARKS, report
-from flowml_tools.bench.peers import peer
+from flowml_tools.bench import BENCHMARKS, foreign_environment, report
+from flowml_tools.bench.peers import framework, peer
+from flowml_tools.bench.pipeline import MICROBATCHES, bound
 from flowml_tools.bench.rows import BenchError, Goal, Peer, Row, Sample
 from flowml_tools.bench.table import render
 from flowml_tools.bench.timing import interleave
+from flowml_tools.bench.training import Losses
 from flowml_tools.bench.transport import CARRIED, EDGE_BYTES, KEPT, edge
 from tests.conftest import wait_until
 
@@ -150,6 +154,130 @@ def test_a_node_of_the_ring_hands_on_and_ends_with_its_link(no_leaks) -> None:
         assert arrives.recv(1) == b""
         with pytest.raises(BenchError, match="ring ended: it said nothing"):
             process.read()
+
+
+@pytest.fixture(autouse=True)
+def peers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the peers' environment would be; what this machine may have of them is not for tests."""
+    folder = tmp_path / "cache" / "peers"
+    monkeypatch.setenv(foreign_environment.VARIABLE, str(folder))
+    return folder
+
+
+@pytest.fixture
+def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder that is all that pip looks at."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def empty_wheel(folder: Path, package: str, version: str) -> None:
+    name = f"{package.replace('-', '_')}-{version}"
+    info = f"{name}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+def test_the_peers_environment_is_made_once_and_its_failures_are_told(flowml, wheels, peers_folder, no_leaks) -> None:
+    for package, version in foreign_environment.VERSIONS.items():
+        empty_wheel(wheels, package, version)
+    first = flowml("bench", "--make-peers", check=True)
+    assert first.stdout == f"ray, tensorflow-cpu: installed in {peers_folder}\n"
+    assert "peers: Installing collected packages: " in first.stderr
+    again = flowml("bench", "--make-peers", check=True)
+    assert (again.stdout, again.stderr) == (first.stdout, "")
+    with no_leaks(), ExitStack() as stack:
+        process, why = framework(stack, "ray", "Ray", 4, [CORES[:1], CORES[-1:]])
+    assert process is None
+    assert why.startswith("ray: ray ended: ")  # for want of NumPy, or of namespaces
+
+
+def test_without_the_peers_environment_their_rows_name_the_command() -> None:
+    with ExitStack() as stack:
+        found = framework(stack, "ray", "Ray", 4, [CORES[:1], CORES[-1:]])
+    assert found == (None, "ray: not installed (flowml bench --make-peers)")
+
+
+def test_a_peers_environment_that_cannot_be_installed_leaves_nothing(flowml, wheels, peers_folder) -> None:
+    (peers_folder / "lib").mkdir(parents=True)
+    (peers_folder / foreign_environment.STAMP).touch()  # what a kill leaves is begun anew
+    assert not foreign_environment.complete()
+    done = flowml("bench", "--make-peers")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "flowml: error: no environment for the peers, as pip failed: No matching distribution found for ray==2.60.0; "
+        "see to that and run `flowml bench --make-peers` again"
+    )
+    assert not peers_folder.exists()
+
+
+def test_ctrl_c_leaves_no_half_made_peers_environment(start_flowml, wheels, peers_folder) -> None:
+    process = start_flowml("bench", "--make-peers")
+    wait_until((peers_folder / "bin").exists, "the environment is begun", 60)
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert not peers_folder.exists()
+    wait_until(lambda: not any(p.is_running() for p in started), "what the command started is gone")
+
+
+def test_the_peers_environment_takes_no_folder_from_others(flowml, peers_folder) -> None:
+    peers_folder.mkdir(parents=True)
+    (peers_folder / "thesis.txt").write_text("all there is of it")
+    done = flowml("bench", "--make-peers")
+    assert done.returncode == 2
+    assert done.stderr.endswith("holds something else; $FLOWML_PEERS names another folder for the peers\n")
+    assert (peers_folder / "thesis.txt").exists()
+
+
+def test_ways_that_compute_something_else_are_not_compared() -> None:
+    losses = Losses()
+    losses.check("flowml", 2.5)
+    losses.check("jax.jit", 2.5001)
+    with pytest.raises(BenchError, match=r"flowml has loss 2\.500000, but JAX \+ gloo 2\.600000"):
+        losses.check("JAX + gloo", 2.6)
+
+
+def test_the_bound_of_a_pipeline_is_that_of_its_longest_stage() -> None:
+    assert MICROBATCHES == 8
+    assert bound([(8.0, 0.5)]) == 8.5  # one stage is never idle
+    assert bound([(8.0, 0.5), (4.0, 1.0)]) == 10.0
+
+
+def test_the_model_trains_alike_on_replicas_and_by_jit(threads_cluster: fm.Cluster) -> None:
+    from flowml_tools.bench import transformer
+
+    params, batch = transformer.init_params(blocks=2), transformer.batch(0)[:2]
+    trainer = fm.Trainer(transformer.loss, transformer.optimizer(), cluster=threads_cluster, replicas=2)
+    result = trainer.fit(params, batch, batch_size=2, steps=2, shuffle=False)
+    step, state = jax.jit(transformer.step), transformer.optimizer().init(params)
+    for record in result.history:
+        params, state, expected = step(params, state, batch)
+        assert record["loss"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_stage_alone_runs_the_tasks_of_its_plan(tmp_path: Path, threads_cluster: fm.Cluster, no_leaks) -> None:
+    from flowml_tools.bench import transformer
+
+    trainer = fm.Trainer(
+        transformer.loss,
+        transformer.optimizer(),
+        cluster=threads_cluster,
+        placement=fm.Pipeline(stages=2),
+        microbatches=2,
+    )
+    trainer.plan(transformer.init_params(blocks=2), transformer.batch(0)[:4]).save(tmp_path / "plan")
+    with no_leaks(), peer("stage", str(tmp_path / "plan"), "1", cores=CORES[:1]) as process:
+        assert process.read() == "ready"
+        work, update = map(float, process.ask("step").split())
+    assert work > 0
+    assert update > 0
 
 
 def test_an_unknown_name_is_one_line_with_those_that_exist(flowml) -> None:

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import flowml as fm
-from tests.stalls import processes_of_this_test, stalls
+from tests.stalls import stalls
 from tests.training.reference import BATCH, data, mlp, mlp_loss
 
 RUNS = 20
@@ -35,7 +35,7 @@ def test_twenty_trainings_under_random_delays_agree_to_the_bit(
     process_cluster: fm.Cluster, options: dict[str, Any], seed: int
 ) -> None:
     trainer = fm.Trainer(mlp_loss, optax.adam(1e-2), cluster=process_cluster, **options)
-    pids = [p.pid for p in processes_of_this_test()]
+    pids = list(process_cluster.pids.values())
     found: set[bytes] = set()
     for run in range(RUNS):
         with stalls(pids, seed + run):
@@ -56,7 +56,7 @@ def test_calls_in_flight_under_random_delays_agree_to_the_bit(process_cluster: f
 
     x = jax.random.normal(jax.random.key(seed), (96, 96))
     program = fm.dataflow(fn, cluster=process_cluster, placement={"[ac]": "worker:0", "b": "worker:1"})
-    pids = [p.pid for p in processes_of_this_test()]
+    pids = list(process_cluster.pids.values())
     with stalls(pids, seed, longest_s=0.004):
         futures = [program.submit(x) for _ in range(RUNS * 5)]
         found = {bits(f.result(timeout=60)) for f in futures}

@@ -26,7 +26,9 @@ from typing import Any, Protocol
 
 from flowml.plan import Feed, Fetch, Free, Instruction, Plan, Push, Read, Recv, Run, Send
 from flowml_runtime.host.mailbox import Cancelled, Claim, Parked
+from flowml_runtime.host.outbox import Outbox
 from flowml_runtime.host.programs import Array, LoadedProgram, TaskFunction
+from flowml_runtime.host.recorder import Recorder, Span, now_ns
 from flowml_runtime.messages import DEADLINE_S
 
 
@@ -39,6 +41,9 @@ class StepServices(Protocol):
     def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None: ...
     def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None: ...
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None: ...
+
+    recorder: Recorder
+
     def should_abandon(self, step: int) -> bool:
         """Asked before every task: True gives the step up there."""
         ...
@@ -47,6 +52,7 @@ class StepServices(Protocol):
 class FedServices(StepServices, Protocol):
     """Services of steps that a driver feeds: `begin` takes the feed in, `end` lets go of it."""
 
+    outbox: Outbox
     waited_s: float
     """How long the step has waited for values on the executor's thread."""
 
@@ -84,6 +90,9 @@ class StepProgram:
     operations: tuple[Operation, ...]
     nodes: tuple[str, ...]
     buffers: tuple[Any, ...]
+    instructions: tuple[Instruction, ...]
+    sizes: tuple[int, ...]
+    """Bytes of the message that an instruction sends or receives, else 0."""
 
 
 def prepare(loaded: LoadedProgram) -> StepProgram:
@@ -98,6 +107,8 @@ def prepare(loaded: LoadedProgram) -> StepProgram:
         operations=tuple(_bind(i, loaded.runs.get(n)) for n, i in enumerate(instructions)),
         nodes=tuple(describe(loaded.plan, i) for i in instructions),
         buffers=tuple(buffers),
+        instructions=instructions,
+        sizes=tuple(loaded.plan.messages[i.message].nbytes if isinstance(i, Send | Recv) else 0 for i in instructions),
     )
 
 
@@ -115,7 +126,8 @@ class StepRun:
 
     def advance(self) -> None:
         """Run to the end. Raises Parked where it can be taken up later, Cancelled if given up, StepFault if failed."""
-        operations, buffers, step, services = self._program.operations, self._buffers, self._step, self._services
+        buffers, step, services = self._buffers, self._step, self._services
+        operations = self._recorded() if services.recorder.on else self._program.operations
         position = self._position
         try:
             for position in range(self._position, len(operations)):
@@ -127,6 +139,39 @@ class StepRun:
             raise
         except BaseException as error:  # a callback's SystemExit must not end the executor either
             raise StepFault(self._program.nodes[position]) from error
+
+    def _recorded(self) -> list[Operation]:
+        """The operations, each of which leaves a span."""
+        program = self._program
+        return [
+            op if isinstance(instruction, Free) else _recorded(op, program.device, instruction, node, nbytes)
+            for op, instruction, node, nbytes in zip(
+                program.operations, program.instructions, program.nodes, program.sizes, strict=True
+            )
+        ]
+
+
+def _recorded(operation: Operation, device: str, instruction: Instruction, node: str, nbytes: int) -> Operation:
+    kind = _KINDS[type(instruction)]
+    microbatch = getattr(instruction, "microbatch", 0)
+
+    def recorded(buffers: Buffers, step: int, services: StepServices) -> None:
+        began = now_ns()
+        operation(buffers, step, services)
+        services.recorder.add(Span(device, kind, node, step, microbatch, nbytes, "", began, now_ns()))
+
+    return recorded
+
+
+_KINDS: dict[type, str] = {
+    Feed: "feed",
+    Read: "read",
+    Recv: "receive",
+    Run: "run",
+    Send: "send",
+    Push: "push",
+    Fetch: "fetch",
+}
 
 
 def run_step(program: StepProgram, step: int, services: StepServices) -> None:
@@ -355,12 +400,13 @@ class Executor:
     def stop(self) -> None:
         """End after the step that runs now. Does not wait."""
         self._feeds.put(None)
+        self._services.outbox.close()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait until the thread is gone. False if it is still there, e.g. inside a callback that never returns."""
+        """Wait until the threads are gone. False if one is still there, e.g. inside a callback that never returns."""
         if self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        return self._services.outbox.join(timeout_s) and not self._thread.is_alive()
 
     def _work(self) -> None:
         while True:

@@ -15,14 +15,17 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 import flowml
+from flowml.errors import WorkerLostError
+from flowml.links import GRPC, SAME_PROCESS, SHARED_MEMORY
 from flowml_runtime.host import unix_stream
+from flowml_runtime.host.buffers import Buffers
 from flowml_runtime.host.framing import Assembler, FrameError, Outgoing, pack
 from flowml_runtime.host.security import TLS, check_exposure, is_loopback, split_address
 from flowml_runtime.host.streams import Stream, StreamServer
@@ -73,9 +76,13 @@ class GrpcEndpoint:
         bind: str = "127.0.0.1:0",
         tls: TLS | None = None,
         shared_memory: bool = True,
+        checksum: bool | None = None,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
     ) -> None:
         """Binds the port. Without `shared_memory` peers of this machine are talked to by gRPC too.
+
+        With `checksum` whatever is sent carries one, without (False) nothing does; None means what goes beyond this
+        machine. What is received is checked if it carries one.
 
         Raises ClusterError if that is not possible, or not safe.
         """
@@ -84,7 +91,9 @@ class GrpcEndpoint:
         self.incarnation = new_incarnation()
         self._token = token
         self._tls = tls
+        self._checksum = checksum
         self._max_queued_bytes = max_queued_bytes
+        self._buffers = Buffers()
         self._lock = threading.Lock()
         self._reporting = threading.RLock()
         """Held while a loss is reported, so that a peer's next life waits until its last one is over."""
@@ -144,6 +153,14 @@ class GrpcEndpoint:
         if not stream.put(packed):
             known = self._peers.get(peer)
             raise unreachable(peer, (known and known.lost) or stream.reason or "the connection was ended")
+
+    def way(self, peer: str) -> str:
+        if peer == self.name:
+            return SAME_PROCESS
+        try:
+            return SHARED_MEMORY if isinstance(self._stream(peer), UnixStream) else GRPC
+        except WorkerLostError:
+            return ""
 
     def lose(self, peer: str, reason: str) -> None:
         with self._lock:
@@ -209,12 +226,16 @@ class GrpcEndpoint:
     def _connect(self, address: str, hello: Outgoing) -> AnyStream:
         local: UnixStream | None = None
         if self._shared_memory:
-            local = unix_stream.connect(address, self._token, hello, self._max_queued_bytes)
-        return local or Stream(address, self._tls, self._token, hello, Budget(self._max_queued_bytes))
+            checked = self._checksum is True
+            local = unix_stream.connect(address, self._token, hello, self._max_queued_bytes, checked=checked)
+        if local is not None:
+            return local
+        checked = is_checked(address, self._checksum)
+        return Stream(address, self._tls, self._token, hello, Budget(self._max_queued_bytes), checked=checked)
 
     def _receive(self, frames: Iterator[bytes], context: Any) -> bytes:
         """Serve one incoming gRPC stream to its end."""
-        refusal, fault = self._serve(_assembled(frames))
+        refusal, fault = self._serve(_assembled(frames, Assembler(self._buffers.take), context.is_active))
         if refusal:
             context.abort(grpc.StatusCode.INTERNAL if fault else grpc.StatusCode.INVALID_ARGUMENT, refusal[:1024])
         return b""
@@ -273,11 +294,17 @@ class GrpcEndpoint:
             return current
 
 
-def _assembled(frames: Iterator[bytes]) -> Incoming:
-    assembler = Assembler()
+def _assembled(frames: Iterator[bytes], assembler: Assembler, is_active: Callable[[], bool]) -> Incoming:
     for frame in frames:
         if assembler.feed(frame):
             yield assembler.take()
+    if assembler.is_partial or not is_active():
+        raise ConnectionError  # gRPC ends the frames of a connection that broke like those of one that was closed
+
+
+def is_checked(address: str, checksum: bool | None) -> bool:
+    """Whether what goes to `address` carries checksums."""
+    return not is_loopback(split_address(address)[0]) if checksum is None else checksum
 
 
 def bind_towards(address: str) -> str:

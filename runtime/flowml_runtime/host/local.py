@@ -13,14 +13,16 @@ from typing import Any
 from flowml.plan import Feed, Fetch, Free, Plan, Run
 from flowml_runtime.host.executor import StepProgram, run_step
 from flowml_runtime.host.programs import Array, JaxDevice, LoadedProgram, TaskFunction
+from flowml_runtime.host.recorder import Recorder
 from flowml_runtime.host.services import adopt, at_home, lendable, must_adopt
 
 
 class LocalStep:
     """Runs steps of a loaded program on the caller's thread. Safe to use from several threads at once."""
 
-    def __init__(self, loaded: LoadedProgram, program: StepProgram) -> None:
+    def __init__(self, loaded: LoadedProgram, program: StepProgram, recorder: Recorder) -> None:
         self._program = program
+        self._recorder = recorder
         self._device = loaded.device
         self._slots = sum(len(i.slots) for i in loaded.program.instructions if isinstance(i, Fetch))
         self._adopts = must_adopt(loaded.device)
@@ -31,7 +33,7 @@ class LocalStep:
     def __call__(self, step: int, inputs: Sequence[Array]) -> list[Array]:
         """The fetched outputs by slot. Raises StepFault."""
         given = adopt(inputs, self._device) if self._adopts else inputs
-        services = _LocalServices(given, self._slots, self._device, home=self._home)
+        services = _LocalServices(given, self._slots, self._device, self._recorder, home=self._home)
         run_step(self._program, step, services)
         return services.outputs
 
@@ -83,7 +85,10 @@ def _is_plain(plan: Plan) -> bool:
 class _LocalServices:
     """The services of one local step: inputs at hand, outputs kept."""
 
-    def __init__(self, inputs: Sequence[Array], slots: int, device: JaxDevice, *, home: bool) -> None:
+    def __init__(
+        self, inputs: Sequence[Array], slots: int, device: JaxDevice, recorder: Recorder, *, home: bool
+    ) -> None:
+        self.recorder = recorder
         self._inputs = inputs
         self._device = device
         self._home = home

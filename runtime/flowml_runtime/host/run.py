@@ -16,6 +16,7 @@ from flowml.errors import DeadlineError, WorkerLostError
 from flowml.plan import Plan, Training
 from flowml_runtime.host.mailbox import Cancelled
 from flowml_runtime.host.programs import Array
+from flowml_runtime.host.recorder import Recorder
 from flowml_runtime.host.services import Sender
 from flowml_runtime.messages import StartTraining, Traffic, Wire
 from flowml_runtime.protocol.terms import Terms
@@ -46,6 +47,7 @@ class Run:
     driver: str
     sender: Sender
     deadline_s: float
+    recorder: Recorder
     changed: threading.Condition = field(default_factory=threading.Condition)
     stores: dict[int, StoreView] = field(default_factory=dict[int, StoreView])
     source: dict[int, Array] = field(default_factory=dict[int, Array])

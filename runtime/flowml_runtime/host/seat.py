@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from flowml.data import epoch_order
+from flowml.errors import WorkerLostError
 from flowml.plan import ArraySpec
 from flowml.plan import Run as RunInstruction
 from flowml_runtime.host.executor import StepFault, prepare, run_step
 from flowml_runtime.host.mailbox import Cancelled, Mailbox
+from flowml_runtime.host.outbox import LARGE_BYTES
 from flowml_runtime.host.programs import Array, LoadedProgram, aligned_copy
 from flowml_runtime.host.run import Run, worker_of
 from flowml_runtime.host.services import EdgeServices, lendable
@@ -46,7 +48,7 @@ class Seat(EdgeServices):
         on_finished: Callable[[Seat, int], None],
         on_fault: Callable[[int, str, BaseException], None],
     ) -> None:
-        super().__init__(run.plan_id, loaded, mailbox, run.sender, run.deadline_s)
+        super().__init__(run.plan_id, loaded, mailbox, run.sender, run.deadline_s, run.recorder)
         self.run = run
         self.replica = replica
         self.stage = stage
@@ -95,6 +97,7 @@ class Seat(EdgeServices):
         """End the thread after the task that runs now. The run is marked as stopped before."""
         self._mailbox.skip_to(self.plan_id, self.device, self.run.end)
         self._starts.put(None)
+        self.outbox.close()
 
     # The executor's thread.
 
@@ -118,6 +121,8 @@ class Seat(EdgeServices):
             self._on_fault(self.run.step_of(clock), fault.node, fault.__cause__ or fault)
         except BaseException as error:
             self._on_fault(self.run.step_of(clock), "report", error)
+        finally:
+            self.outbox.flush()  # who hears that a stage has retired must have its last contribution
 
     def _report(self, clock: int, seconds: float) -> None:
         if not self._fetched:
@@ -146,6 +151,10 @@ class Seat(EdgeServices):
         if self._delay_s:
             time.sleep(self._delay_s)  # the declared slowness of this worker
         return self.run.stopped or self.machine.should_abandon(self._clock)
+
+    def send_failed(self, step: int, node: str, error: BaseException) -> None:
+        if not isinstance(error, WorkerLostError):  # which the driver knows
+            self._on_fault(step, node, error)
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
         training, item = self.run.training, self._current()
@@ -222,8 +231,16 @@ class Seat(EdgeServices):
             weight=total.steps * self.run.training.microbatches,
             specs=payload,
         )
-        self.run.count_push(store, part, sum(s.nbytes for s in payload), home)
-        self.run.send(home, message, lendable(total.value, self.loaded.device))
+        nbytes = sum(s.nbytes for s in payload)
+        self.run.count_push(store, part, nbytes, home)
+
+        def send() -> None:
+            self.run.send(home, message, lendable(total.value, self.loaded.device))
+
+        if nbytes < LARGE_BYTES:
+            send()
+        else:  # the backward pass goes on meanwhile
+            self.outbox.put(send, lambda error: self.send_failed(step, f"store {spec.name}", error))
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
         for slot, array in zip(slots, arrays, strict=True):

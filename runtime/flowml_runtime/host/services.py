@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -18,7 +18,9 @@ import numpy as np
 from flowml.errors import DeadlineError, WorkerLostError
 from flowml.plan import ArraySpec, Message
 from flowml_runtime.host.mailbox import Cancelled, Claim, Mailbox, Parked
+from flowml_runtime.host.outbox import LARGE_BYTES, Outbox
 from flowml_runtime.host.programs import Array, JaxDevice, LoadedProgram, feed_slots
+from flowml_runtime.host.recorder import Recorder, Span, now_ns
 from flowml_runtime.host.window import Windows, window
 from flowml_runtime.messages import DEADLINE_S, Taken, Value, Wire
 
@@ -72,8 +74,16 @@ class EdgeServices:
     """Sends and receives along a plan's edges, for one device: what dataflow and training plans share."""
 
     def __init__(
-        self, plan_id: str, loaded: LoadedProgram, mailbox: Mailbox, sender: Sender, deadline_s: float = DEADLINE_S
+        self,
+        plan_id: str,
+        loaded: LoadedProgram,
+        mailbox: Mailbox,
+        sender: Sender,
+        deadline_s: float = DEADLINE_S,
+        recorder: Recorder | None = None,
     ) -> None:
+        self.recorder = recorder or Recorder()
+        self.outbox = Outbox(loaded.name)
         self.plan_id = plan_id
         self.loaded = loaded
         self.device = loaded.name
@@ -95,16 +105,37 @@ class EdgeServices:
         return self.adopt(arrays)
 
     def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None:
+        edge = self._messages[message]
         value = Value(
             plan_id=self.plan_id,
             step=step,
             kind="edge",
             index=message,
-            device=self._messages[message].destination,
+            device=edge.destination,
             microbatch=microbatch,
             specs=self._specs[message],
         )
-        self._sender.send(self._workers[message], value, lendable(arrays, self.loaded.device))
+        worker, device = self._workers[message], self.loaded.device
+        if edge.nbytes < LARGE_BYTES:
+            self._sender.send(worker, value, lendable(arrays, device))
+            return
+
+        def send() -> None:
+            began = now_ns()
+            self._sender.send(worker, value, lendable(arrays, device))
+            if self.recorder.on:
+                lane, way = f"{self.device} send", self._way(worker)
+                self.recorder.add(Span(lane, "send", str(edge), step, microbatch, edge.nbytes, way, began, now_ns()))
+
+        self.outbox.put(send, lambda error: self.send_failed(step, str(edge), error))
+
+    def send_failed(self, step: int, node: str, error: BaseException) -> None:
+        """A large value could not be sent; called on the outbox's thread."""
+        raise NotImplementedError
+
+    def _way(self, worker: str) -> str:
+        way = getattr(self._sender, "way", None)
+        return way(worker) if way is not None else ""
 
     def should_abandon(self, step: int) -> bool:
         return self._mailbox.is_cancelled((self.plan_id, step, self.device))
@@ -135,9 +166,12 @@ class DataflowServices(EdgeServices):
         sender: Sender,
         driver: str,
         deadline_s: float = DEADLINE_S,
+        recorder: Recorder | None = None,
     ) -> None:
-        super().__init__(plan_id, loaded, mailbox, sender, deadline_s)
+        super().__init__(plan_id, loaded, mailbox, sender, deadline_s, recorder)
         self._driver = driver
+        self.on_fault: Callable[[int, str, BaseException], None] = lambda *_: None
+        """Called with (step, node, error) when a value could not be sent after its step had gone on."""
         self._slots = feed_slots(loaded.program)
         self._fed: Mapping[int, Array] = {}
         self._number = loaded.plan.devices.index(self.device)
@@ -211,6 +245,9 @@ class DataflowServices(EdgeServices):
             step=step,
             node=str(edge),
         )
+
+    def send_failed(self, step: int, node: str, error: BaseException) -> None:
+        self.on_fault(step, node, error)
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
         return [self._fed[s] for s in slots]

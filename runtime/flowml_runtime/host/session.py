@@ -218,6 +218,15 @@ class Session:
         with self._lock:
             self._handlers[plan_id] = handler
 
+    def unregister(self, plan_id: str) -> None:
+        """The handler of `plan_id` is not to be called any more."""
+        with self._lock:
+            self._handlers.pop(plan_id, None)
+
+    def tell(self, worker: str, message: Wire) -> None:
+        """Send to a worker; nothing if it is lost, which `on_lost` says."""
+        self._broadcast((worker,), message)
+
     def unload(self, handle: LoadedPlan) -> None:
         """Free the plan on its workers. Steps in flight fail."""
         with self._lock:

@@ -6,6 +6,7 @@ lives as long as the two peers know each other; its end is how either learns tha
 
 from __future__ import annotations
 
+import itertools
 import queue
 import re
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 import grpc
 
 from flowml.errors import ClusterError
+from flowml_runtime.host.buffers import keep_freed_memory
 from flowml_runtime.host.framing import MAX_FRAME_BYTES, Outgoing
 from flowml_runtime.host.security import TLS, is_loopback, same_token, split_address
 from flowml_runtime.host.transport import Budget
@@ -56,7 +58,12 @@ def _options(host: str) -> tuple[tuple[str, int], ...]:
 class Stream:
     """The outgoing half of a connection. `put` from any thread; gRPC's own thread takes from the queue."""
 
-    def __init__(self, address: str, tls: TLS | None, token: str, first: Outgoing, budget: Budget) -> None:
+    def __init__(
+        self, address: str, tls: TLS | None, token: str, first: Outgoing, budget: Budget, *, checked: bool = False
+    ) -> None:
+        """What is sent carries checksums if `checked`."""
+        keep_freed_memory()
+        self._numbers = itertools.count() if checked else None
         self._queue: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
         self._budget = budget
         self._token = token
@@ -111,7 +118,7 @@ class Stream:
 
     def _frames(self) -> Iterator[bytes]:
         while (message := self._queue.get()) is not None:
-            yield from message.frames()
+            yield from message.frames(self._numbers)
             self._budget.release(message.nbytes)
             del message  # else it would keep its arrays alive until the next one
 

@@ -127,6 +127,7 @@ class TrainingHost:
             driver=self._driver,
             sender=self._worker.endpoint,
             deadline_s=self._deadline_s,
+            recorder=self._worker.recorder,
         )
         return _Fit(run, self)
 

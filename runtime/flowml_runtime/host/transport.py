@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from flowml.errors import WorkerLostError
+from flowml.links import SAME_PROCESS
 from flowml_runtime.messages import Wire
 
 Arrays = Sequence[Any]
@@ -53,6 +54,10 @@ class Endpoint(Protocol):
         In order for each peer. Waits only while too much is on its way there. Raises WorkerLostError for a
         peer that is unknown or lost.
         """
+        ...
+
+    def way(self, peer: str) -> str:
+        """How messages reach a peer: "same process", "shared memory" or "gRPC"; "" for one that cannot be reached."""
         ...
 
     def lose(self, peer: str, reason: str) -> None:
@@ -205,6 +210,9 @@ class ThreadEndpoint:
         nbytes = sum(a.nbytes for a in arrays)
         if not target.deliver(self.name, message, list(arrays), nbytes):
             raise unreachable(peer, "it was closed")
+
+    def way(self, peer: str) -> str:
+        return "" if self._hub.find(peer) is None or peer in self._lost else SAME_PROCESS
 
     def deliver(self, peer: str, message: Wire, arrays: list[Any], nbytes: int) -> bool:
         """For the hub's other endpoints: take a message in. False once closed."""

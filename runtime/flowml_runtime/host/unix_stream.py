@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import itertools
 import os
 import select
 import socket
@@ -71,7 +72,7 @@ Serve = Callable[[Incoming], str]
 A connection that broke raises ConnectionError out of the iterator."""
 
 
-def connect(address: str, token: str, first: Outgoing, max_bytes: int) -> UnixStream | None:
+def connect(address: str, token: str, first: Outgoing, max_bytes: int, *, checked: bool = False) -> UnixStream | None:
     """A stream to the peer known by `address` (host:port), or None if it is not on this machine, or not ours."""
     if not AVAILABLE:
         return None
@@ -87,14 +88,18 @@ def connect(address: str, token: str, first: Outgoing, max_bytes: int) -> UnixSt
         return None
     link.settimeout(None)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
-    return UnixStream(link, token, first, max_bytes)
+    return UnixStream(link, token, first, max_bytes, checked=checked)
 
 
 class UnixStream:
     """The outgoing half of a connection, as `streams.Stream`. `put` from any thread."""
 
-    def __init__(self, link: socket.socket, token: str, first: Outgoing, max_bytes: int) -> None:
+    def __init__(
+        self, link: socket.socket, token: str, first: Outgoing, max_bytes: int, *, checked: bool = False
+    ) -> None:
+        """What is sent carries checksums if `checked`."""
         self._link = link
+        self._numbers = itertools.count() if checked else None
         self._budget = Budget(max_bytes)
         """Of what waits to be written."""
         self._max_bytes = max_bytes
@@ -170,8 +175,9 @@ class UnixStream:
                 slot.data[at : at + large.nbytes] = as_bytes(large)
                 at += padded(large.nbytes)
         retired = self._slots.retired(MAX_RETIRED)
-        head = _RECORD.pack(len(message.first), len(retired), number, new)
-        return _Chunk(b"".join([head, *map(_NUMBER.pack, retired), message.first]), descriptors, len(message.first))
+        frame = message.first if self._numbers is None else message.sealed(next(self._numbers))
+        head = _RECORD.pack(len(frame), len(retired), number, new)
+        return _Chunk(b"".join([head, *map(_NUMBER.pack, retired), frame]), descriptors, len(message.first))
 
     def _write(self, chunk: _Chunk) -> bool:
         """Write as much as there is room for, and leave the rest to the writer. False if the peer is gone."""
@@ -370,7 +376,7 @@ def _messages(link: socket.socket, reader: _Reader) -> Incoming:
             pass  # the sender is gone, and its slots with it
 
     views = SlotViews(answer)
-    while True:
+    for position in itertools.count():
         nbytes, given_up, number, new = _RECORD.unpack(reader.read(_RECORD.size))
         if nbytes > MAX_FRAME_BYTES or given_up > MAX_RETIRED:
             raise FrameError(f"a record announces {nbytes} bytes and {given_up} slots given up")
@@ -385,7 +391,7 @@ def _messages(link: socket.socket, reader: _Reader) -> Incoming:
             room = views.lease(number) if number else None
         except SlotError as error:
             raise FrameError(str(error)) from None
-        yield unpack(frame, room)
+        yield unpack(frame, room, position)
         room = None
         if number:
             answer(number | _TAKEN)

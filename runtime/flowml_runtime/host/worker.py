@@ -11,6 +11,7 @@ of its own, made by `training_factory`, to which every message that is not a pla
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,16 +22,30 @@ from typing import Protocol
 import numpy as np
 
 from flowml.errors import FlowmlError, WorkerLostError
-from flowml.plan import Plan
+from flowml.plan import ArraySpec, Plan
 from flowml_runtime.host.executor import Executor, StepProgram, may_be_quick, prepare
 from flowml_runtime.host.faults import one_line, own_traceback, step_failed
 from flowml_runtime.host.links import Prober
 from flowml_runtime.host.local import LocalStep
 from flowml_runtime.host.mailbox import Mailbox
 from flowml_runtime.host.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
+from flowml_runtime.host.recorder import Recorder, Span, now_ns
 from flowml_runtime.host.services import DataflowServices, Sender
 from flowml_runtime.host.window import Windows
-from flowml_runtime.messages import Failed, Loaded, LoadPlan, Probe, Probed, StepFailed, Taken, Unload, Value, Wire
+from flowml_runtime.messages import (
+    Failed,
+    Loaded,
+    LoadPlan,
+    Probe,
+    Probed,
+    StepFailed,
+    Taken,
+    Trace,
+    Traced,
+    Unload,
+    Value,
+    Wire,
+)
 from flowml_runtime.protocol.terms import ProtocolError
 
 JOIN_S = 5.0
@@ -91,6 +106,7 @@ class Worker:
         self.python = python
         self.training_factory = training_factory
         self.mailbox = Mailbox()
+        self.recorder = Recorder()
         self._prober = Prober(endpoint)
         self._cache = cache or ExecutableCache()
         self._lock = threading.Lock()
@@ -107,6 +123,8 @@ class Worker:
                 self._put(message, arrays)
             case LoadPlan():
                 self._accept(peer, message, arrays)
+            case Trace():
+                self._trace(peer, message)
             case Probe() | Probed():
                 self._prober.on_message(peer, message)
             case _:
@@ -167,7 +185,26 @@ class Worker:
         for thread in ending:
             thread.join(JOIN_S)
 
+    def _trace(self, peer: str, message: Trace) -> None:
+        """Record from now on, or tell what was recorded; with the time here, for comparison with others."""
+        spans = np.empty(0, np.uint8)
+        if message.on:
+            self.recorder.start()
+        else:
+            spans = self.recorder.stop()
+        specs = (ArraySpec(spans.shape, "uint8"),)
+        answer = Traced(plan_id=message.plan_id, worker=self.name, now_ns=now_ns(), specs=specs)
+        with contextlib.suppress(WorkerLostError):
+            self.endpoint.send(peer, answer, [spans])
+
+    def _arrived(self, value: Value, arrays: Sequence[Array]) -> None:
+        nbytes, at = sum(a.nbytes for a in arrays), now_ns()
+        lane, name = f"{value.device} arrive", f"message {value.index}"
+        self.recorder.add(Span(lane, "arrived", name, value.step, value.microbatch, nbytes, "", at, at))
+
     def _put(self, value: Value, arrays: Sequence[Array]) -> None:
+        if self.recorder.on:
+            self._arrived(value, arrays)
         try:
             scope = (value.plan_id, value.step, value.device)
             self.mailbox.put(scope, (value.kind, value.index, value.microbatch), arrays)
@@ -240,16 +277,19 @@ class Worker:
                 hosted.executors = {d: self._executor(plan_id, hosted, p, steps[d]) for d, p in programs.items()}
                 if len(plan.programs) == 1 and programs:
                     ((device, loaded),) = programs.items()
-                    hosted.local = LocalStep(loaded, steps[device])
+                    hosted.local = LocalStep(loaded, steps[device], self.recorder)
 
     def _executor(self, plan_id: str, hosted: _Hosted, loaded: LoadedProgram, program: StepProgram) -> Executor:
         driver = hosted.driver
-        services = DataflowServices(plan_id, loaded, self.mailbox, self.endpoint, driver, hosted.deadline_s)
+        services = DataflowServices(
+            plan_id, loaded, self.mailbox, self.endpoint, driver, hosted.deadline_s, self.recorder
+        )
         hosted.windows[loaded.name] = services.windows
 
         def on_fault(step: int, node: str, error: BaseException) -> None:
             self._tell(driver, step_failed(plan_id, step, self.name, node, error))
 
+        services.on_fault = on_fault
         return Executor(
             program,
             services,

@@ -14,28 +14,36 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flowml_tools.bench import dispatch, memory, transport
+from flowml_tools.bench import allreduce, dispatch, foreign_environment, memory, pipeline, training, transport, wire
 from flowml_tools.bench.rows import BenchError, Row
 from flowml_tools.bench.table import render
 from flowml_tools.bench.timing import hush
 from flowml_tools.command import CommandError, positive
 
 SUMMARY = "side-by-side measurements, peers included where installed"
-BENCHMARKS = {module.__name__.rpartition(".")[2]: module for module in (dispatch, transport, memory)}
+BENCHMARKS = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (dispatch, transport, wire, allreduce, training, pipeline, memory)
+}
 DESCRIPTION = (
-    "Measure flowml side by side with its peers on this machine, in turn. Takes a minute or so.\n\n"
+    "Measure flowml side by side with its peers on this machine, in turn. Takes several minutes.\n\n"
     + "\n".join(f"  {name:<11}{module.SUMMARY}" for name, module in BENCHMARKS.items())
+    + "\n\nRay and TensorFlow run in an environment of their own: --make-peers installs it from the package index in\n"
+    f"${foreign_environment.VARIABLE} (default: flowml/peers in the user's cache directory; 2 GB)."
 )
-PACKAGES = ("jax", "jaxlib", "numpy", "grpcio", "msgspec", "ray")
+PACKAGES = ("jax", "jaxlib", "numpy", "grpcio", "msgspec")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", metavar="NAMES", nargs="*", help=f"{', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="also write the rows, with every measurement")
     parser.add_argument("--repeats", type=positive, metavar="N", help="measurements a row (default: as each needs)")
+    parser.add_argument("--make-peers", action="store_true", help="install Ray and TensorFlow for later runs, and end")
 
 
 def main(arguments: argparse.Namespace) -> int:
+    if arguments.make_peers:
+        return _make_peers(arguments)
     names: list[str] = list(dict.fromkeys(arguments.names)) or list(BENCHMARKS)
     for name in names:
         if name not in BENCHMARKS:
@@ -54,6 +62,17 @@ def main(arguments: argparse.Namespace) -> int:
         print(render(name, results[name]), flush=True)
         if output:
             output.write_text(report(results))
+    return 0
+
+
+def _make_peers(arguments: argparse.Namespace) -> int:
+    if arguments.names or arguments.json or arguments.repeats:
+        raise CommandError("--make-peers measures nothing; give it alone, and then run the benchmarks")
+    try:
+        foreign_environment.make()
+    finally:
+        hush()
+    print(f"{', '.join(foreign_environment.VERSIONS)}: installed in {foreign_environment.folder()}")
     return 0
 
 
@@ -93,4 +112,5 @@ def _versions() -> dict[str, str | None]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    return versions
+    peers = foreign_environment.complete()
+    return versions | {package: version if peers else None for package, version in foreign_environment.VERSIONS.items()}

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from flowml_tools.bench.peers import installed, peer
+from flowml_tools.bench.peers import framework, peer
 from flowml_tools.bench.rows import BenchError, Goal, Peer, Row, Sample
 from flowml_tools.bench.timing import Probe, interleave, per_call, tell
 
-SUMMARY = "a call on one device and through two workers; against jax.jit, a ring of sockets, Ray"
+SUMMARY = "a call on one device and through two workers; against jax.jit, a ring of sockets, Ray, TensorFlow"
 REPEATS = 40
 CALLS = 50
 """Calls of microseconds that make one measurement."""
 
 STEP_CALLS = 10
 RING_CALLS = 10
-RAY_ENDS_S = 15.0
 MESSAGE = b"x" * 64
 
 
@@ -68,15 +66,18 @@ def _two_workers(repeats: int) -> list[Row]:
         ours = per_call(lambda: jax.block_until_ready(program(x)), RING_CALLS)
         ring = per_call(stack.enter_context(_ring(shares)), RING_CALLS)
         probes: list[Probe] = [ours, ring]
-        ray, why = _ray(stack, shares)
+        ray, ray_name = framework(stack, "ray", "Ray compiled graph", x.nbytes, shares)
         if ray:
-            probes.append(ray)
+            probes.append(lambda: float(ray.ask(str(RING_CALLS))))
+        tensorflow, tensorflow_name = framework(stack, "tensorflow", "TensorFlow session", x.nbytes, shares)
+        if tensorflow:
+            probes.append(lambda: float(tensorflow.ask(f"step {RING_CALLS}")))
         samples = interleave("dispatch: driver -> worker:0 -> worker:1 -> driver", probes, repeats)
     name = "driver → worker → worker → driver"
     return [
         Row(name, "s", samples[0], Peer("ring of unix sockets", samples[1])),
-        Row(name, "s", samples[0], Peer(why, samples[2] if ray else None), Goal("at most", 1 / 3)),
-        Row(name, "s", samples[0], Peer(_tensorflow()), Goal("at most", 1 / 10)),
+        Row(name, "s", samples[0], Peer(ray_name, samples[2] if ray else None), Goal("at most", 1 / 3)),
+        Row(name, "s", samples[0], Peer(tensorflow_name, samples[-1] if tensorflow else None), Goal("at most", 1 / 10)),
     ]
 
 
@@ -103,23 +104,3 @@ def _ring(shares: Sequence[Sequence[int]]) -> Generator[Callable[[], None]]:
                 raise BenchError("a process of the ring has ended")
 
         yield around
-
-
-def _ray(stack: ExitStack, shares: Sequence[Sequence[int]]) -> tuple[Probe | None, str]:
-    """A probe for Ray's compiled graph of two actors, or None; and its name, or why there is none."""
-    if not installed("ray"):
-        return None, "ray: not installed"
-    every = sorted(os.sched_getaffinity(0))
-    try:
-        process = stack.enter_context(
-            peer("ray", *(",".join(map(str, own)) for own in shares), cores=every, grace_s=RAY_ENDS_S)
-        )
-        process.read()
-    except BenchError as error:
-        return None, f"ray: {error}"
-    return lambda: float(process.ask(str(RING_CALLS))), "Ray compiled graph"
-
-
-def _tensorflow() -> str:
-    """Why TensorFlow's distributed session is not measured."""
-    return "tensorflow: no peer program yet" if installed("tensorflow") else "tensorflow: not installed"

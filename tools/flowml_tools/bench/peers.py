@@ -1,27 +1,34 @@
 """Other processes to compare with: started pinned to their cores, spoken to by lines, and gone when their block ends.
 
-What they do is in `roles`. A peer reads its orders from stdin, so it ends with the process that measures, however that
-one ends; its own process group keeps a Ctrl-C at the terminal for the owner to handle.
+What they do is in `roles`, and for other frameworks in `foreign`. A peer reads its orders from stdin, so it ends with
+the process that measures, however that one ends; its own process group keeps a Ctrl-C at the terminal for the owner to
+handle.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import IO
 
+from flowml_tools.bench import foreign_environment
 from flowml_tools.bench.rows import BenchError
 
 EDGE_BYTES = 64 * 2**20
 """What the peers of `transport` send."""
 
 ANSWER_TIMEOUT_S = 60.0
+FOREIGN = Path(__file__).with_name("foreign.py")
+FOREIGN_ENDS_S = 15.0
+SEALED = ("unshare", "--fork", "--kill-child", "--pid", "--mount", "--mount-proc", "--net", "--ipc")
+"""Starts a process whose children, network and file systems end with it."""
 
 
 class Process:
@@ -46,13 +53,17 @@ class Process:
 
     def ask(self, order: str) -> str:
         """Give an order and wait for the answer."""
+        self.give(order)
+        return self.read()
+
+    def give(self, order: str) -> None:
+        """Give an order; `read` waits for the answer. Several peers that work together get theirs first."""
         assert self._process.stdin is not None
         try:
             # Past the file's buffer, which would try what failed once more on closing.
             os.write(self._process.stdin.fileno(), f"{order}\n".encode())
         except OSError:
             raise BenchError(f"{self._role} ended: {self._last_words()}") from None
-        return self.read()
 
     def _last_words(self) -> str:
         self._log.seek(0)
@@ -65,8 +76,46 @@ def peer(
     role: str, *arguments: str, cores: Sequence[int], pass_fds: Sequence[int] = (), grace_s: float = 0.0
 ) -> Generator[Process]:
     """A process in this role, on these cores. One that starts others itself needs `grace_s` to end them."""
-    own = ",".join(map(str, cores))
-    command = [sys.executable, "-m", "flowml_tools.bench.roles", role, own, *arguments]
+    command = [sys.executable, "-m", "flowml_tools.bench.roles", role, listed(cores), *arguments]
+    with _started(role, command, pass_fds, grace_s) as process:
+        yield process
+
+
+@contextmanager
+def foreign(role: str, *arguments: str, cores: Sequence[int]) -> Generator[Process]:
+    """The same of another framework, in its environment and sealed off; once it is ready.
+
+    Raises BenchError where there is no environment, or the system does not let its user make namespaces.
+    """
+    python = foreign_environment.python()
+    if not shutil.which(SEALED[0]):
+        raise BenchError(f"needs `{SEALED[0]}` of util-linux, to keep what it opens and leaves to itself")
+    own_user = () if os.geteuid() == 0 else ("--map-root-user",)
+    command = [*SEALED, *own_user, str(python), "-I", str(FOREIGN), role, listed(cores)]
+    with _started(role, [*command, *arguments], (), FOREIGN_ENDS_S) as process:
+        process.read()
+        yield process
+
+
+def framework(
+    stack: ExitStack, role: str, name: str, nbytes: int, shares: Sequence[Sequence[int]]
+) -> tuple[Process | None, str]:
+    """A framework with two workers on these shares of the cores, or None; and its `name`, or why there is none."""
+    every = sorted(os.sched_getaffinity(0))
+    workers = [listed(own) for own in shares]
+    try:
+        return stack.enter_context(foreign(role, str(nbytes), *workers, cores=every)), name
+    except BenchError as error:
+        return None, f"{role}: {error}"
+
+
+def listed(cores: Sequence[int]) -> str:
+    """Cores as an argument of a role."""
+    return ",".join(map(str, cores))
+
+
+@contextmanager
+def _started(role: str, command: Sequence[str], pass_fds: Sequence[int], grace_s: float) -> Generator[Process]:
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(
@@ -92,7 +141,3 @@ def _end(process: subprocess.Popen[str], grace_s: float) -> None:
         process.wait(grace_s)
     except subprocess.TimeoutExpired:
         process.kill()
-
-
-def installed(package: str) -> bool:
-    return find_spec(package) is not None

@@ -10,9 +10,11 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+from flowml_tools.bench import allreduce_roles, training_roles, wire_roles
+from flowml_tools.bench.orders import keep_answers_apart, orders, say
 from flowml_tools.bench.peers import EDGE_BYTES
 
 ACCEPT_TIMEOUT_S = 30.0
@@ -21,15 +23,8 @@ ACCEPT_TIMEOUT_S = 30.0
 def main() -> None:
     role, own, *arguments = sys.argv[1:]
     os.sched_setaffinity(0, [int(core) for core in own.split(",")])
+    keep_answers_apart()
     ROLES[role](*arguments)
-
-
-def _orders() -> Iterator[str]:
-    return (line.strip() for line in sys.stdin)
-
-
-def _say(text: object) -> None:
-    print(text, flush=True)
 
 
 def _ring(incoming: str, outgoing: str) -> None:
@@ -43,7 +38,7 @@ def _ring(incoming: str, outgoing: str) -> None:
 def _tcp_target() -> None:
     buffer = memoryview(bytearray(EDGE_BYTES))
     with socket.create_server(("127.0.0.1", 0)) as server:
-        _say(server.getsockname()[1])
+        say(server.getsockname()[1])
         server.settimeout(ACCEPT_TIMEOUT_S)
         connection, _ = server.accept()
     connection.settimeout(None)
@@ -62,13 +57,13 @@ def _tcp_source(port: str) -> None:
     payload = bytearray(b"x") * EDGE_BYTES
     with socket.create_connection(("127.0.0.1", int(port)), ACCEPT_TIMEOUT_S) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _say("ready")
-        for _ in _orders():
+        say("ready")
+        for _ in orders():
             start = time.perf_counter()
             connection.sendall(payload)
             if connection.recv(1) != b"k":
                 raise ConnectionError("the receiver went away")
-            _say(time.perf_counter() - start)
+            say(time.perf_counter() - start)
 
 
 def _transfer_server() -> Any:
@@ -85,10 +80,10 @@ def _transfer_source() -> None:
 
     array = jax.device_put(np.ones(EDGE_BYTES // 4, np.float32)).block_until_ready()
     server = _transfer_server()
-    _say(server.address())
-    for number in _orders():
+    say(server.address())
+    for number in orders():
         server.await_pull(int(number), [array])
-        _say("offered")
+        say("offered")
 
 
 def _transfer_target(address: str) -> None:
@@ -99,12 +94,12 @@ def _transfer_target(address: str) -> None:
     wanted = [jax.ShapeDtypeStruct((EDGE_BYTES // 4,), np.float32, sharding=sharding)]
     server = _transfer_server()
     connection = server.connect(address)
-    _say("ready")
-    for number in _orders():
+    say("ready")
+    for number in orders():
         start = time.perf_counter()
         [array] = connection.pull(int(number), wanted)
         array.block_until_ready()
-        _say(time.perf_counter() - start)
+        say(time.perf_counter() - start)
 
 
 def _bare() -> None:
@@ -114,40 +109,10 @@ def _bare() -> None:
     from flowml_tools.bench.functions import example, several_products
 
     jax.devices()
-    _say("imported")
-    for _ in _orders():
+    say("imported")
+    for _ in orders():
         jax.jit(several_products)(example(256)).block_until_ready()
-        _say("stepped")
-
-
-def _ray(first: str, second: str) -> None:
-    """A compiled graph driver -> actor -> actor -> driver; answers an order of n calls with the seconds of one."""
-    import numpy as np
-    import ray  # pyright: ignore[reportMissingImports]
-    from ray.dag import InputNode  # pyright: ignore[reportMissingImports]
-
-    class Stage:
-        def __init__(self, cores: str) -> None:
-            for thread in os.listdir("/proc/self/task"):  # the compiled graph runs on a thread that exists already
-                os.sched_setaffinity(int(thread), [int(core) for core in cores.split(",")])
-
-        def step(self, x: Any) -> Any:
-            return x + 1
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    actor: Any = ray.remote(Stage)
-    a, b = actor.remote(first), actor.remote(second)
-    with InputNode() as given:
-        graph = b.step.bind(a.step.bind(given)).experimental_compile()
-    x = np.zeros(1, np.float32)
-    ray.get(graph.execute(x))
-    _say("ready")
-    for calls in map(int, _orders()):
-        start = time.perf_counter()
-        for _ in range(calls):
-            ray.get(graph.execute(x))
-        _say((time.perf_counter() - start) / calls)
-    ray.shutdown()
+        say("stepped")
 
 
 ROLES: dict[str, Callable[..., None]] = {
@@ -157,7 +122,12 @@ ROLES: dict[str, Callable[..., None]] = {
     "transfer-source": _transfer_source,
     "transfer-target": _transfer_target,
     "bare": _bare,
-    "ray": _ray,
+    "grpc-target": wire_roles.target,
+    "grpc-source": wire_roles.source,
+    "reduce": allreduce_roles.reduce,
+    "psum": allreduce_roles.psum,
+    "train": training_roles.train,
+    "stage": training_roles.stage,
 }
 
 if __name__ == "__main__":

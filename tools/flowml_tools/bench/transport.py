@@ -1,7 +1,7 @@
-"""The rate of a 64 MiB edge between two workers of one machine.
+"""The rate of a 64 MiB edge between two workers of one machine, and the time of 64 MiB all the way through both.
 
 An edge cannot be timed from outside alone: we time a program whose 64 MiB cross, and the same program with the
-array kept on one worker, and take the difference. Feeds and fetches are scalars.
+array kept on one worker, and take the difference, ours and TensorFlow's. Feeds and fetches are scalars.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
-from flowml_tools.bench.peers import EDGE_BYTES, peer
+from flowml_tools.bench.peers import EDGE_BYTES, framework, peer
 from flowml_tools.bench.rows import BenchError, Goal, Peer, Row, Sample
 from flowml_tools.bench.timing import Probe, interleave, per_call, tell
 
-SUMMARY = "a 64 MiB edge between two workers; against memcpy, a raw TCP stream, jax.experimental.transfer"
+SUMMARY = "a 64 MiB edge between two workers; against memcpy, raw TCP, jax.experimental.transfer, TensorFlow, Ray"
 REPEATS = 15
 WARM_UP = 4
 """First steps touch fresh memory, which costs more than the copies do."""
@@ -23,6 +23,10 @@ KEPT = {"aside": "worker:1", "make": "worker:0", "take": "worker:0"}
 
 
 def rows(repeats: int | None) -> list[Row]:
+    return [*_edge(repeats or REPEATS), *_chain(repeats or REPEATS)]
+
+
+def _edge(repeats: int) -> list[Row]:
     import numpy as np
 
     import flowml as fm
@@ -45,12 +49,39 @@ def rows(repeats: int | None) -> list[Row]:
         transfer, name = _transfer(stack, shares)
         if transfer:
             probes.append(transfer)
-        samples = interleave("transport: 64 MiB", probes, repeats or REPEATS, WARM_UP)
+        tensorflow, tensorflow_name = framework(stack, "tensorflow", "TensorFlow session", EDGE_BYTES, shares)
+        if tensorflow:
+            probes.append(lambda: float(tensorflow.ask("cross 1")))
+            probes.append(lambda: float(tensorflow.ask("keep 1")))
+        samples = interleave("transport: 64 MiB", probes, repeats, WARM_UP)
     ours = edge(samples[0], samples[1])
     peers = [Peer("memcpy", _rate(samples[2])), Peer("one raw TCP stream", _rate(samples[3]))]
     peers.append(Peer(name, _rate(samples[4]) if transfer else None))
-    goals = (Goal("at least", 0.7), None, Goal("at least", 6.0))
+    peers.append(_differing(tensorflow_name, samples[-2], samples[-1]) if tensorflow else Peer(tensorflow_name))
+    goals = (Goal("at least", 0.7), None, Goal("at least", 6.0), Goal("at least", 8.0))
     return [Row("64 MiB edge", "bytes/s", ours, p, goal) for p, goal in zip(peers, goals, strict=True)]
+
+
+def _chain(repeats: int) -> list[Row]:
+    import jax
+    import numpy as np
+
+    import flowml as fm
+    from flowml_runtime.host.machine import cores, share_cores
+    from flowml_tools.bench.functions import two_layers
+
+    tell("transport: 64 MiB driver -> worker:0 -> worker:1 -> driver")
+    x = np.zeros(EDGE_BYTES // 4, np.float32)
+    with ExitStack() as stack:
+        cluster = stack.enter_context(fm.Cluster.local(workers=2))
+        program = fm.dataflow(two_layers, cluster=cluster, placement={"first": "worker:0", "second": "worker:1"})
+        probes = [per_call(lambda: jax.block_until_ready(program(x)), 1)]
+        ray, name = framework(stack, "ray", "Ray compiled graph", EDGE_BYTES, share_cores(cores(), 2))
+        if ray:
+            probes.append(lambda: float(ray.ask("1")))
+        samples = interleave("transport: 64 MiB through two workers", probes, repeats, WARM_UP)
+    theirs = Peer(name, samples[1] if ray else None)
+    return [Row("64 MiB driver → worker → worker → driver", "s", samples[0], theirs)]
 
 
 def edge(crossing: Sample, staying: Sample) -> Sample:
@@ -59,6 +90,14 @@ def edge(crossing: Sample, staying: Sample) -> Sample:
     if min(longer) <= 0:
         raise BenchError("the edge cannot be told from noise; measure on a quieter machine, or with more --repeats")
     return _rate(Sample(tuple(longer)))
+
+
+def _differing(name: str, crossing: Sample, staying: Sample) -> Peer:
+    """A peer whose edge is such a difference. Noise there takes away its figure, not ours."""
+    try:
+        return Peer(name, edge(crossing, staying))
+    except BenchError as error:
+        return Peer(f"{name}: {error}")
 
 
 def _rate(seconds: Sample) -> Sample:

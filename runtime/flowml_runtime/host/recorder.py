@@ -1,0 +1,73 @@
+"""What a worker did when: spans of its devices' instructions, kept while somebody asks for them.
+
+Recording costs two clock readings an instruction; while nobody asks, it costs nothing, because steps then run the plain
+list. The newest `MAX_SPANS` are kept. Times are this process's monotonic clock; whoever collects them knows how it
+differs from others'.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import Annotated
+
+import msgspec
+import numpy as np
+
+MAX_SPANS = 200_000
+_NAME = Annotated[str, msgspec.Meta(max_length=1024)]
+_Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class Span(msgspec.Struct, frozen=True, array_like=True):
+    """Something that a device's executor, its sender or its mailbox did; `lane` says which of a device's three."""
+
+    lane: _NAME
+    kind: _NAME
+    """"run", "send", "receive", "read", "push", "feed", "fetch", "apply"; or "arrived", a value for a Recv to come."""
+    name: _NAME
+    step: int
+    microbatch: int
+    nbytes: int
+    way: _NAME
+    """By which an array travelled."""
+    began_ns: _Nanoseconds
+    ended_ns: _Nanoseconds
+
+
+class Recorder:
+    """Of one worker. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        with self._lock:
+            self._spans.clear()
+            self.on = True
+
+    def stop(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        """What was recorded, encoded."""
+        with self._lock:
+            self.on = False
+            spans = list(self._spans)
+            self._spans.clear()
+        return np.frombuffer(msgspec.msgpack.encode(spans), np.uint8)
+
+    def add(self, span: Span) -> None:
+        self._spans.append(span)
+
+
+_decoder = msgspec.msgpack.Decoder(list[Span])
+
+
+def decode(data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> list[Span]:
+    """What `stop` encoded. Raises msgspec.DecodeError for anything else."""
+    return _decoder.decode(data.data)
+
+
+def now_ns() -> int:
+    return time.monotonic_ns()

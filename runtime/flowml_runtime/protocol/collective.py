@@ -1,0 +1,423 @@
+"""Collectives among ranks: who sends which chunk to whom, when, and what is added to what in which order.
+
+A *schedule* is a value: for each rank the list of its steps. It is drafted as one sequential program for all ranks, in
+rounds, and each rank gets its part of that: a rank sends without waiting and takes in the order of its list, so the
+first take of the program that has not happened always can happen, and no schedule deadlocks.
+
+What goes together under one index of a schedule is a *chunk*. A large bucket is cut into *pieces*, each cut into the
+schedule's chunks; pieces follow the schedule on their own, `window` of them at a time, so that one is copied while
+another is added and both stay in the caches.
+
+Three families suffice:
+
+    hierarchical  each host's ranks own a shard each: the others of the host send it there, the owner adds them up;
+                  owners of a shard on different hosts reduce it around a ring; then every owner spreads its shard.
+                  On one host that is the *direct* form, one hop each way; one rank a host makes it the *ring*
+                  (Patarasuk & Yuan, 2009), 2 (N-1)/N of the bucket sent by each rank.
+    doubling      log2 N exchanges of the whole bucket with ranks 1, 2, 4, … away; ranks beyond the largest power of
+                  two hand in their values before and are handed the sum after (Rabenseifner, 2004)
+    tree          up to rank 0 and down again, `fanout` children a rank
+
+Additions follow rank numbers and never arrival: what is added at one place is added in the order of ranks, and where a
+chunk goes next is fixed. So a sum repeats to the bit, and every rank holds the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from flowml_runtime.protocol.terms import ProtocolError
+
+DOUBLING_BYTES = 2 * 2**20
+"""Up to here, on one host, fewer hops beat fewer bytes. Measured: the ways cross at 3 to 8 MiB for 2 and 4 ranks."""
+
+DOUBLING_BYTES_APART = 256 * 2**10
+"""The same among hosts. Measured: 1 MiB over gRPC on loopback; a network is slower in bytes than that, not in hops."""
+
+PIECE_BYTES = 4 * 2**20
+"""Of one message. Measured from 256 KiB up: smaller ones cost more than they gain by staying in a core's cache."""
+
+WINDOW = 2
+"""Pieces under way at a time: one is worked on here while the other side has its turn with the next."""
+
+MAX_PIECES = 2**16
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send what is held of `chunk`; `take` says which of the peer's takes it is for."""
+
+    peer: int
+    chunk: int
+    take: int
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Take `chunk` from each of `peers` (ascending), and add all to what is held, in rank order, or replace that.
+
+    `number` counts the takes of this rank. `complete`: from here on the chunk is the sum over all ranks.
+    """
+
+    number: int
+    chunk: int
+    peers: tuple[int, ...]
+    add: bool
+    complete: bool
+
+
+Step = Send | Take
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What each rank does, in order. The same for every bucket; `Layout` says which elements a chunk has."""
+
+    name: str
+    chunks: int
+    steps: tuple[tuple[Step, ...], ...]
+
+    @property
+    def ranks(self) -> int:
+        return len(self.steps)
+
+    @cached_property
+    def takes(self) -> tuple[tuple[Take, ...], ...]:
+        """Those of each rank, by their numbers."""
+        return tuple(tuple(s for s in steps if isinstance(s, Take)) for steps in self.steps)
+
+    def relays(self, rank: int) -> bool:
+        """Whether this rank sends anything that depends on what it has taken."""
+        return rank in self._relaying
+
+    @cached_property
+    def _relaying(self) -> frozenset[int]:
+        kinds = [[type(s) for s in steps] for steps in self.steps]
+        return frozenset(r for r, k in enumerate(kinds) if Take in k and Send in k[k.index(Take) :])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How `size` elements are cut into pieces, and each of them into chunks, as evenly as can be."""
+
+    size: int
+    pieces: int
+    chunks: int
+
+    @staticmethod
+    def of(size: int, itemsize: int, chunks: int, piece_bytes: int = PIECE_BYTES) -> Layout:
+        pieces = -(-size * itemsize // (chunks * piece_bytes))
+        return Layout(size, min(max(pieces, 1), MAX_PIECES), chunks)
+
+    def span(self, piece: int, chunk: int) -> tuple[int, int]:
+        """The elements of a chunk: from, up to."""
+        first, end = piece * self.size // self.pieces, (piece + 1) * self.size // self.pieces
+        length = end - first
+        return first + chunk * length // self.chunks, first + (chunk + 1) * length // self.chunks
+
+
+class _Draft:
+    """The sequential program of all ranks, written round by round."""
+
+    def __init__(self, ranks: int) -> None:
+        self._steps: list[list[Step]] = [[] for _ in range(ranks)]
+        self._takes = [0] * ranks
+
+    def round(self, moves: Iterable[tuple[int, int, int]], *, add: bool, complete: bool = True) -> None:
+        """Moves (from, to, chunk) that happen at once: a rank sends all of its own before it takes any."""
+        into: dict[tuple[int, int], list[int]] = {}
+        moves = list(moves)
+        for source, target, chunk in moves:
+            into.setdefault((target, chunk), []).append(source)
+        takes: list[tuple[int, Take]] = []
+        numbers: dict[tuple[int, int], int] = {}
+        for (target, chunk), sources in into.items():
+            number = numbers[target, chunk] = self._takes[target]
+            self._takes[target] += 1
+            takes.append((target, Take(number, chunk, tuple(sorted(sources)), add, complete)))
+        for source, target, chunk in moves:
+            self._steps[source].append(Send(target, chunk, numbers[target, chunk]))
+        for target, take in takes:
+            self._steps[target].append(take)
+
+    def schedule(self, name: str, chunks: int) -> Schedule:
+        return Schedule(name, chunks, tuple(map(tuple, self._steps)))
+
+
+@lru_cache(maxsize=256)
+def hierarchical(hosts: tuple[Hashable, ...], name: str = "hierarchical") -> Schedule:
+    """For ranks on `hosts` (one name a rank): add up inside each host, around the hosts, and spread inside each.
+
+    Each host has as many shards as the host with the fewest ranks; its further ranks own none.
+    """
+    groups = [[r for r, h in enumerate(hosts) if h == host] for host in dict.fromkeys(hosts)]
+    around, shards = len(groups), min(map(len, groups))
+    draft = _Draft(len(hosts))
+    inside = [  # each rank begins with the owner after itself, so that not all begin with the same
+        (rank, ranks[shard], shard * around + k)
+        for ranks in groups
+        for turn in range(1, len(ranks))
+        for i, rank in enumerate(ranks)
+        for shard in [(i + turn) % len(ranks)]
+        if shard < shards
+        for k in range(around)
+    ]
+    draft.round(inside, add=True, complete=around == 1)
+    for spread in (False, True):
+        for hop in range(around - 1):
+            moves = [
+                (groups[g][s], groups[(g + 1) % around][s], s * around + (g - hop + spread) % around)
+                for g in range(around)
+                for s in range(shards)
+            ]
+            draft.round(moves, add=not spread, complete=spread or hop == around - 2)
+    draft.round([(owner, rank, chunk) for rank, owner, chunk in inside], add=False)
+    return draft.schedule(name, shards * around)
+
+
+def ring(ranks: int) -> Schedule:
+    return hierarchical(tuple(range(ranks)), "ring")
+
+
+def direct(ranks: int) -> Schedule:
+    return hierarchical((0,) * ranks, "direct")
+
+
+@lru_cache(maxsize=256)
+def doubling(ranks: int) -> Schedule:
+    """Recursive doubling for any number of ranks."""
+    draft = _Draft(ranks)
+    power = 1 << (ranks.bit_length() - 1)
+    extras = [(r, r - power, 0) for r in range(power, ranks)]
+    draft.round(extras, add=True, complete=False)
+    distance = 1
+    while distance < power:
+        draft.round(((r, r ^ distance, 0) for r in range(power)), add=True, complete=2 * distance == power)
+        distance *= 2
+    draft.round([(to, extra, 0) for extra, to, _ in extras], add=False)
+    return draft.schedule("doubling", 1)
+
+
+@lru_cache(maxsize=256)
+def tree(ranks: int, fanout: int) -> Schedule:
+    """Up a heap-shaped tree to rank 0, each parent adding its children at once, and down again."""
+    if fanout < 1:
+        raise ValueError(f"a tree with fanout {fanout} has no children; give at least 1")
+    draft = _Draft(ranks)
+    edges = [(child, (child - 1) // fanout, 0) for child in range(1, ranks)]
+    levels: dict[int, list[tuple[int, int, int]]] = {}
+    depth = {0: 0}
+    for edge in edges:
+        depth[edge[0]] = depth[edge[1]] + 1
+        levels.setdefault(depth[edge[0]], []).append(edge)
+    for level in sorted(levels, reverse=True):
+        draft.round(levels[level], add=True, complete=level == 1)
+    for level in sorted(levels):
+        draft.round([(parent, child, 0) for child, parent, _ in levels[level]], add=False)
+    return draft.schedule("tree", 1)
+
+
+def choose(nbytes: int, hosts: Sequence[Hashable]) -> Schedule:
+    """The schedule for a bucket of `nbytes` among ranks on `hosts`, the name of a host for each rank."""
+    ranks, different = len(hosts), len(set(hosts))
+    if nbytes <= (DOUBLING_BYTES if different == 1 else DOUBLING_BYTES_APART):
+        return doubling(ranks)
+    return ring(ranks) if different == ranks else direct(ranks) if different == 1 else hierarchical(tuple(hosts))
+
+
+# Events.
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """This rank's own values are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A chunk has come from `peer` for the `take`-th take of a piece; `handle` stands for its values."""
+
+    peer: int
+    piece: int
+    take: int
+    handle: Any
+
+
+Event = Started | Received
+
+# Actions. They are to be carried out in order; what a SendChunk sends must not change later.
+
+
+@dataclass(frozen=True, slots=True)
+class SendChunk:
+    """Send what is held of a chunk: this rank's own values, or what the last Combine or Replace made of it."""
+
+    peer: int
+    piece: int
+    chunk: int
+    take: int
+
+
+@dataclass(frozen=True, slots=True)
+class Combine:
+    """Add `before`, what is held, and `after`, in this order, and hold the result."""
+
+    piece: int
+    chunk: int
+    before: tuple[Any, ...]
+    after: tuple[Any, ...]
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Replace:
+    """Hold these values from now on."""
+
+    piece: int
+    chunk: int
+    handle: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Every chunk that is held is the sum."""
+
+
+Action = SendChunk | Combine | Replace | Done
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Of one piece: the next step, and how many takes lie before it."""
+
+    step: int = 0
+    taken: int = 0
+
+
+class AllReduce:
+    """One rank's part of one all-reduce. `bucket` is how errors call it. Not safe for threads.
+
+    Chunks may come before their turn: another rank can be as far ahead as `window` pieces beyond those this one
+    has begun, not more, since it needs ours for what lies between.
+    """
+
+    def __init__(self, schedule: Schedule, rank: int, pieces: int, bucket: str, window: int = WINDOW) -> None:
+        self._schedule = schedule
+        self._steps = schedule.steps[rank]
+        self._takes = schedule.takes[rank]
+        self._rank = rank
+        self._pieces = pieces
+        self._bucket = bucket
+        self._window = window
+        self._started = False
+        self._opened = 0
+        self._finished = 0
+        self._under_way: dict[int, _Progress] = {}
+        self._early: dict[tuple[int, int], dict[int, Any]] = {}
+        """Chunks that wait for their turn, by (piece, take) and peer."""
+
+    @property
+    def done(self) -> bool:
+        return self._finished == self._pieces
+
+    def step(self, event: Event) -> list[Action]:
+        """Take one event in. Raises ProtocolError, naming peer, bucket and step, for what cannot be."""
+        if isinstance(event, Received):
+            self._accept(event)
+            return self._advance(event.piece)
+        if self._started:
+            raise ProtocolError(f"{self._bucket} was started twice on rank {self._rank}")
+        self._started = True
+        return self._open()
+
+    def waits_for(self) -> tuple[int, ...]:
+        """The ranks that hold this one up now."""
+        missing: set[int] = set()
+        for piece, progress in self._under_way.items():
+            take = self._takes[progress.taken]
+            missing |= set(take.peers) - set(self._early.get((piece, take.number), ()))
+        return tuple(sorted(missing))
+
+    def validate(self) -> None:
+        assert 0 <= self._finished <= self._opened <= self._pieces
+        assert self._opened <= self._finished + self._window
+        assert len(self._under_way) == self._opened - self._finished
+        assert self._started or not self._opened
+        for piece, progress in self._under_way.items():
+            assert piece < self._opened
+            take = self._steps[progress.step]
+            assert isinstance(take, Take) and take.number == progress.taken, "stopped where it need not wait"
+            assert len(self._early.get((piece, take.number), ())) < len(take.peers), "a take that could happen did not"
+        for (piece, number), handles in self._early.items():
+            assert handles and handles.keys() <= set(self._takes[number].peers)
+            assert piece < self._opened + self._window
+            if piece < self._opened:
+                assert number >= self._under_way[piece].taken, "a chunk was kept beyond its turn"
+        if self.done:
+            assert not self._early and not self._under_way
+
+    def _accept(self, event: Received) -> None:
+        where = f"{self._bucket}, piece {event.piece}, take {event.take} of rank {self._rank}"
+        if not (0 <= event.piece < self._pieces and 0 <= event.take < len(self._takes)):
+            raise ProtocolError(
+                f"rank {event.peer} sent for {where}: {self._schedule.name!r} has {self._pieces} pieces and "
+                f"{len(self._takes)} takes here; do all ranks reduce the same bucket?"
+            )
+        if event.peer not in self._takes[event.take].peers:
+            raise ProtocolError(f"rank {event.peer} sent for {where}, which takes nothing from it")
+        if event.piece >= self._opened + self._window:
+            raise ProtocolError(f"rank {event.peer} sent for {where}, which is too far ahead of piece {self._opened}")
+        progress = self._under_way.get(event.piece)
+        over = event.piece < self._opened and (progress is None or event.take < progress.taken)
+        waiting = self._early.setdefault((event.piece, event.take), {}) if not over else {}
+        if over or event.peer in waiting:
+            raise ProtocolError(f"rank {event.peer} sent twice for {where}")
+        waiting[event.peer] = event.handle
+
+    def _open(self) -> list[Action]:
+        """Begin as many pieces as the window has room for."""
+        actions: list[Action] = []
+        while self._opened < min(self._pieces, self._finished + self._window):
+            piece = self._opened
+            self._opened += 1
+            self._under_way[piece] = _Progress()
+            actions += self._run(piece)
+        if self.done:
+            actions.append(Done())
+        return actions
+
+    def _advance(self, piece: int) -> list[Action]:
+        if piece not in self._under_way:
+            return []
+        actions = self._run(piece)
+        return actions if piece in self._under_way else actions + self._open()
+
+    def _run(self, piece: int) -> list[Action]:
+        """Do the steps of a piece up to a take that has to wait."""
+        actions: list[Action] = []
+        progress = self._under_way[piece]
+        while progress.step < len(self._steps):
+            step = self._steps[progress.step]
+            if isinstance(step, Send):
+                actions.append(SendChunk(step.peer, piece, step.chunk, step.take))
+            else:
+                waiting = self._early.get((piece, step.number), {})
+                if len(waiting) < len(step.peers):
+                    return actions
+                self._early.pop((piece, step.number))
+                progress.taken += 1
+                actions.append(self._taken(piece, step, waiting))
+            progress.step += 1
+        del self._under_way[piece]
+        self._finished += 1
+        return actions
+
+    def _taken(self, piece: int, take: Take, handles: dict[int, Any]) -> Action:
+        if not take.add:
+            return Replace(piece, take.chunk, handles[take.peers[0]])
+        before = tuple(handles[p] for p in take.peers if p < self._rank)
+        after = tuple(handles[p] for p in take.peers if p > self._rank)
+        return Combine(piece, take.chunk, before, after, take.complete)

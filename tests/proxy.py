@@ -1,0 +1,95 @@
+"""A relay between a client and a server on loopback that can flip a bit, cut the line or let nothing more through.
+
+What it does, it does at a position in the bytes that a client sends, so that a test hits the middle of a message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from typing import Literal
+
+Fault = Literal["none", "flip", "cut", "stall"]
+CHUNK_BYTES = 2**16
+
+
+class Proxy:
+    """Relays to `target` (host:port) from `address`. Use as a context manager."""
+
+    def __init__(self, target: str, fault: Fault = "none", at: int = 0) -> None:
+        host, port = target.rsplit(":", 1)
+        self._target = host, int(port)
+        self._fault: Fault = fault
+        self._at = at
+        self.reached = threading.Event()
+        """Set once the fault has come to pass."""
+        self._go_on = threading.Event()
+        self._links: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._start(self._accept)
+
+    def resume(self) -> None:
+        """Let through what a stall has held up."""
+        self._go_on.set()
+
+    def __enter__(self) -> Proxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.resume()
+        for link in (self._listener, *self._links):
+            _shut(link)
+        for thread in self._threads:
+            thread.join(10.0)
+        for link in (self._listener, *self._links):
+            link.close()
+
+    def _start(self, run: object, *arguments: object) -> None:
+        thread = threading.Thread(target=run, args=arguments, name="proxy", daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(self._target)
+            except OSError:
+                return
+            self._links += [client, server]
+            self._start(self._relay, client, server, True)
+            self._start(self._relay, server, client, False)
+
+    def _relay(self, source: socket.socket, sink: socket.socket, upwards: bool) -> None:
+        done = 0
+        with contextlib.suppress(OSError):
+            while chunk := bytearray(source.recv(CHUNK_BYTES)):
+                at = self._at - done
+                if upwards and self._fault != "none" and 0 <= at < len(chunk):
+                    self._spoil(chunk, at, sink)
+                else:
+                    sink.sendall(chunk)
+                done += len(chunk)
+        for link in (source, sink):
+            _shut(link)
+
+    def _spoil(self, chunk: bytearray, at: int, sink: socket.socket) -> None:
+        if self._fault == "flip":
+            chunk[at] ^= 1 << 3
+            self.reached.set()
+            sink.sendall(chunk)
+            return
+        sink.sendall(chunk[:at])
+        self.reached.set()
+        if self._fault == "cut":
+            raise ConnectionError
+        self._go_on.wait()
+        sink.sendall(chunk[at:])
+
+
+def _shut(link: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        link.shutdown(socket.SHUT_RDWR)

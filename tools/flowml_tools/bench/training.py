@@ -1,0 +1,113 @@
+"""A data parallel training step of a transformer: two one-core workers, beside JAX's own ways to use the same cores.
+
+All three train `transformer` with Adam on global batches of 16 texts of 128 bytes:
+
+* ours: `fm.Trainer(replicas=2)` on `Cluster.local(workers=2)`, 8 texts a worker; timed by the records of `fit`;
+* JAX + gloo: two processes on the same cores, one mesh, the batch sharded, gradients summed by XLA over gloo;
+* one process: `jax.jit` with XLA's threads on all cores and the whole batch.
+
+A measurement begins anew at the same parameters, and its first step is not timed. So the last losses of all three must
+agree in every round, or they did not compute the same thing. Who does not measure waits for its next order. The last
+row is a goal of throughput: with equal global batches 1.1 times as much is 1/1.1 of the time.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from flowml_tools.bench.peers import Process, peer
+from flowml_tools.bench.rows import BenchError, Goal, Peer, Row
+from flowml_tools.bench.timing import Probe, interleave, tell
+
+if TYPE_CHECKING:
+    import flowml as fm
+
+SUMMARY = "a data parallel training step on two workers; against JAX + gloo, one jit process on all cores"
+REPEATS = 7
+STEPS = 3
+"""Timed steps of a measurement, of about a second each."""
+
+LOSS_TOLERANCE = 2e-3
+"""Relative. Sums over two halves of a batch round otherwise than over the whole, and Adam divides by small numbers."""
+
+
+class Losses:
+    """The loss of each way after the same steps; raises BenchError as soon as two differ."""
+
+    def __init__(self) -> None:
+        self._first: tuple[str, float] | None = None
+
+    def check(self, who: str, loss: float) -> None:
+        name, expected = self._first = self._first or (who, loss)
+        if not math.isclose(loss, expected, rel_tol=LOSS_TOLERANCE):
+            raise BenchError(
+                f"after {STEPS + 1} steps from the same parameters {name} has loss {expected:.6f}, but {who} {loss:.6f}"
+            )
+
+
+def rows(repeats: int | None) -> list[Row]:
+    from flowml_runtime.host.machine import cores, share_cores
+
+    tell("training: starting two workers and the peers")
+    shares, losses = share_cores(cores(), 2), Losses()
+    with ExitStack() as stack:
+        address = f"127.0.0.1:{_free_port()}"
+        pair = [stack.enter_context(peer("train", str(i), "2", address, cores=own)) for i, own in enumerate(shares)]
+        single = stack.enter_context(peer("train", "0", "1", "", cores=cores()))
+        for process in (*pair, single):
+            process.read()
+        probes = [_ours(stack, losses), _together(pair, "JAX + gloo", losses), _together([single], "jax.jit", losses)]
+        samples = interleave("training", probes, repeats or REPEATS, warm_up=1)
+    name = "step of 16 × 128 bytes, Adam"
+    return [
+        Row(name, "s", samples[0], Peer("JAX + gloo, two pinned processes", samples[1]), Goal("at most", 0.85)),
+        Row(name, "s", samples[0], Peer("jax.jit, one process on all cores", samples[2]), Goal("at most", 1 / 1.1)),
+    ]
+
+
+def _ours(stack: ExitStack, losses: Losses) -> Probe:
+    import flowml as fm
+    from flowml_tools.bench import transformer
+
+    cluster = stack.enter_context(fm.Cluster.local(workers=2))
+    trainer = fm.Trainer(transformer.loss, transformer.optimizer(), cluster=cluster, replicas=2)
+    return timed_fit("flowml", trainer, losses.check)
+
+
+def timed_fit(who: str, trainer: fm.Trainer, check: Callable[[str, float], None]) -> Probe:
+    """A probe for the seconds of a step, from the end of the first step of a fit to that of its last."""
+    from flowml_tools.bench import transformer
+
+    params, texts = transformer.init_params(), transformer.texts()
+
+    def probe() -> float:
+        result = trainer.fit(
+            params, texts, batch_size=transformer.BATCH, steps=STEPS + 1, shuffle=False, progress=False
+        )
+        check(who, result.history[-1]["loss"])
+        return (result.history[-1]["seconds"] - result.history[0]["seconds"]) / STEPS
+
+    return probe
+
+
+def _together(processes: list[Process], who: str, losses: Losses) -> Probe:
+    """A probe for the seconds of a step that these processes make together."""
+
+    def probe() -> float:
+        for process in processes:
+            process.give(str(STEPS))
+        answers = [tuple(map(float, process.read().split())) for process in processes]
+        for _, loss in answers:
+            losses.check(who, loss)
+        return max(seconds for seconds, _ in answers)
+
+    return probe
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

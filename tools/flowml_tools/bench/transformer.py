@@ -1,0 +1,97 @@
+"""The model that `training` and `pipeline` train: a small transformer over bytes, in plain JAX and optax.
+
+Ours and the peers' run this same step on the same batches of the same text, the source of Python's standard library,
+from the same parameters: so their losses must agree, and what differs in time is what runs them.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Params = dict[str, dict[str, Any]]
+
+BLOCKS, WIDTH, HEADS, TOKENS = 8, 256, 8, 128
+VOCABULARY = 256
+BATCH = 16
+"""Texts of a global batch."""
+
+TEXTS = 32 * BATCH
+LEARNING_RATE = 1e-3
+
+
+def optimizer() -> optax.GradientTransformation:
+    return optax.adam(LEARNING_RATE)
+
+
+def texts() -> np.ndarray:
+    """uint8[TEXTS, TOKENS + 1]: windows of the standard library's modules, in the order of their names."""
+    needed = TEXTS * (TOKENS + 1)
+    content = b""
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        content += path.read_bytes()
+        if len(content) >= needed:
+            break
+    return np.frombuffer(content[:needed], np.uint8).reshape(TEXTS, TOKENS + 1)
+
+
+def batch(number: int) -> np.ndarray:
+    """The global batch of a step, as `fit` takes it from `texts` without shuffling."""
+    start = number * BATCH % TEXTS
+    return texts()[start : start + BATCH]
+
+
+def init_params(blocks: int = BLOCKS) -> Params:
+    """Always the same: embed, block0 and so on, head."""
+    rng = np.random.default_rng(0)
+
+    def matrix(rows: int, columns: int) -> np.ndarray:
+        return rng.normal(scale=rows**-0.5, size=(rows, columns)).astype(np.float32)
+
+    params: Params = {"embed": {"byte": matrix(VOCABULARY, WIDTH), "place": matrix(TOKENS, WIDTH)}}
+    for i in range(blocks):
+        params[f"block{i}"] = {
+            "qkv": matrix(WIDTH, 3 * WIDTH),
+            "mix": matrix(WIDTH, WIDTH),
+            "up": matrix(WIDTH, 4 * WIDTH),
+            "down": matrix(4 * WIDTH, WIDTH),
+        }
+    return params | {"head": {"w": matrix(WIDTH, VOCABULARY)}}
+
+
+def loss(params: Params, text: Any) -> jax.Array:
+    """Mean cross entropy, in nats, of each byte after those before it. `text`: uint8[n, TOKENS + 1]."""
+    codes = jnp.asarray(text, jnp.int32)
+    x = params["embed"]["byte"][codes[:, :-1]] + params["embed"]["place"]
+    for i in range(len(params) - 2):
+        x = _block(params[f"block{i}"], x)
+    scores = jax.nn.log_softmax(_normalise(x) @ params["head"]["w"])
+    return -jnp.take_along_axis(scores, codes[:, 1:, None], axis=-1).mean()
+
+
+def _block(params: dict[str, Any], x: jax.Array) -> jax.Array:
+    """Causal attention, then a feed-forward layer, each added to what came in."""
+    n, length, width = x.shape
+    qkv = (_normalise(x) @ params["qkv"]).reshape(n, length, 3, HEADS, width // HEADS)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    scores = jnp.einsum("nqhd,nkhd->nhqk", q, k) / (width // HEADS) ** 0.5
+    weights = jax.nn.softmax(jnp.where(jnp.tri(length, dtype=bool), scores, -1e9))
+    x = x + jnp.einsum("nhqk,nkhd->nqhd", weights, v).reshape(n, length, width) @ params["mix"]
+    return x + jax.nn.gelu(_normalise(x) @ params["up"]) @ params["down"]
+
+
+def _normalise(x: jax.Array) -> jax.Array:
+    return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5)
+
+
+def step(params: Params, state: Any, text: Any) -> tuple[Params, Any, jax.Array]:
+    """A training step as a user of plain JAX writes it: new parameters, new optimizer state, loss."""
+    value, gradients = jax.value_and_grad(loss)(params, text)
+    updates, state = optimizer().update(gradients, state, params)
+    return optax.apply_updates(params, updates), state, value  # pyright: ignore[reportReturnType]

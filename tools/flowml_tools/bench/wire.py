@@ -1,0 +1,53 @@
+"""The rate of 64 MiB between two processes over gRPC, as between machines, with and without checksums.
+
+Both sides run on one core each, as does the raw TCP stream that they are measured against: what counts is how much work
+is done for a byte, which is what limits a fast network too. A message is timed until the answer to it is back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from flowml_tools.bench.peers import EDGE_BYTES, peer
+from flowml_tools.bench.rows import Goal, Peer, Row, Sample
+from flowml_tools.bench.timing import Probe, interleave, tell
+
+SUMMARY = "64 MiB between two processes over gRPC; against a raw TCP stream"
+REPEATS = 31
+WARM_UP = 4
+"""First messages touch fresh memory, which costs more than the copies do."""
+
+
+def rows(repeats: int | None) -> list[Row]:
+    from flowml_runtime.host.machine import cores, share_cores
+
+    tell("wire: starting pairs of processes")
+    shares = share_cores(cores(), 2)
+    with ExitStack() as stack:
+        probes = [_grpc(stack, shares, checksum=False), _grpc(stack, shares, checksum=True), _tcp(stack, shares)]
+        plain, checked, tcp = map(_rate, interleave("wire: 64 MiB", probes, repeats or REPEATS, WARM_UP))
+    theirs = Peer("one raw TCP stream", tcp)
+    return [
+        Row("64 MiB over gRPC", "bytes/s", plain, theirs, Goal("at least", 0.9)),
+        Row("64 MiB over gRPC, checksums", "bytes/s", checked, theirs),
+    ]
+
+
+def _rate(seconds: Sample) -> Sample:
+    return Sample(tuple(EDGE_BYTES / s for s in seconds.values))
+
+
+def _grpc(stack: ExitStack, shares: Sequence[Sequence[int]], *, checksum: bool) -> Probe:
+    flag = str(int(checksum))
+    target = stack.enter_context(peer("grpc-target", flag, cores=shares[1], grace_s=1.0))
+    source = stack.enter_context(peer("grpc-source", flag, target.read(), cores=shares[0], grace_s=1.0))
+    target.ask(source.read())
+    return lambda: float(source.ask("send"))
+
+
+def _tcp(stack: ExitStack, shares: Sequence[Sequence[int]]) -> Probe:
+    port = stack.enter_context(peer("tcp-target", cores=shares[1])).read()
+    source = stack.enter_context(peer("tcp-source", port, cores=shares[0]))
+    source.read()
+    return lambda: float(source.ask("send"))
