@@ -28,7 +28,7 @@ class DirectEndpoint:
         self.receivers = receivers
         self.sent: list[tuple[str, Wire]] = []
 
-    def send(self, peer: str, message: Wire, arrays: Sequence[Any] = ()) -> None:
+    def send(self, peer: str, message: Wire, arrays: Sequence[Any] = (), timeout_s: float | None = None) -> None:
         self.sent.append((peer, message))
         receive = self.receivers.get(peer)
         if receive is None:

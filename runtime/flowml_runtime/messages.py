@@ -203,6 +203,15 @@ class Failed(_Wire, frozen=True):
     traceback: Text = ""
 
 
+class Unreachable(_Wire, frozen=True):
+    """A worker to the driver of a plan: its connection to another worker of that plan is gone, for good."""
+
+    plan_id: Name
+    worker: Name
+    peer: Name
+    reason: Text
+
+
 class Trace(_Wire, frozen=True):
     """Record what your devices do when, from now on; or, with `on` false, tell what you have recorded: `Traced`.
 
@@ -447,6 +456,7 @@ Wire = (
     | Taken
     | StepFailed
     | Failed
+    | Unreachable
     | Trace
     | Traced
     | StartTraining

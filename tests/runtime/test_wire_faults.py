@@ -204,7 +204,8 @@ def test_a_step_whose_edge_is_hit_fails_with_one_error_that_names_it(fault: Faul
         }
         for endpoint in endpoints.values():
             stack.callback(endpoint.close)
-        session = Session(endpoints["driver"], as_devices(["worker:0", "worker:1"]), deadline_s=deadline_s)
+        patience_s = deadline_s if fault == "stall" else STARTS_S  # a broken connection is not waited for
+        session = Session(endpoints["driver"], as_devices(["worker:0", "worker:1"]), deadline_s=patience_s)
         stack.callback(session.close)
         endpoints["driver"].start(session.on_message, session.on_lost)
         for name, device in (("worker:0", W0), ("worker:1", W1)):
@@ -225,7 +226,7 @@ def test_a_step_whose_edge_is_hit_fails_with_one_error_that_names_it(fault: Faul
             assert isinstance(error, DeadlineError)
             assert f"waited {deadline_s:g} s for worker:0/cpu:0 -> worker:1/cpu:0" in str(error)
         else:
-            assert isinstance(error, WorkerLostError | DeadlineError)
+            assert isinstance(error, WorkerLostError)
             assert "worker:" in str(error)
         proxy.resume()
 

@@ -142,15 +142,17 @@ class GrpcEndpoint:
         if replaced is not None and replaced.stream is not None:
             replaced.stream.abort()
 
-    def send(self, peer: str, message: Wire, arrays: Arrays = ()) -> None:
+    def send(self, peer: str, message: Wire, arrays: Arrays = (), timeout_s: float | None = None) -> None:
         if peer == self.name:
             nbytes = sum(s.nbytes for s in message.specs)
-            if not self._delivery.put(self._on_message, peer, message, list(arrays), nbytes=nbytes):
+            if not self._delivery.put(
+                self._on_message, peer, message, list(arrays), nbytes=nbytes, timeout_s=timeout_s
+            ):
                 raise unreachable(peer, "it was closed")
             return
         packed = pack(message, arrays)
         stream = self._stream(peer)
-        if not stream.put(packed):
+        if not stream.put(packed, timeout_s):
             known = self._peers.get(peer)
             raise unreachable(peer, (known and known.lost) or stream.reason or "the connection was ended")
 

@@ -28,7 +28,7 @@ from flowml_runtime.messages import DEADLINE_S, Taken, Value, Wire
 class Sender(Protocol):
     """The one thing that steps need of an endpoint."""
 
-    def send(self, peer: str, message: Wire, arrays: Sequence[Array] = ()) -> None: ...
+    def send(self, peer: str, message: Wire, arrays: Sequence[Array] = (), timeout_s: float | None = None) -> None: ...
 
 
 def ready(arrays: Sequence[Array]) -> Sequence[Array]:
@@ -117,17 +117,34 @@ class EdgeServices:
         )
         worker, device = self._workers[message], self.loaded.device
         if edge.nbytes < LARGE_BYTES:
-            self._sender.send(worker, value, lendable(arrays, device))
+            self._push(value, worker, lendable(arrays, device))
             return
 
         def send() -> None:
             began = now_ns()
-            self._sender.send(worker, value, lendable(arrays, device))
+            self._push(value, worker, lendable(arrays, device))
             if self.recorder.on:
                 lane, way = f"{self.device} send", self._way(worker)
                 self.recorder.add(Span(lane, "send", str(edge), step, microbatch, edge.nbytes, way, began, now_ns()))
 
         self.outbox.put(send, lambda error: self.send_failed(step, str(edge), error))
+
+    def _push(self, value: Value, worker: str, arrays: Sequence[Array]) -> None:
+        try:
+            self._sender.send(worker, value, arrays, self.deadline_s)
+        except TimeoutError:
+            raise self._stalled(value.step, value.index) from None
+
+    def _stalled(self, step: int, message: int) -> DeadlineError:
+        edge = self._messages[message]
+        return DeadlineError(
+            f"step {step} of plan {self.loaded.plan.name!r}: {self.device} waited {self.deadline_s:g} s for "
+            f"{edge.destination} to take earlier values of {edge}; see whether that is stuck, or allow a longer "
+            "deadline: deadline_s= where the cluster is made",
+            worker=edge.destination.split("/", 1)[0],
+            step=step,
+            node=str(edge),
+        )
 
     def send_failed(self, step: int, node: str, error: BaseException) -> None:
         """A large value could not be sent; called on the outbox's thread."""
@@ -234,17 +251,6 @@ class DataflowServices(EdgeServices):
             except TimeoutError:
                 raise self._stalled(step, message) from None
         super().send(step, message, microbatch, arrays)
-
-    def _stalled(self, step: int, message: int) -> DeadlineError:
-        edge = self._messages[message]
-        return DeadlineError(
-            f"step {step} of plan {self.loaded.plan.name!r}: {self.device} waited {self.deadline_s:g} s for "
-            f"{edge.destination} to take earlier values of {edge}; see whether that is stuck, or allow a longer "
-            "deadline: deadline_s= where the cluster is made",
-            worker=edge.destination.split("/", 1)[0],
-            step=step,
-            node=str(edge),
-        )
 
     def send_failed(self, step: int, node: str, error: BaseException) -> None:
         self.on_fault(step, node, error)

@@ -33,7 +33,7 @@ from flowml_runtime.host.programs import Array, feed_slots, store_tasks
 from flowml_runtime.host.services import Sender
 from flowml_runtime.host.steps import Steps
 from flowml_runtime.host.window import IN_FLIGHT
-from flowml_runtime.messages import DEADLINE_S, Failed, Loaded, LoadPlan, StepFailed, Unload, Value, Wire
+from flowml_runtime.messages import DEADLINE_S, Failed, Loaded, LoadPlan, StepFailed, Unload, Unreachable, Value, Wire
 
 IN_FLIGHT_BYTES = 512 * 2**20
 """What the inputs and results of the calls under way may take, unless two calls take more."""
@@ -252,7 +252,10 @@ class Session:
         plan_id = getattr(message, "plan_id", "")
         handler = self._handlers.get(plan_id)
         if handler is not None:
-            handler.on_message(peer, message, arrays)
+            if isinstance(message, Unreachable):
+                handler.on_lost(message.peer, _unreachable(message))
+            else:
+                handler.on_message(peer, message, arrays)
             return
         handle = self._plans.get(plan_id)
         if handle is not None:
@@ -299,6 +302,8 @@ class Session:
             self._fail_step(handle, message.step, step_error(handle.plan, message, self.remedy))
         elif isinstance(message, Failed):
             self._stop(handle, lambda step: load_failed(handle.plan, message))
+        elif isinstance(message, Unreachable):
+            self._stop(handle, lambda step: self._lost(handle.plan, step, message.peer, _unreachable(message)))
 
     def _fail_step(self, handle: LoadedPlan, step: int, error: BaseException) -> None:
         if handle.steps.fail(step, error):
@@ -335,6 +340,10 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise cluster_closed()
+
+
+def _unreachable(message: Unreachable) -> str:
+    return f"{message.worker} cannot reach it: {message.reason}"
 
 
 def _worker(program: Program) -> str:

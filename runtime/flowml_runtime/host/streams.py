@@ -94,9 +94,9 @@ class Stream:
 
         self._call.add_done_callback(hand_over)
 
-    def put(self, message: Outgoing) -> bool:
-        """Queue a message, waiting while the queue is full. False if the stream has ended."""
-        if not self._budget.acquire(message.nbytes):
+    def put(self, message: Outgoing, timeout_s: float | None = None) -> bool:
+        """Queue a message, waiting while the queue is full. False if the stream has ended. Raises TimeoutError."""
+        if not self._budget.acquire(message.nbytes, timeout_s=timeout_s):
             return False
         self._queue.put(message)
         return True

@@ -48,11 +48,11 @@ class Endpoint(Protocol):
         """Where peers are (name -> address). A connection is opened on first use and kept."""
         ...
 
-    def send(self, peer: str, message: Wire, arrays: Arrays = ()) -> None:
+    def send(self, peer: str, message: Wire, arrays: Arrays = (), timeout_s: float | None = None) -> None:
         """Push a message; `message.specs` describes `arrays`, which are not changed any more from here on.
 
-        In order for each peer. Waits only while too much is on its way there. Raises WorkerLostError for a
-        peer that is unknown or lost.
+        In order for each peer. Waits only while too much is on its way there, and raises TimeoutError if that takes
+        longer than `timeout_s`. Raises WorkerLostError for a peer that is unknown or lost.
         """
         ...
 
@@ -93,11 +93,14 @@ class Budget:
         self._closed = False
         self._changed = threading.Condition(threading.Lock())
 
-    def acquire(self, nbytes: int, *, wait: bool = True) -> bool:
-        """Take room, waiting for it; something larger than the whole budget goes alone. False once closed."""
+    def acquire(self, nbytes: int, *, wait: bool = True, timeout_s: float | None = None) -> bool:
+        """Take room, waiting for it; something larger than the whole budget goes alone. False once closed.
+
+        Raises TimeoutError if there is no room in time.
+        """
         with self._changed:
-            while wait and not self._closed and not self._fits(nbytes):
-                self._changed.wait()
+            if wait and not self._changed.wait_for(lambda: self._closed or self._fits(nbytes), timeout_s):
+                raise TimeoutError
             self._bytes += nbytes
             self._messages += 1
             return not self._closed
@@ -127,9 +130,13 @@ class Delivery:
         self._thread = threading.Thread(target=self._run, name=f"{name}-deliver", daemon=True)
         self._thread.start()
 
-    def put(self, call: Callable[..., None], *arguments: Any, nbytes: int = 0) -> bool:
-        """Have `call(*arguments)` run. False once closed. Waits for room unless called from the thread itself."""
-        if not self._budget.acquire(nbytes, wait=threading.current_thread() is not self._thread):
+    def put(self, call: Callable[..., None], *arguments: Any, nbytes: int = 0, timeout_s: float | None = None) -> bool:
+        """Have `call(*arguments)` run. False once closed. Waits for room unless called from the thread itself.
+
+        Raises TimeoutError if there is none in time.
+        """
+        wait = threading.current_thread() is not self._thread
+        if not self._budget.acquire(nbytes, wait=wait, timeout_s=timeout_s):
             return False
         self._queue.put((call, arguments, nbytes))
         return True
@@ -203,20 +210,20 @@ class ThreadEndpoint:
     def know(self, peers: Mapping[str, str]) -> None:
         """Nothing to learn: the hub knows."""
 
-    def send(self, peer: str, message: Wire, arrays: Arrays = ()) -> None:
+    def send(self, peer: str, message: Wire, arrays: Arrays = (), timeout_s: float | None = None) -> None:
         target = self._hub.find(peer)
         if target is None or peer in self._lost:
             raise unreachable(peer, self._lost.get(peer, "there is no such peer"))
         nbytes = sum(a.nbytes for a in arrays)
-        if not target.deliver(self.name, message, list(arrays), nbytes):
+        if not target.deliver(self.name, message, list(arrays), nbytes, timeout_s):
             raise unreachable(peer, "it was closed")
 
     def way(self, peer: str) -> str:
         return "" if self._hub.find(peer) is None or peer in self._lost else SAME_PROCESS
 
-    def deliver(self, peer: str, message: Wire, arrays: list[Any], nbytes: int) -> bool:
-        """For the hub's other endpoints: take a message in. False once closed."""
-        return self._delivery.put(self._receive, peer, message, arrays, nbytes=nbytes)
+    def deliver(self, peer: str, message: Wire, arrays: list[Any], nbytes: int, timeout_s: float | None = None) -> bool:
+        """For the hub's other endpoints: take a message in. False once closed; raises TimeoutError."""
+        return self._delivery.put(self._receive, peer, message, arrays, nbytes=nbytes, timeout_s=timeout_s)
 
     def lose(self, peer: str, reason: str) -> None:
         with self._lock:

@@ -29,6 +29,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -124,10 +125,14 @@ class UnixStream:
         """`on_end(self, reason)` is called once, however the stream ends, on a thread of its own."""
         threading.Thread(target=self._watch, args=(on_end,), name="flowml-watch", daemon=True).start()
 
-    def put(self, message: Outgoing) -> bool:
-        """Send a message, waiting while too much is on its way. False if the stream has ended. Raises SlotError."""
-        if not self._budget.acquire(len(message.first)):
+    def put(self, message: Outgoing, timeout_s: float | None = None) -> bool:
+        """Send a message, waiting while too much is on its way. False if the stream has ended.
+
+        Raises SlotError if there is no shared memory for it, TimeoutError if it may not go in time.
+        """
+        if not self._budget.acquire(len(message.first), timeout_s=timeout_s):
             return False
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
             while True:
                 with self._lock:
@@ -135,6 +140,8 @@ class UnixStream:
                         break
                     if not message.large or self._fits(message.nbytes):
                         return self._write(self._record(message))
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError
                 self._await_answers()
         except BaseException:
             self._budget.release(len(message.first))

@@ -43,11 +43,13 @@ from flowml_runtime.messages import (
     Trace,
     Traced,
     Unload,
+    Unreachable,
     Value,
     Wire,
 )
 from flowml_runtime.protocol.terms import ProtocolError
 
+MAX_REASON = 1024
 JOIN_S = 5.0
 """How long `close` waits for each thread. One that sits in a callback that never returns is left behind."""
 
@@ -78,6 +80,8 @@ class _Hosted:
 
     driver: str
     deadline_s: float
+    peers: tuple[str, ...]
+    """All workers of the plan."""
     executors: dict[str, Executor] = field(default_factory=dict[str, Executor])
     windows: dict[str, Windows] = field(default_factory=dict[str, Windows])
     local: LocalStep | None = None
@@ -133,11 +137,16 @@ class Worker:
                     self._on_plan_message(hosted, peer, message, arrays)
 
     def on_lost(self, peer: str, reason: str) -> None:
-        """A peer is gone. Plans it drove end; those it shared go on until their driver cancels steps."""
+        """A peer is gone. Plans it drove end; the drivers of those it shared are told."""
         for plan_id, hosted in list(self._plans.items()):
             if hosted.driver == peer:
                 self.unload(plan_id)
-            elif hosted.training is not None:
+                continue
+            if peer in hosted.peers:
+                # Its process may be well, and then nobody but us knows that what we wait for will not come.
+                text = reason[:MAX_REASON]
+                self._tell(hosted.driver, Unreachable(plan_id=plan_id, worker=self.name, peer=peer, reason=text))
+            if hosted.training is not None:
                 hosted.training.on_lost(peer, reason)
 
     def local_step(self, plan_id: str) -> LocalStep | None:
@@ -237,7 +246,7 @@ class Worker:
         with self._lock:
             if message.plan_id in self._plans:
                 return
-            hosted = self._plans[message.plan_id] = _Hosted(driver, message.deadline_s)
+            hosted = self._plans[message.plan_id] = _Hosted(driver, message.deadline_s, message.peers)
         self.mailbox.open(message.plan_id)
         try:
             self._loader.submit(self._load, message.plan_id, hosted, arrays)
