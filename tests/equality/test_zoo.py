@@ -13,7 +13,6 @@ import pytest
 import flowml as fm
 from flowml.errors import PlacementError
 from flowml.graph import Graph
-from tests import zoo_functions
 from tests.zoo import CASES, Case
 
 PLACEMENTS = ("explicit", "pipeline", "random")
@@ -109,11 +108,9 @@ def test_on_processes(case: Case, process_cluster: fm.Cluster, seed: int) -> Non
     check_everywhere(case, process_cluster, 2, seed)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.make.__module__ == zoo_functions.__name__], ids=lambda c: c.name
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_on_processes_by_grpc(case: Case, grpc_cluster: fm.Cluster, seed: int) -> None:
-    """What differs are the bytes: every kind of value crosses in the small functions, placed so that most edges do."""
+    """What differs is how values travel: so one placement, by which most of them do."""
     check_everywhere(case, grpc_cluster, 2, seed, ["random"])
 
 

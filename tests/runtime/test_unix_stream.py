@@ -312,3 +312,23 @@ def test_sealed_messages_arrive_and_a_changed_byte_in_shared_memory_is_refused()
         assert "checksum of frame 1 is wrong, of Value (edge 0" in goodbye(link)
     assert b.messages.empty()
     b.endpoint.close()
+
+
+def test_a_name_that_somebody_has_leaves_grpc(caplog: pytest.LogCaptureFixture) -> None:
+    first = GrpcEndpoint("first", TOKEN)
+    address = first.address
+    first.close()
+    with socket.socket(socket.AF_UNIX) as squatter:
+        squatter.bind(unix_stream._name(address))  # pyright: ignore[reportPrivateUsage]
+        with caplog.at_level("WARNING", "flowml"):
+            b = Inbox("b", bind=address)
+        a = Inbox("a")
+        try:
+            a.endpoint.know({"b": b.endpoint.address})
+            assert a.endpoint.way("b") == "gRPC"  # nobody listens under the name
+            a.endpoint.send("b", value([]))
+            assert b.messages.get(timeout=WAIT_S) == []
+        finally:
+            a.endpoint.close()
+            b.endpoint.close()
+    assert "it comes by gRPC" in caplog.text

@@ -343,7 +343,7 @@ QUICK_S = 300e-6
 """A step that computes no longer than this may run on a receiving thread."""
 
 PROBATION = 4
-"""So many quick steps in a row make an executor trust that the next one is quick too."""
+"""So many quick steps make an executor trust that the next one is quick too; a slow one costs half of that trust."""
 
 MAX_QUICK_BYTES = 2**16
 """What a quick step sends at most: sixteen such steps in flight never fill a queue, so sending never waits."""
@@ -377,7 +377,9 @@ class Executor:
         self._lock = threading.Lock()
         self._unfinished = 0
         """Steps that were fed and are not over."""
-        self._quick_in_a_row = 0
+        self._trust = 0
+        self._proven = False
+        """Whether steps count as quick: from full trust on, until none is left."""
         self._turn = threading.Lock()
         """Held from the beginning of a step to its end, on whatever threads that happens."""
         self._parked: tuple[int, float] | None = None
@@ -389,7 +391,7 @@ class Executor:
     def feed(self, step: int, arrays: Sequence[Array]) -> None:
         """Run a step now if it is bound to be quick, else queue it. The driver bounds how many are in flight."""
         with self._lock:
-            quick = not self._unfinished and self._quick_in_a_row >= PROBATION
+            quick = not self._unfinished and self._proven
             self._unfinished += 1
         if quick:
             self._turn.acquire()
@@ -481,5 +483,6 @@ class Executor:
         quick = self._may_be_quick and ran_s < QUICK_S
         self._turn.release()
         with self._lock:
-            self._quick_in_a_row = self._quick_in_a_row + 1 if quick else 0
+            self._trust = min(self._trust + 1, PROBATION) if quick else max(self._trust - PROBATION // 2, 0)
+            self._proven = self._trust >= PROBATION or (self._proven and self._trust > 0)
             self._unfinished -= 1

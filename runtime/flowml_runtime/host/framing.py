@@ -14,11 +14,14 @@ reordered. Where large arrays lie in shared memory there is one frame a message,
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import xxhash
 
 from flowml.errors import FlowmlError
@@ -39,18 +42,22 @@ MAX_SMALL_BYTES = 2**20
 
 MAX_FRAME_BYTES = 4 + MAX_HEADER_BYTES + MAX_SMALL_BYTES + 8
 
+TINY_BYTES = 4096
+"""Small arrays up to this sum stay as they came: XLA copies them faster than we would align them."""
+
+MAX_REMEMBERED = 64
+"""Layouts of messages with no more arrays than this are remembered."""
+
 _LENGTH = struct.Struct("<I")
 _SEAL = struct.Struct("<Q")
 _SEALED = 2**31
-_NOTHING = aligned_empty(0)
 
 
 class FrameError(FlowmlError):
     """Bytes that no flowml of this version sends."""
 
 
-@dataclass(frozen=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """A message ready to be sent: its first frame, the large arrays that follow, and the bytes of all."""
 
     first: bytes
@@ -79,13 +86,16 @@ def pack(message: Wire, arrays: Sequence[Array] = ()) -> Outgoing:
     header = messages.encode(message)
     if len(header) > MAX_HEADER_BYTES:
         raise ValueError(f"{type(message).__name__} has a header of {len(header)} bytes, over {MAX_HEADER_BYTES}")
-    buffers = [to_wire(a, s) for a, s in zip(arrays, specs, strict=True)]
-    small = _small(specs)
-    first = b"".join(
-        [_LENGTH.pack(len(header)), header, *(as_bytes(b).data for b, s in zip(buffers, small, strict=True) if s)]
-    )
-    large = tuple(b for b, s in zip(buffers, small, strict=True) if not s)
-    return Outgoing(first, large, len(first) + sum(b.nbytes for b in large))
+    first = [_LENGTH.pack(len(header)), header]
+    large: list[Buffer] = []
+    for array, spec, small in zip(arrays, specs, _layout(specs).small, strict=True):
+        buffer = to_wire(array, spec)
+        if small:
+            first.append(buffer.tobytes())
+        else:
+            large.append(buffer)
+    frame = b"".join(first)
+    return Outgoing(frame, tuple(large), len(frame) + sum(b.nbytes for b in large))
 
 
 class Assembler:
@@ -224,24 +234,31 @@ def _called(message: Wire | None) -> str:
 def _open(frame: memoryview, place: Callable[[int, ArraySpec], Buffer]) -> tuple[Wire, list[Buffer]]:
     """The message in a first frame. Its small arrays come along; a large one lies where `place` says."""
     message, inline = _header(frame)
-    specs = message.specs
-    small = _small(specs)
-    sizes = [_size(s) for s in specs]
-    announced = sum(n for n, s in zip(sizes, small, strict=True) if s)
-    if len(inline) != announced:
-        raise FrameError(f"a {type(message).__name__} announces {announced} bytes and brings {len(inline)}")
-    room = aligned_empty(sum(padded(n) for n, s in zip(sizes, small, strict=True) if s)) if announced else _NOTHING
+    layout = _layout(message.specs)
+    if len(inline) != layout.inline:
+        raise FrameError(f"a {type(message).__name__} announces {layout.inline} bytes and brings {len(inline)}")
+    room = _room(inline, layout)
     arrays: list[Buffer] = []
-    taken = at = 0
-    for spec, nbytes, is_small in zip(specs, sizes, small, strict=True):
-        if is_small:
-            data = room[at : at + nbytes]
-            data.data[:] = inline[taken : taken + nbytes]
-            taken, at = taken + nbytes, at + padded(nbytes)
+    for spec, nbytes, small, at in zip(message.specs, layout.sizes, layout.small, layout.offsets, strict=True):
+        if small:
+            shape, dtype, _ = wire_layout(spec)
+            arrays.append(np.ndarray(shape, dtype, room, at))
         else:
-            data = place(nbytes, spec)
-        arrays.append(shaped(data, spec))
+            arrays.append(shaped(place(nbytes, spec), spec))
     return message, arrays
+
+
+def _room(inline: memoryview, layout: _Layout) -> bytes | Buffer:
+    """The small arrays' bytes in memory of their own, each where `layout.offsets` says."""
+    if not layout.spread:
+        return bytes(inline)
+    room = aligned_empty(layout.spread)
+    taken = 0
+    for nbytes, small, at in zip(layout.sizes, layout.small, layout.offsets, strict=True):
+        if small:
+            room.data[at : at + nbytes] = inline[taken : taken + nbytes]
+            taken += nbytes
+    return room
 
 
 def _header(frame: memoryview) -> tuple[Wire, memoryview]:
@@ -260,16 +277,42 @@ def _header(frame: memoryview) -> tuple[Wire, memoryview]:
     return message, body[length:]
 
 
-def _small(specs: Sequence[ArraySpec]) -> list[bool]:
-    """Which arrays travel in the first frame; empty ones always do, since they have no frame of their own."""
-    room = MAX_SMALL_BYTES
+class _Layout(NamedTuple):
+    """Where the arrays of a message are, as its specs have it."""
+
+    sizes: tuple[int, ...]
+    small: tuple[bool, ...]
+    """Which travel in the first frame; empty ones always do, since they have no frame of their own."""
+    inline: int
+    """Bytes of the small ones, which lie there one after the other."""
+    offsets: tuple[int, ...]
+    """Where the receiver has the small ones; 0 for others."""
+    spread: int
+    """Bytes of memory in which they begin at multiples of 64; 0 if they may stay where they are."""
+
+
+def _layout(specs: tuple[ArraySpec, ...]) -> _Layout:
+    """Raises FrameError for a dtype that no wire carries."""
+    return _remembered_layout(specs) if len(specs) <= MAX_REMEMBERED else _new_layout(specs)
+
+
+def _new_layout(specs: tuple[ArraySpec, ...]) -> _Layout:
+    sizes = tuple(_size(s) for s in specs)
+    left = MAX_SMALL_BYTES
     small: list[bool] = []
-    for spec in specs:
-        nbytes = _size(spec)
-        fits = nbytes <= min(SMALL_BYTES, room)
-        room -= nbytes if fits else 0
-        small.append(fits)
-    return small
+    for nbytes in sizes:
+        small.append(nbytes <= min(SMALL_BYTES, left))
+        left -= nbytes if small[-1] else 0
+    inline = [n if s else 0 for n, s in zip(sizes, small, strict=True)]
+    packed = tuple(accumulate(inline, initial=0))[:-1]
+    natural = all(at % wire_layout(s)[1].itemsize == 0 for at, s in zip(packed, specs, strict=True))
+    if sum(inline) <= TINY_BYTES and natural:
+        return _Layout(sizes, tuple(small), sum(inline), packed, 0)
+    ends = tuple(accumulate(map(padded, inline), initial=0))
+    return _Layout(sizes, tuple(small), sum(inline), ends[:-1], ends[-1])
+
+
+_remembered_layout = functools.lru_cache(maxsize=256)(_new_layout)
 
 
 def _size(spec: ArraySpec) -> int:

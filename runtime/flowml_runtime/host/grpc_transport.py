@@ -105,7 +105,15 @@ class GrpcEndpoint:
         self._delivery = Delivery(name, max_queued_bytes)
         self.address = f"{bind.rpartition(':')[0]}:{self._server.port}"
         self._shared_memory = shared_memory and tls is None and unix_stream.AVAILABLE
-        self._local = UnixServer(self.address, token, self._serve_local) if self._shared_memory else None
+        self._local = self._listen_locally() if self._shared_memory else None
+
+    def _listen_locally(self) -> UnixServer | None:
+        """None if somebody has our name already: then peers of this machine use gRPC like all others."""
+        try:
+            return UnixServer(self.address, self._token, self._serve_local)
+        except OSError as error:
+            _log.warning("no shared memory for what comes to %s: %s; it comes by gRPC", self.address, error.strerror)
+            return None
 
     def start(self, on_message: OnMessage, on_lost: OnLost) -> None:
         self._on_message, self._on_lost = on_message, on_lost

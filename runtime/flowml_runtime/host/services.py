@@ -92,6 +92,7 @@ class EdgeServices:
         self._sender = sender
         self._messages: tuple[Message, ...] = loaded.plan.messages
         self._specs = [tuple(ArraySpec(t.shape, t.dtype) for t in m.transfers) for m in self._messages]
+        self._large = [m.nbytes >= LARGE_BYTES for m in self._messages]
         self._workers = [m.destination.split("/", 1)[0] for m in self._messages]
         self._adopts = must_adopt(loaded.device)
 
@@ -116,7 +117,7 @@ class EdgeServices:
             specs=self._specs[message],
         )
         worker, device = self._workers[message], self.loaded.device
-        if edge.nbytes < LARGE_BYTES:
+        if not self._large[message]:
             self._push(value, worker, lendable(arrays, device))
             return
 

@@ -86,6 +86,8 @@ class SlotPool:
 
     def retired(self, most: int) -> tuple[int, ...]:
         """Numbers of slots that were given up, each told once, `most` at a time: the receiver is to unmap them."""
+        if not self._retired:
+            return ()
         numbers, self._retired = tuple(self._retired[:most]), self._retired[most:]
         return numbers
 

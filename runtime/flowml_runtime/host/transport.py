@@ -99,7 +99,8 @@ class Budget:
         Raises TimeoutError if there is no room in time.
         """
         with self._changed:
-            if wait and not self._changed.wait_for(lambda: self._closed or self._fits(nbytes), timeout_s):
+            full = wait and not self._closed and not self._fits(nbytes)
+            if full and not self._changed.wait_for(lambda: self._closed or self._fits(nbytes), timeout_s):
                 raise TimeoutError
             self._bytes += nbytes
             self._messages += 1
@@ -116,6 +117,10 @@ class Budget:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def _fits(self, nbytes: int) -> bool:
         return not self._messages or (self._bytes + nbytes <= self._max_bytes and self._messages < self._max_messages)

@@ -130,6 +130,8 @@ class UnixStream:
 
         Raises SlotError if there is no shared memory for it, TimeoutError if it may not go in time.
         """
+        if not message.large and self._put_now(message):
+            return True
         if not self._budget.acquire(len(message.first), timeout_s=timeout_s):
             return False
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -148,6 +150,23 @@ class UnixStream:
             raise
         self._budget.release(len(message.first))
         return False
+
+    def _put_now(self, message: Outgoing) -> bool:
+        """Send a message without shared memory, if nothing waits before it: the way of most. False if that failed."""
+        with self._lock:
+            if self._ending or self._waiting or self._budget.closed:
+                return False
+            data = self._encoded(message, 0, 0)
+            try:
+                sent = self._link.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                return False
+            if sent < len(data):
+                self._budget.acquire(len(message.first), wait=False)
+                self._wait_with(_Chunk(data, (), len(message.first), sent))
+            return True
 
     def finish(self) -> None:
         """End the stream once all that was put has been taken in."""
@@ -181,10 +200,13 @@ class UnixStream:
             for large in message.large:
                 slot.data[at : at + large.nbytes] = as_bytes(large)
                 at += padded(large.nbytes)
-        retired = self._slots.retired(MAX_RETIRED)
+        data = self._encoded(message, number, new)
+        return _Chunk(data, descriptors, len(message.first))
+
+    def _encoded(self, message: Outgoing, number: int, new: int) -> bytes:
         frame = message.first if self._numbers is None else message.sealed(next(self._numbers))
-        head = _RECORD.pack(len(frame), len(retired), number, new)
-        return _Chunk(b"".join([head, *map(_NUMBER.pack, retired), frame]), descriptors, len(message.first))
+        retired = self._slots.retired(MAX_RETIRED)
+        return b"".join([_RECORD.pack(len(frame), len(retired), number, new), *map(_NUMBER.pack, retired), frame])
 
     def _write(self, chunk: _Chunk) -> bool:
         """Write as much as there is room for, and leave the rest to the writer. False if the peer is gone."""
@@ -199,9 +221,14 @@ class UnixStream:
                 chunk.close()
                 self._budget.release(chunk.nbytes)
                 return False
+        self._wait_with(chunk)
+        return True
+
+    def _wait_with(self, chunk: _Chunk) -> None:
+        """Leave a chunk to the writer. The lock is held."""
+        if not self._waiting:
             threading.Thread(target=self._write_waiting, name="flowml-write", daemon=True).start()
         self._waiting.append(chunk)
-        return True
 
     def _write_waiting(self) -> None:
         """Write what waits, as the socket takes it, until nothing does."""
@@ -283,8 +310,8 @@ class UnixStream:
 class _Chunk:
     """Bytes to be written, with descriptors that go along with the first of them."""
 
-    def __init__(self, data: bytes, descriptors: Sequence[int], nbytes: int) -> None:
-        self._left = memoryview(data)
+    def __init__(self, data: bytes, descriptors: Sequence[int], nbytes: int, sent: int = 0) -> None:
+        self._left = memoryview(data)[sent:]
         self._descriptors = descriptors
         self.nbytes = nbytes
 
@@ -308,13 +335,18 @@ class UnixServer:
     """Takes streams in under the name that goes with a TCP address. They wait until `start`."""
 
     def __init__(self, address: str, token: str, serve: Serve) -> None:
+        """Raises OSError if somebody has that name."""
         self._token = token
         self._serve = serve
         self._lock = threading.Lock()
         self._links: set[socket.socket] = set()
         self._closed = False
         self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(_name(address))
+        try:
+            self._listener.bind(_name(address))
+        except OSError:
+            self._listener.close()
+            raise
         self._listener.listen(_BACKLOG)
 
     def start(self) -> None:
