@@ -62,6 +62,7 @@ class _Options:
     remedy: str
     links: str
     shared_memory: bool
+    checksum: bool | None
 
 
 class Cluster:
@@ -134,6 +135,7 @@ class Cluster:
         deadline_s: float = DEADLINE_S,
         transport: str = "auto",
         links: str | None = None,
+        checksum: bool | None = None,
     ) -> Cluster:
         """Start worker processes on this machine; the cores are shared out among them and each is pinned to its own.
 
@@ -141,8 +143,9 @@ class Cluster:
         of one worker for another: what has not come by then is a DeadlineError. `transport` is "auto", which is shared
         memory, or "grpc". `links` says what the cost model knows of the links between workers: "measure" (once, before
         the first automatic placement, and remember it), "remembered" (never measure unasked) or "assume"; without it
-        the environment variable FLOWML_LINKS, else "measure". Raises ClusterError, with the end of its log, if a worker
-        does not start.
+        the environment variable FLOWML_LINKS, else "measure". With `checksum` every message carries one and is refused
+        if it is wrong; without it only what goes to other machines does, with False nothing. Raises ClusterError, with
+        the end of its log, if a worker does not start.
         """
         _check_deadline(deadline_s)
         mode = links_mode(links)
@@ -154,9 +157,10 @@ class Cluster:
                 platform=platform,
                 start_timeout_s=start_timeout_s,
                 transport=transport,
+                checksum=checksum,
             )
             stack.callback(launched.close)
-            options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, _shares_memory(transport))
+            options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, _shares_memory(transport), checksum)
             cluster = cls._join(launched.address, launched.token, None, "driver", options, stack)
             cluster.pids = launched.pids
             return cluster
@@ -201,19 +205,21 @@ class Cluster:
         deadline_s: float = DEADLINE_S,
         transport: str = "auto",
         links: str | None = None,
+        checksum: bool | None = None,
     ) -> Cluster:
         """Join the cluster whose coordinator listens at `address` ("host:port").
 
         `token` is the token itself or a file that holds it; without one, the file that FLOWML_TOKEN_FILE names. Beyond
         this machine `tls` is required. `deadline_s` and `links` are those of `local`, for the plans of this driver, and
-        `transport` for its own connections. Raises ClusterError if the cluster cannot be reached or refuses.
+        `transport` and `checksum` for its own connections. Raises ClusterError if the cluster cannot be reached or
+        refuses.
         """
         _check_deadline(deadline_s)
         mode, shared = links_mode(links), _shares_memory(transport)
         with ExitStack() as stack:
             name = f"driver-{uuid.uuid4().hex[:12]}"
             remedy = f"start it again with `flowml worker {address}`"
-            options = _Options(allow_python, deadline_s, remedy, mode, shared)
+            options = _Options(allow_python, deadline_s, remedy, mode, shared, checksum)
             return cls._join(address, find_token(token), TLS.of(tls), name, options, stack, timeout_s)
 
     @classmethod
@@ -230,7 +236,14 @@ class Cluster:
         """Join a coordinator as a driver. What `stack` holds is closed with the cluster, or now if this fails."""
         check_exposure(address, tls, token, "connect to")
         shared = options.shared_memory
-        endpoint = GrpcEndpoint(passing_name(), token, bind=bind_towards(address), tls=tls, shared_memory=shared)
+        endpoint = GrpcEndpoint(
+            passing_name(),
+            token,
+            bind=bind_towards(address),
+            tls=tls,
+            shared_memory=shared,
+            checksum=options.checksum,
+        )
         stack.callback(endpoint.close)
         driver = _Driver(Prober(endpoint))
         stack.callback(driver.prober.close)
@@ -335,6 +348,7 @@ class LaunchedCluster:
         platform: str = "cpu",
         start_timeout_s: float = 120.0,
         transport: str = "auto",
+        checksum: bool | None = None,
     ) -> None:
         """Returns once all workers have joined. Raises ClusterError, and leaves nothing behind, if one does not."""
         _check_counts(workers, devices_per_worker)
@@ -347,7 +361,9 @@ class LaunchedCluster:
         with ExitStack() as stack:
             processes = LocalWorkers(self._on_exit)  # first: it takes the longest, and meanwhile we go on
             stack.callback(processes.close)
-            host = self._host = CoordinatorHost(bind, self.token, files, works=processes.works, shared_memory=shared)
+            host = self._host = CoordinatorHost(
+                bind, self.token, files, works=processes.works, shared_memory=shared, checksum=checksum
+            )
             stack.callback(host.close)
             self.address = f"{reached_at}:{split_address(host.address)[1]}"
             self.pids: Mapping[str, int] = processes.pids
@@ -365,6 +381,7 @@ class LaunchedCluster:
                     platform=platform,
                     tls=files and (str(files.cert), str(files.key), str(files.ca)),
                     shared_memory=shared,
+                    checksum=checksum,
                 )
                 processes.start(config)
             host.wait_for(names, start_timeout_s)

@@ -44,7 +44,9 @@ def small_edge(x: Any) -> jax.Array:
 
 @pytest.fixture(scope="module", params=["auto", "grpc"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[fm.Cluster]:
-    with closing(fm.Cluster.local(workers=2, transport=request.param, deadline_s=DEADLINE_S)) as cluster:
+    checked = request.param == "grpc"  # and the other way without, so that both are run
+    made = fm.Cluster.local(workers=2, transport=request.param, deadline_s=DEADLINE_S, checksum=checked)
+    with closing(made) as cluster:
         yield cluster
 
 

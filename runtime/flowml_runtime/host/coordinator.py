@@ -46,6 +46,7 @@ class CoordinatorHost:
         *,
         works: Callable[[str], bool] = lambda _: False,
         shared_memory: bool = True,
+        checksum: bool | None = None,
         heartbeat_s: float = HEARTBEAT_S,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
@@ -61,7 +62,9 @@ class CoordinatorHost:
         self._changed = threading.Condition()
         self._members: tuple[Member, ...] = ()
         self._exits: dict[str, str] = {}
-        self._endpoint = GrpcEndpoint(COORDINATOR, token, bind=bind, tls=tls, shared_memory=shared_memory)
+        self._endpoint = GrpcEndpoint(
+            COORDINATOR, token, bind=bind, tls=tls, shared_memory=shared_memory, checksum=checksum
+        )
         self.address = self._endpoint.address
         self._thread = threading.Thread(target=self._run, name="flowml-coordinator", daemon=True)
         self._endpoint.start(self._on_message, lambda peer, reason: self._events.put(ConnectionLost(peer, reason)))

@@ -41,7 +41,14 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
     tls = TLS.of(dict(zip(("cert", "key", "ca"), config.tls, strict=True))) if config.tls else None
     hosted = _Hosted()
     bind = bind_towards(config.coordinator)
-    endpoint = GrpcEndpoint(passing_name(), config.token, bind=bind, tls=tls, shared_memory=config.shared_memory)
+    endpoint = GrpcEndpoint(
+        passing_name(),
+        config.token,
+        bind=bind,
+        tls=tls,
+        shared_memory=config.shared_memory,
+        checksum=config.checksum,
+    )
     membership = Membership(endpoint, config.coordinator, hosted.on_message, hosted.on_lost, on_end=hosted.end)
     try:
         infos = _describe(config, devices)

@@ -23,6 +23,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     platform: str = "cpu"
     tls: tuple[str, str, str] | None = None
     shared_memory: bool = True
+    checksum: bool | None = None
     """False: talk by gRPC to peers of this machine too."""
 
     def __repr__(self) -> str:
