@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
+from flowml_tools.bench import wire
 from flowml_tools.bench.peers import EDGE_BYTES, framework, peer
 from flowml_tools.bench.rows import BenchError, Goal, Peer, Row, Sample
 from flowml_tools.bench.timing import Probe, interleave, per_call, tell
 
-SUMMARY = "a 64 MiB edge between two workers; against memcpy, raw TCP, jax.experimental.transfer, TensorFlow, Ray"
+SUMMARY = "64 MiB between two workers; against memcpy, raw TCP, jax.experimental.transfer, TensorFlow, Ray"
 REPEATS = 15
 WARM_UP = 4
 """First steps touch fresh memory, which costs more than the copies do."""
@@ -23,7 +24,7 @@ KEPT = {"aside": "worker:1", "make": "worker:0", "take": "worker:0"}
 
 
 def rows(repeats: int | None) -> list[Row]:
-    return [*_edge(repeats or REPEATS), *_chain(repeats or REPEATS)]
+    return [*_edge(repeats or REPEATS), *_chain(repeats or REPEATS), *wire.rows(repeats)]
 
 
 def _edge(repeats: int) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The rate of 64 MiB between two processes over gRPC, as between machines, with and without checksums.
+"""Part of `transport`: the rate of 64 MiB between two processes over gRPC, as between machines, with and without checksums.
 
 Both sides run on one core each, as does the raw TCP stream that they are measured against: what counts is how much work
 is done for a byte, which is what limits a fast network too. A message is timed until the answer to it is back.
@@ -13,7 +13,6 @@ from flowml_tools.bench.peers import EDGE_BYTES, peer
 from flowml_tools.bench.rows import Goal, Peer, Row, Sample
 from flowml_tools.bench.timing import Probe, interleave, tell
 
-SUMMARY = "64 MiB between two processes over gRPC; against a raw TCP stream"
 REPEATS = 31
 WARM_UP = 4
 """First messages touch fresh memory, which costs more than the copies do."""
@@ -22,11 +21,11 @@ WARM_UP = 4
 def rows(repeats: int | None) -> list[Row]:
     from flowml_runtime.host.machine import cores, share_cores
 
-    tell("wire: starting pairs of processes")
+    tell("transport: starting pairs of processes")
     shares = share_cores(cores(), 2)
     with ExitStack() as stack:
         probes = [_grpc(stack, shares, checksum=False), _grpc(stack, shares, checksum=True), _tcp(stack, shares)]
-        plain, checked, tcp = map(_rate, interleave("wire: 64 MiB", probes, repeats or REPEATS, WARM_UP))
+        plain, checked, tcp = map(_rate, interleave("transport: 64 MiB over gRPC", probes, repeats or REPEATS, WARM_UP))
     theirs = Peer("one raw TCP stream", tcp)
     return [
         Row("64 MiB over gRPC", "bytes/s", plain, theirs, Goal("at least", 0.9)),
