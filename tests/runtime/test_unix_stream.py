@@ -319,7 +319,7 @@ def test_a_name_that_somebody_has_leaves_grpc(caplog: pytest.LogCaptureFixture) 
     address = first.address
     first.close()
     with socket.socket(socket.AF_UNIX) as squatter:
-        squatter.bind(unix_stream._name(address))  # pyright: ignore[reportPrivateUsage]
+        squatter.bind(unix_stream.name_of(address))
         with caplog.at_level("WARNING", "flowml"):
             b = Inbox("b", bind=address)
         a = Inbox("a")

@@ -39,7 +39,8 @@ from flowml_runtime.host.transport import (
     new_incarnation,
     unreachable,
 )
-from flowml_runtime.host.unix_stream import Incoming, UnixServer, UnixStream
+from flowml_runtime.host.unix_server import Incoming, UnixServer
+from flowml_runtime.host.unix_stream import UnixStream
 from flowml_runtime.messages import PROTOCOL, Hello, Wire
 
 CLOSE_S = 1.0

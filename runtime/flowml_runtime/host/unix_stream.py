@@ -31,15 +31,13 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from flowml_runtime.host.arrays import Buffer, as_bytes
-from flowml_runtime.host.framing import MAX_FRAME_BYTES, FrameError, Outgoing, padded, unpack
-from flowml_runtime.host.security import same_token
-from flowml_runtime.host.slots import SlotError, SlotPool, SlotViews
+from flowml_runtime.host.arrays import as_bytes
+from flowml_runtime.host.framing import Outgoing, padded
+from flowml_runtime.host.slots import SlotError, SlotPool
 from flowml_runtime.host.transport import Budget
-from flowml_runtime.messages import Wire
 
 AVAILABLE = hasattr(os, "memfd_create") and hasattr(socket, "SO_PEERCRED")
 """Linux has all of it."""
@@ -57,20 +55,12 @@ TOKEN_REFUSED = "it refuses the token; use the one that its cluster was started 
 BROKE = "its connection broke"
 CLOSED = "it closed the connection"
 
-_LENGTH = struct.Struct("<I")
-_RECORD = struct.Struct("<IIQQ")
-_NUMBER = struct.Struct("<Q")
-_TAKEN = 2**63
-_GOODBYE = 2**64 - 1
-_BACKLOG = 128
+LENGTH = struct.Struct("<I")
+RECORD = struct.Struct("<IIQQ")
+NUMBER = struct.Struct("<Q")
+TAKEN = 2**63
+GOODBYE = 2**64 - 1
 _SOCKET_BYTES = 2**20
-_READ_BYTES = 2**18
-_RIGHTS = socket.CMSG_SPACE(8 * struct.calcsize("i"))
-
-Incoming = Iterator[tuple[Wire, list[Buffer]]]
-Serve = Callable[[Incoming], str]
-"""Takes the messages of one stream in, to its end; returns why it wants no more of them, or "" if they just ended.
-A connection that broke raises ConnectionError out of the iterator."""
 
 
 def connect(address: str, token: str, first: Outgoing, max_bytes: int, *, checked: bool = False) -> UnixStream | None:
@@ -80,8 +70,8 @@ def connect(address: str, token: str, first: Outgoing, max_bytes: int, *, checke
     link = socket.socket(socket.AF_UNIX)
     link.settimeout(CONNECT_S)
     try:
-        link.connect(_name(address))
-        ours = _user(link) == os.getuid()
+        link.connect(name_of(address))
+        ours = user_of(link) == os.getuid()
     except OSError:
         ours = False
     if not ours:
@@ -118,7 +108,7 @@ class UnixStream:
         """Why the peer or the connection ended it. Known before `put` returns False for that."""
         secret = token.encode()
         self._budget.acquire(0)
-        self._write(_Chunk(_LENGTH.pack(len(secret)) + secret, (), 0))
+        self._write(_Chunk(LENGTH.pack(len(secret)) + secret, (), 0))
         self.put(first)
 
     def start(self, on_end: Callable[[Any, str], None]) -> None:
@@ -175,7 +165,7 @@ class UnixStream:
             if not self._ending:
                 self._ending = True
                 self._budget.acquire(0, wait=False)
-                self._write(_Chunk(_RECORD.pack(0, 0, 0, 0), (), 0))
+                self._write(_Chunk(RECORD.pack(0, 0, 0, 0), (), 0))
 
     def abort(self) -> None:
         """End the stream now."""
@@ -206,7 +196,7 @@ class UnixStream:
     def _encoded(self, message: Outgoing, number: int, new: int) -> bytes:
         frame = message.first if self._numbers is None else message.sealed(next(self._numbers))
         retired = self._slots.retired(MAX_RETIRED)
-        return b"".join([_RECORD.pack(len(frame), len(retired), number, new), *map(_NUMBER.pack, retired), frame])
+        return b"".join([RECORD.pack(len(frame), len(retired), number, new), *map(NUMBER.pack, retired), frame])
 
     def _write(self, chunk: _Chunk) -> bool:
         """Write as much as there is room for, and leave the rest to the writer. False if the peer is gone."""
@@ -272,16 +262,16 @@ class UnixStream:
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while data := self._link.recv(2**16, socket.MSG_DONTWAIT):
                 self._answers += data
-        whole = len(self._answers) // _NUMBER.size * _NUMBER.size
+        whole = len(self._answers) // NUMBER.size * NUMBER.size
         taken = 0
-        for (number,) in _NUMBER.iter_unpack(bytes(self._answers[:whole])):
-            if number == _GOODBYE:
+        for (number,) in NUMBER.iter_unpack(bytes(self._answers[:whole])):
+            if number == GOODBYE:
                 break
-            if number & _TAKEN:
-                self._untaken.pop(number ^ _TAKEN, None)
+            if number & TAKEN:
+                self._untaken.pop(number ^ TAKEN, None)
             else:
                 self._slots.give_back(number)
-            taken += _NUMBER.size
+            taken += NUMBER.size
         del self._answers[:taken]
 
     def _watch(self, on_end: Callable[[Any, str], None]) -> None:
@@ -331,168 +321,11 @@ class _Chunk:
         self._descriptors = ()
 
 
-class UnixServer:
-    """Takes streams in under the name that goes with a TCP address. They wait until `start`."""
-
-    def __init__(self, address: str, token: str, serve: Serve) -> None:
-        """Raises OSError if somebody has that name."""
-        self._token = token
-        self._serve = serve
-        self._lock = threading.Lock()
-        self._links: set[socket.socket] = set()
-        self._closed = False
-        self._listener = socket.socket(socket.AF_UNIX)
-        try:
-            self._listener.bind(_name(address))
-        except OSError:
-            self._listener.close()
-            raise
-        self._listener.listen(_BACKLOG)
-
-    def start(self) -> None:
-        threading.Thread(target=self._accept, name="flowml-accept", daemon=True).start()
-
-    def stop(self) -> None:
-        """Break every stream and free the name."""
-        with self._lock:
-            self._closed = True
-            links = list(self._links)
-        for link in (self._listener, *links):
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                link, _ = self._listener.accept()
-            except OSError:
-                return
-            with self._lock:
-                if self._closed or _user(link) != os.getuid():
-                    link.close()
-                    continue
-                self._links.add(link)
-            threading.Thread(target=self._run, args=(link,), name="flowml-receive", daemon=True).start()
-
-    def _run(self, link: socket.socket) -> None:
-        """One stream, from its token to the reason of its end."""
-        reader = _Reader(link)
-        try:
-            reason = self._check(reader) or self._serve(_messages(link, reader)) or CLOSED
-            with contextlib.suppress(OSError):
-                text = reason.encode()[:MAX_REASON_BYTES]
-                link.sendall(_NUMBER.pack(_GOODBYE) + _LENGTH.pack(len(text)) + text)
-        except (ConnectionError, FrameError):
-            pass  # whoever it was has said nothing that we could answer
-        finally:
-            with self._lock:
-                self._links.discard(link)
-            reader.close()
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-            link.close()
-
-    def _check(self, reader: _Reader) -> str:
-        (length,) = _LENGTH.unpack(reader.read(_LENGTH.size))
-        if length > MAX_TOKEN_BYTES:
-            return TOKEN_REFUSED
-        given = bytes(reader.read(length)).decode("utf-8", "replace")
-        return "" if same_token(given, self._token) else TOKEN_REFUSED
-
-
-def _messages(link: socket.socket, reader: _Reader) -> Incoming:
-    """The messages of a stream. Raises FrameError for what no sender writes, ConnectionError if it breaks off."""
-    unsent: deque[int] = deque()
-
-    def answer(number: int) -> None:
-        """Runs wherever a view dies, perhaps in the middle of anything: it takes no lock and does not wait."""
-        try:
-            link.send(_NUMBER.pack(number), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            unsent.append(number)
-        except OSError:
-            pass  # the sender is gone, and its slots with it
-
-    views = SlotViews(answer)
-    for position in itertools.count():
-        nbytes, given_up, number, new = _RECORD.unpack(reader.read(_RECORD.size))
-        if nbytes > MAX_FRAME_BYTES or given_up > MAX_RETIRED:
-            raise FrameError(f"a record announces {nbytes} bytes and {given_up} slots given up")
-        if not nbytes:
-            return
-        try:
-            for (retired,) in _NUMBER.iter_unpack(bytes(reader.read(given_up * _NUMBER.size))):
-                views.unmap(retired)
-            frame = reader.read(nbytes)
-            if new:
-                views.map(number, reader.descriptor())
-            room = views.lease(number) if number else None
-        except SlotError as error:
-            raise FrameError(str(error)) from None
-        yield unpack(frame, room, position)
-        room = None
-        if number:
-            answer(number | _TAKEN)
-        for _ in range(len(unsent)):
-            answer(unsent.popleft())
-
-
-class _Reader:
-    """Reads a socket in large pieces, keeping descriptors that come along."""
-
-    def __init__(self, link: socket.socket) -> None:
-        self._link = link
-        self._buffer = bytearray(_READ_BYTES)
-        self._start = self._end = 0
-        self._descriptors: deque[int] = deque()
-
-    def read(self, nbytes: int) -> memoryview:
-        """The next bytes, good until the next call. Raises ConnectionError if there will not be as many."""
-        if self._end - self._start < nbytes:
-            self._make_room(nbytes)
-            while self._end - self._start < nbytes:
-                self._receive()
-        self._start += nbytes
-        return memoryview(self._buffer)[self._start - nbytes : self._start]
-
-    def descriptor(self) -> int:
-        """The next descriptor. Raises FrameError if there is none."""
-        if not self._descriptors:
-            raise FrameError("a record announces a new slot and does not bring it")
-        return self._descriptors.popleft()
-
-    def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popleft())
-
-    def _make_room(self, nbytes: int) -> None:
-        """Everything unread to the front; views of earlier reads may still exist, so a larger buffer is a new one."""
-        unread = self._buffer[self._start : self._end]
-        if nbytes > len(self._buffer):
-            self._buffer = bytearray(nbytes + _READ_BYTES)
-        self._buffer[: len(unread)] = unread
-        self._start, self._end = 0, len(unread)
-
-    def _receive(self) -> None:
-        view = memoryview(self._buffer)[self._end :]
-        got, rights, flags, _ = self._link.recvmsg_into([view], _RIGHTS, socket.MSG_CMSG_CLOEXEC)
-        for level, kind, data in rights:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                whole = len(data) // struct.calcsize("i") * struct.calcsize("i")
-                self._descriptors.extend(array.array("i", data[:whole]))
-        if not got:
-            raise ConnectionError(BROKE)
-        if flags & socket.MSG_CTRUNC:
-            raise FrameError("more descriptors came than a record can have")
-        self._end += got
-
-
-def _name(address: str) -> bytes:
+def name_of(address: str) -> bytes:
     return f"\0flowml/{address}".encode()
 
 
-def _user(link: socket.socket) -> int:
+def user_of(link: socket.socket) -> int:
     """The user of the process at the other end."""
     _, user, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return user
@@ -500,7 +333,7 @@ def _user(link: socket.socket) -> int:
 
 def _reason(answers: bytes) -> str:
     """The reason in what a server said last."""
-    head = _NUMBER.size + _LENGTH.size
-    if len(answers) < head or answers[: _NUMBER.size] != _NUMBER.pack(_GOODBYE):
+    head = NUMBER.size + LENGTH.size
+    if len(answers) < head or answers[: NUMBER.size] != NUMBER.pack(GOODBYE):
         return ""
     return answers[head:].decode("utf-8", "replace")[:MAX_REASON_BYTES]

@@ -1,4 +1,4 @@
-"""Part of `transport`: the rate of 64 MiB between two processes over gRPC, as between machines, with and without checksums.
+"""Part of `transport`: 64 MiB between two processes over gRPC, as between machines, with checksums and without.
 
 Both sides run on one core each, as does the raw TCP stream that they are measured against: what counts is how much work
 is done for a byte, which is what limits a fast network too. A message is timed until the answer to it is back.

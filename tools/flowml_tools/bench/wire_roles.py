@@ -1,4 +1,4 @@
-"""What the processes of `transport`'s gRPC rows do; see `roles`, which starts them: one endpoint each, joined by gRPC on loopback."""
+"""What the processes of `transport`'s gRPC rows do; see `roles`: one endpoint each, joined on loopback."""
 
 from __future__ import annotations
 

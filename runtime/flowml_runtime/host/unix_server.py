@@ -1,0 +1,200 @@
+"""The receiving half of streams between processes of one machine; `unix_stream` says what is on the socket."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import itertools
+import os
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from flowml_runtime.host.arrays import Buffer
+from flowml_runtime.host.framing import MAX_FRAME_BYTES, FrameError, unpack
+from flowml_runtime.host.security import same_token
+from flowml_runtime.host.slots import SlotError, SlotViews
+from flowml_runtime.host.unix_stream import (
+    BROKE,
+    CLOSED,
+    GOODBYE,
+    LENGTH,
+    MAX_REASON_BYTES,
+    MAX_RETIRED,
+    MAX_TOKEN_BYTES,
+    NUMBER,
+    RECORD,
+    TAKEN,
+    TOKEN_REFUSED,
+    name_of,
+    user_of,
+)
+from flowml_runtime.messages import Wire
+
+_BACKLOG = 128
+_READ_BYTES = 2**18
+_RIGHTS = socket.CMSG_SPACE(8 * struct.calcsize("i"))
+
+Incoming = Iterator[tuple[Wire, list[Buffer]]]
+Serve = Callable[[Incoming], str]
+"""Takes the messages of one stream in, to its end; returns why it wants no more of them, or "" if they just ended.
+A connection that broke raises ConnectionError out of the iterator."""
+
+
+class UnixServer:
+    """Takes streams in under the name that goes with a TCP address. They wait until `start`."""
+
+    def __init__(self, address: str, token: str, serve: Serve) -> None:
+        """Raises OSError if somebody has that name."""
+        self._token = token
+        self._serve = serve
+        self._lock = threading.Lock()
+        self._links: set[socket.socket] = set()
+        self._closed = False
+        self._listener = socket.socket(socket.AF_UNIX)
+        try:
+            self._listener.bind(name_of(address))
+        except OSError:
+            self._listener.close()
+            raise
+        self._listener.listen(_BACKLOG)
+
+    def start(self) -> None:
+        threading.Thread(target=self._accept, name="flowml-accept", daemon=True).start()
+
+    def stop(self) -> None:
+        """Break every stream and free the name."""
+        with self._lock:
+            self._closed = True
+            links = list(self._links)
+        for link in (self._listener, *links):
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                link, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                if self._closed or user_of(link) != os.getuid():
+                    link.close()
+                    continue
+                self._links.add(link)
+            threading.Thread(target=self._run, args=(link,), name="flowml-receive", daemon=True).start()
+
+    def _run(self, link: socket.socket) -> None:
+        """One stream, from its token to the reason of its end."""
+        reader = _Reader(link)
+        try:
+            reason = self._check(reader) or self._serve(_messages(link, reader)) or CLOSED
+            with contextlib.suppress(OSError):
+                text = reason.encode()[:MAX_REASON_BYTES]
+                link.sendall(NUMBER.pack(GOODBYE) + LENGTH.pack(len(text)) + text)
+        except (ConnectionError, FrameError):
+            pass  # whoever it was has said nothing that we could answer
+        finally:
+            with self._lock:
+                self._links.discard(link)
+            reader.close()
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+            link.close()
+
+    def _check(self, reader: _Reader) -> str:
+        (length,) = LENGTH.unpack(reader.read(LENGTH.size))
+        if length > MAX_TOKEN_BYTES:
+            return TOKEN_REFUSED
+        given = bytes(reader.read(length)).decode("utf-8", "replace")
+        return "" if same_token(given, self._token) else TOKEN_REFUSED
+
+
+def _messages(link: socket.socket, reader: _Reader) -> Incoming:
+    """The messages of a stream. Raises FrameError for what no sender writes, ConnectionError if it breaks off."""
+    unsent: deque[int] = deque()
+
+    def answer(number: int) -> None:
+        """Runs wherever a view dies, perhaps in the middle of anything: it takes no lock and does not wait."""
+        try:
+            link.send(NUMBER.pack(number), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            unsent.append(number)
+        except OSError:
+            pass  # the sender is gone, and its slots with it
+
+    views = SlotViews(answer)
+    for position in itertools.count():
+        nbytes, given_up, number, new = RECORD.unpack(reader.read(RECORD.size))
+        if nbytes > MAX_FRAME_BYTES or given_up > MAX_RETIRED:
+            raise FrameError(f"a record announces {nbytes} bytes and {given_up} slots given up")
+        if not nbytes:
+            return
+        try:
+            for (retired,) in NUMBER.iter_unpack(bytes(reader.read(given_up * NUMBER.size))):
+                views.unmap(retired)
+            frame = reader.read(nbytes)
+            if new:
+                views.map(number, reader.descriptor())
+            room = views.lease(number) if number else None
+        except SlotError as error:
+            raise FrameError(str(error)) from None
+        yield unpack(frame, room, position)
+        room = None
+        if number:
+            answer(number | TAKEN)
+        for _ in range(len(unsent)):
+            answer(unsent.popleft())
+
+
+class _Reader:
+    """Reads a socket in large pieces, keeping descriptors that come along."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        self._buffer = bytearray(_READ_BYTES)
+        self._start = self._end = 0
+        self._descriptors: deque[int] = deque()
+
+    def read(self, nbytes: int) -> memoryview:
+        """The next bytes, good until the next call. Raises ConnectionError if there will not be as many."""
+        if self._end - self._start < nbytes:
+            self._make_room(nbytes)
+            while self._end - self._start < nbytes:
+                self._receive()
+        self._start += nbytes
+        return memoryview(self._buffer)[self._start - nbytes : self._start]
+
+    def descriptor(self) -> int:
+        """The next descriptor. Raises FrameError if there is none."""
+        if not self._descriptors:
+            raise FrameError("a record announces a new slot and does not bring it")
+        return self._descriptors.popleft()
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+
+    def _make_room(self, nbytes: int) -> None:
+        """Everything unread to the front; views of earlier reads may still exist, so a larger buffer is a new one."""
+        unread = self._buffer[self._start : self._end]
+        if nbytes > len(self._buffer):
+            self._buffer = bytearray(nbytes + _READ_BYTES)
+        self._buffer[: len(unread)] = unread
+        self._start, self._end = 0, len(unread)
+
+    def _receive(self) -> None:
+        view = memoryview(self._buffer)[self._end :]
+        got, rights, flags, _ = self._link.recvmsg_into([view], _RIGHTS, socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in rights:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                whole = len(data) // struct.calcsize("i") * struct.calcsize("i")
+                self._descriptors.extend(array.array("i", data[:whole]))
+        if not got:
+            raise ConnectionError(BROKE)
+        if flags & socket.MSG_CTRUNC:
+            raise FrameError("more descriptors came than a record can have")
+        self._end += got
