@@ -100,22 +100,43 @@ def test_a_consumer_that_stands_still_holds_up_nobody_for_longer_than_the_deadli
     assert jnp.array_equal(run(jnp.float32(3)), expected)
 
 
-def test_no_memory_for_a_message_fails_its_step_and_no_other(
-    cluster: fm.Cluster, request: pytest.FixtureRequest
-) -> None:
-    if "grpc" in request.node.callspec.params["cluster"]:
-        pytest.skip("gRPC needs no shared memory")
-    run = program(cluster, lambda x: large_edge(x, times=3))  # larger than all memory that is shared already
-    producer = worker_process(cluster, "worker:0")
-    _, hard = producer.rlimit(psutil.RLIMIT_FSIZE)
-    producer.rlimit(psutil.RLIMIT_FSIZE, (2**20, hard))  # of a memfd, as of any file
+@contextlib.contextmanager
+def no_more_memory(process: psutil.Process) -> Generator[None]:
+    """The process cannot make a file of more than a megabyte, and so no memfd."""
+    _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, (2**20, hard))
     try:
-        with pytest.raises(WorkerError, match="no shared memory for") as caught:
-            run(jnp.float32(1))
-        assert caught.value.node == "worker:0/cpu:0 -> worker:1/cpu:0 (make)"
+        yield
     finally:
-        producer.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY if hard < 0 else hard, hard))
+        process.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY if hard < 0 else hard, hard))
+
+
+@pytest.mark.parametrize("cluster", ["auto"], indirect=True)  # gRPC needs no shared memory
+def test_no_memory_for_an_edge_is_found_when_the_plan_is_loaded(cluster: fm.Cluster) -> None:
+    run = program(cluster, lambda x: large_edge(x, times=3))
+    with (
+        no_more_memory(worker_process(cluster, "worker:0")),
+        pytest.raises(WorkerError, match=r"worker:0/cpu:0 -> worker:1/cpu:0 \(make\): no shared memory for") as caught,
+    ):
+        run(jnp.float32(1))
+    assert caught.value.worker == "worker:0"
     assert run(jnp.float32(1)).shape == (3 * LENGTH // 1000 + 1,)
+
+
+@pytest.mark.parametrize("cluster", ["auto"], indirect=True)
+def test_no_memory_for_a_result_fails_its_step_and_no_other(cluster: fm.Cluster) -> None:
+    def result(x: Any) -> jax.Array:
+        with fm.layer("take"):
+            return x + jnp.arange(5 * LENGTH, dtype=jnp.float32)
+
+    run = fm.dataflow(result, cluster=cluster, placement={"take": "worker:1"})
+    run.plan(jnp.float32(1))
+    with (
+        no_more_memory(worker_process(cluster, "worker:1")),
+        pytest.raises(WorkerError, match=r"no shared memory for .*in 'fetch' on worker:1"),
+    ):
+        run(jnp.float32(1))
+    assert run(jnp.float32(1)).shape == (5 * LENGTH,)
 
 
 @pytest.mark.parametrize("transport", ["auto", "grpc"])

@@ -332,3 +332,25 @@ def test_a_name_that_somebody_has_leaves_grpc(caplog: pytest.LogCaptureFixture) 
             a.endpoint.close()
             b.endpoint.close()
     assert "it comes by gRPC" in caplog.text
+
+
+def test_reserved_slots_are_used_and_their_descriptors_never_lost() -> None:
+    before = psutil.Process().num_fds()
+    pool = SlotPool(max_idle_bytes=6 * mmap.PAGESIZE)
+    for pages in (2, 2, 4):  # the last would be too much
+        pool.reserve(pages * mmap.PAGESIZE)
+    assert pool.nbytes == 4 * mmap.PAGESIZE
+    first, fd = pool.take(2 * mmap.PAGESIZE)
+    assert fd >= 0
+    os.close(fd)
+    pool.give_back(first.number)
+    again, fd = pool.take(2 * mmap.PAGESIZE)
+    large, other = pool.take(5 * mmap.PAGESIZE)
+    assert (again.number, fd) == (first.number, -1), "the receiver has it"
+    os.close(other)
+    pool.give_back(large.number)  # now too much is idle: the reserved one goes, and was never told of
+    assert pool.retired(9) == ()
+    pool.reserve(mmap.PAGESIZE)
+    pool.close()
+    del first, again, large  # a mapping has a descriptor too
+    assert psutil.Process().num_fds() == before

@@ -277,6 +277,12 @@ def _header(frame: memoryview) -> tuple[Wire, memoryview]:
     return message, body[length:]
 
 
+def shared_bytes(specs: tuple[ArraySpec, ...]) -> int:
+    """Bytes of shared memory that a message with these arrays needs."""
+    layout = _layout(specs)
+    return sum(padded(n) for n, small in zip(layout.sizes, layout.small, strict=True) if not small)
+
+
 class _Layout(NamedTuple):
     """Where the arrays of a message are, as its specs have it."""
 

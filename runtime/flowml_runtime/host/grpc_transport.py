@@ -15,7 +15,8 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ import grpc
 import flowml
 from flowml.errors import WorkerLostError
 from flowml.links import GRPC, SAME_PROCESS, SHARED_MEMORY
+from flowml.plan import ArraySpec
 from flowml_runtime.host import unix_stream
 from flowml_runtime.host.buffers import Buffers
 from flowml_runtime.host.framing import Assembler, FrameError, Outgoing, pack
@@ -172,6 +174,19 @@ class GrpcEndpoint:
             return SHARED_MEMORY if isinstance(self._stream(peer), UnixStream) else GRPC
         except WorkerLostError:
             return ""
+
+    def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
+        """Have the memory ready for so many messages with such arrays, where the way to `peer` needs any.
+
+        Raises SlotError if there is none. A peer that cannot be reached is found out when something is sent.
+        """
+        if peer == self.name:
+            return
+        with suppress(WorkerLostError):
+            stream = self._stream(peer)
+            if isinstance(stream, UnixStream):
+                for _ in range(messages):
+                    stream.reserve(specs)
 
     def lose(self, peer: str, reason: str) -> None:
         with self._lock:

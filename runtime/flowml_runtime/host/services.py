@@ -15,20 +15,38 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from flowml.errors import DeadlineError, WorkerLostError
-from flowml.plan import ArraySpec, Message
+from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
+from flowml.plan import ArraySpec, Message, Send
 from flowml_runtime.host.mailbox import Cancelled, Claim, Mailbox, Parked
 from flowml_runtime.host.outbox import LARGE_BYTES, Outbox
 from flowml_runtime.host.programs import Array, JaxDevice, LoadedProgram, feed_slots
 from flowml_runtime.host.recorder import Recorder, Span, now_ns
+from flowml_runtime.host.slots import SlotError
 from flowml_runtime.host.window import Windows, window
 from flowml_runtime.messages import DEADLINE_S, Taken, Value, Wire
+
+EDGE_SLOTS = 2
+"""Values of an edge that memory is made ready for: one in use, and one on its way."""
 
 
 class Sender(Protocol):
     """The one thing that steps need of an endpoint."""
 
     def send(self, peer: str, message: Wire, arrays: Sequence[Array] = (), timeout_s: float | None = None) -> None: ...
+
+
+def reserve_edges(sender: Sender, loaded: LoadedProgram) -> None:
+    """Have memory ready for what a program sends, so that no step waits for it. Raises FlowmlError naming the edge."""
+    reserve = getattr(sender, "reserve", None)
+    if reserve is None:
+        return
+    messages = (i.message for i in loaded.program.instructions if isinstance(i, Send))
+    for edge in map(loaded.plan.messages.__getitem__, dict.fromkeys(messages)):
+        specs = tuple(ArraySpec(t.shape, t.dtype) for t in edge.transfers)
+        try:
+            reserve(edge.destination.split("/", 1)[0], specs, EDGE_SLOTS)
+        except SlotError as error:
+            raise FlowmlError(f"{edge}: {error}") from None
 
 
 def ready(arrays: Sequence[Array]) -> Sequence[Array]:

@@ -55,6 +55,8 @@ class SlotPool:
         self._idle: list[Slot] = []
         self._lent: dict[int, Slot] = {}
         self._made = 0
+        self._unsent: dict[int, int] = {}
+        """Descriptors of slots that the receiver does not know yet."""
         self._retired: list[int] = []
 
     def take(self, nbytes: int) -> tuple[Slot, int]:
@@ -64,12 +66,17 @@ class SlotPool:
         """
         fitting = [s for s in self._idle if nbytes <= s.nbytes <= 2 * nbytes + _PAGE]
         if fitting:
-            slot, fd = min(fitting, key=lambda s: s.nbytes), -1
+            slot = min(fitting, key=lambda s: (s.nbytes, s.number in self._unsent))
             self._idle.remove(slot)
         else:
-            slot, fd = self._make(nbytes)
+            slot = self._make(nbytes)
         self._lent[slot.number] = slot
-        return slot, fd
+        return slot, self._unsent.pop(slot.number, -1)
+
+    def reserve(self, nbytes: int) -> None:
+        """Make a slot ahead of need, unless that would be more than may be idle. Raises SlotError."""
+        if sum(s.nbytes for s in self._idle) + nbytes <= self._max_idle_bytes:
+            self._idle.append(self._make(nbytes))
 
     def give_back(self, number: int) -> None:
         """The receiver has no more use for what is in a slot. Raises SlotError if it never had it."""
@@ -82,7 +89,10 @@ class SlotPool:
         while idle > self._max_idle_bytes and len(self._idle) > 1:
             given_up = self._idle.pop(0)
             idle -= given_up.nbytes
-            self._retired.append(given_up.number)
+            if given_up.number in self._unsent:
+                os.close(self._unsent.pop(given_up.number))
+            else:
+                self._retired.append(given_up.number)
 
     def retired(self, most: int) -> tuple[int, ...]:
         """Numbers of slots that were given up, each told once, `most` at a time: the receiver is to unmap them."""
@@ -94,13 +104,15 @@ class SlotPool:
     def close(self) -> None:
         self._idle.clear()
         self._lent.clear()
+        while self._unsent:
+            os.close(self._unsent.popitem()[1])
 
     @property
     def nbytes(self) -> int:
         """All memory of the pool."""
         return sum(s.nbytes for s in (*self._idle, *self._lent.values()))
 
-    def _make(self, nbytes: int) -> tuple[Slot, int]:
+    def _make(self, nbytes: int) -> Slot:
         size = -(-nbytes // _PAGE) * _PAGE
         fd = -1
         try:
@@ -117,7 +129,8 @@ class SlotPool:
                 f"no shared memory for {nbytes} bytes: {error.strerror}; free memory, or send less at once"
             ) from None
         self._made += 1
-        return Slot(self._made, np.frombuffer(memory, np.uint8)), fd
+        self._unsent[self._made] = fd
+        return Slot(self._made, np.frombuffer(memory, np.uint8))
 
 
 class SlotViews:

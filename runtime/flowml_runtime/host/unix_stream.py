@@ -34,8 +34,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flowml.plan import ArraySpec
 from flowml_runtime.host.arrays import as_bytes
-from flowml_runtime.host.framing import Outgoing, padded
+from flowml_runtime.host.framing import Outgoing, padded, shared_bytes
 from flowml_runtime.host.slots import SlotError, SlotPool
 from flowml_runtime.host.transport import Budget
 
@@ -110,6 +111,13 @@ class UnixStream:
         self._budget.acquire(0)
         self._write(_Chunk(LENGTH.pack(len(secret)) + secret, (), 0))
         self.put(first)
+
+    def reserve(self, specs: Sequence[ArraySpec]) -> None:
+        """Make shared memory for a message of such arrays ahead of need. Raises SlotError if there is none."""
+        room = shared_bytes(tuple(specs))
+        with self._lock:
+            if room and not self._ending:
+                self._slots.reserve(room)
 
     def start(self, on_end: Callable[[Any, str], None]) -> None:
         """`on_end(self, reason)` is called once, however the stream ends, on a thread of its own."""

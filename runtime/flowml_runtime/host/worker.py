@@ -30,7 +30,7 @@ from flowml_runtime.host.local import LocalStep
 from flowml_runtime.host.mailbox import Mailbox
 from flowml_runtime.host.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
 from flowml_runtime.host.recorder import Recorder, Span, now_ns
-from flowml_runtime.host.services import DataflowServices, Sender
+from flowml_runtime.host.services import DataflowServices, Sender, reserve_edges
 from flowml_runtime.host.window import Windows
 from flowml_runtime.messages import (
     Failed,
@@ -259,6 +259,8 @@ class Worker:
             (data,) = arrays
             plan = Plan.decode(np.asarray(data).tobytes(), f"plan {plan_id}")
             programs = load_programs(plan, self.devices, self._cache, python=self.python)
+            for loaded in programs.values():
+                reserve_edges(self.endpoint, loaded)
             self._install(plan_id, hosted, plan, programs)
         except Exception as error:
             self.unload(plan_id)
