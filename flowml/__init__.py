@@ -29,12 +29,16 @@ if TYPE_CHECKING:
     from flowml.plan import Plan as Plan
     from flowml.plan import Transfer as Transfer
     from flowml.policy import UNBOUNDED as UNBOUNDED
+    from flowml.policy import AllReduce as AllReduce
     from flowml.policy import Every as Every
     from flowml.policy import Factors as Factors
     from flowml.policy import Gradient as Gradient
+    from flowml.policy import Hierarchy as Hierarchy
     from flowml.policy import ParameterServer as ParameterServer
     from flowml.policy import Policy as Policy
     from flowml.policy import Quorum as Quorum
+    from flowml.policy import Ring as Ring
+    from flowml.policy import Tree as Tree
     from flowml.scopes import device as device
     from flowml.scopes import layer as layer
     from flowml_runtime.cluster import Cluster as Cluster
@@ -60,12 +64,16 @@ _HOMES = {
     "Plan": "flowml.plan",
     "Transfer": "flowml.plan",
     "UNBOUNDED": "flowml.policy",
+    "AllReduce": "flowml.policy",
     "Every": "flowml.policy",
     "Factors": "flowml.policy",
     "Gradient": "flowml.policy",
+    "Hierarchy": "flowml.policy",
     "ParameterServer": "flowml.policy",
     "Policy": "flowml.policy",
     "Quorum": "flowml.policy",
+    "Ring": "flowml.policy",
+    "Tree": "flowml.policy",
     "device": "flowml.scopes",
     "layer": "flowml.scopes",
     "Cluster": "flowml_runtime.cluster",
@@ -75,7 +83,7 @@ _HOMES = {
 }
 
 _EXISTS = {
-    ("Ring", "Tree", "Gossip", "Hierarchy", "SharedMemory"): "use fm.ParameterServer()",
+    ("Gossip", "SharedMemory"): "use fm.ParameterServer() or fm.AllReduce()",
     ("Deadline", "Coded", "Speculate"): "use fm.Quorum(0.75) or fm.Quorum(3)",
     ("Once",): "use every=k or fm.Every(k)",
     ("Delta", "Weights"): "use fm.Gradient() or fm.Factors()",

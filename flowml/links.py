@@ -7,8 +7,9 @@ same prior. A cluster knows by which way each pair of workers talks, and gives w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from types import MappingProxyType
 
 from flowml.plan import Message, PlanLink, StoreSpec
@@ -57,10 +58,21 @@ class Links:
         return self.default if found is None else found
 
 
+def machines(links: Links, workers: Sequence[str]) -> tuple[int, ...]:
+    """The number of each worker's machine: that of the first worker which it reaches in its memory.
+
+    Workers of whom nothing is known share one. Who talks by gRPC on one machine counts as on another: that is what its
+    links cost.
+    """
+    return tuple(next(i for i, a in enumerate(workers) if a == b or links.between(a, b).way != GRPC) for b in workers)
+
+
 def links_used(links: Links, messages: Iterable[Message], stores: Iterable[StoreSpec] = ()) -> tuple[PlanLink, ...]:
-    """For the plan: the link of each pair of devices that a message, a push or a publication takes, once."""
+    """For the plan: the link of each pair of devices that a message, a push, a sum or a publication takes, once."""
     edges = [(m.source, m.destination) for m in messages]
     for store in stores:
-        edges += [edge for reader in store.readers for edge in ((reader, store.home), (store.home, reader))]
+        for home in dict.fromkeys(store.copies):
+            edges += [edge for reader in store.read_from((home,)) for edge in ((reader, home), (home, reader))]
+        edges += permutations(dict.fromkeys(store.homes), 2)
     used = [(a, b, links.between(a, b)) for a, b in dict.fromkeys(edges) if a != b]
     return tuple(PlanLink(a, b, link.latency_s, link.bytes_per_s, link.way, link.measured) for a, b, link in used)

@@ -8,8 +8,9 @@ Plans are msgspec structs: validated when decoded, never pickled.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,6 +55,7 @@ KEY_WORDS: Mapping[str, int] = {"fry": 2, "rbg": 4, "urbg": 4}
 """uint32 words of key data for one key of each PRNG implementation, by the short name in its dtype."""
 
 
+@functools.lru_cache(maxsize=256)
 def _item_bytes(dtype: str) -> int:
     if dtype.startswith("key<"):
         return 4 * KEY_WORDS[dtype[4:-1]]
@@ -213,12 +215,28 @@ class Output(msgspec.Struct, frozen=True):
     index: Index
 
 
+class Reduction(msgspec.Struct, frozen=True):
+    """How the workers of a stage add a part up among themselves: by which schedule, a rank each.
+
+    `schedule` is "doubling", "direct", "ring", "hierarchical" or "tree" (with `fanout`). `workers` in the order of
+    ranks; `hosts` numbers the machine of each.
+    """
+
+    schedule: Annotated[str, msgspec.Meta(max_length=32)]
+    workers: tuple[str, ...]
+    hosts: tuple[Index, ...]
+    fanout: Index = 0
+
+
 class Part(msgspec.Struct, frozen=True):
     """The share of a store's contribution that one stage computes: `leaves` (positions within the store).
 
     `payload` lists the arrays sent for it; with `factors` these are the operands of the outer products
     that the home forms, a set a microbatch, instead of the gradients themselves. `accumulate` indexes the
     task that adds two payloads (None for factors, and where nothing is ever added).
+
+    With a `reduction` the contributions of all replicas are added up on the way: each home gets their sum. Several
+    gradients are then one after the other in one array, which task `pack` makes of them.
     """
 
     stage: Index
@@ -226,6 +244,8 @@ class Part(msgspec.Struct, frozen=True):
     payload: tuple[ArraySpec, ...]
     factors: bool = False
     accumulate: Index | None = None
+    reduction: Reduction | None = None
+    pack: Index | None = None
 
     @property
     def nbytes(self) -> int:
@@ -236,7 +256,9 @@ class StoreSpec(msgspec.Struct, frozen=True):
     """Where a layer's parameters live and how they are kept in step.
 
     `leaves` are positions in the flattened parameters, `state` positions in the flattened optimizer
-    state; `homes` and `subscribers` are devices. `apply` indexes Plan.tasks: its arguments are the
+    state; `home`, `homes` and `readers` are devices. `homes` is empty, or one for each replica where every replica
+    keeps a copy (`home` is then the first); the readers of a replica, of equal number and in order of replicas, read
+    that of their own. `apply` indexes Plan.tasks: its arguments are the
     parameters, the state, the float32 coefficients (one a contribution), then `arity` contributions, each
     the payloads of all parts in order; its results are the new parameters and the new state. Fewer
     contributions are made up to `arity` with zeros, whose coefficient is 0.
@@ -259,10 +281,32 @@ class StoreSpec(msgspec.Struct, frozen=True):
     apply_mode: str
     apply: Index
     arity: Annotated[int, msgspec.Meta(ge=1)]
+    homes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
         return sum(s.nbytes for s in self.specs)
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """The devices that hold it."""
+        return self.homes or (self.home,)
+
+    @property
+    def collective(self) -> bool:
+        """Whether replicas add up what they contribute, and each applies the sum to a copy of its own."""
+        return bool(self.homes)
+
+    @property
+    def decided(self) -> bool:
+        """Whether somebody has to decide, clock by clock, whose contributions are applied."""
+        return self.clocked and not self.homes
+
+    def read_from(self, homes: Container[str]) -> tuple[str, ...]:
+        """The readers of the copies on these devices."""
+        share = len(self.readers) // len(self.copies)
+        mine = [i for i, home in enumerate(self.copies) if home in homes]
+        return tuple(reader for i in mine for reader in self.readers[i * share : (i + 1) * share])
 
     @property
     def gradient_bytes(self) -> int:

@@ -12,7 +12,7 @@ from flowml import policy as algebra
 
 
 class _Common(TypedDict, total=False):
-    topology: algebra.ParameterServer
+    topology: algebra.Topology
     filters: Sequence[object]
     apply: Literal["mean", "sum"]
 
@@ -38,6 +38,11 @@ class _Waiting(_Pushing, total=False):
     staleness: float
 
 
+class _Summing(TypedDict, total=False):
+    every: algebra.Every | int
+    apply: Literal["mean", "sum"]
+
+
 class _Reading(_Pushing, total=False):
     quorum: algebra.Quorum | None
 
@@ -45,6 +50,11 @@ class _Reading(_Pushing, total=False):
 def synchronous(**overrides: Unpack[_Pushing]) -> algebra.Policy:
     """All replicas contribute to every clock, and nothing read is old: equal to one large batch."""
     return algebra.Policy(**overrides)
+
+
+def all_reduce(**overrides: Unpack[_Summing]) -> algebra.Policy:
+    """As `synchronous`, but each replica keeps a copy, and replicas add up their gradients among themselves."""
+    return algebra.Policy(topology=algebra.AllReduce(), **overrides)
 
 
 def every(k: int, **overrides: Unpack[_Rhythm]) -> algebra.Policy:

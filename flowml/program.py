@@ -29,12 +29,14 @@ from flowml.transfer import Edge, describe, transfers
 
 @dataclass(frozen=True)
 class PartBinding:
-    """A part of a store's contribution: the values it is made of, and how to add two of them (a task)."""
+    """A part of a store's contribution: the values it is made of, how to add two of them and how to make one array of
+    them (tasks)."""
 
     store: int
     part: int
     values: tuple[int, ...]
     accumulate: int | None = None
+    pack: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,18 +177,24 @@ class _Emitter:
 
     def _add_part(self, number: int, part: PartBinding, microbatch: int) -> None:
         new = tuple(self.buffers[v, microbatch] for v in part.values)
+        if part.pack is not None:
+            new = self._housekeeping(part.pack, new, 1, microbatch)
         old = self.sums.get(number, ())
         if part.accumulate is None:
             self.sums[number] = (*old, *new)
         elif not old:
             self.sums[number] = new
         else:
-            total = tuple(range(self.count, self.count + len(new)))
-            self.count += len(new)
-            self.code.append(Run(part.accumulate, (*old, *new), total, microbatch))
-            self.sums[number] = total
+            self.sums[number] = self._housekeeping(part.accumulate, (*old, *new), len(new), microbatch)
         if microbatch == self.plan.microbatches - 1:
             self.code.append(Push(part.store, part.part, self.sums[number]))
+
+    def _housekeeping(self, task: int, inputs: tuple[int, ...], count: int, microbatch: int) -> tuple[int, ...]:
+        """Run a task on buffers; returns the new buffers that its `count` results go to."""
+        outputs = tuple(range(self.count, self.count + count))
+        self.count += count
+        self.code.append(Run(task, inputs, outputs, microbatch))
+        return outputs
 
 
 def _with_frees(code: Sequence[Instruction], resident: set[int]) -> tuple[Instruction, ...]:

@@ -90,7 +90,7 @@ def _sink_cheap(graph: Graph, levels: dict[int, int]) -> None:
 
 def _segments(graph: Graph, levels: Mapping[int, int], milestones: Sequence[Sequence[int]]) -> dict[int, int]:
     """node -> the first milestone, in order of completion, that needs it (within its device and level)."""
-    position = _positions(graph)
+    position = positions(graph)
     made = [[graph.producer[v] for v in m if v in graph.producer] for m in milestones]
     # A part is complete with its deepest value; what came on earlier levels has been there since.
     deepest = [max(levels[n.id] for n in ms) if ms else 0 for ms in made]
@@ -110,7 +110,7 @@ def _segments(graph: Graph, levels: Mapping[int, int], milestones: Sequence[Sequ
     return {n.id: segment.get(n.id, len(ordered)) for n in graph.nodes}
 
 
-def _positions(graph: Graph) -> dict[int, int]:
+def positions(graph: Graph) -> dict[int, int]:
     """Where each node stands in the program. A copy, made last for an output, stands where its value was made."""
     position: dict[int, int] = {}
     for index, node in enumerate(graph.nodes):

@@ -3,25 +3,34 @@
 A store holds the parameters of one layer under one policy, together with whatever the optimizer couples to
 them. Its contribution comes in parts, one for each stage and kind of payload. The store's home runs a
 single XLA task: combine the contributions by their coefficients, then apply the optimizer.
+
+Where replicas add up their gradients among themselves a store is a bucket, of several layers if they are small. Each
+replica is home to a copy, and gets one contribution that stands for all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import jax.numpy as jnp
 
+from flowml.buckets import Bundle, pack
 from flowml.errors import PolicyError
 from flowml.factors import OuterProduct, find_outer_product, product_function, send_factors
 from flowml.graph import Graph
 from flowml.label import layer_of, parameter_path
+from flowml.links import Links, machines
 from flowml.lower import ExecutableTable
 from flowml.optimizer import OptimizerSlices
-from flowml.plan import ArraySpec, Part, StoreSpec
-from flowml.policy import Factors, Policy, check_composition
+from flowml.plan import ArraySpec, Part, Reduction, StoreSpec
+from flowml.policy import Factors, Policy, Tree, check_composition
+from flowml.policy.topology import schedule_name
 from flowml.program import PartBinding
+from flowml.schedule import positions
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class PartDraft:
     leaves: tuple[int, ...]
     values: tuple[int, ...]
     factors: bool
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class StorePlanner:
     policies: Mapping[str, Policy]
     replicas: int
     microbatches: int
+    links: Links = field(default_factory=Links)
     notes: list[str] = field(default_factory=list[str])
     products: Mapping[int, OuterProduct] = field(default_factory=dict[int, OuterProduct])
     product_graph: Graph | None = None
@@ -141,9 +152,30 @@ class StorePlanner:
         """Group leaves into stores and their contributions into parts by stage, on a placed graph."""
         stage_of = {name: i for i, name in enumerate(stages)}
         groups = self._groups(alone=self.replicas == 1 and len(stages) == 1)
+        made = positions(graph)
+        groups = pack(self._bundle(graph, group, contributions, made) for group in groups)
         names = self._names(groups)
         return tuple(
             self._draft(graph, name, group, contributions, stage_of) for name, group in zip(names, groups, strict=True)
+        )
+
+    def _collective(self, policy: Policy) -> bool:
+        """Whether there is something to add up among replicas."""
+        return policy.collective and self.replicas > 1
+
+    def _bundle(
+        self, graph: Graph, group: tuple[int, ...], contributions: Contributions, made: Mapping[int, int]
+    ) -> Bundle:
+        """What may share a bucket with it: leaves of one policy, made on one stage, of one dtype."""
+        policy = self.policies[self.paths[group[0]]]
+        values = [v for leaf in group for v in contributions.values[leaf]]
+        nodes = [graph.producer[v] for v in values]
+        kinds = {(n.device, graph.values[v].dtype) for n, v in zip(nodes, values, strict=True)}
+        return Bundle(
+            group,
+            nbytes=sum(graph.values[v].nbytes for v in values),
+            ready=max(made[n.id] for n in nodes),
+            kind=(policy, *kinds) if self._collective(policy) and len(kinds) == 1 else None,
         )
 
     def _names(self, groups: Sequence[Sequence[int]]) -> list[str]:
@@ -160,7 +192,9 @@ class StorePlanner:
         contributions: Contributions,
         stage_of: Mapping[str, int],
     ) -> StoreDraft:
-        plain: dict[int, list[int]] = {}
+        policy = self.policies[self.paths[group[0]]]
+        collective = self._collective(policy)
+        plain: dict[tuple[int, str], list[int]] = {}
         parts: list[PartDraft] = []
         for position, leaf in enumerate(group):
             values = contributions.values[leaf]
@@ -168,26 +202,34 @@ class StorePlanner:
             if leaf in contributions.products:
                 parts.append(PartDraft(stage, (position,), values, factors=True))
             else:
-                plain.setdefault(stage, []).append(position)
-        for stage, positions in plain.items():
-            values = tuple(contributions.values[group[p]][0] for p in positions)
-            parts.append(PartDraft(stage, tuple(positions), values, factors=False))
+                dtype = graph.values[values[0]].dtype if collective else ""
+                plain.setdefault((stage, dtype), []).append(position)
+        for (stage, _), found in plain.items():
+            values = tuple(contributions.values[group[p]][0] for p in found)
+            parts.append(PartDraft(stage, tuple(found), values, factors=False, packed=collective and len(found) > 1))
         users = {stage_of[n.device] for leaf in group for n in graph.consumers.get(graph.inputs[leaf], ())}
-        policy = self.policies[self.paths[group[0]]]
         return StoreDraft(name, group, policy, tuple(parts), tuple(sorted(users or {p.stage for p in parts})))
 
     def lower_parts(self, graph: Graph, stores: Sequence[StoreDraft], table: ExecutableTable) -> list[PartBinding]:
-        """A task that adds two payloads, for every part that is ever added to."""
+        """For each part the tasks that add two payloads and that pack one, where that is ever done."""
         bindings: list[PartBinding] = []
         for s, store in enumerate(stores):
             for p, part in enumerate(store.parts):
                 adds = not part.factors and (self.microbatches > 1 or store.policy.every.push > 1)
                 number = self._accumulate(graph, store.name, part, table) if adds else None
-                bindings.append(PartBinding(s, p, part.values, number))
+                packing = self._pack(graph, store.name, part, table) if part.packed else None
+                bindings.append(PartBinding(s, p, part.values, number, packing))
         return bindings
 
-    def _accumulate(self, graph: Graph, name: str, part: PartDraft, table: ExecutableTable) -> int:
+    def _pack(self, graph: Graph, name: str, part: PartDraft, table: ExecutableTable) -> int:
+        def together(*arrays: Any) -> tuple[Any, ...]:
+            return (jnp.concatenate([a.reshape(-1) for a in arrays]),)
+
         specs = tuple(_strong(graph.values[v]) for v in part.values)
+        return table.add_function(f"pack:{name}", together, specs, _sent(graph, part))
+
+    def _accumulate(self, graph: Graph, name: str, part: PartDraft, table: ExecutableTable) -> int:
+        specs = _sent(graph, part)
         count = len(specs)
 
         def add(*arrays: Any) -> tuple[Any, ...]:
@@ -224,15 +266,17 @@ class StorePlanner:
         state = self.slices.state_of(store.leaves)
         state_specs = tuple(self.slices.state_specs[i] for i in state)
         parts = tuple(
-            Part(d.stage, d.leaves, self._payload(graph, d), d.factors, b.accumulate)
-            for d, b in zip(store.parts, bindings, strict=True)
+            self._part(graph, d, b, store.policy, replicas) for d, b in zip(store.parts, bindings, strict=True)
         )
-        arity = self.replicas if store.policy.clocked else 1
-        home = min((r[parts[0].stage] for r in replicas), key=lambda d: loads[d])
-        loads[home] += sum(s.nbytes for s in (*specs, *state_specs)) + 1
+        collective = self._collective(store.policy)
+        arity = self.replicas if store.policy.clocked and not collective else 1
+        candidates = [r[parts[0].stage] for r in replicas]
+        homes = _one_a_worker(candidates) if collective else (min(candidates, key=lambda d: loads[d]),)
+        for home in dict.fromkeys(homes):
+            loads[home] += sum(s.nbytes for s in (*specs, *state_specs)) + 1
         every = store.policy.every.push
-        exact = arity == 1 and self.microbatches == 1 and every == 1
-        apply = self._apply(store, state, parts, arity, exact)
+        exact = arity == 1 and self.microbatches == 1 and every == 1 and not collective
+        apply = self._apply(store, state, parts, arity, exact, [s.shape for s in specs])
         coefficients = ArraySpec((arity,), "float32")
         payloads = tuple(s for p in parts for s in p.payload) * arity
         arguments = (*specs, *state_specs, coefficients, *payloads)
@@ -244,7 +288,7 @@ class StorePlanner:
             state=state,
             specs=specs,
             state_specs=state_specs,
-            home=home,
+            home=homes[0],
             readers=tuple(replica[stage] for replica in replicas for stage in store.readers),
             parts=parts,
             policy=store.policy.describe(),
@@ -255,14 +299,34 @@ class StorePlanner:
             apply_mode=store.policy.apply,
             apply=task,
             arity=arity,
+            homes=homes if collective else (),
         )
 
-    def _payload(self, graph: Graph, part: PartDraft) -> tuple[ArraySpec, ...]:
-        specs = tuple(_strong(graph.values[v]) for v in part.values)
-        return specs * self.microbatches if part.factors else specs
+    def _part(
+        self, graph: Graph, draft: PartDraft, binding: PartBinding, policy: Policy, replicas: Sequence[Sequence[str]]
+    ) -> Part:
+        specs = _sent(graph, draft)
+        payload = specs * self.microbatches if draft.factors else specs
+        reduction = None
+        if self._collective(policy):
+            nbytes = sum(s.nbytes for s in payload)
+            reduction = self._reduction(policy, nbytes, [replica[draft.stage] for replica in replicas])
+        return Part(draft.stage, draft.leaves, payload, draft.factors, binding.accumulate, reduction, binding.pack)
+
+    def _reduction(self, policy: Policy, nbytes: int, devices: Sequence[str]) -> Reduction:
+        workers = tuple(dict.fromkeys(d.partition("/")[0] for d in devices))
+        hosts = machines(self.links, workers)
+        fanout = policy.topology.fanout if isinstance(policy.topology, Tree) else 0
+        return Reduction(schedule_name(policy.topology, nbytes, hosts), workers, hosts, fanout)
 
     def _apply(
-        self, store: StoreDraft, state: Sequence[int], parts: Sequence[Part], arity: int, exact: bool
+        self,
+        store: StoreDraft,
+        state: Sequence[int],
+        parts: Sequence[Part],
+        arity: int,
+        exact: bool,
+        shapes: Sequence[tuple[int, ...]],
     ) -> Callable[..., tuple[Any, ...]]:
         """(parameters, state, coefficients, contributions) -> (parameters, state), all flat.
 
@@ -271,7 +335,7 @@ class StorePlanner:
         """
         update = self.slices.update(store.leaves, state)
         count, size = len(store.leaves), sum(len(p.payload) for p in parts)
-        gradient = self._gradient_function(store, parts)
+        gradient = self._gradient_function(store, parts, shapes)
 
         def apply(*arrays: Any) -> tuple[Any, ...]:
             params, states = arrays[:count], arrays[count : count + len(state)]
@@ -288,7 +352,9 @@ class StorePlanner:
 
         return apply
 
-    def _gradient_function(self, store: StoreDraft, parts: Sequence[Part]) -> Callable[[Sequence[Any]], list[Any]]:
+    def _gradient_function(
+        self, store: StoreDraft, parts: Sequence[Part], store_shapes: Sequence[tuple[int, ...]]
+    ) -> Callable[[Sequence[Any]], list[Any]]:
         """One contribution's payloads -> the gradient of every leaf of the store."""
         graph = self.product_graph
         products = {
@@ -303,7 +369,11 @@ class StorePlanner:
             for part in parts:
                 arrays = payloads[start : start + len(part.payload)]
                 start += len(part.payload)
-                if part.factors:
+                if part.pack is not None:
+                    (row,) = arrays
+                    shapes = [store_shapes[i] for i in part.leaves]
+                    leaves.update(zip(part.leaves, _split(row, shapes), strict=True))
+                elif part.factors:
                     form = products[part.leaves[0]]
                     pairs = [form(arrays[i], arrays[i + 1]) for i in range(0, len(arrays), 2)]
                     leaves[part.leaves[0]] = sum(pairs[1:], pairs[0])
@@ -317,6 +387,24 @@ class StorePlanner:
 def _joined(names: Sequence[str]) -> str:
     found = tuple(dict.fromkeys(names))
     return "+".join(found) if len(found) <= 3 else f"{found[0]}+{len(found) - 1} more"
+
+
+def _sent(graph: Graph, part: PartDraft) -> tuple[ArraySpec, ...]:
+    """The arrays in which a part's gradients leave: as they are, or packed into one."""
+    specs = tuple(_strong(graph.values[v]) for v in part.values)
+    return (ArraySpec((sum(math.prod(s.shape) for s in specs),), specs[0].dtype),) if part.packed else specs
+
+
+def _split(row: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+    """The arrays of these shapes that were packed into a row."""
+    ends = list(accumulate(map(math.prod, shapes)))
+    return [row[e - math.prod(s) : e].reshape(s) for e, s in zip(ends, shapes, strict=True)]
+
+
+def _one_a_worker(devices: Sequence[str]) -> tuple[str, ...]:
+    """The devices, those of one worker replaced by its first: its replicas read one copy."""
+    first: dict[str, str] = {}
+    return tuple(first.setdefault(d.partition("/")[0], d) for d in devices)
 
 
 def _wide(gradient: Any) -> Any:

@@ -256,7 +256,7 @@ class _Compiler:
         verify.verify_graph(graph, "simplify")
         parameters = dict(zip(graph.inputs, self.paths, strict=False))
         graph = label(graph, parameters, ("",) * fetched + tuple(layer_of(p) for p in self.paths))
-        planner = StorePlanner(self.paths, self.slices, self._resolve(), spec.replicas, spec.microbatches)
+        planner = StorePlanner(self.paths, self.slices, self._resolve(), spec.replicas, spec.microbatches, self.links)
         gradients = tuple(map(_value, graph.outputs[fetched:]))
         graph, contributions = planner.contributions(graph, gradients)
         graph = simplify(graph)

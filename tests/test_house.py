@@ -103,7 +103,7 @@ def test_the_public_names_are_there_and_documented() -> None:
 
 @pytest.mark.parametrize(
     ("name", "instead"),
-    [("Ring", "fm.ParameterServer()"), ("Coded", "fm.Quorum(0.75)"), ("Delta", "fm.Gradient()"), ("sim", "delays=")],
+    [("Gossip", "fm.ParameterServer()"), ("Coded", "fm.Quorum(0.75)"), ("Delta", "fm.Gradient()"), ("sim", "delays=")],
 )
 def test_a_name_that_is_still_to_come_says_what_there_is(name: str, instead: str) -> None:
     import flowml as fm

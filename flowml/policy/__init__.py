@@ -11,17 +11,23 @@ from __future__ import annotations
 
 from flowml.policy.compose import DEFAULT_PATTERN, check_composition, resolve
 from flowml.policy.mathematics import can_read, coefficients, due
-from flowml.policy.spec import UNBOUNDED, Every, Factors, Gradient, ParameterServer, Policy, Quorum
+from flowml.policy.spec import UNBOUNDED, Every, Factors, Gradient, Policy, Quorum
+from flowml.policy.topology import AllReduce, Hierarchy, ParameterServer, Ring, Topology, Tree
 
 __all__ = [
     "DEFAULT_PATTERN",
     "UNBOUNDED",
+    "AllReduce",
     "Every",
     "Factors",
     "Gradient",
+    "Hierarchy",
     "ParameterServer",
     "Policy",
     "Quorum",
+    "Ring",
+    "Topology",
+    "Tree",
     "can_read",
     "check_composition",
     "coefficients",

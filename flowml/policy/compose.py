@@ -37,8 +37,8 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
 
     Raises:
         PolicyError: if a layer that applies contributions on arrival shares a model with one that drops late
-            ones. The fate of a work item is decided for the item as a whole, and what has been applied on
-            arrival can no longer be dropped.
+            ones, or one that all replicas add up together does. The fate of a work item is decided for the item as
+            a whole; what has been applied on arrival can no longer be dropped, and what has to be added up not at all.
     """
     if replicas < 1:
         raise PolicyError(f"replicas={replicas}: training needs at least one replica")
@@ -53,7 +53,18 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
             f"it would count; give {arriving[0]!r} staleness=0 or a quorum= that drops too, or let {name!r} wait for "
             f"all {replicas} replicas with quorum=Quorum(1.0)"
         )
+    collective = [name for name, p in policies.items() if p.collective]
+    if dropping and collective:
+        name, policy = next(iter(dropping.items()))
+        raise PolicyError(
+            f"{name!r} ({policy.describe()}) with {collective[0]!r} ({policies[collective[0]].describe()}) is not "
+            f"sound: a work item that {name!r} drops as late would be missing from the sum over all replicas that "
+            f"{collective[0]!r} waits for; give {collective[0]!r} topology=flowml.ParameterServer(), or let {name!r} "
+            f"wait for all {replicas} replicas with quorum=Quorum(1.0)"
+        )
     notes = [_idle_quorum(name, p, replicas) for name, p in clocked.items()]
+    if collective and replicas == 1:
+        notes.append(f"{collective[0]!r} ({policies[collective[0]].describe()}): one replica has nothing to add up")
     if dropping and len({p.every.push for p in clocked.values()}) > 1:
         notes.append(
             "layers push at different rhythms under a quorum that drops: a replica that misses the last push of the "

@@ -13,16 +13,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flowml.errors import PolicyError
+from flowml.policy.topology import TOPOLOGIES, ParameterServer, Topology
+from flowml.policy.topology import describe as describe_topology
 
 UNBOUNDED = math.inf
 """A staleness without bound: a read never waits for anybody."""
 
 _ROUNDING = 1e-9  # 1 - 1/3 of three members is two of them, whatever binary fractions make of it
 
-
-@dataclass(frozen=True)
-class ParameterServer:
-    """Every layer has one home, which holds its parameters and optimizer state and applies what replicas send."""
+_SERVER = ParameterServer()
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,8 @@ class Policy:
     """How one layer is kept in step. `Policy()` is synchronous data parallelism: nothing read is ever old.
 
     Attributes:
-        topology: who sends to whom.
+        topology: who sends to whom: `ParameterServer()`, or one of `AllReduce()`, `Ring()`, `Tree()`, `Hierarchy()`,
+            with which all replicas add up every gradient together.
         staleness: how many clocks a read may be behind (0 synchronous, n bounded, `UNBOUNDED`).
         quorum: what completes a clock. Left out: all replicas when the staleness is 0, else none has to wait
             and each contribution is applied on arrival (Dean et al., Downpour; Ho et al., stale synchronous).
@@ -119,7 +119,7 @@ class Policy:
         PolicyError: for a composition that is not sound, or a part that is not available yet.
     """
 
-    topology: ParameterServer
+    topology: Topology
     staleness: float
     quorum: Quorum
     every: Every
@@ -129,7 +129,7 @@ class Policy:
 
     def __init__(
         self,
-        topology: ParameterServer = ParameterServer(),
+        topology: Topology = _SERVER,
         staleness: float = 0,
         quorum: Quorum | None = None,
         every: Every | int = 1,
@@ -159,8 +159,13 @@ class Policy:
         """Whether the layer commits clock by clock. False: each contribution is applied when it arrives."""
         return self.quorum.late != "fold"
 
+    @property
+    def collective(self) -> bool:
+        """Whether replicas add up their gradients among themselves."""
+        return not isinstance(self.topology, ParameterServer)
+
     def describe(self) -> str:
-        """A few words for tables: `"sync"`, `"every 4"`, `"async ≤3, factors"`, `"quorum 0.75 drop"`."""
+        """A few words for tables: `"sync"`, `"every 4"`, `"async ≤3, factors"`, `"sync, ring"`."""
         bound = "" if self.staleness == UNBOUNDED else f" ≤{self.staleness}"
         words: list[str] = []
         if not self.clocked:
@@ -172,6 +177,8 @@ class Policy:
         if self.clocked and self.quorum != Quorum(1.0):
             words.append(f"quorum {self.quorum.count_or_fraction} {self.quorum.late}")
         words = words or ["sync"]
+        if self.collective:
+            words.append(describe_topology(self.topology))
         if isinstance(self.payload, Factors):
             words.append("factors")
         if self.apply == "sum":
@@ -218,7 +225,7 @@ def _available(knob: str, value: object, choices: tuple[str, ...], where: str = 
 def _check_parts(policy: Policy) -> None:
     """Each knob holds something that works today."""
     kinds: tuple[tuple[str, object, tuple[type, ...]], ...] = (
-        ("topology", policy.topology, (ParameterServer,)),
+        ("topology", policy.topology, TOPOLOGIES),
         ("quorum", policy.quorum, (Quorum,)),
         ("payload", policy.payload, (Gradient, Factors)),
     )
@@ -234,6 +241,8 @@ def _check_parts(policy: Policy) -> None:
 def _check_sound(policy: Policy) -> None:
     """The knobs go together."""
     quorum, stale = policy.quorum, policy.staleness
+    if policy.collective:
+        _check_collective(policy)
     folding = f"Quorum({quorum.count_or_fraction}, late='fold')"
     if isinstance(policy.payload, Factors) and policy.every.push > 1:
         raise PolicyError(
@@ -255,4 +264,24 @@ def _check_sound(policy: Policy) -> None:
             f"quorum={quorum} with staleness=UNBOUNDED is not sound: replicas would run ahead of the clocks that "
             f"the quorum completes, and their contributions pile up without bound; give a finite staleness, or "
             f"leave quorum out"
+        )
+
+
+def _check_collective(policy: Policy) -> None:
+    """What a sum over all replicas can do."""
+    topology = f"topology={policy.topology!r}"
+    if policy.staleness:
+        raise PolicyError(
+            f"{topology} with staleness={policy.staleness} is not available yet: replicas add up each clock together "
+            "before the next is read; use staleness=0, or topology=flowml.ParameterServer()"
+        )
+    if policy.quorum != Quorum(1.0):
+        raise PolicyError(
+            f"{topology} with quorum={policy.quorum} is not sound: a sum over all replicas takes the gradient of each, "
+            "so none can be left out; leave quorum out, or use topology=flowml.ParameterServer()"
+        )
+    if isinstance(policy.payload, Factors):
+        raise PolicyError(
+            f"{topology} with payload=Factors() is not sound: the factors of different replicas cannot be added up "
+            "without forming the products they stand for; use payload=Gradient(), or topology=flowml.ParameterServer()"
         )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from flowml.plan import ArraySpec, Plan, StoreSpec
 from flowml.render.page import SCRIPT, STYLE
 from flowml.render.program_text import device_lists
-from flowml.render.scene import headline, push_text, spec_text
+from flowml.render.scene import headline, home_text, push_text, spec_text
 from flowml.render.svg import draw_svg, escape_text
 from flowml.render.text import compare_with_one_device, why
 from flowml.render.theme import stylesheet
@@ -119,7 +119,7 @@ def _layers(stores: Sequence[StoreSpec]) -> str:
         (
             s.name,
             s.policy,
-            s.home,
+            home_text(s),
             bytes_text(s.nbytes),
             push_text(s),
             str(s.every),

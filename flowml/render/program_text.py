@@ -98,4 +98,5 @@ def _push(plan: Plan, index: int, part: int) -> str:
         return f"store {index}"
     store = plan.training.stores[index]
     what = "factors" if store.parts[part].factors else "gradient"
-    return f"{clip(store.name, _NAME)} → its home  {what}, {bytes_text(store.parts[part].nbytes)}"
+    where = "the sum of all replicas" if store.collective else "its home"
+    return f"{clip(store.name, _NAME)} → {where}  {what}, {bytes_text(store.parts[part].nbytes)}"

@@ -150,6 +150,11 @@ def push_text(store: StoreSpec) -> str:
     return bytes_text(pushed) if pushed == plain else f"{bytes_text(pushed)} (gradient {bytes_text(plain)})"
 
 
+def home_text(store: StoreSpec) -> str:
+    """Where it is kept: on a device, or a copy with every replica."""
+    return f"all {len(store.homes)} replicas" if store.collective else store.home
+
+
 @dataclass
 class _Walk:
     """One pass over a device's program: which box, or which message, fills the buffers that a task uses.
@@ -166,9 +171,9 @@ class _Walk:
     receivers: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
 
     def __post_init__(self) -> None:
-        """Adding gradients up between microbatches is not worth a box."""
+        """Adding gradients up between microbatches, and packing them, is not worth a box."""
         stores = self.plan.training.stores if self.plan.training else ()
-        self.housekeeping = {p.accumulate for s in stores for p in s.parts} - {None}
+        self.housekeeping = {t for s in stores for p in s.parts for t in (p.accumulate, p.pack)} - {None}
 
     def run(self) -> None:
         origin: dict[int, str | int] = {}  # buffer -> the box that made it, or the message that brought it
@@ -293,7 +298,7 @@ def _card(plan: Plan, walk: _Walk, partition: Partition, levels: Mapping[str, in
     if peak is not None:
         facts.append(f"peak {bytes_text(peak)}")
     stores = plan.training.stores if plan.training else ()
-    homes = tuple(s.name for s in stores if s.home == partition.device)
+    homes = tuple(s.name for s in stores if partition.device in s.copies)
     return Card(
         partition.device, tuple(facts), tuple(replace(b, level=levels[b.id]) for b in walk.boxes.values()), homes
     )
@@ -331,12 +336,12 @@ def _message_detail(message: Message, times: int) -> str:
 def _cylinder(index: int, store: StoreSpec) -> Cylinder:
     stage = min((p.stage for p in store.parts), default=0)
     every = f" every {store.every}" if store.every > 1 else ""
-    facts = (store.policy, f"push {push_text(store)}{every}", f"home {store.home}")
+    facts = (store.policy, f"push {push_text(store)}{every}", f"home {home_text(store)}")
     detail = "\n".join(
         [
             f"{store.name}: {bytes_text(store.nbytes)} in {plural(len(store.leaves), 'leaf', 'leaves')}",
             f"policy: {store.policy}",
-            f"home: {store.home}",
+            f"home: {home_text(store)}",
             f"read by: {listed(store.readers, 8)}",
             f"one contribution: {push_text(store)}",
             *store.paths[:12],

@@ -6,11 +6,13 @@ that no name can forge a row.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from flowml.plan import ArraySpec, Choice, Estimate, Plan, PlanLink, StoreSpec, Training, Transfer
+from flowml.policy.topology import sent_bytes
 from flowml.render.program_text import device_lists
-from flowml.render.scene import headline, push_text, spec_text
+from flowml.render.scene import headline, home_text, push_text, spec_text
 from flowml.render.timeline import timeline
 from flowml.render.units import bytes_text, clip, flops_text, plural, rate_text, seconds_text
 
@@ -169,7 +171,8 @@ def _links(links: Sequence[PlanLink]) -> str:
 
 
 def _training(training: Training) -> str:
-    return "\n\n".join((_grid(training), _stores(training.stores), _pushed(training.stores)))
+    stores = training.stores
+    return "\n\n".join(s for s in (_grid(training), _stores(stores), _pushed(stores), _reduced(stores)) if s)
 
 
 def _grid(training: Training) -> str:
@@ -188,7 +191,7 @@ def _stores(stores: Sequence[StoreSpec]) -> str:
         (
             s.name,
             s.policy,
-            s.home,
+            home_text(s),
             bytes_text(s.nbytes),
             push_text(s),
             str(s.every),
@@ -207,6 +210,22 @@ def _pushed(stores: Sequence[StoreSpec]) -> str:
     if not stores or pushed >= plain:
         return f"  Each replica pushes {bytes_text(plain)} a step, its plain gradients."
     return f"  Each replica pushes {bytes_text(pushed)} a step; plain gradients would take {bytes_text(plain)}."
+
+
+def _reduced(stores: Sequence[StoreSpec]) -> str:
+    """What replicas add up among themselves: how many buckets, by which schedules, and what that makes each send."""
+    buckets = [(s, p, p.reduction) for s in stores for p in s.parts if p.reduction is not None]
+    if not buckets:
+        return ""
+    schedules = Counter(f"{r.schedule}{f' {r.fanout}' if r.fanout else ''}" for _, _, r in buckets)
+    known = ", ".join(f"{count} by {name}" for name, count in schedules.items())
+    summed = sum(p.nbytes / s.every for s, p, _ in buckets)
+    sent = sum(len(r.workers) * sent_bytes(r.schedule, p.nbytes, len(r.workers)) / s.every for s, p, r in buckets)
+    workers = {w for _, _, r in buckets for w in r.workers}
+    return (
+        f"  Replicas add up {bytes_text(summed)} a step in {plural(len(buckets), 'bucket')} ({known}); "
+        f"each worker sends {bytes_text(sent / len(workers))} for that on average."
+    )
 
 
 def _notes(notes: Sequence[str]) -> str:

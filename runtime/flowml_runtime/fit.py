@@ -100,6 +100,8 @@ class Fit:
         self._ledger = Ledger(self._work)
         self._history = History(training, self._work.clocks_per_epoch, compiled.aux_tree, compiled.aux_slots)
         self._values: dict[int, tuple[int, Sequence[Any]]] = {}
+        self._homes = {(i, worker_of(home)) for i, s in enumerate(training.stores) for home in s.copies}
+        self._finished: set[tuple[int, str]] = set()
         self._traffic: dict[str, list[tuple[int, ...]]] = {}
         self._retired: set[tuple[int, int]] = set()
         self._slots = _slots_by_device(handle)
@@ -184,7 +186,8 @@ class Fit:
             for i, spec in zip(store.state, store.state_specs, strict=True):
                 arrays.append(np.asarray(_as_buffer(state[i]), buffer_struct(spec).dtype))
             message = StoreValue(**self._ids, store=index, version=0, specs=specs)
-            self._session.endpoint.send(worker_of(store.home), message, arrays)
+            for worker in dict.fromkeys(map(worker_of, store.copies)):
+                self._session.endpoint.send(worker, message, arrays)
         if shipped:
             self._ship()
 
@@ -204,7 +207,7 @@ class Fit:
 
     def _is_over(self) -> bool:
         everyone = sum(len(r) for r in self._training.replicas)
-        return len(self._values) == len(self._training.stores) and len(self._retired) == everyone
+        return self._finished == self._homes and len(self._retired) == everyone
 
     def _take(self, peer: str, message: Any, arrays: Sequence[Any]) -> None:
         if isinstance(message, _Lost):
@@ -229,7 +232,9 @@ class Fit:
             case Report():
                 self._history.report(message, arrays)
             case StoreValue():
-                self._values[message.store] = (message.version, arrays)
+                self._finished.add((message.store, peer))
+                if peer == worker_of(self._training.stores[message.store].home):
+                    self._values[message.store] = (message.version, arrays)
             case Traffic():
                 self._traffic[message.worker] = list(message.stores)
             case Retired():

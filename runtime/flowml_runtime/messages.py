@@ -279,7 +279,7 @@ class Batch(_Wire, frozen=True):
 
 
 class StoreValue(_Wire, frozen=True):
-    """A store's parameters and optimizer state: driver to home at the start, home to driver at the end."""
+    """A store's parameters and optimizer state: driver to homes; back at the end, from the first with the values."""
 
     plan_id: Name
     run: Count

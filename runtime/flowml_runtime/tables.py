@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flowml.plan import Plan
+from flowml.render.scene import home_text
 from flowml.render.units import bytes_text
 
 
@@ -22,7 +23,7 @@ def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], *, steps: 
             (
                 store.name,
                 store.policy,
-                store.home.split("/", 1)[0],
+                home_text(store) if store.collective else store.home.split("/", 1)[0],
                 bytes_text(store.nbytes),
                 str(counts.get("pushes", 0)),
                 bytes_text(pushed),

@@ -51,6 +51,19 @@ def test_an_item_must_not_be_half_used() -> None:
     assert check_composition({"conv": policies.synchronous(), "fc": policies.asynchronous()}, replicas=4) == ()
 
 
+def test_a_sum_over_all_replicas_cannot_lack_an_item() -> None:
+    mixed = {"conv": policies.quorum(0.75), "fc": policies.all_reduce()}
+    with pytest.raises(PolicyError, match=r"'conv' .* with 'fc' \(sync, all-reduce\) .*missing from the sum"):
+        check_composition(mixed, replicas=4)
+    assert check_composition(mixed, replicas=3) == ("'conv': Quorum(0.75) of 3 can never drop",)
+    assert check_composition({"conv": policies.asynchronous(), "fc": policies.all_reduce()}, replicas=4) == ()
+
+
+def test_one_replica_has_nothing_to_add_up() -> None:
+    (note,) = check_composition({"a": policies.all_reduce(), "b": policies.all_reduce()}, replicas=1)
+    assert note == "'a' (sync, all-reduce): one replica has nothing to add up"
+
+
 def test_a_quorum_that_cannot_drop_is_remarked_upon_once() -> None:
     notes = check_composition({"a": policies.quorum(0.75), "b": Policy(), "c": Policy(quorum=Quorum(5))}, replicas=2)
     assert notes == ("'a': Quorum(0.75) of 2 can never drop", "'c': Quorum(5) of 2 can never drop")

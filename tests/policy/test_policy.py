@@ -14,7 +14,20 @@ import pytest
 
 from flowml import policies
 from flowml.errors import PolicyError
-from flowml.policy import UNBOUNDED, Every, Factors, Gradient, ParameterServer, Policy, Quorum
+from flowml.policy import (
+    UNBOUNDED,
+    AllReduce,
+    Every,
+    Factors,
+    Gradient,
+    Hierarchy,
+    ParameterServer,
+    Policy,
+    Quorum,
+    Ring,
+    Tree,
+)
+from flowml.policy.topology import choose, sent_bytes
 
 
 def test_the_default_is_synchronous_data_parallelism() -> None:
@@ -67,6 +80,11 @@ make_quorum: Any = Quorum
         (lambda: make_quorum(0.75, late="requeue"), "late='drop' or late='fold'"),
         (lambda: Every(push=4, pull=2), "leave pull out"),
         (lambda: make_policy(staleness=3, quorum=Quorum(2, late="fold")), "late='drop'"),
+        (lambda: make_policy(topology=AllReduce(), staleness=1), "use staleness=0, or topology=flowml.ParameterServer"),
+        (lambda: make_policy(topology=Ring(), staleness=UNBOUNDED), "staleness=inf"),
+        (lambda: make_policy(topology=Ring(), staleness=1, quorum=Quorum(1.0)), "before the next is read"),
+        (lambda: Hierarchy(local=Ring()), "give local=flowml.AllReduce"),  # pyright: ignore[reportArgumentType]
+        (lambda: Hierarchy(remote=Tree()), "give remote=flowml.Ring"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_what_is_not_available_yet_says_what_is(make: Callable[[], object], reason: str) -> None:
@@ -83,7 +101,8 @@ def test_what_is_not_available_yet_says_what_is(make: Callable[[], object], reas
         (lambda: make_policy(filters=5), "filters=5 is not available yet; leave filters out"),
         (
             lambda: make_policy(topology="ring"),
-            "topology='ring' is not available yet; give topology=flowml.ParameterServer()",
+            "topology='ring' is not available yet; give topology=flowml.ParameterServer() or flowml.AllReduce() or "
+            "flowml.Ring() or flowml.Tree() or flowml.Hierarchy()",
         ),
     ],
 )
@@ -111,6 +130,11 @@ def test_a_refusal_names_the_knob_the_value_and_the_fix(make: Callable[[], objec
         (lambda: Quorum(1.5), "give an int"),
         (lambda: Quorum(True), "fraction like"),
         (lambda: make_quorum("all"), "'all'"),
+        (lambda: make_policy(topology=Ring(), quorum=Quorum(0.75)), "none can be left out; leave quorum out"),
+        (lambda: make_policy(topology=Tree(2), quorum=Quorum(1)), r"topology=Tree\(fanout=2\) with quorum=Quorum\(1\)"),
+        (lambda: make_policy(topology=AllReduce(), payload=Factors()), "use payload=Gradient"),
+        (lambda: Tree(0), r"Tree\(fanout=0\)"),
+        (lambda: Tree(2.0), r"Tree\(fanout=2.0\)"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_an_unsound_policy_cannot_be_made(make: Callable[[], object], reason: str) -> None:
@@ -131,10 +155,21 @@ def test_an_unsound_policy_cannot_be_made(make: Callable[[], object], reason: st
         (policies.quorum(3, every=2, staleness=1), "stale ≤1, every 2, quorum 3 drop"),
         (policies.quorum(1, late="fold", staleness=2), "async ≤2"),
         (policies.synchronous(apply="sum"), "sync, sum"),
+        (policies.all_reduce(), "sync, all-reduce"),
+        (policies.all_reduce(every=4, apply="sum"), "every 4, all-reduce, sum"),
+        (policies.synchronous(topology=Ring()), "sync, ring"),
+        (policies.every(2, topology=Tree(fanout=3)), "every 2, tree 3"),
+        (policies.synchronous(topology=Hierarchy()), "sync, hierarchy"),
     ],
 )
 def test_short_names_are_compositions(policy: Policy, text: str) -> None:
     assert policy.describe() == text
+
+
+def test_what_a_schedule_makes_each_rank_send() -> None:
+    assert sent_bytes("ring", 300, 3) == sent_bytes("direct", 300, 3) == sent_bytes("tree", 300, 3) == 400
+    assert [sent_bytes("doubling", 300, ranks) for ranks in (1, 2, 3, 4, 8)] == [0, 300, 400, 600, 900]
+    assert {choose(1, "ab"), choose(10**9, "ab"), choose(10**9, "aa")} == {"doubling", "ring", "direct"}
 
 
 def test_policies_need_no_jax() -> None:

@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flowml.policy.topology import DOUBLING_BYTES, DOUBLING_BYTES_APART
 from flowml_runtime.protocol.collective import (
-    DOUBLING_BYTES,
-    DOUBLING_BYTES_APART,
     WINDOW,
     Action,
     AllReduce,

@@ -33,6 +33,7 @@ def part(
 
 CLOCKED = StoreTerms(stages=(0,), need=2)
 DROPPING = StoreTerms(stages=(0,), need=1)
+SUMMED = StoreTerms(stages=(0, 1), need=2, every=2, collective=True)
 ARRIVING = StoreTerms(stages=(0, 1), clocked=False, staleness=3)
 
 
@@ -200,3 +201,27 @@ def test_parts_that_disagree_on_their_weight_are_refused() -> None:
     machine.step(part(0, 0, handle=1, weight=2))
     with pytest.raises(ProtocolError, match="has weight 4, another part of it 2"):
         machine.step(part(0, 0, handle=2, part=1, weight=4))
+
+
+def test_a_sum_over_all_replicas_is_applied_when_it_is_complete_and_moves_all_clocks() -> None:
+    machine = home(SUMMED, clocks=3)
+    assert machine.step(part(0, 1, handle=1, weight=8)) == []
+    applied = Apply(0, 1, (((1, 2), 1 / 8),))
+    assert machine.step(part(0, 1, handle=2, part=1, weight=8)) == [applied, Publish(0, 1, (2, 2))]
+    assert machine.step(part(0, 1, handle=3, weight=8)) == [Release(3)]  # from another worker of the same replicas
+    assert machine.step(Committed(2, (0, 1))) == []
+    with pytest.raises(ProtocolError, match="nothing is due"):
+        machine.step(part(0, 4, handle=4))
+    machine.step(part(0, 2, handle=5, weight=4))
+    assert machine.step(part(0, 2, handle=6, part=1, weight=4))[-1] == Finished(0)
+    assert machine.step(StageRetired(0, 0)) == []
+    machine.validate()
+
+
+def test_a_store_that_is_decided_upon_does_not_hear_of_sums() -> None:
+    machine = home(CLOCKED, StoreTerms(stages=(0,), collective=True))
+    assert machine.step(part(0, 0, handle=1)) == [SendArrived(0, 0, 0)]
+    assert machine.step(part(0, 0, handle=2, store=1)) == [Apply(1, 1, (((2,), 0.5),)), Publish(1, 1, (1, 1))]
+    machine.step(part(1, 0, handle=3))
+    assert machine.step(Committed(0, (0, 1)))[0] == Apply(0, 1, (((1,), 0.25), ((3,), 0.25)))
+    machine.validate()

@@ -71,12 +71,19 @@ def check_reads(run: Run) -> None:
             assert all(sum((who, c) in inside for who in range(run.terms.replicas)) >= terms.need for c in committed)
 
 
+def check_copies(run: Run) -> None:
+    """Every home of a store has made the same versions of it, from the same contributions."""
+    for index, versions in run.applied.items():
+        assert sorted(run.copies[index]) == [(i + 1, *made) for i, made in enumerate(versions)]
+
+
 def check_all(run: Run, *, whole: bool = True) -> ledger.Summary:
     run.go()
     summary = check_ended(run)
     check_items(run, whole=whole)
     check_weights(run)
     check_reads(run)
+    check_copies(run)
     return summary
 
 
@@ -130,6 +137,17 @@ def test_a_sum_counts_steps_not_replicas() -> None:
     assert {factor for version in run.applied[0] for *_, factor in version} == {1 / MICROBATCHES}
 
 
+def test_a_sum_of_all_replicas_is_one_contribution_and_needs_no_decision() -> None:
+    run = make([policies.all_reduce(every=2)], replicas=3, stages=1, clocks=5, items=15, speeds=(1, 5, 2))
+    assert check_all(run).used == 15
+    assert run.commits == []
+    expected = [sum(16 ** (3 * c + r) for c in window for r in range(3)) for window in ((0, 1), (2, 3), (4,))]
+    assert run.applied[0] == [
+        [(0, clock, value, pytest.approx(1 / (3 * steps * MICROBATCHES)))]
+        for clock, value, steps in zip((1, 3, 4), expected, (2, 2, 1), strict=True)
+    ]
+
+
 SYNC, ASYNC = policies.synchronous(), policies.asynchronous()
 COMPOSITIONS: dict[str, tuple[list[Policy], bool]] = {
     "sync": ([SYNC] * 3, True),
@@ -145,6 +163,10 @@ COMPOSITIONS: dict[str, tuple[list[Policy], bool]] = {
     "unbounded": ([ASYNC, policies.asynchronous(every=3), ASYNC], True),
     "mixed": ([SYNC, ASYNC, policies.asynchronous(2, every=2)], True),
     "mixed every": ([ASYNC, policies.every(3), policies.asynchronous(1)], True),
+    "sums": ([policies.all_reduce()] * 3, True),
+    "sums every": ([policies.all_reduce(every=3), policies.all_reduce(every=2), policies.all_reduce()], True),
+    "sums and commits": ([policies.all_reduce(), SYNC, policies.all_reduce(every=2), policies.every(3)], True),
+    "sums and arrivals": ([ASYNC, policies.all_reduce(every=3), policies.all_reduce(), ASYNC], True),
     "stale": ([Policy(staleness=2, quorum=Quorum(1.0))] * 3, True),
     "stale quorum": ([policies.quorum(0.5, staleness=2)] * 3, True),
     "stale quorum every": ([policies.quorum(0.5, staleness=3, every=2)] * 3, True),

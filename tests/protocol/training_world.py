@@ -69,18 +69,40 @@ class Run:
     fates: dict[int, tuple[int, int, str]] = field(default_factory=dict[int, tuple[int, int, str]])
     commits: list[decision.Commit] = field(default_factory=list[decision.Commit])
     dead: set[int] = field(default_factory=set[int])
+    sums: dict[tuple[int, int, int], dict[int, int]] = field(default_factory=dict[Any, Any])
+    copies: dict[int, set[tuple[Any, ...]]] = field(default_factory=lambda: defaultdict(set))
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self.link = Link(self.rng)
         grid = [(r, s) for r in range(self.terms.replicas) for s in range(self.terms.stages)]
         self.stages = {a: Stage(self, *a) for a in grid}
-        self.hosts = {a: HomeHost(self, a, [i for i, h in enumerate(self.homes) if h == a]) for a in set(self.homes)}
+        places = [self._places(i) for i in range(len(self.homes))]
+        self.hosts = {
+            a: HomeHost(self, a, [i for i, found in enumerate(places) if a in found]) for a in set().union(*places)
+        }
         self.ledger = ledger.Ledger(self.work)
         self.decision = decision.Decision(self.terms)
-        clocked = [i for i, s in enumerate(self.terms.stores) if s.clocked]
-        self.leader = self.homes[clocked[0]] if clocked else DRIVER
+        decided = [i for i, s in enumerate(self.terms.stores) if s.decided]
+        self.leader = self.homes[decided[0]] if decided else DRIVER
         self.applied = {i: [] for i in range(len(self.homes))}
+
+    def _places(self, index: int) -> set[Address]:
+        """Where a store is at home: a collective one with every replica."""
+        home = self.homes[index]
+        return {(r, home[1]) for r in range(self.terms.replicas)} if self.terms.stores[index].collective else {home}
+
+    def add_up(self, who: int, value: int, **ids: Any) -> None:
+        """An all-reduce: when the last replica has brought its part, every home gets the sum, sooner or later."""
+        key = (ids["store"], ids["part"], ids["clock"])
+        given = self.sums.setdefault(key, {})
+        assert who not in given, "a replica takes part twice"
+        given[who] = value
+        if len(given) == self.terms.replicas:
+            del self.sums[key]
+            whole = {**ids, "replica": 0, "weight": ids["weight"] * self.terms.replicas}
+            for at in self._places(ids["store"]):
+                self.link.send((at[0], -1), at, lambda at=at: self.hosts[at].receive(sum(given.values()), **whole))
 
     def go(self) -> None:
         for stage in self.stages.values():
@@ -152,12 +174,16 @@ class HomeHost:
         run = self.run
         match action:
             case store.Apply(index, version, contributions):
-                run.applied[index].append([(*self._take(handles), factor) for handles, factor in contributions])
-                assert version == len(run.applied[index])
+                made = [(*self._take(handles), factor) for handles, factor in contributions]
+                run.copies[index].add((version, *made))
+                if self.at == run.homes[index]:
+                    run.applied[index].append(made)
+                    assert version == len(run.applied[index])
             case store.Publish(index, version, clocks):
                 event = replica.StorePublished(index, version, clocks)
                 for stage in run.stages.values():
-                    if stage.at[1] in run.terms.stores[index].stages:
+                    own = stage.at[0] == self.at[0] or not run.terms.stores[index].collective
+                    if own and stage.at[1] in run.terms.stores[index].stages:
                         run.link.send(self.at, stage.at, lambda stage=stage: stage.tell(event))
             case store.SendArrived(index, who, clock):
                 arrived = decision.Arrived(index, who, clock)
@@ -318,9 +344,13 @@ class Stage:
                 return
             total = gathered.push(step.clock, value)
             value, steps = total.value, total.steps
-        self.run.pushed[index].add((self.at[0], step.clock))
-        ids = {"store": index, "part": part, "replica": self.at[0], "clock": step.clock}
+        collective = self.run.terms.stores[index].collective
+        self.run.pushed[index].add((0 if collective else self.at[0], step.clock))
+        ids: dict[str, Any] = {"store": index, "part": part, "replica": self.at[0], "clock": step.clock}
         ids |= {"base_version": self._base[index], "weight": steps * MICROBATCHES}
+        if collective:
+            self.run.add_up(self.at[0], value, **ids)
+            return
         host = self.run.hosts[self.run.homes[index]]
         self._send(host.at, lambda: host.receive(value, **ids))
         if self.run.rng.random() < self.run.twice:
@@ -346,7 +376,8 @@ def make(
     for i, p in enumerate(rules):
         home = i % stages
         shared = (0, stages - 1) if i % 3 == 2 and stages > 1 else (home,)
-        stores.append(StoreTerms(shared, p.clocked, p.quorum.need(replicas), p.every.push, p.staleness, p.apply))
+        need, every = p.quorum.need(replicas), p.every.push
+        stores.append(StoreTerms(shared, p.clocked, need, every, p.staleness, p.apply, p.collective))
         homes.append((i % replicas if homes_on is None else homes_on, home))
     items = items or replicas * 4
     terms = Terms(replicas, stages, MICROBATCHES, tuple(stores), clocks)

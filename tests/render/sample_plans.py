@@ -1,13 +1,16 @@
 """Plans made by hand, for the renderers: small, complete and independent of the compiler.
 
 `pipeline_plan` is an inference of two stages; `training_plan` is two stages on each of four replicas, with
-a different policy for every layer; `hostile_plan` is the pipeline with every name chosen to break a format.
+a different policy for every layer, `all_reduce_plan` the same with sums among replicas; `hostile_plan` is the
+pipeline with every name chosen to break a format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
+
+from msgspec.structs import replace
 
 from flowml.plan import (
     ArraySpec,
@@ -27,6 +30,7 @@ from flowml.plan import (
     Push,
     Read,
     Recv,
+    Reduction,
     Run,
     Send,
     StoreSpec,
@@ -272,3 +276,23 @@ def training_plan(replicas: int = 4) -> Plan:
             schedule="1f1b",
         ),
     )
+
+
+def all_reduce_plan(replicas: int = 4) -> Plan:
+    """As `training_plan`, with `conv1` and `fc2` added up among the replicas."""
+    plan = training_plan(replicas)
+    assert plan.training is not None
+    grid = plan.training.replicas
+    stores = list(plan.training.stores)
+    for index, schedule in ((0, "doubling"), (3, "ring")):
+        store = stores[index]
+        (part,) = store.parts
+        homes = tuple(r[part.stage] for r in grid)
+        workers = tuple(h.partition("/")[0] for h in homes)
+        hosts = tuple(range(len(workers)))
+        size = sum(s.nbytes for s in part.payload) // 4
+        part = replace(part, payload=(f32(size),), reduction=Reduction(schedule, workers, hosts))
+        stores[index] = replace(
+            store, parts=(part,), home=homes[0], homes=homes, every=1, staleness=0.0, clocked=True, policy="sync"
+        )
+    return replace(plan, training=replace(plan.training, stores=tuple(stores)))

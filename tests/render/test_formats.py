@@ -23,6 +23,7 @@ PLANS = {
     "pipeline": sample_plans.pipeline_plan(),
     "training": sample_plans.training_plan(),
     "one replica": sample_plans.training_plan(1),
+    "all-reduce": sample_plans.all_reduce_plan(),
     "many replicas": sample_plans.training_plan(20),
     "hostile": sample_plans.hostile_plan(),
 }
@@ -116,6 +117,13 @@ def test_html_shows_hostile_names_as_text_only() -> None:
     page = _Page(draw_html(PLANS["hostile"]))
     assert "<script>alert('x')</script>" in page.text["td"]
     assert "alert('x')" not in page.text["script"]
+
+
+def test_a_store_with_a_copy_for_each_replica_is_shown_as_such() -> None:
+    plan = PLANS["all-reduce"]
+    text = " ".join(ElementTree.fromstring(draw_svg(plan)).itertext())
+    assert "home all 4 replicas" in text
+    assert "all 4 replicas" in _Page(draw_html(plan)).text["td"]
 
 
 def test_html_has_every_table() -> None:

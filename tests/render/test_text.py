@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from flowml.plan import Choice
@@ -48,6 +50,20 @@ def test_explain_names_the_choice_the_alternatives_and_the_reason() -> None:
     assert "→  pipeline of 2" in text
     assert "stage 2 would wait for the link" in text
     assert "one device would take 9.3 ms, but 4.39 MiB of memory where the chosen one takes 4.01 MiB." in text
+
+
+def test_explain_says_what_replicas_add_up() -> None:
+    plan = sample_plans.all_reduce_plan()
+    text = explain(plan)
+    assert re.search(r"\n  fc2 +sync +all 4 replicas", text)
+    stores = plan.training.stores if plan.training else ()
+    doubling, ring = (stores[i].push_bytes for i in (0, 3))
+    assert (
+        f"  Replicas add up {bytes_text(doubling + ring)} a step in 2 buckets (1 by doubling, 1 by ring); "
+        f"each worker sends {bytes_text((2 * doubling * 4 + 1.5 * ring * 4) / 8)} for that on average."
+    ) in text
+    assert "fc2 → the sum of all replicas  gradient" in draw_text(plan)
+    assert "add up" not in explain(sample_plans.training_plan())
 
 
 def test_explain_says_when_one_device_would_be_faster() -> None:

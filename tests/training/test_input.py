@@ -76,10 +76,14 @@ POLICIES: list[tuple[dict[str, Any], str]] = [
         {"fc0*": fm.policies.asynchronous(), "fc1*": fm.policies.quorum(0.5)},
         r"'fc1/bias' \(quorum 0.5 drop\) with 'fc0/bias' \(async\) is not sound: .* staleness=0 or a quorum= that",
     ),
+    (
+        {"fc0*": fm.policies.all_reduce(), "fc1*": fm.policies.quorum(0.5)},
+        r"'fc1/bias' \(quorum 0.5 drop\) with 'fc0/bias' \(sync, all-reduce\) is not sound: .* topology=",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("policies", "message"), POLICIES, ids=["pattern", "value", "composition"])
+@pytest.mark.parametrize(("policies", "message"), POLICIES, ids=["pattern", "value", "composition", "sums"])
 def test_policies(threads_cluster: fm.Cluster, policies: dict[str, Any], message: str) -> None:
     with pytest.raises(PolicyError, match=message):
         fit(threads_cluster, policies=policies, replicas=2)
@@ -99,8 +103,15 @@ def test_an_optimizer_that_couples_layers_of_different_policies(threads_cluster:
         (lambda: fm.policies.quorum(0.5, staleness=fm.UNBOUNDED), r"staleness=UNBOUNDED is not sound"),
         (lambda: fm.Quorum(0.0), r"a fraction lies in \(0, 1\]"),
         (lambda: fm.policies.every(0), r"an int of at least 1"),
+        (
+            lambda: fm.policies.quorum(0.5, topology=fm.Ring()),
+            r"topology=Ring\(\) with quorum=Quorum\(0.5\) is not sound",
+        ),
+        (lambda: fm.policies.asynchronous(topology=fm.AllReduce()), r"with staleness=inf is not available yet"),
+        (lambda: fm.policies.factors(topology=fm.Tree()), r"with payload=Factors\(\) is not sound"),
+        (lambda: fm.Policy(topology=fm.Ring), r"topology=<class .* is not available yet; give topology="),  # pyright: ignore
     ],
-    ids=["factors", "fold", "unbounded", "nobody", "never"],
+    ids=["factors", "fold", "unbounded", "nobody", "never", "some", "stale sums", "sums of factors", "a class"],
 )
 def test_policies_that_are_not_sound(make: Any, message: str) -> None:
     with pytest.raises(PolicyError, match=message):

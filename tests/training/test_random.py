@@ -68,6 +68,9 @@ WAITING = st.sampled_from(
         fm.policies.asynchronous(staleness=2, every=2),
         fm.Policy(staleness=1, quorum=fm.Quorum(1.0)),
         fm.policies.every(2, apply="sum"),
+        fm.policies.all_reduce(),
+        fm.policies.every(3, topology=fm.Ring()),
+        fm.policies.all_reduce(every=2, apply="sum"),
     ]
 )
 DROPPING = st.sampled_from(
@@ -79,7 +82,7 @@ DROPPING = st.sampled_from(
         fm.policies.quorum(0.75, payload=fm.Factors()),
     ]
 )
-SYNCHRONOUS = (fm.Policy(), fm.policies.factors())
+SYNCHRONOUS = (fm.Policy(), fm.policies.factors(), fm.policies.all_reduce(), fm.Policy(topology=fm.Tree(2)))
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def settings(draw: st.DrawFn) -> Setting:
 
 @hypothesis.given(setting=settings())
 @hypothesis.settings(
-    max_examples=12, suppress_health_check=[*hypothesis.HealthCheck], phases=[hypothesis.Phase.generate]
+    max_examples=16, suppress_health_check=[*hypothesis.HealthCheck], phases=[hypothesis.Phase.generate]
 )
 def test_any_composition(threads_cluster: fm.Cluster, setting: Setting) -> None:
     model, optimizer = setting.model, optax.sgd(0.05, momentum=0.9)
@@ -151,7 +154,7 @@ def test_any_composition(threads_cluster: fm.Cluster, setting: Setting) -> None:
 
 
 @hypothesis.given(names=st.permutations(["l0*", "l1*", "out*"]), waiting=WAITING, dropping=DROPPING)
-@hypothesis.settings(max_examples=6, suppress_health_check=[*hypothesis.HealthCheck])
+@hypothesis.settings(max_examples=8, suppress_health_check=[*hypothesis.HealthCheck])
 def test_a_mixture_of_dropping_and_arriving_never_runs(
     threads_cluster: fm.Cluster, names: list[str], waiting: fm.Policy, dropping: fm.Policy
 ) -> None:
@@ -162,7 +165,7 @@ def test_a_mixture_of_dropping_and_arriving_never_runs(
         model.loss, optax.sgd(0.1), cluster=threads_cluster, replicas=3, placement=fm.Pipeline(1), policies=policies
     )
     batch = {k: jax.ShapeDtypeStruct((12, *v.shape[1:]), v.dtype) for k, v in SOURCE.items()}
-    unsound = not waiting.clocked and not dropping.quorum.never_drops(3)
+    unsound = (waiting.collective or not waiting.clocked) and not dropping.quorum.never_drops(3)
     try:
         trainer.plan(model.params(), batch)
     except PolicyError as error:

@@ -23,7 +23,7 @@ import queue
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -236,8 +236,8 @@ class Group:
     ) -> None:
         """`members` in the order of their ranks; `hosts` names each one's machine (all the same if left out)."""
         self.rank = list(members).index(me)
-        self.sent_bytes = 0
-        """Of arrays, to other members."""
+        self._sent: Counter[int] = Counter()
+        """Bytes of arrays to other members, by bucket. One thread at a time writes for a bucket."""
         self._identity = identity
         self._members = tuple(members)
         self._ranks = {name: rank for rank, name in enumerate(members)}
@@ -262,9 +262,20 @@ class Group:
         for thread in self._threads:
             thread.start()
 
-    def all_reduce(self, bucket: int, clock: int, arrays: Sequence[Array]) -> Future[Sums]:
+    @property
+    def sent_bytes(self) -> int:
+        return sum(self._sent.values())
+
+    def take_sent_bytes(self, bucket: int) -> int:
+        """How much was sent for a bucket, where none is under way, since this was last asked."""
+        return self._sent.pop(bucket, 0)
+
+    def all_reduce(
+        self, bucket: int, clock: int, arrays: Sequence[Array], schedule: Schedule | None = None
+    ) -> Future[Sums]:
         """The sums over all members, in arrays like the given ones, which must not change any more.
 
+        By this schedule, the same on all members, or the one that `pick` finds.
         Several arrays are of one dtype and are laid one after the other; a single one is not copied. The future raises
         WorkerLostError or DeadlineError, naming the bucket and the member that is missing. Raises UnsupportedError for
         a dtype that cannot be added, ProtocolError for a bucket that is under way.
@@ -274,7 +285,7 @@ class Group:
         accumulator(source.dtype)
         name = f"bucket {bucket} at clock {clock}"
         future: Future[Sums] = Future(f"the all-reduce of {name}", lambda total: _parts(total, shapes))
-        schedule = self._pick(source.nbytes, self._hosts)
+        schedule = schedule or self._pick(source.nbytes, self._hosts)
         if not source.size or schedule.ranks == 1:
             future.complete(source)
             return future
@@ -427,7 +438,7 @@ class Group:
             take=action.take,
             specs=(_spec(values.dtype, values.size),),
         )
-        self.sent_bytes += values.nbytes
+        self._sent[bucket] += values.nbytes
         self._send(self._members[action.peer], message, (values,))
 
     def _drop(self, flight: _Flight) -> None:

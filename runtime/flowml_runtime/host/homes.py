@@ -20,9 +20,10 @@ from flowml_runtime.protocol import store as protocol
 
 @dataclass
 class _Held:
-    """A store's value: parameters and optimizer state, and what its apply task needs to be called."""
+    """A store's value on device `home`: parameters and optimizer state, and what its apply task needs to be called."""
 
     spec: StoreSpec
+    home: str
     apply: TaskFunction
     program: LoadedProgram
     params: list[Array]
@@ -37,7 +38,7 @@ class Homes:
         self._run = run
         self._programs = programs
         self._specs = run.training.stores
-        mine = [i for i, s in enumerate(self._specs) if worker_of(s.home) == run.me]
+        mine = [i for i, s in enumerate(self._specs) if any(worker_of(home) == run.me for home in s.copies)]
         self._machine = protocol.Home(run.terms, mine)
         self._held: dict[int, _Held] = {}
         self._payloads: dict[int, Sequence[Array]] = {}
@@ -46,12 +47,13 @@ class Homes:
     def load(self, message: StoreValue, arrays: Sequence[Array]) -> None:
         """Take in a store's first value: parameters, then state."""
         spec = self._specs[message.store]
-        program = self._programs[spec.home]
+        home = next(h for h in spec.copies if worker_of(h) == self._run.me)
+        program = self._programs[home]
         split = len(spec.specs)
         payload = [s for p in spec.parts for s in p.payload]
         zeros = tuple(np.zeros(b.shape, b.dtype) for b in map(buffer_struct, payload))
         self._held[message.store] = _Held(
-            spec, program.tasks[spec.apply], program, list(arrays[:split]), list(arrays[split:]), zeros
+            spec, home, program.tasks[spec.apply], program, list(arrays[:split]), list(arrays[split:]), zeros
         )
         self.step(protocol.StoreLoaded(message.store, message.version))
 
@@ -103,7 +105,7 @@ class Homes:
         held.params, held.state = list(results[:split]), list(results[split:])
         if self._run.recorder.on:
             jax.block_until_ready(results)  # else its end would not be seen
-            lane, step = f"{spec.home} home", self._run.step_of(action.version)
+            lane, step = f"{held.home} home", self._run.step_of(action.version)
             self._run.recorder.add(Span(lane, "apply", f"store {spec.name}", step, 0, 0, "", began, now_ns()))
 
     def _publish(self, action: protocol.Publish) -> None:
@@ -118,7 +120,7 @@ class Homes:
             clocks=action.clocks,
             specs=specs,
         )
-        for worker in dict.fromkeys(worker_of(d) for d in held.spec.readers):
+        for worker in dict.fromkeys(worker_of(d) for d in held.spec.read_from((held.home,))):
             self._run.count_publish(action.store, sum(s.nbytes for s in specs), worker)
             self._run.send(worker, message, values)
 
@@ -131,11 +133,13 @@ class Homes:
         # Seats may have retired, and told of their traffic, before the last version was published.
         self._run.send(self._run.driver, self._run.traffic())
         held = self._held[store]
+        first = held.home == held.spec.home  # other copies are equal to this one
         message = StoreValue(
             plan_id=self._run.plan_id,
             run=self._run.number,
             store=store,
             version=self._machine.version(store),
-            specs=(*held.spec.specs, *held.spec.state_specs),
+            specs=(*held.spec.specs, *held.spec.state_specs) if first else (),
         )
-        self._run.send(self._run.driver, message, lendable([*held.params, *held.state], held.program.device))
+        values = lendable([*held.params, *held.state], held.program.device) if first else ()
+        self._run.send(self._run.driver, message, values)

@@ -67,7 +67,7 @@ def store_tasks(plan: Plan, device: str) -> tuple[int, ...]:
     if plan.training is None:
         return ()
     stores, replicas = plan.training.stores, plan.training.replicas
-    applied = [s.apply for s in stores if s.home == device]
+    applied = [s.apply for s in stores if device in s.copies]
     gathered = [
         p.accumulate
         for s in stores

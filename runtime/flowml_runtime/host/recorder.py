@@ -21,17 +21,17 @@ _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
-    """Something that a device's executor, its sender or its mailbox did; `lane` says which of a device's three."""
+    """Something that a device's executor, its sender, mailbox, homes or groups did; `lane` says which of them."""
 
     lane: _NAME
     kind: _NAME
-    """"run", "send", "receive", "read", "push", "feed", "fetch", "apply"; or "arrived", a value for a Recv to come."""
+    """"run", "send", "receive", "read", "push", "feed", "fetch", "apply", "reduce"; or "arrived", before its Recv."""
     name: _NAME
     step: int
     microbatch: int
     nbytes: int
     way: _NAME
-    """By which an array travelled."""
+    """By which an array travelled; the schedule of an all-reduce."""
     began_ns: _Nanoseconds
     ended_ns: _Nanoseconds
 

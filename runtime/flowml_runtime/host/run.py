@@ -57,10 +57,10 @@ class Run:
     def __post_init__(self) -> None:
         self.terms = Terms.of(self.training, self.start.total_clocks)
         devices = [d for replica in self.training.replicas for d in replica]
-        homes = [s.home for s in self.training.stores]
+        homes = [home for s in self.training.stores for home in s.copies]
         self.workers = tuple(dict.fromkeys(worker_of(d) for d in (*devices, *homes)))
-        clocked = [s for s in self.training.stores if s.clocked]
-        self.leader = worker_of(clocked[0].home) if clocked else None
+        decided = [s for s in self.training.stores if s.decided]
+        self.leader = worker_of(decided[0].home) if decided else None
 
     @property
     def number(self) -> int:
@@ -110,6 +110,10 @@ class Run:
         self.pushed[store, "bytes"] += nbytes
         if destination != self.me:
             self.pushed[store, "wire"] += nbytes
+
+    def count_crossing(self, store: int, nbytes: int) -> None:
+        """What was sent to other workers to add up a push that is counted already."""
+        self.pushed[store, "wire"] += nbytes
 
     def count_publish(self, store: int, nbytes: int, destination: str) -> None:
         if destination != self.me:

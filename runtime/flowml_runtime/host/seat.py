@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from flowml_runtime.host.executor import StepFault, prepare, run_step
 from flowml_runtime.host.mailbox import Cancelled, Mailbox
 from flowml_runtime.host.outbox import LARGE_BYTES
 from flowml_runtime.host.programs import Array, LoadedProgram, aligned_copy
+from flowml_runtime.host.reductions import Given, Reductions
 from flowml_runtime.host.run import Run, worker_of
 from flowml_runtime.host.services import EdgeServices, lendable
 from flowml_runtime.messages import Contribution, Item, Report
@@ -45,6 +46,7 @@ class Seat(EdgeServices):
         stage: int,
         loaded: LoadedProgram,
         mailbox: Mailbox,
+        reductions: Reductions,
         on_finished: Callable[[Seat, int], None],
         on_fault: Callable[[int, str, BaseException], None],
     ) -> None:
@@ -53,6 +55,7 @@ class Seat(EdgeServices):
         self.replica = replica
         self.stage = stage
         self.machine = Replica(run.terms, replica, stage)
+        self._reductions = reductions
         self._on_finished = on_finished
         self._on_fault = on_fault
         self._program = prepare(loaded)
@@ -217,30 +220,36 @@ class Seat(EdgeServices):
                     gathered.gather(self._clock, list(arrays))
                 return
             total = gathered.push(self._clock, list(arrays)) if gathered else Sum(list(arrays), 1)
-        payload = spec.parts[part].payload
-        home = worker_of(spec.home)
-        message = Contribution(
-            plan_id=self.plan_id,
-            run=self.run.number,
-            store=store,
-            part=part,
-            replica=self.replica,
-            incarnation=_LIFE,
-            clock=self._clock,
-            base_version=self._read_versions.get(store, 0),
-            weight=total.steps * self.run.training.microbatches,
-            specs=payload,
-        )
-        nbytes = sum(s.nbytes for s in payload)
-        self.run.count_push(store, part, nbytes, home)
-
-        def send() -> None:
-            self.run.send(home, message, lendable(total.value, self.loaded.device))
-
+        weight = total.steps * self.run.training.microbatches
+        if spec.collective:
+            given = Given(store, part, self.replica, self._clock, weight)
+            send = partial(self._reduce, given, total.value)
+        else:
+            message = Contribution(
+                plan_id=self.plan_id,
+                run=self.run.number,
+                store=store,
+                part=part,
+                replica=self.replica,
+                incarnation=_LIFE,
+                clock=self._clock,
+                base_version=self._read_versions.get(store, 0),
+                weight=weight,
+                specs=spec.parts[part].payload,
+            )
+            send = partial(self._contribute, worker_of(spec.home), message, total.value)
+        nbytes = spec.parts[part].nbytes
+        self.run.count_push(store, part, nbytes, self.run.me if spec.collective else worker_of(spec.home))
         if nbytes < LARGE_BYTES:
             send()
         else:  # the backward pass goes on meanwhile
             self.outbox.put(send, lambda error: self.send_failed(step, f"store {spec.name}", error))
+
+    def _contribute(self, home: str, message: Contribution, arrays: Sequence[Array]) -> None:
+        self.run.send(home, message, lendable(arrays, self.loaded.device))
+
+    def _reduce(self, given: Given, arrays: Sequence[Array]) -> None:
+        self._reductions.push(given, lendable(arrays, self.loaded.device))
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
         for slot, array in zip(slots, arrays, strict=True):

@@ -1,7 +1,8 @@
 """Training on one worker: the seats of its devices, the stores that live here, and the thread that drives them.
 
 Messages go to an inbox; one thread takes them out, steps the machine concerned and carries out its actions.
-Executors run beside it and only ever wait for what that thread brings.
+Executors run beside it and only ever wait for what that thread brings. Chunks of sums among replicas go past it, to the
+group that adds them up.
 
     inbox -> machine.step(event) -> actions: start a step, abandon it, apply and publish, tell somebody
 
@@ -21,6 +22,7 @@ from flowml.plan import Plan
 from flowml_runtime.host.faults import step_failed
 from flowml_runtime.host.homes import Homes
 from flowml_runtime.host.programs import Array, LoadedProgram
+from flowml_runtime.host.reductions import Reductions
 from flowml_runtime.host.run import Run, StoreView, worker_of
 from flowml_runtime.host.seat import Seat
 from flowml_runtime.messages import (
@@ -28,6 +30,7 @@ from flowml_runtime.messages import (
     Ask,
     Batch,
     Begin,
+    Collective,
     Commit,
     Contribution,
     Grant,
@@ -78,10 +81,17 @@ class TrainingHost:
         self._thread.start()
 
     def on_message(self, peer: str, message: Wire, arrays: Sequence[Array]) -> None:
-        self._inbox.put((peer, message, arrays))
+        fit = self._fit
+        if isinstance(message, Collective) and fit is not None and fit.run.number == message.run:
+            fit.reductions.on_message(peer, message, arrays)
+        else:
+            self._inbox.put((peer, message, arrays))
 
     def on_lost(self, peer: str, reason: str) -> None:
         """The driver learns it too, and ends the fit."""
+        fit = self._fit
+        if fit is not None:
+            fit.reductions.on_lost(peer, reason)
 
     def close(self) -> None:
         self._inbox.put(None)
@@ -93,7 +103,7 @@ class TrainingHost:
             try:
                 self._take(*entry)
             except Exception as error:
-                self._fail(getattr(entry[1], "run", 0), "training", error)
+                self.fail(getattr(entry[1], "run", 0), "training", error)
         self._stop()
 
     def _take(self, peer: str, message: Any, arrays: Sequence[Array]) -> None:
@@ -108,7 +118,7 @@ class TrainingHost:
             self._finished = max(self._finished, message.run)
             self._stop()
         elif self._fit is not None and message.run == self._fit.run.number:
-            self._fit.take(message, arrays)
+            self._fit.take(peer, message, arrays)
         elif message.run > self._newest_run() and len(self._early) < _EARLY_LIMIT:
             self._early.append((peer, message, arrays))
 
@@ -136,17 +146,18 @@ class TrainingHost:
             self._fit.stop()
             self._fit = None
 
-    def seat(self, run: Run, replica: int, stage: int, device: str) -> Seat:
+    def seat(self, run: Run, reductions: Reductions, replica: int, stage: int, device: str) -> Seat:
         def finished(seat: Seat, clock: int) -> None:
             self._inbox.put((run.me, _Finished(run.number, seat, clock), ()))
 
-        return Seat(run, replica, stage, self._programs[device], self._worker.mailbox, finished, self._fail)
+        loaded, mailbox = self._programs[device], self._worker.mailbox
+        return Seat(run, replica, stage, loaded, mailbox, reductions, finished, self.fail)
 
     @property
     def programs(self) -> Mapping[str, LoadedProgram]:
         return self._programs
 
-    def _fail(self, step: int, node: str, error: BaseException) -> None:
+    def fail(self, step: int, node: str, error: BaseException) -> None:
         """Tell the driver. By its step it knows which run is meant, which may be one that it has ended."""
         try:
             self._worker.endpoint.send(self._driver, step_failed(self._plan_id, step, self._worker.name, node, error))
@@ -168,11 +179,12 @@ class _Fit:
 
     def __init__(self, run: Run, host: TrainingHost) -> None:
         self.run = run
+        self.reductions = Reductions(run, host.fail)
         self._homes = Homes(run, host.programs)
         self._decision = decision.Decision(run.terms) if run.leader == run.me else None
         self._ids: dict[str, Any] = {"plan_id": run.plan_id, "run": run.number}
         self._seats = [
-            host.seat(run, r, s, device)
+            host.seat(run, self.reductions, r, s, device)
             for r, devices in enumerate(run.training.replicas)
             for s, device in enumerate(devices)
             if worker_of(device) == run.me
@@ -186,8 +198,9 @@ class _Fit:
             self.run.changed.notify_all()
         for seat in self._seats:
             seat.stop()
+        self.reductions.close()
 
-    def take(self, message: Any, arrays: Sequence[Array]) -> None:
+    def take(self, peer: str, message: Any, arrays: Sequence[Array]) -> None:
         match message:
             case _Finished():
                 self._step(message.seat, protocol.StepFinished(message.clock))
@@ -195,6 +208,8 @@ class _Fit:
                 self._published(message, arrays)
             case Contribution():
                 self._homes.receive(message, arrays)
+            case Collective():
+                self.reductions.on_message(peer, message, arrays)
             case Arrived():
                 self._decide(decision.Arrived(message.store, message.replica, message.clock))
             case Commit():
@@ -227,6 +242,8 @@ class _Fit:
     def _published(self, message: Published, arrays: Sequence[Array]) -> None:
         with self.run.changed:
             view = self.run.stores.get(message.store)
+            if view is not None and message.version <= view.version and self._has_copies(message.store):
+                return  # a copy that is behind another which is read here
             if arrays or view is None:
                 self.run.stores[message.store] = StoreView(message.version, message.clocks, arrays)
             else:
@@ -234,6 +251,9 @@ class _Fit:
         event = protocol.StorePublished(message.store, message.version, message.clocks)
         for seat in self._seats:
             self._step(seat, event)
+
+    def _has_copies(self, store: int) -> bool:
+        return self.run.training.stores[store].collective
 
     def _decide(self, event: decision.Event) -> None:
         if self._decision is None:

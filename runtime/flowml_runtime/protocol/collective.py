@@ -29,16 +29,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+from flowml.policy import topology
 from flowml_runtime.protocol.terms import ProtocolError
 
-DOUBLING_BYTES = 2 * 2**20
-"""Up to here, on one host, fewer hops beat fewer bytes. Measured: the ways cross at 3 to 8 MiB for 2 and 4 ranks."""
-
-DOUBLING_BYTES_APART = 256 * 2**10
-"""The same among hosts. Measured: 1 MiB over gRPC on loopback; a network is slower in bytes than that, not in hops."""
-
-PIECE_BYTES = 4 * 2**20
-"""Of one message. Measured from 256 KiB up: smaller ones cost more than they gain by staying in a core's cache."""
+PIECE_BYTES = 2**20
+"""Of one message. Measured from 512 KiB to 8 MiB: larger ones leave a core's own cache between their copies and their
+addition, smaller ones cost more in messages than that saves."""
 
 WINDOW = 2
 """Pieces under way at a time: one is worked on here while the other side has its turn with the next."""
@@ -220,12 +216,26 @@ def tree(ranks: int, fanout: int) -> Schedule:
     return draft.schedule("tree", 1)
 
 
+def named(name: str, hosts: Sequence[Hashable], fanout: int = 0) -> Schedule:
+    """The schedule of that name for ranks on `hosts`, the machine of each rank. Raises ValueError if there is none."""
+    match name:
+        case "doubling":
+            return doubling(len(hosts))
+        case "direct":
+            return direct(len(hosts))
+        case "ring":
+            return ring(len(hosts))
+        case "tree":
+            return tree(len(hosts), fanout)
+        case "hierarchical":
+            return hierarchical(tuple(hosts))
+        case _:
+            raise ValueError(f"there is no schedule {name!r}")
+
+
 def choose(nbytes: int, hosts: Sequence[Hashable]) -> Schedule:
-    """The schedule for a bucket of `nbytes` among ranks on `hosts`, the name of a host for each rank."""
-    ranks, different = len(hosts), len(set(hosts))
-    if nbytes <= (DOUBLING_BYTES if different == 1 else DOUBLING_BYTES_APART):
-        return doubling(ranks)
-    return ring(ranks) if different == ranks else direct(ranks) if different == 1 else hierarchical(tuple(hosts))
+    """The schedule for a bucket of `nbytes` among ranks on `hosts`, the machine of each rank."""
+    return named(topology.choose(nbytes, hosts), hosts)
 
 
 # Events.

@@ -1,7 +1,7 @@
 """The leader's machine: it decides, clock by clock, whose work completes the clock.
 
-One decision covers all clocked stores, so that a work item is used or late as a whole. It is taken on one
-worker, the home of clocked store 0, in the order of clocks:
+One decision covers all clocked stores but those that replicas add up together, so that a work item is used or late as
+a whole. It is taken on one worker, the home of the first such store, in the order of clocks:
 
 * The decision at clock c is about the stores that are due at c. Where none is due there is no decision.
 * A replica is complete at c when the homes of all those stores have told that they have every part of its
@@ -51,7 +51,7 @@ Event = Arrived | ReplicaRetired | ReplicaLost
 
 
 class Decision:
-    """Decides the clocks of a run. Of use only where a store is clocked."""
+    """Decides the clocks of a run. Of use only where some store is decided upon."""
 
     def __init__(self, terms: Terms) -> None:
         self._terms = terms

@@ -15,7 +15,7 @@ a step by itself, and all find the same:
   the fate of all earlier ones is known, so that every stage pushes the same steps. If such a push is late
   only its own clock's gradient is dropped: what was gathered before goes with the next (see `accumulator`).
 * An item is settled as used by the first commit from its clock on that includes the replica, because that
-  one carries it; without clocked stores, when its step has finished. What no commit carried by the end of
+  one carries it; where nothing is decided upon, when its step has finished. What no commit carried by the end of
   the run is dropped.
 * A replica without more work retires, stage by stage, each after its last push.
 """
@@ -246,7 +246,7 @@ class Replica:
             raise ProtocolError(f"replica {self._me} finished clock {clock}, which does not run")
         step.finished = True
         self._running = None
-        if self._leads and not self._terms.aligned:
+        if self._leads and not self._terms.decides:
             return [Settle(self._work.unsettled.pop(clock), "used")]
         return []
 

@@ -8,13 +8,16 @@
 * After the commit of clock c its clock vector reads c + 1 for all, the late included: nobody waits for them.
 * A store that is not clocked applies each contribution when it is complete. `clocks[r]` is one more than the
   clock of the newest complete contribution of replica r.
+* A collective store has a home on every worker that reads it. What comes there is the sum of what all replicas sent
+  at a clock, under the name of replica 0; it is applied when it is complete, and moves the clocks of all. So all homes
+  do the same, and nobody decides.
 * Each apply raises the version by one, and each change of version or clocks is published. A commit whose
   contributions are all empty moves the clocks only.
 * The first complete contribution for (store, replica, clock) counts. The same part again is ignored, and so
   is one of an older life of the replica; one of a younger life replaces what an older had begun.
 * Stages retire one by one, each after its last contribution on the same ordered link, so that nothing is
   forgotten that is still under way. A replica that is retired from a store no longer holds its readers up.
-* A store is finished when nothing more can change it: after the last commit, or if it is not clocked when
+* A store is finished when nothing more can change it: after the last commit or sum, or if it is not clocked when
   every replica is retired from it. Only then may its value be taken as the result.
 """
 
@@ -199,7 +202,7 @@ class Home:
         gathering.parts[part.part] = part
         if not store.is_complete(gathering):
             return replaced
-        if store.terms.clocked:
+        if store.terms.decided:
             return [*replaced, SendArrived(part.store, part.replica, part.clock)]
         return [*replaced, *self._apply_on_arrival(part.store, key)]
 
@@ -218,7 +221,7 @@ class Home:
             raise ProtocolError(f"{where} has weight {part.weight}, another part of it {other.weight}")
 
     def _too_late(self, store: _Store, part: ContributionReceived) -> bool:
-        if store.terms.clocked:
+        if store.terms.decided:
             late = part.clock <= self._committed
             self.late += late
             return late
@@ -232,8 +235,11 @@ class Home:
         store = self._stores[index]
         gathering = store.gathering.pop(key)
         replica, clock = key
-        store.clocks[replica] = clock + 1
-        return self._apply(index, [gathering])
+        if store.terms.collective:
+            store.clocks = [clock + 1] * self._terms.replicas
+        else:
+            store.clocks[replica] = clock + 1
+        return [*self._apply(index, [gathering]), *self._finish(index)]
 
     def _commit(self, clock: int, replicas: tuple[int, ...]) -> list[Action]:
         if clock <= self._committed:
@@ -241,7 +247,7 @@ class Home:
         self._committed = clock
         actions: list[Action] = []
         for index, store in self._stores.items():
-            if store.terms.clocked and due(clock, store.terms.every, self._terms.last_clock):
+            if store.terms.decided and due(clock, store.terms.every, self._terms.last_clock):
                 actions += self._commit_store(index, clock, replicas)
         return actions
 
@@ -294,7 +300,9 @@ class Home:
 
     def _finish(self, index: int) -> list[Action]:
         store = self._stores[index]
-        if store.terms.clocked:
+        if store.terms.collective:
+            done = store.clocks[0] > self._terms.last_clock
+        elif store.terms.clocked:
             done = self._committed == self._terms.last_clock
         else:
             done = all(c == RETIRED for c in store.clocks)
@@ -316,11 +324,11 @@ class Home:
                 assert gathering.parts, "a contribution of no parts is kept"
                 assert all(p.weight == gathering.weight for p in gathering.parts.values())
                 assert all(p.incarnation == gathering.incarnation for p in gathering.parts.values())
-                if store.terms.clocked:
+                if store.terms.decided:
                     assert clock > self._committed, f"store {index} keeps clock {clock}, which is decided"
                 else:
                     assert store.clocks[replica] <= clock
                     assert not store.is_complete(gathering), "a complete contribution was not applied on arrival"
             if store.terms.clocked:
                 assert len(set(store.clocks)) == 1
-                assert store.clocks[0] <= self._committed + 1
+                assert store.terms.collective or store.clocks[0] <= self._committed + 1

@@ -25,7 +25,10 @@ class ProtocolError(FlowmlError):
 
 @dataclass(frozen=True, slots=True)
 class StoreTerms:
-    """One store: how it is kept in step, and for each part of a contribution the stage that sends it."""
+    """One store: how it is kept in step, and for each part of a contribution the stage that sends it.
+
+    `collective`: what comes to a home stands for all replicas, and there are several homes.
+    """
 
     stages: tuple[int, ...]
     clocked: bool = True
@@ -33,6 +36,12 @@ class StoreTerms:
     every: int = 1
     staleness: float = 0
     apply: Literal["mean", "sum"] = "mean"
+    collective: bool = False
+
+    @property
+    def decided(self) -> bool:
+        """Whether a decision says, clock by clock, what is applied. A sum over all replicas needs none."""
+        return self.clocked and not self.collective
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Terms:
                 every=s.every,
                 staleness=s.staleness,
                 apply=cast("Literal['mean', 'sum']", s.apply_mode),
+                collective=s.collective,
             )
             for s in training.stores
         )
@@ -67,16 +77,21 @@ class Terms:
         return any(s.clocked for s in self.stores)
 
     @cached_property
+    def decides(self) -> bool:
+        """Whether any clock has a decision."""
+        return any(s.decided for s in self.stores)
+
+    @cached_property
     def accumulates(self) -> bool:
         """Whether any store gathers the gradients of several steps."""
         return any(s.every > 1 for s in self.stores)
 
     @cached_property
     def _needs(self) -> dict[int, int]:
-        """For each rhythm of the clocked stores the most that one of them needs."""
+        """For each rhythm of the stores that are decided upon the most that one of them needs."""
         needs: dict[int, int] = {}
         for store in self.stores:
-            if store.clocked:
+            if store.decided:
                 needs[store.every] = max(needs.get(store.every, 1), store.need)
         return needs
 
@@ -91,7 +106,7 @@ class Terms:
         return self.total_clocks - 1 if self.aligned else -1
 
     def need(self, clock: int) -> int:
-        """How many replicas the decision at `clock` needs; 0 if no clocked store is due, so there is none."""
+        """How many replicas the decision at `clock` needs; 0 if nothing that is due needs one."""
         return max((n for every, n in self._needs.items() if due(clock, every, self.last_clock)), default=0)
 
     def droppable(self, clock: int) -> bool:
@@ -99,9 +114,9 @@ class Terms:
         return 0 < self.need(clock) < self.replicas
 
     def due_stores(self, clock: int) -> tuple[int, ...]:
-        """The clocked stores that the decision at `clock` is about."""
+        """The stores that the decision at `clock` is about."""
         found = enumerate(self.stores)
-        return tuple(i for i, s in found if s.clocked and due(clock, s.every, self.last_clock))
+        return tuple(i for i, s in found if s.decided and due(clock, s.every, self.last_clock))
 
     def flushes(self, clock: int, last: bool) -> bool:
         """Whether a store that gathers several steps pushes at `clock`."""
