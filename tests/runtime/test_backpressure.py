@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,8 @@ LARGE = ArraySpec((WINDOW_BYTES // 3 // 4,), "float32")
 """Three of them fit into a window."""
 
 PIECE = 16 * 2**20
+SOAK_S = float(os.environ.get("FLOWML_SOAK_S", "0"))
+"""How long the test of memory goes on at least, e.g. FLOWML_SOAK_S=600 with PYTEST_ARGS="-k credits --timeout=900"."""
 
 
 def edge(nbytes: int) -> Message:
@@ -163,6 +167,7 @@ def test_memory_stays_within_the_credits_when_the_consumer_is_slow() -> None:
         program(jnp.float32(0))
         processes = [psutil.Process(p.pid) for p in psutil.Process().children(recursive=True)]
         before = sum(_own_bytes(p) for p in processes)
+        end = time.monotonic() + SOAK_S
         peak = [before]
         over = threading.Event()
 
@@ -173,8 +178,10 @@ def test_memory_stays_within_the_credits_when_the_consumer_is_slow() -> None:
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
-            futures = [program.submit(jnp.float32(n)) for n in range(24)]
-            results = [float(f.result(timeout=100)) for f in futures]
+            results = [float(f.result(timeout=100)) for f in [program.submit(jnp.float32(n)) for n in range(24)]]
+            while time.monotonic() < end:
+                for future in [program.submit(jnp.float32(n)) for n in range(24)]:
+                    future.result(timeout=100)
         finally:
             over.set()
             watcher.join()

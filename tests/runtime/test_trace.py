@@ -95,6 +95,7 @@ def test_a_trace_holds_every_instruction_of_every_device_and_step_in_order(
     second = [s for s in found if s["lane"] == "worker:1/cpu:0"]
     assert [s["cat"] for s in first] == ["feed", "run", "send"] * 3
     assert [s["cat"] for s in second] == ["feed", "receive", "run", "fetch"] * 3
+    assert {s["args"]["way"] for s in first if s["cat"] == "send"} == {"shared memory"}
     assert [s["args"]["step"] for s in first] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
     for sent, received in zip(first[2::3], second[1::4], strict=True):
         assert received["ts"] + received["dur"] >= sent["ts"] - 1000, "one time axis, to a millisecond"

@@ -44,6 +44,10 @@ class StepServices(Protocol):
 
     recorder: Recorder
 
+    def way(self, message: int) -> str:
+        """By which a message leaves this device, for whoever looks at a trace."""
+        ...
+
     def should_abandon(self, step: int) -> bool:
         """Asked before every task: True gives the step up there."""
         ...
@@ -158,7 +162,9 @@ def _recorded(operation: Operation, device: str, instruction: Instruction, node:
     def recorded(buffers: Buffers, step: int, services: StepServices) -> None:
         began = now_ns()
         operation(buffers, step, services)
-        services.recorder.add(Span(device, kind, node, step, microbatch, nbytes, "", began, now_ns()))
+        ended = now_ns()
+        way = services.way(instruction.message) if isinstance(instruction, Send) else ""
+        services.recorder.add(Span(device, kind, node, step, microbatch, nbytes, way, began, ended))
 
     return recorded
 

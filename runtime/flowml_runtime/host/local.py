@@ -105,6 +105,9 @@ class _LocalServices:
     def should_abandon(self, step: int) -> bool:
         return False
 
+    def way(self, message: int) -> str:
+        return ""
+
     def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
         raise NotImplementedError("a program that is the whole plan receives nothing")
 

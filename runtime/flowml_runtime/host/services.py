@@ -143,7 +143,7 @@ class EdgeServices:
             began = now_ns()
             self._push(value, worker, lendable(arrays, device))
             if self.recorder.on:
-                lane, way = f"{self.device} send", self._way(worker)
+                lane, way = f"{self.device} send", self.way(message)
                 self.recorder.add(Span(lane, "send", str(edge), step, microbatch, edge.nbytes, way, began, now_ns()))
 
         self.outbox.put(send, lambda error: self.send_failed(step, str(edge), error))
@@ -169,9 +169,9 @@ class EdgeServices:
         """A large value could not be sent; called on the outbox's thread."""
         raise NotImplementedError
 
-    def _way(self, worker: str) -> str:
+    def way(self, message: int) -> str:
         way = getattr(self._sender, "way", None)
-        return way(worker) if way is not None else ""
+        return way(self._workers[message]) if way is not None else ""
 
     def should_abandon(self, step: int) -> bool:
         return self._mailbox.is_cancelled((self.plan_id, step, self.device))
