@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+import psutil
 
 from flowml_tools.bench import foreign_environment
 from flowml_tools.bench.rows import BenchError
@@ -71,6 +74,37 @@ class Process:
         return lines[-1] if lines else "it said nothing"
 
 
+class Framework:
+    """Another framework's processes, which stand still but for the time that they are asked.
+
+    Its idle workers poll, and would do so on the cores of whoever else is being measured.
+    """
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+
+    def ask(self, order: str) -> str:
+        """Give an order twice and return the second answer: what has stood still is slow at first."""
+        self.go_on()
+        try:
+            self._process.ask(order)
+            return self._process.ask(order)
+        finally:
+            self.stand_still()
+
+    def stand_still(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self._process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+
+
 @contextmanager
 def peer(
     role: str, *arguments: str, cores: Sequence[int], pass_fds: Sequence[int] = (), grace_s: float = 0.0
@@ -82,7 +116,7 @@ def peer(
 
 
 @contextmanager
-def foreign(role: str, *arguments: str, cores: Sequence[int]) -> Generator[Process]:
+def foreign(role: str, *arguments: str, cores: Sequence[int]) -> Generator[Framework]:
     """The same of another framework, in its environment and sealed off; once it is ready.
 
     Raises BenchError where there is no environment, or the system does not let its user make namespaces.
@@ -94,12 +128,17 @@ def foreign(role: str, *arguments: str, cores: Sequence[int]) -> Generator[Proce
     command = [*SEALED, *own_user, str(python), "-I", str(FOREIGN), role, listed(cores)]
     with _started(role, [*command, *arguments], (), FOREIGN_ENDS_S) as process:
         process.read()
-        yield process
+        framework = Framework(process)
+        framework.stand_still()
+        try:
+            yield framework
+        finally:
+            framework.go_on()
 
 
 def framework(
     stack: ExitStack, role: str, name: str, nbytes: int, shares: Sequence[Sequence[int]]
-) -> tuple[Process | None, str]:
+) -> tuple[Framework | None, str]:
     """A framework with two workers on these shares of the cores, or None; and its `name`, or why there is none."""
     every = sorted(os.sched_getaffinity(0))
     workers = [listed(own) for own in shares]
