@@ -354,3 +354,18 @@ def test_reserved_slots_are_used_and_their_descriptors_never_lost() -> None:
     pool.close()
     del first, again, large  # a mapping has a descriptor too
     assert psutil.Process().num_fds() == before
+
+
+def test_a_message_that_is_expected_is_looked_for_and_then_no_more(pair: tuple[Inbox, Inbox]) -> None:
+    a, b = pair
+    for n in range(20):  # some find b looking, some asleep
+        sent = [np.full(3, n)]
+        a.endpoint.send("b", value(sent), sent)
+        assert b.messages.get(timeout=WAIT_S)[0][0] == n
+        b.endpoint.expect()
+    b.endpoint.expect()
+    process = psutil.Process()
+    before = process.cpu_times()
+    assert threading.Event().wait(0.5) is False
+    spent = process.cpu_times()
+    assert spent.user + spent.system - before.user - before.system < 0.25, "it still looks"

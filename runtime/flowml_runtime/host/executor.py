@@ -69,6 +69,7 @@ class FedServices(StepServices, Protocol):
         ...
 
     def end(self, step: int) -> None: ...
+    def expect(self) -> None: ...  # the next message for a quick step is due within moments
     def expire(self, step: int) -> None:
         """Nobody waits for this step's values any longer: whoever does gets a DeadlineError."""
         ...
@@ -479,6 +480,7 @@ class Executor:
 
         self._parked = step, time.monotonic()
         if claim.then(resume):
+            self._services.expect()
             return True
         self._parked = None
         self._services.resume(claim)
@@ -492,3 +494,6 @@ class Executor:
             self._trust = min(self._trust + 1, PROBATION) if quick else max(self._trust - PROBATION // 2, 0)
             self._proven = self._trust >= PROBATION or (self._proven and self._trust > 0)
             self._unfinished -= 1
+            proven = self._proven
+        if proven:
+            self._services.expect()

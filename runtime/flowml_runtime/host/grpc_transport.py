@@ -41,7 +41,7 @@ from flowml_runtime.host.transport import (
     new_incarnation,
     unreachable,
 )
-from flowml_runtime.host.unix_server import Incoming, UnixServer
+from flowml_runtime.host.unix_server import Expectation, Incoming, UnixServer
 from flowml_runtime.host.unix_stream import UnixStream
 from flowml_runtime.messages import PROTOCOL, Hello, Wire
 
@@ -97,6 +97,7 @@ class GrpcEndpoint:
         self._checksum = checksum
         self._max_queued_bytes = max_queued_bytes
         self._buffers = Buffers()
+        self._expectation = Expectation()
         self._lock = threading.Lock()
         self._reporting = threading.RLock()
         """Held while a loss is reported, so that a peer's next life waits until its last one is over."""
@@ -113,7 +114,7 @@ class GrpcEndpoint:
     def _listen_locally(self) -> UnixServer | None:
         """None if somebody has our name already: then peers of this machine use gRPC like all others."""
         try:
-            return UnixServer(self.address, self._token, self._serve_local)
+            return UnixServer(self.address, self._token, self._serve_local, self._expectation)
         except OSError as error:
             _log.warning("no shared memory for what comes to %s: %s; it comes by gRPC", self.address, error.strerror)
             return None
@@ -174,6 +175,10 @@ class GrpcEndpoint:
             return SHARED_MEMORY if isinstance(self._stream(peer), UnixStream) else GRPC
         except WorkerLostError:
             return ""
+
+    def expect(self) -> None:
+        """Another message is due within moments. Receiving threads look for it before they go to sleep."""
+        self._expectation.soon()
 
     def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
         """Have the memory ready for so many messages with such arrays, where the way to `peer` needs any.

@@ -214,6 +214,7 @@ class DataflowServices(EdgeServices):
         self._outputs = {o.index: o.spec for o in loaded.plan.outputs if o.kind == "fetch"}
         self._at_home = at_home(loaded.device)
         self._parks = False
+        self.expect: Callable[[], None] = getattr(sender, "expect", lambda: None)
         self.windows = Windows(self._messages)
         self._windowed = [window(m) > 0 for m in self._messages]
         self._claim: Claim | None = None

@@ -123,6 +123,7 @@ class Session:
         self.remedy = remedy
         self.devices = tuple(devices)
         self._name = str(getattr(endpoint, "name", "driver"))
+        self._expect: Callable[[], None] = getattr(endpoint, "expect", lambda: None)
         self._in_flight = in_flight
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
@@ -297,7 +298,8 @@ class Session:
 
     def _on_plan_message(self, handle: LoadedPlan, message: Wire, arrays: Sequence[Array]) -> None:
         if isinstance(message, Value):
-            handle.steps.collect(message.step, message.slots, arrays)
+            if handle.steps.collect(message.step, message.slots, arrays):
+                self._expect()
         elif isinstance(message, StepFailed):
             self._fail_step(handle, message.step, step_error(handle.plan, message, self.remedy))
         elif isinstance(message, Failed):

@@ -8,17 +8,22 @@ slowed down instead of filling memory.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from flowml_runtime.host.future import Future
 from flowml_runtime.host.programs import Array
 
+QUICK_S = 2e-3
+"""Of a step that took no longer, the caller may well begin another at once."""
+
 
 class _InFlight:
-    __slots__ = ("future", "missing", "values")
+    __slots__ = ("began", "future", "missing", "values")
 
     def __init__(self, future: Future[Any], slots: int) -> None:
+        self.began = time.perf_counter()
         self.future = future
         self.missing = slots
         self.values: list[Any] = [None] * slots
@@ -66,20 +71,21 @@ class Steps:
         """True once no step can begin any more."""
         return self._stopped is not None
 
-    def collect(self, step: int, slots: Sequence[int], arrays: Sequence[Array]) -> None:
-        """Take in fetched outputs. Those of a step that is over are ignored."""
+    def collect(self, step: int, slots: Sequence[int], arrays: Sequence[Array]) -> bool:
+        """Take in fetched outputs. Those of a step that is over are ignored. True if that ends a quick step."""
         with self._lock:
             flying = self._flying.get(step)
             if flying is None:
-                return
+                return False
             for slot, array in zip(slots, arrays, strict=True):
                 flying.values[slot] = array
             flying.missing -= len(slots)
             if flying.missing > 0:
-                return
+                return False
             del self._flying[step]
         self._room.release()
         flying.future.complete(flying.values)
+        return time.perf_counter() - flying.began < QUICK_S
 
     def fail(self, step: int, error: BaseException) -> bool:
         """End a step with an error; False if it was over already."""

@@ -9,8 +9,10 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from flowml_runtime.host.arrays import Buffer
 from flowml_runtime.host.framing import MAX_FRAME_BYTES, FrameError, unpack
@@ -33,6 +35,10 @@ from flowml_runtime.host.unix_stream import (
 )
 from flowml_runtime.messages import Wire
 
+LOOK_S = 300e-6
+"""How long a thread looks for a message that is due before it sleeps. To be woken costs several times what a small step
+does: the core has gone idle, and its caches are cold."""
+
 _BACKLOG = 128
 _READ_BYTES = 2**18
 _RIGHTS = socket.CMSG_SPACE(8 * struct.calcsize("i"))
@@ -43,11 +49,24 @@ Serve = Callable[[Incoming], str]
 A connection that broke raises ConnectionError out of the iterator."""
 
 
+class Expectation:
+    """Until when another message is expected: receiving threads that have nothing to do look for it so long."""
+
+    __slots__ = ("until",)
+
+    def __init__(self) -> None:
+        self.until = 0.0
+
+    def soon(self) -> None:
+        self.until = time.perf_counter() + LOOK_S
+
+
 class UnixServer:
     """Takes streams in under the name that goes with a TCP address. They wait until `start`."""
 
-    def __init__(self, address: str, token: str, serve: Serve) -> None:
+    def __init__(self, address: str, token: str, serve: Serve, expectation: Expectation) -> None:
         """Raises OSError if somebody has that name."""
+        self._expectation = expectation
         self._token = token
         self._serve = serve
         self._lock = threading.Lock()
@@ -89,7 +108,7 @@ class UnixServer:
 
     def _run(self, link: socket.socket) -> None:
         """One stream, from its token to the reason of its end."""
-        reader = _Reader(link)
+        reader = _Reader(link, self._expectation)
         try:
             reason = self._check(reader) or self._serve(_messages(link, reader)) or CLOSED
             with contextlib.suppress(OSError):
@@ -153,8 +172,9 @@ def _messages(link: socket.socket, reader: _Reader) -> Incoming:
 class _Reader:
     """Reads a socket in large pieces, keeping descriptors that come along."""
 
-    def __init__(self, link: socket.socket) -> None:
+    def __init__(self, link: socket.socket, expectation: Expectation) -> None:
         self._link = link
+        self._expectation = expectation
         self._buffer = bytearray(_READ_BYTES)
         self._start = self._end = 0
         self._descriptors: deque[int] = deque()
@@ -188,7 +208,7 @@ class _Reader:
 
     def _receive(self) -> None:
         view = memoryview(self._buffer)[self._end :]
-        got, rights, flags, _ = self._link.recvmsg_into([view], _RIGHTS, socket.MSG_CMSG_CLOEXEC)
+        got, rights, flags, _ = self._look(view) or self._link.recvmsg_into([view], _RIGHTS, socket.MSG_CMSG_CLOEXEC)
         for level, kind, data in rights:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 whole = len(data) // struct.calcsize("i") * struct.calcsize("i")
@@ -198,3 +218,12 @@ class _Reader:
         if flags & socket.MSG_CTRUNC:
             raise FrameError("more descriptors came than a record can have")
         self._end += got
+
+    def _look(self, view: memoryview) -> Any:
+        """What `recvmsg_into` has, if something is expected and comes in time. Gives way to whoever wants the core."""
+        while time.perf_counter() < self._expectation.until:
+            try:
+                return self._link.recvmsg_into([view], _RIGHTS, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                os.sched_yield()
+        return None
