@@ -34,7 +34,7 @@ _reports = msgspec.json.Decoder(Report)
 
 _MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """For glibc to ask for huge pages. XLA gets the memory of each large result anew, which the kernel hands out by pages:
-with pages of 2 MiB a program that passes 64 MiB through two workers takes half the time. Costs a worker some 15 MiB."""
+with pages of 2 MiB a program that passes 64 MiB through two workers takes half the time."""
 
 
 class LocalWorkers:
