@@ -19,7 +19,8 @@ import pytest
 
 from flowml.errors import DeadlineError, FlowmlError, UnsupportedError, WorkerLostError
 from flowml.plan import ArraySpec
-from flowml_runtime.host.collectives import BufferPool, Group, GroupId, add
+from flowml_runtime.host.buffers import BufferPool
+from flowml_runtime.host.collectives import Group, GroupId, add
 from flowml_runtime.host.grpc_transport import GrpcEndpoint
 from flowml_runtime.host.transport import Endpoint, ThreadHub
 from flowml_runtime.messages import Collective

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from flowml.plan import ArraySpec
 from flowml_runtime.host.arrays import Buffer, aligned_empty
-from flowml_runtime.host.buffers import KEPT_FROM_BYTES, KEPT_TO_BYTES, MAX_KEPT, Buffers, keep_freed_memory
+from flowml_runtime.host.buffers import NEVER_KEPT_BYTES, BufferPool, keep_freed_memory
 from flowml_runtime.host.framing import (
     MAX_FRAME_BYTES,
     PIECE_BYTES,
@@ -242,9 +242,14 @@ def test_a_sealed_first_frame_is_within_the_limit() -> None:
     assert max(map(len, FRAMES)) <= MAX_FRAME_BYTES
 
 
+MAX_KEPT = 4
+ROOM_BYTES = NEVER_KEPT_BYTES + 2**20
+"""What the C library gives back to the kernel at once."""
+
+
 def test_memory_comes_back_when_its_last_view_is_gone_and_not_before() -> None:
-    buffers = Buffers()
-    first = buffers.take(KEPT_FROM_BYTES)
+    buffers = BufferPool()
+    first = buffers.take(ROOM_BYTES)
     address = first.ctypes.data
     assert address % 64 == 0
     first[:] = 7
@@ -252,33 +257,31 @@ def test_memory_comes_back_when_its_last_view_is_gone_and_not_before() -> None:
     assert in_jax.unsafe_buffer_pointer() == address
     view = first[100:200].view(np.uint32)
     del first
-    second = buffers.take(KEPT_FROM_BYTES)
+    second = buffers.take(ROOM_BYTES)
     assert second.ctypes.data != address
     second[:] = 0
     assert view[0] == 0x07070707
     del view
     gc.collect()
-    assert buffers.take(KEPT_FROM_BYTES).ctypes.data != address
+    assert buffers.take(ROOM_BYTES).ctypes.data != address
     assert int(in_jax[0]) == 7
     in_jax.delete()
     del in_jax
     gc.collect()
-    again = {buffers.take(KEPT_FROM_BYTES).ctypes.data for _ in range(MAX_KEPT)}
+    again = {buffers.take(ROOM_BYTES).ctypes.data for _ in range(MAX_KEPT)}
     assert address in again
 
 
 def test_little_memory_is_kept() -> None:
     before = psutil.Process().memory_info().rss
-    buffers = Buffers()
-    many = [buffers.take(KEPT_FROM_BYTES) for _ in range(2 * MAX_KEPT)]
-    many.append(buffers.take(KEPT_TO_BYTES + 1))
-    for room in many:
-        room[:] = 1
-    del room
+    buffers = BufferPool(max_idle_bytes=MAX_KEPT * ROOM_BYTES)
+    many = [buffers.take(ROOM_BYTES) for _ in range(2 * MAX_KEPT)]
+    for n in range(len(many)):
+        many[n][:] = 1
     many.clear()
     gc.collect()
     kept = psutil.Process().memory_info().rss - before
-    assert kept <= (MAX_KEPT + 1) * KEPT_FROM_BYTES
+    assert kept <= (MAX_KEPT + 1) * ROOM_BYTES
     with pytest.raises(MemoryError):
         buffers.take(2**60)
 

@@ -1,13 +1,14 @@
-"""Memory for large arrays that come in over a wire, used again when the last view of what was in it is gone.
+"""Memory for large arrays that are received or added up, used again when the last view of what was in it is gone.
 
 Memory that a process touches for the first time is handed out by the kernel page by page, which costs more than to
-copy an array into it. Small blocks are used again by the C library, and here it is told to keep them; blocks over
-32 MiB it always gives back, so a few of them are kept here.
+copy an array into it. Small blocks are used again by the C library, and here it can be told to keep them; blocks over
+32 MiB it always gives back.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections import deque
 
@@ -15,42 +16,47 @@ import numpy as np
 
 from flowml_runtime.host.arrays import Buffer, aligned_empty
 
-KEPT_FROM_BYTES = 32 * 2**20 - 2**16
-"""Blocks from here on are kept by us: what glibc gives back to the kernel however it is set (`MMAP_THRESHOLD_MAX`)."""
+POOLED_BYTES = 64 * 2**10
+"""Smaller memory is allocated faster than it is kept."""
 
-KEPT_TO_BYTES = 64 * 2**20 + 2**16
-MAX_KEPT = 4
+NEVER_KEPT_BYTES = 32 * 2**20 - 2**16
+"""Blocks from here on glibc gives back to the kernel however it is set (its limit for MMAP_THRESHOLD)."""
+
+MAX_IDLE_BYTES = 256 * 2**20
 
 
-class Buffers:
-    """Aligned memory that comes back by itself, on whatever thread the last view of it dies. Safe on any thread."""
+class BufferPool:
+    """Aligned memory that comes back by itself when the last view of it is gone. Safe to use from any thread."""
 
-    def __init__(self) -> None:
-        self._idle: deque[Buffer] = deque(maxlen=MAX_KEPT)
-        """The longest idle first. Only calls that are atomic: a view may die in the middle of anything."""
+    def __init__(self, least_bytes: int = POOLED_BYTES, max_idle_bytes: int = MAX_IDLE_BYTES) -> None:
+        """Blocks of fewer than `least_bytes` are not kept, and no more than `max_idle_bytes` wait to be used again."""
+        self._least_bytes = least_bytes
+        self._max_idle_bytes = max_idle_bytes
+        self._returned: deque[Buffer] = deque()
+        """What has come back. A view may die in the middle of anything, so nothing is locked then."""
+        self._lock = threading.Lock()
+        self._idle: list[Buffer] = []
 
     def take(self, nbytes: int) -> Buffer:
         """Uninitialised bytes. Raises MemoryError."""
-        keep_freed_memory()
-        if not KEPT_FROM_BYTES <= nbytes <= KEPT_TO_BYTES:
+        if nbytes < self._least_bytes:
             return aligned_empty(nbytes)
-        room = self._fitting(nbytes)
-        if room is None:
-            room = aligned_empty(nbytes)
-        whole = np.frombuffer(room.data, np.uint8)  # views of it keep it alive, and not only the memory
-        weakref.finalize(whole, self._idle.append, room).atexit = False
-        return whole[:nbytes]
+        with self._lock:
+            while self._returned:
+                self._idle.append(self._returned.popleft())
+            found = next((i for i, memory in enumerate(self._idle) if memory.nbytes == nbytes), None)
+            memory = self._idle.pop(found) if found is not None else None
+            while self._idle and sum(m.nbytes for m in self._idle) > self._max_idle_bytes:
+                self._idle.pop(0)
+        if memory is None:
+            memory = aligned_empty(nbytes)
+        whole = np.frombuffer(memory.data, np.uint8)  # views of it keep it alive, and not only the memory
+        weakref.finalize(whole, self._give_back, memory).atexit = False
+        return whole
 
-    def _fitting(self, nbytes: int) -> Buffer | None:
-        for _ in range(len(self._idle)):
-            try:
-                room = self._idle.popleft()
-            except IndexError:  # another thread took it
-                return None
-            if room.nbytes >= nbytes:
-                return room
-            self._idle.append(room)
-        return None
+    def _give_back(self, memory: Buffer) -> None:
+        if sum(m.nbytes for m in tuple(self._returned)) + memory.nbytes <= self._max_idle_bytes:
+            self._returned.append(memory)
 
 
 @functools.cache
@@ -62,4 +68,4 @@ def keep_freed_memory() -> None:
     the cost of its copies. A block just under that size, never touched, sets the threshold to its highest. Only for
     processes that large arrays leave or reach by gRPC: it may hold up to 64 MiB for each thread that allocates.
     """
-    np.empty(KEPT_FROM_BYTES, np.uint8)
+    np.empty(NEVER_KEPT_BYTES, np.uint8)

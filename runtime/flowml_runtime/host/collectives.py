@@ -22,8 +22,7 @@ import math
 import queue
 import threading
 import time
-import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +33,7 @@ import numpy as np
 from flowml.errors import DeadlineError, FlowmlError, UnsupportedError, WorkerLostError
 from flowml.plan import ArraySpec
 from flowml_runtime.host.arrays import Array, Buffer, aligned_empty
+from flowml_runtime.host.buffers import BufferPool
 from flowml_runtime.host.future import Future
 from flowml_runtime.host.transport import Arrays
 from flowml_runtime.messages import DEADLINE_S, Collective, Wire
@@ -55,13 +55,9 @@ from flowml_runtime.protocol.terms import ProtocolError
 INLINE_BYTES = 256 * 2**10
 """Up to here a receiving thread adds, if it need not send: in less time than it takes to wake another thread."""
 
-POOLED_BYTES = 64 * 2**10
-"""Smaller memory is allocated faster than it is kept."""
-
 MAX_EARLY = 4096
 """Messages kept for all-reduces that have not begun here."""
 
-MAX_IDLE_BYTES = 256 * 2**20
 WATCHES_A_DEADLINE = 10
 """A deadline is noticed up to a tenth late."""
 
@@ -82,32 +78,6 @@ class GroupId:
     plan_id: str
     run: int
     group: int = 0
-
-
-class BufferPool:
-    """Aligned memory that comes back by itself, from any thread, when the last view of it is gone."""
-
-    def __init__(self, max_idle_bytes: int = MAX_IDLE_BYTES) -> None:
-        self._max_idle_bytes = max_idle_bytes
-        self._returned: deque[Buffer] = deque()
-        """What has come back. A view may die in the middle of anything, so nothing is locked then."""
-        self._lock = threading.Lock()
-        self._idle: list[Buffer] = []
-
-    def take(self, nbytes: int) -> Buffer:
-        """Uninitialised bytes."""
-        if nbytes < POOLED_BYTES:
-            return aligned_empty(nbytes)
-        with self._lock:
-            while self._returned:
-                self._idle.append(self._returned.popleft())
-            found = next((i for i, memory in enumerate(self._idle) if memory.nbytes == nbytes), None)
-            memory = self._idle.pop(found) if found is not None else aligned_empty(nbytes)
-            while self._idle and sum(m.nbytes for m in self._idle) > self._max_idle_bytes:
-                self._idle.pop(0)
-        whole = np.frombuffer(memory.data, np.uint8)  # views of it keep it alive, and not only the memory
-        weakref.finalize(whole, self._returned.append, memory).atexit = False
-        return whole
 
 
 class _Flight:

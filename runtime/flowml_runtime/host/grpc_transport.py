@@ -27,7 +27,8 @@ from flowml.errors import WorkerLostError
 from flowml.links import GRPC, SAME_PROCESS, SHARED_MEMORY
 from flowml.plan import ArraySpec
 from flowml_runtime.host import unix_stream
-from flowml_runtime.host.buffers import Buffers
+from flowml_runtime.host.arrays import Buffer
+from flowml_runtime.host.buffers import NEVER_KEPT_BYTES, BufferPool, keep_freed_memory
 from flowml_runtime.host.framing import Assembler, FrameError, Outgoing, pack
 from flowml_runtime.host.security import TLS, check_exposure, is_loopback, split_address
 from flowml_runtime.host.streams import Stream, StreamServer
@@ -96,7 +97,7 @@ class GrpcEndpoint:
         self._tls = tls
         self._checksum = checksum
         self._max_queued_bytes = max_queued_bytes
-        self._buffers = Buffers()
+        self._pool = BufferPool(NEVER_KEPT_BYTES)
         self._expectation = Expectation()
         self._lock = threading.Lock()
         self._reporting = threading.RLock()
@@ -266,10 +267,15 @@ class GrpcEndpoint:
 
     def _receive(self, frames: Iterator[bytes], context: Any) -> bytes:
         """Serve one incoming gRPC stream to its end."""
-        refusal, fault = self._serve(_assembled(frames, Assembler(self._buffers.take), context.is_active))
+        refusal, fault = self._serve(_assembled(frames, Assembler(self._allocate), context.is_active))
         if refusal:
             context.abort(grpc.StatusCode.INTERNAL if fault else grpc.StatusCode.INVALID_ARGUMENT, refusal[:1024])
         return b""
+
+    def _allocate(self, nbytes: int) -> Buffer:
+        """Memory for a large array that comes in pieces."""
+        keep_freed_memory()
+        return self._pool.take(nbytes)
 
     def _serve_local(self, incoming: Incoming) -> str:
         refusal, fault = self._serve(incoming)
