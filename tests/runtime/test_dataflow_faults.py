@@ -19,7 +19,8 @@ import pytest
 import flowml as fm
 from flowml.errors import ClusterError, DeadlineError, WorkerError, WorkerLostError
 from flowml_runtime.cluster import LaunchedCluster
-from flowml_runtime.messages import StepFailed
+from flowml_runtime.host.session import LoadedPlan
+from flowml_runtime.messages import StepFailed, Unreachable
 from tests.conftest import wait_until
 from tests.network import Network
 from tests.plans import Gate, callback_then_double, chain, gated, never_sent, one_device
@@ -134,6 +135,25 @@ def test_a_worker_that_vanishes_unnoticed_is_found_by_whoever_sends_to_it() -> N
         with pytest.raises(WorkerLostError) as caught:
             network.session.submit(handle, [X]).result(timeout=30)
         assert caught.value.worker == "worker:1"
+
+
+def test_a_worker_that_leaves_while_its_plan_is_loaded_again_is_lost_and_not_unknown() -> None:
+    """The word that a connection broke comes before the word that the worker is gone."""
+    with Network() as network:
+        session = network.session
+        handle = session.load(chain())
+        told = Unreachable(plan_id=handle.plan_id, worker="worker:0", peer="worker:1", reason="its connection broke")
+        session.on_message("worker:0", told, [])
+        unload = session.unload
+
+        def unload_and_lose(handle: LoadedPlan) -> None:
+            unload(handle)
+            session.devices = session.devices[:1]
+
+        session.unload = unload_and_lose  # type: ignore[method-assign]
+        again = session.reload(handle)
+        with pytest.raises(WorkerLostError, match=r"worker:1 was lost.*worker:0 cannot reach it: its connection broke"):
+            session.submit(again, [X])
 
 
 def test_a_submit_that_waits_for_room_is_woken_by_the_loss() -> None:

@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from flowml.devices import Device, find_device
-from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerLostError
+from flowml.errors import ClusterError, DeadlineError, FlowmlError, PlacementError, WorkerLostError
 from flowml.plan import ArraySpec, Fetch, Plan, Program, Run
 from flowml_runtime.host.executor import StepFault
 from flowml_runtime.host.faults import cluster_closed, load_failed, step_error, step_failed, worker_lost
@@ -180,7 +180,10 @@ class Session:
         if not handle.steps.stopped or any(p.device not in there for p in handle.plan.programs):
             return handle
         self.unload(handle)
-        return self.load(handle.plan)
+        try:
+            return self.load(handle.plan)
+        except PlacementError:  # it left just now; the handle says why it stopped
+            return handle
 
     def submit(self, handle: LoadedPlan, inputs: Sequence[Any], *, copy: bool = True) -> Future[list[Any]]:
         """Start one step with the plan's flat inputs. Waits while too many steps are in flight.
