@@ -189,8 +189,8 @@ def test_memory_stays_within_the_credits_when_the_consumer_is_slow() -> None:
         np.testing.assert_allclose([results[0], results[23]], expected, rtol=1e-5)
     room = window(edge(PIECE))
     # Beside what waits: of the producer one value on its way out, one that has no room yet and one that XLA makes; of
-    # the consumer one in use and two that XLA works on; and a slot that is idle.
-    allowed = (room + 7) * PIECE * 1.1
+    # the consumer one in use and two that XLA works on; a slot that is idle, and two for what allocators keep.
+    allowed = (room + 9) * PIECE * 1.1
     assert peak[0] - before < allowed, f"{(peak[0] - before) / 2**20:.0f} MiB for {room} room of 16 MiB"
     assert allowed < windows.IN_FLIGHT * PIECE  # else the test could not fail
 
