@@ -7,7 +7,6 @@ structure, and the shape, dtype and weak type of each leaf, under the JAX settin
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import weakref
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from flowml.devices import Device
     from flowml.links import Links
     from flowml.plan import Plan
+    from flowml_runtime.host.local import LocalStep
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -73,6 +73,7 @@ class _Direct:
     """Type and abstract value of each leaf, all of them JAX arrays."""
     settings: Hashable
     handle: LoadedPlan
+    local: LocalStep
     task: Callable[[Sequence[Any]], Sequence[Any]]
     out_tree: Any
 
@@ -82,6 +83,7 @@ class _Direct:
             and all(type(x) is kind and x.aval is aval for x, (kind, aval) in zip(leaves, self.kinds, strict=True))
             and self.cluster() is cluster
             and not self.handle.steps.stopped
+            and not self.local.recorded
             and _settings() == self.settings
         )
 
@@ -115,8 +117,10 @@ class Dataflow(Generic[P, R]):
         if direct is not None:
             leaves, tree = tree_flatten((args, kwargs))
             if direct.fits(self._current(), tree, leaves):
-                with contextlib.suppress(Exception):  # the long way says what is wrong, and where
+                try:
                     return cast(R, tree_unflatten(direct.out_tree, direct.task(leaves)))
+                except Exception:
+                    self._direct = None  # the long way says what is wrong, and where
         call = self._sort(args, kwargs)
         if call is None:
             return self._fn(*args, **kwargs)
@@ -148,7 +152,8 @@ class Dataflow(Generic[P, R]):
             return None
         _, tree, _, settings = call.key
         kinds = tuple((type(x), x.aval) for x in leaves)
-        return _Direct(weakref.ref(self._current()), tree, kinds, settings, handle, local.direct, program.out_tree)
+        cluster = weakref.ref(self._current())
+        return _Direct(cluster, tree, kinds, settings, handle, local, local.direct, program.out_tree)
 
     def _sort(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
         """None if an argument is being traced. Raises TypeError for one that is no array, ValueError for a static one

@@ -124,3 +124,15 @@ def test_a_trace_of_threads_and_of_a_failing_block(threads_cluster: fm.Cluster, 
         program.submit(1.0).result()
         _ = 1 / 0
     assert [s["cat"] for s in spans(tmp_path / "t.json")] == ["feed", "run", "fetch"]
+
+
+def test_a_trace_holds_calls_that_were_made_without_the_executor(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    """A call of one task of this process goes the short way, and goes the long one while it is recorded."""
+    program = fm.dataflow(lambda x: x * 3, cluster=threads_cluster)
+    x = jnp.float32(1)
+    for _ in range(3):
+        program(x)
+    with threads_cluster.trace(tmp_path / "t.json"):
+        for _ in range(3):
+            program(x)
+    assert [s["cat"] for s in spans(tmp_path / "t.json")] == ["feed", "run", "fetch"] * 3

@@ -30,6 +30,11 @@ class LocalStep:
         self.direct = _direct(loaded) if self._home and not self._adopts else None
         """The task itself, from the plan's flat inputs to its flat outputs, where the plan is nothing else."""
 
+    @property
+    def recorded(self) -> bool:
+        """Whether somebody wants to know what steps do, which `direct` would not tell."""
+        return self._recorder.on
+
     def __call__(self, step: int, inputs: Sequence[Array]) -> list[Array]:
         """The fetched outputs by slot. Raises StepFault."""
         given = adopt(inputs, self._device) if self._adopts else inputs
