@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import zipfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -234,6 +236,38 @@ def test_the_peers_environment_takes_no_folder_from_others(flowml, peers_folder)
     assert done.returncode == 2
     assert done.stderr.endswith("holds something else; $FLOWML_PEERS names another folder for the peers\n")
     assert (peers_folder / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_framework_that_stands_still_ends_with_the_one_who_measures(peers_folder, number: int) -> None:
+    """What stands in for a framework is a shell that answers; it is sealed off, stopped and left behind as Ray is."""
+    (peers_folder / "bin").mkdir(parents=True)
+    program = peers_folder / "bin" / "python"
+    program.write_text("#!/bin/sh\nsleep 1000 & echo ready; while read order; do echo 1; done\n")
+    program.chmod(0o755)
+    (peers_folder / foreign_environment.STAMP).write_text(
+        "".join(f"{package}=={version}\n" for package, version in foreign_environment.VERSIONS.items())
+    )
+    code = """
+import signal
+from flowml_tools.bench.peers import foreign
+with foreign("ray", "4", "0", "0", cores=[0]):
+    print("stands still", flush=True)
+    signal.pause()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as it:
+        assert it.stdout is not None
+        assert it.stderr is not None
+        if it.stdout.readline() != "stands still\n":
+            said = it.stderr.read()
+            assert "unshare: " in said, said
+            pytest.skip("this system does not let its user make namespaces")
+        started = psutil.Process(it.pid).children(recursive=True)
+        wait_until(lambda: [p for p in started if p.status() == psutil.STATUS_STOPPED], "it stands still")
+        it.send_signal(number)
+    wait_until(lambda: not [p for p in started if p.is_running()], "nothing is left")
 
 
 def test_ways_that_compute_something_else_are_not_compared() -> None:

@@ -30,8 +30,12 @@ EDGE_BYTES = 64 * 2**20
 ANSWER_TIMEOUT_S = 60.0
 FOREIGN = Path(__file__).with_name("foreign.py")
 FOREIGN_ENDS_S = 15.0
-SEALED = ("unshare", "--fork", "--kill-child", "--pid", "--mount", "--mount-proc", "--net", "--ipc")
-"""Starts a process whose children, network and file systems end with it."""
+SEALED = (
+    *("setpriv", "--pdeathsig", "KILL"),
+    *("unshare", "--fork", "--kill-child", "--pid", "--mount", "--mount-proc", "--net", "--ipc"),
+)
+"""Starts a process whose children, network and file systems end with it, and which ends with the one that measures,
+however that one does: a framework that stands still would not see the end of its stdin."""
 
 
 class Process:
@@ -122,8 +126,9 @@ def foreign(role: str, *arguments: str, cores: Sequence[int]) -> Generator[Frame
     Raises BenchError where there is no environment, or the system does not let its user make namespaces.
     """
     python = foreign_environment.python()
-    if not shutil.which(SEALED[0]):
-        raise BenchError(f"needs `{SEALED[0]}` of util-linux, to keep what it opens and leaves to itself")
+    for program in ("setpriv", "unshare"):
+        if not shutil.which(program):
+            raise BenchError(f"needs `{program}` of util-linux, to keep what it opens and leaves to itself")
     own_user = () if os.geteuid() == 0 else ("--map-root-user",)
     command = [*SEALED, *own_user, str(python), "-I", str(FOREIGN), role, listed(cores)]
     with _started(role, [*command, *arguments], (), FOREIGN_ENDS_S) as process:
