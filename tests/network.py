@@ -13,6 +13,8 @@ import jax
 
 from flowml.devices import Device, as_devices
 from flowml.errors import WorkerLostError
+from flowml.links import SAME_PROCESS
+from flowml.plan import ArraySpec
 from flowml_runtime.host.session import Session
 from flowml_runtime.host.worker import Worker
 from flowml_runtime.messages import Wire
@@ -34,6 +36,15 @@ class DirectEndpoint:
         if receive is None:
             raise WorkerLostError(f"{peer} is gone", worker=peer)
         receive(self.name, message, list(arrays))
+
+    def way(self, peer: str) -> str:
+        return SAME_PROCESS if peer in self.receivers else ""
+
+    def expect(self) -> None:
+        """Nothing is ever awaited: the sender's thread delivers."""
+
+    def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
+        """Nothing is copied."""
 
 
 class Network:

@@ -13,7 +13,7 @@ import msgspec
 
 from flowml.plan import ArraySpec
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of this vocabulary; peers of another version are refused when they say hello."""
 
 MAX_HEADER_BYTES = 16 * 2**20

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import flowml as fm
+from flowml_runtime.host.recorder import Recorder, decode
 from tests.training.reference import BATCH, data, mlp, mlp_loss
 
 LENGTH = 2**23
@@ -136,3 +137,18 @@ def test_a_trace_holds_calls_that_were_made_without_the_executor(threads_cluster
         for _ in range(3):
             program(x)
     assert [s["cat"] for s in spans(tmp_path / "t.json")] == ["feed", "run", "fetch"] * 3
+
+
+def test_what_is_under_way_when_recording_stops_ends_there() -> None:
+    """A caller has its result before the worker's thread is back from sending it."""
+    recorder = Recorder()
+    recorder.start()
+    with pytest.raises(ZeroDivisionError), recorder.record("lane", "run", "fails", 0):
+        _ = 1 / 0
+    with recorder.record("lane", "run", "before", 1):
+        pass
+    with recorder.record("lane", "fetch", "sends", 1):
+        found = decode(recorder.stop())
+    assert [(s.name, s.ended_ns > s.began_ns) for s in found] == [("before", True), ("sends", True)]
+    recorder.start()
+    assert decode(recorder.stop()) == []

@@ -121,6 +121,8 @@ def test_a_launched_cluster_serves_scripts_and_takes_more_workers(flowml, start_
 
     joined = start_flowml("worker", address, *options)
     read_until(joined.stdout, "joined")
+    for pid in (joined.pid, tree(launched)[0].pid):  # raw, as glibc takes the variable apart where it lies
+        assert b"mmap_threshold" in Path(f"/proc/{pid}/environ").read_bytes()
     count = script("import flowml_runtime.cluster as c\nprint(len(c.current_cluster().devices))\n")
     assert flowml("run", "--on", address, *options, count, check=True).stdout == "2\n"
 

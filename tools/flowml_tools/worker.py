@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
+    from flowml_runtime.host import allocator
+
+    allocator.begin_anew()
     token, secured = read_token(arguments.token_file), tls(arguments)
     from flowml_runtime.host.process import serve
     from flowml_runtime.host.security import check_exposure

@@ -21,6 +21,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from flowml_runtime.host import allocator
 from flowml_runtime.host.spawning import Exited, Kill, Ready, Report, Request, Start, Started, WorkerConfig, hear
 
 TERM_S = 3.0
@@ -31,10 +32,6 @@ LOG_LINES = 5
 """Lines of a worker's log that an error quotes."""
 
 _reports = msgspec.json.Decoder(Report)
-
-_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""For glibc to ask for huge pages. XLA gets the memory of each large result anew, which the kernel hands out by pages:
-with pages of 2 MiB a program that passes 64 MiB through two workers takes half the time."""
 
 
 class LocalWorkers:
@@ -59,7 +56,7 @@ class LocalWorkers:
                 [sys.executable, "-P", "-m", "flowml_runtime.host.zygote", str(self._folder)],
                 stdin=theirs.fileno(),
                 stderr=log,
-                env={**_MALLOC, **os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+                env={**allocator.environment(), "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
                 start_new_session=True,  # Ctrl-C at the terminal is the owner's to handle
             )
         self._watcher = threading.Thread(target=self._watch, name="flowml-workers", daemon=True)

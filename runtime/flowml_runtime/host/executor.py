@@ -28,7 +28,7 @@ from flowml.plan import Feed, Fetch, Free, Instruction, Plan, Push, Read, Recv, 
 from flowml_runtime.host.mailbox import Cancelled, Claim, Parked
 from flowml_runtime.host.outbox import Outbox
 from flowml_runtime.host.programs import Array, LoadedProgram, TaskFunction
-from flowml_runtime.host.recorder import Recorder, Span, now_ns
+from flowml_runtime.host.recorder import Recorder
 from flowml_runtime.messages import DEADLINE_S
 
 
@@ -161,11 +161,9 @@ def _recorded(operation: Operation, device: str, instruction: Instruction, node:
     microbatch = getattr(instruction, "microbatch", 0)
 
     def recorded(buffers: Buffers, step: int, services: StepServices) -> None:
-        began = now_ns()
-        operation(buffers, step, services)
-        ended = now_ns()
         way = services.way(instruction.message) if isinstance(instruction, Send) else ""
-        services.recorder.add(Span(device, kind, node, step, microbatch, nbytes, way, began, ended))
+        with services.recorder.record(device, kind, node, step, microbatch, nbytes, way):
+            operation(buffers, step, services)
 
     return recorded
 

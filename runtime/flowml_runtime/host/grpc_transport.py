@@ -178,14 +178,9 @@ class GrpcEndpoint:
             return ""
 
     def expect(self) -> None:
-        """Another message is due within moments. Receiving threads look for it before they go to sleep."""
         self._expectation.soon()
 
     def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
-        """Have the memory ready for so many messages with such arrays, where the way to `peer` needs any.
-
-        Raises SlotError if there is none. A peer that cannot be reached is found out when something is sent.
-        """
         if peer == self.name:
             return
         with suppress(WorkerLostError):

@@ -11,7 +11,6 @@ import numpy as np
 
 from flowml.plan import StoreSpec
 from flowml_runtime.host.programs import Array, LoadedProgram, TaskFunction, aligned_copy, buffer_struct
-from flowml_runtime.host.recorder import Span, now_ns
 from flowml_runtime.host.run import Run, worker_of
 from flowml_runtime.host.services import lendable
 from flowml_runtime.messages import Arrived, Contribution, Published, StoreValue
@@ -99,14 +98,13 @@ class Homes:
             payloads.extend(a for h in handles for a in self._payloads.pop(h))
         for _ in range(spec.arity - len(action.contributions)):
             payloads.extend(held.zeros)
-        began = now_ns()
-        results = held.apply(*held.params, *held.state, aligned_copy(coefficients), *payloads)
+        recorder, step = self._run.recorder, self._run.step_of(action.version)
+        with recorder.record(f"{held.home} home", "apply", f"store {spec.name}", step):
+            results = held.apply(*held.params, *held.state, aligned_copy(coefficients), *payloads)
+            if recorder.on:
+                jax.block_until_ready(results)  # else its end would not be seen
         split = len(spec.specs)
         held.params, held.state = list(results[:split]), list(results[split:])
-        if self._run.recorder.on:
-            jax.block_until_ready(results)  # else its end would not be seen
-            lane, step = f"{held.home} home", self._run.step_of(action.version)
-            self._run.recorder.add(Span(lane, "apply", f"store {spec.name}", step, 0, 0, "", began, now_ns()))
 
     def _publish(self, action: protocol.Publish) -> None:
         held = self._held[action.store]

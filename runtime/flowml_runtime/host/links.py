@@ -16,14 +16,15 @@ import statistics
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from flowml.errors import DeadlineError, FlowmlError
 from flowml.links import Link
 from flowml.plan import ArraySpec
-from flowml_runtime.messages import MAX_PROBE_BYTES, Probe, Probed, Wire
+from flowml_runtime.host.transport import Sender
+from flowml_runtime.messages import MAX_PROBE_BYTES, Probe, Probed
 
 ROUND_TRIPS = 20
 TRANSFERS = 4
@@ -41,16 +42,10 @@ MAX_WAITING = 64
 """Probes that wait to be answered. What comes beyond that goes without, and its sender measures nothing."""
 
 
-class Sends(Protocol):
-    """What measuring needs of an endpoint. One that has `way` too tells how a peer is reached."""
-
-    def send(self, peer: str, message: Wire, arrays: Sequence[Any] = ()) -> None: ...
-
-
 class Prober:
     """Of one endpoint. Hand it every `Probe` and `Probed`. Safe to use from any thread."""
 
-    def __init__(self, endpoint: Sends) -> None:
+    def __init__(self, endpoint: Sender) -> None:
         self._endpoint = endpoint
         self._numbers = itertools.count(1)
         self._changed = threading.Condition()
@@ -84,7 +79,7 @@ class Prober:
             pings = (self._seconds(peer, None) for _ in range(ROUND_TRIPS))
             round_trip_s = statistics.median(pings)
             rate = self._rate(peer, round_trip_s, nbytes)
-        return Link(round_trip_s / 2, rate, self._way(peer), measured=True)
+        return Link(round_trip_s / 2, rate, self._endpoint.way(peer), measured=True)
 
     def ask(self, worker: str, peer: str) -> Link:
         """The link from a worker to a peer of it, measured by that worker. Raises FlowmlError as `measure` does."""
@@ -143,10 +138,6 @@ class Prober:
         if answer is None:
             raise DeadlineError(f"{peer} did not answer a probe of its link within {deadline_s:g} s")
         return answer
-
-    def _way(self, peer: str) -> str:
-        way = getattr(self._endpoint, "way", None)
-        return way(peer) if way is not None else ""
 
     def _answer(self) -> None:
         while (asked := self._inbox.get()) is not None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Annotated
 
 import msgspec
@@ -42,23 +44,51 @@ class Recorder:
     def __init__(self) -> None:
         self.on = False
         self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
+        self._open: dict[object, Span] = {}
+        """Those that have begun. What a result comes from may still be under way when its receiver has it."""
         self._lock = threading.Lock()
 
     def start(self) -> None:
         with self._lock:
             self._spans.clear()
+            self._open.clear()
             self.on = True
 
     def stop(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        """What was recorded, encoded."""
+        """What was recorded, encoded. What is still under way ends here."""
         with self._lock:
             self.on = False
-            spans = list(self._spans)
+            spans = [*self._spans, *(_ended(span) for span in self._open.values())]
             self._spans.clear()
+            self._open.clear()
         return np.frombuffer(msgspec.msgpack.encode(spans), np.uint8)
 
     def add(self, span: Span) -> None:
         self._spans.append(span)
+
+    @contextmanager
+    def record(
+        self, lane: str, kind: str, name: str, step: int, microbatch: int = 0, nbytes: int = 0, way: str = ""
+    ) -> Generator[None]:
+        """Add what the block does, unless it raises."""
+        if not self.on:
+            yield
+            return
+        key, began = object(), now_ns()
+        self._open[key] = Span(lane, kind, name, step, microbatch, nbytes, way, began, began)
+        try:
+            yield
+        except BaseException:
+            self._open.pop(key, None)
+            raise
+        with self._lock:
+            span = self._open.pop(key, None)
+            if span is not None:
+                self._spans.append(_ended(span))
+
+
+def _ended(span: Span) -> Span:
+    return msgspec.structs.replace(span, ended_ns=now_ns())
 
 
 _decoder = msgspec.msgpack.Decoder(list[Span])

@@ -17,7 +17,7 @@ from flowml.plan import Plan, Training
 from flowml_runtime.host.mailbox import Cancelled
 from flowml_runtime.host.programs import Array
 from flowml_runtime.host.recorder import Recorder
-from flowml_runtime.host.services import Sender
+from flowml_runtime.host.transport import Sender
 from flowml_runtime.messages import StartTraining, Traffic, Wire
 from flowml_runtime.protocol.terms import Terms
 

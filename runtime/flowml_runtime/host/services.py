@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import jax
 import numpy as np
@@ -20,31 +19,23 @@ from flowml.plan import ArraySpec, Message, Send
 from flowml_runtime.host.mailbox import Cancelled, Claim, Mailbox, Parked
 from flowml_runtime.host.outbox import LARGE_BYTES, Outbox
 from flowml_runtime.host.programs import Array, JaxDevice, LoadedProgram, feed_slots
-from flowml_runtime.host.recorder import Recorder, Span, now_ns
+from flowml_runtime.host.recorder import Recorder
 from flowml_runtime.host.slots import SlotError
+from flowml_runtime.host.transport import Sender
 from flowml_runtime.host.window import Windows, window
-from flowml_runtime.messages import DEADLINE_S, Taken, Value, Wire
+from flowml_runtime.messages import DEADLINE_S, Taken, Value
 
 EDGE_SLOTS = 2
 """Values of an edge that memory is made ready for: one in use, and one on its way."""
 
 
-class Sender(Protocol):
-    """The one thing that steps need of an endpoint."""
-
-    def send(self, peer: str, message: Wire, arrays: Sequence[Array] = (), timeout_s: float | None = None) -> None: ...
-
-
 def reserve_edges(sender: Sender, loaded: LoadedProgram) -> None:
     """Have memory ready for what a program sends, so that no step waits for it. Raises FlowmlError naming the edge."""
-    reserve = getattr(sender, "reserve", None)
-    if reserve is None:
-        return
     messages = (i.message for i in loaded.program.instructions if isinstance(i, Send))
     for edge in map(loaded.plan.messages.__getitem__, dict.fromkeys(messages)):
         specs = tuple(ArraySpec(t.shape, t.dtype) for t in edge.transfers)
         try:
-            reserve(edge.destination.split("/", 1)[0], specs, EDGE_SLOTS)
+            sender.reserve(edge.destination.split("/", 1)[0], specs, EDGE_SLOTS)
         except SlotError as error:
             raise FlowmlError(f"{edge}: {error}") from None
 
@@ -140,11 +131,9 @@ class EdgeServices:
             return
 
         def send() -> None:
-            began = now_ns()
-            self._push(value, worker, lendable(arrays, device))
-            if self.recorder.on:
-                lane, way = f"{self.device} send", self.way(message)
-                self.recorder.add(Span(lane, "send", str(edge), step, microbatch, edge.nbytes, way, began, now_ns()))
+            lane, way = f"{self.device} send", self.way(message)
+            with self.recorder.record(lane, "send", str(edge), step, microbatch, edge.nbytes, way):
+                self._push(value, worker, lendable(arrays, device))
 
         self.outbox.put(send, lambda error: self.send_failed(step, str(edge), error))
 
@@ -154,24 +143,12 @@ class EdgeServices:
         except TimeoutError:
             raise self._stalled(value.step, value.index) from None
 
-    def _stalled(self, step: int, message: int) -> DeadlineError:
-        edge = self._messages[message]
-        return DeadlineError(
-            f"step {step} of plan {self.loaded.plan.name!r}: {self.device} waited {self.deadline_s:g} s for "
-            f"{edge.destination} to take earlier values of {edge}; see whether that is stuck, or allow a longer "
-            "deadline: deadline_s= where the cluster is made",
-            worker=edge.destination.split("/", 1)[0],
-            step=step,
-            node=str(edge),
-        )
-
     def send_failed(self, step: int, node: str, error: BaseException) -> None:
         """A large value could not be sent; called on the outbox's thread."""
         raise NotImplementedError
 
     def way(self, message: int) -> str:
-        way = getattr(self._sender, "way", None)
-        return way(self._workers[message]) if way is not None else ""
+        return self._sender.way(self._workers[message])
 
     def should_abandon(self, step: int) -> bool:
         return self._mailbox.is_cancelled((self.plan_id, step, self.device))
@@ -180,12 +157,19 @@ class EdgeServices:
         return adopt(arrays, self.loaded.device) if self._adopts else arrays
 
     def _late(self, step: int, message: int) -> DeadlineError:
-        edge = self._messages[message]
+        edge, worker = self._messages[message], self.device.split("/", 1)[0]
+        return self._overdue(step, edge, worker, f"{edge} and it did not come; see whether {edge.source} is stuck")
+
+    def _stalled(self, step: int, message: int) -> DeadlineError:
+        edge, worker = self._messages[message], self._workers[message]
+        what = f"{edge.destination} to take earlier values of {edge}; see whether that is stuck"
+        return self._overdue(step, edge, worker, what)
+
+    def _overdue(self, step: int, edge: Message, worker: str, what: str) -> DeadlineError:
         return DeadlineError(
-            f"step {step} of plan {self.loaded.plan.name!r}: {self.device} waited {self.deadline_s:g} s for "
-            f"{edge} and it did not come; see whether {edge.source} is stuck, or allow a longer "
-            "deadline: deadline_s= where the cluster is made",
-            worker=self.device.split("/", 1)[0],
+            f"step {step} of plan {self.loaded.plan.name!r}: {self.device} waited {self.deadline_s:g} s for {what}, "
+            "or allow a longer deadline: deadline_s= where the cluster is made",
+            worker=worker,
             step=step,
             node=str(edge),
         )
@@ -214,7 +198,7 @@ class DataflowServices(EdgeServices):
         self._outputs = {o.index: o.spec for o in loaded.plan.outputs if o.kind == "fetch"}
         self._at_home = at_home(loaded.device)
         self._parks = False
-        self.expect: Callable[[], None] = getattr(sender, "expect", lambda: None)
+        self.expect = sender.expect
         self.windows = Windows(self._messages)
         self._windowed = [window(m) > 0 for m in self._messages]
         self._claim: Claim | None = None

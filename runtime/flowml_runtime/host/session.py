@@ -30,8 +30,8 @@ from flowml_runtime.host.future import Future
 from flowml_runtime.host.leaves import Feeder, Restorer
 from flowml_runtime.host.local import LocalStep
 from flowml_runtime.host.programs import Array, feed_slots, store_tasks
-from flowml_runtime.host.services import Sender
 from flowml_runtime.host.steps import Steps
+from flowml_runtime.host.transport import Sender
 from flowml_runtime.host.window import IN_FLIGHT
 from flowml_runtime.messages import DEADLINE_S, Failed, Loaded, LoadPlan, StepFailed, Unload, Unreachable, Value, Wire
 
@@ -122,8 +122,6 @@ class Session:
         self.endpoint = endpoint
         self.remedy = remedy
         self.devices = tuple(devices)
-        self._name = str(getattr(endpoint, "name", "driver"))
-        self._expect: Callable[[], None] = getattr(endpoint, "expect", lambda: None)
         self._in_flight = in_flight
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
@@ -146,7 +144,7 @@ class Session:
         """
         for program in plan.programs:
             find_device(program.device, self.devices, f"plan {plan.name!r}")
-        plan_id = f"{self._name}-{uuid.uuid4().hex[:16]}"
+        plan_id = f"{self.endpoint.name}-{uuid.uuid4().hex[:16]}"
         workers = tuple(dict.fromkeys(_worker(p) for p in plan.programs))
         loading = _Loading(plan, workers)
         with self._lock:
@@ -302,7 +300,7 @@ class Session:
     def _on_plan_message(self, handle: LoadedPlan, message: Wire, arrays: Sequence[Array]) -> None:
         if isinstance(message, Value):
             if handle.steps.collect(message.step, message.slots, arrays):
-                self._expect()
+                self.endpoint.expect()
         elif isinstance(message, StepFailed):
             self._fail_step(handle, message.step, step_error(handle.plan, message, self.remedy))
         elif isinstance(message, Failed):
@@ -321,7 +319,7 @@ class Session:
     def _cancel(self, handle: LoadedPlan, step: int) -> None:
         """Tell the workers that nobody needs this step any more, so that none waits for its values."""
         cancelled = StepFailed(
-            plan_id=handle.plan_id, step=step, worker=self._name, node="", kind="cancelled", error=""
+            plan_id=handle.plan_id, step=step, worker=self.endpoint.name, node="", kind="cancelled", error=""
         )
         self._broadcast(handle.workers, cancelled)
 

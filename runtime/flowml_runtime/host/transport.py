@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from flowml.errors import WorkerLostError
 from flowml.links import SAME_PROCESS
+from flowml.plan import ArraySpec
 from flowml_runtime.messages import Wire
 
 Arrays = Sequence[Any]
@@ -33,20 +34,10 @@ MAX_QUEUED_MESSAGES = 65536
 _log = logging.getLogger("flowml")
 
 
-class Endpoint(Protocol):
-    """One end of all the connections of a peer. Safe to use from any thread."""
+class Sender(Protocol):
+    """What steps need of an endpoint. Safe to use from any thread."""
 
     name: str
-    address: str
-    incarnation: int
-
-    def start(self, on_message: OnMessage, on_lost: OnLost) -> None:
-        """Deliver from now on. Both are called on receiving threads."""
-        ...
-
-    def know(self, peers: Mapping[str, str]) -> None:
-        """Where peers are (name -> address). A connection is opened on first use and kept."""
-        ...
 
     def send(self, peer: str, message: Wire, arrays: Arrays = (), timeout_s: float | None = None) -> None:
         """Push a message; `message.specs` describes `arrays`, which are not changed any more from here on.
@@ -58,6 +49,32 @@ class Endpoint(Protocol):
 
     def way(self, peer: str) -> str:
         """How messages reach a peer: "same process", "shared memory" or "gRPC"; "" for one that cannot be reached."""
+        ...
+
+    def expect(self) -> None:
+        """Another message is due within moments; a hint to look for it before going to sleep."""
+        ...
+
+    def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
+        """Have the memory ready for so many messages with such arrays, where the way to `peer` needs any.
+
+        Raises SlotError if there is none. A peer that cannot be reached is found out when something is sent.
+        """
+        ...
+
+
+class Endpoint(Sender, Protocol):
+    """One end of all the connections of a peer. Safe to use from any thread."""
+
+    address: str
+    incarnation: int
+
+    def start(self, on_message: OnMessage, on_lost: OnLost) -> None:
+        """Deliver from now on. Both are called on receiving threads."""
+        ...
+
+    def know(self, peers: Mapping[str, str]) -> None:
+        """Where peers are (name -> address). A connection is opened on first use and kept."""
         ...
 
     def lose(self, peer: str, reason: str) -> None:
@@ -225,6 +242,12 @@ class ThreadEndpoint:
 
     def way(self, peer: str) -> str:
         return "" if self._hub.find(peer) is None or peer in self._lost else SAME_PROCESS
+
+    def expect(self) -> None:
+        """Nothing to look for: messages are put into a queue of this process."""
+
+    def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
+        """Nothing to have ready: arrays are handed over as they are."""
 
     def deliver(self, peer: str, message: Wire, arrays: list[Any], nbytes: int, timeout_s: float | None = None) -> bool:
         """For the hub's other endpoints: take a message in. False once closed; raises TimeoutError."""

@@ -30,7 +30,8 @@ from flowml_runtime.host.local import LocalStep
 from flowml_runtime.host.mailbox import Mailbox
 from flowml_runtime.host.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
 from flowml_runtime.host.recorder import Recorder, Span, now_ns
-from flowml_runtime.host.services import DataflowServices, Sender, reserve_edges
+from flowml_runtime.host.services import DataflowServices, reserve_edges
+from flowml_runtime.host.transport import Sender
 from flowml_runtime.host.window import Windows
 from flowml_runtime.messages import (
     Failed,
