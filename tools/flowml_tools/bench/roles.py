@@ -124,6 +124,8 @@ ROLES: dict[str, Callable[..., None]] = {
     "bare": _bare,
     "grpc-target": wire_roles.target,
     "grpc-source": wire_roles.source,
+    "bare-grpc-target": wire_roles.bare_target,
+    "bare-grpc-source": wire_roles.bare_source,
     "reduce": allreduce_roles.reduce,
     "psum": allreduce_roles.psum,
     "train": training_roles.train,

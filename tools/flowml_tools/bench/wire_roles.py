@@ -1,10 +1,14 @@
-"""What the processes of `transport`'s gRPC rows do; see `roles`: one endpoint each, joined on loopback."""
+"""What the processes of `transport`'s gRPC rows do; see `roles`: two endpoints joined on loopback, or gRPC alone."""
 
 from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+from flowml_runtime.host.buffers import keep_freed_memory
 from flowml_tools.bench.orders import orders, say
 from flowml_tools.bench.peers import EDGE_BYTES
 
@@ -48,3 +52,60 @@ def source(checksum: str, address: str) -> None:
         answers.get(timeout=ARRIVES_S)
         say(time.perf_counter() - start)
     endpoint.close()
+
+
+PIECE_BYTES = 2**20
+METHOD = "/bench.Wire/push"
+UNBOUNDED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+
+
+def bare_target() -> None:
+    """Take pieces into one buffer, and answer when it is full: what gRPC for Python does by itself."""
+    import grpc
+
+    buffer = memoryview(bytearray(EDGE_BYTES))
+
+    def receive(pieces: Iterator[bytes], _: object) -> Iterator[bytes]:
+        at = 0
+        for piece in pieces:
+            buffer[at : at + len(piece)] = piece
+            at += len(piece)
+            if at == EDGE_BYTES:
+                at = 0
+                yield b"k"
+
+    class Handler(grpc.GenericRpcHandler):
+        def service(self, handler_call_details: Any) -> Any:
+            return grpc.stream_stream_rpc_method_handler(receive)
+
+    keep_freed_memory()
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Handler()], options=UNBOUNDED)
+    say(server.add_insecure_port("127.0.0.1:0"))
+    server.start()
+    for _ in orders():
+        return
+    server.stop(None).wait(1.0)
+
+
+def bare_source(port: str) -> None:
+    """Send the pieces of one array for each order, and say how long they and the answer took, in s."""
+    import grpc
+
+    keep_freed_memory()
+    array = memoryview(bytearray(b"x") * EDGE_BYTES)
+    asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def pieces() -> Iterator[bytes]:
+        while asked.get():
+            for at in range(0, EDGE_BYTES, PIECE_BYTES):
+                yield bytes(array[at : at + PIECE_BYTES])
+
+    with grpc.insecure_channel(f"127.0.0.1:{port}", options=UNBOUNDED) as channel:
+        answers = channel.stream_stream(METHOD)(pieces())
+        say("ready")
+        for _ in orders():
+            start = time.perf_counter()
+            asked.put(True)
+            next(answers)
+            say(time.perf_counter() - start)
+        asked.put(False)
