@@ -35,6 +35,20 @@ def _ring(incoming: str, outgoing: str) -> None:
             send.sendall(data)
 
 
+def _task_ring(incoming: str, outgoing: str) -> None:
+    """The same with a jitted task of one element in between: the least that a worker in Python has to do."""
+    import jax
+    import numpy as np
+
+    from flowml_tools.bench.functions import increment
+
+    task = jax.jit(increment)
+    receive, send = socket.socket(fileno=int(incoming)), socket.socket(fileno=int(outgoing))
+    with receive, send:
+        while data := receive.recv(65536):
+            send.sendall(np.asarray(task(np.frombuffer(data, np.float32))).data)
+
+
 def _tcp_target() -> None:
     buffer = memoryview(bytearray(EDGE_BYTES))
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -117,6 +131,7 @@ def _bare() -> None:
 
 ROLES: dict[str, Callable[..., None]] = {
     "ring": _ring,
+    "task-ring": _task_ring,
     "tcp-target": _tcp_target,
     "tcp-source": _tcp_source,
     "transfer-source": _transfer_source,
