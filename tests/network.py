@@ -40,7 +40,7 @@ class DirectEndpoint:
     def way(self, peer: str) -> str:
         return SAME_PROCESS if peer in self.receivers else ""
 
-    def expect(self) -> None:
+    def expect(self, peer: str) -> None:
         """Nothing is ever awaited: the sender's thread delivers."""
 
     def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:

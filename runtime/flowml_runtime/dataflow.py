@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from flowml.devices import Device
     from flowml.links import Links
     from flowml.plan import Plan
-    from flowml_runtime.host.local import LocalStep
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,32 +60,45 @@ class _Call:
     leaves: list[Any]
 
 
-@dataclass(frozen=True)
-class _Direct:
-    """What the last call was, if its plan is one task of this process: the same again needs no other thing looked up.
+_Kind = tuple[type, Any, Any]
+"""Of a leaf: (type, abstract value, None) of a JAX array, or (np.ndarray, shape, dtype)."""
 
-    Arrays are known by the identity of their abstract values, which a loop hands around with them.
+
+@dataclass(frozen=True)
+class _Recent:
+    """What the last call was: the same again needs nothing looked up.
+
+    JAX arrays are known by the identity of their abstract values, which a loop hands around with them.
     """
 
     cluster: weakref.ref[ClusterLike]
     tree: Any
-    kinds: tuple[tuple[type, Any], ...]
-    """Type and abstract value of each leaf, all of them JAX arrays."""
+    kinds: tuple[_Kind, ...]
     settings: Hashable
     handle: LoadedPlan
-    local: LocalStep
-    task: Callable[[Sequence[Any]], Sequence[Any]]
     out_tree: Any
+    on_device: bool
+    """Whether all leaves are JAX arrays."""
 
     def fits(self, cluster: ClusterLike, tree: Any, leaves: Sequence[Any]) -> bool:
-        return (
-            tree == self.tree
-            and all(type(x) is kind and x.aval is aval for x, (kind, aval) in zip(leaves, self.kinds, strict=True))
-            and self.cluster() is cluster
-            and not self.handle.steps.stopped
-            and not self.local.recorded
-            and _settings() == self.settings
-        )
+        if tree != self.tree:
+            return False
+        for leaf, (kind, first, second) in zip(leaves, self.kinds, strict=True):
+            if type(leaf) is not kind:
+                return False
+            if kind is np.ndarray:
+                if leaf.shape != first or leaf.dtype != second:
+                    return False
+            elif leaf.aval is not first:
+                return False
+        return self.cluster() is cluster and not self.handle.steps.stopped and _settings() == self.settings
+
+
+def _kind(leaf: Any) -> _Kind | None:
+    """None for what has to be looked at each time."""
+    if type(leaf) is np.ndarray:
+        return np.ndarray, leaf.shape, leaf.dtype
+    return (type(leaf), leaf.aval, None) if isinstance(leaf, jax.Array) else None
 
 
 class Dataflow(Generic[P, R]):
@@ -107,25 +120,29 @@ class Dataflow(Generic[P, R]):
         self._placement = placement
         self._static = tuple(static_argnums)
         self._donate = tuple(donate_argnums)
-        self._direct: _Direct | None = None
+        self._recent: _Recent | None = None
         self._lock = threading.RLock()  # tracing a function may call its own program
         self._programs: weakref.WeakKeyDictionary[ClusterLike, dict[Hashable, _Program]] = weakref.WeakKeyDictionary()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function on the cluster. Under another JAX transformation it is inlined, as jit is."""
-        direct = self._direct
-        if direct is not None:
+        recent = self._recent
+        if recent is not None:
             leaves, tree = tree_flatten((args, kwargs))
-            if direct.fits(self._current(), tree, leaves):
+            cluster = self._current()
+            if recent.fits(cluster, tree, leaves):
+                direct = recent.handle.direct if recent.on_device else None
+                if direct is None:
+                    return cast(R, tree_unflatten(recent.out_tree, cluster.session.call(recent.handle, leaves)))
                 try:
-                    return cast(R, tree_unflatten(direct.out_tree, direct.task(leaves)))
+                    return cast(R, tree_unflatten(recent.out_tree, direct(leaves)))
                 except Exception:
-                    self._direct = None  # the long way says what is wrong, and where
+                    self._recent = None  # the long way says what is wrong, and where
         call = self._sort(args, kwargs)
         if call is None:
             return self._fn(*args, **kwargs)
         session, program, handle = self._loaded(call, args, kwargs)
-        self._direct = self._remember(program, handle, call)
+        self._recent = self._remember(program, handle, call)
         return cast(R, tree_unflatten(program.out_tree, session.call(handle, call.leaves)))
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
@@ -145,15 +162,14 @@ class Dataflow(Generic[P, R]):
             raise TypeError(f"{self._name}.plan() cannot be traced by another JAX transformation")
         return self._program(self._current(), call, args, kwargs).plan
 
-    def _remember(self, program: _Program, handle: LoadedPlan, call: _Call) -> _Direct | None:
-        local = handle.local
+    def _remember(self, program: _Program, handle: LoadedPlan, call: _Call) -> _Recent | None:
         leaves: Sequence[Any] = call.leaves
-        if local is None or local.direct is None or self._static or not all(isinstance(x, jax.Array) for x in leaves):
+        kinds = tuple(kind for kind in map(_kind, leaves) if kind is not None)
+        if self._static or len(kinds) < len(leaves):
             return None
         _, tree, _, settings = call.key
-        kinds = tuple((type(x), x.aval) for x in leaves)
-        cluster = weakref.ref(self._current())
-        return _Direct(cluster, tree, kinds, settings, handle, local, local.direct, program.out_tree)
+        on_device = all(kind is not np.ndarray for kind, _, _ in kinds)
+        return _Recent(weakref.ref(self._current()), tree, kinds, settings, handle, program.out_tree, on_device)
 
     def _sort(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
         """None if an argument is being traced. Raises TypeError for one that is no array, ValueError for a static one

@@ -362,8 +362,8 @@ def test_a_message_that_is_expected_is_looked_for_and_then_no_more(pair: tuple[I
         sent = [np.full(3, n)]
         a.endpoint.send("b", value(sent), sent)
         assert b.messages.get(timeout=WAIT_S)[0][0] == n
-        b.endpoint.expect()
-    b.endpoint.expect()
+        b.endpoint.expect("a")
+    b.endpoint.expect("a")
     process = psutil.Process()
     before = process.cpu_times()
     assert threading.Event().wait(0.5) is False

@@ -95,7 +95,7 @@ def pack(message: Wire, arrays: Sequence[Array] = ()) -> Outgoing:
         else:
             large.append(buffer)
     frame = b"".join(first)
-    return Outgoing(frame, tuple(large), len(frame) + sum(b.nbytes for b in large))
+    return Outgoing(frame, tuple(large), len(frame) + (sum(b.nbytes for b in large) if large else 0))
 
 
 class Assembler:

@@ -63,6 +63,8 @@ class _Peer:
     incarnation: int = 0
     lost: str = ""
     stream: AnyStream | None = None
+    expectation: Expectation | None = None
+    """Of the thread that takes in what comes from there through a socket of this machine."""
 
 
 class _Refused(Exception):
@@ -98,7 +100,7 @@ class GrpcEndpoint:
         self._checksum = checksum
         self._max_queued_bytes = max_queued_bytes
         self._pool = BufferPool(NEVER_KEPT_BYTES)
-        self._expectation = Expectation()
+        self._expected: Expectation | None = None
         self._lock = threading.Lock()
         self._reporting = threading.RLock()
         """Held while a loss is reported, so that a peer's next life waits until its last one is over."""
@@ -115,7 +117,7 @@ class GrpcEndpoint:
     def _listen_locally(self) -> UnixServer | None:
         """None if somebody has our name already: then peers of this machine use gRPC like all others."""
         try:
-            return UnixServer(self.address, self._token, self._serve_local, self._expectation)
+            return UnixServer(self.address, self._token, self._serve_local)
         except OSError as error:
             _log.warning("no shared memory for what comes to %s: %s; it comes by gRPC", self.address, error.strerror)
             return None
@@ -177,8 +179,15 @@ class GrpcEndpoint:
         except WorkerLostError:
             return ""
 
-    def expect(self) -> None:
-        self._expectation.soon()
+    def expect(self, peer: str) -> None:
+        known = self._peers.get(peer)
+        if known is None or known.expectation is None:
+            return
+        if self._expected is not known.expectation:  # threads that look at once are in each other's way
+            if self._expected is not None:
+                self._expected.no_more()
+            self._expected = known.expectation
+        known.expectation.soon()
 
     def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
         if peer == self.name:
@@ -219,6 +228,9 @@ class GrpcEndpoint:
         self._delivery.close()
 
     def _stream(self, name: str) -> AnyStream:
+        known = self._peers.get(name)
+        if known is not None and known.stream is not None:  # nothing to decide: most calls need no lock
+            return known.stream
         with self._lock:
             peer = self._peers.get(name)
             if self._closed:
@@ -272,11 +284,11 @@ class GrpcEndpoint:
         keep_freed_memory()
         return self._pool.take(nbytes)
 
-    def _serve_local(self, incoming: Incoming) -> str:
-        refusal, fault = self._serve(incoming)
+    def _serve_local(self, incoming: Incoming, expectation: Expectation) -> str:
+        refusal, fault = self._serve(incoming, expectation)
         return "its connection broke" if fault else refusal
 
-    def _serve(self, incoming: Incoming) -> tuple[str, bool]:
+    def _serve(self, incoming: Incoming, expectation: Expectation | None = None) -> tuple[str, bool]:
         """Take one stream in to its end. Returns why it is refused ("" if it just ended), and whether by our fault."""
         peer: _Peer | None = None
         refusal, reason, fault = "", "it closed the connection", False
@@ -284,6 +296,7 @@ class GrpcEndpoint:
             for message, arrays in incoming:
                 if peer is None:
                     peer = self._greet(message)
+                    peer.expectation = expectation
                 elif peer.lost:
                     raise _Refused(f"{peer.name} counts as lost here: {peer.lost}; start it again")
                 else:

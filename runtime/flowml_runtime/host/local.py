@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flowml.plan import Feed, Fetch, Free, Plan, Run
-from flowml_runtime.host.executor import StepProgram, run_step
+from flowml_runtime.host.operations import StepProgram, run_step
 from flowml_runtime.host.programs import Array, JaxDevice, LoadedProgram, TaskFunction
 from flowml_runtime.host.recorder import Recorder
 from flowml_runtime.host.services import adopt, at_home, lendable, must_adopt

@@ -74,7 +74,8 @@ class _Hosted:
         self.reason = ""
 
     def on_message(self, peer: str, message: Wire, arrays: list[Any]) -> None:
-        self.ready.wait()
+        if self.worker is None:
+            self.ready.wait()
         if self.worker is not None:
             self.worker.on_message(peer, message, arrays)
 

@@ -21,8 +21,8 @@ from flowml.data import epoch_order
 from flowml.errors import WorkerLostError
 from flowml.plan import ArraySpec
 from flowml.plan import Run as RunInstruction
-from flowml_runtime.host.executor import StepFault, prepare, run_step
 from flowml_runtime.host.mailbox import Cancelled, Mailbox
+from flowml_runtime.host.operations import StepFault, prepare, run_step
 from flowml_runtime.host.outbox import LARGE_BYTES
 from flowml_runtime.host.programs import Array, LoadedProgram, aligned_copy
 from flowml_runtime.host.reductions import Given, Reductions

@@ -103,6 +103,7 @@ class EdgeServices:
         self._specs = [tuple(ArraySpec(t.shape, t.dtype) for t in m.transfers) for m in self._messages]
         self._large = [m.nbytes >= LARGE_BYTES for m in self._messages]
         self._workers = [m.destination.split("/", 1)[0] for m in self._messages]
+        self._sources = [m.source.split("/", 1)[0] for m in self._messages]
         self._adopts = must_adopt(loaded.device)
 
     def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
@@ -198,10 +199,11 @@ class DataflowServices(EdgeServices):
         self._outputs = {o.index: o.spec for o in loaded.plan.outputs if o.kind == "fetch"}
         self._at_home = at_home(loaded.device)
         self._parks = False
-        self.expect = sender.expect
         self.windows = Windows(self._messages)
         self._windowed = [window(m) > 0 for m in self._messages]
         self._claim: Claim | None = None
+        self._awaited = driver
+        """The peer whose message comes next: the driver with a feed, or the one that a parked step waits for."""
         self._expired = -1
         self.waited_s = 0.0
 
@@ -213,6 +215,10 @@ class DataflowServices(EdgeServices):
 
     def resume(self, claim: Claim) -> None:
         self._claim = claim
+        self._awaited = self._driver
+
+    def expect(self) -> None:
+        self._sender.expect(self._awaited)
 
     def end(self, step: int) -> None:
         """Let go of the inputs, which else would stay alive until the next step."""
@@ -228,10 +234,9 @@ class DataflowServices(EdgeServices):
     def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
         arrays = self._receive(step, message, microbatch)
         if self._windowed[message]:
-            source = self._messages[message].source
-            taken = Taken(plan_id=self.plan_id, step=step, index=message, device=source)
+            taken = Taken(plan_id=self.plan_id, step=step, index=message, device=self._messages[message].source)
             with contextlib.suppress(WorkerLostError):  # then nobody waits for it
-                self._sender.send(source.split("/", 1)[0], taken)
+                self._sender.send(self._sources[message], taken)
         return arrays
 
     def _receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
@@ -243,6 +248,7 @@ class DataflowServices(EdgeServices):
         scope = (self.plan_id, step, self.device)
         claim, self._claim = self._claim or self._mailbox.claim(scope, ("edge", message, microbatch)), None
         if not claim.done:
+            self._awaited = self._sources[message]
             raise Parked(claim)
         if claim.cancelled:
             raise self._late(step, message) if self._expired == step else Cancelled(scope)

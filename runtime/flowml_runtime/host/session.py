@@ -24,11 +24,11 @@ import numpy as np
 from flowml.devices import Device, find_device
 from flowml.errors import ClusterError, DeadlineError, FlowmlError, PlacementError, WorkerLostError
 from flowml.plan import ArraySpec, Fetch, Plan, Program, Run
-from flowml_runtime.host.executor import StepFault
 from flowml_runtime.host.faults import cluster_closed, load_failed, step_error, step_failed, worker_lost
 from flowml_runtime.host.future import Future
 from flowml_runtime.host.leaves import Feeder, Restorer
 from flowml_runtime.host.local import LocalStep
+from flowml_runtime.host.operations import StepFault
 from flowml_runtime.host.programs import Array, feed_slots, store_tasks
 from flowml_runtime.host.steps import Steps
 from flowml_runtime.host.transport import Sender
@@ -81,6 +81,11 @@ class LoadedPlan:
     local: LocalStep | None = field(default=None, repr=False)
     order: threading.Lock = field(default_factory=threading.Lock, repr=False)
     """Held while a step is fed, so that every device sees the same order of steps."""
+
+    @property
+    def direct(self) -> Callable[[Sequence[Any]], Sequence[Array]] | None:
+        """The whole plan as a function of JAX arrays, where it is one task of this process and nobody records it."""
+        return None if self.local is None or self.local.recorded else self.local.direct
 
 
 class _Loading:
@@ -299,8 +304,7 @@ class Session:
 
     def _on_plan_message(self, handle: LoadedPlan, message: Wire, arrays: Sequence[Array]) -> None:
         if isinstance(message, Value):
-            if handle.steps.collect(message.step, message.slots, arrays):
-                self.endpoint.expect()
+            handle.steps.collect(message.step, message.slots, arrays)
         elif isinstance(message, StepFailed):
             self._fail_step(handle, message.step, step_error(handle.plan, message, self.remedy))
         elif isinstance(message, Failed):

@@ -8,22 +8,17 @@ slowed down instead of filling memory.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from flowml_runtime.host.future import Future
 from flowml_runtime.host.programs import Array
 
-QUICK_S = 2e-3
-"""Of a step that took no longer, the caller may well begin another at once."""
-
 
 class _InFlight:
-    __slots__ = ("began", "future", "missing", "values")
+    __slots__ = ("future", "missing", "values")
 
     def __init__(self, future: Future[Any], slots: int) -> None:
-        self.began = time.perf_counter()
         self.future = future
         self.missing = slots
         self.values: list[Any] = [None] * slots
@@ -35,26 +30,32 @@ class Steps:
     def __init__(self, name: str, slots: int, limit: int) -> None:
         self._name = name
         self._slots = slots
+        self._limit = limit
         self._lock = threading.Lock()
-        self._room = threading.Semaphore(limit)
+        self._room = threading.Condition(self._lock)
+        self._waiting = 0
+        """Callers who wait for room."""
         self._flying: dict[int, _InFlight] = {}
         self._next = 0
         self._stopped: Callable[[int], BaseException] | None = None
 
     def begin(self, finish: Callable[[list[Array]], Any]) -> tuple[int, Future[Any]]:
         """Open the next step, once there is room. Raises the reason if the plan cannot run any more."""
-        self._room.acquire()
         with self._lock:
+            while len(self._flying) >= self._limit and self._stopped is None:
+                self._waiting += 1
+                try:
+                    self._room.wait()
+                finally:
+                    self._waiting -= 1
             step = self._next
             if self._stopped is not None:
-                self._room.release()
                 raise self._stopped(step)
             self._next = step + 1
             future: Future[Any] = Future(f"step {step} of {self._name}", finish)
             if self._slots:
                 self._flying[step] = _InFlight(future, self._slots)
         if not self._slots:
-            self._room.release()
             future.complete([])
         return step, future
 
@@ -71,29 +72,27 @@ class Steps:
         """True once no step can begin any more."""
         return self._stopped is not None
 
-    def collect(self, step: int, slots: Sequence[int], arrays: Sequence[Array]) -> bool:
-        """Take in fetched outputs. Those of a step that is over are ignored. True if that ends a quick step."""
+    def collect(self, step: int, slots: Sequence[int], arrays: Sequence[Array]) -> None:
+        """Take in fetched outputs. Those of a step that is over are ignored."""
         with self._lock:
             flying = self._flying.get(step)
             if flying is None:
-                return False
+                return
             for slot, array in zip(slots, arrays, strict=True):
                 flying.values[slot] = array
             flying.missing -= len(slots)
             if flying.missing > 0:
-                return False
-            del self._flying[step]
-        self._room.release()
+                return
+            self._end(step)
         flying.future.complete(flying.values)
-        return time.perf_counter() - flying.began < QUICK_S
 
     def fail(self, step: int, error: BaseException) -> bool:
         """End a step with an error; False if it was over already."""
         with self._lock:
-            flying = self._flying.pop(step, None)
-        if flying is None:
-            return False
-        self._room.release()
+            flying = self._flying.get(step)
+            if flying is None:
+                return False
+            self._end(step)
         return flying.future.complete(None, error)
 
     def stop(self, error: Callable[[int], BaseException]) -> Iterable[int]:
@@ -101,8 +100,15 @@ class Steps:
         with self._lock:
             if self._stopped is None:
                 self._stopped = error
+                self._room.notify_all()
             steps = list(self._flying)
         return [s for s in steps if self.fail(s, error(s))]
+
+    def _end(self, step: int) -> None:
+        """The lock is held."""
+        del self._flying[step]
+        if self._waiting:
+            self._room.notify_all()
 
     def __len__(self) -> int:
         return len(self._flying)

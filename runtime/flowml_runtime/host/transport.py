@@ -51,8 +51,8 @@ class Sender(Protocol):
         """How messages reach a peer: "same process", "shared memory" or "gRPC"; "" for one that cannot be reached."""
         ...
 
-    def expect(self) -> None:
-        """Another message is due within moments; a hint to look for it before going to sleep."""
+    def expect(self, peer: str) -> None:
+        """Another message from `peer` is due within moments; a hint to look for it before going to sleep."""
         ...
 
     def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
@@ -243,7 +243,7 @@ class ThreadEndpoint:
     def way(self, peer: str) -> str:
         return "" if self._hub.find(peer) is None or peer in self._lost else SAME_PROCESS
 
-    def expect(self) -> None:
+    def expect(self, peer: str) -> None:
         """Nothing to look for: messages are put into a queue of this process."""
 
     def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:

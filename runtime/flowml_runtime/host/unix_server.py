@@ -19,6 +19,7 @@ from flowml_runtime.host.framing import MAX_FRAME_BYTES, FrameError, unpack
 from flowml_runtime.host.security import same_token
 from flowml_runtime.host.slots import SlotError, SlotViews
 from flowml_runtime.host.unix_stream import (
+    AT_ONCE,
     BROKE,
     CLOSED,
     GOODBYE,
@@ -35,22 +36,22 @@ from flowml_runtime.host.unix_stream import (
 )
 from flowml_runtime.messages import Wire
 
-LOOK_S = 300e-6
+LOOK_S = 1e-3
 """How long a thread looks for a message that is due before it sleeps. To be woken costs several times what a small step
 does: the core has gone idle, and its caches are cold."""
 
 _BACKLOG = 128
 _READ_BYTES = 2**18
 _RIGHTS = socket.CMSG_SPACE(8 * struct.calcsize("i"))
+_TRUNCATED = int(socket.MSG_CTRUNC)
+_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
+_IF_THERE = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 
 Incoming = Iterator[tuple[Wire, list[Buffer]]]
-Serve = Callable[[Incoming], str]
-"""Takes the messages of one stream in, to its end; returns why it wants no more of them, or "" if they just ended.
-A connection that broke raises ConnectionError out of the iterator."""
 
 
 class Expectation:
-    """Until when another message is expected: receiving threads that have nothing to do look for it so long."""
+    """Until when another message is expected on one stream: its thread looks for it so long before it sleeps."""
 
     __slots__ = ("until",)
 
@@ -60,13 +61,20 @@ class Expectation:
     def soon(self) -> None:
         self.until = time.perf_counter() + LOOK_S
 
+    def no_more(self) -> None:
+        self.until = 0.0
+
+
+Serve = Callable[[Incoming, Expectation], str]
+"""Takes the messages of one stream in, to its end; returns why it wants no more of them, or "" if they just ended.
+A connection that broke raises ConnectionError out of the iterator."""
+
 
 class UnixServer:
     """Takes streams in under the name that goes with a TCP address. They wait until `start`."""
 
-    def __init__(self, address: str, token: str, serve: Serve, expectation: Expectation) -> None:
+    def __init__(self, address: str, token: str, serve: Serve) -> None:
         """Raises OSError if somebody has that name."""
-        self._expectation = expectation
         self._token = token
         self._serve = serve
         self._lock = threading.Lock()
@@ -108,9 +116,10 @@ class UnixServer:
 
     def _run(self, link: socket.socket) -> None:
         """One stream, from its token to the reason of its end."""
-        reader = _Reader(link, self._expectation)
+        expectation = Expectation()
+        reader = _Reader(link, expectation)
         try:
-            reason = self._check(reader) or self._serve(_messages(link, reader)) or CLOSED
+            reason = self._check(reader) or self._serve(_messages(link, reader), expectation) or CLOSED
             with contextlib.suppress(OSError):
                 text = reason.encode()[:MAX_REASON_BYTES]
                 link.sendall(NUMBER.pack(GOODBYE) + LENGTH.pack(len(text)) + text)
@@ -139,7 +148,7 @@ def _messages(link: socket.socket, reader: _Reader) -> Incoming:
     def answer(number: int) -> None:
         """Runs wherever a view dies, perhaps in the middle of anything: it takes no lock and does not wait."""
         try:
-            link.send(NUMBER.pack(number), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            link.send(NUMBER.pack(number), AT_ONCE)
         except BlockingIOError:
             unsent.append(number)
         except OSError:
@@ -153,8 +162,9 @@ def _messages(link: socket.socket, reader: _Reader) -> Incoming:
         if not nbytes:
             return
         try:
-            for (retired,) in NUMBER.iter_unpack(bytes(reader.read(given_up * NUMBER.size))):
-                views.unmap(retired)
+            if given_up:
+                for (retired,) in NUMBER.iter_unpack(bytes(reader.read(given_up * NUMBER.size))):
+                    views.unmap(retired)
             frame = reader.read(nbytes)
             if new:
                 views.map(number, reader.descriptor())
@@ -208,14 +218,14 @@ class _Reader:
 
     def _receive(self) -> None:
         view = memoryview(self._buffer)[self._end :]
-        got, rights, flags, _ = self._look(view) or self._link.recvmsg_into([view], _RIGHTS, socket.MSG_CMSG_CLOEXEC)
+        got, rights, flags, _ = self._look(view) or self._link.recvmsg_into([view], _RIGHTS, _CLOSE_ON_EXEC)
         for level, kind, data in rights:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 whole = len(data) // struct.calcsize("i") * struct.calcsize("i")
                 self._descriptors.extend(array.array("i", data[:whole]))
         if not got:
             raise ConnectionError(BROKE)
-        if flags & socket.MSG_CTRUNC:
+        if flags & _TRUNCATED:
             raise FrameError("more descriptors came than a record can have")
         self._end += got
 
@@ -223,7 +233,7 @@ class _Reader:
         """What `recvmsg_into` has, if something is expected and comes in time. Gives way to whoever wants the core."""
         while time.perf_counter() < self._expectation.until:
             try:
-                return self._link.recvmsg_into([view], _RIGHTS, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+                return self._link.recvmsg_into([view], _RIGHTS, _IF_THERE)
             except BlockingIOError:
                 os.sched_yield()
         return None

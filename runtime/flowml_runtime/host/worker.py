@@ -23,11 +23,12 @@ import numpy as np
 
 from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import ArraySpec, Plan
-from flowml_runtime.host.executor import Executor, StepProgram, may_be_quick, prepare
+from flowml_runtime.host.executor import Executor, may_be_quick
 from flowml_runtime.host.faults import one_line, own_traceback, step_failed
 from flowml_runtime.host.links import Prober
 from flowml_runtime.host.local import LocalStep
 from flowml_runtime.host.mailbox import Mailbox
+from flowml_runtime.host.operations import StepProgram, prepare
 from flowml_runtime.host.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
 from flowml_runtime.host.recorder import Recorder, Span, now_ns
 from flowml_runtime.host.services import DataflowServices, reserve_edges
