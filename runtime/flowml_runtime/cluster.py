@@ -29,6 +29,7 @@ from flowml.links import ASSUMED, SAME_PROCESS, Links
 from flowml.placement import AutoPlacement, Pipeline, Placement
 from flowml_runtime.backends.local import LocalWorkers
 from flowml_runtime.host.coordinator import CoordinatorHost
+from flowml_runtime.host.future import wait_heeding_signals
 from flowml_runtime.host.grpc_transport import GrpcEndpoint, bind_towards
 from flowml_runtime.host.link_table import LinkTable, links_mode
 from flowml_runtime.host.links import Prober
@@ -389,7 +390,7 @@ class LaunchedCluster:
 
     def wait(self) -> None:
         """Return when the cluster is closed."""
-        self._over.wait()
+        wait_heeding_signals(self._over)
 
     def close(self) -> None:
         """End the workers and the coordinator. Idempotent."""

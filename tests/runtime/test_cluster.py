@@ -191,8 +191,8 @@ if "fork" in sys.argv and os.fork() == 0:
     threading.Event().wait(60)
     os._exit(0)
 print(*cluster.pids.values(), cluster.endpoint.address.rpartition(":")[2], flush=True)
-if "end" not in sys.argv:
-    threading.Event().wait()
+while "end" not in sys.argv:  # not in one go: a signal that comes just before Python goes to sleep would not wake it
+    threading.Event().wait(0.1)
 """
 
 

@@ -249,11 +249,12 @@ def test_a_framework_that_stands_still_ends_with_the_one_who_measures(peers_fold
         "".join(f"{package}=={version}\n" for package, version in foreign_environment.VERSIONS.items())
     )
     code = """
-import signal
+import time
 from flowml_tools.bench.peers import foreign
 with foreign("ray", "4", "0", "0", cores=[0]):
     print("stands still", flush=True)
-    signal.pause()
+    while True:
+        time.sleep(0.1)  # not for ever: a signal that comes just before would not end it
 """
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -27,7 +27,8 @@ print(sys.argv[1:], __name__, float(double(jnp.float32(21))))
 WAITS = """
 import threading
 print("ready", flush=True)
-threading.Event().wait()
+while True:  # not in one go: a signal that comes just before Python goes to sleep would not wake it
+    threading.Event().wait(0.1)
 """
 
 

@@ -16,8 +16,18 @@ from flowml.errors import DeadlineError
 
 _log = logging.getLogger("flowml")
 
+HEEDS_SIGNALS_S = 1.0
+"""After this long a wait begins anew. A signal that comes in the moment before Python goes to sleep does not wake it, and
+a Ctrl-C then would do nothing until the wait is over."""
+
 T = TypeVar("T")
 U = TypeVar("U")
+
+
+def wait_heeding_signals(event: threading.Event) -> None:
+    """Wait for an event on the main thread."""
+    while not event.wait(HEEDS_SIGNALS_S):
+        pass
 
 
 class Future(Generic[T]):
@@ -89,7 +99,10 @@ class Future(Generic[T]):
     def _wait(self, timeout: float | None) -> None:
         if self._completed:
             return
-        if not self._done.acquire(timeout=-1 if timeout is None else max(timeout, 0.0)):
+        if timeout is None:
+            while not self._done.acquire(timeout=HEEDS_SIGNALS_S):
+                pass
+        elif not self._done.acquire(timeout=max(timeout, 0.0)):
             raise DeadlineError(
                 f"{self.name} is not done after {timeout:g} s; it goes on, ask again or allow a longer timeout"
             )

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from flowml_runtime.host.future import wait_heeding_signals
 from flowml_runtime.host.grpc_transport import GrpcEndpoint, bind_towards
 from flowml_runtime.host.machine import cores, memory_bytes
 from flowml_runtime.host.membership import Membership, passing_name
@@ -57,7 +58,7 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
         hosted.worker = Worker(name, named, endpoint, python=config.python)
         hosted.ready.set()
         joined(name)
-        hosted.over.wait()
+        wait_heeding_signals(hosted.over)
     finally:
         membership.leave("its process was stopped")
         endpoint.close()

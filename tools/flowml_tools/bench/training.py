@@ -6,6 +6,9 @@ All three train `transformer` with Adam on global batches of 16 texts of 128 byt
 * JAX + gloo: two processes on the same cores, one mesh, the batch sharded, gradients summed by XLA over gloo;
 * one process: `jax.jit` with XLA's threads on all cores and the whole batch.
 
+Two more rows compare our own topologies, an all-reduce with a parameter server: for this model, whose time goes into
+products, and for eight small layers, whose time goes into messages.
+
 A measurement begins anew at the same parameters, and its first step is not timed. So the last losses of all three must
 agree in every round, or they did not compute the same thing. Who does not measure waits for its next order. The last
 row is a goal of throughput: with equal global batches 1.1 times as much is 1/1.1 of the time.
@@ -17,7 +20,7 @@ import math
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowml_tools.bench.peers import Process, peer
 from flowml_tools.bench.rows import BenchError, Goal, Peer, Row
@@ -25,11 +28,15 @@ from flowml_tools.bench.timing import Probe, interleave, tell
 
 if TYPE_CHECKING:
     import flowml as fm
+    from flowml_runtime.trainer import TrainingResult
 
 SUMMARY = "a data parallel training step on two workers; against JAX + gloo, one jit process on all cores"
 REPEATS = 7
 STEPS = 3
 """Timed steps of a measurement, of about a second each."""
+
+SMALL_STEPS = 50
+"""The same of steps of milliseconds."""
 
 LOSS_TOLERANCE = 2e-3
 """Relative. Sums over two halves of a batch round otherwise than over the whole, and Adam divides by small numbers."""
@@ -50,7 +57,9 @@ class Losses:
 
 
 def rows(repeats: int | None) -> list[Row]:
+    import flowml as fm
     from flowml_runtime.host.machine import cores, share_cores
+    from flowml_tools.bench import transformer
 
     tell("training: starting two workers and the peers")
     shares, losses = share_cores(cores(), 2), Losses()
@@ -60,21 +69,27 @@ def rows(repeats: int | None) -> list[Row]:
         single = stack.enter_context(peer("train", "0", "1", "", cores=cores()))
         for process in (*pair, single):
             process.read()
-        probes = [_ours(stack, losses), _together(pair, "JAX + gloo", losses), _together([single], "jax.jit", losses)]
-        samples = interleave("training", probes, repeats or REPEATS, warm_up=1)
-    name = "step of 16 × 128 bytes, Adam"
+        theirs = [_together(pair, "JAX + gloo", losses), _together([single], "jax.jit", losses)]
+        cluster = stack.enter_context(fm.Cluster.local(workers=2))
+        ours = [_transformer(cluster, topology, losses) for topology in (fm.ParameterServer(), fm.AllReduce())]
+        samples = interleave("training", [ours[0], *theirs, ours[1]], repeats or REPEATS, warm_up=1)
+        small = [_layers(cluster, topology, Losses()) for topology in (fm.AllReduce(), fm.ParameterServer())]
+        reduced, served = interleave("training: small layers", small, repeats or REPEATS, warm_up=1)
+    name, server = "step of 16 × 128 bytes, Adam", "parameter server"
     return [
         Row(name, "s", samples[0], Peer("JAX + gloo, two pinned processes", samples[1]), Goal("at most", 0.85)),
         Row(name, "s", samples[0], Peer("jax.jit, one process on all cores", samples[2]), Goal("at most", 1 / 1.1)),
+        Row("the same by all-reduce", "s", samples[3], Peer(server, samples[0])),
+        Row(f"{transformer.LAYERS} layers of 64 KiB by all-reduce", "s", reduced, Peer(server, served)),
     ]
 
 
-def _ours(stack: ExitStack, losses: Losses) -> Probe:
+def _transformer(cluster: fm.Cluster, topology: Any, losses: Losses) -> Probe:
     import flowml as fm
     from flowml_tools.bench import transformer
 
-    cluster = stack.enter_context(fm.Cluster.local(workers=2))
-    trainer = fm.Trainer(transformer.loss, transformer.optimizer(), cluster=cluster, replicas=2)
+    policies = {"*": fm.Policy(topology=topology)}
+    trainer = fm.Trainer(transformer.loss, transformer.optimizer(), cluster=cluster, replicas=2, policies=policies)
     return timed_fit("flowml", trainer, losses.check)
 
 
@@ -89,9 +104,34 @@ def timed_fit(who: str, trainer: fm.Trainer, check: Callable[[str, float], None]
             params, texts, batch_size=transformer.BATCH, steps=STEPS + 1, shuffle=False, progress=False
         )
         check(who, result.history[-1]["loss"])
-        return (result.history[-1]["seconds"] - result.history[0]["seconds"]) / STEPS
+        return _seconds_a_step(result)
 
     return probe
+
+
+def _layers(cluster: fm.Cluster, topology: Any, losses: Losses) -> Probe:
+    import flowml as fm
+    from flowml_tools.bench import transformer
+
+    policy = fm.Policy(topology=topology)
+    trainer = fm.Trainer(
+        transformer.layers_loss, transformer.layers_optimizer(), cluster=cluster, replicas=2, policies={"*": policy}
+    )
+    params, rows = transformer.init_layers(), transformer.rows()
+
+    def probe() -> float:
+        result = trainer.fit(
+            params, rows, batch_size=transformer.BATCH, steps=SMALL_STEPS + 1, shuffle=False, progress=False
+        )
+        losses.check("flowml", result.history[-1]["loss"])
+        return _seconds_a_step(result)
+
+    return probe
+
+
+def _seconds_a_step(result: TrainingResult) -> float:
+    first, last = result.history[0], result.history[-1]
+    return (last["seconds"] - first["seconds"]) / (len(result.history) - 1)
 
 
 def _together(processes: list[Process], who: str, losses: Losses) -> Probe:

@@ -25,6 +25,9 @@ BATCH = 16
 TEXTS = 32 * BATCH
 LEARNING_RATE = 1e-3
 
+LAYERS, SIDE = 8, 128
+"""Of the other model, in which every layer is small."""
+
 
 def optimizer() -> optax.GradientTransformation:
     return optax.adam(LEARNING_RATE)
@@ -63,6 +66,30 @@ def init_params(blocks: int = BLOCKS) -> Params:
             "down": matrix(4 * WIDTH, WIDTH),
         }
     return params | {"head": {"w": matrix(WIDTH, VOCABULARY)}}
+
+
+def init_layers() -> Params:
+    """LAYERS square layers of 64 KiB each."""
+    rng = np.random.default_rng(0)
+    return {
+        f"layer{i}": {"w": rng.normal(scale=SIDE**-0.5, size=(SIDE, SIDE)).astype(np.float32)} for i in range(LAYERS)
+    }
+
+
+def rows() -> np.ndarray:
+    """float32[TEXTS, SIDE]"""
+    return np.random.default_rng(1).normal(size=(TEXTS, SIDE)).astype(np.float32)
+
+
+def layers_optimizer() -> optax.GradientTransformation:
+    return optax.sgd(LEARNING_RATE)
+
+
+def layers_loss(params: Params, x: Any) -> jax.Array:
+    """Mean square of what is left of `x` after all layers."""
+    for layer in params.values():
+        x = jnp.tanh(x @ layer["w"])
+    return jnp.mean(x**2)
 
 
 def loss(params: Params, text: Any) -> jax.Array:
