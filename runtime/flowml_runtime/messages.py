@@ -223,10 +223,11 @@ class Trace(_Wire, frozen=True):
 
 
 class Traced(_Wire, frozen=True):
-    """The answer to Trace. The spans follow, encoded, as one uint8 array; `now_ns` is the worker's clock."""
+    """The answer to Trace. The spans follow, encoded, as one uint8 array; `now_ns` is the worker's `clock`."""
 
     plan_id: Name
     worker: Name
+    clock: Text
     now_ns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 

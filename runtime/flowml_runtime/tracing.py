@@ -1,7 +1,8 @@
 """Traces: what the devices of a cluster did when, on one time axis, as a file for Perfetto or chrome://tracing.
 
-Every worker records by its own clock. The difference to ours is taken from the round trip of the request that starts
-the trace: its answer was written about half-way (Cristian, 1989), which is good to less than the latency of the link.
+Every worker records by its machine's clock. On other machines than ours the difference is taken from the round trip of
+the request that starts the trace: its answer was written about half-way (Cristian, 1989), which is good to less than the
+latency of the link.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from flowml.errors import ClusterError
 from flowml_runtime.host.programs import Array
-from flowml_runtime.host.recorder import Span, decode, now_ns
+from flowml_runtime.host.recorder import Span, clock_id, decode, now_ns
 from flowml_runtime.host.session import Session
 from flowml_runtime.messages import Trace, Traced, Wire
 
@@ -28,7 +29,10 @@ ANSWER_S = 30.0
 
 
 @dataclass(frozen=True)
-class _Answer:
+class Answer:
+    """Of one worker."""
+
+    clock: str
     now_ns: int
     received_ns: int
     spans: Sequence[Span]
@@ -43,7 +47,7 @@ class Tracing:
         self._id = f"trace-{uuid.uuid4().hex[:16]}"
         self._workers = tuple(dict.fromkeys(d.worker for d in session.devices))
         self._changed = threading.Condition()
-        self._answers: dict[str, _Answer] = {}
+        self._answers: dict[str, Answer] = {}
         self._lost: set[str] = set()
         self._offsets: dict[str, int] = {}
         """Worker -> what to add to its clock to have ours."""
@@ -54,7 +58,7 @@ class Tracing:
             asked = now_ns()
             answers = self._ask(on=True)
             self._began_ns = asked
-            self._offsets = {w: (asked + a.received_ns) // 2 - a.now_ns for w, a in answers.items()}
+            self._offsets = {w: offset(asked, a) for w, a in answers.items()}
         except BaseException:
             self._session.unregister(self._id)
             raise
@@ -74,7 +78,7 @@ class Tracing:
             received = now_ns()
             spans = decode(np.asarray(arrays[0])) if arrays and arrays[0].nbytes else []
             with self._changed:
-                self._answers[peer] = _Answer(message.now_ns, received, spans)
+                self._answers[peer] = Answer(message.clock, message.now_ns, received, spans)
                 self._changed.notify_all()
 
     def on_lost(self, peer: str, reason: str) -> None:
@@ -83,7 +87,7 @@ class Tracing:
             self._lost.add(peer)
             self._changed.notify_all()
 
-    def _ask(self, *, on: bool) -> dict[str, _Answer]:
+    def _ask(self, *, on: bool) -> dict[str, Answer]:
         with self._changed:
             self._answers.clear()
         for worker in self._workers:
@@ -97,6 +101,13 @@ class Tracing:
                     f"{missing} did not answer about a trace within {ANSWER_S:g} s; see whether it is stuck"
                 )
             return dict(self._answers)
+
+
+def offset(asked_ns: int, answer: Answer) -> int:
+    """What to add to a worker's clock to have ours."""
+    if answer.clock and answer.clock == clock_id():
+        return 0
+    return (asked_ns + answer.received_ns) // 2 - answer.now_ns
 
 
 def _events(spans: dict[str, Sequence[Span]], offsets: dict[str, int], began_ns: int) -> Iterable[dict[str, Any]]:

@@ -30,7 +30,7 @@ from flowml_runtime.host.local import LocalStep
 from flowml_runtime.host.mailbox import Mailbox
 from flowml_runtime.host.operations import StepProgram, prepare
 from flowml_runtime.host.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
-from flowml_runtime.host.recorder import Recorder, Span, now_ns
+from flowml_runtime.host.recorder import Recorder, Span, clock_id, now_ns
 from flowml_runtime.host.services import DataflowServices, reserve_edges
 from flowml_runtime.host.transport import Sender
 from flowml_runtime.host.window import Windows
@@ -204,7 +204,7 @@ class Worker:
         else:
             spans = self.recorder.stop()
         specs = (ArraySpec(spans.shape, "uint8"),)
-        answer = Traced(plan_id=message.plan_id, worker=self.name, now_ns=now_ns(), specs=specs)
+        answer = Traced(plan_id=message.plan_id, worker=self.name, clock=clock_id(), now_ns=now_ns(), specs=specs)
         with contextlib.suppress(WorkerLostError):
             self.endpoint.send(peer, answer, [spans])
 
