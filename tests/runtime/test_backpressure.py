@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import flowml as fm
 from flowml.errors import DeadlineError
 from flowml.plan import ArraySpec, Feed, Fetch, Free, Message, Plan, Recv, Run, Send, Transfer
 from flowml_runtime.host import window as windows
+from flowml_runtime.host.future import Future
 from flowml_runtime.host.session import LoadedPlan
 from flowml_runtime.host.window import IN_FLIGHT, WINDOW_BYTES, Windows, window
 from flowml_runtime.messages import StepFailed, Value
@@ -70,13 +73,20 @@ def test_small_values_need_no_window_and_large_ones_at_least_one_step() -> None:
     assert window(edge(WINDOW_BYTES * 10)) == 1
 
 
-def test_a_producer_stops_where_its_consumer_does_and_goes_on_with_it() -> None:
-    gate = Gate("slow consumer")
+@contextmanager
+def stuck(name: str, steps: int) -> Generator[tuple[Network, Gate, LoadedPlan, list[Future[list[Any]]]]]:
+    """So many steps under way: the consumer has taken the first and is stuck with it, the producer waits for room."""
+    gate = Gate(name)
     with Network() as network:
-        handle = network.session.load(held_up("slow consumer"))
-        futures = [network.session.submit(handle, [np.float32(n)]) for n in range(8)]
-        assert gate.entered.acquire(timeout=30)  # the consumer has taken step 0, and is stuck with it
+        handle = network.session.load(held_up(name))
+        futures = [network.session.submit(handle, [np.float32(n)]) for n in range(steps)]
+        assert gate.entered.acquire(timeout=30)
         wait_until(lambda: producer(network, handle).waiting == 1, "the producer waits for room")
+        yield network, gate, handle, futures
+
+
+def test_a_producer_stops_where_its_consumer_does_and_goes_on_with_it() -> None:
+    with stuck("slow consumer", 8) as (network, gate, _, futures):
         assert sent_edges(network) == [0, 1, 2, 3]
         gate.opened.set()
         assert [float(f.result(timeout=30)[0]) for f in futures] == list(range(8))
@@ -84,12 +94,7 @@ def test_a_producer_stops_where_its_consumer_does_and_goes_on_with_it() -> None:
 
 
 def test_a_step_that_is_given_up_gives_its_room_back() -> None:
-    gate = Gate("given up")
-    with Network() as network:
-        handle = network.session.load(held_up("given up"))
-        futures = [network.session.submit(handle, [np.float32(n)]) for n in range(6)]
-        assert gate.entered.acquire(timeout=30)
-        wait_until(lambda: producer(network, handle).waiting == 1, "the producer waits for room")
+    with stuck("given up", 6) as (network, gate, handle, futures):
         for step in (4, 2):  # one whose sender waits, one that was sent
             over = StepFailed(plan_id=handle.plan_id, step=step, worker="driver", node="", kind="cancelled", error="")
             for worker in network.workers:
@@ -115,12 +120,7 @@ def test_a_consumer_that_never_goes_on_is_named_at_the_deadline() -> None:
 
 
 def test_closing_wakes_a_producer_that_waits() -> None:
-    gate = Gate("closed")
-    with Network() as network:
-        handle = network.session.load(held_up("closed"))
-        futures = [network.session.submit(handle, [np.float32(n)]) for n in range(6)]
-        assert gate.entered.acquire(timeout=30)
-        wait_until(lambda: producer(network, handle).waiting == 1, "the producer waits for room")
+    with stuck("closed", 6) as (network, gate, handle, futures):
         network.session.unload(handle)
         assert futures[5].exception(timeout=30) is not None
         gate.opened.set()
