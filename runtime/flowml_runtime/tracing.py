@@ -1,8 +1,8 @@
 """Traces: what the devices of a cluster did when, on one time axis, as a file for Perfetto or chrome://tracing.
 
 Every worker records by its machine's clock. On other machines than ours the difference is taken from the round trip of
-the request that starts the trace: its answer was written about half-way (Cristian, 1989), which is good to less than the
-latency of the link.
+the request that starts the trace: its answer was written about half-way (Cristian, 1989), which is good to less than
+the latency of the link.
 """
 
 from __future__ import annotations

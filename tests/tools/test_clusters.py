@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -15,6 +16,8 @@ import psutil
 import pytest
 import trustme
 
+from flowml_runtime.messages import DEADLINE_S
+from flowml_tools import run
 from tests.tools.conftest import environment
 
 DOUBLE = """
@@ -134,6 +137,40 @@ def test_a_launched_cluster_serves_scripts_and_takes_more_workers(flowml, start_
     assert "Traceback" not in launched.stderr.read()
     assert_gone(processes)
     assert not token_file.exists()
+
+
+WAY = """
+import flowml_runtime.cluster as c, flowml as fm, jax.numpy as jnp
+print(c.current_cluster().links.between("worker:0", "worker:1").way)
+print(float(fm.dataflow(lambda x: x + 1)(jnp.float32(1))))
+"""
+
+
+def test_how_arrays_travel_can_be_chosen_in_the_command(flowml, start_flowml, script) -> None:
+    way = script(WAY)
+    local = flowml("run", "--workers", "2", "--transport", "grpc", "--checksum", "--deadline", "77", way, check=True)
+    assert local.stdout == "gRPC\n2.0\n"
+    launched, address, token_file = launch(start_flowml, "-n", "2", "--transport", "grpc", "--no-checksum")
+    options = ("--on", address, "--token-file", token_file)
+    assert flowml("run", *options, way, check=True).stdout == "gRPC\n2.0\n"
+    interrupt(launched)
+    assert launched.wait(timeout=20) == 130
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("0", "0 is no time to wait"), ("inf", "inf is no time to wait"), ("soon", "'soon' is not a number")],
+)
+def test_a_deadline_is_some_seconds(flowml, script, option: str, said: str) -> None:
+    done = flowml("run", "--deadline", option, script(DOUBLE))
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_the_command_and_the_library_have_one_deadline() -> None:
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    assert parser.get_default("deadline") == DEADLINE_S
 
 
 def test_a_wrong_token_is_refused_in_one_line(flowml, start_flowml, script, tmp_path: Path) -> None:

@@ -32,6 +32,17 @@ def positive(text: str) -> int:
     return value
 
 
+def seconds(text: str) -> float:
+    """An argparse type for times above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no time to wait; give seconds above 0")
+    return value
+
+
 def address(text: str) -> str:
     """An argparse type for HOST:PORT (port 0: any free one)."""
     host, colon, port = text.rpartition(":")
@@ -46,6 +57,21 @@ def add_offer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--platform", default="cpu", help="what JAX calls them: cpu, cuda, … (default cpu)")
     parser.add_argument(
         "--allow-python", action="store_true", help="run the Python callbacks and data sources that plans carry"
+    )
+
+
+def add_transport(parser: argparse.ArgumentParser) -> None:
+    """Arguments of a command whose processes exchange arrays: how."""
+    parser.add_argument(
+        "--transport",
+        choices=["auto", "grpc"],
+        default="auto",
+        help="auto: shared memory between processes of one machine; grpc: as between machines (default auto)",
+    )
+    parser.add_argument(
+        "--checksum",
+        action=argparse.BooleanOptionalAction,
+        help="checksums on every message, or on none (default: on those that leave the machine)",
     )
 
 
@@ -107,4 +133,11 @@ def connect(at: str, arguments: argparse.Namespace) -> Cluster:
     token, secured = read_token(arguments.token_file), tls(arguments)
     import flowml as fm
 
-    return fm.Cluster.connect(at, token=token, tls=secured)
+    return fm.Cluster.connect(
+        at,
+        token=token,
+        tls=secured,
+        deadline_s=arguments.deadline,
+        transport=arguments.transport,
+        checksum=arguments.checksum,
+    )

@@ -10,7 +10,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from flowml_tools.command import add_offer, add_tls, address, connection_options, count, positive, read_token, tls
+from flowml_tools.command import (
+    add_offer,
+    add_tls,
+    add_transport,
+    address,
+    connection_options,
+    count,
+    positive,
+    read_token,
+    tls,
+)
 
 if TYPE_CHECKING:
     from flowml_runtime.host.security import TLS
@@ -34,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--token-file", type=Path, metavar="F", help="use the token in F, or write a new one there")
     add_tls(parser)
+    add_transport(parser)
     add_offer(parser)
 
 
@@ -51,6 +62,8 @@ def main(arguments: argparse.Namespace) -> int:
             devices_per_worker=arguments.devices,
             allow_python=arguments.allow_python,
             platform=arguments.platform,
+            transport=arguments.transport,
+            checksum=arguments.checksum,
         )
         try:
             _announce(cluster.address, path, secured)

@@ -8,7 +8,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flowml_tools.command import CommandError, add_connection, add_offer, address, connect, positive
+from flowml_tools.command import (
+    CommandError,
+    add_connection,
+    add_offer,
+    add_transport,
+    address,
+    connect,
+    positive,
+    seconds,
+)
 from flowml_tools.script import own_errors, script
 
 if TYPE_CHECKING:
@@ -27,6 +36,14 @@ Options of flowml go before FILE.py; what follows it is the script's.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=positive, metavar="N", help="worker processes (default: one a core)")
     parser.add_argument("--on", type=address, metavar="HOST:PORT", help="a cluster that runs already")
+    parser.add_argument(
+        "--deadline",
+        type=seconds,
+        default=300.0,
+        metavar="S",
+        help="seconds that a worker waits for another before the call fails (default 300)",
+    )
+    add_transport(parser)
     add_connection(parser)
     add_offer(parser)
     parser.add_argument("file", metavar="FILE.py", help="the script")
@@ -55,6 +72,9 @@ def _cluster(arguments: argparse.Namespace) -> Cluster:
         arguments.devices,
         allow_python=arguments.allow_python,
         platform=arguments.platform,
+        deadline_s=arguments.deadline,
+        transport=arguments.transport,
+        checksum=arguments.checksum,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from flowml_tools.command import add_connection, add_offer, address, read_token, tls
+from flowml_tools.command import add_connection, add_offer, add_transport, address, read_token, tls
 
 SUMMARY = "join a cluster as one more worker"
 DESCRIPTION = "Join the cluster at HOST:PORT as one more worker, and serve it until it ends or Ctrl-C."
@@ -13,6 +13,7 @@ DESCRIPTION = "Join the cluster at HOST:PORT as one more worker, and serve it un
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("coordinator", type=address, metavar="HOST:PORT", help="where `flowml launch` listens")
+    add_transport(parser)
     add_connection(parser)
     add_offer(parser)
 
@@ -34,6 +35,8 @@ def main(arguments: argparse.Namespace) -> int:
         platform=arguments.platform,
         python=arguments.allow_python,
         tls=secured and (str(secured.cert), str(secured.key), str(secured.ca)),
+        shared_memory=arguments.transport == "auto",
+        checksum=arguments.checksum,
     )
     reason = serve(config, joined=lambda name: print(f"joined as {name}; Ctrl-C leaves", flush=True))
     print(f"flowml: {reason}", file=sys.stderr)

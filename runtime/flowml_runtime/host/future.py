@@ -17,8 +17,8 @@ from flowml.errors import DeadlineError
 _log = logging.getLogger("flowml")
 
 HEEDS_SIGNALS_S = 1.0
-"""After this long a wait begins anew. A signal that comes in the moment before Python goes to sleep does not wake it, and
-a Ctrl-C then would do nothing until the wait is over."""
+"""After this long a wait begins anew. A signal that comes in the moment before Python goes to sleep does not wake it:
+a Ctrl-C would do nothing until the wait is over."""
 
 T = TypeVar("T")
 U = TypeVar("U")
