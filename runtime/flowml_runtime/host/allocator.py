@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Mapping
 
 VARIABLE = "GLIBC_TUNABLES"
@@ -24,6 +25,9 @@ def environment() -> Mapping[str, str]:
 
 
 def begin_anew() -> None:
-    """Replace this program by itself with the settings in force; returns if they are. To be called early."""
-    if VARIABLE not in os.environ and sys.platform == "linux":
+    """Replace this program by itself with the settings in force; returns if they are, or if it has other threads.
+
+    For commands that are the whole process.
+    """
+    if VARIABLE not in os.environ and sys.platform == "linux" and threading.active_count() == 1:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment()})
