@@ -289,9 +289,7 @@ def test_little_memory_is_kept() -> None:
 
 
 PIECES = """
-import os
-import subprocess
-import sys
+import resource
 from flowml_runtime.host.buffers import keep_freed_memory
 from flowml_runtime.host.framing import PIECE_BYTES
 
