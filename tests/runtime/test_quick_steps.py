@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -15,6 +17,7 @@ from flowml.errors import DeadlineError
 from flowml_runtime.host import executor
 from flowml_runtime.host.session import LoadedPlan
 from flowml_runtime.messages import StepFailed, Value
+from tests.conftest import wait_until
 from tests.network import Network
 from tests.plans import W1, callback_then_double, chain
 
@@ -90,6 +93,27 @@ def test_a_parked_step_that_is_given_up_makes_room_for_the_next() -> None:
         handle.steps.skip()
         assert network.session.submit(handle, [vector()]).exception(timeout=30) is None
         assert network.held_values() == 0
+
+
+@pytest.mark.usefixtures("always_quick")
+def test_what_a_parked_step_waited_for_dies_with_it() -> None:
+    """And not when the garbage collector comes by: shared memory would be in use until then, and be made anew."""
+    with Network() as network:
+        handle = network.session.load(chain())
+        step = warm_up(network, handle)
+        gc.collect()
+        gc.disable()
+        try:
+            park(network, handle, step)
+            value = vector()
+            died = weakref.ref(value)
+            network.workers[1].on_message("worker:0", edge(handle, step), [value])
+            del value
+            handle.steps.skip()
+            network.session.submit(handle, [vector()]).result(timeout=30)  # XLA lets go of arrays at its next call
+            wait_until(lambda: died() is None, "the value is freed")
+        finally:
+            gc.enable()
 
 
 @pytest.mark.usefixtures("always_quick")

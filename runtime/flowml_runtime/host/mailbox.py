@@ -56,8 +56,9 @@ class Claim:
 
     def wake(self) -> None:
         """For the mailbox, which does not hold the lock any more: call the owner, or wake it."""
-        if self._resume is not None:
-            self._resume()
+        resume, self._resume = self._resume, None  # it knows the claim: neither would ever die, nor the value with them
+        if resume is not None:
+            resume()
         elif self._arrived is not None:
             self._arrived.release()
 
