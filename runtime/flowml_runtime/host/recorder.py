@@ -61,7 +61,8 @@ class Recorder:
         """What was recorded, encoded. What is still under way ends here."""
         with self._lock:
             self.on = False
-            spans = [*self._spans, *(_ended(span) for span in self._open.values())]
+            under_way = list(self._open.values())  # at one stroke: `record` opens spans without the lock
+            spans = [*self._spans, *map(_ended, under_way)]
             self._spans.clear()
             self._open.clear()
         return np.frombuffer(msgspec.msgpack.encode(spans), np.uint8)
