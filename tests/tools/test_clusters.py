@@ -16,6 +16,7 @@ import psutil
 import pytest
 import trustme
 
+from flowml_runtime.host.allocator import VARIABLE
 from flowml_runtime.messages import DEADLINE_S
 from flowml_tools import run
 from tests.tools.conftest import environment
@@ -155,6 +156,23 @@ def test_how_arrays_travel_can_be_chosen_in_the_command(flowml, start_flowml, sc
     assert flowml("run", *options, way, check=True).stdout == "gRPC\n2.0\n"
     interrupt(launched)
     assert launched.wait(timeout=20) == 130
+
+
+BEGINS_ANEW = """
+import os
+from flowml_runtime.host import allocator
+os.environ.pop(allocator.VARIABLE, None)  # as glibc does for interpreters with capabilities
+print("begun", flush=True)
+allocator.begin_anew()
+print("goes on")
+"""
+
+
+def test_a_program_begins_anew_once() -> None:
+    own = {k: v for k, v in environment().items() if k != VARIABLE}
+    command = (sys.executable, "-c", BEGINS_ANEW)
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "begun\nbegun\ngoes on\n"
 
 
 @pytest.mark.parametrize(

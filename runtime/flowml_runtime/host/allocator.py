@@ -16,6 +16,10 @@ import threading
 from collections.abc import Mapping
 
 VARIABLE = "GLIBC_TUNABLES"
+BEGUN = "FLOWML_BEGUN_ANEW"
+"""Set when a program has begun anew. glibc takes `VARIABLE` away from an interpreter that is setuid or has
+capabilities, which would else begin anew for ever."""
+
 _SETTINGS = {"hugetlb": 1, "mmap_threshold": 16 * 2**20, "trim_threshold": 32 * 2**20}
 
 
@@ -29,5 +33,6 @@ def begin_anew() -> None:
 
     For commands that are the whole process.
     """
-    if VARIABLE not in os.environ and sys.platform == "linux" and threading.active_count() == 1:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment()})
+    begun = VARIABLE in os.environ or BEGUN in os.environ
+    if not begun and sys.platform == "linux" and sys.executable and threading.active_count() == 1:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environment(), BEGUN: "1"})
