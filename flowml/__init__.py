@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from flowml import policies as policies
+    from flowml import data as data
     from flowml.compiler import compile as compile
     from flowml.devices import Device as Device
     from flowml.errors import ClusterError as ClusterError
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from flowml.errors import UnsupportedError as UnsupportedError
     from flowml.errors import WorkerError as WorkerError
     from flowml.errors import WorkerLostError as WorkerLostError
+    from flowml.ir.scopes import device as device
+    from flowml.ir.scopes import layer as layer
     from flowml.placement import AutoPlacement as AutoPlacement
     from flowml.placement import Pipeline as Pipeline
     from flowml.plan import Estimate as Estimate
@@ -39,15 +41,15 @@ if TYPE_CHECKING:
     from flowml.policy import Quorum as Quorum
     from flowml.policy import Ring as Ring
     from flowml.policy import Tree as Tree
-    from flowml.scopes import device as device
-    from flowml.scopes import layer as layer
+    from flowml.policy import named as policies  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from flowml_runtime.cluster import Cluster as Cluster
     from flowml_runtime.dataflow import dataflow as dataflow
     from flowml_runtime.trainer import Trainer as Trainer
     from flowml_runtime.trainer import TrainingResult as TrainingResult
 
 _HOMES = {
-    "policies": "flowml.policies",
+    "policies": "flowml.policy.named",
+    "data": "flowml.data",
     "compile": "flowml.compiler",
     "Device": "flowml.devices",
     "ClusterError": "flowml.errors",
@@ -74,13 +76,16 @@ _HOMES = {
     "Quorum": "flowml.policy",
     "Ring": "flowml.policy",
     "Tree": "flowml.policy",
-    "device": "flowml.scopes",
-    "layer": "flowml.scopes",
+    "device": "flowml.ir.scopes",
+    "layer": "flowml.ir.scopes",
     "Cluster": "flowml_runtime.cluster",
     "dataflow": "flowml_runtime.dataflow",
     "Trainer": "flowml_runtime.trainer",
     "TrainingResult": "flowml_runtime.trainer",
 }
+
+_MODULES = {"policies", "data"}
+"""Names that stand for a whole module."""
 
 _EXISTS = {
     ("Gossip", "SharedMemory"): "use fm.ParameterServer() or fm.AllReduce()",
@@ -102,7 +107,7 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'flowml' has no attribute {name!r}")
     module = importlib.import_module(home)
-    value = module if name == "policies" else getattr(module, name)
+    value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -15,21 +15,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from flowml import _jax, verify
-from flowml.cost import node_seconds
 from flowml.devices import Device, as_devices
-from flowml.estimate import estimate
-from flowml.graph import Graph, Literal
-from flowml.label import label
-from flowml.links import Links, links_used
-from flowml.lower import ExecutableTable, lower_groups
-from flowml.partition import partition
+from flowml.ir import _jax
+from flowml.ir.cost import node_seconds
+from flowml.ir.graph import Graph, Literal
+from flowml.ir.label import label
+from flowml.ir.simplify import simplify
+from flowml.ir.trace import Trace, trace
+from flowml.ir.verify import verify_graph, verify_partitioned, verify_placed
+from flowml.lowering.lower import ExecutableTable, lower_groups
+from flowml.lowering.partition import partition
+from flowml.lowering.program import Bindings, emit, route
+from flowml.lowering.schedule import Schedule, schedule
+from flowml.lowering.verify import verify_plan, verify_schedule
 from flowml.placement import Placement, place
+from flowml.placement.estimate import estimate
+from flowml.placement.links import Links, links_used
 from flowml.plan import Constant, NodeView, Output, Plan
-from flowml.program import Bindings, emit, route
-from flowml.schedule import Schedule, schedule
-from flowml.simplify import simplify
-from flowml.trace import Trace, trace
 
 
 @dataclass(frozen=True)
@@ -99,19 +101,19 @@ def compile_graph(
 ) -> Plan:
     """The passes. Each is `Graph -> Graph`, or makes the next type."""
     graph = traced.graph
-    verify.verify_graph(graph, "trace")
+    verify_graph(graph, "trace")
     graph = simplify(graph)
-    verify.verify_graph(graph, "simplify")
+    verify_graph(graph, "simplify")
     graph = label(graph, traced.parameters)
-    verify.verify_graph(graph, "label")
+    verify_graph(graph, "label")
     choices = place(graph, devices, placement, links)
-    verify.verify_placed(graph, choices.assignment, devices)
+    verify_placed(graph, choices.assignment, devices)
     graph = partition(graph, choices.assignment)
-    verify.verify_partitioned(graph)
+    verify_partitioned(graph)
     by_name = {d.name: d for d in devices}
     seconds = {n.id: node_seconds(graph, n, by_name[n.device]) for n in graph.nodes}
     tasks = schedule(graph, seconds)
-    verify.verify_schedule(graph, tasks)
+    verify_schedule(graph, tasks)
     routing = route(graph, tasks)
     table = ExecutableTable(platforms)
     numbers = lower_groups(graph, tasks, table, seconds, frozenset(graph.output_values))
@@ -138,7 +140,7 @@ def compile_graph(
         platforms=platforms,
         links=links_used(links, routing.messages),
     )
-    verify.verify_plan(plan)
+    verify_plan(plan)
     return plan
 
 

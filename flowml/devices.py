@@ -24,10 +24,15 @@ class Device:
 
     @property
     def worker(self) -> str:
-        return self.name.split("/", 1)[0]
+        return worker_of(self.name)
 
     def __str__(self) -> str:
         return self.name
+
+
+def worker_of(device: str) -> str:
+    """The worker's name in a device's."""
+    return device.split("/", 1)[0]
 
 
 def as_devices(devices: Iterable[Device | str]) -> tuple[Device, ...]:

@@ -57,7 +57,7 @@ def install(wheel: Path, folder: Path) -> Path:
 
 def use(python: Path, folder: Path) -> None:
     """Import from the wheel, run the command, run the first example."""
-    where = "import flowml, flowml_tools.main, flowml_runtime.messages as m; print(flowml.__file__, m.__file__)"
+    where = "import flowml, flowml_tools.main, flowml_runtime.wire as m; print(flowml.__file__, m.__file__)"
     files = run(python, "-c", where, cwd=folder).split()
     strangers = [f for f in files if not Path(f).resolve().is_relative_to(folder.resolve())]
     if strangers:

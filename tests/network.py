@@ -13,13 +13,13 @@ import jax
 
 from flowml.devices import Device, as_devices
 from flowml.errors import WorkerLostError
-from flowml.links import SAME_PROCESS
+from flowml.placement.links import SAME_PROCESS
 from flowml.plan import ArraySpec
-from flowml_runtime.host.session import Session
-from flowml_runtime.host.worker import Worker
-from flowml_runtime.messages import Wire
+from flowml_runtime import wire
+from flowml_runtime.driver.session import Session
+from flowml_runtime.worker.worker import Worker
 
-Receive = Callable[[str, Wire, Sequence[Any]], None]
+Receive = Callable[[str, wire.Wire, Sequence[Any]], None]
 
 
 class DirectEndpoint:
@@ -28,9 +28,9 @@ class DirectEndpoint:
     def __init__(self, name: str, receivers: dict[str, Receive]) -> None:
         self.name = name
         self.receivers = receivers
-        self.sent: list[tuple[str, Wire]] = []
+        self.sent: list[tuple[str, wire.Wire]] = []
 
-    def send(self, peer: str, message: Wire, arrays: Sequence[Any] = (), timeout_s: float | None = None) -> None:
+    def send(self, peer: str, message: wire.Wire, arrays: Sequence[Any] = (), timeout_s: float | None = None) -> None:
         self.sent.append((peer, message))
         receive = self.receivers.get(peer)
         if receive is None:

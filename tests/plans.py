@@ -12,7 +12,7 @@ import cloudpickle
 import jax
 import jax.numpy as jnp
 
-from flowml._jax import export, struct_of
+from flowml.ir._jax import export, struct_of
 from flowml.plan import (
     ArraySpec,
     Constant,

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from flowml.cost import node_seconds
 from flowml.devices import Device
 from flowml.errors import PlacementError
-from flowml.graph import Graph
-from flowml.links import Links
-from flowml.partition import partition
+from flowml.ir.cost import node_seconds
+from flowml.ir.graph import Graph
+from flowml.lowering.partition import partition
+from flowml.lowering.program import route
+from flowml.lowering.schedule import schedule
+from flowml.placement.links import Links
 from flowml.placement.memory import resident_bytes
 from flowml.placement.pipeline import crossing_bytes, pipeline_items, pipeline_stages
 from flowml.plan import Choice
-from flowml.program import route
-from flowml.schedule import schedule
 
 
 def choose(

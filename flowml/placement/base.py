@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from flowml.devices import Device, find_device
 from flowml.errors import PlacementError
-from flowml.graph import Graph, Node
-from flowml.label import matches
-from flowml.links import Links
+from flowml.ir.graph import Graph, Node
+from flowml.ir.label import matches
 from flowml.placement.auto import choose
+from flowml.placement.links import Links
 from flowml.placement.memory import check_memory
 from flowml.placement.pipeline import pipeline_stages
 from flowml.plan import Choice

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from flowml.devices import Device
 from flowml.errors import PlacementError
-from flowml.graph import Graph
+from flowml.ir.graph import Graph
 
 
 def resident_bytes(graph: Graph, assignment: Mapping[int, str], device: str) -> int:

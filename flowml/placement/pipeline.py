@@ -12,11 +12,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from flowml.cost import node_seconds
 from flowml.devices import Device
 from flowml.errors import PlacementError
-from flowml.graph import Graph, Node
-from flowml.links import Links
+from flowml.ir.cost import node_seconds
+from flowml.ir.graph import Graph, Node
+from flowml.placement.links import Links
 
 _MAX_ITEMS = 600
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from flowml.links import Link
+from flowml.placement.links import Link
 from flowml.plan import Plan, PlanLink, Program, Recv, Run, Send, Task
 
 _FLOPS_PER_S = 2e10

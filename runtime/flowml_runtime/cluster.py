@@ -25,20 +25,20 @@ from typing import Any, Self
 
 from flowml.devices import Device
 from flowml.errors import ClusterError
-from flowml.links import ASSUMED, SAME_PROCESS, Links
 from flowml.placement import AutoPlacement, Pipeline, Placement
-from flowml_runtime.backends.local import LocalWorkers
-from flowml_runtime.host.coordinator import CoordinatorHost
-from flowml_runtime.host.future import wait_heeding_signals
-from flowml_runtime.host.grpc_transport import GrpcEndpoint, bind_towards
-from flowml_runtime.host.link_table import LinkTable, links_mode
-from flowml_runtime.host.links import Prober
-from flowml_runtime.host.machine import cores, memory_bytes, share_cores
-from flowml_runtime.host.membership import Membership, passing_name
-from flowml_runtime.host.security import TLS, check_exposure, find_token, is_loopback, new_token, split_address
-from flowml_runtime.host.spawning import WorkerConfig
-from flowml_runtime.host.transport import Endpoint, ThreadHub
-from flowml_runtime.messages import DEADLINE_S, MAX_DEADLINE_S, Member, Probe, Probed, Wire
+from flowml.placement.links import ASSUMED, SAME_PROCESS, Links
+from flowml_runtime import wire
+from flowml_runtime.execution.future import wait_heeding_signals
+from flowml_runtime.launch.local import LocalWorkers
+from flowml_runtime.links.prober import Prober
+from flowml_runtime.links.table import LinkTable, links_mode
+from flowml_runtime.membership.coordinator import CoordinatorHost
+from flowml_runtime.membership.member import Membership, passing_name
+from flowml_runtime.transport.endpoint import Endpoint, ThreadHub
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
+from flowml_runtime.transport.security import TLS, check_exposure, find_token, is_loopback, new_token, split_address
+from flowml_runtime.worker.config import WorkerConfig
+from flowml_runtime.worker.machine import cores, memory_bytes, share_cores
 
 TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
 """Paths of PEM files under "cert", "key" and "ca"."""
@@ -71,7 +71,7 @@ class Cluster:
 
     def __init__(self, endpoint: Endpoint, python: bool, deadline_s: float, remedy: str) -> None:
         """For the ways above."""
-        from flowml_runtime.host.session import Session
+        from flowml_runtime.driver.session import Session
 
         self.endpoint = endpoint
         self.session = Session(endpoint, (), deadline_s=deadline_s, remedy=remedy)
@@ -119,7 +119,7 @@ class Cluster:
         One track a device for its tasks, one for what it sends aside, one for what arrives. Raises ClusterError if the
         workers do not answer, OSError if the file cannot be written.
         """
-        from flowml_runtime.tracing import Tracing
+        from flowml_runtime.driver.tracing import Tracing
 
         with Tracing(self.session, Path(path)):
             yield
@@ -133,7 +133,7 @@ class Cluster:
         allow_python: bool = False,
         platform: str = "cpu",
         start_timeout_s: float = 120.0,
-        deadline_s: float = DEADLINE_S,
+        deadline_s: float = wire.DEADLINE_S,
         transport: str = "auto",
         links: str | None = None,
         checksum: bool | None = None,
@@ -167,12 +167,12 @@ class Cluster:
             return cluster
 
     @classmethod
-    def threads(cls, workers: int = 2, devices_per_worker: int = 1, *, deadline_s: float = DEADLINE_S) -> Cluster:
+    def threads(cls, workers: int = 2, devices_per_worker: int = 1, *, deadline_s: float = wire.DEADLINE_S) -> Cluster:
         """Start workers inside this process. They share its cores, its memory and its interpreter.
 
         `deadline_s` is that of `local`.
         """
-        from flowml_runtime.backends.threads import start_workers
+        from flowml_runtime.launch.threads import start_workers
 
         _check_deadline(deadline_s)
         _check_counts(workers, devices_per_worker)
@@ -203,7 +203,7 @@ class Cluster:
         *,
         allow_python: bool = False,
         timeout_s: float = 30.0,
-        deadline_s: float = DEADLINE_S,
+        deadline_s: float = wire.DEADLINE_S,
         transport: str = "auto",
         links: str | None = None,
         checksum: bool | None = None,
@@ -311,13 +311,13 @@ class _Driver:
             self._cluster = cluster
             cluster.session.devices = _devices(membership.members)
 
-    def on_members(self, members: tuple[Member, ...]) -> None:
+    def on_members(self, members: tuple[wire.Member, ...]) -> None:
         with self._lock:
             if self._cluster is not None:
                 self._cluster.session.devices = _devices(members)
 
-    def on_message(self, peer: str, message: Wire, arrays: list[Any]) -> None:
-        if isinstance(message, Probe | Probed):
+    def on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
+        if isinstance(message, wire.Probe | wire.Probed):
             self.prober.on_message(peer, message)
         elif self._cluster is not None:
             self._cluster.session.on_message(peer, message, arrays)
@@ -326,7 +326,7 @@ class _Driver:
         if self._cluster is not None:
             self._cluster.session.on_lost(peer, reason)
 
-    def on_end(self, reason: str, members: tuple[Member, ...]) -> None:
+    def on_end(self, reason: str, members: tuple[wire.Member, ...]) -> None:
         """Without its coordinator a cluster ends, its workers with it."""
         if self._cluster is not None:
             self.on_members(())
@@ -420,8 +420,8 @@ def _check_counts(workers: int, devices_per_worker: int) -> None:
 
 
 def _check_deadline(deadline_s: float) -> None:
-    if not 0 < deadline_s <= MAX_DEADLINE_S:
-        raise ClusterError(f"deadline_s={deadline_s}: give seconds above 0, at most {MAX_DEADLINE_S:g}")
+    if not 0 < deadline_s <= wire.MAX_DEADLINE_S:
+        raise ClusterError(f"deadline_s={deadline_s}: give seconds above 0, at most {wire.MAX_DEADLINE_S:g}")
 
 
 def _shares_memory(transport: str) -> bool:
@@ -457,7 +457,7 @@ def _own_addresses(family: socket.AddressFamily) -> Iterator[str]:
         yield from (str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, family))
 
 
-def _devices(members: tuple[Member, ...]) -> tuple[Device, ...]:
+def _devices(members: tuple[wire.Member, ...]) -> tuple[Device, ...]:
     """The devices of all workers, in the order of their numbers."""
     workers = sorted((m for m in members if m.devices), key=lambda m: int(m.worker.rpartition(":")[2]))
     return tuple(_device(d.name, d.platform, d.memory_bytes, d.cores) for m in workers for d in m.devices)

@@ -19,13 +19,13 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from flowml_runtime.host.future import Future
-from flowml_runtime.host.leaves import signature
-from flowml_runtime.host.session import LoadedPlan, Session
+from flowml_runtime.driver.call_io import signature
+from flowml_runtime.driver.session import LoadedPlan, Session
+from flowml_runtime.execution.future import Future
 
 if TYPE_CHECKING:
     from flowml.devices import Device
-    from flowml.links import Links
+    from flowml.placement.links import Links
     from flowml.plan import Plan
 
 P = ParamSpec("P")

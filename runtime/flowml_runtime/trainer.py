@@ -19,20 +19,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowml._jax import path_name
 from flowml.data import Source, as_source
 from flowml.errors import FlowmlError
+from flowml.ir._jax import path_name
 from flowml.placement import Placement
 from flowml.plan import Plan
 from flowml.policy import Policy
-from flowml.training import TrainingCompiled, TrainingSpec, compile_training
+from flowml.training.compiler import TrainingCompiled, TrainingSpec, compile_training
 from flowml_runtime.cluster import Cluster, current_cluster
-from flowml_runtime.fit import Fit, FitOptions
-from flowml_runtime.history import Record
-from flowml_runtime.host.session import LoadedPlan, Session
-from flowml_runtime.protocol.ledger import Summary
-from flowml_runtime.protocol.terms import Terms
-from flowml_runtime.tables import layer_table
+from flowml_runtime.driver.fit import Fit, FitOptions
+from flowml_runtime.driver.history import Record
+from flowml_runtime.driver.session import LoadedPlan, Session
+from flowml_runtime.driver.tables import layer_table
+from flowml_runtime.protocol.training.ledger import Summary
+from flowml_runtime.protocol.training.terms import Terms
 
 Callback = Callable[[Record], Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowml.buckets import Bundle, pack
+from flowml.training.buckets import Bundle, pack
 
 ONE = st.builds(
     lambda nbytes, ready, kind: (nbytes, ready, kind),

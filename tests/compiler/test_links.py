@@ -11,8 +11,8 @@ import pytest
 
 import flowml as fm
 from flowml.compiler import compile_function
-from flowml.links import ASSUMED, GRPC, SHARED_MEMORY, Link, Links
-from flowml.training import TrainingSpec, compile_training
+from flowml.placement.links import ASSUMED, GRPC, SHARED_MEMORY, Link, Links
+from flowml.training.compiler import TrainingSpec, compile_training
 
 NEAR = Link(1e-6, 1e11, SHARED_MEMORY, measured=True)
 FAR = Link(0.05, 1e6, GRPC, measured=True)

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flowml as fm
-from flowml.cost import node_seconds
 from flowml.devices import as_devices
-from flowml.graph import Graph
-from flowml.label import label
-from flowml.links import Link, Links
+from flowml.ir.cost import node_seconds
+from flowml.ir.graph import Graph
+from flowml.ir.label import label
+from flowml.ir.trace import trace
+from flowml.placement.links import Link, Links
 from flowml.placement.pipeline import cut, pipeline_items
-from flowml.trace import trace
 
 X = jnp.ones((4, 8))
 TWO = ["worker:0", "worker:1"]

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import flowml as fm
-from flowml.label import label, layer_of, matches
-from flowml.scopes import parse
-from flowml.simplify import simplify
-from flowml.trace import Trace, trace
+from flowml.ir.label import label, layer_of, matches
+from flowml.ir.scopes import parse
+from flowml.ir.simplify import simplify
+from flowml.ir.trace import Trace, trace
 
 X = jnp.ones((4, 8))
 PARAMS = {"fc1": {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)}, "fc2": {"kernel": jnp.ones((16, 2))}}

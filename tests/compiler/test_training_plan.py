@@ -11,7 +11,7 @@ import pytest
 
 import flowml as fm
 from flowml.plan import Plan, Push, Run, Send
-from flowml.training import TrainingSpec, compile_training
+from flowml.training.compiler import TrainingSpec, compile_training
 
 WIDTH = 64
 

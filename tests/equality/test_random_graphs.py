@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import flowml as fm
-from flowml.graph import Graph
+from flowml.ir.graph import Graph
 from tests.zoo import Case
 
 SHAPES = ((), (1,), (3,), (2, 3), (3, 3), (0, 3), (2, 1, 3))

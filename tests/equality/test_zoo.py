@@ -12,7 +12,7 @@ import pytest
 
 import flowml as fm
 from flowml.errors import PlacementError
-from flowml.graph import Graph
+from flowml.ir.graph import Graph
 from tests.zoo import CASES, Case
 
 PLACEMENTS = ("explicit", "pipeline", "random")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowml_runtime.protocol.accumulator import Accumulator, Sum
-from flowml_runtime.protocol.terms import ProtocolError
+from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 
 
 def joined(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:

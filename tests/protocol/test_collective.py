@@ -33,7 +33,7 @@ from flowml_runtime.protocol.collective import (
     ring,
     tree,
 )
-from flowml_runtime.protocol.terms import ProtocolError
+from flowml_runtime.protocol.errors import ProtocolError
 
 Values = np.ndarray[Any, Any]
 

@@ -7,8 +7,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowml_runtime.protocol.decision import Arrived, Commit, Decision, Event, ReplicaRetired
-from flowml_runtime.protocol.terms import ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.decision import Arrived, Commit, Decision, Event, ReplicaRetired
+from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
 
 
 def decision(*stores: StoreTerms, replicas: int = 4, clocks: int = 6) -> Decision:

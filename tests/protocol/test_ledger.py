@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowml.errors import FlowmlError
-from flowml_runtime.messages import Item
-from flowml_runtime.protocol.ledger import Asked, Grant, Ledger, Settled, Tally, Work
-from flowml_runtime.protocol.terms import ProtocolError, ReplicaLost
+from flowml_runtime import wire
+from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.training.ledger import Asked, Grant, Ledger, Settled, Tally, Work
+from flowml_runtime.protocol.training.terms import ReplicaLost
 
 ALIGNED = Work(replicas=2, items_per_epoch=5, item_size=8, total_clocks=4, aligned=True)
 QUEUE = Work(replicas=2, items_per_epoch=3, item_size=8, total_clocks=2, aligned=False)
@@ -27,7 +28,7 @@ def test_rows_give_each_replica_its_item_of_the_epochs_order() -> None:
     assert items(ledger.step(Asked(1, (0, 1)))) == [1, 3]
     assert items(ledger.step(Asked(0, (0,)))) == [0]
     (grant,) = ledger.step(Asked(0, (1, 2)))
-    assert grant == Grant(0, ((1, Item(2, 0, 16, 8)), (2, Item(5, 1, 0, 8))), exhausted=False)
+    assert grant == Grant(0, ((1, wire.Item(2, 0, 16, 8)), (2, wire.Item(5, 1, 0, 8))), exhausted=False)
     assert items(ledger.step(Asked(1, (2, 3)))) == [6, 8]
     ledger.validate()
 
@@ -53,8 +54,8 @@ def test_a_queue_is_drained_by_whoever_asks_and_says_when_it_is_empty() -> None:
     ledger = Ledger(QUEUE)
     assert ledger.step(Asked(0, (0, 1)))[0].exhausted is False
     assert items(ledger.step(Asked(1, (0, 1)))) == [2, 3]
-    assert ledger.step(Asked(0, (2,))) == [Grant(0, ((2, Item(4, 1, 8, 8)),), exhausted=False)]
-    assert ledger.step(Asked(0, (3, 4))) == [Grant(0, ((3, Item(5, 1, 16, 8)),), exhausted=True)]
+    assert ledger.step(Asked(0, (2,))) == [Grant(0, ((2, wire.Item(4, 1, 8, 8)),), exhausted=False)]
+    assert ledger.step(Asked(0, (3, 4))) == [Grant(0, ((3, wire.Item(5, 1, 16, 8)),), exhausted=True)]
     assert ledger.step(Asked(1, (2,))) == [Grant(1, (), exhausted=True)]
 
 
@@ -137,7 +138,7 @@ def test_the_summary_reads_as_a_table() -> None:
 def test_every_item_ends_in_one_place(replicas: int, aligned: bool, clocks: int, seed: int) -> None:
     rng = random.Random(seed)
     work = Work(replicas, replicas * 2 + seed % 3, 4, clocks, aligned)
-    ledger, held = Ledger(work), [list[Item]() for _ in range(replicas)]
+    ledger, held = Ledger(work), [list[wire.Item]() for _ in range(replicas)]
     clock = [0] * replicas
     for _ in range(60):
         who = rng.randrange(replicas)

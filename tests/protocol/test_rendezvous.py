@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.rendezvous import Cancelled, Rendezvous
-from flowml_runtime.protocol.terms import ProtocolError
 
 
 def test_whoever_comes_second_takes_the_other_away() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from flowml_runtime.messages import Item
-from flowml_runtime.protocol.replica import (
+from flowml_runtime import wire
+from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.training.replica import (
     Abandon,
     AdoptAccumulator,
     Ask,
@@ -22,7 +23,7 @@ from flowml_runtime.protocol.replica import (
     StepFinished,
     StorePublished,
 )
-from flowml_runtime.protocol.terms import RETIRED, Committed, ProtocolError, StoreTerms, Terms
+from flowml_runtime.protocol.training.terms import RETIRED, Committed, StoreTerms, Terms
 
 SYNC = StoreTerms(stages=(0,), need=4)
 QUORUM = StoreTerms(stages=(0,), need=3)
@@ -30,8 +31,8 @@ QUORUM_EVERY = StoreTerms(stages=(0,), need=3, every=4)
 ARRIVING = StoreTerms(stages=(0,), clocked=False, staleness=2)
 
 
-def item(number: int) -> Item:
-    return Item(sequence=number, epoch=0, start=8 * number, size=8)
+def item(number: int) -> wire.Item:
+    return wire.Item(sequence=number, epoch=0, start=8 * number, size=8)
 
 
 def leader(*stores: StoreTerms, clocks: int = 20, replicas: int = 4) -> Replica:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flowml import policies
 from flowml.policy import UNBOUNDED, Policy, Quorum, due
-from flowml_runtime.protocol import ledger
+from flowml_runtime.protocol.training import ledger
 from tests.protocol.training_world import MICROBATCHES, Run, make
 
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flowml.policy import Policy, check_composition
-from flowml_runtime.protocol import decision, ledger, replica, store
-from flowml_runtime.protocol.accumulator import Accumulator
 from flowml_runtime.protocol.rendezvous import Rendezvous
-from flowml_runtime.protocol.terms import ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training import decision, ledger, replica
+from flowml_runtime.protocol.training import home as store
+from flowml_runtime.protocol.training.accumulator import Accumulator
+from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
 
 MICROBATCHES = 2
 Address = tuple[int, int]  # (replica, stage); the driver is (-1, 0)

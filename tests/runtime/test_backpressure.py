@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 import flowml as fm
 from flowml.errors import DeadlineError
 from flowml.plan import ArraySpec, Feed, Fetch, Free, Message, Plan, Recv, Run, Send, Transfer
-from flowml_runtime.host import window as windows
-from flowml_runtime.host.future import Future
-from flowml_runtime.host.session import LoadedPlan
-from flowml_runtime.host.window import IN_FLIGHT, WINDOW_BYTES, Windows, window
-from flowml_runtime.messages import StepFailed, Value
+from flowml_runtime import wire
+from flowml_runtime.driver.session import LoadedPlan
+from flowml_runtime.execution import window as windows
+from flowml_runtime.execution.future import Future
+from flowml_runtime.execution.window import IN_FLIGHT, WINDOW_BYTES, Windows, window
 from tests.conftest import wait_until
 from tests.network import DirectEndpoint, Network
 from tests.plans import W0, W1, Gate, PlanBuilder, fetched, through_gate
@@ -59,7 +59,7 @@ def held_up(name: str) -> Plan:
 def sent_edges(network: Network) -> list[int]:
     endpoint = network.workers[0].endpoint
     assert isinstance(endpoint, DirectEndpoint)
-    return [m.step for _, m in endpoint.sent if isinstance(m, Value) and m.kind == "edge"]
+    return [m.step for _, m in endpoint.sent if isinstance(m, wire.Value) and m.kind == "edge"]
 
 
 def producer(network: Network, handle: LoadedPlan) -> Windows:
@@ -96,7 +96,9 @@ def test_a_producer_stops_where_its_consumer_does_and_goes_on_with_it() -> None:
 def test_a_step_that_is_given_up_gives_its_room_back() -> None:
     with stuck("given up", 6) as (network, gate, handle, futures):
         for step in (4, 2):  # one whose sender waits, one that was sent
-            over = StepFailed(plan_id=handle.plan_id, step=step, worker="driver", node="", kind="cancelled", error="")
+            over = wire.StepFailed(
+                plan_id=handle.plan_id, step=step, worker="driver", node="", kind="cancelled", error=""
+            )
             for worker in network.workers:
                 worker.on_message("driver", over, [])
         wait_until(lambda: 5 in sent_edges(network), "the last step is sent")

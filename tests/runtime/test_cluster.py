@@ -22,7 +22,7 @@ import pytest
 
 import flowml as fm
 from flowml_runtime.cluster import LaunchedCluster, current_cluster
-from flowml_runtime.host.machine import share_cores
+from flowml_runtime.worker.machine import share_cores
 from tests.conftest import wait_until
 
 NoLeaks = Callable[[], AbstractContextManager[None]]
@@ -285,8 +285,8 @@ def test_several_drivers_share_a_launched_cluster(launched: LaunchedCluster) -> 
 
 JOINER = """
 import sys
-from flowml_runtime.host.process import serve
-from flowml_runtime.host.spawning import WorkerConfig
+from flowml_runtime.worker.process import serve
+from flowml_runtime.worker.config import WorkerConfig
 config = WorkerConfig(coordinator=sys.argv[1], token=sys.stdin.readline().strip())
 print(serve(config, joined=lambda name: print(name, flush=True)))
 """

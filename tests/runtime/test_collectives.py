@@ -19,13 +19,13 @@ import pytest
 
 from flowml.errors import DeadlineError, FlowmlError, UnsupportedError, WorkerLostError
 from flowml.plan import ArraySpec
-from flowml_runtime.host.buffers import BufferPool
-from flowml_runtime.host.collectives import Group, GroupId, add
-from flowml_runtime.host.grpc_transport import GrpcEndpoint
-from flowml_runtime.host.transport import Endpoint, ThreadHub
-from flowml_runtime.messages import Collective
+from flowml_runtime import wire
 from flowml_runtime.protocol.collective import direct, doubling, hierarchical, ring, tree
-from flowml_runtime.protocol.terms import ProtocolError
+from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.transport.buffers import BufferPool
+from flowml_runtime.transport.endpoint import Endpoint, ThreadHub
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
+from flowml_runtime.worker.training.collectives import Group, GroupId, add
 
 WAIT_S = 20.0
 TOKEN = "a token for tests"
@@ -163,8 +163,8 @@ def test_a_lost_member_fails_what_needs_it_and_what_comes_after(groups: Groups) 
 OTHER_PROCESS = """
 import sys
 import numpy as np
-from flowml_runtime.host.collectives import Group, GroupId
-from flowml_runtime.host.grpc_transport import GrpcEndpoint
+from flowml_runtime.worker.training.collectives import Group, GroupId
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 
 token, first = sys.argv[1:]
 endpoint = GrpcEndpoint("worker:1", token)
@@ -220,9 +220,9 @@ def test_members_that_reduce_different_things_are_told(groups: Groups) -> None:
         members[0].group.all_reduce(1, 0, [np.ones(1)])
 
 
-def chunk(**other: Any) -> Collective:
+def chunk(**other: Any) -> wire.Collective:
     values: dict[str, Any] = {"bucket": 0, "clock": 0, "piece": 0, "take": 0, **other}
-    return Collective(plan_id="plan", run=0, group=0, specs=(ArraySpec((4,), "float32"),), **values)
+    return wire.Collective(plan_id="plan", run=0, group=0, specs=(ArraySpec((4,), "float32"),), **values)
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def alone() -> Iterator[Group]:
 )
 @pytest.mark.parametrize("early", [False, True])
 def test_a_wrong_chunk_ends_the_group_with_its_sender(
-    alone: Group, peer: str, message: Collective, array: Any, text: str, early: bool
+    alone: Group, peer: str, message: wire.Collective, array: Any, text: str, early: bool
 ) -> None:
     if early:
         alone.on_message(peer, message, [array])

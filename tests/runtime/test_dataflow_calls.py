@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import flowml as fm
-from flowml.links import Links
-from flowml_runtime.messages import LoadPlan
+from flowml.placement.links import Links
+from flowml_runtime import wire
 from tests.network import Network
 
 X = jnp.arange(6, dtype=jnp.float32).reshape(2, 3)
@@ -37,7 +37,7 @@ class FakeCluster:
 
     @property
     def loads(self) -> int:
-        return sum(isinstance(message, LoadPlan) for _, message in self.network.driver.sent)
+        return sum(isinstance(message, wire.LoadPlan) for _, message in self.network.driver.sent)
 
 
 def layers(params: dict[str, Any], x: Any, *, scale: Any = 1.0) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import pytest
 
 import flowml as fm
 from flowml.errors import ClusterError, DeadlineError, WorkerError, WorkerLostError
+from flowml_runtime import wire
 from flowml_runtime.cluster import LaunchedCluster
-from flowml_runtime.host.session import LoadedPlan
-from flowml_runtime.messages import StepFailed, Unreachable
+from flowml_runtime.driver.session import LoadedPlan
 from tests.conftest import wait_until
 from tests.network import Network
 from tests.plans import Gate, callback_then_double, chain, gated, never_sent, one_device
@@ -142,7 +142,9 @@ def test_a_worker_that_leaves_while_its_plan_is_loaded_again_is_lost_and_not_unk
     with Network() as network:
         session = network.session
         handle = session.load(chain())
-        told = Unreachable(plan_id=handle.plan_id, worker="worker:0", peer="worker:1", reason="its connection broke")
+        told = wire.Unreachable(
+            plan_id=handle.plan_id, worker="worker:0", peer="worker:1", reason="its connection broke"
+        )
         session.on_message("worker:0", told, [])
         unload = session.unload
 
@@ -192,7 +194,7 @@ def test_a_failed_step_is_dropped_by_the_other_workers() -> None:
         handle = network.session.load(gated("dropped"))
         future = network.session.submit(handle, [X])
         assert gate.entered.acquire(timeout=30)
-        failed = StepFailed(
+        failed = wire.StepFailed(
             plan_id=handle.plan_id, step=0, worker="worker:0", node="callback", kind="error", error="made up"
         )
         network.session.on_message("worker:0", failed, [])
@@ -246,13 +248,13 @@ def test_interrupting_a_wait_leaves_the_session_usable() -> None:
 
 
 def test_only_the_driver_of_a_plan_may_feed_or_end_it() -> None:
-    from flowml_runtime.messages import Unload, Value
+    from flowml_runtime import wire
 
     with Network() as network:
         handle = network.session.load(chain())
-        stray = Value(plan_id=handle.plan_id, step=0, kind="feed", index=0, device="worker:0/cpu:0", slots=(0,))
+        stray = wire.Value(plan_id=handle.plan_id, step=0, kind="feed", index=0, device="worker:0/cpu:0", slots=(0,))
         network.workers[0].on_message("worker:1", stray, [X - 9])
-        network.workers[0].on_message("worker:1", Unload(plan_id=handle.plan_id), [])
+        network.workers[0].on_message("worker:1", wire.Unload(plan_id=handle.plan_id), [])
         np.testing.assert_array_equal(network.session.submit(handle, [X]).result(timeout=30)[0], (X + 1) * 2)
 
 

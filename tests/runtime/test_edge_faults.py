@@ -18,7 +18,7 @@ import pytest
 
 import flowml as fm
 from flowml.errors import DeadlineError, FlowmlError, WorkerError, WorkerLostError
-from flowml_runtime.host.executor import PROBATION
+from flowml_runtime.execution.executor import PROBATION
 
 DEADLINE_S = 2.0
 """Less than a silent worker takes to count as lost."""

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from flowml.errors import DeadlineError, FlowmlError, PlacementError, WorkerError
 from flowml.plan import ArraySpec, Constant, Feed, Fetch, Free, Output, Run, Send
-from flowml_runtime.host.mailbox import Cancelled, Mailbox
-from flowml_runtime.host.programs import aligned_copy, safe_donations
-from flowml_runtime.messages import Value
-from flowml_runtime.protocol.terms import ProtocolError
+from flowml_runtime import wire
+from flowml_runtime.execution.mailbox import Cancelled, Mailbox
+from flowml_runtime.execution.programs import aligned_copy, safe_donations
+from flowml_runtime.protocol.errors import ProtocolError
 from tests.network import Network
 from tests.plans import VECTOR, W0, W1, Gate, PlanBuilder, chain, fetched, gated, one_device, split_key
 
@@ -287,7 +287,7 @@ def test_a_value_that_comes_twice_fails_its_step() -> None:
         handle = network.session.load(gated("twice"))
         future = network.session.submit(handle, [vector()])
         assert gate.entered.acquire(timeout=30)
-        value = Value(plan_id=handle.plan_id, step=1, kind="edge", index=0, device=W1)
+        value = wire.Value(plan_id=handle.plan_id, step=1, kind="edge", index=0, device=W1)
         network.workers[1].on_message("worker:0", value, [vector()])
         second = network.session.submit(handle, [vector()])
         network.workers[1].on_message("worker:0", value, [vector()])

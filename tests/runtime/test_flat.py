@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 
 import flowml as fm
-from flowml_runtime.host.future import Future
+from flowml_runtime.execution.future import Future
 from tests.stalls import processes_of_this_test
 
 STEPS = 10_000

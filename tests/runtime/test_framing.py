@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowml.plan import ArraySpec
-from flowml_runtime.host.arrays import Buffer, aligned_empty
-from flowml_runtime.host.buffers import NEVER_KEPT_BYTES, BufferPool
-from flowml_runtime.host.framing import (
+from flowml_runtime import wire
+from flowml_runtime.transport.arrays import Buffer, aligned_empty
+from flowml_runtime.transport.buffers import NEVER_KEPT_BYTES, BufferPool
+from flowml_runtime.transport.framing import (
     MAX_FRAME_BYTES,
     PIECE_BYTES,
     SMALL_BYTES,
@@ -32,14 +33,13 @@ from flowml_runtime.host.framing import (
     padded,
     unpack,
 )
-from flowml_runtime.messages import Leave, Value, Wire
 
-Sent = tuple[Wire, list[Buffer]]
+Sent = tuple[wire.Wire, list[Buffer]]
 
 
-def value(step: int, arrays: Sequence[Buffer]) -> Value:
+def value(step: int, arrays: Sequence[Buffer]) -> wire.Value:
     specs = tuple(ArraySpec(a.shape, str(a.dtype)) for a in arrays)
-    return Value(plan_id="p", step=step, kind="edge", index=3, device="worker:1/cpu:0", specs=specs)
+    return wire.Value(plan_id="p", step=step, kind="edge", index=3, device="worker:1/cpu:0", specs=specs)
 
 
 def ramp(nbytes: int) -> Buffer:
@@ -49,7 +49,7 @@ def ramp(nbytes: int) -> Buffer:
 def messages() -> list[Sent]:
     """Of every make: without arrays, with small ones, with large ones in one piece and in two."""
     arrays = [[ramp(12)], [ramp(SMALL_BYTES + 8), ramp(5)], [ramp(PIECE_BYTES + 12)], [ramp(12)]]
-    sent: list[Sent] = [(Leave(worker="w"), [])]
+    sent: list[Sent] = [(wire.Leave(worker="w"), [])]
     sent += [(value(step, of_step), of_step) for step, of_step in enumerate(arrays)]
     return sent
 
@@ -237,7 +237,7 @@ def test_an_error_names_the_message_and_its_edge() -> None:
     with pytest.raises(FrameError, match=rf"20 bytes came where {PIECE_BYTES} were due, of {named}"):
         assembler.feed(rest)
     with pytest.raises(FrameError, match="checksum of frame 1 is wrong, of Leave"):
-        unpack(pack(Leave(worker="w")).sealed(0), None, 1)
+        unpack(pack(wire.Leave(worker="w")).sealed(0), None, 1)
 
 
 def test_a_sealed_first_frame_is_within_the_limit() -> None:
@@ -290,8 +290,8 @@ def test_little_memory_is_kept() -> None:
 
 PIECES = """
 import resource
-from flowml_runtime.host.buffers import keep_freed_memory
-from flowml_runtime.host.framing import PIECE_BYTES
+from flowml_runtime.transport.buffers import keep_freed_memory
+from flowml_runtime.transport.framing import PIECE_BYTES
 
 keep_freed_memory()
 pieces = memoryview(bytearray(8 * PIECE_BYTES))

@@ -18,15 +18,14 @@ import pytest
 
 import flowml as fm
 from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerLostError
-from flowml.links import ASSUMED, GRPC, SAME_PROCESS, SHARED_MEMORY, Link
+from flowml.placement.links import ASSUMED, GRPC, SAME_PROCESS, SHARED_MEMORY, Link
 from flowml.plan import ArraySpec
-from flowml_runtime import messages
-from flowml_runtime.host import remembered
-from flowml_runtime.host.grpc_transport import GrpcEndpoint
-from flowml_runtime.host.links import Prober
-from flowml_runtime.host.remembered import FRESH_S, MAX_FIGURES, RememberedLinks, links_file
-from flowml_runtime.host.transport import ThreadHub
-from flowml_runtime.messages import MAX_PROBE_BYTES, Probe
+from flowml_runtime import wire
+from flowml_runtime.links import cache as remembered
+from flowml_runtime.links.cache import FRESH_S, MAX_FIGURES, RememberedLinks, links_file
+from flowml_runtime.links.prober import Prober
+from flowml_runtime.transport.endpoint import ThreadHub
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from tests.conftest import wait_until
 
 TOKEN = "a token for tests"
@@ -131,11 +130,14 @@ def test_one_link_at_a_time_and_closing_ends_the_wait() -> None:
 
 @pytest.mark.parametrize(
     "probe",
-    [Probe(number=1, specs=(ArraySpec((MAX_PROBE_BYTES + 1,), "uint8"),)), Probe(number=1, peer="b", nbytes=2**40)],
+    [
+        wire.Probe(number=1, specs=(ArraySpec((wire.MAX_PROBE_BYTES + 1,), "uint8"),)),
+        wire.Probe(number=1, peer="b", nbytes=2**40),
+    ],
 )
-def test_a_probe_of_more_than_it_may_be_is_refused_before_its_payload(probe: Probe) -> None:
+def test_a_probe_of_more_than_it_may_be_is_refused_before_its_payload(probe: wire.Probe) -> None:
     with pytest.raises(msgspec.ValidationError):
-        messages.decode(messages.encode(probe))
+        wire.decode(wire.encode(probe))
 
 
 def test_what_was_measured_is_remembered_for_a_week(tmp_path: Path) -> None:

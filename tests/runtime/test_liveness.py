@@ -12,15 +12,15 @@ from contextlib import closing
 import pytest
 
 from flowml.errors import ClusterError
-from flowml_runtime.backends.local import LocalWorkers
-from flowml_runtime.host.coordinator import CoordinatorHost
-from flowml_runtime.host.grpc_transport import GrpcEndpoint
-from flowml_runtime.host.membership import Membership, passing_name
-from flowml_runtime.messages import DeviceInfo
+from flowml_runtime import wire
+from flowml_runtime.launch.local import LocalWorkers
+from flowml_runtime.membership.coordinator import CoordinatorHost
+from flowml_runtime.membership.member import Membership, passing_name
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from tests.conftest import wait_until
 
 TOKEN = "t"
-CPU = DeviceInfo(name="cpu:0", platform="cpu", memory_bytes=1, cores=1.0)
+CPU = wire.DeviceInfo(name="cpu:0", platform="cpu", memory_bytes=1, cores=1.0)
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowml.errors import DeadlineError
-from flowml_runtime.host import executor
-from flowml_runtime.host.session import LoadedPlan
-from flowml_runtime.messages import StepFailed, Value
+from flowml_runtime import wire
+from flowml_runtime.driver.session import LoadedPlan
+from flowml_runtime.execution import executor
 from tests.conftest import wait_until
 from tests.network import Network
 from tests.plans import W1, callback_then_double, chain
@@ -42,12 +42,12 @@ def warm_up(network: Network, handle: LoadedPlan) -> int:
 
 def park(network: Network, handle: LoadedPlan, step: int) -> None:
     """Begin a step on worker 1 alone, which then waits for an edge without a thread that waits."""
-    feed = Value(plan_id=handle.plan_id, step=step, kind="feed", index=0, device=W1)
+    feed = wire.Value(plan_id=handle.plan_id, step=step, kind="feed", index=0, device=W1)
     network.workers[1].on_message("driver", feed, [])
 
 
-def edge(handle: LoadedPlan, step: int) -> Value:
-    return Value(plan_id=handle.plan_id, step=step, kind="edge", index=0, device=W1)
+def edge(handle: LoadedPlan, step: int) -> wire.Value:
+    return wire.Value(plan_id=handle.plan_id, step=step, kind="edge", index=0, device=W1)
 
 
 @pytest.mark.usefixtures("always_quick")
@@ -87,7 +87,7 @@ def test_a_parked_step_that_is_given_up_makes_room_for_the_next() -> None:
         handle = network.session.load(chain())
         step = warm_up(network, handle)
         park(network, handle, step)
-        over = StepFailed(plan_id=handle.plan_id, step=step, worker="driver", node="", kind="cancelled", error="")
+        over = wire.StepFailed(plan_id=handle.plan_id, step=step, worker="driver", node="", kind="cancelled", error="")
         network.workers[1].on_message("driver", over, [])
         network.workers[1].on_message("worker:0", edge(handle, step), [vector()])  # too late
         handle.steps.skip()

@@ -25,28 +25,27 @@ from hypothesis import strategies as st
 import flowml
 from flowml.errors import ClusterError
 from flowml.plan import ArraySpec
-from flowml_runtime import messages
+from flowml_runtime import wire
 from flowml_runtime.cluster import Cluster, LaunchedCluster
-from flowml_runtime.host.framing import Assembler, FrameError, pack
-from flowml_runtime.host.grpc_transport import GrpcEndpoint
-from flowml_runtime.host.security import TLS, check_exposure, find_token, new_token, write_token
-from flowml_runtime.host.spawning import WorkerConfig
-from flowml_runtime.host.streams import METHOD, TOKEN_KEY
-from flowml_runtime.messages import PROTOCOL, Hello, Leave, Wire
+from flowml_runtime.transport.framing import Assembler, FrameError, pack
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
+from flowml_runtime.transport.grpc_streams import METHOD, TOKEN_KEY
+from flowml_runtime.transport.security import TLS, check_exposure, find_token, new_token, write_token
+from flowml_runtime.worker.config import WorkerConfig
 
 TOKEN = "the right token"
 WAIT_S = 10.0
 QUICK_S = 3.0
 """Most of it for a machine that is busy with other things."""
-HELLO = Hello(peer="b", incarnation=1, protocol=PROTOCOL, version=flowml.__version__)
+HELLO = wire.Hello(peer="b", incarnation=1, protocol=wire.PROTOCOL, version=flowml.__version__)
 
 
 def framed(header: bytes, inline: bytes = b"") -> bytes:
     return struct.pack("<I", len(header)) + header + inline
 
 
-def frame(message: Wire) -> bytes:
-    return framed(messages.encode(message))
+def frame(message: wire.Wire) -> bytes:
+    return framed(wire.encode(message))
 
 
 @pytest.fixture
@@ -78,11 +77,11 @@ def test_without_the_token_a_stream_is_refused_before_its_body_is_read(
     [
         ([b"garbage"], "announces a header"),
         ([b""], "too short"),
-        ([frame(Leave(worker="b"))], "begins with Hello"),
+        ([frame(wire.Leave(worker="b"))], "begins with Hello"),
         ([frame(msgspec.structs.replace(HELLO, protocol=99))], "protocol 99"),
         ([frame(msgspec.structs.replace(HELLO, version="0.0.7"))], "flowml 0.0.7"),
         ([frame(HELLO), framed(b"\x81\xa4type\xa5Spawn")], "no message of this version"),
-        ([frame(HELLO), framed(messages.encode(Leave(worker="b")), b"more")], "announces 0 bytes and brings 4"),
+        ([frame(HELLO), framed(wire.encode(wire.Leave(worker="b")), b"more")], "announces 0 bytes and brings 4"),
     ],
 )
 def test_what_no_flowml_sends_ends_the_stream_with_the_reason(
@@ -120,7 +119,7 @@ HOSTILE = st.one_of(
     ),
     st.integers(1, 2000).map(lambda depth: b"\x91" * depth + b"\xc0"),
     st.binary(max_size=300),
-    st.just(messages.encode(Leave(worker="w", reason="r" * 100))),
+    st.just(wire.encode(wire.Leave(worker="w", reason="r" * 100))),
 )
 
 
@@ -149,7 +148,7 @@ def test_no_bytes_get_past_the_assembler(
 @settings(max_examples=200)
 @given(data=st.data())
 def test_flipped_and_missing_bytes_of_a_true_message_do_no_harm(data: st.DataObject) -> None:
-    message = messages.LoadPlan(plan_id="p", peers=("worker:0",), specs=(ArraySpec((3,), "uint8"),))
+    message = wire.LoadPlan(plan_id="p", peers=("worker:0",), specs=(ArraySpec((3,), "uint8"),))
     true = bytearray(next(pack(message, [np.arange(3, dtype=np.uint8)]).frames()))
     position = data.draw(st.integers(0, len(true) - 1))
     true[position] ^= data.draw(st.integers(1, 255))
@@ -177,8 +176,8 @@ def test_a_pickle_in_any_place_is_not_executed(tmp_path: Path) -> None:
     taken: queue.SimpleQueue[Any] = queue.SimpleQueue()
     endpoint = GrpcEndpoint("a", TOKEN)
     endpoint.start(lambda *m: taken.put(m), lambda *_: None)
-    as_array = messages.LoadPlan(plan_id="p", specs=(ArraySpec((len(bomb),), "uint8"),))
-    code, _ = push(endpoint, [frame(HELLO), framed(messages.encode(as_array), bomb)])
+    as_array = wire.LoadPlan(plan_id="p", specs=(ArraySpec((len(bomb),), "uint8"),))
+    code, _ = push(endpoint, [frame(HELLO), framed(wire.encode(as_array), bomb)])
     assert code is grpc.StatusCode.OK
     assert taken.get(timeout=WAIT_S)[2][0].tobytes() == bomb
     as_object = msgspec.msgpack.encode({"type": "LoadPlan", "plan_id": "p", "specs": [{"shape": [1], "dtype": "O"}]})
@@ -227,7 +226,7 @@ def meet(server: TLS, client: TLS | None) -> str:
     b.start(lambda *_: None, lambda _, reason: outcome.put(reason))
     b.know({"a": a.address})
     try:
-        b.send("a", Leave(worker="b"))
+        b.send("a", wire.Leave(worker="b"))
     except flowml.WorkerLostError as error:
         return str(error)
     finally:

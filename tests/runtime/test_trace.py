@@ -15,8 +15,8 @@ import optax
 import pytest
 
 import flowml as fm
-from flowml_runtime.host.recorder import Recorder, clock_id, decode
-from flowml_runtime.tracing import Answer, offset
+from flowml_runtime.driver.tracing import Answer, offset
+from flowml_runtime.execution.recorder import Recorder, clock_id, decode
 from tests.training.reference import BATCH, data, mlp, mlp_loss
 
 LENGTH = 2**23

@@ -20,12 +20,12 @@ from hypothesis.extra import numpy as hnp
 
 from flowml.errors import WorkerLostError
 from flowml.plan import ArraySpec
-from flowml_runtime.host import framing
-from flowml_runtime.host.arrays import aligned_empty, from_wire, to_wire
-from flowml_runtime.host.framing import PIECE_BYTES, SMALL_BYTES, TINY_BYTES, Assembler, pack
-from flowml_runtime.host.grpc_transport import GrpcEndpoint
-from flowml_runtime.host.transport import Budget, Delivery, Endpoint, ThreadHub
-from flowml_runtime.messages import Leave, Value, Wire
+from flowml_runtime import wire
+from flowml_runtime.transport import framing
+from flowml_runtime.transport.arrays import aligned_empty, from_wire, to_wire
+from flowml_runtime.transport.endpoint import Budget, Delivery, Endpoint, ThreadHub
+from flowml_runtime.transport.framing import PIECE_BYTES, SMALL_BYTES, TINY_BYTES, Assembler, pack
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from tests.conftest import wait_until
 
 WAIT_S = 10.0
@@ -88,12 +88,12 @@ def spec_of(array: Any) -> ArraySpec:
     return ArraySpec(array.shape, str(array.dtype))
 
 
-def value(arrays: list[Any], step: int = 0) -> Value:
+def value(arrays: list[Any], step: int = 0) -> wire.Value:
     specs = tuple(spec_of(a) for a in arrays)
-    return Value(plan_id="p", step=step, kind="edge", index=0, device="worker:0/cpu:0", specs=specs)
+    return wire.Value(plan_id="p", step=step, kind="edge", index=0, device="worker:0/cpu:0", specs=specs)
 
 
-def try_send(endpoint: Endpoint, peer: str, message: Wire) -> None:
+def try_send(endpoint: Endpoint, peer: str, message: wire.Wire) -> None:
     """Send to a peer that will not have it. Which comes first is chance: the end of the call, or the refusal."""
     with suppress(WorkerLostError):
         endpoint.send(peer, message)
@@ -224,15 +224,15 @@ def test_a_peer_in_the_same_process_gets_the_very_same_array() -> None:
 def test_unknown_forgotten_and_lost_peers_cannot_be_sent_to(peers: Peers) -> None:
     a, b, c = peers("a", "b", "c")
     with pytest.raises(WorkerLostError, match="cannot send to nobody") as caught:
-        a.endpoint.send("nobody", Leave(worker="a"))
+        a.endpoint.send("nobody", wire.Leave(worker="a"))
     assert caught.value.worker == "nobody"
     a.endpoint.forget("b")
     with pytest.raises(WorkerLostError, match="cannot send to b"):
-        a.endpoint.send("b", Leave(worker="a"))
+        a.endpoint.send("b", wire.Leave(worker="a"))
     a.endpoint.lose("c", "no heartbeat")
     a.endpoint.lose("c", "again")
     with pytest.raises(WorkerLostError, match="cannot send to c: no heartbeat"):
-        a.endpoint.send("c", Leave(worker="a"))
+        a.endpoint.send("c", wire.Leave(worker="a"))
     assert a.lost.get(timeout=WAIT_S) == ("c", "no heartbeat")
     assert a.lost.empty()
     assert (b.endpoint.name, c.endpoint.name) == ("b", "c")
@@ -240,13 +240,13 @@ def test_unknown_forgotten_and_lost_peers_cannot_be_sent_to(peers: Peers) -> Non
 
 def test_a_closed_peer_is_reported_once_to_those_who_talked_to_it(peers: Peers) -> None:
     a, b = peers("a", "b")
-    a.endpoint.send("b", Leave(worker="a"))
-    b.endpoint.send("a", Leave(worker="b"))
+    a.endpoint.send("b", wire.Leave(worker="a"))
+    b.endpoint.send("a", wire.Leave(worker="b"))
     assert (b.received()[0], a.received()[0]) == ("a", "b")
     b.endpoint.close()
     assert a.lost.get(timeout=WAIT_S)[0] == "b"
     with pytest.raises(WorkerLostError):
-        a.endpoint.send("b", Leave(worker="a"))
+        a.endpoint.send("b", wire.Leave(worker="a"))
     a.endpoint.close()
     assert a.lost.empty()
     assert b.lost.empty()
@@ -265,13 +265,13 @@ def test_a_peer_that_cannot_be_reached_is_lost() -> None:
     gone = GrpcEndpoint("b", TOKEN)
     gone.close()
     a.endpoint.know({"b": gone.address})
-    try_send(a.endpoint, "b", Leave(worker="a"))
+    try_send(a.endpoint, "b", wire.Leave(worker="a"))
     peer, reason = a.lost.get(timeout=WAIT_S)
     assert peer == "b"
     assert "cannot be reached" in reason
     a.endpoint.know({"b": gone.address})  # the same life: still lost
     with pytest.raises(WorkerLostError):
-        a.endpoint.send("b", Leave(worker="a"))
+        a.endpoint.send("b", wire.Leave(worker="a"))
     a.endpoint.close()
 
 
@@ -280,17 +280,17 @@ def test_a_restarted_peer_is_welcome_and_its_earlier_life_is_not() -> None:
     stale, second = GrpcEndpoint("b", TOKEN), Peer(GrpcEndpoint("b", TOKEN)).start()
     for endpoint in (first.endpoint, stale, second.endpoint):
         endpoint.know({"a": a.endpoint.address})
-    first.endpoint.send("a", Leave(worker="b"))
+    first.endpoint.send("a", wire.Leave(worker="b"))
     assert a.received()[0] == "b"
-    second.endpoint.send("a", Leave(worker="b", reason="second"))
+    second.endpoint.send("a", wire.Leave(worker="b", reason="second"))
     assert a.received()[1].reason == "second"
     assert a.lost.get(timeout=WAIT_S) == ("b", "a new b took its place")
 
     lost = Peer(stale).start().lost
-    try_send(stale, "a", Leave(worker="b", reason="stale"))
+    try_send(stale, "a", wire.Leave(worker="b", reason="stale"))
     assert "start it again" in lost.get(timeout=WAIT_S)[1]
     a.endpoint.know({"b": second.endpoint.address})
-    a.endpoint.send("b", Leave(worker="a"))
+    a.endpoint.send("b", wire.Leave(worker="a"))
     assert second.received()[0] == "a"
     assert a.messages.empty()
     for endpoint in (a.endpoint, first.endpoint, stale, second.endpoint):
@@ -305,7 +305,7 @@ def test_a_receiver_that_fails_ends_the_stream_on_both_sides(caplog: pytest.LogC
 
     b.endpoint.start(fail, lambda *m: b.lost.put(m))
     a.endpoint.know({"b": b.endpoint.address})
-    try_send(a.endpoint, "b", Leave(worker="a"))
+    try_send(a.endpoint, "b", wire.Leave(worker="a"))
     assert a.lost.get(timeout=WAIT_S)[0] == "b"
     assert "out of tea" in b.lost.get(timeout=WAIT_S)[1]
     assert "out of tea" in caplog.text
@@ -353,7 +353,7 @@ def test_endpoints_leave_nothing_behind(no_leaks: Any) -> None:
     with no_leaks():
         a, b = Peer(GrpcEndpoint("a", TOKEN)).start(), Peer(GrpcEndpoint("b", TOKEN)).start()
         a.endpoint.know({"b": b.endpoint.address})
-        a.endpoint.send("b", Leave(worker="a"))
+        a.endpoint.send("b", wire.Leave(worker="a"))
         b.received()
         began = time.monotonic()
         for endpoint in (a.endpoint, b.endpoint, a.endpoint):

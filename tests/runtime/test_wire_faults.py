@@ -23,11 +23,11 @@ import pytest
 from flowml.devices import as_devices
 from flowml.errors import DeadlineError, WorkerLostError
 from flowml.plan import ArraySpec
-from flowml_runtime.host.framing import Outgoing, pack
-from flowml_runtime.host.grpc_transport import GrpcEndpoint, is_checked
-from flowml_runtime.host.session import Session
-from flowml_runtime.host.worker import Worker
-from flowml_runtime.messages import Value
+from flowml_runtime import wire
+from flowml_runtime.driver.session import Session
+from flowml_runtime.transport.framing import Outgoing, pack
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, is_checked
+from flowml_runtime.worker.worker import Worker
 from tests.conftest import wait_until
 from tests.plans import W0, W1, chain
 from tests.proxy import Fault, Proxy
@@ -46,15 +46,15 @@ class Inbox:
     """An endpoint that speaks gRPC only and keeps what it gets."""
 
     def __init__(self, name: str, **options: Any) -> None:
-        self.messages: queue.SimpleQueue[tuple[Value, list[Any]]] = queue.SimpleQueue()
+        self.messages: queue.SimpleQueue[tuple[wire.Value, list[Any]]] = queue.SimpleQueue()
         self.lost: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self.endpoint = GrpcEndpoint(name, TOKEN, shared_memory=False, **options)
         self.endpoint.start(lambda p, m, a: self.messages.put((m, a)), lambda *m: self.lost.put(m))
 
 
-def value(array: Any, step: int = 7) -> Value:
+def value(array: Any, step: int = 7) -> wire.Value:
     specs = (ArraySpec(array.shape, str(array.dtype)),)
-    return Value(plan_id="p", step=step, kind="edge", index=3, device="worker:1/cpu:0", specs=specs)
+    return wire.Value(plan_id="p", step=step, kind="edge", index=3, device="worker:1/cpu:0", specs=specs)
 
 
 @contextmanager
@@ -235,8 +235,8 @@ SENDER = """
 import sys
 import numpy as np
 from flowml.plan import ArraySpec
-from flowml_runtime.host.grpc_transport import GrpcEndpoint, is_checked
-from flowml_runtime.messages import Value
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, is_checked
+from flowml_runtime.wire import Value
 address, token = sys.stdin.readline().split("|")
 endpoint = GrpcEndpoint("sender", token.strip(), shared_memory=False)
 endpoint.start(lambda *_: None, lambda *_: None)

@@ -16,8 +16,8 @@ import psutil
 import pytest
 import trustme
 
-from flowml_runtime.host.allocator import VARIABLE
-from flowml_runtime.messages import DEADLINE_S
+from flowml_runtime import wire
+from flowml_runtime.worker.allocator import VARIABLE
 from flowml_tools import run
 from tests.tools.conftest import environment
 
@@ -163,7 +163,7 @@ import os
 from flowml_runtime.host import allocator
 os.environ.pop(allocator.VARIABLE, None)  # as glibc does for interpreters with capabilities
 print("begun", flush=True)
-allocator.begin_anew()
+allocator.reexec()
 print("goes on")
 """
 
@@ -188,7 +188,7 @@ def test_a_deadline_is_some_seconds(flowml, script, option: str, said: str) -> N
 def test_the_command_and_the_library_have_one_deadline() -> None:
     parser = argparse.ArgumentParser()
     run.add_arguments(parser)
-    assert parser.get_default("deadline") == DEADLINE_S
+    assert parser.get_default("deadline") == wire.DEADLINE_S
 
 
 def test_a_wrong_token_is_refused_in_one_line(flowml, start_flowml, script, tmp_path: Path) -> None:

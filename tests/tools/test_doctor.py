@@ -6,8 +6,8 @@ import json
 import os
 
 import flowml as fm
-from flowml_runtime.host.link_table import HERE
-from flowml_runtime.host.remembered import RememberedLinks
+from flowml_runtime.links.cache import RememberedLinks
+from flowml_runtime.links.table import HERE
 
 
 def test_doctor_reports_measured_facts_as_json_and_remembers_the_links(flowml) -> None:

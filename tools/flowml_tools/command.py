@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flowml_runtime.cluster import Cluster
-    from flowml_runtime.host.security import TLS
+    from flowml_runtime.transport.security import TLS
 
 
 class CommandError(Exception):
@@ -95,7 +95,7 @@ def add_tls(parser: argparse.ArgumentParser) -> None:
 def read_token(path: Path | None) -> str:
     """The token in `path` or in $FLOWML_TOKEN_FILE. A token itself never stands in the arguments."""
     from flowml.errors import ClusterError
-    from flowml_runtime.host.security import find_token
+    from flowml_runtime.transport.security import find_token
 
     try:
         return find_token(path)
@@ -106,7 +106,7 @@ def read_token(path: Path | None) -> str:
 
 def tls(arguments: argparse.Namespace) -> TLS | None:
     """The three --tls-* files, or none of them."""
-    from flowml_runtime.host.security import TLS
+    from flowml_runtime.transport.security import TLS
 
     given: dict[str, Path | None] = {name: getattr(arguments, f"tls_{name}") for name in ("cert", "key", "ca")}
     files = {name: path for name, path in given.items() if path is not None}

@@ -106,7 +106,7 @@ def _versions() -> Iterator[Fact]:
 def _machine() -> Iterator[Fact]:
     import psutil
 
-    from flowml_runtime.host.machine import cores, memory_bytes
+    from flowml_runtime.worker.machine import cores, memory_bytes
 
     yield Fact("machine", "system", platform.platform(), platform.platform())
     count = os.cpu_count() or 1

@@ -23,7 +23,7 @@ from flowml_tools.command import (
 )
 
 if TYPE_CHECKING:
-    from flowml_runtime.host.security import TLS
+    from flowml_runtime.transport.security import TLS
 
 SUMMARY = "start a cluster and print how to connect to it"
 DESCRIPTION = """\
@@ -89,7 +89,7 @@ def _announce(at: str, token_file: Path, secured: TLS | None) -> None:
 @contextmanager
 def _token(path: Path | None) -> Generator[tuple[str, Path]]:
     """The token and the file that holds it: the user's file, made if it is not there, or one that goes at the end."""
-    from flowml_runtime.host.security import new_token, write_token
+    from flowml_runtime.transport.security import new_token, write_token
 
     if path is not None and path.exists():
         yield read_token(path), path

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from flowml.links import GRPC, SHARED_MEMORY
+from flowml.placement.links import GRPC, SHARED_MEMORY
 
 if TYPE_CHECKING:
-    from flowml_runtime.host.grpc_transport import GrpcEndpoint
-    from flowml_runtime.host.links import Prober
-    from flowml_runtime.messages import Wire
+    from flowml_runtime import wire
+    from flowml_runtime.links.prober import Prober
+    from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 
 SIZE = 64 * 2**20
 REPEATS = 5
@@ -67,10 +67,10 @@ def tcp() -> LinkSpeed:
 def worker_link(way: str) -> LinkSpeed:
     """The link to another process as workers talk by `way`. It is remembered, so that clusters start with it."""
     from flowml.errors import FlowmlError
-    from flowml_runtime.host.grpc_transport import GrpcEndpoint
-    from flowml_runtime.host.link_table import HERE
-    from flowml_runtime.host.remembered import RememberedLinks
-    from flowml_runtime.host.security import new_token
+    from flowml_runtime.links.cache import RememberedLinks
+    from flowml_runtime.links.table import HERE
+    from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
+    from flowml_runtime.transport.security import new_token
 
     token = new_token()
     with (
@@ -144,11 +144,11 @@ def _peer(kind: str) -> Generator[_Peer]:
 @contextmanager
 def _prober(endpoint: GrpcEndpoint) -> Generator[tuple[Prober, GrpcEndpoint]]:
     """What measures and answers at one end; both are closed on leaving."""
-    from flowml_runtime.host.links import Prober
-    from flowml_runtime.messages import Probe, Probed
+    from flowml_runtime import wire
+    from flowml_runtime.links.prober import Prober
 
-    def on_message(peer: str, message: Wire, arrays: list[Any]) -> None:
-        if isinstance(message, Probe | Probed):
+    def on_message(peer: str, message: wire.Wire, arrays: list[Any]) -> None:
+        if isinstance(message, wire.Probe | wire.Probed):
             prober.on_message(peer, message)
 
     with ExitStack() as stack:
@@ -175,7 +175,7 @@ def _serve_tcp() -> None:
 
 
 def _serve_link() -> None:
-    from flowml_runtime.host.grpc_transport import GrpcEndpoint
+    from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 
     token, address = (sys.stdin.readline().strip() for _ in range(2))
     with _prober(GrpcEndpoint("peer", token)) as (_, endpoint):

@@ -20,13 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     token, secured = read_token(arguments.token_file), tls(arguments)
-    from flowml_runtime.host import allocator
-    from flowml_runtime.host.security import check_exposure
+    from flowml_runtime.transport.security import check_exposure
+    from flowml_runtime.worker import allocator
 
     check_exposure(arguments.coordinator, secured, token, "connect to")
-    allocator.begin_anew()  # once nothing is wrong with the call, and before JAX is imported
-    from flowml_runtime.host.process import serve
-    from flowml_runtime.host.spawning import WorkerConfig
+    allocator.reexec()  # once nothing is wrong with the call, and before JAX is imported
+    from flowml_runtime.worker.config import WorkerConfig
+    from flowml_runtime.worker.process import serve
 
     config = WorkerConfig(
         coordinator=arguments.coordinator,

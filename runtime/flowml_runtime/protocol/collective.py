@@ -30,7 +30,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from flowml.policy import topology
-from flowml_runtime.protocol.terms import ProtocolError
+from flowml_runtime.protocol.errors import ProtocolError
 
 PIECE_BYTES = 2**20
 """Of one message. Measured from 512 KiB to 8 MiB: larger ones leave a core's own cache between their copies and their

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, Generic, TypeVar
 
-from flowml_runtime.protocol.terms import ProtocolError
+from flowml_runtime.protocol.errors import ProtocolError
 
 V = TypeVar("V")
 W = TypeVar("W")

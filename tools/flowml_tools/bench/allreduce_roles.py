@@ -24,9 +24,9 @@ def reduce(rank: str, meeting: str) -> None:
     import sys
     from itertools import count
 
-    from flowml_runtime.host.collectives import Group, GroupId
-    from flowml_runtime.host.grpc_transport import GrpcEndpoint
-    from flowml_runtime.host.process import SWITCH_INTERVAL_S
+    from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
+    from flowml_runtime.worker.process import SWITCH_INTERVAL_S
+    from flowml_runtime.worker.training.collectives import Group, GroupId
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     members = ["worker:0", "worker:1"]

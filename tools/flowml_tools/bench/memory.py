@@ -69,7 +69,7 @@ def _worker() -> Life:
 
 def _bare() -> Life:
     """On the cores of a worker, so that XLA's thread pools are as large."""
-    from flowml_runtime.host.machine import cores, share_cores
+    from flowml_runtime.worker.machine import cores, share_cores
 
     with peer("bare", cores=share_cores(cores(), 2)[0]) as process:
         process.read()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import jax
 
     from flowml.plan import ArraySpec
-    from flowml_runtime.host.programs import LoadedProgram
+    from flowml_runtime.execution.programs import LoadedProgram
 
 
 def train(rank: str, processes: str, coordinator: str) -> None:
@@ -66,7 +66,7 @@ def stage(path: str, number: str) -> None:
     import jax
 
     from flowml.plan import Plan
-    from flowml_runtime.host.programs import ExecutableCache, load_programs
+    from flowml_runtime.execution.programs import ExecutableCache, load_programs
 
     plan = Plan.load(path)
     assert plan.training is not None
@@ -141,7 +141,7 @@ def _applies(loaded: LoadedProgram) -> Callable[[], None]:
 
 def _example(spec: ArraySpec) -> np.ndarray:
     """Numbers as usual as activations and gradients are, and aligned, as what a worker receives is."""
-    from flowml_runtime.host.programs import aligned_copy, buffer_struct
+    from flowml_runtime.execution.programs import aligned_copy, buffer_struct
 
     struct = buffer_struct(spec)
     numbers = np.random.default_rng(0).uniform(1e-3, 1.0, struct.shape)

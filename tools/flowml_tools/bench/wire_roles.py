@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from flowml_runtime.host.buffers import keep_freed_memory
+from flowml_runtime.transport.buffers import keep_freed_memory
 from flowml_tools.bench.orders import orders, say
 from flowml_tools.bench.peers import EDGE_BYTES
 
@@ -18,11 +18,11 @@ TOKEN = "between two processes of a benchmark"
 
 def target(checksum: str) -> None:
     """Say where we are, learn where the source is, and answer each of its messages when all of it is here."""
-    from flowml_runtime.host.grpc_transport import GrpcEndpoint
-    from flowml_runtime.messages import Leave
+    from flowml_runtime import wire
+    from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 
     endpoint = GrpcEndpoint("target", TOKEN, shared_memory=False, checksum=bool(int(checksum)))
-    endpoint.start(lambda peer, *_: endpoint.send(peer, Leave(worker="target")), lambda *_: None)
+    endpoint.start(lambda peer, *_: endpoint.send(peer, wire.Leave(worker="target")), lambda *_: None)
     say(endpoint.address)
     for address in orders():
         endpoint.know({"source": address})
@@ -35,8 +35,8 @@ def source(checksum: str, address: str) -> None:
     import numpy as np
 
     from flowml.plan import ArraySpec
-    from flowml_runtime.host.grpc_transport import GrpcEndpoint
-    from flowml_runtime.messages import Value
+    from flowml_runtime import wire
+    from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 
     answers: queue.SimpleQueue[object] = queue.SimpleQueue()
     endpoint = GrpcEndpoint("source", TOKEN, shared_memory=False, checksum=bool(int(checksum)))
@@ -44,7 +44,7 @@ def source(checksum: str, address: str) -> None:
     endpoint.know({"target": address})
     array = np.ones(EDGE_BYTES // 4, np.float32)
     specs = (ArraySpec(array.shape, "float32"),)
-    message = Value(plan_id="wire", step=0, kind="edge", index=0, device="target", specs=specs)
+    message = wire.Value(plan_id="wire", step=0, kind="edge", index=0, device="target", specs=specs)
     say(endpoint.address)
     for _ in orders():
         start = time.perf_counter()

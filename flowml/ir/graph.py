@@ -1,0 +1,96 @@
+"""The intermediate representation: a traced program as a frozen list of nodes in topological order.
+
+Values are integers; a node names those it reads and writes. What JAX needs to run a node again (its
+primitive and parameters) rides along in `equation`, opaque to every pass but tracing and lowering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from flowml.ir.scopes import Scope
+from flowml.plan import ArraySpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Literal:
+    """A scalar written into the program. `key` identifies equal literals."""
+
+    value: Any
+    aval: Any
+    key: tuple[str, bytes]
+
+
+Operand = int | Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation. `layer` is set by the label pass, `device` by placement; "" means not yet."""
+
+    id: int
+    op: str
+    inputs: tuple[Operand, ...]
+    outputs: tuple[int, ...]
+    scope: Scope
+    layer: str = ""
+    device: str = ""
+    equation: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The values among the inputs, without literals."""
+        return tuple(i for i in self.inputs if not isinstance(i, Literal))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A program. `inputs` and `constants` are the values that no node makes; names are tree paths.
+
+    `values` gives every value's spec, `avals` JAX's own description of it.
+    """
+
+    nodes: tuple[Node, ...]
+    values: Mapping[int, ArraySpec]
+    avals: Mapping[int, Any] = field(repr=False)
+    inputs: tuple[int, ...]
+    input_names: tuple[str, ...]
+    outputs: tuple[Operand, ...]
+    output_names: tuple[str, ...]
+    constants: Mapping[int, Any] = field(repr=False)
+
+    @cached_property
+    def producer(self) -> dict[int, Node]:
+        return {v: n for n in self.nodes for v in n.outputs}
+
+    @cached_property
+    def consumers(self) -> dict[int, tuple[Node, ...]]:
+        found: dict[int, list[Node]] = {}
+        for node in self.nodes:
+            for value in dict.fromkeys(node.reads):
+                found.setdefault(value, []).append(node)
+        return {v: tuple(ns) for v, ns in found.items()}
+
+    @cached_property
+    def input_name(self) -> dict[int, str]:
+        return dict(zip(self.inputs, self.input_names, strict=True))
+
+    @property
+    def output_values(self) -> tuple[int, ...]:
+        """Distinct values among the outputs, in order."""
+        return tuple(dict.fromkeys(o for o in self.outputs if not isinstance(o, Literal)))
+
+    def parents(self, node: Node) -> Iterator[Node]:
+        """The nodes that make what `node` reads, each once."""
+        seen: set[int] = set()
+        for value in node.reads:
+            parent = self.producer.get(value)
+            if parent is not None and parent.id not in seen:
+                seen.add(parent.id)
+                yield parent
+
+    def with_nodes(self, nodes: tuple[Node, ...]) -> Graph:
+        return replace(self, nodes=nodes)

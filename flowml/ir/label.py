@@ -1,0 +1,146 @@
+"""label: every node gets its layer: its scope, else the parameter it touches, else its consumer, else its data.
+
+Parameters are known by their tree paths (`conv1/kernel` belongs to `conv1`). A Flax module also names its
+scopes after its parameters (`CNN/conv1` holds `conv1`), so a scope that contains a parameter's layer takes
+that shorter name: one label then ties forward, backward and parameters together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from flowml.ir.graph import Graph, Literal, Node
+from flowml.ir.scopes import Scope
+
+_SHAPING = frozenset({"copy", "reduce_sum", "reshape", "transpose", "squeeze", "convert_element_type"})
+_COLLECTION = "params/"  # Flax wraps its tree in this; users write and read paths without it
+
+
+def parameter_path(name: str) -> str:
+    """A parameter's path as users write it: without Flax's collection name in front."""
+    return name.removeprefix(_COLLECTION)
+
+
+def layer_of(path: str) -> str:
+    """The layer that a parameter belongs to: its path without the leaf's own name (unless that is all).
+
+    Flax nnx keeps each array as the `value` of a variable, which is not a name of its own.
+    """
+    path = parameter_path(path).removesuffix("/value")
+    return path.rsplit("/", 1)[0] if "/" in path else path
+
+
+def matches(layer: str, pattern: str) -> bool:
+    """Whether a pattern names a layer: as a whole, or from any of its components on."""
+    parts = layer.split("/")
+    return any(fnmatchcase("/".join(parts[i:]), pattern) for i in range(len(parts)))
+
+
+def label(graph: Graph, parameters: Mapping[int, str], output_layers: Sequence[str] = ()) -> Graph:
+    """Give every node a layer.
+
+    `parameters` maps input values that are parameters to their paths; `output_layers` name the layers of
+    outputs that are gradients ("" otherwise).
+    """
+    owner = _owners(graph, {v: layer_of(n) for v, n in parameters.items()})
+    known = set(owner.values())
+    by_scope = _by_scope({n.scope for n in graph.nodes}, known)
+    layers = {n.id: by_scope[n.scope] for n in graph.nodes}
+    _from_parameters(graph, layers, owner)
+    _from_outputs(graph, layers, output_layers)
+    forward = [n for n in graph.nodes if not n.scope.backward]
+    backward = [n for n in graph.nodes if n.scope.backward]
+    saved = {n.id for n in forward if _is_saved_for_backward(graph, n)}
+    # A forward node prepares what its first reader needs: a norm belongs to the layer behind it. The loss, at
+    # the end, follows its data. A backward node follows the largest value it reads, and what the forward pass
+    # keeps for it is kept where it is needed.
+    _follow_readers(graph, layers, forward, backward_too=False)
+    _follow_data(graph, layers, [n for n in forward if n.id not in saved])
+    _follow_data(graph, layers, backward)
+    _follow_readers(graph, layers, forward, backward_too=True)
+    _follow_data(graph, layers, graph.nodes)
+    _follow_readers(graph, layers, graph.nodes, backward_too=True)
+    return graph.with_nodes(tuple(replace(n, layer=layers[n.id]) for n in graph.nodes))
+
+
+def _owners(graph: Graph, owner: dict[int, str]) -> dict[int, str]:
+    """The layer behind each value that is a parameter, or computed from parameters of one layer alone."""
+    for node in graph.nodes:
+        behind = {owner.get(v) for v in node.reads}
+        if len(behind) == 1 and None not in behind:
+            owner.update(dict.fromkeys(node.outputs, next(iter(behind)) or ""))
+    return owner
+
+
+def _is_saved_for_backward(graph: Graph, node: Node) -> bool:
+    users = [u for v in node.outputs for u in graph.consumers.get(v, ())]
+    return bool(users) and all(u.scope.backward for u in users)
+
+
+def _by_scope(scopes: set[Scope], known: set[str]) -> dict[Scope, str]:
+    """The layer that each scope names.
+
+    A scope that holds the scopes of several parameters' layers (a model's outermost module) is none of them:
+    what stands there follows its neighbours.
+    """
+    found = {s: _from_scope(s, known) for s in scopes}
+    inside: dict[tuple[str, ...], set[str]] = {}
+    for scope, layer in found.items():
+        if layer in known:
+            for depth in range(len(scope.labels)):
+                inside.setdefault(scope.labels[:depth], set()).add(layer)
+    return {s: "" if layer not in known and len(inside.get(s.labels, ())) > 1 else layer for s, layer in found.items()}
+
+
+def _from_scope(scope: Scope, known: set[str]) -> str:
+    labels = scope.labels
+    for length in range(len(labels), 0, -1):
+        for start in range(len(labels) - length + 1):
+            candidate = "/".join(labels[start : start + length])
+            if candidate in known:
+                return candidate
+    return scope.path
+
+
+def _from_parameters(graph: Graph, layers: dict[int, str], owner: Mapping[int, str]) -> None:
+    """A node without a scope that reads exactly one layer's parameters belongs to it."""
+    for node in graph.nodes:
+        if not layers[node.id]:
+            touched = {owner[v] for v in node.reads if v in owner}
+            if len(touched) == 1:
+                layers[node.id] = touched.pop()
+
+
+def _from_outputs(graph: Graph, layers: dict[int, str], output_layers: Sequence[str]) -> None:
+    """What only shapes a gradient for its output (a sum over the batch, a reshape) belongs to its parameter."""
+    for output, layer in zip(graph.outputs, output_layers, strict=False):
+        node = None if isinstance(output, Literal) else graph.producer.get(output)
+        while layer and node is not None and not layers[node.id]:
+            layers[node.id] = layer
+            behind = graph.producer.get(node.reads[0]) if len(node.reads) == 1 else None
+            node = behind if behind is not None and behind.op in _SHAPING else None
+
+
+def _follow_readers(graph: Graph, layers: dict[int, str], nodes: Sequence[Node], *, backward_too: bool) -> None:
+    for node in reversed(nodes):
+        if not layers[node.id]:
+            users = (u for v in node.outputs for u in graph.consumers.get(v, ()))
+            wanted = (layers[u.id] for u in users if backward_too or not u.scope.backward)
+            layers[node.id] = next((layer for layer in wanted if layer), "")
+
+
+def _follow_data(graph: Graph, layers: dict[int, str], nodes: Sequence[Node]) -> None:
+    for node in nodes:
+        if not layers[node.id]:
+            ranked = sorted(_makers(graph, node), key=lambda m: (-m[0], m[1].scope.backward, -m[1].id))
+            layers[node.id] = next((layers[m.id] for _, m in ranked if layers[m.id]), "")
+
+
+def _makers(graph: Graph, node: Node) -> Iterator[tuple[int, Node]]:
+    """(bytes, producer) of what a node reads. Small values and constants may be shared by all layers."""
+    for value in dict.fromkeys(node.reads):
+        maker = graph.producer.get(value)
+        if maker is not None and maker.reads:
+            yield graph.values[value].nbytes, maker

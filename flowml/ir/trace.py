@@ -1,0 +1,139 @@
+"""trace: a JAX function becomes a `Graph`. Nested jit and custom-derivative calls are inlined, scopes kept.
+
+Loops, branches and remat bodies stay whole nodes: they run on one device and XLA compiles them as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flowml.errors import UnsupportedError
+from flowml.ir import _jax
+from flowml.ir.graph import Graph, Literal, Node, Operand
+from flowml.ir.scopes import parse
+from flowml.plan import ArraySpec
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The graph of a function with the trees of its arguments and its result.
+
+    `parameters` are the inputs taken for parameters: the leaves of the first argument that is a container,
+    by their paths in it.
+    """
+
+    graph: Graph
+    in_tree: Any
+    out_tree: Any
+    parameters: Mapping[int, str]
+
+
+def trace(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    static_argnums: Sequence[int] = (),
+    name: str = "function",
+) -> Trace:
+    """Trace `fn`. Raises UnsupportedError for effects that a partitioned program cannot order."""
+    traced = _jax.trace(fn, args, kwargs, static_argnums)
+    builder = _Builder(name)
+    constants = {builder.new_value(v.aval): c for v, c in zip(traced.jaxpr.constvars, traced.constants, strict=True)}
+    inputs = tuple(builder.new_value(v.aval) for v in traced.jaxpr.invars)
+    environment: dict[Any, Operand] = dict(zip(traced.jaxpr.constvars, constants, strict=True))
+    environment.update(zip(traced.jaxpr.invars, inputs, strict=True))
+    outputs = builder.splice(traced.jaxpr, environment, "")
+    graph = Graph(
+        nodes=tuple(builder.nodes),
+        values=builder.values,
+        avals=builder.avals,
+        inputs=inputs,
+        input_names=traced.input_names,
+        outputs=tuple(outputs),
+        output_names=traced.output_names,
+        constants={**constants, **builder.constants},
+    )
+    parameters = {inputs[i]: traced.input_names[i] for i in traced.parameter_inputs}
+    return Trace(graph, traced.in_tree, traced.out_tree, parameters)
+
+
+@dataclass
+class _Builder:
+    """Collects nodes while walking jaxprs; owns the numbering of values."""
+
+    name: str
+    nodes: list[Node] = field(default_factory=list[Node])
+    values: dict[int, ArraySpec] = field(default_factory=dict[int, ArraySpec])
+    avals: dict[int, Any] = field(default_factory=dict[int, Any])
+    constants: dict[int, Any] = field(default_factory=dict[int, Any])
+
+    def new_value(self, aval: Any) -> int:
+        value = len(self.values)
+        self.values[value] = _jax.spec_of(aval)
+        self.avals[value] = aval
+        return value
+
+    def splice(self, jaxpr: Any, environment: dict[Any, Operand], prefix: str) -> list[Operand]:
+        """Append the nodes of `jaxpr`; returns what its outputs are."""
+
+        def read(atom: Any) -> Operand:
+            return _literal(atom) if _jax.is_literal(atom) else environment[atom]
+
+        for equation in jaxpr.eqns:
+            stack = "/".join(s for s in (prefix, _jax.name_stack(equation)) if s)
+            operands = [read(a) for a in equation.invars]
+            body = _jax.called_jaxpr(equation)
+            if body is not None:
+                inner, constants = body
+                inner_environment: dict[Any, Operand] = dict(zip(inner.invars, operands, strict=True))
+                for variable, constant in zip(inner.constvars, constants, strict=True):
+                    value = self.new_value(variable.aval)
+                    self.constants[value] = constant
+                    inner_environment[variable] = value
+                results = self.splice(inner, inner_environment, stack)
+                environment.update(zip(equation.outvars, results, strict=True))
+            else:
+                self._append(equation, operands, stack, environment)
+        return [read(a) for a in jaxpr.outvars]
+
+    def _append(self, equation: Any, operands: list[Operand], stack: str, environment: dict[Any, Operand]) -> None:
+        _check_effects(equation, self.name, stack)
+        outputs = tuple(self.new_value(v.aval) for v in equation.outvars)
+        environment.update(zip(equation.outvars, outputs, strict=True))
+        node = Node(
+            id=len(self.nodes),
+            op=equation.primitive.name,
+            inputs=tuple(operands),
+            outputs=outputs,
+            scope=parse(stack),
+            equation=equation,
+        )
+        self.nodes.append(node)
+
+
+def _literal(atom: Any) -> Literal:
+    array = np.asarray(atom.val)
+    key = f"{_jax.spec_of(atom.aval)}"
+    return Literal(atom, atom.aval, (key, array.tobytes()))
+
+
+def _check_effects(equation: Any, name: str, stack: str) -> None:
+    unsupported = equation.primitive.name in _jax.UNSUPPORTED or equation.effects
+    if unsupported:
+        where = f" in layer {parse(stack).path!r}" if parse(stack).path else ""
+        raise UnsupportedError(
+            f"{name}{where} uses {equation.primitive.name}, whose side effect has no place in a dataflow graph; "
+            "remove it, or compute the value with jax.pure_callback"
+        )
+    for inner in _jax.nested_jaxprs(equation):
+        for nested in inner.eqns:
+            _check_effects(nested, name, stack)
+            if nested.primitive.name == _jax.CALLBACK:
+                raise UnsupportedError(
+                    f"{name} calls jax.pure_callback inside {equation.primitive.name}; "
+                    "move the callback out of the loop, branch or remat body"
+                )

@@ -1,0 +1,1 @@
+"""From a placed graph to what devices run: partitions, transfers, the schedule, executables, instruction lists."""

@@ -1,0 +1,140 @@
+"""lower: tasks become StableHLO, instruction lists become programs.
+
+Each task is exported once, as a function of a flat list of arrays; equal modules share one executable, so
+replicas and repeated layers compile once a worker. Buffers are numbered per device, freed after their last
+use, and donated to the last task that reads them when nobody else can still see them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
+
+from flowml.ir import _jax
+from flowml.ir.cost import node_bytes, node_flops
+from flowml.ir.graph import Graph, Literal
+from flowml.lowering.schedule import Schedule, TaskGroup
+from flowml.plan import ArraySpec, Task
+
+
+@dataclass
+class ExecutableTable:
+    """Executables by fingerprint, and the tasks that use them."""
+
+    platforms: tuple[str, ...]
+    executables: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    tasks: list[Task] = field(default_factory=list[Task])
+
+    def add(self, task: Task) -> int:
+        self.tasks.append(task)
+        return len(self.tasks) - 1
+
+    def store(self, data: bytes) -> str:
+        fingerprint = hashlib.sha256(data).hexdigest()[:32]
+        self.executables[fingerprint] = data
+        return fingerprint
+
+    def export(self, fn: Callable[..., Any], inputs: Sequence[Any]) -> str:
+        return self.store(_jax.export(fn, inputs, self.platforms))
+
+    def add_function(
+        self, name: str, fn: Callable[..., Any], inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec]
+    ) -> int:
+        """A task that is not a piece of the graph: accumulate, apply."""
+        executable = self.export(fn, [_jax.struct_of(s) for s in inputs])
+        touched = sum(s.nbytes for s in (*inputs, *outputs))
+        return self.add(Task(name, "xla", executable, tuple(inputs), tuple(outputs), nbytes=float(touched)))
+
+
+def lower_groups(
+    graph: Graph, plan: Schedule, table: ExecutableTable, seconds: Mapping[int, float], keep: frozenset[int]
+) -> list[int]:
+    """Export every task group; returns the index in `table.tasks` of each. Values in `keep` are never donated."""
+    readers = _last_readers(graph, plan)
+    return [table.add(_lower_group(graph, g, table, seconds, _donations(graph, g, readers, keep))) for g in plan.groups]
+
+
+def _lower_group(
+    graph: Graph, group: TaskGroup, table: ExecutableTable, seconds: Mapping[int, float], donate: tuple[int, ...]
+) -> Task:
+    if group.is_callback:
+        kind = "python"
+        executable = table.store(cloudpickle.dumps(_callback(graph, group)))
+    else:
+        kind = "xla"
+        equations = [
+            (n.equation, [i.value if isinstance(i, Literal) else i for i in n.inputs], n.outputs) for n in group.nodes
+        ]
+        fn = _jax.build_function(equations, graph.avals, group.inputs, group.outputs)
+        executable = table.export(fn, [_jax.struct(graph.avals[v]) for v in group.inputs])
+    layers = tuple(dict.fromkeys(n.layer for n in group.nodes if n.layer))
+    return Task(
+        name=_name(group, layers),
+        kind=kind,
+        executable=executable,
+        inputs=tuple(graph.values[v] for v in group.inputs),
+        outputs=tuple(graph.values[v] for v in group.outputs),
+        donate=donate,
+        layers=layers,
+        nodes=len(group.nodes),
+        flops=sum(node_flops(graph, n) for n in group.nodes),
+        nbytes=sum(node_bytes(graph, n) for n in group.nodes),
+        seconds=sum(seconds.get(n.id, 0.0) for n in group.nodes),
+    )
+
+
+def _name(group: TaskGroup, layers: Sequence[str]) -> str:
+    span = layers[0] if len(layers) == 1 else f"{layers[0]}..{layers[-1]}" if layers else group.nodes[0].op
+    return f"task{group.index}:{span}"
+
+
+def _callback(graph: Graph, group: TaskGroup) -> Callable[..., list[Any]]:
+    (node,) = group.nodes
+    call = _jax.callback_function(node.equation)
+    position = {v: i for i, v in enumerate(group.inputs)}
+    wanted = [node.outputs.index(v) for v in group.outputs]
+    operands = [
+        (-1, _jax.literal_value(i.value)) if isinstance(i, Literal) else (position[i], None) for i in node.inputs
+    ]
+
+    def run(*arrays: Any) -> list[Any]:
+        results = call(*(arrays[p] if p >= 0 else constant for p, constant in operands))
+        return [results[i] for i in wanted]
+
+    return run
+
+
+def _last_readers(graph: Graph, plan: Schedule) -> dict[int, int]:
+    """value -> the last task of its own device that reads it."""
+    last: dict[int, int] = {}
+    for group in plan.groups:
+        for value in group.inputs:
+            if value in graph.producer and graph.producer[value].device == group.device:
+                last[value] = group.index
+    return last
+
+
+def _donations(graph: Graph, group: TaskGroup, last: Mapping[int, int], keep: frozenset[int]) -> tuple[int, ...]:
+    """Arguments that die in this task, were made on this device, and have a result of their shape to become."""
+    if group.is_callback:
+        return ()
+    room = [graph.values[v] for v in group.outputs]
+    donated: list[int] = []
+    for position, value in enumerate(group.inputs):
+        users = graph.consumers.get(value, ())
+        private = all(u.device == group.device for u in users) and value in graph.producer
+        if not private or value in keep or last.get(value) != group.index:
+            continue
+        match = next((s for s in room if (s.shape, s.dtype) == _shape(graph.values[value])), None)
+        if match is not None:
+            room.remove(match)
+            donated.append(position)
+    return tuple(donated)
+
+
+def _shape(spec: ArraySpec) -> tuple[tuple[int, ...], str]:
+    return spec.shape, spec.dtype

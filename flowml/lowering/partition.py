@@ -1,0 +1,77 @@
+"""partition: give every node its device, and duplicate cheap nodes rather than send what they make.
+
+A node is cheap when recomputing it where it is needed moves fewer bytes than sending its result: an iota, a
+constant spread over a shape, a scalar broadcast. Its copies then read their own (smaller) inputs there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flowml.ir.graph import Graph, Literal, Node, Operand
+from flowml.ir.simplify import drop_dead
+from flowml.plan import ArraySpec
+
+_CHEAP = frozenset({"iota", "broadcast_in_dim", "convert_element_type", "reshape", "squeeze", "expand_dims", "copy"})
+
+
+def partition(graph: Graph, assignment: Mapping[int, str]) -> Graph:
+    """The graph with a device on every node and cheap nodes copied to where they are read."""
+    duplicator = _Duplicator(graph, assignment)
+    for node in graph.nodes:
+        duplicator.add(node)
+    placed = replace(graph, nodes=tuple(duplicator.nodes), values=duplicator.values, avals=duplicator.avals)
+    return drop_dead(placed)
+
+
+def is_cheap(graph: Graph, node: Node) -> bool:
+    """Whether copying `node` to another device costs less than sending its result there."""
+    if all(isinstance(i, Literal) for i in node.inputs):
+        return node.op in _CHEAP or sum(graph.values[v].nbytes for v in node.outputs) <= 1024
+    incoming = sum(graph.values[v].nbytes for v in set(node.reads))
+    return node.op in _CHEAP and incoming < sum(graph.values[v].nbytes for v in node.outputs)
+
+
+@dataclass
+class _Duplicator:
+    graph: Graph
+    assignment: Mapping[int, str]
+    nodes: list[Node] = field(default_factory=list[Node])
+    copies: dict[tuple[int, str], int] = field(default_factory=dict[tuple[int, str], int])
+    values: dict[int, ArraySpec] = field(init=False)
+    avals: dict[int, Any] = field(init=False)
+    cheap: dict[int, Node] = field(init=False)
+    next_node: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.values = dict(self.graph.values)
+        self.avals = dict(self.graph.avals)
+        self.cheap = {v: n for n in self.graph.nodes if is_cheap(self.graph, n) for v in n.outputs}
+        self.next_node = max((n.id for n in self.graph.nodes), default=-1) + 1
+
+    def add(self, node: Node) -> None:
+        device = self.assignment[node.id]
+        inputs = tuple(self.at(i, device) for i in node.inputs)
+        self.nodes.append(replace(node, inputs=inputs, device=device))
+
+    def at(self, operand: Operand, device: str) -> Operand:
+        """The operand as `device` reads it: itself, or the copy there of the cheap node that makes it."""
+        if isinstance(operand, Literal) or operand not in self.cheap:
+            return operand
+        node = self.cheap[operand]
+        if self.assignment[node.id] == device:
+            return operand
+        if (operand, device) not in self.copies:
+            inputs = tuple(self.at(i, device) for i in node.inputs)
+            outputs = tuple(self._copy_value(v, device) for v in node.outputs)
+            self.nodes.append(replace(node, id=self.next_node, inputs=inputs, outputs=outputs, device=device))
+            self.next_node += 1
+        return self.copies[operand, device]
+
+    def _copy_value(self, value: int, device: str) -> int:
+        copy = len(self.values)
+        self.values[copy], self.avals[copy] = self.values[value], self.avals[value]
+        self.copies[value, device] = copy
+        return copy

@@ -1,0 +1,228 @@
+"""Emit each device's instruction list: receives as late as can be, sends as soon as can be, frees at last use.
+
+A Recv claims what was pushed already, so placing it right before the first use costs nothing and keeps the
+buffer's life short. All values that one task makes for one device leave in one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flowml.ir.graph import Graph
+from flowml.lowering.schedule import Schedule, TaskGroup
+from flowml.lowering.transfer import Edge, describe, transfers
+from flowml.plan import (
+    Feed,
+    Fetch,
+    Free,
+    Instruction,
+    Message,
+    Program,
+    Push,
+    Read,
+    Recv,
+    Run,
+    Send,
+)
+
+
+@dataclass(frozen=True)
+class PartBinding:
+    """A part of a store's contribution: the values it is made of, how to add two of them and how to make one array of
+    them (tasks)."""
+
+    store: int
+    part: int
+    values: tuple[int, ...]
+    accumulate: int | None = None
+    pack: int | None = None
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """Where values come from outside the graph, and where they go.
+
+    `feeds`: input -> feed slot; `reads`: input -> (store, leaf); `fetches`: value -> fetch slot;
+    `parts`: contributions pushed to stores; `constants`: value -> index of the plan's constant.
+    """
+
+    feeds: Mapping[int, int]
+    fetches: Mapping[int, int]
+    constants: Mapping[int, int] = field(default_factory=dict[int, int])
+    reads: Mapping[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
+    parts: Sequence[PartBinding] = ()
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The messages of a schedule: its table, and for each task the ones it sends."""
+
+    messages: tuple[Message, ...]
+    values: tuple[tuple[int, ...], ...]
+    sent_by: Mapping[int, tuple[int, ...]]
+    carrying: Mapping[tuple[int, str], int]
+
+
+def route(graph: Graph, plan: Schedule) -> Routing:
+    """Gather the cut edges into messages: one for everything that one task makes for one device."""
+    maker = {v: g.index for g in plan.groups for v in g.outputs}
+    grouped: dict[tuple[int, str], list[Edge]] = {}
+    for edge in transfers(graph):
+        grouped.setdefault((maker[edge.value], edge.destination), []).append(edge)
+    messages: list[Message] = []
+    values: list[tuple[int, ...]] = []
+    sent_by: dict[int, tuple[int, ...]] = {}
+    carrying: dict[tuple[int, str], int] = {}
+    for (task, destination), edges in sorted(grouped.items()):
+        index = len(messages)
+        messages.append(Message(edges[0].source, destination, tuple(describe(graph, e) for e in edges)))
+        values.append(tuple(e.value for e in edges))
+        sent_by[task] = (*sent_by.get(task, ()), index)
+        carrying.update({(e.value, destination): index for e in edges})
+    return Routing(tuple(messages), tuple(values), sent_by, carrying)
+
+
+def emit(
+    graph: Graph, plan: Schedule, routing: Routing, tasks: Sequence[int], bindings: Bindings, *, feed_first: bool
+) -> tuple[Program, ...]:
+    """One program a device. `tasks[i]` is the plan's index of group i; `feed_first` starts with the feed."""
+    return tuple(
+        _Emitter(device, graph, plan, routing, tasks, bindings).emit(order, feed_first)
+        for device, order in plan.order.items()
+    )
+
+
+@dataclass
+class _Emitter:
+    device: str
+    graph: Graph
+    plan: Schedule
+    routing: Routing
+    tasks: Sequence[int]
+    bindings: Bindings
+    code: list[Instruction] = field(default_factory=list[Instruction])
+    buffers: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])
+    constants: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    sums: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    made: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])
+    fed: tuple[int, ...] = ()
+    read: tuple[int, ...] = ()
+    count: int = 0
+
+    def emit(self, order: Sequence[tuple[int, int]], feed_first: bool) -> Program:
+        read_here = {v for i, _ in order for v in self.plan.groups[i].inputs}
+        self.fed = tuple(v for v in self.bindings.feeds if v in read_here)
+        self.read = tuple(v for v in self.bindings.reads if v in read_here)
+        for value, constant in self.bindings.constants.items():
+            if value in read_here:
+                self.constants.append((self._new(value, -1), constant))
+        if feed_first:
+            self._feed(0)
+        for index, microbatch in order:
+            self._task(self.plan.groups[index], microbatch)
+        return Program(self.device, _with_frees(self.code, {b for b, _ in self.constants}), tuple(self.constants))
+
+    def _new(self, value: int, microbatch: int) -> int:
+        self.buffers[value, microbatch] = self.count
+        self.count += 1
+        return self.count - 1
+
+    def _task(self, group: TaskGroup, microbatch: int) -> None:
+        inputs = tuple(self._find(v, microbatch) for v in group.inputs)
+        outputs = tuple(self._new(v, microbatch) for v in group.outputs)
+        self.code.append(Run(self.tasks[group.index], inputs, outputs, microbatch))
+        for index in self.routing.sent_by.get(group.index, ()):
+            sent = tuple(self.buffers[v, microbatch] for v in self.routing.values[index])
+            self.code.append(Send(index, sent, microbatch))
+        fetched = [v for v in group.outputs if v in self.bindings.fetches]
+        if fetched:
+            slots = tuple(self.bindings.fetches[v] for v in fetched)
+            self.code.append(Fetch(slots, tuple(self.buffers[v, microbatch] for v in fetched), microbatch))
+        self._contribute(group, microbatch)
+
+    def _find(self, value: int, microbatch: int) -> int:
+        """The buffer of a value, after emitting whatever brings it here for the first time."""
+        for key in ((value, microbatch), (value, -1)):
+            if key in self.buffers:
+                return self.buffers[key]
+        if value in self.bindings.feeds:
+            self._feed(microbatch)
+        elif value in self.bindings.reads:
+            self._read(self.bindings.reads[value][0])
+            return self.buffers[value, -1]
+        else:
+            message = self.routing.carrying[value, self.device]
+            buffers = tuple(self._new(v, microbatch) for v in self.routing.values[message])
+            self.code.append(Recv(message, buffers, microbatch))
+        return self.buffers[value, microbatch]
+
+    def _feed(self, microbatch: int) -> None:
+        slots = tuple(self.bindings.feeds[v] for v in self.fed)
+        self.code.append(Feed(slots, tuple(self._new(v, microbatch) for v in self.fed), microbatch))
+
+    def _read(self, store: int) -> None:
+        values = [v for v in self.read if self.bindings.reads[v][0] == store]
+        leaves = tuple(self.bindings.reads[v][1] for v in values)
+        self.code.append(Read(store, leaves, tuple(self._new(v, -1) for v in values)))
+
+    def _contribute(self, group: TaskGroup, microbatch: int) -> None:
+        for number, part in enumerate(self.bindings.parts):
+            fresh = set(part.values).intersection(group.outputs)
+            if not fresh:
+                continue
+            self.made[number, microbatch] = self.made.get((number, microbatch), 0) + len(fresh)
+            if self.made[number, microbatch] == len(set(part.values)):
+                self._add_part(number, part, microbatch)
+
+    def _add_part(self, number: int, part: PartBinding, microbatch: int) -> None:
+        new = tuple(self.buffers[v, microbatch] for v in part.values)
+        if part.pack is not None:
+            new = self._housekeeping(part.pack, new, 1, microbatch)
+        old = self.sums.get(number, ())
+        if part.accumulate is None:
+            self.sums[number] = (*old, *new)
+        elif not old:
+            self.sums[number] = new
+        else:
+            self.sums[number] = self._housekeeping(part.accumulate, (*old, *new), len(new), microbatch)
+        if microbatch == self.plan.microbatches - 1:
+            self.code.append(Push(part.store, part.part, self.sums[number]))
+
+    def _housekeeping(self, task: int, inputs: tuple[int, ...], count: int, microbatch: int) -> tuple[int, ...]:
+        """Run a task on buffers; returns the new buffers that its `count` results go to."""
+        outputs = tuple(range(self.count, self.count + count))
+        self.count += count
+        self.code.append(Run(task, inputs, outputs, microbatch))
+        return outputs
+
+
+def _with_frees(code: Sequence[Instruction], resident: set[int]) -> tuple[Instruction, ...]:
+    last: dict[int, int] = {}
+    for position, instruction in enumerate(code):
+        for buffer in touched(instruction):
+            last[buffer] = position
+    dying: dict[int, list[int]] = {}
+    for buffer, position in last.items():
+        if buffer not in resident:
+            dying.setdefault(position, []).append(buffer)
+    result: list[Instruction] = []
+    for position, instruction in enumerate(code):
+        result.append(instruction)
+        if position in dying:
+            result.append(Free(tuple(sorted(dying[position]))))
+    return tuple(result)
+
+
+def touched(instruction: Instruction) -> tuple[int, ...]:
+    """Every buffer that an instruction reads or writes."""
+    if isinstance(instruction, Run):
+        return (*instruction.inputs, *instruction.outputs)
+    return instruction.buffers
+
+
+def defined(instruction: Instruction) -> tuple[int, ...]:
+    """The buffers that an instruction fills."""
+    if isinstance(instruction, Run):
+        return instruction.outputs
+    return instruction.buffers if isinstance(instruction, Feed | Read | Recv) else ()

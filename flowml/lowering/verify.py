@@ -1,0 +1,59 @@
+"""verify: what must hold of schedules and finished plans; `ir.verify` has what must hold of graphs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from flowml.ir.graph import Graph
+from flowml.ir.verify import require
+from flowml.lowering.program import defined, touched
+from flowml.lowering.schedule import Schedule
+from flowml.plan import Feed, Free, Plan, Program, Recv, Run, Send
+
+
+def verify_schedule(graph: Graph, plan: Schedule) -> None:
+    """Every node is in one task, tasks are in topological order, every (task, microbatch) runs once."""
+    nodes = Counter(n.id for g in plan.groups for n in g.nodes)
+    require(nodes == Counter(n.id for n in graph.nodes), "schedule", "a node is in no task or in two")
+    made: set[int] = {*graph.inputs, *graph.constants}
+    for group in plan.groups:
+        require(made.issuperset(group.inputs), "schedule", f"task {group.index} reads what a later task makes")
+        made.update(group.outputs)
+    runs = Counter(pair for order in plan.order.values() for pair in order)
+    expected = Counter((g.index, m) for g in plan.groups for m in range(plan.microbatches))
+    require(runs == expected, "schedule", "a task runs not once a microbatch")
+
+
+def verify_plan(plan: Plan) -> None:
+    """Buffers are filled before use and freed once; every Send meets one Recv; no value travels twice."""
+    sends: Counter[tuple[int, int]] = Counter()
+    receives: Counter[tuple[int, int]] = Counter()
+    for program in plan.programs:
+        _verify_buffers(program)
+        for instruction in program.instructions:
+            if isinstance(instruction, Send):
+                sends[instruction.message, instruction.microbatch] += 1
+                source = plan.messages[instruction.message].source
+                require(source == program.device, "lower", f"{program.device} sends a message of {source}")
+            elif isinstance(instruction, Recv):
+                receives[instruction.message, instruction.microbatch] += 1
+            elif isinstance(instruction, Run):
+                task = plan.tasks[instruction.task]
+                require(task.executable in plan.executables, "lower", f"{task.name} has no executable")
+                require(len(task.inputs) == len(instruction.inputs), "lower", f"{task.name} gets too many inputs")
+    require(sends == receives, "lower", f"sends and receives differ: {sends - receives} {receives - sends}")
+    require(all(n == 1 for n in sends.values()), "lower", "a value travels to a device twice")
+
+
+def _verify_buffers(program: Program) -> None:
+    live = {b for b, _ in program.constants}
+    for instruction in program.instructions:
+        new = set(defined(instruction))
+        used = set(touched(instruction)) - new
+        where = f"{program.device} at {instruction}"
+        require(used <= live, "lower", f"{where} uses buffers that are not filled")
+        require(not new & live, "lower", f"{where} fills a live buffer")
+        live = live - used if isinstance(instruction, Free) else live | new
+    resident = {b for b, _ in program.constants}
+    fed = {b for i in program.instructions if isinstance(i, Feed) for b in i.buffers}
+    require(live <= resident | fed, "lower", f"{program.device} leaks buffers")

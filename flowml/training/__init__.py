@@ -1,0 +1,1 @@
+"""Training steps: stores with their optimizers, replicas, and the compiler that adds them to a graph."""

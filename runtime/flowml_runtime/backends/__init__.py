@@ -1,1 +1,0 @@
-"""Who starts the workers: threads of this process, or processes of this machine."""

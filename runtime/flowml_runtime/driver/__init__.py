@@ -1,0 +1,1 @@
+"""The driver: loads plans, feeds steps, collects results, and conducts fits."""

@@ -1,0 +1,140 @@
+"""The driver's edge: from what a caller passes to what a plan is fed, and from what it fetches to what jit returns.
+
+`Feeder`: inputs become plain buffers of the declared dtype (typed keys as their key data, Python scalars as arrays).
+`Restorer`: results become `jax.Array`s with the weak types and key types of the original. Small results go through ONE
+compiled identity, which is several times cheaper than a `device_put` each; large ones enter without a copy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.api_util
+import jax.numpy as jnp
+import numpy as np
+
+from flowml.ir._jax import key_implementation, with_weak_type
+from flowml.plan import ArraySpec, Output, Plan
+from flowml_runtime.execution.programs import Array, aligned_copy, buffer_struct, constant_array
+
+LARGE_BYTES = 2**18
+"""From here on entering JAX without a copy is worth a `device_put`."""
+
+Signature = tuple[tuple[int, ...], Any, bool]
+"""(shape, dtype, weak type): what a call is compiled for."""
+
+
+def signature(leaf: Any) -> Signature:
+    """The signature of one argument leaf, with the dtype that JAX gives it. Raises TypeError for what is no array."""
+    if isinstance(leaf, jax.Array):
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)  # arrays of typed keys have none
+    if type(leaf) is np.ndarray:
+        config: Any = jax.config
+        return leaf.shape, _jax_dtype(leaf.dtype, config.jax_enable_x64), False
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        extended = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        return leaf.shape, leaf.dtype if extended else jax.dtypes.canonicalize_dtype(leaf.dtype), bool(leaf.weak_type)
+    aval: Any = jax.api_util.shaped_abstractify(leaf)
+    return aval.shape, aval.dtype, aval.weak_type
+
+
+@functools.lru_cache
+def _jax_dtype(dtype: np.dtype[Any], x64: bool) -> Any:
+    """The dtype that JAX gives a NumPy array, remembered for the setting `x64`. Raises TypeError for no number."""
+    del x64  # part of what is remembered
+    aval: Any = jax.api_util.shaped_abstractify(np.empty((), dtype))
+    return aval.dtype
+
+
+class Feeder:
+    """Turns the flat arguments of a call into the buffers that a plan is fed."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._name = plan.name
+        self._specs = [
+            (s.shape, buffer_struct(s).dtype, s.dtype.startswith("key<"), n)
+            for s, n in zip(plan.inputs, plan.input_names, strict=True)
+        ]
+
+    def __call__(self, leaves: Sequence[Any], *, copy: bool) -> list[Array]:
+        """The buffers; with `copy` they share no memory that the caller could write to.
+
+        Raises TypeError for leaves that the plan was not compiled for.
+        """
+        if len(leaves) != len(self._specs):
+            raise TypeError(f"plan {self._name!r} takes {len(self._specs)} arrays, got {len(leaves)}")
+        buffers: list[Array] = []
+        for leaf, (shape, dtype, key, name) in zip(leaves, self._specs, strict=True):
+            if isinstance(leaf, jax.Array):
+                buffer: Array = jax.random.key_data(leaf) if key else leaf
+            else:
+                buffer = np.asarray(leaf, dtype)
+                if copy and buffer is leaf:
+                    buffer = aligned_copy(buffer)
+            if (leaf if key else buffer).shape != shape:
+                raise TypeError(f"argument {name} of {self._name!r} has shape {np.shape(leaf)}, not {shape}")
+            buffers.append(buffer)
+        return buffers
+
+
+class Restorer:
+    """Turns what a plan fetched into its flat results."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        seen: set[tuple[str, int]] = set()
+        self._plain = [
+            _is_plain(o) and (o.kind, o.index) not in seen and not seen.add((o.kind, o.index)) for o in plan.outputs
+        ]
+        self._compiled: dict[tuple[int, ...], Callable[..., list[jax.Array]]] = {}
+
+    def __call__(self, fetched: Sequence[Array], inputs: Sequence[Any]) -> list[Any]:
+        outputs = self._plan.outputs
+        results: list[Any] = [self._raw(o, fetched, inputs) for o in outputs]
+        through: list[int] = []
+        for position, (value, plain) in enumerate(zip(results, self._plain, strict=True)):
+            if outputs[position].spec.dtype == "float0":
+                results[position] = np.zeros(outputs[position].spec.shape, jax.dtypes.float0)
+            elif not plain or not (isinstance(value, jax.Array) or value.nbytes >= LARGE_BYTES):
+                through.append(position)
+            elif not isinstance(value, jax.Array):
+                results[position] = jax.device_put(value)
+        if through:
+            key = tuple(through)
+            restore = self._compiled.get(key) or self._compile(key)
+            restored = restore(*[results[p] for p in through if outputs[p].kind != "constant"])
+            for position, value in zip(through, restored, strict=True):
+                results[position] = value
+        return results
+
+    def _raw(self, output: Output, fetched: Sequence[Array], inputs: Sequence[Any]) -> Any:
+        if output.kind == "constant":
+            return None
+        return fetched[output.index] if output.kind == "fetch" else inputs[output.index]
+
+    def _compile(self, positions: tuple[int, ...]) -> Callable[..., list[jax.Array]]:
+        """An executable that gives fresh arrays (an argument handed through may be donated by its owner)."""
+        outputs = [self._plan.outputs[p] for p in positions]
+        constants = [constant_array(self._plan.constants[o.index]) if o.kind == "constant" else None for o in outputs]
+
+        def restore(*buffers: Any) -> list[Any]:
+            given = iter(buffers)
+            return [_typed(next(given) if c is None else c, o.spec) for o, c in zip(outputs, constants, strict=True)]
+
+        structs = [buffer_struct(o.spec) for o in outputs if o.kind != "constant"]
+        compiled = jax.jit(restore).lower(*structs).compile()
+        self._compiled[positions] = compiled
+        return compiled
+
+
+def _is_plain(output: Output) -> bool:
+    return output.kind == "fetch" and not output.spec.weak_type and not output.spec.dtype.startswith("key<")
+
+
+def _typed(buffer: Any, spec: ArraySpec) -> Any:
+    if spec.dtype.startswith("key<"):
+        return jax.random.wrap_key_data(buffer, impl=key_implementation(spec.dtype))
+    return with_weak_type(buffer) if spec.weak_type else buffer

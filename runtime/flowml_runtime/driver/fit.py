@@ -1,0 +1,343 @@
+"""One fit, as the driver sees it: hand out work, keep the account, gather the history and the final stores.
+
+Messages arrive on the endpoint's threads and are queued; the caller's thread takes them out, so that
+callbacks run where the user called `fit` and Ctrl-C ends it there.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowml.data import Source, epoch_order
+from flowml.devices import worker_of
+from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerError, WorkerLostError
+from flowml.ir._jax import key_implementation
+from flowml.plan import Feed, Training
+from flowml.training.compiler import TrainingCompiled
+from flowml_runtime import wire
+from flowml_runtime.driver.history import History, Progress, Record
+from flowml_runtime.driver.session import LoadedPlan, Session
+from flowml_runtime.execution.programs import buffer_struct
+from flowml_runtime.protocol.training.ledger import Asked, Ledger, Summary, Work
+from flowml_runtime.protocol.training.ledger import Settled as SettledEvent
+from flowml_runtime.protocol.training.terms import Terms
+
+_LOOK_UP_S = 1.0
+"""How often a fit that hears nothing looks whether its cluster is still there."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """`run` is the number of the fit's first step, `total` how many steps there are (of a global batch each)."""
+
+    run: int
+    total: int
+    batch_size: int
+    seed: int
+    shuffle: bool
+    delays: Mapping[str, float]
+    progress: bool | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    params: list[Any]
+    state: list[Any]
+    history: list[Record]
+    ledger: Summary
+    seconds: float
+    traffic: Mapping[str, Mapping[str, int]]
+
+
+class Fit:
+    """Runs one fit over a loaded training plan."""
+
+    def __init__(
+        self, session: Session, handle: LoadedPlan, source: Source, options: FitOptions, compiled: TrainingCompiled
+    ) -> None:
+        training = handle.plan.training
+        if training is None:
+            raise FlowmlError(f"plan {handle.plan.name!r} is not a training plan")
+        self._session = session
+        self._handle = handle
+        self._training: Training = training
+        self._source = source
+        self._options = options
+        self._ids: dict[str, Any] = {"plan_id": handle.plan_id, "run": options.run}
+        self._steps = range(options.run, options.run + Terms.of(training, options.total).most_clocks)
+        self._inbox: queue.SimpleQueue[tuple[str, Any, Sequence[Any]]] = queue.SimpleQueue()
+        replicas = len(training.replicas)
+        steps_per_epoch = source.examples // options.batch_size
+        self._work = Work(
+            replicas=replicas,
+            items_per_epoch=steps_per_epoch * replicas,
+            item_size=training.item_size,
+            total_clocks=options.total,
+            aligned=any(s.clocked for s in training.stores),
+        )
+        self._ledger = Ledger(self._work)
+        self._history = History(training, self._work.clocks_per_epoch, compiled.aux_tree, compiled.aux_slots)
+        self._values: dict[int, tuple[int, Sequence[Any]]] = {}
+        self._homes = {(i, worker_of(home)) for i, s in enumerate(training.stores) for home in s.copies}
+        self._finished: set[tuple[int, str]] = set()
+        self._traffic: dict[str, list[tuple[int, ...]]] = {}
+        self._retired: set[tuple[int, int]] = set()
+        self._slots = _slots_by_device(handle)
+        self._orders: dict[int, np.ndarray] = {}
+
+    def run(self, params: Sequence[Any], state: Sequence[Any], callbacks: Sequence[Callable[[Record], Any]]) -> Outcome:
+        """Train to the end. Whatever ends it early, the workers are told to stop."""
+        self._session.register(self._handle.plan_id, self)
+        progress = Progress(self._options.total, self._options.progress)
+        began = time.monotonic()
+
+        def show(records: Sequence[Record]) -> None:
+            for record in records:
+                record["seconds"] = time.monotonic() - began
+                progress.show(record)
+                for callback in callbacks:
+                    callback(record)
+
+        try:
+            self._start(params, state)
+            while not self._is_over():
+                self._take(*self._next())
+                show(self._history.ready())
+            show(self._history.rest())
+            seconds = time.monotonic() - began
+        finally:
+            progress.close()
+            self._stop()
+        return self._outcome(params, state, seconds)
+
+    # The endpoint's threads.
+
+    def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None:
+        self._inbox.put((peer, message, arrays))
+
+    def on_lost(self, peer: str, reason: str) -> None:
+        if peer in self._handle.workers:
+            self._inbox.put((peer, _Lost(reason), ()))
+
+    # The caller's thread.
+
+    def _next(self) -> tuple[str, Any, Sequence[Any]]:
+        """The next message. Raises ClusterError if none can come any more."""
+        while True:
+            gone = self._handle.steps.stopped
+            try:
+                return self._inbox.get(timeout=_LOOK_UP_S)
+            except queue.Empty:
+                if gone:  # and still nobody said that a worker was lost
+                    raise ClusterError(
+                        f"the cluster was closed during training at step {self._history.step}; start another and "
+                        "continue from the parameters you have",
+                        step=self._history.step,
+                    ) from None
+
+    def _stop(self) -> None:
+        """Tell the workers, those that are there, and listen no longer."""
+        message = wire.StopTraining(**self._ids, discard=not self._is_over())
+        for worker in self._handle.workers:
+            try:
+                self._session.endpoint.send(worker, message)
+            except WorkerLostError:
+                continue
+        self._session.register(self._handle.plan_id, IgnoreMessages())
+
+    def _start(self, params: Sequence[Any], state: Sequence[Any]) -> None:
+        options, shipped = self._options, self._source.arrays is not None
+        start = wire.StartTraining(
+            **self._ids,
+            total_clocks=options.total,
+            seed=options.seed,
+            shuffle=options.shuffle,
+            examples=self._source.examples,
+            source="shipped" if shipped else "fed",
+            delays=tuple(options.delays.items()),
+        )
+        for worker in self._handle.workers:
+            self._session.endpoint.send(worker, start)
+        for index, store in enumerate(self._training.stores):
+            arrays = [np.asarray(params[i]) for i in store.leaves]
+            specs = (*store.specs, *store.state_specs)
+            for i, spec in zip(store.state, store.state_specs, strict=True):
+                arrays.append(np.asarray(_as_buffer(state[i]), buffer_struct(spec).dtype))
+            message = wire.StoreValue(**self._ids, store=index, version=0, specs=specs)
+            for worker in dict.fromkeys(map(worker_of, store.copies)):
+                self._session.endpoint.send(worker, message, arrays)
+        if shipped:
+            self._ship()
+
+    def _ship(self) -> None:
+        """Send each worker the whole leaves that its stages read, once."""
+        assert self._source.arrays is not None
+        specs = self._training.batch_specs
+        by_worker: dict[str, set[int]] = {}
+        for device, slots in self._slots.items():
+            by_worker.setdefault(worker_of(device), set()).update(slots)
+        for worker, slots in by_worker.items():
+            order = tuple(sorted(slots))
+            arrays = [np.ascontiguousarray(self._source.arrays[s], specs[s].dtype) for s in order]
+            whole = tuple(_whole(specs[s], a) for s, a in zip(order, arrays, strict=True))
+            message = wire.Source(**self._ids, slots=order, specs=whole)
+            self._session.endpoint.send(worker, message, arrays)
+
+    def _is_over(self) -> bool:
+        everyone = sum(len(r) for r in self._training.replicas)
+        return self._finished == self._homes and len(self._retired) == everyone
+
+    def _take(self, peer: str, message: Any, arrays: Sequence[Any]) -> None:
+        if isinstance(message, _Lost):
+            raise WorkerLostError(
+                f"{peer} was lost during training at step {self._history.step}: {message.reason}; "
+                f"{self._session.remedy}, and continue from the parameters you have",
+                worker=peer,
+                step=self._history.step,
+            )
+        if isinstance(message, wire.StepFailed):
+            if message.step in self._steps:
+                raise self._error(message)
+            return
+        if getattr(message, "run", None) != self._options.run:
+            return  # of an earlier fit that was stopped
+        match message:
+            case wire.Ask():
+                self._grant(message)
+            case wire.Settled():
+                self._ledger.step(SettledEvent(message.replica, message.fates))
+                self._history.settled(message.fates)
+            case wire.Report():
+                self._history.report(message, arrays)
+            case wire.StoreValue():
+                self._finished.add((message.store, peer))
+                if peer == worker_of(self._training.stores[message.store].home):
+                    self._values[message.store] = (message.version, arrays)
+            case wire.Traffic():
+                self._traffic[message.worker] = list(message.stores)
+            case wire.Retired():
+                self._retired.add((message.replica, message.stage))
+            case _:
+                raise FlowmlError(f"the driver has no use for {type(message).__name__} during training")
+
+    def _error(self, failed: wire.StepFailed) -> FlowmlError:
+        worker, step, node = failed.worker, failed.step - self._options.run, failed.node
+        if failed.kind == "deadline":
+            return DeadlineError(failed.error, worker=worker, step=step, node=node)
+        return WorkerError(
+            f"{worker} failed during training in {node!r} at step {step}: {failed.error}",
+            worker=worker,
+            step=step,
+            node=node,
+            remote_traceback=failed.traceback or None,
+        )
+
+    def _grant(self, ask: wire.Ask) -> None:
+        for grant in self._ledger.step(Asked(ask.replica, ask.clocks, ask.returned)):
+            if self._source.arrays is None:
+                for _, item in grant.items:
+                    self._feed(ask.replica, item)
+            message = wire.Grant(**self._ids, replica=grant.replica, items=grant.items, exhausted=grant.exhausted)
+            self._session.endpoint.send(worker_of(self._training.replicas[grant.replica][0]), message)
+
+    def _feed(self, replica: int, item: wire.Item) -> None:
+        specs = self._training.batch_specs
+        leaves = self._source.take(self._order(item.epoch)[item.start : item.start + item.size])
+        for path, spec, leaf in zip(self._training.batch_paths, specs, leaves, strict=True):
+            if leaf.shape != (item.size, *spec.shape[1:]):
+                raise ValueError(
+                    f"source[indices] gave shape {leaf.shape} for {path or 'the batch'!r} and {item.size} indices; "
+                    f"it must give {(item.size, *spec.shape[1:])}"
+                )
+        for device in self._training.replicas[replica]:
+            slots = self._slots.get(device, ())
+            arrays = [np.ascontiguousarray(leaves[s], specs[s].dtype) for s in slots]
+            if slots:
+                message = wire.Batch(
+                    **self._ids,
+                    device=device,
+                    sequence=item.sequence,
+                    slots=slots,
+                    specs=tuple(_whole(specs[s], a) for s, a in zip(slots, arrays, strict=True)),
+                )
+                self._session.endpoint.send(worker_of(device), message, arrays)
+
+    def _outcome(self, params: Sequence[Any], state: Sequence[Any], seconds: float) -> Outcome:
+        final, states, newest = list(params), list(state), [-1] * len(state)
+        for index, (version, arrays) in self._values.items():
+            store = self._training.stores[index]
+            for leaf, array in zip(store.leaves, arrays[: len(store.leaves)], strict=True):
+                final[leaf] = array
+            for leaf, spec, array in zip(store.state, store.state_specs, arrays[len(store.leaves) :], strict=True):
+                if version > newest[leaf]:  # a step count kept by several stores: that of the one applied most
+                    states[leaf], newest[leaf] = _from_buffer(array, spec.dtype), version
+        self._ledger.validate()
+        summary = self._ledger.summary(lambda epoch: self._order(epoch).tolist())
+        return Outcome(final, states, self._history.records, summary, seconds, self._bytes())
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The order of an epoch. Two are kept, because replicas that run on their own may be in two."""
+        if epoch not in self._orders:
+            options = self._options
+            order = epoch_order(self._source.examples, options.seed, epoch, shuffle=options.shuffle)
+            self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
+        return self._orders[epoch]
+
+    def _bytes(self) -> dict[str, dict[str, int]]:
+        """Bytes by store, summed over workers."""
+        names = ("pushes", "pushed_bytes", "pushed_wire_bytes", "published_wire_bytes")
+        totals: dict[str, dict[str, int]] = {s.name: dict.fromkeys(names, 0) for s in self._training.stores}
+        for rows in self._traffic.values():
+            for store, *counts in rows:
+                for name, count in zip(names, counts, strict=True):
+                    totals[self._training.stores[store].name][name] += count
+        return totals
+
+
+@dataclass(frozen=True)
+class _Lost:
+    reason: str
+
+
+class IgnoreMessages:
+    """Handles the messages of a plan between fits: what stopped workers still had to say."""
+
+    def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None: ...
+
+    def on_lost(self, peer: str, reason: str) -> None: ...
+
+
+def _whole(spec: Any, array: np.ndarray) -> Any:
+    return type(spec)(array.shape, spec.dtype)
+
+
+def _as_buffer(value: Any) -> Any:
+    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(value)
+    return value
+
+
+def _from_buffer(array: Any, dtype: str) -> Any:
+    if not dtype.startswith("key<"):
+        return array
+    return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=key_implementation(dtype))
+
+
+def _slots_by_device(handle: LoadedPlan) -> dict[str, tuple[int, ...]]:
+    """The batch leaves that each device reads."""
+    training = handle.plan.training
+    assert training is not None
+    found: dict[str, tuple[int, ...]] = {}
+    for program in handle.plan.programs:
+        slots = {s for i in program.instructions if isinstance(i, Feed) for s in i.slots}
+        mine = tuple(sorted(s for s in slots if s < training.batch_leaves))
+        if mine:
+            found[program.device] = mine
+    return found

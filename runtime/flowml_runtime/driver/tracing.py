@@ -1,0 +1,130 @@
+"""Traces: what the devices of a cluster did when, on one time axis, as a file for Perfetto or chrome://tracing.
+
+Every worker records by its machine's clock. On other machines than ours the difference is taken from the round trip of
+the request that starts the trace: its answer was written about half-way (Cristian, 1989), which is good to less than
+the latency of the link.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from flowml.errors import ClusterError
+from flowml_runtime import wire
+from flowml_runtime.driver.session import Session
+from flowml_runtime.execution.programs import Array
+from flowml_runtime.execution.recorder import Span, clock_id, decode, now_ns
+
+ANSWER_S = 30.0
+"""How long the workers may take to hand over what they recorded."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one worker."""
+
+    clock: str
+    now_ns: int
+    received_ns: int
+    spans: Sequence[Span]
+
+
+class Tracing:
+    """One trace of a cluster, from entering to leaving the block."""
+
+    def __init__(self, session: Session, path: Path) -> None:
+        self._session = session
+        self._path = path
+        self._id = f"trace-{uuid.uuid4().hex[:16]}"
+        self._workers = tuple(dict.fromkeys(d.worker for d in session.devices))
+        self._changed = threading.Condition()
+        self._answers: dict[str, Answer] = {}
+        self._lost: set[str] = set()
+        self._offsets: dict[str, int] = {}
+        """Worker -> what to add to its clock to have ours."""
+
+    def __enter__(self) -> Tracing:
+        self._session.register(self._id, self)
+        try:
+            asked = now_ns()
+            answers = self._ask(on=True)
+            self._began_ns = asked
+            self._offsets = {w: offset(asked, a) for w, a in answers.items()}
+        except BaseException:
+            self._session.unregister(self._id)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            answers = self._ask(on=False)
+        finally:
+            self._session.unregister(self._id)
+        spans = {w: a.spans for w, a in answers.items() if w in self._offsets}
+        events = list(_events(spans, self._offsets, self._began_ns))
+        self._path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+    def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
+        if isinstance(message, wire.Traced):
+            received = now_ns()
+            spans = decode(np.asarray(arrays[0])) if arrays and arrays[0].nbytes else []
+            with self._changed:
+                self._answers[peer] = Answer(message.clock, message.now_ns, received, spans)
+                self._changed.notify_all()
+
+    def on_lost(self, peer: str, reason: str) -> None:
+        """What a worker recorded is lost with it; the others' is not."""
+        with self._changed:
+            self._lost.add(peer)
+            self._changed.notify_all()
+
+    def _ask(self, *, on: bool) -> dict[str, Answer]:
+        with self._changed:
+            self._answers.clear()
+        for worker in self._workers:
+            if worker not in self._lost:
+                self._session.tell(worker, wire.Trace(plan_id=self._id, on=on))
+        with self._changed:
+            there = self._changed.wait_for(lambda: {*self._answers, *self._lost} >= {*self._workers}, ANSWER_S)
+            if not there:
+                missing = ", ".join(sorted({*self._workers} - {*self._answers, *self._lost}))
+                raise ClusterError(
+                    f"{missing} did not answer about a trace within {ANSWER_S:g} s; see whether it is stuck"
+                )
+            return dict(self._answers)
+
+
+def offset(asked_ns: int, answer: Answer) -> int:
+    """What to add to a worker's clock to have ours."""
+    if answer.clock and answer.clock == clock_id():
+        return 0
+    return (asked_ns + answer.received_ns) // 2 - answer.now_ns
+
+
+def _events(spans: dict[str, Sequence[Span]], offsets: dict[str, int], began_ns: int) -> Iterable[dict[str, Any]]:
+    """In Chrome's format: a process a worker, a thread a lane, complete events ("X") in microseconds."""
+    for pid, (worker, own) in enumerate(sorted(spans.items())):
+        yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": worker}}
+        lanes = {lane: tid for tid, lane in enumerate(sorted({s.lane for s in own}))}
+        for lane, tid in lanes.items():
+            yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": lane}}
+        for span in own:
+            yield {
+                "ph": "i" if span.kind == "arrived" else "X",
+                "name": span.name,
+                "cat": span.kind,
+                "pid": pid,
+                "tid": lanes[span.lane],
+                "ts": (span.began_ns + offsets[worker] - began_ns) / 1e3,
+                "dur": (span.ended_ns - span.began_ns) / 1e3,
+                "args": {"step": span.step, "microbatch": span.microbatch, "bytes": span.nbytes, "way": span.way},
+            }

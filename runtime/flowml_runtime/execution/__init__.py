@@ -1,0 +1,1 @@
+"""Running compiled programs step by step on the devices of one process."""

@@ -1,0 +1,80 @@
+"""Faults on their way from a worker to the caller: what a worker says of one, and the typed error it becomes."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerError, WorkerLostError
+from flowml.plan import Plan
+from flowml_runtime import wire
+
+_HERE = str(Path(__file__).parent)
+_MAX_TEXT = 2**20
+"""The most characters that a message's text field takes."""
+
+
+def step_failed(plan_id: str, step: int, worker: str, node: str, error: BaseException) -> wire.StepFailed:
+    """The message that tells a driver why a step failed here. For a lost peer, `worker` is the peer."""
+    kind = "deadline" if isinstance(error, DeadlineError) else "lost" if isinstance(error, WorkerLostError) else "error"
+    return wire.StepFailed(
+        plan_id=plan_id,
+        step=step,
+        worker=(error.worker or worker) if isinstance(error, WorkerLostError) else worker,
+        node=node,
+        kind=kind,
+        error=one_line(error)[: 2**20],
+        traceback=own_traceback(error) if kind == "error" else "",
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line: ours as it stands, others with their type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FlowmlError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def own_traceback(error: BaseException) -> str:
+    """The traceback as its author knows it: without the frames that only led from the executor to the failure."""
+    trace: Any = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_HERE):
+        trace = trace.tb_next
+    shown = error.with_traceback(trace) if trace is not None else error
+    return "".join(traceback.format_exception(shown))[-(2**20) :]
+
+
+def cluster_closed(step: int | None = None) -> ClusterError:
+    return ClusterError("the cluster is closed; start another and pass it as cluster=", step=step)
+
+
+def worker_lost(plan: Plan, step: int, worker: str, reason: str, remedy: str) -> WorkerLostError:
+    """`remedy` is what the user of this cluster can do about it."""
+    return WorkerLostError(
+        f"{worker} was lost, and step {step} of {plan.name!r} needs it: {reason}; {remedy}",
+        worker=worker,
+        step=step,
+    )
+
+
+def load_failed(plan: Plan, message: wire.Failed) -> WorkerError:
+    return WorkerError(
+        f"{message.worker} cannot load plan {plan.name!r}: {message.error}",
+        worker=message.worker,
+        node=message.node,
+        remote_traceback=message.traceback or None,
+    )
+
+
+def step_error(plan: Plan, message: wire.StepFailed, remedy: str) -> FlowmlError:
+    if message.kind == "lost":
+        return worker_lost(plan, message.step, message.worker, message.error, remedy)
+    if message.kind == "deadline":
+        return DeadlineError(message.error, worker=message.worker, step=message.step, node=message.node)
+    return WorkerError(
+        f"{message.error} (in {message.node!r} on {message.worker}, step {message.step} of {plan.name!r})",
+        worker=message.worker,
+        step=message.step,
+        node=message.node,
+        remote_traceback=message.traceback or None,
+    )

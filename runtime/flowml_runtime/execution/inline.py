@@ -1,0 +1,126 @@
+"""The short way: a plan that is one program, on a worker inside the caller's own process.
+
+Handing a step to the executor's thread and waiting for its answer costs several times what a small task
+does. Where one device holds the whole plan and nothing of it is under way, the caller may as well walk the
+instruction list itself. The results are then as asynchronous as those of a jitted call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flowml.plan import Feed, Fetch, Free, Plan, Run
+from flowml_runtime.execution.programs import Array, JaxDevice, LoadedProgram, TaskFunction
+from flowml_runtime.execution.recorder import Recorder
+from flowml_runtime.execution.services import adopt, at_home, host_view, must_adopt
+from flowml_runtime.execution.step_program import StepProgram, run_step
+
+
+class LocalStep:
+    """Runs steps of a loaded program on the caller's thread. Safe to use from several threads at once."""
+
+    def __init__(self, loaded: LoadedProgram, program: StepProgram, recorder: Recorder) -> None:
+        self._program = program
+        self._recorder = recorder
+        self._device = loaded.device
+        self._slots = sum(len(i.slots) for i in loaded.program.instructions if isinstance(i, Fetch))
+        self._adopts = must_adopt(loaded.device)
+        self._home = at_home(loaded.device)
+        self.direct = _direct(loaded) if self._home and not self._adopts else None
+        """The task itself, from the plan's flat inputs to its flat outputs, where the plan is nothing else."""
+
+    @property
+    def recorded(self) -> bool:
+        """Whether somebody wants to know what steps do, which `direct` would not tell."""
+        return self._recorder.on
+
+    def __call__(self, step: int, inputs: Sequence[Array]) -> list[Array]:
+        """The fetched outputs by slot. Raises StepFault."""
+        given = adopt(inputs, self._device) if self._adopts else inputs
+        services = _LocalServices(given, self._slots, self._device, self._recorder, home=self._home)
+        run_step(self._program, step, services)
+        return services.outputs
+
+
+def _direct(loaded: LoadedProgram) -> Callable[[Sequence[Any]], Sequence[Array]] | None:
+    """None unless the plan is one task of all arrays that it is given, each result of which is an output as it is."""
+    plan, buffers = loaded.plan, dict[int, int]()
+    task: TaskFunction | None = None
+    inputs: tuple[int, ...] = ()
+    outputs: dict[int, int] = {}
+    results: tuple[int, ...] = ()
+    for position, instruction in enumerate(loaded.program.instructions):
+        match instruction:
+            case Feed():
+                buffers.update(zip(instruction.buffers, instruction.slots, strict=True))
+            case Run() if (
+                task is None and plan.tasks[instruction.task].kind == "xla" and set(instruction.inputs) <= set(buffers)
+            ):
+                task, inputs, results = loaded.runs[position], instruction.inputs, instruction.outputs
+            case Fetch():
+                outputs.update(zip(instruction.slots, instruction.buffers, strict=True))
+            case Free():
+                pass
+            case _:
+                return None
+    if task is None or not _is_plain(plan):
+        return None
+    taken = [buffers[b] for b in inputs]
+    given = [results.index(outputs[o.index]) for o in plan.outputs if outputs[o.index] in results]
+    if len(given) < len(plan.outputs) or len(set(given)) < len(given):
+        return None
+    if given == list(range(len(results))):
+        return lambda leaves: task(*[leaves[i] for i in taken])
+
+    def call(leaves: Sequence[Any]) -> Sequence[Array]:
+        values = task(*[leaves[i] for i in taken])
+        return [values[i] for i in given]
+
+    return call
+
+
+def _is_plain(plan: Plan) -> bool:
+    """Whether arrays enter and leave as they are: no typed keys, weak types, constants or arguments handed through."""
+    outputs = all(o.kind == "fetch" and not o.spec.weak_type and o.spec.dtype != "float0" for o in plan.outputs)
+    specs = (*plan.inputs, *(o.spec for o in plan.outputs))
+    return outputs and not any(s.dtype.startswith("key<") for s in specs)
+
+
+class _LocalServices:
+    """The services of one local step: inputs at hand, outputs kept."""
+
+    def __init__(
+        self, inputs: Sequence[Array], slots: int, device: JaxDevice, recorder: Recorder, *, home: bool
+    ) -> None:
+        self.recorder = recorder
+        self._inputs = inputs
+        self._device = device
+        self._home = home
+        self.outputs: list[Array] = [None] * slots
+
+    def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
+        return [self._inputs[s] for s in slots]
+
+    def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
+        held = arrays if self._home else host_view(arrays, self._device)
+        for slot, array in zip(slots, held, strict=True):
+            self.outputs[slot] = array
+
+    def should_abandon(self, step: int) -> bool:
+        return False
+
+    def way(self, message: int) -> str:
+        return ""
+
+    def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
+        raise NotImplementedError("a program that is the whole plan receives nothing")
+
+    def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None:
+        raise NotImplementedError("a program that is the whole plan sends nothing")
+
+    def read(self, step: int, store: int, leaves: Sequence[int]) -> Sequence[Array]:
+        raise NotImplementedError("a dataflow plan has no stores to read")
+
+    def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None:
+        raise NotImplementedError("a dataflow plan has no stores to push to")

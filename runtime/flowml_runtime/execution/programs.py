@@ -1,0 +1,307 @@
+"""Programs ready to run: a plan's executables, deserialised and compiled for the devices at hand.
+
+Everything that can be slow or fail happens here, ahead of the first step: StableHLO is deserialised and
+compiled once for each (fingerprint, donation, device), constants become resident, Python callbacks are
+unpickled where that was allowed. What is left for a step is to call functions.
+
+Inside a worker every array is a plain one: a typed PRNG key is held as its uint32 key data, and the
+compiled task wraps and unwraps it. Tasks are compiled to be called with NumPy arrays or JAX arrays, since
+an aligned NumPy view enters XLA on CPU without a copy.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+
+from flowml.errors import FlowmlError
+from flowml.ir._jax import key_implementation
+from flowml.plan import ArraySpec, Constant, Feed, Fetch, Plan, Program, Push, Read, Recv, Run, Send, Task
+from flowml_runtime.transport.arrays import Array, aligned_empty, wire_layout
+
+JaxDevice = Any
+"""jax.Device, which type checkers take for a variable."""
+
+TaskFunction = Callable[..., Sequence[Array]]
+"""Takes the task's inputs as positional arguments, returns its outputs."""
+
+
+def buffer_struct(spec: ArraySpec) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the buffer that holds an array inside a worker and on a wire."""
+    shape, dtype, _ = wire_layout(spec)
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def aligned_copy(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """A C-ordered copy that XLA can use as it is."""
+    copy = aligned_empty(array.nbytes).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def constant_array(constant: Constant, device: JaxDevice | None = None) -> jax.Array:
+    """The buffer of a plan's constant, resident on `device`."""
+    struct = buffer_struct(constant.spec)
+    values = np.frombuffer(constant.data, struct.dtype).reshape(struct.shape)
+    return jax.device_put(values, device)
+
+
+def feed_slots(program: Program) -> tuple[int, ...]:
+    """The inputs that the driver sends to this program's device each step, in the order it sends them."""
+    slots = (s for i in program.instructions if isinstance(i, Feed) for s in i.slots)
+    return tuple(dict.fromkeys(slots))
+
+
+def store_tasks(plan: Plan, device: str) -> tuple[int, ...]:
+    """The tasks that no instruction names: stores homed on `device` apply with them, its stages gather with them."""
+    if plan.training is None:
+        return ()
+    stores, replicas = plan.training.stores, plan.training.replicas
+    applied = [s.apply for s in stores if device in s.copies]
+    gathered = [
+        p.accumulate
+        for s in stores
+        for p in s.parts
+        if p.accumulate is not None and s.every > 1 and any(r[p.stage] == device for r in replicas)
+    ]
+    return tuple(dict.fromkeys((*applied, *gathered)))
+
+
+class _Compiled:
+    """A callable that a weak reference can hold: executables live as long as a loaded program uses them."""
+
+    __slots__ = ("__weakref__", "call")
+
+    def __init__(self, call: TaskFunction) -> None:
+        self.call = call
+
+
+class ExecutableCache:
+    """Compiled executables of the workers of a process, so that equal tasks of any of their plans are compiled once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._turns: dict[Any, threading.Lock] = {}
+        """Held by whoever compiles a key, so that nobody else does."""
+        self._entries: weakref.WeakValueDictionary[Any, _Compiled] = weakref.WeakValueDictionary()
+
+    def get(self, key: Any, make: Callable[[], TaskFunction]) -> _Compiled:
+        with self._lock:
+            found = self._entries.get(key)
+            if found is not None:
+                return found
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:
+            with self._lock:
+                found = self._entries.get(key)
+            if found is None:
+                found = _Compiled(make())
+            with self._lock:
+                self._entries[key] = found
+                self._turns.pop(key, None)
+        return found
+
+
+@dataclass(frozen=True)
+class LoadedProgram:
+    """One device's program, all of it compiled. `runs` maps a Run's position in the program to its function."""
+
+    plan: Plan
+    program: Program
+    device: JaxDevice
+    runs: Mapping[int, TaskFunction]
+    tasks: Mapping[int, TaskFunction]
+    """Tasks that no Run names: see `store_tasks`."""
+    constants: Mapping[int, jax.Array]
+    """Buffer -> resident array."""
+    keep: tuple[object, ...] = field(default=(), repr=False)
+    """What must stay alive for the functions to remain in the worker's cache."""
+
+    @property
+    def name(self) -> str:
+        return self.program.device
+
+
+@dataclass(frozen=True)
+class _Need:
+    """One function to make ready: task `task` of the plan on `device`, allowed to overwrite `donate`."""
+
+    task: int
+    donate: tuple[int, ...]
+    device: JaxDevice
+
+
+def load_programs(
+    plan: Plan, devices: Mapping[str, JaxDevice], cache: ExecutableCache, *, python: bool
+) -> dict[str, LoadedProgram]:
+    """Compile what `plan` runs on `devices` (name -> JAX device). Raises FlowmlError naming task and device."""
+    mine = [p for p in plan.programs if p.device in devices]
+    donations = {p.device: safe_donations(plan, p) for p in mine}
+    homed = {p.device: store_tasks(plan, p.device) for p in mine}
+    needs: set[_Need] = set()
+    for program in mine:
+        device = devices[program.device]
+        needs |= {_Need(_run(program, i).task, d, device) for i, d in donations[program.device].items()}
+        needs |= {_Need(t, (), device) for t in homed[program.device]}
+    ready = _make_all(plan, needs, cache, python)
+    return {p.device: _assemble(plan, p, devices[p.device], donations[p.device], homed[p.device], ready) for p in mine}
+
+
+def _assemble(
+    plan: Plan,
+    program: Program,
+    device: JaxDevice,
+    donations: Mapping[int, tuple[int, ...]],
+    homed: Iterable[int],
+    ready: Mapping[_Need, _Compiled],
+) -> LoadedProgram:
+    runs = {i: ready[_Need(_run(program, i).task, donate, device)] for i, donate in donations.items()}
+    tasks = {t: ready[_Need(t, (), device)] for t in homed}
+    return LoadedProgram(
+        plan=plan,
+        program=program,
+        device=device,
+        runs={i: c.call for i, c in runs.items()},
+        tasks={t: c.call for t, c in tasks.items()},
+        constants={buffer: constant_array(plan.constants[index], device) for buffer, index in program.constants},
+        keep=(*runs.values(), *tasks.values()),
+    )
+
+
+def _run(program: Program, position: int) -> Run:
+    instruction = program.instructions[position]
+    assert isinstance(instruction, Run)
+    return instruction
+
+
+def safe_donations(plan: Plan, program: Program) -> dict[int, tuple[int, ...]]:
+    """For the position of each Run, the arguments whose buffers it may overwrite.
+
+    A task says what the compiler allows; taken out here is what only the runtime can know to be lent: a
+    buffer that was sent, fetched or pushed may be read by another thread of this process, a constant or a
+    stored parameter is read again by the next step, and an argument given twice cannot be given away.
+    """
+    lent = {buffer for buffer, _ in program.constants}
+    found: dict[int, tuple[int, ...]] = {}
+    for position, instruction in enumerate(program.instructions):
+        match instruction:
+            case Run():
+                task = plan.tasks[instruction.task]
+                times = Counter(instruction.inputs)
+                free = [i for i in task.donate if (b := instruction.inputs[i]) not in lent and times[b] == 1]
+                found[position] = _usable(task, free)
+                lent.difference_update(instruction.outputs)
+            case Send() | Fetch() | Push() | Read():
+                lent.update(instruction.buffers)
+            case Feed() | Recv():
+                lent.difference_update(instruction.buffers)
+            case _:
+                pass
+    return found
+
+
+def _usable(task: Task, donate: Iterable[int]) -> tuple[int, ...]:
+    """The donations that some output of the same shape and dtype can use: XLA warns of any other."""
+    if task.kind != "xla":
+        return ()
+    room = Counter((s.shape, s.dtype) for s in task.outputs)
+    kept: list[int] = []
+    for position in donate:
+        kind = (task.inputs[position].shape, task.inputs[position].dtype)
+        if room[kind] > 0:
+            room[kind] -= 1
+            kept.append(position)
+    return tuple(kept)
+
+
+def _make_all(plan: Plan, needs: Iterable[_Need], cache: ExecutableCache, python: bool) -> dict[_Need, _Compiled]:
+    ordered = sorted(needs, key=lambda n: (n.task, n.donate, n.device.id))
+    exported = {
+        key: jax.export.deserialize(bytearray(_executable(plan, key)))
+        for key in {plan.tasks[n.task].executable for n in ordered if plan.tasks[n.task].kind == "xla"}
+    }
+
+    def make(need: _Need) -> _Compiled:
+        task = plan.tasks[need.task]
+        if task.kind == "python":
+            return _Compiled(_load_python(plan, task, python))
+        if task.kind != "xla":
+            raise FlowmlError(f"task {task.name!r} is of kind {task.kind!r}; this worker knows 'xla' and 'python'")
+        key = (task.executable, need.donate, need.device)
+        return cache.get(key, lambda: _compile(exported[task.executable], task, need))
+
+    unique = {(plan.tasks[n.task].executable, n.donate, n.device): n for n in ordered}
+    workers = max(1, min(len(unique), os.cpu_count() or 1))
+    with ThreadPoolExecutor(workers, thread_name_prefix="flowml-compile") as pool:
+        made = dict(zip(unique, pool.map(make, unique.values()), strict=True))
+    return {n: made[plan.tasks[n.task].executable, n.donate, n.device] for n in ordered}
+
+
+def _executable(plan: Plan, key: str) -> bytes:
+    try:
+        return plan.executables[key]
+    except KeyError:
+        raise FlowmlError(f"plan {plan.name!r} lacks executable {key!r}; compile it again") from None
+
+
+def _compile(exported: jax.export.Exported, task: Task, need: _Need) -> TaskFunction:
+    platform = need.device.platform
+    accepted = ("cuda", "rocm") if platform == "gpu" else (platform,)
+    if not set(accepted) & set(exported.platforms):
+        raise FlowmlError(
+            f"task {task.name!r} was compiled for {', '.join(exported.platforms)}, but its device is a {platform}; "
+            "compile the plan for the devices that it will run on"
+        )
+    wrap = [key_implementation(s.dtype) if s.dtype.startswith("key<") else None for s in task.inputs]
+    unwrap = [s.dtype.startswith("key<") for s in task.outputs]
+
+    def flat(*buffers: Any) -> list[Any]:
+        arrays = [b if w is None else jax.random.wrap_key_data(b, impl=w) for b, w in zip(buffers, wrap, strict=True)]
+        results = jax.tree_util.tree_leaves(exported.call(*arrays))
+        return [jax.random.key_data(r) if u else r for r, u in zip(results, unwrap, strict=True)]
+
+    # On the default device results stay uncommitted, as jit's are; elsewhere the task must say where it runs.
+    options: dict[str, Any] = {}
+    if need.device != jax.local_devices()[0]:
+        here = jax.sharding.SingleDeviceSharding(need.device)
+        options = {"in_shardings": here, "out_shardings": here}
+    jitted = jax.jit(flat, donate_argnums=need.donate, **options)
+    return jitted.lower(*[buffer_struct(s) for s in task.inputs]).compile()
+
+
+def _load_python(plan: Plan, task: Task, allowed: bool) -> TaskFunction:
+    if not allowed:
+        raise FlowmlError(
+            f"task {task.name!r} is a Python callback, and this worker does not run Python from plans; "
+            "start it with allow_python=True if you trust whoever sends it plans"
+        )
+    import cloudpickle
+
+    function: Callable[..., Any] = cloudpickle.loads(_executable(plan, task.executable))
+    structs = [buffer_struct(s) for s in task.outputs]
+
+    def call(*buffers: Any) -> list[Any]:
+        results = [np.asarray(r) for r in function(*[np.asarray(b) for b in buffers])]
+        got = [(r.shape, r.dtype) for r in results]
+        declared = [(tuple(s.shape), np.dtype(s.dtype)) for s in structs]
+        if got != declared:
+            raise TypeError(
+                f"callback {task.name!r} returned {_listed(got)}, but was declared to return {_listed(declared)}"
+            )
+        return results
+
+    return call
+
+
+def _listed(arrays: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> str:
+    return ", ".join(f"{dtype}[{','.join(map(str, shape))}]" for shape, dtype in arrays) or "nothing"

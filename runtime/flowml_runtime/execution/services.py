@@ -1,0 +1,290 @@
+"""What a dataflow step asks of its surroundings, answered: feeds, edges to other devices, fetches.
+
+`EdgeServices` is the part that every plan shares: a Send is pushed to the destination's worker and never
+waits for its Recv; a Recv takes from the mailbox, with a deadline. `DataflowServices` adds the driver's
+feeds and fetches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
+from flowml.plan import ArraySpec, Message, Send
+from flowml_runtime import wire
+from flowml_runtime.execution.mailbox import Cancelled, Claim, Mailbox, Parked
+from flowml_runtime.execution.outbox import LARGE_BYTES, Outbox
+from flowml_runtime.execution.programs import Array, JaxDevice, LoadedProgram, feed_slots
+from flowml_runtime.execution.recorder import Recorder
+from flowml_runtime.execution.window import Windows, window
+from flowml_runtime.transport.endpoint import Sender
+from flowml_runtime.transport.slots import SlotError
+
+EDGE_SLOTS = 2
+"""Values of an edge that memory is made ready for: one in use, and one on its way."""
+
+
+def reserve_edges(sender: Sender, loaded: LoadedProgram) -> None:
+    """Have memory ready for what a program sends, so that no step waits for it. Raises FlowmlError naming the edge."""
+    messages = (i.message for i in loaded.program.instructions if isinstance(i, Send))
+    for edge in map(loaded.plan.messages.__getitem__, dict.fromkeys(messages)):
+        specs = tuple(ArraySpec(t.shape, t.dtype) for t in edge.transfers)
+        try:
+            sender.reserve(edge.destination.split("/", 1)[0], specs, EDGE_SLOTS)
+        except SlotError as error:
+            raise FlowmlError(f"{edge}: {error}") from None
+
+
+def ready(arrays: Sequence[Array]) -> Sequence[Array]:
+    """The arrays, once they are computed: what is sent must not fail or change afterwards."""
+    for array in arrays:
+        if isinstance(array, jax.Array):
+            array.block_until_ready()
+    return arrays
+
+
+def host_view(arrays: Sequence[Array], device: JaxDevice) -> Sequence[Array]:
+    """The arrays in the form in which another thread of this process may use them on any device.
+
+    On CPU that is a NumPy view of the buffer: it costs nothing, it keeps the buffer alive, and XLA never
+    overwrites a buffer that has a view. Elsewhere it is the JAX array itself.
+    """
+    if device.platform == "cpu":
+        return [np.asarray(a) for a in arrays]
+    return ready(arrays)
+
+
+def adopt(arrays: Sequence[Array], device: JaxDevice) -> Sequence[Array]:
+    """The arrays, with those on another device of this process brought over to `device`."""
+    here = {device}
+    return [jax.device_put(a, device) if isinstance(a, jax.Array) and a.devices() != here else a for a in arrays]
+
+
+def must_adopt(device: JaxDevice) -> bool:
+    """False where every array of this process is on `device` already, which is the common case on CPU."""
+    return jax.local_device_count() > 1 or device.platform != "cpu"
+
+
+def at_home(device: JaxDevice) -> bool:
+    """True for the device that JAX puts arrays on unasked.
+
+    A result from there can be returned as it is. From another device it goes by way of the host, since what
+    jit returns can be combined freely and an array bound to a second device cannot.
+    """
+    return device == jax.local_devices()[0]
+
+
+class EdgeServices:
+    """Sends and receives along a plan's edges, for one device: what dataflow and training plans share."""
+
+    def __init__(
+        self,
+        plan_id: str,
+        loaded: LoadedProgram,
+        mailbox: Mailbox,
+        sender: Sender,
+        deadline_s: float = wire.DEADLINE_S,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.recorder = recorder or Recorder()
+        self.outbox = Outbox(loaded.name)
+        self.plan_id = plan_id
+        self.loaded = loaded
+        self.device = loaded.name
+        self.deadline_s = deadline_s
+        self._mailbox = mailbox
+        self._sender = sender
+        self._messages: tuple[Message, ...] = loaded.plan.messages
+        self._specs = [tuple(ArraySpec(t.shape, t.dtype) for t in m.transfers) for m in self._messages]
+        self._large = [m.nbytes >= LARGE_BYTES for m in self._messages]
+        self._workers = [m.destination.split("/", 1)[0] for m in self._messages]
+        self._sources = [m.source.split("/", 1)[0] for m in self._messages]
+        self._adopts = must_adopt(loaded.device)
+
+    def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
+        try:
+            arrays = self._mailbox.take(
+                (self.plan_id, step, self.device), ("edge", message, microbatch), self.deadline_s
+            )
+        except TimeoutError:
+            raise self._late(step, message) from None
+        return self.adopt(arrays)
+
+    def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None:
+        edge = self._messages[message]
+        value = wire.Value(
+            plan_id=self.plan_id,
+            step=step,
+            kind="edge",
+            index=message,
+            device=edge.destination,
+            microbatch=microbatch,
+            specs=self._specs[message],
+        )
+        worker, device = self._workers[message], self.loaded.device
+        if not self._large[message]:
+            self._push(value, worker, host_view(arrays, device))
+            return
+
+        def send() -> None:
+            lane, way = f"{self.device} send", self.way(message)
+            with self.recorder.record(lane, "send", str(edge), step, microbatch, edge.nbytes, way):
+                self._push(value, worker, host_view(arrays, device))
+
+        self.outbox.put(send, lambda error: self.send_failed(step, str(edge), error))
+
+    def _push(self, value: wire.Value, worker: str, arrays: Sequence[Array]) -> None:
+        try:
+            self._sender.send(worker, value, arrays, self.deadline_s)
+        except TimeoutError:
+            raise self._stalled(value.step, value.index) from None
+
+    def send_failed(self, step: int, node: str, error: BaseException) -> None:
+        """A large value could not be sent; called on the outbox's thread."""
+        raise NotImplementedError
+
+    def way(self, message: int) -> str:
+        return self._sender.way(self._workers[message])
+
+    def should_abandon(self, step: int) -> bool:
+        return self._mailbox.is_cancelled((self.plan_id, step, self.device))
+
+    def adopt(self, arrays: Sequence[Array]) -> Sequence[Array]:
+        return adopt(arrays, self.loaded.device) if self._adopts else arrays
+
+    def _late(self, step: int, message: int) -> DeadlineError:
+        edge, worker = self._messages[message], self.device.split("/", 1)[0]
+        return self._overdue(step, edge, worker, f"{edge} and it did not come; see whether {edge.source} is stuck")
+
+    def _stalled(self, step: int, message: int) -> DeadlineError:
+        edge, worker = self._messages[message], self._workers[message]
+        what = f"{edge.destination} to take earlier values of {edge}; see whether that is stuck"
+        return self._overdue(step, edge, worker, what)
+
+    def _overdue(self, step: int, edge: Message, worker: str, what: str) -> DeadlineError:
+        return DeadlineError(
+            f"step {step} of plan {self.loaded.plan.name!r}: {self.device} waited {self.deadline_s:g} s for {what}, "
+            "or allow a longer deadline: deadline_s= where the cluster is made",
+            worker=worker,
+            step=step,
+            node=str(edge),
+        )
+
+
+class DataflowServices(EdgeServices):
+    """The services of a dataflow plan: inputs come with the feed, outputs go to the driver."""
+
+    def __init__(
+        self,
+        plan_id: str,
+        loaded: LoadedProgram,
+        mailbox: Mailbox,
+        sender: Sender,
+        driver: str,
+        deadline_s: float = wire.DEADLINE_S,
+        recorder: Recorder | None = None,
+    ) -> None:
+        super().__init__(plan_id, loaded, mailbox, sender, deadline_s, recorder)
+        self._driver = driver
+        self.on_fault: Callable[[int, str, BaseException], None] = lambda *_: None
+        """Called with (step, node, error) when a value could not be sent after its step had gone on."""
+        self._slots = feed_slots(loaded.program)
+        self._fed: Mapping[int, Array] = {}
+        self._number = loaded.plan.devices.index(self.device)
+        self._outputs = {o.index: o.spec for o in loaded.plan.outputs if o.kind == "fetch"}
+        self._at_home = at_home(loaded.device)
+        self._parks = False
+        self.windows = Windows(self._messages)
+        self._windowed = [window(m) > 0 for m in self._messages]
+        self._claim: Claim | None = None
+        self._awaited = driver
+        """The peer whose message comes next: the driver with a feed, or the one that a parked step waits for."""
+        self._expired = -1
+        self.waited_s = 0.0
+
+    def begin(self, arrays: Sequence[Array], *, parks: bool) -> None:
+        """Take in the feed of the step that runs next."""
+        self._parks = parks
+        self.waited_s = 0.0
+        self._fed = dict(zip(self._slots, self.adopt(arrays), strict=True))
+
+    def resume(self, claim: Claim) -> None:
+        self._claim = claim
+        self._awaited = self._driver
+
+    def expect(self) -> None:
+        self._sender.expect(self._awaited)
+
+    def end(self, step: int) -> None:
+        """Let go of the inputs, which else would stay alive until the next step."""
+        self._fed = {}
+        self._claim = None
+        self.windows.finish(step)
+        self._mailbox.finish((self.plan_id, step, self.device))
+
+    def expire(self, step: int) -> None:
+        self._expired = step
+        self._mailbox.cancel((self.plan_id, step, self.device))
+
+    def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
+        arrays = self._receive(step, message, microbatch)
+        if self._windowed[message]:
+            taken = wire.Taken(plan_id=self.plan_id, step=step, index=message, device=self._messages[message].source)
+            with contextlib.suppress(WorkerLostError):  # then nobody waits for it
+                self._sender.send(self._sources[message], taken)
+        return arrays
+
+    def _receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
+        if not self._parks:
+            began = time.perf_counter()
+            arrays = super().receive(step, message, microbatch)
+            self.waited_s += time.perf_counter() - began
+            return arrays
+        scope = (self.plan_id, step, self.device)
+        claim, self._claim = self._claim or self._mailbox.claim(scope, ("edge", message, microbatch)), None
+        if not claim.done:
+            self._awaited = self._sources[message]
+            raise Parked(claim)
+        if claim.cancelled:
+            raise self._late(step, message) if self._expired == step else Cancelled(scope)
+        return self.adopt(claim.value)
+
+    def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None:
+        if self._windowed[message]:
+            try:
+                self.windows.enter(message, step, self.deadline_s)
+            except TimeoutError:
+                raise self._stalled(step, message) from None
+        super().send(step, message, microbatch, arrays)
+
+    def send_failed(self, step: int, node: str, error: BaseException) -> None:
+        self.on_fault(step, node, error)
+
+    def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
+        return [self._fed[s] for s in slots]
+
+    def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
+        value = wire.Value(
+            plan_id=self.plan_id,
+            step=step,
+            kind="fetch",
+            index=self._number,
+            device=self.device,
+            microbatch=microbatch,
+            slots=tuple(slots),
+            specs=tuple(self._outputs[s] for s in slots),
+        )
+        self._sender.send(
+            self._driver, value, ready(arrays) if self._at_home else host_view(arrays, self.loaded.device)
+        )
+
+    def read(self, step: int, store: int, leaves: Sequence[int]) -> Sequence[Array]:
+        raise NotImplementedError("a dataflow plan has no stores to read")
+
+    def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None:
+        raise NotImplementedError("a dataflow plan has no stores to push to")

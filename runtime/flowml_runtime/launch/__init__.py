@@ -1,0 +1,1 @@
+"""Who starts workers: threads of this process, or processes of this machine."""

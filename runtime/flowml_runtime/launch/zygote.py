@@ -1,0 +1,194 @@
+"""Starts the workers of one machine quickly: it imports once what all of them need, then forks one for each.
+
+Importing JAX takes most of a worker's start, and of all it does before that nothing differs between workers. The
+zygote has imported everything and started nothing: no thread, no XLA backend, no gRPC channel, which is what makes
+forking it safe. Every child then sets its cores and starts XLA for itself.
+
+Its owner talks to it over a socket, which all children inherit. Nobody else holds the owner's end, so when that
+closes, however the owner came to its end, every one of them learns of it from the kernel. On their side, the zygote
+waits for every child that it started, and kills those that do not end by themselves.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from typing import NoReturn
+
+import msgspec
+
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+_given = os.environ.get(_BLAS_THREADS)
+os.environ[_BLAS_THREADS] = "1"  # OpenBLAS starts a pool when it is loaded, and a fork would break it
+
+import numpy as np  # noqa: E402
+
+from flowml.errors import FlowmlError  # noqa: E402
+from flowml_runtime.launch.spawning import (  # noqa: E402
+    Exited,
+    Kill,
+    Ready,
+    Report,
+    Request,
+    Start,
+    Started,
+    hear,
+)
+from flowml_runtime.worker.config import WorkerConfig  # noqa: E402
+from flowml_runtime.worker.process import serve  # noqa: E402
+
+if _given is None:
+    del os.environ[_BLAS_THREADS]
+else:
+    os.environ[_BLAS_THREADS] = _given
+
+ORPHANS_S = 2.0
+"""How long workers have to end by themselves once their owner is gone."""
+
+
+_requests = msgspec.json.Decoder(Request)
+
+
+@dataclass(frozen=True)
+class _Child:
+    worker: str
+    pid: int
+    handle: int
+    """A pidfd, which becomes readable when the child has ended."""
+
+
+def main(folder: str) -> None:
+    """Serve the owner, whose socket is stdin, until it closes its end; then see to it that nothing is left."""
+    control = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    _call_process("flowml:zygote")
+    gc.collect()
+    gc.freeze()  # what all have in common stays shared: no collector writes to it
+    children: dict[int, _Child] = {}
+    try:
+        _tell(control, Ready())
+        _serve(control, children)
+    finally:  # whatever went wrong with us, nothing is left
+        _end(children)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(children: dict[int, _Child]) -> None:
+    for child in children.values():
+        os.kill(child.pid, signal.SIGTERM)
+    deadline = time.monotonic() + ORPHANS_S
+    for child in children.values():
+        if not select.select([child.handle], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            os.kill(child.pid, signal.SIGKILL)
+        os.waitpid(child.pid, 0)
+
+
+def _serve(control: socket.socket, children: dict[int, _Child]) -> None:
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    owner = os.pidfd_open(os.getppid())  # it may have forked others that hold its end of the socket open
+    poll.register(owner, select.POLLIN)
+    buffer = b""
+    while True:
+        for handle, _ in poll.poll():
+            if handle == owner:
+                return
+            child = children.get(handle)
+            if child is not None:
+                poll.unregister(handle)
+                del children[handle]
+                os.close(handle)
+                _tell(control, Exited(child.worker, os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])))
+                continue
+            received = hear(control)
+            if not received:
+                return
+            *lines, buffer = (buffer + received).split(b"\n")
+            for line in lines:
+                started = _obey(_requests.decode(line), control, children)
+                if started is not None:
+                    poll.register(started.handle, select.POLLIN)
+                    children[started.handle] = started
+
+
+def _obey(request: Request, control: socket.socket, children: dict[int, _Child]) -> _Child | None:
+    match request:
+        case Kill(worker, number):
+            for child in children.values():
+                if child.worker == worker:
+                    os.kill(child.pid, number)  # not waited for yet, so the pid cannot be another's
+            return None
+        case Start(config, log):
+            pid = os.fork()
+            if pid == 0:
+                _be_worker(config, log, control, list(children))
+            child = _Child(config.name, pid, os.pidfd_open(pid))
+            _tell(control, Started(config.name, pid))
+            return child
+
+
+def _tell(control: socket.socket, report: Report) -> None:
+    try:
+        control.sendall(msgspec.json.encode(report) + b"\n")
+    except OSError:
+        return  # the owner is gone; the next read says so
+
+
+def _be_worker(config: WorkerConfig, log: str, control: socket.socket, inherited: list[int]) -> NoReturn:
+    """The child's life. Never returns into the zygote's loop."""
+    status = 1
+    try:
+        for handle in inherited:
+            os.close(handle)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        _call_process(f"flowml:{config.name}")
+        np.random.seed()  # else all workers would draw the same numbers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _stop)
+        threading.Thread(target=_end_with, args=(control,), name="flowml-lifeline", daemon=True).start()
+        print(serve(config), file=sys.stderr)
+    except SystemExit:
+        status = 0
+    except FlowmlError as error:
+        print(error, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise SystemExit
+
+
+def _end_with(control: socket.socket) -> None:
+    """End this process with its owner."""
+    poll = select.poll()
+    poll.register(control, select.POLLRDHUP)  # never readable for us: what comes there is for the zygote
+    poll.poll()
+    os._exit(1)
+
+
+def _call_process(name: str) -> None:
+    """The name in `ps` and `top`."""
+    try:
+        with open("/proc/self/comm", "w") as comm:
+            comm.write(name[:15])
+    except OSError:
+        return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,1 @@
+"""Links between peers: measured, remembered, and put together in one table."""

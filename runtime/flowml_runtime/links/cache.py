@@ -1,0 +1,112 @@
+"""What was measured of links, remembered between programs in a small file of the user's cache directory.
+
+`flowml/links.json` under $XDG_CACHE_HOME, else ~/.cache. A figure is kept with the machine that took it, the two hosts
+and the way, for a week. Nothing depends on the file: one that cannot be read, is damaged, or is of another format
+counts as empty and is replaced at the next measurement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from flowml.placement.links import Link
+
+FRESH_S = 7 * 24 * 3600.0
+MAX_FIGURES = 256
+MAX_FILE_BYTES = 2**20
+FORMAT = 1
+
+_Text = Annotated[str, msgspec.Meta(max_length=256)]
+
+
+def machine_id() -> str:
+    """Tells machines apart, and stays the same when one is started again: its name, cores and processor."""
+    model = platform.processor()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    return f"{socket.gethostname()}, {os.cpu_count()} x {model or platform.machine()}"[:256]
+
+
+class _Figure(msgspec.Struct, frozen=True):
+    machine: _Text
+    source: _Text
+    destination: _Text
+    way: _Text
+    latency_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+    bytes_per_s: Annotated[float, msgspec.Meta(gt=0, le=1e15)]
+    measured_at_s: float
+    """Of the wall clock."""
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.machine, self.source, self.destination, self.way
+
+
+class _File(msgspec.Struct, frozen=True):
+    format: Annotated[int, msgspec.Meta(ge=FORMAT, le=FORMAT)]
+    links: Annotated[tuple[_Figure, ...], msgspec.Meta(max_length=MAX_FIGURES)]
+
+
+_decoder = msgspec.json.Decoder(_File)
+
+
+def links_file() -> Path:
+    """Where links are remembered."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "flowml" / "links.json"
+
+
+class RememberedLinks:
+    """The file. Reading and writing never raise: what cannot be remembered is measured again."""
+
+    def __init__(self, path: Path | None = None, now_s: Callable[[], float] = time.time) -> None:
+        self._path = path or links_file()
+        self._now_s = now_s
+        self._machine = machine_id()
+
+    def find(self, source: str, destination: str, way: str) -> Link | None:
+        """What this machine measured from host to host by this way, if that is not long ago."""
+        wanted = (self._machine, source, destination, way)
+        found = next((f for f in self._read() if f.key == wanted), None)
+        if found is None or not 0 <= self._now_s() - found.measured_at_s < FRESH_S:
+            return None
+        return Link(found.latency_s, found.bytes_per_s, way, measured=True)
+
+    def remember(self, source: str, destination: str, link: Link) -> None:
+        """Keep a measurement in place of an earlier one; of too many the oldest go."""
+        figure = _Figure(self._machine, source, destination, link.way, link.latency_s, link.bytes_per_s, self._now_s())
+        kept = sorted((f for f in self._read() if f.key != figure.key), key=lambda f: -f.measured_at_s)
+        with contextlib.suppress(OSError):
+            self._write(_File(FORMAT, (figure, *kept[: MAX_FIGURES - 1])))
+
+    def _read(self) -> tuple[_Figure, ...]:
+        try:
+            if self._path.stat().st_size > MAX_FILE_BYTES:
+                return ()
+            return _decoder.decode(self._path.read_bytes()).links
+        except (OSError, msgspec.DecodeError):
+            return ()
+
+    def _write(self, file: _File) -> None:
+        """Whoever reads meanwhile finds the old file or the new one, never half of one."""
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, made = tempfile.mkstemp(dir=self._path.parent, prefix="links-")  # readable for its owner only
+        try:
+            with os.fdopen(handle, "wb") as out:
+                out.write(msgspec.json.format(msgspec.json.encode(file)))
+            os.replace(made, self._path)
+        except BaseException:
+            Path(made).unlink(missing_ok=True)
+            raise

@@ -1,0 +1,1 @@
+"""Membership on real clocks and sockets: the coordinator, and the members that it watches."""

@@ -1,0 +1,144 @@
+"""Hosts the coordinator machine: its endpoint, its clock, and one thread on which everything happens in order."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flowml
+from flowml.errors import ClusterError, FlowmlError
+from flowml_runtime import wire
+from flowml_runtime.membership.member import COORDINATOR
+from flowml_runtime.protocol.membership import (
+    HEARTBEAT_S,
+    TIMEOUT_S,
+    Action,
+    ConnectionLost,
+    Coordinator,
+    Event,
+    Forget,
+    Know,
+    Look,
+    ProcessExited,
+    Received,
+    Rename,
+    Send,
+    Tick,
+    Working,
+)
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
+from flowml_runtime.transport.security import TLS
+
+MAX_WAITING_EVENTS = 65536
+
+
+class CoordinatorHost:
+    """A coordinator that others join at `address`."""
+
+    def __init__(
+        self,
+        bind: str,
+        token: str,
+        tls: TLS | None = None,
+        *,
+        works: Callable[[str], bool] = lambda _: False,
+        shared_memory: bool = True,
+        checksum: bool | None = None,
+        heartbeat_s: float = HEARTBEAT_S,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """Raises ClusterError if the address cannot be bound, or not safely.
+
+        `works` says whether the process of a worker that keeps silent is at work, as far as that can be seen here.
+        Without `shared_memory` peers of this machine are talked to by gRPC too.
+        """
+        self._works = works
+        self._machine = Coordinator(flowml.__version__, wire.PROTOCOL, heartbeat_s=heartbeat_s, timeout_s=timeout_s)
+        self._tick_s = heartbeat_s / 2
+        self._events: queue.Queue[Event | None] = queue.Queue(MAX_WAITING_EVENTS)
+        self._changed = threading.Condition()
+        self._members: tuple[wire.Member, ...] = ()
+        self._exits: dict[str, str] = {}
+        self._endpoint = GrpcEndpoint(
+            COORDINATOR, token, bind=bind, tls=tls, shared_memory=shared_memory, checksum=checksum
+        )
+        self.address = self._endpoint.address
+        self._thread = threading.Thread(target=self._run, name="flowml-coordinator", daemon=True)
+        self._endpoint.start(self._on_message, lambda peer, reason: self._events.put(ConnectionLost(peer, reason)))
+        self._thread.start()
+
+    def process_exited(self, worker: str, reason: str) -> None:
+        """Called by whoever started the worker's process, when it has ended."""
+        with self._changed:
+            self._exits[worker] = reason
+            self._changed.notify_all()
+        self._events.put(ProcessExited(worker, reason))
+
+    def wait_for(self, workers: tuple[str, ...], timeout_s: float) -> None:
+        """Return once all these have joined. Raises ClusterError if one ends first, or does not come in time."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while missing := set(workers) - {m.worker for m in self._members}:
+                ended = [w for w in workers if w in self._exits]
+                if ended:
+                    raise ClusterError(f"{ended[0]} did not start: {self._exits[ended[0]]}", worker=ended[0])
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    late = ", ".join(sorted(missing))
+                    raise ClusterError(f"{late} did not start within {timeout_s:g} s; allow more with start_timeout_s=")
+                self._changed.wait(left)
+
+    def close(self) -> None:
+        self._events.put(None)
+        self._thread.join(5.0)
+        self._endpoint.close()
+
+    def _on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
+        if isinstance(message, wire.Join | wire.Heartbeat | wire.Leave):
+            self._events.put(Received(peer, message))
+
+    def _run(self) -> None:
+        next_tick = 0.0
+        while True:
+            try:
+                event = self._events.get(timeout=max(0.0, next_tick - time.monotonic()))
+                if event is None:
+                    return
+                self._do(self._machine.step(event))
+            except queue.Empty:
+                pass
+            if time.monotonic() >= next_tick:
+                self._do(self._machine.step(Tick(time.monotonic())))
+                next_tick = time.monotonic() + self._tick_s
+            self._note()
+
+    def _note(self) -> None:
+        members = self._machine.members
+        if members != self._members:
+            with self._changed:
+                self._members = members
+                self._changed.notify_all()
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            try:
+                self._act(action)
+            except FlowmlError:
+                continue  # a peer that cannot be reached; its loss is an event of its own
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Know(peer, address):
+                self._endpoint.know({peer: address})
+            case Rename(peer, name):
+                self._endpoint.rename(peer, name)
+            case Send(peer, message):
+                self._endpoint.send(peer, message)
+            case Forget(peer):
+                self._endpoint.forget(peer)
+            case Look(worker):
+                if self._works(worker):
+                    self._do(self._machine.step(Working(worker)))

@@ -1,0 +1,143 @@
+"""A peer's side of membership: it joins, sends heartbeats, and follows what the coordinator announces.
+
+Everything that the coordinator sends ends here; all other messages are handed on. The endpoint joins under a passing
+name, and takes the one that it is given before it opens a connection to anybody else.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import flowml
+from flowml.errors import ClusterError, FlowmlError
+from flowml_runtime import wire
+from flowml_runtime.transport.endpoint import OnLost, OnMessage
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
+
+COORDINATOR = "coordinator"
+
+REPORT_S = 1.0
+"""How long the reason of a failed connection may take from the thread that saw it to the one that joins."""
+
+
+def passing_name() -> str:
+    """A name that no other peer has, to join under."""
+    return f"joining-{uuid.uuid4().hex[:12]}"
+
+
+class Membership:
+    """Of one endpoint. `on_members` is told of every change, `on_end` once when the coordinator is lost."""
+
+    def __init__(
+        self,
+        endpoint: GrpcEndpoint,
+        coordinator: str,
+        on_message: OnMessage,
+        on_lost: OnLost,
+        *,
+        on_members: Callable[[tuple[wire.Member, ...]], None] = lambda _: None,
+        on_end: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.members: tuple[wire.Member, ...] = ()
+        self._endpoint = endpoint
+        self._address = coordinator
+        self._pass_message = on_message
+        self._pass_lost = on_lost
+        self._on_members = on_members
+        self._on_end = on_end
+        self._welcome: wire.Welcome | None = None
+        self._refusal: str | None = None
+        self._epoch = -1
+        self._changed = threading.Condition()
+        self._over = threading.Event()
+        self._heart: threading.Thread | None = None
+
+    def join(
+        self, name: str, devices: tuple[wire.DeviceInfo, ...] = (), *, python: bool = False, timeout_s: float = 30.0
+    ) -> str:
+        """Join as `name` ("": whichever is free); returns the name. Raises ClusterError with the reason why not."""
+        endpoint = self._endpoint
+        endpoint.start(self._on_message, self._on_lost)
+        endpoint.know({COORDINATOR: self._address})
+        join = wire.Join(
+            worker=name,
+            address=endpoint.address,
+            incarnation=endpoint.incarnation,
+            protocol=wire.PROTOCOL,
+            version=flowml.__version__,
+            devices=devices,
+            python=python,
+        )
+        try:
+            endpoint.send(COORDINATOR, join)
+        except FlowmlError as error:
+            with self._changed:  # the connection has ended already, and why is about to be reported
+                self._changed.wait_for(lambda: self._refusal is not None, REPORT_S)
+            self._end(str(error))
+        with self._changed:
+            self._changed.wait_for(lambda: self._refusal is not None or self._epoch >= 0, timeout_s)
+        if self._refusal is not None:
+            raise ClusterError(f"the cluster at {self._address} cannot be joined: {self._refusal}")
+        if self._welcome is None:
+            raise ClusterError(f"the cluster at {self._address} did not answer within {timeout_s:g} s; is it running?")
+        self._heart = threading.Thread(target=self._beat, args=(self._welcome,), name="flowml-heartbeat", daemon=True)
+        self._heart.start()
+        return self._welcome.worker
+
+    def leave(self, reason: str = "it left") -> None:
+        """Say goodbye and stop. Idempotent; the endpoint is closed by its owner."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        try:
+            self._endpoint.send(COORDINATOR, wire.Leave(worker=self._endpoint.name, reason=reason))
+        except FlowmlError:
+            return  # the coordinator has gone first
+
+    def _beat(self, welcome: wire.Welcome) -> None:
+        beat = wire.Heartbeat(worker=welcome.worker, incarnation=self._endpoint.incarnation)
+        while not self._over.wait(welcome.heartbeat_s):
+            try:
+                self._endpoint.send(COORDINATOR, beat)
+            except FlowmlError:
+                return  # reported by on_lost
+
+    def _on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
+        if peer != COORDINATOR:
+            self._pass_message(peer, message, arrays)
+        elif isinstance(message, wire.Members):
+            self._take(message)
+        elif isinstance(message, wire.Welcome):
+            self._endpoint.name = message.worker
+            self._welcome = message
+        elif isinstance(message, wire.Refused):
+            self._end(message.reason)
+
+    def _on_lost(self, peer: str, reason: str) -> None:
+        if peer == COORDINATOR:
+            self._end(reason)
+        else:
+            self._pass_lost(peer, reason)
+
+    def _take(self, view: wire.Members) -> None:
+        """Follow the coordinator's view. Losses come first: the same name may be back in the same view."""
+        own = self._endpoint.name
+        for worker, reason in view.lost:
+            self._endpoint.lose(worker, reason)
+        self._endpoint.know({m.worker: m.address for m in view.members if m.worker != own})
+        self.members = view.members
+        self._on_members(view.members)
+        with self._changed:
+            self._epoch = view.epoch
+            self._changed.notify_all()
+
+    def _end(self, reason: str) -> None:
+        with self._changed:
+            joined, self._refusal = self._epoch >= 0, self._refusal or reason
+            self._changed.notify_all()
+        if joined and not self._over.is_set():
+            self._over.set()
+            self._on_end(reason)

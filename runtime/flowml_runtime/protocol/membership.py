@@ -1,0 +1,306 @@
+"""Who belongs to the cluster: admits peers, watches over them, and tells everybody when that changes.
+
+Two kinds of peer join: workers, which offer devices, and observers (drivers), which offer none. Both are in
+`Members`, so that everyone has everyone's address. A name with an incarnation is one life of a peer: who
+joins again must bring a later incarnation, so that what an earlier life left under way is never taken for
+its successor's. A peer is lost by the first of: its process ended, its connection broke, it said so, or it
+was silent for `timeout_s`. Where the host can see that a silent peer's process is at work, and only starved of a core
+by what else the machine runs, silence is borne for `patience_s`.
+
+Duties of the host:
+
+1. Pass on every Join, Heartbeat and Leave as `Received` from the peer that sent it, and do the actions in order.
+2. Tick several times per heartbeat. Time moves only with ticks.
+3. Report the end of a peer's connection once, and before anything from a later life of that peer.
+4. A peer joins under a passing name that is its alone, and takes the one that `Welcome` gives it.
+5. Answer `Look` with `Working`, or not at all: also where the process is another machine's.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from flowml_runtime import wire
+from flowml_runtime.protocol.errors import ProtocolError
+
+HEARTBEAT_S = 0.5
+TIMEOUT_S = 5.0
+PATIENCE_S = 30.0
+MAX_MEMBERS = 1024
+
+_WORKER = re.compile(r"worker:(0|[1-9]\d{0,8})")
+_OBSERVER = re.compile(r"driver(-[0-9a-zA-Z]{1,64})?")
+
+
+@dataclass(frozen=True)
+class Received:
+    """A message of membership from `peer`, which is the name that its connection goes by."""
+
+    peer: str
+    message: wire.Join | wire.Heartbeat | wire.Leave
+
+
+@dataclass(frozen=True)
+class ConnectionLost:
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ProcessExited:
+    """The process that ran `worker` is gone. Reported by whoever started it."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Working:
+    """The process that runs `worker` is at work: the answer to `Look`, if that is so."""
+
+    worker: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    now_s: float
+
+
+Event = Received | ConnectionLost | ProcessExited | Working | Tick
+
+
+@dataclass(frozen=True)
+class Know:
+    """From now on `peer` is reached at `address`."""
+
+    peer: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Rename:
+    """The peer known as `peer` is called `name` from now on, and its connections with it."""
+
+    peer: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Send:
+    peer: str
+    message: wire.Wire
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Nothing more is sent to `peer` after what has been."""
+
+    peer: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """`worker` has been silent for a while: see whether its process is at work, if that can be seen from here."""
+
+    worker: str
+
+
+Action = Know | Rename | Send | Forget | Look
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """A member, when it was last heard of, and when its process was last seen at work."""
+
+    member: wire.Member
+    heard_s: float
+    seen_s: float = 0.0
+
+
+class Coordinator:
+    """The membership machine. Not safe for threads; the host guards it."""
+
+    def __init__(
+        self,
+        version: str,
+        protocol: int,
+        *,
+        heartbeat_s: float = HEARTBEAT_S,
+        timeout_s: float = TIMEOUT_S,
+        patience_s: float = PATIENCE_S,
+        max_members: int = MAX_MEMBERS,
+    ) -> None:
+        self._version = version
+        self._protocol = protocol
+        self._heartbeat_s = heartbeat_s
+        self._timeout_s = timeout_s
+        self._patience_s = patience_s
+        self._max_members = max_members
+        self._now_s: float | None = None
+        self._epoch = 0
+        self._seats: dict[str, _Seat] = {}
+        self._last_life: dict[str, int] = {}
+        """Worker -> its latest incarnation, kept beyond its loss. Observers never come back under their name."""
+
+    @property
+    def members(self) -> tuple[wire.Member, ...]:
+        return tuple(seat.member for seat in self._seats.values())
+
+    def step(self, event: Event) -> list[Action]:
+        """Take one event in; returns what is to be done about it, in order."""
+        match event:
+            case Tick(now_s):
+                return self._tick(now_s)
+            case ConnectionLost(peer, reason) | ProcessExited(peer, reason):
+                return self._lose({peer: reason})
+            case Working(worker):
+                return self._see(worker)
+            case Received(peer, message):
+                return self._receive(peer, message)
+
+    def validate(self) -> None:
+        """Raises ProtocolError if an invariant does not hold."""
+        addresses = [seat.member.address for seat in self._seats.values()]
+        if len(set(addresses)) != len(addresses):
+            raise ProtocolError(f"two members share an address: {sorted(addresses)}")
+        if len(self._seats) > self._max_members:
+            raise ProtocolError(f"{len(self._seats)} members, more than {self._max_members}")
+        for name, seat in self._seats.items():
+            member = seat.member
+            if member.worker != name or any(d.name.rpartition("/")[0] != name for d in member.devices):
+                raise ProtocolError(f"{name} has the seat or devices of another: {member}")
+            if bool(member.devices) != bool(_WORKER.fullmatch(name)):
+                raise ProtocolError(f"{name} has {len(member.devices)} devices")
+            if member.devices and self._last_life.get(name) != member.incarnation:
+                raise ProtocolError(f"{name} lives in incarnation {member.incarnation}, not its latest")
+            if seat.heard_s > self._now():
+                raise ProtocolError(f"{name} was heard of in the future")
+
+    def _receive(self, peer: str, message: wire.Join | wire.Heartbeat | wire.Leave) -> list[Action]:
+        match message:
+            case wire.Join():
+                return self._join(peer, message)
+            case wire.Heartbeat():
+                self._hear(message.worker, message.incarnation)
+                return []
+            case wire.Leave():
+                return self._lose({peer: message.reason or "it left"})
+
+    def _now(self) -> float:
+        return self._now_s or 0.0
+
+    def _tick(self, now_s: float) -> list[Action]:
+        last = now_s if self._now_s is None else self._now_s
+        slept = max(0.0, now_s - last - self._heartbeat_s)
+        self._now_s = max(now_s, last)
+        if slept:
+            # The coordinator itself was suspended: the heartbeats of that time still wait to be read.
+            for name, seat in self._seats.items():
+                self._seats[name] = replace(seat, heard_s=min(seat.heard_s + slept, self._now_s))
+        overdue = {n: limit for n, s in self._seats.items() if (limit := self._overdue_s(s))}
+        lost = self._lose({n: f"no heartbeat for {limit:g} s" for n, limit in overdue.items()})
+        return [*lost, *(Look(n) for n, s in self._seats.items() if self._now() - s.heard_s > self._timeout_s / 2)]
+
+    def _overdue_s(self, seat: _Seat) -> float:
+        """The silence that a member has gone beyond, if it has."""
+        now = self._now()
+        if now - seat.heard_s > self._patience_s:
+            return self._patience_s
+        return self._timeout_s if now - max(seat.heard_s, seat.seen_s) > self._timeout_s else 0.0
+
+    def _see(self, worker: str) -> list[Action]:
+        seat = self._seats.get(worker)
+        if seat is not None:
+            self._seats[worker] = replace(seat, seen_s=self._now())
+        return []
+
+    def _hear(self, worker: str, incarnation: int) -> None:
+        seat = self._seats.get(worker)
+        if seat is not None and seat.member.incarnation == incarnation:
+            self._seats[worker] = replace(seat, heard_s=self._now())
+
+    def _join(self, peer: str, join: wire.Join) -> list[Action]:
+        name = join.worker or self._free_name(join.incarnation)
+        if self._is_seated(name, join):  # it asked again because the answer was slow
+            self._hear(name, join.incarnation)
+            return [Send(name, self._welcome(name)), Send(name, self._view({}))]
+        objection = self._objection(name, join)
+        if objection is not None:
+            # Who speaks under the name of a living member is not answered: the answer would go to that member.
+            answer = Send(peer, wire.Refused(reason=objection))
+            return [] if peer in self._seats else [Know(peer, join.address), answer, Forget(peer)]
+        lost = {name: f"a new {name} took its place"} if name in self._seats else {}
+        devices = tuple(_named(d, name) for d in join.devices)
+        member = wire.Member(
+            worker=name, address=join.address, incarnation=join.incarnation, devices=devices, python=join.python
+        )
+        self._seats[name] = _Seat(member, self._now())
+        if devices:
+            self._last_life[name] = join.incarnation
+        named = [Know(peer, join.address), *([Rename(peer, name)] if peer != name else [])]
+        return [*named, Send(name, self._welcome(name)), *self._announce(lost)]
+
+    def _is_seated(self, name: str, join: wire.Join) -> bool:
+        seat = self._seats.get(name)
+        return seat is not None and (seat.member.address, seat.member.incarnation) == (join.address, join.incarnation)
+
+    def _objection(self, name: str, join: wire.Join) -> str | None:
+        """Why this peer is not admitted, and what to do about it."""
+        if (join.version, join.protocol) != (self._version, self._protocol):
+            return (
+                f"it runs flowml {join.version} (protocol {join.protocol}) and this cluster "
+                f"flowml {self._version} (protocol {self._protocol}); install flowml {self._version} there"
+            )
+        kind = _WORKER if join.devices else _OBSERVER
+        if not kind.fullmatch(name):
+            return f"{name!r} is no name for a {'worker' if join.devices else 'driver'}; ask for none to be given one"
+        if len({d.name.rpartition("/")[2] for d in join.devices}) != len(join.devices):
+            return f"two of its devices have one name: {', '.join(d.name for d in join.devices)}; name each once"
+        for holder, seat in self._seats.items():
+            if holder != name and seat.member.address == join.address:
+                return f"its address {join.address} is that of {holder}; let each listen on an address of its own"
+        latest = self._latest_life(name)
+        if join.incarnation <= latest:
+            return (
+                f"its incarnation {join.incarnation} of {name} is not later than {latest}, seen before; "
+                "start it again, and if that does not help set its clock"
+            )
+        if name not in self._seats and len(self._seats) >= self._max_members:
+            return f"the cluster is full with {self._max_members} members"
+        return None
+
+    def _latest_life(self, name: str) -> int:
+        seat = self._seats.get(name)
+        return seat.member.incarnation if seat is not None else self._last_life.get(name, -1)
+
+    def _free_name(self, incarnation: int) -> str:
+        """The first worker's name that nobody has, nor had in a later life."""
+        numbers = range(len(self._seats) + len(self._last_life) + 1)
+        names = (f"worker:{i}" for i in numbers)
+        return next(n for n in names if n not in self._seats and self._latest_life(n) < incarnation)
+
+    def _lose(self, reasons: dict[str, str]) -> list[Action]:
+        lost = {name: reason for name, reason in reasons.items() if self._seats.pop(name, None) is not None}
+        return [*map(Forget, lost), *self._announce(lost)] if lost else []
+
+    def _announce(self, lost: dict[str, str]) -> list[Action]:
+        self._epoch += 1
+        view = self._view(lost)
+        return [Send(name, view) for name in self._seats]
+
+    def _view(self, lost: dict[str, str]) -> wire.Members:
+        return wire.Members(epoch=self._epoch, members=self.members, lost=tuple(lost.items()))
+
+    def _welcome(self, name: str) -> wire.Welcome:
+        return wire.Welcome(worker=name, heartbeat_s=self._heartbeat_s, timeout_s=self._timeout_s)
+
+
+def _named(device: wire.DeviceInfo, worker: str) -> wire.DeviceInfo:
+    """The device under its full name; a worker that waits to be named offers "cpu:0" only."""
+    return wire.DeviceInfo(
+        name=f"{worker}/{device.name.rpartition('/')[2]}",
+        platform=device.platform,
+        memory_bytes=device.memory_bytes,
+        cores=device.cores,
+    )

@@ -1,0 +1,83 @@
+"""Where gradients wait between pushes: the sum that one part of a store gathers over several steps.
+
+A step's gradient is only tried at first, because its fate may not be known yet. The replica's machine says
+for each clock, in order, whether it counts (`adopt`) or not (`discard`):
+
+* A step that does not push leaves its gradient; adopted it joins the sum, discarded it is forgotten.
+* A step that pushes takes the sum and its own gradient along. Adopted, they have arrived. Discarded, the
+  push was late: the step's own gradient is lost with it, and the sum from before goes with the next push.
+
+Values are opaque: `add` returns the sum of two and must leave both intact, because one may have to be
+taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from flowml_runtime.protocol.errors import ProtocolError
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True, slots=True)
+class Sum(Generic[V]):
+    """A sum of gradients, and of how many steps."""
+
+    value: V
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried(Generic[V]):
+    own: Sum[V] | None  # joins the sum if it counts
+    kept: Sum[V] | None  # returns to the sum if it does not
+
+
+class Accumulator(Generic[V]):
+    """The sum of one part of one store on one replica."""
+
+    def __init__(self, add: Callable[[V, V], V]) -> None:
+        self._add = add
+        self._sum: Sum[V] | None = None
+        self._tried: dict[int, _Tried[V]] = {}
+
+    @property
+    def steps(self) -> int:
+        """Steps whose gradients wait for a push."""
+        return self._sum.steps if self._sum else 0
+
+    def gather(self, clock: int, value: V) -> None:
+        """Keep the gradient of a step that does not push."""
+        self._try(clock, _Tried(own=Sum(value, 1), kept=None))
+
+    def push(self, clock: int, value: V) -> Sum[V]:
+        """What a step that pushes sends: its gradient and all that was gathered."""
+        self._try(clock, _Tried(own=None, kept=self._sum))
+        total = self._join(self._sum, Sum(value, 1))
+        self._sum = None
+        return total
+
+    def adopt(self, clock: int) -> None:
+        """The step counts. Without effect if it left nothing here."""
+        tried = self._tried.pop(clock, None)
+        if tried is not None and tried.own is not None:
+            self._sum = self._join(self._sum, tried.own)
+
+    def discard(self, clock: int) -> None:
+        """The step does not count. Without effect if it left nothing here."""
+        tried = self._tried.pop(clock, None)
+        if tried is not None and tried.kept is not None:
+            self._sum = tried.kept if self._sum is None else self._join(tried.kept, self._sum)
+
+    def _try(self, clock: int, tried: _Tried[V]) -> None:
+        if self._tried and clock <= max(self._tried):
+            raise ProtocolError(f"a gradient of clock {clock} after one of clock {max(self._tried)}")
+        self._tried[clock] = tried
+
+    def _join(self, first: Sum[V] | None, second: Sum[V]) -> Sum[V]:
+        if first is None:
+            return second
+        return Sum(self._add(first.value, second.value), first.steps + second.steps)

@@ -1,0 +1,354 @@
+"""The driver's account of work: which item goes to whom, and what became of each.
+
+A work item is `item_size` examples from one epoch's order; the machine counts items and knows no data.
+
+* Aligned (some store is clocked): each clock is a row of one item for each replica, in the order of the
+  epoch, so that full synchrony gives replica r at clock c exactly item c·R + r. A row is drawn when somebody
+  first asks for its clock. An item that its replica has skipped, or took and never began, goes to the tail of
+  its epoch's queue. An epoch has a fixed number of rows; what is left at its end is unseen.
+* Else the next item goes to whoever asks, until all epochs are drained: fast replicas take more.
+
+Every item that was handed out comes back exactly once: settled as used, dropped or folded in later, or given
+back (`returned` if it was never begun, `requeued` if it was). The items of a lost replica that had not come
+back count as dropped: the ledger cannot know better.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flowml.errors import FlowmlError
+from flowml_runtime import wire
+from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.training.terms import ReplicaLost
+
+Fate = Literal["used", "dropped", "folded", "requeued"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A replica asks for an item for each of `clocks`, and gives back those that it never began."""
+
+    replica: int
+    clocks: tuple[int, ...]
+    returned: tuple[wire.Item, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What became of items of a replica."""
+
+    replica: int
+    fates: tuple[tuple[wire.Item, Fate], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Answer the replica. `exhausted`: there is nothing left to ask for."""
+
+    replica: int
+    items: tuple[tuple[int, wire.Item], ...]
+    exhausted: bool
+
+
+Event = Asked | Settled | ReplicaLost
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How much there is to do: rows of a fixed number of clocks, or that many items for whoever asks."""
+
+    replicas: int
+    items_per_epoch: int
+    item_size: int
+    total_clocks: int
+    aligned: bool
+
+    def __post_init__(self) -> None:
+        if self.items_per_epoch < self.replicas:
+            raise FlowmlError(
+                f"an epoch has {self.items_per_epoch} work items of {self.item_size} examples, too few for "
+                f"{self.replicas} replicas; use a smaller batch, fewer replicas or more examples"
+            )
+
+    @property
+    def clocks_per_epoch(self) -> int:
+        """Clocks of an epoch that all replicas share evenly. Up to R - 1 items of it are left over."""
+        return self.items_per_epoch // self.replicas
+
+    @property
+    def epochs(self) -> int:
+        """Epochs begun; the last one may be cut short."""
+        return -(-self.total_clocks // self.clocks_per_epoch)
+
+    @property
+    def total_items(self) -> int:
+        """Items for whoever asks: whole epochs with what is left over, then the share of the clocks that remain."""
+        whole, rest = divmod(self.total_clocks, self.clocks_per_epoch)
+        return whole * self.items_per_epoch + rest * self.replicas
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Items by what became of them."""
+
+    used: int = 0
+    dropped: int = 0
+    folded: int = 0
+    requeued: int = 0
+    returned: int = 0
+    unseen: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The account of a run. `epochs` and `replicas` hold a Tally each, in order; the totals count items.
+
+    `unseen` of a replica is 0: nobody owns an item that was not begun. `seen` lists, for each number of
+    times, how many examples took part that often; empty if it was not asked for.
+    """
+
+    used: int
+    dropped: int
+    folded: int
+    requeued: int
+    returned: int
+    unseen: int
+    outstanding: int
+    item_size: int
+    epochs: tuple[Tally, ...]
+    replicas: tuple[Tally, ...]
+    seen: tuple[tuple[int, int], ...] = ()
+
+    def __str__(self) -> str:
+        names = ("used", "dropped", "folded", "requeued", "unseen")
+        rows = [(f"epoch {i}", t) for i, t in enumerate(self.epochs)]
+        rows += [(f"replica {i}", t) for i, t in enumerate(self.replicas)]
+        lines = [f"{f'items of {self.item_size}':<14}" + "".join(f"{n:>10}" for n in names)]
+        for label, tally in rows:
+            lines.append(f"{label:<14}" + "".join(f"{getattr(tally, n):>10}" for n in names))
+        lines.append(f"{'total':<14}" + "".join(f"{getattr(self, n):>10}" for n in names))
+        if self.seen:
+            lines.append("examples seen: " + ", ".join(f"{many} × {times}" for times, many in self.seen))
+        return "\n".join(lines)
+
+
+class WorkQueue:
+    """Which item is next. Pure order: it does not know what became of the items it handed out."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._fresh: Counter[int] = Counter()  # epoch -> items drawn for the first time
+        self._back: dict[int, deque[wire.Item]] = {}
+        self._reserved: list[dict[int, wire.Item]] = [{} for _ in range(work.replicas)]
+        self._rows = 0
+        self._epoch = 0  # the one that is drained, if not aligned
+        self._gone: set[int] = set()
+
+    def take(self, replica: int, clock: int) -> wire.Item | None:
+        """The item of `replica` for `clock`; clocks never go back."""
+        if self._work.aligned:
+            return self._take_from_row(replica, clock)
+        while self._epoch < self._work.epochs:
+            item = self._draw(self._epoch)
+            if item is not None:
+                return item
+            self._epoch += 1
+        return None
+
+    @property
+    def drained(self) -> bool:
+        """Whether there is nothing left for whoever asks. An aligned run ends by its clocks instead."""
+        if self._work.aligned:
+            return False
+        return all(self._left(e) == 0 for e in range(self._epoch, self._work.epochs))
+
+    def give_back(self, item: wire.Item) -> None:
+        self._back.setdefault(item.epoch, deque()).append(item)
+        self._epoch = min(self._epoch, item.epoch)
+
+    def leave(self, replica: int) -> None:
+        """Draw nothing more for a replica that is lost, and let others have what was drawn."""
+        self._gone.add(replica)
+        self._skip(replica, self._work.total_clocks)
+
+    def _take_from_row(self, replica: int, clock: int) -> wire.Item | None:
+        if clock >= self._work.total_clocks:
+            return None
+        while self._rows <= clock:
+            self._draw_row()
+        self._skip(replica, clock)
+        return self._reserved[replica].pop(clock, None)
+
+    def _draw_row(self) -> None:
+        for replica in range(self._work.replicas):
+            if replica not in self._gone:
+                item = self._draw(self._rows // self._work.clocks_per_epoch)
+                if item is not None:
+                    self._reserved[replica][self._rows] = item
+        self._rows += 1
+
+    def _skip(self, replica: int, clock: int) -> None:
+        reserved = self._reserved[replica]
+        for skipped in [c for c in reserved if c < clock]:
+            self.give_back(reserved.pop(skipped))
+
+    def _draw(self, epoch: int) -> wire.Item | None:
+        """The next item of the epoch's order, then those that came back."""
+        index = self._fresh[epoch]
+        if index < self._size(epoch):
+            self._fresh[epoch] += 1
+            sequence = epoch * self._work.items_per_epoch + index
+            return wire.Item(
+                sequence=sequence, epoch=epoch, start=index * self._work.item_size, size=self._work.item_size
+            )
+        back = self._back.get(epoch)
+        return back.popleft() if back else None
+
+    def _size(self, epoch: int) -> int:
+        if self._work.aligned:
+            return self._work.items_per_epoch
+        return min(self._work.items_per_epoch, self._work.total_items - epoch * self._work.items_per_epoch)
+
+    def _left(self, epoch: int) -> int:
+        return self._size(epoch) - self._fresh[epoch] + len(self._back.get(epoch, ()))
+
+
+@dataclass(slots=True)
+class _Account:
+    fates: Counter[str] = field(default_factory=Counter[str])
+
+    def tally(self, unseen: int = 0) -> Tally:
+        counts = {n: self.fates[n] for n in ("used", "dropped", "folded", "requeued", "returned")}
+        return Tally(**counts, unseen=unseen)
+
+
+class Ledger:
+    """Hands out the items of a WorkQueue and keeps the account."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._queue = WorkQueue(work)
+        self._granted = 0
+        self._outstanding: dict[int, tuple[int, wire.Item]] = {}
+        self._epochs = [_Account() for _ in range(work.epochs)]
+        self._replicas = [_Account() for _ in range(work.replicas)]
+        self._done: set[int] = set()
+        self._used: set[int] = set()
+        self._newest = [-1] * work.replicas
+        self._lost: set[int] = set()
+
+    @property
+    def outstanding(self) -> int:
+        """Items handed out and not yet accounted for."""
+        return len(self._outstanding)
+
+    def step(self, event: Event) -> list[Grant]:
+        match event:
+            case Asked(replica, clocks, returned):
+                return self._answer(replica, clocks, returned)
+            case Settled(replica, fates):
+                self._settle(replica, fates)
+            case ReplicaLost(replica):
+                self._lose(replica)
+        return []
+
+    def _answer(self, replica: int, clocks: Sequence[int], returned: Iterable[wire.Item]) -> list[Grant]:
+        if replica in self._lost:
+            return []
+        for item in returned:
+            self._account(replica, item, "returned")
+            self._queue.give_back(item)
+        if not clocks:
+            return []
+        if list(clocks) != sorted(set(clocks)) or clocks[0] <= self._newest[replica]:
+            raise ProtocolError(f"replica {replica} asks for clocks {clocks} after clock {self._newest[replica]}")
+        self._newest[replica] = clocks[-1]
+        items: list[tuple[int, wire.Item]] = []
+        for clock in clocks:
+            item = self._queue.take(replica, clock)
+            if item is not None:
+                self._outstanding[item.sequence] = (replica, item)
+                items.append((clock, item))
+        self._granted += len(items)
+        return [Grant(replica, tuple(items), exhausted=len(items) < len(clocks) or self._queue.drained)]
+
+    def _settle(self, replica: int, fates: Iterable[tuple[wire.Item, Fate]]) -> None:
+        if replica in self._lost:
+            return
+        for item, fate in fates:
+            self._account(replica, item, fate)
+            if fate == "requeued":
+                self._queue.give_back(item)
+            else:
+                self._done.add(item.sequence)
+            if fate in ("used", "folded"):
+                self._used.add(item.sequence)
+
+    def _account(self, replica: int, item: wire.Item, fate: str) -> None:
+        if self._outstanding.get(item.sequence) != (replica, item):
+            raise ProtocolError(f"replica {replica} says that item {item.sequence} was {fate}, but does not have it")
+        del self._outstanding[item.sequence]
+        self._epochs[item.epoch].fates[fate] += 1
+        self._replicas[replica].fates[fate] += 1
+
+    def _lose(self, replica: int) -> None:
+        mine = [item for owner, item in self._outstanding.values() if owner == replica]
+        self._settle(replica, [(item, "dropped") for item in mine])
+        self._lost.add(replica)
+        self._queue.leave(replica)
+
+    def summary(self, order: Callable[[int], Sequence[int]] | None = None) -> Summary:
+        """The account so far. With `order`, the examples of an epoch in their order, also how evenly they were seen."""
+        size = self._work.items_per_epoch
+        settled = Counter(s // size for s in self._done)
+        epochs = tuple(a.tally(unseen=size - settled[e]) for e, a in enumerate(self._epochs))
+        total: Counter[str] = Counter()
+        for account in self._epochs:
+            total.update(account.fates)
+        return Summary(
+            used=total["used"],
+            dropped=total["dropped"],
+            folded=total["folded"],
+            requeued=total["requeued"],
+            returned=total["returned"],
+            unseen=sum(t.unseen for t in epochs),
+            outstanding=len(self._outstanding),
+            item_size=self._work.item_size,
+            epochs=epochs,
+            replicas=tuple(a.tally() for a in self._replicas),
+            seen=self._seen(order) if order else (),
+        )
+
+    def _seen(self, order: Callable[[int], Sequence[int]]) -> tuple[tuple[int, int], ...]:
+        """(times, examples that took part that often), never seen ones included."""
+        times: Counter[int] = Counter()
+        everything: set[int] = set()
+        for epoch in range(self._work.epochs):
+            examples = order(epoch)
+            everything.update(examples)
+            base = epoch * self._work.items_per_epoch
+            for index in range(self._work.items_per_epoch):
+                if base + index in self._used:
+                    start = index * self._work.item_size
+                    times.update(examples[start : start + self._work.item_size])
+        return tuple(sorted(Counter(times[e] for e in everything).items()))
+
+    def validate(self) -> None:
+        """What was handed out is settled, outstanding or back; nothing is settled twice or used by two."""
+        totals = Counter[str]()
+        for account in self._epochs:
+            totals.update(account.fates)
+        by_replica = Counter[str]()
+        for account in self._replicas:
+            by_replica.update(account.fates)
+        assert totals == by_replica
+        assert self._granted == totals.total() + len(self._outstanding)
+        settled = totals["used"] + totals["dropped"] + totals["folded"]
+        assert settled == len(self._done), "an item was settled twice"
+        assert not self._done & set(self._outstanding)
+        assert self._used <= self._done
+        assert len(self._used) == totals["used"] + totals["folded"]

@@ -1,0 +1,365 @@
+"""The endpoint between processes: servers for streams, and one persistent outgoing stream for each peer.
+
+Between machines the streams are gRPC's; a peer on this machine is found under the name that goes with its address
+and gets its messages through a Unix socket and shared memory, unless TLS is to say who it is.
+
+A peer is lost when its stream to us or ours to it ends, or when we are told. That is reported once in each of
+its lives, after which its sends fail and its streams are refused, until it is known at another address.
+Everything that is sent is checked against the specs in its header on both sides, and a stream that brings
+anything else ends there.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+import flowml
+from flowml.errors import WorkerLostError
+from flowml.placement.links import GRPC, SAME_PROCESS, SHARED_MEMORY
+from flowml.plan import ArraySpec
+from flowml_runtime import wire
+from flowml_runtime.transport import local_stream as unix_stream
+from flowml_runtime.transport.arrays import Buffer
+from flowml_runtime.transport.buffers import NEVER_KEPT_BYTES, BufferPool, keep_freed_memory
+from flowml_runtime.transport.endpoint import (
+    MAX_QUEUED_BYTES,
+    Arrays,
+    Budget,
+    Delivery,
+    OnLost,
+    OnMessage,
+    new_incarnation,
+    unreachable,
+)
+from flowml_runtime.transport.framing import Assembler, FrameError, Outgoing, pack
+from flowml_runtime.transport.grpc_streams import Stream, StreamServer
+from flowml_runtime.transport.local_server import Expectation, Incoming, UnixServer
+from flowml_runtime.transport.local_stream import UnixStream
+from flowml_runtime.transport.security import TLS, check_exposure, is_loopback, split_address
+
+CLOSE_S = 1.0
+"""How long `close` waits for peers to take in what was sent to them."""
+
+_log = logging.getLogger("flowml")
+
+AnyStream = Stream | UnixStream
+
+
+@dataclass
+class _Peer:
+    """One life of a peer as this endpoint sees it. `incarnation` is 0 until it says hello, `lost` the reason."""
+
+    name: str
+    address: str = ""
+    incarnation: int = 0
+    lost: str = ""
+    stream: AnyStream | None = None
+    expectation: Expectation | None = None
+    """Of the thread that takes in what comes from there through a socket of this machine."""
+
+
+class _Refused(Exception):
+    """A stream that may not go on, and why."""
+
+
+class GrpcEndpoint:
+    """See `transport.Endpoint`. `name` may be changed as long as only the coordinator is known."""
+
+    def __init__(
+        self,
+        name: str,
+        token: str,
+        *,
+        bind: str = "127.0.0.1:0",
+        tls: TLS | None = None,
+        shared_memory: bool = True,
+        checksum: bool | None = None,
+        max_queued_bytes: int = MAX_QUEUED_BYTES,
+    ) -> None:
+        """Binds the port. Without `shared_memory` peers of this machine are talked to by gRPC too.
+
+        With `checksum` whatever is sent carries one, without (False) nothing does; None means what goes beyond this
+        machine. What is received is checked if it carries one.
+
+        Raises ClusterError if that is not possible, or not safe.
+        """
+        check_exposure(bind, tls, token, "listen on")
+        self.name = name
+        self.incarnation = new_incarnation()
+        self._token = token
+        self._tls = tls
+        self._checksum = checksum
+        self._max_queued_bytes = max_queued_bytes
+        self._pool = BufferPool(NEVER_KEPT_BYTES)
+        self._expected: Expectation | None = None
+        self._lock = threading.Lock()
+        self._reporting = threading.RLock()
+        """Held while a loss is reported, so that a peer's next life waits until its last one is over."""
+        self._peers: dict[str, _Peer] = {}
+        self._closed = False
+        self._on_message: OnMessage = lambda *_: None
+        self._on_lost: OnLost = lambda *_: None
+        self._server = StreamServer(bind, tls, token, self._receive)
+        self._delivery = Delivery(name, max_queued_bytes)
+        self.address = f"{bind.rpartition(':')[0]}:{self._server.port}"
+        self._shared_memory = shared_memory and tls is None and unix_stream.AVAILABLE
+        self._local = self._listen_locally() if self._shared_memory else None
+
+    def _listen_locally(self) -> UnixServer | None:
+        """None if somebody has our name already: then peers of this machine use gRPC like all others."""
+        try:
+            return UnixServer(self.address, self._token, self._serve_local)
+        except OSError as error:
+            _log.warning("no shared memory for what comes to %s: %s; it comes by gRPC", self.address, error.strerror)
+            return None
+
+    def start(self, on_message: OnMessage, on_lost: OnLost) -> None:
+        self._on_message, self._on_lost = on_message, on_lost
+        self._server.start()
+        if self._local is not None:
+            self._local.start()
+
+    def know(self, peers: Mapping[str, str]) -> None:
+        """Raises ClusterError for an address beyond this machine without TLS."""
+        for name, address in peers.items():
+            check_exposure(address, self._tls, self._token, "connect to")
+            stale: AnyStream | None = None
+            with self._lock:
+                peer = self._peers.setdefault(name, _Peer(name))
+                if not peer.address and not peer.lost:
+                    peer.address = address
+                elif peer.address != address:
+                    stale = peer.stream
+                    self._peers[name] = _Peer(name, address)
+            if stale is not None:
+                stale.abort()
+
+    def rename(self, peer: str, name: str) -> None:
+        """Call `peer` by `name` from now on, in place of whoever had that name."""
+        with self._lock:
+            renamed = self._peers.pop(peer, None)
+            if renamed is None:
+                return
+            replaced = self._peers.pop(name, None)
+            renamed.name = name
+            self._peers[name] = renamed
+            if replaced is not None:
+                replaced.lost = f"a new {name} took its place"
+        if replaced is not None and replaced.stream is not None:
+            replaced.stream.abort()
+
+    def send(self, peer: str, message: wire.Wire, arrays: Arrays = (), timeout_s: float | None = None) -> None:
+        if peer == self.name:
+            nbytes = sum(s.nbytes for s in message.specs)
+            if not self._delivery.put(
+                self._on_message, peer, message, list(arrays), nbytes=nbytes, timeout_s=timeout_s
+            ):
+                raise unreachable(peer, "it was closed")
+            return
+        packed = pack(message, arrays)
+        stream = self._stream(peer)
+        if not stream.put(packed, timeout_s):
+            known = self._peers.get(peer)
+            raise unreachable(peer, (known and known.lost) or stream.reason or "the connection was ended")
+
+    def way(self, peer: str) -> str:
+        if peer == self.name:
+            return SAME_PROCESS
+        try:
+            return SHARED_MEMORY if isinstance(self._stream(peer), UnixStream) else GRPC
+        except WorkerLostError:
+            return ""
+
+    def expect(self, peer: str) -> None:
+        known = self._peers.get(peer)
+        if known is None or known.expectation is None:
+            return
+        if self._expected is not known.expectation:  # threads that look at once are in each other's way
+            if self._expected is not None:
+                self._expected.no_more()
+            self._expected = known.expectation
+        known.expectation.soon()
+
+    def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
+        if peer == self.name:
+            return
+        with suppress(WorkerLostError):
+            stream = self._stream(peer)
+            if isinstance(stream, UnixStream):
+                for _ in range(messages):
+                    stream.reserve(specs)
+
+    def lose(self, peer: str, reason: str) -> None:
+        with self._lock:
+            known = self._peers.get(peer)
+        if known is not None:
+            self._lose(known, reason)
+
+    def forget(self, peer: str) -> None:
+        with self._lock:
+            known = self._peers.pop(peer, None)
+        if known is not None and known.stream is not None:
+            known.stream.finish()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            streams = [p.stream for p in self._peers.values() if p.stream is not None]
+        for stream in streams:
+            stream.finish()
+        deadline = time.monotonic() + CLOSE_S
+        for stream in streams:
+            if not stream.wait(max(0.0, deadline - time.monotonic())):
+                stream.abort()
+        if self._local is not None:
+            self._local.stop()
+        self._server.stop()
+        self._delivery.close()
+
+    def _stream(self, name: str) -> AnyStream:
+        known = self._peers.get(name)
+        if known is not None and known.stream is not None:  # nothing to decide: most calls need no lock
+            return known.stream
+        with self._lock:
+            peer = self._peers.get(name)
+            if self._closed:
+                raise unreachable(name, "this end is closed")
+            if peer is None or not peer.address:
+                raise unreachable(name, "it has not joined, or has left")
+            if peer.lost:
+                raise unreachable(name, peer.lost)
+            if peer.stream is not None:
+                return peer.stream
+            hello = wire.Hello(
+                peer=self.name, incarnation=self.incarnation, protocol=wire.PROTOCOL, version=flowml.__version__
+            )
+            stream = peer.stream = self._connect(peer.address, pack(hello))
+        stream.start(lambda ended, reason: self._on_end(peer, ended, reason))
+        return stream
+
+    def _on_end(self, peer: _Peer, stream: AnyStream, reason: str) -> None:
+        if peer.stream is stream:
+            self._lose(peer, reason)
+
+    def _lose(self, peer: _Peer, reason: str) -> None:
+        """Take this life of a peer for lost, unless it is over already or nobody cares any more."""
+        with self._lock:
+            if self._closed or peer.lost or self._peers.get(peer.name) is not peer:
+                return
+            peer.lost = reason
+            stream, peer.stream = peer.stream, None
+        if stream is not None:
+            stream.abort()  # first of all, so that nobody who waits to send holds up the report
+        with self._reporting:
+            self._on_lost(peer.name, reason)
+
+    def _connect(self, address: str, hello: Outgoing) -> AnyStream:
+        local: UnixStream | None = None
+        if self._shared_memory:
+            checked = self._checksum is True
+            local = unix_stream.connect(address, self._token, hello, self._max_queued_bytes, checked=checked)
+        if local is not None:
+            return local
+        checked = is_checked(address, self._checksum)
+        return Stream(address, self._tls, self._token, hello, Budget(self._max_queued_bytes), checked=checked)
+
+    def _receive(self, frames: Iterator[bytes], context: Any) -> bytes:
+        """Serve one incoming gRPC stream to its end."""
+        refusal, fault = self._serve(_assembled(frames, Assembler(self._allocate), context.is_active))
+        if refusal:
+            context.abort(grpc.StatusCode.INTERNAL if fault else grpc.StatusCode.INVALID_ARGUMENT, refusal[:1024])
+        return b""
+
+    def _allocate(self, nbytes: int) -> Buffer:
+        """Memory for a large array that comes in pieces."""
+        keep_freed_memory()
+        return self._pool.take(nbytes)
+
+    def _serve_local(self, incoming: Incoming, expectation: Expectation) -> str:
+        refusal, fault = self._serve(incoming, expectation)
+        return "its connection broke" if fault else refusal
+
+    def _serve(self, incoming: Incoming, expectation: Expectation | None = None) -> tuple[str, bool]:
+        """Take one stream in to its end. Returns why it is refused ("" if it just ended), and whether by our fault."""
+        peer: _Peer | None = None
+        refusal, reason, fault = "", "it closed the connection", False
+        try:
+            for message, arrays in incoming:
+                if peer is None:
+                    peer = self._greet(message)
+                    peer.expectation = expectation
+                elif peer.lost:
+                    raise _Refused(f"{peer.name} counts as lost here: {peer.lost}; start it again")
+                else:
+                    self._on_message(peer.name, message, arrays)
+                del message, arrays  # else they would stay alive until the next message
+        except (FrameError, _Refused) as error:
+            refusal = reason = str(error)
+        except (grpc.RpcError, ConnectionError):
+            reason = "its connection broke"
+        except Exception as error:
+            _log.exception("a message from %s could not be taken in", peer.name if peer is not None else "a stranger")
+            refusal = reason = f"a message from it failed here: {type(error).__name__}: {error}"
+            fault = True
+        if peer is not None:
+            self._lose(peer, reason)
+        return refusal, fault
+
+    def _greet(self, hello: wire.Wire) -> _Peer:
+        """The peer that a stream's first message introduces. Raises _Refused."""
+        if not isinstance(hello, wire.Hello):
+            raise _Refused(f"a stream begins with Hello, not with {type(hello).__name__}")
+        if (hello.protocol, hello.version) != (wire.PROTOCOL, flowml.__version__):
+            raise _Refused(
+                f"{hello.peer} runs flowml {hello.version} (protocol {hello.protocol}) and {self.name} flowml "
+                f"{flowml.__version__} (protocol {wire.PROTOCOL}); install the same version on both"
+            )
+        with self._lock:
+            peer = self._peers.setdefault(hello.peer, _Peer(hello.peer))
+            if hello.incarnation < peer.incarnation or (hello.incarnation == peer.incarnation and peer.lost):
+                raise _Refused(f"{hello.peer} counts as lost here; start it again")
+            if peer.incarnation in (0, hello.incarnation) and not peer.lost:
+                peer.incarnation = hello.incarnation
+                return peer
+        self._lose(peer, f"a new {hello.peer} took its place")
+        with self._reporting, self._lock:
+            current = self._peers.get(hello.peer)
+            if current is None or current is peer:  # no address yet: that comes from the coordinator
+                current = self._peers[hello.peer] = _Peer(hello.peer)
+            current.incarnation = hello.incarnation
+            return current
+
+
+def _assembled(frames: Iterator[bytes], assembler: Assembler, is_active: Callable[[], bool]) -> Incoming:
+    for frame in frames:
+        if assembler.feed(frame):
+            yield assembler.take()
+    if assembler.is_partial or not is_active():
+        raise ConnectionError  # gRPC ends the frames of a connection that broke like those of one that was closed
+
+
+def is_checked(address: str, checksum: bool | None) -> bool:
+    """Whether what goes to `address` carries checksums."""
+    return not is_loopback(split_address(address)[0]) if checksum is None else checksum
+
+
+def bind_towards(address: str) -> str:
+    """Where to listen so that peers at `address` can connect: loopback for loopback, else the interface to there."""
+    host, port = split_address(address)
+    if is_loopback(host):
+        return "127.0.0.1:0"
+    family, _, _, _, target = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # chooses a route; a datagram socket sends nothing to do so
+        return f"{probe.getsockname()[0]}:0"

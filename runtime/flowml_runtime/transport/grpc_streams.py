@@ -1,0 +1,228 @@
+"""One persistent gRPC stream to a peer, fed from a queue, and the server that takes such streams in.
+
+Only raw bytes pass through gRPC: one method, "push", from client to server, without generated code. A stream
+lives as long as the two peers know each other; its end is how either learns that the other is gone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import grpc
+
+from flowml.errors import ClusterError
+from flowml_runtime.transport.buffers import keep_freed_memory
+from flowml_runtime.transport.endpoint import Budget
+from flowml_runtime.transport.framing import MAX_FRAME_BYTES, Outgoing
+from flowml_runtime.transport.security import TLS, is_loopback, same_token, split_address
+
+METHOD = "/flowml.Endpoint/push"
+TOKEN_KEY = "flowml-token"
+MAX_STREAMS = 4096
+
+_UNREACHED = re.compile("failed to connect|connections to all backends failing", re.IGNORECASE)
+"""In gRPC's words, which differ with what its load balancer was doing: there never was a connection."""
+
+Receive = Callable[[Iterator[bytes], Any], bytes]
+"""(frames, grpc.ServicerContext) -> b"". Runs on a thread of its own for as long as the stream lives."""
+
+_OPTIONS = (
+    ("grpc.so_reuseport", 0),  # else a second server could take the same port and half of its connections
+    ("grpc.enable_http_proxy", 0),  # peers are named by the cluster, not found through the user's web proxy
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: nothing unpacks to more than was sent
+)
+
+# Between machines a peer that vanished without a word is noticed by pings. On one machine the kernel tells, and
+# pings would only break the connection of a process that its user has suspended.
+_KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+
+
+def _options(host: str) -> tuple[tuple[str, int], ...]:
+    return _OPTIONS if is_loopback(host) else _OPTIONS + _KEEPALIVE
+
+
+class Stream:
+    """The outgoing half of a connection. `put` from any thread; gRPC's own thread takes from the queue."""
+
+    def __init__(
+        self, address: str, tls: TLS | None, token: str, first: Outgoing, budget: Budget, *, checked: bool = False
+    ) -> None:
+        """What is sent carries checksums if `checked`."""
+        keep_freed_memory()
+        self._numbers = itertools.count() if checked else None
+        self._queue: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
+        self._budget = budget
+        self._token = token
+        self._ended = threading.Event()
+        self.reason = ""
+        """Why the peer or the connection ended it. Known before `put` returns False for that."""
+        self._channel = _channel(address, tls)
+        self._call: Any = None
+        self._budget.acquire(first.nbytes)
+        self._queue.put(first)
+
+    def start(self, on_end: Callable[[Stream, str], None]) -> None:
+        """Connect. `on_end(self, reason)` is called once, however the stream ends, on a thread of its own."""
+        push = self._channel.stream_unary(METHOD)
+        self._call = push.future(self._frames(), metadata=((TOKEN_KEY, self._token),))
+
+        def ended(call: Any) -> None:
+            self.reason = _why(call)
+            self.finish()
+            try:
+                on_end(self, self.reason)  # first: nobody should wait for the word until gRPC has tidied up
+            finally:
+                self._channel.close()
+                self._ended.set()
+
+        def hand_over(call: Any) -> None:  # closing a channel waits for the very thread that calls this
+            threading.Thread(target=ended, args=(call,), name="flowml-ended", daemon=True).start()
+
+        self._call.add_done_callback(hand_over)
+
+    def put(self, message: Outgoing, timeout_s: float | None = None) -> bool:
+        """Queue a message, waiting while the queue is full. False if the stream has ended. Raises TimeoutError."""
+        if not self._budget.acquire(message.nbytes, timeout_s=timeout_s):
+            return False
+        self._queue.put(message)
+        return True
+
+    def finish(self) -> None:
+        """End the stream once all that was put has been taken in."""
+        self._budget.close()
+        self._queue.put(None)
+
+    def abort(self) -> None:
+        """End the stream now."""
+        self.finish()
+        if self._call is not None:
+            self._call.cancel()
+
+    def wait(self, timeout_s: float) -> bool:
+        """True if the stream has ended, and everything that it held is let go."""
+        return self._ended.wait(timeout_s)
+
+    def _frames(self) -> Iterator[bytes]:
+        while (message := self._queue.get()) is not None:
+            yield from message.frames(self._numbers)
+            self._budget.release(message.nbytes)
+            del message  # else it would keep its arrays alive until the next one
+
+
+def _channel(address: str, tls: TLS | None) -> Any:
+    options = _options(split_address(address)[0])
+    if tls is None:
+        return grpc.insecure_channel(address, options=options)
+    cert, key, ca = tls.read()
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert), options=options)
+
+
+def _why(call: Any) -> str:
+    """Why a call has ended, for a person."""
+    code, details = call.code(), call.details() or ""
+    if code is grpc.StatusCode.OK:
+        return "it closed the connection"
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return "it refuses the token; use the one that its cluster was started with"
+    if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT):
+        return details
+    if code is grpc.StatusCode.CANCELLED:
+        return "the connection was ended"
+    if _UNREACHED.search(details):
+        return f"it cannot be reached: {details.rsplit(': ', 1)[-1]}"
+    return "its connection broke"
+
+
+class StreamServer:
+    """Takes streams in. The port is bound when this returns, and served from `start` on."""
+
+    def __init__(self, bind: str, tls: TLS | None, token: str, receive: Receive) -> None:
+        """Raises ClusterError if the address cannot be bound or the TLS files not be used."""
+        host, _ = split_address(bind)
+        handler = grpc.stream_unary_rpc_method_handler(receive)
+        self._started = False
+        self._server = grpc.server(
+            _ThreadEach(),  # pyright: ignore[reportArgumentType]
+            handlers=[_Push(handler)],
+            interceptors=[_TokenCheck(token)],
+            options=_options(host),
+            maximum_concurrent_rpcs=MAX_STREAMS,
+        )
+        try:
+            self.port = self._bind(bind, tls)
+        except RuntimeError:
+            raise ClusterError(f"cannot listen on {bind}: it is in use, or no address of this machine") from None
+
+    def start(self) -> None:
+        self._started = True
+        self._server.start()
+
+    def stop(self) -> None:
+        """Break every stream and free the port."""
+        if not self._started:
+            self._server.start()  # one that never ran would keep its port
+        self._server.stop(None).wait(2.0)
+
+    def _bind(self, bind: str, tls: TLS | None) -> int:
+        if tls is None:
+            return self._server.add_insecure_port(bind)
+        cert, key, ca = tls.read()
+        credentials = grpc.ssl_server_credentials([(key, cert)], ca, require_client_auth=True)
+        return self._server.add_secure_port(bind, credentials)
+
+
+class _Push(grpc.GenericRpcHandler):
+    def __init__(self, handler: Any) -> None:
+        self._handler = handler
+
+    def service(self, handler_call_details: Any) -> Any:
+        return self._handler if handler_call_details.method == METHOD else None
+
+
+class _TokenCheck(grpc.ServerInterceptor):
+    """Refuses a call without the token before any of its body is read."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+        def refuse(frames: Iterator[bytes], context: Any) -> bytes:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "missing or wrong token")
+            return b""
+
+        self._refuse = grpc.stream_unary_rpc_method_handler(refuse)
+
+    def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
+        given = dict(handler_call_details.invocation_metadata).get(TOKEN_KEY, "")
+        if isinstance(given, str) and same_token(given, self._token):
+            return continuation(handler_call_details)
+        return self._refuse
+
+
+class _ThreadEach(Executor):
+    """A daemon thread for each stream: a pool's threads would keep the process from ending until each stream has."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, name="flowml-receive", daemon=True).start()
+        return future

@@ -1,0 +1,239 @@
+"""The receiving half of streams between processes of one machine; `unix_stream` says what is on the socket."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import itertools
+import os
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flowml_runtime import wire
+from flowml_runtime.transport.arrays import Buffer
+from flowml_runtime.transport.framing import MAX_FRAME_BYTES, FrameError, unpack
+from flowml_runtime.transport.local_stream import (
+    AT_ONCE,
+    BROKE,
+    CLOSED,
+    GOODBYE,
+    LENGTH,
+    MAX_REASON_BYTES,
+    MAX_RETIRED,
+    MAX_TOKEN_BYTES,
+    NUMBER,
+    RECORD,
+    TAKEN,
+    TOKEN_REFUSED,
+    name_of,
+    user_of,
+)
+from flowml_runtime.transport.security import same_token
+from flowml_runtime.transport.slots import SlotError, SlotViews
+
+LOOK_S = 1e-3
+"""How long a thread looks for a message that is due before it sleeps. To be woken costs several times what a small step
+does: the core has gone idle, and its caches are cold."""
+
+_BACKLOG = 128
+_READ_BYTES = 2**18
+_RIGHTS = socket.CMSG_SPACE(8 * struct.calcsize("i"))
+_TRUNCATED = int(socket.MSG_CTRUNC)
+_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
+_IF_THERE = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+
+Incoming = Iterator[tuple[wire.Wire, list[Buffer]]]
+
+
+class Expectation:
+    """Until when another message is expected on one stream: its thread looks for it so long before it sleeps."""
+
+    __slots__ = ("until",)
+
+    def __init__(self) -> None:
+        self.until = 0.0
+
+    def soon(self) -> None:
+        self.until = time.perf_counter() + LOOK_S
+
+    def no_more(self) -> None:
+        self.until = 0.0
+
+
+Serve = Callable[[Incoming, Expectation], str]
+"""Takes the messages of one stream in, to its end; returns why it wants no more of them, or "" if they just ended.
+A connection that broke raises ConnectionError out of the iterator."""
+
+
+class UnixServer:
+    """Takes streams in under the name that goes with a TCP address. They wait until `start`."""
+
+    def __init__(self, address: str, token: str, serve: Serve) -> None:
+        """Raises OSError if somebody has that name."""
+        self._token = token
+        self._serve = serve
+        self._lock = threading.Lock()
+        self._links: set[socket.socket] = set()
+        self._closed = False
+        self._listener = socket.socket(socket.AF_UNIX)
+        try:
+            self._listener.bind(name_of(address))
+        except OSError:
+            self._listener.close()
+            raise
+        self._listener.listen(_BACKLOG)
+
+    def start(self) -> None:
+        threading.Thread(target=self._accept, name="flowml-accept", daemon=True).start()
+
+    def stop(self) -> None:
+        """Break every stream and free the name."""
+        with self._lock:
+            self._closed = True
+            links = list(self._links)
+        for link in (self._listener, *links):
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                link, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                if self._closed or user_of(link) != os.getuid():
+                    link.close()
+                    continue
+                self._links.add(link)
+            threading.Thread(target=self._run, args=(link,), name="flowml-receive", daemon=True).start()
+
+    def _run(self, link: socket.socket) -> None:
+        """One stream, from its token to the reason of its end."""
+        expectation = Expectation()
+        reader = _Reader(link, expectation)
+        try:
+            reason = self._check(reader) or self._serve(_messages(link, reader), expectation) or CLOSED
+            with contextlib.suppress(OSError):
+                text = reason.encode()[:MAX_REASON_BYTES]
+                link.sendall(NUMBER.pack(GOODBYE) + LENGTH.pack(len(text)) + text)
+        except (ConnectionError, FrameError):
+            pass  # whoever it was has said nothing that we could answer
+        finally:
+            with self._lock:
+                self._links.discard(link)
+            reader.close()
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+            link.close()
+
+    def _check(self, reader: _Reader) -> str:
+        (length,) = LENGTH.unpack(reader.read(LENGTH.size))
+        if length > MAX_TOKEN_BYTES:
+            return TOKEN_REFUSED
+        given = bytes(reader.read(length)).decode("utf-8", "replace")
+        return "" if same_token(given, self._token) else TOKEN_REFUSED
+
+
+def _messages(link: socket.socket, reader: _Reader) -> Incoming:
+    """The messages of a stream. Raises FrameError for what no sender writes, ConnectionError if it breaks off."""
+    unsent: deque[int] = deque()
+
+    def answer(number: int) -> None:
+        """Runs wherever a view dies, perhaps in the middle of anything: it takes no lock and does not wait."""
+        try:
+            link.send(NUMBER.pack(number), AT_ONCE)
+        except BlockingIOError:
+            unsent.append(number)
+        except OSError:
+            pass  # the sender is gone, and its slots with it
+
+    views = SlotViews(answer)
+    for position in itertools.count():
+        nbytes, given_up, number, new = RECORD.unpack(reader.read(RECORD.size))
+        if nbytes > MAX_FRAME_BYTES or given_up > MAX_RETIRED:
+            raise FrameError(f"a record announces {nbytes} bytes and {given_up} slots given up")
+        if not nbytes:
+            return
+        try:
+            if given_up:
+                for (retired,) in NUMBER.iter_unpack(bytes(reader.read(given_up * NUMBER.size))):
+                    views.unmap(retired)
+            frame = reader.read(nbytes)
+            if new:
+                views.map(number, reader.descriptor())
+            room = views.lease(number) if number else None
+        except SlotError as error:
+            raise FrameError(str(error)) from None
+        yield unpack(frame, room, position)
+        room = None
+        if number:
+            answer(number | TAKEN)
+        for _ in range(len(unsent)):
+            answer(unsent.popleft())
+
+
+class _Reader:
+    """Reads a socket in large pieces, keeping descriptors that come along."""
+
+    def __init__(self, link: socket.socket, expectation: Expectation) -> None:
+        self._link = link
+        self._expectation = expectation
+        self._buffer = bytearray(_READ_BYTES)
+        self._start = self._end = 0
+        self._descriptors: deque[int] = deque()
+
+    def read(self, nbytes: int) -> memoryview:
+        """The next bytes, good until the next call. Raises ConnectionError if there will not be as many."""
+        if self._end - self._start < nbytes:
+            self._make_room(nbytes)
+            while self._end - self._start < nbytes:
+                self._receive()
+        self._start += nbytes
+        return memoryview(self._buffer)[self._start - nbytes : self._start]
+
+    def descriptor(self) -> int:
+        """The next descriptor. Raises FrameError if there is none."""
+        if not self._descriptors:
+            raise FrameError("a record announces a new slot and does not bring it")
+        return self._descriptors.popleft()
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+
+    def _make_room(self, nbytes: int) -> None:
+        """Everything unread to the front; views of earlier reads may still exist, so a larger buffer is a new one."""
+        unread = self._buffer[self._start : self._end]
+        if nbytes > len(self._buffer):
+            self._buffer = bytearray(nbytes + _READ_BYTES)
+        self._buffer[: len(unread)] = unread
+        self._start, self._end = 0, len(unread)
+
+    def _receive(self) -> None:
+        view = memoryview(self._buffer)[self._end :]
+        got, rights, flags, _ = self._look(view) or self._link.recvmsg_into([view], _RIGHTS, _CLOSE_ON_EXEC)
+        for level, kind, data in rights:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                whole = len(data) // struct.calcsize("i") * struct.calcsize("i")
+                self._descriptors.extend(array.array("i", data[:whole]))
+        if not got:
+            raise ConnectionError(BROKE)
+        if flags & _TRUNCATED:
+            raise FrameError("more descriptors came than a record can have")
+        self._end += got
+
+    def _look(self, view: memoryview) -> Any:
+        """What `recvmsg_into` has, if something is expected and comes in time. Gives way to whoever wants the core."""
+        while time.perf_counter() < self._expectation.until:
+            try:
+                return self._link.recvmsg_into([view], _RIGHTS, _IF_THERE)
+            except BlockingIOError:
+                os.sched_yield()
+        return None

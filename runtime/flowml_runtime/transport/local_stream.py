@@ -1,0 +1,349 @@
+"""Streams between processes of one machine: a socket that rings, and shared memory for what is large.
+
+The same half-connection as `streams.Stream` without gRPC: messages go one way, each written by the thread that
+sends it as long as the socket has room, so that a small message costs two system calls. What comes back on the socket
+are the numbers of shared memory slots that the receiver is done with (see `slots`), and at the end the reason.
+
+    client    u32 length | token | records, each:
+              u32 frame bytes | u32 slots given up | u64 slot (0: none) | u64 1 if the slot is new
+              | u64 each given-up slot | frame
+              with a new slot comes its descriptor; a frame of 0 bytes says that no more will come
+    server    u64 slot: nobody uses it any more; u64 slot + 2^63: its message was taken in
+              at the end u64 -1 | u32 length | reason
+
+The receiver says when it has taken in what lies in a slot, and a sender that is too far ahead of that waits: else a
+receiver that is stuck would let its sender fill the machine.
+
+Names are in Linux's abstract space, made of the TCP address that the peer is known by: whoever finds that name is on
+the peer's machine, and in its network namespace. Both sides want the other to be of the same user, and the server
+wants the token before anything else. Peers that identify by certificates (TLS) do not meet here.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import itertools
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flowml.plan import ArraySpec
+from flowml_runtime.transport.arrays import as_bytes
+from flowml_runtime.transport.endpoint import Budget
+from flowml_runtime.transport.framing import Outgoing, padded, shared_bytes
+from flowml_runtime.transport.slots import SlotError, SlotPool
+
+AVAILABLE = hasattr(os, "memfd_create") and hasattr(socket, "SO_PEERCRED")
+"""Linux has all of it."""
+
+CONNECT_S = 5.0
+"""A peer on this machine takes a connection at once; only one that is stuck with a full backlog does not."""
+
+ANSWER_MS = 50
+"""Several threads may wait for one answer, and only one of them reads it: the others look again after this."""
+
+MAX_TOKEN_BYTES = 4096
+MAX_RETIRED = 4096
+MAX_REASON_BYTES = 1024
+TOKEN_REFUSED = "it refuses the token; use the one that its cluster was started with"
+BROKE = "its connection broke"
+CLOSED = "it closed the connection"
+
+LENGTH = struct.Struct("<I")
+RECORD = struct.Struct("<IIQQ")
+NUMBER = struct.Struct("<Q")
+TAKEN = 2**63
+GOODBYE = 2**64 - 1
+_SOCKET_BYTES = 2**20
+AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+"""As a number: the sum of two flags is a microsecond's work, and more where caches are cold."""
+
+
+def connect(address: str, token: str, first: Outgoing, max_bytes: int, *, checked: bool = False) -> UnixStream | None:
+    """A stream to the peer known by `address` (host:port), or None if it is not on this machine, or not ours."""
+    if not AVAILABLE:
+        return None
+    link = socket.socket(socket.AF_UNIX)
+    link.settimeout(CONNECT_S)
+    try:
+        link.connect(name_of(address))
+        ours = user_of(link) == os.getuid()
+    except OSError:
+        ours = False
+    if not ours:
+        link.close()
+        return None
+    link.settimeout(None)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+    return UnixStream(link, token, first, max_bytes, checked=checked)
+
+
+class UnixStream:
+    """The outgoing half of a connection, as `streams.Stream`. `put` from any thread."""
+
+    def __init__(
+        self, link: socket.socket, token: str, first: Outgoing, max_bytes: int, *, checked: bool = False
+    ) -> None:
+        """What is sent carries checksums if `checked`."""
+        self._link = link
+        self._numbers = itertools.count() if checked else None
+        self._budget = Budget(max_bytes)
+        """Of what waits to be written."""
+        self._max_bytes = max_bytes
+        self._untaken: dict[int, int] = {}
+        """Slots whose message the receiver has not taken in yet, and their bytes: at most `max_bytes` at a time."""
+        self._lock = threading.Lock()
+        """Held while a record is made and put on its way, so that records go in the order of `put`."""
+        self._slots = SlotPool()
+        self._waiting: deque[_Chunk] = deque()
+        """What the socket has no room for yet; a thread writes it. Empty most of the time."""
+        self._ending = False
+        self._ended = threading.Event()
+        self._answers = bytearray()
+        self.reason = ""
+        """Why the peer or the connection ended it. Known before `put` returns False for that."""
+        secret = token.encode()
+        self._budget.acquire(0)
+        self._write(_Chunk(LENGTH.pack(len(secret)) + secret, (), 0))
+        self.put(first)
+
+    def reserve(self, specs: Sequence[ArraySpec]) -> None:
+        """Make shared memory for a message of such arrays ahead of need. Raises SlotError if there is none."""
+        room = shared_bytes(tuple(specs))
+        with self._lock:
+            if room and not self._ending:
+                self._slots.reserve(room)
+
+    def start(self, on_end: Callable[[Any, str], None]) -> None:
+        """`on_end(self, reason)` is called once, however the stream ends, on a thread of its own."""
+        threading.Thread(target=self._watch, args=(on_end,), name="flowml-watch", daemon=True).start()
+
+    def put(self, message: Outgoing, timeout_s: float | None = None) -> bool:
+        """Send a message, waiting while too much is on its way. False if the stream has ended.
+
+        Raises SlotError if there is no shared memory for it, TimeoutError if it may not go in time.
+        """
+        if not message.large and self._put_now(message):
+            return True
+        if not self._budget.acquire(len(message.first), timeout_s=timeout_s):
+            return False
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            while True:
+                with self._lock:
+                    if self._ending:
+                        break
+                    if not message.large or self._fits(message.nbytes):
+                        return self._write(self._record(message))
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError
+                self._await_answers()
+        except BaseException:
+            self._budget.release(len(message.first))
+            raise
+        self._budget.release(len(message.first))
+        return False
+
+    def _put_now(self, message: Outgoing) -> bool:
+        """Send a message without shared memory, if nothing waits before it: the way of most. False if that failed."""
+        with self._lock:
+            if self._ending or self._waiting or self._budget.closed:
+                return False
+            data = self._encoded(message, 0, 0)
+            try:
+                sent = self._link.send(data, AT_ONCE)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                return False
+            if sent < len(data):
+                self._budget.acquire(len(message.first), wait=False)
+                self._wait_with(_Chunk(data, (), len(message.first), sent))
+            return True
+
+    def finish(self) -> None:
+        """End the stream once all that was put has been taken in."""
+        self._budget.close()
+        with self._lock:
+            if not self._ending:
+                self._ending = True
+                self._budget.acquire(0, wait=False)
+                self._write(_Chunk(RECORD.pack(0, 0, 0, 0), (), 0))
+
+    def abort(self) -> None:
+        """End the stream now."""
+        self._budget.close()
+        with contextlib.suppress(OSError):
+            self._link.shutdown(socket.SHUT_RDWR)
+
+    def wait(self, timeout_s: float) -> bool:
+        """True if the stream has ended, and everything that it held is let go."""
+        return self._ended.wait(timeout_s)
+
+    def _record(self, message: Outgoing) -> _Chunk:
+        """The bytes of a message; its large arrays are copied into a slot here."""
+        number = new = 0
+        descriptors: tuple[int, ...] = ()
+        if message.large:
+            room = sum(padded(a.nbytes) for a in message.large)
+            slot, fd = self._slots.take(room)
+            self._untaken[slot.number] = room
+            descriptors = (fd,) if fd >= 0 else ()
+            number, new, at = slot.number, len(descriptors), 0
+            for large in message.large:
+                slot.data[at : at + large.nbytes] = as_bytes(large)
+                at += padded(large.nbytes)
+        data = self._encoded(message, number, new)
+        return _Chunk(data, descriptors, len(message.first))
+
+    def _encoded(self, message: Outgoing, number: int, new: int) -> bytes:
+        frame = message.first if self._numbers is None else message.sealed(next(self._numbers))
+        retired = self._slots.retired(MAX_RETIRED)
+        return b"".join([RECORD.pack(len(frame), len(retired), number, new), *map(NUMBER.pack, retired), frame])
+
+    def _write(self, chunk: _Chunk) -> bool:
+        """Write as much as there is room for, and leave the rest to the writer. False if the peer is gone."""
+        if not self._waiting:
+            try:
+                if chunk.send(self._link, AT_ONCE):
+                    self._budget.release(chunk.nbytes)
+                    return True
+            except BlockingIOError:
+                pass
+            except OSError:
+                chunk.close()
+                self._budget.release(chunk.nbytes)
+                return False
+        self._wait_with(chunk)
+        return True
+
+    def _wait_with(self, chunk: _Chunk) -> None:
+        """Leave a chunk to the writer. The lock is held."""
+        if not self._waiting:
+            threading.Thread(target=self._write_waiting, name="flowml-write", daemon=True).start()
+        self._waiting.append(chunk)
+
+    def _write_waiting(self) -> None:
+        """Write what waits, as the socket takes it, until nothing does."""
+        with self._lock:
+            chunk = self._waiting[0]
+        while True:
+            try:
+                while not chunk.send(self._link, 0):
+                    pass
+            except OSError:
+                self._drop_waiting()
+                return
+            self._budget.release(chunk.nbytes)
+            with self._lock:
+                self._waiting.popleft()
+                if not self._waiting:
+                    return
+                chunk = self._waiting[0]
+
+    def _drop_waiting(self) -> None:
+        with self._lock:
+            left = list(self._waiting)
+            self._waiting.clear()
+        for chunk in left:
+            chunk.close()
+            self._budget.release(chunk.nbytes)
+
+    def _fits(self, nbytes: int) -> bool:
+        """True if so much may go to the receiver now; what is larger than all that may be on its way goes alone."""
+        self._take_answers()
+        return not self._untaken or sum(self._untaken.values()) + nbytes <= self._max_bytes
+
+    def _await_answers(self) -> None:
+        """Wait until the receiver says something, or another thread may have heard it."""
+        poll = select.poll()
+        poll.register(self._link, select.POLLIN | select.POLLRDHUP)
+        poll.poll(ANSWER_MS)
+
+    def _take_answers(self) -> None:
+        """Take in which messages have arrived and which slots are free again, without waiting for any."""
+        with contextlib.suppress(BlockingIOError, ConnectionError):
+            while data := self._link.recv(2**16, socket.MSG_DONTWAIT):
+                self._answers += data
+        whole = len(self._answers) // NUMBER.size * NUMBER.size
+        taken = 0
+        for (number,) in NUMBER.iter_unpack(bytes(self._answers[:whole])):
+            if number == GOODBYE:
+                break
+            if number & TAKEN:
+                self._untaken.pop(number ^ TAKEN, None)
+            else:
+                self._slots.give_back(number)
+            taken += NUMBER.size
+        del self._answers[:taken]
+
+    def _watch(self, on_end: Callable[[Any, str], None]) -> None:
+        """Wait for the end. Slots that come back wake nobody: they are looked for when one is needed."""
+        poll = select.poll()
+        poll.register(self._link, select.POLLRDHUP)
+        poll.poll()
+        with self._lock:
+            self._ending = True
+            with contextlib.suppress(SlotError):
+                self._take_answers()
+                self._take_answers()  # a reset by a peer that left something unread comes before what it said
+            self.reason = _reason(bytes(self._answers)) or BROKE
+        self._budget.close()
+        try:
+            on_end(self, self.reason)
+        finally:
+            with contextlib.suppress(OSError):
+                self._link.shutdown(socket.SHUT_RDWR)
+            with self._lock:
+                self._link.close()
+                self._slots.close()
+            self._ended.set()
+
+
+class _Chunk:
+    """Bytes to be written, with descriptors that go along with the first of them."""
+
+    def __init__(self, data: bytes, descriptors: Sequence[int], nbytes: int, sent: int = 0) -> None:
+        self._left = memoryview(data)[sent:]
+        self._descriptors = descriptors
+        self.nbytes = nbytes
+
+    def send(self, link: socket.socket, flags: int) -> bool:
+        """Write what one call takes; True when that was the rest."""
+        rights = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self._descriptors))] if self._descriptors else []
+        )
+        sent = link.sendmsg([self._left], rights, flags)
+        self.close()
+        self._left = self._left[sent:]
+        return not self._left
+
+    def close(self) -> None:
+        for fd in self._descriptors:
+            os.close(fd)
+        self._descriptors = ()
+
+
+def name_of(address: str) -> bytes:
+    return f"\0flowml/{address}".encode()
+
+
+def user_of(link: socket.socket) -> int:
+    """The user of the process at the other end."""
+    _, user, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return user
+
+
+def _reason(answers: bytes) -> str:
+    """The reason in what a server said last."""
+    head = NUMBER.size + LENGTH.size
+    if len(answers) < head or answers[: NUMBER.size] != NUMBER.pack(GOODBYE):
+        return ""
+    return answers[head:].decode("utf-8", "replace")[:MAX_REASON_BYTES]

@@ -1,0 +1,1 @@
+"""A worker: its process, what it loads, and how it runs."""

@@ -1,0 +1,32 @@
+"""What this machine has, and how it is shared out among workers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import psutil
+
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def cores() -> tuple[int, ...]:
+    """The cores that this process may run on."""
+    return tuple(sorted(os.sched_getaffinity(0)))
+
+
+def share_cores(available: tuple[int, ...], workers: int) -> list[tuple[int, ...]]:
+    """The cores of each worker: neighbours, as evenly as can be; with more workers than cores, one core each."""
+    n = len(available)
+    if workers > n:
+        return [(available[i * n // workers],) for i in range(workers)]
+    return [available[i * n // workers : (i + 1) * n // workers] for i in range(workers)]
+
+
+def memory_bytes() -> int:
+    """Memory of the machine, or of the container where that is less."""
+    total = psutil.virtual_memory().total
+    try:
+        return min(total, int(_CGROUP_LIMIT.read_text()))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return total

@@ -1,0 +1,111 @@
+"""A worker's process, from its settings to its end.
+
+`serve` pins the process to its cores before XLA starts (XLA sizes its thread pools by them), joins the cluster, and
+runs a `Worker` until the coordinator is lost or somebody stops it. The settings hold the token, so they travel through
+a pipe and never through arguments or the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from flowml_runtime import wire
+from flowml_runtime.execution.future import wait_heeding_signals
+from flowml_runtime.execution.programs import JaxDevice
+from flowml_runtime.membership.member import Membership, passing_name
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
+from flowml_runtime.transport.security import TLS
+from flowml_runtime.worker.config import WorkerConfig
+from flowml_runtime.worker.machine import cores, memory_bytes
+from flowml_runtime.worker.worker import Worker
+
+SWITCH_INTERVAL_S = 5e-4
+"""How long a thread may keep the interpreter while others wait. Python's own 5 ms is a small step's whole time."""
+
+
+def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) -> str:
+    """Be a worker until the coordinator is lost; returns the reason. `joined` is told the worker's name.
+
+    Raises ClusterError if the cluster cannot be joined. Any exception in this thread (SystemExit from a signal
+    handler, KeyboardInterrupt) ends it in order: it leaves the cluster first.
+    """
+    if config.cores:
+        os.sched_setaffinity(0, config.cores)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    devices = _devices(config)
+    tls = TLS.of(dict(zip(("cert", "key", "ca"), config.tls, strict=True))) if config.tls else None
+    hosted = _Hosted()
+    bind = bind_towards(config.coordinator)
+    endpoint = GrpcEndpoint(
+        passing_name(),
+        config.token,
+        bind=bind,
+        tls=tls,
+        shared_memory=config.shared_memory,
+        checksum=config.checksum,
+    )
+    membership = Membership(endpoint, config.coordinator, hosted.on_message, hosted.on_lost, on_end=hosted.end)
+    try:
+        infos = _describe(config, devices)
+        name = membership.join(config.name, infos, python=config.python)
+        named = {f"{name}/{info.name}": device for info, device in zip(infos, devices, strict=True)}
+        hosted.worker = Worker(name, named, endpoint, python=config.python)
+        hosted.ready.set()
+        joined(name)
+        wait_heeding_signals(hosted.over)
+    finally:
+        membership.leave("its process was stopped")
+        endpoint.close()
+    return hosted.reason
+
+
+class _Hosted:
+    """The worker, which can be made only when its name is known; messages that come sooner wait for it."""
+
+    def __init__(self) -> None:
+        self.worker: Worker | None = None
+        self.ready = threading.Event()
+        self.over = threading.Event()
+        self.reason = ""
+
+    def on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
+        if self.worker is None:
+            self.ready.wait()
+        if self.worker is not None:
+            self.worker.on_message(peer, message, arrays)
+
+    def on_lost(self, peer: str, reason: str) -> None:
+        if self.worker is not None:
+            self.worker.on_lost(peer, reason)
+
+    def end(self, reason: str) -> None:
+        self.reason = f"the coordinator was lost: {reason}"
+        self.over.set()
+
+
+def _devices(config: WorkerConfig) -> list[JaxDevice]:
+    """Start XLA, and return the devices to offer."""
+    jax.config.update("jax_platforms", config.platform)
+    if config.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", config.devices)
+    return jax.local_devices()[: config.devices]
+
+
+def _describe(config: WorkerConfig, devices: list[JaxDevice]) -> tuple[wire.DeviceInfo, ...]:
+    memory = (config.memory_bytes or memory_bytes()) // len(devices)
+    share = (config.core_share or len(cores())) / len(devices)
+    return tuple(
+        wire.DeviceInfo(name=f"{d.platform}:{i}", platform=d.platform, memory_bytes=_memory(d, memory), cores=share)
+        for i, d in enumerate(devices)
+    )
+
+
+def _memory(device: JaxDevice, share: int) -> int:
+    stats: dict[str, int] = (device.memory_stats() or {}) if device.platform != "cpu" else {}
+    return stats.get("bytes_limit", share)

@@ -1,0 +1,1 @@
+"""Training on one worker: interprets the actions of the training machines."""

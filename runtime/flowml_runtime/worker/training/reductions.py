@@ -1,0 +1,178 @@
+"""Sums over all replicas: takes what the seats of this worker push to collective stores, and brings the homes the sum.
+
+    seat -> sum over this worker's replicas -> all-reduce among the stage's workers -> Contribution to the home here
+
+A stage's workers form a group. A part of a store is a bucket of it. What arrives at a home stands for all replicas,
+and arrives at every home with the same bits: replicas of a worker are added in their order, workers in that of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flowml.devices import worker_of
+from flowml.errors import FlowmlError, WorkerLostError
+from flowml.plan import Part
+from flowml_runtime import wire
+from flowml_runtime.execution.future import Future
+from flowml_runtime.execution.programs import Array
+from flowml_runtime.execution.recorder import Span, now_ns
+from flowml_runtime.protocol.collective import Schedule, named
+from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.transport.arrays import aligned_empty
+from flowml_runtime.worker.training.collectives import Group, GroupId, accumulator, add
+from flowml_runtime.worker.training.run import Run
+
+Fault = Callable[[int, str, BaseException], None]
+"""(step, node, error)"""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one replica pushes: a part of a store at a clock, and how many microbatch gradients it sums."""
+
+    store: int
+    part: int
+    replica: int
+    clock: int
+    weight: int
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """One part of a collective store, seen from this worker. `homes` are the workers that apply for its replicas."""
+
+    number: int
+    part: Part
+    schedule: Schedule
+    group: Group
+    replicas: tuple[int, ...]
+    homes: tuple[str, ...]
+
+
+class Reductions:
+    """The groups of one run on one worker. Every method from any thread."""
+
+    def __init__(self, run: Run, on_fault: Fault) -> None:
+        self._run = run
+        self._on_fault = on_fault
+        self._waiting: dict[tuple[int, int, int], dict[int, Sequence[Array]]] = {}
+        """By (store, part, clock) what came from some of this worker's replicas."""
+        self._groups: dict[int, Group] = {}
+        self._buckets = self._open()
+
+    def _open(self) -> dict[tuple[int, int], _Bucket]:
+        """A bucket for each part that replicas here push. Its number is the same on all workers."""
+        run, replicas = self._run, self._run.training.replicas
+        parts = [(s, p) for s, store in enumerate(run.training.stores) for p in range(len(store.parts))]
+        found: dict[tuple[int, int], _Bucket] = {}
+        for number, (s, p) in enumerate(parts):
+            store = run.training.stores[s]
+            part = store.parts[p]
+            if part.reduction is None or run.me not in part.reduction.workers:
+                continue
+            here = tuple(r for r, devices in enumerate(replicas) if worker_of(devices[part.stage]) == run.me)
+            homes = tuple(dict.fromkeys(worker_of(store.homes[r]) for r in here))
+            schedule = named(part.reduction.schedule, part.reduction.hosts, part.reduction.fanout)
+            found[s, p] = _Bucket(number, part, schedule, self._group(part), here, homes)
+        return found
+
+    def _group(self, part: Part) -> Group:
+        assert part.reduction is not None
+        if part.stage not in self._groups:
+            run, reduction = self._run, part.reduction
+            identity = GroupId(run.plan_id, run.number, part.stage)
+            self._groups[part.stage] = Group(
+                identity, run.me, reduction.workers, run.sender.send, hosts=reduction.hosts, deadline_s=run.deadline_s
+            )
+        return self._groups[part.stage]
+
+    def push(self, given: Given, arrays: Sequence[Array]) -> None:
+        """Take in what a replica pushes; the last of this worker's replicas sets the all-reduce going.
+
+        The arrays must not change any more. May wait until they are computed.
+        """
+        bucket = self._buckets[given.store, given.part]
+        if len(bucket.replicas) > 1:
+            key = (given.store, given.part, given.clock)
+            with self._run.changed:
+                waiting = self._waiting.setdefault(key, {})
+                waiting[given.replica] = arrays
+                if len(waiting) < len(bucket.replicas):
+                    return
+                del self._waiting[key]
+            arrays = [_sum([np.asarray(waiting[r][i]) for r in bucket.replicas]) for i in range(len(arrays))]
+        began = now_ns()
+        try:
+            future = bucket.group.all_reduce(bucket.number, given.clock, arrays, bucket.schedule)
+        except FlowmlError as error:
+            self._failed(given, error)
+        else:
+            future.add_done_callback(lambda done: self._done(bucket, given, began, done))
+
+    def on_message(self, peer: str, message: wire.Collective, arrays: Sequence[Array]) -> None:
+        """Take a chunk in. Does not wait."""
+        group = self._groups.get(message.group)
+        if group is None:
+            error = ProtocolError(f"{peer} sent for a sum of stage {message.group}, in which this worker has no part")
+            self._on_fault(self._run.step_of(message.clock), "an all-reduce", error)
+            return
+        group.on_message(peer, message, arrays)
+
+    def on_lost(self, peer: str, reason: str) -> None:
+        for group in self._groups.values():
+            group.on_lost(peer, reason)
+
+    def close(self) -> None:
+        """Give up what is under way. The run is marked as stopped before."""
+        for group in self._groups.values():
+            group.close()
+
+    def _done(self, bucket: _Bucket, given: Given, began: int, done: Future[Any]) -> None:
+        """The sum is here, or will never be. Called by a thread that takes messages in, or by the group's."""
+        error = done.exception()
+        if error is not None:
+            self._failed(given, error)
+            return
+        run, replicas = self._run, len(self._run.training.replicas)
+        message = wire.Contribution(
+            plan_id=run.plan_id,
+            run=run.number,
+            store=given.store,
+            part=given.part,
+            replica=0,
+            incarnation=0,
+            clock=given.clock,
+            base_version=0,  # nobody asks: nothing here is stale
+            weight=given.weight * replicas,
+            specs=bucket.part.payload,
+        )
+        sums: list[Array] = done.result()
+        if run.recorder.on:
+            name, step = f"store {run.training.stores[given.store].name}", run.step_of(given.clock)
+            lane = f"{run.training.replicas[given.replica][bucket.part.stage]} reduce {bucket.number}"
+            span = Span(lane, "reduce", name, step, 0, bucket.part.nbytes, bucket.schedule.name, began, now_ns())
+            run.recorder.add(span)
+        with run.changed:
+            run.count_crossing(given.store, bucket.group.take_sent_bytes(bucket.number))
+        for home in bucket.homes:
+            run.send(home, message, sums)
+
+    def _failed(self, given: Given, error: BaseException) -> None:
+        """Tell the driver, unless it knows: of a lost worker, and that the run has ended."""
+        if self._run.stopped or isinstance(error, WorkerLostError):
+            return
+        name = self._run.training.stores[given.store].name
+        self._on_fault(self._run.step_of(given.clock), f"store {name}", error)
+
+
+def _sum(arrays: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """Added in this order."""
+    flat = [a.reshape(-1) for a in arrays]
+    total = aligned_empty(flat[0].nbytes).view(flat[0].dtype)
+    add(flat, total, accumulator(total.dtype))
+    return total.reshape(arrays[0].shape)

@@ -1,0 +1,277 @@
+"""A seat: one stage of one replica on one device. Runs the steps that its replica machine starts.
+
+The executor's thread asks the seat for everything a training step needs: its share of the batch, the
+parameters (once the gate lets this clock read them), a place to push gradients to. The step is given up at
+the next task boundary, or in the middle of a wait, when the machine says that it is in vain.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+from flowml.data import epoch_order
+from flowml.devices import worker_of
+from flowml.errors import WorkerLostError
+from flowml.plan import ArraySpec
+from flowml.plan import Run as RunInstruction
+from flowml_runtime import wire
+from flowml_runtime.execution.mailbox import Cancelled, Mailbox
+from flowml_runtime.execution.outbox import LARGE_BYTES
+from flowml_runtime.execution.programs import Array, LoadedProgram, aligned_copy
+from flowml_runtime.execution.services import EdgeServices, host_view
+from flowml_runtime.execution.step_program import StepFault, prepare, run_step
+from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
+from flowml_runtime.protocol.training.replica import Replica
+from flowml_runtime.worker.training.reductions import Given, Reductions
+from flowml_runtime.worker.training.run import Run
+
+_LIFE = 0
+"""The incarnation in contributions. All stages of a replica share it, and a replica lives as long as the run."""
+
+
+class StageRunner(EdgeServices):
+    """The services of a training step, and the thread that runs them."""
+
+    def __init__(
+        self,
+        run: Run,
+        replica: int,
+        stage: int,
+        loaded: LoadedProgram,
+        mailbox: Mailbox,
+        reductions: Reductions,
+        on_finished: Callable[[StageRunner, int], None],
+        on_fault: Callable[[int, str, BaseException], None],
+    ) -> None:
+        super().__init__(run.plan_id, loaded, mailbox, run.sender, run.deadline_s, run.recorder)
+        self.run = run
+        self.replica = replica
+        self.stage = stage
+        self.machine = Replica(run.terms, replica, stage)
+        self._reductions = reductions
+        self._on_finished = on_finished
+        self._on_fault = on_fault
+        self._program = prepare(loaded)
+        self._starts: queue.SimpleQueue[tuple[int, wire.Item] | None] = queue.SimpleQueue()
+        self._batches: OrderedDict[int, dict[int, Array]] = OrderedDict()
+        self._gathered: dict[tuple[int, int], Accumulator[Sequence[Array]]] = {
+            (s, p): Accumulator(self._adder(part.accumulate))
+            for s, store in enumerate(run.training.stores)
+            for p, part in enumerate(store.parts)
+            if store.every > 1 and part.stage == stage and part.accumulate is not None
+        }
+        self._clock = -1
+        self._item: wire.Item | None = None
+        self._read_versions: dict[int, int] = {}
+        self._fetched: dict[int, list[Array]] = {}
+        runs = sum(isinstance(i, RunInstruction) for i in loaded.program.instructions)
+        self._delay_s = dict(run.start.delays).get(run.me, 0.0) / max(runs, 1)
+        self._thread = threading.Thread(target=self._work, name=f"{loaded.name} run {run.number}", daemon=True)
+        self._thread.start()
+
+    # Called by the machine thread, which holds the run's lock.
+
+    def start(self, clock: int, item: wire.Item) -> None:
+        self._starts.put((clock, item))
+
+    def abandon(self, clock: int) -> None:
+        """Wake the step up wherever it waits, and refuse what still comes for it."""
+        self._mailbox.cancel((self.plan_id, self.run.step_of(clock), self.device))
+        self.run.changed.notify_all()
+
+    def settle(self, clock: int, *, counts: bool) -> None:
+        for gathered in self._gathered.values():
+            (gathered.adopt if counts else gathered.discard)(clock)
+
+    def give(self, sequence: int, slots: Sequence[int], arrays: Sequence[Array]) -> None:
+        """A fed work item's leaves. They come in the order of granting, which is that of clocks."""
+        self._batches.pop(sequence, None)  # one that was given back, and granted again
+        self._batches[sequence] = dict(zip(slots, arrays, strict=True))
+        self.run.changed.notify_all()
+
+    def stop(self) -> None:
+        """End the thread after the task that runs now. The run is marked as stopped before."""
+        self._mailbox.skip_to(self.plan_id, self.device, self.run.end)
+        self._starts.put(None)
+        self.outbox.close()
+
+    # The executor's thread.
+
+    def _work(self) -> None:
+        while (start := self._starts.get()) is not None:
+            self._clock, self._item = start
+            if not self.run.stopped:
+                self._step(self._clock)
+                self._mailbox.finish((self.plan_id, self.run.step_of(self._clock), self.device))
+            self._on_finished(self, self._clock)
+
+    def _step(self, clock: int) -> None:
+        began = time.perf_counter()
+        self._fetched = {}
+        try:
+            run_step(self._program, self.run.step_of(clock), self)
+            self._report(clock, time.perf_counter() - began)
+        except Cancelled:
+            return
+        except StepFault as fault:
+            self._on_fault(self.run.step_of(clock), fault.node, fault.__cause__ or fault)
+        except BaseException as error:
+            self._on_fault(self.run.step_of(clock), "report", error)
+        finally:
+            self.outbox.flush()  # who hears that a stage has retired must have its last contribution
+
+    def _report(self, clock: int, seconds: float) -> None:
+        if not self._fetched:
+            return
+        slots = tuple(sorted(self._fetched))
+        values = [_over_microbatches(self._fetched[s]) for s in slots]
+        message = wire.Report(
+            plan_id=self.plan_id,
+            run=self.run.number,
+            replica=self.replica,
+            clock=clock,
+            item=self._current(),
+            slots=slots,
+            seconds=seconds,
+            specs=tuple(ArraySpec(v.shape, v.dtype.name) for v in values),
+        )
+        self.run.send(self.run.driver, message, values)
+
+    def _current(self) -> wire.Item:
+        assert self._item is not None
+        return self._item
+
+    # Services: called by the step on the executor's thread.
+
+    def should_abandon(self, step: int) -> bool:
+        if self._delay_s:
+            time.sleep(self._delay_s)  # the declared slowness of this worker
+        return self.run.stopped or self.machine.should_abandon(self._clock)
+
+    def send_failed(self, step: int, node: str, error: BaseException) -> None:
+        if not isinstance(error, WorkerLostError):  # which the driver knows
+            self._on_fault(step, node, error)
+
+    def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
+        training, item = self.run.training, self._current()
+        leaves = [s for s in slots if s < training.batch_leaves]
+        rows = training.item_size // training.microbatches
+        found = self._rows(leaves, item, microbatch * rows, rows, step) if leaves else {}
+        if training.batch_leaves in slots:
+            words = [self.run.start.seed % 2**32, item.sequence % 2**32, microbatch]
+            found[training.batch_leaves] = np.array(words, np.uint32)
+        return [found[s] for s in slots]
+
+    def _rows(self, slots: Sequence[int], item: wire.Item, first: int, rows: int, step: int) -> dict[int, Any]:
+        start = self.run.start
+        if start.source == "shipped":
+            with self.run.changed:
+                self.run.wait_for(
+                    lambda: all(s in self.run.source for s in slots), self._in_vain, "the data source", step
+                )
+            order = _order(start.examples, start.seed, item.epoch, start.shuffle)
+            indices = order[item.start + first : item.start + first + rows]
+            return {s: aligned_copy(np.asarray(self.run.source[s])[indices]) for s in slots}
+        with self.run.changed:
+            what = f"work item {item.sequence} from the driver"
+            self.run.wait_for(lambda: item.sequence in self._batches, self._in_vain, what, step)
+            batch = self._batches[item.sequence]
+            while next(iter(self._batches)) != item.sequence:  # of clocks that were skipped
+                self._batches.popitem(last=False)
+        return {s: aligned_copy(np.asarray(batch[s])[first : first + rows]) for s in slots}
+
+    def _in_vain(self) -> bool:
+        return self.machine.should_abandon(self._clock)
+
+    def read(self, step: int, store: int, leaves: Sequence[int]) -> Sequence[Array]:
+        name = self.run.training.stores[store].name
+        with self.run.changed:
+            self.run.wait_for(
+                lambda: self._may_read(store), self._in_vain, f"parameters of {name!r} to be published", step
+            )
+            view = self.run.stores[store]
+            self._read_versions[store] = view.version
+        return self.adopt([view.values[i] for i in leaves])
+
+    def _may_read(self, store: int) -> bool:
+        if not self.machine.can_read(store, self._clock):
+            return False
+        spec = self.run.training.stores[store]
+        if spec.clocked:
+            return True
+        # A replica reads its own writes (Ho et al., stale synchronous parallel): alone it is serial, and a slow
+        # home slows its replicas down instead of being buried by them.
+        pushed = self._clock // spec.every * spec.every
+        return self.run.stores[store].clocks[self.replica] >= pushed
+
+    def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None:
+        spec = self.run.training.stores[store]
+        gathered = self._gathered.get((store, part))
+        with self.run.changed:
+            if not self.machine.pushes(store, self._clock):
+                if gathered is not None:
+                    gathered.gather(self._clock, list(arrays))
+                return
+            total = gathered.push(self._clock, list(arrays)) if gathered else Sum(list(arrays), 1)
+        weight = total.steps * self.run.training.microbatches
+        if spec.collective:
+            given = Given(store, part, self.replica, self._clock, weight)
+            send = partial(self._reduce, given, total.value)
+        else:
+            message = wire.Contribution(
+                plan_id=self.plan_id,
+                run=self.run.number,
+                store=store,
+                part=part,
+                replica=self.replica,
+                incarnation=_LIFE,
+                clock=self._clock,
+                base_version=self._read_versions.get(store, 0),
+                weight=weight,
+                specs=spec.parts[part].payload,
+            )
+            send = partial(self._contribute, worker_of(spec.home), message, total.value)
+        nbytes = spec.parts[part].nbytes
+        self.run.count_push(store, part, nbytes, self.run.me if spec.collective else worker_of(spec.home))
+        if nbytes < LARGE_BYTES:
+            send()
+        else:  # the backward pass goes on meanwhile
+            self.outbox.put(send, lambda error: self.send_failed(step, f"store {spec.name}", error))
+
+    def _contribute(self, home: str, message: wire.Contribution, arrays: Sequence[Array]) -> None:
+        self.run.send(home, message, host_view(arrays, self.loaded.device))
+
+    def _reduce(self, given: Given, arrays: Sequence[Array]) -> None:
+        self._reductions.push(given, host_view(arrays, self.loaded.device))
+
+    def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
+        for slot, array in zip(slots, arrays, strict=True):
+            self._fetched.setdefault(slot, []).append(array)
+
+    def _adder(self, task: int | None) -> Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]:
+        if task is None:
+            raise ValueError("a part that is gathered over steps needs an accumulate task")
+        add = self.loaded.tasks[task]
+        return lambda a, b: list(add(*a, *b))
+
+
+@lru_cache(maxsize=4)
+def _order(examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    return epoch_order(examples, seed, epoch, shuffle=shuffle)
+
+
+def _over_microbatches(values: Sequence[Array]) -> np.ndarray:
+    """Floating values are averaged over the microbatches, counts are summed."""
+    arrays = [np.asarray(v) for v in values]
+    if len(arrays) == 1:
+        return arrays[0]
+    total = sum(arrays[1:], arrays[0])
+    return (total / len(arrays)).astype(arrays[0].dtype) if arrays[0].dtype.kind not in "iub" else np.asarray(total)

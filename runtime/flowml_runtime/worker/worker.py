@@ -1,0 +1,305 @@
+"""The worker: takes in messages, loads plans, and keeps one executor a (plan, device).
+
+Messages come in on the endpoint's receiving threads and none of them is ever held up: a value goes to the
+mailbox or an executor's queue, a plan to the loader thread. What a training plan adds is done by a handler
+of its own, made by `training_factory`, to which every message that is not a plan's static path is handed.
+
+    LoadPlan -> loader: compile -> Loaded | Failed        (to the peer that sent it, the plan's driver)
+    Value    -> mailbox (edge) | executor (feed)
+    StepFailed -> cancel the step     Unload, driver lost -> stop and forget the plan
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from flowml.errors import FlowmlError, WorkerLostError
+from flowml.plan import ArraySpec, Plan
+from flowml_runtime import wire
+from flowml_runtime.execution.executor import Executor, may_be_quick
+from flowml_runtime.execution.faults import one_line, own_traceback, step_failed
+from flowml_runtime.execution.inline import LocalStep
+from flowml_runtime.execution.mailbox import Mailbox
+from flowml_runtime.execution.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
+from flowml_runtime.execution.recorder import Recorder, Span, clock_id, now_ns
+from flowml_runtime.execution.services import DataflowServices, reserve_edges
+from flowml_runtime.execution.step_program import StepProgram, prepare
+from flowml_runtime.execution.window import Windows
+from flowml_runtime.links.prober import Prober
+from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.transport.endpoint import Sender
+
+MAX_REASON = 1024
+JOIN_S = 5.0
+"""How long `close` waits for each thread. One that sits in a callback that never returns is left behind."""
+
+
+class TrainingHandler(Protocol):
+    """What hosts a training plan on this worker. Called on receiving threads: only `close` may wait."""
+
+    def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None: ...
+    def on_lost(self, peer: str, reason: str) -> None: ...
+    def close(self) -> None: ...
+
+
+TrainingFactory = Callable[["Worker", str, Plan, Mapping[str, LoadedProgram], str, float], TrainingHandler]
+"""(worker, plan id, plan, device -> its program, driver, deadline of each wait in seconds) -> handler"""
+
+
+def _default_training(
+    worker: Worker, plan_id: str, plan: Plan, programs: Mapping[str, LoadedProgram], driver: str, deadline_s: float
+) -> TrainingHandler:
+    from flowml_runtime.worker.training.host import TrainingHost
+
+    return TrainingHost(worker, plan_id, plan, programs, driver, deadline_s)
+
+
+@dataclass
+class _Hosted:
+    """A plan on this worker. It exists from the moment its LoadPlan arrives; `executors` once it is compiled."""
+
+    driver: str
+    deadline_s: float
+    peers: tuple[str, ...]
+    """All workers of the plan."""
+    executors: dict[str, Executor] = field(default_factory=dict[str, Executor])
+    windows: dict[str, Windows] = field(default_factory=dict[str, Windows])
+    local: LocalStep | None = None
+    devices: tuple[str, ...] = ()
+    training: TrainingHandler | None = None
+    closed: bool = False
+
+
+class Worker:
+    """Runs this process's part of plans. `devices` maps device names ("worker:0/cpu:0") to JAX devices."""
+
+    def __init__(
+        self,
+        name: str,
+        devices: Mapping[str, JaxDevice],
+        endpoint: Sender,
+        *,
+        python: bool = False,
+        training_factory: TrainingFactory = _default_training,
+        cache: ExecutableCache | None = None,
+    ) -> None:
+        """`cache` is to be shared by the workers of one process."""
+        self.name = name
+        self.devices = dict(devices)
+        self.endpoint = endpoint
+        self.python = python
+        self.training_factory = training_factory
+        self.mailbox = Mailbox()
+        self.recorder = Recorder()
+        self._prober = Prober(endpoint)
+        self._cache = cache or ExecutableCache()
+        self._lock = threading.Lock()
+        self._plans: dict[str, _Hosted] = {}
+        self._stopped: list[Executor] = []
+        self._ending: list[threading.Thread] = []
+        """Each closes the handler of a training plan that was unloaded."""
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
+
+    def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
+        """Take one message in. Called by the endpoint on its receiving threads; returns at once."""
+        match message:
+            case wire.Value(kind="edge"):
+                self._put(message, arrays)
+            case wire.LoadPlan():
+                self._accept(peer, message, arrays)
+            case wire.Trace():
+                self._trace(peer, message)
+            case wire.Probe() | wire.Probed():
+                self._prober.on_message(peer, message)
+            case _:
+                hosted = self._plans.get(getattr(message, "plan_id", ""))
+                if hosted is not None:
+                    self._on_plan_message(hosted, peer, message, arrays)
+
+    def on_lost(self, peer: str, reason: str) -> None:
+        """A peer is gone. Plans it drove end; the drivers of those it shared are told."""
+        for plan_id, hosted in list(self._plans.items()):
+            if hosted.driver == peer:
+                self.unload(plan_id)
+                continue
+            if peer in hosted.peers:
+                # Its process may be well, and then nobody but us knows that what we wait for will not come.
+                text = reason[:MAX_REASON]
+                self._tell(hosted.driver, wire.Unreachable(plan_id=plan_id, worker=self.name, peer=peer, reason=text))
+            if hosted.training is not None:
+                hosted.training.on_lost(peer, reason)
+
+    def local_step(self, plan_id: str) -> LocalStep | None:
+        """The short way to run a plan from this process, if the whole of it is one program on this worker."""
+        hosted = self._plans.get(plan_id)
+        return hosted.local if hosted is not None else None
+
+    def unload(self, plan_id: str) -> None:
+        """Stop and forget a plan. Does not wait for a task that runs now."""
+        with self._lock:
+            hosted = self._plans.pop(plan_id, None)
+            if hosted is None:
+                return
+            hosted.closed = True
+            executors = list(hosted.executors.values())
+            self._stopped = [e for e in self._stopped if not e.join(0)] + executors
+        self.mailbox.close(plan_id)
+        for windows in hosted.windows.values():
+            windows.close()
+        for executor in executors:
+            executor.stop()
+        if hosted.training is not None:
+            self._end(hosted.training)
+
+    def _end(self, training: TrainingHandler) -> None:
+        """Close a handler. That waits for its thread, which whoever unloads a plan may not: it receives messages."""
+        thread = threading.Thread(target=training.close, name=f"{self.name}-unload", daemon=True)
+        with self._lock:
+            self._ending = [t for t in self._ending if t.is_alive()]
+            thread.start()  # before it is listed: close() joins what is
+            self._ending.append(thread)
+
+    def close(self) -> None:
+        """Unload every plan and end every thread. Idempotent."""
+        self._prober.close()
+        for plan_id in list(self._plans):
+            self.unload(plan_id)
+        self._loader.shutdown(wait=True, cancel_futures=True)
+        for plan_id in list(self._plans):  # one that arrived meanwhile
+            self.unload(plan_id)
+        for executor in self._stopped:
+            executor.join(JOIN_S)
+        with self._lock:
+            ending = list(self._ending)
+        for thread in ending:
+            thread.join(JOIN_S)
+
+    def _trace(self, peer: str, message: wire.Trace) -> None:
+        """Record from now on, or tell what was recorded; with the time here, for comparison with others."""
+        spans = np.empty(0, np.uint8)
+        if message.on:
+            self.recorder.start()
+        else:
+            spans = self.recorder.stop()
+        specs = (ArraySpec(spans.shape, "uint8"),)
+        answer = wire.Traced(plan_id=message.plan_id, worker=self.name, clock=clock_id(), now_ns=now_ns(), specs=specs)
+        with contextlib.suppress(WorkerLostError):
+            self.endpoint.send(peer, answer, [spans])
+
+    def _arrived(self, value: wire.Value, arrays: Sequence[Array]) -> None:
+        nbytes, at = sum(a.nbytes for a in arrays), now_ns()
+        lane, name = f"{value.device} arrive", f"message {value.index}"
+        self.recorder.add(Span(lane, "arrived", name, value.step, value.microbatch, nbytes, "", at, at))
+
+    def _put(self, value: wire.Value, arrays: Sequence[Array]) -> None:
+        if self.recorder.on:
+            self._arrived(value, arrays)
+        try:
+            scope = (value.plan_id, value.step, value.device)
+            self.mailbox.put(scope, (value.kind, value.index, value.microbatch), arrays)
+        except ProtocolError as error:
+            hosted = self._plans.get(value.plan_id)
+            if hosted is not None:
+                self._tell(hosted.driver, step_failed(value.plan_id, value.step, self.name, value.device, error))
+
+    def _on_plan_message(self, hosted: _Hosted, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
+        if hosted.training is not None and not isinstance(message, wire.Unload):
+            hosted.training.on_message(peer, message, arrays)
+        elif isinstance(message, wire.Taken):
+            if message.device in hosted.windows:
+                hosted.windows[message.device].leave(message.index, message.step)
+        elif peer != hosted.driver:
+            return  # only the one who loaded a plan may drive it
+        elif isinstance(message, wire.Value):
+            executor = hosted.executors.get(message.device)
+            if executor is not None and message.kind == "feed":
+                executor.feed(message.step, arrays)
+        elif isinstance(message, wire.StepFailed):
+            for device in hosted.devices:
+                self.mailbox.cancel((message.plan_id, message.step, device))
+            for windows in hosted.windows.values():
+                windows.cancel(message.step)
+        elif isinstance(message, wire.Unload):
+            self.unload(message.plan_id)
+
+    def _accept(self, driver: str, message: wire.LoadPlan, arrays: Sequence[Array]) -> None:
+        with self._lock:
+            if message.plan_id in self._plans:
+                return
+            hosted = self._plans[message.plan_id] = _Hosted(driver, message.deadline_s, message.peers)
+        self.mailbox.open(message.plan_id)
+        try:
+            self._loader.submit(self._load, message.plan_id, hosted, arrays)
+        except RuntimeError:  # closing
+            self.unload(message.plan_id)
+
+    def _load(self, plan_id: str, hosted: _Hosted, arrays: Sequence[Array]) -> None:
+        began = time.perf_counter()
+        try:
+            (data,) = arrays
+            plan = Plan.decode(np.asarray(data).tobytes(), f"plan {plan_id}")
+            programs = load_programs(plan, self.devices, self._cache, python=self.python)
+            for loaded in programs.values():
+                reserve_edges(self.endpoint, loaded)
+            self._install(plan_id, hosted, plan, programs)
+        except Exception as error:
+            self.unload(plan_id)
+            trace = "" if isinstance(error, FlowmlError) else own_traceback(error)
+            answer: wire.Wire = wire.Failed(
+                plan_id=plan_id, worker=self.name, node="load", error=one_line(error), traceback=trace
+            )
+        else:
+            answer = wire.Loaded(plan_id=plan_id, worker=self.name, compile_seconds=time.perf_counter() - began)
+        self._tell(hosted.driver, answer)
+
+    def _install(self, plan_id: str, hosted: _Hosted, plan: Plan, programs: Mapping[str, LoadedProgram]) -> None:
+        if plan.training is not None:
+            handler = self.training_factory(self, plan_id, plan, programs, hosted.driver, hosted.deadline_s)
+            with self._lock:
+                hosted.devices, hosted.training = tuple(programs), handler
+                closed = hosted.closed
+            if closed:
+                handler.close()
+            return
+        with self._lock:
+            if not hosted.closed:
+                hosted.devices = tuple(programs)
+                steps = {d: prepare(p) for d, p in programs.items()}
+                hosted.executors = {d: self._executor(plan_id, hosted, p, steps[d]) for d, p in programs.items()}
+                if len(plan.programs) == 1 and programs:
+                    ((device, loaded),) = programs.items()
+                    hosted.local = LocalStep(loaded, steps[device], self.recorder)
+
+    def _executor(self, plan_id: str, hosted: _Hosted, loaded: LoadedProgram, program: StepProgram) -> Executor:
+        driver = hosted.driver
+        services = DataflowServices(
+            plan_id, loaded, self.mailbox, self.endpoint, driver, hosted.deadline_s, self.recorder
+        )
+        hosted.windows[loaded.name] = services.windows
+
+        def on_fault(step: int, node: str, error: BaseException) -> None:
+            self._tell(driver, step_failed(plan_id, step, self.name, node, error))
+
+        services.on_fault = on_fault
+        return Executor(
+            program,
+            services,
+            on_fault,
+            f"{loaded.name} {plan_id}",
+            may_be_quick=may_be_quick(loaded),
+            deadline_s=hosted.deadline_s,
+        )
+
+    def _tell(self, driver: str, message: wire.Wire) -> None:
+        try:
+            self.endpoint.send(driver, message)
+        except WorkerLostError:
+            return  # nobody is left to be told; on_lost unloads what it drove

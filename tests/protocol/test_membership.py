@@ -1,0 +1,255 @@
+"""The membership machine: who is let in, who is lost, and that everybody hears of it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from flowml_runtime import wire
+from flowml_runtime.protocol.membership import (
+    Action,
+    ConnectionLost,
+    Coordinator,
+    Event,
+    Forget,
+    Know,
+    Look,
+    ProcessExited,
+    Received,
+    Rename,
+    Send,
+    Tick,
+    Working,
+)
+
+VERSION, PROTOCOL = "1.0", 7
+CPU = wire.DeviceInfo(name="cpu:0", platform="cpu", memory_bytes=10, cores=1.0)
+
+
+def join(name: str = "", life: int = 1, at: str = "h:1", **changes: object) -> wire.Join:
+    fields = {"worker": name, "address": at, "incarnation": life, "protocol": PROTOCOL, "version": VERSION}
+    return wire.Join(**{**fields, "devices": () if name.startswith("driver") else (CPU,), **changes})  # type: ignore[arg-type]
+
+
+def cluster(**options: object) -> Coordinator:
+    machine = Coordinator(VERSION, PROTOCOL, **options)  # type: ignore[arg-type]
+    machine.step(Tick(0.0))
+    return machine
+
+
+def admitted(machine: Coordinator, *names: str) -> Coordinator:
+    for number, name in enumerate(names):
+        machine.step(Received(f"joining-{number}", join(name, at=f"h:{number}")))
+    assert [m.worker for m in machine.members] == list(names)
+    return machine
+
+
+def refusal(actions: list[Action]) -> str:
+    know, send, forget = actions
+    assert isinstance(know, Know)
+    assert isinstance(send, Send)
+    assert isinstance(send.message, wire.Refused)
+    assert forget == Forget(know.peer)
+    return send.message.reason
+
+
+def views(actions: list[Action]) -> dict[str, wire.Members]:
+    return {a.peer: a.message for a in actions if isinstance(a, Send) and isinstance(a.message, wire.Members)}
+
+
+def names(view: wire.Members) -> list[str]:
+    return [m.worker for m in view.members]
+
+
+def test_a_worker_is_named_welcomed_and_announced() -> None:
+    machine = admitted(cluster(), "driver", "worker:0")
+    actions = machine.step(Received("joining-9", join(at="h:9")))
+    assert actions[:3] == [
+        Know("joining-9", "h:9"),
+        Rename("joining-9", "worker:1"),
+        Send("worker:1", wire.Welcome(worker="worker:1", heartbeat_s=0.5, timeout_s=5.0)),
+    ]
+    assert set(views(actions)) == {"driver", "worker:0", "worker:1"}
+    view = views(actions)["driver"]
+    assert names(view) == ["driver", "worker:0", "worker:1"]
+    assert view.members[2].devices[0].name == "worker:1/cpu:0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"version": "0.9"}, ["flowml 0.9", "flowml 1.0", "install flowml 1.0"]),
+        ({"protocol": 8}, ["protocol 8", "protocol 7", "install"]),
+        ({"name": "tuesday"}, ["'tuesday'", "no name for a worker"]),
+        ({"name": "driver", "devices": (CPU,)}, ["'driver'", "no name for a worker"]),
+        ({"devices": ()}, ["no name for a driver"]),
+        ({"devices": (CPU, CPU)}, ["cpu:0", "name each once"]),
+        ({"at": "h:0"}, ["h:0", "worker:0"]),
+        ({"name": "worker:0"}, ["incarnation 1 of worker:0 is not later than 1"]),
+    ],
+)
+def test_who_does_not_fit_is_refused_with_the_reason(changes: dict[str, object], said: list[str]) -> None:
+    machine = admitted(cluster(), "worker:0")
+    asked = join(**{"name": "worker:5", "at": "h:9", **changes})  # type: ignore[arg-type]
+    reason = refusal(machine.step(Received("joining-9", asked)))
+    assert [s for s in said if s not in reason] == []
+    assert [m.worker for m in machine.members] == ["worker:0"]
+
+
+def test_a_full_cluster_refuses() -> None:
+    machine = admitted(cluster(max_members=1), "worker:0")
+    assert "full with 1" in refusal(machine.step(Received("joining-9", join(at="h:9"))))
+
+
+def test_a_join_that_comes_twice_is_answered_twice_and_counted_once() -> None:
+    machine = admitted(cluster(), "worker:0")
+    again = machine.step(Received("worker:0", join("worker:0", at="h:0")))
+    assert [type(a.message) for a in again if isinstance(a, Send)] == [wire.Welcome, wire.Members]
+    assert len(machine.members) == 1
+
+
+def test_a_later_life_takes_the_place_and_an_earlier_one_cannot() -> None:
+    machine = admitted(cluster(), "driver", "worker:0")
+    view = views(machine.step(Received("joining-9", join("worker:0", life=2, at="h:9"))))["driver"]
+    assert view.lost == (("worker:0", "a new worker:0 took its place"),)
+    assert [(m.worker, m.address) for m in view.members] == [("driver", "h:0"), ("worker:0", "h:9")]
+    machine.step(ProcessExited("worker:0", "killed"))
+    for life in (1, 2):
+        assert "not later than 2" in refusal(machine.step(Received("joining-8", join("worker:0", life, "h:8"))))
+
+
+def test_a_free_name_is_given_again_to_a_later_life_only() -> None:
+    machine = admitted(cluster(), "worker:0", "worker:1")
+    machine.step(ConnectionLost("worker:0", "gone"))
+    assert Rename("joining-8", "worker:2") in machine.step(Received("joining-8", join(life=1, at="h:8")))
+    assert Rename("joining-9", "worker:0") in machine.step(Received("joining-9", join(life=2, at="h:9")))
+
+
+@pytest.mark.parametrize(
+    ("event", "reason"),
+    [
+        (ConnectionLost("worker:1", "its connection broke"), "its connection broke"),
+        (ProcessExited("worker:1", "killed by SIGKILL"), "killed by SIGKILL"),
+        (Received("worker:1", wire.Leave(worker="worker:1", reason="done")), "done"),
+    ],
+)
+def test_a_loss_is_told_once_with_its_reason(event: Event, reason: str) -> None:
+    machine = admitted(cluster(), "driver", "worker:0", "worker:1")
+    actions = machine.step(event)
+    assert actions[0] == Forget("worker:1")
+    assert {p: (names(v), v.lost) for p, v in views(actions).items()} == {
+        peer: (["driver", "worker:0"], (("worker:1", reason),)) for peer in ("driver", "worker:0")
+    }
+    assert machine.step(event) == []
+
+
+def test_silence_is_a_loss_and_a_heartbeat_of_an_earlier_life_is_silence() -> None:
+    machine = admitted(cluster(), "worker:0", "worker:1", "worker:2")
+    lost: dict[str, str] = {}
+    for tick in range(1, 30):
+        machine.step(Received("worker:0", wire.Heartbeat(worker="worker:0", incarnation=1)))
+        machine.step(Received("worker:1", wire.Heartbeat(worker="worker:1", incarnation=0)))
+        for view in views(machine.step(Tick(tick / 4))).values():
+            assert tick / 4 == pytest.approx(5.25)
+            lost |= dict(view.lost)
+    assert lost == dict.fromkeys(["worker:1", "worker:2"], "no heartbeat for 5 s")
+
+
+def test_a_coordinator_that_was_suspended_blames_nobody() -> None:
+    machine = admitted(cluster(), "worker:0")
+    assert machine.step(Tick(1000.0)) == []
+    later = [a for t in range(1, 18) for a in machine.step(Tick(1000 + t / 4))]
+    assert set(later) == {Look("worker:0")}  # silent it is
+    assert machine.step(Tick(1005.5)) == [Forget("worker:0")]
+
+
+def test_a_silent_worker_that_is_seen_at_work_is_borne_with_for_a_while() -> None:
+    machine = admitted(cluster(), "worker:0", "worker:1", "worker:2")
+    lost: dict[str, str] = {}
+    at: dict[str, float] = {}
+    for tick in range(1, 160):
+        now_s = tick / 4
+        machine.step(Received("worker:2", wire.Heartbeat(worker="worker:2", incarnation=1)))
+        actions = machine.step(Tick(now_s))
+        for view in views(actions).values():
+            lost |= dict(view.lost)
+            at |= {name: now_s for name, _ in view.lost}
+        for look in (a for a in actions if isinstance(a, Look)):
+            works_on = look.worker == "worker:0" or now_s < 4
+            assert machine.step(Working(look.worker)) == [] if works_on else True
+    assert lost == {"worker:0": "no heartbeat for 30 s", "worker:1": "no heartbeat for 5 s"}
+    assert at["worker:0"] == pytest.approx(30.25)
+    assert 5 < at["worker:1"] < 10
+
+
+SMALL = st.integers(0, 5)
+
+
+class Membership(RuleBasedStateMachine):
+    """Random joins, beats, losses and ticks, against a plain account of who should be in."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.machine = cluster(max_members=4)
+        self.clock = 0.0
+        self.view: dict[str, wire.Members] = {}
+        self.lives: dict[str, int] = {}
+        self.left: set[str] = set()
+
+    def take(self, event: Event) -> list[Action]:
+        before = {m.worker: m for m in self.machine.members}
+        actions = self.machine.step(event)
+        told = views(actions)
+        after = {m.worker: m for m in self.machine.members}
+        if before != after:
+            assert set(told) == set(after)
+            for view in told.values():
+                assert {n for n, _ in view.lost} == {n for n in before if after.get(n) != before[n]}
+        self.view = {n: told.get(n, self.view.get(n)) for n in after}  # type: ignore[assignment]
+        return actions
+
+    @rule(name=st.sampled_from(["", "worker:0", "worker:1", "driver", "x"]), life=SMALL, port=SMALL)
+    def joins(self, name: str, life: int, port: int) -> None:
+        actions = self.take(Received(f"joining-{port}", join(name, life, f"h:{port}")))
+        for action in actions:
+            if isinstance(action, Send) and isinstance(action.message, wire.Welcome):
+                worker = action.message.worker
+                latest = self.lives.get(worker, -1)
+                assert life > latest or (life == latest and worker not in self.left) or worker == "driver"
+                self.lives[worker] = life
+                self.left.discard(worker)
+
+    @rule(index=st.integers(0, 3), how=st.sampled_from([ConnectionLost, ProcessExited]))
+    def loses(self, index: int, how: type[ConnectionLost] | type[ProcessExited]) -> None:
+        members = self.machine.members
+        if members:
+            worker = members[index % len(members)].worker
+            self.take(how(worker, "lost"))
+            assert worker not in {m.worker for m in self.machine.members}
+            self.left.add(worker)
+
+    @rule(beating=st.sets(st.integers(0, 3)), passed_s=st.floats(0, 0.5))
+    def ticks(self, beating: set[int], passed_s: float) -> None:
+        beaten: set[str] = set()
+        for index, member in enumerate(self.machine.members):
+            if index in beating:
+                self.take(Received(member.worker, wire.Heartbeat(worker=member.worker, incarnation=member.incarnation)))
+                beaten.add(member.worker)
+        before = {m.worker for m in self.machine.members}
+        self.clock += passed_s
+        self.take(Tick(self.clock))
+        after = {m.worker for m in self.machine.members}
+        assert beaten <= after
+        self.left |= before - after
+
+    @invariant()
+    def holds(self) -> None:
+        self.machine.validate()
+        for view in self.view.values():
+            assert view.members == self.machine.members
+
+
+Membership.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestMembership = Membership.TestCase
