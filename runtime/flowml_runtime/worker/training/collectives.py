@@ -81,7 +81,7 @@ class GroupId:
 
 
 class _Flight:
-    """One bucket under way on this rank. One thread at a time; `group.lock` guards `future` being completed once."""
+    """One bucket under way on this rank. `lock` guards its machine and its values."""
 
     def __init__(
         self, name: str, key: Slot, source: Buffer, schedule: Schedule, rank: int, future: Future[Sums], deadline: float
@@ -91,7 +91,7 @@ class _Flight:
         self.future = future
         self.deadline = deadline
         self.lock = threading.Lock()
-        """Held while the machine steps, and inline while values are added; never while anything is sent."""
+        """Held while the machine steps and its actions read and write values; never while anything is sent."""
         self.layout = Layout.of(source.size, source.itemsize, schedule.chunks)
         self.machine = AllReduce(schedule, rank, self.layout.pieces, name)
         self.inline = source.nbytes <= INLINE_BYTES and not schedule.relays(rank)
@@ -125,6 +125,26 @@ class _Flight:
                 f"it is {self._source.dtype} here"
             )
         return arrays[0]
+
+    def carry_out(self, actions: Sequence[Action], pool: BufferPool) -> tuple[list[tuple[SendChunk, Buffer]], bool]:
+        """What is to be sent now, and whether all is done. The lock is held.
+
+        A chunk is read where its SendChunk stands among the actions: a later one, or the next event on another
+        thread, makes the chunk a sum. What was read stays as it is, since sums lie in memory of their own.
+        """
+        chunks: list[tuple[SendChunk, Buffer]] = []
+        done = False
+        for action in actions:
+            match action:
+                case SendChunk():
+                    chunks.append((action, self.held((action.piece, action.chunk))))
+                case Combine():
+                    self.combine(action, pool)
+                case Replace():
+                    self.replace(action, pool)
+                case Done():
+                    done = True
+        return chunks, done
 
     def combine(self, action: Combine, pool: BufferPool) -> None:
         slot = (action.piece, action.chunk)
@@ -207,7 +227,7 @@ class Group:
         """`members` in the order of their ranks; `hosts` names each one's machine (all the same if left out)."""
         self.rank = list(members).index(me)
         self._sent: Counter[int] = Counter()
-        """Bytes of arrays to other members, by bucket. One thread at a time writes for a bucket."""
+        """Bytes of arrays to other members, by bucket."""
         self._identity = identity
         self._members = tuple(members)
         self._ranks = {name: rank for rank, name in enumerate(members)}
@@ -234,11 +254,13 @@ class Group:
 
     @property
     def sent_bytes(self) -> int:
-        return sum(self._sent.values())
+        with self._lock:
+            return sum(self._sent.values())
 
     def take_sent_bytes(self, bucket: int) -> int:
         """How much was sent for a bucket, where none is under way, since this was last asked."""
-        return self._sent.pop(bucket, 0)
+        with self._lock:
+            return self._sent.pop(bucket, 0)
 
     def all_reduce(
         self, bucket: int, clock: int, arrays: Sequence[Array], schedule: Schedule | None = None
@@ -359,19 +381,17 @@ class Group:
                 self._fail(flight, self._deadline_error(flight.name, missing))
 
     def _step(self, flight: _Flight, event: Started | Received) -> None:
-        """Take an event in. Inline flights send only what they began with, so that may wait until the lock is free."""
+        """Take an event in. The lock covers all that reads or writes values; nothing is sent while it is held."""
         try:
             with flight.lock:
                 if flight.future.done():
                     return
-                actions = flight.machine.step(event)
-                if flight.inline:
-                    for action in actions:
-                        self._add(flight, action)
-            for action in actions:
-                if not flight.inline:
-                    self._add(flight, action)
-                self._send_or_end(flight, action)
+                chunks, done = flight.carry_out(flight.machine.step(event), self._pool)
+            for action, values in chunks:
+                self._send_chunk(flight, action, values)
+            if done:
+                self._drop(flight)
+                flight.future.complete(flight.result(self._pool))
         except ProtocolError as error:
             self._break(error)
         except WorkerLostError as error:
@@ -380,23 +400,7 @@ class Group:
             _log.exception("%s could not be added up", flight.name)
             self._fail(flight, FlowmlError(f"{flight.name} could not be added up: {type(error).__name__}: {error}"))
 
-    def _add(self, flight: _Flight, action: Action) -> None:
-        """Carry out what changes values."""
-        if isinstance(action, Combine):
-            flight.combine(action, self._pool)
-        elif isinstance(action, Replace):
-            flight.replace(action, self._pool)
-
-    def _send_or_end(self, flight: _Flight, action: Action) -> None:
-        """Carry out the rest."""
-        if isinstance(action, SendChunk):
-            self._send_chunk(flight, action)
-        elif isinstance(action, Done):
-            self._drop(flight)
-            flight.future.complete(flight.result(self._pool))
-
-    def _send_chunk(self, flight: _Flight, action: SendChunk) -> None:
-        values = flight.held((action.piece, action.chunk))
+    def _send_chunk(self, flight: _Flight, action: SendChunk, values: Buffer) -> None:
         bucket, clock = flight.key
         message = wire.Collective(
             plan_id=self._identity.plan_id,
@@ -408,7 +412,8 @@ class Group:
             take=action.take,
             specs=(_spec(values.dtype, values.size),),
         )
-        self._sent[bucket] += values.nbytes
+        with self._lock:
+            self._sent[bucket] += values.nbytes
         self._send(self._members[action.peer], message, (values,))
 
     def _drop(self, flight: _Flight) -> None:
