@@ -1,24 +1,28 @@
 """The executor: runs the steps of one device of a dataflow plan, in the order in which the driver feeds them.
 
-    feed queue -> executor thread: for each step { StepRun(program, step, services) } -> fetches to the driver
+    feeds of a plan -> its Executor -> the DeviceThread, which all plans of a device share -> fetches to the driver
+
+A step never waits on the device's thread: two plans whose devices take their steps in different orders would wait
+for each other for ever. Where a value or the room to send one is missing, the step is left, the thread goes on with
+other plans, and the step is taken up once it can go on.
 
 Waking a thread costs more than a small step does. So steps that have shown themselves to be quick run on the
-thread that brings what they wait for: the feed begins a step, and where a value is missing the step is left, to
-be taken up by the thread that brings it. Slow steps stay on the executor's own thread, where they hold up nobody.
+thread that brings what they wait for. Slow steps run on the device's thread, where they hold up no messages.
 
 A step that fails is reported to the driver and the executor goes on to the next.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from flowml.plan import Fetch, Run, Send
 from flowml_runtime import wire
+from flowml_runtime.execution.device_thread import Deadlines, DeviceThread
 from flowml_runtime.execution.mailbox import Cancelled, Claim, Parked
 from flowml_runtime.execution.outbox import Outbox
 from flowml_runtime.execution.programs import Array, LoadedProgram
@@ -29,15 +33,10 @@ class FedServices(StepServices, Protocol):
     """Services of steps that a driver feeds: `begin` takes the feed in, `end` lets go of it."""
 
     outbox: Outbox
-    waited_s: float
-    """How long the step has waited for values on the executor's thread."""
 
-    def begin(self, arrays: Sequence[Array], *, parks: bool) -> None:
-        """With `parks`, a value that is missing raises Parked instead of being waited for."""
-        ...
-
-    def resume(self, claim: Claim) -> None:
-        """The step goes on where it was parked: its next receive takes from this claim."""
+    def begin(self, arrays: Sequence[Array]) -> None: ...
+    def resume(self) -> None:
+        """The step goes on where it was parked."""
         ...
 
     def end(self, step: int) -> None: ...
@@ -81,14 +80,15 @@ MAX_LOOK_S = 60.0
 
 
 class Executor:
-    """Runs the steps of one (plan, device) in the order in which they were fed: on a thread of its own, or quickly."""
+    """Runs the steps of one (plan, device) in the order in which they were fed: on the device's thread, or quickly."""
 
     def __init__(
         self,
         program: StepProgram,
         services: FedServices,
         on_fault: Callable[[int, str, BaseException], None],
-        name: str,
+        device: DeviceThread,
+        deadlines: Deadlines,
         *,
         may_be_quick: bool = False,
         deadline_s: float = wire.DEADLINE_S,
@@ -100,66 +100,62 @@ class Executor:
         self._program = program
         self._services = services
         self._on_fault = on_fault
+        self._device = device
+        self._deadlines = deadlines
         self._may_be_quick = may_be_quick
         self._deadline_s = deadline_s
-        self._look_s = min(deadline_s / 8, MAX_LOOK_S)
         self._lock = threading.Lock()
         self._unfinished = 0
         """Steps that were fed and are not over."""
-        self._queued = 0
-        """Those of them that wait for the thread to begin them."""
+        self._feeds: deque[tuple[int, Sequence[Array]]] = deque()
+        """Those of them that wait for the device's thread to begin them."""
+        self._stopped = False
         self._trust = 0
         self._proven = False
         """Whether steps count as quick: from full trust on, until none is left."""
         self._turn = threading.Lock()
         """Held from the beginning of a step to its end, on whatever threads that happens."""
         self._parked: tuple[int, float] | None = None
-        """(step, since when) it waits for a value without a thread that does."""
-        self._feeds: queue.SimpleQueue[tuple[int, Sequence[Array]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+        """(step, since when) it waits for a value or for room, without a thread that does."""
+        deadlines.watch(self, self._look, min(deadline_s / 8, MAX_LOOK_S))
 
     def feed(self, step: int, arrays: Sequence[Array]) -> None:
         """Run a step now if it is bound to be quick, else queue it. The driver bounds how many are in flight."""
         with self._lock:
             under_way = self._unfinished
-            quick = self._proven and not self._queued and (not under_way or (under_way == 1 and self._parked is None))
+            quick = self._proven and not self._feeds and (not under_way or (under_way == 1 and self._parked is None))
             self._unfinished += 1
         # The step before this one may just have been answered: it is over before another thread could be woken.
         if quick and self._turn.acquire(timeout=ENDS_S if under_way else -1):
-            self._begin(step, arrays, parks=True)
+            self._begin(step, arrays, quick=True)
             return
         with self._lock:
-            self._queued += 1
-        self._feeds.put((step, arrays))
+            if not self._stopped:
+                self._feeds.append((step, arrays))
+        self._pump()
 
     def stop(self) -> None:
-        """End after the step that runs now. Does not wait."""
-        self._feeds.put(None)
+        """End after the step that runs now, and drop the others. Does not wait."""
+        with self._lock:
+            self._stopped = True
+            self._feeds.clear()
+        self._deadlines.forget(self)
         self._services.outbox.close()
+        self._device.leave(self)
 
-    def join(self, timeout_s: float) -> bool:
-        """Wait until the threads are gone. False if one is still there, e.g. inside a callback that never returns."""
-        if self._thread is not threading.current_thread():
-            self._thread.join(timeout_s)
-        return self._services.outbox.join(timeout_s) and not self._thread.is_alive()
+    def _pump(self) -> None:
+        """Have the device's thread begin the next step, unless one is under way: then its end does that."""
+        if self._feeds and self._turn.acquire(blocking=False):
+            self._device.put(self, self._begin_queued)
 
-    def _work(self) -> None:
-        while True:
-            try:
-                fed = self._feeds.get(timeout=self._look_s)
-            except queue.Empty:
-                self._look()
-                continue
-            if fed is None:
-                return
-            while not self._turn.acquire(timeout=self._look_s):
-                self._look()
-            with self._lock:
-                self._queued -= 1
-            step, arrays = fed
-            self._begin(step, arrays, parks=False)
-            del fed, arrays  # else they stay alive until the next feed comes
+    def _begin_queued(self) -> None:
+        with self._lock:
+            fed = self._feeds.popleft() if self._feeds else None
+        if fed is None:
+            self._turn.release()
+            self._pump()  # something may have been fed since, and found the turn taken
+        else:
+            self._begin(*fed, quick=False)
 
     def _look(self) -> None:
         """End a parked step that waits for too long."""
@@ -167,24 +163,28 @@ class Executor:
         if parked is not None and time.monotonic() - parked[1] > self._deadline_s:
             self._services.expire(parked[0])
 
-    def _begin(self, step: int, arrays: Sequence[Array], *, parks: bool) -> None:
+    def _begin(self, step: int, arrays: Sequence[Array], *, quick: bool) -> None:
+        """Begin a step on this thread. If it is parked, it goes on where its value comes in, or on the device's thread.
+
+        The first is for quick steps.
+        """
         began = time.perf_counter()
         try:
-            self._services.begin(arrays, parks=parks)
+            self._services.begin(arrays)
         except BaseException as error:  # a feed that does not fit
             self._end(step, QUICK_S)
             self._on_fault(step, "feed", error)
             return
-        self._advance(StepRun(self._program, step, self._services), step, began, 0.0)
+        self._advance(StepRun(self._program, step, self._services), step, began, 0.0, quick=quick)
 
-    def _advance(self, run: StepRun, step: int, since: float, ran_s: float) -> None:
+    def _advance(self, run: StepRun, step: int, since: float, ran_s: float, *, quick: bool) -> None:
         """Run the step to its end, or to where it has to be left. `ran_s` is what it has run before `since`."""
         fault: StepFault | None = None
         while True:
             try:
                 run.advance()
             except Parked as parked:
-                if self._park(parked.claim, run, step, ran_s + time.perf_counter() - since):
+                if self._park(parked.claim, run, step, ran_s + time.perf_counter() - since, quick=quick):
                     return
                 continue
             except Cancelled:
@@ -195,24 +195,31 @@ class Executor:
                 fault = StepFault("step")
                 fault.__cause__ = error
             break
-        self._end(step, ran_s + time.perf_counter() - since - self._services.waited_s)
+        self._end(step, ran_s + time.perf_counter() - since)
         if fault is not None:
             self._on_fault(step, fault.node, fault.__cause__ or fault)
 
-    def _park(self, claim: Claim, run: StepRun, step: int, ran_s: float) -> bool:
+    def _park(self, claim: Claim, run: StepRun, step: int, ran_s: float, *, quick: bool) -> bool:
         """Leave the step until the claim is done. False if it is, by now."""
+
+        def go_on() -> None:
+            self._advance(run, step, time.perf_counter(), ran_s, quick=quick)
 
         def resume() -> None:
             self._parked = None
-            self._services.resume(claim)
-            self._advance(run, step, time.perf_counter(), ran_s)
+            self._services.resume()
+            if quick:
+                go_on()
+            else:
+                self._device.put(self, go_on)
 
         self._parked = step, time.monotonic()
         if claim.then(resume):
-            self._services.expect()
+            if quick:
+                self._services.expect()
             return True
         self._parked = None
-        self._services.resume(claim)
+        self._services.resume()
         return False
 
     def _end(self, step: int, ran_s: float) -> None:
@@ -224,5 +231,6 @@ class Executor:
             self._proven = self._trust >= PROBATION or (self._proven and self._trust > 0)
             self._unfinished -= 1
             proven = self._proven
+        self._pump()
         if proven:
             self._services.expect()

@@ -72,13 +72,21 @@ class Recorder:
 
     @contextmanager
     def record(
-        self, lane: str, kind: str, name: str, step: int, microbatch: int = 0, nbytes: int = 0, way: str = ""
+        self,
+        lane: str,
+        kind: str,
+        name: str,
+        step: int,
+        microbatch: int = 0,
+        nbytes: int = 0,
+        way: str = "",
+        began_ns: int = 0,
     ) -> Generator[None]:
-        """Add what the block does, unless it raises."""
+        """Add what the block does, unless it raises. It began at `began_ns`, if that is given."""
         if not self.on:
             yield
             return
-        key, began = object(), now_ns()
+        key, began = object(), began_ns or now_ns()
         self._open[key] = Span(lane, kind, name, step, microbatch, nbytes, way, began, began)
         try:
             yield

@@ -8,7 +8,6 @@ feeds and fetches.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -198,23 +197,19 @@ class DataflowServices(EdgeServices):
         self._number = loaded.plan.devices.index(self.device)
         self._outputs = {o.index: o.spec for o in loaded.plan.outputs if o.kind == "fetch"}
         self._at_home = at_home(loaded.device)
-        self._parks = False
         self.windows = Windows(self._messages)
         self._windowed = [window(m) > 0 for m in self._messages]
         self._claim: Claim | None = None
+        """To the value that the step was parked for."""
         self._awaited = driver
         """The peer whose message comes next: the driver with a feed, or the one that a parked step waits for."""
         self._expired = -1
-        self.waited_s = 0.0
 
-    def begin(self, arrays: Sequence[Array], *, parks: bool) -> None:
+    def begin(self, arrays: Sequence[Array]) -> None:
         """Take in the feed of the step that runs next."""
-        self._parks = parks
-        self.waited_s = 0.0
         self._fed = dict(zip(self._slots, self.adopt(arrays), strict=True))
 
-    def resume(self, claim: Claim) -> None:
-        self._claim = claim
+    def resume(self) -> None:
         self._awaited = self._driver
 
     def expect(self) -> None:
@@ -230,6 +225,7 @@ class DataflowServices(EdgeServices):
     def expire(self, step: int) -> None:
         self._expired = step
         self._mailbox.cancel((self.plan_id, step, self.device))
+        self.windows.cancel(step)
 
     def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
         arrays = self._receive(step, message, microbatch)
@@ -240,16 +236,13 @@ class DataflowServices(EdgeServices):
         return arrays
 
     def _receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
-        if not self._parks:
-            began = time.perf_counter()
-            arrays = super().receive(step, message, microbatch)
-            self.waited_s += time.perf_counter() - began
-            return arrays
         scope = (self.plan_id, step, self.device)
-        claim, self._claim = self._claim or self._mailbox.claim(scope, ("edge", message, microbatch)), None
+        claim = self._claim or self._mailbox.claim(scope, ("edge", message, microbatch))
         if not claim.done:
+            self._claim = claim
             self._awaited = self._sources[message]
             raise Parked(claim)
+        self._claim = None
         if claim.cancelled:
             raise self._late(step, message) if self._expired == step else Cancelled(scope)
         return self.adopt(claim.value)
@@ -257,9 +250,13 @@ class DataflowServices(EdgeServices):
     def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None:
         if self._windowed[message]:
             try:
-                self.windows.enter(message, step, self.deadline_s)
-            except TimeoutError:
-                raise self._stalled(step, message) from None
+                claim = self.windows.enter(message, step)
+            except Cancelled:
+                if self._expired == step:
+                    raise self._stalled(step, message) from None
+                raise
+            if claim is not None:
+                raise Parked(claim)
         super().send(step, message, microbatch, arrays)
 
     def send_failed(self, step: int, node: str, error: BaseException) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from flowml.plan import Feed, Fetch, Free, Instruction, Plan, Push, Read, Recv, Run, Send
 from flowml_runtime.execution.mailbox import Cancelled, Parked
 from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction
-from flowml_runtime.execution.recorder import Recorder
+from flowml_runtime.execution.recorder import Recorder, now_ns
 
 
 class StepServices(Protocol):
@@ -84,7 +84,7 @@ def prepare(loaded: LoadedProgram) -> StepProgram:
 class StepRun:
     """One step under way, which can be left where a value is missing and taken up again."""
 
-    __slots__ = ("_buffers", "_position", "_program", "_services", "_step")
+    __slots__ = ("_buffers", "_left_ns", "_position", "_program", "_services", "_step")
 
     def __init__(self, program: StepProgram, step: int, services: StepServices) -> None:
         self._program = program
@@ -92,16 +92,20 @@ class StepRun:
         self._services = services
         self._buffers: Buffers = list(program.buffers)
         self._position = 0
+        self._left_ns = 0
+        """Since when it waits at that position; 0 if it does not."""
 
     def advance(self) -> None:
         """Run to the end. Raises Parked where it can be taken up later, Cancelled if given up, StepFault if failed."""
         buffers, step, services = self._buffers, self._step, self._services
         operations = self._recorded() if services.recorder.on else self._program.operations
-        position = self._position
+        first = position = self._position
         try:
             for position in range(self._position, len(operations)):
                 operations[position](buffers, step, services)
         except Parked:
+            if position > first or not self._left_ns:
+                self._left_ns = now_ns()
             self._position = position
             raise
         except (Cancelled, KeyboardInterrupt):
@@ -110,23 +114,36 @@ class StepRun:
             raise StepFault(self._program.nodes[position]) from error
 
     def _recorded(self) -> list[Operation]:
-        """The operations, each of which leaves a span."""
+        """The operations, each of which leaves a span: that of one which was left begins where it was left."""
         program = self._program
-        return [
-            op if isinstance(instruction, Free) else _recorded(op, program.device, instruction, node, nbytes)
+        operations = [
+            op if isinstance(instruction, Free) else _recorded(op, program.device, instruction, node, nbytes, 0)
             for op, instruction, node, nbytes in zip(
                 program.operations, program.instructions, program.nodes, program.sizes, strict=True
             )
         ]
+        if self._left_ns:
+            at = self._position
+            operations[at] = _recorded(
+                program.operations[at],
+                program.device,
+                program.instructions[at],
+                program.nodes[at],
+                program.sizes[at],
+                self._left_ns,
+            )
+        return operations
 
 
-def _recorded(operation: Operation, device: str, instruction: Instruction, node: str, nbytes: int) -> Operation:
+def _recorded(
+    operation: Operation, device: str, instruction: Instruction, node: str, nbytes: int, began_ns: int
+) -> Operation:
     kind = _KINDS[type(instruction)]
     microbatch = getattr(instruction, "microbatch", 0)
 
     def recorded(buffers: Buffers, step: int, services: StepServices) -> None:
         way = services.way(instruction.message) if isinstance(instruction, Send) else ""
-        with services.recorder.record(device, kind, node, step, microbatch, nbytes, way):
+        with services.recorder.record(device, kind, node, step, microbatch, nbytes, way, began_ns):
             operation(buffers, step, services)
 
     return recorded

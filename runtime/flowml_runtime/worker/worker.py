@@ -1,4 +1,4 @@
-"""The worker: takes in messages, loads plans, and keeps one executor a (plan, device).
+"""The worker: takes in messages, loads plans, and runs them on one thread a device.
 
 Messages come in on the endpoint's receiving threads and none of them is ever held up: a value goes to the
 mailbox or an executor's queue, a plan to the loader thread. What a training plan adds is done by a handler
@@ -24,6 +24,7 @@ import numpy as np
 from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import ArraySpec, Plan
 from flowml_runtime import wire
+from flowml_runtime.execution.device_thread import Deadlines, DeviceThread
 from flowml_runtime.execution.executor import Executor, may_be_quick
 from flowml_runtime.execution.faults import one_line, own_traceback, step_failed
 from flowml_runtime.execution.inline import LocalStep
@@ -103,7 +104,9 @@ class Worker:
         self._cache = cache or ExecutableCache()
         self._lock = threading.Lock()
         self._plans: dict[str, _Hosted] = {}
-        self._stopped: list[Executor] = []
+        self._threads: dict[str, DeviceThread] = {}
+        """Of each device that has been used."""
+        self._deadlines = Deadlines(f"{name}-deadlines")
         self._ending: list[threading.Thread] = []
         """Each closes the handler of a training plan that was unloaded."""
         self._loader = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
@@ -150,7 +153,6 @@ class Worker:
                 return
             hosted.closed = True
             executors = list(hosted.executors.values())
-            self._stopped = [e for e in self._stopped if not e.join(0)] + executors
         self.mailbox.close(plan_id)
         for windows in hosted.windows.values():
             windows.close()
@@ -175,10 +177,13 @@ class Worker:
         self._loader.shutdown(wait=True, cancel_futures=True)
         for plan_id in list(self._plans):  # one that arrived meanwhile
             self.unload(plan_id)
-        for executor in self._stopped:
-            executor.join(JOIN_S)
         with self._lock:
-            ending = list(self._ending)
+            ending, threads = list(self._ending), list(self._threads.values())
+        for device in threads:
+            device.close()
+        for device in threads:
+            device.join(JOIN_S)
+        self._deadlines.close(JOIN_S)
         for thread in ending:
             thread.join(JOIN_S)
 
@@ -293,10 +298,17 @@ class Worker:
             program,
             services,
             on_fault,
-            f"{loaded.name} {plan_id}",
+            self._thread_of(loaded.name),
+            self._deadlines,
             may_be_quick=may_be_quick(loaded),
             deadline_s=hosted.deadline_s,
         )
+
+    def _thread_of(self, device: str) -> DeviceThread:
+        """The lock is held."""
+        if device not in self._threads:
+            self._threads[device] = DeviceThread(device)
+        return self._threads[device]
 
     def _tell(self, driver: str, message: wire.Wire) -> None:
         try:

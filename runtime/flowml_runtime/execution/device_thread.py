@@ -1,0 +1,117 @@
+"""The threads of a worker that do not grow with its plans: one that computes for each device, one that heeds deadlines.
+
+`DeviceThread` runs what the plans of its device give it, one piece after the other. `Deadlines` looks at waits that
+no thread waits for, and which therefore no thread ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+_log = logging.getLogger("flowml")
+
+
+class DeviceThread:
+    """Computes for all plans of one device. Safe to use from any thread."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._work: queue.SimpleQueue[tuple[object, Callable[[], None]] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._running: object = None
+        """Whose work runs now."""
+        self._threads: list[threading.Thread] = []
+        """The last one serves. Those before it end with the work that they are in, if that ever ends."""
+        self._serve()
+
+    def put(self, owner: object, work: Callable[[], None]) -> None:
+        """Run `work` after all that was put before."""
+        self._work.put((owner, work))
+
+    def leave(self, owner: object) -> None:
+        """`owner` is stopped: work of it that runs now, and may never end, holds up nobody from here on."""
+        with self._lock:
+            if self._running is owner and self._threads[-1] is not threading.current_thread():
+                self._running = None
+                self._serve()
+
+    def close(self) -> None:
+        """End after the work that was put. Does not wait."""
+        self._work.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until the threads are gone. False if one is still there, e.g. inside a callback that never returns."""
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout_s)
+        return not any(t.is_alive() for t in self._threads)
+
+    def _serve(self) -> None:
+        self._threads = [t for t in self._threads if t.is_alive()]
+        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            owner, work = item
+            with self._lock:
+                self._running = owner
+            try:
+                work()
+            except Exception:  # the work of one plan must not end the thread of all
+                _log.exception("%s could not go on with a step", self._name)
+            del item, owner, work  # else they keep arrays alive until the next work comes
+            with self._lock:
+                if self._threads[-1] is not threading.current_thread():
+                    return
+                self._running = None
+
+
+class Deadlines:
+    """Calls functions now and then that end what waits for too long. Its thread lives while there are any."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._changed = threading.Condition()
+        self._looks: dict[object, tuple[Callable[[], None], float]] = {}
+        self._thread: threading.Thread | None = None
+
+    def watch(self, owner: object, look: Callable[[], None], every_s: float) -> None:
+        """Call `look()` every `every_s` seconds or more often, until `forget(owner)`. It must not wait."""
+        with self._changed:
+            self._looks[owner] = look, every_s
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def forget(self, owner: object) -> None:
+        with self._changed:
+            self._looks.pop(owner, None)
+            self._changed.notify_all()
+
+    def close(self, timeout_s: float) -> None:
+        with self._changed:
+            self._looks.clear()
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait(min((every_s for _, every_s in self._looks.values()), default=0.0))
+                if not self._looks:
+                    self._thread = None
+                    return
+                looks = [look for look, _ in self._looks.values()]
+            for look in looks:
+                try:
+                    look()
+                except Exception:
+                    _log.exception("%s could not end a wait", self._name)
