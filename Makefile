@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 SOURCES := flowml runtime tools tests examples scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types unit wheel peers pins clean
+.PHONY: help demo test lint format types unit wheel reference peers pins clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ unit: $(STAMP)  ## unit and integration tests; PYTEST_ARGS="-k name" chooses
 
 wheel: $(STAMP)  ## build the wheel and use it in an environment of its own
 	@$(PY) scripts/check_wheel.py
+
+reference: $(STAMP)  ## write docs/reference.md from the docstrings
+	@$(PY) scripts/reference.py
 
 format: $(STAMP)  ## rewrite the sources in the house format
 	@$(PY) -m ruff format --quiet $(SOURCES)

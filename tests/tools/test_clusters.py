@@ -160,7 +160,7 @@ def test_how_arrays_travel_can_be_chosen_in_the_command(flowml, start_flowml, sc
 
 BEGINS_ANEW = """
 import os
-from flowml_runtime.host import allocator
+from flowml_runtime.worker import allocator
 os.environ.pop(allocator.VARIABLE, None)  # as glibc does for interpreters with capabilities
 print("begun", flush=True)
 allocator.reexec()

@@ -1,0 +1,145 @@
+"""Writes docs/reference.md: every public name with its signature and its docstring. `--check` only compares.
+
+The text comes from the code, so the page cannot disagree with it. Run `make reference` after a change of a docstring.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import flowml as fm
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference.md"
+
+SECTIONS = {
+    "Where things run": ("layer", "device", "Device", "AutoPlacement", "Pipeline"),
+    "Programs and plans": ("dataflow", "compile", "Plan", "Estimate", "Transfer"),
+    "Clusters": ("Cluster",),
+    "Training": ("Trainer", "TrainingResult"),
+    "Policies": (),  # what the other sections do not name, errors apart
+    "Errors": (),
+}
+
+
+def main() -> int:
+    text = page()
+    if "--check" in sys.argv[1:]:
+        return 0 if PAGE.exists() and PAGE.read_text() == text else 1
+    PAGE.write_text(text)
+    return 0
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [
+        "# Reference",
+        "Every public name of `import flowml as fm`, with its docstring. `make reference` writes this page.\n"
+        "The guides show how the parts work together: [programs](guide.md), [training](training.md),\n"
+        "[policies](policies.md), [clusters](clusters.md), [errors](errors.md).",
+    ]
+    for title, names in sections().items():
+        parts.append(f"## {title}")
+        parts += [entry(f"fm.{name}", getattr(fm, name)) for name in names]
+    return "\n\n".join(parts) + "\n"
+
+
+def sections() -> dict[str, tuple[str, ...]]:
+    """Titles and the names under them; each public name is under exactly one."""
+    named = {name for names in SECTIONS.values() for name in names}
+    rest = [name for name in fm.__all__ if name not in named and name != "__version__"]
+    errors = tuple(name for name in rest if name.endswith("Error"))
+    others = tuple(name for name in rest if name not in errors)
+    return SECTIONS | {"Policies": others, "Errors": errors}
+
+
+def entry(name: str, value: Any, level: int = 3) -> str:
+    """A heading, the signature, the docstring, and the same for what a class or module holds."""
+    lines = [f"{'#' * level} `{name}`"]
+    signature = signature_of(value)
+    if signature:
+        lines.append(f"```\n{name}{signature}\n```")
+    elif not callable(value) and not isinstance(value, types.ModuleType | property):
+        lines.append(f"The value `{value!r}`.")
+    document = inspect.getdoc(value) if callable(value) or isinstance(value, types.ModuleType | property) else None
+    if document and not re.match(rf"{getattr(value, '__name__', '')}\(.*\)$", document):  # a dataclass's own signature
+        lines.append(as_markdown(document))
+    if level == 3:
+        lines += [entry(f"{name}.{member}", each, 4) for member, each in members(value)]
+    return "\n\n".join(lines)
+
+
+class _Written:
+    """An annotation as it stands in the source, which `inspect` would quote."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def signature_of(value: Any) -> str:
+    """As it stands in the source, a parameter a line where it is long; "" for what cannot be called."""
+    if not callable(value):
+        return ""
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):
+        return ""
+    parameters = [p.replace(annotation=_written(p.annotation)) for p in signature.parameters.values()]
+    result = _written(signature.return_annotation)
+    text = str(signature.replace(parameters=parameters, return_annotation=result)).removesuffix(" -> None")
+    if len(text) < 90:
+        return text
+    star = parameters and next((i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY), None)
+    lines = [str(p) for p in parameters]
+    if star is not None and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        lines.insert(star, "*")
+    arrow = "" if result is inspect.Signature.empty or str(result) == "None" else f" -> {result}"
+    return "(\n" + "".join(f"    {line},\n" for line in lines) + ")" + arrow
+
+
+def _written(annotation: Any) -> Any:
+    return _Written(annotation) if isinstance(annotation, str) else annotation
+
+
+def as_markdown(document: str) -> str:
+    """A docstring with its "Args:" and such as lists."""
+    out: list[str] = []
+    in_section = False
+    for line in document.splitlines():
+        if re.fullmatch(r"(Args|Returns|Raises):", line):
+            in_section = True
+            out += ["", line, ""]
+        elif in_section and re.match(r"    \S", line):
+            name, colon, rest = line.strip().partition(": ")
+            out.append(f"- `{name}`: {rest}" if colon else f"- {line.strip()}")
+        elif in_section and line.startswith("     "):
+            out.append(f"  {line.strip()}")
+        else:
+            in_section = in_section and not line.strip()
+            out += ["", line] if out and not in_section and line.startswith("Returns: ") else [line]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(out)).strip()
+
+
+def members(value: Any) -> list[tuple[str, Any]]:
+    """Public methods and properties of a class, functions of a module, in the order in which they are written."""
+    if isinstance(value, types.ModuleType):
+        return [(n, v) for n, v in vars(value).items() if inspect.isfunction(v) and v.__module__ == value.__name__]
+    if not inspect.isclass(value) or issubclass(value, Exception):
+        return []
+    found: list[tuple[str, Any]] = []
+    for name, raw in vars(value).items():
+        if name.startswith("_") or not isinstance(raw, types.FunctionType | property | staticmethod | classmethod):
+            continue
+        found.append((name, raw if isinstance(raw, property) else getattr(value, name)))
+    return [(n, v) for n, v in found if inspect.getdoc(v)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
