@@ -35,8 +35,11 @@ from flowml_runtime.worker.training.stage_runner import StageRunner
 if TYPE_CHECKING:
     from flowml_runtime.worker.worker import Worker
 
-_EARLY_LIMIT = 4096
-"""Messages kept for a run that has not begun here. Peers can be ahead by a few steps, not more."""
+MAX_EARLY = 4096
+"""Messages kept for runs that have not begun here. Peers can be ahead by a few steps, not more."""
+
+MAX_EARLY_BYTES = 2**30
+"""Bytes of arrays in those messages. The largest are contributions to the stores that live here."""
 
 
 class TrainingHost:
@@ -59,7 +62,8 @@ class TrainingHost:
         self._deadline_s = deadline_s
         self._fit: _Fit | None = None
         self._finished = -1
-        self._early: list[tuple[str, wire.Wire, Sequence[Array]]] = []
+        self._early: list[tuple[str, Any, Sequence[Array]]] = []
+        self._early_bytes = 0
         self._inbox: queue.SimpleQueue[tuple[str, Any, Sequence[Array]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"{worker.name} training", daemon=True)
         self._thread.start()
@@ -84,27 +88,49 @@ class TrainingHost:
 
     def _work(self) -> None:
         while (entry := self._inbox.get()) is not None:
-            try:
-                self._take(*entry)
-            except Exception as error:
-                self.fail(getattr(entry[1], "run", 0), "training", error)
+            self._try(entry)
         self._stop()
+
+    def _try(self, entry: tuple[str, Any, Sequence[Array]]) -> None:
+        try:
+            self._take(*entry)
+        except Exception as error:
+            self.fail(getattr(entry[1], "run", 0), "training", error)
 
     def _take(self, peer: str, message: Any, arrays: Sequence[Array]) -> None:
         from_driver = peer == self._driver
         if isinstance(message, wire.StartTraining) and from_driver:
             self._stop()
             self._fit = self._begin(message)
-            early, self._early = self._early, []
-            for entry in early:
-                self._take(*entry)
+            self._retake()
         elif isinstance(message, wire.StopTraining) and from_driver:
             self._finished = max(self._finished, message.run)
             self._stop()
+            self._retake()
         elif self._fit is not None and message.run == self._fit.run.number:
             self._fit.take(peer, message, arrays)
-        elif message.run > self._newest_run() and len(self._early) < _EARLY_LIMIT:
-            self._early.append((peer, message, arrays))
+        elif message.run > self._newest_run():
+            self._keep(peer, message, arrays)
+
+    def _keep(self, peer: str, message: Any, arrays: Sequence[Array]) -> None:
+        """Keep what came for a run that has not begun here. Raises FlowmlError if it is too much: nothing is dropped
+        unless its fit ends over it."""
+        nbytes = self._early_bytes + sum(a.nbytes for a in arrays)
+        if len(self._early) >= MAX_EARLY or nbytes > MAX_EARLY_BYTES:
+            raise FlowmlError(
+                f"{self._worker.name} has been sent {len(self._early)} messages with {self._early_bytes} bytes for a "
+                f"fit that has not begun there, and {type(message).__name__} from {peer} is one too many (at most "
+                f"{MAX_EARLY} messages and {MAX_EARLY_BYTES} bytes are kept); see whether {self._driver} or its "
+                "connection is stuck, and start the fit again"
+            )
+        self._early.append((peer, message, arrays))
+        self._early_bytes = nbytes
+
+    def _retake(self) -> None:
+        """Take in again what came early: some of it is for the run that has begun, some for none that will."""
+        early, self._early, self._early_bytes = self._early, [], 0
+        for entry in early:
+            self._try(entry)
 
     def _newest_run(self) -> int:
         return max(self._finished, self._fit.run.number if self._fit else -1)
