@@ -115,7 +115,7 @@ def compile_graph(
     tasks = schedule(graph, seconds)
     verify_schedule(graph, tasks)
     routing = route(graph, tasks)
-    table = ExecutableTable(platforms)
+    table = ExecutableTable(platforms, _jax.settings(wide=graph.is_wide))
     numbers = lower_groups(graph, tasks, table, seconds, frozenset(graph.output_values))
     bindings, outputs, constants = _bind(graph)
     programs = emit(graph, tasks, routing, numbers, bindings, feed_first=True)
@@ -139,6 +139,7 @@ def compile_graph(
         nodes=node_views(graph, tasks, table),
         platforms=platforms,
         links=links_used(links, routing.messages),
+        settings=table.settings,
     )
     verify_plan(plan)
     return plan

@@ -30,6 +30,10 @@ DRIVER = "driver"
 
 Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+Setting = tuple[
+    Annotated[str, msgspec.Meta(max_length=64)], bool | int | Annotated[str, msgspec.Meta(max_length=64)] | None
+]
+"""A setting of JAX: its name and value."""
 Shape = Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=64)]
 """NumPy's own bound on the rank; without one, multiplying a hostile shape's dimensions would take hours."""
 
@@ -398,6 +402,8 @@ class Plan(msgspec.Struct, frozen=True):
     platforms: tuple[str, ...] = ("cpu",)
     format: int = FORMAT
     links: tuple[PlanLink, ...] = ()
+    settings: tuple[Setting, ...] = ()
+    """JAX's settings under which the function was traced; they hold on a worker for what it does for this plan."""
 
     @property
     def transfers(self) -> tuple[Transfer, ...]:

@@ -6,8 +6,10 @@ callable from a run of equations, exporting it as StableHLO, and restoring weak 
 
 from __future__ import annotations
 
+import enum
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,16 +17,85 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax._src import config as jax_config
 from jax._src.source_info_util import new_source_info
 from jax.extend import core as jex
 
-from flowml.plan import ArraySpec
+from flowml.plan import ArraySpec, Setting
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
 """Calls whose bodies are spliced into the graph: once differentiated, custom rules have done their work."""
 
 CALLBACK = "pure_callback"
 UNSUPPORTED = frozenset({"debug_callback", "debug_print", "io_callback", "infeed", "outfeed"})
+
+_OUTSIDE_CONTEXT = ("jax_default_prng_impl", "jax_enable_custom_prng", "jax_legacy_prng_key")
+"""Settings that change what a function traces to and that JAX leaves out of its trace context."""
+
+SETTINGS = (
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_default_matmul_precision",
+    "jax_threefry_partitionable",
+    "jax_random_seed_offset",
+    "jax_high_dynamic_range_gumbel",
+    "jax_softmax_custom_jvp",
+    *_OUTSIDE_CONTEXT,
+)
+"""Settings that travel with a plan: those that change what the code of a callback computes, and 64 bits."""
+
+_WIDE = frozenset({"int64", "uint64", "float64", "complex128"})
+
+
+def trace_context() -> Hashable:
+    """What decides, besides its arguments, what a function traces to: the key of JAX's own caches, and a bit more."""
+    return jax_config.trace_context(), tuple(jax_config.config_states[name].value for name in _OUTSIDE_CONTEXT)
+
+
+def settings(*, wide: bool) -> tuple[Setting, ...]:
+    """The settings in force in this thread; with `wide`, 64 bits are on whatever the setting says."""
+    found = {
+        name: _plain(jax_config.config_states[name].value) for name in SETTINGS if name in jax_config.config_states
+    }
+    if wide:
+        found["jax_enable_x64"] = True
+    return tuple(found.items())
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+@contextmanager
+def under(settings: Iterable[Setting]) -> Generator[None]:
+    """Settings hold for the block, in this thread only. Raises ValueError for a setting that does not travel."""
+    with ExitStack() as stack:
+        for name, value in settings:
+            state = jax_config.config_states.get(name) if name in SETTINGS else None
+            if state is None:
+                raise ValueError(f"{name!r} is not a JAX setting that a plan can bring")
+            if _plain(state.value) != value:
+                stack.enter_context(state(value))
+        yield
+
+
+def exact_types() -> Any:
+    """A context in which JAX takes arrays of 64 bits as they are, whatever the setting of this thread."""
+    return jax.enable_x64(True)
+
+
+def is_wide(dtype: str) -> bool:
+    """Whether JAX would narrow arrays of this dtype where 64 bits are off."""
+    return dtype in _WIDE
+
+
+def computes_wide(equation: Any) -> bool:
+    """Whether an equation, or one in its loops and branches, makes or reads a value of 64 bits."""
+    atoms = (*equation.invars, *equation.outvars)
+    if any(is_wide(str(getattr(a.aval, "dtype", ""))) for a in atoms):
+        return True
+    return any(computes_wide(inner) for body in nested_jaxprs(equation) for inner in body.eqns)
 
 
 @dataclass(frozen=True)

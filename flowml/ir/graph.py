@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from flowml.ir import _jax
 from flowml.ir.scopes import Scope
 from flowml.plan import ArraySpec
 
@@ -82,6 +83,12 @@ class Graph:
     def output_values(self) -> tuple[int, ...]:
         """Distinct values among the outputs, in order."""
         return tuple(dict.fromkeys(o for o in self.outputs if not isinstance(o, Literal)))
+
+    @cached_property
+    def is_wide(self) -> bool:
+        """Whether anything in it has 64 bits, which JAX handles only where its setting for them is on."""
+        specs = self.values.values()
+        return any(_jax.is_wide(s.dtype) for s in specs) or any(_jax.computes_wide(n.equation) for n in self.nodes)
 
     def parents(self, node: Node) -> Iterator[Node]:
         """The nodes that make what `node` reads, each once."""

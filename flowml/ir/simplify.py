@@ -56,7 +56,7 @@ def _key(node: Node) -> Any:
         return None
     inputs = tuple(i.key if isinstance(i, Literal) else i for i in node.inputs)
     parameters = tuple(sorted(node.equation.params.items()))
-    key = (node.op, inputs, parameters, node.scope)
+    key = (node.op, inputs, parameters, node.scope, node.equation.ctx)
     try:
         hash(key)
     except TypeError:

@@ -18,7 +18,7 @@ from flowml.ir import _jax
 from flowml.ir.cost import node_bytes, node_flops
 from flowml.ir.graph import Graph, Literal
 from flowml.lowering.schedule import Schedule, TaskGroup
-from flowml.plan import ArraySpec, Task
+from flowml.plan import ArraySpec, Setting, Task
 
 
 @dataclass
@@ -26,6 +26,8 @@ class ExecutableTable:
     """Executables by fingerprint, and the tasks that use them."""
 
     platforms: tuple[str, ...]
+    settings: tuple[Setting, ...]
+    """JAX's settings to lower under."""
     executables: dict[str, bytes] = field(default_factory=dict[str, bytes])
     tasks: list[Task] = field(default_factory=list[Task])
 
@@ -39,7 +41,8 @@ class ExecutableTable:
         return fingerprint
 
     def export(self, fn: Callable[..., Any], inputs: Sequence[Any]) -> str:
-        return self.store(_jax.export(fn, inputs, self.platforms))
+        with _jax.under(self.settings):
+            return self.store(_jax.export(fn, inputs, self.platforms))
 
     def add_function(
         self, name: str, fn: Callable[..., Any], inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec]

@@ -278,7 +278,8 @@ class _Compiler:
         verify_schedule(graph, tasks)
         slots = self._slots(graph)
         routing = route(graph, tasks)
-        table = ExecutableTable(self.platforms)
+        wide = graph.is_wide or self.slices.graph.is_wide
+        table = ExecutableTable(self.platforms, _jax.settings(wide=wide))
         pushed = {v for s in stores for p in s.parts for v in p.values}
         numbers = lower_groups(graph, tasks, table, seconds, frozenset({*graph.output_values, *pushed}))
         constants = tuple(Constant(graph.values[v], array_bytes(c)) for v, c in graph.constants.items())
@@ -307,6 +308,7 @@ class _Compiler:
             training=self._training(whole.replicas, specs, max(slots)),
             platforms=self.platforms,
             links=links_used(self.links, whole.messages, specs),
+            settings=table.settings,
         )
         verify_plan(plan)
         return plan, slots

@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
+from flowml.ir._jax import trace_context
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.execution.future import Future
@@ -91,7 +92,7 @@ class _Recent:
                     return False
             elif leaf.aval is not first:
                 return False
-        return self.cluster() is cluster and not self.handle.steps.stopped and _settings() == self.settings
+        return self.cluster() is cluster and not self.handle.steps.stopped and trace_context() == self.settings
 
 
 def _kind(leaf: Any) -> _Kind | None:
@@ -188,7 +189,7 @@ class Dataflow(Generic[P, R]):
             raise self._not_an_array(dynamic, kwargs) from None
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return None
-        return _Call((static, tree, signatures, _settings()), leaves)
+        return _Call((static, tree, signatures, trace_context()), leaves)
 
     def _loaded(
         self, call: _Call, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -265,12 +266,6 @@ def _check_hashable(name: str, static: Sequence[tuple[int, Any]]) -> None:
 def _platforms(devices: Sequence[Device]) -> tuple[str, ...]:
     """The platforms to lower for, as `jax.export` calls them."""
     return tuple(dict.fromkeys("cuda" if d.platform == "gpu" else d.platform for d in devices))
-
-
-def _settings() -> Hashable:
-    """The JAX settings that change what a function compiles to."""
-    config: Any = jax.config
-    return config.jax_enable_x64, config.jax_default_matmul_precision, config.jax_numpy_dtype_promotion
 
 
 @overload

@@ -21,7 +21,7 @@ import numpy as np
 
 from flowml.data import Source, as_source
 from flowml.errors import FlowmlError
-from flowml.ir._jax import path_name
+from flowml.ir._jax import path_name, trace_context
 from flowml.placement import Placement
 from flowml.plan import Plan
 from flowml.policy import Policy
@@ -42,7 +42,7 @@ _discarded: deque[tuple[Session, LoadedPlan]] = deque()
 
 @dataclass
 class _Program:
-    """A training step compiled for one cluster, shapes and dtypes; loaded once it is used."""
+    """A training step compiled for one cluster, shapes, dtypes and JAX settings; loaded once it is used."""
 
     compiled: TrainingCompiled
     session: Session
@@ -222,7 +222,7 @@ class Trainer:
     def _program(self, cluster: Cluster, params: Any, batch: Any) -> _Program:
         """Compiled for these ShapeDtypeStructs and the cluster's devices of now."""
         leaves, tree = jax.tree_util.tree_flatten((params, batch))
-        key = (cluster, cluster.devices, tuple((x.shape, str(x.dtype)) for x in leaves), tree)
+        key = (cluster, cluster.devices, tuple((x.shape, str(x.dtype)) for x in leaves), tree, trace_context())
         if key not in self._programs:
             platforms = tuple(dict.fromkeys(d.platform for d in cluster.devices))
             share = len(cluster.devices) // self._spec.replicas

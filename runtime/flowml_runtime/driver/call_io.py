@@ -16,7 +16,7 @@ import jax.api_util
 import jax.numpy as jnp
 import numpy as np
 
-from flowml.ir._jax import key_implementation, with_weak_type
+from flowml.ir._jax import exact_types, is_wide, key_implementation, with_weak_type
 from flowml.plan import ArraySpec, Output, Plan
 from flowml_runtime.execution.programs import Array, aligned_copy, buffer_struct, constant_array
 
@@ -85,6 +85,7 @@ class Restorer:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._wide = any(is_wide(o.spec.dtype) for o in plan.outputs)
         seen: set[tuple[str, int]] = set()
         self._plain = [
             _is_plain(o) and (o.kind, o.index) not in seen and not seen.add((o.kind, o.index)) for o in plan.outputs
@@ -92,6 +93,12 @@ class Restorer:
         self._compiled: dict[tuple[int, ...], Callable[..., list[jax.Array]]] = {}
 
     def __call__(self, fetched: Sequence[Array], inputs: Sequence[Any]) -> list[Any]:
+        if self._wide:  # whoever takes the result may have 64 bits off
+            with exact_types():
+                return self._restore(fetched, inputs)
+        return self._restore(fetched, inputs)
+
+    def _restore(self, fetched: Sequence[Array], inputs: Sequence[Any]) -> list[Any]:
         outputs = self._plan.outputs
         results: list[Any] = [self._raw(o, fetched, inputs) for o in outputs]
         through: list[int] = []

@@ -25,8 +25,8 @@ import jax.export
 import numpy as np
 
 from flowml.errors import FlowmlError
-from flowml.ir._jax import key_implementation
-from flowml.plan import ArraySpec, Constant, Feed, Fetch, Plan, Program, Push, Read, Recv, Run, Send, Task
+from flowml.ir._jax import exact_types, is_wide, key_implementation, under
+from flowml.plan import ArraySpec, Constant, Feed, Fetch, Plan, Program, Push, Read, Recv, Run, Send, Setting, Task
 from flowml_runtime.transport.arrays import Array, aligned_empty, wire_layout
 
 JaxDevice = Any
@@ -53,7 +53,8 @@ def constant_array(constant: Constant, device: JaxDevice | None = None) -> jax.A
     """The buffer of a plan's constant, resident on `device`."""
     struct = buffer_struct(constant.spec)
     values = np.frombuffer(constant.data, struct.dtype).reshape(struct.shape)
-    return jax.device_put(values, device)
+    with exact_types():
+        return jax.device_put(values, device)
 
 
 def feed_slots(program: Program) -> tuple[int, ...]:
@@ -225,6 +226,7 @@ def _usable(task: Task, donate: Iterable[int]) -> tuple[int, ...]:
 
 
 def _make_all(plan: Plan, needs: Iterable[_Need], cache: ExecutableCache, python: bool) -> dict[_Need, _Compiled]:
+    _check_settings(plan)
     ordered = sorted(needs, key=lambda n: (n.task, n.donate, n.device.id))
     exported = {
         key: jax.export.deserialize(bytearray(_executable(plan, key)))
@@ -234,17 +236,30 @@ def _make_all(plan: Plan, needs: Iterable[_Need], cache: ExecutableCache, python
     def make(need: _Need) -> _Compiled:
         task = plan.tasks[need.task]
         if task.kind == "python":
-            return _Compiled(_load_python(plan, task, python))
+            return _Compiled(_under(plan.settings, _load_python(plan, task, python)))
         if task.kind != "xla":
             raise FlowmlError(f"task {task.name!r} is of kind {task.kind!r}; this worker knows 'xla' and 'python'")
         key = (task.executable, need.donate, need.device)
-        return cache.get(key, lambda: _compile(exported[task.executable], task, need))
+        with under(plan.settings):
+            return cache.get(key, lambda: _compile(exported[task.executable], task, need))
 
     unique = {(plan.tasks[n.task].executable, n.donate, n.device): n for n in ordered}
     workers = max(1, min(len(unique), os.cpu_count() or 1))
     with ThreadPoolExecutor(workers, thread_name_prefix="flowml-compile") as pool:
         made = dict(zip(unique, pool.map(make, unique.values()), strict=True))
     return {n: made[plan.tasks[n.task].executable, n.donate, n.device] for n in ordered}
+
+
+def _check_settings(plan: Plan) -> None:
+    for setting in plan.settings:
+        try:
+            with under((setting,)):
+                pass
+        except (TypeError, ValueError) as error:
+            raise FlowmlError(
+                f"plan {plan.name!r} brings JAX setting {setting[0]!r} with value {setting[1]!r}, which this worker "
+                f"does not take ({error}); compile the plan with the worker's versions of flowml and jax"
+            ) from None
 
 
 def _executable(plan: Plan, key: str) -> bytes:
@@ -276,7 +291,28 @@ def _compile(exported: jax.export.Exported, task: Task, need: _Need) -> TaskFunc
         here = jax.sharding.SingleDeviceSharding(need.device)
         options = {"in_shardings": here, "out_shardings": here}
     jitted = jax.jit(flat, donate_argnums=need.donate, **options)
-    return jitted.lower(*[buffer_struct(s) for s in task.inputs]).compile()
+    compiled = jitted.lower(*[buffer_struct(s) for s in task.inputs]).compile()
+    return _exactly(compiled) if any(is_wide(s.dtype) for s in task.inputs) else compiled
+
+
+def _exactly(function: TaskFunction) -> TaskFunction:
+    """The function, called with arrays of 64 bits as they are."""
+
+    def call(*buffers: Any) -> Sequence[Array]:
+        with exact_types():
+            return function(*buffers)
+
+    return call
+
+
+def _under(settings: tuple[Setting, ...], function: TaskFunction) -> TaskFunction:
+    """The function, called under JAX's settings of the plan."""
+
+    def call(*buffers: Any) -> Sequence[Array]:
+        with under(settings):
+            return function(*buffers)
+
+    return call
 
 
 def _load_python(plan: Plan, task: Task, allowed: bool) -> TaskFunction:

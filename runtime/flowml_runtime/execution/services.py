@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
+from flowml.ir._jax import exact_types
 from flowml.plan import ArraySpec, Message, Send
 from flowml_runtime import wire
 from flowml_runtime.execution.mailbox import Cancelled, Claim, Mailbox, Parked
@@ -61,7 +62,8 @@ def host_view(arrays: Sequence[Array], device: JaxDevice) -> Sequence[Array]:
 def adopt(arrays: Sequence[Array], device: JaxDevice) -> Sequence[Array]:
     """The arrays, with those on another device of this process brought over to `device`."""
     here = {device}
-    return [jax.device_put(a, device) if isinstance(a, jax.Array) and a.devices() != here else a for a in arrays]
+    with exact_types():
+        return [jax.device_put(a, device) if isinstance(a, jax.Array) and a.devices() != here else a for a in arrays]
 
 
 def must_adopt(device: JaxDevice) -> bool:
