@@ -56,3 +56,7 @@ class WorkerError(FlowmlError):
 
 class ClusterError(FlowmlError):
     """A cluster that could not be started, joined or reached: version, token, address, TLS."""
+
+
+class FlowmlWarning(UserWarning):
+    """What runs, but may not be what was meant: says what, where, and the fix."""

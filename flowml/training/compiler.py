@@ -32,11 +32,12 @@ from flowml.lowering.partition import partition
 from flowml.lowering.program import Bindings, PartBinding, emit, route
 from flowml.lowering.schedule import SCHEDULES, schedule
 from flowml.lowering.verify import verify_plan, verify_schedule
+from flowml.numbers import whole_number
 from flowml.placement import Pipeline, Placement, place
 from flowml.placement.estimate import estimate
 from flowml.placement.links import Links, links_used
 from flowml.plan import ArraySpec, Constant, Plan, StoreSpec, Training
-from flowml.policy import Policy, resolve
+from flowml.policy import DEFAULT_PATTERN, Policy, resolve
 from flowml.training.optimizer import OptimizerSlices, slice_optimizer
 from flowml.training.replicate import Template, replicate
 from flowml.training.stores import StoreDraft, StorePlanner
@@ -55,11 +56,20 @@ class TrainingSpec:
     placement: Placement = "auto"
     microbatches: int = 1
     schedule: str = "1f1b"
-    policies: Mapping[str, Policy] | None = None
+    policies: Mapping[str, Policy] | Policy | None = None
 
     def __post_init__(self) -> None:
+        for name in ("replicas", "microbatches"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.replicas < 1 or self.microbatches < 1:
             raise ValueError(f"replicas={self.replicas} and microbatches={self.microbatches} must be at least 1")
+        if isinstance(self.policies, Policy):
+            object.__setattr__(self, "policies", {DEFAULT_PATTERN: self.policies})
+        if not isinstance(self.policies, Mapping | None):
+            raise TypeError(
+                f"policies={self.policies!r} is a {type(self.policies).__name__}; give a mapping from patterns of "
+                'parameter paths to policies, such as {"*": fm.policies.every(4)}, or one fm.Policy for all'
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} is not one; choose from {', '.join(SCHEDULES)}")
 
@@ -330,7 +340,9 @@ class _Compiler:
         )
 
     def _resolve(self) -> dict[str, Policy]:
-        found = resolve(self.spec.policies or {}, self.paths)
+        policies = self.spec.policies
+        assert not isinstance(policies, Policy)
+        found = resolve(policies or {}, self.paths)
         return {path: policy for path, (_, policy) in found.items()}
 
     def _bind(self, graph: Graph, stores: Sequence[StoreDraft], parts: Sequence[PartBinding]) -> Bindings:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from flowml.numbers import MOST
 from flowml.plan import ArraySpec
 
 PROTOCOL = 2
@@ -27,7 +28,7 @@ MAX_DEADLINE_S = 1e9
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=2**20)]
-Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 Specs = Annotated[tuple[ArraySpec, ...], msgspec.Meta(max_length=MAX_ARRAYS)]
 
 

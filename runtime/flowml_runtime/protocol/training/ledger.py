@@ -15,7 +15,7 @@ back count as dropped: the ledger cannot know better.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -234,7 +234,7 @@ class Ledger:
         self._queue = WorkQueue(work)
         self._granted = 0
         self._outstanding: dict[int, tuple[int, wire.Item]] = {}
-        self._epochs = [_Account() for _ in range(work.epochs)]
+        self._epochs: defaultdict[int, _Account] = defaultdict(_Account)  # of those begun: there may be millions ahead
         self._replicas = [_Account() for _ in range(work.replicas)]
         self._done: set[int] = set()
         self._used: set[int] = set()
@@ -305,9 +305,9 @@ class Ledger:
         """The account so far. With `order`, the examples of an epoch in their order, also how evenly they were seen."""
         size = self._work.items_per_epoch
         settled = Counter(s // size for s in self._done)
-        epochs = tuple(a.tally(unseen=size - settled[e]) for e, a in enumerate(self._epochs))
+        epochs = tuple(self._epochs[e].tally(unseen=size - settled[e]) for e in range(self._work.epochs))
         total: Counter[str] = Counter()
-        for account in self._epochs:
+        for account in self._epochs.values():
             total.update(account.fates)
         return Summary(
             used=total["used"],
@@ -340,7 +340,7 @@ class Ledger:
     def validate(self) -> None:
         """What was handed out is settled, outstanding or back; nothing is settled twice or used by two."""
         totals = Counter[str]()
-        for account in self._epochs:
+        for account in self._epochs.values():
             totals.update(account.fates)
         by_replica = Counter[str]()
         for account in self._replicas:
