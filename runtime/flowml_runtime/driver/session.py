@@ -38,6 +38,9 @@ from flowml_runtime.transport.endpoint import Sender
 IN_FLIGHT_BYTES = 512 * 2**20
 """What the inputs and results of the calls under way may take, unless two calls take more."""
 
+TELL_S = 1.0
+"""How long a message about a step or plan that is over may wait for room on its way. Receiving threads send them."""
+
 LOAD_DEADLINE_S = 1800.0
 """How long all workers together may take to compile a plan."""
 
@@ -80,7 +83,7 @@ class LoadedPlan:
     restore: Restorer = field(repr=False)
     local: LocalStep | None = field(default=None, repr=False)
     order: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    """Held while a step is fed, so that every device sees the same order of steps."""
+    """Held while a step is numbered and fed, so that every device sees the steps in the order of their numbers."""
 
     @property
     def direct(self) -> Callable[[Sequence[Any]], Sequence[Array]] | None:
@@ -195,15 +198,19 @@ class Session:
         lost a worker; whatever goes wrong later is raised by the future.
         """
         buffers = handle.prepare(inputs, copy=copy)
-        step, future = handle.steps.begin(lambda fetched: handle.restore(fetched, buffers))
-        try:
-            self._feed(handle, step, buffers)
-        except WorkerLostError as lost:
-            self._fail_step(handle, step, self._lost(handle.plan, step, lost.worker or "a worker", str(lost)))
-        except BaseException as error:
-            self._fail_step(handle, step, error)
-            raise
-        return future
+        with handle.order:  # numbered and fed under one lock: a device that ran a later step takes no earlier one
+            step, future = handle.steps.begin(lambda fetched: handle.restore(fetched, buffers))
+            try:
+                self._feed(handle, step, buffers)
+                return future
+            except WorkerLostError as lost:
+                error: BaseException = self._lost(handle.plan, step, lost.worker or "a worker", str(lost))
+            except BaseException as raised:
+                error = raised
+        self._fail_step(handle, step, error)
+        if isinstance(error, WorkerLostError | DeadlineError):
+            return future
+        raise error
 
     def call(self, handle: LoadedPlan, inputs: Sequence[Any]) -> list[Any]:
         """Run one step and return its flat results. On a worker in this process nothing is waited for, as in jit."""
@@ -289,18 +296,28 @@ class Session:
             handler.on_lost(peer, reason)
 
     def _feed(self, handle: LoadedPlan, step: int, buffers: Sequence[Array]) -> None:
-        with handle.order:
-            for port in handle.ports:
-                value = wire.Value(
-                    plan_id=handle.plan_id,
+        """The order of the plan is held."""
+        for port in handle.ports:
+            value = wire.Value(
+                plan_id=handle.plan_id,
+                step=step,
+                kind="feed",
+                index=0,
+                device=port.device,
+                slots=port.slots,
+                specs=port.specs,
+            )
+            try:
+                self.endpoint.send(port.worker, value, [buffers[s] for s in port.slots], self._deadline_s)
+            except TimeoutError:
+                raise DeadlineError(
+                    f"step {step} of plan {handle.plan.name!r}: {port.worker} did not take its input for "
+                    f"{self._deadline_s:g} s; see whether it is stuck, or allow a longer deadline: deadline_s= where "
+                    "the cluster is made",
+                    worker=port.worker,
                     step=step,
-                    kind="feed",
-                    index=0,
-                    device=port.device,
-                    slots=port.slots,
-                    specs=port.specs,
-                )
-                self.endpoint.send(port.worker, value, [buffers[s] for s in port.slots])
+                    node="feed",
+                ) from None
 
     def _on_plan_message(self, handle: LoadedPlan, message: wire.Wire, arrays: Sequence[Array]) -> None:
         if isinstance(message, wire.Value):
@@ -330,16 +347,16 @@ class Session:
     def _broadcast(self, workers: Sequence[str], message: wire.Wire) -> None:
         for worker in workers:
             try:
-                self.endpoint.send(worker, message)
-            except WorkerLostError:
-                continue
+                self.endpoint.send(worker, message, (), TELL_S)
+            except (WorkerLostError, TimeoutError):
+                continue  # one that takes in nothing is lost soon, and its deadlines hold without the message
 
     def _request(self, plan_id: str, loading: _Loading) -> None:
         for worker in loading.workers:
             data = np.frombuffer(_part(loading.plan, worker).encode(), np.uint8)
             specs = (ArraySpec(data.shape, "uint8"),)
             message = wire.LoadPlan(plan_id=plan_id, peers=loading.workers, deadline_s=self._deadline_s, specs=specs)
-            self.endpoint.send(worker, message, [data])
+            self.endpoint.send(worker, message, [data], LOAD_DEADLINE_S)
 
     def _lost(self, plan: Plan, step: int, worker: str, reason: str) -> WorkerLostError:
         return worker_lost(plan, step, worker, reason, self.remedy)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from flowml_runtime.execution.future import Future
+from flowml_runtime.execution.future import HEEDS_SIGNALS_S, Future
 from flowml_runtime.execution.programs import Array
 
 
@@ -45,7 +45,7 @@ class Steps:
             while len(self._flying) >= self._limit and self._stopped is None:
                 self._waiting += 1
                 try:
-                    self._room.wait()
+                    self._room.wait(HEEDS_SIGNALS_S)  # again and again: every step in flight has its deadlines
                 finally:
                     self._waiting -= 1
             step = self._next

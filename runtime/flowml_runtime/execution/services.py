@@ -224,10 +224,10 @@ class DataflowServices(EdgeServices):
         self.windows.finish(step)
         self._mailbox.finish((self.plan_id, step, self.device))
 
-    def expire(self, step: int) -> None:
-        self._expired = step
-        self._mailbox.cancel((self.plan_id, step, self.device))
-        self.windows.cancel(step)
+    def expire(self, step: int, claim: Claim) -> None:
+        if self._mailbox.expire((self.plan_id, step, self.device), claim):
+            self._expired = step
+            self.windows.cancel(step)
 
     def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
         arrays = self._receive(step, message, microbatch)
@@ -246,7 +246,7 @@ class DataflowServices(EdgeServices):
             raise Parked(claim)
         self._claim = None
         if claim.cancelled:
-            raise self._late(step, message) if self._expired == step else Cancelled(scope)
+            raise self._late(step, message) if claim.expired else Cancelled(scope)
         return self.adopt(claim.value)
 
     def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None:
