@@ -25,8 +25,8 @@ from flowml.errors import FlowmlError
 from flowml.plan import Fetch, Run, Send
 from flowml_runtime import wire
 from flowml_runtime.execution.device_thread import Deadlines, DeviceThread
+from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.mailbox import Cancelled, Claim, Parked
-from flowml_runtime.execution.outbox import Outbox
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.step_program import StepFault, StepProgram, StepRun, StepServices
 
@@ -36,7 +36,7 @@ _log = logging.getLogger("flowml")
 class FedServices(StepServices, Protocol):
     """Services of steps that a driver feeds: `begin` takes the feed in, `end` lets go of it."""
 
-    outbox: Outbox
+    outbox: Lane
 
     def begin(self, arrays: Sequence[Array]) -> None: ...
     def resume(self) -> None:

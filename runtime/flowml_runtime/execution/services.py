@@ -17,8 +17,8 @@ from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
 from flowml.ir._jax import exact_types
 from flowml.plan import ArraySpec, Message, Send
 from flowml_runtime import wire
+from flowml_runtime.execution.lane import LARGE_BYTES, ROOM, Lane
 from flowml_runtime.execution.mailbox import Cancelled, Claim, Mailbox, Parked
-from flowml_runtime.execution.outbox import LARGE_BYTES, Outbox
 from flowml_runtime.execution.programs import Array, JaxDevice, LoadedProgram, feed_slots
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.execution.window import Windows, window
@@ -93,7 +93,7 @@ class EdgeServices:
         recorder: Recorder | None = None,
     ) -> None:
         self.recorder = recorder or Recorder()
-        self.outbox = Outbox(loaded.name)
+        self.outbox = Lane(f"{loaded.name} send", ROOM)
         self.plan_id = plan_id
         self.loaded = loaded
         self.device = loaded.name

@@ -190,7 +190,7 @@ class _Fit:
     def __init__(self, run: Run, host: TrainingHost) -> None:
         self.run = run
         self.reductions = Reductions(run, host.fail)
-        self._homes = Homes(run, host.programs)
+        self._homes = Homes(run, host.programs, host.fail)
         self._decision = decision.Decision(run.terms) if run.leader == run.me else None
         self._ids: dict[str, Any] = {"plan_id": run.plan_id, "run": run.number}
         self._seats = [
@@ -208,6 +208,7 @@ class _Fit:
             self.run.changed.notify_all()
         for seat in self._seats:
             seat.stop()
+        self._homes.close()
         self.reductions.close()
 
     def take(self, peer: str, message: Any, arrays: Sequence[Array]) -> None:

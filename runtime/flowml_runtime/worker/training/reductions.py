@@ -8,7 +8,7 @@ and arrives at every home with the same bits: replicas of a worker are added in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,7 @@ from flowml_runtime.protocol.collective import Schedule, named
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.transport.arrays import aligned_empty
 from flowml_runtime.worker.training.collectives import Group, GroupId, accumulator, add
-from flowml_runtime.worker.training.run import Run
-
-Fault = Callable[[int, str, BaseException], None]
-"""(step, node, error)"""
+from flowml_runtime.worker.training.run import Fault, Run
 
 
 @dataclass(frozen=True)
@@ -157,8 +154,7 @@ class Reductions:
             lane = f"{run.training.replicas[given.replica][bucket.part.stage]} reduce {bucket.number}"
             span = Span(lane, "reduce", name, step, 0, bucket.part.nbytes, bucket.schedule.name, began, now_ns())
             run.recorder.add(span)
-        with run.changed:
-            run.count_crossing(given.store, bucket.group.take_sent_bytes(bucket.number))
+        run.count_crossing(given.store, bucket.group.take_sent_bytes(bucket.number))
         for home in bucket.homes:
             run.send(home, message, sums)
 

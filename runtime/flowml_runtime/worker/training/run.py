@@ -22,6 +22,9 @@ from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.transport.endpoint import Sender
 
+Fault = Callable[[int, str, BaseException], None]
+"""(step, node, error): tells the driver, which ends the fit."""
+
 
 @dataclass
 class StoreView:
@@ -49,6 +52,8 @@ class Run:
     stores: dict[int, StoreView] = field(default_factory=dict[int, StoreView])
     source: dict[int, Array] = field(default_factory=dict[int, Array])
     stopped: bool = False
+    counting: threading.Lock = field(default_factory=threading.Lock)
+    """Guards `pushed`: executors, lanes and groups count what they send."""
     pushed: Counter[tuple[int, str]] = field(default_factory=Counter[tuple[int, str]])
 
     def __post_init__(self) -> None:
@@ -72,10 +77,15 @@ class Run:
         """The first step that is not of this run any more."""
         return self.step_of(self.terms.most_clocks)
 
-    def send(self, worker: str, message: wire.Wire, arrays: Sequence[Array] = ()) -> None:
-        """Send to a worker or the driver. One that is lost is none of our business: the driver ends the run."""
+    def send(
+        self, worker: str, message: wire.Wire, arrays: Sequence[Array] = (), timeout_s: float | None = None
+    ) -> None:
+        """Send to a worker or the driver. One that is lost is none of our business: the driver ends the run.
+
+        Raises TimeoutError if the message may not go in time.
+        """
         try:
-            self.sender.send(worker, message, arrays)
+            self.sender.send(worker, message, arrays, timeout_s)
         except WorkerLostError:
             return
 
@@ -103,23 +113,27 @@ class Run:
                 )
 
     def count_push(self, store: int, part: int, nbytes: int, destination: str) -> None:
-        self.pushed[store, "count"] += part == 0  # a contribution is one, in however many parts
-        self.pushed[store, "bytes"] += nbytes
-        if destination != self.me:
-            self.pushed[store, "wire"] += nbytes
+        with self.counting:
+            self.pushed[store, "count"] += part == 0  # a contribution is one, in however many parts
+            self.pushed[store, "bytes"] += nbytes
+            if destination != self.me:
+                self.pushed[store, "wire"] += nbytes
 
     def count_crossing(self, store: int, nbytes: int) -> None:
         """What was sent to other workers to add up a push that is counted already."""
-        self.pushed[store, "wire"] += nbytes
+        with self.counting:
+            self.pushed[store, "wire"] += nbytes
 
     def count_publish(self, store: int, nbytes: int, destination: str) -> None:
         if destination != self.me:
-            self.pushed[store, "published"] += nbytes
+            with self.counting:
+                self.pushed[store, "published"] += nbytes
 
     def traffic(self) -> wire.Traffic:
         kinds = ("count", "bytes", "wire", "published")
-        rows = tuple(
-            (i, *(self.pushed[i, k] for k in kinds))  # pyright: ignore[reportArgumentType]
-            for i in range(len(self.training.stores))
-        )
+        with self.counting:
+            rows = tuple(
+                (i, *(self.pushed[i, k] for k in kinds))  # pyright: ignore[reportArgumentType]
+                for i in range(len(self.training.stores))
+            )
         return wire.Traffic(plan_id=self.plan_id, run=self.number, worker=self.me, stores=rows)  # pyright: ignore

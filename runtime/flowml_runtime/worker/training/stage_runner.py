@@ -23,15 +23,19 @@ from flowml.errors import WorkerLostError
 from flowml.plan import ArraySpec
 from flowml.plan import Run as RunInstruction
 from flowml_runtime import wire
+from flowml_runtime.execution.future import Future
+from flowml_runtime.execution.lane import LARGE_BYTES, Lane
 from flowml_runtime.execution.mailbox import Cancelled, Mailbox
-from flowml_runtime.execution.outbox import LARGE_BYTES
-from flowml_runtime.execution.programs import Array, LoadedProgram, aligned_copy
+from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction, aligned_copy
 from flowml_runtime.execution.services import EdgeServices, host_view
 from flowml_runtime.execution.step_program import StepFault, prepare, run_step
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.worker.training.reductions import Given, Reductions
 from flowml_runtime.worker.training.run import Run
+
+Gradients = Future[Sequence[Array]]
+"""One part's payload of a step, or the sum of several, which may still be under way."""
 
 _LIFE = 0
 """The incarnation in contributions. All stages of a replica share it, and a replica lives as long as the run."""
@@ -62,8 +66,10 @@ class StageRunner(EdgeServices):
         self._program = prepare(loaded)
         self._starts: queue.SimpleQueue[tuple[int, wire.Item] | None] = queue.SimpleQueue()
         self._batches: OrderedDict[int, dict[int, Array]] = OrderedDict()
-        self._gathered: dict[tuple[int, int], Accumulator[Sequence[Array]]] = {
-            (s, p): Accumulator(self._adder(part.accumulate))
+        self._adds = Lane(f"{loaded.name} add run {run.number}")
+        """Adds gradients that are gathered over steps: the machine says what counts, and does not wait for the sum."""
+        self._gathered: dict[tuple[int, int], Accumulator[Gradients]] = {
+            (s, p): Accumulator(partial(self._added, self._add_task(part.accumulate)))
             for s, store in enumerate(run.training.stores)
             for p, part in enumerate(store.parts)
             if store.every > 1 and part.stage == stage and part.accumulate is not None
@@ -102,6 +108,7 @@ class StageRunner(EdgeServices):
         self._mailbox.skip_to(self.plan_id, self.device, self.run.end)
         self._starts.put(None)
         self.outbox.close()
+        self._adds.close(drop=False)  # the step may wait for a sum
 
     # The executor's thread.
 
@@ -215,12 +222,13 @@ class StageRunner(EdgeServices):
     def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None:
         spec = self.run.training.stores[store]
         gathered = self._gathered.get((store, part))
+        own = _known(arrays)
         with self.run.changed:
             if not self.machine.pushes(store, self._clock):
                 if gathered is not None:
-                    gathered.gather(self._clock, list(arrays))
+                    gathered.gather(self._clock, own)
                 return
-            total = gathered.push(self._clock, list(arrays)) if gathered else Sum(list(arrays), 1)
+            total = gathered.push(self._clock, own) if gathered else Sum(own, 1)
         weight = total.steps * self.run.training.microbatches
         if spec.collective:
             given = Given(store, part, self.replica, self._clock, weight)
@@ -246,21 +254,45 @@ class StageRunner(EdgeServices):
         else:  # the backward pass goes on meanwhile
             self.outbox.put(send, lambda error: self.send_failed(step, f"store {spec.name}", error))
 
-    def _contribute(self, home: str, message: wire.Contribution, arrays: Sequence[Array]) -> None:
-        self.run.send(home, message, host_view(arrays, self.loaded.device))
+    def _contribute(self, home: str, message: wire.Contribution, gradients: Gradients) -> None:
+        self.run.send(home, message, host_view(gradients.result(), self.loaded.device))
 
-    def _reduce(self, given: Given, arrays: Sequence[Array]) -> None:
-        self._reductions.push(given, host_view(arrays, self.loaded.device))
+    def _reduce(self, given: Given, gradients: Gradients) -> None:
+        self._reductions.push(given, host_view(gradients.result(), self.loaded.device))
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
         for slot, array in zip(slots, arrays, strict=True):
             self._fetched.setdefault(slot, []).append(array)
 
-    def _adder(self, task: int | None) -> Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]:
+    def _add_task(self, task: int | None) -> TaskFunction:
         if task is None:
             raise ValueError("a part that is gathered over steps needs an accumulate task")
-        add = self.loaded.tasks[task]
-        return lambda a, b: list(add(*a, *b))
+        return self.loaded.tasks[task]
+
+    def _added(self, add: TaskFunction, a: Gradients, b: Gradients) -> Gradients:
+        """The sum of two, which may both be sums that the lane has yet to make: it makes them in order."""
+        total: Gradients = Future("a sum of gradients", _same)
+
+        def work() -> None:
+            total.complete(list(add(*a.result(), *b.result())))
+
+        def failed(error: BaseException) -> None:
+            total.complete(None, error)
+
+        if not self._adds.put(work, failed):
+            total.complete(None, Cancelled(self.device))
+        return total
+
+
+def _same(arrays: Sequence[Array]) -> Sequence[Array]:
+    return arrays
+
+
+def _known(arrays: Sequence[Array]) -> Gradients:
+    """Gradients that are there already."""
+    known: Gradients = Future("a gradient", _same)
+    known.complete(list(arrays))
+    return known
 
 
 @lru_cache(maxsize=4)
