@@ -14,6 +14,7 @@ from typing import Any
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
 
+from flowml.errors import one_line
 from flowml.ir import _jax
 from flowml.ir.cost import node_bytes, node_flops
 from flowml.ir.graph import Graph, Literal
@@ -91,7 +92,8 @@ def _lower_group(
 
 
 def _name(group: TaskGroup, layers: Sequence[str]) -> str:
-    span = layers[0] if len(layers) == 1 else f"{layers[0]}..{layers[-1]}" if layers else group.nodes[0].op
+    ends = dict.fromkeys([*layers[:1], *layers[-1:]])
+    span = "..".join(map(one_line, ends)) or group.nodes[0].op
     return f"task{group.index}:{span}"
 
 

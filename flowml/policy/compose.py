@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from flowml.errors import PolicyError
+from flowml.errors import PolicyError, named
 from flowml.policy.spec import Policy
 
 DEFAULT_PATTERN = "*"
@@ -17,8 +17,8 @@ _ROOT = "params/"  # the collection that flax puts around a model's parameters; 
 def resolve(policies: Mapping[str, Policy], paths: Iterable[str]) -> dict[str, tuple[str, Policy]]:
     """For each parameter path (`"conv1/kernel"`) the pattern that won, and its policy.
 
-    Patterns are fnmatch patterns; `*` matches `/` too. They are tried in the mapping's order on the path,
-    and on the path without a leading `params/`; the first match wins.
+    Patterns are fnmatch patterns, or paths as they are written; `*` matches `/` too. They are tried in the mapping's
+    order on the path, and on the path without a leading `params/`; the first match wins.
 
     Raises:
         PolicyError: for a pattern that matches no path, or a value that is not a Policy.
@@ -112,12 +112,11 @@ def _check_entry(pattern: str, policy: object, paths: tuple[str, ...]) -> None:
     if not isinstance(policy, Policy):
         raise PolicyError(f"policies[{pattern!r}] is {policy!r}; give a flowml.Policy or one of flowml.policies")
     if not any(_matches(pattern, path) for path in paths):
-        shown = ", ".join(paths[:20]) + (f", … ({len(paths)} in all)" if len(paths) > 20 else "")
-        raise PolicyError(f"policies[{pattern!r}] matches no parameter; there are: {shown or 'none'}")
+        raise PolicyError(f"policies[{pattern!r}] matches no parameter; there are: {named(paths) or 'none'}")
 
 
 def _matches(pattern: str, path: str) -> bool:
-    return fnmatchcase(path, pattern) or (path.startswith(_ROOT) and fnmatchcase(path[len(_ROOT) :], pattern))
+    return any(name == pattern or fnmatchcase(name, pattern) for name in (path, path.removeprefix(_ROOT)))
 
 
 def _first_match(policies: Mapping[str, Policy], path: str) -> tuple[str, Policy]:

@@ -138,7 +138,7 @@ def compile_training(
         aux_leaves=aux_leaves,
         batch=tuple(_jax.spec_of(x) for x in jax.tree_util.tree_leaves(microbatch)),
         batch_paths=tuple(_jax.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(microbatch)[0]),
-    ).compile(traced.graph)
+    ).compile(traced.graph, traced.closed_over)
     batch_tree = jax.tree_util.tree_structure(microbatch)
     return TrainingCompiled(plan, params_tree, slices.state_tree, batch_tree, aux_tree, slots[1:])
 
@@ -259,7 +259,7 @@ class _Compiler:
     batch: tuple[ArraySpec, ...]
     batch_paths: tuple[str, ...]
 
-    def compile(self, graph: Graph) -> tuple[Plan, tuple[int, ...]]:
+    def compile(self, graph: Graph, closed_over: Mapping[int, str]) -> tuple[Plan, tuple[int, ...]]:
         """The plan, and the fetch slot of the loss and of each leaf of aux."""
         spec = self.spec
         fetched = 1 + self.aux_leaves
@@ -267,7 +267,8 @@ class _Compiler:
         graph = simplify(graph)
         verify_graph(graph, "simplify")
         parameters = dict(zip(graph.inputs, self.paths, strict=False))
-        graph = label(graph, parameters, ("",) * fetched + tuple(layer_of(p) for p in self.paths))
+        outputs = ("",) * fetched + tuple(layer_of(p) for p in self.paths)
+        graph = label(graph, parameters, outputs, closed_over)
         planner = StorePlanner(self.paths, self.slices, self._resolve(), spec.replicas, spec.microbatches, self.links)
         gradients = tuple(map(_value, graph.outputs[fetched:]))
         graph, contributions = planner.contributions(graph, gradients)
