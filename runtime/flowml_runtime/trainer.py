@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowml.data import Source, as_source
-from flowml.errors import FlowmlError
+from flowml.errors import FlowmlError, PlacementError
 from flowml.ir._jax import path_name, trace_context
 from flowml.numbers import whole_number
 from flowml.placement import Placement
@@ -38,9 +37,6 @@ from flowml_runtime.protocol.training.terms import Terms
 
 Callback = Callable[[Record], Any]
 
-_discarded: deque[tuple[Session, LoadedPlan]] = deque()
-"""Plans of trainers that are gone. A finalizer may run anywhere, so it only notes them; the next fit frees them."""
-
 
 @dataclass
 class _Program:
@@ -53,9 +49,6 @@ class _Program:
 
     def load(self) -> LoadedPlan:
         """The plan on its workers; loaded again if one of them was lost and is back."""
-        while _discarded:
-            session, handle = _discarded.popleft()
-            session.unload(handle)
         known = self.handle
         self.handle = self.session.load(self.compiled.plan) if known is None else self.session.reload(known)
         return self.handle
@@ -230,7 +223,12 @@ class Trainer:
             platforms = tuple(dict.fromkeys(d.platform for d in cluster.devices))
             share = len(cluster.devices) // self._spec.replicas
             links = cluster.links_for(self._spec.placement, share)
-            compiled = compile_training(self._spec, params, batch, cluster.devices, links=links, platforms=platforms)
+            try:
+                compiled = compile_training(
+                    self._spec, params, batch, cluster.devices, links=links, platforms=platforms
+                )
+            except PlacementError as error:
+                raise cluster.session.explained(error, "the training step") from None
             self._programs[key] = _Program(compiled, cluster.session)
         return self._programs[key]
 
@@ -260,7 +258,10 @@ class Trainer:
 
 
 def _discard(programs: Mapping[Any, _Program]) -> None:
-    _discarded.extend((p.session, p.handle) for p in programs.values() if p.handle is not None)
+    """Unload the plans of a trainer that is gone. A finalizer may run anywhere, so this only asks for it."""
+    for program in programs.values():
+        if program.handle is not None:
+            program.session.release(program.handle)
 
 
 def _total_steps(source: Source, batch_size: int, epochs: int | None, steps: int | None) -> int:

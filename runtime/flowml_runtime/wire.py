@@ -105,9 +105,6 @@ class Leave(_Wire, frozen=True):
     reason: Text = ""
 
 
-# Links.
-
-
 class Probe(_Wire, frozen=True):
     """A question to measure a link with, answered by `Probed`. One array may come along, only to take its time.
 
@@ -129,18 +126,20 @@ class Probed(_Wire, frozen=True):
     error: Text = ""
 
 
-# Plans and steps.
-
-
 class LoadPlan(_Wire, frozen=True):
-    """Load a plan: its bytes follow as one uint8 array. The worker compiles everything, then says Loaded.
+    """A piece of a plan to load, as one uint8 array: first the plan itself (part ""), then its large parts, in order.
 
-    `deadline_s` is how long each wait of the plan's steps may last.
+    A part has `nbytes`, those here begin at `start`. After the `last` piece of all the worker compiles everything, then
+    says Loaded. `deadline_s` is how long each wait of the plan's steps may last.
     """
 
     plan_id: Name
     peers: tuple[Name, ...] = ()
     deadline_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_S)] = DEADLINE_S
+    part: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    start: Count = 0
+    nbytes: Count = 0
+    last: bool = True
 
 
 class Loaded(_Wire, frozen=True):
