@@ -24,17 +24,14 @@ def step_failed(plan_id: str, step: int, worker: str, node: str, error: BaseExce
         worker=(error.worker or worker) if isinstance(error, WorkerLostError) else worker,
         node=node,
         kind=kind,
-        error=one_line(error)[:_MAX_TEXT],
+        error=one_line(error)[: 2**20],
         traceback=own_traceback(error) if kind == "error" else "",
     )
 
 
 def one_line(error: BaseException) -> str:
     """An error as one line: ours as it stands, others with their type."""
-    try:
-        text = " ".join(sendable(str(error)).split())
-    except Exception:  # its own `__str__` failed
-        text = "its text cannot be shown"
+    text = " ".join(str(error).split())
     return text if isinstance(error, FlowmlError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
@@ -44,16 +41,7 @@ def own_traceback(error: BaseException) -> str:
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_HERE):
         trace = trace.tb_next
     shown = error.with_traceback(trace) if trace is not None else error
-    try:
-        text = "".join(traceback.format_exception(shown))
-    except Exception:  # the traceback module calls methods of the error, and of what it holds
-        text = "".join(traceback.format_tb(shown.__traceback__)) + type(error).__name__
-    return sendable(text)[-_MAX_TEXT:]
-
-
-def sendable(text: str) -> str:
-    """The text as UTF-8 can carry it: Python strings may hold halves of characters, e.g. of file names."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return "".join(traceback.format_exception(shown))[-(2**20) :]
 
 
 def cluster_closed(step: int | None = None) -> ClusterError:
