@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flowml.errors import ClusterError as ClusterError
     from flowml.errors import DeadlineError as DeadlineError
     from flowml.errors import FlowmlError as FlowmlError
+    from flowml.errors import FlowmlWarning as FlowmlWarning
     from flowml.errors import PlacementError as PlacementError
     from flowml.errors import PolicyError as PolicyError
     from flowml.errors import UnsupportedError as UnsupportedError
@@ -55,6 +56,7 @@ _HOMES = {
     "ClusterError": "flowml.errors",
     "DeadlineError": "flowml.errors",
     "FlowmlError": "flowml.errors",
+    "FlowmlWarning": "flowml.errors",
     "PlacementError": "flowml.errors",
     "PolicyError": "flowml.errors",
     "UnsupportedError": "flowml.errors",

@@ -104,7 +104,7 @@ def compile_graph(
     verify_graph(graph, "trace")
     graph = simplify(graph)
     verify_graph(graph, "simplify")
-    graph = label(graph, traced.parameters)
+    graph = label(graph, traced.parameters, closed_over=traced.closed_over)
     verify_graph(graph, "label")
     choices = place(graph, devices, placement, links)
     verify_placed(graph, choices.assignment, devices)

@@ -57,4 +57,6 @@ def find_device(name: str, devices: Sequence[Device], asked_by: str) -> Device:
         if name in (device.name, device.worker):
             return device
     known = ", ".join(d.name for d in devices)
-    raise PlacementError(f"{asked_by} names device {name!r}, which does not exist; there are: {known}")
+    raise PlacementError(
+        f"{asked_by} names device {name!r}, which does not exist; there are: {known}", worker=worker_of(name)
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class FlowmlError(Exception):
     """Base of every error that flowml raises on purpose.
@@ -56,3 +58,22 @@ class WorkerError(FlowmlError):
 
 class ClusterError(FlowmlError):
     """A cluster that could not be started, joined or reached: version, token, address, TLS."""
+
+
+class FlowmlWarning(UserWarning):
+    """What runs, but may not be what was meant: says what, where, and the fix."""
+
+
+_LONGEST, _SHOWN = 80, 20
+
+
+def one_line(name: str) -> str:
+    """A name that a user chose, as an error shows it: what does not print is escaped, what is long is cut."""
+    text = name if name.isprintable() else repr(name)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def named(names: Sequence[str]) -> str:
+    """Names as an error lists them: the first of them, and how many there are if that is not all."""
+    head = ", ".join(map(one_line, names[:_SHOWN]))
+    return head if len(names) <= _SHOWN else f"{head}, … ({len(names)} in all)"

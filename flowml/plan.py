@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import numpy as np
 
-from flowml.errors import FlowmlError
+from flowml.errors import FlowmlError, named
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -96,7 +96,7 @@ class Message(msgspec.Struct, frozen=True):
         return sum(t.nbytes for t in self.transfers)
 
     def __str__(self) -> str:
-        return f"{self.source} -> {self.destination} ({', '.join(t.layer or 'value' for t in self.transfers)})"
+        return f"{self.source} -> {self.destination} ({named([t.layer or 'value' for t in self.transfers])})"
 
 
 class PlanLink(msgspec.Struct, frozen=True):

@@ -18,9 +18,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax._src import config as jax_config
-from jax._src.source_info_util import new_source_info
+from jax._src.source_info_util import Transform, new_source_info
 from jax.extend import core as jex
 
+from flowml.ir.scopes import as_text
 from flowml.plan import ArraySpec, Setting
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
@@ -108,7 +109,8 @@ class Traced:
     out_tree: Any
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-    parameter_inputs: tuple[int, ...]
+    trees: tuple[tuple[int, ...], ...]
+    """For each argument that is more than one array, the positions of its leaves among the inputs."""
 
 
 def trace(
@@ -128,15 +130,16 @@ def trace(
         out_tree=out_tree,
         input_names=tuple(path_name(p[2:] if _is_args(p) else p[1:]) for p, _ in leaves),
         output_names=tuple(path_name(p) for p, _ in outs),
-        parameter_inputs=_first_container(leaves),
+        trees=_trees(leaves),
     )
 
 
-def _first_container(leaves: Sequence[tuple[Any, Any]]) -> tuple[int, ...]:
-    """Positions of the leaves of the first argument that is more than one array."""
-    arguments = [p[:2] for p, _ in leaves]
-    first = next((a for a, (p, _) in zip(arguments, leaves, strict=True) if len(p) > 2), None)
-    return tuple(i for i, a in enumerate(arguments) if a == first and first is not None)
+def _trees(leaves: Sequence[tuple[Any, Any]]) -> tuple[tuple[int, ...], ...]:
+    found: dict[Any, list[int]] = {}
+    for position, (path, _) in enumerate(leaves):
+        if len(path) > 2:
+            found.setdefault(path[:2], []).append(position)
+    return tuple(map(tuple, found.values()))
 
 
 def _is_args(path: Sequence[Any]) -> bool:
@@ -151,8 +154,8 @@ def path_name(path: Sequence[Any]) -> str:
 def _key_name(key: Any) -> str:
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+            return as_text(str(getattr(key, attribute)))
+    return as_text(str(key))
 
 
 def spec_of(aval: Any) -> ArraySpec:
@@ -163,12 +166,35 @@ def spec_of(aval: Any) -> ArraySpec:
     return ArraySpec(tuple(aval.shape), np.dtype(dtype).name, bool(getattr(aval, "weak_type", False)))
 
 
+def identity(array: Any) -> Any:
+    """What an array that a function closes over and the constant that tracing makes of it have in common."""
+    if isinstance(array, np.ndarray):
+        return cast(Any, array).ctypes.data, array.shape, array.strides
+    return id(array)
+
+
+def is_inexact(aval: Any) -> bool:
+    """Whether an abstract value is of a floating or complex type."""
+    return bool(jnp.issubdtype(aval.dtype, jnp.inexact))
+
+
+def is_key(aval: Any) -> bool:
+    """Whether an abstract value is a PRNG key, or may be the data of one."""
+    return bool(jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)) or aval.dtype == np.uint32
+
+
+def is_random(primitive: str) -> bool:
+    """Whether a primitive makes keys or random bits."""
+    return primitive.startswith(("random_", "threefry", "rng_"))
+
+
 def is_literal(atom: Any) -> bool:
     return isinstance(atom, jex.Literal)
 
 
-def name_stack(equation: Any) -> str:
-    return str(equation.source_info.name_stack)
+def name_stack(equation: Any) -> tuple[tuple[str, bool], ...]:
+    """The scopes and transformations around an equation, from the outside in: (name, whether a transformation)."""
+    return tuple((entry.name, isinstance(entry, Transform)) for entry in equation.source_info.name_stack.stack)
 
 
 def called_jaxpr(equation: Any) -> tuple[Any, tuple[Any, ...]] | None:

@@ -51,7 +51,8 @@ class Node:
 class Graph:
     """A program. `inputs` and `constants` are the values that no node makes; names are tree paths.
 
-    `values` gives every value's spec, `avals` JAX's own description of it.
+    `values` gives every value's spec, `avals` JAX's own description of it. `parameters` are the values that the label
+    pass found to be parameters, or computed from them alone.
     """
 
     nodes: tuple[Node, ...]
@@ -62,6 +63,7 @@ class Graph:
     outputs: tuple[Operand, ...]
     output_names: tuple[str, ...]
     constants: Mapping[int, Any] = field(repr=False)
+    parameters: frozenset[int] = frozenset()
 
     @cached_property
     def producer(self) -> dict[int, Node]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from flowml.ir.graph import Graph, Literal, Node
 from flowml.ir.scopes import Scope
@@ -33,18 +34,26 @@ def layer_of(path: str) -> str:
 
 
 def matches(layer: str, pattern: str) -> bool:
-    """Whether a pattern names a layer: as a whole, or from any of its components on."""
-    parts = layer.split("/")
-    return any(fnmatchcase("/".join(parts[i:]), pattern) for i in range(len(parts)))
+    """Whether a pattern names a layer by any run of its components, as it is written or with wildcards."""
+    if f"/{pattern}/" in f"/{layer}/":
+        return True
+    starts = [0, *(i + 1 for i, c in enumerate(layer) if c == "/")]
+    rests = (layer[start:] for start in starts)
+    return any(fnmatchcase(rest, pattern) or fnmatchcase(rest, f"{pattern}/*") for rest in rests)
 
 
-def label(graph: Graph, parameters: Mapping[int, str], output_layers: Sequence[str] = ()) -> Graph:
+def label(
+    graph: Graph,
+    parameters: Mapping[int, str],
+    output_layers: Sequence[str] = (),
+    closed_over: Mapping[int, str] = MappingProxyType({}),
+) -> Graph:
     """Give every node a layer.
 
-    `parameters` maps input values that are parameters to their paths; `output_layers` name the layers of
-    outputs that are gradients ("" otherwise).
+    `parameters` maps input values that are parameters to their paths, `closed_over` constants that are parameters to
+    their layers; `output_layers` name the layers of outputs that are gradients ("" otherwise).
     """
-    owner = _owners(graph, {v: layer_of(n) for v, n in parameters.items()})
+    owner = _owners(graph, {**closed_over, **{v: layer_of(n) for v, n in parameters.items()}})
     known = set(owner.values())
     by_scope = _by_scope({n.scope for n in graph.nodes}, known)
     layers = {n.id: by_scope[n.scope] for n in graph.nodes}
@@ -62,7 +71,8 @@ def label(graph: Graph, parameters: Mapping[int, str], output_layers: Sequence[s
     _follow_readers(graph, layers, forward, backward_too=True)
     _follow_data(graph, layers, graph.nodes)
     _follow_readers(graph, layers, graph.nodes, backward_too=True)
-    return graph.with_nodes(tuple(replace(n, layer=layers[n.id]) for n in graph.nodes))
+    nodes = tuple(replace(n, layer=layers[n.id]) for n in graph.nodes)
+    return replace(graph, nodes=nodes, parameters=frozenset(owner))
 
 
 def _owners(graph: Graph, owner: dict[int, str]) -> dict[int, str]:
@@ -82,21 +92,27 @@ def _is_saved_for_backward(graph: Graph, node: Node) -> bool:
 def _by_scope(scopes: set[Scope], known: set[str]) -> dict[Scope, str]:
     """The layer that each scope names.
 
-    A scope that holds the scopes of several parameters' layers (a model's outermost module) is none of them:
-    what stands there follows its neighbours.
+    A scope that holds the scopes of several parameters' layers (a model's outermost module) is none of them, and nor
+    is one of a layer that has other layers below it: what stands there and touches no parameter of its own follows
+    its neighbours.
     """
-    found = {s: _from_scope(s, known) for s in scopes}
+    longest = max((layer.count("/") + 1 for layer in known), default=0)
+    found = {s: _from_scope(s, known, longest) for s in scopes}
+    above = {layer[:i] for layer in known for i, c in enumerate(layer) if c == "/"} & known
     inside: dict[tuple[str, ...], set[str]] = {}
     for scope, layer in found.items():
         if layer in known:
             for depth in range(len(scope.labels)):
                 inside.setdefault(scope.labels[:depth], set()).add(layer)
-    return {s: "" if layer not in known and len(inside.get(s.labels, ())) > 1 else layer for s, layer in found.items()}
+    return {
+        s: "" if layer in above or (layer not in known and len(inside.get(s.labels, ())) > 1) else layer
+        for s, layer in found.items()
+    }
 
 
-def _from_scope(scope: Scope, known: set[str]) -> str:
+def _from_scope(scope: Scope, known: set[str], longest: int) -> str:
     labels = scope.labels
-    for length in range(len(labels), 0, -1):
+    for length in range(min(len(labels), longest), 0, -1):
         for start in range(len(labels) - length + 1):
             candidate = "/".join(labels[start : start + length])
             if candidate in known:

@@ -14,7 +14,8 @@ import numpy as np
 from flowml.errors import UnsupportedError
 from flowml.ir import _jax
 from flowml.ir.graph import Graph, Literal, Node, Operand
-from flowml.ir.scopes import parse
+from flowml.ir.parameters import argument_parameters, closed_over_layers
+from flowml.ir.scopes import Stack, parse
 from flowml.plan import ArraySpec
 
 
@@ -22,14 +23,15 @@ from flowml.plan import ArraySpec
 class Trace:
     """The graph of a function with the trees of its arguments and its result.
 
-    `parameters` are the inputs taken for parameters: the leaves of the first argument that is a container,
-    by their paths in it.
+    `parameters` are the inputs taken for parameters, by their paths in the argument that holds them; `closed_over` are
+    the constants that are parameters, by their layers.
     """
 
     graph: Graph
     in_tree: Any
     out_tree: Any
     parameters: Mapping[int, str]
+    closed_over: Mapping[int, str]
 
 
 def trace(
@@ -46,7 +48,7 @@ def trace(
     inputs = tuple(builder.new_value(v.aval) for v in traced.jaxpr.invars)
     environment: dict[Any, Operand] = dict(zip(traced.jaxpr.constvars, constants, strict=True))
     environment.update(zip(traced.jaxpr.invars, inputs, strict=True))
-    outputs = builder.splice(traced.jaxpr, environment, "")
+    outputs = builder.splice(traced.jaxpr, environment, ())
     graph = Graph(
         nodes=tuple(builder.nodes),
         values=builder.values,
@@ -57,8 +59,8 @@ def trace(
         output_names=traced.output_names,
         constants={**constants, **builder.constants},
     )
-    parameters = {inputs[i]: traced.input_names[i] for i in traced.parameter_inputs}
-    return Trace(graph, traced.in_tree, traced.out_tree, parameters)
+    parameters = argument_parameters(graph, traced.trees)
+    return Trace(graph, traced.in_tree, traced.out_tree, parameters, closed_over_layers(graph, parameters, fn))
 
 
 @dataclass
@@ -77,14 +79,14 @@ class _Builder:
         self.avals[value] = aval
         return value
 
-    def splice(self, jaxpr: Any, environment: dict[Any, Operand], prefix: str) -> list[Operand]:
+    def splice(self, jaxpr: Any, environment: dict[Any, Operand], prefix: Stack) -> list[Operand]:
         """Append the nodes of `jaxpr`; returns what its outputs are."""
 
         def read(atom: Any) -> Operand:
             return _literal(atom) if _jax.is_literal(atom) else environment[atom]
 
         for equation in jaxpr.eqns:
-            stack = "/".join(s for s in (prefix, _jax.name_stack(equation)) if s)
+            stack = prefix + _jax.name_stack(equation)
             operands = [read(a) for a in equation.invars]
             body = _jax.called_jaxpr(equation)
             if body is not None:
@@ -100,7 +102,7 @@ class _Builder:
                 self._append(equation, operands, stack, environment)
         return [read(a) for a in jaxpr.outvars]
 
-    def _append(self, equation: Any, operands: list[Operand], stack: str, environment: dict[Any, Operand]) -> None:
+    def _append(self, equation: Any, operands: list[Operand], stack: Stack, environment: dict[Any, Operand]) -> None:
         _check_effects(equation, self.name, stack)
         outputs = tuple(self.new_value(v.aval) for v in equation.outvars)
         environment.update(zip(equation.outvars, outputs, strict=True))
@@ -121,7 +123,7 @@ def _literal(atom: Any) -> Literal:
     return Literal(atom, atom.aval, (key, array.tobytes()))
 
 
-def _check_effects(equation: Any, name: str, stack: str) -> None:
+def _check_effects(equation: Any, name: str, stack: Stack) -> None:
     unsupported = equation.primitive.name in _jax.UNSUPPORTED or equation.effects
     if unsupported:
         where = f" in layer {parse(stack).path!r}" if parse(stack).path else ""

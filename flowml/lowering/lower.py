@@ -14,6 +14,7 @@ from typing import Any
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
 
+from flowml.errors import one_line
 from flowml.ir import _jax
 from flowml.ir.cost import node_bytes, node_flops
 from flowml.ir.graph import Graph, Literal
@@ -91,7 +92,8 @@ def _lower_group(
 
 
 def _name(group: TaskGroup, layers: Sequence[str]) -> str:
-    span = layers[0] if len(layers) == 1 else f"{layers[0]}..{layers[-1]}" if layers else group.nodes[0].op
+    ends = dict.fromkeys([*layers[:1], *layers[-1:]])
+    span = "..".join(map(one_line, ends)) or group.nodes[0].op
     return f"task{group.index}:{span}"
 
 
@@ -112,13 +114,20 @@ def _callback(graph: Graph, group: TaskGroup) -> Callable[..., list[Any]]:
 
 
 def _last_readers(graph: Graph, plan: Schedule) -> dict[int, int]:
-    """value -> the last task of its own device that reads it."""
-    last: dict[int, int] = {}
-    for group in plan.groups:
-        for value in group.inputs:
-            if value in graph.producer and graph.producer[value].device == group.device:
-                last[value] = group.index
-    return last
+    """value -> the task of its own device that reads it last, as each device's order has it.
+
+    A value is left out if it is not the same task for each microbatch, because a task has one list of donations.
+    """
+    last: dict[tuple[int, int], int] = {}
+    for device, order in plan.order.items():
+        for index, microbatch in order:
+            for value in plan.groups[index].inputs:
+                if value in graph.producer and graph.producer[value].device == device:
+                    last[value, microbatch] = index
+    readers: dict[int, set[int]] = {}
+    for (value, _), index in last.items():
+        readers.setdefault(value, set()).add(index)
+    return {value: indices.pop() for value, indices in readers.items() if len(indices) == 1}
 
 
 def _donations(graph: Graph, group: TaskGroup, last: Mapping[int, int], keep: frozenset[int]) -> tuple[int, ...]:

@@ -166,6 +166,12 @@ class _Emitter:
         leaves = tuple(self.bindings.reads[v][1] for v in values)
         self.code.append(Read(store, leaves, tuple(self._new(v, -1) for v in values)))
 
+    def _wait_for(self, store: int) -> None:
+        """A step pushes to a store only when it may read it, also where it has not read it so far (a gradient that
+        does not depend on the parameters): else the device would run clocks ahead of the store."""
+        if not any(isinstance(i, Read) and i.store == store for i in self.code):
+            self.code.append(Read(store, (), ()))
+
     def _contribute(self, group: TaskGroup, microbatch: int) -> None:
         for number, part in enumerate(self.bindings.parts):
             fresh = set(part.values).intersection(group.outputs)
@@ -187,6 +193,7 @@ class _Emitter:
         else:
             self.sums[number] = self._housekeeping(part.accumulate, (*old, *new), len(new), microbatch)
         if microbatch == self.plan.microbatches - 1:
+            self._wait_for(part.store)
             self.code.append(Push(part.store, part.part, self.sums[number]))
 
     def _housekeeping(self, task: int, inputs: tuple[int, ...], count: int, microbatch: int) -> tuple[int, ...]:

@@ -25,11 +25,13 @@ def verify_schedule(graph: Graph, plan: Schedule) -> None:
 
 
 def verify_plan(plan: Plan) -> None:
-    """Buffers are filled before use and freed once; every Send meets one Recv; no value travels twice."""
+    """Buffers are filled before use and freed once, and not touched after they were given away; every Send meets one
+    Recv; no value travels twice."""
     sends: Counter[tuple[int, int]] = Counter()
     receives: Counter[tuple[int, int]] = Counter()
     for program in plan.programs:
         _verify_buffers(program)
+        _verify_donations(plan, program)
         for instruction in program.instructions:
             if isinstance(instruction, Send):
                 sends[instruction.message, instruction.microbatch] += 1
@@ -57,3 +59,19 @@ def _verify_buffers(program: Program) -> None:
     resident = {b for b, _ in program.constants}
     fed = {b for i in program.instructions if isinstance(i, Feed) for b in i.buffers}
     require(live <= resident | fed, "lower", f"{program.device} leaks buffers")
+
+
+def _verify_donations(plan: Plan, program: Program) -> None:
+    """What a task may overwrite is never touched later in the list, and is given to it once."""
+    overwritten: dict[int, str] = {}
+    for instruction in program.instructions:
+        for buffer in () if isinstance(instruction, Free) else touched(instruction):
+            name = overwritten.get(buffer)
+            where = f"{program.device}: {instruction}"
+            require(name is None, "lower", f"{where} touches a buffer that {name} was allowed to overwrite")
+        if isinstance(instruction, Run):
+            task = plan.tasks[instruction.task]
+            given = [instruction.inputs[i] for i in task.donate]
+            twice = any(instruction.inputs.count(b) > 1 for b in given)
+            require(not twice, "lower", f"{task.name} on {program.device} overwrites an argument that it gets twice")
+            overwritten.update(dict.fromkeys(given, task.name))

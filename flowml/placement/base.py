@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from flowml.devices import Device, find_device
-from flowml.errors import PlacementError
+from flowml.errors import PlacementError, named, one_line
 from flowml.ir.graph import Graph, Node
 from flowml.ir.label import matches
 from flowml.placement.auto import choose
@@ -22,7 +23,7 @@ from flowml.plan import Choice
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Cut the layers, in order of first use, into `stages` runs of equal cost, one device each.
+    """Cut the layers, in the order in which data reaches them, into `stages` runs of equal cost, one device each.
 
     The cut is the exact optimum of a dynamic programme over layers for the slowest stage. Raises
     ValueError if `stages` < 1.
@@ -66,18 +67,22 @@ Placement = str | Mapping[str, str] | Pipeline | AutoPlacement | Rule
 
 @dataclass(frozen=True)
 class Choices:
-    """A device for every node of the graph, with what was weighed and anything worth telling the user."""
+    """A device for every node of the graph, with what was weighed and anything worth telling the user.
+
+    `default` is for nodes that no rule, no pin and no neighbour places; "" leaves it open.
+    """
 
     assignment: Mapping[int, str]
     weighed: tuple[Choice, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    default: str = ""
 
 
 def place(graph: Graph, devices: Sequence[Device], placement: Placement, links: Links) -> Choices:
     """Decide where every node runs. Raises PlacementError naming the device, layer or pin at fault."""
     pins = {n.id: _pin(n, devices) for n in graph.nodes if n.scope.pins}
     choices = _apply_rule(graph, devices, placement, links)
-    assignment = _follow_data(graph, {**choices.assignment, **pins}, devices[0].name)
+    assignment = _follow_data(graph, {**choices.assignment, **pins}, choices.default or devices[0].name)
     check_memory(graph, assignment, devices, placement.memory_bytes if isinstance(placement, AutoPlacement) else None)
     return Choices(assignment, choices.weighed, choices.notes)
 
@@ -96,7 +101,7 @@ def _apply_rule(graph: Graph, devices: Sequence[Device], placement: Placement, l
             )
         return Choices(pipeline_stages(graph, devices[: placement.stages], links))
     if isinstance(placement, Mapping):
-        return Choices(_by_pattern(graph, devices, placement))
+        return _by_pattern(graph, devices, placement)
     if callable(placement):
         return Choices(_by_callable(graph, devices, placement))
     raise PlacementError(
@@ -107,29 +112,34 @@ def _apply_rule(graph: Graph, devices: Sequence[Device], placement: Placement, l
 
 def _pin(node: Node, devices: Sequence[Device]) -> str:
     """The device of a node's pins; a nested pin may only narrow the one outside it."""
-    asked = f"fm.device in layer {node.layer or '(none)'!r}"
+    layer = one_line(node.layer or "(none)")
+    asked = f"fm.device in layer {layer!r}"
     found = [find_device(p, devices, asked) for p in node.scope.pins]
     for outer, inner in zip(node.scope.pins, node.scope.pins[1:], strict=False):
         if inner != outer and not inner.startswith(f"{outer}/"):
             raise PlacementError(
-                f"node {node.op} of layer {node.layer or '(none)'!r} is pinned to {outer!r} and, inside that, to "
+                f"node {node.op} of layer {layer!r} is pinned to {outer!r} and, inside that, to "
                 f"{inner!r}; keep one of the two fm.device blocks"
             )
     return found[-1].name
 
 
-def _by_pattern(graph: Graph, devices: Sequence[Device], patterns: Mapping[str, str]) -> dict[int, str]:
-    layers = dict.fromkeys(n.layer for n in graph.nodes)
+def _by_pattern(graph: Graph, devices: Sequence[Device], patterns: Mapping[str, str]) -> Choices:
+    """The first pattern that names a layer places it. One that matches any name is also the default."""
+    layers = [layer for layer in dict.fromkeys(n.layer for n in graph.nodes) if layer]
     chosen: dict[str, str] = {}
+    default = ""
     for pattern, name in patterns.items():
         device = find_device(name, devices, f"placement pattern {pattern!r}").name
-        hit = [layer for layer in layers if layer and matches(layer, pattern)]
-        if not hit and pattern != "*":
-            known = ", ".join(sorted(layer for layer in layers if layer)) or "none; label code with fm.layer"
+        hit = [layer for layer in layers if matches(layer, pattern)]
+        if fnmatchcase("", pattern):
+            default = default or device
+        elif not hit:
+            known = named(sorted(layers)) or "none; label code with fm.layer"
             raise PlacementError(f"placement pattern {pattern!r} matches no layer; layers are: {known}")
         for layer in hit:
             chosen.setdefault(layer, device)
-    return {n.id: chosen[n.layer] for n in graph.nodes if n.layer in chosen}
+    return Choices({n.id: chosen[n.layer] for n in graph.nodes if n.layer in chosen}, default=default)
 
 
 def _by_callable(graph: Graph, devices: Sequence[Device], rule: Rule) -> dict[int, str]:

@@ -1,7 +1,7 @@
 """Pipeline placement: an exact dynamic programme over layers.
 
-Layers in order of first use are cut into contiguous stages so that the slowest stage, or the slowest
-transfer into one, is as fast as can be: best[s][j] = min over i of max(best[s-1][i], cost(i, j)), the
+Layers, in the order in which data reaches them, are cut into contiguous stages so that the slowest stage, or the
+slowest transfer into one, is as fast as can be: best[s][j] = min over i of max(best[s-1][i], cost(i, j)), the
 linear-partition recurrence that PipeDream (Harlap et al., 2018) uses for pipelines.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from flowml.devices import Device
 from flowml.errors import PlacementError
+from flowml.ir._jax import is_key, is_random
 from flowml.ir.cost import node_seconds
 from flowml.ir.graph import Graph, Node
 from flowml.placement.links import Links
@@ -35,15 +36,39 @@ def pipeline_stages(
 
 
 def pipeline_items(graph: Graph) -> list[list[Node]]:
-    """What is kept together: the nodes of one layer; each unlabelled node by itself. In order of first use."""
+    """What is kept together: the nodes of one layer; each unlabelled node by itself. In the order in which data comes.
+
+    Data is what is computed from an input that is neither a parameter nor a key: where a layer's weights are
+    prepared, or its keys split, says nothing of its place in the model.
+    """
+    data = _data_nodes(graph)
     groups: dict[str | int, list[Node]] = {}
-    for node in graph.nodes:
-        groups.setdefault(node.layer or node.id, []).append(node)
-    items = list(groups.values())
+    begins: dict[str | int, int] = {}
+    for position, node in enumerate(graph.nodes):
+        key = node.layer or -1 - node.id
+        groups.setdefault(key, []).append(node)
+        if node.id in data:
+            begins.setdefault(key, position)
+    first_use = {key: position for position, key in enumerate(groups)}
+    order = sorted(groups, key=lambda k: (begins.get(k, -1), first_use[k]))
+    items = [groups[key] for key in order]
     if len(items) <= _MAX_ITEMS:
         return items
     step = -(-len(items) // _MAX_ITEMS)
     return [[n for item in items[i : i + step] for n in item] for i in range(0, len(items), step)]
+
+
+def _data_nodes(graph: Graph) -> set[int]:
+    """The nodes that depend on the data. Constants and single numbers (a step's) are data only if nothing else is."""
+    free = [v for v in (*graph.inputs, *graph.constants) if v not in graph.parameters and not is_key(graph.avals[v])]
+    arrays = [v for v in free if graph.values[v].shape and v not in graph.constants]
+    reached = set(arrays or free)
+    found: set[int] = set()
+    for node in graph.nodes:
+        if not reached.isdisjoint(node.reads) and not is_random(node.op):
+            reached.update(node.outputs)
+            found.add(node.id)
+    return found
 
 
 def cut(

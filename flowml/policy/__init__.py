@@ -9,7 +9,7 @@ composition that is not sound cannot be constructed. Nothing here imports JAX.
 
 from __future__ import annotations
 
-from flowml.policy.compose import DEFAULT_PATTERN, check_composition, resolve
+from flowml.policy.compose import DEFAULT_PATTERN, check_composition, overruled, resolve
 from flowml.policy.mathematics import can_read, coefficients, due
 from flowml.policy.spec import UNBOUNDED, Every, Factors, Gradient, Policy, Quorum
 from flowml.policy.topology import AllReduce, Hierarchy, ParameterServer, Ring, Topology, Tree
@@ -32,5 +32,6 @@ __all__ = [
     "check_composition",
     "coefficients",
     "due",
+    "overruled",
     "resolve",
 ]

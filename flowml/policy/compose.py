@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from flowml.errors import PolicyError
+from flowml.errors import PolicyError, named
 from flowml.policy.spec import Policy
 
 DEFAULT_PATTERN = "*"
@@ -17,8 +17,8 @@ _ROOT = "params/"  # the collection that flax puts around a model's parameters; 
 def resolve(policies: Mapping[str, Policy], paths: Iterable[str]) -> dict[str, tuple[str, Policy]]:
     """For each parameter path (`"conv1/kernel"`) the pattern that won, and its policy.
 
-    Patterns are fnmatch patterns; `*` matches `/` too. They are tried in the mapping's order on the path,
-    and on the path without a leading `params/`; the first match wins.
+    Patterns are fnmatch patterns, or paths as they are written; `*` matches `/` too. They are tried in the mapping's
+    order on the path, and on the path without a leading `params/`; the first match wins.
 
     Raises:
         PolicyError: for a pattern that matches no path, or a value that is not a Policy.
@@ -36,12 +36,15 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
     (a pattern, a store) to its policy.
 
     Raises:
-        PolicyError: if a layer that applies contributions on arrival shares a model with one that drops late
-            ones, or one that all replicas add up together does. The fate of a work item is decided for the item as
-            a whole; what has been applied on arrival can no longer be dropped, and what has to be added up not at all.
+        PolicyError: for a quorum of more replicas than there are; if a layer that applies contributions on arrival
+            shares a model with one that drops late ones, or one that all replicas add up together does. The fate of a
+            work item is decided for the item as a whole; what has been applied on arrival can no longer be dropped,
+            and what has to be added up not at all.
     """
     if replicas < 1:
         raise PolicyError(f"replicas={replicas}: training needs at least one replica")
+    for name, policy in policies.items():
+        _check_count(name, policy, replicas)
     clocked = {name: p for name, p in policies.items() if p.clocked}
     dropping = {name: p for name, p in clocked.items() if not p.quorum.never_drops(replicas)}
     arriving = [name for name, p in policies.items() if not p.clocked]
@@ -73,16 +76,47 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
     return tuple(dict.fromkeys(n for n in notes if n))
 
 
+def overruled(policies: Mapping[str, Policy], replicas: int) -> str | None:
+    """One sentence on layers whose quorum takes no effect, because one decision on a work item covers all layers and
+    takes as many replicas as the strictest of them needs; None if there are none."""
+    decided = {name: p for name, p in policies.items() if p.clocked and not p.collective}
+    needs = {name: p.quorum.need(replicas) for name, p in decided.items()}
+    most = max(needs.values(), default=0)
+    looser = [name for name, need in needs.items() if need < most]
+    if not looser:
+        return None
+    strict = [name for name, need in needs.items() if need == most]
+    drops = "nothing is dropped" if most == replicas else f"no more than {replicas - most} are dropped"
+    return (
+        f"{_named(looser)} ({decided[looser[0]].describe()}) cannot drop late replicas where "
+        f"{_named(strict)} ({decided[strict[0]].describe()}) needs {most} of {replicas}: a work item is used or "
+        f"dropped for all layers at once, so {drops} at the clocks that both push; give these layers the same quorum"
+    )
+
+
+def _named(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:3]))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _check_count(name: str, policy: Policy, replicas: int) -> None:
+    quorum = policy.quorum
+    if quorum.counted and quorum.count_or_fraction > replicas:
+        raise PolicyError(
+            f"{name!r}: {quorum} asks for more replicas than there are ({replicas}), so no step could be complete; "
+            f"give a count of at most {replicas}, a fraction such as 0.75, or more replicas"
+        )
+
+
 def _check_entry(pattern: str, policy: object, paths: tuple[str, ...]) -> None:
     if not isinstance(policy, Policy):
         raise PolicyError(f"policies[{pattern!r}] is {policy!r}; give a flowml.Policy or one of flowml.policies")
     if not any(_matches(pattern, path) for path in paths):
-        shown = ", ".join(paths[:20]) + (f", … ({len(paths)} in all)" if len(paths) > 20 else "")
-        raise PolicyError(f"policies[{pattern!r}] matches no parameter; there are: {shown or 'none'}")
+        raise PolicyError(f"policies[{pattern!r}] matches no parameter; there are: {named(paths) or 'none'}")
 
 
 def _matches(pattern: str, path: str) -> bool:
-    return fnmatchcase(path, pattern) or (path.startswith(_ROOT) and fnmatchcase(path[len(_ROOT) :], pattern))
+    return any(name == pattern or fnmatchcase(name, pattern) for name in (path, path.removeprefix(_ROOT)))
 
 
 def _first_match(policies: Mapping[str, Policy], path: str) -> tuple[str, Policy]:

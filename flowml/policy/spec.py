@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal
 
 from flowml.errors import PolicyError
+from flowml.numbers import whole
 from flowml.policy.topology import TOPOLOGIES, ParameterServer, Topology
 from flowml.policy.topology import describe as describe_topology
 
@@ -58,6 +60,7 @@ class Quorum:
 
     def __post_init__(self) -> None:
         value = _number(self.count_or_fraction, "Quorum({!r}): give a fraction like 0.75 or a count like 3")
+        object.__setattr__(self, "count_or_fraction", value)
         object.__setattr__(self, "counted", isinstance(value, int))
         if isinstance(value, int) and value < 1:
             raise PolicyError(f"Quorum({value}): a count of replicas is at least 1")
@@ -88,8 +91,10 @@ class Every:
     pull: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_int(self.push) or self.push < 1:
+        push = whole(self.push)
+        if push is None or push < 1:
             raise PolicyError(f"Every(push={self.push!r}): the number of steps between pushes is an int of at least 1")
+        object.__setattr__(self, "push", push)
         if self.pull is None:
             object.__setattr__(self, "pull", self.push)
         if self.pull != self.push:
@@ -186,14 +191,14 @@ class Policy:
         return ", ".join(words)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _number(value: object, otherwise: str) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    """An int or a float, NumPy's too. Raises PolicyError for NaN, a bool and what is no number."""
+    count = whole(value)
+    if count is not None:
+        return count
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
         raise PolicyError(otherwise.format(value))
-    return value
+    return float(value)
 
 
 def _staleness(staleness: object) -> float:

@@ -44,8 +44,8 @@ def plural(number: int, noun: str, many: str = "") -> str:
 
 
 def clip(text: str, length: int) -> str:
-    """One line of at most `length` characters; what is left out shows as an ellipsis."""
-    line = " ".join(text.split())
+    """One line of at most `length` characters that print; what is left out shows as an ellipsis."""
+    line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
     return line if len(line) <= length else f"{line[: max(length - 1, 0)]}…"
 
 

@@ -32,11 +32,12 @@ from flowml.lowering.partition import partition
 from flowml.lowering.program import Bindings, PartBinding, emit, route
 from flowml.lowering.schedule import SCHEDULES, schedule
 from flowml.lowering.verify import verify_plan, verify_schedule
+from flowml.numbers import whole_number
 from flowml.placement import Pipeline, Placement, place
 from flowml.placement.estimate import estimate
 from flowml.placement.links import Links, links_used
 from flowml.plan import ArraySpec, Constant, Plan, StoreSpec, Training
-from flowml.policy import Policy, resolve
+from flowml.policy import DEFAULT_PATTERN, Policy, resolve
 from flowml.training.optimizer import OptimizerSlices, slice_optimizer
 from flowml.training.replicate import Template, replicate
 from flowml.training.stores import StoreDraft, StorePlanner
@@ -55,11 +56,20 @@ class TrainingSpec:
     placement: Placement = "auto"
     microbatches: int = 1
     schedule: str = "1f1b"
-    policies: Mapping[str, Policy] | None = None
+    policies: Mapping[str, Policy] | Policy | None = None
 
     def __post_init__(self) -> None:
+        for name in ("replicas", "microbatches"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.replicas < 1 or self.microbatches < 1:
             raise ValueError(f"replicas={self.replicas} and microbatches={self.microbatches} must be at least 1")
+        if isinstance(self.policies, Policy):
+            object.__setattr__(self, "policies", {DEFAULT_PATTERN: self.policies})
+        if not isinstance(self.policies, Mapping | None):
+            raise TypeError(
+                f"policies={self.policies!r} is a {type(self.policies).__name__}; give a mapping from patterns of "
+                'parameter paths to policies, such as {"*": fm.policies.every(4)}, or one fm.Policy for all'
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} is not one; choose from {', '.join(SCHEDULES)}")
 
@@ -128,7 +138,7 @@ def compile_training(
         aux_leaves=aux_leaves,
         batch=tuple(_jax.spec_of(x) for x in jax.tree_util.tree_leaves(microbatch)),
         batch_paths=tuple(_jax.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(microbatch)[0]),
-    ).compile(traced.graph)
+    ).compile(traced.graph, traced.closed_over)
     batch_tree = jax.tree_util.tree_structure(microbatch)
     return TrainingCompiled(plan, params_tree, slices.state_tree, batch_tree, aux_tree, slots[1:])
 
@@ -249,7 +259,7 @@ class _Compiler:
     batch: tuple[ArraySpec, ...]
     batch_paths: tuple[str, ...]
 
-    def compile(self, graph: Graph) -> tuple[Plan, tuple[int, ...]]:
+    def compile(self, graph: Graph, closed_over: Mapping[int, str]) -> tuple[Plan, tuple[int, ...]]:
         """The plan, and the fetch slot of the loss and of each leaf of aux."""
         spec = self.spec
         fetched = 1 + self.aux_leaves
@@ -257,7 +267,8 @@ class _Compiler:
         graph = simplify(graph)
         verify_graph(graph, "simplify")
         parameters = dict(zip(graph.inputs, self.paths, strict=False))
-        graph = label(graph, parameters, ("",) * fetched + tuple(layer_of(p) for p in self.paths))
+        outputs = ("",) * fetched + tuple(layer_of(p) for p in self.paths)
+        graph = label(graph, parameters, outputs, closed_over)
         planner = StorePlanner(self.paths, self.slices, self._resolve(), spec.replicas, spec.microbatches, self.links)
         gradients = tuple(map(_value, graph.outputs[fetched:]))
         graph, contributions = planner.contributions(graph, gradients)
@@ -330,7 +341,9 @@ class _Compiler:
         )
 
     def _resolve(self) -> dict[str, Policy]:
-        found = resolve(self.spec.policies or {}, self.paths)
+        policies = self.spec.policies
+        assert not isinstance(policies, Policy)
+        found = resolve(policies or {}, self.paths)
         return {path: policy for path, (_, policy) in found.items()}
 
     def _bind(self, graph: Graph, stores: Sequence[StoreDraft], parts: Sequence[PartBinding]) -> Bindings:

@@ -11,6 +11,7 @@ replica is home to a copy, and gets one contribution that stands for all.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -18,7 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from flowml.errors import PolicyError
+from flowml.errors import FlowmlWarning, PolicyError
 from flowml.ir.graph import Graph
 from flowml.ir.label import layer_of, parameter_path
 from flowml.lowering.lower import ExecutableTable
@@ -26,7 +27,7 @@ from flowml.lowering.program import PartBinding
 from flowml.lowering.schedule import positions
 from flowml.placement.links import Links, machines
 from flowml.plan import ArraySpec, Part, Reduction, StoreSpec
-from flowml.policy import Factors, Policy, Tree, check_composition
+from flowml.policy import Factors, Policy, Tree, check_composition, overruled
 from flowml.policy.topology import schedule_name
 from flowml.training.buckets import Bundle, pack
 from flowml.training.factors import OuterProduct, find_outer_product, product_function, send_factors
@@ -78,7 +79,12 @@ class StorePlanner:
     product_graph: Graph | None = None
 
     def __post_init__(self) -> None:
-        self.notes.extend(check_composition({parameter_path(p): q for p, q in self.policies.items()}, self.replicas))
+        policies = {parameter_path(p): q for p, q in self.policies.items()}
+        self.notes.extend(check_composition(policies, self.replicas))
+        warning = overruled(policies, self.replicas)
+        if warning:
+            self.notes.append(warning)
+            warnings.warn(warning, FlowmlWarning, stacklevel=2)
         for group in self.slices.groups:
             self._check_coupled(group)
 
@@ -208,7 +214,8 @@ class StorePlanner:
             values = tuple(contributions.values[group[p]][0] for p in found)
             parts.append(PartDraft(stage, tuple(found), values, factors=False, packed=collective and len(found) > 1))
         users = {stage_of[n.device] for leaf in group for n in graph.consumers.get(graph.inputs[leaf], ())}
-        return StoreDraft(name, group, policy, tuple(parts), tuple(sorted(users or {p.stage for p in parts})))
+        readers = users | {p.stage for p in parts}  # a stage pushes only what it may read: see `program.emit`
+        return StoreDraft(name, group, policy, tuple(parts), tuple(sorted(readers)))
 
     def lower_parts(self, graph: Graph, stores: Sequence[StoreDraft], table: ExecutableTable) -> list[PartBinding]:
         """For each part the tasks that add two payloads and that pack one, where that is ever done."""

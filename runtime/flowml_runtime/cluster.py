@@ -92,6 +92,20 @@ class Cluster:
         return self.session.devices
 
     @property
+    def max_programs(self) -> int:
+        """How many compiled functions stay loaded on the workers. One more unloads the one used longest ago.
+
+        What was unloaded is loaded again when it is called again. Calls in flight may keep more. Set it to change it.
+        """
+        return self.session.max_programs
+
+    @max_programs.setter
+    def max_programs(self, most: int) -> None:
+        if most < 1:
+            raise ValueError(f"max_programs={most}: give at least 1")
+        self.session.max_programs = most
+
+    @property
     def links(self) -> Links:
         """What is known of the links between workers, and to this process ("driver"); what is not is assumed."""
         return _BY_REFERENCE if self._table is None else self._table.known()

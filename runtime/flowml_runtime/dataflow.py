@@ -19,9 +19,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
+from flowml.errors import PlacementError
 from flowml.ir._jax import trace_context
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.session import LoadedPlan, Session
+from flowml_runtime.driver.steps import UnloadedError
 from flowml_runtime.execution.future import Future
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class ClusterLike(Protocol):
@@ -124,6 +127,7 @@ class Dataflow(Generic[P, R]):
         self._recent: _Recent | None = None
         self._lock = threading.RLock()  # tracing a function may call its own program
         self._programs: weakref.WeakKeyDictionary[ClusterLike, dict[Hashable, _Program]] = weakref.WeakKeyDictionary()
+        weakref.finalize(self, _release, self._programs).atexit = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function on the cluster. Under another JAX transformation it is inlined, as jit is."""
@@ -133,18 +137,26 @@ class Dataflow(Generic[P, R]):
             cluster = self._current()
             if recent.fits(cluster, tree, leaves):
                 direct = recent.handle.direct if recent.on_device else None
-                if direct is None:
-                    return cast(R, tree_unflatten(recent.out_tree, cluster.session.call(recent.handle, leaves)))
                 try:
+                    if direct is None:
+                        return cast(R, tree_unflatten(recent.out_tree, cluster.session.call(recent.handle, leaves)))
+                    recent.handle.steps.use()
                     return cast(R, tree_unflatten(recent.out_tree, direct(leaves)))
+                except UnloadedError:
+                    self._recent = None
                 except Exception:
+                    if direct is None:
+                        raise
                     self._recent = None  # the long way says what is wrong, and where
         call = self._sort(args, kwargs)
         if call is None:
             return self._fn(*args, **kwargs)
-        session, program, handle = self._loaded(call, args, kwargs)
-        self._recent = self._remember(program, handle, call)
-        return cast(R, tree_unflatten(program.out_tree, session.call(handle, call.leaves)))
+
+        def run(session: Session, program: _Program, handle: LoadedPlan) -> R:
+            self._recent = self._remember(program, handle, call)
+            return cast(R, tree_unflatten(program.out_tree, session.call(handle, call.leaves)))
+
+        return self._loaded(call, args, kwargs, run)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Start a call and return at once; several may be under way. The future's result is the output pytree."""
@@ -153,8 +165,12 @@ class Dataflow(Generic[P, R]):
             raise TypeError(
                 f"{self._name}.submit() cannot be traced by another JAX transformation; call {self._name}()"
             )
-        session, program, handle = self._loaded(call, args, kwargs)
-        return session.submit(handle, call.leaves).then(lambda flat: cast(R, tree_unflatten(program.out_tree, flat)))
+
+        def start(session: Session, program: _Program, handle: LoadedPlan) -> Future[R]:
+            flat = session.submit(handle, call.leaves)
+            return flat.then(lambda leaves: cast(R, tree_unflatten(program.out_tree, leaves)))
+
+        return self._loaded(call, args, kwargs, start)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments, which may be `jax.ShapeDtypeStruct`s. Compiles if need be; runs nothing."""
@@ -192,17 +208,26 @@ class Dataflow(Generic[P, R]):
         return _Call((static, tree, signatures, trace_context()), leaves)
 
     def _loaded(
-        self, call: _Call, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Session, _Program, LoadedPlan]:
+        self,
+        call: _Call,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        use: Callable[[Session, _Program, LoadedPlan], T],
+    ) -> T:
+        """`use` the program of a call, once it is loaded."""
         cluster = self._current()
         program = self._program(cluster, call, args, kwargs)
         session = cluster.session
-        handle = program.handle
-        if handle is None or handle.steps.stopped:
-            with self._lock:
-                known = program.handle
-                handle = program.handle = session.load(program.plan) if known is None else session.reload(known)
-        return session, program, handle
+        while True:
+            handle = program.handle
+            if handle is None or handle.steps.stopped:
+                with self._lock:
+                    known = program.handle
+                    handle = program.handle = session.load(program.plan) if known is None else session.reload(known)
+            try:
+                return use(session, program, handle)
+            except UnloadedError:  # to make room for another program, just now
+                continue
 
     def _program(self, cluster: ClusterLike, call: _Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Program:
         programs = self._programs.get(cluster)
@@ -218,18 +243,21 @@ class Dataflow(Generic[P, R]):
     def _compile(self, cluster: ClusterLike, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Program:
         from flowml.compiler import compile_function
 
-        compiled = compile_function(
-            self._fn,
-            tuple(args),
-            dict(kwargs),
-            devices=cluster.devices,
-            placement=self._placement,
-            static_argnums=self._static,
-            donate_argnums=self._donate,
-            platforms=_platforms(cluster.devices),
-            name=self._name,
-            links=cluster.links_for(self._placement),
-        )
+        try:
+            compiled = compile_function(
+                self._fn,
+                tuple(args),
+                dict(kwargs),
+                devices=cluster.devices,
+                placement=self._placement,
+                static_argnums=self._static,
+                donate_argnums=self._donate,
+                platforms=_platforms(cluster.devices),
+                name=self._name,
+                links=cluster.links_for(self._placement),
+            )
+        except PlacementError as error:
+            raise cluster.session.explained(error, self._name) from None
         return _Program(compiled.plan, compiled.out_tree)
 
     def _current(self) -> ClusterLike:
@@ -250,6 +278,14 @@ class Dataflow(Generic[P, R]):
                     "pass arrays or numbers, or list its position in static_argnums"
                 )
         raise AssertionError("every leaf is an array")
+
+
+def _release(programs: Mapping[ClusterLike, Mapping[Hashable, _Program]]) -> None:
+    """Unload the programs of an object that is gone. A finalizer may run anywhere, so this only asks for it."""
+    for cluster, compiled in programs.items():
+        for program in compiled.values():
+            if program.handle is not None:
+                cluster.session.release(program.handle)
 
 
 def _check_hashable(name: str, static: Sequence[tuple[int, Any]]) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import jax
@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowml.data import Source, as_source
-from flowml.errors import FlowmlError
+from flowml.errors import FlowmlError, PlacementError
 from flowml.ir._jax import path_name, trace_context
+from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.plan import Plan
 from flowml.policy import Policy
@@ -36,9 +37,6 @@ from flowml_runtime.protocol.training.terms import Terms
 
 Callback = Callable[[Record], Any]
 
-_discarded: deque[tuple[Session, LoadedPlan]] = deque()
-"""Plans of trainers that are gone. A finalizer may run anywhere, so it only notes them; the next fit frees them."""
-
 
 @dataclass
 class _Program:
@@ -51,9 +49,6 @@ class _Program:
 
     def load(self) -> LoadedPlan:
         """The plan on its workers; loaded again if one of them was lost and is back."""
-        while _discarded:
-            session, handle = _discarded.popleft()
-            session.unload(handle)
         known = self.handle
         self.handle = self.session.load(self.compiled.plan) if known is None else self.session.reload(known)
         return self.handle
@@ -63,7 +58,9 @@ class _Program:
         training = self.compiled.plan.training
         assert training is not None
         first = self.next_step
-        self.next_step += Terms.of(training, total).most_clocks
+        end = first + Terms.of(training, total).most_clocks
+        whole_number("the number of work items of all fits of this Trainer", end * len(training.replicas))
+        self.next_step = end
         return first
 
 
@@ -101,7 +98,8 @@ class Trainer:
         placement: how one replica is cut; see `flowml.dataflow`. Names of devices are those of replica 0.
         microbatches: pieces that a replica's share of a batch is cut into for the pipeline.
         schedule: `"1f1b"` or `"gpipe"`.
-        policies: parameter path pattern -> `flowml.Policy`; the first match wins, `Policy()` where none does.
+        policies: parameter path pattern -> `flowml.Policy`; the first match wins, `Policy()` where none does. One
+            policy alone is that of all parameters.
         delays: worker name -> seconds added to each of its steps: declared slowness, for experiments.
 
     Raises:
@@ -118,7 +116,7 @@ class Trainer:
         placement: Placement = "auto",
         microbatches: int = 1,
         schedule: str = "1f1b",
-        policies: Mapping[str, Policy] | None = None,
+        policies: Mapping[str, Policy] | Policy | None = None,
         delays: Mapping[str, float] | None = None,
     ) -> None:
         if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
@@ -127,10 +125,7 @@ class Trainer:
             )
         self._spec = TrainingSpec(loss, optimizer, replicas, placement, microbatches, schedule, policies)
         self._cluster = cluster
-        self._delays = dict(delays or {})
-        for worker, seconds in self._delays.items():
-            if not 0 <= seconds < float("inf"):
-                raise ValueError(f"delays[{worker!r}] is {seconds}; give the seconds to add to each of its steps")
+        self._delays = {worker: _seconds(worker, delay) for worker, delay in (delays or {}).items()}
         self._programs: dict[Any, _Program] = {}
         self._fitting = threading.Lock()
         weakref.finalize(self, _discard, self._programs).atexit = False
@@ -176,6 +171,7 @@ class Trainer:
             FlowmlError: if this trainer is in the middle of a fit already.
         """
         data = as_source(source)
+        batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
         total = _total_steps(data, batch_size, epochs, steps)
         cluster = self._here()
         self._check_delays(cluster)
@@ -189,7 +185,7 @@ class Trainer:
                 total=total,
                 batch_size=batch_size,
                 seed=seed,
-                shuffle=shuffle,
+                shuffle=bool(shuffle),
                 delays=self._delays,
                 progress=progress,
             )
@@ -227,7 +223,12 @@ class Trainer:
             platforms = tuple(dict.fromkeys(d.platform for d in cluster.devices))
             share = len(cluster.devices) // self._spec.replicas
             links = cluster.links_for(self._spec.placement, share)
-            compiled = compile_training(self._spec, params, batch, cluster.devices, links=links, platforms=platforms)
+            try:
+                compiled = compile_training(
+                    self._spec, params, batch, cluster.devices, links=links, platforms=platforms
+                )
+            except PlacementError as error:
+                raise cluster.session.explained(error, "the training step") from None
             self._programs[key] = _Program(compiled, cluster.session)
         return self._programs[key]
 
@@ -257,21 +258,29 @@ class Trainer:
 
 
 def _discard(programs: Mapping[Any, _Program]) -> None:
-    _discarded.extend((p.session, p.handle) for p in programs.values() if p.handle is not None)
+    """Unload the plans of a trainer that is gone. A finalizer may run anywhere, so this only asks for it."""
+    for program in programs.values():
+        if program.handle is not None:
+            program.session.release(program.handle)
 
 
 def _total_steps(source: Source, batch_size: int, epochs: int | None, steps: int | None) -> int:
     if (epochs is None) == (steps is None):
         raise ValueError("give fit() either epochs= or steps=")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: give at least 1")
     per_epoch = source.examples // batch_size
     if per_epoch < 1:
         raise ValueError(f"batch_size {batch_size} needs at least that many examples; the source has {source.examples}")
-    total = steps if steps is not None else (epochs or 0) * per_epoch
+    total = whole_number("epochs", epochs) * per_epoch if steps is None else whole_number("steps", steps)
     if total < 1:
         raise ValueError(f"epochs={epochs}, steps={steps}: there is nothing to do; give at least 1")
     return total
+
+
+def _seconds(worker: str, delay: Any) -> float:
+    seconds = float(delay) if isinstance(delay, Real) else -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"delays[{worker!r}] is {delay!r}; give the seconds to add to each of its steps")
+    return seconds
 
 
 def _structs(tree: Any, kind: str) -> Any:

@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from flowml.numbers import MOST
 from flowml.plan import ArraySpec
 
-PROTOCOL = 3
+PROTOCOL = 2
 """Version of this vocabulary; peers of another version are refused when they say hello."""
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -27,7 +28,7 @@ MAX_DEADLINE_S = 1e9
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=2**20)]
-Count = Annotated[int, msgspec.Meta(ge=0, lt=2**53)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 Specs = Annotated[tuple[ArraySpec, ...], msgspec.Meta(max_length=MAX_ARRAYS)]
 
 
@@ -104,9 +105,6 @@ class Leave(_Wire, frozen=True):
     reason: Text = ""
 
 
-# Links.
-
-
 class Probe(_Wire, frozen=True):
     """A question to measure a link with, answered by `Probed`. One array may come along, only to take its time.
 
@@ -128,18 +126,20 @@ class Probed(_Wire, frozen=True):
     error: Text = ""
 
 
-# Plans and steps.
-
-
 class LoadPlan(_Wire, frozen=True):
-    """Load a plan: its bytes follow as one uint8 array. The worker compiles everything, then says Loaded.
+    """A piece of a plan to load, as one uint8 array: first the plan itself (part ""), then its large parts, in order.
 
-    `deadline_s` is how long each wait of the plan's steps may last.
+    A part has `nbytes`, those here begin at `start`. After the `last` piece of all the worker compiles everything, then
+    says Loaded. `deadline_s` is how long each wait of the plan's steps may last.
     """
 
     plan_id: Name
     peers: tuple[Name, ...] = ()
     deadline_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_S)] = DEADLINE_S
+    part: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    start: Count = 0
+    nbytes: Count = 0
+    last: bool = True
 
 
 class Loaded(_Wire, frozen=True):
@@ -243,18 +243,7 @@ class Item(msgspec.Struct, frozen=True):
     size: Count
 
 
-class TrainingMessage(_Wire, frozen=True, kw_only=True):
-    """Base of the messages of a run. `cause` is the number that the sender gave to the event that made it send this.
-
-    With the sender's name it says which event of another machine this one follows from (`protocol.training.story`).
-    """
-
-    plan_id: Name
-    run: Count
-    cause: Count = 0
-
-
-class StartTraining(TrainingMessage, frozen=True):
+class StartTraining(_Wire, frozen=True):
     """Begin a fit with a loaded training plan. Store values and the source follow in messages of their own.
 
     `run` is the number of the fit's first step among all steps of the plan, so that no two fits share one.
@@ -262,6 +251,8 @@ class StartTraining(TrainingMessage, frozen=True):
     workers down on purpose: (worker, seconds added to each of its steps).
     """
 
+    plan_id: Name
+    run: Count
     total_clocks: Count
     seed: Count
     shuffle: bool
@@ -270,58 +261,72 @@ class StartTraining(TrainingMessage, frozen=True):
     delays: tuple[tuple[Name, float], ...] = ()
 
 
-class Source(TrainingMessage, frozen=True):
+class Source(_Wire, frozen=True):
     """Whole leaves of an array source for the stages on this worker; `slots` are the batch leaves."""
 
+    plan_id: Name
+    run: Count
     slots: tuple[Count, ...]
 
 
-class Batch(TrainingMessage, frozen=True):
+class Batch(_Wire, frozen=True):
     """The leaves of one fed work item for one device."""
 
+    plan_id: Name
+    run: Count
     device: Name
     sequence: Count
     slots: tuple[Count, ...]
 
 
-class StoreValue(TrainingMessage, frozen=True):
+class StoreValue(_Wire, frozen=True):
     """A store's parameters and optimizer state: driver to homes; back at the end, from the first with the values."""
 
+    plan_id: Name
+    run: Count
     store: Count
     version: Count
 
 
-class Ask(TrainingMessage, frozen=True):
+class Ask(_Wire, frozen=True):
     """A replica asks for work ahead of need: an item for each of `clocks`; `returned` it never began."""
 
+    plan_id: Name
+    run: Count
     replica: Count
     clocks: tuple[Count, ...]
     returned: tuple[Item, ...] = ()
 
 
-class Grant(TrainingMessage, frozen=True):
+class Grant(_Wire, frozen=True):
     """The answer: (clock, item). No item for an asked clock means that there is no more work for it."""
 
+    plan_id: Name
+    run: Count
     replica: Count
     items: tuple[tuple[Count, Item], ...]
     exhausted: bool = False
 
 
-class Begin(TrainingMessage, frozen=True):
+class Begin(_Wire, frozen=True):
     """The replica's first stage tells the others to begin `clock` with `item` (abandoning any earlier clock)."""
 
+    plan_id: Name
+    run: Count
     replica: Count
     clock: Count
     item: Item
     last: bool = False
 
 
-class Contribution(TrainingMessage, frozen=True):
+class Contribution(_Wire, frozen=True):
     """Part of what one replica sends for one store at one clock. `weight` counts summed microbatch gradients.
 
-    `empty` says that the replica has nothing to give at this clock and is not to be waited for.
+    `empty` says that the replica has nothing to give at this clock, so that nobody waits for it.
     """
 
+    plan_id: Name
+    run: Count
     store: Count
     part: Count
     replica: Count
@@ -332,48 +337,47 @@ class Contribution(TrainingMessage, frozen=True):
     empty: bool = False
 
 
-class Arrived(TrainingMessage, frozen=True):
+class Arrived(_Wire, frozen=True):
     """A home tells the leader of the decision that `replica`'s contribution to `store` at `clock` is complete."""
 
+    plan_id: Name
+    run: Count
     store: Count
     replica: Count
     clock: Count
 
 
-class Commit(TrainingMessage, frozen=True):
-    """The decision for `clock`: it is complete with the work of all replicas but these, which are few or none."""
+class Commit(_Wire, frozen=True):
+    """The decision for `clock`: it is complete with the work of these replicas, and only these."""
 
+    plan_id: Name
+    run: Count
     clock: Count
-    excluded: tuple[Count, ...] = ()
+    replicas: tuple[Count, ...]
 
 
-class Published(TrainingMessage, frozen=True):
-    """A store's new version, sent unasked to its readers. It holds what every replica that counts sent before `floor`.
+class Published(_Wire, frozen=True):
+    """A store's new version, sent unasked to its readers. `clocks`: finished clocks of each replica.
 
-    Without `specs` only the floor moved.
+    Without `specs` only the clocks moved.
     """
 
+    plan_id: Name
+    run: Count
     store: Count
     version: Count
-    floor: Count
+    clocks: tuple[Count, ...]
 
 
-class Applied(TrainingMessage, frozen=True):
-    """A home tells the stages of `replica`, which read their own writes, that `version` holds that of `clock`."""
-
-    store: Count
-    replica: Count
-    clock: Count
-    version: Count
-
-
-class Collective(TrainingMessage, frozen=True):
+class Collective(_Wire, frozen=True):
     """A chunk of a bucket that the replicas of a group reduce together; `specs` describes one array.
 
     `clock` is the one whose gradients these are, `piece` the part of the bucket, and `take` says which step of the
     receiver's schedule the chunk is for.
     """
 
+    plan_id: Name
+    run: Count
     group: Count
     bucket: Count
     clock: Count
@@ -381,16 +385,20 @@ class Collective(TrainingMessage, frozen=True):
     take: Count
 
 
-class Settled(TrainingMessage, frozen=True):
+class Settled(_Wire, frozen=True):
     """What became of work items, for the ledger: (item, fate), each item exactly once a run."""
 
+    plan_id: Name
+    run: Count
     replica: Count
     fates: tuple[tuple[Item, Literal["used", "dropped", "folded", "requeued"]], ...]
 
 
-class Report(TrainingMessage, frozen=True):
+class Report(_Wire, frozen=True):
     """Loss (slot 0) and aux leaves of one replica's step, over its microbatches, from the stage that made them."""
 
+    plan_id: Name
+    run: Count
     replica: Count
     clock: Count
     item: Item
@@ -398,30 +406,38 @@ class Report(TrainingMessage, frozen=True):
     seconds: float
 
 
-class Traffic(TrainingMessage, frozen=True):
+class Traffic(_Wire, frozen=True):
     """What this worker sent for each store in the run, counted when it leaves for another worker.
 
     `stores`: (store, contributions pushed, their bytes, bytes of those that crossed to another worker,
     bytes of published parameters that crossed).
     """
 
+    plan_id: Name
+    run: Count
     worker: Name
     stores: tuple[tuple[Count, Count, Count, Count, Count], ...]
 
 
-class Retired(TrainingMessage, frozen=True):
+class Retired(_Wire, frozen=True):
     """This stage of a replica pushes nothing more. Stage 0 speaks for the replica: it has no more work.
 
-    Each stage tells the driver, and the homes that apply its contributions on arrival, on the link that carried them;
-    stage 0 tells the other stages and the leader of the decision too.
+    Each stage tells the homes, on the link that carried its contributions; stage 0 tells the other stages,
+    the leader of the decision and the driver too.
     """
 
+    plan_id: Name
+    run: Count
     replica: Count
     stage: Count = 0
 
 
-class StopTraining(TrainingMessage, frozen=True):
-    """End the run."""
+class StopTraining(_Wire, frozen=True):
+    """End the run: homes answer with their StoreValue unless `discard`."""
+
+    plan_id: Name
+    run: Count
+    discard: bool = False
 
 
 Wire = (
@@ -455,7 +471,6 @@ Wire = (
     | Arrived
     | Commit
     | Published
-    | Applied
     | Collective
     | Settled
     | Report

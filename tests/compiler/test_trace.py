@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -26,7 +27,8 @@ def mlp(params: Any, x: jax.Array) -> jax.Array:
 
 def labelled(fn: Any, *args: Any) -> Trace:
     traced = trace(fn, args, {})
-    return Trace(label(simplify(traced.graph), traced.parameters), traced.in_tree, traced.out_tree, traced.parameters)
+    graph = label(simplify(traced.graph), traced.parameters, closed_over=traced.closed_over)
+    return replace(traced, graph=graph)
 
 
 def layers(fn: Any, *args: Any) -> dict[str, set[str]]:
@@ -76,7 +78,8 @@ def test_scopes_survive_grad_vmap_and_jit() -> None:
 
 
 def test_name_stacks_are_taken_apart() -> None:
-    scope = parse("transpose(jvp(fc1))/@worker:1|cpu:0/inner")
+    stack = (("transpose", True), ("jvp", True), ("fc1", False), ("fm.device(worker:1/cpu:0)", False), ("inner", False))
+    scope = parse(stack)
     assert (scope.path, scope.pins, scope.backward) == ("fc1/inner", ("worker:1/cpu:0",), True)
 
 

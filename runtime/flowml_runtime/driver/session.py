@@ -10,27 +10,25 @@ plans are handed to the handler that the trainer registered.
 
 from __future__ import annotations
 
-import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import msgspec
-import numpy as np
-
-from flowml.devices import Device, find_device
-from flowml.errors import ClusterError, DeadlineError, FlowmlError, PlacementError, WorkerLostError
-from flowml.plan import ArraySpec, Fetch, Plan, Program, Run
+from flowml.devices import Device, find_device, worker_of
+from flowml.errors import DeadlineError, FlowmlError, PlacementError, WorkerLostError
+from flowml.plan import ArraySpec, Fetch, Plan
 from flowml_runtime import wire
+from flowml_runtime.driver import loading as shipping
 from flowml_runtime.driver.call_io import Feeder, Restorer
-from flowml_runtime.driver.steps import Steps
+from flowml_runtime.driver.loading import Loading
+from flowml_runtime.driver.residents import MAX_PROGRAMS, Residents
+from flowml_runtime.driver.steps import Steps, unloaded
 from flowml_runtime.execution.faults import cluster_closed, load_failed, step_error, step_failed, worker_lost
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.inline import LocalStep
-from flowml_runtime.execution.programs import Array, feed_slots, store_tasks
+from flowml_runtime.execution.programs import Array, feed_slots
 from flowml_runtime.execution.step_program import StepFault
 from flowml_runtime.execution.window import IN_FLIGHT
 from flowml_runtime.transport.endpoint import Sender
@@ -38,8 +36,8 @@ from flowml_runtime.transport.endpoint import Sender
 IN_FLIGHT_BYTES = 512 * 2**20
 """What the inputs and results of the calls under way may take, unless two calls take more."""
 
-LOAD_DEADLINE_S = 1800.0
-"""How long all workers together may take to compile a plan."""
+TELL_S = 1.0
+"""How long a message about a step or plan that is over may wait for room on its way. Receiving threads send them."""
 
 
 class PlanHandler(Protocol):
@@ -67,7 +65,7 @@ class _FeedPort:
     specs: tuple[ArraySpec, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LoadedPlan:
     """A plan that every one of its workers has compiled and waits to be fed."""
 
@@ -79,33 +77,14 @@ class LoadedPlan:
     prepare: Feeder = field(repr=False)
     restore: Restorer = field(repr=False)
     local: LocalStep | None = field(default=None, repr=False)
+    """The short way, until the plan is unloaded."""
     order: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    """Held while a step is fed, so that every device sees the same order of steps."""
+    """Held while a step is numbered and fed, so that every device sees the steps in the order of their numbers."""
 
     @property
     def direct(self) -> Callable[[Sequence[Any]], Sequence[Array]] | None:
         """The whole plan as a function of JAX arrays, where it is one task of this process and nobody records it."""
         return None if self.local is None or self.local.recorded else self.local.direct
-
-
-class _Loading:
-    """A load under way: the workers that have not answered, and the first thing that went wrong."""
-
-    def __init__(self, plan: Plan, workers: Sequence[str]) -> None:
-        self.plan = plan
-        self.workers = tuple(workers)
-        self.missing = set(workers)
-        self.error: FlowmlError | None = None
-        self.over = threading.Event()
-
-    def loaded(self, worker: str) -> None:
-        self.missing.discard(worker)
-        if not self.missing:
-            self.over.set()
-
-    def fail(self, error: FlowmlError) -> None:
-        self.error = self.error or error
-        self.over.set()
 
 
 class Session:
@@ -126,15 +105,33 @@ class Session:
         """
         self.endpoint = endpoint
         self.remedy = remedy
-        self.devices = tuple(devices)
+        self._devices = tuple(devices)
+        self._gone: dict[str, str] = {}
+        """Workers that were here, and why they are not."""
         self._in_flight = in_flight
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
-        self._loading: dict[str, _Loading] = {}
+        self._loading: dict[str, Loading] = {}
         self._plans: dict[str, LoadedPlan] = {}
         self._handlers: dict[str, PlanHandler] = {}
         self._local: dict[str, LocalWorker] = {}
+        self._residents: Residents[LoadedPlan] = Residents(self.unload)
+        self.max_programs = MAX_PROGRAMS
+        """How many dataflow plans stay loaded; calls in flight may keep more."""
         self._closed = False
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices of the workers that are there now."""
+        return self._devices
+
+    @devices.setter
+    def devices(self, devices: Sequence[Device]) -> None:
+        there = {d.worker for d in devices}
+        with self._lock:
+            left = {d.worker: "it left the cluster" for d in self._devices if d.worker not in there}
+            self._gone = {w: r for w, r in (left | self._gone).items() if w not in there}
+            self._devices = tuple(devices)
 
     def attach(self, worker: LocalWorker) -> None:
         """Make known a worker in this very process, so that `call` may go the short way."""
@@ -147,18 +144,24 @@ class Session:
         Raises PlacementError for a device that does not exist, WorkerError if a worker cannot load its
         part, WorkerLostError if one dies meanwhile, DeadlineError if they take too long.
         """
-        for program in plan.programs:
-            find_device(program.device, self.devices, f"plan {plan.name!r}")
+        try:
+            for program in plan.programs:
+                find_device(program.device, self.devices, f"plan {plan.name!r}")
+        except PlacementError as error:
+            raise self.explained(error, plan.name) from None
         plan_id = f"{self.endpoint.name}-{uuid.uuid4().hex[:16]}"
-        workers = tuple(dict.fromkeys(_worker(p) for p in plan.programs))
-        loading = _Loading(plan, workers)
+        workers = tuple(dict.fromkeys(worker_of(p.device) for p in plan.programs))
+        loading = Loading(plan, workers)
         with self._lock:
             self._check_open()
             self._loading[plan_id] = loading
+        self._residents.open()
+        if plan.training is None:
+            self._residents.make_room(self._dataflow_plans(), self.max_programs - 1)
         try:
             if workers:
                 self._request(plan_id, loading)
-                _wait_loaded(loading)
+                loading.wait()
             only = self._local.get(workers[0]) if len(plan.programs) == 1 else None
             local = only.local_step(plan_id) if only is not None else None
             handle = _handle(plan_id, plan, workers, self._in_flight, local)
@@ -178,15 +181,36 @@ class Session:
         return handle
 
     def reload(self, handle: LoadedPlan) -> LoadedPlan:
-        """The plan of a handle that lost a worker, loaded again if every worker it needs is there; else as it was."""
+        """The plan of a handle that was unloaded or lost a worker, loaded again if every worker it needs is there.
+
+        Else the handle as it is, which says why it stopped.
+        """
+        if not handle.steps.stopped:
+            return handle
         there = {d.name for d in self.devices}
-        if not handle.steps.stopped or any(p.device not in there for p in handle.plan.programs):
+        lost = handle.plan_id in self._plans  # else it was unloaded, and says nothing of a worker
+        if lost and any(p.device not in there for p in handle.plan.programs):
             return handle
         self.unload(handle)
         try:
             return self.load(handle.plan)
-        except PlacementError:  # it left just now; the handle says why it stopped
-            return handle
+        except WorkerLostError:  # it left just now
+            if lost:
+                return handle
+            raise
+
+    def explained(self, error: PlacementError, name: str) -> FlowmlError:
+        """The error to raise for `error`: where `name` cannot be placed because of lost workers, it says so."""
+        there = {d.worker for d in self.devices}
+        with self._lock:
+            gone = {w: reason for w, reason in self._gone.items() if w not in there}
+        if not gone or (error.worker is not None and error.worker not in gone):
+            return error
+        if error.worker is not None:
+            gone = {error.worker: gone[error.worker]}
+        which = " and ".join(f"{w} was lost ({reason})" for w, reason in gone.items())
+        left = f"without it {error}" if there else "no worker is left to run it"
+        return WorkerLostError(f"{which}, so {name!r} cannot be placed: {left}; {self.remedy}", worker=next(iter(gone)))
 
     def submit(self, handle: LoadedPlan, inputs: Sequence[Any], *, copy: bool = True) -> Future[list[Any]]:
         """Start one step with the plan's flat inputs. Waits while too many steps are in flight.
@@ -195,15 +219,19 @@ class Session:
         lost a worker; whatever goes wrong later is raised by the future.
         """
         buffers = handle.prepare(inputs, copy=copy)
-        step, future = handle.steps.begin(lambda fetched: handle.restore(fetched, buffers))
-        try:
-            self._feed(handle, step, buffers)
-        except WorkerLostError as lost:
-            self._fail_step(handle, step, self._lost(handle.plan, step, lost.worker or "a worker", str(lost)))
-        except BaseException as error:
-            self._fail_step(handle, step, error)
-            raise
-        return future
+        with handle.order:  # numbered and fed under one lock: a device that ran a later step takes no earlier one
+            step, future = handle.steps.begin(lambda fetched: handle.restore(fetched, buffers))
+            try:
+                self._feed(handle, step, buffers)
+                return future
+            except WorkerLostError as lost:
+                error: BaseException = self._lost(handle.plan, step, lost.worker or "a worker", str(lost))
+            except BaseException as raised:
+                error = raised
+        self._fail_step(handle, step, error)
+        if isinstance(error, WorkerLostError | DeadlineError):
+            return future
+        raise error
 
     def call(self, handle: LoadedPlan, inputs: Sequence[Any]) -> list[Any]:
         """Run one step and return its flat results. On a worker in this process nothing is waited for, as in jit."""
@@ -240,8 +268,17 @@ class Session:
             self._handlers.pop(handle.plan_id, None)
             if self._plans.pop(handle.plan_id, None) is None:
                 return
-        handle.steps.stop(lambda step: ClusterError(f"plan {handle.plan.name!r} was unloaded", step=step))
+        handle.steps.stop(unloaded)
+        handle.local = None  # it keeps the executable
         self._broadcast(handle.workers, wire.Unload(plan_id=handle.plan_id))
+
+    def release(self, handle: LoadedPlan) -> None:
+        """Unload the plan once no call is in flight, because its owner is gone. For finalizers: never waits."""
+        self._residents.release(handle)
+
+    def _dataflow_plans(self) -> list[LoadedPlan]:
+        with self._lock:
+            return [p for p in self._plans.values() if p.plan.training is None]
 
     def close(self) -> None:
         """Fail what is outstanding and unload every plan. Idempotent."""
@@ -253,6 +290,7 @@ class Session:
         for handle in plans:
             handle.steps.stop(cluster_closed)
             self.unload(handle)
+        self._residents.close()
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
         """Take one message in. Called by the endpoint on its receiving threads."""
@@ -277,6 +315,8 @@ class Session:
     def on_lost(self, peer: str, reason: str) -> None:
         """A peer died or stopped answering: fail at once all that depends on it."""
         with self._lock:
+            if peer in self._gone or any(d.worker == peer for d in self._devices):
+                self._gone[peer] = reason
             for loading in self._loading.values():
                 if peer in loading.workers:
                     text = f"{peer} was lost while it compiled plan {loading.plan.name!r}: {reason}; {self.remedy}"
@@ -289,18 +329,28 @@ class Session:
             handler.on_lost(peer, reason)
 
     def _feed(self, handle: LoadedPlan, step: int, buffers: Sequence[Array]) -> None:
-        with handle.order:
-            for port in handle.ports:
-                value = wire.Value(
-                    plan_id=handle.plan_id,
+        """The order of the plan is held."""
+        for port in handle.ports:
+            value = wire.Value(
+                plan_id=handle.plan_id,
+                step=step,
+                kind="feed",
+                index=0,
+                device=port.device,
+                slots=port.slots,
+                specs=port.specs,
+            )
+            try:
+                self.endpoint.send(port.worker, value, [buffers[s] for s in port.slots], self._deadline_s)
+            except TimeoutError:
+                raise DeadlineError(
+                    f"step {step} of plan {handle.plan.name!r}: {port.worker} did not take its input for "
+                    f"{self._deadline_s:g} s; see whether it is stuck, or allow a longer deadline: deadline_s= where "
+                    "the cluster is made",
+                    worker=port.worker,
                     step=step,
-                    kind="feed",
-                    index=0,
-                    device=port.device,
-                    slots=port.slots,
-                    specs=port.specs,
-                )
-                self.endpoint.send(port.worker, value, [buffers[s] for s in port.slots])
+                    node="feed",
+                ) from None
 
     def _on_plan_message(self, handle: LoadedPlan, message: wire.Wire, arrays: Sequence[Array]) -> None:
         if isinstance(message, wire.Value):
@@ -330,16 +380,19 @@ class Session:
     def _broadcast(self, workers: Sequence[str], message: wire.Wire) -> None:
         for worker in workers:
             try:
-                self.endpoint.send(worker, message)
-            except WorkerLostError:
-                continue
+                self.endpoint.send(worker, message, (), TELL_S)
+            except (WorkerLostError, TimeoutError):
+                continue  # one that takes in nothing is lost soon, and its deadlines hold without the message
 
-    def _request(self, plan_id: str, loading: _Loading) -> None:
+    def _request(self, plan_id: str, loading: Loading) -> None:
         for worker in loading.workers:
-            data = np.frombuffer(_part(loading.plan, worker).encode(), np.uint8)
-            specs = (ArraySpec(data.shape, "uint8"),)
-            message = wire.LoadPlan(plan_id=plan_id, peers=loading.workers, deadline_s=self._deadline_s, specs=specs)
-            self.endpoint.send(worker, message, [data])
+            parts = shipping.messages(plan_id, loading.plan, worker, loading.workers, self._deadline_s)
+            try:
+                for message, data in parts:
+                    self.endpoint.send(worker, message, [data], shipping.LOAD_DEADLINE_S)
+            except WorkerLostError as lost:
+                text = f"{worker} was lost before it had plan {loading.plan.name!r}: {lost}; {self.remedy}"
+                raise WorkerLostError(text, worker=worker) from None
 
     def _lost(self, plan: Plan, step: int, worker: str, reason: str) -> WorkerLostError:
         return worker_lost(plan, step, worker, reason, self.remedy)
@@ -353,46 +406,12 @@ def _unreachable(message: wire.Unreachable) -> str:
     return f"{message.worker} cannot reach it: {message.reason}"
 
 
-def _worker(program: Program) -> str:
-    return program.device.split("/", 1)[0]
-
-
 def _handle(plan_id: str, plan: Plan, workers: tuple[str, ...], in_flight: int, local: LocalStep | None) -> LoadedPlan:
     slots = {s for p in plan.programs for i in p.instructions if isinstance(i, Fetch) for s in i.slots}
     ports: list[_FeedPort] = []
     for program in plan.programs if plan.training is None else ():
         fed = feed_slots(program)
-        ports.append(_FeedPort(_worker(program), program.device, fed, tuple(plan.inputs[i] for i in fed)))
+        ports.append(_FeedPort(worker_of(program.device), program.device, fed, tuple(plan.inputs[i] for i in fed)))
     nbytes = sum(s.nbytes for s in (*plan.inputs, *(o.spec for o in plan.outputs)))
     steps = Steps(plan.name, len(slots), min(in_flight, max(2, IN_FLIGHT_BYTES // max(nbytes, 1))))
     return LoadedPlan(plan_id, plan, workers, tuple(ports), steps, Feeder(plan), Restorer(plan), local)
-
-
-def _part(plan: Plan, worker: str) -> Plan:
-    """The plan without what this worker has no use for: other workers' executables, the graph for drawing."""
-    mine = [p for p in plan.programs if _worker(p) == worker]
-    used = {i.task for p in mine for i in p.instructions if isinstance(i, Run)}
-    used.update(t for p in mine for t in store_tasks(plan, p.device))
-    keys = {plan.tasks[t].executable for t in used}
-    executables = {k: v for k, v in plan.executables.items() if k in keys}
-    return msgspec.structs.replace(plan, executables=executables, nodes=(), choices=(), notes=())
-
-
-def _wait_loaded(loading: _Loading) -> None:
-    """The barrier. Shows that it waits once it takes longer than a second and somebody can see it."""
-    began = time.monotonic()
-    shown = False
-    while not loading.over.wait(1.0):
-        seconds = time.monotonic() - began
-        if seconds > LOAD_DEADLINE_S:
-            waiting = ", ".join(sorted(loading.missing))
-            raise DeadlineError(f"{waiting} did not compile plan {loading.plan.name!r} within {LOAD_DEADLINE_S:g} s")
-        if sys.stderr.isatty():
-            ready = len(loading.workers) - len(loading.missing)
-            text = f"flowml: compiling {loading.plan.name}, {ready} of {len(loading.workers)} workers ready"
-            print(f"\r{text}, {seconds:.0f} s ", end="", file=sys.stderr, flush=True)
-            shown = True
-    if shown:
-        print(f"\r{' ' * 79}\r", end="", file=sys.stderr, flush=True)
-    if loading.error is not None:
-        raise loading.error

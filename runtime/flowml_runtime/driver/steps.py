@@ -7,12 +7,25 @@ slowed down instead of filling memory.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from flowml_runtime.execution.future import Future
+from flowml.errors import ClusterError
+from flowml_runtime.execution.future import HEEDS_SIGNALS_S, Future
 from flowml_runtime.execution.programs import Array
+
+_uses = itertools.count()
+"""Orders the uses of all plans of this process."""
+
+
+class UnloadedError(ClusterError):
+    """A step that has not begun, of a plan that is not on the workers any more: try again once it is loaded again."""
+
+
+def unloaded(step: int) -> UnloadedError:
+    return UnloadedError("the plan was unloaded from its workers; load it again", step=step)
 
 
 class _InFlight:
@@ -38,6 +51,13 @@ class Steps:
         self._flying: dict[int, _InFlight] = {}
         self._next = 0
         self._stopped: Callable[[int], BaseException] | None = None
+        self._on_idle: list[Callable[[], None]] = []
+        self.last_use = next(_uses)
+        """Later for the plan that was used later."""
+
+    def use(self) -> None:
+        """Note that the plan is used now."""
+        self.last_use = next(_uses)
 
     def begin(self, finish: Callable[[list[Array]], Any]) -> tuple[int, Future[Any]]:
         """Open the next step, once there is room. Raises the reason if the plan cannot run any more."""
@@ -45,13 +65,14 @@ class Steps:
             while len(self._flying) >= self._limit and self._stopped is None:
                 self._waiting += 1
                 try:
-                    self._room.wait()
+                    self._room.wait(HEEDS_SIGNALS_S)  # again and again: every step in flight has its deadlines
                 finally:
                     self._waiting -= 1
             step = self._next
             if self._stopped is not None:
                 raise self._stopped(step)
             self._next = step + 1
+            self.use()
             future: Future[Any] = Future(f"step {step} of {self._name}", finish)
             if self._slots:
                 self._flying[step] = _InFlight(future, self._slots)
@@ -65,6 +86,7 @@ class Steps:
             if self._stopped is not None:
                 raise self._stopped(self._next)
             self._next += 1
+            self.use()
             return self._next - 1
 
     @property
@@ -104,9 +126,29 @@ class Steps:
             steps = list(self._flying)
         return [s for s in steps if self.fail(s, error(s))]
 
+    def retire(self, error: Callable[[int], BaseException]) -> bool:
+        """Let no step begin any more: `begin` raises `error(step)`. False, and nothing done, if some are in flight."""
+        with self._lock:
+            if self._flying:
+                return False
+            self._stopped = self._stopped or error
+            return True
+
+    def when_idle(self, call: Callable[[], None]) -> None:
+        """Call `call()` once no step is in flight, on any thread: it must not wait."""
+        with self._lock:
+            if self._flying:
+                self._on_idle.append(call)
+                return
+        call()
+
     def _end(self, step: int) -> None:
         """The lock is held."""
         del self._flying[step]
+        if self._on_idle and not self._flying:
+            for call in self._on_idle:
+                call()
+            self._on_idle.clear()
         if self._waiting:
             self._room.notify_all()
 

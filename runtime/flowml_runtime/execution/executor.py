@@ -14,25 +14,29 @@ A step that fails is reported to the driver and the executor goes on to the next
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from flowml.errors import FlowmlError
 from flowml.plan import Fetch, Run, Send
 from flowml_runtime import wire
 from flowml_runtime.execution.device_thread import Deadlines, DeviceThread
+from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.mailbox import Cancelled, Claim, Parked
-from flowml_runtime.execution.outbox import Outbox
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.step_program import StepFault, StepProgram, StepRun, StepServices
+
+_log = logging.getLogger("flowml")
 
 
 class FedServices(StepServices, Protocol):
     """Services of steps that a driver feeds: `begin` takes the feed in, `end` lets go of it."""
 
-    outbox: Outbox
+    outbox: Lane
 
     def begin(self, arrays: Sequence[Array]) -> None: ...
     def resume(self) -> None:
@@ -41,8 +45,8 @@ class FedServices(StepServices, Protocol):
 
     def end(self, step: int) -> None: ...
     def expect(self) -> None: ...  # what the step waits for, or the next feed, is due within moments
-    def expire(self, step: int) -> None:
-        """Nobody waits for this step's values any longer: whoever does gets a DeadlineError."""
+    def expire(self, step: int, claim: Claim) -> None:
+        """The step does not wait for this claim any longer and ends with a DeadlineError, unless the value is here."""
         ...
 
 
@@ -115,8 +119,8 @@ class Executor:
         """Whether steps count as quick: from full trust on, until none is left."""
         self._turn = threading.Lock()
         """Held from the beginning of a step to its end, on whatever threads that happens."""
-        self._parked: tuple[int, float] | None = None
-        """(step, since when) it waits for a value or for room, without a thread that does."""
+        self._parked: tuple[int, float, Claim] | None = None
+        """(step, since when, for what) it waits for a value or for room, without a thread that does."""
         deadlines.watch(self, self._look, min(deadline_s / 8, MAX_LOOK_S))
 
     def feed(self, step: int, arrays: Sequence[Array]) -> None:
@@ -161,7 +165,7 @@ class Executor:
         """End a parked step that waits for too long."""
         parked = self._parked
         if parked is not None and time.monotonic() - parked[1] > self._deadline_s:
-            self._services.expire(parked[0])
+            self._services.expire(parked[0], parked[2])
 
     def _begin(self, step: int, arrays: Sequence[Array], *, quick: bool) -> None:
         """Begin a step on this thread. If it is parked, it goes on where its value comes in, or on the device's thread.
@@ -173,7 +177,7 @@ class Executor:
             self._services.begin(arrays)
         except BaseException as error:  # a feed that does not fit
             self._end(step, QUICK_S)
-            self._on_fault(step, "feed", error)
+            self._report(step, "feed", error)
             return
         self._advance(StepRun(self._program, step, self._services), step, began, 0.0, quick=quick)
 
@@ -187,8 +191,9 @@ class Executor:
                 if self._park(parked.claim, run, step, ran_s + time.perf_counter() - since, quick=quick):
                     return
                 continue
-            except Cancelled:
-                pass
+            except Cancelled:  # its driver may not know: it is told, and ignores it if it was its own doing
+                fault = StepFault("step")
+                fault.__cause__ = FlowmlError("the step was given up")
             except StepFault as error:
                 fault = error
             except BaseException as error:  # a callback that raised KeyboardInterrupt
@@ -197,7 +202,14 @@ class Executor:
             break
         self._end(step, ran_s + time.perf_counter() - since)
         if fault is not None:
-            self._on_fault(step, fault.node, fault.__cause__ or fault)
+            self._report(step, fault.node, fault.__cause__ or fault)
+
+    def _report(self, step: int, node: str, error: BaseException) -> None:
+        """Tell of a step that failed. The thread goes on whatever comes of it: others need it."""
+        try:
+            self._on_fault(step, node, error)
+        except Exception:
+            _log.exception("the failure of step %d at %s could not be reported", step, node)
 
     def _park(self, claim: Claim, run: StepRun, step: int, ran_s: float, *, quick: bool) -> bool:
         """Leave the step until the claim is done. False if it is, by now."""
@@ -213,7 +225,7 @@ class Executor:
             else:
                 self._device.put(self, go_on)
 
-        self._parked = step, time.monotonic()
+        self._parked = step, time.monotonic(), claim
         if claim.then(resume):
             if quick:
                 self._services.expect()

@@ -24,14 +24,17 @@ def step_failed(plan_id: str, step: int, worker: str, node: str, error: BaseExce
         worker=(error.worker or worker) if isinstance(error, WorkerLostError) else worker,
         node=node,
         kind=kind,
-        error=one_line(error)[: 2**20],
+        error=one_line(error)[:_MAX_TEXT],
         traceback=own_traceback(error) if kind == "error" else "",
     )
 
 
 def one_line(error: BaseException) -> str:
     """An error as one line: ours as it stands, others with their type."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(sendable(str(error)).split())
+    except Exception:  # its own `__str__` failed
+        text = "its text cannot be shown"
     return text if isinstance(error, FlowmlError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
@@ -41,7 +44,16 @@ def own_traceback(error: BaseException) -> str:
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_HERE):
         trace = trace.tb_next
     shown = error.with_traceback(trace) if trace is not None else error
-    return "".join(traceback.format_exception(shown))[-(2**20) :]
+    try:
+        text = "".join(traceback.format_exception(shown))
+    except Exception:  # the traceback module calls methods of the error, and of what it holds
+        text = "".join(traceback.format_tb(shown.__traceback__)) + type(error).__name__
+    return sendable(text)[-_MAX_TEXT:]
+
+
+def sendable(text: str) -> str:
+    """The text as UTF-8 can carry it: Python strings may hold halves of characters, e.g. of file names."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def cluster_closed(step: int | None = None) -> ClusterError:

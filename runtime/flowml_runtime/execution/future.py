@@ -92,7 +92,7 @@ class Future(Generic[T]):
         for callback in callbacks:
             try:
                 callback(self)
-            except Exception:  # it must not end the receiving thread that happened to run it
+            except BaseException:  # also SystemExit: it must not end the receiving thread that happened to run it
                 _log.exception("a done callback of %s failed", self.name)
         return True
 

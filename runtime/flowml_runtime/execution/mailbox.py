@@ -23,7 +23,7 @@ Key = tuple[str, int, int]
 class Claim:
     """The right to one value: it is here, or its owner waits, or is called when it comes. Made by `Mailbox.claim`."""
 
-    __slots__ = ("_arrived", "_lock", "_resume", "cancelled", "done", "value")
+    __slots__ = ("_arrived", "_lock", "_resume", "cancelled", "done", "expired", "value")
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
@@ -32,6 +32,8 @@ class Claim:
         self._resume: Callable[[], None] | None = None
         self.done = False
         self.cancelled = False
+        self.expired = False
+        """Whether it was cancelled because its owner would not wait any longer."""
         self.value: Any = None
 
     def wait(self, timeout_s: float) -> bool:
@@ -124,25 +126,41 @@ class Mailbox:
     def take(self, scope: Scope, key: Key, timeout_s: float) -> Any:
         """The value under `key`, which leaves the table. Raises Cancelled, or TimeoutError after `timeout_s`."""
         claim = self.claim(scope, key)
-        if not claim.done and not claim.wait(timeout_s):
-            self.cancel(scope)  # nobody will ask for this step again; unless the value came just now, it ends here
-            if claim.cancelled:
-                raise TimeoutError
+        if not claim.done and not claim.wait(timeout_s) and self.expire(scope, claim):
+            raise TimeoutError
         if claim.cancelled:
             raise Cancelled(scope)
         return claim.value
 
     def cancel(self, scope: Scope) -> None:
-        """Give up a scope: whoever waits in it gets Cancelled, its values are dropped."""
-        plan_id, step, device = scope
+        """Give a step up on one device: drop its values, wake its waiter, and refuse what comes later."""
         with self._lock:
-            table = self._plans.get(plan_id)
-            if table is None or table.is_over(device, step):
-                return
-            claims = _cancelled(table.cancel_step(device, step))
-            self._untidy.add((plan_id, device))
+            claims = self._give_up(scope)
         for claim in claims:
             claim.wake()
+
+    def expire(self, scope: Scope, claim: Claim) -> bool:
+        """Cancel the scope of a claim that has waited for too long; False, and nothing happens, if it is done by now.
+
+        One lock decides between the value and the deadline: a step that got its value goes on, whole.
+        """
+        with self._lock:
+            if claim.done:
+                return False
+            claim.expired = True
+            claims = self._give_up(scope)
+        for cancelled in claims:
+            cancelled.wake()
+        return True
+
+    def _give_up(self, scope: Scope) -> tuple[Claim, ...]:
+        """Those to wake. The lock is held."""
+        plan_id, step, device = scope
+        table = self._plans.get(plan_id)
+        if table is None or table.is_over(device, step):
+            return ()
+        self._untidy.add((plan_id, device))
+        return _cancelled(table.cancel_step(device, step))
 
     def finish(self, scope: Scope) -> None:
         """The device takes no more from this step or earlier ones. Frees the memory of cancellations."""

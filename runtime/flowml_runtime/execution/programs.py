@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.export
+import msgspec
 import numpy as np
 
 from flowml.errors import FlowmlError
@@ -49,10 +50,26 @@ def aligned_copy(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return copy
 
 
-def constant_array(constant: Constant, device: JaxDevice | None = None) -> jax.Array:
-    """The buffer of a plan's constant, resident on `device`."""
+Parts = Mapping[str, np.ndarray]
+"""Bytes of the constants and executables that a plan comes without, by name."""
+
+_NO_PARTS: Parts = {}
+
+
+def constant_key(index: int) -> str:
+    """The name of the part of a plan that is one of its constants."""
+    return f"constant {index}"
+
+
+def executable_key(fingerprint: str) -> str:
+    """The name of the part of a plan that is one of its executables."""
+    return f"executable {fingerprint}"
+
+
+def constant_array(constant: Constant, device: JaxDevice | None = None, data: np.ndarray | None = None) -> jax.Array:
+    """The buffer of a plan's constant, resident on `device`. `data` are its bytes if the plan came without them."""
     struct = buffer_struct(constant.spec)
-    values = np.frombuffer(constant.data, struct.dtype).reshape(struct.shape)
+    values = np.frombuffer(constant.data if data is None else data, struct.dtype).reshape(struct.shape)
     with exact_types():
         return jax.device_put(values, device)
 
@@ -143,9 +160,12 @@ class _Need:
 
 
 def load_programs(
-    plan: Plan, devices: Mapping[str, JaxDevice], cache: ExecutableCache, *, python: bool
+    plan: Plan, devices: Mapping[str, JaxDevice], cache: ExecutableCache, *, python: bool, parts: Parts = _NO_PARTS
 ) -> dict[str, LoadedProgram]:
-    """Compile what `plan` runs on `devices` (name -> JAX device). Raises FlowmlError naming task and device."""
+    """Compile what `plan` runs on `devices` (name -> JAX device). Raises FlowmlError naming task and device.
+
+    The programs keep no executable or constant in the form in which they came.
+    """
     mine = [p for p in plan.programs if p.device in devices]
     donations = {p.device: safe_donations(plan, p) for p in mine}
     homed = {p.device: store_tasks(plan, p.device) for p in mine}
@@ -154,8 +174,17 @@ def load_programs(
         device = devices[program.device]
         needs |= {_Need(_run(program, i).task, d, device) for i, d in donations[program.device].items()}
         needs |= {_Need(t, (), device) for t in homed[program.device]}
-    ready = _make_all(plan, needs, cache, python)
-    return {p.device: _assemble(plan, p, devices[p.device], donations[p.device], homed[p.device], ready) for p in mine}
+    ready = _make_all(plan, needs, cache, python, parts)
+    resident = {
+        (p.device, index): constant_array(plan.constants[index], devices[p.device], parts.get(constant_key(index)))
+        for p in mine
+        for _, index in p.constants
+    }
+    plan = msgspec.structs.replace(plan, executables={}, constants=())
+    return {
+        p.device: _assemble(plan, p, devices[p.device], donations[p.device], homed[p.device], ready, resident)
+        for p in mine
+    }
 
 
 def _assemble(
@@ -165,6 +194,7 @@ def _assemble(
     donations: Mapping[int, tuple[int, ...]],
     homed: Iterable[int],
     ready: Mapping[_Need, _Compiled],
+    resident: Mapping[tuple[str, int], jax.Array],
 ) -> LoadedProgram:
     runs = {i: ready[_Need(_run(program, i).task, donate, device)] for i, donate in donations.items()}
     tasks = {t: ready[_Need(t, (), device)] for t in homed}
@@ -174,7 +204,7 @@ def _assemble(
         device=device,
         runs={i: c.call for i, c in runs.items()},
         tasks={t: c.call for t, c in tasks.items()},
-        constants={buffer: constant_array(plan.constants[index], device) for buffer, index in program.constants},
+        constants={buffer: resident[program.device, index] for buffer, index in program.constants},
         keep=(*runs.values(), *tasks.values()),
     )
 
@@ -225,18 +255,20 @@ def _usable(task: Task, donate: Iterable[int]) -> tuple[int, ...]:
     return tuple(kept)
 
 
-def _make_all(plan: Plan, needs: Iterable[_Need], cache: ExecutableCache, python: bool) -> dict[_Need, _Compiled]:
+def _make_all(
+    plan: Plan, needs: Iterable[_Need], cache: ExecutableCache, python: bool, parts: Parts
+) -> dict[_Need, _Compiled]:
     _check_settings(plan)
     ordered = sorted(needs, key=lambda n: (n.task, n.donate, n.device.id))
     exported = {
-        key: jax.export.deserialize(bytearray(_executable(plan, key)))
+        key: jax.export.deserialize(bytearray(_executable(plan, key, parts)))
         for key in {plan.tasks[n.task].executable for n in ordered if plan.tasks[n.task].kind == "xla"}
     }
 
     def make(need: _Need) -> _Compiled:
         task = plan.tasks[need.task]
         if task.kind == "python":
-            return _Compiled(_under(plan.settings, _load_python(plan, task, python)))
+            return _Compiled(_under(plan.settings, _load_python(plan, task, python, parts)))
         if task.kind != "xla":
             raise FlowmlError(f"task {task.name!r} is of kind {task.kind!r}; this worker knows 'xla' and 'python'")
         key = (task.executable, need.donate, need.device)
@@ -262,9 +294,12 @@ def _check_settings(plan: Plan) -> None:
             ) from None
 
 
-def _executable(plan: Plan, key: str) -> bytes:
+def _executable(plan: Plan, key: str, parts: Parts) -> bytes:
+    data = plan.executables.get(key)
+    if data is not None:
+        return data
     try:
-        return plan.executables[key]
+        return parts[executable_key(key)].tobytes()
     except KeyError:
         raise FlowmlError(f"plan {plan.name!r} lacks executable {key!r}; compile it again") from None
 
@@ -315,7 +350,7 @@ def _under(settings: tuple[Setting, ...], function: TaskFunction) -> TaskFunctio
     return call
 
 
-def _load_python(plan: Plan, task: Task, allowed: bool) -> TaskFunction:
+def _load_python(plan: Plan, task: Task, allowed: bool, parts: Parts) -> TaskFunction:
     if not allowed:
         raise FlowmlError(
             f"task {task.name!r} is a Python callback, and this worker does not run Python from plans; "
@@ -323,7 +358,7 @@ def _load_python(plan: Plan, task: Task, allowed: bool) -> TaskFunction:
         )
     import cloudpickle
 
-    function: Callable[..., Any] = cloudpickle.loads(_executable(plan, task.executable))
+    function: Callable[..., Any] = cloudpickle.loads(_executable(plan, task.executable, parts))
     structs = [buffer_struct(s) for s in task.outputs]
 
     def call(*buffers: Any) -> list[Any]:

@@ -17,8 +17,8 @@ from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
 from flowml.ir._jax import exact_types
 from flowml.plan import ArraySpec, Message, Send
 from flowml_runtime import wire
+from flowml_runtime.execution.lane import LARGE_BYTES, ROOM, Lane
 from flowml_runtime.execution.mailbox import Cancelled, Claim, Mailbox, Parked
-from flowml_runtime.execution.outbox import LARGE_BYTES, Outbox
 from flowml_runtime.execution.programs import Array, JaxDevice, LoadedProgram, feed_slots
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.execution.window import Windows, window
@@ -93,7 +93,7 @@ class EdgeServices:
         recorder: Recorder | None = None,
     ) -> None:
         self.recorder = recorder or Recorder()
-        self.outbox = Outbox(loaded.name)
+        self.outbox = Lane(f"{loaded.name} send", ROOM)
         self.plan_id = plan_id
         self.loaded = loaded
         self.device = loaded.name
@@ -224,10 +224,10 @@ class DataflowServices(EdgeServices):
         self.windows.finish(step)
         self._mailbox.finish((self.plan_id, step, self.device))
 
-    def expire(self, step: int) -> None:
-        self._expired = step
-        self._mailbox.cancel((self.plan_id, step, self.device))
-        self.windows.cancel(step)
+    def expire(self, step: int, claim: Claim) -> None:
+        if self._mailbox.expire((self.plan_id, step, self.device), claim):
+            self._expired = step
+            self.windows.cancel(step)
 
     def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
         arrays = self._receive(step, message, microbatch)
@@ -246,7 +246,7 @@ class DataflowServices(EdgeServices):
             raise Parked(claim)
         self._claim = None
         if claim.cancelled:
-            raise self._late(step, message) if self._expired == step else Cancelled(scope)
+            raise self._late(step, message) if claim.expired else Cancelled(scope)
         return self.adopt(claim.value)
 
     def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None:

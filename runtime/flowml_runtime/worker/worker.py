@@ -37,6 +37,7 @@ from flowml_runtime.execution.window import Windows
 from flowml_runtime.links.prober import Prober
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.transport.endpoint import Sender
+from flowml_runtime.worker.arriving import Arriving
 
 MAX_REASON = 1024
 JOIN_S = 5.0
@@ -71,6 +72,9 @@ class _Hosted:
     deadline_s: float
     peers: tuple[str, ...]
     """All workers of the plan."""
+    arriving: Arriving = field(default_factory=Arriving)
+    complete: bool = False
+    """Whether all of it is here."""
     executors: dict[str, Executor] = field(default_factory=dict[str, Executor])
     windows: dict[str, Windows] = field(default_factory=dict[str, Windows])
     local: LocalStep | None = None
@@ -236,24 +240,38 @@ class Worker:
             self.unload(message.plan_id)
 
     def _accept(self, driver: str, message: wire.LoadPlan, arrays: Sequence[Array]) -> None:
+        """Take in a piece of a plan; with the last one, load it."""
+        plan_id = message.plan_id
         with self._lock:
-            if message.plan_id in self._plans:
-                return
-            hosted = self._plans[message.plan_id] = _Hosted(driver, message.deadline_s, message.peers)
-        self.mailbox.open(message.plan_id)
+            hosted = self._plans.get(plan_id)
+            if hosted is None and not message.part and not message.start:
+                hosted = self._plans[plan_id] = _Hosted(driver, message.deadline_s, message.peers)
+                self.mailbox.open(plan_id)
+        if hosted is None or hosted.driver != driver or hosted.complete:
+            return
+        (data,) = arrays
         try:
-            self._loader.submit(self._load, message.plan_id, hosted, arrays)
-        except RuntimeError:  # closing
-            self.unload(message.plan_id)
+            hosted.complete = hosted.arriving.take(message, np.asarray(data))
+        except (ProtocolError, MemoryError) as error:
+            self.unload(plan_id)
+            self._tell(driver, wire.Failed(plan_id=plan_id, worker=self.name, node="load", error=one_line(error)))
+            return
+        if hosted.complete:
+            try:
+                self._loader.submit(self._load, plan_id, hosted)
+            except RuntimeError:  # closing
+                self.unload(plan_id)
 
-    def _load(self, plan_id: str, hosted: _Hosted, arrays: Sequence[Array]) -> None:
+    def _load(self, plan_id: str, hosted: _Hosted) -> None:
         began = time.perf_counter()
         try:
-            (data,) = arrays
-            plan = Plan.decode(np.asarray(data).tobytes(), f"plan {plan_id}")
-            programs = load_programs(plan, self.devices, self._cache, python=self.python)
+            data, parts = hosted.arriving.taken()
+            plan = Plan.decode(data.tobytes(), f"plan {plan_id}")
+            programs = load_programs(plan, self.devices, self._cache, python=self.python, parts=parts)
+            del data, parts
             for loaded in programs.values():
                 reserve_edges(self.endpoint, loaded)
+                plan = loaded.plan
             self._install(plan_id, hosted, plan, programs)
         except Exception as error:
             self.unload(plan_id)

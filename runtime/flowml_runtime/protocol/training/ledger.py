@@ -11,24 +11,18 @@ A work item is `item_size` examples from one epoch's order; the machine counts i
 Every item that was handed out comes back exactly once: settled as used, dropped or folded in later, or given
 back (`returned` if it was never begun, `requeued` if it was). The items of a lost replica that had not come
 back count as dropped: the ledger cannot know better.
-
-What the caller must do:
-
-1. Hand over what one replica says in the order in which it was sent.
-2. Send every Grant, in the order of the list.
-3. Call `validate` when the run is over; nothing may be outstanding then.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from flowml.errors import FlowmlError
 from flowml_runtime import wire
-from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.terms import ReplicaLost
 
 Fate = Literal["used", "dropped", "folded", "requeued"]
@@ -199,8 +193,8 @@ class WorkQueue:
 
     def _skip(self, replica: int, clock: int) -> None:
         reserved = self._reserved[replica]
-        while reserved and (oldest := next(iter(reserved))) < clock:
-            self.give_back(reserved.pop(oldest))
+        for skipped in [c for c in reserved if c < clock]:
+            self.give_back(reserved.pop(skipped))
 
     def _draw(self, epoch: int) -> wire.Item | None:
         """The next item of the epoch's order, then those that came back."""
@@ -240,7 +234,7 @@ class Ledger:
         self._queue = WorkQueue(work)
         self._granted = 0
         self._outstanding: dict[int, tuple[int, wire.Item]] = {}
-        self._epochs = [_Account() for _ in range(work.epochs)]
+        self._epochs: defaultdict[int, _Account] = defaultdict(_Account)  # of those begun: there may be millions ahead
         self._replicas = [_Account() for _ in range(work.replicas)]
         self._done: set[int] = set()
         self._used: set[int] = set()
@@ -311,9 +305,9 @@ class Ledger:
         """The account so far. With `order`, the examples of an epoch in their order, also how evenly they were seen."""
         size = self._work.items_per_epoch
         settled = Counter(s // size for s in self._done)
-        epochs = tuple(a.tally(unseen=size - settled[e]) for e, a in enumerate(self._epochs))
+        epochs = tuple(self._epochs[e].tally(unseen=size - settled[e]) for e in range(self._work.epochs))
         total: Counter[str] = Counter()
-        for account in self._epochs:
+        for account in self._epochs.values():
             total.update(account.fates)
         return Summary(
             used=total["used"],
@@ -346,15 +340,15 @@ class Ledger:
     def validate(self) -> None:
         """What was handed out is settled, outstanding or back; nothing is settled twice or used by two."""
         totals = Counter[str]()
-        for account in self._epochs:
+        for account in self._epochs.values():
             totals.update(account.fates)
         by_replica = Counter[str]()
         for account in self._replicas:
             by_replica.update(account.fates)
-        ensure(totals == by_replica, "epochs and replicas have different accounts")
-        ensure(self._granted == totals.total() + len(self._outstanding), "an item was neither settled nor given back")
+        assert totals == by_replica
+        assert self._granted == totals.total() + len(self._outstanding)
         settled = totals["used"] + totals["dropped"] + totals["folded"]
-        ensure(settled == len(self._done), "an item was settled twice")
-        ensure(not self._done & set(self._outstanding), "an item is settled and outstanding")
-        ensure(self._used <= self._done, "an item is used that is not settled")
-        ensure(len(self._used) == totals["used"] + totals["folded"], "an item was used twice")
+        assert settled == len(self._done), "an item was settled twice"
+        assert not self._done & set(self._outstanding)
+        assert self._used <= self._done
+        assert len(self._used) == totals["used"] + totals["folded"]

@@ -1,9 +1,17 @@
-"""The stores that live on this worker: holds their values, applies and publishes as the worker's machine says."""
+"""The stores that live on this worker: holds their values, runs the home machine, applies and publishes.
+
+The machine decides on the thread that calls `step`, which only puts its decisions in order. What computes or waits
+happens on a thread of the device that the store lives on (a lane): applies, and reading their results to publish them.
+So control messages never wait behind a large layer. A store's decisions are carried out in their order, because they
+all go through one lane.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 
 import jax
 import numpy as np
@@ -11,15 +19,21 @@ import numpy as np
 from flowml.devices import worker_of
 from flowml.plan import StoreSpec
 from flowml_runtime import wire
+from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction, aligned_copy, buffer_struct
 from flowml_runtime.execution.services import host_view
-from flowml_runtime.protocol.training.actions import Apply, Load, Publish, Return
-from flowml_runtime.worker.training.run import Run
+from flowml_runtime.protocol.training import home as protocol
+from flowml_runtime.protocol.training.terms import RETIRED
+from flowml_runtime.worker.training.publisher import Arrays, Publisher
+from flowml_runtime.worker.training.run import Fault, Run
 
 
 @dataclass
 class _Held:
-    """A store's value on device `home`: parameters and optimizer state, and what its apply task needs to be called."""
+    """A store's value on device `home`: parameters and optimizer state, and what its apply task needs to be called.
+
+    Once it is loaded, only its lane touches it.
+    """
 
     spec: StoreSpec
     home: str
@@ -31,49 +45,107 @@ class _Held:
 
 
 class Homes:
-    """Carries out what concerns the stores of one worker in one run. Called by the machine thread only."""
+    """Hosts the home machine of one worker for one run. Called by the run's machine thread only; never waits."""
 
-    def __init__(self, run: Run, programs: Mapping[str, LoadedProgram], payloads: dict[int, Sequence[Array]]) -> None:
+    def __init__(self, run: Run, programs: Mapping[str, LoadedProgram], on_fault: Fault) -> None:
         self._run = run
         self._programs = programs
-        self._payloads = payloads
+        self._on_fault = on_fault
         self._specs = run.training.stores
+        self._homes = {i: home for i, s in enumerate(self._specs) for home in s.copies if worker_of(home) == run.me}
+        self._machine = protocol.Home(run.terms, self._homes)
         self._held: dict[int, _Held] = {}
+        self._payloads: dict[int, Sequence[Array]] = {}
+        self._handles = count()
+        self._lanes = {home: Lane(f"{home} home run {run.number}") for home in dict.fromkeys(self._homes.values())}
+        self._publisher = Publisher(
+            f"{run.me} run {run.number}", self._send_published, partial(self._fail, run.number, "publish")
+        )
+        self._failed = False
+        """Something could not be applied or published: nothing that comes after it may be."""
 
-    def carry_out(self, action: Load | Apply | Publish | Return) -> None:
-        match action:
-            case Load():
-                self._load(action)
-            case Apply():
-                self._apply(action)
-            case Publish():
-                self._publish(action)
-            case Return():
-                self._return(action)
-
-    def _load(self, action: Load) -> None:
+    def load(self, message: wire.StoreValue, arrays: Sequence[Array]) -> None:
         """Take in a store's first value: parameters, then state."""
-        spec, arrays = self._specs[action.store], self._payloads.pop(action.handle)
-        home = next(h for h in spec.copies if worker_of(h) == self._run.me)
+        spec = self._specs[message.store]
+        home = self._homes[message.store]
         program = self._programs[home]
         split = len(spec.specs)
         payload = [s for p in spec.parts for s in p.payload]
-        zeros = tuple(np.zeros(b.shape, b.dtype) for b in map(buffer_struct, payload))
-        self._held[action.store] = _Held(
+        zeros = tuple(aligned_copy(np.zeros(b.shape, b.dtype)) for b in map(buffer_struct, payload))
+        self._held[message.store] = _Held(
             spec, home, program.tasks[spec.apply], program, list(arrays[:split]), list(arrays[split:]), zeros
         )
+        self.step(protocol.StoreLoaded(message.store, message.version))
 
-    def _apply(self, action: Apply) -> None:
-        held = self._held[action.store]
+    def receive(self, message: wire.Contribution, arrays: Sequence[Array]) -> None:
+        handle = next(self._handles)
+        if not message.empty:
+            self._payloads[handle] = arrays
+        self.step(
+            protocol.ContributionReceived(
+                store=message.store,
+                part=message.part,
+                replica=message.replica,
+                incarnation=message.incarnation,
+                clock=message.clock,
+                base_version=message.base_version,
+                weight=message.weight,
+                handle=handle,
+                empty=message.empty,
+            )
+        )
+
+    def step(self, event: protocol.Event) -> None:
+        jobs: dict[int, list[Callable[[], None]]] = {}
+        """By store, so that one waking of a lane does for all."""
+        steps: dict[int, int] = {}
+        for action in self._machine.step(event):
+            match action:
+                case protocol.Apply(store, version, contributions):
+                    given = [([a for h in handles for a in self._payloads.pop(h)], c) for handles, c in contributions]
+                    jobs.setdefault(store, []).append(partial(self._apply, store, version, given))
+                case protocol.Publish(store, _, clocks):
+                    steps[store] = self._run.step_of(max([c for c in clocks if c != RETIRED and c], default=1) - 1)
+                    jobs.setdefault(store, []).append(partial(self._publish, action))
+                case protocol.SendArrived(store, replica, clock):
+                    self._arrived(store, replica, clock)
+                case protocol.Release(handle):
+                    self._payloads.pop(handle, None)
+                case protocol.Finished(store):
+                    jobs.setdefault(store, []).append(partial(self._finish, store, self._machine.version(store)))
+        for store, ordered in jobs.items():
+            failed = partial(self._fail, steps.get(store, self._run.number), f"store {self._specs[store].name}")
+            self._lanes[self._homes[store]].put(partial(self._do, ordered), failed)
+
+    def close(self) -> None:
+        """Drop what is not done, and end the threads after what they do now. Does not wait. Idempotent."""
+        for lane in self._lanes.values():
+            lane.close()
+        self._publisher.close()
+
+    # A lane's thread.
+
+    def _do(self, jobs: Sequence[Callable[[], None]]) -> None:
+        for job in jobs:
+            if not self._failed and not self._run.stopped:
+                job()
+
+    def _fail(self, step: int, node: str, error: BaseException) -> None:
+        self._failed = True
+        if not self._run.stopped:
+            self._on_fault(step, node, error)
+
+    def _apply(self, store: int, version: int, given: Sequence[tuple[list[Array], float]]) -> None:
+        held = self._held[store]
         spec = held.spec
         coefficients = np.zeros(spec.arity, np.float32)
         payloads: list[Array] = []
-        for i, (handles, coefficient) in enumerate(action.contributions):
+        for i, (arrays, coefficient) in enumerate(given):
             coefficients[i] = coefficient
-            payloads.extend(a for h in handles for a in self._payloads.pop(h))
-        for _ in range(spec.arity - len(action.contributions)):
+            payloads.extend(arrays)
+        for _ in range(spec.arity - len(given)):
             payloads.extend(held.zeros)
-        recorder, step = self._run.recorder, self._run.step_of(action.version)
+        recorder, step = self._run.recorder, self._run.step_of(version)
         with recorder.record(f"{held.home} home", "apply", f"store {spec.name}", step):
             results = held.apply(*held.params, *held.state, aligned_copy(coefficients), *payloads)
             if recorder.on:
@@ -81,32 +153,53 @@ class Homes:
         split = len(spec.specs)
         held.params, held.state = list(results[:split]), list(results[split:])
 
-    def _publish(self, action: Publish) -> None:
+    def _publish(self, action: protocol.Publish) -> None:
+        """Hand the parameters to the publisher, which lends them to readers: no apply may overwrite them.
+
+        Apply tasks are compiled without donation, so each makes new arrays and leaves the old ones alone.
+        """
         held = self._held[action.store]
         specs = held.spec.specs if action.value else ()
         values = host_view(held.params, held.program.device) if action.value else ()
         message = wire.Published(
             plan_id=self._run.plan_id,
             run=self._run.number,
-            cause=action.cause,
             store=action.store,
             version=action.version,
-            floor=action.floor,
+            clocks=action.clocks,
             specs=specs,
         )
-        for worker in action.to:
-            self._run.count_publish(action.store, sum(s.nbytes for s in specs), worker)
-            self._run.send(worker, message, values)
+        for worker in dict.fromkeys(worker_of(d) for d in held.spec.read_from((held.home,))):
+            self._publisher.publish(worker, message, values)
 
-    def _return(self, action: Return) -> None:
-        held = self._held[action.store]
+    def _finish(self, store: int, version: int) -> None:
+        held = self._held[store]
+        first = held.home == held.spec.home  # other copies are equal to this one
         message = wire.StoreValue(
             plan_id=self._run.plan_id,
             run=self._run.number,
-            cause=action.cause,
-            store=action.store,
-            version=action.version,
-            specs=(*held.spec.specs, *held.spec.state_specs) if action.value else (),
+            store=store,
+            version=version,
+            specs=(*held.spec.specs, *held.spec.state_specs) if first else (),
         )
-        values = host_view([*held.params, *held.state], held.program.device) if action.value else ()
-        self._run.send(self._run.driver, message, values)
+        values = host_view([*held.params, *held.state], held.program.device) if first else ()
+
+        def tell() -> None:
+            # Seats may have retired, and told of their traffic, before the last version was published.
+            self._run.send(self._run.driver, self._run.traffic())
+            self._run.send(self._run.driver, message, values)
+
+        self._publisher.after_all(tell)
+
+    def _send_published(self, worker: str, message: wire.Published, arrays: Arrays, timeout_s: float | None) -> None:
+        self._run.send(worker, message, arrays, timeout_s)
+        self._run.count_publish(message.store, sum(s.nbytes for s in message.specs), worker)
+
+    # The machine thread.
+
+    def _arrived(self, store: int, replica: int, clock: int) -> None:
+        message = wire.Arrived(
+            plan_id=self._run.plan_id, run=self._run.number, store=store, replica=replica, clock=clock
+        )
+        assert self._run.leader is not None
+        self._run.send(self._run.leader, message)

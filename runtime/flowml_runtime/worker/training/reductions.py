@@ -8,7 +8,7 @@ and arrives at every home with the same bits: replicas of a worker are added in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,25 +25,18 @@ from flowml_runtime.protocol.collective import Schedule, named
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.transport.arrays import aligned_empty
 from flowml_runtime.worker.training.collectives import Group, GroupId, accumulator, add
-from flowml_runtime.worker.training.run import Run
-
-Fault = Callable[[int, str, BaseException], None]
-"""(step, node, error)"""
+from flowml_runtime.worker.training.run import Fault, Run
 
 
 @dataclass(frozen=True)
 class Given:
-    """What one replica pushes: a part of a store at a clock, and how many microbatch gradients it sums.
-
-    `cause` is that of the step, as in `actions.Start`.
-    """
+    """What one replica pushes: a part of a store at a clock, and how many microbatch gradients it sums."""
 
     store: int
     part: int
     replica: int
     clock: int
     weight: int
-    cause: int
 
 
 @dataclass(frozen=True)
@@ -146,7 +139,6 @@ class Reductions:
         message = wire.Contribution(
             plan_id=run.plan_id,
             run=run.number,
-            cause=given.cause,
             store=given.store,
             part=given.part,
             replica=0,
@@ -162,8 +154,7 @@ class Reductions:
             lane = f"{run.training.replicas[given.replica][bucket.part.stage]} reduce {bucket.number}"
             span = Span(lane, "reduce", name, step, 0, bucket.part.nbytes, bucket.schedule.name, began, now_ns())
             run.recorder.add(span)
-        with run.changed:
-            run.count_crossing(given.store, bucket.group.take_sent_bytes(bucket.number))
+        run.count_crossing(given.store, bucket.group.take_sent_bytes(bucket.number))
         for home in bucket.homes:
             run.send(home, message, sums)
 

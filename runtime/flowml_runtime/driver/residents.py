@@ -1,0 +1,79 @@
+"""Which plans stay on the workers: one whose owner is gone is unloaded, and so is the one used longest ago.
+
+A plan that is unloaded to make room is loaded again when it is called again: its executables are kept by the driver,
+so that only the workers compile once more. Calls in flight are always finished first.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Generic, Protocol, TypeVar
+
+from flowml_runtime.driver.steps import Steps, unloaded
+
+MAX_PROGRAMS = 128
+"""Dataflow programs that one driver keeps loaded, unless the user says otherwise."""
+
+CLOSE_S = 5.0
+"""How long `close` waits for an unload that is being sent."""
+
+
+class Resident(Protocol):
+    """A loaded plan."""
+
+    @property
+    def steps(self) -> Steps: ...
+
+
+T = TypeVar("T", bound=Resident)
+
+
+class Residents(Generic[T]):
+    """Unloads plans by `unload(plan)`. Safe to use from any thread."""
+
+    def __init__(self, unload: Callable[[T], None]) -> None:
+        self._unload = unload
+        self._released: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> None:
+        """Heed `release` from now on: called before the first plan is loaded."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._free, name="flowml-unload", daemon=True)
+                self._thread.start()
+
+    def release(self, plan: T) -> None:
+        """Its owner is gone: unload it once no call is in flight. For finalizers: takes no lock and never waits."""
+        self._released.put(plan)
+
+    def make_room(self, plans: Iterable[T], most: int) -> None:
+        """Unload those used longest ago until no more than `most` are left, except for those with calls in flight."""
+        oldest = sorted(plans, key=lambda p: p.steps.last_use)
+        excess = len(oldest) - most
+        for plan in oldest:
+            if excess <= 0:
+                return
+            if plan.steps.retire(unloaded):
+                self._unload(plan)
+                excess -= 1
+
+    def close(self) -> None:
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            self._released.put(None)
+            if thread is not threading.current_thread():
+                thread.join(CLOSE_S)
+
+    def _free(self) -> None:
+        while (plan := self._released.get()) is not None:
+            if plan.steps.retire(unloaded):
+                self._unload(plan)
+            else:
+                plan.steps.when_idle(partial(self._released.put, plan))
+            del plan

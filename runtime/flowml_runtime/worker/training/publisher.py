@@ -1,0 +1,148 @@
+"""Publishes the stores that live on a worker to their readers, without ever waiting for one of them.
+
+A reader needs the newest version of a store and no other. So for each reader and store at most one version waits to be
+sent, and a newer one takes its place. What cannot go at once, because the reader has not taken in what was sent to it
+or because it is large, goes from a thread that the reader has to itself. A reader that stands still holds up that
+thread, and keeps one version of each store alive.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from flowml_runtime import wire
+from flowml_runtime.execution.lane import LARGE_BYTES, Lane
+
+Arrays = Sequence[Any]
+News = tuple[wire.Published, Arrays]
+"""A version of a store, or only its clocks."""
+
+Send = Callable[[str, wire.Published, Arrays, float | None], None]
+"""(reader, message, arrays, timeout in seconds). Raises TimeoutError if it may not go in time."""
+
+
+def merged(older: News | None, newer: News) -> News:
+    """What a reader that has seen neither needs to see: the newer, with the older's values if it has none."""
+    if older is None or newer[0].specs or not older[0].specs:
+        return newer
+    return msgspec.structs.replace(newer[0], specs=older[0].specs), older[1]
+
+
+class Publisher:
+    """The readers of one worker's stores. Every method from any thread; none of them waits."""
+
+    def __init__(self, name: str, send: Send, failed: Callable[[BaseException], None]) -> None:
+        self._name = name
+        self._send = send
+        self._failed = failed
+        self._lock = threading.Lock()
+        self._readers: dict[str, _Reader] = {}
+
+    def publish(self, reader: str, message: wire.Published, arrays: Arrays) -> None:
+        """Send a version to a reader, or let it wait for its turn. Versions of a store come from one thread."""
+        self._reader(reader).publish((message, arrays))
+
+    def after_all(self, then: Callable[[], None]) -> None:
+        """Call `then` once all that was published before has been sent, perhaps now."""
+        with self._lock:
+            readers = list(self._readers.values())
+        countdown = _Countdown(len(readers) + 1, then)
+        for reader in readers:
+            reader.after_all(countdown.one_less)
+        countdown.one_less()
+
+    def close(self) -> None:
+        """Drop what waits, and end the threads as soon as they can."""
+        with self._lock:
+            readers = list(self._readers.values())
+        for reader in readers:
+            reader.lane.close()
+
+    def _reader(self, name: str) -> _Reader:
+        with self._lock:
+            if name not in self._readers:
+                self._readers[name] = _Reader(name, f"{self._name} publish to {name}", self._send, self._failed)
+            return self._readers[name]
+
+
+class _Reader:
+    def __init__(self, name: str, lane: str, send: Send, failed: Callable[[BaseException], None]) -> None:
+        self.lane = Lane(lane)
+        self._name = name
+        self._send = send
+        self._failed = failed
+        self._lock = threading.Lock()
+        self._waiting: dict[int, News] = {}
+        """By store what the lane has yet to send. One job of the lane stands for each."""
+        self._under_way = 0
+        """Jobs of the lane that are not done. While there are any, what comes waits behind them."""
+
+    def publish(self, news: News) -> None:
+        store = news[0].store
+        with self._lock:
+            waits = store in self._waiting
+            busy = self._under_way > 0
+            if busy:
+                self._waiting[store] = merged(self._waiting.get(store), news)
+        if waits:
+            return
+        if not busy:
+            if self._send_now(news):
+                return
+            with self._lock:
+                self._waiting[store] = news
+        self._put(lambda: self._send_waiting(store))
+
+    def after_all(self, then: Callable[[], None]) -> None:
+        with self._lock:
+            busy = self._under_way > 0
+        if busy:
+            self._put(then)
+        else:
+            then()
+
+    def _send_now(self, news: News) -> bool:
+        message, arrays = news
+        if sum(s.nbytes for s in message.specs) >= LARGE_BYTES:
+            return False
+        try:
+            self._send(self._name, message, arrays, 0.0)
+        except TimeoutError:
+            return False
+        return True
+
+    def _send_waiting(self, store: int) -> None:
+        with self._lock:
+            message, arrays = self._waiting.pop(store)
+        self._send(self._name, message, arrays, None)
+
+    def _put(self, job: Callable[[], None]) -> None:
+        with self._lock:
+            self._under_way += 1
+
+        def run() -> None:
+            try:
+                job()
+            finally:
+                with self._lock:
+                    self._under_way -= 1
+
+        self.lane.put(run, self._failed)
+
+
+class _Countdown:
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._left = count
+        self._then = then
+        self._lock = threading.Lock()
+
+    def one_less(self) -> None:
+        with self._lock:
+            self._left -= 1
+            over = not self._left
+        if over:
+            self._then()

@@ -1,0 +1,79 @@
+"""Values out of range are refused in every knob; NumPy's numbers are numbers; overruled quorums are named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from flowml.errors import PolicyError
+from flowml.policy import Every, Policy, Quorum, Tree, check_composition, overruled
+from flowml.policy import named as policies
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Quorum(0),
+        lambda: Quorum(-1),
+        lambda: Quorum(0.0),
+        lambda: Quorum(1.5),
+        lambda: Quorum(-0.5),
+        lambda: Quorum(NAN),
+        lambda: Quorum(float("inf")),
+        lambda: Quorum(True),
+        lambda: Quorum(np.float32(1.5)),
+        lambda: Quorum("all"),  # pyright: ignore[reportArgumentType]
+        lambda: Every(0),
+        lambda: Every(-2),
+        lambda: Every(2.0),  # pyright: ignore[reportArgumentType]
+        lambda: Every(True),
+        lambda: policies.every(0),
+        lambda: policies.asynchronous(staleness=-1),
+        lambda: policies.asynchronous(staleness=NAN),
+        lambda: policies.asynchronous(staleness=1.5),
+        lambda: policies.asynchronous(staleness=True),
+        lambda: Policy(staleness=-float("inf")),
+        lambda: Tree(0),
+        lambda: Tree(2.0),  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_values_out_of_range_are_refused(make: Callable[[], object]) -> None:
+    with pytest.raises(PolicyError):
+        make()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert Quorum(np.int64(3)) == Quorum(3)
+    assert Quorum(np.int64(3)).counted
+    assert Quorum(np.float64(0.75)) == Quorum(0.75)
+    assert not Quorum(np.float32(1.0)).counted
+    assert policies.every(np.int32(4)) == policies.every(4)  # pyright: ignore[reportArgumentType]
+    assert policies.asynchronous(np.int8(3)) == policies.asynchronous(3)
+    assert Tree(np.int64(2)) == Tree(2)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_quorum_of_more_replicas_than_there_are_is_refused() -> None:
+    with pytest.raises(PolicyError, match=r"'fc': Quorum\(9\) asks for more replicas than there are \(2\)"):
+        check_composition({"conv": Policy(), "fc": policies.quorum(9)}, replicas=2)
+    check_composition({"fc": policies.quorum(2)}, replicas=2)
+
+
+def test_a_quorum_that_a_synchronous_layer_overrules_is_named() -> None:
+    sentence = overruled({"conv": policies.quorum(0.75), "fc": Policy()}, replicas=4)
+    assert sentence is not None
+    assert "'conv' (quorum 0.75 drop) cannot drop late replicas where 'fc' (sync) needs 4 of 4" in sentence
+    assert "nothing is dropped" in sentence
+    looser = overruled({"a": policies.quorum(2), "b": policies.quorum(3)}, replicas=4)
+    assert looser is not None
+    assert "no more than 1 are dropped" in looser
+
+
+def test_quorums_that_hold_are_not_remarked_upon() -> None:
+    assert overruled({"a": policies.quorum(0.75), "b": policies.quorum(3)}, replicas=4) is None
+    assert overruled({"a": Policy(), "b": policies.every(2)}, replicas=4) is None
+    assert overruled({"a": policies.quorum(0.75), "b": Policy()}, replicas=2) is None, "neither drops"
+    assert overruled({"a": Policy(), "b": policies.asynchronous(), "c": policies.all_reduce()}, replicas=4) is None

@@ -1,0 +1,78 @@
+"""A worker that stands still holds up nobody who does not need it, however large the layers that it would be sent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+from flowml.devices import worker_of
+
+REPLICAS = 4
+STOPPED_S = 4.0
+LONGEST_GAP_S = 1.5
+"""Between two records of the history. A home that waited for the stopped reader would leave one of about 3.7 s."""
+
+
+def loss(params: Any, batch: Any) -> Any:
+    with fm.layer("wide"):
+        y = batch["x"] @ params["wide"]["kernel"]
+    return jnp.mean(y**2)
+
+
+@pytest.mark.parametrize("side", [512, 2048], ids=["1 MiB", "16 MiB"])
+def test_a_stopped_reader_leaves_no_gap_under_a_quorum(side: int) -> None:
+    params = {"wide": {"kernel": jnp.full((side, side), 1e-3, jnp.float32)}}
+    source = {"x": np.ones((64, side), np.float32)}
+    with fm.Cluster.local(workers=REPLICAS) as cluster:
+        trainer = fm.Trainer(
+            loss,
+            optax.sgd(1e-3),
+            cluster=cluster,
+            replicas=REPLICAS,
+            placement=fm.Pipeline(1),
+            policies={"*": fm.policies.quorum(0.75)},
+        )
+        batch = jax.tree_util.tree_map(lambda x: x[:REPLICAS], source)
+        training = trainer.plan(params, batch).training
+        assert training is not None
+        homes = {worker_of(h) for s in training.stores for h in s.copies}
+        [spare, *_] = [w for r in reversed(training.replicas) for w in map(worker_of, r) if w not in homes]
+        times: list[float] = []
+        running = threading.Event()
+        over = threading.Event()
+
+        def stop_and_go() -> None:
+            running.wait(60)
+            os.kill(cluster.pids[spare], signal.SIGSTOP)
+            threading.Event().wait(STOPPED_S)
+            os.kill(cluster.pids[spare], signal.SIGCONT)
+            over.set()
+
+        class Enough(Exception):
+            """The fit has run long enough."""
+
+        def on_step(record: dict[str, Any]) -> None:
+            times.append(record["seconds"])
+            if record["step"] == 20:
+                running.set()
+            if over.is_set():
+                raise Enough
+
+        stopper = threading.Thread(target=stop_and_go)
+        stopper.start()
+        with pytest.raises(Enough):
+            trainer.fit(params, source, batch_size=REPLICAS, steps=1_000_000, callbacks=[on_step])
+        stopper.join()
+    gaps = [b - a for a, b in pairwise(times[20:])]
+    assert times[-1] - times[20] > STOPPED_S - 1.0
+    assert max(gaps) < LONGEST_GAP_S, f"{len(times)} steps, gaps of {sorted(gaps)[-3:]} s"
