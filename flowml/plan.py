@@ -9,6 +9,7 @@ Plans are msgspec structs: validated when decoded, never pickled.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -462,6 +463,11 @@ class Plan(msgspec.Struct, frozen=True):
     def load(path: str | PathLike[str]) -> Plan:
         """Read a plan written by `save`. Raises FlowmlError if the file is damaged or of another format."""
         return Plan.decode(Path(path).read_bytes(), str(path))
+
+
+def fingerprint(executable: bytes) -> str:
+    """The key of an executable in `Plan.executables`."""
+    return hashlib.sha256(executable).hexdigest()[:32]
 
 
 _MAGIC = b"flowml-plan\x00"

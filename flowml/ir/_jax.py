@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,10 +18,14 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax._src import config as jax_config
-from jax._src.source_info_util import Transform, new_source_info
+from jax._src import source_info_util
+from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 from jax.extend import core as jex
 
+from flowml.errors import UnsupportedError
 from flowml.ir.scopes import as_text
+from flowml.ir.stablehlo import forbidden
 from flowml.plan import ArraySpec, Setting
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
@@ -194,7 +198,21 @@ def is_literal(atom: Any) -> bool:
 
 def name_stack(equation: Any) -> tuple[tuple[str, bool], ...]:
     """The scopes and transformations around an equation, from the outside in: (name, whether a transformation)."""
-    return tuple((entry.name, isinstance(entry, Transform)) for entry in equation.source_info.name_stack.stack)
+    return tuple(
+        (entry.name, isinstance(entry, source_info_util.Transform)) for entry in equation.source_info.name_stack.stack
+    )
+
+
+def source_line(equation: Any) -> str:
+    """Where in the user's code an equation was traced: "model.py:12 (forward)"; "" where JAX does not know."""
+    frame = source_info_util.user_frame(equation.source_info.traceback)
+    return f"{frame.file_name}:{frame.start_line} ({frame.function_name})" if frame is not None else ""
+
+
+def whereabouts(equation: Any, layer: str = "") -> str:
+    """An operation and where it stands, for errors: "ffi_call in layer 'head' at model.py:12 (forward)"."""
+    line = source_line(equation)
+    return f"{equation.primitive.name}{f' in layer {layer!r}' if layer else ''}{f' at {line}' if line else ''}"
 
 
 def called_jaxpr(equation: Any) -> tuple[Any, tuple[Any, ...]] | None:
@@ -232,7 +250,7 @@ def build_function(
 
     invars = [variable(v) for v in inputs]
     # Where in the user's code an equation stood must not tell two equal tasks apart.
-    nowhere = new_source_info()
+    nowhere = source_info_util.new_source_info()
     eqns = [
         equation.replace(
             source_info=nowhere,
@@ -290,12 +308,49 @@ def key_dtype(dtype: str) -> Any:
 def export(
     fn: Callable[..., Any], inputs: Sequence[Any], platforms: Sequence[str], donate: Sequence[int] = ()
 ) -> bytes:
-    """Lower a function of flat arrays for `platforms` and serialise it as StableHLO."""
+    """Lower a function of flat arrays for `platforms` and serialise it as StableHLO.
+
+    Custom calls need no promise that later versions know them, since the workers have ours: those on our own list are
+    allowed. Raises UnsupportedError for others, and whatever JAX raises for what it cannot export.
+    """
     jitted = jax.jit(fn, donate_argnums=tuple(donate), keep_unused=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
-        exported = jax.export.export(jitted, platforms=list(platforms))(*inputs)
+        unchecked = [jax.export.DisabledSafetyCheck.custom_call("ALL")]
+        exported = jax.export.export(jitted, platforms=list(platforms), disabled_checks=unchecked)(*inputs)
+    if "custom_call" in (text := exported.mlir_module()) and (found := forbidden(_operations(text))):
+        raise UnsupportedError(f"it is {found}, which no worker runs")
     return bytes(exported.serialize())
+
+
+def load_exported(data: bytes) -> jax.export.Exported:
+    """What `export` made. Raises UnsupportedError for what it would not have made: the bytes may be anybody's."""
+    try:
+        exported = jax.export.deserialize(bytearray(data))
+        found = forbidden(_operations(exported.mlir_module()))
+    except Exception as error:  # of all kinds, from several libraries
+        raise UnsupportedError(f"is damaged ({type(error).__name__})") from None
+    if exported.ordered_effects or exported.unordered_effects:
+        found = "a side effect"
+    if exported.nr_devices != 1:
+        found = f"a program for {exported.nr_devices} devices"
+    if found:
+        raise UnsupportedError(f"holds {found}, which no worker runs")
+    return exported
+
+
+def _operations(module: str) -> Iterator[tuple[str, str]]:
+    """Every operation of a module with all its regions: (name, target of a custom call or "")."""
+    with mlir.make_ir_context():
+        parsed = ir.Module.parse(module)  # which keeps alive what is in it
+        todo = [parsed.operation]
+        while todo:
+            operation = todo.pop()
+            target = ""
+            if operation.name.endswith("custom_call"):
+                target = ir.StringAttr(operation.attributes["call_target_name"]).value
+            yield operation.name, target
+            todo.extend(o.operation for region in operation.regions for block in region for o in block)
 
 
 def with_weak_type(array: jax.Array) -> jax.Array:

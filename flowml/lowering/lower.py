@@ -7,19 +7,18 @@ use, and donated to the last task that reads them when nobody else can still see
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
 
-from flowml.errors import one_line
+from flowml.errors import UnsupportedError, one_line
 from flowml.ir import _jax
 from flowml.ir.cost import node_bytes, node_flops
-from flowml.ir.graph import Graph, Literal
+from flowml.ir.graph import Graph, Literal, Node
 from flowml.lowering.schedule import Schedule, TaskGroup
-from flowml.plan import ArraySpec, Setting, Task
+from flowml.plan import ArraySpec, Setting, Task, fingerprint
 
 
 @dataclass
@@ -37,9 +36,9 @@ class ExecutableTable:
         return len(self.tasks) - 1
 
     def store(self, data: bytes) -> str:
-        fingerprint = hashlib.sha256(data).hexdigest()[:32]
-        self.executables[fingerprint] = data
-        return fingerprint
+        key = fingerprint(data)
+        self.executables[key] = data
+        return key
 
     def export(self, fn: Callable[..., Any], inputs: Sequence[Any]) -> str:
         with _jax.under(self.settings):
@@ -70,11 +69,10 @@ def _lower_group(
         executable = table.store(cloudpickle.dumps(_callback(graph, group)))
     else:
         kind = "xla"
-        equations = [
-            (n.equation, [i.value if isinstance(i, Literal) else i for i in n.inputs], n.outputs) for n in group.nodes
-        ]
-        fn = _jax.build_function(equations, graph.avals, group.inputs, group.outputs)
-        executable = table.export(fn, [_jax.struct(graph.avals[v]) for v in group.inputs])
+        try:
+            executable = _export(graph, group.nodes, group.inputs, group.outputs, table)
+        except Exception as error:
+            raise _culprit(graph, group.nodes, table, error) from error
     layers = tuple(dict.fromkeys(n.layer for n in group.nodes if n.layer))
     return Task(
         name=_name(group, layers),
@@ -89,6 +87,31 @@ def _lower_group(
         nbytes=sum(node_bytes(graph, n) for n in group.nodes),
         seconds=sum(seconds.get(n.id, 0.0) for n in group.nodes),
     )
+
+
+def _export(
+    graph: Graph, nodes: Sequence[Node], inputs: Sequence[int], outputs: Sequence[int], table: ExecutableTable
+) -> str:
+    equations = [(n.equation, [i.value if isinstance(i, Literal) else i for i in n.inputs], n.outputs) for n in nodes]
+    fn = _jax.build_function(equations, graph.avals, inputs, outputs)
+    return table.export(fn, [_jax.struct(graph.avals[v]) for v in inputs])
+
+
+def _culprit(graph: Graph, nodes: Sequence[Node], table: ExecutableTable, error: Exception) -> UnsupportedError:
+    """The error for the node because of which a task cannot be exported."""
+    alone = ExecutableTable(table.platforms, table.settings)
+    node = nodes[0]
+    for node in nodes:
+        try:
+            _export(graph, (node,), tuple(dict.fromkeys(node.reads)), node.outputs, alone)
+        except Exception as own:
+            error = own
+            break
+    reason = str(error).strip().partition("\n")[0]
+    if isinstance(error, KeyError):  # of JAX's table of those that it can write down
+        reason = f"it makes or takes arrays of {error.args[0]}, which jax.export does not know"
+    what = _jax.whereabouts(node.equation, node.layer)
+    return UnsupportedError(f"{what} cannot run on a worker: {reason}; compute it outside the dataflow function")
 
 
 def _name(group: TaskGroup, layers: Sequence[str]) -> str:

@@ -25,9 +25,24 @@ import jax.export
 import msgspec
 import numpy as np
 
-from flowml.errors import FlowmlError
-from flowml.ir._jax import exact_types, is_wide, key_implementation, under
-from flowml.plan import ArraySpec, Constant, Feed, Fetch, Plan, Program, Push, Read, Recv, Run, Send, Setting, Task
+from flowml.errors import FlowmlError, UnsupportedError
+from flowml.ir._jax import exact_types, is_wide, key_implementation, load_exported, spec_of, under
+from flowml.plan import (
+    ArraySpec,
+    Constant,
+    Feed,
+    Fetch,
+    Plan,
+    Program,
+    Push,
+    Read,
+    Recv,
+    Run,
+    Send,
+    Setting,
+    Task,
+    fingerprint,
+)
 from flowml_runtime.transport.arrays import Array, aligned_empty, wire_layout
 
 JaxDevice = Any
@@ -260,10 +275,8 @@ def _make_all(
 ) -> dict[_Need, _Compiled]:
     _check_settings(plan)
     ordered = sorted(needs, key=lambda n: (n.task, n.donate, n.device.id))
-    exported = {
-        key: jax.export.deserialize(bytearray(_executable(plan, key, parts)))
-        for key in {plan.tasks[n.task].executable for n in ordered if plan.tasks[n.task].kind == "xla"}
-    }
+    tasks = {plan.tasks[n.task].executable: plan.tasks[n.task] for n in ordered}
+    exported = {key: _exported(plan, task, parts) for key, task in tasks.items() if task.kind == "xla"}
 
     def make(need: _Need) -> _Compiled:
         task = plan.tasks[need.task]
@@ -296,12 +309,29 @@ def _check_settings(plan: Plan) -> None:
 
 def _executable(plan: Plan, key: str, parts: Parts) -> bytes:
     data = plan.executables.get(key)
-    if data is not None:
-        return data
+    part = parts.get(executable_key(key))
+    if data is None and part is not None:
+        data = part.tobytes()
+    if data is None:
+        raise FlowmlError(f"plan {plan.name!r} lacks executable {key!r}; compile it again")
+    if fingerprint(data) != key:  # under which other plans of this process would take it for theirs
+        raise FlowmlError(f"executable {key!r} of plan {plan.name!r} was changed; compile the plan again")
+    return data
+
+
+def _exported(plan: Plan, task: Task, parts: Parts) -> jax.export.Exported:
     try:
-        return parts[executable_key(key)].tobytes()
-    except KeyError:
-        raise FlowmlError(f"plan {plan.name!r} lacks executable {key!r}; compile it again") from None
+        exported = load_exported(_executable(plan, task.executable, parts))
+    except UnsupportedError as error:
+        raise FlowmlError(f"the executable of task {task.name!r} {error}; compile the plan with flowml") from None
+    arrays = ((task.inputs, exported.in_avals), (task.outputs, exported.out_avals))
+    if any(_flat(declared) != _flat([spec_of(a) for a in found]) for declared, found in arrays):
+        raise FlowmlError(f"the executable of task {task.name!r} is one of other arrays; compile the plan again")
+    return exported
+
+
+def _flat(specs: Sequence[ArraySpec]) -> list[tuple[tuple[int, ...], str]]:
+    return [(tuple(s.shape), s.dtype) for s in specs]
 
 
 def _compile(exported: jax.export.Exported, task: Task, need: _Need) -> TaskFunction:

@@ -1,0 +1,135 @@
+"""What a worker does with plans that no compiler of ours made: it refuses them in one sentence and stays well."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import pytest
+
+import flowml as fm
+from flowml.plan import Plan, fingerprint
+
+X = jnp.linspace(0.0, 1.0, 4)
+
+
+@pytest.fixture(scope="module", params=["threads", "processes"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[fm.Cluster]:
+    make = fm.Cluster.threads if request.param == "threads" else fm.Cluster.local
+    with make(workers=1) as cluster:
+        yield cluster
+
+
+def honest() -> Plan:
+    return fm.compile(lambda x: jnp.sin(x) + 1, X, devices=["worker:0"])
+
+
+def with_executable(plan: Plan, data: bytes) -> Plan:
+    """The plan, which an attacker gave another executable under a fingerprint that fits."""
+    key = fingerprint(data)
+    (task,) = plan.tasks
+    return msgspec.structs.replace(
+        plan, tasks=(msgspec.structs.replace(task, executable=key),), executables={key: data}
+    )
+
+
+def exported(fn: Callable[..., Any], *targets: str) -> bytes:
+    """What `jax.export` makes of a function if it is told to look away."""
+    checks = [jax.export.DisabledSafetyCheck.custom_call(t) for t in targets]
+    return bytes(jax.export.export(jax.jit(fn), disabled_checks=checks)(X).serialize())
+
+
+def calls(target: str) -> bytes:
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    return exported(lambda x: (jax.ffi.ffi_call(target, shape)(x, index=np.uint64(0)),), target)
+
+
+def stays_well(cluster: fm.Cluster) -> None:
+    np.testing.assert_allclose(fm.dataflow(lambda x: x * 3, cluster=cluster)(X), X * 3)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["xla_ffi_python_cpu_callback", "xla_ffi_partitioned_python_cpu_callback", "xla_buffer_python_cpu_callback"]
+    + ["xla_python_cpu_callback", "xla_ffi_python_gpu_callback", "tf.call_tf_function", "dce_sink", "anybodys"],
+)
+def test_a_custom_call_that_is_not_on_the_list_is_refused(target: str, cluster: fm.Cluster) -> None:
+    plan = with_executable(honest(), calls(target))
+    with pytest.raises(fm.WorkerError, match=f"cannot load plan.*holds a custom call of '{target}', which no worker"):
+        cluster.session.load(plan)
+    stays_well(cluster)
+
+
+def test_a_custom_call_inside_a_loop_is_found(cluster: fm.Cluster) -> None:
+    def fn(x: jax.Array) -> Any:
+        call = jax.ffi.ffi_call("anybodys", jax.ShapeDtypeStruct(x.shape, x.dtype))
+        return (jax.lax.fori_loop(0, 3, lambda _, v: jax.lax.cond(v[0] > 0, call, jnp.sin, v), x),)
+
+    with pytest.raises(fm.WorkerError, match="holds a custom call of 'anybodys'"):
+        cluster.session.load(with_executable(honest(), exported(fn, "anybodys")))
+
+
+@pytest.mark.parametrize("collective", ["psum", "all_gather"])
+def test_operations_that_wait_for_partners_are_refused(collective: str, cluster: fm.Cluster) -> None:
+    def fn(x: jax.Array) -> Any:
+        one = jax.make_mesh((1,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+        inside = {
+            "psum": lambda v: jax.lax.psum(v, "i"),
+            "all_gather": lambda v: jax.lax.all_gather(v, "i", tiled=True),
+        }
+        spec = jax.sharding.PartitionSpec("i")
+        each = jax.shard_map(inside[collective], mesh=one, in_specs=spec, out_specs=spec, check_vma=False)
+        return (each(x),)
+
+    with pytest.raises(fm.WorkerError, match="cannot load plan.*holds"):
+        cluster.session.load(with_executable(honest(), exported(fn)))
+
+
+def test_an_executable_that_was_changed_is_refused(cluster: fm.Cluster) -> None:
+    """Under the fingerprint of another the worker would run it for everybody's plans."""
+    plan = honest()
+    (key,) = plan.executables
+    evil = exported(lambda x: (x * 0,))
+    with pytest.raises(fm.WorkerError, match="was changed"):
+        cluster.session.load(msgspec.structs.replace(plan, executables={key: evil}))
+    with pytest.raises(fm.WorkerError, match="lacks executable|is damaged"):
+        cluster.session.load(msgspec.structs.replace(plan, executables={}))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [lambda x: (x[:2],), lambda x: (x, x), lambda x: (x.astype(int),), lambda x: ()],
+    ids=["shape", "two", "dtype", "none"],
+)
+def test_an_executable_of_other_arrays_is_refused(fn: Any, cluster: fm.Cluster) -> None:
+    with pytest.raises(fm.WorkerError, match="is one of other arrays"):
+        cluster.session.load(with_executable(honest(), exported(fn)))
+    stays_well(cluster)
+
+
+def test_damaged_executables_never_end_a_worker(seed: int) -> None:
+    """Bytes changed, cut off and added, under fingerprints that fit: each is refused, or is a program that runs."""
+    plan, draw = honest(), random.Random(seed)
+    (good,) = plan.executables.values()
+    refused = 0
+    with fm.Cluster.local(workers=1) as cluster:
+        for _ in range(60):
+            data = bytearray(good)
+            for _ in range(draw.randrange(1, 4)):
+                data[draw.randrange(len(data))] = draw.randrange(256)
+            data = data[: draw.choice([len(data), len(data), draw.randrange(len(data))])]
+            try:
+                handle = cluster.session.load(with_executable(plan, bytes(data)))
+            except fm.WorkerError as error:
+                assert "cannot load plan" in str(error) and "\n" not in str(error)
+                refused += 1
+            else:
+                cluster.session.unload(handle)
+        stays_well(cluster)
+    assert refused > 20
