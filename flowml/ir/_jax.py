@@ -20,7 +20,7 @@ import numpy as np
 from jax._src import config as jax_config
 from jax._src import source_info_util
 from jax._src.interpreters import mlir
-from jax._src.lib.mlir import ir
+from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax.extend import core as jex
 
 from flowml.errors import UnsupportedError

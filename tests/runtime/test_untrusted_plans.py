@@ -56,8 +56,16 @@ def stays_well(cluster: fm.Cluster) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["xla_ffi_python_cpu_callback", "xla_ffi_partitioned_python_cpu_callback", "xla_buffer_python_cpu_callback"]
-    + ["xla_python_cpu_callback", "xla_ffi_python_gpu_callback", "tf.call_tf_function", "dce_sink", "anybodys"],
+    [
+        "xla_ffi_python_cpu_callback",
+        "xla_ffi_partitioned_python_cpu_callback",
+        "xla_buffer_python_cpu_callback",
+        "xla_python_cpu_callback",
+        "xla_ffi_python_gpu_callback",
+        "tf.call_tf_function",
+        "dce_sink",
+        "anybodys",
+    ],
 )
 def test_a_custom_call_that_is_not_on_the_list_is_refused(target: str, cluster: fm.Cluster) -> None:
     plan = with_executable(honest(), calls(target))
@@ -87,7 +95,7 @@ def test_operations_that_wait_for_partners_are_refused(collective: str, cluster:
         each = jax.shard_map(inside[collective], mesh=one, in_specs=spec, out_specs=spec, check_vma=False)
         return (each(x),)
 
-    with pytest.raises(fm.WorkerError, match="cannot load plan.*holds"):
+    with pytest.raises(fm.WorkerError, match=r"cannot load plan.*holds"):
         cluster.session.load(with_executable(honest(), exported(fn)))
 
 
@@ -98,7 +106,7 @@ def test_an_executable_that_was_changed_is_refused(cluster: fm.Cluster) -> None:
     evil = exported(lambda x: (x * 0,))
     with pytest.raises(fm.WorkerError, match="was changed"):
         cluster.session.load(msgspec.structs.replace(plan, executables={key: evil}))
-    with pytest.raises(fm.WorkerError, match="lacks executable|is damaged"):
+    with pytest.raises(fm.WorkerError, match="lacks executable"):
         cluster.session.load(msgspec.structs.replace(plan, executables={}))
 
 
