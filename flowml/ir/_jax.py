@@ -18,7 +18,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax._src import config as jax_config
-from jax._src import source_info_util
+from jax._src import source_info_util, xla_bridge
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax.extend import core as jex
@@ -51,6 +51,11 @@ SETTINGS = (
 """Settings that travel with a plan: those that change what the code of a callback computes, and 64 bits."""
 
 _WIDE = frozenset({"int64", "uint64", "float64", "complex128"})
+
+
+def backends_started() -> bool:
+    """Whether XLA runs in this process, which it does from the first array or computation on."""
+    return xla_bridge.backends_are_initialized()
 
 
 def trace_context() -> Hashable:

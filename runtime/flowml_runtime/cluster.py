@@ -28,6 +28,8 @@ from flowml.errors import ClusterError
 from flowml.placement import AutoPlacement, Pipeline, Placement
 from flowml.placement.links import ASSUMED, SAME_PROCESS, Links
 from flowml_runtime import wire
+from flowml_runtime.current import Blocks
+from flowml_runtime.execution.forks import check_owner, check_startable, is_foreign, this_process
 from flowml_runtime.execution.future import wait_heeding_signals
 from flowml_runtime.launch.local import LocalWorkers
 from flowml_runtime.links.prober import Prober
@@ -51,7 +53,7 @@ _ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
 
 _BY_REFERENCE = Links(ASSUMED[SAME_PROCESS])
 _CORE_FLOPS_PER_S = Device("").flops_per_s
-_current: list[Cluster] = []
+_blocks: Blocks[Cluster] = Blocks()
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Cluster:
         """None where all workers are in this process."""
         self._stack = ExitStack()
         self._lock = threading.Lock()
-        self._owner = os.getpid()
+        self._owner = this_process()
         self._closed = False
         atexit.register(self.close)
 
@@ -115,6 +117,7 @@ class Cluster:
 
         A link that cannot be measured stays as it was. In `threads` there is nothing to measure.
         """
+        check_owner(self._owner)
         return _BY_REFERENCE if self._table is None else self._table.measure()
 
     def links_for(self, placement: Placement, devices: int | None = None) -> Links:
@@ -122,6 +125,7 @@ class Cluster:
 
         `devices` is how many there are to choose from, by default all.
         """
+        check_owner(self._owner)
         rules = placement == "auto" or isinstance(placement, AutoPlacement | Pipeline)
         count = len(self.devices) if devices is None else devices
         return self._table.settled() if self._table is not None and rules and count > 1 else self.links
@@ -135,6 +139,7 @@ class Cluster:
         """
         from flowml_runtime.driver.tracing import Tracing
 
+        check_owner(self._owner)
         with Tracing(self.session, Path(path)):
             yield
 
@@ -188,6 +193,7 @@ class Cluster:
         """
         from flowml_runtime.launch.threads import start_workers
 
+        check_startable()
         _check_deadline(deadline_s)
         _check_counts(workers, devices_per_worker)
         share = len(cores()) / workers / devices_per_worker
@@ -249,6 +255,7 @@ class Cluster:
         timeout_s: float = 30.0,
     ) -> Cluster:
         """Join a coordinator as a driver. What `stack` holds is closed with the cluster, or now if this fails."""
+        check_startable()
         check_exposure(address, tls, token, "connect to")
         shared = options.shared_memory
         endpoint = GrpcEndpoint(
@@ -287,8 +294,10 @@ class Cluster:
 
     def close(self) -> None:
         """End the session, and the workers if this cluster started them. Idempotent."""
+        if is_foreign(self._owner):  # connections and workers are its parent's; nor is the lock to be relied on
+            return
         with self._lock:
-            if self._closed or os.getpid() != self._owner:  # a fork of the owner has no business here
+            if self._closed:
                 return
             self._closed = True
         atexit.unregister(self.close)
@@ -296,14 +305,14 @@ class Cluster:
             self.session.close()
 
     def __enter__(self) -> Self:
+        check_owner(self._owner)
         if self._closed:
             raise ClusterError("this cluster is closed; start another")
-        _current.append(self)
+        _blocks.enter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self in _current:
-            _current.remove(self)
+        _blocks.leave(self)
         self.close()
 
     def __repr__(self) -> str:
@@ -366,11 +375,13 @@ class LaunchedCluster:
         checksum: bool | None = None,
     ) -> None:
         """Returns once all workers have joined. Raises ClusterError, and leaves nothing behind, if one does not."""
+        check_startable()
         _check_counts(workers, devices_per_worker)
         files, shared = TLS.of(tls), _shares_memory(transport)
         self.token = token or new_token()
         check_exposure(bind, files, self.token, "listen on")
         reached_at = _advertised_host(bind)
+        self._owner = this_process()
         self._over = threading.Event()
         self._host: CoordinatorHost | None = None
         with ExitStack() as stack:
@@ -404,12 +415,14 @@ class LaunchedCluster:
 
     def wait(self) -> None:
         """Return when the cluster is closed."""
+        check_owner(self._owner)
         wait_heeding_signals(self._over)
 
     def close(self) -> None:
-        """End the workers and the coordinator. Idempotent."""
-        self._over.set()
-        self._stack.close()
+        """End the workers and the coordinator. Idempotent; nothing in a fork of the process that started them."""
+        if not is_foreign(self._owner):
+            self._over.set()
+            self._stack.close()
 
     def _on_exit(self, worker: str, reason: str) -> None:
         if self._host is not None:
@@ -417,10 +430,11 @@ class LaunchedCluster:
 
 
 def current_cluster() -> Cluster:
-    """The cluster of the innermost `with` block. Raises ClusterError if there is none."""
-    if not _current:
-        raise ClusterError("there is no cluster; work inside `with fm.Cluster.local(workers=2):`, or give cluster=")
-    return _current[-1]
+    """The cluster of the innermost `with` block of this thread or task, else of the process; see `current`.
+
+    Raises ClusterError if there is none.
+    """
+    return _blocks.current()
 
 
 def _names(workers: int) -> tuple[str, ...]:

@@ -262,10 +262,13 @@ class Dataflow(Generic[P, R]):
 
     def _current(self) -> ClusterLike:
         if self._cluster is not None:
+            self._cluster.session.check_owner()
             return self._cluster
         from flowml_runtime.cluster import current_cluster
 
-        return current_cluster()
+        cluster = current_cluster()
+        cluster.session.check_owner()
+        return cluster
 
     def _not_an_array(self, dynamic: Sequence[Any], kwargs: Mapping[str, Any]) -> TypeError:
         for path, leaf in tree_flatten_with_path((dynamic, dict(kwargs)))[0]:

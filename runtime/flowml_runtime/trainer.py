@@ -203,7 +203,9 @@ class Trainer:
         )
 
     def _here(self) -> Cluster:
-        return self._cluster if self._cluster is not None else current_cluster()
+        cluster = self._cluster if self._cluster is not None else current_cluster()
+        cluster.session.check_owner()
+        return cluster
 
     @contextmanager
     def _alone(self) -> Generator[None]:

@@ -26,6 +26,7 @@ from flowml_runtime.driver.loading import Loading
 from flowml_runtime.driver.residents import MAX_PROGRAMS, Residents
 from flowml_runtime.driver.steps import Steps, unloaded
 from flowml_runtime.execution.faults import cluster_closed, load_failed, step_error, step_failed, worker_lost
+from flowml_runtime.execution.forks import check_owner, is_foreign, this_process
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.inline import LocalStep
 from flowml_runtime.execution.programs import Array, feed_slots
@@ -103,6 +104,7 @@ class Session:
 
         `deadline_s` bounds each wait of a step; `remedy` is what the user can do when a worker is lost.
         """
+        self._owner = this_process()
         self.endpoint = endpoint
         self.remedy = remedy
         self._devices = tuple(devices)
@@ -133,6 +135,10 @@ class Session:
             self._gone = {w: r for w, r in (left | self._gone).items() if w not in there}
             self._devices = tuple(devices)
 
+    def check_owner(self) -> None:
+        """Raises ClusterError in a fork of the process that this session was made in."""
+        check_owner(self._owner)
+
     def attach(self, worker: LocalWorker) -> None:
         """Make known a worker in this very process, so that `call` may go the short way."""
         with self._lock:
@@ -144,6 +150,7 @@ class Session:
         Raises PlacementError for a device that does not exist, WorkerError if a worker cannot load its
         part, WorkerLostError if one dies meanwhile, DeadlineError if they take too long.
         """
+        self.check_owner()
         try:
             for program in plan.programs:
                 find_device(program.device, self.devices, f"plan {plan.name!r}")
@@ -218,6 +225,7 @@ class Session:
         With `copy` the caller may overwrite NumPy inputs as soon as this returns. Raises at once if the plan
         lost a worker; whatever goes wrong later is raised by the future.
         """
+        self.check_owner()
         buffers = handle.prepare(inputs, copy=copy)
         with handle.order:  # numbered and fed under one lock: a device that ran a later step takes no earlier one
             step, future = handle.steps.begin(lambda fetched: handle.restore(fetched, buffers))
@@ -264,6 +272,8 @@ class Session:
 
     def unload(self, handle: LoadedPlan) -> None:
         """Free the plan on its workers. Steps in flight fail."""
+        if is_foreign(self._owner):  # it is its parent's to free
+            return
         with self._lock:
             self._handlers.pop(handle.plan_id, None)
             if self._plans.pop(handle.plan_id, None) is None:
@@ -282,6 +292,8 @@ class Session:
 
     def close(self) -> None:
         """Fail what is outstanding and unload every plan. Idempotent."""
+        if is_foreign(self._owner):
+            return
         with self._lock:
             self._closed = True
             plans, loads = list(self._plans.values()), list(self._loading.values())

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
 from flowml.errors import DeadlineError
+from flowml_runtime.execution.forks import check_owner, this_process
 
 _log = logging.getLogger("flowml")
 
@@ -36,6 +37,7 @@ class Future(Generic[T]):
     def __init__(self, name: str, finish: Callable[[Any], T]) -> None:
         """`name` is how errors call the work, e.g. "step 3 of f"."""
         self.name = name
+        self._owner = this_process()
         self._finish = finish
         self._lock = threading.Lock()
         self._done = threading.Lock()  # a latch: held until completion
@@ -99,6 +101,7 @@ class Future(Generic[T]):
     def _wait(self, timeout: float | None) -> None:
         if self._completed:
             return
+        check_owner(self._owner, self.name)
         if timeout is None:
             while not self._done.acquire(timeout=HEEDS_SIGNALS_S):
                 pass
