@@ -15,6 +15,7 @@ import pytest
 import flowml as fm
 from flowml.plan import ArraySpec
 from flowml_runtime import wire
+from flowml_runtime.driver.loading import messages
 from flowml_runtime.transport.endpoint import ThreadHub
 from flowml_runtime.worker.training import host
 from flowml_runtime.worker.worker import Worker
@@ -42,9 +43,8 @@ def loaded(threads_cluster: fm.Cluster) -> Iterator[tuple[Send, queue.SimpleQueu
             stack.callback(closing.close)
         driver.start(lambda _peer, message, _arrays: heard.put(message), lambda *_: None)
         endpoint.start(worker.on_message, worker.on_lost)
-        encoded = np.frombuffer(plan.encode(), np.uint8)
-        load = wire.LoadPlan(plan_id=PLAN, specs=(ArraySpec(encoded.shape, "uint8"),))
-        driver.send("worker:0", load, [encoded])
+        for message, piece in messages(PLAN, plan, "worker:0", (), WAIT_S):
+            driver.send("worker:0", message, [piece])
         assert isinstance(heard.get(timeout=WAIT_S), wire.Loaded)
         yield lambda message, arrays=(): driver.send("worker:0", message, arrays), heard
 

@@ -18,8 +18,9 @@ import pytest
 
 import flowml as fm
 from flowml.devices import worker_of
-from flowml.plan import ArraySpec, Training
+from flowml.plan import Training
 from flowml_runtime import wire
+from flowml_runtime.driver.loading import messages
 from flowml_runtime.transport.endpoint import ThreadHub
 from flowml_runtime.worker.worker import Worker
 
@@ -85,8 +86,8 @@ class Peers:
         home.start(worker.on_message, worker.on_lost)
         for endpoint in (self.driver, self.other):
             endpoint.start(lambda _peer, message, _arrays: self.heard.put(message), lambda *_: None)
-        encoded = np.frombuffer(plan.encode(), np.uint8)
-        self.tell(wire.LoadPlan(plan_id=PLAN, specs=(ArraySpec(encoded.shape, "uint8"),)), [encoded])
+        for message, piece in messages(PLAN, plan, self.home, (), WAIT_S):
+            self.tell(message, [piece])
         self.until(lambda m: isinstance(m, wire.Loaded))
 
     def begin(self) -> None:

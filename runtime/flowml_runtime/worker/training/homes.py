@@ -42,6 +42,12 @@ class _Held:
     params: list[Array]
     state: list[Array]
     zeros: tuple[Array, ...]
+    clock: int = 0
+    """That of the next contribution, as far as the newest publication tells."""
+
+
+_Job = tuple[int, Callable[[], None]]
+"""Something to be done for a store."""
 
 
 class Homes:
@@ -96,26 +102,26 @@ class Homes:
         )
 
     def step(self, event: protocol.Event) -> None:
-        jobs: dict[int, list[Callable[[], None]]] = {}
-        """By store, so that one waking of a lane does for all."""
-        steps: dict[int, int] = {}
+        jobs: dict[str, list[_Job]] = {}
+        """By device, so that its lane is woken once for all that an event brings about."""
         for action in self._machine.step(event):
             match action:
                 case protocol.Apply(store, version, contributions):
                     given = [([a for h in handles for a in self._payloads.pop(h)], c) for handles, c in contributions]
-                    jobs.setdefault(store, []).append(partial(self._apply, store, version, given))
-                case protocol.Publish(store, _, clocks):
-                    steps[store] = self._run.step_of(max([c for c in clocks if c != RETIRED and c], default=1) - 1)
-                    jobs.setdefault(store, []).append(partial(self._publish, action))
+                    self._order(jobs, store, partial(self._apply, store, version, given))
+                case protocol.Publish(store):
+                    self._order(jobs, store, partial(self._publish, action))
                 case protocol.SendArrived(store, replica, clock):
                     self._arrived(store, replica, clock)
                 case protocol.Release(handle):
                     self._payloads.pop(handle, None)
                 case protocol.Finished(store):
-                    jobs.setdefault(store, []).append(partial(self._finish, store, self._machine.version(store)))
-        for store, ordered in jobs.items():
-            failed = partial(self._fail, steps.get(store, self._run.number), f"store {self._specs[store].name}")
-            self._lanes[self._homes[store]].put(partial(self._do, ordered), failed)
+                    self._order(jobs, store, partial(self._finish, store, self._machine.version(store)))
+        for home, ordered in jobs.items():
+            self._lanes[home].put(partial(self._do, ordered), partial(self._fail, self._run.number, "a home"))
+
+    def _order(self, jobs: dict[str, list[_Job]], store: int, job: Callable[[], None]) -> None:
+        jobs.setdefault(self._homes[store], []).append((store, job))
 
     def close(self) -> None:
         """Drop what is not done, and end the threads after what they do now. Does not wait. Idempotent."""
@@ -125,10 +131,14 @@ class Homes:
 
     # A lane's thread.
 
-    def _do(self, jobs: Sequence[Callable[[], None]]) -> None:
-        for job in jobs:
-            if not self._failed and not self._run.stopped:
+    def _do(self, jobs: Sequence[_Job]) -> None:
+        for store, job in jobs:
+            if self._failed or self._run.stopped:
+                return
+            try:
                 job()
+            except Exception as error:
+                self._fail(self._run.step_of(self._held[store].clock), f"store {self._specs[store].name}", error)
 
     def _fail(self, step: int, node: str, error: BaseException) -> None:
         self._failed = True
@@ -159,6 +169,7 @@ class Homes:
         Apply tasks are compiled without donation, so each makes new arrays and leaves the old ones alone.
         """
         held = self._held[action.store]
+        held.clock = max(c for c in (0, *action.clocks) if c != RETIRED)
         specs = held.spec.specs if action.value else ()
         values = host_view(held.params, held.program.device) if action.value else ()
         message = wire.Published(
