@@ -1,13 +1,16 @@
 """Automatic placement: one device against pipelines of two and more, by estimate.
 
 One fast machine hardly ever gains from a pipeline; slow links never do for a single call. The comparison is
-kept so that `plan.explain()` can say so with numbers. Stages lie along the fastest links that there are, so that two
+kept so that `plan.explain()` can say so with numbers. The estimate is not exact, so a pipeline has to promise more than
+its error, over one device and over any shorter pipeline. Stages lie along the fastest links that there are, so that two
 machines with a slow link between them meet in at most one place of the pipeline.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+
+import msgspec
 
 from flowml.devices import Device
 from flowml.errors import PlacementError
@@ -20,6 +23,10 @@ from flowml.placement.links import Links
 from flowml.placement.memory import resident_bytes
 from flowml.placement.pipeline import crossing_bytes, pipeline_items, pipeline_stages
 from flowml.plan import Choice
+
+ERROR = 0.2
+"""How far estimates of two placements of one function may be off against each other, as a share of the time."""
+_WITHIN = f"estimate's error of {ERROR:.0%}"
 
 
 def choose(
@@ -44,11 +51,22 @@ def choose(
             f"the model fits on no device: the best split needs at least {smallest:,} bytes on one device, "
             f"devices have {limit:,}; add devices or raise memory_bytes"
         )
-    best = min(fitting, key=lambda i: weighed[i][0].step_seconds)
+    best = fitting[0]
+    for i in fitting[1:]:
+        if weighed[i][0].step_seconds < (1 - ERROR) * weighed[best][0].step_seconds:
+            best = i
     choices = tuple(
-        Choice(c.name, c.step_seconds, c.peak_bytes, c.note, chosen=i == best) for i, (c, _) in enumerate(weighed)
+        msgspec.structs.replace(c, chosen=i == best, note=_note(c, fits, weighed[best][0]))
+        for i, (c, fits) in enumerate(weighed)
     )
-    return candidates[best][1], choices, _notes(best, objective, devices, chain)
+    return candidates[best][1], choices, _notes(choices, objective, devices, chain)
+
+
+def _note(choice: Choice, fits: bool, best: Choice) -> str:
+    if not fits or choice.step_seconds >= best.step_seconds:
+        return choice.note
+    gain = 1 - choice.step_seconds / best.step_seconds
+    return f"{choice.note}; gains {gain:.1%}, within the {_WITHIN}"
 
 
 def _chain(devices: Sequence[Device], links: Links, nbytes: int) -> list[Device]:
@@ -63,8 +81,13 @@ def _chain(devices: Sequence[Device], links: Links, nbytes: int) -> list[Device]
     return chain
 
 
-def _notes(best: int, objective: str, devices: Sequence[Device], chain: Sequence[Device]) -> tuple[str, ...]:
+def _notes(
+    choices: Sequence[Choice], objective: str, devices: Sequence[Device], chain: Sequence[Device]
+) -> tuple[str, ...]:
+    best = next(i for i, c in enumerate(choices) if c.chosen)
     if best == 0 and len(devices) > 1:
+        if any(c.note.endswith(_WITHIN) for c in choices):
+            return (f"no pipeline here is expected to gain more than the {_WITHIN} (objective: {objective}).",)
         return (f"one device is expected to be faster than any pipeline here (objective: {objective}).",)
     stages = chain[: best + 1]
     if list(devices[: best + 1]) != stages:

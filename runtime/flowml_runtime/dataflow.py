@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ from flowml.ir._jax import trace_context
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.driver.steps import UnloadedError
+from flowml_runtime.driver.trial import Trial, trial_of
 from flowml_runtime.execution.future import Future
 
 if TYPE_CHECKING:
     from flowml.devices import Device
+    from flowml.ir.graph import Graph
     from flowml.placement.links import Links
     from flowml.plan import Plan
 
@@ -53,6 +56,9 @@ class _Program:
     plan: Plan
     out_tree: Any
     handle: LoadedPlan | None = None
+    trial: Trial | None = None
+    on_one_device: bool = False
+    """Whether it is what the trial of a pipeline compares with."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class Dataflow(Generic[P, R]):
         placement: Any,
         static_argnums: Sequence[int],
         donate_argnums: Sequence[int],
+        now_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         functools.update_wrapper(self, fn)
         self._fn = fn
@@ -124,6 +131,7 @@ class Dataflow(Generic[P, R]):
         self._placement = placement
         self._static = tuple(static_argnums)
         self._donate = tuple(donate_argnums)
+        self._now_s = now_s
         self._recent: _Recent | None = None
         self._lock = threading.RLock()  # tracing a function may call its own program
         self._programs: weakref.WeakKeyDictionary[ClusterLike, dict[Hashable, _Program]] = weakref.WeakKeyDictionary()
@@ -153,8 +161,14 @@ class Dataflow(Generic[P, R]):
             return self._fn(*args, **kwargs)
 
         def run(session: Session, program: _Program, handle: LoadedPlan) -> R:
-            self._recent = self._remember(program, handle, call)
-            return cast(R, tree_unflatten(program.out_tree, session.call(handle, call.leaves)))
+            trial = program.trial
+            if trial is None or trial.over:
+                self._recent = self._remember(program, handle, call)
+                return cast(R, tree_unflatten(program.out_tree, session.call(handle, call.leaves)))
+            began_s = self._now_s()
+            outputs = jax.block_until_ready(session.call(handle, call.leaves))
+            trial.took(self._now_s() - began_s, on_one_device=program.on_one_device)
+            return cast(R, tree_unflatten(program.out_tree, outputs))
 
         return self._loaded(call, args, kwargs, run)
 
@@ -230,17 +244,29 @@ class Dataflow(Generic[P, R]):
                 continue
 
     def _program(self, cluster: ClusterLike, call: _Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Program:
+        program = self._compiled(cluster, call.key, self._placement, args, kwargs)
+        if program.trial is None or not program.trial.on_one_device:
+            return program
+        alone = self._compiled(cluster, (call.key, "on one device"), _on_one_device, args, kwargs)
+        alone.trial, alone.on_one_device = program.trial, True
+        return alone
+
+    def _compiled(
+        self, cluster: ClusterLike, key: Hashable, placement: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> _Program:
         programs = self._programs.get(cluster)
-        found = programs.get(call.key) if programs is not None else None
+        found = programs.get(key) if programs is not None else None
         if found is not None:
             return found
         with self._lock:
             programs = self._programs.setdefault(cluster, {})
-            if call.key not in programs:
-                programs[call.key] = self._compile(cluster, args, kwargs)
-            return programs[call.key]
+            if key not in programs:
+                programs[key] = self._compile(cluster, placement, args, kwargs)
+            return programs[key]
 
-    def _compile(self, cluster: ClusterLike, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Program:
+    def _compile(
+        self, cluster: ClusterLike, placement: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> _Program:
         from flowml.compiler import compile_function
 
         try:
@@ -249,16 +275,16 @@ class Dataflow(Generic[P, R]):
                 tuple(args),
                 dict(kwargs),
                 devices=cluster.devices,
-                placement=self._placement,
+                placement=placement,
                 static_argnums=self._static,
                 donate_argnums=self._donate,
                 platforms=_platforms(cluster.devices),
                 name=self._name,
-                links=cluster.links_for(self._placement),
+                links=cluster.links_for(placement),
             )
         except PlacementError as error:
             raise cluster.session.explained(error, self._name) from None
-        return _Program(compiled.plan, compiled.out_tree)
+        return _Program(compiled.plan, compiled.out_tree, trial=trial_of(compiled.plan, placement))
 
     def _current(self) -> ClusterLike:
         if self._cluster is not None:
@@ -289,6 +315,10 @@ def _release(programs: Mapping[ClusterLike, Mapping[Hashable, _Program]]) -> Non
         for program in compiled.values():
             if program.handle is not None:
                 cluster.session.release(program.handle)
+
+
+def _on_one_device(graph: Graph, devices: Sequence[Device]) -> dict[int, Device]:
+    return {node.id: devices[0] for node in graph.nodes}
 
 
 def _check_hashable(name: str, static: Sequence[tuple[int, Any]]) -> None:
