@@ -6,11 +6,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import flowml
-from flowml.errors import ClusterError, FlowmlError
-from flowml_runtime import wire
+from flowml.errors import ClusterError, WorkerLostError
+from flowml_runtime import service, wire
 from flowml_runtime.membership.member import COORDINATOR
 from flowml_runtime.protocol.membership import (
     HEARTBEAT_S,
@@ -49,11 +50,13 @@ class CoordinatorHost:
         checksum: bool | None = None,
         heartbeat_s: float = HEARTBEAT_S,
         timeout_s: float = TIMEOUT_S,
+        on_failure: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Raises ClusterError if the address cannot be bound, or not safely.
 
         `works` says whether the process of a worker that keeps silent is at work, as far as that can be seen here.
-        Without `shared_memory` peers of this machine are talked to by gRPC too.
+        Without `shared_memory` peers of this machine are talked to by gRPC too. `on_failure` is told once if there is
+        no coordinator any more, though it was not closed; its members lose it at the same time.
         """
         self._works = works
         self._machine = Coordinator(flowml.__version__, wire.PROTOCOL, heartbeat_s=heartbeat_s, timeout_s=timeout_s)
@@ -66,9 +69,9 @@ class CoordinatorHost:
             COORDINATOR, token, bind=bind, tls=tls, shared_memory=shared_memory, checksum=checksum
         )
         self.address = self._endpoint.address
-        self._thread = threading.Thread(target=self._run, name="flowml-coordinator", daemon=True)
+        self._on_failure = on_failure
         self._endpoint.start(self._on_message, lambda peer, reason: self._events.put(ConnectionLost(peer, reason)))
-        self._thread.start()
+        self._thread = service.start("flowml-coordinator", self._run, self._fail)
 
     def process_exited(self, worker: str, reason: str) -> None:
         """Called by whoever started the worker's process, when it has ended."""
@@ -103,17 +106,23 @@ class CoordinatorHost:
     def _run(self) -> None:
         next_tick = 0.0
         while True:
-            try:
+            event: Event | None = None
+            with suppress(queue.Empty):
                 event = self._events.get(timeout=max(0.0, next_tick - time.monotonic()))
                 if event is None:
                     return
-                self._do(self._machine.step(event))
-            except queue.Empty:
-                pass
-            if time.monotonic() >= next_tick:
-                self._do(self._machine.step(Tick(time.monotonic())))
-                next_tick = time.monotonic() + self._tick_s
-            self._note()
+            with service.going_on("an event of membership could not be taken in"):
+                if event is not None:
+                    self._do(self._machine.step(event))
+                if time.monotonic() >= next_tick:
+                    next_tick = time.monotonic() + self._tick_s
+                    self._do(self._machine.step(Tick(time.monotonic())))
+                self._note()
+
+    def _fail(self, reason: str) -> None:
+        """Without its thread there is no coordinator: let its members see that."""
+        self._endpoint.close()
+        self._on_failure(reason)
 
     def _note(self) -> None:
         members = self._machine.members
@@ -124,10 +133,8 @@ class CoordinatorHost:
 
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
-            try:
-                self._act(action)
-            except FlowmlError:
-                continue  # a peer that cannot be reached; its loss is an event of its own
+            with service.going_on(f"{action} could not be done"), suppress(WorkerLostError):
+                self._act(action)  # the loss of a peer is an event of its own
 
     def _act(self, action: Action) -> None:
         match action:

@@ -7,20 +7,25 @@ name, and takes the one that it is given before it opens a connection to anybody
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
 
 import flowml
 from flowml.errors import ClusterError, FlowmlError
-from flowml_runtime import wire
+from flowml_runtime import service, wire
 from flowml_runtime.transport.endpoint import OnLost, OnMessage
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
+from flowml_runtime.transport.grpc_streams import TURNED_AWAY
 
 COORDINATOR = "coordinator"
 
 REPORT_S = 1.0
 """How long the reason of a failed connection may take from the thread that saw it to the one that joins."""
+
+AGAIN_S = 0.25
+"""How long to wait before joining again where a coordinator had too many connections."""
 
 
 def passing_name() -> str:
@@ -53,7 +58,6 @@ class Membership:
         self._epoch = -1
         self._changed = threading.Condition()
         self._over = threading.Event()
-        self._heart: threading.Thread | None = None
 
     def join(
         self, name: str, devices: tuple[wire.DeviceInfo, ...] = (), *, python: bool = False, timeout_s: float = 30.0
@@ -71,21 +75,34 @@ class Membership:
             devices=devices,
             python=python,
         )
+        deadline = time.monotonic() + timeout_s
+        self._ask(join, deadline)
+        while (self._refusal or "").endswith(TURNED_AWAY) and time.monotonic() + AGAIN_S < deadline:
+            self._over.wait(AGAIN_S)
+            with self._changed:
+                self._refusal = None
+            endpoint.forget(COORDINATOR)
+            endpoint.know({COORDINATOR: self._address})
+            self._ask(join, deadline)
+        if self._refusal is not None:
+            raise ClusterError(f"the cluster at {self._address} cannot be joined: {self._refusal}")
+        welcome = self._welcome
+        if welcome is None:
+            raise ClusterError(f"the cluster at {self._address} did not answer within {timeout_s:g} s; is it running?")
+        service.start("flowml-heartbeat", lambda: self._beat(welcome), self._end)
+        return welcome.worker
+
+    def _ask(self, join: wire.Join, deadline: float) -> None:
+        """Send the request, and wait for the answer or the reason why there is none."""
         try:
-            endpoint.send(COORDINATOR, join)
+            self._endpoint.send(COORDINATOR, join)
         except FlowmlError as error:
             with self._changed:  # the connection has ended already, and why is about to be reported
                 self._changed.wait_for(lambda: self._refusal is not None, REPORT_S)
             self._end(str(error))
         with self._changed:
-            self._changed.wait_for(lambda: self._refusal is not None or self._epoch >= 0, timeout_s)
-        if self._refusal is not None:
-            raise ClusterError(f"the cluster at {self._address} cannot be joined: {self._refusal}")
-        if self._welcome is None:
-            raise ClusterError(f"the cluster at {self._address} did not answer within {timeout_s:g} s; is it running?")
-        self._heart = threading.Thread(target=self._beat, args=(self._welcome,), name="flowml-heartbeat", daemon=True)
-        self._heart.start()
-        return self._welcome.worker
+            left = max(0.0, deadline - time.monotonic())
+            self._changed.wait_for(lambda: self._refusal is not None or self._epoch >= 0, left)
 
     def leave(self, reason: str = "it left") -> None:
         """Say goodbye and stop. Idempotent; the endpoint is closed by its owner."""
@@ -102,8 +119,9 @@ class Membership:
         while not self._over.wait(welcome.heartbeat_s):
             try:
                 self._endpoint.send(COORDINATOR, beat)
-            except FlowmlError:
-                return  # reported by on_lost
+            except FlowmlError as error:
+                self._end(str(error))
+                return
 
     def _on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
         if peer != COORDINATOR:

@@ -6,7 +6,8 @@ and gets its messages through a Unix socket and shared memory, unless TLS is to 
 A peer is lost when its stream to us or ours to it ends, or when we are told. That is reported once in each of
 its lives, after which its sends fail and its streams are refused, until it is known at another address.
 Everything that is sent is checked against the specs in its header on both sides, and a stream that brings
-anything else ends there.
+anything else ends there. Whoever counts as lost is told so: what comes in from it ends as well, so that of two peers
+never only one takes the other for lost.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -26,7 +27,7 @@ import flowml
 from flowml.errors import WorkerLostError
 from flowml.placement.links import GRPC, SAME_PROCESS, SHARED_MEMORY
 from flowml.plan import ArraySpec
-from flowml_runtime import wire
+from flowml_runtime import service, wire
 from flowml_runtime.transport import local_stream as unix_stream
 from flowml_runtime.transport.arrays import Buffer
 from flowml_runtime.transport.buffers import NEVER_KEPT_BYTES, BufferPool, keep_freed_memory
@@ -49,9 +50,15 @@ from flowml_runtime.transport.security import TLS, check_exposure, is_loopback, 
 CLOSE_S = 1.0
 """How long `close` waits for peers to take in what was sent to them."""
 
+SHORTAGE_S = 5.0
+"""How long a connection is tried again while this process has no descriptors or memory for it; then its peer is lost."""
+
 _log = logging.getLogger("flowml")
 
 AnyStream = Stream | UnixStream
+
+
+def _nothing() -> None: ...
 
 
 @dataclass
@@ -65,6 +72,10 @@ class _Peer:
     stream: AnyStream | None = None
     expectation: Expectation | None = None
     """Of the thread that takes in what comes from there through a socket of this machine."""
+    hang_up: Callable[[], object] = _nothing
+    """Ends what comes in from there."""
+    connecting: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a connection is made, which may take a while."""
 
 
 class _Refused(Exception):
@@ -233,20 +244,45 @@ class GrpcEndpoint:
             return known.stream
         with self._lock:
             peer = self._peers.get(name)
-            if self._closed:
-                raise unreachable(name, "this end is closed")
-            if peer is None or not peer.address:
-                raise unreachable(name, "it has not joined, or has left")
-            if peer.lost:
-                raise unreachable(name, peer.lost)
+        if peer is None:
+            raise unreachable(name, "it has not joined, or has left")
+        with peer.connecting:
             if peer.stream is not None:
                 return peer.stream
-            hello = wire.Hello(
-                peer=self.name, incarnation=self.incarnation, protocol=wire.PROTOCOL, version=flowml.__version__
-            )
-            stream = peer.stream = self._connect(peer.address, pack(hello))
+            self._check_reachable(peer)
+            stream = self._connect(peer)
+            with self._lock:
+                lost = self._closed or bool(peer.lost)
+                peer.stream = None if lost else stream
         stream.start(lambda ended, reason: self._on_end(peer, ended, reason))
+        if lost:
+            stream.abort()
+            self._check_reachable(peer)
         return stream
+
+    def _check_reachable(self, peer: _Peer) -> None:
+        if self._closed:
+            raise unreachable(peer.name, "this end is closed")
+        if peer.lost:
+            raise unreachable(peer.name, peer.lost)
+        if not peer.address:
+            raise unreachable(peer.name, "it has not joined, or has left")
+
+    def _connect(self, peer: _Peer) -> AnyStream:
+        """A new connection. Where the process has run out of something, that may be over in a moment."""
+        hello = wire.Hello(
+            peer=self.name, incarnation=self.incarnation, protocol=wire.PROTOCOL, version=flowml.__version__
+        )
+        deadline = time.monotonic() + SHORTAGE_S
+        while True:
+            try:
+                return self._dial(peer.address, pack(hello))
+            except OSError as error:
+                if error.errno not in service.SHORTAGES or time.monotonic() > deadline or self._closed:
+                    reason = f"no connection to it can be made from here: {error.strerror}"
+                    self._lose(peer, reason)
+                    raise unreachable(peer.name, reason) from None
+            time.sleep(service.SHORTAGE_S)
 
     def _on_end(self, peer: _Peer, stream: AnyStream, reason: str) -> None:
         if peer.stream is stream:
@@ -261,10 +297,11 @@ class GrpcEndpoint:
             stream, peer.stream = peer.stream, None
         if stream is not None:
             stream.abort()  # first of all, so that nobody who waits to send holds up the report
+        peer.hang_up()
         with self._reporting:
             self._on_lost(peer.name, reason)
 
-    def _connect(self, address: str, hello: Outgoing) -> AnyStream:
+    def _dial(self, address: str, hello: Outgoing) -> AnyStream:
         local: UnixStream | None = None
         if self._shared_memory:
             checked = self._checksum is True
@@ -276,7 +313,9 @@ class GrpcEndpoint:
 
     def _receive(self, frames: Iterator[bytes], context: Any) -> bytes:
         """Serve one incoming gRPC stream to its end."""
-        refusal, fault = self._serve(_assembled(frames, Assembler(self._allocate), context.is_active))
+        refusal, fault = self._serve(
+            _assembled(frames, Assembler(self._allocate), context.is_active), lambda: context.cancel()
+        )
         if refusal:
             context.abort(grpc.StatusCode.INTERNAL if fault else grpc.StatusCode.INVALID_ARGUMENT, refusal[:1024])
         return b""
@@ -286,11 +325,13 @@ class GrpcEndpoint:
         keep_freed_memory()
         return self._pool.take(nbytes)
 
-    def _serve_local(self, incoming: Incoming, expectation: Expectation) -> str:
-        refusal, fault = self._serve(incoming, expectation)
+    def _serve_local(self, incoming: Incoming, hang_up: Callable[[], object], expectation: Expectation) -> str:
+        refusal, fault = self._serve(incoming, hang_up, expectation)
         return "its connection broke" if fault else refusal
 
-    def _serve(self, incoming: Incoming, expectation: Expectation | None = None) -> tuple[str, bool]:
+    def _serve(
+        self, incoming: Incoming, hang_up: Callable[[], object], expectation: Expectation | None = None
+    ) -> tuple[str, bool]:
         """Take one stream in to its end. Returns why it is refused ("" if it just ended), and whether by our fault."""
         peer: _Peer | None = None
         refusal, reason, fault = "", "it closed the connection", False
@@ -298,21 +339,25 @@ class GrpcEndpoint:
             for message, arrays in incoming:
                 if peer is None:
                     peer = self._greet(message)
-                    peer.expectation = expectation
+                    peer.expectation, peer.hang_up = expectation, hang_up
                 elif peer.lost:
-                    raise _Refused(f"{peer.name} counts as lost here: {peer.lost}; start it again")
+                    raise _Refused(_counts_as_lost(peer))
                 else:
                     self._on_message(peer.name, message, arrays)
                 del message, arrays  # else they would stay alive until the next message
         except (FrameError, _Refused) as error:
             refusal = reason = str(error)
-        except (grpc.RpcError, ConnectionError):
+        except (grpc.RpcError, OSError):
             reason = "its connection broke"
-        except Exception as error:
+        except BaseException as error:  # a callback of a user may call sys.exit()
             _log.exception("a message from %s could not be taken in", peer.name if peer is not None else "a stranger")
-            refusal = reason = f"a message from it failed here: {type(error).__name__}: {error}"
+            refusal = reason = f"a message from it failed here: {service.named(error)}"
             fault = True
         if peer is not None:
+            if peer.hang_up is hang_up:
+                peer.hang_up = _nothing  # what came in has ended
+            if peer.lost and not refusal:
+                refusal = _counts_as_lost(peer)
             self._lose(peer, reason)
         return refusal, fault
 
@@ -339,6 +384,10 @@ class GrpcEndpoint:
                 current = self._peers[hello.peer] = _Peer(hello.peer)
             current.incarnation = hello.incarnation
             return current
+
+
+def _counts_as_lost(peer: _Peer) -> str:
+    return f"{peer.name} counts as lost here: {peer.lost}; start it again"
 
 
 def _assembled(frames: Iterator[bytes], assembler: Assembler, is_active: Callable[[], bool]) -> Incoming:

@@ -2,6 +2,9 @@
 
 Only raw bytes pass through gRPC: one method, "push", from client to server, without generated code. A stream
 lives as long as the two peers know each other; its end is how either learns that the other is gone.
+
+A connection that does not get as far as a call is closed after `AUTHENTICATE_S`, and a call without the token at once.
+No server has more than half of the process's descriptors in connections, so that a flood of them leaves it working.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import itertools
 import queue
 import re
+import resource
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
@@ -17,7 +21,9 @@ from typing import Any
 import grpc
 
 from flowml.errors import ClusterError
+from flowml_runtime import service
 from flowml_runtime.transport.buffers import keep_freed_memory
+from flowml_runtime.transport.diagnosis import diagnose
 from flowml_runtime.transport.endpoint import Budget
 from flowml_runtime.transport.framing import MAX_FRAME_BYTES, Outgoing
 from flowml_runtime.transport.security import TLS, is_loopback, same_token, split_address
@@ -25,9 +31,17 @@ from flowml_runtime.transport.security import TLS, is_loopback, same_token, spli
 METHOD = "/flowml.Endpoint/push"
 TOKEN_KEY = "flowml-token"
 MAX_STREAMS = 4096
+MAX_METADATA_BYTES = 2**14
+"""Of a call, the token included. gRPC refuses more before anything is made of it."""
+
+AUTHENTICATE_S = 5.0
+"""How long a connection may take to come to a call with the token, and how long it may be without one."""
 
 _UNREACHED = re.compile("failed to connect|connections to all backends failing", re.IGNORECASE)
 """In gRPC's words, which differ with what its load balancer was doing: there never was a connection."""
+
+_CLOSED = re.compile("socket closed|reset by peer|broken pipe", re.IGNORECASE)
+TURNED_AWAY = "it closed the connection at once: it may have too many at the moment"
 
 Receive = Callable[[Iterator[bytes], Any], bytes]
 """(frames, grpc.ServicerContext) -> b"". Runs on a thread of its own for as long as the stream lives."""
@@ -37,6 +51,8 @@ _OPTIONS = (
     ("grpc.enable_http_proxy", 0),  # peers are named by the cluster, not found through the user's web proxy
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.compression_enabled_algorithms_bitset", 1),  # none: nothing unpacks to more than was sent
 )
 
@@ -55,6 +71,22 @@ def _options(host: str) -> tuple[tuple[str, int], ...]:
     return _OPTIONS if is_loopback(host) else _OPTIONS + _KEEPALIVE
 
 
+def _limits() -> tuple[tuple[str, int], ...]:
+    """Of a server, for those who have shown no token: in number and in time."""
+    milliseconds = int(AUTHENTICATE_S * 1000)
+    return (
+        ("grpc.server_handshake_timeout_ms", milliseconds),
+        ("grpc.max_connection_idle_ms", milliseconds),  # without a call; ours have one for as long as they live
+        ("grpc.max_allowed_incoming_connections", max_connections()),
+    )
+
+
+def max_connections() -> int:
+    """Connections that one server may have: those made from here need as many descriptors again."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_STREAMS if soft == resource.RLIM_INFINITY else max(1, min(soft // 2, MAX_STREAMS))
+
+
 class Stream:
     """The outgoing half of a connection. `put` from any thread; gRPC's own thread takes from the queue."""
 
@@ -70,6 +102,7 @@ class Stream:
         self._ended = threading.Event()
         self.reason = ""
         """Why the peer or the connection ended it. Known before `put` returns False for that."""
+        self._why = lambda call: _why(call, address, tls)
         self._channel = _channel(address, tls)
         self._call: Any = None
         self._budget.acquire(first.nbytes)
@@ -81,7 +114,7 @@ class Stream:
         self._call = push.future(self._frames(), metadata=((TOKEN_KEY, self._token),))
 
         def ended(call: Any) -> None:
-            self.reason = _why(call)
+            self.reason = self._why(call)
             self.finish()
             try:
                 on_end(self, self.reason)  # first: nobody should wait for the word until gRPC has tidied up
@@ -89,8 +122,17 @@ class Stream:
                 self._channel.close()
                 self._ended.set()
 
+        def failed(reason: str) -> None:
+            self.reason = self.reason or reason
+            self.finish()
+            on_end(self, self.reason)
+            self._ended.set()
+
         def hand_over(call: Any) -> None:  # closing a channel waits for the very thread that calls this
-            threading.Thread(target=ended, args=(call,), name="flowml-ended", daemon=True).start()
+            try:
+                service.start("flowml-ended", lambda: ended(call), failed)
+            except ClusterError as error:
+                failed(str(error))
 
         self._call.add_done_callback(hand_over)
 
@@ -131,7 +173,7 @@ def _channel(address: str, tls: TLS | None) -> Any:
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, cert), options=options)
 
 
-def _why(call: Any) -> str:
+def _why(call: Any, address: str, tls: TLS | None) -> str:
     """Why a call has ended, for a person."""
     code, details = call.code(), call.details() or ""
     if code is grpc.StatusCode.OK:
@@ -140,10 +182,16 @@ def _why(call: Any) -> str:
         return "it refuses the token; use the one that its cluster was started with"
     if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT):
         return details
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return f"it has no room for another connection: {details}"
+    if code is grpc.StatusCode.UNKNOWN:
+        return "it cannot take another connection in; its log says why"
     if code is grpc.StatusCode.CANCELLED:
         return "the connection was ended"
     if _UNREACHED.search(details):
-        return f"it cannot be reached: {details.rsplit(': ', 1)[-1]}"
+        said = details.rsplit(": ", 1)[-1]
+        cause = "" if "refused" in said else diagnose(address, tls)
+        return f"it cannot be reached: {cause or (TURNED_AWAY if _CLOSED.search(said) else said)}"
     return "its connection broke"
 
 
@@ -155,11 +203,12 @@ class StreamServer:
         host, _ = split_address(bind)
         handler = grpc.stream_unary_rpc_method_handler(receive)
         self._started = False
+        self._threads = _ThreadEach()
         self._server = grpc.server(
-            _ThreadEach(),  # pyright: ignore[reportArgumentType]
+            self._threads,  # pyright: ignore[reportArgumentType]
             handlers=[_Push(handler)],
-            interceptors=[_TokenCheck(token)],
-            options=_options(host),
+            interceptors=[_TokenCheck(token, self._threads)],
+            options=(*_options(host), *_limits()),
             maximum_concurrent_rpcs=MAX_STREAMS,
         )
         try:
@@ -176,6 +225,7 @@ class StreamServer:
         if not self._started:
             self._server.start()  # one that never ran would keep its port
         self._server.stop(None).wait(2.0)
+        self._threads.shutdown()
 
     def _bind(self, bind: str, tls: TLS | None) -> int:
         if tls is None:
@@ -194,10 +244,11 @@ class _Push(grpc.GenericRpcHandler):
 
 
 class _TokenCheck(grpc.ServerInterceptor):
-    """Refuses a call without the token before any of its body is read."""
+    """Refuses a call without the token before any of its body is read, and any call while there is no thread for it."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, threads: _ThreadEach) -> None:
         self._token = token
+        self._threads = threads
 
         def refuse(frames: Iterator[bytes], context: Any) -> bytes:
             context.abort(grpc.StatusCode.UNAUTHENTICATED, "missing or wrong token")
@@ -206,6 +257,7 @@ class _TokenCheck(grpc.ServerInterceptor):
         self._refuse = grpc.stream_unary_rpc_method_handler(refuse)
 
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
+        self._threads.prepare()  # what this raises is the answer to the call
         given = dict(handler_call_details.invocation_metadata).get(TOKEN_KEY, "")
         if isinstance(given, str) and same_token(given, self._token):
             return continuation(handler_call_details)
@@ -214,6 +266,18 @@ class _TokenCheck(grpc.ServerInterceptor):
 
 class _ThreadEach(Executor):
     """A daemon thread for each stream: a pool's threads would keep the process from ending until each stream has."""
+
+    def __init__(self) -> None:
+        self._spare: queue.SimpleQueue[Callable[[], None]] | None = None
+        """Of a thread that waits for the next stream. Used by gRPC's serving thread alone, until that has ended."""
+
+    def prepare(self) -> queue.SimpleQueue[Callable[[], None]]:
+        """Have a thread for the next stream: a stream without one would never be answered. Raises ClusterError."""
+        if self._spare is None:
+            work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+            service.start("flowml-receive", lambda: work.get()(), lambda _: None)  # the future has what went wrong
+            self._spare = work
+        return self._spare
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -224,5 +288,10 @@ class _ThreadEach(Executor):
             except BaseException as error:
                 future.set_exception(error)
 
-        threading.Thread(target=run, name="flowml-receive", daemon=True).start()
+        work, self._spare = self.prepare(), None
+        work.put(run)
         return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if self._spare is not None:
+            self._spare.put(lambda: None)

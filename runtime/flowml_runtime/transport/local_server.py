@@ -1,9 +1,15 @@
-"""The receiving half of streams between processes of one machine; `unix_stream` says what is on the socket."""
+"""The receiving half of streams between processes of one machine; `local_stream` says what is on the socket.
+
+A connection has `AUTHENTICATE_S` to show its token. Of those that have not yet, `MAX_STRANGERS` may be there at once;
+one more, and the oldest of them is closed.
+"""
 
 from __future__ import annotations
 
 import array
 import contextlib
+import errno
+import functools
 import itertools
 import os
 import socket
@@ -14,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flowml_runtime import wire
+from flowml_runtime import service, wire
 from flowml_runtime.transport.arrays import Buffer
 from flowml_runtime.transport.framing import MAX_FRAME_BYTES, FrameError, unpack
 from flowml_runtime.transport.local_stream import (
@@ -65,9 +71,12 @@ class Expectation:
         self.until = 0.0
 
 
-Serve = Callable[[Incoming, Expectation], str]
-"""Takes the messages of one stream in, to its end; returns why it wants no more of them, or "" if they just ended.
-A connection that broke raises ConnectionError out of the iterator."""
+Serve = Callable[[Incoming, Callable[[], object], Expectation], str]
+"""Takes the messages of one stream in, to its end, which comes soon after the second argument is called. Returns why
+it wants no more of them, or "" if they just ended. A connection that broke raises OSError out of the iterator."""
+
+AUTHENTICATE_S = 5.0
+MAX_STRANGERS = 64
 
 
 class UnixServer:
@@ -79,6 +88,8 @@ class UnixServer:
         self._serve = serve
         self._lock = threading.Lock()
         self._links: set[socket.socket] = set()
+        self._strangers: dict[socket.socket, None] = {}
+        """Links that have not shown the token yet, the oldest first."""
         self._closed = False
         self._listener = socket.socket(socket.AF_UNIX)
         try:
@@ -86,10 +97,11 @@ class UnixServer:
         except OSError:
             self._listener.close()
             raise
+        self._listener.settimeout(None)
         self._listener.listen(_BACKLOG)
 
     def start(self) -> None:
-        threading.Thread(target=self._accept, name="flowml-accept", daemon=True).start()
+        service.start("flowml-accept", self._accept, lambda _: self._listener.close())  # peers then come by gRPC
 
     def stop(self) -> None:
         """Break every stream and free the name."""
@@ -97,48 +109,80 @@ class UnixServer:
             self._closed = True
             links = list(self._links)
         for link in (self._listener, *links):
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
+            _shut(link, socket.SHUT_RDWR)
         self._listener.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 link, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._listener.fileno() < 0 or error.errno == errno.EINVAL:  # closed, or shut down
+                    return
+                time.sleep(service.SHORTAGE_S)  # who connects waits meanwhile
+                continue
+            with service.going_on("a connection could not be taken in"):
+                self._admit(link)
+
+    def _admit(self, link: socket.socket) -> None:
+        try:
+            link.settimeout(None)
             with self._lock:
                 if self._closed or user_of(link) != os.getuid():
                     link.close()
-                    continue
+                    return
                 self._links.add(link)
-            threading.Thread(target=self._run, args=(link,), name="flowml-receive", daemon=True).start()
+                if len(self._strangers) >= MAX_STRANGERS:
+                    _shut(next(iter(self._strangers)), socket.SHUT_RDWR)
+                self._strangers[link] = None
+            service.start("flowml-receive", lambda: self._run(link), lambda _: None)  # its connection has ended
+        except BaseException:
+            self._let_go(link)
+            raise
 
     def _run(self, link: socket.socket) -> None:
         """One stream, from its token to the reason of its end."""
         expectation = Expectation()
         reader = _Reader(link, expectation)
         try:
-            reason = self._check(reader) or self._serve(_messages(link, reader), expectation) or CLOSED
+            reason = self._check(link, reader)
+            if not reason:
+                link.sendall(NUMBER.pack(TAKEN))
+                hang_up = functools.partial(_shut, link, socket.SHUT_RD)
+                reason = self._serve(_messages(link, reader), hang_up, expectation) or CLOSED
             with contextlib.suppress(OSError):
-                text = reason.encode()[:MAX_REASON_BYTES]
+                text = reason.encode("utf-8", "replace")[:MAX_REASON_BYTES]
                 link.sendall(NUMBER.pack(GOODBYE) + LENGTH.pack(len(text)) + text)
-        except (ConnectionError, FrameError):
+        except (OSError, FrameError):
             pass  # whoever it was has said nothing that we could answer
         finally:
-            with self._lock:
-                self._links.discard(link)
             reader.close()
-            with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)
-            link.close()
+            self._let_go(link)
 
-    def _check(self, reader: _Reader) -> str:
+    def _let_go(self, link: socket.socket) -> None:
+        with self._lock:
+            self._links.discard(link)
+            self._strangers.pop(link, None)
+        _shut(link, socket.SHUT_RDWR)
+        link.close()
+
+    def _check(self, link: socket.socket, reader: _Reader) -> str:
+        """Why the token is refused, or "". Raises OSError if there is none in time."""
+        reader.deadline = time.monotonic() + AUTHENTICATE_S
         (length,) = LENGTH.unpack(reader.read(LENGTH.size))
         if length > MAX_TOKEN_BYTES:
             return TOKEN_REFUSED
         given = bytes(reader.read(length)).decode("utf-8", "replace")
+        with self._lock:
+            self._strangers.pop(link, None)
+        reader.deadline = None
+        link.settimeout(None)
         return "" if same_token(given, self._token) else TOKEN_REFUSED
+
+
+def _shut(link: socket.socket, how: int) -> None:
+    with contextlib.suppress(OSError):
+        link.shutdown(how)
 
 
 def _messages(link: socket.socket, reader: _Reader) -> Incoming:
@@ -188,6 +232,8 @@ class _Reader:
         self._buffer = bytearray(_READ_BYTES)
         self._start = self._end = 0
         self._descriptors: deque[int] = deque()
+        self.deadline: float | None = None
+        """Until when all that is read has to be there."""
 
     def read(self, nbytes: int) -> memoryview:
         """The next bytes, good until the next call. Raises ConnectionError if there will not be as many."""
@@ -217,6 +263,11 @@ class _Reader:
         self._start, self._end = 0, len(unread)
 
     def _receive(self) -> None:
+        if self.deadline is not None:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            self._link.settimeout(left)
         view = memoryview(self._buffer)[self._end :]
         got, rights, flags, _ = self._look(view) or self._link.recvmsg_into([view], _RIGHTS, _CLOSE_ON_EXEC)
         for level, kind, data in rights:
@@ -226,7 +277,7 @@ class _Reader:
         if not got:
             raise ConnectionError(BROKE)
         if flags & _TRUNCATED:
-            raise FrameError("more descriptors came than a record can have")
+            raise FrameError("descriptors that came are not all here: this process may have no more (ulimit -n)")
         self._end += got
 
     def _look(self, view: memoryview) -> Any:

@@ -8,7 +8,8 @@ are the numbers of shared memory slots that the receiver is done with (see `slot
               u32 frame bytes | u32 slots given up | u64 slot (0: none) | u64 1 if the slot is new
               | u64 each given-up slot | frame
               with a new slot comes its descriptor; a frame of 0 bytes says that no more will come
-    server    u64 slot: nobody uses it any more; u64 slot + 2^63: its message was taken in
+    server    u64 2^63: the token is right and the connection taken
+              u64 slot: nobody uses it any more; u64 slot + 2^63: its message was taken in
               at the end u64 -1 | u32 length | reason
 
 The receiver says when it has taken in what lies in a slot, and a sender that is too far ahead of that waits: else a
@@ -34,7 +35,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flowml.errors import ClusterError
 from flowml.plan import ArraySpec
+from flowml_runtime import service
 from flowml_runtime.transport.arrays import as_bytes
 from flowml_runtime.transport.endpoint import Budget
 from flowml_runtime.transport.framing import Outgoing, padded, shared_bytes
@@ -45,6 +48,10 @@ AVAILABLE = hasattr(os, "memfd_create") and hasattr(socket, "SO_PEERCRED")
 
 CONNECT_S = 5.0
 """A peer on this machine takes a connection at once; only one that is stuck with a full backlog does not."""
+
+TAKE_S = 30.0
+"""How long a peer may take to say that it has taken a connection. As long as a starved worker is waited for; one that
+cannot take any, for want of descriptors or threads, then counts as lost, where a step would wait for ever."""
 
 ANSWER_MS = 50
 """Several threads may wait for one answer, and only one of them reads it: the others look again after this."""
@@ -67,12 +74,15 @@ AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 def connect(address: str, token: str, first: Outgoing, max_bytes: int, *, checked: bool = False) -> UnixStream | None:
-    """A stream to the peer known by `address` (host:port), or None if it is not on this machine, or not ours."""
+    """A stream to the peer known by `address` (host:port), or None if it is not on this machine, or not ours.
+
+    Raises OSError if this process has no more descriptors.
+    """
     if not AVAILABLE:
         return None
     link = socket.socket(socket.AF_UNIX)
-    link.settimeout(CONNECT_S)
     try:
+        link.settimeout(CONNECT_S)
         link.connect(name_of(address))
         ours = user_of(link) == os.getuid()
     except OSError:
@@ -123,7 +133,17 @@ class UnixStream:
 
     def start(self, on_end: Callable[[Any, str], None]) -> None:
         """`on_end(self, reason)` is called once, however the stream ends, on a thread of its own."""
-        threading.Thread(target=self._watch, args=(on_end,), name="flowml-watch", daemon=True).start()
+
+        def failed(reason: str) -> None:
+            self.reason = self.reason or reason
+            self.abort()
+            on_end(self, self.reason)
+            self._ended.set()
+
+        try:
+            service.start("flowml-watch", lambda: self._watch(on_end), failed)
+        except ClusterError as error:
+            failed(str(error))
 
     def put(self, message: Outgoing, timeout_s: float | None = None) -> bool:
         """Send a message, waiting while too much is on its way. False if the stream has ended.
@@ -226,9 +246,23 @@ class UnixStream:
 
     def _wait_with(self, chunk: _Chunk) -> None:
         """Leave a chunk to the writer. The lock is held."""
-        if not self._waiting:
-            threading.Thread(target=self._write_waiting, name="flowml-write", daemon=True).start()
         self._waiting.append(chunk)
+        if len(self._waiting) > 1:
+            return  # there is a writer
+
+        def failed(reason: str) -> None:
+            self.reason = self.reason or reason
+            self._drop_waiting()
+            self.abort()
+
+        try:
+            service.start("flowml-write", self._write_waiting, failed)
+        except ClusterError as error:
+            self._waiting.clear()
+            chunk.close()
+            self._budget.release(chunk.nbytes)
+            self.reason = self.reason or str(error)
+            self.abort()
 
     def _write_waiting(self) -> None:
         """Write what waits, as the socket takes it, until nothing does."""
@@ -287,14 +321,18 @@ class UnixStream:
     def _watch(self, on_end: Callable[[Any, str], None]) -> None:
         """Wait for the end. Slots that come back wake nobody: they are looked for when one is needed."""
         poll = select.poll()
-        poll.register(self._link, select.POLLRDHUP)
+        poll.register(self._link, select.POLLIN | select.POLLRDHUP)
+        if not poll.poll(TAKE_S * 1000):
+            self.reason = f"it has not taken the connection within {TAKE_S:g} s"
+            self.abort()
+        poll.modify(self._link, select.POLLRDHUP)
         poll.poll()
         with self._lock:
             self._ending = True
             with contextlib.suppress(SlotError):
                 self._take_answers()
                 self._take_answers()  # a reset by a peer that left something unread comes before what it said
-            self.reason = _reason(bytes(self._answers)) or BROKE
+            self.reason = self.reason or _reason(bytes(self._answers)) or BROKE
         self._budget.close()
         try:
             on_end(self, self.reason)

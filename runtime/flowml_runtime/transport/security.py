@@ -10,6 +10,7 @@ import hmac
 import ipaddress
 import os
 import secrets
+import ssl
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,11 +42,21 @@ class TLS:
         return TLS(*(Path(given[name]) for name in ("cert", "key", "ca")))
 
     def read(self) -> tuple[bytes, bytes, bytes]:
-        """Contents of cert, key and ca. Raises ClusterError naming the file that cannot be read."""
+        """Contents of cert, key and ca. Raises ClusterError naming the file that cannot be read or used."""
         try:
-            return self.cert.read_bytes(), self.key.read_bytes(), self.ca.read_bytes()
+            contents = self.cert.read_bytes(), self.key.read_bytes(), self.ca.read_bytes()
         except OSError as error:
             raise ClusterError(f"cannot read the TLS file {error.filename}: {error.strerror}") from None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            context.load_cert_chain(self.cert, self.key)
+        except ssl.SSLError as error:
+            raise ClusterError(f"TLS files {self.cert} and {self.key} are no certificate and its key: {error}") from None
+        try:
+            context.load_verify_locations(self.ca)
+        except ssl.SSLError as error:
+            raise ClusterError(f"TLS file {self.ca} has no certificate of an authority: {error}") from None
+        return contents
 
 
 def new_token() -> str:
