@@ -46,6 +46,7 @@ TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
 """Paths of PEM files under "cert", "key" and "ca"."""
 
 _START_ANOTHER = "close this cluster and start another"
+_LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
 """What to do about a lost worker where the cluster started its workers itself: it has no way to start one more."""
 
 _ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
@@ -352,6 +353,8 @@ class _Driver:
     def on_end(self, reason: str, members: tuple[wire.Member, ...]) -> None:
         """Without its coordinator a cluster ends, its workers with it."""
         if self._cluster is not None:
+            if not self._cluster.pids:
+                self._cluster.session.remedy = _LAUNCH_AGAIN
             self.on_members(())
             for member in members:
                 self._cluster.endpoint.lose(member.worker, f"the coordinator was lost: {reason}")
@@ -383,12 +386,19 @@ class LaunchedCluster:
         reached_at = _advertised_host(bind)
         self._owner = this_process()
         self._over = threading.Event()
+        self._failure = ""
         self._host: CoordinatorHost | None = None
         with ExitStack() as stack:
             processes = LocalWorkers(self._on_exit)  # first: it takes the longest, and meanwhile we go on
             stack.callback(processes.close)
             host = self._host = CoordinatorHost(
-                bind, self.token, files, works=processes.works, shared_memory=shared, checksum=checksum
+                bind,
+                self.token,
+                files,
+                works=processes.works,
+                shared_memory=shared,
+                checksum=checksum,
+                on_failure=self._on_failure,
             )
             stack.callback(host.close)
             self.address = f"{reached_at}:{split_address(host.address)[1]}"
@@ -414,15 +424,21 @@ class LaunchedCluster:
             self._stack = stack.pop_all()
 
     def wait(self) -> None:
-        """Return when the cluster is closed."""
+        """Return when the cluster is closed. Raises ClusterError if its coordinator has failed."""
         check_owner(self._owner)
         wait_heeding_signals(self._over)
+        if self._failure:
+            raise ClusterError(f"the coordinator has ended: {self._failure}; start the cluster again")
 
     def close(self) -> None:
         """End the workers and the coordinator. Idempotent; nothing in a fork of the process that started them."""
         if not is_foreign(self._owner):
             self._over.set()
             self._stack.close()
+
+    def _on_failure(self, reason: str) -> None:
+        self._failure = reason
+        self._over.set()
 
     def _on_exit(self, worker: str, reason: str) -> None:
         if self._host is not None:

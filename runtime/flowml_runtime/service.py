@@ -60,8 +60,8 @@ def text_of(error: BaseException) -> str:
     """An error's text in one line, also where its own `__str__` fails or gives what cannot be sent."""
     try:
         text = " ".join(str(error).split())
-    except BaseException as worse:
-        text = f"(its text cannot be had: __str__ raised {type(worse).__name__})"
+    except BaseException:
+        text = "its text cannot be shown"
     return sendable(text)
 
 

@@ -319,7 +319,7 @@ def test_workers_that_join_by_address_come_go_and_end_with_the_coordinator() -> 
         wait_until(lambda: len(cluster.devices) == 2, "one is lost", NOTICED_S)
         launched.close()
         out, _ = second.communicate(timeout=30)
-        assert re.fullmatch(r"the coordinator was lost: .*\n", out)
+        assert re.fullmatch(r"worker:\d ends: its coordinator was lost: .*\n", out)
         first.communicate()
         wait_until(lambda: cluster.devices == (), "the cluster is over", NOTICED_S)
         launched.close()

@@ -26,7 +26,7 @@ def main(arguments: argparse.Namespace) -> int:
     check_exposure(arguments.coordinator, secured, token, "connect to")
     allocator.reexec()  # once nothing is wrong with the call, and before JAX is imported
     from flowml_runtime.worker.config import WorkerConfig
-    from flowml_runtime.worker.process import serve
+    from flowml_runtime.worker.process import LOST_COORDINATOR, serve
 
     config = WorkerConfig(
         coordinator=arguments.coordinator,
@@ -40,4 +40,4 @@ def main(arguments: argparse.Namespace) -> int:
     )
     reason = serve(config, joined=lambda name: print(f"joined as {name}; Ctrl-C leaves", flush=True))
     print(f"flowml: {reason}", file=sys.stderr)
-    return 0
+    return LOST_COORDINATOR

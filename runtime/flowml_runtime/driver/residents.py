@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
+from flowml_runtime import service
 from flowml_runtime.driver.steps import Steps, unloaded
 
 MAX_PROGRAMS = 128
@@ -44,8 +45,7 @@ class Residents(Generic[T]):
         """Heed `release` from now on: called before the first plan is loaded."""
         with self._lock:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._free, name="flowml-unload", daemon=True)
-                self._thread.start()
+                self._thread = service.start("flowml-unload", self._free, self._free_on)
 
     def release(self, plan: T) -> None:
         """Its owner is gone: unload it once no call is in flight. For finalizers: takes no lock and never waits."""
@@ -72,8 +72,15 @@ class Residents(Generic[T]):
 
     def _free(self) -> None:
         while (plan := self._released.get()) is not None:
-            if plan.steps.retire(unloaded):
-                self._unload(plan)
-            else:
-                plan.steps.when_idle(partial(self._released.put, plan))
+            with service.going_on("a plan could not be unloaded"):
+                if plan.steps.retire(unloaded):
+                    self._unload(plan)
+                else:
+                    plan.steps.when_idle(partial(self._released.put, plan))
             del plan
+
+    def _free_on(self, reason: str) -> None:
+        """The thread has failed: another one takes its place, unless it was to end."""
+        with self._lock:
+            if self._thread is threading.current_thread():
+                self._thread = service.start("flowml-unload", self._free, self._free_on)

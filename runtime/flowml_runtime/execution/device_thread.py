@@ -6,12 +6,11 @@ no thread waits for, and which therefore no thread ends.
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Callable
 
-_log = logging.getLogger("flowml")
+from flowml_runtime import service
 
 
 class DeviceThread:
@@ -51,19 +50,22 @@ class DeviceThread:
 
     def _serve(self) -> None:
         self._threads = [t for t in self._threads if t.is_alive()]
-        thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-        thread.start()
-        self._threads.append(thread)
+        self._threads.append(service.start(self._name, self._run, self._serve_on))
+
+    def _serve_on(self, reason: str) -> None:
+        """The thread that served has failed: another one takes its place."""
+        with self._lock:
+            if self._threads[-1] is threading.current_thread():
+                self._running = None
+                self._serve()
 
     def _run(self) -> None:
         while (item := self._work.get()) is not None:
             owner, work = item
             with self._lock:
                 self._running = owner
-            try:
-                work()
-            except Exception:  # the work of one plan must not end the thread of all
-                _log.exception("%s could not go on with a step", self._name)
+            with service.going_on(f"{self._name} could not go on with a step"):
+                work()  # the work of one plan must not end the thread of all
             del item, owner, work  # else they keep arrays alive until the next work comes
             with self._lock:
                 if self._threads[-1] is not threading.current_thread():
@@ -85,8 +87,7 @@ class Deadlines:
         with self._changed:
             self._looks[owner] = look, every_s
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
+                self._thread = service.start(self._name, self._run, self._look_on)
             self._changed.notify_all()
 
     def forget(self, owner: object) -> None:
@@ -102,6 +103,10 @@ class Deadlines:
         if thread is not None:
             thread.join(timeout_s)
 
+    def _look_on(self, reason: str) -> None:
+        with self._changed:
+            self._thread = service.start(self._name, self._run, self._look_on)
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -111,7 +116,5 @@ class Deadlines:
                     return
                 looks = [look for look, _ in self._looks.values()]
             for look in looks:
-                try:
+                with service.going_on(f"{self._name} could not end a wait"):
                     look()
-                except Exception:
-                    _log.exception("%s could not end a wait", self._name)

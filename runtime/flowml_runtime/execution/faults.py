@@ -9,9 +9,10 @@ from typing import Any
 from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerError, WorkerLostError
 from flowml.plan import Plan
 from flowml_runtime import wire
+from flowml_runtime.service import named, sendable, text_of
 
 _HERE = str(Path(__file__).parent)
-_MAX_TEXT = 2**20
+MAX_TEXT = 2**20
 """The most characters that a message's text field takes."""
 
 
@@ -22,20 +23,16 @@ def step_failed(plan_id: str, step: int, worker: str, node: str, error: BaseExce
         plan_id=plan_id,
         step=step,
         worker=(error.worker or worker) if isinstance(error, WorkerLostError) else worker,
-        node=node,
+        node=sendable(node),
         kind=kind,
-        error=one_line(error)[:_MAX_TEXT],
+        error=one_line(error)[:MAX_TEXT],
         traceback=own_traceback(error) if kind == "error" else "",
     )
 
 
 def one_line(error: BaseException) -> str:
     """An error as one line: ours as it stands, others with their type."""
-    try:
-        text = " ".join(sendable(str(error)).split())
-    except Exception:  # its own `__str__` failed
-        text = "its text cannot be shown"
-    return text if isinstance(error, FlowmlError) else f"{type(error).__name__}: {text}".removesuffix(": ")
+    return text_of(error) if isinstance(error, FlowmlError) else named(error)
 
 
 def own_traceback(error: BaseException) -> str:
@@ -46,14 +43,9 @@ def own_traceback(error: BaseException) -> str:
     shown = error.with_traceback(trace) if trace is not None else error
     try:
         text = "".join(traceback.format_exception(shown))
-    except Exception:  # the traceback module calls methods of the error, and of what it holds
+    except BaseException:  # the traceback module calls methods of the error, and of what it holds
         text = "".join(traceback.format_tb(shown.__traceback__)) + type(error).__name__
-    return sendable(text)[-_MAX_TEXT:]
-
-
-def sendable(text: str) -> str:
-    """The text as UTF-8 can carry it: Python strings may hold halves of characters, e.g. of file names."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return sendable(text)[-MAX_TEXT:]
 
 
 def cluster_closed(step: int | None = None) -> ClusterError:

@@ -11,6 +11,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from flowml_runtime import service
+
 LARGE_BYTES = 2**20
 """From here on a copy takes longer than waking the thread."""
 
@@ -44,8 +46,7 @@ class Lane:
             self._waiting.append((job, failed))
             self._changed.notify_all()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
+                self._thread = service.start(self._name, self._run, lambda _: self.close())
         return True
 
     def flush(self) -> None:
@@ -77,7 +78,8 @@ class Lane:
             try:
                 job()
             except BaseException as error:
-                failed(error)
+                with service.going_on(f"{self._name}: what a job raised could not be reported"):
+                    failed(error)
             del job, failed  # they hold arrays
             with self._changed:
                 self._waiting.popleft()

@@ -21,6 +21,8 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from flowml.errors import ClusterError
+from flowml_runtime import service
 from flowml_runtime.launch.spawning import Exited, Kill, Ready, Report, Request, Start, Started, hear
 from flowml_runtime.worker import allocator
 from flowml_runtime.worker.config import WorkerConfig
@@ -51,17 +53,23 @@ class LocalWorkers:
         self._cpu_s: dict[int, float] = {}
         """Process -> CPU time it had used when `works` last looked."""
         self._folder = Path(tempfile.mkdtemp(prefix="flowml-"))
-        self._control, theirs = socket.socketpair()
-        with theirs, (self._folder / "zygote.log").open("wb") as log:
-            self._zygote = subprocess.Popen(
-                [sys.executable, "-P", "-m", "flowml_runtime.launch.zygote", str(self._folder)],
-                stdin=theirs.fileno(),
-                stderr=log,
-                env={**allocator.environment(), "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
-                start_new_session=True,  # Ctrl-C at the terminal is the owner's to handle
-            )
-        self._watcher = threading.Thread(target=self._watch, name="flowml-workers", daemon=True)
-        self._watcher.start()
+        try:
+            self._control, theirs = socket.socketpair()
+            self._control.settimeout(None)
+            with theirs, (self._folder / "zygote.log").open("wb") as log:
+                self._zygote = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "flowml_runtime.launch.zygote", str(self._folder)],
+                    stdin=theirs.fileno(),
+                    stderr=log,
+                    env={**allocator.environment(), "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+                    start_new_session=True,  # Ctrl-C at the terminal is the owner's to handle
+                )
+            self._handle = os.pidfd_open(self._zygote.pid)
+            """Becomes readable when the zygote has ended."""
+        except OSError as error:  # what has started sees its socket close, and ends
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise ClusterError(f"cannot start workers: {error.strerror}") from None
+        self._watcher = service.start("flowml-workers", self._watch, self._lose_all)
 
     def start(self, config: WorkerConfig) -> None:
         """Start one more worker. Returns at once; whether it comes up is the coordinator's to see."""
@@ -130,7 +138,7 @@ class LocalWorkers:
 
     def _watch(self) -> None:
         """Take in the zygote's reports. Its own end is seen by a pidfd: the workers keep its end of the socket open."""
-        zygote = os.pidfd_open(self._zygote.pid)
+        zygote = self._handle
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
         poll.register(zygote, select.POLLIN)
@@ -140,13 +148,18 @@ class LocalWorkers:
             received = hear(self._control) if self._control.fileno() in ready else b""
             *lines, buffer = (buffer + received).split(b"\n")
             for line in lines:
-                self._take(_reports.decode(line))
+                with service.going_on("a report of the process that starts workers could not be taken in"):
+                    self._take(_reports.decode(line))
             if not received:
                 break
-        os.close(zygote)
+        self._lose_all(f"the process that starts workers has ended{_quoted(self._folder / 'zygote.log')}")
+
+    def _lose_all(self, reason: str) -> None:
+        """Nothing will be heard of any worker: hang up, which ends them."""
+        os.close(self._handle)
         self._hang_up()
         for worker in sorted(self._expected):
-            self._ended(worker, f"the process that starts workers has ended{_quoted(self._folder / 'zygote.log')}")
+            self._ended(worker, reason)
 
     def _take(self, report: Report) -> None:
         match report:

@@ -18,7 +18,6 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ os.environ[_BLAS_THREADS] = "1"  # OpenBLAS starts a pool when it is loaded, and
 import numpy as np  # noqa: E402
 
 from flowml.errors import FlowmlError  # noqa: E402
+from flowml_runtime import service  # noqa: E402
 from flowml_runtime.launch.spawning import (  # noqa: E402
     Exited,
     Kill,
@@ -44,7 +44,7 @@ from flowml_runtime.launch.spawning import (  # noqa: E402
     hear,
 )
 from flowml_runtime.worker.config import WorkerConfig  # noqa: E402
-from flowml_runtime.worker.process import serve  # noqa: E402
+from flowml_runtime.worker.process import LOST_COORDINATOR, serve  # noqa: E402
 
 if _given is None:
     del os.environ[_BLAS_THREADS]
@@ -69,6 +69,7 @@ class _Child:
 def main(folder: str) -> None:
     """Serve the owner, whose socket is stdin, until it closes its end; then see to it that nothing is left."""
     control = socket.socket(fileno=os.dup(0))
+    control.settimeout(None)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     _call_process("flowml:zygote")
     gc.collect()
@@ -155,8 +156,9 @@ def _be_worker(config: WorkerConfig, log: str, control: socket.socket, inherited
         np.random.seed()  # else all workers would draw the same numbers
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)
-        threading.Thread(target=_end_with, args=(control,), name="flowml-lifeline", daemon=True).start()
+        service.start("flowml-lifeline", lambda: _end_with(control), service.end_process)
         print(serve(config), file=sys.stderr)
+        status = LOST_COORDINATOR
     except SystemExit:
         status = 0
     except FlowmlError as error:

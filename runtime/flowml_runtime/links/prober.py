@@ -23,7 +23,7 @@ import numpy as np
 from flowml.errors import DeadlineError, FlowmlError
 from flowml.placement.links import Link
 from flowml.plan import ArraySpec
-from flowml_runtime import wire
+from flowml_runtime import service, wire
 from flowml_runtime.transport.endpoint import Sender
 
 ROUND_TRIPS = 20
@@ -69,8 +69,7 @@ class Prober:
                 return
             self._inbox.put_nowait((peer, message))
             if self._answering is None:
-                self._answering = threading.Thread(target=self._answer, name="flowml-probe", daemon=True)
-                self._answering.start()
+                self._answering = service.start("flowml-probe", self._answer, self._fail)
 
     def measure(self, peer: str, nbytes: int = wire.MAX_PROBE_BYTES) -> Link:
         """The link from here to `peer`. Raises FlowmlError if the peer is lost or does not answer in time."""
@@ -145,19 +144,30 @@ class Prober:
 
     def _answer(self) -> None:
         while (asked := self._inbox.get()) is not None:
-            peer, probe = asked
-            if not probe.peer:
-                self._tell(peer, wire.Probed(number=probe.number))
-            elif self._measuring.locked():
-                self._tell(peer, wire.Probed(number=probe.number, error="it measures another link at the moment"))
-            else:  # not on this thread: the other end may at the same time measure its link to here
-                threading.Thread(target=self._serve, args=asked, name="flowml-measure", daemon=True).start()
+            with service.going_on("a probe could not be answered"):
+                self._answer_one(*asked)
+
+    def _fail(self, reason: str) -> None:
+        with self._changed:
+            self._answering = None  # the next probe begins another thread
+
+    def _answer_one(self, peer: str, probe: wire.Probe) -> None:
+        if not probe.peer:
+            self._tell(peer, wire.Probed(number=probe.number))
+        elif self._measuring.locked():
+            self._tell(peer, wire.Probed(number=probe.number, error="it measures another link at the moment"))
+        else:  # not on this thread: the other end may at the same time measure its link to here
+
+            def failed(reason: str) -> None:
+                self._tell(peer, wire.Probed(number=probe.number, error=reason))
+
+            service.start("flowml-measure", lambda: self._serve(peer, probe), failed)
 
     def _serve(self, peer: str, probe: wire.Probe) -> None:
         try:
             link = self.measure(probe.peer, probe.nbytes)
         except FlowmlError as error:
-            answer = wire.Probed(number=probe.number, error=str(error))
+            answer = wire.Probed(number=probe.number, error=service.text_of(error))
         else:
             answer = wire.Probed(
                 number=probe.number, way=link.way, latency_s=link.latency_s, bytes_per_s=link.bytes_per_s

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from flowml.errors import WorkerLostError
 from flowml.placement.links import SAME_PROCESS
 from flowml.plan import ArraySpec
-from flowml_runtime import wire
+from flowml_runtime import service, wire
 
 Arrays = Sequence[Any]
 """np.ndarray or jax.Array"""
@@ -149,8 +149,7 @@ class Delivery:
     def __init__(self, name: str, max_bytes: int = MAX_QUEUED_BYTES) -> None:
         self._queue: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...], int] | None] = queue.SimpleQueue()
         self._budget = Budget(max_bytes)
-        self._thread = threading.Thread(target=self._run, name=f"{name}-deliver", daemon=True)
-        self._thread.start()
+        self._thread = service.start(f"{name}-deliver", self._run, lambda _: self._budget.close())
 
     def put(self, call: Callable[..., None], *arguments: Any, nbytes: int = 0, timeout_s: float | None = None) -> bool:
         """Have `call(*arguments)` run. False once closed. Waits for room unless called from the thread itself.
@@ -173,10 +172,8 @@ class Delivery:
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             call, arguments, nbytes = item
-            try:
+            with service.going_on("a message could not be taken in"):
                 call(*arguments)
-            except Exception:
-                _log.exception("a message could not be taken in")
             self._budget.release(nbytes)
             del item, call, arguments  # else they would keep arrays alive until the next message
 

@@ -51,7 +51,7 @@ CLOSE_S = 1.0
 """How long `close` waits for peers to take in what was sent to them."""
 
 SHORTAGE_S = 5.0
-"""How long a connection is tried again while this process has no descriptors or memory for it; then its peer is lost."""
+"""How long a connection is tried again while this process has no descriptors for it; then its peer is lost."""
 
 _log = logging.getLogger("flowml")
 
@@ -313,9 +313,7 @@ class GrpcEndpoint:
 
     def _receive(self, frames: Iterator[bytes], context: Any) -> bytes:
         """Serve one incoming gRPC stream to its end."""
-        refusal, fault = self._serve(
-            _assembled(frames, Assembler(self._allocate), context.is_active), lambda: context.cancel()
-        )
+        refusal, fault = self._serve(_assembled(frames, Assembler(self._allocate), context.is_active), context.cancel)
         if refusal:
             context.abort(grpc.StatusCode.INTERNAL if fault else grpc.StatusCode.INVALID_ARGUMENT, refusal[:1024])
         return b""

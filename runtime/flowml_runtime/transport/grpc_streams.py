@@ -275,7 +275,12 @@ class _ThreadEach(Executor):
         """Have a thread for the next stream: a stream without one would never be answered. Raises ClusterError."""
         if self._spare is None:
             work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-            service.start("flowml-receive", lambda: work.get()(), lambda _: None)  # the future has what went wrong
+
+            def run() -> None:
+                stream = work.get()
+                stream()
+
+            service.start("flowml-receive", run, lambda _: None)  # the stream's future has what went wrong
             self._spare = work
         return self._spare
 

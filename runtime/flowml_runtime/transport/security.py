@@ -51,7 +51,9 @@ class TLS:
         try:
             context.load_cert_chain(self.cert, self.key)
         except ssl.SSLError as error:
-            raise ClusterError(f"TLS files {self.cert} and {self.key} are no certificate and its key: {error}") from None
+            raise ClusterError(
+                f"TLS files {self.cert} and {self.key} are no certificate and its key: {error}"
+            ) from None
         try:
             context.load_verify_locations(self.ca)
         except ssl.SSLError as error:

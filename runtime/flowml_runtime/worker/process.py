@@ -25,6 +25,9 @@ from flowml_runtime.worker.config import WorkerConfig
 from flowml_runtime.worker.machine import cores, memory_bytes
 from flowml_runtime.worker.worker import Worker
 
+LOST_COORDINATOR = 1
+"""Exit status of a worker whose coordinator is gone: whoever watches over it may start it again."""
+
 SWITCH_INTERVAL_S = 5e-4
 """How long a thread may keep the interpreter while others wait. Python's own 5 ms is a small step's whole time."""
 
@@ -55,6 +58,7 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
         infos = _describe(config, devices)
         name = membership.join(config.name, infos, python=config.python)
         named = {f"{name}/{info.name}": device for info, device in zip(infos, devices, strict=True)}
+        hosted.name = name
         hosted.worker = Worker(name, named, endpoint, python=config.python)
         hosted.ready.set()
         joined(name)
@@ -70,6 +74,7 @@ class _Hosted:
 
     def __init__(self) -> None:
         self.worker: Worker | None = None
+        self.name = "this worker"
         self.ready = threading.Event()
         self.over = threading.Event()
         self.reason = ""
@@ -85,7 +90,7 @@ class _Hosted:
             self.worker.on_lost(peer, reason)
 
     def end(self, reason: str) -> None:
-        self.reason = f"the coordinator was lost: {reason}"
+        self.reason = f"{self.name} ends: its coordinator was lost: {reason}"
         self.over.set()
 
 

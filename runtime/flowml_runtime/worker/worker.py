@@ -23,10 +23,10 @@ import numpy as np
 
 from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import ArraySpec, Plan
-from flowml_runtime import wire
+from flowml_runtime import service, wire
 from flowml_runtime.execution.device_thread import Deadlines, DeviceThread
 from flowml_runtime.execution.executor import Executor, may_be_quick
-from flowml_runtime.execution.faults import one_line, own_traceback, step_failed
+from flowml_runtime.execution.faults import MAX_TEXT, one_line, own_traceback, step_failed
 from flowml_runtime.execution.inline import LocalStep
 from flowml_runtime.execution.mailbox import Mailbox
 from flowml_runtime.execution.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
@@ -167,11 +167,9 @@ class Worker:
 
     def _end(self, training: TrainingHandler) -> None:
         """Close a handler. That waits for its thread, which whoever unloads a plan may not: it receives messages."""
-        thread = threading.Thread(target=training.close, name=f"{self.name}-unload", daemon=True)
         with self._lock:
             self._ending = [t for t in self._ending if t.is_alive()]
-            thread.start()  # before it is listed: close() joins what is
-            self._ending.append(thread)
+            self._ending.append(service.start(f"{self.name}-unload", training.close, lambda _: None))
 
     def close(self) -> None:
         """Unload every plan and end every thread. Idempotent."""
@@ -273,11 +271,11 @@ class Worker:
                 reserve_edges(self.endpoint, loaded)
                 plan = loaded.plan
             self._install(plan_id, hosted, plan, programs)
-        except Exception as error:
+        except BaseException as error:  # what a user's module does when it is unpickled, sys.exit() included
             self.unload(plan_id)
             trace = "" if isinstance(error, FlowmlError) else own_traceback(error)
             answer: wire.Wire = wire.Failed(
-                plan_id=plan_id, worker=self.name, node="load", error=one_line(error), traceback=trace
+                plan_id=plan_id, worker=self.name, node="load", error=one_line(error)[:MAX_TEXT], traceback=trace
             )
         else:
             answer = wire.Loaded(plan_id=plan_id, worker=self.name, compile_seconds=time.perf_counter() - began)
@@ -331,5 +329,5 @@ class Worker:
     def _tell(self, driver: str, message: wire.Wire) -> None:
         try:
             self.endpoint.send(driver, message)
-        except WorkerLostError:
+        except FlowmlError:
             return  # nobody is left to be told; on_lost unloads what it drove

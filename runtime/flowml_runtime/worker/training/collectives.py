@@ -32,7 +32,7 @@ import numpy as np
 
 from flowml.errors import DeadlineError, FlowmlError, UnsupportedError, WorkerLostError
 from flowml.plan import ArraySpec
-from flowml_runtime import wire
+from flowml_runtime import service, wire
 from flowml_runtime.execution.future import Future
 from flowml_runtime.protocol.collective import (
     Action,
@@ -246,11 +246,11 @@ class Group:
         self._inbox: queue.SimpleQueue[tuple[_Flight, Started | Received] | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._threads = [
-            threading.Thread(target=target, name=f"{me} group {identity.group} {what}", daemon=True)
+            service.start(
+                f"{me} group {identity.group} {what}", target, lambda reason: self._break(FlowmlError(reason))
+            )
             for target, what in ((self._work, "add"), (self._watch, "watch"))
         ]
-        for thread in self._threads:
-            thread.start()
 
     @property
     def sent_bytes(self) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from flowml.devices import worker_of
 from flowml.errors import FlowmlError
 from flowml.plan import Plan
-from flowml_runtime import wire
+from flowml_runtime import service, wire
 from flowml_runtime.execution.faults import step_failed
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.protocol.training import decision
@@ -65,8 +65,7 @@ class TrainingHost:
         self._early: list[tuple[str, Any, Sequence[Array]]] = []
         self._early_bytes = 0
         self._inbox: queue.SimpleQueue[tuple[str, Any, Sequence[Array]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name=f"{worker.name} training", daemon=True)
-        self._thread.start()
+        self._thread = service.start(f"{worker.name} training", self._work, self._end)
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
         fit = self._fit
@@ -94,8 +93,11 @@ class TrainingHost:
     def _try(self, entry: tuple[str, Any, Sequence[Array]]) -> None:
         try:
             self._take(*entry)
-        except Exception as error:
+        except BaseException as error:  # an optimizer of the user may call sys.exit()
             self.fail(getattr(entry[1], "run", 0), "training", error)
+
+    def _end(self, reason: str) -> None:
+        self.fail(self._newest_run(), "training", FlowmlError(reason))
 
     def _take(self, peer: str, message: Any, arrays: Sequence[Array]) -> None:
         from_driver = peer == self._driver

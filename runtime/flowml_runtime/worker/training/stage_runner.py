@@ -8,7 +8,6 @@ the next task boundary, or in the middle of a wait, when the machine says that i
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,10 +18,10 @@ import numpy as np
 
 from flowml.data import epoch_order
 from flowml.devices import worker_of
-from flowml.errors import WorkerLostError
+from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import ArraySpec
 from flowml.plan import Run as RunInstruction
-from flowml_runtime import wire
+from flowml_runtime import service, wire
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.lane import LARGE_BYTES, Lane
 from flowml_runtime.execution.mailbox import Cancelled, Mailbox
@@ -80,8 +79,7 @@ class StageRunner(EdgeServices):
         self._fetched: dict[int, list[Array]] = {}
         runs = sum(isinstance(i, RunInstruction) for i in loaded.program.instructions)
         self._delay_s = dict(run.start.delays).get(run.me, 0.0) / max(runs, 1)
-        self._thread = threading.Thread(target=self._work, name=f"{loaded.name} run {run.number}", daemon=True)
-        self._thread.start()
+        self._thread = service.start(f"{loaded.name} run {run.number}", self._work, self._end)
 
     # Called by the machine thread, which holds the run's lock.
 
@@ -111,6 +109,9 @@ class StageRunner(EdgeServices):
         self._adds.close(drop=False)  # the step may wait for a sum
 
     # The executor's thread.
+
+    def _end(self, reason: str) -> None:
+        self._on_fault(self.run.step_of(max(self._clock, 0)), "training", FlowmlError(reason))
 
     def _work(self) -> None:
         while (start := self._starts.get()) is not None:
