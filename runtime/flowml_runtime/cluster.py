@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
 import threading
 import uuid
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -36,9 +35,10 @@ from flowml_runtime.links.prober import Prober
 from flowml_runtime.links.table import LinkTable, links_mode
 from flowml_runtime.membership.coordinator import CoordinatorHost
 from flowml_runtime.membership.member import Membership, passing_name
+from flowml_runtime.transport.addresses import advertised_host
 from flowml_runtime.transport.endpoint import Endpoint, ThreadHub
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
-from flowml_runtime.transport.security import TLS, check_exposure, find_token, is_loopback, new_token, split_address
+from flowml_runtime.transport.security import TLS, check_exposure, find_token, new_token, split_address
 from flowml_runtime.worker.config import WorkerConfig
 from flowml_runtime.worker.machine import cores, memory_bytes, share_cores
 
@@ -48,9 +48,6 @@ TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
 _START_ANOTHER = "close this cluster and start another"
 _LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
 """What to do about a lost worker where the cluster started its workers itself: it has no way to start one more."""
-
-_ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
-"""Addresses that stand for some other machine (RFC 5737, RFC 3849)."""
 
 _BY_REFERENCE = Links(ASSUMED[SAME_PROCESS])
 _CORE_FLOPS_PER_S = Device("").flops_per_s
@@ -383,7 +380,7 @@ class LaunchedCluster:
         files, shared = TLS.of(tls), _shares_memory(transport)
         self.token = token or new_token()
         check_exposure(bind, files, self.token, "listen on")
-        reached_at = _advertised_host(bind)
+        reached_at = advertised_host(bind)
         self._owner = this_process()
         self._over = threading.Event()
         self._failure = ""
@@ -474,31 +471,6 @@ def _shares_memory(transport: str) -> bool:
             f'transport={transport!r} is none; use "auto", which is shared memory where it can, or "grpc"'
         )
     return transport == "auto"
-
-
-def _advertised_host(bind: str) -> str:
-    """The host by which others reach who listens at `bind`. Raises ClusterError if that cannot be found out."""
-    host, _ = split_address(bind)
-    if host not in ("0.0.0.0", "::"):
-        return bind.rpartition(":")[0]
-    family = socket.AF_INET if host == "0.0.0.0" else socket.AF_INET6
-    found = next((a for a in _own_addresses(family) if not is_loopback(a)), None)
-    if found is None:
-        raise ClusterError(
-            f"cannot tell by which address others reach this machine, to listen on {bind}: there is no route to other "
-            f"machines, and {socket.gethostname()!r} names none but loopback; listen on the address itself, as in "
-            "10.0.0.5:7070"
-        )
-    return f"[{found}]" if family == socket.AF_INET6 else found
-
-
-def _own_addresses(family: socket.AddressFamily) -> Iterator[str]:
-    """This machine's address on its way to others, then those that its name stands for."""
-    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((_ELSEWHERE[family], 1))  # chooses a route; a datagram socket sends nothing to do so
-        yield probe.getsockname()[0]
-    with suppress(OSError):
-        yield from (str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, family))
 
 
 def _devices(members: tuple[wire.Member, ...]) -> tuple[Device, ...]:

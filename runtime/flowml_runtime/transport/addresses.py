@@ -1,0 +1,38 @@
+"""By which address others reach this machine."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+
+from flowml.errors import ClusterError
+from flowml_runtime.transport.security import is_loopback, split_address
+
+_ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
+"""Addresses that stand for some other machine (RFC 5737, RFC 3849)."""
+
+
+def advertised_host(bind: str) -> str:
+    """The host by which others reach who listens at `bind`. Raises ClusterError if that cannot be found out."""
+    host, _ = split_address(bind)
+    if host not in ("0.0.0.0", "::"):
+        return bind.rpartition(":")[0]
+    family = socket.AF_INET if host == "0.0.0.0" else socket.AF_INET6
+    found = next((a for a in _own_addresses(family) if not is_loopback(a)), None)
+    if found is None:
+        raise ClusterError(
+            f"cannot tell by which address others reach this machine, to listen on {bind}: there is no route to other "
+            f"machines, and {socket.gethostname()!r} names none but loopback; listen on the address itself, as in "
+            "10.0.0.5:7070"
+        )
+    return f"[{found}]" if family == socket.AF_INET6 else found
+
+
+def _own_addresses(family: socket.AddressFamily) -> Iterator[str]:
+    """This machine's address on its way to others, then those that its name stands for."""
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((_ELSEWHERE[family], 1))  # chooses a route; a datagram socket sends nothing to do so
+        yield probe.getsockname()[0]
+    with suppress(OSError):
+        yield from (str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, family))
