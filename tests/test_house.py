@@ -22,6 +22,7 @@ MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 70  # below its `def`
 
 PROTOCOL_MAY_IMPORT = (
+    "flowml.devices",
     "flowml.errors",
     "flowml.plan",
     "flowml.policy",

@@ -14,7 +14,7 @@ import msgspec
 from flowml.numbers import MOST
 from flowml.plan import ArraySpec
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of this vocabulary; peers of another version are refused when they say hello."""
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -243,7 +243,18 @@ class Item(msgspec.Struct, frozen=True):
     size: Count
 
 
-class StartTraining(_Wire, frozen=True):
+class TrainingMessage(_Wire, frozen=True, kw_only=True):
+    """Base of the messages of a run. `cause` is the number that the sender gave to the event that made it send this.
+
+    With the sender's name it says which event of another machine this one follows from (`protocol.training.story`).
+    """
+
+    plan_id: Name
+    run: Count
+    cause: Count = 0
+
+
+class StartTraining(TrainingMessage, frozen=True):
     """Begin a fit with a loaded training plan. Store values and the source follow in messages of their own.
 
     `run` is the number of the fit's first step among all steps of the plan, so that no two fits share one.
@@ -251,8 +262,6 @@ class StartTraining(_Wire, frozen=True):
     workers down on purpose: (worker, seconds added to each of its steps).
     """
 
-    plan_id: Name
-    run: Count
     total_clocks: Count
     seed: Count
     shuffle: bool
@@ -261,72 +270,58 @@ class StartTraining(_Wire, frozen=True):
     delays: tuple[tuple[Name, float], ...] = ()
 
 
-class Source(_Wire, frozen=True):
+class Source(TrainingMessage, frozen=True):
     """Whole leaves of an array source for the stages on this worker; `slots` are the batch leaves."""
 
-    plan_id: Name
-    run: Count
     slots: tuple[Count, ...]
 
 
-class Batch(_Wire, frozen=True):
+class Batch(TrainingMessage, frozen=True):
     """The leaves of one fed work item for one device."""
 
-    plan_id: Name
-    run: Count
     device: Name
     sequence: Count
     slots: tuple[Count, ...]
 
 
-class StoreValue(_Wire, frozen=True):
+class StoreValue(TrainingMessage, frozen=True):
     """A store's parameters and optimizer state: driver to homes; back at the end, from the first with the values."""
 
-    plan_id: Name
-    run: Count
     store: Count
     version: Count
 
 
-class Ask(_Wire, frozen=True):
+class Ask(TrainingMessage, frozen=True):
     """A replica asks for work ahead of need: an item for each of `clocks`; `returned` it never began."""
 
-    plan_id: Name
-    run: Count
     replica: Count
     clocks: tuple[Count, ...]
     returned: tuple[Item, ...] = ()
 
 
-class Grant(_Wire, frozen=True):
+class Grant(TrainingMessage, frozen=True):
     """The answer: (clock, item). No item for an asked clock means that there is no more work for it."""
 
-    plan_id: Name
-    run: Count
     replica: Count
     items: tuple[tuple[Count, Item], ...]
     exhausted: bool = False
 
 
-class Begin(_Wire, frozen=True):
+class Begin(TrainingMessage, frozen=True):
     """The replica's first stage tells the others to begin `clock` with `item` (abandoning any earlier clock)."""
 
-    plan_id: Name
-    run: Count
     replica: Count
     clock: Count
     item: Item
     last: bool = False
 
 
-class Contribution(_Wire, frozen=True):
+class Contribution(TrainingMessage, frozen=True):
     """Part of what one replica sends for one store at one clock. `weight` counts summed microbatch gradients.
 
-    `empty` says that the replica has nothing to give at this clock, so that nobody waits for it.
+    `empty` says that the replica has nothing to give at this clock and is not to be waited for.
     """
 
-    plan_id: Name
-    run: Count
     store: Count
     part: Count
     replica: Count
@@ -337,47 +332,48 @@ class Contribution(_Wire, frozen=True):
     empty: bool = False
 
 
-class Arrived(_Wire, frozen=True):
+class Arrived(TrainingMessage, frozen=True):
     """A home tells the leader of the decision that `replica`'s contribution to `store` at `clock` is complete."""
 
-    plan_id: Name
-    run: Count
     store: Count
     replica: Count
     clock: Count
 
 
-class Commit(_Wire, frozen=True):
-    """The decision for `clock`: it is complete with the work of these replicas, and only these."""
+class Commit(TrainingMessage, frozen=True):
+    """The decision for `clock`: it is complete with the work of all replicas but these, which are few or none."""
 
-    plan_id: Name
-    run: Count
     clock: Count
-    replicas: tuple[Count, ...]
+    excluded: tuple[Count, ...] = ()
 
 
-class Published(_Wire, frozen=True):
-    """A store's new version, sent unasked to its readers. `clocks`: finished clocks of each replica.
+class Published(TrainingMessage, frozen=True):
+    """A store's new version, sent unasked to its readers. It holds what every replica that counts sent before `floor`.
 
-    Without `specs` only the clocks moved.
+    Without `specs` only the floor moved.
     """
 
-    plan_id: Name
-    run: Count
     store: Count
     version: Count
-    clocks: tuple[Count, ...]
+    floor: Count
 
 
-class Collective(_Wire, frozen=True):
+class Applied(TrainingMessage, frozen=True):
+    """A home tells the stages of `replica`, which read their own writes, that `version` holds that of `clock`."""
+
+    store: Count
+    replica: Count
+    clock: Count
+    version: Count
+
+
+class Collective(TrainingMessage, frozen=True):
     """A chunk of a bucket that the replicas of a group reduce together; `specs` describes one array.
 
     `clock` is the one whose gradients these are, `piece` the part of the bucket, and `take` says which step of the
     receiver's schedule the chunk is for.
     """
 
-    plan_id: Name
-    run: Count
     group: Count
     bucket: Count
     clock: Count
@@ -385,20 +381,16 @@ class Collective(_Wire, frozen=True):
     take: Count
 
 
-class Settled(_Wire, frozen=True):
+class Settled(TrainingMessage, frozen=True):
     """What became of work items, for the ledger: (item, fate), each item exactly once a run."""
 
-    plan_id: Name
-    run: Count
     replica: Count
     fates: tuple[tuple[Item, Literal["used", "dropped", "folded", "requeued"]], ...]
 
 
-class Report(_Wire, frozen=True):
+class Report(TrainingMessage, frozen=True):
     """Loss (slot 0) and aux leaves of one replica's step, over its microbatches, from the stage that made them."""
 
-    plan_id: Name
-    run: Count
     replica: Count
     clock: Count
     item: Item
@@ -406,38 +398,30 @@ class Report(_Wire, frozen=True):
     seconds: float
 
 
-class Traffic(_Wire, frozen=True):
+class Traffic(TrainingMessage, frozen=True):
     """What this worker sent for each store in the run, counted when it leaves for another worker.
 
     `stores`: (store, contributions pushed, their bytes, bytes of those that crossed to another worker,
     bytes of published parameters that crossed).
     """
 
-    plan_id: Name
-    run: Count
     worker: Name
     stores: tuple[tuple[Count, Count, Count, Count, Count], ...]
 
 
-class Retired(_Wire, frozen=True):
+class Retired(TrainingMessage, frozen=True):
     """This stage of a replica pushes nothing more. Stage 0 speaks for the replica: it has no more work.
 
-    Each stage tells the homes, on the link that carried its contributions; stage 0 tells the other stages,
-    the leader of the decision and the driver too.
+    Each stage tells the driver, and the homes that apply its contributions on arrival, on the link that carried them;
+    stage 0 tells the other stages and the leader of the decision too.
     """
 
-    plan_id: Name
-    run: Count
     replica: Count
     stage: Count = 0
 
 
-class StopTraining(_Wire, frozen=True):
-    """End the run: homes answer with their StoreValue unless `discard`."""
-
-    plan_id: Name
-    run: Count
-    discard: bool = False
+class StopTraining(TrainingMessage, frozen=True):
+    """End the run."""
 
 
 Wire = (
@@ -471,6 +455,7 @@ Wire = (
     | Arrived
     | Commit
     | Published
+    | Applied
     | Collective
     | Settled
     | Report

@@ -7,8 +7,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowml_runtime.protocol.training.decision import Arrived, Commit, Decision, Event, ReplicaRetired
-from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.decision import Arrived, Decision, Event, ReplicaRetired
+from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, StoreTerms, Terms
 
 
 def decision(*stores: StoreTerms, replicas: int = 4, clocks: int = 6) -> Decision:
@@ -23,32 +23,32 @@ def test_the_clock_is_complete_with_the_quorum_and_ignores_who_comes_later() -> 
     machine = decision(clocked(3))
     assert machine.step(Arrived(0, 3, 0)) == []
     assert machine.step(Arrived(0, 0, 0)) == []
-    assert machine.step(Arrived(0, 1, 0)) == [Commit(0, (0, 1, 3))]
+    assert machine.step(Arrived(0, 1, 0)) == [Committed(0, (2,))]
     assert machine.step(Arrived(0, 2, 0)) == []
     machine.validate()
 
 
 def test_a_replica_is_complete_with_all_stores_that_are_due() -> None:
     machine = decision(clocked(1), clocked(1, every=2))
-    assert machine.step(Arrived(0, 2, 0)) == [Commit(0, (2,))]
+    assert machine.step(Arrived(0, 2, 0)) == [Committed(0, (0, 1, 3))]
     assert machine.step(Arrived(0, 2, 1)) == []
     assert machine.step(Arrived(1, 3, 1)) == []
-    assert machine.step(Arrived(1, 2, 1)) == [Commit(1, (2,))]
+    assert machine.step(Arrived(1, 2, 1)) == [Committed(1, (0, 1, 3))]
 
 
 def test_the_neediest_store_that_is_due_decides() -> None:
     machine = decision(clocked(1), clocked(4, every=2))
-    assert machine.step(Arrived(0, 0, 0)) == [Commit(0, (0,))]
+    assert machine.step(Arrived(0, 0, 0)) == [Committed(0, (1, 2, 3))]
     for replica in range(3):
         assert machine.step(Arrived(0, replica, 1)) + machine.step(Arrived(1, replica, 1)) == []
     machine.step(Arrived(0, 3, 1))
-    assert machine.step(Arrived(1, 3, 1)) == [Commit(1, (0, 1, 2, 3))]
+    assert machine.step(Arrived(1, 3, 1)) == [Committed(1)]
 
 
 def test_clocks_without_a_due_store_have_no_decision_and_the_last_always_has() -> None:
     machine = decision(clocked(1, every=4), replicas=1)
-    assert [machine.clock, machine.step(Arrived(0, 0, 3)), machine.clock] == [3, [Commit(3, (0,))], 5]
-    assert machine.step(Arrived(0, 0, 5)) == [Commit(5, (0,))]
+    assert [machine.clock, machine.step(Arrived(0, 0, 3)), machine.clock] == [3, [Committed(3)], 5]
+    assert machine.step(Arrived(0, 0, 5)) == [Committed(5)]
     assert machine.clock == 6
 
 
@@ -68,14 +68,14 @@ def test_nobody_waits_for_the_retired_or_lost_but_what_they_completed_counts() -
     machine.step(Arrived(0, 1, 0))
     assert machine.step(ReplicaRetired(2)) == []
     assert machine.step(ReplicaLost(3)) == []
-    assert machine.step(Arrived(0, 0, 0)) == [Commit(0, (0, 1, 2))]
+    assert machine.step(Arrived(0, 0, 0)) == [Committed(0, (3,))]
     machine.validate()
 
 
 def test_the_loss_of_the_last_one_missing_completes_the_clock() -> None:
     machine = decision(clocked(2), replicas=2)
     machine.step(Arrived(0, 1, 0))
-    assert machine.step(ReplicaLost(0)) == [Commit(0, (1,))]
+    assert machine.step(ReplicaLost(0)) == [Committed(0, (0,))]
     assert machine.step(ReplicaLost(1)) == []
 
 
@@ -88,9 +88,9 @@ def test_every_clock_is_decided_once_with_enough_replicas(need: int, rng: random
     ]
     mixed = [*events, *map(ReplicaLost, sorted(lost))]
     rng.shuffle(mixed)
-    commits: list[Commit] = []
+    commits: list[Committed] = []
     for event in mixed:
         commits += machine.step(event)
         machine.validate()
     assert [c.clock for c in commits] == list(range(6))
-    assert all(len(c.replicas) >= min(need, 4 - len(lost)) for c in commits)
+    assert all(4 - len(c.excluded) >= min(need, 4 - len(lost)) for c in commits)

@@ -16,8 +16,8 @@ import flowml as fm
 from flowml.plan import ArraySpec
 from flowml_runtime import wire
 from flowml_runtime.driver.loading import messages
+from flowml_runtime.protocol.training import worker as machine
 from flowml_runtime.transport.endpoint import ThreadHub
-from flowml_runtime.worker.training import host
 from flowml_runtime.worker.worker import Worker
 from tests.training.reference import BATCH, data, mlp, mlp_loss
 
@@ -50,24 +50,24 @@ def loaded(threads_cluster: fm.Cluster) -> Iterator[tuple[Send, queue.SimpleQueu
 
 
 def commit(run: int) -> wire.Commit:
-    return wire.Commit(plan_id=PLAN, run=run, clock=0, replicas=(0,))
+    return wire.Commit(plan_id=PLAN, run=run, clock=0)
 
 
 def test_more_messages_than_are_kept_end_their_fit(loaded: tuple[Send, queue.SimpleQueue[Any]]) -> None:
     send, heard = loaded
-    for _ in range(host.MAX_EARLY + 1):
+    for _ in range(machine.MAX_EARLY + 1):
         send(commit(7))
     failed = heard.get(timeout=WAIT_S)
     assert isinstance(failed, wire.StepFailed)
     assert failed.step == 7
-    assert f"worker:0 has been sent {host.MAX_EARLY} messages" in failed.error
+    assert f"worker:0 has been sent {machine.MAX_EARLY} messages" in failed.error
     assert "fit that has not begun" in failed.error
 
 
 def test_more_bytes_than_are_kept_end_their_fit(
     loaded: tuple[Send, queue.SimpleQueue[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host, "MAX_EARLY_BYTES", 10 * ROW.nbytes)
+    monkeypatch.setattr(machine, "MAX_EARLY_BYTES", 10 * ROW.nbytes)
     send, heard = loaded
     for _ in range(11):
         send(wire.Source(plan_id=PLAN, run=7, slots=(0,), specs=ROW_SPEC), [ROW])
@@ -81,7 +81,7 @@ def test_what_came_for_a_fit_that_never_began_is_let_go(
     loaded: tuple[Send, queue.SimpleQueue[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of these fits ends before it begins here; together they send more than is kept."""
-    monkeypatch.setattr(host, "MAX_EARLY", 16)
+    monkeypatch.setattr(machine, "MAX_EARLY", 16)
     send, heard = loaded
     for run in range(10):
         for _ in range(10):

@@ -1,4 +1,4 @@
-"""One fit, as the driver sees it: hand out work, keep the account, gather the history and the final stores.
+"""One fit, as the driver sees it: carries out what the driver's machine (`protocol.training.driver`) decides.
 
 Messages arrive on the endpoint's threads and are queued; the caller's thread takes them out, so that
 callbacks run where the user called `fit` and Ctrl-C ends it there.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import jax
@@ -25,9 +27,10 @@ from flowml_runtime import wire
 from flowml_runtime.driver.history import History, Progress, Record
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.execution.programs import buffer_struct
-from flowml_runtime.protocol.training.ledger import Asked, Ledger, Summary, Work
-from flowml_runtime.protocol.training.ledger import Settled as SettledEvent
-from flowml_runtime.protocol.training.terms import Terms
+from flowml_runtime.protocol.training import driver as protocol
+from flowml_runtime.protocol.training.actions import Received, Release, Send
+from flowml_runtime.protocol.training.ledger import Summary, Work
+from flowml_runtime.protocol.training.terms import Places, Terms
 
 _LOOK_UP_S = 1.0
 """How often a fit that hears nothing looks whether its cluster is still there."""
@@ -71,24 +74,22 @@ class Fit:
         self._source = source
         self._options = options
         self._ids: dict[str, Any] = {"plan_id": handle.plan_id, "run": options.run}
-        self._steps = range(options.run, options.run + Terms.of(training, options.total).most_clocks)
         self._inbox: queue.SimpleQueue[tuple[str, Any, Sequence[Any]]] = queue.SimpleQueue()
         replicas = len(training.replicas)
         steps_per_epoch = source.examples // options.batch_size
-        self._work = Work(
+        work = Work(
             replicas=replicas,
             items_per_epoch=steps_per_epoch * replicas,
             item_size=training.item_size,
             total_clocks=options.total,
             aligned=any(s.clocked for s in training.stores),
         )
-        self._ledger = Ledger(self._work)
-        self._history = History(training, self._work.clocks_per_epoch, compiled.aux_tree, compiled.aux_slots)
-        self._values: dict[int, tuple[int, Sequence[Any]]] = {}
-        self._homes = {(i, worker_of(home)) for i, s in enumerate(training.stores) for home in s.copies}
-        self._finished: set[tuple[int, str]] = set()
-        self._traffic: dict[str, list[tuple[int, ...]]] = {}
-        self._retired: set[tuple[int, int]] = set()
+        terms, places = Terms.of(training, options.total), Places.of(training)
+        self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places)
+        self._history = History(training, work.clocks_per_epoch, compiled.aux_tree, compiled.aux_slots)
+        self._payloads: dict[int, Sequence[Any]] = {}
+        self._handles = count(1)
+        self._values: dict[int, Sequence[Any]] = {}
         self._slots = _slots_by_device(handle)
         self._orders: dict[int, np.ndarray] = {}
 
@@ -106,9 +107,9 @@ class Fit:
                     callback(record)
 
         try:
-            self._start(params, state)
-            while not self._is_over():
-                self._take(*self._next())
+            self._step(protocol.Begin(), params, state)
+            while not self._machine.over:
+                self._step(self._event(*self._next()))
                 show(self._history.ready())
             show(self._history.rest())
             seconds = time.monotonic() - began
@@ -144,37 +145,76 @@ class Fit:
 
     def _stop(self) -> None:
         """Tell the workers, those that are there, and listen no longer."""
-        message = wire.StopTraining(**self._ids, discard=not self._is_over())
-        for worker in self._handle.workers:
-            try:
-                self._session.endpoint.send(worker, message)
-            except WorkerLostError:
-                continue
+        for action in self._machine.step(protocol.Stop()):
+            if isinstance(action, Send):
+                for worker in action.to:
+                    with suppress(WorkerLostError):
+                        self._session.endpoint.send(worker, action.message)
         self._session.register(self._handle.plan_id, IgnoreMessages())
 
-    def _start(self, params: Sequence[Any], state: Sequence[Any]) -> None:
-        options, shipped = self._options, self._source.arrays is not None
-        start = wire.StartTraining(
+    def _start_message(self) -> wire.StartTraining:
+        options = self._options
+        return wire.StartTraining(
             **self._ids,
             total_clocks=options.total,
             seed=options.seed,
             shuffle=options.shuffle,
             examples=self._source.examples,
-            source="shipped" if shipped else "fed",
+            source="shipped" if self._source.arrays is not None else "fed",
             delays=tuple(options.delays.items()),
         )
-        for worker in self._handle.workers:
-            self._session.endpoint.send(worker, start)
-        for index, store in enumerate(self._training.stores):
-            arrays = [np.asarray(params[i]) for i in store.leaves]
-            specs = (*store.specs, *store.state_specs)
-            for i, spec in zip(store.state, store.state_specs, strict=True):
-                arrays.append(np.asarray(_as_buffer(state[i]), buffer_struct(spec).dtype))
-            message = wire.StoreValue(**self._ids, store=index, version=0, specs=specs)
-            for worker in dict.fromkeys(map(worker_of, store.copies)):
-                self._session.endpoint.send(worker, message, arrays)
-        if shipped:
-            self._ship()
+
+    def _event(self, peer: str, message: Any, arrays: Sequence[Any]) -> protocol.Event | None:
+        if isinstance(message, _Lost):
+            return protocol.WorkerLost(peer, message.reason)
+        if isinstance(message, wire.StepFailed):
+            return protocol.StepFailed(message)
+        if not isinstance(message, wire.TrainingMessage):
+            return None  # a worker's word on something other than this fit
+        if not arrays:
+            return Received(peer, message)
+        handle = next(self._handles)
+        self._payloads[handle] = arrays
+        return Received(peer, message, handle)
+
+    def _step(self, event: protocol.Event | None, params: Sequence[Any] = (), state: Sequence[Any] = ()) -> None:
+        """Give the machine an event, and carry out its actions."""
+        for action in self._machine.step(event) if event is not None else ():
+            match action:
+                case Send(to, message):
+                    for worker in to:
+                        self._session.endpoint.send(worker, message)
+                case protocol.SendStore(store, to):
+                    self._send_store(store, to, params, state)
+                case protocol.SendSource():
+                    self._ship()
+                case protocol.Feed(replica, item):
+                    self._feed(replica, item)
+                case protocol.Note(message, handle):
+                    self._history.report(message, self._taken(handle))
+                case protocol.NoteFates(fates):
+                    self._history.settled(fates)
+                case protocol.Keep(store, handle):
+                    self._values[store] = self._taken(handle)
+                case Release(handle):
+                    self._payloads.pop(handle, None)
+                case protocol.Fail(reason):
+                    raise self._error(reason)
+                case protocol.Over():
+                    pass
+
+    def _taken(self, handle: int | None) -> Sequence[Any]:
+        return () if handle is None else self._payloads.pop(handle)
+
+    def _send_store(self, index: int, to: Sequence[str], params: Sequence[Any], state: Sequence[Any]) -> None:
+        store = self._training.stores[index]
+        arrays = [np.asarray(params[i]) for i in store.leaves]
+        specs = (*store.specs, *store.state_specs)
+        for i, spec in zip(store.state, store.state_specs, strict=True):
+            arrays.append(np.asarray(_as_buffer(state[i]), buffer_struct(spec).dtype))
+        message = wire.StoreValue(**self._ids, store=index, version=0, specs=specs)
+        for worker in to:
+            self._session.endpoint.send(worker, message, arrays)
 
     def _ship(self) -> None:
         """Send each worker the whole leaves that its stages read, once."""
@@ -190,44 +230,14 @@ class Fit:
             message = wire.Source(**self._ids, slots=order, specs=whole)
             self._session.endpoint.send(worker, message, arrays)
 
-    def _is_over(self) -> bool:
-        everyone = sum(len(r) for r in self._training.replicas)
-        return self._finished == self._homes and len(self._retired) == everyone
-
-    def _take(self, peer: str, message: Any, arrays: Sequence[Any]) -> None:
-        if isinstance(message, _Lost):
-            raise WorkerLostError(
-                f"{peer} was lost during training at step {self._history.step}: {message.reason}; "
+    def _error(self, failed: wire.StepFailed | protocol.WorkerLost) -> FlowmlError:
+        if isinstance(failed, protocol.WorkerLost):
+            return WorkerLostError(
+                f"{failed.worker} was lost during training at step {self._history.step}: {failed.reason}; "
                 f"{self._session.remedy}, and continue from the parameters you have",
-                worker=peer,
+                worker=failed.worker,
                 step=self._history.step,
             )
-        if isinstance(message, wire.StepFailed):
-            if message.step in self._steps:
-                raise self._error(message)
-            return
-        if getattr(message, "run", None) != self._options.run:
-            return  # of an earlier fit that was stopped
-        match message:
-            case wire.Ask():
-                self._grant(message)
-            case wire.Settled():
-                self._ledger.step(SettledEvent(message.replica, message.fates))
-                self._history.settled(message.fates)
-            case wire.Report():
-                self._history.report(message, arrays)
-            case wire.StoreValue():
-                self._finished.add((message.store, peer))
-                if peer == worker_of(self._training.stores[message.store].home):
-                    self._values[message.store] = (message.version, arrays)
-            case wire.Traffic():
-                self._traffic[message.worker] = list(message.stores)
-            case wire.Retired():
-                self._retired.add((message.replica, message.stage))
-            case _:
-                raise FlowmlError(f"the driver has no use for {type(message).__name__} during training")
-
-    def _error(self, failed: wire.StepFailed) -> FlowmlError:
         worker, step, node = failed.worker, failed.step - self._options.run, failed.node
         if failed.kind == "deadline":
             return DeadlineError(failed.error, worker=worker, step=step, node=node)
@@ -238,14 +248,6 @@ class Fit:
             node=node,
             remote_traceback=failed.traceback or None,
         )
-
-    def _grant(self, ask: wire.Ask) -> None:
-        for grant in self._ledger.step(Asked(ask.replica, ask.clocks, ask.returned)):
-            if self._source.arrays is None:
-                for _, item in grant.items:
-                    self._feed(ask.replica, item)
-            message = wire.Grant(**self._ids, replica=grant.replica, items=grant.items, exhausted=grant.exhausted)
-            self._session.endpoint.send(worker_of(self._training.replicas[grant.replica][0]), message)
 
     def _feed(self, replica: int, item: wire.Item) -> None:
         specs = self._training.batch_specs
@@ -270,16 +272,15 @@ class Fit:
                 self._session.endpoint.send(worker_of(device), message, arrays)
 
     def _outcome(self, params: Sequence[Any], state: Sequence[Any], seconds: float) -> Outcome:
-        final, states, newest = list(params), list(state), [-1] * len(state)
-        for index, (version, arrays) in self._values.items():
-            store = self._training.stores[index]
+        final, states = list(params), list(state)
+        for index in self._machine.final_order():
+            store, arrays = self._training.stores[index], self._values[index]
             for leaf, array in zip(store.leaves, arrays[: len(store.leaves)], strict=True):
                 final[leaf] = array
             for leaf, spec, array in zip(store.state, store.state_specs, arrays[len(store.leaves) :], strict=True):
-                if version > newest[leaf]:  # a step count kept by several stores: that of the one applied most
-                    states[leaf], newest[leaf] = _from_buffer(array, spec.dtype), version
-        self._ledger.validate()
-        summary = self._ledger.summary(lambda epoch: self._order(epoch).tolist())
+                states[leaf] = _from_buffer(array, spec.dtype)
+        self._machine.validate()
+        summary = self._machine.ledger.summary(lambda epoch: self._order(epoch).tolist())
         return Outcome(final, states, self._history.records, summary, seconds, self._bytes())
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -294,10 +295,10 @@ class Fit:
         """Bytes by store, summed over workers."""
         names = ("pushes", "pushed_bytes", "pushed_wire_bytes", "published_wire_bytes")
         totals: dict[str, dict[str, int]] = {s.name: dict.fromkeys(names, 0) for s in self._training.stores}
-        for rows in self._traffic.values():
-            for store, *counts in rows:
-                for name, count in zip(names, counts, strict=True):
-                    totals[self._training.stores[store].name][name] += count
+        for traffic in self._machine.traffic.values():
+            for store, *counts in traffic.stores:
+                for name, amount in zip(names, counts, strict=True):
+                    totals[self._training.stores[store].name][name] += amount
         return totals
 
 

@@ -73,8 +73,9 @@ class Accumulator(Generic[V]):
             self._sum = tried.kept if self._sum is None else self._join(tried.kept, self._sum)
 
     def _try(self, clock: int, tried: _Tried[V]) -> None:
-        if self._tried and clock <= max(self._tried):
-            raise ProtocolError(f"a gradient of clock {clock} after one of clock {max(self._tried)}")
+        newest = next(reversed(self._tried), -1)
+        if clock <= newest:
+            raise ProtocolError(f"a gradient of clock {clock} after one of clock {newest}")
         self._tried[clock] = tried
 
     def _join(self, first: Sum[V] | None, second: Sum[V]) -> Sum[V]:

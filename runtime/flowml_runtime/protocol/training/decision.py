@@ -10,12 +10,22 @@ a whole. It is taken on one worker, the home of the first such store, in the ord
 * A replica that is retired or lost is not waited for: the need is capped at the number of replicas that
   are complete or can still become so. What a lost replica had completed counts.
 * An arrival for a clock that is decided is late and changes nothing.
+
+Arrivals are counted, so one costs the same however many replicas there are. A commit names the replicas that it
+excludes, which are few or none.
+
+What the caller must do:
+
+1. Tell each arrival, in any order; repetitions are harmless.
+2. Send every Commit to all workers, in the order of the list.
+3. Tell that a replica has retired only after its last arrival was decided upon.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, Terms
 
 
@@ -35,19 +45,16 @@ class ReplicaRetired:
     replica: int
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """Tell every home and every worker of every replica. `replicas` ascend."""
-
-    clock: int
-    replicas: tuple[int, ...]
-
-    @property
-    def event(self) -> Committed:
-        return Committed(self.clock, self.replicas)
-
-
 Event = Arrived | ReplicaRetired | ReplicaLost
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What has come for one clock: the stores of each replica, and the replicas that are complete."""
+
+    due: frozenset[int]
+    stores: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
+    complete: set[int] = field(default_factory=set[int])
 
 
 class Decision:
@@ -55,9 +62,12 @@ class Decision:
 
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
-        self._live = set(range(terms.replicas))
-        self._arrived: dict[int, dict[int, set[int]]] = {}
+        self._gone: set[int] = set()
+        self._tallies: dict[int, _Tally] = {}
         self._clock = -1
+        self._need = 0
+        self._hopeless = 0
+        """Replicas that are gone, and not complete at the clock that is decided next."""
         self._open_next()
 
     @property
@@ -65,45 +75,67 @@ class Decision:
         """The clock that is decided next; `total_clocks` when all are."""
         return self._clock
 
-    def step(self, event: Event) -> list[Commit]:
-        match event:
-            case Arrived(store, replica, clock):
-                if clock >= self._clock:
-                    self._arrived.setdefault(clock, {}).setdefault(replica, set()).add(store)
-            case ReplicaRetired(replica) | ReplicaLost(replica):
-                self._live.discard(replica)
+    def step(self, event: Event) -> list[Committed]:
+        """Take one event in; the commits that follow from it, each to be sent to all workers."""
+        if isinstance(event, Arrived):
+            if event.clock < self._clock or not self._arrive(event):
+                return []
+        elif event.replica not in self._gone:
+            self._gone.add(event.replica)
+            self._hopeless += event.replica not in self._complete()
         return self._decide()
 
-    def _decide(self) -> list[Commit]:
-        commits: list[Commit] = []
-        while self._clock < self._terms.total_clocks:
-            complete = self._complete()
-            need = min(self._terms.need(self._clock), len(self._live | complete))
-            if not complete or len(complete) < need:
-                break
-            commits.append(Commit(self._clock, tuple(sorted(complete))))
+    def _arrive(self, event: Arrived) -> bool:
+        """Whether the replica has become complete at the clock that is decided next."""
+        tally = self._tallies.get(event.clock)
+        if tally is None:
+            tally = self._tallies[event.clock] = _Tally(frozenset(self._terms.due_stores(event.clock)))
+        if event.store not in tally.due or not 0 <= event.replica < self._terms.replicas:
+            raise ProtocolError(
+                f"replica {event.replica} arrived at store {event.store} at clock {event.clock}, where it is not due"
+            )
+        stores = tally.stores.setdefault(event.replica, set())
+        stores.add(event.store)
+        if len(stores) < len(tally.due) or event.replica in tally.complete:
+            return False
+        tally.complete.add(event.replica)
+        if event.clock > self._clock:
+            return False
+        self._hopeless -= event.replica in self._gone
+        return True
+
+    def _decide(self) -> list[Committed]:
+        commits: list[Committed] = []
+        while self._is_decided():
+            commits.append(Committed(self._clock, self._excluded()))
             self._open_next()
         return commits
 
+    def _is_decided(self) -> bool:
+        complete = len(self._complete())
+        return complete > 0 and complete >= min(self._need, self._terms.replicas - self._hopeless)
+
     def _complete(self) -> set[int]:
-        due = set(self._terms.due_stores(self._clock))
-        return {r for r, stores in self._arrived.get(self._clock, {}).items() if stores >= due}
+        tally = self._tallies.get(self._clock)
+        return tally.complete if tally else set()
+
+    def _excluded(self) -> tuple[int, ...]:
+        complete, replicas = self._complete(), self._terms.replicas
+        return () if len(complete) == replicas else tuple(r for r in range(replicas) if r not in complete)
 
     def _open_next(self) -> None:
+        self._tallies.pop(self._clock, None)
         self._clock += 1
         while self._clock < self._terms.total_clocks and not self._terms.need(self._clock):
             self._clock += 1
-        for clock in [c for c in self._arrived if c < self._clock]:
-            del self._arrived[clock]
+        self._need = self._terms.need(self._clock)
+        self._hopeless = len(self._gone - self._complete()) if self._gone else 0
 
     def validate(self) -> None:
-        """Nothing decided is kept; only due stores of existing replicas arrive; what could be decided is."""
-        assert all(self._clock <= c < self._terms.total_clocks for c in self._arrived)
-        for clock, replicas in self._arrived.items():
-            due = set(self._terms.due_stores(clock))
-            assert due, f"something arrived at clock {clock}, where nothing is due"
-            assert all(stores and stores <= due for stores in replicas.values())
-            assert set(replicas) <= set(range(self._terms.replicas))
-        if self._clock < self._terms.total_clocks:
-            complete = self._complete()
-            assert not complete or len(complete) < min(self._terms.need(self._clock), len(self._live | complete))
+        """Nothing decided is kept; the counts are right; what could be decided is."""
+        for clock, tally in self._tallies.items():
+            ensure(self._clock <= clock < self._terms.total_clocks, f"clock {clock} is kept, which is over")
+            complete = {r for r, stores in tally.stores.items() if len(stores) == len(tally.due)}
+            ensure(complete == tally.complete, f"replicas {complete ^ tally.complete} are counted wrongly")
+        ensure(self._hopeless == len(self._gone - self._complete()), "replicas that are gone are counted wrongly")
+        ensure(self._clock >= self._terms.total_clocks or not self._is_decided(), f"clock {self._clock} is not decided")

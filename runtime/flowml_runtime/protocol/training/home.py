@@ -5,29 +5,40 @@
 * A clocked store tells the leader when a contribution is complete, and applies nothing until the clock is
   committed. Then it applies what the commit names, in the order of replicas, so that two runs agree to the
   bit. Whatever else it holds for that clock is late: it is released and never applied.
-* After the commit of clock c its clock vector reads c + 1 for all, the late included: nobody waits for them.
-* A store that is not clocked applies each contribution when it is complete. `clocks[r]` is one more than the
-  clock of the newest complete contribution of replica r.
+* Its *floor* says how far its readers may go: it holds what every replica that counts has sent before that clock. After
+  the commit of clock c it is c + 1, the late included: they are not waited for.
+* A store that is not clocked applies each contribution when it is complete, and tells the replica which version holds
+  it, so that a replica can wait for its own writes. The floor is the least over all replicas of one more than the
+  clock of the newest complete contribution.
 * A collective store has a home on every worker that reads it. What comes there is the sum of what all replicas sent
-  at a clock, under the name of replica 0; it is applied when it is complete, and moves the clocks of all. So all homes
-  do the same, and nobody decides.
-* Each apply raises the version by one, and each change of version or clocks is published. A commit whose
-  contributions are all empty moves the clocks only.
+  at a clock, under the name of replica 0; it is applied when it is complete, and moves the floor. So all homes
+  do the same, and no decision is needed.
+* Each apply raises the version by one, and each change of version or floor is published. A commit whose
+  contributions are all empty moves the floor only.
 * The first complete contribution for (store, replica, clock) counts. The same part again is ignored, and so
   is one of an older life of the replica; one of a younger life replaces what an older had begun.
 * Stages retire one by one, each after its last contribution on the same ordered link, so that nothing is
   forgotten that is still under way. A replica that is retired from a store no longer holds its readers up.
 * A store is finished when nothing more can change it: after the last commit or sum, or if it is not clocked when
   every replica is retired from it. Only then may its value be taken as the result.
+
+What is kept is indexed by clock and counted, so that a contribution costs the same however many replicas there are.
+
+What the caller must do:
+
+1. Keep the payload of each handle until an Apply or a Release names it, which happens exactly once.
+2. Carry the actions out in the order of the list; what a Publish sends is the value after the Apply before it.
+3. Hand over what comes from one worker in the order in which it was sent.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from flowml.policy import coefficients, due
-from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, StoreTerms, Terms
 
 Handle = int
@@ -79,12 +90,22 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Send the store's clocks to its readers, and its value too if `value`; after any Apply that precedes it."""
+    """Send the store's floor to its readers, and its value too if `value`; after any Apply that precedes it."""
 
     store: int
     version: int
-    clocks: tuple[int, ...]
+    floor: int
     value: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SendApplied:
+    """Tell the stages of `replica` that `version` of the store holds its contribution of `clock`."""
+
+    store: int
+    replica: int
+    clock: int
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +132,7 @@ class Finished:
 
 
 Event = StoreLoaded | ContributionReceived | Committed | StageRetired | ReplicaLost
-Action = Apply | Publish | SendArrived | Release | Finished
+Action = Apply | Publish | SendApplied | SendArrived | Release | Finished
 
 
 @dataclass(slots=True)
@@ -129,17 +150,51 @@ class _Gathering:
         return tuple(self.parts[p].handle for p in sorted(self.parts) if not self.parts[p].empty)
 
 
+class _Clocks:
+    """How far each replica has come, and the least of that, found without a look at all of them."""
+
+    def __init__(self, replicas: int) -> None:
+        self._of = [0] * replicas
+        self._at = {0: replicas}  # how many replicas are at each clock
+        self.floor = 0
+
+    def __getitem__(self, replica: int) -> int:
+        return self._of[replica]
+
+    def raise_to(self, clock: int, replica: int) -> None:
+        before, self._of[replica] = self._of[replica], clock
+        self._at[clock] = self._at.get(clock, 0) + 1
+        self._at[before] -= 1
+        if not self._at[before]:
+            del self._at[before]
+            self.floor = min(self._at)
+
+    def validate(self) -> None:
+        ensure(self.floor == min(self._of), "the least clock is wrong")
+        ensure(self._at == Counter(self._of), "clocks are counted wrongly")
+
+
 @dataclass(slots=True)
 class _Store:
     terms: StoreTerms
-    clocks: list[int]
-    retired: list[set[int]]
+    clocks: _Clocks | None
+    """Of a store that applies on arrival. Others have one clock for all, `floor`."""
+    floor: int = 0
     version: int = -1  # not loaded
-    gathering: dict[tuple[int, int], _Gathering] = field(default_factory=dict[tuple[int, int], _Gathering])
+    gathering: dict[int, dict[int, _Gathering]] = field(default_factory=dict[int, dict[int, _Gathering]])
+    """By clock and replica."""
+    retired: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
     finished: bool = False
 
     def is_complete(self, contribution: _Gathering) -> bool:
         return len(contribution.parts) == len(self.terms.stages)
+
+    def pop(self, clock: int, replica: int) -> _Gathering | None:
+        row = self.gathering.get(clock, {})
+        found = row.pop(replica, None)
+        if not row:
+            self.gathering.pop(clock, None)
+        return found
 
 
 class Home:
@@ -154,7 +209,7 @@ class Home:
         self.duplicates = 0
         """Parts that came again."""
         self._stores = {
-            i: _Store(terms.stores[i], [0] * terms.replicas, [set() for _ in range(terms.replicas)]) for i in stores
+            i: _Store(terms.stores[i], None if terms.stores[i].clocked else _Clocks(terms.replicas)) for i in stores
         }
 
     def version(self, store: int) -> int:
@@ -164,12 +219,17 @@ class Home:
     def finished(self, store: int) -> bool:
         return self._stores[store].finished
 
+    def handles(self) -> list[Handle]:
+        """The payloads that are kept and may still be applied."""
+        rows = [row for store in self._stores.values() for row in store.gathering.values()]
+        return [handle for row in rows for gathering in row.values() for handle in gathering.handles()]
+
     def step(self, event: Event) -> list[Action]:
         match event:
             case ContributionReceived():
                 return self._receive(event)
-            case Committed(clock, replicas):
-                return self._commit(clock, replicas)
+            case Committed(clock, excluded):
+                return self._commit(clock, excluded)
             case StoreLoaded(store, version):
                 return self._load(store, version)
             case StageRetired(replica, stage):
@@ -182,7 +242,7 @@ class Home:
         if store.version >= 0:
             raise ProtocolError(f"store {index} is loaded twice")
         store.version = version
-        return [Publish(index, version, tuple(store.clocks)), *self._finish(index)]
+        return [Publish(index, version, store.floor), *self._finish(index)]
 
     def _receive(self, part: ContributionReceived) -> list[Action]:
         store = self._stores.get(part.store)
@@ -191,12 +251,14 @@ class Home:
         self._check(store, part)
         if self._too_late(store, part):
             return self._release([part])
-        key = (part.replica, part.clock)
-        gathering = store.gathering.setdefault(key, _Gathering(part.incarnation))
+        row = store.gathering.setdefault(part.clock, {})
+        gathering = row.get(part.replica)
+        if gathering is None:
+            gathering = row[part.replica] = _Gathering(part.incarnation)
         replaced: list[Action] = []
         if gathering.incarnation < part.incarnation and not store.is_complete(gathering):
             replaced = self._release(gathering.parts.values())
-            gathering = store.gathering[key] = _Gathering(part.incarnation)
+            gathering = row[part.replica] = _Gathering(part.incarnation)
         if part.part in gathering.parts or gathering.incarnation != part.incarnation:
             self.duplicates += 1
             return [*replaced, *self._release([part])]
@@ -205,21 +267,22 @@ class Home:
             return replaced
         if store.terms.decided:
             return [*replaced, SendArrived(part.store, part.replica, part.clock)]
-        return [*replaced, *self._apply_on_arrival(part.store, key)]
+        return [*replaced, *self._apply_on_arrival(part.store, part.replica, part.clock)]
 
     def _check(self, store: _Store, part: ContributionReceived) -> None:
-        where = f"store {part.store}: part {part.part} of replica {part.replica} at clock {part.clock}"
         if part.part >= len(store.terms.stages) or part.replica >= self._terms.replicas:
-            raise ProtocolError(f"{where} does not exist in this plan")
+            raise ProtocolError(f"{_where(part)} does not exist in this plan")
         if part.base_version > store.version:
-            raise ProtocolError(f"{where} is based on version {part.base_version}, but {store.version} is the newest")
+            raise ProtocolError(
+                f"{_where(part)} is based on version {part.base_version}, but {store.version} is the newest"
+            )
         if (part.weight == 0) != part.empty:
-            raise ProtocolError(f"{where} has weight {part.weight}; it is 0 exactly for an empty contribution")
+            raise ProtocolError(f"{_where(part)} has weight {part.weight}; it is 0 exactly for an empty contribution")
         if store.terms.clocked and not due(part.clock, store.terms.every, self._terms.last_clock):
-            raise ProtocolError(f"{where}: nothing is due at that clock")
-        other = store.gathering.get((part.replica, part.clock))
+            raise ProtocolError(f"{_where(part)}: nothing is due at that clock")
+        other = store.gathering.get(part.clock, {}).get(part.replica)
         if other and other.parts and other.incarnation == part.incarnation and other.weight != part.weight:
-            raise ProtocolError(f"{where} has weight {part.weight}, another part of it {other.weight}")
+            raise ProtocolError(f"{_where(part)} has weight {part.weight}, another part of it {other.weight}")
 
     def _too_late(self, store: _Store, part: ContributionReceived) -> bool:
         if store.terms.decided:
@@ -228,64 +291,77 @@ class Home:
             return late
         if part.replica in self._lost:
             return True
-        again = part.clock < store.clocks[part.replica]
+        again = part.clock < (store.floor if store.clocks is None else store.clocks[part.replica])
         self.duplicates += again
         return again
 
-    def _apply_on_arrival(self, index: int, key: tuple[int, int]) -> list[Action]:
+    def _apply_on_arrival(self, index: int, replica: int, clock: int) -> list[Action]:
         store = self._stores[index]
-        gathering = store.gathering.pop(key)
-        replica, clock = key
-        if store.terms.collective:
-            store.clocks = [clock + 1] * self._terms.replicas
+        gathering = store.pop(clock, replica)
+        ensure(gathering is not None, f"the contribution of replica {replica} at clock {clock} is not there")
+        actions: list[Action] = []
+        if store.clocks is None:
+            store.floor = clock + 1
         else:
-            store.clocks[replica] = clock + 1
-        return [*self._apply(index, [gathering]), *self._finish(index)]
+            store.clocks.raise_to(clock + 1, replica)
+            store.floor = store.clocks.floor
+        if gathering is not None:
+            actions += self._apply(index, [gathering])
+        if store.clocks is not None:
+            actions.append(SendApplied(index, replica, clock, store.version))
+        return [*actions, *self._finish(index)]
 
-    def _commit(self, clock: int, replicas: tuple[int, ...]) -> list[Action]:
+    def _commit(self, clock: int, excluded: tuple[int, ...]) -> list[Action]:
         if clock <= self._committed:
             return []
         self._committed = clock
         actions: list[Action] = []
         for index, store in self._stores.items():
             if store.terms.decided and due(clock, store.terms.every, self._terms.last_clock):
-                actions += self._commit_store(index, clock, replicas)
+                actions += self._commit_store(index, clock, excluded)
         return actions
 
-    def _commit_store(self, index: int, clock: int, replicas: tuple[int, ...]) -> list[Action]:
+    def _commit_store(self, index: int, clock: int, excluded: tuple[int, ...]) -> list[Action]:
         store = self._stores[index]
-        taken = [store.gathering.pop((r, clock), None) for r in sorted(replicas)]
-        for replica, gathering in zip(sorted(replicas), taken, strict=True):
-            if gathering is None or not store.is_complete(gathering):
-                raise ProtocolError(f"clock {clock} is committed with replica {replica}, which store {index} lacks")
-        late = [store.gathering.pop(key) for key in [k for k in store.gathering if k[1] <= clock]]
+        row = store.gathering.pop(clock, {})
+        late = [row.pop(replica) for replica in excluded if replica in row]
+        taken = [row[replica] for replica in sorted(row)]
+        if len(taken) < self._terms.replicas - len(excluded) or not all(map(store.is_complete, taken)):
+            there = {replica for replica, gathering in row.items() if store.is_complete(gathering)}
+            missing = next(r for r in range(self._terms.replicas) if r not in there and r not in excluded)
+            raise ProtocolError(f"clock {clock} is committed with replica {missing}, which store {index} lacks")
+        for earlier in [c for c in store.gathering if c < clock]:
+            late += store.gathering.pop(earlier).values()
         late_parts = [part for gathering in late for part in gathering.parts.values()]
         self.late += len(late_parts)
-        store.clocks = [clock + 1] * self._terms.replicas
-        applied = self._apply(index, [g for g in taken if g is not None])
-        return [*applied, *self._release(late_parts), *self._finish(index)]
+        store.floor = clock + 1
+        return [*self._apply(index, taken), *self._release(late_parts), *self._finish(index)]
 
     def _apply(self, index: int, gathered: list[_Gathering]) -> list[Action]:
-        """Apply what has weight, and publish. Clocks are set before."""
+        """Apply what has weight, and publish. The floor is set before."""
         store = self._stores[index]
         full = [g for g in gathered if g.weight]
         if not full:
-            return [Publish(index, store.version, tuple(store.clocks), value=False)]
+            return [Publish(index, store.version, store.floor, value=False)]
         store.version += 1
         factors = coefficients(store.terms.apply, [g.weight for g in full], self._terms.microbatches)
         contributions = tuple((g.handles(), f) for g, f in zip(full, factors, strict=True))
-        return [Apply(index, store.version, contributions), Publish(index, store.version, tuple(store.clocks))]
+        return [Apply(index, store.version, contributions), Publish(index, store.version, store.floor)]
 
     def _retire(self, replica: int, stages: Iterable[int]) -> list[Action]:
         actions: list[Action] = []
         for index, store in self._stores.items():
-            gone = store.retired[replica]
-            gone.update(stages)
-            if store.terms.clocked or store.clocks[replica] == RETIRED or not gone >= set(store.terms.stages):
+            if store.clocks is None or store.clocks[replica] == RETIRED:
                 continue
-            store.clocks[replica] = RETIRED
+            gone = store.retired.setdefault(replica, set())
+            gone.update(stages)
+            if not gone >= set(store.terms.stages):
+                continue
+            del store.retired[replica]
+            store.clocks.raise_to(RETIRED, replica)
+            store.floor = store.clocks.floor
             if store.version >= 0:
-                actions.append(Publish(index, store.version, tuple(store.clocks), value=False))
+                actions.append(Publish(index, store.version, store.floor, value=False))
             actions += self._finish(index)
         return actions
 
@@ -295,18 +371,19 @@ class Home:
         released: list[Action] = []
         for store in self._stores.values():
             if not store.terms.clocked:
-                for key in [k for k in store.gathering if k[0] == replica]:
-                    released += self._release(store.gathering.pop(key).parts.values())
+                for clock in [c for c, row in store.gathering.items() if replica in row]:
+                    gathering = store.pop(clock, replica)
+                    released += self._release(gathering.parts.values()) if gathering else []
         return [*released, *self._retire(replica, range(self._terms.stages))]
 
     def _finish(self, index: int) -> list[Action]:
         store = self._stores[index]
         if store.terms.collective:
-            done = store.clocks[0] > self._terms.last_clock
+            done = store.floor > self._terms.last_clock
         elif store.terms.clocked:
             done = self._committed == self._terms.last_clock
         else:
-            done = all(c == RETIRED for c in store.clocks)
+            done = store.floor == RETIRED
         if not done or store.finished or store.version < 0:
             return []
         store.finished = True
@@ -317,19 +394,28 @@ class Home:
 
     def validate(self) -> None:
         """What is kept can still be used; a finished store waits for nothing; handles are kept once."""
-        handles = [h for s in self._stores.values() for g in s.gathering.values() for h in g.handles()]
-        assert len(handles) == len(set(handles))
+        handles = self.handles()
+        ensure(len(handles) == len(set(handles)), "a payload is kept twice")
         for index, store in self._stores.items():
-            assert not (store.finished and store.gathering), f"store {index} is finished but keeps contributions"
-            for (replica, clock), gathering in store.gathering.items():
-                assert gathering.parts, "a contribution of no parts is kept"
-                assert all(p.weight == gathering.weight for p in gathering.parts.values())
-                assert all(p.incarnation == gathering.incarnation for p in gathering.parts.values())
-                if store.terms.decided:
-                    assert clock > self._committed, f"store {index} keeps clock {clock}, which is decided"
-                else:
-                    assert store.clocks[replica] <= clock
-                    assert not store.is_complete(gathering), "a complete contribution was not applied on arrival"
-            if store.terms.clocked:
-                assert len(set(store.clocks)) == 1
-                assert store.terms.collective or store.clocks[0] <= self._committed + 1
+            where = f"store {index}"
+            ensure(not (store.finished and store.gathering), f"{where} is finished but keeps contributions")
+            if store.clocks is not None:
+                store.clocks.validate()
+                ensure(store.floor == store.clocks.floor, f"{where} has the floor of other clocks")
+            for clock, row in store.gathering.items():
+                ensure(row, f"{where} keeps nothing for clock {clock}")
+                ensure(not store.terms.decided or clock > self._committed, f"{where} keeps clock {clock}, is decided")
+                for replica, gathering in row.items():
+                    self._validate_gathering(store, gathering, f"{where}, replica {replica}, clock {clock}")
+
+    def _validate_gathering(self, store: _Store, gathering: _Gathering, where: str) -> None:
+        parts = gathering.parts.values()
+        ensure(parts, f"{where}: a contribution of no parts is kept")
+        ensure(all(p.weight == gathering.weight for p in parts), f"{where}: parts have unequal weights")
+        ensure(all(p.incarnation == gathering.incarnation for p in parts), f"{where}: parts are of two lives")
+        complete = store.is_complete(gathering)
+        ensure(store.terms.decided or not complete, f"{where}: a complete contribution was not applied on arrival")
+
+
+def _where(part: ContributionReceived) -> str:
+    return f"store {part.store}: part {part.part} of replica {part.replica} at clock {part.clock}"

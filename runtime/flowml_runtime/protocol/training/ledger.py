@@ -11,6 +11,12 @@ A work item is `item_size` examples from one epoch's order; the machine counts i
 Every item that was handed out comes back exactly once: settled as used, dropped or folded in later, or given
 back (`returned` if it was never begun, `requeued` if it was). The items of a lost replica that had not come
 back count as dropped: the ledger cannot know better.
+
+What the caller must do:
+
+1. Hand over what one replica says in the order in which it was sent.
+2. Send every Grant, in the order of the list.
+3. Call `validate` when the run is over; nothing may be outstanding then.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from typing import Literal
 
 from flowml.errors import FlowmlError
 from flowml_runtime import wire
-from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.terms import ReplicaLost
 
 Fate = Literal["used", "dropped", "folded", "requeued"]
@@ -193,8 +199,8 @@ class WorkQueue:
 
     def _skip(self, replica: int, clock: int) -> None:
         reserved = self._reserved[replica]
-        for skipped in [c for c in reserved if c < clock]:
-            self.give_back(reserved.pop(skipped))
+        while reserved and (oldest := next(iter(reserved))) < clock:
+            self.give_back(reserved.pop(oldest))
 
     def _draw(self, epoch: int) -> wire.Item | None:
         """The next item of the epoch's order, then those that came back."""
@@ -345,10 +351,10 @@ class Ledger:
         by_replica = Counter[str]()
         for account in self._replicas:
             by_replica.update(account.fates)
-        assert totals == by_replica
-        assert self._granted == totals.total() + len(self._outstanding)
+        ensure(totals == by_replica, "epochs and replicas have different accounts")
+        ensure(self._granted == totals.total() + len(self._outstanding), "an item was neither settled nor given back")
         settled = totals["used"] + totals["dropped"] + totals["folded"]
-        assert settled == len(self._done), "an item was settled twice"
-        assert not self._done & set(self._outstanding)
-        assert self._used <= self._done
-        assert len(self._used) == totals["used"] + totals["folded"]
+        ensure(settled == len(self._done), "an item was settled twice")
+        ensure(not self._done & set(self._outstanding), "an item is settled and outstanding")
+        ensure(self._used <= self._done, "an item is used that is not settled")
+        ensure(len(self._used) == totals["used"] + totals["folded"], "an item was used twice")

@@ -2,7 +2,7 @@
 
 The first stage leads: it gets work items, begins clocks, tells the other stages, and settles what became
 of each item. The others follow its Begins in order. All hear every Commit, so that each finds the fate of
-a step by itself, and all find the same:
+a step by itself, and all find the same. `STEPS` is the life of one step as a table; the rules behind it:
 
 * The step of a clock that has a decision is used if the commit includes this replica, and dropped if not.
   Where the decision needs every replica it cannot leave this one out, so the step counts as used at once.
@@ -10,30 +10,38 @@ a step by itself, and all find the same:
 * A step that is dropped while it runs is abandoned at the next task boundary. A Commit may overtake the
   Begin of its clock; that step then never starts.
 * After a step the leader goes on with the next clock, or the one after the newest commit if that is later.
-  It returns the items of clocks that it skips. Items are asked for `LOOK_AHEAD` clocks ahead of need.
+  It returns the items of clocks that it skips. Items are asked for ahead of need (`items`).
 * Fates take effect in the order of clocks. A step that pushes what several steps gathered starts only when
   the fate of all earlier ones is known, so that every stage pushes the same steps. If such a push is late
   only its own clock's gradient is dropped: what was gathered before goes with the next (see `accumulator`).
 * An item is settled as used by the first commit from its clock on that includes the replica, because that
   one carries it; where nothing is decided upon, when its step has finished. What no commit carried by the end of
   the run is dropped.
+* A replica reads its own writes in stores that apply on arrival (Ho et al., stale synchronous parallel): it waits for
+  the version that holds its last push. So alone it is serial, and a slow home slows its replicas down instead of being
+  buried by them.
 * A replica without more work retires, stage by stage, each after its last push.
+
+What the caller must do:
+
+1. Carry the actions out in the order of the list. StepFinished follows each Start, sooner or later.
+2. Ask `may_read` before a step uses a store and again after each event; ask `should_abandon` between tasks, and leave
+   the step if it says so.
+3. Push at the end of a step what `pushes` says, and nothing else.
+4. Hand over what one worker sent in the order in which it was sent.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from flowml.policy import can_read, due
 from flowml_runtime import wire
-from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training.items import Items
 from flowml_runtime.protocol.training.terms import Committed, Terms
-
-LOOK_AHEAD = 2
-"""Clocks for which a replica holds work. Two: one to run, and one to know that the first is not the last."""
 
 Fate = Literal["used", "dropped"]
 
@@ -69,11 +77,20 @@ class StepFinished:
 
 @dataclass(frozen=True, slots=True)
 class StorePublished:
-    """A store that this stage reads is at `version`; `clocks` as the home has them."""
+    """A store that this stage reads is at `version`. It holds what every replica that counts sent before `floor`."""
 
     store: int
     version: int
-    clocks: tuple[int, ...]
+    floor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """`version` of a store that applies on arrival holds what this replica pushed at `clock`."""
+
+    store: int
+    clock: int
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,20 +158,61 @@ class Retire:
     """This stage pushes nothing more: tell the homes; the leading stage tells all others too."""
 
 
-Event = Started | Granted | BeginReceived | StepFinished | Committed | StorePublished | LeaderRetired
+Event = Started | Granted | BeginReceived | StepFinished | Committed | StorePublished | Applied | LeaderRetired
 Action = Ask | Begin | Start | Abandon | AdoptAccumulator | DiscardAccumulator | Settle | Retire
+
+
+State = Literal[
+    "queued",  # begun, and not started
+    "queued, used",
+    "running",
+    "running, used",
+    "abandoned",  # runs, in vain
+    "finished",  # its fate is unknown
+    "used",
+    "dropped",
+    "skipped",  # dropped before it started
+]
+Change = Literal["start", "finish", "include", "exclude"]
+
+STEPS: dict[tuple[State, Change], State] = {
+    ("queued", "start"): "running",
+    ("queued", "include"): "queued, used",
+    ("queued", "exclude"): "skipped",
+    ("queued, used", "start"): "running, used",
+    ("running", "finish"): "finished",
+    ("running", "include"): "running, used",
+    ("running", "exclude"): "abandoned",
+    ("running, used", "finish"): "used",
+    ("abandoned", "finish"): "dropped",
+    ("finished", "include"): "used",
+    ("finished", "exclude"): "dropped",
+}
+"""The life of a step: it is started and finished by its stage, included or excluded by the commit of its clock.
+
+A step begins as "queued"; as "queued, used" where the commit cannot leave it out, or has included it already; and as
+"skipped" where the commit has excluded it already.
+"""
+UNDECIDED = frozenset[State]({"queued", "running", "finished"})
+WAITING = frozenset[State]({"queued", "queued, used"})
+RUNNING = frozenset[State]({"running", "running, used", "abandoned"})
+OVER = frozenset[State]({"used", "dropped", "skipped"})
 
 
 @dataclass(slots=True)
 class _Step:
-    """A clock that was begun and whose fate has not taken effect here. `used` is None while unknown."""
+    """A clock that was begun and whose fate has not taken effect here."""
 
     clock: int
     item: wire.Item
     last: bool
-    started: bool = False
-    finished: bool = False
-    used: bool | None = None
+    state: State
+
+    def take(self, change: Change) -> None:
+        after = STEPS.get((self.state, change))
+        if after is None:
+            raise ProtocolError(f"a step that is {self.state!r} cannot {change}, at clock {self.clock}")
+        self.state = after
 
 
 class Replica:
@@ -165,6 +223,7 @@ class Replica:
         self._me = replica
         self._leads = stage == 0
         self._published: dict[int, StorePublished] = {}
+        self._applied: dict[int, Applied] = {}
         self._committed = -1
         self._included: set[int] = set()  # commits that include us and came before their clock's Begin
         self._steps: deque[_Step] = deque()
@@ -173,7 +232,7 @@ class Replica:
         self._running: _Step | None = None
         self._leader_retired = False
         self._retired = False
-        self._work = _Work(terms)
+        self._work = Items(terms)
 
     @property
     def retired(self) -> bool:
@@ -184,14 +243,25 @@ class Replica:
         """The newest decision heard of; -1 before the first."""
         return self._committed
 
-    def can_read(self, store: int, clock: int) -> bool:
+    def may_read(self, store: int, clock: int) -> bool:
         """Whether the newest version of `store` published here is fresh enough for the step of `clock`."""
         news, terms = self._published.get(store), self._terms.stores[store]
-        return news is not None and can_read(clock, news.clocks, terms.staleness, terms.every)
+        if news is None or not can_read(clock, (news.floor,), terms.staleness, terms.every):
+            return False
+        pushed = clock // terms.every * terms.every
+        if terms.clocked or not pushed:
+            return True
+        own = self._applied.get(store)
+        return own is not None and own.clock + 1 >= pushed and own.version <= news.version
+
+    def version(self, store: int) -> int:
+        """The newest version of `store` published here; -1 before the first."""
+        news = self._published.get(store)
+        return -1 if news is None else news.version
 
     def should_abandon(self, clock: int) -> bool:
         """Whether the step of `clock`, which runs, is in vain."""
-        return self._running is not None and self._running.clock == clock and self._running.used is False
+        return self._running is not None and self._running.clock == clock and self._running.state == "abandoned"
 
     def pushes(self, store: int, clock: int) -> bool:
         """Whether the step of `clock`, which runs, ends with a push to `store`."""
@@ -202,28 +272,32 @@ class Replica:
 
     def step(self, event: Event) -> list[Action]:
         actions = self._take(event)
+        if isinstance(event, StorePublished | Applied):
+            return actions  # these change what may be read, and nothing else
         actions += self._resolve()
         actions += self._advance()
         return actions
 
     def _take(self, event: Event) -> list[Action]:
         match event:
-            case Started():
-                if self._leads:
-                    self._work.opened = True
-            case Granted(items, exhausted):
-                self._work.grant(items, exhausted)
-            case BeginReceived(clock, item, last):
-                return self._begin(clock, item, last)
             case StepFinished(clock):
                 return self._finish(clock)
-            case Committed(clock, replicas):
-                return self._commit(clock, self._me in replicas)
+            case Committed(clock, excluded):
+                return self._commit(clock, self._me not in excluded)
             case StorePublished(store, version, _):
                 known = self._published.get(store)
                 if known is not None and version < known.version:
                     raise ProtocolError(f"store {store} went back from version {known.version} to {version}")
                 self._published[store] = event
+            case Applied(store):
+                self._applied[store] = event
+            case Granted(items, exhausted):
+                self._work.grant(items, exhausted)
+            case BeginReceived(clock, item, last):
+                return self._begin(clock, item, last)
+            case Started():
+                if self._leads:
+                    self._work.opened = True
             case LeaderRetired():
                 self._leader_retired = True
         return []
@@ -232,20 +306,21 @@ class Replica:
         if clock <= self._begun or self._last_begun:
             raise ProtocolError(f"replica {self._me} begins clock {clock} after clock {self._begun}")
         self._begun, self._last_begun = clock, last
-        step = _Step(clock, item, last)
-        self._steps.append(step)
-        if not self._terms.droppable(clock):
-            step.used = True
+        state: State = "queued"
+        if not self._terms.droppable(clock) or clock in self._included:
+            state = "queued, used"
         elif clock <= self._committed:
-            step.used = clock in self._included
-        self._included = {c for c in self._included if c > clock}
-        return [] if step.used is not False else [Abandon(clock)]
+            state = "skipped"
+        self._steps.append(_Step(clock, item, last, state))
+        if self._included:
+            self._included = {c for c in self._included if c > clock}
+        return [Abandon(clock)] if state == "skipped" else []
 
     def _finish(self, clock: int) -> list[Action]:
         step = self._running
         if step is None or step.clock != clock:
             raise ProtocolError(f"replica {self._me} finished clock {clock}, which does not run")
-        step.finished = True
+        step.take("finish")
         self._running = None
         if self._leads and not self._terms.decides:
             return [Settle(self._work.unsettled.pop(clock), "used")]
@@ -261,8 +336,8 @@ class Replica:
             self._included.add(clock)
         actions: list[Action] = []
         for step in self._steps:
-            if step.clock == clock and step.used is None:
-                step.used = included
+            if step.clock == clock and step.state in UNDECIDED:
+                step.take("include" if included else "exclude")
                 actions += [] if included else [Abandon(clock)]
         return [*actions, *self._settle(clock, included)]
 
@@ -276,16 +351,12 @@ class Replica:
     def _resolve(self) -> list[Action]:
         """Let known fates take effect, in the order of clocks."""
         actions: list[Action] = []
-        while self._steps and self._is_resolved(self._steps[0]):
+        while self._steps and self._steps[0].state in OVER:
             step = self._steps.popleft()
-            if step.started and self._terms.accumulates:
-                actions.append(AdoptAccumulator(step.clock) if step.used else DiscardAccumulator(step.clock))
+            if self._terms.accumulates and step.state != "skipped":
+                used = step.state == "used"
+                actions.append(AdoptAccumulator(step.clock) if used else DiscardAccumulator(step.clock))
         return actions
-
-    def _is_resolved(self, step: _Step) -> bool:
-        if step.used is None:
-            return False
-        return step.finished or not (step.started or step.used)
 
     def _advance(self) -> list[Action]:
         """Start, begin, ask and retire, as far as nothing stands in the way."""
@@ -293,7 +364,8 @@ class Replica:
         if self._leads and self._work.opened and self._running is None and not self._retired:
             self._work.skip_to(max(self._begun, self._committed) + 1)
             actions += self._begin_next()
-            actions += self._work.ask()
+            wanted = self._work.ask()
+            actions += [Ask(wanted, self._work.give_back())] if wanted else []
         if not self._leads:
             actions += self._start_queued()
         return [*actions, *self._retire()]
@@ -316,118 +388,44 @@ class Replica:
     def _start_queued(self) -> list[Action]:
         if self._running is not None:
             return []
-        waiting = next((s for s in self._steps if not s.started and s.used is not False), None)
+        waiting = next((s for s in self._steps if s.state in WAITING), None)
         if waiting is None or not self._may_start(waiting.clock, waiting.last):
             return []
         return self._start(waiting)
 
     def _start(self, step: _Step) -> list[Action]:
-        step.started = True
+        step.take("start")
         self._running = step
         return [Start(step.clock, step.item, step.last)]
 
     def _retire(self) -> list[Action]:
-        if self._retired or self._running is not None or any(not s.started for s in self._steps):
+        if self._retired or self._running is not None or any(s.state in WAITING for s in self._steps):
             return []
         if self._leads:
             if not self._work.is_over() or any(self._terms.need(c) for c in self._work.unsettled):
                 return []
             self._retired = True
-            return [*self._work.close(), Retire()]
+            return [*self._close(), Retire()]
         if not self._leader_retired:
             return []
         self._retired = True
         return [Retire()]
 
+    def _close(self) -> list[Action]:
+        """Drop what no commit carried, and give back what was never begun."""
+        unsettled, returned = self._work.unsettled, self._work.give_back()
+        settled: list[Action] = [Settle(unsettled.pop(c), "dropped") for c in sorted(unsettled)]
+        return [*settled, *([Ask((), returned)] if returned else [])]
+
     def validate(self) -> None:
         """Steps are in order, at most one runs, and a running step is the newest that started."""
         clocks = [s.clock for s in self._steps]
-        assert clocks == sorted(set(clocks))
-        assert all(c <= self._begun for c in clocks)
-        active = [s for s in self._steps if s.started and not s.finished]
-        assert active == ([self._running] if self._running else [])
-        started = [s.started for s in self._steps if s.used is not False]
-        assert started == sorted(started, reverse=True), "a step started before an earlier one"
-        assert all(c > self._begun for c in self._included)
-        assert not (self._retired and (self._running or self._work.unsettled))
+        ensure(clocks == sorted(set(clocks)), f"clocks {clocks} are out of order")
+        ensure(all(c <= self._begun for c in clocks), f"a clock after {self._begun} is kept, which has not begun")
+        active = [s for s in self._steps if s.state in RUNNING]
+        ensure(active == ([self._running] if self._running else []), "other steps run than the one that should")
+        started = [s.state not in WAITING for s in self._steps if s.state != "skipped"]
+        ensure(started == sorted(started, reverse=True), "a step started before an earlier one")
+        ensure(all(c > self._begun for c in self._included), "the commit of a clock that has begun is kept")
+        ensure(not (self._retired and (self._running or self._work.unsettled)), "a stage retired with work left")
         self._work.validate(self._begun)
-
-
-class _Work:
-    """The leading stage's items: asked for, held, given back, and begun but not settled."""
-
-    def __init__(self, terms: Terms) -> None:
-        self._terms = terms
-        self.opened = False
-        self._next = 0
-        self._exhausted = False
-        self._asked: deque[tuple[int, ...]] = deque()
-        self._held: dict[int, wire.Item] = {}
-        self._returned: list[wire.Item] = []
-        self.unsettled: dict[int, wire.Item] = {}
-
-    def grant(self, items: Iterable[tuple[int, wire.Item]], exhausted: bool) -> None:
-        if not self._asked:
-            raise ProtocolError("items are granted that nobody asked for")
-        asked = self._asked.popleft()
-        granted = dict(items)
-        if not set(granted) <= set(asked):
-            raise ProtocolError(f"items are granted for clocks {sorted(granted)}; asked for {asked}")
-        self._exhausted |= exhausted or len(granted) < len(asked)
-        for clock, item in granted.items():
-            if clock < self._next:
-                self._returned.append(item)
-            else:
-                self._held[clock] = item
-
-    def skip_to(self, clock: int) -> None:
-        self._next = max(self._next, clock)
-        for skipped in sorted(c for c in self._held if c < self._next):
-            self._returned.append(self._held.pop(skipped))
-
-    def ask(self) -> list[Action]:
-        under_way = {c for clocks in self._asked for c in clocks}
-        window = range(self._next, self._next + LOOK_AHEAD)
-        wanted = tuple(c for c in window if c not in self._held and c not in under_way and self._exists(c))
-        if not wanted:
-            return []
-        self._asked.append(wanted)
-        return [Ask(wanted, self._give_back())]
-
-    def _exists(self, clock: int) -> bool:
-        return not self._exhausted and not (self._terms.aligned and clock > self._terms.last_clock)
-
-    def ready(self) -> tuple[int, wire.Item, bool] | None:
-        """The next clock with its item, and whether it is the last: known if the one after is here, or is none."""
-        item = self._held.get(self._next)
-        if item is None:
-            return None
-        if self._terms.aligned:
-            return self._next, item, self._next == self._terms.last_clock
-        last = self._next + 1 not in self._held
-        return None if last and not self._exhausted else (self._next, item, last)
-
-    def take(self, clock: int) -> None:
-        self.unsettled[clock] = self._held.pop(clock)
-        self._next = clock + 1
-
-    def is_over(self) -> bool:
-        """Whether there is nothing to run, now or later."""
-        return self.opened and not self._asked and not self._held and not self._exists(self._next)
-
-    def close(self) -> list[Action]:
-        """Give back what was never begun, and drop what no commit carried."""
-        settled: list[Action] = [Settle(self.unsettled.pop(c), "dropped") for c in sorted(self.unsettled)]
-        returned = self._give_back()
-        return [*settled, *([Ask((), returned)] if returned else [])]
-
-    def _give_back(self) -> tuple[wire.Item, ...]:
-        returned, self._returned = tuple(self._returned), []
-        return returned
-
-    def validate(self, begun: int) -> None:
-        assert all(c <= begun for c in self.unsettled)
-        assert all(c >= self._next for c in self._held)
-        assert len(self._held) <= LOOK_AHEAD
-        items = [*self._held.values(), *self._returned, *self.unsettled.values()]
-        assert len(items) == len({i.sequence for i in items}), "an item is in two places"

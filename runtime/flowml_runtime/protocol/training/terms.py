@@ -1,21 +1,23 @@
 """What the training machines need to know of a plan, and the events that more than one of them takes.
 
 `Terms` is a small frozen view of `plan.Training`: which stores push at which clock, how many replicas a
-clock's decision needs, and which stages send the parts of a contribution. Every machine of a run derives
-the same answers from it, so none has to be told.
+clock's decision needs, and which stages send the parts of a contribution. `Places` says which worker does
+what. Every machine of a run derives the same answers from them, so none has to be told.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, cast
 
+from flowml.devices import worker_of
 from flowml.plan import Training
 from flowml.policy import due
 
 RETIRED = 2**53 - 1
-"""The clock of a replica that nobody needs to wait for any more: the largest that the wire carries."""
+"""The clock of a replica that is not waited for any more: the largest that the wire carries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,10 @@ class Terms:
         )
         stages = len(training.replicas[0])
         return Terms(len(training.replicas), stages, training.microbatches, stores, total_clocks)
+
+    def lasting(self, total_clocks: int) -> Terms:
+        """The same rules for a run of that many clocks."""
+        return replace(self, total_clocks=total_clocks)
 
     @cached_property
     def aligned(self) -> bool:
@@ -122,16 +128,76 @@ class Terms:
         return frozenset(s.every for s in self.stores)
 
 
+@dataclass(frozen=True)
+class Places:
+    """Which worker does what in a run.
+
+    `stages[r][s]` runs stage s of replica r. `homes[i]` are the workers that hold store i; the value at the first is
+    the result of the run. `readers[i][home]` are the workers that hear of each version that `home` makes of store i.
+    """
+
+    stages: tuple[tuple[str, ...], ...]
+    homes: tuple[tuple[str, ...], ...]
+    readers: tuple[Mapping[str, tuple[str, ...]], ...]
+
+    @staticmethod
+    def of(training: Training) -> Places:
+        homes = tuple(_workers(s.copies) for s in training.stores)
+        readers = tuple(
+            {home: _workers(s.read_from([c for c in s.copies if worker_of(c) == home])) for home in homes[i]}
+            for i, s in enumerate(training.stores)
+        )
+        return Places(tuple(tuple(map(worker_of, devices)) for devices in training.replicas), homes, readers)
+
+    @cached_property
+    def workers(self) -> tuple[str, ...]:
+        """All that take part."""
+        stages = (worker for replica in self.stages for worker in replica)
+        return tuple(dict.fromkeys((*stages, *(worker for homes in self.homes for worker in homes))))
+
+    def stages_on(self, worker: str) -> tuple[tuple[int, int], ...]:
+        """(replica, stage) of all that this worker runs."""
+        return self._stages_on.get(worker, ())
+
+    def stores_on(self, worker: str) -> tuple[int, ...]:
+        """The stores that live on this worker."""
+        return self._stores_on.get(worker, ())
+
+    def replicas_on(self, worker: str) -> tuple[int, ...]:
+        """The replicas that cannot go on without this worker."""
+        return tuple(dict.fromkeys(replica for replica, _ in self.stages_on(worker)))
+
+    @cached_property
+    def _stages_on(self) -> dict[str, tuple[tuple[int, int], ...]]:
+        found: dict[str, list[tuple[int, int]]] = {}
+        for replica, workers in enumerate(self.stages):
+            for stage, worker in enumerate(workers):
+                found.setdefault(worker, []).append((replica, stage))
+        return {worker: tuple(stages) for worker, stages in found.items()}
+
+    @cached_property
+    def _stores_on(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, list[int]] = {}
+        for store, homes in enumerate(self.homes):
+            for worker in homes:
+                found.setdefault(worker, []).append(store)
+        return {worker: tuple(stores) for worker, stores in found.items()}
+
+
+def _workers(devices: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(map(worker_of, devices)))
+
+
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The decision for `clock`: it is complete with the work of `replicas`, and only these."""
+    """The decision for `clock`: it is complete with the work of every replica but those in `excluded`."""
 
     clock: int
-    replicas: tuple[int, ...]
+    excluded: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLost:
-    """A worker of `replica` died: nothing more comes from it that anybody should wait for."""
+    """A worker of `replica` died: nothing more comes from it that is worth waiting for."""
 
     replica: int

@@ -1,17 +1,15 @@
-"""The stores that live on this worker: holds their values, runs the home machine, applies and publishes.
+"""The stores that live on this worker: holds their values, applies and publishes as the worker's machine says.
 
-The machine decides on the thread that calls `step`, which only puts its decisions in order. What computes or waits
-happens on a thread of the device that the store lives on (a lane): applies, and reading their results to publish them.
-So control messages never wait behind a large layer. A store's decisions are carried out in their order, because they
-all go through one lane.
+The thread of the machine only puts the actions in order. What computes or waits happens on a thread of the device that
+the store lives on (a lane): applies, and reading their results to publish them. So control messages never wait behind a
+large layer. A store's actions are carried out in their order, because they all go through one lane.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 
 import jax
 import numpy as np
@@ -22,7 +20,7 @@ from flowml_runtime import wire
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction, aligned_copy, buffer_struct
 from flowml_runtime.execution.services import host_view
-from flowml_runtime.protocol.training import home as protocol
+from flowml_runtime.protocol.training.actions import Apply, Load, Publish, Return
 from flowml_runtime.protocol.training.terms import RETIRED
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
 from flowml_runtime.worker.training.run import Fault, Run
@@ -43,7 +41,7 @@ class _Held:
     state: list[Array]
     zeros: tuple[Array, ...]
     clock: int = 0
-    """That of the next contribution, as far as the newest publication tells."""
+    """The floor of the newest publication, which is that of the next contribution where there is a clock for all."""
 
 
 _Job = tuple[int, Callable[[], None]]
@@ -51,18 +49,18 @@ _Job = tuple[int, Callable[[], None]]
 
 
 class Homes:
-    """Hosts the home machine of one worker for one run. Called by the run's machine thread only; never waits."""
+    """Carries out what concerns the stores of one worker in one run. Called by the machine thread; never waits."""
 
-    def __init__(self, run: Run, programs: Mapping[str, LoadedProgram], on_fault: Fault) -> None:
+    def __init__(
+        self, run: Run, programs: Mapping[str, LoadedProgram], payloads: dict[int, Sequence[Array]], on_fault: Fault
+    ) -> None:
         self._run = run
         self._programs = programs
+        self._payloads = payloads
         self._on_fault = on_fault
         self._specs = run.training.stores
         self._homes = {i: home for i, s in enumerate(self._specs) for home in s.copies if worker_of(home) == run.me}
-        self._machine = protocol.Home(run.terms, self._homes)
         self._held: dict[int, _Held] = {}
-        self._payloads: dict[int, Sequence[Array]] = {}
-        self._handles = count()
         self._lanes = {home: Lane(f"{home} home run {run.number}") for home in dict.fromkeys(self._homes.values())}
         self._publisher = Publisher(
             f"{run.me} run {run.number}", self._send_published, partial(self._fail, run.number, "publish")
@@ -70,58 +68,37 @@ class Homes:
         self._failed = False
         """Something could not be applied or published: nothing that comes after it may be."""
 
-    def load(self, message: wire.StoreValue, arrays: Sequence[Array]) -> None:
+    def carry_out(self, actions: Iterable[Load | Apply | Publish | Return]) -> None:
+        """Put what one event has led to in order."""
+        jobs: dict[str, list[_Job]] = {}
+        """By device, so that its lane is woken once for all of them."""
+        for action in actions:
+            match action:
+                case Load():
+                    self._load(action)
+                    continue
+                case Apply(store, version, contributions):
+                    given = [([a for h in handles for a in self._payloads.pop(h)], c) for handles, c in contributions]
+                    job = partial(self._apply, store, version, given)
+                case Publish():
+                    job = partial(self._publish, action)
+                case Return():
+                    job = partial(self._return, action)
+            jobs.setdefault(self._homes[action.store], []).append((action.store, job))
+        for home, ordered in jobs.items():
+            self._lanes[home].put(partial(self._do, ordered), partial(self._fail, self._run.number, "a home"))
+
+    def _load(self, action: Load) -> None:
         """Take in a store's first value: parameters, then state."""
-        spec = self._specs[message.store]
-        home = self._homes[message.store]
+        spec, arrays = self._specs[action.store], self._payloads.pop(action.handle)
+        home = self._homes[action.store]
         program = self._programs[home]
         split = len(spec.specs)
         payload = [s for p in spec.parts for s in p.payload]
         zeros = tuple(aligned_copy(np.zeros(b.shape, b.dtype)) for b in map(buffer_struct, payload))
-        self._held[message.store] = _Held(
+        self._held[action.store] = _Held(
             spec, home, program.tasks[spec.apply], program, list(arrays[:split]), list(arrays[split:]), zeros
         )
-        self.step(protocol.StoreLoaded(message.store, message.version))
-
-    def receive(self, message: wire.Contribution, arrays: Sequence[Array]) -> None:
-        handle = next(self._handles)
-        if not message.empty:
-            self._payloads[handle] = arrays
-        self.step(
-            protocol.ContributionReceived(
-                store=message.store,
-                part=message.part,
-                replica=message.replica,
-                incarnation=message.incarnation,
-                clock=message.clock,
-                base_version=message.base_version,
-                weight=message.weight,
-                handle=handle,
-                empty=message.empty,
-            )
-        )
-
-    def step(self, event: protocol.Event) -> None:
-        jobs: dict[str, list[_Job]] = {}
-        """By device, so that its lane is woken once for all that an event brings about."""
-        for action in self._machine.step(event):
-            match action:
-                case protocol.Apply(store, version, contributions):
-                    given = [([a for h in handles for a in self._payloads.pop(h)], c) for handles, c in contributions]
-                    self._order(jobs, store, partial(self._apply, store, version, given))
-                case protocol.Publish(store):
-                    self._order(jobs, store, partial(self._publish, action))
-                case protocol.SendArrived(store, replica, clock):
-                    self._arrived(store, replica, clock)
-                case protocol.Release(handle):
-                    self._payloads.pop(handle, None)
-                case protocol.Finished(store):
-                    self._order(jobs, store, partial(self._finish, store, self._machine.version(store)))
-        for home, ordered in jobs.items():
-            self._lanes[home].put(partial(self._do, ordered), partial(self._fail, self._run.number, "a home"))
-
-    def _order(self, jobs: dict[str, list[_Job]], store: int, job: Callable[[], None]) -> None:
-        jobs.setdefault(self._homes[store], []).append((store, job))
 
     def close(self) -> None:
         """Drop what is not done, and end the threads after what they do now. Does not wait. Idempotent."""
@@ -163,41 +140,42 @@ class Homes:
         split = len(spec.specs)
         held.params, held.state = list(results[:split]), list(results[split:])
 
-    def _publish(self, action: protocol.Publish) -> None:
+    def _publish(self, action: Publish) -> None:
         """Hand the parameters to the publisher, which lends them to readers: no apply may overwrite them.
 
         Apply tasks are compiled without donation, so each makes new arrays and leaves the old ones alone.
         """
         held = self._held[action.store]
-        held.clock = max(c for c in (0, *action.clocks) if c != RETIRED)
+        held.clock = held.clock if action.floor == RETIRED else action.floor
         specs = held.spec.specs if action.value else ()
         values = host_view(held.params, held.program.device) if action.value else ()
         message = wire.Published(
             plan_id=self._run.plan_id,
             run=self._run.number,
+            cause=action.cause,
             store=action.store,
             version=action.version,
-            clocks=action.clocks,
+            floor=action.floor,
             specs=specs,
         )
-        for worker in dict.fromkeys(worker_of(d) for d in held.spec.read_from((held.home,))):
+        for worker in action.to:
             self._publisher.publish(worker, message, values)
 
-    def _finish(self, store: int, version: int) -> None:
-        held = self._held[store]
-        first = held.home == held.spec.home  # other copies are equal to this one
+    def _return(self, action: Return) -> None:
+        held = self._held[action.store]
         message = wire.StoreValue(
             plan_id=self._run.plan_id,
             run=self._run.number,
-            store=store,
-            version=version,
-            specs=(*held.spec.specs, *held.spec.state_specs) if first else (),
+            cause=action.cause,
+            store=action.store,
+            version=action.version,
+            specs=(*held.spec.specs, *held.spec.state_specs) if action.value else (),
         )
-        values = host_view([*held.params, *held.state], held.program.device) if first else ()
+        values = host_view([*held.params, *held.state], held.program.device) if action.value else ()
 
         def tell() -> None:
-            # Seats may have retired, and told of their traffic, before the last version was published.
-            self._run.send(self._run.driver, self._run.traffic())
+            # Stages may have retired, and told of their traffic, before the last version was published.
+            self._run.send(self._run.driver, self._run.traffic(action.cause))
             self._run.send(self._run.driver, message, values)
 
         self._publisher.after_all(tell)
@@ -205,12 +183,3 @@ class Homes:
     def _send_published(self, worker: str, message: wire.Published, arrays: Arrays, timeout_s: float | None) -> None:
         self._run.send(worker, message, arrays, timeout_s)
         self._run.count_publish(message.store, sum(s.nbytes for s in message.specs), worker)
-
-    # The machine thread.
-
-    def _arrived(self, store: int, replica: int, clock: int) -> None:
-        message = wire.Arrived(
-            plan_id=self._run.plan_id, run=self._run.number, store=store, replica=replica, clock=clock
-        )
-        assert self._run.leader is not None
-        self._run.send(self._run.leader, message)

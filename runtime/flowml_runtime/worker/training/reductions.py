@@ -30,13 +30,17 @@ from flowml_runtime.worker.training.run import Fault, Run
 
 @dataclass(frozen=True)
 class Given:
-    """What one replica pushes: a part of a store at a clock, and how many microbatch gradients it sums."""
+    """What one replica pushes: a part of a store at a clock, and how many microbatch gradients it sums.
+
+    `cause` is that of the step, as in `actions.Start`.
+    """
 
     store: int
     part: int
     replica: int
     clock: int
     weight: int
+    cause: int
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ class Reductions:
         message = wire.Contribution(
             plan_id=run.plan_id,
             run=run.number,
+            cause=given.cause,
             store=given.store,
             part=given.part,
             replica=0,

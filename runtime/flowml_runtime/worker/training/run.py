@@ -1,7 +1,7 @@
 """What the parts of one training run on one worker share: numbers, values at hand, one lock, ways to send.
 
-The machines of a run are stepped by one thread and asked by the executors, so all of that happens under
-one condition, which is notified whenever something may have changed for someone who waits.
+The machine of a worker is stepped by one thread and asked by the executors, so all of that happens under
+one condition, which is notified whenever something may have changed that an executor waits for.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from flowml.devices import worker_of
-from flowml.errors import DeadlineError, WorkerLostError
+from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
 from flowml.plan import Plan, Training
 from flowml_runtime import wire
 from flowml_runtime.execution.mailbox import Cancelled
@@ -31,24 +31,22 @@ class StoreView:
     """A store as this worker reads it: the newest published version."""
 
     version: int
-    clocks: tuple[int, ...]
     values: Sequence[Array]
 
 
 @dataclass
 class Run:
-    """One fit on one worker. `changed` guards everything mutable here and the machines of the run."""
+    """One fit on one worker. `changed` guards everything mutable here and the machine of the worker."""
 
     me: str
     plan_id: str
     plan: Plan
-    training: Training
     start: wire.StartTraining
     driver: str
     sender: Sender
     deadline_s: float
     recorder: Recorder
-    changed: threading.Condition = field(default_factory=threading.Condition)
+    changed: threading.Condition
     stores: dict[int, StoreView] = field(default_factory=dict[int, StoreView])
     source: dict[int, Array] = field(default_factory=dict[int, Array])
     stopped: bool = False
@@ -57,12 +55,10 @@ class Run:
     pushed: Counter[tuple[int, str]] = field(default_factory=Counter[tuple[int, str]])
 
     def __post_init__(self) -> None:
+        if self.plan.training is None:
+            raise FlowmlError(f"plan {self.plan.name!r} is not a training plan")
+        self.training: Training = self.plan.training
         self.terms = Terms.of(self.training, self.start.total_clocks)
-        devices = [d for replica in self.training.replicas for d in replica]
-        homes = [home for s in self.training.stores for home in s.copies]
-        self.workers = tuple(dict.fromkeys(worker_of(d) for d in (*devices, *homes)))
-        decided = [s for s in self.training.stores if s.decided]
-        self.leader = worker_of(decided[0].home) if decided else None
 
     @property
     def number(self) -> int:
@@ -80,7 +76,7 @@ class Run:
     def send(
         self, worker: str, message: wire.Wire, arrays: Sequence[Array] = (), timeout_s: float | None = None
     ) -> None:
-        """Send to a worker or the driver. One that is lost is none of our business: the driver ends the run.
+        """Send to a worker or the driver. The loss of one is for the driver, which ends the run.
 
         Raises TimeoutError if the message may not go in time.
         """
@@ -88,10 +84,6 @@ class Run:
             self.sender.send(worker, message, arrays, timeout_s)
         except WorkerLostError:
             return
-
-    def broadcast(self, message: wire.Wire) -> None:
-        for worker in self.workers:
-            self.send(worker, message)
 
     def wait_for(self, condition: Callable[[], bool], abandoned: Callable[[], bool], what: str, step: int) -> None:
         """Wait, holding `changed`, until the condition holds.
@@ -129,11 +121,12 @@ class Run:
             with self.counting:
                 self.pushed[store, "published"] += nbytes
 
-    def traffic(self) -> wire.Traffic:
+    def traffic(self, cause: int) -> wire.Traffic:
         kinds = ("count", "bytes", "wire", "published")
         with self.counting:
             rows = tuple(
                 (i, *(self.pushed[i, k] for k in kinds))  # pyright: ignore[reportArgumentType]
                 for i in range(len(self.training.stores))
             )
-        return wire.Traffic(plan_id=self.plan_id, run=self.number, worker=self.me, stores=rows)  # pyright: ignore
+        ids: dict[str, Any] = {"plan_id": self.plan_id, "run": self.number, "cause": cause}
+        return wire.Traffic(**ids, worker=self.me, stores=rows)  # pyright: ignore[reportArgumentType]

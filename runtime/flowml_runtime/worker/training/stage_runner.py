@@ -1,6 +1,6 @@
-"""A seat: one stage of one replica on one device. Runs the steps that its replica machine starts.
+"""One stage of one replica on one device. Runs the steps that its replica machine starts.
 
-The executor's thread asks the seat for everything a training step needs: its share of the batch, the
+The executor's thread asks the stage runner for everything a training step needs: its share of the batch, the
 parameters (once the gate lets this clock read them), a place to push gradients to. The step is given up at
 the next task boundary, or in the middle of a wait, when the machine says that it is in vain.
 """
@@ -10,60 +10,53 @@ from __future__ import annotations
 import queue
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowml.data import epoch_order
-from flowml.devices import worker_of
 from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import ArraySpec
 from flowml.plan import Run as RunInstruction
 from flowml_runtime import service, wire
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.lane import LARGE_BYTES, Lane
-from flowml_runtime.execution.mailbox import Cancelled, Mailbox
+from flowml_runtime.execution.mailbox import Cancelled
 from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction, aligned_copy
 from flowml_runtime.execution.services import EdgeServices, host_view
 from flowml_runtime.execution.step_program import StepFault, prepare, run_step
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
-from flowml_runtime.protocol.training.replica import Replica
+from flowml_runtime.protocol.training.actions import Send, Start, StepFinished
 from flowml_runtime.worker.training.reductions import Given, Reductions
 from flowml_runtime.worker.training.run import Run
 
+if TYPE_CHECKING:
+    from flowml_runtime.worker.training.host import TrainingHost
+
 Gradients = Future[Sequence[Array]]
 """One part's payload of a step, or the sum of several, which may still be under way."""
-
-_LIFE = 0
-"""The incarnation in contributions. All stages of a replica share it, and a replica lives as long as the run."""
 
 
 class StageRunner(EdgeServices):
     """The services of a training step, and the thread that runs them."""
 
     def __init__(
-        self,
-        run: Run,
-        replica: int,
-        stage: int,
-        loaded: LoadedProgram,
-        mailbox: Mailbox,
-        reductions: Reductions,
-        on_finished: Callable[[StageRunner, int], None],
-        on_fault: Callable[[int, str, BaseException], None],
+        self, run: Run, host: TrainingHost, at: tuple[int, int], loaded: LoadedProgram, reductions: Reductions
     ) -> None:
+        mailbox = host.worker.mailbox
         super().__init__(run.plan_id, loaded, mailbox, run.sender, run.deadline_s, run.recorder)
+        stage = at[1]
         self.run = run
-        self.replica = replica
-        self.stage = stage
-        self.machine = Replica(run.terms, replica, stage)
+        self.replica = at[0]
+        self.machine = host.machine.stage(at)
+        self._worker = host.machine
         self._reductions = reductions
-        self._on_finished = on_finished
-        self._on_fault = on_fault
+        self._on_finished = host.on_finished
+        self._on_fault = host.fail
         self._program = prepare(loaded)
-        self._starts: queue.SimpleQueue[tuple[int, wire.Item] | None] = queue.SimpleQueue()
+        self._starts: queue.SimpleQueue[Start | None] = queue.SimpleQueue()
         self._batches: OrderedDict[int, dict[int, Array]] = OrderedDict()
         self._adds = Lane(f"{loaded.name} add run {run.number}")
         """Adds gradients that are gathered over steps: the machine says what counts, and does not wait for the sum."""
@@ -73,8 +66,8 @@ class StageRunner(EdgeServices):
             for p, part in enumerate(store.parts)
             if store.every > 1 and part.stage == stage and part.accumulate is not None
         }
-        self._clock = -1
-        self._item: wire.Item | None = None
+        self._now = Start(*at, -1, wire.Item(sequence=0, epoch=0, start=0, size=0), 0)
+        """The step that runs now, or ran last."""
         self._read_versions: dict[int, int] = {}
         self._fetched: dict[int, list[Array]] = {}
         runs = sum(isinstance(i, RunInstruction) for i in loaded.program.instructions)
@@ -83,8 +76,8 @@ class StageRunner(EdgeServices):
 
     # Called by the machine thread, which holds the run's lock.
 
-    def start(self, clock: int, item: wire.Item) -> None:
-        self._starts.put((clock, item))
+    def start(self, start: Start) -> None:
+        self._starts.put(start)
 
     def abandon(self, clock: int) -> None:
         """Wake the step up wherever it waits, and refuse what still comes for it."""
@@ -111,15 +104,15 @@ class StageRunner(EdgeServices):
     # The executor's thread.
 
     def _end(self, reason: str) -> None:
-        self._on_fault(self.run.step_of(max(self._clock, 0)), "training", FlowmlError(reason))
+        self._on_fault(self.run.step_of(max(self._now.clock, 0)), "training", FlowmlError(reason))
 
     def _work(self) -> None:
         while (start := self._starts.get()) is not None:
-            self._clock, self._item = start
+            self._now = start
             if not self.run.stopped:
-                self._step(self._clock)
-                self._mailbox.finish((self.plan_id, self.run.step_of(self._clock), self.device))
-            self._on_finished(self, self._clock)
+                self._step(start.clock)
+                self._mailbox.finish((self.plan_id, self.run.step_of(start.clock), self.device))
+            self._on_finished(StepFinished(self.run.number, start.replica, start.stage, start.clock, start.cause))
 
     def _step(self, clock: int) -> None:
         began = time.perf_counter()
@@ -134,7 +127,7 @@ class StageRunner(EdgeServices):
         except BaseException as error:
             self._on_fault(self.run.step_of(clock), "report", error)
         finally:
-            self.outbox.flush()  # who hears that a stage has retired must have its last contribution
+            self.outbox.flush()  # a home that hears that a stage has retired must have its last contribution
 
     def _report(self, clock: int, seconds: float) -> None:
         if not self._fetched:
@@ -144,32 +137,29 @@ class StageRunner(EdgeServices):
         message = wire.Report(
             plan_id=self.plan_id,
             run=self.run.number,
+            cause=self._now.cause,
             replica=self.replica,
             clock=clock,
-            item=self._current(),
+            item=self._now.item,
             slots=slots,
             seconds=seconds,
             specs=tuple(ArraySpec(v.shape, v.dtype.name) for v in values),
         )
         self.run.send(self.run.driver, message, values)
 
-    def _current(self) -> wire.Item:
-        assert self._item is not None
-        return self._item
-
     # Services: called by the step on the executor's thread.
 
     def should_abandon(self, step: int) -> bool:
         if self._delay_s:
             time.sleep(self._delay_s)  # the declared slowness of this worker
-        return self.run.stopped or self.machine.should_abandon(self._clock)
+        return self.run.stopped or self.machine.should_abandon(self._now.clock)
 
     def send_failed(self, step: int, node: str, error: BaseException) -> None:
         if not isinstance(error, WorkerLostError):  # which the driver knows
             self._on_fault(step, node, error)
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
-        training, item = self.run.training, self._current()
+        training, item = self.run.training, self._now.item
         leaves = [s for s in slots if s < training.batch_leaves]
         rows = training.item_size // training.microbatches
         found = self._rows(leaves, item, microbatch * rows, rows, step) if leaves else {}
@@ -197,66 +187,55 @@ class StageRunner(EdgeServices):
         return {s: aligned_copy(np.asarray(batch[s])[first : first + rows]) for s in slots}
 
     def _in_vain(self) -> bool:
-        return self.machine.should_abandon(self._clock)
+        return self.machine.should_abandon(self._now.clock)
 
     def read(self, step: int, store: int, leaves: Sequence[int]) -> Sequence[Array]:
         name = self.run.training.stores[store].name
         with self.run.changed:
             self.run.wait_for(
-                lambda: self._may_read(store), self._in_vain, f"parameters of {name!r} to be published", step
+                lambda: self.machine.may_read(store, self._now.clock),
+                self._in_vain,
+                f"parameters of {name!r} to be published",
+                step,
             )
             view = self.run.stores[store]
             self._read_versions[store] = view.version
         return self.adopt([view.values[i] for i in leaves])
-
-    def _may_read(self, store: int) -> bool:
-        if not self.machine.can_read(store, self._clock):
-            return False
-        spec = self.run.training.stores[store]
-        if spec.clocked:
-            return True
-        # A replica reads its own writes (Ho et al., stale synchronous parallel): alone it is serial, and a slow
-        # home slows its replicas down instead of being buried by them.
-        pushed = self._clock // spec.every * spec.every
-        return self.run.stores[store].clocks[self.replica] >= pushed
 
     def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None:
         spec = self.run.training.stores[store]
         gathered = self._gathered.get((store, part))
         own = _known(arrays)
         with self.run.changed:
-            if not self.machine.pushes(store, self._clock):
+            if not self.machine.pushes(store, self._now.clock):
                 if gathered is not None:
-                    gathered.gather(self._clock, own)
+                    gathered.gather(self._now.clock, own)
                 return
-            total = gathered.push(self._clock, own) if gathered else Sum(own, 1)
+            total = gathered.push(self._now.clock, own) if gathered else Sum(own, 1)
         weight = total.steps * self.run.training.microbatches
         if spec.collective:
-            given = Given(store, part, self.replica, self._clock, weight)
-            send = partial(self._reduce, given, total.value)
+            given = Given(store, part, self.replica, self._now.clock, weight, self._now.cause)
+            send, to = partial(self._reduce, given, total.value), self.run.me
         else:
-            message = wire.Contribution(
-                plan_id=self.plan_id,
-                run=self.run.number,
-                store=store,
-                part=part,
-                replica=self.replica,
-                incarnation=_LIFE,
-                clock=self._clock,
+            contribution = self._worker.contribution(
+                self._now,
+                store,
+                part,
                 base_version=self._read_versions.get(store, 0),
                 weight=weight,
                 specs=spec.parts[part].payload,
             )
-            send = partial(self._contribute, worker_of(spec.home), message, total.value)
+            send, to = partial(self._contribute, contribution, total.value), contribution.to[0]
         nbytes = spec.parts[part].nbytes
-        self.run.count_push(store, part, nbytes, self.run.me if spec.collective else worker_of(spec.home))
+        self.run.count_push(store, part, nbytes, to)
         if nbytes < LARGE_BYTES:
             send()
         else:  # the backward pass goes on meanwhile
             self.outbox.put(send, lambda error: self.send_failed(step, f"store {spec.name}", error))
 
-    def _contribute(self, home: str, message: wire.Contribution, gradients: Gradients) -> None:
-        self.run.send(home, message, host_view(gradients.result(), self.loaded.device))
+    def _contribute(self, contribution: Send, gradients: Gradients) -> None:
+        for home in contribution.to:
+            self.run.send(home, contribution.message, host_view(gradients.result(), self.loaded.device))
 
     def _reduce(self, given: Given, gradients: Gradients) -> None:
         self._reductions.push(given, host_view(gradients.result(), self.loaded.device))

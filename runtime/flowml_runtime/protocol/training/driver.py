@@ -1,0 +1,244 @@
+"""The driver's machine in training: how a fit begins, who gets which work, and when it is over.
+
+    Ask             a replica asks for work items: the `Ledger` grants them. If it feeds, their data goes first.
+    Settled         what became of items, for the ledger and for the history.
+    Report          the loss of a step, for the history.
+    StoreValue      a home has finished a store. The value counts that comes from the store's first home, once; other
+                    homes hold copies of it.
+    Traffic         what a worker has sent for each store. The newest word counts.
+    Retired         a stage pushes nothing more.
+
+The fit is over when every stage of every replica that is not lost has retired, and every home has finished its stores.
+These may come in any order, and again. A message of another run is forgotten, and so is all that comes after the end.
+The loss of a worker, or an error on one, ends the fit with an error.
+
+What the caller must do:
+
+1. Give one event at a time, messages from one worker in the order in which it sent them.
+2. Carry the actions out in the order of the list.
+3. Give Stop when the fit ends, for whatever reason, and nothing after it.
+4. Keep the arrays of a handle until one action names it: Note, Keep or Release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from flowml_runtime import wire
+from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training.actions import Received, Release, Send
+from flowml_runtime.protocol.training.home import Handle
+from flowml_runtime.protocol.training.ledger import Asked, Fate, Ledger, Settled, Work
+from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Begin the fit: the workers have loaded its plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """A worker says that something failed."""
+
+    message: wire.StepFailed
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker of the plan is gone."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The fit has ended, well or not."""
+
+
+Event = Begin | Received | StepFailed | WorkerLost | ReplicaLost | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class SendStore:
+    """Send a store's first value to its homes."""
+
+    store: int
+    to: tuple[str, ...]
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendSource:
+    """Send each worker the leaves of the source that its stages read."""
+
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Send the stages of a replica the examples of a work item."""
+
+    replica: int
+    item: wire.Item
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Enter a report in the history."""
+
+    message: wire.Report
+    handle: Handle | None
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoteFates:
+    """Enter in the history what became of work items."""
+
+    fates: tuple[tuple[wire.Item, Fate], ...]
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """This is the store's final value."""
+
+    store: int
+    handle: Handle | None
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    """The fit cannot go on: a worker has failed, or is lost."""
+
+    reason: wire.StepFailed | WorkerLost
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
+class Over:
+    """All is done."""
+
+    cause: int
+
+
+Action = Send | SendStore | SendSource | Feed | Note | NoteFates | Keep | Release | Fail | Over
+
+
+class TrainingDriver:
+    """The driver of one fit."""
+
+    def __init__(self, start: wire.StartTraining, terms: Terms, work: Work, places: Places) -> None:
+        self.ledger = Ledger(work)
+        self.traffic: dict[str, wire.Traffic] = {}
+        """The newest word of each worker."""
+        self.versions: dict[int, int] = {}
+        """Of the final values that have come."""
+        self.number = 0
+        """Of the newest event."""
+        self._start = start
+        self._steps = range(start.run, start.run + terms.most_clocks)
+        self._places = places
+        self._to_retire = {(r, s) for r, stages in enumerate(places.stages) for s in range(len(stages))}
+        self._to_finish = {(store, home) for store, homes in enumerate(places.homes) for home in homes}
+        self._ended = False
+
+    @property
+    def over(self) -> bool:
+        """Whether every stage has retired and every store is finished."""
+        return not self._to_retire and not self._to_finish
+
+    def step(self, event: Event) -> list[Action]:
+        """Take one event in. Raises ProtocolError for what cannot be."""
+        self.number += 1
+        if self._ended:
+            handle = event.handle if isinstance(event, Received) else None
+            return [] if handle is None else [Release(handle, self.number)]
+        match event:
+            case Received():
+                return self._receive(event)
+            case Begin():
+                return self._begin()
+            case StepFailed(message):
+                return [Fail(message, self.number)] if message.step in self._steps else []
+            case WorkerLost():
+                return [Fail(event, self.number)]
+            case ReplicaLost(replica):
+                self.ledger.step(event)
+                return self._close(retired=[at for at in self._to_retire if at[0] == replica])
+            case Stop():
+                self._ended = True
+                return [Send(self._places.workers, wire.StopTraining(**self._ids()))]
+
+    def final_order(self) -> list[int]:
+        """The stores in the order in which their values are taken: the last word on a leaf of optimizer state that
+        several stores keep, such as a count of steps, has the one that was applied most.
+        """
+        return sorted(self.versions, key=lambda store: (self.versions[store], -store))
+
+    def validate(self) -> None:
+        """The account is right; at the end nothing is left open."""
+        self.ledger.validate()
+        ensure(not self.over or not self.ledger.outstanding, f"{self.ledger.outstanding} items are unaccounted for")
+
+    def _ids(self) -> dict[str, Any]:
+        return {"plan_id": self._start.plan_id, "run": self._start.run, "cause": self.number}
+
+    def _begin(self) -> list[Action]:
+        stores = [SendStore(store, homes, self.number) for store, homes in enumerate(self._places.homes)]
+        source = [SendSource(self.number)] if self._start.source == "shipped" else []
+        return [Send(self._places.workers, self._start), *stores, *source]
+
+    def _receive(self, event: Received) -> list[Action]:
+        message, cause = event.message, self.number
+        if message.run != self._start.run or message.plan_id != self._start.plan_id:
+            return [] if event.handle is None else [Release(event.handle, cause)]
+        match message:
+            case wire.Ask():
+                return self._grant(message)
+            case wire.Settled(replica=replica, fates=fates):
+                self.ledger.step(Settled(replica, fates))
+                return [NoteFates(fates, cause)]
+            case wire.Report():
+                return [Note(message, event.handle, cause)]
+            case wire.StoreValue():
+                return self._finish(event.peer, message, event.handle)
+            case wire.Traffic():
+                self.traffic[event.peer] = message
+                return []
+            case wire.Retired(replica=replica, stage=stage):
+                return self._close(retired=[(replica, stage)])
+            case _:
+                raise ProtocolError(f"the driver has no use for {type(message).__name__} during training")
+
+    def _grant(self, ask: wire.Ask) -> list[Action]:
+        actions: list[Action] = []
+        for grant in self.ledger.step(Asked(ask.replica, ask.clocks, ask.returned)):
+            if self._start.source == "fed":
+                actions += [Feed(grant.replica, item, self.number) for _, item in grant.items]
+            answer = wire.Grant(**self._ids(), replica=grant.replica, items=grant.items, exhausted=grant.exhausted)
+            actions.append(Send(self._places.stages[grant.replica][:1], answer))
+        return actions
+
+    def _finish(self, home: str, value: wire.StoreValue, handle: Handle | None) -> list[Action]:
+        actions: list[Action] = []
+        if (value.store, home) in self._to_finish and home == self._places.homes[value.store][0]:
+            self.versions[value.store] = value.version
+            actions = [Keep(value.store, handle, self.number)]
+        elif handle is not None:
+            actions = [Release(handle, self.number)]
+        return [*actions, *self._close(finished={(value.store, home)})]
+
+    def _close(self, retired: Iterable[tuple[int, int]] = (), finished: Iterable[tuple[int, str]] = ()) -> list[Action]:
+        """Note which stages have retired, and which homes have finished which stores; Over when nothing is left."""
+        if self.over:
+            return []
+        self._to_retire.difference_update(retired)
+        self._to_finish.difference_update(finished)
+        return [Over(self.number)] if self.over else []

@@ -1,0 +1,431 @@
+"""A worker's machine in training: what it does with every message, and who is told what in which order.
+
+It owns the machines of one worker and all routing between them: a `Replica` for each stage that runs here, the `Home`
+of the stores that live here, and the `Decision` if this worker leads. A message comes in as `Received`; the list that
+`step` returns is what the worker does about it. Values never come here: a *handle* stands for a message's arrays.
+
+    StartTraining   a run begins. What came early for it is taken in now, in the order of arrival.
+    StopTraining    the run ends. What still comes for it is forgotten.
+    Grant           work items, for the first stage of a replica.
+    Begin           the first stage has begun a clock, for the other stages of the replica.
+    Contribution    a part of what a replica gives to a store, for the home here.
+    Arrived         a contribution is complete, for the leader: the first home of the first store that is decided upon.
+    Commit          a clock is decided. The stages here hear of it before the home here, because a replica must know
+                    that its step counts before it sees the version that it made.
+    Published       a new version, for all stages here. A version that is not newer than one that is read here comes
+                    from another copy of the store, and is ignored.
+    Applied         the version that holds what a replica here has pushed, for its stages.
+    Retired         a stage pushes nothing more: for the home, the leader, and the other stages if it was the first.
+    StoreValue      the first value of a store, for the home.
+    Source, Batch, Collective   values for the executors, which are handed on.
+
+The loss of a replica (`ReplicaLost`) is for the leader and the home here, which do not wait for it any more.
+
+Each event gets a number, and each action carries the number of the event that caused it. A message takes it along, so
+that its receiver can say from which event of which worker its own follows. Events and actions are in `actions`.
+
+What the caller must do:
+
+1. Give one event at a time, messages from one worker in the order in which it sent them. Messages of different workers
+   may come in any order, also before the StartTraining of their run.
+2. Carry the actions out in the order of the list. Start, Abandon, Count, Show and Hand take effect before the
+   executors may ask anything again; all others may be done later. Of those only two things need an order: what is sent
+   to one worker, and what is done with one store.
+3. Answer each Start with one StepFinished, after all that the step has sent.
+4. Keep the arrays of a handle until one action names it: Load, Show, Apply, Release or Hand. That happens once.
+5. Ask the `stage` what it may read and when to give up, and send what `contribution` says.
+6. On Fail tell the driver; it ends the run. The message that led to it has had no other effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypedDict
+
+from flowml.plan import ArraySpec
+from flowml_runtime import wire
+from flowml_runtime.protocol.errors import EarlyLimitError, ProtocolError, ensure
+from flowml_runtime.protocol.training import decision, home, replica
+from flowml_runtime.protocol.training.actions import (
+    Abandon,
+    Action,
+    Apply,
+    Close,
+    Count,
+    Event,
+    Fail,
+    Hand,
+    Load,
+    Open,
+    Publish,
+    Received,
+    Release,
+    Return,
+    Send,
+    Show,
+    Start,
+    StepFinished,
+    TellTraffic,
+)
+from flowml_runtime.protocol.training.terms import Committed, Places, ReplicaLost, Terms
+
+MAX_EARLY = 4096
+"""Messages kept for runs that have not begun here. Peers can be ahead by a few steps, not more."""
+
+MAX_EARLY_BYTES = 2**30
+"""Bytes of arrays in those messages. The largest are contributions to the stores that live here."""
+
+_LIFE = 0
+"""The incarnation in contributions. All stages of a replica share it, and a replica lives as long as the run."""
+
+At = tuple[int, int]
+"""(replica, stage)"""
+
+
+class TrainingWorker:
+    """One worker of one training plan: one fit at a time, many one after the other."""
+
+    def __init__(self, me: str, driver: str, rules: Terms, places: Places) -> None:
+        """`rules` hold for every run but for its number of clocks, which comes with StartTraining."""
+        self._me = me
+        self._driver = driver
+        self._rules = rules
+        self._places = places
+        self._fit: _Fit | None = None
+        self.newest = -1
+        """The newest run that has begun, or was stopped before it did."""
+        self._early = _Early(me, driver)
+        self._lost: list[ReplicaLost] = []
+        """For good: a run that begins later does not wait for them either."""
+        self.number = 0
+        """Of the newest event."""
+
+    def step(self, event: Event) -> list[Action]:
+        """Take one event in. What cannot be is a Fail, and so is too much that comes early."""
+        self.number += 1
+        if isinstance(event, Received):
+            return self._take(self.number, event)
+        fit = self._fit
+        if isinstance(event, ReplicaLost):
+            self._lost.append(event)
+            return fit.lose(self.number, event) if fit else []
+        if fit is None or event.run != fit.run:
+            return []
+        try:
+            return fit.finish(self.number, event)
+        except ProtocolError as error:
+            return [Fail(event.run, error, self.number)]
+
+    def stage(self, at: At) -> replica.Replica:
+        """The machine of a stage that runs here, to be asked what it may read and when to give up."""
+        if self._fit is None:
+            raise ProtocolError(f"stage {at[1]} of replica {at[0]} is asked for while no run is under way")
+        return self._fit.stages[at]
+
+    def contribution(
+        self, start: Start, store: int, part: int, *, base_version: int, weight: int, specs: tuple[ArraySpec, ...] = ()
+    ) -> Send:
+        """What the step of `start` sends for a part of a store, which read `base_version` of it."""
+        if self._fit is None:
+            raise ProtocolError(f"a contribution to store {store} is made while no run is under way")
+        message = wire.Contribution(
+            plan_id=self._fit.plan_id,
+            run=self._fit.run,
+            cause=start.cause,
+            store=store,
+            part=part,
+            replica=start.replica,
+            incarnation=_LIFE,
+            clock=start.clock,
+            base_version=base_version,
+            weight=weight,
+            specs=specs,
+        )
+        return Send(self._places.homes[store][:1], message)
+
+    def validate(self) -> None:
+        """The rules of all machines here hold, and what is kept is for runs that are still to come."""
+        self._early.validate(self.newest)
+        if self._fit is not None:
+            self._fit.validate()
+
+    def _take(self, number: int, event: Received) -> list[Action]:
+        try:
+            return self._receive(number, event)
+        except ProtocolError as error:
+            forgotten: list[Action] = [] if event.handle is None else [Release(event.handle, number)]
+            return [Fail(event.message.run, error, number), *forgotten]
+
+    def _receive(self, number: int, event: Received) -> list[Action]:
+        message, fit = event.message, self._fit
+        if event.peer == self._driver:
+            if isinstance(message, wire.StartTraining):
+                return self._begin(number, message)
+            if isinstance(message, wire.StopTraining):
+                return self._end(number, message)
+        if fit is not None and message.run == fit.run:
+            return fit.take(number, event)
+        if message.run > self.newest:
+            self._early.keep(number, event)
+            return []
+        return [] if event.handle is None else [Release(event.handle, number)]
+
+    def _begin(self, number: int, start: wire.StartTraining) -> list[Action]:
+        if start.run <= self.newest:
+            return []
+        closed = self._fit.close(number) if self._fit else []
+        self.newest = start.run
+        self._fit = _Fit(self._me, self._driver, start, self._rules.lasting(start.total_clocks), self._places)
+        begun = [*self._fit.begin(number), *(a for event in self._lost for a in self._fit.lose(number, event))]
+        return [*closed, Open(start, number), *begun, *self._retake()]
+
+    def _end(self, number: int, stop: wire.StopTraining) -> list[Action]:
+        self.newest = max(self.newest, stop.run)
+        closed: list[Action] = []
+        if self._fit is not None and stop.run >= self._fit.run:
+            closed = self._fit.close(number)
+            self._fit = None
+        return [*closed, *self._retake()]
+
+    def _retake(self) -> list[Action]:
+        """Take in again what came early: some of it is for the run that has begun, some for none that will."""
+        return [action for number, event in self._early.take_all() for action in self._take(number, event)]
+
+
+class _Early:
+    """What came for runs that have not begun here, in the order of arrival: bounded by number and bytes."""
+
+    def __init__(self, me: str, driver: str) -> None:
+        self._me = me
+        self._driver = driver
+        self._events: list[tuple[int, Received]] = []
+        self._nbytes = 0
+
+    def keep(self, number: int, event: Received) -> None:
+        """Raises EarlyLimitError if it is too much: nothing is dropped unless its run ends over it."""
+        nbytes = self._nbytes + sum(spec.nbytes for spec in event.message.specs)
+        if len(self._events) >= MAX_EARLY or nbytes > MAX_EARLY_BYTES:
+            raise EarlyLimitError(
+                f"{self._me} has been sent {len(self._events)} messages with {self._nbytes} bytes for a fit that has "
+                f"not begun there, and {type(event.message).__name__} from {event.peer} is one too many (at most "
+                f"{MAX_EARLY} messages and {MAX_EARLY_BYTES} bytes are kept); see whether {self._driver} or its "
+                "connection is stuck, and start the fit again"
+            )
+        self._events.append((number, event))
+        self._nbytes = nbytes
+
+    def take_all(self) -> list[tuple[int, Received]]:
+        events, self._events, self._nbytes = self._events, [], 0
+        return events
+
+    def validate(self, newest: int) -> None:
+        ensure(len(self._events) <= MAX_EARLY, "more is kept for later runs than the limit")
+        ensure(all(e.message.run > newest for _, e in self._events), f"a message is kept for run {newest} or before")
+
+
+class _Ids(TypedDict):
+    plan_id: str
+    run: int
+    cause: int
+
+
+class _Fit:
+    """One run on one worker: its machines, and which of them each message is for."""
+
+    def __init__(self, me: str, driver: str, start: wire.StartTraining, terms: Terms, places: Places) -> None:
+        self.run = start.run
+        self.plan_id = start.plan_id
+        self.stages = {at: replica.Replica(terms, *at) for at in places.stages_on(me)}
+        self._me = me
+        self._driver = driver
+        self._terms = terms
+        self._places = places
+        self._home = home.Home(terms, places.stores_on(me))
+        decided = [i for i, store in enumerate(terms.stores) if store.decided]
+        self._leader = places.homes[decided[0]][:1] if decided else ()
+        self._decision = decision.Decision(terms) if self._leader == (me,) else None
+        self._shown: dict[int, tuple[int, int]] = {}
+        """(version, floor) of each store that is read here."""
+        self._ids: _Ids = {"plan_id": start.plan_id, "run": start.run, "cause": 0}
+        """What every message of this worker begins with."""
+        self._routes: dict[type[wire.TrainingMessage], Callable[[Any, Received], list[Action]]] = {
+            wire.Grant: self._granted,
+            wire.Begin: self._begun,
+            wire.Contribution: self._contributed,
+            wire.Arrived: self._arrived,
+            wire.Commit: self._committed,
+            wire.Published: self._published,
+            wire.Applied: self._applied,
+            wire.Retired: self._retired,
+            wire.StoreValue: self._loaded,
+            wire.Source: self._handed,
+            wire.Batch: self._handed,
+            wire.Collective: self._handed,
+        }
+
+    def begin(self, cause: int) -> list[Action]:
+        self._ids["cause"] = cause
+        return [a for at in self.stages for a in self._at_stage(at, replica.Started())]
+
+    def close(self, cause: int) -> list[Action]:
+        """The run ends here, and what its home has gathered is forgotten."""
+        return [Close(self.run, cause), *(Release(handle, cause) for handle in self._home.handles())]
+
+    def take(self, cause: int, event: Received) -> list[Action]:
+        self._ids["cause"] = cause
+        route = self._routes.get(type(event.message))
+        if route is None:
+            raise ProtocolError(f"a worker has no use for {type(event.message).__name__} during training")
+        return route(event.message, event)
+
+    def finish(self, cause: int, event: StepFinished) -> list[Action]:
+        self._ids["cause"] = cause
+        return self._at_stage((event.replica, event.stage), replica.StepFinished(event.clock))
+
+    def lose(self, cause: int, event: ReplicaLost) -> list[Action]:
+        """The home and the leader here do not wait for it any more."""
+        self._ids["cause"] = cause
+        return [*self._decide(event), *self._at_home(event)]
+
+    def validate(self) -> None:
+        for machine in (*self.stages.values(), self._home, self._decision):
+            if machine is not None:
+                machine.validate()
+
+    @property
+    def _cause(self) -> int:
+        return self._ids["cause"]
+
+    # What each message means here.
+
+    def _granted(self, message: wire.Grant, _: Received) -> list[Action]:
+        return self._at_stage((message.replica, 0), replica.Granted(message.items, message.exhausted))
+
+    def _begun(self, message: wire.Begin, _: Received) -> list[Action]:
+        event = replica.BeginReceived(message.clock, message.item, message.last)
+        return self._at_stages(self._of(message.replica, following=True), event)
+
+    def _contributed(self, message: wire.Contribution, event: Received) -> list[Action]:
+        part = home.ContributionReceived(
+            message.store,
+            message.part,
+            message.replica,
+            message.incarnation,
+            message.clock,
+            message.base_version,
+            message.weight,
+            event.handle or 0,
+            message.empty,
+        )
+        return self._at_home(part)
+
+    def _arrived(self, message: wire.Arrived, _: Received) -> list[Action]:
+        return self._decide(decision.Arrived(message.store, message.replica, message.clock))
+
+    def _committed(self, message: wire.Commit, _: Received) -> list[Action]:
+        event = Committed(message.clock, message.excluded)
+        return [*self._at_stages(self.stages, event), *self._at_home(event)]
+
+    def _published(self, message: wire.Published, event: Received) -> list[Action]:
+        store, news, handle = message.store, (message.version, message.floor), event.handle
+        if self._terms.stores[store].collective and news <= self._shown.get(store, (-1, -1)):
+            return [] if handle is None else [Release(handle, self._cause)]
+        self._shown[store] = news
+        shown: list[Action] = [] if handle is None else [Show(store, message.version, handle, self._cause)]
+        return [*shown, *self._at_stages(self.stages, replica.StorePublished(store, *news))]
+
+    def _applied(self, message: wire.Applied, _: Received) -> list[Action]:
+        event = replica.Applied(message.store, message.clock, message.version)
+        return self._at_stages(self._of(message.replica), event)
+
+    def _retired(self, message: wire.Retired, _: Received) -> list[Action]:
+        actions = self._at_home(home.StageRetired(message.replica, message.stage))
+        if message.stage == 0:
+            actions += self._decide(decision.ReplicaRetired(message.replica))
+            actions += self._at_stages(self._of(message.replica, following=True), replica.LeaderRetired())
+        return actions
+
+    def _loaded(self, message: wire.StoreValue, event: Received) -> list[Action]:
+        loaded = Load(message.store, event.handle or 0, self._cause)
+        return [loaded, *self._at_home(home.StoreLoaded(message.store, message.version))]
+
+    def _handed(self, message: wire.TrainingMessage, event: Received) -> list[Action]:
+        return [Hand(event.peer, message, event.handle, self._cause)]
+
+    # What the machines here want done.
+
+    def _of(self, number: int, *, following: bool = False) -> list[At]:
+        """The stages of a replica that run here, the first of all left out if `following`."""
+        return [at for at in self.stages if at[0] == number and not (following and at[1] == 0)]
+
+    def _at_stages(self, stages: Iterable[At], event: replica.Event) -> list[Action]:
+        return [action for at in stages for action in self._at_stage(at, event)]
+
+    def _at_stage(self, at: At, event: replica.Event) -> list[Action]:
+        machine = self.stages.get(at)
+        if machine is None:
+            raise ProtocolError(f"{self._me} is told of stage {at[1]} of replica {at[0]}, which does not run here")
+        actions: list[Action] = []
+        for action in machine.step(event):
+            match action:
+                case replica.Start(clock, item):
+                    actions.append(Start(*at, clock, item, self._cause))
+                case replica.Abandon(clock):
+                    actions.append(Abandon(*at, clock, self._cause))
+                case replica.AdoptAccumulator(clock) | replica.DiscardAccumulator(clock):
+                    counts = isinstance(action, replica.AdoptAccumulator)
+                    actions.append(Count(*at, clock, counts, self._cause))
+                case replica.Retire():
+                    actions += self._retire(at)
+                case _:
+                    actions.append(self._tell(at[0], action))
+        return actions
+
+    def _tell(self, who: int, action: replica.Ask | replica.Begin | replica.Settle) -> Send:
+        ids: dict[str, Any] = {**self._ids, "replica": who}
+        match action:
+            case replica.Ask(clocks, returned):
+                return Send((self._driver,), wire.Ask(**ids, clocks=clocks, returned=returned))
+            case replica.Begin(clock, item, last):
+                others = tuple(dict.fromkeys(self._places.stages[who][1:]))
+                return Send(others, wire.Begin(**ids, clock=clock, item=item, last=last))
+            case replica.Settle(item, fate):
+                return Send((self._driver,), wire.Settled(**ids, fates=((item, fate),)))
+
+    def _retire(self, at: At) -> list[Action]:
+        """Tell those that wait for this stage. The driver hears of the traffic before the word that may end the run."""
+        stores = zip(self._terms.stores, self._places.homes, strict=True)
+        told = [homes[0] for store, homes in stores if not store.clocked and at[1] in store.stages]
+        if at[1] == 0:
+            told += [*self._places.stages[at[0]][1:], *self._leader]
+        message = wire.Retired(**self._ids, replica=at[0], stage=at[1])
+        others: list[Action] = [Send(tuple(dict.fromkeys(told)), message)] if told else []
+        return [*others, TellTraffic(self._cause), Send((self._driver,), message)]
+
+    def _decide(self, event: decision.Event) -> list[Action]:
+        if self._decision is None:
+            return []
+        workers, ids = self._places.workers, self._ids
+        commits = self._decision.step(event)
+        return [Send(workers, wire.Commit(**ids, clock=c.clock, excluded=c.excluded)) for c in commits]
+
+    def _at_home(self, event: home.Event) -> list[Action]:
+        cause, ids, places = self._cause, self._ids, self._places
+        actions: list[Action] = []
+        for action in self._home.step(event):
+            match action:
+                case home.SendArrived(store, who, clock):
+                    actions.append(Send(self._leader, wire.Arrived(**ids, store=store, replica=who, clock=clock)))
+                case home.SendApplied(store, who, clock, version):
+                    message = wire.Applied(**ids, store=store, replica=who, clock=clock, version=version)
+                    actions.append(Send(tuple(dict.fromkeys(places.stages[who])), message))
+                case home.Apply(store, version, contributions):
+                    actions.append(Apply(store, version, contributions, cause))
+                case home.Publish(store, version, floor, value):
+                    actions.append(Publish(store, version, floor, value, places.readers[store][self._me], cause))
+                case home.Release(handle):
+                    actions.append(Release(handle, cause))
+                case home.Finished(store):
+                    first = places.homes[store][0] == self._me
+                    actions.append(Return(store, self._home.version(store), first, cause))
+        return actions
