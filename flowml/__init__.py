@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flowml.errors import FlowmlError as FlowmlError
     from flowml.errors import FlowmlWarning as FlowmlWarning
     from flowml.errors import PlacementError as PlacementError
+    from flowml.errors import PlanError as PlanError
     from flowml.errors import PolicyError as PolicyError
     from flowml.errors import UnsupportedError as UnsupportedError
     from flowml.errors import WorkerError as WorkerError
@@ -58,6 +59,7 @@ _HOMES = {
     "FlowmlError": "flowml.errors",
     "FlowmlWarning": "flowml.errors",
     "PlacementError": "flowml.errors",
+    "PlanError": "flowml.errors",
     "PolicyError": "flowml.errors",
     "UnsupportedError": "flowml.errors",
     "WorkerError": "flowml.errors",

@@ -40,6 +40,10 @@ class UnsupportedError(FlowmlError):
     """A function that cannot be traced into a dataflow graph, e.g. because of an effect."""
 
 
+class PlanError(FlowmlError):
+    """A saved plan that cannot be read: damaged, cut short, of another format, or no plan at all."""
+
+
 class PolicyError(FlowmlError, ValueError):
     """A policy, or a composition of policies, that is not sound."""
 

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import numpy as np
 
-from flowml.errors import FlowmlError, named
+from flowml.errors import FlowmlError, PlanError, named
 
 if TYPE_CHECKING:
     from os import PathLike
 
-FORMAT = 1
+FORMAT = 2
 """Version of the serialised form. A plan of another format is refused with both numbers in the error."""
 
 DRIVER = "driver"
@@ -401,7 +401,6 @@ class Plan(msgspec.Struct, frozen=True):
     nodes: tuple[NodeView, ...] = ()
     training: Training | None = None
     platforms: tuple[str, ...] = ("cpu",)
-    format: int = FORMAT
     links: tuple[PlanLink, ...] = ()
     settings: tuple[Setting, ...] = ()
     """JAX's settings under which the function was traced; they hold on a worker for what it does for this plan."""
@@ -445,24 +444,48 @@ class Plan(msgspec.Struct, frozen=True):
         Path(path).write_bytes(self.encode())
 
     def encode(self) -> bytes:
-        return _MAGIC + msgspec.msgpack.encode(self)
+        """The serialised form: a mark, the format, a checksum of all that follows it, and the plan as MessagePack."""
+        body = msgspec.msgpack.encode(self)
+        return b"".join((_MAGIC, FORMAT.to_bytes(_FORMAT_BYTES, "big"), _checksum(body), body))
 
     @staticmethod
     def decode(data: bytes, origin: str = "plan") -> Plan:
+        """The plan that `encode` made these bytes of. Raises PlanError if they are not what it made."""
+        view = memoryview(data)
+        head = len(_MAGIC) + _FORMAT_BYTES
         if not data.startswith(_MAGIC):
-            raise FlowmlError(f"{origin} is not a flowml plan of format {FORMAT}; make it again with plan.save()")
+            found = "it is empty" if not data else f"it begins with {bytes(view[:8])!r}"
+            raise PlanError(f"{origin} is not a flowml plan: {found}; write one with plan.save()")
+        version = int.from_bytes(view[len(_MAGIC) : head], "big")
+        if version != FORMAT and len(view) >= head:
+            found = 1 if version > _MAX_FORMAT else version  # format 1 had no number of its own here
+            raise PlanError(f"{origin} has plan format {found}, this flowml reads {FORMAT}; compile it again")
+        body = view[head + _CHECKSUM_BYTES :]
+        if data[head : head + _CHECKSUM_BYTES] != _checksum(body):
+            raise PlanError(
+                f"{origin} is damaged or cut short: its {len(data):,} bytes do not match their checksum; "
+                "write it again with plan.save()"
+            )
         try:
-            plan = _decoder.decode(data[len(_MAGIC) :])
+            return _decoder.decode(body)
         except msgspec.DecodeError as error:
-            raise FlowmlError(f"{origin} is damaged: {error}; make it again with plan.save()") from None
-        if plan.format != FORMAT:
-            raise FlowmlError(f"{origin} has plan format {plan.format}, this flowml reads {FORMAT}; compile it again")
-        return plan
+            raise PlanError(f"{origin} is not valid: {error}; write it again with plan.save()") from None
 
     @staticmethod
     def load(path: str | PathLike[str]) -> Plan:
-        """Read a plan written by `save`. Raises FlowmlError if the file is damaged or of another format."""
-        return Plan.decode(Path(path).read_bytes(), str(path))
+        """Read a plan written by `save`.
+
+        Raises PlanError if it cannot be read, is damaged or of another format; FileNotFoundError if it is not there.
+        """
+        try:
+            data = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise  # callers tell "not there yet" from "cannot be read"
+        except OSError as error:
+            raise PlanError(
+                f"{path} cannot be read as a plan: {error.strerror}; give a file from plan.save()"
+            ) from None
+        return Plan.decode(data, str(path))
 
 
 def fingerprint(executable: bytes) -> str:
@@ -470,6 +493,12 @@ def fingerprint(executable: bytes) -> str:
     return hashlib.sha256(executable).hexdigest()[:32]
 
 
+def _checksum(body: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES).digest()
+
+
 _MAGIC = b"flowml-plan\x00"
+_FORMAT_BYTES, _CHECKSUM_BYTES = 4, 16
+_MAX_FORMAT = 2**16
 _decoder = msgspec.msgpack.Decoder(Plan)
 """Made here, where one thread imports: msgspec crashes if two threads resolve a type for the first time at once."""

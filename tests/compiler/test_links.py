@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import pytest
 
 import flowml as fm
@@ -90,14 +89,6 @@ def test_without_a_cluster_a_link_is_assumed_and_said_to_be() -> None:
     row = plan.explain().split("Links (as the estimate took them)\n")[1].splitlines()[1]
     assert row.split() == ["worker:0/cpu:0", "→", "worker:1/cpu:0", "-", "400", "µs", "1", "GB/s", "assumed"]
     assert plan_of(2, "auto", None).links == ()
-
-
-def test_a_plan_of_before_there_were_links_is_still_read() -> None:
-    plan = plan_of(2, {"l0": "worker:0", "l*": "worker:1"}, None)
-    body = msgspec.msgpack.encode(plan)
-    older: dict[str, Any] = {k: v for k, v in msgspec.msgpack.decode(body).items() if k != "links"}
-    magic = plan.encode().removesuffix(body)
-    assert fm.Plan.decode(magic + msgspec.msgpack.encode(older)) == msgspec.structs.replace(plan, links=())
 
 
 def test_a_training_plan_names_the_links_to_homes() -> None:
