@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import numpy as np
 
+from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, named
 
 if TYPE_CHECKING:
@@ -444,28 +445,13 @@ class Plan(msgspec.Struct, frozen=True):
         Path(path).write_bytes(self.encode())
 
     def encode(self) -> bytes:
-        """The serialised form: a mark, the format, a checksum of all that follows it, and the plan as MessagePack."""
-        body = msgspec.msgpack.encode(self)
-        return b"".join((_MAGIC, FORMAT.to_bytes(_FORMAT_BYTES, "big"), _checksum(body), body))
+        """The plan as MessagePack, with its format and a checksum in front."""
+        return seal(msgspec.msgpack.encode(self), FORMAT)
 
     @staticmethod
     def decode(data: bytes, origin: str = "plan") -> Plan:
         """The plan that `encode` made these bytes of. Raises PlanError if they are not what it made."""
-        view = memoryview(data)
-        head = len(_MAGIC) + _FORMAT_BYTES
-        if not data.startswith(_MAGIC):
-            found = "it is empty" if not data else f"it begins with {bytes(view[:8])!r}"
-            raise PlanError(f"{origin} is not a flowml plan: {found}; write one with plan.save()")
-        version = int.from_bytes(view[len(_MAGIC) : head], "big")
-        if version != FORMAT and len(view) >= head:
-            found = 1 if version > _MAX_FORMAT else version  # format 1 had no number of its own here
-            raise PlanError(f"{origin} has plan format {found}, this flowml reads {FORMAT}; compile it again")
-        body = view[head + _CHECKSUM_BYTES :]
-        if data[head : head + _CHECKSUM_BYTES] != _checksum(body):
-            raise PlanError(
-                f"{origin} is damaged or cut short: its {len(data):,} bytes do not match their checksum; "
-                "write it again with plan.save()"
-            )
+        body = unseal(data, FORMAT, origin)
         try:
             return _decoder.decode(body)
         except msgspec.DecodeError as error:
@@ -493,12 +479,5 @@ def fingerprint(executable: bytes) -> str:
     return hashlib.sha256(executable).hexdigest()[:32]
 
 
-def _checksum(body: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(body, digest_size=_CHECKSUM_BYTES).digest()
-
-
-_MAGIC = b"flowml-plan\x00"
-_FORMAT_BYTES, _CHECKSUM_BYTES = 4, 16
-_MAX_FORMAT = 2**16
 _decoder = msgspec.msgpack.Decoder(Plan)
 """Made here, where one thread imports: msgspec crashes if two threads resolve a type for the first time at once."""

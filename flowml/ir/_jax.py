@@ -7,8 +7,7 @@ callable from a run of equations, exporting it as StableHLO, and restoring weak 
 from __future__ import annotations
 
 import enum
-import warnings
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -24,6 +23,7 @@ from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax.extend import core as jex
 
 from flowml.errors import UnsupportedError
+from flowml.ir.forms import form_of
 from flowml.ir.scopes import as_text
 from flowml.ir.stablehlo import forbidden
 from flowml.plan import ArraySpec, Setting
@@ -311,21 +311,31 @@ def key_dtype(dtype: str) -> Any:
 
 
 def export(
-    fn: Callable[..., Any], inputs: Sequence[Any], platforms: Sequence[str], donate: Sequence[int] = ()
+    fn: Callable[..., Any],
+    inputs: Sequence[Any],
+    platforms: Sequence[str],
+    known: MutableMapping[Any, bytes] | None = None,
 ) -> bytes:
     """Lower a function of flat arrays for `platforms` and serialise it as StableHLO.
 
+    `known` is what was exported of the same platforms and settings, by form; what is found there is not lowered again.
     Custom calls need no promise that later versions know them, since the workers have ours: those on our own list are
     allowed. Raises UnsupportedError for others, and whatever JAX raises for what it cannot export.
     """
-    jitted = jax.jit(fn, donate_argnums=tuple(donate), keep_unused=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
-        unchecked = [jax.export.DisabledSafetyCheck.custom_call("ALL")]
-        exported = jax.export.export(jitted, platforms=list(platforms), disabled_checks=unchecked)(*inputs)
+    jitted = jax.jit(fn, keep_unused=True)
+    closed = jitted.trace(*inputs).jaxpr
+    known = {} if known is None else known
+    form = form_of(closed.jaxpr, closed.consts)
+    if form in known:
+        return known[form]
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("ALL")]
+    exported = jax.export.export(jitted, platforms=list(platforms), disabled_checks=unchecked)(*inputs)
     if "custom_call" in (text := exported.mlir_module()) and (found := forbidden(_operations(text))):
         raise UnsupportedError(f"it is {found}, which no worker runs")
-    return bytes(exported.serialize())
+    data = bytes(exported.serialize())
+    if form is not None:
+        known[form] = data
+    return data
 
 
 def load_exported(data: bytes) -> jax.export.Exported:

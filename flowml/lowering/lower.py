@@ -30,6 +30,8 @@ class ExecutableTable:
     """JAX's settings to lower under."""
     executables: dict[str, bytes] = field(default_factory=dict[str, bytes])
     tasks: list[Task] = field(default_factory=list[Task])
+    known: dict[Any, bytes] = field(default_factory=dict[Any, bytes])
+    """What was exported, by form."""
 
     def add(self, task: Task) -> int:
         self.tasks.append(task)
@@ -42,7 +44,7 @@ class ExecutableTable:
 
     def export(self, fn: Callable[..., Any], inputs: Sequence[Any]) -> str:
         with _jax.under(self.settings):
-            return self.store(_jax.export(fn, inputs, self.platforms))
+            return self.store(_jax.export(fn, inputs, self.platforms, self.known))
 
     def add_function(
         self, name: str, fn: Callable[..., Any], inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec]

@@ -6,7 +6,9 @@ No colour and no escaping here; a painter turns `kind` and `tint` into a style.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
 from flowml.render.scene import Box, Card, Cylinder
 
@@ -116,17 +118,20 @@ _WIDE = frozenset("mwMW@%&…→←×")
 
 def text_width(text: str, size: float) -> float:
     """About how wide `text` is in a sans-serif font of `size` pixels; on the generous side."""
-    return size * sum(0.36 if c in _NARROW else 0.92 if c in _WIDE or ord(c) > 0x2E80 else 0.62 for c in text)
+    return size * sum(map(_width, text))
+
+
+def _width(c: str) -> float:
+    return 0.36 if c in _NARROW else 0.92 if c in _WIDE or ord(c) > 0x2E80 else 0.62
 
 
 def fit(text: str, width: float, size: float) -> str:
     """`text` on one line, cut with an ellipsis where it would be wider than `width` pixels."""
     line = " ".join(text.split())
-    if text_width(line, size) <= width:
+    ends = list(accumulate(map(_width, line)))
+    if not ends or size * ends[-1] <= width:
         return line
-    while line and text_width(line + "…", size) > width:
-        line = line[:-1]
-    return line + "…"
+    return f"{line[: bisect_right(ends, width / size - _width('…'))]}…"
 
 
 def weight(nbytes: int) -> float:
