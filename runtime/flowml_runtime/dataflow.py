@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from flowml.errors import PlacementError
-from flowml.ir._jax import trace_context
+from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.driver.steps import UnloadedError
@@ -156,7 +156,7 @@ class Dataflow(Generic[P, R]):
                     if direct is None:
                         raise
                     self._recent = None  # the long way says what is wrong, and where
-        call = self._sort(args, kwargs)
+        call = None if jit_is_off() else self._sort(args, kwargs)
         if call is None:
             return self._fn(*args, **kwargs)
 
@@ -170,10 +170,17 @@ class Dataflow(Generic[P, R]):
             trial.took(self._now_s() - began_s, on_one_device=program.on_one_device)
             return cast(R, tree_unflatten(program.out_tree, outputs))
 
-        return self._loaded(call, args, kwargs, run)
+        try:
+            return self._loaded(call, args, kwargs, run)
+        except ClosesOverTracerError:
+            return self._fn(*args, **kwargs)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Start a call and return at once; several may be under way. The future's result is the output pytree."""
+        if jit_is_off():
+            done: Future[R] = Future(self._name, lambda value: cast(R, value))
+            done.complete(self._fn(*args, **kwargs))
+            return done
         call = self._sort(args, kwargs)
         if call is None:
             raise TypeError(

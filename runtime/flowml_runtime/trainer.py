@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowml.data import Source, as_source
-from flowml.errors import FlowmlError, PlacementError
-from flowml.ir._jax import path_name, trace_context
+from flowml.errors import FlowmlError, PlacementError, UnsupportedError
+from flowml.ir._jax import jit_is_off, path_name, trace_context
 from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.plan import Plan
@@ -219,6 +219,8 @@ class Trainer:
 
     def _program(self, cluster: Cluster, params: Any, batch: Any) -> _Program:
         """Compiled for these ShapeDtypeStructs and the cluster's devices of now."""
+        if jit_is_off():
+            raise UnsupportedError("jax.disable_jit() is on, and workers run what is compiled; train without it")
         leaves, tree = jax.tree_util.tree_flatten((params, batch))
         key = (cluster, cluster.devices, tuple((x.shape, str(x.dtype)) for x in leaves), tree, trace_context())
         if key not in self._programs:
