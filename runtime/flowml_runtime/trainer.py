@@ -101,6 +101,8 @@ class Trainer:
         policies: parameter path pattern -> `flowml.Policy`; the first match wins, `Policy()` where none does. One
             policy alone is that of all parameters.
         delays: worker name -> seconds added to each of its steps: declared slowness, for experiments.
+        check_replicas: steps between two checks that replicas which each apply sums of gradients (`all_reduce`, rings
+            and the like) hold the same bits of parameters and optimizer state; a fit ends with one too. 0: no checks.
 
     Raises:
         ValueError, PolicyError: for arguments that do not go together.
@@ -118,6 +120,7 @@ class Trainer:
         schedule: str = "1f1b",
         policies: Mapping[str, Policy] | Policy | None = None,
         delays: Mapping[str, float] | None = None,
+        check_replicas: int = 100,
     ) -> None:
         if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
             raise TypeError(
@@ -126,6 +129,7 @@ class Trainer:
         self._spec = TrainingSpec(loss, optimizer, replicas, placement, microbatches, schedule, policies)
         self._cluster = cluster
         self._delays = {worker: _seconds(worker, delay) for worker, delay in (delays or {}).items()}
+        self._check_replicas = whole_number("check_replicas", check_replicas)
         self._programs: dict[Any, _Program] = {}
         self._fitting = threading.Lock()
         weakref.finalize(self, _discard, self._programs).atexit = False
@@ -187,6 +191,7 @@ class Trainer:
                 seed=seed,
                 shuffle=bool(shuffle),
                 delays=self._delays,
+                check_replicas=self._check_replicas,
                 progress=progress,
             )
             fit = Fit(cluster.session, handle, data, options, program.compiled)

@@ -181,6 +181,10 @@ class Taken(_Wire, frozen=True):
     device: Name
 
 
+FaultKind = Literal["error", "deadline", "cancelled", "lost", "diverged"]
+"""Which error a fault becomes for the caller."""
+
+
 class StepFailed(_Wire, frozen=True):
     """A step cannot finish. Worker to driver with the cause; driver to workers so that nobody waits for it."""
 
@@ -188,7 +192,7 @@ class StepFailed(_Wire, frozen=True):
     step: Count
     worker: Name
     node: Text
-    kind: Literal["error", "deadline", "cancelled", "lost"]
+    kind: FaultKind
     error: Text
     traceback: Text = ""
 
@@ -259,7 +263,8 @@ class StartTraining(TrainingMessage, frozen=True):
 
     `run` is the number of the fit's first step among all steps of the plan, so that no two fits share one.
     `source`: "shipped" (arrays follow in `Source`) or "fed" (each Batch comes from the driver). `delays` slow
-    workers down on purpose: (worker, seconds added to each of its steps).
+    workers down on purpose: (worker, seconds added to each of its steps). Replicas compare what they hold every
+    `check_replicas` steps and at the end; 0: never.
     """
 
     total_clocks: Count
@@ -268,6 +273,7 @@ class StartTraining(TrainingMessage, frozen=True):
     examples: Count
     source: Literal["shipped", "fed"]
     delays: tuple[tuple[Name, float], ...] = ()
+    check_replicas: Count = 0
 
 
 class Source(TrainingMessage, frozen=True):

@@ -19,7 +19,7 @@ import numpy as np
 
 from flowml.data import Source, epoch_order
 from flowml.devices import worker_of
-from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerError, WorkerLostError
+from flowml.errors import ClusterError, DeadlineError, DivergedError, FlowmlError, WorkerError, WorkerLostError
 from flowml.ir._jax import key_implementation
 from flowml.plan import Feed, Training
 from flowml.training.compiler import TrainingCompiled
@@ -46,6 +46,7 @@ class FitOptions:
     seed: int
     shuffle: bool
     delays: Mapping[str, float]
+    check_replicas: int
     progress: bool | None
 
 
@@ -162,6 +163,7 @@ class Fit:
             examples=self._source.examples,
             source="shipped" if self._source.arrays is not None else "fed",
             delays=tuple(options.delays.items()),
+            check_replicas=options.check_replicas,
         )
 
     def _event(self, peer: str, message: Any, arrays: Sequence[Any]) -> protocol.Event | None:
@@ -241,6 +243,8 @@ class Fit:
         worker, step, node = failed.worker, failed.step - self._options.run, failed.node
         if failed.kind == "deadline":
             return DeadlineError(failed.error, worker=worker, step=step, node=node)
+        if failed.kind == "diverged":
+            return DivergedError(failed.error, worker=worker, step=step, node=node)
         return WorkerError(
             f"{worker} failed during training in {node!r} at step {step}: {failed.error}",
             worker=worker,
