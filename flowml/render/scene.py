@@ -173,7 +173,7 @@ class _Walk:
     def __post_init__(self) -> None:
         """Adding gradients up between microbatches, and packing them, is not worth a box."""
         stores = self.plan.training.stores if self.plan.training else ()
-        self.housekeeping = {t for s in stores for p in s.parts for t in (p.accumulate, p.pack)} - {None}
+        self.housekeeping = {t for s in stores for p in s.parts for t in (p.accumulate, p.pack, p.finish)} - {None}
 
     def run(self) -> None:
         origin: dict[int, str | int] = {}  # buffer -> the box that made it, or the message that brought it

@@ -395,7 +395,7 @@ class Settled(TrainingMessage, frozen=True):
 
 
 class Report(TrainingMessage, frozen=True):
-    """Loss (slot 0) and aux leaves of one replica's step, over its microbatches, from the stage that made them."""
+    """Loss (slot 0) and aux leaves of one replica's step, summed over its microbatches, from the stage that made it."""
 
     replica: Count
     clock: Count

@@ -87,7 +87,7 @@ class Fit:
         )
         terms, places = Terms.of(training, options.total), Places.of(training)
         self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places)
-        self._history = History(training, work.clocks_per_epoch, compiled.aux_tree, compiled.aux_slots)
+        self._history = History(training, work.clocks_per_epoch, compiled.metrics)
         self._payloads: dict[int, Sequence[Any]] = {}
         self._handles = count(1)
         self._values: dict[int, Sequence[Any]] = {}
@@ -194,15 +194,15 @@ class Fit:
                     self._feed(replica, item)
                 case protocol.Note(message, handle):
                     self._history.report(message, self._taken(handle))
-                case protocol.NoteFates(fates):
-                    self._history.settled(fates)
+                case protocol.NoteCommit(clock, excluded):
+                    self._history.committed(clock, excluded)
                 case protocol.Keep(store, handle):
                     self._values[store] = self._taken(handle)
                 case Release(handle):
                     self._payloads.pop(handle, None)
                 case protocol.Fail(reason):
                     raise self._error(reason)
-                case protocol.Over():
+                case protocol.NoteFates() | protocol.Over():
                     pass
 
     def _taken(self, handle: int | None) -> Sequence[Any]:

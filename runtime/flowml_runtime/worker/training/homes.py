@@ -132,7 +132,8 @@ class Homes:
     def _apply(self, store: int, version: int, given: Sequence[tuple[list[Array], float]]) -> None:
         held = self._held[store]
         spec = held.spec
-        coefficients = np.zeros(spec.arity, np.float32)
+        split = len(spec.specs) + len(spec.state_specs)
+        coefficients = np.zeros(spec.arity, self._run.plan.tasks[spec.apply].inputs[split].dtype)
         payloads: list[Array] = []
         for i, (arrays, coefficient) in enumerate(given):
             coefficients[i] = coefficient
