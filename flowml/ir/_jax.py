@@ -132,15 +132,11 @@ class Traced:
     """For each argument that is more than one array, the positions of its leaves among the inputs."""
 
 
-def trace(
-    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], static_argnums: Sequence[int] = ()
-) -> Traced:
+def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
     """Trace `fn` as `jax.jit` would. Leaves are arrays or ShapeDtypeStructs."""
     with jax.disable_jit(False):  # a plan is compiled in any case
-        traced = jax.jit(fn, static_argnums=tuple(static_argnums), keep_unused=True).trace(*args, **kwargs)
-    static = {i % len(args) for i in static_argnums} if args else set[int]()
-    dynamic = [a for i, a in enumerate(args) if i not in static]
-    leaves, in_tree = jax.tree_util.tree_flatten_with_path((tuple(dynamic), dict(kwargs)))
+        traced = jax.jit(fn, keep_unused=True).trace(*args, **kwargs)
+    leaves, in_tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)))
     if len(traced.jaxpr.jaxpr.invars) > len(leaves):  # tracers come as arguments of their own
         raise ClosesOverTracerError(
             "the function closes over a value that another JAX transformation is tracing; pass it as an argument"

@@ -38,11 +38,10 @@ def trace(
     fn: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    static_argnums: Sequence[int] = (),
     name: str = "function",
 ) -> Trace:
     """Trace `fn`. Raises UnsupportedError for what a dataflow graph cannot hold."""
-    traced = _jax.trace(fn, args, kwargs, static_argnums)
+    traced = _jax.trace(fn, args, kwargs)
     for position, (variable, path) in enumerate(zip(traced.jaxpr.invars, traced.input_names, strict=True)):
         check_argument(variable.aval, name, f"argument {path!r}" if path else f"array {position} of the arguments")
     for variable in traced.jaxpr.constvars:
