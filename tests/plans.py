@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import cloudpickle
 import jax
 import jax.numpy as jnp
+import msgspec
 
 from flowml.ir._jax import export, struct_of
 from flowml.plan import (
@@ -30,6 +31,7 @@ from flowml.plan import (
     Send,
     Task,
     Transfer,
+    fingerprint,
 )
 
 W0, W1 = "worker:0/cpu:0", "worker:1/cpu:0"
@@ -59,11 +61,11 @@ class PlanBuilder:
         donate: Sequence[int] = (),
     ) -> int:
         data = export(lambda *a: tuple(function(*a)), [struct_of(s) for s in inputs], ["cpu"])
-        return self._task(Task(name, "xla", f"xla-{name}", tuple(inputs), tuple(outputs), tuple(donate)), data)
+        return self._task(Task(name, "xla", "", tuple(inputs), tuple(outputs), tuple(donate)), data)
 
     def python(self, name: str, function: Function, inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec]) -> int:
         data = cloudpickle.dumps(function)
-        return self._task(Task(name, "python", f"python-{name}", tuple(inputs), tuple(outputs)), data)
+        return self._task(Task(name, "python", "", tuple(inputs), tuple(outputs)), data)
 
     def message(self, source: str, destination: str, spec: ArraySpec = VECTOR, layer: str = "h") -> int:
         transfer = Transfer(source, destination, spec.shape, spec.dtype, spec.nbytes, layer)
@@ -89,8 +91,9 @@ class PlanBuilder:
         )
 
     def _task(self, task: Task, data: bytes) -> int:
-        self.tasks.append(task)
-        self.executables[task.executable] = data
+        key = fingerprint(data)
+        self.tasks.append(msgspec.structs.replace(task, executable=key))
+        self.executables[key] = data
         return len(self.tasks) - 1
 
 
