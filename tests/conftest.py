@@ -1,7 +1,7 @@
-"""What all tests share: seeds, clusters that are started once, and a check that nothing is left behind.
+"""What all tests share: seeds, signals, clusters that are started once, and a check that nothing is left behind.
 
-Every test runs on the CPU with fixed seeds; the header of a run prints them. `FLOWML_TEST_SEED=7 make test` tries
-another one.
+Every test runs on the CPU. The header of a run prints its seeds: those of random, numpy and jax are fixed, and
+Hypothesis draws fresh examples in every run. `FLOWML_TEST_SEED=7 make test` sets all of them, and so repeats a run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import atexit
 import random
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -35,13 +36,22 @@ os.environ["XDG_CACHE_HOME"] = CACHE
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 SEED = int(os.environ.get("FLOWML_TEST_SEED", "0"))
+EXAMPLES_SEED = SEED if "FLOWML_TEST_SEED" in os.environ else random.SystemRandom().randrange(2**31)
+"""Of Hypothesis."""
+
+# A parent that ignores or blocks signals (`nohup make test &`, a service manager) hands that on to the tests, and they
+# to the programs that they start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for _number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+    signal.signal(_number, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
 LEAK_DEADLINE_S = 10.0
 SHARED_MEMORY = Path("/dev/shm")
 
 hypothesis.settings.register_profile(
     "flowml",
     deadline=None,  # a first call compiles: a deadline would test the compiler's speed
-    derandomize=True,
     database=None,
     print_blob=True,
     max_examples=50,
@@ -50,8 +60,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("flowml")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--hypothesis-seed", None) is None:
+        config.option.hypothesis_seed = str(EXAMPLES_SEED)
+
+
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"seeds: FLOWML_TEST_SEED={SEED} for random, numpy and jax; Hypothesis derandomized"
+    examples = config.getoption("--hypothesis-seed", None)
+    again = f"FLOWML_TEST_SEED={examples}" if examples == str(SEED) else f"PYTEST_ADDOPTS=--hypothesis-seed={examples}"
+    return f"seeds: {SEED} for random, numpy and jax; {examples} for Hypothesis (repeat with {again})"
 
 
 @pytest.fixture

@@ -29,7 +29,36 @@ PROTOCOL_MAY_IMPORT = (
     "flowml_runtime.wire",
     "flowml_runtime.protocol",
 )
-IMPURE = {"asyncio", "multiprocessing", "os", "random", "select", "socket", "subprocess", "threading", "time"}
+IMPURE = {
+    "asyncio",
+    "concurrent",
+    "contextvars",
+    "datetime",
+    "fcntl",
+    "io",
+    "mmap",
+    "multiprocessing",
+    "os",
+    "pathlib",
+    "queue",
+    "random",
+    "resource",
+    "sched",
+    "secrets",
+    "select",
+    "selectors",
+    "shutil",
+    "signal",
+    "socket",
+    "socketserver",
+    "ssl",
+    "subprocess",
+    "sys",
+    "tempfile",
+    "threading",
+    "time",
+    "uuid",
+}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import uuid
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,7 @@ from flowml_runtime import wire
 from flowml_runtime.current import Blocks
 from flowml_runtime.execution.forks import check_owner, check_startable, is_foreign, this_process
 from flowml_runtime.execution.future import wait_heeding_signals
+from flowml_runtime.launch.capacity import check_room, room
 from flowml_runtime.launch.local import LocalWorkers
 from flowml_runtime.links.prober import Prober
 from flowml_runtime.links.table import LinkTable, links_mode
@@ -181,6 +183,7 @@ class Cluster:
             options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, _shares_memory(transport), checksum)
             cluster = cls._join(launched.address, launched.token, None, "driver", options, stack)
             cluster.pids = launched.pids
+            cluster._stack.callback(launched.processes.kill_stopped)  # first: nothing is then sent to them in vain
             return cluster
 
     @classmethod
@@ -385,8 +388,10 @@ class LaunchedCluster:
         self._over = threading.Event()
         self._failure = ""
         self._host: CoordinatorHost | None = None
+        began = time.monotonic()
+        check_room(workers, start_timeout_s, room())
         with ExitStack() as stack:
-            processes = LocalWorkers(self._on_exit)  # first: it takes the longest, and meanwhile we go on
+            processes = self.processes = LocalWorkers(self._on_exit)  # first: it takes the longest
             stack.callback(processes.close)
             host = self._host = CoordinatorHost(
                 bind,
@@ -401,6 +406,7 @@ class LaunchedCluster:
             self.address = f"{reached_at}:{split_address(host.address)[1]}"
             self.pids: Mapping[str, int] = processes.pids
             names = _names(workers)
+            processes.wait_ready(began + start_timeout_s)
             for name, own in zip(names, share_cores(cores(), workers), strict=True):
                 config = WorkerConfig(
                     coordinator=self.address,
@@ -416,8 +422,8 @@ class LaunchedCluster:
                     shared_memory=shared,
                     checksum=checksum,
                 )
-                processes.start(config)
-            host.wait_for(names, start_timeout_s)
+                processes.start(config, began + start_timeout_s)
+            host.wait_for(names, start_timeout_s, began)
             self._stack = stack.pop_all()
 
     def wait(self) -> None:

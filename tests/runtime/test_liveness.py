@@ -56,7 +56,7 @@ def test_a_silent_worker_is_lost_when_it_stops_working(monkeypatch: pytest.Monke
     with closing(host), closing(endpoint):
         silent.join("worker:0", (CPU,))
         with pytest.raises(ClusterError, match="worker:1 did not start"):
-            host.wait_for(("worker:0", "worker:1"), 2.0)  # four times the timeout, in which it stays
+            host.wait_for(("worker:0", "worker:1"), 2.0, time.monotonic())  # four times the timeout, in which it stays
         assert ended == []
         at_work.clear()
         wait_until(lambda: ended, "it is lost")

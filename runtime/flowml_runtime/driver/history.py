@@ -22,6 +22,7 @@ import numpy as np
 from flowml.plan import Training
 from flowml.training.step import Metrics
 from flowml_runtime import wire
+from flowml_runtime.execution.streams import on_terminal
 
 Record = dict[str, Any]
 
@@ -158,7 +159,7 @@ class Progress:
 
     def __init__(self, total: int, wanted: bool | None) -> None:
         self._total = total
-        self._shown = sys.stderr.isatty() if wanted is None else wanted
+        self._shown = on_terminal() if wanted is None else wanted and sys.stderr is not None
         self._next_s = time.monotonic() + 0.5
         self._open = False
 

@@ -20,6 +20,7 @@ from flowml.errors import DeadlineError, FlowmlError
 from flowml.plan import ArraySpec, Plan, Run
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import constant_key, executable_key, store_tasks
+from flowml_runtime.execution.streams import on_terminal
 
 LOAD_DEADLINE_S = 1800.0
 """How long all workers together may take to compile a plan."""
@@ -61,7 +62,7 @@ class Loading:
             if seconds > LOAD_DEADLINE_S:
                 waiting = ", ".join(sorted(self.missing))
                 raise DeadlineError(f"{waiting} did not compile plan {self.plan.name!r} within {LOAD_DEADLINE_S:g} s")
-            if sys.stderr.isatty():
+            if on_terminal():
                 ready = len(self.workers) - len(self.missing)
                 text = f"flowml: compiling {self.plan.name}, {ready} of {len(self.workers)} workers ready"
                 print(f"\r{text}, {seconds:.0f} s ", end="", file=sys.stderr, flush=True)

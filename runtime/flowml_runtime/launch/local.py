@@ -1,6 +1,6 @@
 """Workers as processes of this machine: started, watched, and never left behind.
 
-A zygote forks them (see `host.zygote`). The socket to it is also their lifeline: should this process be killed, the
+A zygote forks them (see `launch.zygote`). The socket to it is also their lifeline: should this process be killed, the
 kernel closes its end and all of them end. A thread watches the socket, so that a worker's death is known at once.
 """
 
@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -23,17 +25,23 @@ import psutil
 
 from flowml.errors import ClusterError
 from flowml_runtime import service
+from flowml_runtime.execution.streams import open_standard_streams
 from flowml_runtime.launch.spawning import Exited, Kill, Ready, Report, Request, Start, Started, hear
 from flowml_runtime.worker import allocator
 from flowml_runtime.worker.config import WorkerConfig
 
-TERM_S = 3.0
+TERM_S = 1.0
 """How long workers have to end after they were asked; then they are killed."""
 
-KILL_S = 5.0
+KILL_S = 3.0
+ASK_S = 5.0
+"""How long the zygote may take to read what it is asked. It takes a moment for each worker that it starts."""
+
 LOG_LINES = 5
 """Lines of a worker's log that an error quotes."""
 
+_STARTER = "the process that starts workers"
+_SUSPENDED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 _reports = msgspec.json.Decoder(Report)
 
 
@@ -49,33 +57,45 @@ class LocalWorkers:
         self._expected: set[str] = set()
         self._ready = False
         """Whether the zygote takes requests yet. Until it does it has started nothing, and is deaf to us."""
+        self._gone = False
+        """Whether the zygote has ended."""
         self._closing = False
         self._cpu_s: dict[int, float] = {}
         """Process -> CPU time it had used when `works` last looked."""
-        self._folder = Path(tempfile.mkdtemp(prefix="flowml-"))
+        open_standard_streams()
+        self._folder = _log_folder()
         try:
             self._control, theirs = socket.socketpair()
             self._control.settimeout(None)
-            with theirs, (self._folder / "zygote.log").open("wb") as log:
-                self._zygote = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "flowml_runtime.launch.zygote", str(self._folder)],
-                    stdin=theirs.fileno(),
-                    stderr=log,
-                    env={**allocator.environment(), "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
-                    start_new_session=True,  # Ctrl-C at the terminal is the owner's to handle
-                )
+            with theirs:
+                self._zygote = _start_zygote(self._folder, theirs)
             self._handle = os.pidfd_open(self._zygote.pid)
             """Becomes readable when the zygote has ended."""
         except OSError as error:  # what has started sees its socket close, and ends
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise ClusterError(f"cannot start workers: {error.strerror}") from None
+            self._remove_logs()
+            raise ClusterError(f"cannot start workers: {error}") from None
         self._watcher = service.start("flowml-workers", self._watch, self._lose_all)
 
-    def start(self, config: WorkerConfig) -> None:
-        """Start one more worker. Returns at once; whether it comes up is the coordinator's to see."""
+    def wait_ready(self, deadline_s: float) -> None:
+        """Wait until workers can be started, which Python needs a second for. `deadline_s` is of the monotonic clock.
+
+        Raises ClusterError if that takes longer, or fails.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._gone, max(0.0, deadline_s - time.monotonic()))
+        if not self._ready:
+            how = "has ended" if self._gone else "was not ready in time; allow more with start_timeout_s="
+            raise ClusterError(f"{_STARTER} {how}{_quoted(_log_file(self._folder, 'zygote'))}")
+
+    def start(self, config: WorkerConfig, deadline_s: float) -> None:
+        """Start one more worker; whether it comes up is the coordinator's to see. `deadline_s` is as in `wait_ready`.
+
+        Raises ClusterError if the zygote is too busy with earlier ones to take this one in time.
+        """
         with self._changed:
             self._expected.add(config.name)
-        self._request(Start(config, str(self._log(config.name))))
+        if not self._request(Start(config, str(self._log(config.name))), deadline_s - time.monotonic()):
+            raise ClusterError(f"{config.name} could not be started in time; allow more with start_timeout_s=")
 
     def close(self) -> None:
         """Ask the workers to end, then kill those that do not. None is left when this returns. Idempotent."""
@@ -83,6 +103,7 @@ class LocalWorkers:
             return
         self._closing = True
         if self._ready:
+            self.kill_stopped()
             self._end_workers()
         else:
             self._zygote.kill()
@@ -90,11 +111,21 @@ class LocalWorkers:
         try:
             self._zygote.wait(KILL_S)
         except subprocess.TimeoutExpired:
-            self._zygote.kill()
-            self._zygote.wait()
+            for pid in [*self.pids.values(), self._zygote.pid]:  # it does not answer, so it has not waited for them
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # a process in the kernel's hands, on a dead disk, stays there
+                self._zygote.wait(KILL_S)
         self._watcher.join(KILL_S)
         self._control.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_logs()
+
+    def kill_stopped(self) -> None:
+        """Kill the workers that are suspended: they can neither end by themselves nor take in what is sent to them."""
+        for worker, pid in list(self.pids.items()):
+            with suppress(psutil.Error):
+                if psutil.Process(pid).status() in _SUSPENDED:
+                    self._request(Kill(worker, signal.SIGKILL))
 
     def works(self, worker: str) -> bool:
         """Whether a worker's process runs, or would if it got a core: since the last look, if there was one.
@@ -106,7 +137,7 @@ class LocalWorkers:
             return False
         try:
             process = psutil.Process(pid)
-            if process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE):
+            if process.status() in (*_SUSPENDED, psutil.STATUS_ZOMBIE):
                 return False
             used = sum(process.cpu_times()[:2])
             before, self._cpu_s[pid] = self._cpu_s.get(pid, used), used
@@ -123,12 +154,18 @@ class LocalWorkers:
             with self._changed:
                 self._changed.wait_for(lambda: not self._expected, wait_s)
 
-    def _request(self, request: Request) -> None:
+    def _request(self, request: Request, timeout_s: float = ASK_S) -> bool:
+        """False if the zygote does not read it in time; it is of no use from then on, and is ended."""
         try:
             with self._lock:
-                self._control.sendall(msgspec.json.encode(request) + b"\n")
+                self._control.settimeout(max(timeout_s, 1e-3))
+                self._control.sendall(msgspec.json.encode(request) + b"\n", socket.MSG_NOSIGNAL)
+        except TimeoutError:
+            self._zygote.kill()  # half of the request may be on its way; the watcher reports the end of every worker
+            return False
         except OSError:
-            return  # the zygote is gone, which the watcher reports for every worker
+            pass  # the zygote is gone, which the watcher reports
+        return True
 
     def _hang_up(self) -> None:
         try:
@@ -144,7 +181,7 @@ class LocalWorkers:
         poll.register(zygote, select.POLLIN)
         buffer = b""
         while True:
-            ready = {fd for fd, _ in poll.poll()}
+            ready = {fd for fd, _ in poll.poll()}  # without a deadline: the kernel tells of the zygote's end
             received = hear(self._control) if self._control.fileno() in ready else b""
             *lines, buffer = (buffer + received).split(b"\n")
             for line in lines:
@@ -152,19 +189,24 @@ class LocalWorkers:
                     self._take(_reports.decode(line))
             if not received:
                 break
-        self._lose_all(f"the process that starts workers has ended{_quoted(self._folder / 'zygote.log')}")
+        self._lose_all(f"{_STARTER} has ended{_quoted(_log_file(self._folder, 'zygote'))}")
 
     def _lose_all(self, reason: str) -> None:
         """Nothing will be heard of any worker: hang up, which ends them."""
         os.close(self._handle)
         self._hang_up()
+        with self._changed:
+            self._gone = True
+            self._changed.notify_all()
         for worker in sorted(self._expected):
             self._ended(worker, reason)
 
     def _take(self, report: Report) -> None:
         match report:
             case Ready():
-                self._ready = True
+                with self._changed:
+                    self._ready = True
+                    self._changed.notify_all()
             case Started(worker, pid):
                 self.pids[worker] = pid
             case Exited(worker, status):
@@ -181,7 +223,59 @@ class LocalWorkers:
             self._changed.notify_all()
 
     def _log(self, worker: str) -> Path:
-        return self._folder / f"{worker.replace(':', '-')}.log"
+        return _log_file(self._folder, worker.replace(":", "-"))
+
+    def _remove_logs(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _log_folder() -> Path | None:
+    """A new folder for logs; None where no folder for temporary files can be written to, and then there are no logs."""
+    for place in (None, os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm"):
+        with suppress(OSError):
+            folder = Path(tempfile.mkdtemp(prefix="flowml-", dir=place))
+            folder.chmod(0o700)  # whatever the umask
+            return folder
+    return None
+
+
+def _log_file(folder: Path | None, name: str) -> Path:
+    return Path(os.devnull) if folder is None else folder / f"{name}.log"
+
+
+def _start_zygote(folder: Path | None, control: socket.socket) -> subprocess.Popen[bytes]:
+    """Raises ClusterError where no interpreter can be started."""
+    if not sys.executable:
+        raise ClusterError(
+            "sys.executable is empty, so no worker can be started from this program; use fm.Cluster.threads, or "
+            "`flowml launch` and fm.Cluster.connect"
+        )
+    environment = dict(allocator.environment())
+    if sys.flags.ignore_environment:  # python -E or -I: what it ignores, its workers do not heed either
+        environment = {k: v for k, v in environment.items() if not k.startswith("PYTHON")}
+    log = os.open(_log_file(folder, "zygote"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        if folder is not None:
+            os.fchmod(log, 0o600)
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "flowml_runtime.launch.zygote", str(folder or "")],
+            stdin=control.fileno(),
+            stderr=log,
+            env={**environment, "PYTHONPATH": os.pathsep.join(_import_path())},
+            start_new_session=True,  # Ctrl-C at the terminal is the owner's to handle
+        )
+    finally:
+        os.close(log)
+
+
+def _import_path() -> Iterator[str]:
+    """From where modules are imported here, without what relative paths stand for in a folder that is deleted."""
+    for entry in map(os.fspath, sys.path):
+        try:
+            yield os.path.abspath(entry)
+        except FileNotFoundError:
+            continue
 
 
 def _wants_core(pid: int) -> bool:

@@ -33,6 +33,7 @@ import numpy as np  # noqa: E402
 
 from flowml.errors import FlowmlError  # noqa: E402
 from flowml_runtime import service  # noqa: E402
+from flowml_runtime.execution.streams import open_standard_streams  # noqa: E402
 from flowml_runtime.launch.spawning import (  # noqa: E402
     Exited,
     Kill,
@@ -68,6 +69,10 @@ class _Child:
 
 def main(folder: str) -> None:
     """Serve the owner, whose socket is stdin, until it closes its end; then see to it that nothing is left."""
+    open_standard_streams()
+    for number in (signal.SIGCHLD, signal.SIGPIPE):  # its owner may have ignored the first: children would vanish
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # nor is what it blocked blocked here
     control = socket.socket(fileno=os.dup(0))
     control.settimeout(None)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -80,7 +85,8 @@ def main(folder: str) -> None:
         _serve(control, children)
     finally:  # whatever went wrong with us, nothing is left
         _end(children)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end(children: dict[int, _Child]) -> None:
@@ -139,7 +145,7 @@ def _obey(request: Request, control: socket.socket, children: dict[int, _Child])
 
 def _tell(control: socket.socket, report: Report) -> None:
     try:
-        control.sendall(msgspec.json.encode(report) + b"\n")
+        control.sendall(msgspec.json.encode(report) + b"\n", socket.MSG_NOSIGNAL)
     except OSError:
         return  # the owner is gone; the next read says so
 
@@ -151,6 +157,8 @@ def _be_worker(config: WorkerConfig, log: str, control: socket.socket, inherited
         for handle in inherited:
             os.close(handle)
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+        if log != os.devnull:
+            os.fchmod(2, 0o600)  # whatever the umask
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         _call_process(f"flowml:{config.name}")
         np.random.seed()  # else all workers would draw the same numbers

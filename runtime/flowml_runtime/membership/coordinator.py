@@ -11,6 +11,7 @@ from typing import Any
 
 import flowml
 from flowml.errors import ClusterError, WorkerLostError
+from flowml.render.units import listed
 from flowml_runtime import service, wire
 from flowml_runtime.membership.member import COORDINATOR
 from flowml_runtime.protocol.membership import (
@@ -80,9 +81,12 @@ class CoordinatorHost:
             self._changed.notify_all()
         self._events.put(ProcessExited(worker, reason))
 
-    def wait_for(self, workers: tuple[str, ...], timeout_s: float) -> None:
-        """Return once all these have joined. Raises ClusterError if one ends first, or does not come in time."""
-        deadline = time.monotonic() + timeout_s
+    def wait_for(self, workers: tuple[str, ...], timeout_s: float, began_s: float) -> None:
+        """Return once all these have joined. Raises ClusterError if one ends first, or does not come in time.
+
+        The time runs from `began_s`, of the monotonic clock.
+        """
+        deadline = began_s + timeout_s
         with self._changed:
             while missing := set(workers) - {m.worker for m in self._members}:
                 ended = [w for w in workers if w in self._exits]
@@ -90,7 +94,7 @@ class CoordinatorHost:
                     raise ClusterError(f"{ended[0]} did not start: {self._exits[ended[0]]}", worker=ended[0])
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    late = ", ".join(sorted(missing))
+                    late = listed(tuple(sorted(missing, key=workers.index)), 8)
                     raise ClusterError(f"{late} did not start within {timeout_s:g} s; allow more with start_timeout_s=")
                 self._changed.wait(left)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
 
 
 def cores() -> tuple[int, ...]:
@@ -30,3 +31,12 @@ def memory_bytes() -> int:
         return min(total, int(_CGROUP_LIMIT.read_text()))
     except (OSError, ValueError):  # no cgroup, or "max"
         return total
+
+
+def available_memory_bytes() -> int:
+    """Memory that is free, or can be freed, on the machine or in the container."""
+    available = psutil.virtual_memory().available
+    try:
+        return min(available, int(_CGROUP_LIMIT.read_text()) - int(_CGROUP_USED.read_text()))
+    except (OSError, ValueError):
+        return available
