@@ -70,6 +70,11 @@ class Graph:
         return {v: n for n in self.nodes for v in n.outputs}
 
     @cached_property
+    def position(self) -> dict[int, int]:
+        """Node id -> where it stands in the program."""
+        return {n.id: i for i, n in enumerate(self.nodes)}
+
+    @cached_property
     def consumers(self) -> dict[int, tuple[Node, ...]]:
         found: dict[int, list[Node]] = {}
         for node in self.nodes:

@@ -6,6 +6,7 @@ merging across layers would add edges between devices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,23 @@ def drop_dead(graph: Graph) -> Graph:
             kept.append(node)
     constants = {v: c for v, c in graph.constants.items() if v in needed}
     return replace(graph, nodes=tuple(reversed(kept)), constants=constants)
+
+
+def needed_for(graph: Graph, outputs: Sequence[Operand]) -> Graph:
+    """What of a graph some of its outputs need, as a graph. Takes time in proportion to what it gives."""
+    nodes: dict[int, Node] = {}
+    constants: dict[int, Any] = {}
+    stack = [o for o in outputs if not isinstance(o, Literal)]
+    while stack:
+        value = stack.pop()
+        node = graph.producer.get(value)
+        if node is not None and node.id not in nodes:
+            nodes[node.id] = node
+            stack += node.reads
+        elif value in graph.constants:
+            constants[value] = graph.constants[value]
+    kept = tuple(nodes[i] for i in sorted(nodes, key=graph.position.__getitem__))
+    return replace(graph, nodes=kept, outputs=tuple(outputs), constants=constants)
 
 
 def merge_equal(graph: Graph) -> Graph:

@@ -7,6 +7,7 @@ use, and donated to the last task that reads them when nobody else can still see
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
 from flowml.errors import UnsupportedError, one_line
 from flowml.ir import _jax
 from flowml.ir.cost import node_bytes, node_flops
+from flowml.ir.forms import form_of
 from flowml.ir.graph import Graph, Literal, Node
 from flowml.lowering.schedule import Schedule, TaskGroup
 from flowml.plan import ArraySpec, Setting, Task, fingerprint
@@ -42,9 +44,10 @@ class ExecutableTable:
         self.executables[key] = data
         return key
 
-    def export(self, fn: Callable[..., Any], inputs: Sequence[Any]) -> str:
+    def export(self, fn: Callable[..., Any], inputs: Sequence[Any], form: Any = None) -> str:
+        """The key of a function of flat arrays. `form` is what tells that another one does the same, if it is known."""
         with _jax.under(self.settings):
-            return self.store(_jax.export(fn, inputs, self.platforms, self.known))
+            return self.store(_jax.export(fn, inputs, self.platforms, self.known, form))
 
     def add_function(
         self, name: str, fn: Callable[..., Any], inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec]
@@ -95,8 +98,9 @@ def _export(
     graph: Graph, nodes: Sequence[Node], inputs: Sequence[int], outputs: Sequence[int], table: ExecutableTable
 ) -> str:
     equations = [(n.equation, [i.value if isinstance(i, Literal) else i for i in n.inputs], n.outputs) for n in nodes]
-    fn = _jax.build_function(equations, graph.avals, inputs, outputs)
-    return table.export(fn, [_jax.struct(graph.avals[v]) for v in inputs])
+    closed = _jax.build_jaxpr(equations, graph.avals, inputs, outputs)
+    structs = [_jax.struct(graph.avals[v]) for v in inputs]
+    return table.export(_jax.as_function(closed), structs, form_of(closed.jaxpr, ()))
 
 
 def _culprit(graph: Graph, nodes: Sequence[Node], table: ExecutableTable, error: Exception) -> UnsupportedError:
@@ -159,16 +163,16 @@ def _donations(graph: Graph, group: TaskGroup, last: Mapping[int, int], keep: fr
     """Arguments that die in this task, were made on this device, and have a result of their shape to become."""
     if group.is_callback:
         return ()
-    room = [graph.values[v] for v in group.outputs]
+    room = Counter(_shape(graph.values[v]) for v in group.outputs)
     donated: list[int] = []
     for position, value in enumerate(group.inputs):
         users = graph.consumers.get(value, ())
         private = all(u.device == group.device for u in users) and value in graph.producer
         if not private or value in keep or last.get(value) != group.index:
             continue
-        match = next((s for s in room if (s.shape, s.dtype) == _shape(graph.values[value])), None)
-        if match is not None:
-            room.remove(match)
+        shape = _shape(graph.values[value])
+        if room[shape]:
+            room[shape] -= 1
             donated.append(position)
     return tuple(donated)
 

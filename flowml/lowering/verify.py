@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from flowml.ir.graph import Graph
-from flowml.ir.verify import require
+from flowml.ir.verify import VerifierError, require
 from flowml.lowering.program import defined, touched
 from flowml.lowering.schedule import Schedule
 from flowml.plan import Feed, Free, Plan, Program, Recv, Run, Send
@@ -52,10 +52,13 @@ def _verify_buffers(program: Program) -> None:
     for instruction in program.instructions:
         new = set(defined(instruction))
         used = set(touched(instruction)) - new
-        where = f"{program.device} at {instruction}"
-        require(used <= live, "lower", f"{where} uses buffers that are not filled")
-        require(not new & live, "lower", f"{where} fills a live buffer")
-        live = live - used if isinstance(instruction, Free) else live | new
+        if not used <= live or not new.isdisjoint(live):
+            fault = "fills a live buffer" if used <= live else "uses buffers that are not filled"
+            raise VerifierError(f"after lower: {program.device} at {instruction} {fault}")
+        if isinstance(instruction, Free):
+            live -= used
+        else:
+            live |= new
     resident = {b for b, _ in program.constants}
     fed = {b for i in program.instructions if isinstance(i, Feed) for b in i.buffers}
     require(live <= resident | fed, "lower", f"{program.device} leaks buffers")
@@ -66,12 +69,15 @@ def _verify_donations(plan: Plan, program: Program) -> None:
     overwritten: dict[int, str] = {}
     for instruction in program.instructions:
         for buffer in () if isinstance(instruction, Free) else touched(instruction):
-            name = overwritten.get(buffer)
-            where = f"{program.device}: {instruction}"
-            require(name is None, "lower", f"{where} touches a buffer that {name} was allowed to overwrite")
+            if buffer in overwritten:
+                raise VerifierError(
+                    f"after lower: {program.device}: {instruction} touches a buffer that {overwritten[buffer]} was "
+                    "allowed to overwrite"
+                )
         if isinstance(instruction, Run):
             task = plan.tasks[instruction.task]
             given = [instruction.inputs[i] for i in task.donate]
-            twice = any(instruction.inputs.count(b) > 1 for b in given)
+            times = Counter(instruction.inputs) if given else {}
+            twice = any(times[b] > 1 for b in given)
             require(not twice, "lower", f"{task.name} on {program.device} overwrites an argument that it gets twice")
             overwritten.update(dict.fromkeys(given, task.name))

@@ -38,10 +38,10 @@ def choose(
     candidates: list[tuple[str, dict[int, str]]] = [
         (f"one device ({devices[0].name})", {n.id: devices[0].name for n in graph.nodes})
     ]
-    for stages in range(2, min(len(devices), len(items)) + 1):
-        limit = min((_limit(d, memory_bytes) for d in chain[:stages]), default=float("inf"))
+    for count in _stage_counts(min(len(devices), len(items))):
+        limit = min((_limit(d, memory_bytes) for d in chain[:count]), default=float("inf"))
         bound = None if limit == float("inf") else int(limit)
-        candidates.append((f"pipeline of {stages} stages", pipeline_stages(graph, chain[:stages], links, bound)))
+        candidates.append((f"pipeline of {count} stages", pipeline_stages(graph, chain[:count], links, bound)))
     weighed = [_weigh(graph, name, a, devices, objective, memory_bytes, links) for name, a in candidates]
     fitting = [i for i, (_, fits) in enumerate(weighed) if fits]
     if not fitting:
@@ -59,7 +59,19 @@ def choose(
         msgspec.structs.replace(c, chosen=i == best, note=_note(c, fits, weighed[best][0]))
         for i, (c, fits) in enumerate(weighed)
     )
-    return candidates[best][1], choices, _notes(choices, objective, devices, chain)
+    assignment = candidates[best][1]
+    stages = [d for d in chain if d.name in set(assignment.values())]
+    return assignment, choices, _notes(choices, objective, devices, stages)
+
+
+def _stage_counts(most: int) -> list[int]:
+    """The numbers of stages that are weighed: all small ones, then steps no larger than the error of the estimate."""
+    counts: list[int] = []
+    stages = 2
+    while stages < most:
+        counts.append(stages)
+        stages = max(stages + 1, int(stages * (1 + ERROR)))
+    return [*counts, most] if most >= 2 else []
 
 
 def _note(choice: Choice, fits: bool, best: Choice) -> str:
@@ -82,15 +94,13 @@ def _chain(devices: Sequence[Device], links: Links, nbytes: int) -> list[Device]
 
 
 def _notes(
-    choices: Sequence[Choice], objective: str, devices: Sequence[Device], chain: Sequence[Device]
+    choices: Sequence[Choice], objective: str, devices: Sequence[Device], stages: Sequence[Device]
 ) -> tuple[str, ...]:
-    best = next(i for i, c in enumerate(choices) if c.chosen)
-    if best == 0 and len(devices) > 1:
+    if choices[0].chosen and len(devices) > 1:
         if any(c.note.endswith(_WITHIN) for c in choices):
             return (f"no pipeline here is expected to gain more than the {_WITHIN} (objective: {objective}).",)
         return (f"one device is expected to be faster than any pipeline here (objective: {objective}).",)
-    stages = chain[: best + 1]
-    if list(devices[: best + 1]) != stages:
+    if list(devices[: len(stages)]) != stages:
         return (f"the stages follow the fastest links: {', then '.join(d.name for d in stages)}.",)
     return ()
 

@@ -84,44 +84,50 @@ def cut(
         raise PlacementError(
             f"Pipeline(stages={stages}) has only {count} layers to cut; use fewer stages or label more with fm.layer"
         )
-    work = np.array([[sum(node_seconds(graph, n, d) for n in item) for item in items] for d in devices])
+    alike = {(d.flops_per_s, d.bytes_per_s): d for d in devices}
+    work_on = {kind: [sum(node_seconds(graph, n, d) for n in item) for item in items] for kind, d in alike.items()}
+    work = np.array([work_on[d.flops_per_s, d.bytes_per_s] for d in devices])
     compute = np.concatenate([np.zeros((stages, 1)), np.cumsum(work, axis=1)], axis=1)
     transfer = _transfer_seconds(crossing_bytes(graph, items), devices, links)
     held = np.concatenate([[0], np.cumsum(_input_bytes(graph, items))])
     largest = max((sum(graph.values[v].nbytes for v in n.outputs) for item in items for n in item), default=0)
     limit = np.inf if limit_bytes is None else limit_bytes - largest
 
-    def slowest(stage: int, starts: np.ndarray, end: int) -> np.ndarray:
-        seconds = np.maximum(compute[stage, end] - compute[stage, starts], transfer[stage, starts])
-        return np.where(held[end] - held[starts] > limit, np.inf, seconds)
+    over = held[None, :] - held[:-1, None] > limit
+
+    def slowest(stage: int) -> np.ndarray:
+        seconds = compute[stage][None, :] - compute[stage][:-1, None]
+        np.maximum(seconds, transfer[stage][:, None], out=seconds)
+        seconds[over] = np.inf
+        return seconds
 
     best, _ = _linear_partition(slowest, stages, count)
     if not np.isfinite(best):
         return cut(graph, items, devices, links)
 
-    def most_compute(stage: int, starts: np.ndarray, end: int) -> np.ndarray:
-        seconds = compute[stage, end] - compute[stage, starts]
-        return np.where(slowest(stage, starts, end) > best, np.inf, seconds)
+    def most_compute(stage: int) -> np.ndarray:
+        seconds = compute[stage][None, :] - compute[stage][:-1, None]
+        seconds[slowest(stage) > best] = np.inf
+        return seconds
 
     return _linear_partition(most_compute, stages, count)[1]
 
 
-def _linear_partition(
-    cost: Callable[[int, np.ndarray, int], np.ndarray], stages: int, count: int
-) -> tuple[float, list[int]]:
+def _linear_partition(cost: Callable[[int], np.ndarray], stages: int, count: int) -> tuple[float, list[int]]:
     """Cut `count` items into `stages` runs so that the largest cost is least: (that cost, stage of each item).
 
-    `cost(stage, starts, end)` is the cost of the runs starts[k]..end.
+    `cost(stage)[start, end]` is the cost of the run start..end; those with end <= start mean nothing.
     """
     best = np.full((stages + 1, count + 1), np.inf)
     choice = np.zeros((stages + 1, count + 1), dtype=int)
     best[0, 0] = 0.0
+    backwards = np.tri(count, count + 1, dtype=bool)
+    ends = np.arange(count + 1)
     for s in range(1, stages + 1):
-        for j in range(s, count + 1):
-            starts = np.arange(s - 1, j)
-            costs = np.maximum(best[s - 1, starts], cost(s - 1, starts, j))
-            k = int(np.argmin(costs))
-            best[s, j], choice[s, j] = costs[k], starts[k]
+        costs = np.maximum(best[s - 1, :-1, None], cost(s - 1))
+        costs[backwards] = np.inf
+        choice[s] = np.argmin(costs, axis=0)
+        best[s] = costs[choice[s], ends]
     stage_of = [0] * count
     end = count
     for s in range(stages, 0, -1):

@@ -7,8 +7,10 @@ pass several rows.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from flowml.render.drawing import (
     TINTS,
@@ -43,8 +45,11 @@ def draw_lanes(scene: Scene) -> Drawing:
     """Place every box of `scene`, and route its arrows."""
     rows = _rows(scene)
     depth = max(rows.values(), default=-1) + 1
-    heights = [max((box_height(b) for b in scene.boxes if rows[b.id] == r), default=0.0) for r in range(depth)]
-    tops = [_TOP + _HEADER + 10 + sum(heights[:r]) + _ROW_GAP * r for r in range(depth)]
+    heights = [0.0] * depth
+    for box in scene.boxes:
+        heights[rows[box.id]] = max(heights[rows[box.id]], box_height(box))
+    above = accumulate(heights, initial=0.0)
+    tops = [_TOP + _HEADER + 10 + y + _ROW_GAP * r for r, y in zip(range(depth), above, strict=False)]
     bottom = (tops[-1] + heights[-1] if depth else _TOP + _HEADER) + 20
     placed: dict[str, PlacedBox] = {}
     cards: list[PlacedCard] = []
@@ -81,12 +86,14 @@ def _rows(scene: Scene) -> dict[str, int]:
         if box.kind == FEED and users[box.id]:
             level[box.id] = min(level[u] for u in users[box.id]) - 1
     rows: dict[str, int] = {}
-    taken: set[tuple[str, int]] = set()
+    free: dict[tuple[str, int], int] = {}  # a row that is taken -> one below it that may be free
     for box in sorted(scene.boxes, key=lambda b: (level[b.id], b.order)):
         row = max([level[box.id], *(rows[s] + 1 for s in sources[box.id] if s in rows)])
-        while (box.device, row) in taken:
-            row += 1
-        taken.add((box.device, row))
+        passed: list[int] = []
+        while (box.device, row) in free:
+            passed.append(row)
+            row = free[box.device, row]
+        free.update({(box.device, r): row + 1 for r in (*passed, row)})
         rows[box.id] = row
     return rows
 
@@ -96,8 +103,24 @@ def _outer_first(arrows: Sequence[Arrow], rows: Mapping[str, int]) -> list[Arrow
     return sorted(arrows, key=lambda a: -abs(rows[a.target] - rows[a.source]))
 
 
-_Run = tuple[float, float, float]
-"""A horizontal piece of an arrow: from x, to x, at y."""
+_CELL_WIDTH, _CELL_HEIGHT = 128, 32
+"""Labels are no larger than this, so that one meets only those of the cells around it."""
+
+
+class Taken:
+    """Which parts of a line are taken: stretches apart from one another, in order."""
+
+    def __init__(self) -> None:
+        self._ends: list[float] = []
+        """Where the first begins, where it ends, where the second begins, and so on."""
+
+    def take(self, left: float, right: float) -> bool:
+        """Take a stretch if all of it is free."""
+        at = bisect_left(self._ends, left)
+        if at % 2 or bisect_right(self._ends, right) != at:
+            return False
+        self._ends[at:at] = [left, right]
+        return True
 
 
 @dataclass
@@ -111,7 +134,10 @@ class _Router:
     words: list[Words] = field(default_factory=list[Words])
     tracks: dict[float, int] = field(default_factory=dict[float, int])
     ports: dict[str, int] = field(default_factory=dict[str, int])
-    runs: dict[int, list[_Run]] = field(default_factory=dict[int, list[_Run]])
+    runs: dict[tuple[int, int], Taken] = field(default_factory=dict[tuple[int, int], Taken])
+    """By gap, and by the height in it."""
+    labels: dict[tuple[int, int], list[Words]] = field(default_factory=dict[tuple[int, int], list[Words]])
+    """By the cell that they stand in."""
 
     def add(self, arrow: Arrow) -> None:
         source, target = self.placed[arrow.source].at, self.placed[arrow.target].at
@@ -140,12 +166,9 @@ class _Router:
         middle = sum(self.gaps[gap]) / 2
         if left == right:
             return middle
-        taken = self.runs.setdefault(gap, [])
         for offset in (0, 8, -8, 16, -16):
-            if all(y != middle + offset or right < a or b < left for a, b, y in taken):
-                middle += offset
-                break
-        taken.append((left, right, middle))
+            if self.runs.setdefault((gap, offset), Taken()).take(left, right):
+                return middle + offset
         return middle
 
     def _port(self, box: str, side: str, at: Rect, other: Rect) -> float:
@@ -178,11 +201,13 @@ class _Router:
     def _label(self, text: str, x: float, y: float) -> None:
         """Put a label at a place, or a little below or above where another one is."""
         width = text_width(text, 11)
+        column = int(x // _CELL_WIDTH)
         for shift in (0, 14, -14, 28, -28, 42):
-            free = all(
-                abs(w.x - x) > (width + text_width(w.text, 11)) / 2 or abs(w.y - 4 - y - shift) > 13 for w in self.words
-            )
-            if free:
+            row = int((y + shift) // _CELL_HEIGHT)
+            near = (w for i in (-1, 0, 1) for j in (-1, 0, 1) for w in self.labels.get((column + i, row + j), ()))
+            if all(abs(w.x - x) > (width + text_width(w.text, 11)) / 2 or abs(w.y - 4 - y - shift) > 13 for w in near):
                 y += shift
                 break
-        self.words.append(Words(x, y + 4, text, "label", "middle"))
+        label = Words(x, y + 4, text, "label", "middle")
+        self.labels.setdefault((column, int(y // _CELL_HEIGHT)), []).append(label)
+        self.words.append(label)

@@ -7,8 +7,10 @@ keeps one box a task (its microbatches counted, not repeated) and one arrow a me
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from flowml.plan import (
     ArraySpec,
@@ -102,13 +104,21 @@ class Scene:
 
 def make_scene(plan: Plan) -> Scene:
     """The boxes and arrows of `plan`."""
-    walks = [_Walk(plan, number, p) for number, p in enumerate(plan.programs)]
+    fetched: dict[int, list[ArraySpec]] = {}
+    for output in plan.outputs:
+        if output.kind == FETCH:
+            fetched.setdefault(output.index, []).append(output.spec)
+    walks = [_Walk(plan, number, p, fetched) for number, p in enumerate(plan.programs)]
     for walk in walks:
         walk.run()
     arrows = [a for w in walks for a in w.arrows] + _message_arrows(plan, walks)
     levels = _levels([b for w in walks for b in w.boxes], arrows)
-    cards = tuple(_card(plan, w, p, levels) for w, p in zip(walks, plan.partitions, strict=True))
     training = plan.training
+    homes: dict[str, list[str]] = {}
+    for store in training.stores if training else ():
+        for device in dict.fromkeys(store.copies):
+            homes.setdefault(device, []).append(store.name)
+    cards = tuple(_card(plan, w, p, levels, homes) for w, p in zip(walks, plan.partitions, strict=True))
     return Scene(
         name=plan.name,
         headline=headline(plan),
@@ -165,6 +175,8 @@ class _Walk:
     plan: Plan
     number: int
     program: Program
+    fetched: Mapping[int, Sequence[ArraySpec]]
+    """The outputs that come from each fetch slot."""
     boxes: dict[str, Box] = field(default_factory=dict[str, Box])
     arrows: list[Arrow] = field(default_factory=list[Arrow])
     senders: dict[int, str] = field(default_factory=dict[int, str])
@@ -173,7 +185,8 @@ class _Walk:
     def __post_init__(self) -> None:
         """Adding gradients up between microbatches, and packing them, is not worth a box."""
         stores = self.plan.training.stores if self.plan.training else ()
-        self.housekeeping = {t for s in stores for p in s.parts for t in (p.accumulate, p.pack, p.finish)} - {None}
+        self.housekeeping = {t for s in stores for p in s.parts for t in (p.accumulate, p.pack)} - {None}
+        self.runs = Counter(i.task for i in self.program.instructions if isinstance(i, Run))
 
     def run(self) -> None:
         origin: dict[int, str | int] = {}  # buffer -> the box that made it, or the message that brought it
@@ -190,15 +203,16 @@ class _Walk:
                 case Run(task=task) if task in self.housekeeping:
                     pass
                 case Run(task=task, inputs=inputs, outputs=outputs):
-                    self._use(f"t{task}", inputs, self.plan.tasks[task].inputs, origin, self._task_box(task))
+                    self._use(f"t{task}", inputs, self.plan.tasks[task].inputs, origin, partial(self._task_box, task))
                     origin.update(dict.fromkeys(outputs, self._id(f"t{task}")))
                 case Send(message=message, buffers=buffers):
                     made = [o for b in buffers if isinstance(o := origin.get(b), str)]
                     if made:
                         self.senders.setdefault(message, made[-1])
                 case Fetch(slots=slots, buffers=buffers):
-                    specs = [o.spec for s in slots for o in self.plan.outputs if (o.kind, o.index) == (FETCH, s)]
-                    self._use(FETCH, buffers, specs, origin, self._fetch_box())
+                    self._use(
+                        FETCH, buffers, [s for n in slots for s in self.fetched.get(n, ())], origin, self._fetch_box
+                    )
                 case _:
                     pass
 
@@ -208,10 +222,11 @@ class _Walk:
         buffers: Sequence[int],
         specs: Sequence[ArraySpec],
         origin: Mapping[int, str | int],
-        box: Box,
+        make: Callable[[], Box],
     ) -> None:
-        if box.id in self.boxes:
+        if self._id(part) in self.boxes:
             return
+        box = make()
         self.boxes[box.id] = box
         local: dict[str, int] = {}
         for position, buffer in enumerate(buffers):
@@ -227,7 +242,7 @@ class _Walk:
 
     def _task_box(self, index: int) -> Box:
         task = self.plan.tasks[index]
-        runs = sum(isinstance(i, Run) and i.task == index for i in self.program.instructions)
+        runs = self.runs[index]
         kind = PYTHON if task.kind == "python" else TASK
         box = self._box(f"t{index}", kind, task.name, _task_facts(task, runs), _task_detail(task, runs))
         return replace(box, short=", ".join(task.layers) or task.name)
@@ -245,7 +260,7 @@ class _Walk:
         slots = sorted({s for i in self.program.instructions if isinstance(i, Fetch) for s in i.slots})
         names = tuple("loss" if self.plan.training and s == 0 else f"output {s}" for s in slots)
         title = names[0] if len(names) == 1 else f"outputs {listed(tuple(map(str, slots)), 3)}"
-        total = sum(o.spec.nbytes for o in self.plan.outputs if o.kind == FETCH and o.index in slots)
+        total = sum(spec.nbytes for slot in slots for spec in self.fetched.get(slot, ()))
         facts = (bytes_text(total),) if total else ()
         return self._box(FETCH, FETCH, title, facts, "to the driver:\n" + "\n".join(names))
 
@@ -260,9 +275,14 @@ def _message_arrows(plan: Plan, walks: Sequence[_Walk]) -> list[Arrow]:
     """One labelled arrow a message, and unlabelled ones to further tasks that use what it brought."""
     arrows: list[Arrow] = []
     times = plan.training.microbatches if plan.training else 1
+    senders = {index: box for w in walks for index, box in w.senders.items()}
+    receivers: dict[int, list[str]] = {}
+    for walk in walks:
+        for index, boxes in walk.receivers.items():
+            receivers.setdefault(index, []).extend(boxes)
     for index, message in enumerate(plan.messages):
-        source = next((w.senders[index] for w in walks if index in w.senders), None)
-        targets = dict.fromkeys(t for w in walks for t in w.receivers.get(index, ()))
+        source = senders.get(index)
+        targets = dict.fromkeys(receivers.get(index, ()))
         if source is not None:
             label = bytes_text(message.nbytes) + (f" × {times}" if times > 1 else "")
             detail = _message_detail(message, times)
@@ -279,29 +299,33 @@ def _levels(boxes: Sequence[str], arrows: Sequence[Arrow]) -> dict[str, int]:
         sources[arrow.target].append(arrow.source)
     levels: dict[str, int] = {}
     for start in boxes:
-        stack, open_boxes = [start], set[str]()
+        stack = [(start, iter(sources[start]))] if start not in levels else []
+        open_boxes = {start}
         while stack:
-            box = stack[-1]
-            waiting = [s for s in sources[box] if s not in levels and s not in open_boxes and s != box]
-            open_boxes.add(box)
-            if waiting and box not in levels:
-                stack.append(waiting[0])
-            else:
+            box, waiting = stack[-1]
+            deeper = next((s for s in waiting if s not in levels and s not in open_boxes), None)
+            if deeper is None:
                 stack.pop()
-                levels.setdefault(box, max((levels[s] + 1 for s in sources[box] if s in levels), default=0))
+                levels[box] = max((levels[s] + 1 for s in sources[box] if s in levels), default=0)
+            else:
+                open_boxes.add(deeper)
+                stack.append((deeper, iter(sources[deeper])))
     return levels
 
 
-def _card(plan: Plan, walk: _Walk, partition: Partition, levels: Mapping[str, int]) -> Card:
+def _card(
+    plan: Plan,
+    walk: _Walk,
+    partition: Partition,
+    levels: Mapping[str, int],
+    homes: Mapping[str, Sequence[str]],
+) -> Card:
     peak = plan.estimate.peak_bytes.get(partition.device)
     facts = [flops_text(partition.flops)]
     if peak is not None:
         facts.append(f"peak {bytes_text(peak)}")
-    stores = plan.training.stores if plan.training else ()
-    homes = tuple(s.name for s in stores if partition.device in s.copies)
-    return Card(
-        partition.device, tuple(facts), tuple(replace(b, level=levels[b.id]) for b in walk.boxes.values()), homes
-    )
+    boxes = tuple(replace(b, level=levels[b.id]) for b in walk.boxes.values())
+    return Card(partition.device, tuple(facts), boxes, tuple(homes.get(partition.device, ())))
 
 
 def _task_facts(task: Task, runs: int) -> tuple[str, ...]:

@@ -87,5 +87,5 @@ def product_function(graph: Graph, product: OuterProduct) -> Callable[..., Any]:
     equations = [
         (n.equation, [i.value if isinstance(i, Literal) else i for i in n.inputs], n.outputs) for n in product.nodes
     ]
-    run = _jax.build_function(equations, graph.avals, product.operands, (product.gradient,))
+    run = _jax.as_function(_jax.build_jaxpr(equations, graph.avals, product.operands, (product.gradient,)))
     return lambda a, delta: run(a, delta)[0]

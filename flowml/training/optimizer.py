@@ -9,14 +9,15 @@ count) is kept by every store that reads it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import jax
 
 from flowml.ir import _jax
 from flowml.ir.graph import Graph, Literal
-from flowml.ir.simplify import drop_dead
+from flowml.ir.simplify import drop_dead, needed_for
 from flowml.ir.trace import trace
 from flowml.plan import ArraySpec
 
@@ -33,7 +34,8 @@ class OptimizerSlices:
     count: int
     state_tree: Any
     state_specs: tuple[ArraySpec, ...]
-    depends: tuple[frozenset[int], ...]
+    depends: tuple[int, ...]
+    """For each output the inputs that it depends on, as a set of bits."""
 
     @property
     def groups(self) -> list[list[int]]:
@@ -42,52 +44,65 @@ class OptimizerSlices:
 
         def find(i: int) -> int:
             while parent[i] != i:
-                i = parent[i]
+                parent[i] = i = parent[parent[i]]
             return i
 
-        for output in range(len(self.depends)):
-            leaves = self.leaves_behind(output)
-            if output < self.count:
-                leaves = leaves | {output}
-            for leaf in leaves:
-                parent[find(leaf)] = find(min(leaves))
+        own = {self._behind[leaf] | 1 << leaf for leaf in range(self.count)}
+        for leaves in own.union(self._behind[self.count :]):
+            first, *others = _bits(leaves) or [0]
+            for leaf in others:
+                low, high = sorted((find(first), find(leaf)))
+                parent[high] = low
         found: dict[int, list[int]] = {}
         for leaf in range(self.count):
             found.setdefault(find(leaf), []).append(leaf)
         return list(found.values())
 
-    def leaves_behind(self, output: int) -> set[int]:
-        """Parameter leaves whose gradient, value or own state the output depends on."""
-        leaves: set[int] = set()
-        for i in self._closure(output):
-            if i < 2 * self.count:
-                leaves.add(i % self.count)
-        return leaves
+    @cached_property
+    def _closures(self) -> tuple[int, ...]:
+        """Inputs behind each output, through the state: a state leaf stands for what its update depends on."""
+        return tuple(map(self._closure, self.depends))
 
-    def _closure(self, output: int) -> set[int]:
-        """Inputs behind an output, through the state: a state leaf stands for what its update depends on."""
-        seen: set[int] = set()
-        todo = list(self.depends[output])
-        while todo:
-            i = todo.pop()
-            if i not in seen:
-                seen.add(i)
-                if i >= 2 * self.count:
-                    todo.extend(self.depends[i - self.count])
+    def _closure(self, inputs: int) -> int:
+        seen, fresh = inputs, inputs
+        while states := _bits(fresh >> 2 * self.count):
+            behind = 0
+            for state in states:
+                behind |= self.depends[self.count + state]
+            fresh = behind & ~seen
+            seen |= behind
         return seen
+
+    @cached_property
+    def _behind(self) -> tuple[int, ...]:
+        """For each output the parameter leaves whose gradient, value or own state it depends on."""
+        every = (1 << self.count) - 1
+        return tuple((inputs | inputs >> self.count) & every for inputs in self._closures)
+
+    @cached_property
+    def _state_by_leaf(self) -> tuple[dict[int, list[int]], list[int]]:
+        """State leaves by the first parameter that they depend on; and those that depend on none and none reads."""
+        read = 0
+        for inputs in self._closures[: self.count]:
+            read |= inputs >> 2 * self.count
+        by_leaf: dict[int, list[int]] = {}
+        free: list[int] = []
+        for state, behind in enumerate(self._behind[self.count :]):
+            if behind:
+                by_leaf.setdefault((behind & -behind).bit_length() - 1, []).append(state)
+            elif not read >> state & 1:
+                free.append(state)
+        return by_leaf, free
 
     def state_of(self, leaves: Sequence[int]) -> tuple[int, ...]:
         """State leaves that a store of these parameters keeps: what it reads, and what only it can update."""
-        wanted = set(leaves)
-        kept = {i - 2 * self.count for leaf in leaves for i in self._closure(leaf) if i >= 2 * self.count}
-        for s in range(len(self.state_specs)):
-            behind = self.leaves_behind(self.count + s)
-            if behind <= wanted and (behind or not self._anyone_reads(s)):
-                kept.add(s)
-        return tuple(sorted(kept))
-
-    def _anyone_reads(self, state: int) -> bool:
-        return any(2 * self.count + state in self._closure(leaf) for leaf in range(self.count))
+        by_leaf, free = self._state_by_leaf
+        wanted, read = 0, 0
+        for leaf in leaves:
+            wanted |= 1 << leaf
+            read |= self._closures[leaf] >> 2 * self.count
+        mine = (s for leaf in leaves for s in by_leaf.get(leaf, ()) if not self._behind[self.count + s] & ~wanted)
+        return tuple(sorted({*free, *_bits(read), *mine}))
 
     def update(self, leaves: Sequence[int], state: Sequence[int]) -> Callable[..., tuple[Any, ...]]:
         """A function of (gradients, parameters, state) of one store, flat, to its (parameters, state)."""
@@ -96,13 +111,13 @@ class OptimizerSlices:
             self.graph.inputs[i]
             for i in (*leaves, *(self.count + leaf for leaf in leaves), *(2 * self.count + s for s in state))
         )
-        kept = drop_dead(replace(self.graph, outputs=outputs))
+        kept = needed_for(self.graph, outputs)
         equations = [
             (n.equation, [i.value if isinstance(i, Literal) else i for i in n.inputs], n.outputs) for n in kept.nodes
         ]
         constants = tuple(kept.constants)
         values = tuple(o for o in outputs if not isinstance(o, Literal))
-        run = _jax.build_function(equations, self.graph.avals, (*inputs, *constants), values)
+        run = _jax.as_function(_jax.build_jaxpr(equations, self.graph.avals, (*inputs, *constants), values))
 
         def updated(*arrays: Any) -> tuple[Any, ...]:
             results = iter(run(*arrays, *(kept.constants[c] for c in constants)))
@@ -128,11 +143,22 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
     return OptimizerSlices(graph, count, tree, tuple(_jax.spec_of(x) for x in leaves), _dependencies(graph))
 
 
-def _dependencies(graph: Graph) -> tuple[frozenset[int], ...]:
-    """For each output, the positions of the inputs that it depends on."""
-    behind: dict[int, frozenset[int]] = {v: frozenset({i}) for i, v in enumerate(graph.inputs)}
-    nothing: frozenset[int] = frozenset()
+def _dependencies(graph: Graph) -> tuple[int, ...]:
+    behind = {v: 1 << i for i, v in enumerate(graph.inputs)}
     for node in graph.nodes:
-        union = nothing.union(*(behind.get(v, nothing) for v in node.reads))
+        union = 0
+        for value in node.reads:
+            union |= behind.get(value, 0)
         behind.update(dict.fromkeys(node.outputs, union))
-    return tuple(nothing if isinstance(o, Literal) else behind.get(o, nothing) for o in graph.outputs)
+    return tuple(0 if isinstance(o, Literal) else behind.get(o, 0) for o in graph.outputs)
+
+
+def _bits(mask: int) -> list[int]:
+    """The numbers in a set of bits, in order."""
+    digits = bin(mask)[:1:-1]
+    found: list[int] = []
+    at = digits.find("1")
+    while at >= 0:
+        found.append(at)
+        at = digits.find("1", at + 1)
+    return found

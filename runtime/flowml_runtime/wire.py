@@ -181,10 +181,6 @@ class Taken(_Wire, frozen=True):
     device: Name
 
 
-FaultKind = Literal["error", "deadline", "cancelled", "lost", "diverged"]
-"""Which error a fault becomes for the caller."""
-
-
 class StepFailed(_Wire, frozen=True):
     """A step cannot finish. Worker to driver with the cause; driver to workers so that nobody waits for it."""
 
@@ -192,7 +188,7 @@ class StepFailed(_Wire, frozen=True):
     step: Count
     worker: Name
     node: Text
-    kind: FaultKind
+    kind: Literal["error", "deadline", "cancelled", "lost"]
     error: Text
     traceback: Text = ""
 
@@ -263,8 +259,7 @@ class StartTraining(TrainingMessage, frozen=True):
 
     `run` is the number of the fit's first step among all steps of the plan, so that no two fits share one.
     `source`: "shipped" (arrays follow in `Source`) or "fed" (each Batch comes from the driver). `delays` slow
-    workers down on purpose: (worker, seconds added to each of its steps). Replicas compare what they hold every
-    `check_replicas` steps and at the end; 0: never.
+    workers down on purpose: (worker, seconds added to each of its steps).
     """
 
     total_clocks: Count
@@ -273,7 +268,6 @@ class StartTraining(TrainingMessage, frozen=True):
     examples: Count
     source: Literal["shipped", "fed"]
     delays: tuple[tuple[Name, float], ...] = ()
-    check_replicas: Count = 0
 
 
 class Source(TrainingMessage, frozen=True):
@@ -395,7 +389,7 @@ class Settled(TrainingMessage, frozen=True):
 
 
 class Report(TrainingMessage, frozen=True):
-    """Loss (slot 0) and aux leaves of one replica's step, summed over its microbatches, from the stage that made it."""
+    """Loss (slot 0) and aux leaves of one replica's step, over its microbatches, from the stage that made them."""
 
     replica: Count
     clock: Count

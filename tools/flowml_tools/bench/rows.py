@@ -63,11 +63,11 @@ class Peer:
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on ours / peer, or on ours - peer or on ours alone in the unit of the row."""
+    """A bound on ours / peer, or on ours - peer in the unit of the row."""
 
     sense: Literal["at most", "at least"]
     limit: float
-    of: Literal["ratio", "difference", "value"] = "ratio"
+    of: Literal["ratio", "difference"] = "ratio"
 
     def met(self, value: float) -> bool:
         return value <= self.limit if self.sense == "at most" else value >= self.limit
@@ -98,11 +98,10 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None without a goal, or without the measured peer that it needs."""
+        """Whether the goal is met; None without a goal or without a measured peer."""
         if self.goal is None:
             return None
-        found = {"ratio": self.ratio, "difference": self.difference, "value": self.ours.median}
-        value = found[self.goal.of]
+        value = self.ratio if self.goal.of == "ratio" else self.difference
         return None if value is None else self.goal.met(value)
 
     def json(self) -> dict[str, object]:
