@@ -1,0 +1,136 @@
+"""What happens in a training run, in sentences: for scenarios, and for traces that are read as a story.
+
+An event of a worker has a number, and a message carries the number of the event that made its sender send it. So
+(worker, number) names an event anywhere in a run, and each event but the first knows the one that it follows from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flowml_runtime import wire
+from flowml_runtime.protocol.training import actions, driver
+from flowml_runtime.protocol.training.terms import RETIRED, ReplicaLost
+
+
+def said(message: wire.Wire | wire.TrainingMessage) -> str:
+    """What a message says."""
+    match message:
+        case wire.StartTraining():
+            return f"run {message.run} of {message.total_clocks} clocks begins"
+        case wire.StopTraining():
+            return f"run {message.run} ends"
+        case wire.Ask(replica=replica, clocks=clocks, returned=returned):
+            back = f"returns {_items(returned)}" if returned else ""
+            asks = f"asks for work for {_many('clock', clocks)}" if clocks else ""
+            return f"replica {replica} {' and '.join(filter(None, (asks, back)))}"
+        case wire.Grant(replica=replica, items=items, exhausted=exhausted):
+            given = ", ".join(f"item {i.sequence} for clock {c}" for c, i in items) or "nothing"
+            return f"replica {replica} gets {given}{', the last there is' if exhausted else ''}"
+        case wire.Begin(replica=replica, clock=clock, item=item):
+            return f"replica {replica} begins clock {clock} with item {item.sequence}"
+        case wire.Settled(replica=replica, fates=fates):
+            return ", ".join(f"item {i.sequence} of replica {replica} is {fate}" for i, fate in fates)
+        case wire.Retired(replica=replica, stage=stage):
+            return f"stage {stage} of replica {replica} has retired"
+        case wire.Report(replica=replica, clock=clock):
+            return f"replica {replica} reports clock {clock}"
+        case _:
+            return _said_of_store(message)
+
+
+def _said_of_store(message: wire.Wire | wire.TrainingMessage) -> str:
+    match message:
+        case wire.Contribution(store=store, part=part, replica=replica, clock=clock):
+            return f"replica {replica} gives part {part} of store {store} at clock {clock}"
+        case wire.Arrived(store=store, replica=replica, clock=clock):
+            return f"replica {replica} is complete at store {store} at clock {clock}"
+        case wire.Commit(clock=clock, excluded=excluded):
+            return f"clock {clock} is committed " + (
+                f"without {_many('replica', excluded)}" if excluded else "with all"
+            )
+        case wire.Published(store=store, version=version, floor=floor):
+            return f"store {store} is at version {version}, {_floor(floor)}"
+        case wire.Applied(store=store, replica=replica, clock=clock, version=version):
+            return f"version {version} of store {store} holds what replica {replica} gave at clock {clock}"
+        case wire.StoreValue(store=store, version=version):
+            return f"store {store} is at version {version}"
+        case _:
+            return type(message).__name__
+
+
+def happened(event: actions.Event | driver.Event) -> str:
+    """What an event is."""
+    match event:
+        case actions.Received(peer, message):
+            return f"hears from {peer}: {said(message)}"
+        case actions.StepFinished(_, replica, stage, clock):
+            return f"has finished clock {clock} on stage {stage} of replica {replica}"
+        case ReplicaLost(replica):
+            return f"hears that replica {replica} is lost"
+        case driver.WorkerLost(worker, reason):
+            return f"hears that {worker} is lost: {reason}"
+        case driver.StepFailed(message):
+            return f"hears that step {message.step} failed on {message.worker}: {message.error}"
+        case driver.Begin():
+            return "begins the fit"
+        case driver.Stop():
+            return "ends the fit"
+
+
+def wants(action: actions.Action | driver.Action) -> str:
+    """What an action does."""
+    match action:
+        case actions.Send(to, message):
+            return f"tells {', '.join(to)}: {said(message)}"
+        case actions.Start(replica, stage, clock, item):
+            return f"starts clock {clock} on stage {stage} of replica {replica} with item {item.sequence}"
+        case actions.Abandon(replica, stage, clock):
+            return f"abandons clock {clock} on stage {stage} of replica {replica}"
+        case actions.Count(replica, stage, clock, counts):
+            fate = "counts" if counts else "does not count"
+            return f"{fate} what clock {clock} has gathered on stage {stage} of replica {replica}"
+        case actions.Fail(run, error):
+            return f"cannot go on with run {run}: {error}"
+        case driver.Over():
+            return "has all: the fit is over"
+        case driver.Feed(replica, item):
+            return f"feeds item {item.sequence} to replica {replica}"
+        case driver.Keep(store):
+            return f"keeps the final value of store {store}"
+        case _:
+            return _wants_of_store(action)
+
+
+def _wants_of_store(action: actions.Action | driver.Action) -> str:
+    match action:
+        case actions.Show(store, version):
+            return f"reads version {version} of store {store} from now on"
+        case actions.Load(store):
+            return f"holds store {store}"
+        case actions.Apply(store, version, contributions):
+            weights = ", ".join(f"{factor:g}" for _, factor in contributions)
+            return f"makes version {version} of store {store} from {len(contributions)} contributions × {weights}"
+        case actions.Publish(store, version, floor, value, to):
+            if not value:
+                return f"tells {', '.join(to)}: store {store} is {_floor(floor)}"
+            return f"publishes version {version} of store {store}, {_floor(floor)}, to {', '.join(to)}"
+        case actions.Return(store, version, value):
+            return f"has finished store {store} at version {version}{'' if value else ', a copy'}"
+        case actions.Release():
+            return "forgets what came"
+        case _:
+            return type(action).__name__
+
+
+def _floor(floor: int) -> str:
+    return "waiting for no replica" if floor == RETIRED else f"complete before clock {floor}"
+
+
+def _many(noun: str, numbers: Iterable[int]) -> str:
+    numbers = tuple(numbers)
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _items(items: Iterable[wire.Item]) -> str:
+    return _many("item", (i.sequence for i in items))
