@@ -18,7 +18,8 @@ import numpy as np
 
 from flowml.ir._jax import exact_types, is_wide, key_implementation, with_weak_type
 from flowml.plan import ArraySpec, Output, Plan
-from flowml_runtime.execution.programs import Array, aligned_copy, buffer_struct, constant_array
+from flowml_runtime.execution.programs import Array, buffer_struct, constant_array
+from flowml_runtime.transport.arrays import own_copy
 
 LARGE_BYTES = 2**18
 """From here on entering JAX without a copy is worth a `device_put`."""
@@ -71,9 +72,7 @@ class Feeder:
             if isinstance(leaf, jax.Array):
                 buffer: Array = jax.random.key_data(leaf) if key else leaf
             else:
-                buffer = np.asarray(leaf, dtype)
-                if copy and buffer is leaf:
-                    buffer = aligned_copy(buffer)
+                buffer = own_copy(leaf, dtype) if copy else np.asarray(leaf, dtype)
             if (leaf if key else buffer).shape != shape:
                 raise TypeError(f"argument {name} of {self._name!r} has shape {np.shape(leaf)}, not {shape}")
             buffers.append(buffer)

@@ -21,6 +21,7 @@ from flowml.data import Source, epoch_order
 from flowml.devices import worker_of
 from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerError, WorkerLostError
 from flowml.ir._jax import key_implementation
+from flowml.placement.links import SHARED_MEMORY
 from flowml.plan import Feed, Training
 from flowml.training.compiler import TrainingCompiled
 from flowml_runtime import wire
@@ -31,6 +32,7 @@ from flowml_runtime.protocol.training import driver as protocol
 from flowml_runtime.protocol.training.actions import Received, Release, Send
 from flowml_runtime.protocol.training.ledger import Summary, Work
 from flowml_runtime.protocol.training.terms import Places, Terms
+from flowml_runtime.transport.arrays import own_copy
 
 _LOOK_UP_S = 1.0
 """How often a fit that hears nothing looks whether its cluster is still there."""
@@ -223,9 +225,15 @@ class Fit:
         by_worker: dict[str, set[int]] = {}
         for device, slots in self._slots.items():
             by_worker.setdefault(worker_of(device), set()).update(slots)
+        lent: dict[int, np.ndarray] = {}
+        """Copies, for workers that are sent a reference: the caller may change the source during the fit."""
         for worker, slots in by_worker.items():
             order = tuple(sorted(slots))
-            arrays = [np.ascontiguousarray(self._source.arrays[s], specs[s].dtype) for s in order]
+            if self._session.endpoint.way(worker) != SHARED_MEMORY:  # which copies while it sends
+                lent |= {s: own_copy(self._source.arrays[s], specs[s].dtype) for s in order if s not in lent}
+            arrays = [
+                lent[s] if s in lent else np.ascontiguousarray(self._source.arrays[s], specs[s].dtype) for s in order
+            ]
             whole = tuple(_whole(specs[s], a) for s, a in zip(order, arrays, strict=True))
             message = wire.Source(**self._ids, slots=order, specs=whole)
             self._session.endpoint.send(worker, message, arrays)
@@ -258,9 +266,11 @@ class Fit:
                     f"source[indices] gave shape {leaf.shape} for {path or 'the batch'!r} and {item.size} indices; "
                     f"it must give {(item.size, *spec.shape[1:])}"
                 )
+        read = {s for device in self._training.replicas[replica] for s in self._slots.get(device, ())}
+        copies = {s: own_copy(leaves[s], specs[s].dtype) for s in sorted(read)}  # a source may use its buffers again
         for device in self._training.replicas[replica]:
             slots = self._slots.get(device, ())
-            arrays = [np.ascontiguousarray(leaves[s], specs[s].dtype) for s in slots]
+            arrays = [copies[s] for s in slots]
             if slots:
                 message = wire.Batch(
                     **self._ids,

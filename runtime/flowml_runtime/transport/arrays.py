@@ -61,6 +61,16 @@ def aligned_empty(nbytes: int) -> Buffer:
     return room[start : start + nbytes]
 
 
+def own_copy(array: Array, dtype: Any) -> Buffer:
+    """A C-ordered buffer with the values of `array` that shares no memory with it: whoever owns that may change it."""
+    buffer = np.asarray(array, dtype, order="C")
+    if not np.may_share_memory(buffer, np.asarray(array)):
+        return buffer
+    copy = aligned_empty(buffer.nbytes).view(buffer.dtype).reshape(buffer.shape)
+    copy[...] = buffer
+    return copy
+
+
 def to_wire(array: Array, spec: ArraySpec) -> Buffer:
     """The buffer to send for `array`: a view where its memory is C-ordered already, else a copy.
 
