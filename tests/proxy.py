@@ -1,4 +1,4 @@
-"""A relay between a client and a server on loopback that can flip a bit, cut the line or let nothing more through.
+"""A relay between a client and a server on loopback that can flip a bit, cut the line, let nothing through or be slow.
 
 What it does, it does at a position in the bytes that a client sends, so that a test hits the middle of a message.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from typing import Literal
 
 Fault = Literal["none", "flip", "cut", "stall"]
@@ -17,11 +18,13 @@ CHUNK_BYTES = 2**16
 class Proxy:
     """Relays to `target` (host:port) from `address`. Use as a context manager."""
 
-    def __init__(self, target: str, fault: Fault = "none", at: int = 0) -> None:
+    def __init__(self, target: str, fault: Fault = "none", at: int = 0, bytes_per_s: float | None = None) -> None:
+        """`bytes_per_s` is how fast it lets a client's bytes through; it may be changed meanwhile."""
         host, port = target.rsplit(":", 1)
         self._target = host, int(port)
         self._fault: Fault = fault
         self._at = at
+        self.bytes_per_s = bytes_per_s
         self.reached = threading.Event()
         """Set once the fault has come to pass."""
         self._go_on = threading.Event()
@@ -71,6 +74,8 @@ class Proxy:
                 if upwards and self._fault != "none" and 0 <= at < len(chunk):
                     self._spoil(chunk, at, sink)
                 else:
+                    if upwards and self.bytes_per_s is not None:
+                        time.sleep(len(chunk) / self.bytes_per_s)
                     sink.sendall(chunk)
                 done += len(chunk)
         for link in (source, sink):

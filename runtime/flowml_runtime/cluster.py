@@ -284,13 +284,14 @@ class Cluster:
         membership.join(name, timeout_s=timeout_s)
         python = options.allow_python and all(m.python for m in membership.members if m.devices)
         cluster = cls(endpoint, python, options.deadline_s, options.remedy)
-        cluster._table = LinkTable(
+        cluster._table = driver.table = LinkTable(
             endpoint,
             driver.prober,
             lambda: membership.members,
             mode=options.links,
             shared_memory=shared and tls is None,
         )
+        endpoint.on_sent = driver.table.traffic.sent
         driver.adopt(cluster, membership)
         cluster._stack = stack.pop_all()
         return cluster
@@ -329,6 +330,7 @@ class _Driver:
 
     def __init__(self, prober: Prober) -> None:
         self.prober = prober
+        self.table: LinkTable | None = None
         self._cluster: Cluster | None = None
         self._lock = threading.Lock()
 
@@ -345,6 +347,9 @@ class _Driver:
     def on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
         if isinstance(message, wire.Probe | wire.Probed):
             self.prober.on_message(peer, message)
+        elif isinstance(message, wire.Contradicted):
+            if self.table is not None:
+                self.table.contradicted(peer, message.peer)
         elif self._cluster is not None:
             self._cluster.session.on_message(peer, message, arrays)
 

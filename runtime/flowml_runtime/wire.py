@@ -126,6 +126,13 @@ class Probed(_Wire, frozen=True):
     error: Text = ""
 
 
+class Contradicted(_Wire, frozen=True):
+    """To the driver of a plan: large sends to `peer` were far slower than the plan's figure, at best at this rate."""
+
+    peer: Name
+    bytes_per_s: Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+
+
 class LoadPlan(_Wire, frozen=True):
     """A piece of a plan to load, as one uint8 array: first the plan itself (part ""), then its large parts, in order.
 
@@ -434,6 +441,7 @@ Wire = (
     | Leave
     | Probe
     | Probed
+    | Contradicted
     | LoadPlan
     | Loaded
     | Unload

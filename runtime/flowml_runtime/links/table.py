@@ -8,6 +8,7 @@ Measuring goes pair by pair, so that none disturbs another.
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from flowml.plan import DRIVER
 from flowml_runtime import wire
 from flowml_runtime.links.cache import RememberedLinks
 from flowml_runtime.links.prober import Prober
+from flowml_runtime.links.traffic import Traffic
 from flowml_runtime.transport.endpoint import Endpoint
 from flowml_runtime.transport.security import split_address
 
@@ -65,6 +67,11 @@ class LinkTable:
         self._figures: dict[_Key, Link | None] = {}
         """What each key came to: None where nothing is remembered. Keys that were never looked up are not in it."""
         self._tried: set[_Key] = set()
+        self._contradictions: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._stale: set[_Key] = set()
+        """Keys whose figure traffic contradicts: what is remembered of them does not count until they are measured."""
+        self.traffic = Traffic(lambda peer, _: self.contradicted(DRIVER, peer))
+        """Of this process's own sends."""
 
     def known(self) -> Links:
         """What is known now, without measuring: what was measured or is remembered, else what is assumed of the way."""
@@ -74,6 +81,7 @@ class LinkTable:
     def settled(self) -> Links:
         """What a placement is decided by: as `known`, and measured before, once, where nothing is known."""
         with self._lock:
+            self._drop_contradicted()
             if self._mode == "measure":
                 unknown = {k: p for k, p in self._pairs().items() if self._figure(k) is None and k not in self._tried}
                 self._measure(unknown)
@@ -85,13 +93,34 @@ class LinkTable:
             self._measure(self._pairs())
             return self._links()
 
+    def contradicted(self, source: str, destination: str) -> None:
+        """Traffic from one peer to another is far slower than the figure: it does not count until it is measured again.
+
+        Returns at once, also while links are being measured.
+        """
+        self._contradictions.put((source, destination))
+
+    def _drop_contradicted(self) -> None:
+        hosts = self._hosts()
+        while not self._contradictions.empty():
+            source, destination = self._contradictions.get()
+            if source in hosts and destination in hosts:
+                key = self._key(hosts, source, destination)
+                for both in (key, (key[1], key[0], key[2])):
+                    self._stale.add(both)
+                    self._figures.pop(both, None)
+                    self._tried.discard(both)
+
     def _links(self) -> Links:
+        self._drop_contradicted()
         hosts = self._hosts()
         pairs: dict[tuple[str, str], Link] = {}
         for a, b in product(hosts, hosts):
             key = self._key(hosts, a, b)
             there = self._figure(key) or self._figure((key[1], key[0], key[2]))
             pairs[a, b] = there or ASSUMED[key[2]]
+            if a == DRIVER and there is not None:
+                self.traffic.expect(b, there)
         return Links(pairs=pairs)
 
     def _hosts(self) -> dict[str, str]:
@@ -127,12 +156,13 @@ class LinkTable:
         if key[2] == SAME_PROCESS or self._mode == "assume":
             return self._figures.get(key)
         if key not in self._figures:
-            self._figures[key] = self._remembered.find(*key)
+            self._figures[key] = None if key in self._stale else self._remembered.find(*key)
         return self._figures[key]
 
     def _measure(self, pairs: dict[_Key, tuple[str, str]]) -> None:
         for key, link in self._measured(pairs):
             self._figures[key] = link
+            self._stale.discard(key)
             self._remembered.remember(key[0], key[1], link)
 
     def _measured(self, pairs: dict[_Key, tuple[str, str]]) -> Iterator[tuple[_Key, Link]]:

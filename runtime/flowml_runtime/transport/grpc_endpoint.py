@@ -123,6 +123,8 @@ class GrpcEndpoint:
         self._closed = False
         self._on_message: OnMessage = lambda *_: None
         self._on_lost: OnLost = lambda *_: None
+        self.on_sent: Callable[[str, int, float], None] = lambda *_: None
+        """Told (peer, bytes, seconds) of every message that a gRPC connection has taken."""
         self._server = StreamServer(bind, tls, token, self._receive)
         self._delivery = Delivery(name, max_queued_bytes)
         self.address = f"{bind.rpartition(':')[0]}:{self._server.port}"
@@ -280,7 +282,7 @@ class GrpcEndpoint:
         deadline = time.monotonic() + SHORTAGE_S
         while True:
             try:
-                return self._dial(peer.address, pack(hello))
+                return self._dial(peer, pack(hello))
             except OSError as error:
                 if error.errno not in service.SHORTAGES or time.monotonic() > deadline or self._closed:
                     reason = f"no connection to it can be made from here: {error.strerror}"
@@ -305,7 +307,8 @@ class GrpcEndpoint:
         with self._reporting:
             self._on_lost(peer.name, reason)
 
-    def _dial(self, address: str, hello: Outgoing) -> AnyStream:
+    def _dial(self, peer: _Peer, hello: Outgoing) -> AnyStream:
+        address = peer.address
         local: UnixStream | None = None
         if self._shared_memory:
             checked = self._checksum is True
@@ -313,7 +316,12 @@ class GrpcEndpoint:
         if local is not None:
             return local
         checked = is_checked(address, self._checksum)
-        return Stream(address, self._tls, self._token, hello, Budget(self._max_queued_bytes), checked=checked)
+        budget = Budget(self._max_queued_bytes)
+
+        def on_sent(nbytes: int, seconds: float) -> None:
+            self.on_sent(peer.name, nbytes, seconds)
+
+        return Stream(address, self._tls, self._token, hello, budget, checked=checked, on_sent=on_sent)
 
     def _receive(self, frames: Iterator[bytes], context: Any) -> bytes:
         """Serve one incoming gRPC stream to its end."""

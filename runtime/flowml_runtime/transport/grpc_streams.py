@@ -14,6 +14,7 @@ import queue
 import re
 import resource
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -42,6 +43,9 @@ _UNREACHED = re.compile("failed to connect|connections to all backends failing",
 
 _CLOSED = re.compile("socket closed|reset by peer|broken pipe", re.IGNORECASE)
 TURNED_AWAY = "it closed the connection at once: it may have too many at the moment"
+
+OnSent = Callable[[int, float], None]
+"""(bytes of a message, seconds that the connection took to accept it)"""
 
 Receive = Callable[[Iterator[bytes], Any], bytes]
 """(frames, grpc.ServicerContext) -> b"". Runs on a thread of its own for as long as the stream lives."""
@@ -91,9 +95,18 @@ class Stream:
     """The outgoing half of a connection. `put` from any thread; gRPC's own thread takes from the queue."""
 
     def __init__(
-        self, address: str, tls: TLS | None, token: str, first: Outgoing, budget: Budget, *, checked: bool = False
+        self,
+        address: str,
+        tls: TLS | None,
+        token: str,
+        first: Outgoing,
+        budget: Budget,
+        *,
+        checked: bool = False,
+        on_sent: OnSent | None = None,
     ) -> None:
-        """What is sent carries checksums if `checked`."""
+        """What is sent carries checksums if `checked`. `on_sent` is told of every message that gRPC has taken."""
+        self._on_sent = on_sent
         keep_freed_memory()
         self._numbers = itertools.count() if checked else None
         self._queue: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
@@ -160,8 +173,11 @@ class Stream:
 
     def _frames(self) -> Iterator[bytes]:
         while (message := self._queue.get()) is not None:
+            began = time.perf_counter()
             yield from message.frames(self._numbers)
             self._budget.release(message.nbytes)
+            if self._on_sent is not None:
+                self._on_sent(message.nbytes, time.perf_counter() - began)
             del message  # else it would keep its arrays alive until the next one
 
 

@@ -60,6 +60,7 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
         named = {f"{name}/{info.name}": device for info, device in zip(infos, devices, strict=True)}
         hosted.name = name
         hosted.worker = Worker(name, named, endpoint, python=config.python)
+        endpoint.on_sent = hosted.worker.traffic.sent
         hosted.ready.set()
         joined(name)
         wait_heeding_signals(hosted.over)

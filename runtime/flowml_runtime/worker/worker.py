@@ -21,7 +21,9 @@ from typing import Protocol
 
 import numpy as np
 
+from flowml.devices import worker_of
 from flowml.errors import FlowmlError, WorkerLostError
+from flowml.placement.links import Link
 from flowml.plan import ArraySpec, Plan
 from flowml_runtime import service, wire
 from flowml_runtime.execution.device_thread import Deadlines, DeviceThread
@@ -35,6 +37,7 @@ from flowml_runtime.execution.services import DataflowServices, reserve_edges
 from flowml_runtime.execution.step_program import StepProgram, prepare
 from flowml_runtime.execution.window import Windows
 from flowml_runtime.links.prober import Prober
+from flowml_runtime.links.traffic import Traffic
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.transport.endpoint import Sender
 from flowml_runtime.worker.arriving import Arriving
@@ -105,6 +108,7 @@ class Worker:
         self.mailbox = Mailbox()
         self.recorder = Recorder()
         self._prober = Prober(endpoint)
+        self.traffic = Traffic(self._contradicted)
         self._cache = cache or ExecutableCache()
         self._lock = threading.Lock()
         self._plans: dict[str, _Hosted] = {}
@@ -269,6 +273,10 @@ class Worker:
             plan = Plan.decode(data.tobytes(), f"plan {plan_id}")
             programs = load_programs(plan, self.devices, self._cache, python=self.python, parts=parts)
             del data, parts
+            for link in plan.links:
+                if link.measured and worker_of(link.source) == self.name:
+                    known = Link(link.latency_s, link.bytes_per_s, link.way, measured=True)
+                    self.traffic.expect(worker_of(link.destination), known)
             for loaded in programs.values():
                 reserve_edges(self.endpoint, loaded)
                 plan = loaded.plan
@@ -321,6 +329,10 @@ class Worker:
             may_be_quick=may_be_quick(loaded),
             deadline_s=hosted.deadline_s,
         )
+
+    def _contradicted(self, peer: str, bytes_per_s: float) -> None:
+        for driver in {hosted.driver for hosted in list(self._plans.values())}:
+            self._tell(driver, wire.Contradicted(peer=peer, bytes_per_s=bytes_per_s))
 
     def _thread_of(self, device: str) -> DeviceThread:
         """The lock is held."""
