@@ -8,7 +8,7 @@ verifier behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from flowml.ir.label import label
 from flowml.ir.simplify import simplify
 from flowml.ir.trace import Trace, trace
 from flowml.ir.verify import verify_graph, verify_partitioned, verify_placed
-from flowml.lowering.lower import ExecutableTable, lower_groups
+from flowml.lowering.lower import ExecutableTable, compile_in_constants, lower_groups
 from flowml.lowering.partition import partition
 from flowml.lowering.program import Bindings, emit, route
 from flowml.lowering.schedule import Schedule, schedule
@@ -114,10 +114,11 @@ def compile_graph(
     seconds = {n.id: node_seconds(graph, n, by_name[n.device]) for n in graph.nodes}
     tasks = schedule(graph, seconds)
     verify_schedule(graph, tasks)
+    tasks = compile_in_constants(graph, tasks)
     routing = route(graph, tasks)
     table = ExecutableTable(platforms, _jax.settings(wide=graph.is_wide))
     numbers = lower_groups(graph, tasks, table, seconds, frozenset(graph.output_values))
-    bindings, outputs, constants = _bind(graph)
+    bindings, outputs, constants = _bind(graph, {v for g in tasks.groups for v in g.compiled_in})
     programs = emit(graph, tasks, routing, numbers, bindings, feed_first=True)
     inputs = tuple(graph.values[v] for v in graph.inputs)
     specs = {"inputs": inputs, "constants": tuple(c.spec for c in constants)}
@@ -145,13 +146,14 @@ def compile_graph(
     return plan
 
 
-def _bind(graph: Graph) -> tuple[Bindings, tuple[Output, ...], tuple[Constant, ...]]:
+def _bind(graph: Graph, compiled_in: Container[int]) -> tuple[Bindings, tuple[Output, ...], tuple[Constant, ...]]:
     """Number the feeds, fetches and constants of a graph whose inputs and outputs belong to the driver."""
     fetched = [v for v in graph.output_values if v in graph.producer]
     slots = {v: i for i, v in enumerate(fetched)}
     position = {v: i for i, v in enumerate(graph.inputs)}
-    constants = [Constant(graph.values[v], array_bytes(c)) for v, c in graph.constants.items()]
-    numbers = {v: i for i, v in enumerate(graph.constants)}
+    kept = [v for v in graph.constants if v not in compiled_in or v in graph.output_values]
+    constants = [Constant(graph.values[v], array_bytes(graph.constants[v])) for v in kept]
+    numbers = {v: i for i, v in enumerate(kept)}
     outputs: list[Output] = []
     for output in graph.outputs:
         if isinstance(output, Literal):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
@@ -58,6 +58,26 @@ class ExecutableTable:
         return self.add(Task(name, "xla", executable, tuple(inputs), tuple(outputs), nbytes=float(touched)))
 
 
+COMPILED_IN_BYTES = 2**20
+"""Closed-over arrays of more bytes than this, all together, are arguments of the task that reads them."""
+
+
+def compile_in_constants(graph: Graph, plan: Schedule) -> Schedule:
+    """Make the closed-over arrays of a plan that is one task a part of it, as jit does.
+
+    XLA then computes ahead what depends on them alone, to the same bits as for jit. Several tasks take theirs as
+    arguments, so that equal layers with other arrays share an executable.
+    """
+    if len(plan.groups) != 1 or plan.groups[0].is_callback:
+        return plan
+    (group,) = plan.groups
+    constants = tuple(v for v in group.inputs if v in graph.constants)
+    if sum(graph.values[v].nbytes for v in constants) > COMPILED_IN_BYTES:
+        return plan
+    inputs = tuple(v for v in group.inputs if v not in constants)
+    return replace(plan, groups=(replace(group, inputs=inputs, compiled_in=constants),))
+
+
 def lower_groups(
     graph: Graph, plan: Schedule, table: ExecutableTable, seconds: Mapping[int, float], keep: frozenset[int]
 ) -> list[int]:
@@ -75,7 +95,7 @@ def _lower_group(
     else:
         kind = "xla"
         try:
-            executable = _export(graph, group.nodes, group.inputs, group.outputs, table)
+            executable = _export(graph, group.nodes, group.inputs, group.outputs, table, group.compiled_in)
         except Exception as error:
             raise _culprit(graph, group.nodes, table, error) from error
     layers = tuple(dict.fromkeys(n.layer for n in group.nodes if n.layer))
@@ -95,12 +115,20 @@ def _lower_group(
 
 
 def _export(
-    graph: Graph, nodes: Sequence[Node], inputs: Sequence[int], outputs: Sequence[int], table: ExecutableTable
+    graph: Graph,
+    nodes: Sequence[Node],
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    table: ExecutableTable,
+    compiled_in: Sequence[int] = (),
 ) -> str:
     equations = [(n.equation, [i.value if isinstance(i, Literal) else i for i in n.inputs], n.outputs) for n in nodes]
-    closed = _jax.build_jaxpr(equations, graph.avals, inputs, outputs)
-    structs = [_jax.struct(graph.avals[v]) for v in inputs]
-    return table.export(_jax.as_function(closed), structs, form_of(closed.jaxpr, ()))
+    closed = _jax.build_jaxpr(equations, graph.avals, (*inputs, *compiled_in), outputs)
+    structs, run = [_jax.struct(graph.avals[v]) for v in inputs], _jax.as_function(closed)
+    if not compiled_in:
+        return table.export(run, structs, form_of(closed.jaxpr, ()))
+    constants = [graph.constants[v] for v in compiled_in]
+    return table.export(lambda *arrays: run(*arrays, *constants), structs)
 
 
 def _culprit(graph: Graph, nodes: Sequence[Node], table: ExecutableTable, error: Exception) -> UnsupportedError:

@@ -24,7 +24,10 @@ SCHEDULES = ("1f1b", "gpipe")
 
 @dataclass(frozen=True)
 class TaskGroup:
-    """The nodes that become one executable. `inputs` and `outputs` are values, in a fixed order."""
+    """The nodes that become one executable. `inputs` and `outputs` are values, in a fixed order.
+
+    `compiled_in` are the closed-over arrays that are part of the executable.
+    """
 
     index: int
     device: str
@@ -33,6 +36,7 @@ class TaskGroup:
     nodes: tuple[Node, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    compiled_in: tuple[int, ...] = ()
 
     @property
     def is_callback(self) -> bool:

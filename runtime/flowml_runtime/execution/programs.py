@@ -275,8 +275,12 @@ def _make_all(
 ) -> dict[_Need, _Compiled]:
     _check_settings(plan)
     ordered = sorted(needs, key=lambda n: (n.task, n.donate, n.device.id))
-    tasks = {plan.tasks[n.task].executable: plan.tasks[n.task] for n in ordered}
-    exported = {key: _exported(plan, task, parts) for key, task in tasks.items() if task.kind == "xla"}
+    exported: dict[str, _Exported] = {}
+    for task in (plan.tasks[n] for n in dict.fromkeys(n.task for n in ordered)):
+        if task.kind == "xla":
+            found = exported.get(task.executable) or _exported(plan, task, parts)
+            _check_arrays(task, found.program)
+            exported[task.executable] = found
 
     def make(need: _Need) -> _Compiled:
         task = plan.tasks[need.task]
@@ -284,9 +288,9 @@ def _make_all(
             return _Compiled(_under(plan.settings, _load_python(plan, task, python, parts)))
         if task.kind != "xla":
             raise FlowmlError(f"task {task.name!r} is of kind {task.kind!r}; this worker knows 'xla' and 'python'")
-        key = (task.executable, need.donate, need.device)
+        found = exported[task.executable]
         with under(plan.settings):
-            return cache.get(key, lambda: _compile(exported[task.executable], task, need))
+            return cache.get((found.digest, need.donate, need.device), lambda: _compile(found.program, task, need))
 
     unique = {(plan.tasks[n.task].executable, n.donate, n.device): n for n in ordered}
     workers = max(1, min(len(unique), os.cpu_count() or 1))
@@ -314,20 +318,30 @@ def _executable(plan: Plan, key: str, parts: Parts) -> bytes:
         data = part.tobytes()
     if data is None:
         raise FlowmlError(f"plan {plan.name!r} lacks executable {key!r}; compile it again")
-    if fingerprint(data) != key:  # under which other plans of this process would take it for theirs
-        raise FlowmlError(f"executable {key!r} of plan {plan.name!r} was changed; compile the plan again")
     return data
 
 
-def _exported(plan: Plan, task: Task, parts: Parts) -> jax.export.Exported:
+@dataclass(frozen=True)
+class _Exported:
+    """An executable that has been checked. Plans share what is compiled by its digest, not by the plan's name for it,
+    which may be anything."""
+
+    digest: str
+    program: jax.export.Exported
+
+
+def _exported(plan: Plan, task: Task, parts: Parts) -> _Exported:
+    data = _executable(plan, task.executable, parts)
     try:
-        exported = load_exported(_executable(plan, task.executable, parts))
+        return _Exported(fingerprint(data), load_exported(data))
     except UnsupportedError as error:
         raise FlowmlError(f"the executable of task {task.name!r} {error}; compile the plan with flowml") from None
+
+
+def _check_arrays(task: Task, exported: jax.export.Exported) -> None:
     arrays = ((task.inputs, exported.in_avals), (task.outputs, exported.out_avals))
     if any(_flat(declared) != _flat([spec_of(a) for a in found]) for declared, found in arrays):
         raise FlowmlError(f"the executable of task {task.name!r} is one of other arrays; compile the plan again")
-    return exported
 
 
 def _flat(specs: Sequence[ArraySpec]) -> list[tuple[tuple[int, ...], str]]:
