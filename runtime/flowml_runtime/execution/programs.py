@@ -289,8 +289,14 @@ def _make_all(
         if task.kind != "xla":
             raise FlowmlError(f"task {task.name!r} is of kind {task.kind!r}; this worker knows 'xla' and 'python'")
         found = exported[task.executable]
-        with under(plan.settings):
-            return cache.get((found.digest, need.donate, need.device), lambda: _compile(found.program, task, need))
+        try:
+            with under(plan.settings):
+                return cache.get((found.digest, need.donate, need.device), lambda: _compile(found.program, task, need))
+        except FlowmlError:
+            raise
+        except Exception as error:  # XLA's, of whatever kind
+            reason = str(error).strip().partition("\n")[0]
+            raise FlowmlError(f"task {task.name!r} cannot be compiled: {type(error).__name__}: {reason}") from error
 
     unique = {(plan.tasks[n.task].executable, n.donate, n.device): n for n in ordered}
     workers = max(1, min(len(unique), os.cpu_count() or 1))
