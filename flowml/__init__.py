@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flowml.devices import Device as Device
     from flowml.errors import ClusterError as ClusterError
     from flowml.errors import DeadlineError as DeadlineError
+    from flowml.errors import DivergedError as DivergedError
     from flowml.errors import FlowmlError as FlowmlError
     from flowml.errors import FlowmlWarning as FlowmlWarning
     from flowml.errors import PlacementError as PlacementError
@@ -56,6 +57,7 @@ _HOMES = {
     "Device": "flowml.devices",
     "ClusterError": "flowml.errors",
     "DeadlineError": "flowml.errors",
+    "DivergedError": "flowml.errors",
     "FlowmlError": "flowml.errors",
     "FlowmlWarning": "flowml.errors",
     "PlacementError": "flowml.errors",

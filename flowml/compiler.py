@@ -16,7 +16,9 @@ import jax
 import numpy as np
 
 from flowml.devices import Device, as_devices
+from flowml.errors import UnsupportedError
 from flowml.ir import _jax
+from flowml.ir.calls import Call, bind, leaks, static_of
 from flowml.ir.cost import node_seconds
 from flowml.ir.graph import Graph, Literal
 from flowml.ir.label import label
@@ -48,8 +50,10 @@ def compile(  # noqa: A001 - the public name
     *args: Any,
     devices: Iterable[Device | str],
     placement: Placement = "auto",
-    static_argnums: int | Sequence[int] = (),
-    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Sequence[str] | None = None,
     platforms: Sequence[str] = ("cpu",),
     **kwargs: Any,
 ) -> Plan:
@@ -58,6 +62,7 @@ def compile(  # noqa: A001 - the public name
     Args are arrays or `jax.ShapeDtypeStruct`s. `platforms` are those to lower for, whatever this machine
     has. Raises PlacementError or UnsupportedError before anything else happens.
     """
+    del donate_argnums, donate_argnames  # arguments are copied to the workers: the caller's buffers are free anyway
     return compile_function(
         fn,
         args,
@@ -65,7 +70,7 @@ def compile(  # noqa: A001 - the public name
         devices=devices,
         placement=placement,
         static_argnums=static_argnums,
-        donate_argnums=donate_argnums,
+        static_argnames=static_argnames,
         platforms=platforms,
     ).plan
 
@@ -77,17 +82,38 @@ def compile_function(
     *,
     devices: Iterable[Device | str],
     placement: Placement = "auto",
-    static_argnums: int | Sequence[int] = (),
-    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
     platforms: Sequence[str] = ("cpu",),
     name: str | None = None,
     links: Links | None = None,
 ) -> Compiled:
     """Like `compile`, with the trees of the call. `links` is what is known of those between the devices."""
-    del donate_argnums  # arguments are copied to the workers, so the caller's buffers are free in any case
     title = name or getattr(fn, "__name__", type(fn).__name__)
-    traced = trace(fn, args, kwargs, as_tuple(static_argnums), title)
-    plan = compile_graph(title, traced, as_devices(devices), placement, links or Links(), tuple(platforms))
+    call = bind(fn, args, kwargs, static_of(fn, static_argnums, static_argnames), title)
+    return compile_call(fn, call, devices=devices, placement=placement, platforms=platforms, name=title, links=links)
+
+
+def compile_call(
+    fn: Callable[..., Any],
+    call: Call,
+    *,
+    devices: Iterable[Device | str],
+    placement: Placement,
+    platforms: Sequence[str],
+    name: str,
+    links: Links | None = None,
+) -> Compiled:
+    """Compile a call of `fn` that `bind` made. Raises UnsupportedError if it leaves values of the trace around."""
+    before = leaks(fn)
+    traced = trace(call.fn, call.args, call.kwargs, name)
+    leaked = [where for where, value in leaks(fn).items() if before.get(where) != value]
+    if leaked:
+        raise UnsupportedError(
+            f"{name} stores a value in {leaked[0]}, which would hold a placeholder and never a result: the workers "
+            "compute elsewhere; return the value"
+        )
+    plan = compile_graph(name, traced, as_devices(devices), placement, links or Links(), tuple(platforms))
     return Compiled(plan, traced.in_tree, traced.out_tree)
 
 
@@ -184,8 +210,4 @@ def node_views(graph: Graph, tasks: Schedule, table: ExecutableTable) -> tuple[N
     )
 
 
-def as_tuple(numbers: int | Sequence[int]) -> tuple[int, ...]:
-    return (numbers,) if isinstance(numbers, int) else tuple(numbers)
-
-
-__all__ = ["Compiled", "as_tuple", "compile", "compile_function", "compile_graph"]
+__all__ = ["Compiled", "compile", "compile_call", "compile_function", "compile_graph"]

@@ -6,12 +6,14 @@ A source is a pytree of arrays that share their first dimension, or any object w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+
+from flowml.leaves import check_array
 
 
 def epoch_order(examples: int, seed: int, epoch: int, *, shuffle: bool = True) -> np.ndarray:
@@ -35,11 +37,13 @@ class Source:
 
 
 def as_source(source: Any) -> Source:
-    """Adapt what the user gave. Raises ValueError for arrays of different lengths, TypeError for no source."""
+    """Adapt what the user gave. Raises ValueError for arrays of different lengths, TypeError for no source and for a
+    leaf that is no array of numbers."""
     if isinstance(source, Source):
         return source
-    leaves, tree = ([], None) if hasattr(source, "__next__") else jax.tree_util.tree_flatten(source)
-    if leaves and all(isinstance(x, np.ndarray | jax.Array) for x in leaves):
+    leaves, tree = ([], None) if hasattr(source, "__next__") else jax.tree_util.tree_flatten_with_path(source)
+    arrays = [isinstance(x, np.ndarray | jax.Array) for _, x in leaves]
+    if leaves and (all(arrays) or (any(arrays) and _is_tree_of_arrays(source))):
         return _array_source(leaves, tree)
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise TypeError(
@@ -48,8 +52,21 @@ def as_source(source: Any) -> Source:
     return _object_source(source)
 
 
-def _array_source(leaves: Sequence[Any], tree: Any) -> Source:
-    arrays = tuple(np.asarray(x) for x in leaves)
+def _is_tree_of_arrays(source: Any) -> bool:
+    """Whether a container is one of whole arrays: a mapping, or a sequence with an array among its elements. Other
+    sequences are sources of single records."""
+    elements: Any = source if isinstance(source, list | tuple) else ()
+    return isinstance(source, Mapping) or any(isinstance(x, np.ndarray | jax.Array) for x in elements)
+
+
+def _name(path: Any) -> str:
+    return f"source leaf {jax.tree_util.keystr(path, simple=True, separator='/')!r}" if path else "the source"
+
+
+def _array_source(leaves: Sequence[tuple[Any, Any]], tree: Any) -> Source:
+    for path, leaf in leaves:
+        check_array(_name(path), leaf)
+    arrays = tuple(np.asarray(x) for _, x in leaves)
     sizes = {a.shape[0] if a.ndim else None for a in arrays}
     if len(sizes) != 1 or None in sizes:
         shapes = ", ".join(str(a.shape) for a in arrays)
@@ -66,28 +83,41 @@ def _object_source(source: Any) -> Source:
         raise ValueError(f"the source, a {type(source).__name__}, has no examples")
 
     def stacked(indices: np.ndarray) -> Any:
-        records = [source[int(i)] for i in indices]
-        return jax.tree_util.tree_map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *records)
+        records = [jax.tree_util.tree_map(_own, source[int(i)]) for i in indices]
+        return jax.tree_util.tree_map(lambda *xs: np.stack(xs), *records)
 
     batch: Callable[[np.ndarray], Any] = source.__getitem__ if _gives_batches(source) else stacked
     tree = jax.tree_util.tree_structure(batch(np.zeros(1, np.int64)))
 
     def take(indices: np.ndarray) -> list[np.ndarray]:
-        leaves, got = jax.tree_util.tree_flatten(batch(indices))
+        leaves, got = jax.tree_util.tree_flatten_with_path(batch(indices))
         if got != tree:
             raise ValueError(f"the source gave a batch of structure {got}, before it gave {tree}")
-        return [np.asarray(x) for x in leaves]
+        for path, leaf in leaves:
+            check_array(_name(path), leaf)
+        return [_own(x) for _, x in leaves]
 
     return Source(examples, tree, take, None)
+
+
+def _own(leaf: Any) -> np.ndarray:
+    """An array that the source cannot change any more: it may hand out the same buffer again."""
+    return np.array(leaf) if isinstance(leaf, np.ndarray) else np.asarray(leaf)
 
 
 def _gives_batches(source: Any) -> bool:
     """Whether a source understands an array of indices. One of single records fails, or takes it for an index.
 
-    Two indices, because an array of one passes for a number.
+    Two indices, because an array of one passes for a number. Raises TypeError for a source that understands them and
+    gives a list, where it should give an array.
     """
     try:
-        leaves = jax.tree_util.tree_leaves(source[np.zeros(2, np.int64)])
+        batch = source[np.zeros(2, np.int64)]
     except Exception:
         return False
-    return bool(leaves) and all(np.shape(x)[:1] == (2,) for x in leaves)
+    lists = jax.tree_util.tree_flatten_with_path(batch, is_leaf=lambda x: isinstance(x, list))[0]
+    rows = [np.shape(x)[:1] == (2,) for _, x in lists]
+    for (path, leaf), right in zip(lists, rows, strict=True):
+        if isinstance(leaf, list) and right and any(isinstance(x, np.ndarray | jax.Array) for _, x in lists):
+            check_array(_name(path), leaf)
+    return bool(lists) and all(rows)

@@ -60,6 +60,10 @@ class WorkerError(FlowmlError):
     """An exception raised on a worker while it ran a task, callback or data source."""
 
 
+class DivergedError(FlowmlError):
+    """Replicas that must hold the same parameters hold different ones; names the layer, the replicas and the step."""
+
+
 class ClusterError(FlowmlError):
     """A cluster that could not be started, joined or reached: version, token, address, TLS."""
 

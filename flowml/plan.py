@@ -242,7 +242,8 @@ class Part(msgspec.Struct, frozen=True):
     task that adds two payloads (None for factors, and where nothing is ever added).
 
     With a `reduction` the contributions of all replicas are added up on the way: each home gets their sum. Several
-    gradients are then one after the other in one array, which task `pack` makes of them.
+    gradients are then one after the other in one array, which task `pack` makes of them. Task `finish` makes means of a
+    step's weighted sums before they are pushed.
     """
 
     stage: Index
@@ -252,6 +253,7 @@ class Part(msgspec.Struct, frozen=True):
     accumulate: Index | None = None
     reduction: Reduction | None = None
     pack: Index | None = None
+    finish: Index | None = None
 
     @property
     def nbytes(self) -> int:

@@ -19,6 +19,7 @@ import numpy as np
 from jax._src import config as jax_config
 from jax._src import source_info_util, xla_bridge
 from jax._src.interpreters import mlir
+from jax._src.interpreters import partial_eval as pe
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax.extend import core as jex
 
@@ -26,7 +27,7 @@ from flowml.errors import UnsupportedError
 from flowml.ir.forms import form_of
 from flowml.ir.scopes import as_text
 from flowml.ir.stablehlo import forbidden
-from flowml.plan import ArraySpec, Setting
+from flowml.plan import KEY_WORDS, ArraySpec, Setting
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
 """Calls whose bodies are spliced into the graph: once differentiated, custom rules have done their work."""
@@ -108,6 +109,15 @@ def computes_wide(equation: Any) -> bool:
     return any(computes_wide(inner) for body in nested_jaxprs(equation) for inner in body.eqns)
 
 
+class ClosesOverTracerError(UnsupportedError):
+    """A function closes over what is being traced, so that only the transformation that traces it can run it."""
+
+
+def jit_is_off() -> bool:
+    """Whether `jax.disable_jit` holds in this thread."""
+    return bool(jax_config.config_states["jax_disable_jit"].value)
+
+
 @dataclass(frozen=True)
 class Traced:
     """A traced function: its jaxpr, constants, flat input and output descriptions and trees."""
@@ -122,15 +132,16 @@ class Traced:
     """For each argument that is more than one array, the positions of its leaves among the inputs."""
 
 
-def trace(
-    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], static_argnums: Sequence[int] = ()
-) -> Traced:
+def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
     """Trace `fn` as `jax.jit` would. Leaves are arrays or ShapeDtypeStructs."""
-    traced = jax.jit(fn, static_argnums=tuple(static_argnums), keep_unused=True).trace(*args, **kwargs)
-    closed = traced.jaxpr
-    static = {i % len(args) for i in static_argnums} if args else set[int]()
-    dynamic = [a for i, a in enumerate(args) if i not in static]
-    leaves, in_tree = jax.tree_util.tree_flatten_with_path((tuple(dynamic), dict(kwargs)))
+    with jax.disable_jit(False):  # a plan is compiled in any case
+        traced = jax.jit(fn, keep_unused=True).trace(*args, **kwargs)
+    leaves, in_tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)))
+    if len(traced.jaxpr.jaxpr.invars) > len(leaves):  # tracers come as arguments of their own
+        raise ClosesOverTracerError(
+            "the function closes over a value that another JAX transformation is tracing; pass it as an argument"
+        )
+    closed = without_dead_code(traced.jaxpr)
     outs, out_tree = jax.tree_util.tree_flatten_with_path(traced.out_info)
     return Traced(
         jaxpr=closed.jaxpr,
@@ -167,12 +178,53 @@ def _key_name(key: Any) -> str:
     return as_text(str(key))
 
 
+def without_dead_code(closed: Any) -> Any:
+    """The program without what no result needs, inside loops, branches and rules of derivatives too, as jit runs it."""
+    used = [True] * len(closed.jaxpr.outvars)
+    jaxpr, constants, _ = pe.dce_jaxpr_consts(closed.jaxpr, used, instantiate=True)
+    kept = [c for c, used in zip(closed.consts, constants, strict=True) if used]
+    return jex.ClosedJaxpr(jaxpr, kept)
+
+
 def spec_of(aval: Any) -> ArraySpec:
     """The spec of an array, aval or ShapeDtypeStruct."""
     dtype = aval.dtype
     if jnp.issubdtype(dtype, jax.dtypes.extended):
         return ArraySpec(tuple(aval.shape), str(dtype))
+    if dtype == jax.dtypes.float0:
+        return ArraySpec(tuple(aval.shape), "float0")
     return ArraySpec(tuple(aval.shape), np.dtype(dtype).name, bool(getattr(aval, "weak_type", False)))
+
+
+def float0_literal(aval: Any) -> Any:
+    """The value of an array of dtype float0, which has none."""
+    return jex.Literal(np.zeros(aval.shape, jax.dtypes.float0), aval)
+
+
+def obstacle(aval: Any) -> str:
+    """Why a value cannot be part of a dataflow graph, and what to do; "" if it can."""
+    if not hasattr(aval, "shape") or not hasattr(aval, "dtype") or hasattr(aval, "inner_aval"):
+        return f"is of type {type(aval).__name__}, which is not an array; keep it out of the dataflow function"
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended) and str(aval.dtype)[4:-1] not in KEY_WORDS:
+        known = ", ".join(_KEY_IMPLEMENTATIONS.values())
+        return f"is of dtype {aval.dtype}, which workers do not know; use keys of JAX's own kinds ({known})"
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return _over_a_mesh(mesh) if getattr(mesh, "explicit_axes", ()) else ""  # else it is no part of the type
+
+
+def mesh_obstacle(equation: Any) -> str:
+    """Like `obstacle`, for the meshes that an equation names: in constraints, `shard_map` and the like."""
+    parameters = (p for value in equation.params.values() for p in (value, getattr(value, "mesh", None)))
+    return next((found for found in map(_over_a_mesh, parameters) if found), "")
+
+
+def _over_a_mesh(mesh: Any) -> str:
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh) or mesh.empty or mesh.size == 1:
+        return ""
+    return (
+        f"is laid out over a mesh of {mesh.size} devices, and a dataflow function places whole arrays; leave the mesh "
+        "for this call, and pass arrays of one device"
+    )
 
 
 def identity(array: Any) -> Any:
@@ -373,6 +425,15 @@ def _operations(module: str) -> Iterator[tuple[str, str]]:
                 target = ir.StringAttr(operation.attributes["call_target_name"]).value
             yield operation.name, target
             todo.extend(o.operation for region in operation.regions for block in region for o in block)
+
+
+def compiled(lowered: jax.stages.Lowered, *, committed: bool) -> jax.stages.Compiled:
+    """Compile. Unless `committed`, results are bound to no device, as jit's are not; a program that calls an exported
+    one binds them by itself."""
+    options = cast(Any, lowered)._lowering.compile_args
+    if not committed and "committed" in options:
+        options["committed"] = False
+    return lowered.compile()
 
 
 def with_weak_type(array: jax.Array) -> jax.Array:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from flowml.errors import UnsupportedError
 from flowml.ir import _jax
 from flowml.ir.graph import Graph, Literal, Node, Operand
+from flowml.ir.obstacles import check_argument, check_equation
 from flowml.ir.parameters import argument_parameters, closed_over_layers
 from flowml.ir.scopes import Stack, parse
 from flowml.plan import ArraySpec
@@ -38,17 +38,21 @@ def trace(
     fn: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    static_argnums: Sequence[int] = (),
     name: str = "function",
 ) -> Trace:
-    """Trace `fn`. Raises UnsupportedError for effects that a partitioned program cannot order."""
-    traced = _jax.trace(fn, args, kwargs, static_argnums)
+    """Trace `fn`. Raises UnsupportedError for what a dataflow graph cannot hold."""
+    traced = _jax.trace(fn, args, kwargs)
+    for position, (variable, path) in enumerate(zip(traced.jaxpr.invars, traced.input_names, strict=True)):
+        check_argument(variable.aval, name, f"argument {path!r}" if path else f"array {position} of the arguments")
+    for variable in traced.jaxpr.constvars:
+        check_argument(variable.aval, name, "an array that it closes over")
     builder = _Builder(name)
     constants = {builder.new_value(v.aval): c for v, c in zip(traced.jaxpr.constvars, traced.constants, strict=True)}
     inputs = tuple(builder.new_value(v.aval) for v in traced.jaxpr.invars)
     environment: dict[Any, Operand] = dict(zip(traced.jaxpr.constvars, constants, strict=True))
     environment.update(zip(traced.jaxpr.invars, inputs, strict=True))
     outputs = builder.splice(traced.jaxpr, environment, ())
+    outputs = [_nothing(v.aval) or o for v, o in zip(traced.jaxpr.outvars, outputs, strict=True)]
     graph = Graph(
         nodes=tuple(builder.nodes),
         values=builder.values,
@@ -103,7 +107,7 @@ class _Builder:
         return [read(a) for a in jaxpr.outvars]
 
     def _append(self, equation: Any, operands: list[Operand], stack: Stack, environment: dict[Any, Operand]) -> None:
-        _check_effects(equation, self.name, stack)
+        check_equation(equation, self.name, stack)
         outputs = tuple(self.new_value(v.aval) for v in equation.outvars)
         environment.update(zip(equation.outvars, outputs, strict=True))
         node = Node(
@@ -117,25 +121,12 @@ class _Builder:
         self.nodes.append(node)
 
 
+def _nothing(aval: Any) -> Literal | None:
+    """What stands for a result of dtype float0, which has a shape and no values: nothing is computed or sent for it."""
+    return _literal(_jax.float0_literal(aval)) if _jax.spec_of(aval).dtype == "float0" else None
+
+
 def _literal(atom: Any) -> Literal:
     array = np.asarray(atom.val)
     key = f"{_jax.spec_of(atom.aval)}"
     return Literal(atom, atom.aval, (key, array.tobytes()))
-
-
-def _check_effects(equation: Any, name: str, stack: Stack) -> None:
-    unsupported = equation.primitive.name in _jax.UNSUPPORTED or equation.effects
-    if unsupported:
-        where = f" in layer {parse(stack).path!r}" if parse(stack).path else ""
-        raise UnsupportedError(
-            f"{name}{where} uses {equation.primitive.name}, whose side effect has no place in a dataflow graph; "
-            "remove it, or compute the value with jax.pure_callback"
-        )
-    for inner in _jax.nested_jaxprs(equation):
-        for nested in inner.eqns:
-            _check_effects(nested, name, stack)
-            if nested.primitive.name == _jax.CALLBACK:
-                raise UnsupportedError(
-                    f"{name} calls jax.pure_callback inside {equation.primitive.name}; "
-                    "move the callback out of the loop, branch or remat body"
-                )

@@ -29,14 +29,15 @@ from flowml.plan import (
 
 @dataclass(frozen=True)
 class PartBinding:
-    """A part of a store's contribution: the values it is made of, how to add two of them and how to make one array of
-    them (tasks)."""
+    """A part of a store's contribution: the values it is made of, and the tasks that add two of them, make one array of
+    them, and finish their sum over the microbatches before it is pushed."""
 
     store: int
     part: int
     values: tuple[int, ...]
     accumulate: int | None = None
     pack: int | None = None
+    finish: int | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,8 @@ class _Emitter:
         else:
             self.sums[number] = self._housekeeping(part.accumulate, (*old, *new), len(new), microbatch)
         if microbatch == self.plan.microbatches - 1:
+            if part.finish is not None:
+                self.sums[number] = self._housekeeping(part.finish, self.sums[number], len(new), microbatch)
             self._wait_for(part.store)
             self.code.append(Push(part.store, part.part, self.sums[number]))
 

@@ -185,7 +185,7 @@ class _Walk:
     def __post_init__(self) -> None:
         """Adding gradients up between microbatches, and packing them, is not worth a box."""
         stores = self.plan.training.stores if self.plan.training else ()
-        self.housekeeping = {t for s in stores for p in s.parts for t in (p.accumulate, p.pack)} - {None}
+        self.housekeeping = {t for s in stores for p in s.parts for t in (p.accumulate, p.pack, p.finish)} - {None}
         self.runs = Counter(i.task for i in self.program.instructions if isinstance(i, Run))
 
     def run(self) -> None:

@@ -9,7 +9,6 @@ came in and applies the optimizer.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from flowml.devices import Device, as_devices
 from flowml.errors import PlacementError
 from flowml.ir import _jax
 from flowml.ir.cost import node_seconds
-from flowml.ir.graph import Graph, Operand
+from flowml.ir.graph import Graph
 from flowml.ir.label import label, layer_of
 from flowml.ir.simplify import simplify
 from flowml.ir.trace import trace
@@ -40,10 +39,17 @@ from flowml.plan import ArraySpec, Constant, Plan, StoreSpec, Training
 from flowml.policy import DEFAULT_PATTERN, Policy, resolve
 from flowml.training.optimizer import OptimizerSlices, slice_optimizer
 from flowml.training.replicate import Template, replicate
-from flowml.training.stores import StoreDraft, StorePlanner
-
-RNG_WORDS = 3
-"""uint32 words of the key feed: seed, work item, microbatch."""
+from flowml.training.step import (
+    RNG_WORDS,
+    Metrics,
+    StepFunction,
+    Treatment,
+    Weight,
+    loss_takes_rng,
+    name_of,
+    step_function,
+)
+from flowml.training.stores import StoreDraft, StorePlanner, value_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class TrainingSpec:
     microbatches: int = 1
     schedule: str = "1f1b"
     policies: Mapping[str, Policy] | Policy | None = None
+    weight: Weight | None = None
 
     def __post_init__(self) -> None:
         for name in ("replicas", "microbatches"):
@@ -70,36 +77,29 @@ class TrainingSpec:
                 f"policies={self.policies!r} is a {type(self.policies).__name__}; give a mapping from patterns of "
                 'parameter paths to policies, such as {"*": fm.policies.every(4)}, or one fm.Policy for all'
             )
+        if not (self.weight is None or isinstance(self.weight, str) or callable(self.weight)):
+            raise TypeError(
+                f"weight={self.weight!r} is a {type(self.weight).__name__}; give the name of a leaf of aux, or a "
+                "function of the batch"
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} is not one; choose from {', '.join(SCHEDULES)}")
+
+    def resolve(self, paths: Sequence[str]) -> dict[str, Policy]:
+        """The policy of each parameter."""
+        assert not isinstance(self.policies, Policy)
+        return {path: policy for path, (_, policy) in resolve(self.policies or {}, paths).items()}
 
 
 @dataclass(frozen=True)
 class TrainingCompiled:
-    """A training plan with the trees of parameters, optimizer state, batch and aux.
-
-    `aux_slots` are the fetch slots of the leaves of aux. Leaves of one value share a slot: it travels once.
-    """
+    """A training plan with the trees of parameters, optimizer state and batch, and what its fetch slots mean."""
 
     plan: Plan
     params_tree: Any
     state_tree: Any
     batch_tree: Any
-    aux_tree: Any
-    aux_slots: tuple[int, ...]
-
-
-def loss_takes_rng(loss: Callable[..., Any]) -> bool:
-    """Whether a loss is `loss(params, batch, rng)` rather than `loss(params, batch)`."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [p for p in inspect.signature(loss).parameters.values() if p.kind in kinds]
-    return len(positional) >= 3 and (positional[2].default is inspect.Parameter.empty or positional[2].name == "rng")
-
-
-def item_key(seed: Any, item: Any, microbatch: Any, microbatches: int) -> jax.Array:
-    """The key that a work item's loss gets: `fold_in(key(seed), item)`, folded again per microbatch if several."""
-    key = jax.random.fold_in(jax.random.key(seed), item)
-    return jax.random.fold_in(key, microbatch) if microbatches > 1 else key
+    metrics: Metrics
 
 
 def compile_training(
@@ -118,12 +118,24 @@ def compile_training(
     everyone = as_devices(devices)
     template = _template_devices(spec, everyone)
     item, microbatch = _microbatch(batch, spec.replicas, spec.microbatches)
-    step, aux_tree, aux_leaves = _step_function(spec, params, microbatch)
-    rng = jax.ShapeDtypeStruct((RNG_WORDS,), jnp.uint32)
-    takes_rng = loss_takes_rng(spec.loss)
-    traced = trace(step, (params, microbatch, *([rng] if takes_rng else [])), {}, name=_name(spec.loss))
     leaves, params_tree = jax.tree_util.tree_flatten_with_path(params)
     paths = tuple(_jax.path_name(p) for p, _ in leaves)
+    policies = spec.resolve(paths)
+    treatments = tuple(
+        Treatment.of(policies[p], spec.replicas, spec.microbatches, weighted=spec.weight is not None) for p in paths
+    )
+    step = step_function(
+        spec.loss,
+        params,
+        microbatch,
+        microbatches=spec.microbatches,
+        weight=spec.weight,
+        treatments=treatments,
+        counts=spec.replicas * spec.microbatches > 1,
+    )
+    rng = jax.ShapeDtypeStruct((RNG_WORDS,), jnp.uint32)
+    takes_rng = loss_takes_rng(spec.loss)
+    traced = trace(step.call, (params, microbatch, *([rng] if takes_rng else [])), {}, name=name_of(spec.loss))
     slices = slice_optimizer(spec.optimizer, params)
     plan, slots = _Compiler(
         spec=spec,
@@ -135,16 +147,14 @@ def compile_training(
         slices=slices,
         item=item,
         takes_rng=takes_rng,
-        aux_leaves=aux_leaves,
+        step=step,
+        policies=policies,
+        treatments=treatments,
         batch=tuple(_jax.spec_of(x) for x in jax.tree_util.tree_leaves(microbatch)),
         batch_paths=tuple(_jax.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(microbatch)[0]),
     ).compile(traced.graph, traced.closed_over)
     batch_tree = jax.tree_util.tree_structure(microbatch)
-    return TrainingCompiled(plan, params_tree, slices.state_tree, batch_tree, aux_tree, slots[1:])
-
-
-def _name(fn: Callable[..., Any]) -> str:
-    return getattr(fn, "__name__", type(fn).__name__)
+    return TrainingCompiled(plan, params_tree, slices.state_tree, batch_tree, step.metrics(slots))
 
 
 def _template_devices(spec: TrainingSpec, devices: Sequence[Device]) -> tuple[Device, ...]:
@@ -188,60 +198,6 @@ def _microbatch(batch: Any, replicas: int, microbatches: int) -> tuple[int, Any]
     )
 
 
-def _step_function(spec: TrainingSpec, params: Any, batch: Any) -> tuple[Callable[..., Any], Any, int]:
-    """The function of one microbatch: (loss, aux leaves, gradients), each through a copy of its own.
-
-    The copies give every result a node that makes it, even where it is a constant or an input itself.
-    """
-    _check_parameters(params)
-    has_aux, aux_shape = _check_loss(spec.loss, params, batch)
-    aux_leaves, aux_tree = jax.tree_util.tree_flatten(aux_shape)
-    gradient = jax.value_and_grad(spec.loss, has_aux=has_aux)
-
-    def step(params: Any, batch: Any, *rng: Any) -> Any:
-        keys = [item_key(rng[0][0], rng[0][1], rng[0][2], spec.microbatches)] if rng else []
-        value, gradients = gradient(params, batch, *keys)
-        loss, aux = value if has_aux else (value, None)
-        results = (loss, jax.tree_util.tree_leaves(aux), gradients)
-        return jax.tree_util.tree_map(lambda x: jnp.copy(jnp.asarray(x)), results)
-
-    return step, aux_tree, len(aux_leaves)
-
-
-def _check_parameters(params: Any) -> None:
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    if not leaves:
-        raise ValueError("params has no arrays; there is nothing to train")
-    for path, leaf in leaves:
-        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            raise ValueError(
-                f"parameter {_jax.path_name(path)!r} has dtype {leaf.dtype}; parameters must be floating, so pass the "
-                "others in the batch or close over them in the loss"
-            )
-
-
-def _check_loss(loss: Callable[..., Any], params: Any, batch: Any) -> tuple[bool, Any]:
-    """Whether the loss returns (scalar, aux), and the shapes of aux."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    shape = jax.eval_shape(loss, params, batch, *([key] if loss_takes_rng(loss) else []))
-    has_aux = isinstance(shape, tuple)
-    wanted = "a loss returns a floating scalar, or (scalar, aux)"
-    if has_aux and len(shape) != 2:
-        raise ValueError(f"{_name(loss)} returns {len(shape)} values; {wanted}")
-    scalar = shape[0] if has_aux else shape
-    if getattr(scalar, "shape", None) != ():
-        raise ValueError(f"{_name(loss)} returns {_described(scalar)}; {wanted}, so take the mean over the examples")
-    if not jnp.issubdtype(scalar.dtype, jnp.floating):
-        raise ValueError(f"{_name(loss)} returns {_described(scalar)}; {wanted}")
-    return has_aux, shape[1] if has_aux else None
-
-
-def _described(value: Any) -> str:
-    if not isinstance(value, jax.ShapeDtypeStruct):
-        return f"a {type(value).__name__}"
-    return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-
-
 @dataclass(frozen=True)
 class _Compiler:
     """The passes of a training plan; `compile` is the list to read."""
@@ -255,28 +211,32 @@ class _Compiler:
     slices: OptimizerSlices
     item: int
     takes_rng: bool
-    aux_leaves: int
+    step: StepFunction
+    policies: Mapping[str, Policy]
+    treatments: tuple[Treatment, ...]
     batch: tuple[ArraySpec, ...]
     batch_paths: tuple[str, ...]
 
     def compile(self, graph: Graph, closed_over: Mapping[int, str]) -> tuple[Plan, tuple[int, ...]]:
-        """The plan, and the fetch slot of the loss and of each leaf of aux."""
+        """The plan, and the fetch slot of each metric."""
         spec = self.spec
-        fetched = 1 + self.aux_leaves
         verify_graph(graph, "trace")
         graph = simplify(graph)
         verify_graph(graph, "simplify")
         parameters = dict(zip(graph.inputs, self.paths, strict=False))
-        outputs = ("",) * fetched + tuple(layer_of(p) for p in self.paths)
-        graph = label(graph, parameters, outputs, closed_over)
-        planner = StorePlanner(self.paths, self.slices, self._resolve(), spec.replicas, spec.microbatches, self.links)
-        gradients = tuple(map(_value, graph.outputs[fetched:]))
-        graph, contributions = planner.contributions(graph, gradients)
+        layers = tuple(layer_of(p) for p in self.paths)
+        graph = label(graph, parameters, ("",) * self.step.fetched + layers * 2, closed_over)
+        planner = StorePlanner(
+            self.paths, self.slices, self.policies, self.treatments, spec.replicas, spec.microbatches, self.links
+        )
+        graph, contributions = planner.contributions(graph, self.step.fetched)
         graph = simplify(graph)
         verify_graph(graph, "factors")
         choices = place(graph, self.template, spec.placement, self.links)
         verify_placed(graph, choices.assignment, self.template)
         graph = partition(graph, choices.assignment)
+        if any(t.weighted for t in self.treatments):
+            graph, contributions = planner.share_weight(graph, contributions, self._weight(graph))
         verify_partitioned(graph)
 
         by_name = {d.name: d for d in self.devices}
@@ -284,14 +244,14 @@ class _Compiler:
         stages = tuple(d.name for d in self.template if any(n.device == d.name for n in graph.nodes))
         stores = planner.stores(graph, contributions, stages)
         alone = spec.replicas == 1 and len(stages) == 1
-        milestones = [] if alone else [p.values for s in stores for p in s.parts]
+        milestones = [] if alone else [p.sent for s in stores for p in s.parts]
         tasks = schedule(graph, seconds, milestones=milestones, microbatches=spec.microbatches, kind=spec.schedule)
         verify_schedule(graph, tasks)
         slots = self._slots(graph)
         routing = route(graph, tasks)
         wide = graph.is_wide or self.slices.graph.is_wide
         table = ExecutableTable(self.platforms, _jax.settings(wide=wide))
-        pushed = {v for s in stores for p in s.parts for v in p.values}
+        pushed = {v for s in stores for p in s.parts for v in p.sent}
         numbers = lower_groups(graph, tasks, table, seconds, frozenset({*graph.output_values, *pushed}))
         constants = tuple(Constant(graph.values[v], array_bytes(c)) for v, c in graph.constants.items())
         parts = planner.lower_parts(graph, stores, table)
@@ -302,7 +262,7 @@ class _Compiler:
         single = spec.replicas * spec.microbatches * sum(node_seconds(graph, n, self.template[0]) for n in graph.nodes)
         fed = {"inputs": (*self.batch, *rng), "constants": tuple(c.spec for c in constants)}
         plan = Plan(
-            name=_name(spec.loss),
+            name=name_of(spec.loss),
             devices=tuple(p.device for p in whole.programs),
             programs=whole.programs,
             tasks=tuple(table.tasks),
@@ -340,29 +300,27 @@ class _Compiler:
             aux_leaves=aux_leaves,
         )
 
-    def _resolve(self) -> dict[str, Policy]:
-        policies = self.spec.policies
-        assert not isinstance(policies, Policy)
-        found = resolve(policies or {}, self.paths)
-        return {path: policy for path, (_, policy) in found.items()}
+    def _weight(self, graph: Graph) -> int:
+        """The weight of a microbatch, which is the last metric."""
+        return value_of(graph.outputs[self.step.fetched - 1])
 
     def _bind(self, graph: Graph, stores: Sequence[StoreDraft], parts: Sequence[PartBinding]) -> Bindings:
         count = len(self.paths)
         where = {leaf: (s, i) for s, store in enumerate(stores) for i, leaf in enumerate(store.leaves)}
-        fetched = graph.outputs[: 1 + self.aux_leaves]
+        fetched = graph.outputs[: self.step.fetched]
         return Bindings(
             feeds={v: i for i, v in enumerate(graph.inputs[count:])},
-            fetches=dict(zip(map(_value, fetched), self._slots(graph), strict=True)),
+            fetches=dict(zip(map(value_of, fetched), self._slots(graph), strict=True)),
             constants={v: i for i, v in enumerate(graph.constants)},
             reads={v: where[i] for i, v in enumerate(graph.inputs[:count])},
             parts=parts,
         )
 
     def _slots(self, graph: Graph) -> tuple[int, ...]:
-        """The fetch slot of the loss and of each leaf of aux: one a value, however many leaves it is."""
-        fetched = graph.outputs[: 1 + self.aux_leaves]
-        numbers = {v: i for i, v in enumerate(dict.fromkeys(map(_value, fetched)))}
-        return tuple(numbers[_value(v)] for v in fetched)
+        """The fetch slot of each metric: one a value, however many leaves of aux it is."""
+        fetched = graph.outputs[: self.step.fetched]
+        numbers = {v: i for i, v in enumerate(dict.fromkeys(map(value_of, fetched)))}
+        return tuple(numbers[value_of(v)] for v in fetched)
 
     def _blocks(self, stages: Sequence[str]) -> tuple[dict[str, str], ...]:
         """For each replica, the template's devices -> its own."""
@@ -372,9 +330,3 @@ class _Compiler:
             {d.name: names[r * width + i] for i, d in enumerate(self.template) if d.name in stages}
             for r in range(self.spec.replicas)
         )
-
-
-def _value(output: Operand) -> int:
-    """An output of the step function, each of which is a copy and so a value."""
-    assert isinstance(output, int)
-    return output

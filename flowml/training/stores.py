@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 
 from flowml.errors import FlowmlWarning, PolicyError
-from flowml.ir.graph import Graph
+from flowml.ir.graph import Graph, Operand
 from flowml.ir.label import layer_of, parameter_path
 from flowml.lowering.lower import ExecutableTable
 from flowml.lowering.program import PartBinding
@@ -29,28 +29,39 @@ from flowml.placement.links import Links, machines
 from flowml.plan import ArraySpec, Part, Reduction, StoreSpec
 from flowml.policy import Factors, Policy, Tree, check_composition, overruled
 from flowml.policy.topology import schedule_name
+from flowml.training.apply import Payload, apply_function, normalised
 from flowml.training.buckets import Bundle, pack
 from flowml.training.factors import OuterProduct, find_outer_product, product_function, send_factors
 from flowml.training.optimizer import OptimizerSlices
+from flowml.training.step import Treatment
 
 
 @dataclass(frozen=True)
 class Contributions:
-    """For each parameter leaf the values sent for it, and the product to form from them at the home, if any."""
+    """For each parameter leaf the values sent for it, and the product to form from them at the home, if any.
+
+    `weights` has for each device the value that it sends beside weighted ones: the weight of the microbatch.
+    """
 
     values: Mapping[int, tuple[int, ...]]
     products: Mapping[int, OuterProduct]
+    weights: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True)
 class PartDraft:
-    """A part before lowering: the stage that makes it, its leaves (positions in the store), its values."""
+    """A part before lowering: the stage that makes it, its leaves (positions in the store), its values, its weight."""
 
     stage: int
     leaves: tuple[int, ...]
     values: tuple[int, ...]
     factors: bool
     packed: bool = False
+    weight: int | None = None
+
+    @property
+    def sent(self) -> tuple[int, ...]:
+        return self.values if self.weight is None else (*self.values, self.weight)
 
 
 @dataclass(frozen=True)
@@ -66,11 +77,13 @@ class StoreDraft:
 
 @dataclass
 class StorePlanner:
-    """Plans and lowers the stores of one model. `policies` maps parameter paths to policies."""
+    """Plans and lowers the stores of one model. `policies` maps parameter paths to policies, `treatments` says for each
+    leaf what is done to its gradient before it is sent."""
 
     paths: tuple[str, ...]
     slices: OptimizerSlices
     policies: Mapping[str, Policy]
+    treatments: Sequence[Treatment]
     replicas: int
     microbatches: int
     links: Links = field(default_factory=Links)
@@ -123,24 +136,48 @@ class StorePlanner:
                 "policy; give both the same, or use an optimizer that updates each parameter on its own"
             )
 
-    def contributions(self, graph: Graph, gradients: Sequence[int]) -> tuple[Graph, Contributions]:
-        """Decide what is sent for each gradient: itself, or the factors of its outer product."""
+    def contributions(self, graph: Graph, fetched: int) -> tuple[Graph, Contributions]:
+        """Decide what is sent for each gradient: itself, as it was treated, or the factors of its outer product.
+
+        Outputs of the graph after those that are `fetched` are the treated gradients, if they differ, and the plain
+        ones; of these the graph keeps what is sent.
+        """
+        metrics, gradients = graph.outputs[:fetched], tuple(map(value_of, graph.outputs[fetched:]))
+        treated, raw = gradients[: len(self.paths)], gradients[-len(self.paths) :]
         products: dict[int, OuterProduct] = {}
-        for leaf, value in enumerate(gradients):
+        for leaf, value in enumerate(raw):
             if isinstance(self.policies[self.paths[leaf]].payload, Factors):
-                product = self._product(graph, leaf, value)
+                product = self._product(graph, leaf, value, graph.values[treated[leaf]].nbytes)
                 if product is not None:
                     products[leaf] = product
         self.product_graph = graph
         self.products = products
         graph, sent = send_factors(graph, tuple(products.values())) if products else (graph, {})
-        values = {leaf: sent[v] if leaf in products else (v,) for leaf, v in enumerate(gradients)}
-        return graph, Contributions(values, products)
+        values = {leaf: sent[raw[leaf]] if leaf in products else (v,) for leaf, v in enumerate(treated)}
+        outputs = (*metrics, *(v for found in values.values() for v in found))
+        return replace(graph, outputs=outputs), Contributions(values, products)
 
-    def _product(self, graph: Graph, leaf: int, gradient: int) -> OuterProduct | None:
+    def share_weight(self, graph: Graph, contributions: Contributions, weight: int) -> tuple[Graph, Contributions]:
+        """Bring the weight of a microbatch, by a copy, to each device that sends weighted gradients."""
+        weighted = [leaf for leaf, t in enumerate(self.treatments) if t.weighted]
+        devices = dict.fromkeys(graph.producer[v].device for leaf in weighted for v in contributions.values[leaf])
+        made = graph.producer[weight]
+        weights = {device: weight for device in devices if device == made.device}
+        nodes, values, avals = list(graph.nodes), dict(graph.values), dict(graph.avals)
+        for device in devices:
+            if device not in weights:
+                weights[device] = copy = max(values) + 1
+                values[copy], avals[copy] = values[weight], avals[weight]
+                number = max(n.id for n in nodes) + 1
+                nodes.append(replace(made, id=number, inputs=(weight,), outputs=(copy,), device=device))
+        outputs = (*graph.outputs, *weights.values())
+        graph = replace(graph, nodes=tuple(nodes), values=values, avals=avals, outputs=outputs)
+        return graph, replace(contributions, weights=weights)
+
+    def _product(self, graph: Graph, leaf: int, gradient: int, plain: int) -> OuterProduct | None:
+        """The product behind a gradient, if it is one and smaller than what is sent otherwise, `plain` bytes."""
         path = parameter_path(self.paths[leaf])
         product = find_outer_product(graph, gradient)
-        plain = graph.values[gradient].nbytes
         if product is None:
             if len(graph.values[gradient].shape) > 1:
                 self.notes.append(f"{path}: its gradient is no single outer product, so the plain gradient is pushed.")
@@ -200,49 +237,59 @@ class StorePlanner:
     ) -> StoreDraft:
         policy = self.policies[self.paths[group[0]]]
         collective = self._collective(policy)
+        weighted = self.treatments[group[0]].weighted
         plain: dict[tuple[int, str], list[int]] = {}
         parts: list[PartDraft] = []
         for position, leaf in enumerate(group):
             values = contributions.values[leaf]
-            stage = stage_of[graph.producer[values[0]].device]
+            device = graph.producer[values[0]].device
+            stage, weight = stage_of[device], contributions.weights[device] if weighted else None
             if leaf in contributions.products:
-                parts.append(PartDraft(stage, (position,), values, factors=True))
+                parts.append(PartDraft(stage, (position,), values, factors=True, weight=weight))
             else:
                 dtype = graph.values[values[0]].dtype if collective else ""
                 plain.setdefault((stage, dtype), []).append(position)
         for (stage, _), found in plain.items():
             values = tuple(contributions.values[group[p]][0] for p in found)
-            parts.append(PartDraft(stage, tuple(found), values, factors=False, packed=collective and len(found) > 1))
+            weight = contributions.weights[graph.producer[values[0]].device] if weighted else None
+            packed = collective and len(values) + weighted > 1
+            parts.append(PartDraft(stage, tuple(found), values, factors=False, packed=packed, weight=weight))
         users = {stage_of[n.device] for leaf in group for n in graph.consumers.get(graph.inputs[leaf], ())}
         readers = users | {p.stage for p in parts}  # a stage pushes only what it may read: see `program.emit`
         return StoreDraft(name, group, policy, tuple(parts), tuple(sorted(readers)))
 
     def lower_parts(self, graph: Graph, stores: Sequence[StoreDraft], table: ExecutableTable) -> list[PartBinding]:
-        """For each part the tasks that add two payloads and that pack one, where that is ever done."""
+        """For each part the tasks that add two payloads, pack one and finish one, where that is ever done."""
         bindings: list[PartBinding] = []
         for s, store in enumerate(stores):
             for p, part in enumerate(store.parts):
                 adds = not part.factors and (self.microbatches > 1 or store.policy.every.push > 1)
                 number = self._accumulate(graph, store.name, part, table) if adds else None
                 packing = self._pack(graph, store.name, part, table) if part.packed else None
-                bindings.append(PartBinding(s, p, part.values, number, packing))
+                steps = part.weight is not None and not part.factors and store.policy.apply == "sum"
+                finish = self._finish(graph, store.name, part, table) if steps else None
+                bindings.append(PartBinding(s, p, part.sent, number, packing, finish))
         return bindings
 
     def _pack(self, graph: Graph, name: str, part: PartDraft, table: ExecutableTable) -> int:
         def together(*arrays: Any) -> tuple[Any, ...]:
-            return (jnp.concatenate([a.reshape(-1) for a in arrays]),)
+            return (jnp.concatenate([a.reshape(-1).astype(arrays[0].dtype) for a in arrays]),)
 
-        specs = tuple(_strong(graph.values[v]) for v in part.values)
-        return table.add_function(f"pack:{name}", together, specs, _sent(graph, part))
+        specs = tuple(_strong(graph.values[v]) for v in part.sent)
+        return table.add_function(f"pack:{name}", together, specs, _payload(graph, part))
 
     def _accumulate(self, graph: Graph, name: str, part: PartDraft, table: ExecutableTable) -> int:
-        specs = _sent(graph, part)
+        specs = _payload(graph, part)
         count = len(specs)
 
         def add(*arrays: Any) -> tuple[Any, ...]:
             return tuple(arrays[i] + arrays[count + i] for i in range(count))
 
         return table.add_function(f"accumulate:{name}", add, specs * 2, specs)
+
+    def _finish(self, graph: Graph, name: str, part: PartDraft, table: ExecutableTable) -> int:
+        specs = _payload(graph, part)
+        return table.add_function(f"normalise:{name}", partial(normalised, packed=part.packed), specs, specs)
 
     def lower_stores(
         self,
@@ -283,8 +330,15 @@ class StorePlanner:
             loads[home] += sum(s.nbytes for s in (*specs, *state_specs)) + 1
         every = store.policy.every.push
         exact = arity == 1 and self.microbatches == 1 and every == 1 and not collective
-        apply = self._apply(store, state, parts, arity, exact, [s.shape for s in specs])
-        coefficients = ArraySpec((arity,), "float32")
+        apply = apply_function(
+            self.slices.update(store.leaves, state),
+            self._payload_of(store, parts, [s.shape for s in specs]),
+            leaves=len(specs),
+            states=len(state),
+            arity=arity,
+            exact=exact,
+        )
+        coefficients = ArraySpec((arity,), _coefficients(specs))
         payloads = tuple(s for p in parts for s in p.payload) * arity
         arguments = (*specs, *state_specs, coefficients, *payloads)
         task = table.add_function(f"apply:{store.name}", apply, arguments, (*specs, *state_specs))
@@ -312,13 +366,14 @@ class StorePlanner:
     def _part(
         self, graph: Graph, draft: PartDraft, binding: PartBinding, policy: Policy, replicas: Sequence[Sequence[str]]
     ) -> Part:
-        specs = _sent(graph, draft)
+        specs = _payload(graph, draft)
         payload = specs * self.microbatches if draft.factors else specs
         reduction = None
         if self._collective(policy):
             nbytes = sum(s.nbytes for s in payload)
             reduction = self._reduction(policy, nbytes, [replica[draft.stage] for replica in replicas])
-        return Part(draft.stage, draft.leaves, payload, draft.factors, binding.accumulate, reduction, binding.pack)
+        tasks = binding.accumulate, reduction, binding.pack, binding.finish
+        return Part(draft.stage, draft.leaves, payload, draft.factors, *tasks)
 
     def _reduction(self, policy: Policy, nbytes: int, devices: Sequence[str]) -> Reduction:
         workers = tuple(dict.fromkeys(d.partition("/")[0] for d in devices))
@@ -326,69 +381,26 @@ class StorePlanner:
         fanout = policy.topology.fanout if isinstance(policy.topology, Tree) else 0
         return Reduction(schedule_name(policy.topology, nbytes, hosts), workers, hosts, fanout)
 
-    def _apply(
-        self,
-        store: StoreDraft,
-        state: Sequence[int],
-        parts: Sequence[Part],
-        arity: int,
-        exact: bool,
-        shapes: Sequence[tuple[int, ...]],
-    ) -> Callable[..., tuple[Any, ...]]:
-        """(parameters, state, coefficients, contributions) -> (parameters, state), all flat.
-
-        `exact` contributions come alone and with weight one: multiplying by 1.0 would change nothing but
-        give the compiler another expression to contract, and with it another last bit.
-        """
-        update = self.slices.update(store.leaves, state)
-        count, size = len(store.leaves), sum(len(p.payload) for p in parts)
-        gradient = self._gradient_function(store, parts, shapes)
-
-        def apply(*arrays: Any) -> tuple[Any, ...]:
-            params, states = arrays[:count], arrays[count : count + len(state)]
-            coefficients = arrays[count + len(state)]
-            payloads = arrays[count + len(state) + 1 :]
-            total: list[Any] = []
-            for c in range(arity):
-                leaves = gradient(payloads[c * size : (c + 1) * size])
-                if not exact:
-                    leaves = [g * coefficients[c].astype(g.dtype) for g in map(_wide, leaves)]
-                total = [a + b for a, b in zip(total, leaves, strict=True)] if total else leaves
-            total = [g.astype(p.dtype) for g, p in zip(total, params, strict=True)]
-            return update(*total, *params, *states)
-
-        return apply
-
-    def _gradient_function(
-        self, store: StoreDraft, parts: Sequence[Part], store_shapes: Sequence[tuple[int, ...]]
-    ) -> Callable[[Sequence[Any]], list[Any]]:
-        """One contribution's payloads -> the gradient of every leaf of the store."""
+    def _payload_of(self, store: StoreDraft, parts: Sequence[Part], shapes: Sequence[tuple[int, ...]]) -> Payload:
         graph = self.product_graph
         products = {
             part.leaves[0]: product_function(graph, self.products[store.leaves[part.leaves[0]]])
             for part in parts
             if part.factors and graph is not None
         }
+        weighted = self.treatments[store.leaves[0]].weighted
+        return Payload(parts, shapes, products, weighted, weighted and store.policy.apply == "sum")
 
-        def gradient(payloads: Sequence[Any]) -> list[Any]:
-            leaves: dict[int, Any] = {}
-            start = 0
-            for part in parts:
-                arrays = payloads[start : start + len(part.payload)]
-                start += len(part.payload)
-                if part.pack is not None:
-                    (row,) = arrays
-                    shapes = [store_shapes[i] for i in part.leaves]
-                    leaves.update(zip(part.leaves, _split(row, shapes), strict=True))
-                elif part.factors:
-                    form = products[part.leaves[0]]
-                    pairs = [form(arrays[i], arrays[i + 1]) for i in range(0, len(arrays), 2)]
-                    leaves[part.leaves[0]] = sum(pairs[1:], pairs[0])
-                else:
-                    leaves.update(zip(part.leaves, arrays, strict=True))
-            return [jnp.asarray(leaves[i]) for i in range(len(leaves))]
 
-        return gradient
+def value_of(output: Operand) -> int:
+    """An output of the step function, each of which is a copy and so a value."""
+    assert isinstance(output, int)
+    return output
+
+
+def _coefficients(specs: Sequence[ArraySpec]) -> str:
+    """The dtype of coefficients: float64 where parameters are, so that a third is one in their precision."""
+    return "float64" if any(s.dtype in ("float64", "complex128") for s in specs) else "float32"
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -396,27 +408,16 @@ def _joined(names: Sequence[str]) -> str:
     return "+".join(found) if len(found) <= 3 else f"{found[0]}+{len(found) - 1} more"
 
 
-def _sent(graph: Graph, part: PartDraft) -> tuple[ArraySpec, ...]:
-    """The arrays in which a part's gradients leave: as they are, or packed into one."""
-    specs = tuple(_strong(graph.values[v]) for v in part.values)
+def _payload(graph: Graph, part: PartDraft) -> tuple[ArraySpec, ...]:
+    """The arrays in which a part leaves: its gradients and their weight as they are, or packed into one."""
+    specs = tuple(_strong(graph.values[v]) for v in part.sent)
     return (ArraySpec((sum(math.prod(s.shape) for s in specs),), specs[0].dtype),) if part.packed else specs
-
-
-def _split(row: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
-    """The arrays of these shapes that were packed into a row."""
-    ends = list(accumulate(map(math.prod, shapes)))
-    return [row[e - math.prod(s) : e].reshape(s) for e, s in zip(ends, shapes, strict=True)]
 
 
 def _one_a_worker(devices: Sequence[str]) -> tuple[str, ...]:
     """The devices, those of one worker replaced by its first: its replicas read one copy."""
     first: dict[str, str] = {}
     return tuple(first.setdefault(d.partition("/")[0], d) for d in devices)
-
-
-def _wide(gradient: Any) -> Any:
-    """Contributions are combined in float32 at least: a mean of many in bfloat16 would lose what they agree on."""
-    return gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
 
 
 def _strong(spec: ArraySpec) -> ArraySpec:

@@ -21,7 +21,8 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from flowml.errors import PlacementError
-from flowml.ir._jax import trace_context
+from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
+from flowml.ir.calls import Call, Returned, bind, finish, static_of, why_no_array
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.driver.steps import UnloadedError
@@ -55,6 +56,7 @@ class _Program:
 
     plan: Plan
     out_tree: Any
+    returned: Returned
     handle: LoadedPlan | None = None
     trial: Trial | None = None
     on_one_device: bool = False
@@ -62,11 +64,12 @@ class _Program:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A call's arguments, sorted: the key of its program, and the flat dynamic leaves."""
+class _Arguments:
+    """A call's arguments: as a call of arrays, the key of its program, and the flat arrays."""
 
+    call: Call
     key: tuple[Any, Any, Any, Hashable]
-    """(static arguments, tree structure, signatures, settings)"""
+    """(what is no array, tree structure, signatures, settings)"""
     leaves: list[Any]
 
 
@@ -120,8 +123,8 @@ class Dataflow(Generic[P, R]):
         *,
         cluster: ClusterLike | None,
         placement: Any,
-        static_argnums: Sequence[int],
-        donate_argnums: Sequence[int],
+        static_argnums: int | Sequence[int] | None,
+        static_argnames: str | Sequence[str] | None,
         now_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         functools.update_wrapper(self, fn)
@@ -129,8 +132,7 @@ class Dataflow(Generic[P, R]):
         self._name = str(getattr(fn, "__name__", type(fn).__name__))
         self._cluster = cluster
         self._placement = placement
-        self._static = tuple(static_argnums)
-        self._donate = tuple(donate_argnums)
+        self._static = static_of(fn, static_argnums, static_argnames)
         self._now_s = now_s
         self._recent: _Recent | None = None
         self._lock = threading.RLock()  # tracing a function may call its own program
@@ -156,81 +158,88 @@ class Dataflow(Generic[P, R]):
                     if direct is None:
                         raise
                     self._recent = None  # the long way says what is wrong, and where
-        call = self._sort(args, kwargs)
-        if call is None:
+        given = None if jit_is_off() else self._sort(args, kwargs)
+        if given is None:
             return self._fn(*args, **kwargs)
 
         def run(session: Session, program: _Program, handle: LoadedPlan) -> R:
             trial = program.trial
             if trial is None or trial.over:
-                self._recent = self._remember(program, handle, call)
-                return cast(R, tree_unflatten(program.out_tree, session.call(handle, call.leaves)))
+                self._recent = self._remember(program, handle, given)
+                return self._finish(program, given, session.call(handle, given.leaves))
             began_s = self._now_s()
-            outputs = jax.block_until_ready(session.call(handle, call.leaves))
+            outputs = jax.block_until_ready(session.call(handle, given.leaves))
             trial.took(self._now_s() - began_s, on_one_device=program.on_one_device)
-            return cast(R, tree_unflatten(program.out_tree, outputs))
+            return self._finish(program, given, outputs)
 
-        return self._loaded(call, args, kwargs, run)
+        try:
+            return self._loaded(given, run)
+        except ClosesOverTracerError:
+            return self._fn(*args, **kwargs)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Start a call and return at once; several may be under way. The future's result is the output pytree."""
-        call = self._sort(args, kwargs)
-        if call is None:
+        if jit_is_off():
+            done: Future[R] = Future(self._name, lambda value: cast(R, value))
+            done.complete(self._fn(*args, **kwargs))
+            return done
+        given = self._not_traced("submit", args, kwargs)
+        if given.call.objects is not None:
             raise TypeError(
-                f"{self._name}.submit() cannot be traced by another JAX transformation; call {self._name}()"
+                f"{self._name}.submit() cannot update nnx objects, which a later call would read before; "
+                f"call {self._name}()"
             )
 
         def start(session: Session, program: _Program, handle: LoadedPlan) -> Future[R]:
-            flat = session.submit(handle, call.leaves)
-            return flat.then(lambda leaves: cast(R, tree_unflatten(program.out_tree, leaves)))
+            return session.submit(handle, given.leaves).then(lambda flat: self._finish(program, given, flat))
 
-        return self._loaded(call, args, kwargs, start)
+        return self._loaded(given, start)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments, which may be `jax.ShapeDtypeStruct`s. Compiles if need be; runs nothing."""
-        call = self._sort(args, kwargs)
-        if call is None:
-            raise TypeError(f"{self._name}.plan() cannot be traced by another JAX transformation")
-        return self._program(self._current(), call, args, kwargs).plan
+        return self._program(self._current(), self._not_traced("plan", args, kwargs)).plan
 
-    def _remember(self, program: _Program, handle: LoadedPlan, call: _Call) -> _Recent | None:
-        leaves: Sequence[Any] = call.leaves
+    def _not_traced(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Arguments:
+        given = self._sort(args, kwargs)
+        if given is None:
+            raise TypeError(
+                f"{self._name}.{method}() cannot be traced by another JAX transformation; call {self._name}()"
+            )
+        return given
+
+    def _finish(self, program: _Program, given: _Arguments, flat: Sequence[Any]) -> R:
+        return cast(R, finish(given.call, program.returned, tree_unflatten(program.out_tree, flat)))
+
+    def _remember(self, program: _Program, handle: LoadedPlan, given: _Arguments) -> _Recent | None:
+        leaves: Sequence[Any] = given.leaves
         kinds = tuple(kind for kind in map(_kind, leaves) if kind is not None)
-        if self._static or len(kinds) < len(leaves):
+        special, tree, _, settings = given.key
+        if special != () or not program.returned.plain or len(kinds) < len(leaves):
             return None
-        _, tree, _, settings = call.key
         on_device = all(kind is not np.ndarray for kind, _, _ in kinds)
         return _Recent(weakref.ref(self._current()), tree, kinds, settings, handle, program.out_tree, on_device)
 
-    def _sort(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Call | None:
+    def _sort(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Arguments | None:
         """None if an argument is being traced. Raises TypeError for one that is no array, ValueError for a static one
         that has no hash."""
-        static: tuple[Any, ...] = ()
-        dynamic: tuple[Any, ...] = tuple(args)
-        if self._static:
-            positions = {i % len(args) for i in self._static if -len(args) <= i < len(args)}
-            static = tuple((i, args[i]) for i in sorted(positions))
-            dynamic = tuple(a for i, a in enumerate(args) if i not in positions)
-            _check_hashable(self._name, static)
-        leaves, tree = tree_flatten((dynamic, kwargs))
+        call = bind(self._fn, args, kwargs, self._static, self._name)
+        leaves, tree = tree_flatten((call.args, call.kwargs))
         try:
             signatures = tuple([signature(leaf) for leaf in leaves])
         except TypeError:
-            raise self._not_an_array(dynamic, kwargs) from None
+            raise self._not_an_array(call) from None
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return None
-        return _Call((static, tree, signatures, trace_context()), leaves)
+        return _Arguments(call, (call.key, tree, signatures, trace_context()), leaves)
 
     def _loaded(
         self,
-        call: _Call,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        given: _Arguments,
         use: Callable[[Session, _Program, LoadedPlan], T],
     ) -> T:
         """`use` the program of a call, once it is loaded."""
         cluster = self._current()
-        program = self._program(cluster, call, args, kwargs)
+        program = self._program(cluster, given)
         session = cluster.session
         while True:
             handle = program.handle
@@ -243,17 +252,15 @@ class Dataflow(Generic[P, R]):
             except UnloadedError:  # to make room for another program, just now
                 continue
 
-    def _program(self, cluster: ClusterLike, call: _Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Program:
-        program = self._compiled(cluster, call.key, self._placement, args, kwargs)
+    def _program(self, cluster: ClusterLike, given: _Arguments) -> _Program:
+        program = self._compiled(cluster, given.key, self._placement, given.call)
         if program.trial is None or not program.trial.on_one_device:
             return program
-        alone = self._compiled(cluster, (call.key, "on one device"), _on_one_device, args, kwargs)
+        alone = self._compiled(cluster, (given.key, "on one device"), _on_one_device, given.call)
         alone.trial, alone.on_one_device = program.trial, True
         return alone
 
-    def _compiled(
-        self, cluster: ClusterLike, key: Hashable, placement: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> _Program:
+    def _compiled(self, cluster: ClusterLike, key: Hashable, placement: Any, call: Call) -> _Program:
         programs = self._programs.get(cluster)
         found = programs.get(key) if programs is not None else None
         if found is not None:
@@ -261,30 +268,25 @@ class Dataflow(Generic[P, R]):
         with self._lock:
             programs = self._programs.setdefault(cluster, {})
             if key not in programs:
-                programs[key] = self._compile(cluster, placement, args, kwargs)
+                programs[key] = self._compile(cluster, placement, call)
             return programs[key]
 
-    def _compile(
-        self, cluster: ClusterLike, placement: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> _Program:
-        from flowml.compiler import compile_function
+    def _compile(self, cluster: ClusterLike, placement: Any, call: Call) -> _Program:
+        from flowml.compiler import compile_call
 
         try:
-            compiled = compile_function(
+            compiled = compile_call(
                 self._fn,
-                tuple(args),
-                dict(kwargs),
+                call,
                 devices=cluster.devices,
                 placement=placement,
-                static_argnums=self._static,
-                donate_argnums=self._donate,
                 platforms=_platforms(cluster.devices),
                 name=self._name,
                 links=cluster.links_for(placement),
             )
         except PlacementError as error:
             raise cluster.session.explained(error, self._name) from None
-        return _Program(compiled.plan, compiled.out_tree, trial=trial_of(compiled.plan, placement))
+        return _Program(compiled.plan, compiled.out_tree, call.returned, trial=trial_of(compiled.plan, placement))
 
     def _current(self) -> ClusterLike:
         if self._cluster is not None:
@@ -296,16 +298,13 @@ class Dataflow(Generic[P, R]):
         cluster.session.check_owner()
         return cluster
 
-    def _not_an_array(self, dynamic: Sequence[Any], kwargs: Mapping[str, Any]) -> TypeError:
-        for path, leaf in tree_flatten_with_path((dynamic, dict(kwargs)))[0]:
+    def _not_an_array(self, call: Call) -> TypeError:
+        for path, leaf in tree_flatten_with_path((call.args, call.kwargs))[0]:
             try:
                 signature(leaf)
             except TypeError:
                 where = f"args{keystr(path[1:])}" if path[0].idx == 0 else f"keyword {keystr(path[1:])}"
-                return TypeError(
-                    f"{self._name}: {where} is of type {type(leaf).__name__}, which is not an array; "
-                    "pass arrays or numbers, or list its position in static_argnums"
-                )
+                return TypeError(f"{self._name}: {where} {why_no_array(leaf)}")
         raise AssertionError("every leaf is an array")
 
 
@@ -321,17 +320,6 @@ def _on_one_device(graph: Graph, devices: Sequence[Device]) -> dict[int, Device]
     return {node.id: devices[0] for node in graph.nodes}
 
 
-def _check_hashable(name: str, static: Sequence[tuple[int, Any]]) -> None:
-    for position, value in static:
-        try:
-            hash(value)
-        except TypeError:
-            raise ValueError(
-                f"{name}: static argument {position} is of type {type(value).__name__}, which cannot be hashed; "
-                "static arguments are part of what a plan is compiled for, so pass a hashable value"
-            ) from None
-
-
 def _platforms(devices: Sequence[Device]) -> tuple[str, ...]:
     """The platforms to lower for, as `jax.export` calls them."""
     return tuple(dict.fromkeys("cuda" if d.platform == "gpu" else d.platform for d in devices))
@@ -343,8 +331,10 @@ def dataflow(
     *,
     cluster: ClusterLike | None = None,
     placement: Any = "auto",
-    static_argnums: int | Sequence[int] = (),
-    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Sequence[str] | None = None,
 ) -> Dataflow[P, R]: ...
 @overload
 def dataflow(
@@ -352,16 +342,20 @@ def dataflow(
     *,
     cluster: ClusterLike | None = None,
     placement: Any = "auto",
-    static_argnums: int | Sequence[int] = (),
-    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Sequence[str] | None = None,
 ) -> Callable[[Callable[P, R]], Dataflow[P, R]]: ...
 def dataflow(
     fn: Callable[P, R] | None = None,
     *,
     cluster: ClusterLike | None = None,
     placement: Any = "auto",
-    static_argnums: int | Sequence[int] = (),
-    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] | None = None,
+    static_argnames: str | Sequence[str] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+    donate_argnames: str | Sequence[str] | None = None,
 ) -> Dataflow[P, R] | Callable[[Callable[P, R]], Dataflow[P, R]]:
     """Run a JAX function as a dataflow program on a cluster; a function or a decorator, like `jax.jit`.
 
@@ -370,9 +364,10 @@ def dataflow(
         cluster: where to run; by default the innermost `with cluster:` at the time of the call.
         placement: what goes where: "auto", a mapping from layer patterns to devices, `Pipeline`,
             `AutoPlacement`, or a callable.
-        static_argnums: positions of arguments that are compiled in; they must be hashable.
-        donate_argnums: accepted so that code written for `jax.jit` runs as it is. A hint that nothing heeds today:
-            inputs go to the workers, so the caller's arrays stay valid after the call.
+        static_argnums, static_argnames: arguments that are compiled in, by position or name; they must be hashable.
+            Leaves of equinox modules that are no arrays are static without being named.
+        donate_argnums, donate_argnames: accepted so that code written for `jax.jit` runs as it is. A hint that nothing
+            heeds today: inputs go to the workers, so the caller's arrays stay valid after the call.
 
     Returns: an object that is called like `fn`, with `.submit(...)` -> Future and `.plan(...)` -> Plan. A call
     raises FlowmlError for what goes wrong on the way, TypeError for arguments that are no arrays.
@@ -380,15 +375,12 @@ def dataflow(
     options: dict[str, Any] = {
         "cluster": cluster,
         "placement": placement,
-        "static_argnums": _positions(static_argnums),
-        "donate_argnums": _positions(donate_argnums),
+        "static_argnums": static_argnums,
+        "static_argnames": static_argnames,
     }
+    del donate_argnums, donate_argnames
     if fn is None:
         return lambda function: Dataflow(function, **options)
     if not callable(fn):
         raise TypeError(f"dataflow() takes a function, got {type(fn).__name__}")
     return Dataflow(fn, **options)
-
-
-def _positions(argnums: int | Sequence[int]) -> tuple[int, ...]:
-    return (argnums,) if isinstance(argnums, int) else tuple(argnums)

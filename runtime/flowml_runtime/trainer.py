@@ -8,6 +8,7 @@ train on their own until the homes send their stores back.
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,17 +20,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowml.data import Source, as_source
-from flowml.errors import FlowmlError, PlacementError
-from flowml.ir._jax import path_name, trace_context
+from flowml.data import Source, as_source, epoch_order
+from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, UnsupportedError
+from flowml.ir._jax import jit_is_off, path_name, trace_context
 from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.plan import Plan
 from flowml.policy import Policy
 from flowml.training.compiler import TrainingCompiled, TrainingSpec, compile_training
+from flowml.training.step import Weight
 from flowml_runtime.cluster import Cluster, current_cluster
 from flowml_runtime.driver.fit import Fit, FitOptions
 from flowml_runtime.driver.history import Record
+from flowml_runtime.driver.probe import mean_warning
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.driver.tables import layer_table
 from flowml_runtime.protocol.training.ledger import Summary
@@ -100,7 +103,13 @@ class Trainer:
         schedule: `"1f1b"` or `"gpipe"`.
         policies: parameter path pattern -> `flowml.Policy`; the first match wins, `Policy()` where none does. One
             policy alone is that of all parameters.
+        weight: how much a batch counts, where the loss is a mean over something else than its examples, such as the
+            tokens that are not padding: the name of a leaf of aux (`"tokens"`, `"counts/tokens"`), or a function of
+            the batch. The loss stays a mean; each microbatch and replica counts by its weight, so that a step equals
+            one on the whole batch.
         delays: worker name -> seconds added to each of its steps: declared slowness, for experiments.
+        check_replicas: steps between two checks that replicas which each apply sums of gradients (`all_reduce`, rings
+            and the like) hold the same bits of parameters and optimizer state; a fit ends with one too. 0: no checks.
 
     Raises:
         ValueError, PolicyError: for arguments that do not go together.
@@ -117,17 +126,21 @@ class Trainer:
         microbatches: int = 1,
         schedule: str = "1f1b",
         policies: Mapping[str, Policy] | Policy | None = None,
+        weight: Weight | None = None,
         delays: Mapping[str, float] | None = None,
+        check_replicas: int = 100,
     ) -> None:
         if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
             raise TypeError(
                 f"optimizer must be an optax.GradientTransformation such as optax.adam(1e-3), got {optimizer!r}"
             )
-        self._spec = TrainingSpec(loss, optimizer, replicas, placement, microbatches, schedule, policies)
+        self._spec = TrainingSpec(loss, optimizer, replicas, placement, microbatches, schedule, policies, weight)
         self._cluster = cluster
         self._delays = {worker: _seconds(worker, delay) for worker, delay in (delays or {}).items()}
+        self._check_replicas = whole_number("check_replicas", check_replicas)
         self._programs: dict[Any, _Program] = {}
         self._fitting = threading.Lock()
+        self._looked = False
         weakref.finalize(self, _discard, self._programs).atexit = False
 
     def plan(self, params: Any, batch: Any) -> Plan:
@@ -153,7 +166,8 @@ class Trainer:
         Args:
             params: pytree of floating arrays.
             source: a pytree of arrays with a row an example, or an object with `len(source)` and
-                `source[indices]` -> batch pytree (it stays with the caller, who feeds the workers from it).
+                `source[indices]` -> batch pytree (it stays with the caller, who feeds the workers from it, and may hand
+                out the same buffer again). Arrays must not change during the fit.
             batch_size: examples of a global batch: a multiple of replicas x microbatches. What is left of an
                 epoch that is no whole batch is not seen in it.
             epochs, steps: how long; give one of them.
@@ -177,9 +191,10 @@ class Trainer:
         self._check_delays(cluster)
         with self._alone():
             program = self._program(cluster, _structs(params, "parameter"), _batch_structs(data, batch_size))
-            params = jax.tree_util.tree_map(jnp.asarray, params)
+            params = jax.tree_util.tree_map(_own, params)
             state = self._state(params, opt_state)
             handle = program.load()
+            self._look_at_loss(program, params, data, epoch_order(data.examples, seed, 0, shuffle=shuffle), batch_size)
             options = FitOptions(
                 run=program.reserve(total),
                 total=total,
@@ -187,6 +202,7 @@ class Trainer:
                 seed=seed,
                 shuffle=bool(shuffle),
                 delays=self._delays,
+                check_replicas=self._check_replicas,
                 progress=progress,
             )
             fit = Fit(cluster.session, handle, data, options, program.compiled)
@@ -201,6 +217,14 @@ class Trainer:
             plan=program.compiled.plan,
             traffic=outcome.traffic,
         )
+
+    def _look_at_loss(self, program: _Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
+        """Warn, once, of a loss that replicas and microbatches average to another one."""
+        if not self._looked:
+            self._looked = True
+            warning = mean_warning(self._spec, program.compiled.plan, params, source, order, batch_size)
+            if warning:
+                warnings.warn(warning, FlowmlWarning, stacklevel=3)
 
     def _here(self) -> Cluster:
         cluster = self._cluster if self._cluster is not None else current_cluster()
@@ -219,6 +243,8 @@ class Trainer:
 
     def _program(self, cluster: Cluster, params: Any, batch: Any) -> _Program:
         """Compiled for these ShapeDtypeStructs and the cluster's devices of now."""
+        if jit_is_off():
+            raise UnsupportedError("jax.disable_jit() is on, and workers run what is compiled; train without it")
         leaves, tree = jax.tree_util.tree_flatten((params, batch))
         key = (cluster, cluster.devices, tuple((x.shape, str(x.dtype)) for x in leaves), tree, trace_context())
         if key not in self._programs:
@@ -239,7 +265,7 @@ class Trainer:
         if opt_state is None:
             return jax.tree_util.tree_map(jnp.asarray, self._spec.optimizer.init(params))
         expected = jax.eval_shape(self._spec.optimizer.init, params)
-        given = jax.tree_util.tree_map(jnp.asarray, opt_state)
+        given = jax.tree_util.tree_map(_own, opt_state)
         got, want = jax.tree_util.tree_structure(given), jax.tree_util.tree_structure(expected)
         if got != want:
             raise ValueError(f"opt_state is not of this optimizer: it has structure {got}, not {want}")
@@ -305,6 +331,11 @@ def _batch_structs(source: Source, batch_size: int) -> Any:
     leaves = source.arrays if source.arrays is not None else source.take(np.zeros(1, np.int64))
     structs = [jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)) for x in leaves]
     return jax.tree_util.tree_unflatten(source.tree, structs)
+
+
+def _own(leaf: Any) -> jax.Array:
+    """As a JAX array, which may otherwise share the memory of a NumPy array that the caller goes on to change."""
+    return jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
 
 
 def _restored(like: Any, leaves: Sequence[Any]) -> Any:

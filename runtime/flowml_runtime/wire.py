@@ -188,6 +188,10 @@ class Taken(_Wire, frozen=True):
     device: Name
 
 
+FaultKind = Literal["error", "deadline", "cancelled", "lost", "diverged"]
+"""Which error a fault becomes for the caller."""
+
+
 class StepFailed(_Wire, frozen=True):
     """A step cannot finish. Worker to driver with the cause; driver to workers so that nobody waits for it."""
 
@@ -195,7 +199,7 @@ class StepFailed(_Wire, frozen=True):
     step: Count
     worker: Name
     node: Text
-    kind: Literal["error", "deadline", "cancelled", "lost"]
+    kind: FaultKind
     error: Text
     traceback: Text = ""
 
@@ -266,7 +270,8 @@ class StartTraining(TrainingMessage, frozen=True):
 
     `run` is the number of the fit's first step among all steps of the plan, so that no two fits share one.
     `source`: "shipped" (arrays follow in `Source`) or "fed" (each Batch comes from the driver). `delays` slow
-    workers down on purpose: (worker, seconds added to each of its steps).
+    workers down on purpose: (worker, seconds added to each of its steps). Replicas compare what they hold every
+    `check_replicas` steps and at the end; 0: never.
     """
 
     total_clocks: Count
@@ -275,6 +280,7 @@ class StartTraining(TrainingMessage, frozen=True):
     examples: Count
     source: Literal["shipped", "fed"]
     delays: tuple[tuple[Name, float], ...] = ()
+    check_replicas: Count = 0
 
 
 class Source(TrainingMessage, frozen=True):
@@ -396,7 +402,7 @@ class Settled(TrainingMessage, frozen=True):
 
 
 class Report(TrainingMessage, frozen=True):
-    """Loss (slot 0) and aux leaves of one replica's step, over its microbatches, from the stage that made them."""
+    """Loss (slot 0) and aux leaves of one replica's step, summed over its microbatches, from the stage that made it."""
 
     replica: Count
     clock: Count

@@ -15,6 +15,7 @@ from flowml_runtime.protocol.training.driver import (
     Feed,
     Keep,
     Note,
+    NoteCommit,
     NoteFates,
     Over,
     SendSource,
@@ -139,5 +140,11 @@ def test_reports_go_to_the_history_and_traffic_is_kept() -> None:
 
 
 def test_what_is_not_for_a_driver_is_refused() -> None:
-    with pytest.raises(ProtocolError, match="no use for Commit"):
-        driver().step(Received("a0", wire.Commit(**IDS, clock=0)))
+    with pytest.raises(ProtocolError, match="no use for Published"):
+        driver().step(Received("a0", wire.Published(**IDS, store=0, version=0, floor=0)))
+
+
+def test_whose_work_counts_goes_to_the_history() -> None:
+    machine = driver()
+    commit = wire.Commit(**IDS, clock=0, excluded=(1,))
+    assert machine.step(Received("a0", commit)) == [NoteCommit(0, (1,), 1)]

@@ -167,6 +167,8 @@ class Driver:
                 for item, fate in fates:
                     assert item.sequence not in world.fates, "an item was settled twice"
                     world.fates[item.sequence] = (self._peer, item.epoch, fate)
+            case driver.NoteCommit():
+                pass
             case driver.Keep(store, handle):
                 assert store not in self.final, "a final value came twice"
                 self.final[store] = self._payloads.pop(handle or 0)

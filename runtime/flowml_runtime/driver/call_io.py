@@ -38,6 +38,8 @@ def signature(leaf: Any) -> Signature:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         extended = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
         return leaf.shape, leaf.dtype if extended else jax.dtypes.canonicalize_dtype(leaf.dtype), bool(leaf.weak_type)
+    if isinstance(leaf, jax.Ref):
+        raise TypeError("a Ref is no array")
     aval: Any = jax.api_util.shaped_abstractify(leaf)
     return aval.shape, aval.dtype, aval.weak_type
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from flowml.data import Source, epoch_order
 from flowml.devices import worker_of
-from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerError, WorkerLostError
+from flowml.errors import ClusterError, DeadlineError, DivergedError, FlowmlError, WorkerError, WorkerLostError
 from flowml.ir._jax import key_implementation
 from flowml.placement.links import SHARED_MEMORY
 from flowml.plan import Feed, Training
@@ -48,6 +48,7 @@ class FitOptions:
     seed: int
     shuffle: bool
     delays: Mapping[str, float]
+    check_replicas: int
     progress: bool | None
 
 
@@ -88,7 +89,7 @@ class Fit:
         )
         terms, places = Terms.of(training, options.total), Places.of(training)
         self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places)
-        self._history = History(training, work.clocks_per_epoch, compiled.aux_tree, compiled.aux_slots)
+        self._history = History(training, work.clocks_per_epoch, compiled.metrics)
         self._payloads: dict[int, Sequence[Any]] = {}
         self._handles = count(1)
         self._values: dict[int, Sequence[Any]] = {}
@@ -164,6 +165,7 @@ class Fit:
             examples=self._source.examples,
             source="shipped" if self._source.arrays is not None else "fed",
             delays=tuple(options.delays.items()),
+            check_replicas=options.check_replicas,
         )
 
     def _event(self, peer: str, message: Any, arrays: Sequence[Any]) -> protocol.Event | None:
@@ -194,15 +196,15 @@ class Fit:
                     self._feed(replica, item)
                 case protocol.Note(message, handle):
                     self._history.report(message, self._taken(handle))
-                case protocol.NoteFates(fates):
-                    self._history.settled(fates)
+                case protocol.NoteCommit(clock, excluded):
+                    self._history.committed(clock, excluded)
                 case protocol.Keep(store, handle):
                     self._values[store] = self._taken(handle)
                 case Release(handle):
                     self._payloads.pop(handle, None)
                 case protocol.Fail(reason):
                     raise self._error(reason)
-                case protocol.Over():
+                case protocol.NoteFates() | protocol.Over():
                     pass
 
     def _taken(self, handle: int | None) -> Sequence[Any]:
@@ -249,6 +251,8 @@ class Fit:
         worker, step, node = failed.worker, failed.step - self._options.run, failed.node
         if failed.kind == "deadline":
             return DeadlineError(failed.error, worker=worker, step=step, node=node)
+        if failed.kind == "diverged":
+            return DivergedError(failed.error, worker=worker, step=step, node=node)
         return WorkerError(
             f"{worker} failed during training in {node!r} at step {step}: {failed.error}",
             worker=worker,

@@ -1,15 +1,18 @@
 """The history of a fit: the reports of replicas become one record a step, in order of steps.
 
-Where replicas share clocks a step is a clock, complete when every replica has reported it or cannot be in it
-any more. Where each runs on its own a step is as many reports as there are replicas, in order of arrival. Either way
-a fit of n steps has n records.
+Where replicas share clocks a step is a clock. Where some may be left out its record is made of the reports of those
+that the decision counts, and of no others; a clock without a decision of its own goes with the next that has one.
+Where each replica runs on its own a step is as many reports as there are replicas, in order of arrival. Either way a
+fit of n steps has n records. Reports are sums, and so is the weight beside them if the loss has one: a record divides
+once.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +20,7 @@ import jax
 import numpy as np
 
 from flowml.plan import Training
+from flowml.training.step import Metrics
 from flowml_runtime import wire
 from flowml_runtime.execution.streams import on_terminal
 
@@ -32,21 +36,28 @@ class _Unit:
     values: dict[int, np.ndarray] = field(default_factory=dict[int, np.ndarray])
 
 
-class History:
-    """Gathers reports. The losses of work items that are known to be dropped are left out of the means."""
+def drops(training: Training) -> bool:
+    """Whether a decision may leave a replica out."""
+    return any(s.decided and s.need < len(training.replicas) for s in training.stores)
 
-    def __init__(self, training: Training, clocks_per_epoch: int, aux_tree: Any, aux_slots: Sequence[int]) -> None:
-        """`aux_slots`: for each leaf of `aux_tree` the fetch slot that it comes in."""
+
+class History:
+    """Gathers reports. A record is about the work items that count, and no others."""
+
+    def __init__(self, training: Training, clocks_per_epoch: int, metrics: Metrics) -> None:
         self._replicas = len(training.replicas)
+        self._microbatches = training.microbatches
         self._aligned = any(s.clocked for s in training.stores)
-        self._droppable = any(s.clocked and s.need < self._replicas for s in training.stores)
         self._clocks_per_epoch = clocks_per_epoch
         self._slots = 1 + training.aux_leaves
-        self._aux_tree = aux_tree
-        self._aux_slots = tuple(aux_slots)
+        self._metrics = metrics
         self._partial: dict[tuple[int, int], _Unit] = {}
-        self._open: dict[int, list[_Unit]] = {}
-        self._dropped: set[int] = set()
+        self._open: dict[int, dict[int, _Unit]] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}
+        self._drops = drops(training)
+        self._decided = -1
+        self._counted: dict[int, frozenset[int]] = {}
+        """By clock that is decided, and has no record yet, the replicas whose work counts."""
         self._complete = 0
         self.records: list[Record] = []
 
@@ -63,12 +74,17 @@ class History:
             return
         del self._partial[key]
         step = report.clock if self._aligned else self._complete // self._replicas
+        place = report.replica if self._aligned else self._complete % self._replicas
         self._complete += 1
         if step >= self.step:
-            self._open.setdefault(step, []).append(unit)
+            self._open.setdefault(step, {})[place] = unit
 
-    def settled(self, fates: Sequence[tuple[wire.Item, str]]) -> None:
-        self._dropped.update(item.sequence for item, fate in fates if fate == "dropped")
+    def committed(self, clock: int, excluded: Collection[int]) -> None:
+        """The decision at `clock`: these replicas are left out, there and at the clocks since the decision before."""
+        counted = frozenset(range(self._replicas)).difference(excluded)
+        for earlier in range(self._decided + 1, clock + 1):
+            self._counted[earlier] = counted
+        self._decided = max(self._decided, clock)
 
     def ready(self) -> list[Record]:
         """Records of the steps that are complete."""
@@ -80,40 +96,62 @@ class History:
     def rest(self) -> list[Record]:
         """Records of all other steps, once nothing more will be reported."""
         found: list[Record] = []
-        while self.step in self._open:
+        while self._open and self.step <= max(self._open):
             found.append(self._close())
         return found
 
     def _is_complete(self) -> bool:
-        units = self._open.get(self.step)
-        if units is None:
-            return False
-        # Who is two steps behind the others has been left out, where a quorum allows that.
-        return len(units) == self._replicas or (self._droppable and max(self._open) > self.step + 1)
+        units = self._open.get(self.step, {})
+        if not self._drops:
+            return len(units) == self._replicas
+        counted = self._counted.get(self.step)
+        return counted is not None and counted <= units.keys()
 
     def _close(self) -> Record:
         step = self.step
-        units = sorted(self._open.pop(step), key=lambda u: u.item.sequence)
-        kept = [u for u in units if u.item.sequence not in self._dropped] or units
+        units = self._open.pop(step, {})
+        used = self._counted.pop(step, units.keys() if not self._drops else ())
+        kept = sorted((u for place, u in units.items() if place in used), key=lambda u: u.item.sequence)
+        for unit in units.values():
+            self._shapes.update((slot, value.shape) for slot, value in unit.values.items())
+        weight = self._weight(kept)
         record: Record = {
             "step": step,
             "epoch": step // self._clocks_per_epoch,
-            "loss": float(np.mean([float(u.values[0]) for u in kept])),
+            "loss": float(self._total(kept, 0)) / weight if weight else math.nan,
             "replicas": len(kept),
         }
-        if self._aux_slots:
-            leaves = [_over_replicas([u.values[s] for u in kept]) for s in self._aux_slots]
-            record["aux"] = jax.tree_util.tree_unflatten(self._aux_tree, leaves)
+        if self._metrics.slots:
+            record["aux"] = jax.tree_util.tree_unflatten(self._metrics.tree, self._aux(kept, weight))
         if self._aligned:
             self._partial = {k: u for k, u in self._partial.items() if k[1] > step}
         self.records.append(record)
         return record
 
+    def _weight(self, units: Sequence[_Unit]) -> float:
+        """What the sums of these reports are divided by: their weights, or how many microbatches they are of."""
+        slot = self._metrics.weight
+        return float(self._total(units, slot)) if slot is not None else float(len(units) * self._microbatches)
 
-def _over_replicas(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Floating values are averaged over the replicas, counts are summed."""
-    total = sum(values[1:], values[0])
-    return total if values[0].dtype.kind in "iub" else np.asarray(total / len(values), values[0].dtype)
+    def _total(self, units: Sequence[_Unit], slot: int) -> np.ndarray:
+        """The sum of a slot over reports, in their order and in 64 bits."""
+        values = [u.values[slot] for u in units] or [np.zeros(self._shapes.get(slot, ()))]
+        wide = np.result_type(values[0].dtype, np.float64) if values[0].dtype.kind in "fc" else values[0].dtype
+        return np.sum(values, axis=0, dtype=wide)
+
+    def _aux(self, units: Sequence[_Unit], weight: float) -> list[np.ndarray]:
+        metrics = self._metrics
+        leaves: list[np.ndarray] = []
+        for slot, name, is_sum in zip(metrics.slots, metrics.dtypes, metrics.summed, strict=True):
+            total = self._total(units, slot)
+            dtype = np.dtype(name)
+            if not is_sum:
+                leaves.append(np.asarray(total / (weight or math.nan), dtype))
+            elif dtype.kind in "iu" and np.any(total != total.astype(dtype)):
+                leaves.append(total)  # more than its own dtype holds
+            else:
+                leaves.append(total if dtype.kind == "b" else np.asarray(total, dtype))
+        return leaves
 
 
 class Progress:

@@ -6,19 +6,24 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerError, WorkerLostError
+from flowml.errors import ClusterError, DeadlineError, DivergedError, FlowmlError, WorkerError, WorkerLostError
 from flowml.plan import Plan
 from flowml_runtime import wire
 from flowml_runtime.service import named, sendable, text_of
 
 _HERE = str(Path(__file__).parent)
+_KINDS: dict[type[BaseException], wire.FaultKind] = {
+    DeadlineError: "deadline",
+    WorkerLostError: "lost",
+    DivergedError: "diverged",
+}
 MAX_TEXT = 2**20
 """The most characters that a message's text field takes."""
 
 
 def step_failed(plan_id: str, step: int, worker: str, node: str, error: BaseException) -> wire.StepFailed:
     """The message that tells a driver why a step failed here. For a lost peer, `worker` is the peer."""
-    kind = "deadline" if isinstance(error, DeadlineError) else "lost" if isinstance(error, WorkerLostError) else "error"
+    kind = _kind(error)
     return wire.StepFailed(
         plan_id=plan_id,
         step=step,
@@ -28,6 +33,13 @@ def step_failed(plan_id: str, step: int, worker: str, node: str, error: BaseExce
         error=one_line(error)[:MAX_TEXT],
         traceback=own_traceback(error) if kind == "error" else "",
     )
+
+
+def _kind(error: BaseException) -> wire.FaultKind:
+    for type_, kind in _KINDS.items():
+        if isinstance(error, type_):
+            return kind
+    return "error"
 
 
 def one_line(error: BaseException) -> str:

@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 
 from flowml.errors import FlowmlError, UnsupportedError
-from flowml.ir._jax import exact_types, is_wide, key_implementation, load_exported, spec_of, under
+from flowml.ir._jax import compiled, exact_types, is_wide, key_implementation, load_exported, spec_of, under
 from flowml.plan import (
     ArraySpec,
     Constant,
@@ -372,12 +372,13 @@ def _compile(exported: jax.export.Exported, task: Task, need: _Need) -> TaskFunc
 
     # On the default device results stay uncommitted, as jit's are; elsewhere the task must say where it runs.
     options: dict[str, Any] = {}
-    if need.device != jax.local_devices()[0]:
+    elsewhere = need.device != jax.local_devices()[0]
+    if elsewhere:
         here = jax.sharding.SingleDeviceSharding(need.device)
         options = {"in_shardings": here, "out_shardings": here}
     jitted = jax.jit(flat, donate_argnums=need.donate, **options)
-    compiled = jitted.lower(*[buffer_struct(s) for s in task.inputs]).compile()
-    return _exactly(compiled) if any(is_wide(s.dtype) for s in task.inputs) else compiled
+    run = compiled(jitted.lower(*[buffer_struct(s) for s in task.inputs]), committed=elsewhere)
+    return _exactly(run) if any(is_wide(s.dtype) for s in task.inputs) else run
 
 
 def _exactly(function: TaskFunction) -> TaskFunction:

@@ -30,7 +30,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from flowml.policy import topology
-from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.errors import ProtocolError, ensure
 
 PIECE_BYTES = 2**20
 """Of one message. Measured from 512 KiB to 8 MiB: larger ones leave a core's own cache between their copies and their
@@ -352,22 +352,24 @@ class AllReduce:
         return tuple(sorted(missing))
 
     def validate(self) -> None:
-        assert 0 <= self._finished <= self._opened <= self._pieces
-        assert self._opened <= self._finished + self._window
-        assert len(self._under_way) == self._opened - self._finished
-        assert self._started or not self._opened
+        """Pieces are opened in order and as far as the window allows, and a piece stops only where it has to wait."""
+        ensure(0 <= self._finished <= self._opened <= self._pieces, "more pieces are opened or finished than there are")
+        ensure(self._opened <= self._finished + self._window, "more pieces are under way than the window has room for")
+        ensure(len(self._under_way) == self._opened - self._finished, "a piece is lost")
+        ensure(self._started or not self._opened, "a piece is under way before the start")
         for piece, progress in self._under_way.items():
-            assert piece < self._opened
             take = self._steps[progress.step]
-            assert isinstance(take, Take) and take.number == progress.taken, "stopped where it need not wait"
-            assert len(self._early.get((piece, take.number), ())) < len(take.peers), "a take that could happen did not"
+            ensure(piece < self._opened, f"piece {piece} is under way and not opened")
+            ensure(isinstance(take, Take) and take.number == progress.taken, f"piece {piece} stopped without need")
+            if isinstance(take, Take):
+                there = len(self._early.get((piece, take.number), ()))
+                ensure(there < len(take.peers), f"take {take.number} of piece {piece} could happen and did not")
         for (piece, number), handles in self._early.items():
-            assert handles and handles.keys() <= set(self._takes[number].peers)
-            assert piece < self._opened + self._window
-            if piece < self._opened:
-                assert number >= self._under_way[piece].taken, "a chunk was kept beyond its turn"
-        if self.done:
-            assert not self._early and not self._under_way
+            ensure(handles and handles.keys() <= set(self._takes[number].peers), "a chunk is kept that is not taken")
+            ensure(piece < self._opened + self._window, f"a chunk of piece {piece} is kept too far ahead")
+            over = piece < self._opened and number < self._under_way[piece].taken
+            ensure(not over, f"a chunk of piece {piece} is kept beyond its turn")
+        ensure(not self.done or not (self._early or self._under_way), "something is left when all is done")
 
     def _accept(self, event: Received) -> None:
         where = f"{self._bucket}, piece {event.piece}, take {event.take} of rank {self._rank}"

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, Generic, TypeVar
 
-from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.errors import ProtocolError, ensure
 
 V = TypeVar("V")
 W = TypeVar("W")
@@ -108,7 +108,9 @@ class Rendezvous(Generic[V, W]):
 
     def validate(self) -> None:
         """A key holds a value or a waiter, never both; nothing of a step that is over is kept; counts are bounded."""
-        assert not set(self._values) & set(self._waiters)
-        assert not any(self.is_over(k[0], k[1]) for k in [*self._values, *self._waiters])
-        assert len(self._values) <= self._capacity
-        assert all(steps and min(steps) >= self._floor.get(s, 0) for s, steps in self._cancelled.items())
+        ensure(not set(self._values) & set(self._waiters), "a value and a waiter have not met")
+        over = any(self.is_over(k[0], k[1]) for k in [*self._values, *self._waiters])
+        ensure(not over, "something is kept for a step that is over")
+        ensure(len(self._values) <= self._capacity, "more values are kept than there is room for")
+        kept = all(steps and min(steps) >= self._floor.get(s, 0) for s, steps in self._cancelled.items())
+        ensure(kept, "a cancelled step is remembered that is over")

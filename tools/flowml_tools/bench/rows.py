@@ -63,11 +63,11 @@ class Peer:
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on ours / peer, or on ours - peer in the unit of the row."""
+    """A bound on ours / peer, or on ours - peer or on ours alone in the unit of the row."""
 
     sense: Literal["at most", "at least"]
     limit: float
-    of: Literal["ratio", "difference"] = "ratio"
+    of: Literal["ratio", "difference", "value"] = "ratio"
 
     def met(self, value: float) -> bool:
         return value <= self.limit if self.sense == "at most" else value >= self.limit
@@ -98,10 +98,11 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None without a goal or without a measured peer."""
+        """Whether the goal is met; None without a goal, or without the measured peer that it needs."""
         if self.goal is None:
             return None
-        value = self.ratio if self.goal.of == "ratio" else self.difference
+        found = {"ratio": self.ratio, "difference": self.difference, "value": self.ours.median}
+        value = found[self.goal.of]
         return None if value is None else self.goal.met(value)
 
     def json(self) -> dict[str, object]:

@@ -48,7 +48,14 @@ def _goal(row: Row) -> str:
     goal: Goal | None = row.goal
     if goal is None:
         return "–"
-    limit = _signed(goal.limit, row.unit) if goal.of == "difference" else f"{_number(goal.limit)}×"
+    match goal.of:
+        case "ratio":
+            limit = f"{_number(goal.limit)}×"
+        case "difference":
+            limit = _signed(goal.limit, row.unit)
+        case "value":
+            divisor, symbol = _scale(goal.limit, row.unit)
+            limit = f"{_number(goal.limit / divisor)} {symbol}"
     return f"{_SIGNS[goal.sense]} {limit}"
 
 

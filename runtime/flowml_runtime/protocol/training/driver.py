@@ -3,6 +3,7 @@
     Ask             a replica asks for work items: the `Ledger` grants them. If it feeds, their data goes first.
     Settled         what became of items, for the ledger and for the history.
     Report          the loss of a step, for the history.
+    Commit          whose reports of a clock count, for the history; told where a decision may leave a replica out.
     StoreValue      a home has finished a store. The value counts that comes from the store's first home, once; other
                     homes hold copies of it.
     Traffic         what a worker has sent for each store. The newest word counts.
@@ -98,9 +99,18 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class NoteFates:
-    """Enter in the history what became of work items."""
+    """Tell whoever watches what became of work items; the ledger knows."""
 
     fates: tuple[tuple[wire.Item, Fate], ...]
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoteCommit:
+    """Enter in the history whose work of a clock counts."""
+
+    clock: int
+    excluded: tuple[int, ...]
     cause: int
 
 
@@ -128,7 +138,7 @@ class Over:
     cause: int
 
 
-Action = Send | SendStore | SendSource | Feed | Note | NoteFates | Keep | Release | Fail | Over
+Action = Send | SendStore | SendSource | Feed | Note | NoteFates | NoteCommit | Keep | Release | Fail | Over
 
 
 class TrainingDriver:
@@ -207,6 +217,8 @@ class TrainingDriver:
                 return [NoteFates(fates, cause)]
             case wire.Report():
                 return [Note(message, event.handle, cause)]
+            case wire.Commit(clock=clock, excluded=excluded):
+                return [NoteCommit(clock, excluded, cause)]
             case wire.StoreValue():
                 return self._finish(event.peer, message, event.handle)
             case wire.Traffic():

@@ -83,6 +83,11 @@ class Terms:
         return any(s.decided for s in self.stores)
 
     @cached_property
+    def drops(self) -> bool:
+        """Whether any decision may leave a live replica out."""
+        return any(s.decided and s.need < self.replicas for s in self.stores)
+
+    @cached_property
     def accumulates(self) -> bool:
         """Whether any store gathers the gradients of several steps."""
         return any(s.every > 1 for s in self.stores)

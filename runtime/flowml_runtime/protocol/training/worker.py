@@ -405,9 +405,9 @@ class _Fit:
     def _decide(self, event: decision.Event) -> list[Action]:
         if self._decision is None:
             return []
-        workers, ids = self._places.workers, self._ids
+        told, ids = (*self._places.workers, *((self._driver,) if self._terms.drops else ())), self._ids
         commits = self._decision.step(event)
-        return [Send(workers, wire.Commit(**ids, clock=c.clock, excluded=c.excluded)) for c in commits]
+        return [Send(told, wire.Commit(**ids, clock=c.clock, excluded=c.excluded)) for c in commits]
 
     def _at_home(self, event: home.Event) -> list[Action]:
         cause, ids, places = self._cause, self._ids, self._places

@@ -253,6 +253,11 @@ class Group:
         ]
 
     @property
+    def size(self) -> int:
+        """How many members there are."""
+        return len(self._members)
+
+    @property
     def sent_bytes(self) -> int:
         with self._lock:
             return sum(self._sent.values())

@@ -22,6 +22,7 @@ from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction
 from flowml_runtime.execution.services import host_view
 from flowml_runtime.protocol.training.actions import Apply, Load, Publish, Return
 from flowml_runtime.protocol.training.terms import RETIRED
+from flowml_runtime.worker.training.agreement import Agreement
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
 from flowml_runtime.worker.training.run import Fault, Run
 
@@ -52,9 +53,15 @@ class Homes:
     """Carries out what concerns the stores of one worker in one run. Called by the machine thread; never waits."""
 
     def __init__(
-        self, run: Run, programs: Mapping[str, LoadedProgram], payloads: dict[int, Sequence[Array]], on_fault: Fault
+        self,
+        run: Run,
+        programs: Mapping[str, LoadedProgram],
+        payloads: dict[int, Sequence[Array]],
+        agreement: Agreement,
+        on_fault: Fault,
     ) -> None:
         self._run = run
+        self._agreement = agreement
         self._programs = programs
         self._payloads = payloads
         self._on_fault = on_fault
@@ -125,7 +132,8 @@ class Homes:
     def _apply(self, store: int, version: int, given: Sequence[tuple[list[Array], float]]) -> None:
         held = self._held[store]
         spec = held.spec
-        coefficients = np.zeros(spec.arity, np.float32)
+        split = len(spec.specs) + len(spec.state_specs)
+        coefficients = np.zeros(spec.arity, self._run.plan.tasks[spec.apply].inputs[split].dtype)
         payloads: list[Array] = []
         for i, (arrays, coefficient) in enumerate(given):
             coefficients[i] = coefficient
@@ -160,6 +168,15 @@ class Homes:
         )
         for worker in action.to:
             self._publisher.publish(worker, message, values)
+        if action.version and action.value:
+            self._compare(action.store, action.version)
+
+    def _compare(
+        self, store: int, version: int, then: Callable[[], None] = lambda: None, *, last: bool = False
+    ) -> None:
+        held = self._held[store]
+        arrays = [*held.params, *held.state]
+        self._agreement.compare(store, version, max(held.clock - 1, 0), arrays, then, last=last)
 
     def _return(self, action: Return) -> None:
         held = self._held[action.store]
@@ -178,7 +195,7 @@ class Homes:
             self._run.send(self._run.driver, self._run.traffic(action.cause))
             self._run.send(self._run.driver, message, values)
 
-        self._publisher.after_all(tell)
+        self._compare(action.store, action.version, partial(self._publisher.after_all, tell), last=True)
 
     def _send_published(self, worker: str, message: wire.Published, arrays: Arrays, timeout_s: float | None) -> None:
         self._run.send(worker, message, arrays, timeout_s)

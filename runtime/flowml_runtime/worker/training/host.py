@@ -24,6 +24,7 @@ from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.protocol.training import actions as protocol
 from flowml_runtime.protocol.training.terms import Places, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
+from flowml_runtime.worker.training.agreement import Agreement
 from flowml_runtime.worker.training.homes import Homes
 from flowml_runtime.worker.training.reductions import Reductions
 from flowml_runtime.worker.training.run import Run, StoreView
@@ -175,7 +176,8 @@ class _Fit:
         self.run = run
         self.reductions = Reductions(run, host.fail)
         self._payloads = host.payloads
-        self._homes = Homes(run, host.programs, host.payloads, host.fail)
+        agreement = Agreement(run, self.reductions.group, host.fail)
+        self._homes = Homes(run, host.programs, host.payloads, agreement, host.fail)
         self._stages = {
             (r, s): StageRunner(run, host, (r, s), host.programs[run.training.replicas[r][s]], self.reductions)
             for r, s in Places.of(run.training).stages_on(run.me)

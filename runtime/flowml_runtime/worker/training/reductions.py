@@ -92,6 +92,10 @@ class Reductions:
             )
         return self._groups[part.stage]
 
+    def group(self, stage: int) -> Group:
+        """The group of a stage whose gradients are added up here."""
+        return self._groups[stage]
+
     def push(self, given: Given, arrays: Sequence[Array]) -> None:
         """Take in what a replica pushes; the last of this worker's replicas sets the all-reduce going.
 

@@ -281,9 +281,8 @@ def _order(examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
 
 
 def _over_microbatches(values: Sequence[Array]) -> np.ndarray:
-    """Floating values are averaged over the microbatches, counts are summed."""
+    """The sum: floats in float32 at least, counts in 64 bits. Means are made where all replicas' sums are known."""
     arrays = [np.asarray(v) for v in values]
-    if len(arrays) == 1:
-        return arrays[0]
-    total = sum(arrays[1:], arrays[0])
-    return (total / len(arrays)).astype(arrays[0].dtype) if arrays[0].dtype.kind not in "iub" else np.asarray(total)
+    kind, dtype = arrays[0].dtype.kind, arrays[0].dtype
+    wide = {"b": np.int64, "i": np.int64, "u": np.uint64}.get(kind, np.float32 if dtype.itemsize < 4 else dtype)
+    return np.sum([a.astype(wide, copy=False) for a in arrays], axis=0, dtype=wide)

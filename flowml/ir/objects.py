@@ -1,0 +1,132 @@
+"""objects: equinox modules and flax nnx objects among the arguments of a call.
+
+Neither library is imported here: an argument can be of one only where the user has imported it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
+
+from flowml.errors import UnsupportedError
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+
+
+def _known(module: str, name: str) -> Any:
+    return getattr(sys.modules.get(module), name, None)
+
+
+# equinox
+
+
+def is_static_leaf(leaf: Any) -> bool:
+    """Whether `equinox.filter_jit` takes a leaf for static."""
+    return not isinstance(leaf, _ARRAYS)
+
+
+def takes_static_leaves(fn: Callable[..., Any], tree: Any) -> bool:
+    """Whether what is no array in `tree` is static: `fn` is filtered by equinox, or an equinox module is in there."""
+    module = _known("equinox", "Module")
+    if module is None:
+        return False
+    if type(fn).__module__.partition(".")[0] == "equinox":
+        return True
+    return any(isinstance(x, module) for x in tree_leaves(tree, is_leaf=lambda x: isinstance(x, module)))
+
+
+def static_leaves(fn: Callable[..., Any], given: Any, leaves: Sequence[Any]) -> dict[int, Any]:
+    """The leaves of the arguments that are static by themselves, by position."""
+    module = _known("equinox", "Module")
+    if module is None or all(isinstance(leaf, _ARRAYS) for leaf in leaves):
+        return {}
+    if type(fn).__module__.partition(".")[0] == "equinox":
+        return {i: leaf for i, leaf in enumerate(leaves) if is_static_leaf(leaf)}
+    found: dict[int, Any] = {}
+    position = 0
+    for part in tree_leaves(given, is_leaf=lambda x: isinstance(x, module)):
+        inside = tree_leaves(part) if isinstance(part, module) else [None]
+        found |= {position + i: leaf for i, leaf in enumerate(inside) if leaf is not None and is_static_leaf(leaf)}
+        position += len(inside)
+    return found
+
+
+# flax nnx
+
+
+def is_object(value: Any) -> bool:
+    """Whether a value is an nnx object: a module, an optimizer, a stream of random keys, a variable."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return False
+    kinds = (getattr(nnx, "Pytree", None) or getattr(nnx, "Object", None), getattr(nnx, "Variable", None))
+    return isinstance(value, tuple(k for k in kinds if isinstance(k, type)))
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The nnx objects of a call. One that is passed twice, or shared by two others, is one object."""
+
+    nodes: tuple[Any, ...]
+    graph: Any
+    """What they are made of, without arrays. Hashable."""
+    given: Any
+    """The arguments, with the state of each object in its place."""
+    _tree: Any
+    _places: tuple[int, ...]
+
+    @staticmethod
+    def of(arguments: Any) -> Objects | None:
+        """None if there are no objects among them."""
+        if "flax.nnx" not in sys.modules:
+            return None
+        parts, tree = tree_flatten(arguments, is_leaf=is_object)
+        places = tuple(i for i, part in enumerate(parts) if is_object(part))
+        if not places:
+            return None
+        nodes = tuple(parts[i] for i in places)
+        graph, states = _split(nodes)
+        for place, state in zip(places, states, strict=True):
+            parts[place] = state
+        return Objects(nodes, graph, tree_unflatten(tree, parts), tree, places)
+
+    def merged(self, given: Any) -> tuple[Any, tuple[Any, ...]]:
+        """The arguments with new objects of the states in `given`, and these objects."""
+        nnx: Any = sys.modules["flax.nnx"]
+        parts = self._tree.flatten_up_to(given)
+        nodes = nnx.merge(self.graph, _joined([parts[i] for i in self._places]))
+        for place, node in zip(self._places, nodes, strict=True):
+            parts[place] = node
+        return tree_unflatten(self._tree, parts), tuple(nodes)
+
+    def states(self, nodes: Sequence[Any], name: str) -> tuple[Any, ...]:
+        """The states of objects from `merged`. Raises UnsupportedError if they are made of other things by now."""
+        graph, states = _split(tuple(nodes))
+        if graph != self.graph:
+            raise UnsupportedError(
+                f"{name} adds, removes or replaces parts of the nnx objects that it is given; make all their variables "
+                "before the call and change only the values, or return the new object"
+            )
+        return states
+
+    def update(self, states: Sequence[Any]) -> None:
+        """Put new states into the caller's objects."""
+        nnx: Any = sys.modules["flax.nnx"]
+        nnx.update(self.nodes, _joined(states))
+
+
+def _split(nodes: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    nnx: Any = sys.modules["flax.nnx"]
+    graph, state = nnx.split(nodes)
+    return graph, tuple(state.get(i, nnx.State({})) for i in range(len(nodes)))
+
+
+def _joined(states: Sequence[Any]) -> Any:
+    nnx: Any = sys.modules["flax.nnx"]
+    return nnx.State(dict(enumerate(states)))

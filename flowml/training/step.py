@@ -1,0 +1,223 @@
+"""The function of one microbatch: a loss becomes (loss, aux, gradients), ready to be added up.
+
+What is added up, over microbatches, steps or replicas, is added in float32 at least. Where the loss has a weight (the
+number of tokens that count, say) each microbatch's gradient counts by it: what travels is the sum of weighted
+gradients beside the sum of weights, and whoever applies them divides. So all that is added up equals the gradient of
+one weighted mean over everything, in whatever pieces it was computed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flowml.ir import _jax
+from flowml.policy import Policy
+
+RNG_WORDS = 3
+"""uint32 words of the key feed: seed, work item, microbatch."""
+
+Weight = str | Callable[[Any], Any]
+"""The name of a leaf of aux, or a function of the batch: how much a batch counts."""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to a gradient before it leaves: `wide` makes it float32 at least, `weighted` multiplies it."""
+
+    wide: bool = False
+    weighted: bool = False
+
+    @staticmethod
+    def of(policy: Policy, replicas: int, microbatches: int, *, weighted: bool) -> Treatment:
+        """Of a parameter under this policy."""
+        collective = policy.collective and replicas > 1
+        added = microbatches > 1 or policy.every.push > 1 or collective
+        alone = not added and (replicas == 1 or not policy.clocked)  # applied as it is
+        return Treatment(wide=added or (weighted and not alone), weighted=weighted and not alone)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How the loss and aux are read from fetch slots. The loss is in slot 0; what is fetched is summed up.
+
+    `slots` are those of the leaves of aux (leaves of one value share a slot: it travels once), `dtypes` theirs; a leaf
+    that is `summed` stays a sum, others are averaged. `weight` is the slot of the weight: if there is one, the loss
+    and what is averaged were multiplied by it.
+    """
+
+    tree: Any = None
+    slots: tuple[int, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    summed: tuple[bool, ...] = ()
+    weight: int | None = None
+
+
+@dataclass(frozen=True)
+class StepFunction:
+    """`call(params, microbatch[, rng])` gives the loss, the leaves of aux, the weight if `weighted`; then the gradients
+    as they are sent, if that is in another way than they are; then the gradients. Each leaf is a copy of its own, so
+    that a node makes it."""
+
+    call: Callable[..., Any]
+    aux_tree: Any
+    dtypes: tuple[str, ...]
+    summed: tuple[bool, ...]
+    weighted: bool
+
+    @property
+    def fetched(self) -> int:
+        return 1 + len(self.dtypes) + self.weighted
+
+    def metrics(self, slots: Sequence[int]) -> Metrics:
+        """`slots` are those of everything that is fetched, in order."""
+        aux = tuple(slots[1 : 1 + len(self.dtypes)])
+        return Metrics(self.aux_tree, aux, self.dtypes, self.summed, slots[-1] if self.weighted else None)
+
+
+def loss_takes_rng(loss: Callable[..., Any]) -> bool:
+    """Whether a loss is `loss(params, batch, rng)` rather than `loss(params, batch)`."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [p for p in inspect.signature(loss).parameters.values() if p.kind in kinds]
+    return len(positional) >= 3 and (positional[2].default is inspect.Parameter.empty or positional[2].name == "rng")
+
+
+def item_key(seed: Any, item: Any, microbatch: Any, microbatches: int) -> jax.Array:
+    """The key that a work item's loss gets: `fold_in(key(seed), item)`, folded again per microbatch if several."""
+    key = jax.random.fold_in(jax.random.key(seed), item)
+    return jax.random.fold_in(key, microbatch) if microbatches > 1 else key
+
+
+def step_function(
+    loss: Callable[..., Any],
+    params: Any,
+    batch: Any,
+    *,
+    microbatches: int,
+    weight: Weight | None,
+    treatments: Sequence[Treatment],
+    counts: bool,
+) -> StepFunction:
+    """The function of one microbatch. `treatments` has one for each leaf of `params`; `counts` says whether several
+    microbatches or replicas share a step, so that the weight matters to the metrics too."""
+    _check_parameters(params)
+    has_aux, aux_shape = _check_loss(loss, params, batch)
+    leaves, aux_tree = jax.tree_util.tree_flatten_with_path(aux_shape)
+    named = _weight_leaf(weight, [_jax.path_name(p) for p, _ in leaves], [x for _, x in leaves])
+    if callable(weight):
+        _check_weight(jax.eval_shape(weight, batch), f"weight={name_of(weight)}")
+    weighted = weight is not None and (counts or any(t.weighted for t in treatments))
+    summed = tuple(i == named or not jnp.issubdtype(x.dtype, jnp.inexact) for i, (_, x) in enumerate(leaves))
+    gradient = jax.value_and_grad(loss, has_aux=has_aux)
+
+    def step(params: Any, batch: Any, *rng: Any) -> Any:
+        keys = [item_key(rng[0][0], rng[0][1], rng[0][2], microbatches)] if rng else []
+        value, gradients = gradient(params, batch, *keys)
+        scalar, aux = value if has_aux else (value, None)
+        metrics = [scalar, *jax.tree_util.tree_leaves(aux)]
+        raw = [jnp.copy(jnp.asarray(g)) for g in jax.tree_util.tree_leaves(gradients)]
+        count: Any = None
+        if weighted:
+            assert weight is not None
+            count = wide(jnp.asarray(weight_of(weight, aux, batch)))
+            metrics = [x if is_sum else scaled(x, count) for x, is_sum in zip(metrics, (False, *summed), strict=True)]
+            metrics.append(count)
+        sent: list[Any] = []
+        if any(t.weighted or (t.wide and is_narrow(g.dtype)) for t, g in zip(treatments, raw, strict=True)):
+            sent = [jnp.copy(_treated(g, t, count)) for g, t in zip(raw, treatments, strict=True)]
+        return [jnp.copy(jnp.asarray(x)) for x in metrics], sent, raw
+
+    dtypes = tuple(_jax.spec_of(x).dtype for _, x in leaves)
+    return StepFunction(step, aux_tree, dtypes, summed, weighted)
+
+
+def wide(x: Any) -> Any:
+    """In float32 at least: a sum of many in bfloat16 loses what they agree on."""
+    return x.astype(jnp.float32) if is_narrow(x.dtype) else x
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether sums are not kept in this dtype: it has less than float32."""
+    return dtype.itemsize < 4 or not jnp.issubdtype(dtype, jnp.inexact)
+
+
+def scaled(x: Any, weight: Any) -> Any:
+    """`x` as often as it counts; where it counts nothing also its NaN is nothing (a mean over no tokens)."""
+    x = wide(jnp.asarray(x))
+    return jnp.where(weight > 0, x * weight.astype(x.dtype), jnp.zeros_like(x))
+
+
+def _treated(gradient: Any, treatment: Treatment, weight: Any) -> Any:
+    if treatment.weighted:
+        return scaled(gradient, weight)
+    return wide(gradient) if treatment.wide else gradient
+
+
+def weight_of(weight: Weight, aux: Any, batch: Any) -> Any:
+    """The weight of a batch, of which the loss gave `aux`."""
+    if callable(weight):
+        return weight(batch)
+    leaves = jax.tree_util.tree_flatten_with_path(aux)[0]
+    return next(leaf for path, leaf in leaves if _jax.path_name(path) == weight)
+
+
+def _weight_leaf(weight: Weight | None, names: Sequence[str], leaves: Sequence[Any]) -> int | None:
+    """The position among the leaves of aux of the one that `weight` names."""
+    if weight is None or callable(weight):
+        return None
+    if weight not in names:
+        known = ", ".join(map(repr, names)) or "none; return (loss, aux) with the weight in aux"
+        raise ValueError(f"weight={weight!r} names no leaf of the loss's aux; there are: {known}")
+    position = names.index(weight)
+    _check_weight(leaves[position], f"weight={weight!r}")
+    return position
+
+
+def _check_weight(value: Any, what: str) -> None:
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    real = dtype is not None and any(jnp.issubdtype(dtype, k) for k in (jnp.floating, jnp.integer, jnp.bool_))
+    if shape != () or not real:
+        raise ValueError(f"{what} is {described(value)}; a weight is one real number a batch, such as its tokens")
+
+
+def _check_parameters(params: Any) -> None:
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    if not leaves:
+        raise ValueError("params has no arrays; there is nothing to train")
+    for path, leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(
+                f"parameter {_jax.path_name(path)!r} has dtype {leaf.dtype}; parameters must be floating, so pass the "
+                "others in the batch or close over them in the loss"
+            )
+
+
+def _check_loss(loss: Callable[..., Any], params: Any, batch: Any) -> tuple[bool, Any]:
+    """Whether the loss returns (scalar, aux), and the shapes of aux."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shape = jax.eval_shape(loss, params, batch, *([key] if loss_takes_rng(loss) else []))
+    has_aux = isinstance(shape, tuple)
+    wanted = "a loss returns a floating scalar, or (scalar, aux)"
+    if has_aux and len(shape) != 2:
+        raise ValueError(f"{name_of(loss)} returns {len(shape)} values; {wanted}")
+    scalar = shape[0] if has_aux else shape
+    if getattr(scalar, "shape", None) != ():
+        raise ValueError(f"{name_of(loss)} returns {described(scalar)}; {wanted}, so take the mean over the examples")
+    if not jnp.issubdtype(scalar.dtype, jnp.floating):
+        raise ValueError(f"{name_of(loss)} returns {described(scalar)}; {wanted}")
+    return has_aux, shape[1] if has_aux else None
+
+
+def described(value: Any) -> str:
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+
+
+def name_of(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__name__", type(fn).__name__)

@@ -1,0 +1,84 @@
+"""A look at the loss before a fit: is it a mean over examples, as replicas and microbatches take it to be?
+
+The loss is evaluated here on a few examples of the first batch, on their two halves and on both together. Nothing is
+said where that would take long, where the loss needs a shape of its own, or where it is random.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowml.data import Source
+from flowml.plan import Plan
+from flowml.training.compiler import TrainingSpec
+from flowml.training.step import loss_takes_rng, name_of, weight_of
+
+MOST_EXAMPLES = 32
+MOST_SECONDS = 1.0
+"""As the cost model expects of one evaluation."""
+
+_CLOSE, _CLOSE_NARROW = 1e-3, 3e-2
+"""How far from the mean of its halves, relative to them, rounding can bring a mean over examples: with float32 at
+least, and where something has less."""
+
+
+def mean_warning(
+    spec: TrainingSpec, plan: Plan, params: Any, source: Source, order: np.ndarray, batch: int
+) -> str | None:
+    """One sentence if the loss is no (weighted) mean over examples, else None. `order` begins with the first batch."""
+    if spec.replicas * spec.microbatches == 1 or any(t.kind == "python" for t in plan.tasks):
+        return None
+    seconds = plan.estimate.single_device_seconds / batch
+    half = min(batch, MOST_EXAMPLES, int(MOST_SECONDS / max(seconds, 1e-9))) // 2
+    if half < 1:
+        return None
+    leaves = source.take(order[: 2 * half])
+    batches = [
+        jax.tree_util.tree_unflatten(source.tree, [x[piece] for x in leaves])
+        for piece in (slice(None), slice(half), slice(half, None))
+    ]
+    try:
+        found = [_evaluate(spec, params, b) for b in batches]
+    except Exception:  # of the user's function, which may be made for the shape that the fit gives it, and no other
+        return None
+    if None in found:
+        return None
+    (whole, _), (first, one), (second, other) = (f for f in found if f is not None)
+    mean = (first * one + second * other) / (one + other) if one + other else math.nan
+    scale = max(abs(whole), abs(first), abs(second))
+    close = _CLOSE_NARROW if _is_narrow([params, leaves]) else _CLOSE
+    if not math.isfinite(whole) or not math.isfinite(mean) or abs(whole - mean) <= close * scale:
+        return None
+    weighted = "" if spec.weight is None else " by its weight"
+    return (
+        f"{name_of(spec.loss)} is no mean over examples{weighted}: on two halves of {2 * half} examples it is "
+        f"{first:.6g} and {second:.6g}, on both together {whole:.6g} and not {mean:.6g}, so {spec.replicas} replicas x "
+        f"{spec.microbatches} microbatches train by another gradient than that of the whole batch; give "
+        "Trainer(weight=) what it is a mean over: a leaf of aux, such as 'tokens', or a function of the batch"
+    )
+
+
+def _evaluate(spec: TrainingSpec, params: Any, batch: Any) -> tuple[float, float] | None:
+    """The loss and its weight; None if it is random."""
+    takes_rng = loss_takes_rng(spec.loss)
+    evaluate = jax.jit(lambda *args: _with_weight(spec, *args))
+    values = [evaluate(params, batch, *([jax.random.key(k)] if takes_rng else [])) for k in range(1 + takes_rng)]
+    losses = {float(v[0]) for v in values}
+    return (losses.pop(), float(values[0][1])) if len(losses) == 1 else None
+
+
+def _with_weight(spec: TrainingSpec, params: Any, batch: Any, *rng: Any) -> tuple[Any, Any]:
+    value = spec.loss(params, batch, *rng)
+    loss, aux = value if isinstance(value, tuple) else (value, None)
+    return loss, jnp.float32(1) if spec.weight is None else weight_of(spec.weight, aux, batch)
+
+
+def _is_narrow(trees: Sequence[Any]) -> bool:
+    found = [jax.dtypes.result_type(x) for x in jax.tree_util.tree_leaves(trees)]
+    return any(d.itemsize < 4 and jnp.issubdtype(d, jnp.inexact) for d in found)
