@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import flowml
+from flowml_runtime.execution.streams import on_terminal
 
 SUMMARY = "what this machine has, measured: cores, memory, links, versions"
 DESCRIPTION = "Measure what matters to flowml on this machine. Takes a few seconds; only the links are remembered."
@@ -77,9 +78,9 @@ def _collect() -> list[Fact]:
     facts: list[Fact] = []
     for fact in _facts():
         facts.append(fact)
-        if sys.stderr.isatty():
+        if on_terminal():
             print(f"\r\033[K{fact.section}: {fact.name}", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
+    if on_terminal():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     return facts
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -83,7 +85,8 @@ def _announce(at: str, token_file: Path, secured: TLS | None) -> None:
     )
     print(f"  a script:    flowml run --on {at} {options} FILE.py")
     print(f"  one more:    flowml worker {at} {options}")
-    print("Ctrl-C stops it.", flush=True)
+    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in the background of a shell script
+    print(f"`kill {os.getpid()}` stops it." if deaf else "Ctrl-C stops it.", flush=True)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ The subcommands import flowml and JAX only when they run, so that `flowml --help
 from __future__ import annotations
 
 import argparse
+import codecs
+import io
 import os
 import signal
 import sys
@@ -13,6 +15,7 @@ import traceback
 from types import FrameType
 from typing import NoReturn
 
+from flowml_runtime.execution.streams import open_standard_streams
 from flowml_tools import bench, doctor, launch, run, viz, worker
 from flowml_tools.command import CommandError
 
@@ -22,8 +25,11 @@ DESCRIPTION = "Run JAX functions as dataflow programs on many devices and machin
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script; returns the exit status: 0, 1 (failed), 2 (wrong call), 130 (Ctrl-C)."""
+    open_standard_streams()
+    _heed_signals()
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminate)
+    if arguments.command is not run.main:  # what a script prints is its own
+        _print_anywhere()
     try:
         return arguments.command(arguments)
     except KeyboardInterrupt:
@@ -37,8 +43,33 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds like any other exit, so that clusters are closed on the way."""
+    """A signal unwinds like any other exit, so that clusters are closed on the way."""
     raise SystemExit(128 + signum)
+
+
+def _heed_signals() -> None:
+    """End in order by SIGTERM and SIGHUP, also where the parent blocked them; what `nohup` ignores stays ignored."""
+    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _terminate)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+
+
+_PLAIN = {"µ": "u", "×": "x", "…": "...", "→": "->", "·": "."}
+
+
+def _print_anywhere() -> None:
+    """Have characters that stdout cannot encode (LANG=C, PYTHONIOENCODING=ascii) replaced, not refused."""
+
+    def plain(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        return "".join(_PLAIN.get(c, "?") for c in error.object[error.start : error.end]), error.end
+
+    codecs.register_error("flowml-plain", plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where it was closed from the start
+            stream.reconfigure(errors="flowml-plain")
 
 
 def _parser() -> argparse.ArgumentParser:

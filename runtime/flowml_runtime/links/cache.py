@@ -62,10 +62,13 @@ class _File(msgspec.Struct, frozen=True):
 _decoder = msgspec.json.Decoder(_File)
 
 
-def links_file() -> Path:
-    """Where links are remembered."""
+def links_file() -> Path | None:
+    """Where links are remembered; None for a user without a home, who is not asked for one."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "flowml" / "links.json"
+    try:
+        return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "flowml" / "links.json"
+    except RuntimeError:  # no HOME, and no entry in the password file, as in many containers
+        return None
 
 
 class RememberedLinks:
@@ -88,10 +91,14 @@ class RememberedLinks:
         """Keep a measurement in place of an earlier one; of too many the oldest go."""
         figure = _Figure(self._machine, source, destination, link.way, link.latency_s, link.bytes_per_s, self._now_s())
         kept = sorted((f for f in self._read() if f.key != figure.key), key=lambda f: -f.measured_at_s)
+        if self._path is None:
+            return
         with contextlib.suppress(OSError):
-            self._write(_File(FORMAT, (figure, *kept[: MAX_FIGURES - 1])))
+            self._write(self._path, _File(FORMAT, (figure, *kept[: MAX_FIGURES - 1])))
 
     def _read(self) -> tuple[_Figure, ...]:
+        if self._path is None:
+            return ()
         try:
             if self._path.stat().st_size > MAX_FILE_BYTES:
                 return ()
@@ -99,14 +106,15 @@ class RememberedLinks:
         except (OSError, msgspec.DecodeError):
             return ()
 
-    def _write(self, file: _File) -> None:
+    @staticmethod
+    def _write(path: Path, file: _File) -> None:
         """Whoever reads meanwhile finds the old file or the new one, never half of one."""
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, made = tempfile.mkstemp(dir=self._path.parent, prefix="links-")  # readable for its owner only
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, made = tempfile.mkstemp(dir=path.parent, prefix="links-")  # readable for its owner only
         try:
             with os.fdopen(handle, "wb") as out:
                 out.write(msgspec.json.format(msgspec.json.encode(file)))
-            os.replace(made, self._path)
+            os.replace(made, path)
         except BaseException:
             Path(made).unlink(missing_ok=True)
             raise

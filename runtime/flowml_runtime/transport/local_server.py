@@ -147,12 +147,12 @@ class UnixServer:
         try:
             reason = self._check(link, reader)
             if not reason:
-                link.sendall(NUMBER.pack(TAKEN))
+                link.sendall(NUMBER.pack(TAKEN), socket.MSG_NOSIGNAL)
                 hang_up = functools.partial(_shut, link, socket.SHUT_RD)
                 reason = self._serve(_messages(link, reader), hang_up, expectation) or CLOSED
             with contextlib.suppress(OSError):
                 text = reason.encode("utf-8", "replace")[:MAX_REASON_BYTES]
-                link.sendall(NUMBER.pack(GOODBYE) + LENGTH.pack(len(text)) + text)
+                link.sendall(NUMBER.pack(GOODBYE) + LENGTH.pack(len(text)) + text, socket.MSG_NOSIGNAL)
         except (OSError, FrameError):
             pass  # whoever it was has said nothing that we could answer
         finally:

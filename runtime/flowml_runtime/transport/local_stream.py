@@ -270,7 +270,7 @@ class UnixStream:
             chunk = self._waiting[0]
         while True:
             try:
-                while not chunk.send(self._link, 0):
+                while not chunk.send(self._link, socket.MSG_NOSIGNAL):
                     pass
             except OSError:
                 self._drop_waiting()

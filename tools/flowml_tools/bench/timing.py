@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from flowml_runtime.execution.streams import on_terminal
 from flowml_tools.bench.rows import Sample
 
 Probe = Callable[[], float]
@@ -45,7 +46,7 @@ def interleave(what: str, probes: Sequence[Probe], repeats: int, warm_up: int = 
 
 def tell(progress: str) -> None:
     """Progress, for a person who waits; a terminal shows only the latest."""
-    if sys.stderr.isatty():
+    if on_terminal():
         print(f"\r\033[K{progress}", end="", file=sys.stderr, flush=True)
     else:
         print(progress, file=sys.stderr, flush=True)
@@ -53,5 +54,5 @@ def tell(progress: str) -> None:
 
 def hush() -> None:
     """Take the progress off the terminal, before a result is printed."""
-    if sys.stderr.isatty():
+    if on_terminal():
         print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,77 @@
+"""The command under parents that ignore or block signals: `nohup flowml … &`, cron, service managers."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.tools.conftest import COMMAND, environment
+from tests.tools.test_clusters import read_until
+
+
+def start(folder: Path, *arguments: str, prepare: Callable[[], None]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+        preexec_fn=prepare,  # noqa: PLW1509  the test has no threads that matter to a child which only sets signals
+    )
+
+
+def ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def block_all() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+
+
+def test_a_cluster_in_the_background_says_how_it_is_stopped(tmp_path: Path) -> None:
+    with start(tmp_path, "launch", "-n", "1", prepare=ignore_interrupts) as process:
+        said = read_until(process.stdout, f"`kill {process.pid}` stops it.")
+        assert "Ctrl-C" not in said
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+        assert psutil.wait_procs(children, timeout=10)[1] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("prepare", [block_all, lambda: None], ids=["blocked", "as usual"])
+def test_a_cluster_ends_in_order_by_each_signal(
+    tmp_path: Path, number: signal.Signals, prepare: Callable[[], None]
+) -> None:
+    with start(tmp_path, "launch", "-n", "1", "--token-file", "t", prepare=prepare) as process:
+        read_until(process.stdout, "Ctrl-C stops it.")
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+        assert psutil.wait_procs(children, timeout=10)[1] == []
+
+
+def test_nohup_is_heeded(tmp_path: Path) -> None:
+    hangup = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    with start(tmp_path, "launch", "-n", "1", prepare=hangup) as process:
+        read_until(process.stdout, "Ctrl-C stops it.")
+        process.send_signal(signal.SIGHUP)
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+
+
+def test_a_script_in_the_background_ends_with_its_own_status(tmp_path: Path) -> None:
+    (tmp_path / "s.py").write_text(
+        "import flowml as fm\nprint(fm.dataflow(lambda x: x + 1)(1.0))\nraise SystemExit(3)\n"
+    )
+    with start(tmp_path, "run", "--workers", "2", "s.py", prepare=ignore_interrupts) as process:
+        assert process.communicate(timeout=60)[0] == "2.0\n"
+        assert process.returncode == 3
