@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from flowml.policy import Policy
 from flowml.training.compiler import TrainingCompiled, TrainingSpec, compile_training
 from flowml.training.step import Weight
 from flowml_runtime.cluster import Cluster, current_cluster
-from flowml_runtime.driver.fit import Fit, FitOptions
+from flowml_runtime.driver.fit import Fit, FitOptions, OnNonFinite
 from flowml_runtime.driver.history import Record
 from flowml_runtime.driver.probe import mean_warning
 from flowml_runtime.driver.session import LoadedPlan, Session
@@ -110,6 +110,10 @@ class Trainer:
         delays: worker name -> seconds added to each of its steps: declared slowness, for experiments.
         check_replicas: steps between two checks that replicas which each apply sums of gradients (`all_reduce`, rings
             and the like) hold the same bits of parameters and optimizer state; a fit ends with one too. 0: no checks.
+        on_nonfinite: what becomes of a gradient that holds NaN or infinity. `"refuse"` leaves out what a replica sends
+            for that layer and step (where replicas add gradients up, the sum, on all of them alike), warns and counts
+            it in `result.ledger`; a loss that is not finite is then not in the history's mean either. `"raise"` ends
+            the fit, `"apply"` applies it.
 
     Raises:
         ValueError, PolicyError: for arguments that do not go together.
@@ -129,6 +133,7 @@ class Trainer:
         weight: Weight | None = None,
         delays: Mapping[str, float] | None = None,
         check_replicas: int = 100,
+        on_nonfinite: OnNonFinite = "refuse",
     ) -> None:
         if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
             raise TypeError(
@@ -137,6 +142,11 @@ class Trainer:
         self._spec = TrainingSpec(loss, optimizer, replicas, placement, microbatches, schedule, policies, weight)
         self._cluster = cluster
         self._delays = {worker: _seconds(worker, delay) for worker, delay in (delays or {}).items()}
+        if on_nonfinite not in get_args(OnNonFinite):
+            raise ValueError(
+                f"on_nonfinite={on_nonfinite!r} is not one; choose from {', '.join(get_args(OnNonFinite))}"
+            )
+        self._on_nonfinite: OnNonFinite = on_nonfinite
         self._check_replicas = whole_number("check_replicas", check_replicas)
         self._programs: dict[Any, _Program] = {}
         self._fitting = threading.Lock()
@@ -203,6 +213,7 @@ class Trainer:
                 shuffle=bool(shuffle),
                 delays=self._delays,
                 check_replicas=self._check_replicas,
+                on_nonfinite=self._on_nonfinite,
                 progress=progress,
             )
             fit = Fit(cluster.session, handle, data, options, program.compiled)

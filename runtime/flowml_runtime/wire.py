@@ -271,7 +271,7 @@ class StartTraining(TrainingMessage, frozen=True):
     `run` is the number of the fit's first step among all steps of the plan, so that no two fits share one.
     `source`: "shipped" (arrays follow in `Source`) or "fed" (each Batch comes from the driver). `delays` slow
     workers down on purpose: (worker, seconds added to each of its steps). Replicas compare what they hold every
-    `check_replicas` steps and at the end; 0: never.
+    `check_replicas` steps and at the end; 0: never. `on_nonfinite` says what becomes of gradients with NaN or infinity.
     """
 
     total_clocks: Count
@@ -281,6 +281,7 @@ class StartTraining(TrainingMessage, frozen=True):
     source: Literal["shipped", "fed"]
     delays: tuple[tuple[Name, float], ...] = ()
     check_replicas: Count = 0
+    on_nonfinite: Literal["refuse", "raise", "apply"] = "refuse"
 
 
 class Source(TrainingMessage, frozen=True):
@@ -411,6 +412,15 @@ class Report(TrainingMessage, frozen=True):
     seconds: float
 
 
+class NonFinite(TrainingMessage, frozen=True):
+    """A contribution to `store` at `clock` held NaN or infinity and was left out: that of these replicas, or, where all
+    replicas are added up, the sum, in which those of the sender's replicas that are named held it."""
+
+    store: Count
+    clock: Count
+    replicas: tuple[Count, ...]
+
+
 class Traffic(TrainingMessage, frozen=True):
     """What this worker sent for each store in the run, counted when it leaves for another worker.
 
@@ -437,46 +447,14 @@ class StopTraining(TrainingMessage, frozen=True):
     """End the run."""
 
 
+# fmt: off
 Wire = (
-    Hello
-    | Join
-    | Welcome
-    | Refused
-    | Heartbeat
-    | Members
-    | Leave
-    | Probe
-    | Probed
-    | Contradicted
-    | LoadPlan
-    | Loaded
-    | Unload
-    | Value
-    | Taken
-    | StepFailed
-    | Failed
-    | Unreachable
-    | Trace
-    | Traced
-    | StartTraining
-    | Source
-    | Batch
-    | StoreValue
-    | Ask
-    | Grant
-    | Begin
-    | Contribution
-    | Arrived
-    | Commit
-    | Published
-    | Applied
-    | Collective
-    | Settled
-    | Report
-    | Traffic
-    | Retired
-    | StopTraining
+    Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
+    | Loaded | Unload | Value | Taken | StepFailed | Failed | Unreachable | Trace | Traced | StartTraining
+    | Source | Batch | StoreValue | Ask | Grant | Begin | Contribution | Arrived | Commit | Published | Applied
+    | Collective | Settled | Report | NonFinite | Traffic | Retired | StopTraining
 )
+# fmt: on
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Wire)

@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import queue
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from flowml.data import Source, epoch_order
 from flowml.devices import worker_of
-from flowml.errors import ClusterError, DeadlineError, DivergedError, FlowmlError, WorkerError, WorkerLostError
+from flowml.errors import (
+    ClusterError,
+    DeadlineError,
+    DivergedError,
+    FlowmlError,
+    FlowmlWarning,
+    WorkerError,
+    WorkerLostError,
+)
 from flowml.ir._jax import key_implementation
 from flowml.placement.links import SHARED_MEMORY
 from flowml.plan import Feed, Training
@@ -33,6 +42,8 @@ from flowml_runtime.protocol.training.actions import Received, Release, Send
 from flowml_runtime.protocol.training.ledger import Summary, Work
 from flowml_runtime.protocol.training.terms import Places, Terms
 from flowml_runtime.transport.arrays import own_copy
+
+OnNonFinite = Literal["refuse", "raise", "apply"]
 
 _LOOK_UP_S = 1.0
 """How often a fit that hears nothing looks whether its cluster is still there."""
@@ -49,6 +60,7 @@ class FitOptions:
     shuffle: bool
     delays: Mapping[str, float]
     check_replicas: int
+    on_nonfinite: OnNonFinite
     progress: bool | None
 
 
@@ -89,7 +101,9 @@ class Fit:
         )
         terms, places = Terms.of(training, options.total), Places.of(training)
         self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places)
-        self._history = History(training, work.clocks_per_epoch, compiled.metrics)
+        self._history = History(
+            training, work.clocks_per_epoch, compiled.metrics, leaves_out=options.on_nonfinite == "refuse"
+        )
         self._payloads: dict[int, Sequence[Any]] = {}
         self._handles = count(1)
         self._values: dict[int, Sequence[Any]] = {}
@@ -166,6 +180,7 @@ class Fit:
             source="shipped" if self._source.arrays is not None else "fed",
             delays=tuple(options.delays.items()),
             check_replicas=options.check_replicas,
+            on_nonfinite=options.on_nonfinite,
         )
 
     def _event(self, peer: str, message: Any, arrays: Sequence[Any]) -> protocol.Event | None:
@@ -196,6 +211,10 @@ class Fit:
                     self._feed(replica, item)
                 case protocol.Note(message, handle):
                     self._history.report(message, self._taken(handle))
+                case protocol.NoteNonFinite(store, clock, replicas):
+                    warning = self._history.refused(self._training.stores[store].name, clock, replicas)
+                    if warning:
+                        warnings.warn(warning, FlowmlWarning, stacklevel=4)
                 case protocol.NoteCommit(clock, excluded):
                     self._history.committed(clock, excluded)
                 case protocol.Keep(store, handle):
@@ -295,6 +314,7 @@ class Fit:
                 states[leaf] = _from_buffer(array, spec.dtype)
         self._machine.validate()
         summary = self._machine.ledger.summary(lambda epoch: self._order(epoch).tolist())
+        summary = replace(summary, nonfinite=self._history.nonfinite_counts())
         return Outcome(final, states, self._history.records, summary, seconds, self._bytes())
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,11 @@ def drops(training: Training) -> bool:
 class History:
     """Gathers reports. A record is about the work items that count, and no others."""
 
-    def __init__(self, training: Training, clocks_per_epoch: int, metrics: Metrics) -> None:
+    def __init__(
+        self, training: Training, clocks_per_epoch: int, metrics: Metrics, *, leaves_out: bool = False
+    ) -> None:
+        """`leaves_out`: gradients that are not finite take no part, and so neither do losses that are not."""
+        self._leaves_out = leaves_out
         self._replicas = len(training.replicas)
         self._microbatches = training.microbatches
         self._aligned = any(s.clocked for s in training.stores)
@@ -58,6 +63,8 @@ class History:
         self._decided = -1
         self._counted: dict[int, frozenset[int]] = {}
         """By clock that is decided, and has no record yet, the replicas whose work counts."""
+        self.nonfinite: dict[str, Counter[int]] = {}
+        self._sums: dict[tuple[str, int], set[int]] = {}
         self._complete = 0
         self.records: list[Record] = []
 
@@ -85,6 +92,30 @@ class History:
         for earlier in range(self._decided + 1, clock + 1):
             self._counted[earlier] = counted
         self._decided = max(self._decided, clock)
+
+    def refused(self, layer: str, clock: int, replicas: Sequence[int]) -> str | None:
+        """Count gradients that were left out. One sentence to warn with, the first time that a layer has one."""
+        first = layer not in self.nonfinite
+        counts = self.nonfinite.setdefault(layer, Counter())
+        counts.update(replicas)
+        sums = self._sums.setdefault((layer, clock), set())
+        sums.update(replicas)
+        if not first:
+            return None
+        whose = f"of replica {', '.join(map(str, replicas))}" if replicas else "of all replicas together"
+        return (
+            f"the gradient of layer {layer!r} {whose} at step {clock} holds NaN or infinity and is left out of the "
+            "update; result.ledger counts such gradients, Trainer(on_nonfinite='raise') ends the fit at the first, and "
+            "'apply' applies them"
+        )
+
+    def nonfinite_counts(self) -> dict[str, dict[int, int]]:
+        """By layer and replica. Sums that no replica's own gradient explains are under -1."""
+        counts = {layer: dict(found) for layer, found in self.nonfinite.items()}
+        for (layer, _), replicas in self._sums.items():
+            if not replicas:
+                counts[layer][-1] = counts[layer].get(-1, 0) + 1
+        return counts
 
     def ready(self) -> list[Record]:
         """Records of the steps that are complete."""
@@ -114,6 +145,8 @@ class History:
         kept = sorted((u for place, u in units.items() if place in used), key=lambda u: u.item.sequence)
         for unit in units.values():
             self._shapes.update((slot, value.shape) for slot, value in unit.values.items())
+        if self._leaves_out:
+            kept = [u for u in kept if np.isfinite(u.values[0])]
         weight = self._weight(kept)
         record: Record = {
             "step": step,

@@ -4,6 +4,7 @@
     Settled         what became of items, for the ledger and for the history.
     Report          the loss of a step, for the history.
     Commit          whose reports of a clock count, for the history; told where a decision may leave a replica out.
+    NonFinite       whose gradients were left out, because they hold NaN or infinity: for the account.
     StoreValue      a home has finished a store. The value counts that comes from the store's first home, once; other
                     homes hold copies of it.
     Traffic         what a worker has sent for each store. The newest word counts.
@@ -115,6 +116,16 @@ class NoteCommit:
 
 
 @dataclass(frozen=True, slots=True)
+class NoteNonFinite:
+    """Count what these replicas contributed to a store at a clock as left out, and warn."""
+
+    store: int
+    clock: int
+    replicas: tuple[int, ...]
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
 class Keep:
     """This is the store's final value."""
 
@@ -138,7 +149,9 @@ class Over:
     cause: int
 
 
-Action = Send | SendStore | SendSource | Feed | Note | NoteFates | NoteCommit | Keep | Release | Fail | Over
+Action = (
+    Send | SendStore | SendSource | Feed | Note | NoteFates | NoteCommit | NoteNonFinite | Keep | Release | Fail | Over
+)
 
 
 class TrainingDriver:
@@ -219,6 +232,8 @@ class TrainingDriver:
                 return [Note(message, event.handle, cause)]
             case wire.Commit(clock=clock, excluded=excluded):
                 return [NoteCommit(clock, excluded, cause)]
+            case wire.NonFinite(store=store, clock=clock, replicas=replicas):
+                return [NoteNonFinite(store, clock, replicas, cause)]
             case wire.StoreValue():
                 return self._finish(event.peer, message, event.handle)
             case wire.Traffic():

@@ -1,7 +1,7 @@
 """A home's machine: it gathers the contributions to the stores that live on one worker, and versions them.
 
 * A contribution is complete when every part of it is in, one from each stage that shares in the store. Its
-  parts carry equal weights, because all stages send the same steps; or all are empty.
+  parts carry equal weights, because all stages send the same steps; or one is empty, and then all of it counts nothing.
 * A clocked store tells the leader when a contribution is complete, and applies nothing until the clock is
   committed. Then it applies what the commit names, in the order of replicas, so that two runs agree to the
   bit. Whatever else it holds for that clock is late: it is released and never applied.
@@ -144,7 +144,8 @@ class _Gathering:
 
     @property
     def weight(self) -> int:
-        return next(iter(self.parts.values())).weight
+        """Of every part; 0 if one is empty."""
+        return min(p.weight for p in self.parts.values())
 
     def handles(self) -> tuple[Handle, ...]:
         return tuple(self.parts[p].handle for p in sorted(self.parts) if not self.parts[p].empty)
@@ -281,8 +282,10 @@ class Home:
         if store.terms.clocked and not due(part.clock, store.terms.every, self._terms.last_clock):
             raise ProtocolError(f"{_where(part)}: nothing is due at that clock")
         other = store.gathering.get(part.clock, {}).get(part.replica)
-        if other and other.parts and other.incarnation == part.incarnation and other.weight != part.weight:
-            raise ProtocolError(f"{_where(part)} has weight {part.weight}, another part of it {other.weight}")
+        if other and other.incarnation == part.incarnation:
+            for weight in {p.weight for p in other.parts.values()} - {0, part.weight}:
+                if not part.empty:
+                    raise ProtocolError(f"{_where(part)} has weight {part.weight}, another part of it {weight}")
 
     def _too_late(self, store: _Store, part: ContributionReceived) -> bool:
         if store.terms.decided:
@@ -341,12 +344,13 @@ class Home:
         """Apply what has weight, and publish. The floor is set before."""
         store = self._stores[index]
         full = [g for g in gathered if g.weight]
+        rest = self._release(part for g in gathered if not g.weight for part in g.parts.values())
         if not full:
-            return [Publish(index, store.version, store.floor, value=False)]
+            return [*rest, Publish(index, store.version, store.floor, value=False)]
         store.version += 1
         factors = coefficients(store.terms.apply, [g.weight for g in full], self._terms.microbatches)
         contributions = tuple((g.handles(), f) for g, f in zip(full, factors, strict=True))
-        return [Apply(index, store.version, contributions), Publish(index, store.version, store.floor)]
+        return [*rest, Apply(index, store.version, contributions), Publish(index, store.version, store.floor)]
 
     def _retire(self, replica: int, stages: Iterable[int]) -> list[Action]:
         actions: list[Action] = []
@@ -411,7 +415,7 @@ class Home:
     def _validate_gathering(self, store: _Store, gathering: _Gathering, where: str) -> None:
         parts = gathering.parts.values()
         ensure(parts, f"{where}: a contribution of no parts is kept")
-        ensure(all(p.weight == gathering.weight for p in parts), f"{where}: parts have unequal weights")
+        ensure(len({p.weight for p in parts} - {0}) <= 1, f"{where}: parts have unequal weights")
         ensure(all(p.incarnation == gathering.incarnation for p in parts), f"{where}: parts are of two lives")
         complete = store.is_complete(gathering)
         ensure(store.terms.decided or not complete, f"{where}: a complete contribution was not applied on arrival")

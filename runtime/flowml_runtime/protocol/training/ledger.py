@@ -22,7 +22,7 @@ What the caller must do:
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -114,7 +114,8 @@ class Summary:
     """The account of a run. `epochs` and `replicas` hold a Tally each, in order; the totals count items.
 
     `unseen` of a replica is 0: nobody owns an item that was not begun. `seen` lists, for each number of
-    times, how many examples took part that often; empty if it was not asked for.
+    times, how many examples took part that often; empty if it was not asked for. `nonfinite` counts by layer and
+    replica the gradients that were left out because they held NaN or infinity; under replica -1 sums of finite ones.
     """
 
     used: int
@@ -128,6 +129,7 @@ class Summary:
     epochs: tuple[Tally, ...]
     replicas: tuple[Tally, ...]
     seen: tuple[tuple[int, int], ...] = ()
+    nonfinite: Mapping[str, Mapping[int, int]] = field(default_factory=dict[str, Mapping[int, int]])
 
     def __str__(self) -> str:
         names = ("used", "dropped", "folded", "requeued", "unseen")
@@ -139,6 +141,9 @@ class Summary:
         lines.append(f"{'total':<14}" + "".join(f"{getattr(self, n):>10}" for n in names))
         if self.seen:
             lines.append("examples seen: " + ", ".join(f"{many} × {times}" for times, many in self.seen))
+        for layer, counts in self.nonfinite.items():
+            whose = ", ".join(f"replica {r} × {n}" if r >= 0 else f"the sum × {n}" for r, n in sorted(counts.items()))
+            lines.append(f"not finite and left out of {layer}: {whose}")
         return "\n".join(lines)
 
 

@@ -8,10 +8,11 @@ and arrives at every home with the same bits: replicas of a worker are added in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from flowml.devices import worker_of
@@ -25,6 +26,7 @@ from flowml_runtime.protocol.collective import Schedule, named
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.transport.arrays import aligned_empty
 from flowml_runtime.worker.training.collectives import Group, GroupId, accumulator, add
+from flowml_runtime.worker.training.finite import all_finite
 from flowml_runtime.worker.training.run import Fault, Run
 
 
@@ -102,6 +104,7 @@ class Reductions:
         The arrays must not change any more. May wait until they are computed.
         """
         bucket = self._buckets[given.store, given.part]
+        own = {given.replica: arrays}
         if len(bucket.replicas) > 1:
             key = (given.store, given.part, given.clock)
             with self._run.changed:
@@ -109,15 +112,15 @@ class Reductions:
                 waiting[given.replica] = arrays
                 if len(waiting) < len(bucket.replicas):
                     return
-                del self._waiting[key]
-            arrays = [_sum([np.asarray(waiting[r][i]) for r in bucket.replicas]) for i in range(len(arrays))]
+                own = self._waiting.pop(key)
+            arrays = [_sum([np.asarray(own[r][i]) for r in bucket.replicas]) for i in range(len(arrays))]
         began = now_ns()
         try:
             future = bucket.group.all_reduce(bucket.number, given.clock, arrays, bucket.schedule)
         except FlowmlError as error:
             self._failed(given, error)
         else:
-            future.add_done_callback(lambda done: self._done(bucket, given, began, done))
+            future.add_done_callback(lambda done: self._done(bucket, given, own, began, done))
 
     def on_message(self, peer: str, message: wire.Collective, arrays: Sequence[Array]) -> None:
         """Take a chunk in. Does not wait."""
@@ -137,7 +140,9 @@ class Reductions:
         for group in self._groups.values():
             group.close()
 
-    def _done(self, bucket: _Bucket, given: Given, began: int, done: Future[Any]) -> None:
+    def _done(
+        self, bucket: _Bucket, given: Given, own: Mapping[int, Sequence[Array]], began: int, done: Future[Any]
+    ) -> None:
         """The sum is here, or will never be. Called by a thread that takes messages in, or by the group's."""
         error = done.exception()
         if error is not None:
@@ -157,7 +162,13 @@ class Reductions:
             weight=given.weight * replicas,
             specs=bucket.part.payload,
         )
-        sums: list[Array] = done.result()
+        sums: Sequence[Array] = done.result()
+        try:
+            if not self._is_sound(given, own, sums):
+                message, sums = msgspec.structs.replace(message, weight=0, empty=True, specs=()), ()
+        except FlowmlError as error:
+            self._failed(given, error)
+            return
         if run.recorder.on:
             name, step = f"store {run.training.stores[given.store].name}", run.step_of(given.clock)
             lane = f"{run.training.replicas[given.replica][bucket.part.stage]} reduce {bucket.number}"
@@ -166,6 +177,16 @@ class Reductions:
         run.count_crossing(given.store, bucket.group.take_sent_bytes(bucket.number))
         for home in bucket.homes:
             run.send(home, message, sums)
+
+    def _is_sound(self, given: Given, own: Mapping[int, Sequence[Array]], sums: Sequence[Array]) -> bool:
+        """Whether a sum may be applied. It has the same bits on all workers, so all find the same; each looks among its
+        own replicas for those that made it what it is. Raises FlowmlError where such a sum ends the fit."""
+        if self._run.start.on_nonfinite == "apply" or all_finite(sums):
+            return True
+        bad = tuple(r for r, arrays in own.items() if not all_finite(arrays))
+        whose = f"which replicas {', '.join(map(str, bad))} send" if bad else "added up over all replicas"
+        self._run.refuse(given.store, given.clock, bad, whose)
+        return False
 
     def _failed(self, given: Given, error: BaseException) -> None:
         """Tell the driver, unless it knows: of a lost worker, and that the run has ended."""

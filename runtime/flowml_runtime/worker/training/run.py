@@ -21,6 +21,7 @@ from flowml_runtime.execution.programs import Array
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.transport.endpoint import Sender
+from flowml_runtime.worker.training.finite import sentence
 
 Fault = Callable[[int, str, BaseException], None]
 """(step, node, error): tells the driver, which ends the fit."""
@@ -67,6 +68,14 @@ class Run:
     def step_of(self, clock: int) -> int:
         """The step under which values of this clock travel: unique over all fits of the plan."""
         return self.start.run + clock
+
+    def refuse(self, store: int, clock: int, replicas: tuple[int, ...], whose: str) -> None:
+        """A gradient is left out because it holds NaN or infinity: tell the driver. Raises FlowmlError if that ends the
+        fit."""
+        if self.start.on_nonfinite == "raise":
+            raise FlowmlError(sentence(self.training.stores[store].name, whose))
+        message = wire.NonFinite(plan_id=self.plan_id, run=self.number, store=store, clock=clock, replicas=replicas)
+        self.send(self.driver, message)
 
     @property
     def end(self) -> int:

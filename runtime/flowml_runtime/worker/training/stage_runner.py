@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from flowml.data import epoch_order
@@ -29,6 +30,7 @@ from flowml_runtime.execution.services import EdgeServices, host_view
 from flowml_runtime.execution.step_program import StepFault, prepare, run_step
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Send, Start, StepFinished
+from flowml_runtime.worker.training.finite import all_finite
 from flowml_runtime.worker.training.reductions import Given, Reductions
 from flowml_runtime.worker.training.run import Run
 
@@ -234,8 +236,13 @@ class StageRunner(EdgeServices):
             self.outbox.put(send, lambda error: self.send_failed(step, f"store {spec.name}", error))
 
     def _contribute(self, contribution: Send, gradients: Gradients) -> None:
+        message: Any = contribution.message
+        arrays = host_view(gradients.result(), self.loaded.device)
+        if self.run.start.on_nonfinite != "apply" and not all_finite(arrays):
+            self.run.refuse(message.store, message.clock, (self.replica,), f"which replica {self.replica} sends")
+            message, arrays = msgspec.structs.replace(message, weight=0, empty=True, specs=()), ()
         for home in contribution.to:
-            self.run.send(home, contribution.message, host_view(gradients.result(), self.loaded.device))
+            self.run.send(home, message, arrays)
 
     def _reduce(self, given: Given, gradients: Gradients) -> None:
         self._reductions.push(given, host_view(gradients.result(), self.loaded.device))

@@ -1,0 +1,160 @@
+"""Gradients that hold NaN or infinity: left out and counted by layer and replica, or the end of the fit, or applied."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+from tests.training.reference import assert_close, assert_same
+
+ROWS = 8
+STEPS = 4
+BAD_STEP, BAD_REPLICA = 1, 1
+
+
+def loss(params: Any, batch: Any) -> Any:
+    """`bad` is NaN or infinity for the examples whose gradient of layer `b` is so, else one."""
+    h = batch["x"] @ params["a"]["w"]
+    return jnp.mean(h**2) + jnp.mean((batch["x"] * batch["bad"][:, None]) @ params["b"]["w"])
+
+
+def everywhere(params: Any, batch: Any) -> Any:
+    return loss(params, {**batch, "bad": jnp.ones_like(batch["bad"])}) * jnp.mean(batch["bad"])
+
+
+def source(bad: float = np.nan, replicas: int = 2) -> dict[str, np.ndarray]:
+    x = np.random.default_rng(0).normal(size=(STEPS * ROWS, 4)).astype(np.float32)
+    marks = np.ones(len(x), np.float32)
+    share = ROWS // replicas
+    first = BAD_STEP * ROWS + BAD_REPLICA * share
+    marks[first : first + share] = bad
+    return {"x": x, "bad": marks}
+
+
+def params() -> dict[str, Any]:
+    return {"a": {"w": jnp.full((4, 3), 0.5)}, "b": {"w": jnp.full((4, 2), 0.5)}}
+
+
+def loop(skip: set[tuple[str, int, int]], loss: Any = loss, replicas: int = 2) -> Any:
+    """Steps by the mean over replicas of their gradients, without those in `skip`: (layer, step, replica)."""
+    values, data, share = params(), source(), ROWS // replicas
+    for step in range(STEPS):
+        parts = [{k: v[step * ROWS + r * share :][:share] for k, v in data.items()} for r in range(replicas)]
+        gradients = [jax.grad(loss)(values, p) for p in parts]
+        for layer in list(values):
+            kept = [g[layer]["w"] for r, g in enumerate(gradients) if (layer, step, r) not in skip]
+            if kept:
+                values = {**values, layer: {"w": values[layer]["w"] - 0.1 * sum(kept) / len(kept)}}
+    return values
+
+
+def fit(cluster: fm.Cluster, loss: Any = loss, bad: float = np.nan, **options: Any) -> fm.TrainingResult:
+    options = {"replicas": 2, **options}
+    trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, **options)
+    return trainer.fit(params(), source(bad, options["replicas"]), batch_size=ROWS, steps=STEPS, shuffle=False)
+
+
+@pytest.mark.parametrize("kind", ["threads_cluster", "process_cluster"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_home_leaves_out_the_replica_for_that_layer(kind: str, bad: float, request: pytest.FixtureRequest) -> None:
+    cluster = request.getfixturevalue(kind)
+    with pytest.warns(fm.FlowmlWarning, match=r"gradient of layer 'b' of replica 1 at step 1 holds NaN") as caught:
+        result = fit(cluster, bad=bad)
+    assert len(caught) == 1
+    assert_close(result.params, loop({("b", 1, 1)}))
+    assert result.ledger.nonfinite == {"b": {1: 1}}
+    assert "not finite and left out of b: replica 1 × 1" in str(result.ledger)
+    assert all(math.isfinite(r["loss"]) for r in result.history)
+    assert [r["replicas"] for r in result.history] == [2, 1, 2, 2]
+
+
+@pytest.mark.parametrize("kind", ["threads_cluster", "process_cluster"])
+@pytest.mark.parametrize("topology", [fm.AllReduce(), fm.Ring()], ids=str)
+def test_replicas_leave_out_a_sum_alike(kind: str, topology: Any, request: pytest.FixtureRequest) -> None:
+    cluster = request.getfixturevalue(kind)
+    rules = {"a*": fm.Policy(), "b*": fm.Policy(topology=topology)}
+    with pytest.warns(fm.FlowmlWarning, match=r"gradient of layer 'b' .* at step 1 holds NaN"):
+        result = fit(cluster, policies=rules, check_replicas=1)
+    assert_close(result.params, loop({("b", 1, 0), ("b", 1, 1)}))
+    assert result.ledger.nonfinite == {"b": {1: 1}}
+
+
+def test_every_layer_of_a_replica(threads_cluster: fm.Cluster) -> None:
+    for policy in (fm.Policy(), fm.policies.factors()):
+        with pytest.warns(fm.FlowmlWarning, match=r"layer '[ab]' of replica 1 at step 1"):
+            result = fit(threads_cluster, everywhere, policies=policy)
+        assert_close(result.params, loop({("a", 1, 1), ("b", 1, 1)}, everywhere))
+        assert result.ledger.nonfinite == {"a": {1: 1}, "b": {1: 1}}
+        assert result.ledger.used == 2 * STEPS
+
+
+def test_a_sum_of_several_stages_is_left_out_as_a_whole(threads_cluster: fm.Cluster) -> None:
+    """Clipping by the global norm couples both layers, which two stages make: one part is NaN, none is applied."""
+    optimizer = optax.chain(optax.clip_by_global_norm(1e6), optax.sgd(0.1))
+    trainer = fm.Trainer(
+        loss, optimizer, cluster=threads_cluster, replicas=2, placement={"a": "worker:0", "b": "worker:1"}
+    )
+    with pytest.warns(fm.FlowmlWarning, match="of replica 1 at step 1"):
+        result = trainer.fit(params(), source(), batch_size=ROWS, steps=STEPS, shuffle=False)
+    assert_close(result.params, loop({("a", 1, 1), ("b", 1, 1)}))
+
+
+@pytest.mark.parametrize("policy", [fm.policies.every(2), fm.policies.asynchronous(), fm.policies.quorum(0.5)], ids=str)
+def test_other_rules_stay_finite(threads_cluster: fm.Cluster, policy: fm.Policy) -> None:
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        result = fit(threads_cluster, policies=policy)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
+    assert all(math.isfinite(r["loss"]) == (r["replicas"] > 0) for r in result.history)
+
+
+def test_nothing_finite_leaves_the_parameters(threads_cluster: fm.Cluster) -> None:
+    for policy in (fm.Policy(), fm.policies.all_reduce()):
+        with pytest.warns(fm.FlowmlWarning, match="at step 0"):
+            result = fit(threads_cluster, lambda p, b: loss(p, b) * jnp.nan, policies=policy)
+        assert_same(result.params, params())
+        assert result.history[0]["replicas"] == 0
+        assert math.isnan(result.history[0]["loss"])
+
+
+@pytest.mark.parametrize("policy", [fm.Policy(), fm.policies.all_reduce()], ids=str)
+def test_a_fit_may_end_with_it(threads_cluster: fm.Cluster, policy: fm.Policy) -> None:
+    with pytest.raises(
+        fm.WorkerError, match=r"at step 1: .*the gradient of layer 'b'.* holds NaN or infinity"
+    ) as error:
+        fit(threads_cluster, policies={"a*": fm.Policy(), "b*": policy}, on_nonfinite="raise")
+    assert error.value.step == 1
+
+
+@pytest.mark.parametrize("policy", [fm.Policy(), fm.policies.all_reduce()], ids=str)
+def test_a_fit_may_apply_it(threads_cluster: fm.Cluster, policy: fm.Policy) -> None:
+    result = fit(threads_cluster, policies=policy, on_nonfinite="apply")
+    assert np.isnan(result.params["b"]["w"]).all()
+    assert np.isfinite(result.params["a"]["w"]).all()
+    assert math.isnan(result.history[1]["loss"])
+    assert result.ledger.nonfinite == {}
+
+
+def test_large_values_are_finite(threads_cluster: fm.Cluster) -> None:
+    """Their sum is not, but each is."""
+
+    def steep(params: Any, batch: Any) -> Any:
+        return jnp.mean(batch["x"]) + 0 * loss(params, batch) + jnp.float32(2e38) * jnp.sum(params["b"]["w"])
+
+    data = {**source(1.0), "x": np.ones((STEPS * ROWS, 4), np.float32)}
+    trainer = fm.Trainer(steep, optax.sgd(1e-37), cluster=threads_cluster, replicas=2)
+    result = trainer.fit(params(), data, batch_size=ROWS, steps=1)
+    np.testing.assert_allclose(result.params["b"]["w"], 0.5 - 20.0, rtol=1e-6)
+
+
+def test_the_choice_is_checked(threads_cluster: fm.Cluster) -> None:
+    with pytest.raises(ValueError, match=r"on_nonfinite='ignore' is not one; choose from refuse, raise, apply"):
+        fit(threads_cluster, on_nonfinite="ignore")
