@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from flowml.errors import UnsupportedError
 from flowml.ir import _jax
 from flowml.ir.graph import Graph, Literal
 from flowml.ir.simplify import drop_dead, needed_for
@@ -134,7 +135,15 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
     state = jax.eval_shape(optimizer.init, params)
 
     def update(gradients: Any, params: Any, state: Any) -> tuple[Any, Any]:
-        updates, state = optimizer.update(gradients, state, params)
+        try:
+            updates, state = optimizer.update(gradients, state, params)
+        except (TypeError, ValueError) as error:
+            if "keyword-only argument" not in str(error) and "must be provided" not in str(error):
+                raise
+            raise UnsupportedError(
+                f"the optimizer wants more than gradients, state and parameters ({error}), and a Trainer has no more "
+                "to give it; use one without such arguments, or a loop of your own with fm.dataflow"
+            ) from None
         return optax.apply_updates(params, updates), state
 
     graph = drop_dead(trace(update, (params, params, state), {}, name="the optimizer").graph)

@@ -109,6 +109,7 @@ class Fit:
         self._values: dict[int, Sequence[Any]] = {}
         self._slots = _slots_by_device(handle)
         self._orders: dict[int, np.ndarray] = {}
+        self._lost: protocol.WorkerLost | None = None
 
     def run(self, params: Sequence[Any], state: Sequence[Any], callbacks: Sequence[Callable[[Record], Any]]) -> Outcome:
         """Train to the end. Whatever ends it early, the workers are told to stop."""
@@ -153,6 +154,8 @@ class Fit:
             try:
                 return self._inbox.get(timeout=_LOOK_UP_S)
             except queue.Empty:
+                if gone and self._lost is not None:  # it owed nothing, but others wait for what it owed them
+                    raise self._error(self._lost) from None
                 if gone:  # and still nobody said that a worker was lost
                     raise ClusterError(
                         f"the cluster was closed during training at step {self._history.step}; start another and "
@@ -185,7 +188,8 @@ class Fit:
 
     def _event(self, peer: str, message: Any, arrays: Sequence[Any]) -> protocol.Event | None:
         if isinstance(message, _Lost):
-            return protocol.WorkerLost(peer, message.reason)
+            self._lost = protocol.WorkerLost(peer, message.reason)
+            return self._lost
         if isinstance(message, wire.StepFailed):
             return protocol.StepFailed(message)
         if not isinstance(message, wire.TrainingMessage):
@@ -259,10 +263,17 @@ class Fit:
             message = wire.Source(**self._ids, slots=order, specs=whole)
             self._session.endpoint.send(worker, message, arrays)
 
+    def _when(self, worker: str) -> str:
+        """When a worker was lost. Once all steps are recorded, it is the result that is lost with it."""
+        if not self._machine.trained and self._history.step < self._options.total:
+            return f"during training at step {self._history.step}"
+        names = ", ".join(repr(self._training.stores[i].name) for i in self._machine.unfinished(worker))
+        return f"after the last step, before it had sent its part of the result ({names or 'what it trained'})"
+
     def _error(self, failed: wire.StepFailed | protocol.WorkerLost) -> FlowmlError:
         if isinstance(failed, protocol.WorkerLost):
             return WorkerLostError(
-                f"{failed.worker} was lost during training at step {self._history.step}: {failed.reason}; "
+                f"{failed.worker} was lost {self._when(failed.worker)}: {failed.reason}; "
                 f"{self._session.remedy}, and continue from the parameters you have",
                 worker=failed.worker,
                 step=self._history.step,

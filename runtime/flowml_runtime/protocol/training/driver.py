@@ -12,7 +12,8 @@
 
 The fit is over when every stage of every replica that is not lost has retired, and every home has finished its stores.
 These may come in any order, and again. A message of another run is forgotten, and so is all that comes after the end.
-The loss of a worker, or an error on one, ends the fit with an error.
+The loss of a worker, or an error on one, ends the fit with an error; but not, once every stage has retired, the loss of
+one that has sent all of its result.
 
 What the caller must do:
 
@@ -177,6 +178,15 @@ class TrainingDriver:
         """Whether every stage has retired and every store is finished."""
         return not self._to_retire and not self._to_finish
 
+    @property
+    def trained(self) -> bool:
+        """Whether every stage has retired: what is left is to send the result."""
+        return not self._to_retire
+
+    def unfinished(self, worker: str) -> tuple[int, ...]:
+        """The stores that a worker has not finished, by their numbers."""
+        return tuple(sorted(store for store, home in self._to_finish if home == worker))
+
     def step(self, event: Event) -> list[Action]:
         """Take one event in. Raises ProtocolError for what cannot be."""
         self.number += 1
@@ -190,8 +200,8 @@ class TrainingDriver:
                 return self._begin()
             case StepFailed(message):
                 return [Fail(message, self.number)] if message.step in self._steps else []
-            case WorkerLost():
-                return [Fail(event, self.number)]
+            case WorkerLost(worker):
+                return [Fail(event, self.number)] if self._to_retire or self.unfinished(worker) else []
             case ReplicaLost(replica):
                 self.ledger.step(event)
                 return self._close(retired=[at for at in self._to_retire if at[0] == replica])
