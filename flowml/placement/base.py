@@ -127,11 +127,16 @@ def _pin(node: Node, devices: Sequence[Device]) -> str:
 def _by_pattern(graph: Graph, devices: Sequence[Device], patterns: Mapping[str, str]) -> Choices:
     """The first pattern that names a layer places it. One that matches any name is also the default."""
     layers = [layer for layer in dict.fromkeys(n.layer for n in graph.nodes) if layer]
+    with_part: dict[str, list[str]] = {}
+    for layer in layers:
+        for part in dict.fromkeys(layer.split("/")):
+            with_part.setdefault(part, []).append(layer)
     chosen: dict[str, str] = {}
     default = ""
     for pattern, name in patterns.items():
         device = find_device(name, devices, f"placement pattern {pattern!r}").name
-        hit = [layer for layer in layers if matches(layer, pattern)]
+        plain = not any(c in pattern for c in "*?[")
+        hit = [k for k in (with_part.get(pattern.split("/")[0], ()) if plain else layers) if matches(k, pattern)]
         if fnmatchcase("", pattern):
             default = default or device
         elif not hit:

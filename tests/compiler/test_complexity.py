@@ -81,6 +81,7 @@ SHAPES: dict[str, tuple[Callable[[int], fm.Plan], int]] = {
     "many layers": (lambda n: placed(chain, n, 2, fm.Pipeline(2)), 50),
     "many transfers": (lambda n: placed(chain, n, 4), 50),
     "many devices": (lambda n: placed(chain, n, n), 16),
+    "a pattern for each layer": (lambda n: placed(chain, n, 2, {f"l{i}": f"worker:{i % 2}" for i in range(n)}), 50),
     "wide fan-out": (lambda n: placed(fan, n, 4), 100),
     "fan-out over many devices": (lambda n: placed(fan, n, n), 32),
     "auto over many layers": (lambda n: placed(chain, n, 4, "auto"), 40),
