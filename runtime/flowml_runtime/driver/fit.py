@@ -300,11 +300,9 @@ class Fit:
                     f"source[indices] gave shape {leaf.shape} for {path or 'the batch'!r} and {item.size} indices; "
                     f"it must give {(item.size, *spec.shape[1:])}"
                 )
-        read = {s for device in self._training.replicas[replica] for s in self._slots.get(device, ())}
-        copies = {s: own_copy(leaves[s], specs[s].dtype) for s in sorted(read)}  # a source may use its buffers again
         for device in self._training.replicas[replica]:
             slots = self._slots.get(device, ())
-            arrays = [copies[s] for s in slots]
+            arrays = [np.ascontiguousarray(leaves[s], specs[s].dtype) for s in slots]
             if slots:
                 message = wire.Batch(
                     **self._ids,

@@ -51,8 +51,9 @@ def ready(arrays: Sequence[Array]) -> Sequence[Array]:
 def host_view(arrays: Sequence[Array], device: JaxDevice) -> Sequence[Array]:
     """The arrays in the form in which another thread of this process may use them on any device.
 
-    On CPU that is a NumPy view of the buffer: it costs nothing, it keeps the buffer alive, and XLA never
-    overwrites a buffer that has a view. Elsewhere it is the JAX array itself.
+    On CPU that is a NumPy view of the buffer: it costs nothing and keeps the buffer alive. XLA never overwrites a
+    buffer that has a view, nor memory that it did not allocate, even where it is donated. Elsewhere it is the
+    JAX array itself.
     """
     if device.platform == "cpu":
         return [np.asarray(a) for a in arrays]

@@ -208,7 +208,12 @@ class ThreadHub:
 
 
 class ThreadEndpoint:
-    """An endpoint of a `ThreadHub`. Hands over the sender's own arrays; nothing is copied or checked."""
+    """An endpoint of a `ThreadHub`. Hands over the sender's own arrays; nothing is copied or checked.
+
+    So receivers read memory of the sender for as long as they like, and what is sent may never change. Who sends keeps
+    to that: edges, contributions, publications and results are views of JAX buffers, which XLA does not overwrite while
+    a view exists; chunks of sums lie in memory that is written once; what a caller hands in is copied first.
+    """
 
     def __init__(self, hub: ThreadHub, name: str) -> None:
         self.name = name
