@@ -69,7 +69,7 @@ class Blocks(Generic[T]):
 
     def _innermost(self) -> _Block[T] | None:
         """Of this context, without the blocks that were left in another one."""
-        block, opened = self._inner.get(), self._open
+        block, opened = self._inner.get(), self._open  # no deadline: no wait at all, a context variable
         while block is not None and block not in opened:
             block = block.outer
         return block

@@ -181,8 +181,15 @@ def _programs() -> Iterator[Fact]:
         missing = "not found; only .dot files need it (apt install graphviz), SVG and HTML do not"
         yield Fact("programs", "dot", None, missing)
         return
-    version = subprocess.run([dot, "-V"], capture_output=True, text=True, check=False).stderr.strip()
+    version = _version_of(dot)
     yield Fact("programs", "dot", version, f"{version} ({dot})")
+
+
+def _version_of(dot: str) -> str:
+    try:
+        return subprocess.run([dot, "-V"], capture_output=True, text=True, check=False, timeout=10).stderr.strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"does not run: {error}"
 
 
 def _size(nbytes: float) -> str:

@@ -69,7 +69,7 @@ def main(arguments: argparse.Namespace) -> int:
         )
         try:
             _announce(cluster.address, path, secured)
-            cluster.wait()
+            cluster.wait()  # no deadline: until somebody stops it, and it heeds signals
         finally:
             cluster.close()
     return 0

@@ -58,7 +58,7 @@ def tcp() -> LinkSpeed:
         def send(payload: bytes) -> None:
             connection.sendall(struct.pack("!Q", len(payload)))
             connection.sendall(payload)
-            if connection.recv(1) != b"k":
+            if connection.recv(1) != b"k":  # no deadline: create_connection set one
                 raise ConnectionError("the measuring process went away")
 
         return _link_speed(send)
@@ -163,7 +163,7 @@ def _serve_tcp() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         print(server.getsockname()[1], flush=True)
         server.settimeout(PEER_TIMEOUT_S)
-        connection, _ = server.accept()
+        connection, _ = server.accept()  # no deadline: the server has one
     buffer = memoryview(bytearray(SIZE))
     with connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

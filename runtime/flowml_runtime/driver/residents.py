@@ -71,6 +71,7 @@ class Residents(Generic[T]):
                 thread.join(CLOSE_S)
 
     def _free(self) -> None:
+        # no deadline: the thread sleeps until it has work or is closed
         while (plan := self._released.get()) is not None:
             with service.going_on("a plan could not be unloaded"):
                 if plan.steps.retire(unloaded):

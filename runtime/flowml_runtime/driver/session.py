@@ -168,7 +168,7 @@ class Session:
         try:
             if workers:
                 self._request(plan_id, loading)
-                loading.wait()
+                loading.wait()  # no deadline: it has its own, LOAD_DEADLINE_S
             only = self._local.get(workers[0]) if len(plan.programs) == 1 else None
             local = only.local_step(plan_id) if only is not None else None
             handle = _handle(plan_id, plan, workers, self._in_flight, local)
@@ -245,6 +245,7 @@ class Session:
         """Run one step and return its flat results. On a worker in this process nothing is waited for, as in jit."""
         local = handle.local
         if local is None or len(handle.steps):
+            # no deadline: each wait of the step has one on its worker, and a computation may take long
             return self.submit(handle, inputs, copy=False).result()
         buffers = handle.prepare(inputs, copy=False)
         step = handle.steps.skip()

@@ -60,7 +60,7 @@ class DeviceThread:
                 self._serve()
 
     def _run(self) -> None:
-        while (item := self._work.get()) is not None:
+        while (item := self._work.get()) is not None:  # no deadline: the thread sleeps until it has work or is closed
             owner, work = item
             with self._lock:
                 self._running = owner

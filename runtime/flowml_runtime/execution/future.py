@@ -41,7 +41,7 @@ class Future(Generic[T]):
         self._finish = finish
         self._lock = threading.Lock()
         self._done = threading.Lock()  # a latch: held until completion
-        self._done.acquire()
+        self._done.acquire()  # no deadline: the lock is new
         self._completed = False
         self._finished = False
         self._value: Any = None
@@ -79,6 +79,7 @@ class Future(Generic[T]):
 
     def then(self, finish: Callable[[T], U]) -> Future[U]:
         """A view of the same call whose result is `finish` of this one's."""
+        # no deadline: `finish` runs once the call is done
         view: Future[U] = Future(self.name, lambda _: finish(self.result()))
         self.add_done_callback(lambda _: view.complete(None, self._error))
         return view

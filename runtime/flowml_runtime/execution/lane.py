@@ -40,6 +40,7 @@ class Lane:
         with self._changed:
             if self._room is not None:
                 room = self._room
+                # no deadline: each job has its own, and close() wakes
                 self._changed.wait_for(lambda: self._closed or len(self._waiting) < room)
             if self._closed:
                 return False
@@ -52,6 +53,7 @@ class Lane:
     def flush(self) -> None:
         """Wait until all that was put has been done, or nothing more will be."""
         with self._changed:
+            # no deadline: each job has its own, and close() wakes
             self._changed.wait_for(lambda: self._closed or not self._waiting)
 
     def close(self, *, drop: bool = True) -> None:
@@ -71,6 +73,7 @@ class Lane:
     def _run(self) -> None:
         while True:
             with self._changed:
+                # no deadline: the thread sleeps until it has work or is closed
                 self._changed.wait_for(lambda: self._closed or bool(self._waiting))
                 if not self._waiting:
                     return

@@ -42,7 +42,7 @@ class Claim:
             if self.done:
                 return True
             self._arrived = threading.Lock()  # a bare lock as a latch: one futex, where an Event takes three locks
-            self._arrived.acquire()
+            self._arrived.acquire()  # no deadline: the lock is new
         return self._arrived.acquire(timeout=timeout_s)
 
     def then(self, resume: Callable[[], None]) -> bool:

@@ -181,7 +181,7 @@ class LocalWorkers:
         poll.register(zygote, select.POLLIN)
         buffer = b""
         while True:
-            ready = {fd for fd, _ in poll.poll()}  # without a deadline: the kernel tells of the zygote's end
+            ready = {fd for fd, _ in poll.poll()}  # no deadline: the kernel tells of the zygote's end
             received = hear(self._control) if self._control.fileno() in ready else b""
             *lines, buffer = (buffer + received).split(b"\n")
             for line in lines:

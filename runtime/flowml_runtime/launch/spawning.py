@@ -48,6 +48,6 @@ Report = Ready | Started | Exited
 def hear(other: socket.socket) -> bytes:
     """What the other end has said; b"" once it is gone, also where it left something of ours unread."""
     try:
-        return other.recv(2**16)
+        return other.recv(2**16)  # no deadline: called when there is something to read
     except ConnectionResetError:
         return b""

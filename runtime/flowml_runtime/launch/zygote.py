@@ -106,7 +106,7 @@ def _serve(control: socket.socket, children: dict[int, _Child]) -> None:
     poll.register(owner, select.POLLIN)
     buffer = b""
     while True:
-        for handle, _ in poll.poll():
+        for handle, _ in poll.poll():  # no deadline: the zygote sleeps until its owner or a worker ends, or asks
             if handle == owner:
                 return
             child = children.get(handle)
@@ -187,7 +187,7 @@ def _end_with(control: socket.socket) -> None:
     """End this process with its owner."""
     poll = select.poll()
     poll.register(control, select.POLLRDHUP)  # never readable for us: what comes there is for the zygote
-    poll.poll()
+    poll.poll()  # no deadline: the kernel tells of the end of the owner
     os._exit(1)
 
 

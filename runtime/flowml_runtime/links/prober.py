@@ -143,7 +143,7 @@ class Prober:
         return answer
 
     def _answer(self) -> None:
-        while (asked := self._inbox.get()) is not None:
+        while (asked := self._inbox.get()) is not None:  # no deadline: the thread sleeps until it has work or is closed
             with service.going_on("a probe could not be answered"):
                 self._answer_one(*asked)
 

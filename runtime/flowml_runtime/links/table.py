@@ -103,6 +103,7 @@ class LinkTable:
     def _drop_contradicted(self) -> None:
         hosts = self._hosts()
         while not self._contradictions.empty():
+            # no deadline: the thread sleeps until it has work or is closed
             source, destination = self._contradictions.get()
             if source in hosts and destination in hosts:
                 key = self._key(hosts, source, destination)

@@ -50,6 +50,7 @@ def _handshake(link: socket.socket, host: str, tls: TLS) -> str:
     try:
         with context.wrap_socket(link, server_hostname=host) as secured:
             secured.sendall(_HTTP2)
+            # no deadline: the socket has a timeout
             secured.recv(1)  # only here comes what the other end has against our certificate
     except ssl.SSLCertVerificationError as error:
         return f"its certificate is not accepted: {_refusal(error, tls)}"

@@ -170,7 +170,7 @@ class Delivery:
             self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
+        while (item := self._queue.get()) is not None:  # no deadline: the thread sleeps until it has work or is closed
             call, arguments, nbytes = item
             with service.going_on("a message could not be taken in"):
                 call(*arguments)
@@ -274,9 +274,9 @@ class ThreadEndpoint:
         self._delivery.close()
 
     def _receive(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
-        self._started.wait()
+        self._started.wait()  # no deadline: start() or close() follows at once
         self._on_message(peer, message, arrays)
 
     def _report(self, peer: str, reason: str) -> None:
-        self._started.wait()
+        self._started.wait()  # no deadline: start() or close() follows at once
         self._on_lost(peer, reason)

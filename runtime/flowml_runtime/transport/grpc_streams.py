@@ -172,6 +172,7 @@ class Stream:
         return self._ended.wait(timeout_s)
 
     def _frames(self) -> Iterator[bytes]:
+        # no deadline: the thread sleeps until it has work or is closed
         while (message := self._queue.get()) is not None:
             began = time.perf_counter()
             yield from message.frames(self._numbers)
@@ -293,7 +294,7 @@ class _ThreadEach(Executor):
             work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
             def run() -> None:
-                stream = work.get()
+                stream = work.get()  # no deadline: the thread sleeps until it has work or is closed
                 stream()
 
             service.start("flowml-receive", run, lambda _: None)  # the stream's future has what went wrong

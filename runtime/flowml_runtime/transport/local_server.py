@@ -115,7 +115,7 @@ class UnixServer:
     def _accept(self) -> None:
         while not self._closed:
             try:
-                link, _ = self._listener.accept()
+                link, _ = self._listener.accept()  # no deadline: close() shuts the listener down
             except OSError as error:
                 if self._listener.fileno() < 0 or error.errno == errno.EINVAL:  # closed, or shut down
                     return

@@ -326,7 +326,7 @@ class UnixStream:
             self.reason = f"it has not taken the connection within {TAKE_S:g} s"
             self.abort()
         poll.modify(self._link, select.POLLRDHUP)
-        poll.poll()
+        poll.poll()  # no deadline: the kernel tells of the end of the other side
         with self._lock:
             self._ending = True
             with contextlib.suppress(SlotError):

@@ -70,6 +70,10 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
     return hosted.reason
 
 
+READY_S = 60.0
+"""How long a message may wait for the worker that it is for, which is being made."""
+
+
 class _Hosted:
     """The worker, which can be made only when its name is known; messages that come sooner wait for it."""
 
@@ -82,7 +86,7 @@ class _Hosted:
 
     def on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
         if self.worker is None:
-            self.ready.wait()
+            self.ready.wait(READY_S)
         if self.worker is not None:
             self.worker.on_message(peer, message, arrays)
 

@@ -370,7 +370,7 @@ class Group:
             self._inbox.put((flight, event))
 
     def _work(self) -> None:
-        while (entry := self._inbox.get()) is not None:
+        while (entry := self._inbox.get()) is not None:  # no deadline: the thread sleeps until it has work or is closed
             self._step(*entry)
             del entry  # else it would keep an array alive until the next one
 

@@ -97,7 +97,7 @@ class TrainingHost:
             return
 
     def _work(self) -> None:
-        while (entry := self._inbox.get()) is not None:
+        while (entry := self._inbox.get()) is not None:  # no deadline: the thread sleeps until it has work or is closed
             try:
                 self._step(entry if isinstance(entry, protocol.StepFinished) else self._received(*entry))
             except BaseException as error:  # an optimizer of the user may call sys.exit()

@@ -109,6 +109,7 @@ class StageRunner(EdgeServices):
         self._on_fault(self.run.step_of(max(self._now.clock, 0)), "training", FlowmlError(reason))
 
     def _work(self) -> None:
+        # no deadline: the thread sleeps until it has work or is closed
         while (start := self._starts.get()) is not None:
             self._now = start
             if not self.run.stopped:
@@ -237,7 +238,7 @@ class StageRunner(EdgeServices):
 
     def _contribute(self, contribution: Send, gradients: Gradients) -> None:
         message: Any = contribution.message
-        arrays = host_view(gradients.result(), self.loaded.device)
+        arrays = host_view(gradients.result(self.deadline_s), self.loaded.device)
         if self.run.start.on_nonfinite != "apply" and not all_finite(arrays):
             self.run.refuse(message.store, message.clock, (self.replica,), f"which replica {self.replica} sends")
             message, arrays = msgspec.structs.replace(message, weight=0, empty=True, specs=()), ()
@@ -245,7 +246,7 @@ class StageRunner(EdgeServices):
             self.run.send(home, message, arrays)
 
     def _reduce(self, given: Given, gradients: Gradients) -> None:
-        self._reductions.push(given, host_view(gradients.result(), self.loaded.device))
+        self._reductions.push(given, host_view(gradients.result(self.deadline_s), self.loaded.device))
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
         for slot, array in zip(slots, arrays, strict=True):
@@ -261,7 +262,7 @@ class StageRunner(EdgeServices):
         total: Gradients = Future("a sum of gradients", _same)
 
         def work() -> None:
-            total.complete(list(add(*a.result(), *b.result())))
+            total.complete(list(add(*a.result(), *b.result())))  # no deadline: the lane made both before this
 
         def failed(error: BaseException) -> None:
             total.complete(None, error)
