@@ -298,7 +298,8 @@ class Fit:
             if leaf.shape != (item.size, *spec.shape[1:]):
                 raise ValueError(
                     f"source[indices] gave shape {leaf.shape} for {path or 'the batch'!r} and {item.size} indices; "
-                    f"it must give {(item.size, *spec.shape[1:])}"
+                    f"it must give {(item.size, *spec.shape[1:])}, because a fit has programs of one shape; pad the "
+                    "examples to one, and mask what is padded: Trainer(weight=)"
                 )
         for device in self._training.replicas[replica]:
             slots = self._slots.get(device, ())

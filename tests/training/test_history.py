@@ -1,0 +1,83 @@
+"""The record of a clock: of the reports that the decision counts and of no others, each by its weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+from flowml.plan import Training
+from flowml.training.step import Metrics
+from flowml_runtime import wire
+from flowml_runtime.driver.history import History
+from tests.training.reference import data, mlp, mlp_loss
+
+REPLICAS = 3
+IDS: dict[str, Any] = {"plan_id": "p", "run": 0}
+
+
+def training(cluster: fm.Cluster, policy: fm.Policy) -> Training:
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=cluster, replicas=REPLICAS, policies=policy, microbatches=2)
+    plan = trainer.plan(mlp(), {k: jax.ShapeDtypeStruct((24, *v.shape[1:]), v.dtype) for k, v in data().items()})
+    assert plan.training is not None
+    return plan.training
+
+
+def report(history: History, replica: int, clock: int, loss: float, weight: float | None = None) -> None:
+    """A replica's sums over two microbatches."""
+    item = wire.Item(sequence=clock * REPLICAS + replica, epoch=0, start=0, size=8)
+    slots = (0,) if weight is None else (0, 1)
+    values = [np.float32(2 * loss)] if weight is None else [np.float32(weight * loss), np.float32(weight)]
+    message = wire.Report(**IDS, replica=replica, clock=clock, item=item, slots=slots, seconds=0.1)
+    history.report(message, [np.asarray(v) for v in values])
+
+
+def test_exactly_those_that_are_committed(threads_cluster: fm.Cluster) -> None:
+    history = History(training(threads_cluster, fm.policies.quorum(2)), 4, Metrics())
+    report(history, 0, 0, 1.0)
+    report(history, 1, 0, 3.0)
+    assert history.ready() == [], "not decided"
+    history.committed(0, (1,))
+    assert history.ready() == [], "replica 2 counts and has not reported"
+    report(history, 2, 0, 2.0)
+    (record,) = history.ready()
+    assert (record["loss"], record["replicas"]) == (1.5, 2)
+    for clock in (1, 2):
+        history.committed(clock, (2,))
+        report(history, 0, clock, 1.0)
+        report(history, 1, clock, 2.0)
+    assert [r["loss"] for r in history.ready()] == [1.5, 1.5], "a replica that is stuck holds nothing up"
+
+
+def test_a_clock_without_a_decision_goes_with_the_next(threads_cluster: fm.Cluster) -> None:
+    history = History(training(threads_cluster, fm.policies.quorum(2, every=2)), 4, Metrics())
+    for replica in range(REPLICAS):
+        report(history, replica, 0, float(replica))
+    report(history, 0, 1, 4.0)
+    report(history, 2, 1, 8.0)
+    assert history.ready() == []
+    history.committed(1, (1,))
+    assert [(r["loss"], r["replicas"]) for r in history.ready()] == [(1.0, 2), (6.0, 2)]
+
+
+@pytest.mark.parametrize("policy", [fm.Policy(), fm.policies.quorum(2)], ids=str)
+def test_reports_count_by_their_weight(threads_cluster: fm.Cluster, policy: fm.Policy) -> None:
+    plan = training(threads_cluster, policy)
+    history = History(_with_slots(plan), 4, Metrics(weight=1), leaves_out=True)
+    report(history, 0, 0, 1.0, weight=1)
+    report(history, 1, 0, 2.0, weight=3)
+    report(history, 2, 0, math.nan, weight=5)
+    history.committed(0, ())
+    (record,) = history.ready()
+    assert (record["loss"], record["replicas"]) == (1.75, 2)
+
+
+def _with_slots(plan: Training) -> Training:
+    import msgspec
+
+    return msgspec.structs.replace(plan, aux_leaves=1)
