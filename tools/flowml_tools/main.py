@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from flowml_runtime.execution.streams import open_standard_streams
-from flowml_tools import bench, doctor, launch, run, viz, worker
+from flowml_tools import bench, doctor, launch, run, trace, viz, worker
 from flowml_tools.command import CommandError
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowml", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"flowml {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (run, launch, worker, viz, bench, doctor):
+    for module in (run, launch, worker, viz, trace, bench, doctor):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name,

@@ -34,6 +34,13 @@ Options of flowml go before FILE.py; what follows it is the script's.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_cluster(parser)
+    parser.add_argument("file", metavar="FILE.py", help="the script")
+    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+
+
+def add_cluster(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say which cluster a script runs on."""
     parser.add_argument("--workers", type=positive, metavar="N", help="worker processes (default: one a core)")
     parser.add_argument("--on", type=address, metavar="HOST:PORT", help="a cluster that runs already")
     parser.add_argument(
@@ -46,18 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_transport(parser)
     add_connection(parser)
     add_offer(parser)
-    parser.add_argument("file", metavar="FILE.py", help="the script")
-    parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
 
 
 def main(arguments: argparse.Namespace) -> int:
     path = script(arguments.file)
-    with _cluster(arguments):
-        _run(path, arguments.args)
+    with cluster(arguments):
+        run_script(path, arguments.args)
     return 0
 
 
-def _cluster(arguments: argparse.Namespace) -> Cluster:
+def cluster(arguments: argparse.Namespace) -> Cluster:
+    """The cluster that the arguments of `add_cluster` name."""
     if arguments.on is not None:
         if arguments.workers is not None:
             raise CommandError("--workers starts a local cluster and --on joins one; give one of them")
@@ -78,7 +84,8 @@ def _cluster(arguments: argparse.Namespace) -> Cluster:
     )
 
 
-def _run(path: Path, args: list[str]) -> None:
+def run_script(path: Path, args: list[str]) -> None:
+    """Run a script as `python FILE.py ARGS` would."""
     sys.argv = [str(path), *args]
     sys.path.insert(0, str(path.resolve().parent))
     with own_errors(path):

@@ -40,6 +40,7 @@ from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol
 from flowml_runtime.protocol.training.actions import Received, Release, Send
 from flowml_runtime.protocol.training.ledger import Summary, Work
+from flowml_runtime.protocol.training.story import entry
 from flowml_runtime.protocol.training.terms import Places, Terms
 from flowml_runtime.transport.arrays import own_copy
 
@@ -165,7 +166,7 @@ class Fit:
 
     def _stop(self) -> None:
         """Tell the workers, those that are there, and listen no longer."""
-        for action in self._machine.step(protocol.Stop()):
+        for action in self._decide(protocol.Stop()):
             if isinstance(action, Send):
                 for worker in action.to:
                     with suppress(WorkerLostError):
@@ -176,6 +177,7 @@ class Fit:
         options = self._options
         return wire.StartTraining(
             **self._ids,
+            cause=1,  # Begin, the first event of the driver's machine
             total_clocks=options.total,
             seed=options.seed,
             shuffle=options.shuffle,
@@ -202,13 +204,13 @@ class Fit:
 
     def _step(self, event: protocol.Event | None, params: Sequence[Any] = (), state: Sequence[Any] = ()) -> None:
         """Give the machine an event, and carry out its actions."""
-        for action in self._machine.step(event) if event is not None else ():
+        for action in self._decide(event) if event is not None else ():
             match action:
                 case Send(to, message):
                     for worker in to:
                         self._session.endpoint.send(worker, message)
-                case protocol.SendStore(store, to):
-                    self._send_store(store, to, params, state)
+                case protocol.SendStore():
+                    self._send_store(action, params, state)
                 case protocol.SendSource():
                     self._ship()
                 case protocol.Feed(replica, item):
@@ -230,17 +232,26 @@ class Fit:
                 case protocol.NoteFates() | protocol.Over():
                     pass
 
+    def _decide(self, event: protocol.Event) -> list[protocol.Action]:
+        actions, recorder = self._machine.step(event), self._session.recorder
+        if recorder.on:
+            me, run, number = self._session.endpoint.name, self._options.run, self._machine.number
+            told = entry(me, run, number, event, actions)
+            if told is not None:
+                recorder.tell(told)
+        return actions
+
     def _taken(self, handle: int | None) -> Sequence[Any]:
         return () if handle is None else self._payloads.pop(handle)
 
-    def _send_store(self, index: int, to: Sequence[str], params: Sequence[Any], state: Sequence[Any]) -> None:
-        store = self._training.stores[index]
+    def _send_store(self, action: protocol.SendStore, params: Sequence[Any], state: Sequence[Any]) -> None:
+        store = self._training.stores[action.store]
         arrays = [np.asarray(params[i]) for i in store.leaves]
         specs = (*store.specs, *store.state_specs)
         for i, spec in zip(store.state, store.state_specs, strict=True):
             arrays.append(np.asarray(_as_buffer(state[i]), buffer_struct(spec).dtype))
-        message = wire.StoreValue(**self._ids, store=index, version=0, specs=specs)
-        for worker in to:
+        message = wire.StoreValue(**self._ids, cause=action.cause, store=action.store, version=0, specs=specs)
+        for worker in action.to:
             self._session.endpoint.send(worker, message, arrays)
 
     def _ship(self) -> None:

@@ -30,6 +30,7 @@ from flowml_runtime.execution.forks import check_owner, is_foreign, this_process
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.inline import LocalStep
 from flowml_runtime.execution.programs import Array, feed_slots
+from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.execution.step_program import StepFault
 from flowml_runtime.execution.window import IN_FLIGHT
 from flowml_runtime.transport.endpoint import Sender
@@ -107,6 +108,8 @@ class Session:
         self._owner = this_process()
         self.endpoint = endpoint
         self.remedy = remedy
+        self.recorder = Recorder()
+        """What the machines of the driver do, while somebody asks."""
         self._devices = tuple(devices)
         self._gone: dict[str, str] = {}
         """Workers that were here, and why they are not."""

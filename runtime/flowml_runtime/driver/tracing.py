@@ -55,13 +55,16 @@ class Tracing:
     def __enter__(self) -> Tracing:
         self._session.register(self._id, self)
         try:
+            self._session.recorder.start()
             asked = now_ns()
             answers = self._ask(on=True)
             self._began_ns = asked
             self._offsets = {w: offset(asked, a) for w, a in answers.items()}
         except BaseException:
+            self._session.recorder.stop()
             self._session.unregister(self._id)
             raise
+        self._offsets[self._session.endpoint.name] = 0
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -70,6 +73,7 @@ class Tracing:
         finally:
             self._session.unregister(self._id)
         spans = {w: a.spans for w, a in answers.items() if w in self._offsets}
+        spans[self._session.endpoint.name] = decode(self._session.recorder.stop())
         events = list(_events(spans, self._offsets, self._began_ns))
         self._path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
@@ -118,6 +122,17 @@ def _events(spans: dict[str, Sequence[Span]], offsets: dict[str, int], began_ns:
         for lane, tid in lanes.items():
             yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": lane}}
         for span in own:
+            if span.kind == "story":
+                yield {
+                    "ph": "i",
+                    "name": span.name,
+                    "cat": "story",
+                    "pid": pid,
+                    "tid": lanes[span.lane],
+                    "ts": (span.began_ns + offsets[worker] - began_ns) / 1e3,
+                    "args": {"event": f"{worker}#{span.microbatch}.{span.step}", "cause": span.way},
+                }
+                continue
             yield {
                 "ph": "i" if span.kind == "arrived" else "X",
                 "name": span.name,

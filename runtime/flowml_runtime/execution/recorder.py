@@ -20,8 +20,11 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
+from flowml_runtime.protocol.training.story import Entry
+
 MAX_SPANS = 200_000
-_NAME = Annotated[str, msgspec.Meta(max_length=1024)]
+_LONGEST = 1024
+_NAME = Annotated[str, msgspec.Meta(max_length=_LONGEST)]
 _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
@@ -30,7 +33,11 @@ class Span(msgspec.Struct, frozen=True, array_like=True):
 
     lane: _NAME
     kind: _NAME
-    """"run", "send", "receive", "read", "push", "feed", "fetch", "apply", "reduce"; or "arrived", before its Recv."""
+    """"run", "send", "receive", "read", "push", "feed", "fetch", "apply", "reduce"; or "arrived", before its Recv.
+
+    "story": what a machine of training was told and did about it (`name`), run (`microbatch`) and number (`step`) of
+    that event, and the event that it follows from (`way`).
+    """
     name: _NAME
     step: int
     microbatch: int
@@ -69,6 +76,11 @@ class Recorder:
 
     def add(self, span: Span) -> None:
         self._spans.append(span)
+
+    def tell(self, entry: Entry) -> None:
+        """Note what a machine of training was told, and what it did about it."""
+        now = now_ns()
+        self.add(Span("decisions", "story", entry.text[:_LONGEST], entry.number, entry.run, 0, entry.cause, now, now))
 
     @contextmanager
     def record(

@@ -1,16 +1,50 @@
 """What happens in a training run, in sentences: for scenarios, and for traces that are read as a story.
 
 An event of a worker has a number, and a message carries the number of the event that made its sender send it. So
-(worker, number) names an event anywhere in a run, and each event but the first knows the one that it follows from.
+(worker, number) names an event anywhere in a run, and an event knows the one that it follows from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.terms import RETIRED, ReplicaLost
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One event of one machine. `cause` names the one that it follows from (`worker#run.number`), if any."""
+
+    run: int
+    number: int
+    cause: str
+    text: str
+
+
+def entry(
+    me: str,
+    run: int,
+    number: int,
+    event: actions.Event | driver.Event,
+    wanted: Sequence[actions.Action | driver.Action],
+) -> Entry | None:
+    """What `me` was told and did about it; None where that was only to hand values on."""
+    cause = ""
+    if isinstance(event, actions.Received):
+        if isinstance(event.message, wire.Batch | wire.Source | wire.Collective | wire.Traffic):
+            return None
+        cause = f"{event.peer}#{run}.{event.message.cause}" if event.message.cause else ""
+    elif isinstance(event, actions.StepFinished):
+        cause = f"{me}#{run}.{event.cause}"
+    done = [
+        wants(a)
+        for a in wanted
+        if not isinstance(a, actions.TellTraffic | driver.NoteFates | driver.NoteCommit | driver.Note)
+    ]
+    return Entry(run, number, cause, "; ".join([happened(event), *done]))
 
 
 def said(message: wire.Wire | wire.TrainingMessage) -> str:
@@ -92,6 +126,14 @@ def wants(action: actions.Action | driver.Action) -> str:
             return f"{fate} what clock {clock} has gathered on stage {stage} of replica {replica}"
         case actions.Fail(run, error):
             return f"cannot go on with run {run}: {error}"
+        case actions.Open():
+            return "makes ready what it runs"
+        case actions.Close(run):
+            return f"stops run {run}"
+        case driver.SendStore(store, to):
+            return f"sends store {store} to {', '.join(to)}"
+        case driver.SendSource():
+            return "sends the source"
         case driver.Over():
             return "has all: the fit is over"
         case driver.Feed(replica, item):

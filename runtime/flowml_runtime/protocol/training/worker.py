@@ -377,6 +377,8 @@ class _Fit:
                     actions.append(Count(*at, clock, counts, self._cause))
                 case replica.Retire():
                     actions += self._retire(at)
+                case replica.Begin() if len(self._places.stages[at[0]]) == 1:
+                    pass  # there is no other stage to tell
                 case _:
                     actions.append(self._tell(at[0], action))
         return actions

@@ -22,7 +22,8 @@ from flowml_runtime import service, wire
 from flowml_runtime.execution.faults import step_failed
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.protocol.training import actions as protocol
-from flowml_runtime.protocol.training.terms import Places, Terms
+from flowml_runtime.protocol.training.story import entry
+from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.worker.training.agreement import Agreement
 from flowml_runtime.worker.training.homes import Homes
@@ -119,12 +120,21 @@ class TrainingHost:
     def _step(self, event: protocol.Event) -> None:
         with self.changed:
             actions = self.machine.step(event)
+            self._record(event, actions)
             later = [action for action in actions if not self._at_once(action)]
             self.changed.notify_all()
         if self._fit is not None:
             self._fit.stores(later)
         for action in later:
             self._later(action)
+
+    def _record(self, event: protocol.Event, actions: Sequence[protocol.Action]) -> None:
+        recorder = self.worker.recorder
+        if recorder.on and not isinstance(event, ReplicaLost):
+            run = event.run if isinstance(event, protocol.StepFinished) else event.message.run
+            told = entry(self.worker.name, run, self.machine.number, event, actions)
+            if told is not None:
+                recorder.tell(told)
 
     def _at_once(self, action: protocol.Action) -> bool:
         """Carry out what executors may see, while they may not look. Whether it was of that kind."""
