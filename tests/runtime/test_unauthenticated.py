@@ -272,53 +272,62 @@ def test_the_programs_default_timeout_of_sockets_ends_nothing(transport: str) ->
 
 
 SHORTAGE = """
-import os, resource, sys, threading, time
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-import jax.numpy as jnp
-import flowml as fm
-
-def net(x):
-    with fm.layer("a"):
-        h = jnp.sin(x)
-    with fm.layer("b"):
-        return jnp.cos(h)
-
-with fm.Cluster.local(workers=2, deadline_s=10, transport=sys.argv[1]) as cluster:
-    f = fm.dataflow(net, placement={"a": "worker:0", "b": "worker:1"})
-    f.plan(jnp.ones(2))
-    held = []
-    try:
-        while True:
-            held.append(os.open("/dev/null", os.O_RDONLY))
-    except OSError:
-        pass
-    ended = threading.Event()
-    def call():
-        try:
-            f(jnp.ones(2))
-        except Exception:
-            pass  # a call at that time may fail, and must end
-        ended.set()
-    threading.Thread(target=call, daemon=True).start()
-    ended.wait(1.0)
-    for fd in held:
-        os.close(fd)
-    print("the call ended:", ended.wait(20))
-    try:
-        print("the next:", f(jnp.ones(3)).shape)
-    except fm.FlowmlError as error:
-        print("the next:", type(error).__name__)
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+from flowml_runtime.cluster import LaunchedCluster
+cluster = LaunchedCluster(workers=1, transport=sys.argv[1])
+print(cluster.address, cluster.token, flush=True)
+sys.stdin.readline()
+held = []
+try:
+    while True:
+        held.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    pass
+print("none left", flush=True)
+sys.stdin.readline()
+for fd in held:
+    os.close(fd)
+sys.stdin.readline()
+cluster.close()
 """
 
 
-def test_descriptors_that_run_out_for_a_moment_end_no_thread() -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run(
-        [sys.executable, "-c", SHORTAGE, "auto"],
-        capture_output=True,
+@pytest.mark.parametrize("transport", ["auto", "grpc"])
+def test_descriptors_that_run_out_for_a_moment_end_no_coordinator(transport: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SHORTAGE, transport],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=2 * WAIT_S,
-        check=False,
-        env=environment,
-    )
-    assert done.stdout == "the call ended: True\nthe next: (3,)\n", done.stderr
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+
+        def go_on() -> None:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+        address, token = process.stdout.readline().split()
+        go_on()
+        assert process.stdout.readline() == "none left\n"
+        outcomes: list[object] = []
+
+        def join() -> None:
+            try:
+                with fm.Cluster.connect(address, token, transport=transport, timeout_s=SHORT_S * 4) as cluster:
+                    outcomes.append(cluster.devices)
+            except fm.FlowmlError as error:
+                outcomes.append(error)
+
+        joining = threading.Thread(target=join)
+        joining.start()
+        joining.join(WAIT_S)
+        assert outcomes  # whichever: in time
+        go_on()
+        with fm.Cluster.connect(address, token, transport=transport, timeout_s=WAIT_S) as cluster:
+            assert [d.name for d in cluster.devices] == ["worker:0/cpu:0"]
+            assert fm.dataflow(lambda x: x + 1, cluster=cluster)(41) == 42
+        go_on()
+        assert process.wait(WAIT_S) == 0

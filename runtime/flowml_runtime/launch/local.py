@@ -209,6 +209,8 @@ class LocalWorkers:
                     self._changed.notify_all()
             case Started(worker, pid):
                 self.pids[worker] = pid
+            case Exited(worker, _, reason) if reason:
+                self._ended(worker, reason)
             case Exited(worker, status):
                 how = f"was killed by {_signal(-status)}" if status < 0 else f"ended with status {status}"
                 pid = self.pids.get(worker, 0)

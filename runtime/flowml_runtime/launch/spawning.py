@@ -35,10 +35,11 @@ class Started(msgspec.Struct, frozen=True, tag=True):
 
 
 class Exited(msgspec.Struct, frozen=True, tag=True):
-    """Zygote to owner. `status` is that of os.waitstatus_to_exitcode."""
+    """Zygote to owner. `status` is that of os.waitstatus_to_exitcode; `reason` says why there never was a process."""
 
     worker: str
     status: int
+    reason: str = ""
 
 
 Request = Start | Kill

@@ -52,6 +52,9 @@ if _given is None:
 else:
     os.environ[_BLAS_THREADS] = _given
 
+CANNOT_START = 71
+"""Status of a worker whose process the system does not let us start: EX_OSERR."""
+
 ORPHANS_S = 2.0
 """How long workers have to end by themselves once their owner is gone."""
 
@@ -81,8 +84,9 @@ def main(folder: str) -> None:
     gc.freeze()  # what all have in common stays shared: no collector writes to it
     children: dict[int, _Child] = {}
     try:
+        owner = os.pidfd_open(os.getppid())  # it may have forked others that hold its end of the socket open
         _tell(control, Ready())
-        _serve(control, children)
+        _serve(control, owner, children)
     finally:  # whatever went wrong with us, nothing is left
         _end(children)
         if folder:
@@ -99,10 +103,9 @@ def _end(children: dict[int, _Child]) -> None:
         os.waitpid(child.pid, 0)
 
 
-def _serve(control: socket.socket, children: dict[int, _Child]) -> None:
+def _serve(control: socket.socket, owner: int, children: dict[int, _Child]) -> None:
     poll = select.poll()
     poll.register(control, select.POLLIN)
-    owner = os.pidfd_open(os.getppid())  # it may have forked others that hold its end of the socket open
     poll.register(owner, select.POLLIN)
     buffer = b""
     while True:
@@ -135,12 +138,26 @@ def _obey(request: Request, control: socket.socket, children: dict[int, _Child])
                     os.kill(child.pid, number)  # not waited for yet, so the pid cannot be another's
             return None
         case Start(config, log):
-            pid = os.fork()
-            if pid == 0:
-                _be_worker(config, log, control, list(children))
-            child = _Child(config.name, pid, os.pidfd_open(pid))
-            _tell(control, Started(config.name, pid))
-            return child
+            try:
+                return _start(config, log, control, list(children))
+            except OSError as error:  # no more processes, descriptors or memory: of this worker, not of all
+                _tell(control, Exited(config.name, CANNOT_START, f"its process cannot be started: {error.strerror}"))
+                return None
+
+
+def _start(config: WorkerConfig, log: str, control: socket.socket, inherited: list[int]) -> _Child:
+    """Fork a worker. Raises OSError, and leaves none, if that is not possible."""
+    pid = os.fork()
+    if pid == 0:
+        _be_worker(config, log, control, inherited)
+    try:
+        child = _Child(config.name, pid, os.pidfd_open(pid))
+    except OSError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+    _tell(control, Started(config.name, pid))
+    return child
 
 
 def _tell(control: socket.socket, report: Report) -> None:
