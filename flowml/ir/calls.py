@@ -19,8 +19,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
-import numpy as np
 from jax.core import Tracer
 from jax.tree_util import (
     DictKey,
@@ -241,18 +239,3 @@ def _holds_tracer(value: Any) -> bool:
     if isinstance(value, dict):
         value = list(value.values())
     return isinstance(value, Tracer) or (isinstance(value, list | set) and any(isinstance(v, Tracer) for v in value))
-
-
-def why_no_array(leaf: Any) -> str:
-    """What is wrong with a leaf that JAX does not take for an array, to follow its name in an error, with the fix."""
-    if isinstance(leaf, jax.Ref):
-        return "is a jax Ref, which no worker can write to; pass its value ref[...], and write back what is returned"
-    dtype = getattr(leaf, "dtype", None)
-    if not isinstance(leaf, np.ndarray | np.generic) or dtype is None:
-        return (
-            f"is of type {type(leaf).__name__}, which is not an array; pass arrays or numbers, or name the argument in "
-            "static_argnums or static_argnames to have the program compiled for it"
-        )
-    if dtype.kind in "biufc" and not dtype.isnative:
-        return f"is an array of dtype {dtype.str!r}, whose byte order JAX does not take; pass x.astype({dtype.name!r})"
-    return f"is an array of dtype {dtype}, which JAX does not take; convert it to numbers"

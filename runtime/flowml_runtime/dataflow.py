@@ -22,7 +22,8 @@ from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unf
 
 from flowml.errors import PlacementError
 from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
-from flowml.ir.calls import Call, Returned, bind, finish, static_of, why_no_array
+from flowml.ir.calls import Call, Returned, bind, finish, static_of
+from flowml.leaves import why_no_array
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.driver.steps import UnloadedError
@@ -38,6 +39,12 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+
+
+_PASS_ARRAYS = (
+    "pass arrays or numbers, or name the argument in static_argnums or static_argnames, to have the program compiled "
+    "for it"
+)
 
 
 class ClusterLike(Protocol):
@@ -304,7 +311,7 @@ class Dataflow(Generic[P, R]):
                 signature(leaf)
             except TypeError:
                 where = f"args{keystr(path[1:])}" if path[0].idx == 0 else f"keyword {keystr(path[1:])}"
-                return TypeError(f"{self._name}: {where} {why_no_array(leaf)}")
+                return TypeError(f"{self._name}: {where} {why_no_array(leaf, _PASS_ARRAYS)}")
         raise AssertionError("every leaf is an array")
 
 

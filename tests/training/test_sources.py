@@ -93,10 +93,10 @@ WORDS = np.array(["a", "bc"] * (len(SOURCE["x"]) // 2))
     [
         (
             {**SOURCE, "y": SOURCE["y"].tolist()},
-            r"source leaf 'y/0/0' is of type float, which is no array; give a NumPy",
+            r"source leaf 'y/0/0' is of type float, which is not an array; give a NumPy",
         ),
-        ({**SOURCE, "y": 3}, r"source leaf 'y' is of type int, which is no array"),
-        ((SOURCE["x"], "name"), r"source leaf '1' is of type str, which is no array"),
+        ({**SOURCE, "y": 3}, r"source leaf 'y' is of type int, which is not an array"),
+        ((SOURCE["x"], "name"), r"source leaf '1' is of type str, which is not an array"),
         ({**SOURCE, "y": WORDS}, r"source leaf 'y' has dtype <U2, which is no number; encode it as numbers"),
         ({**SOURCE, "y": SOURCE["y"].astype(object)}, r"source leaf 'y' has dtype object, which is no number"),
         ({**SOURCE, "y": SOURCE["y"].astype(">f4")}, r"source leaf 'y' has dtype >f4, .* give .astype\('float32'\)"),
@@ -104,7 +104,7 @@ WORDS = np.array(["a", "bc"] * (len(SOURCE["x"]) // 2))
             {**SOURCE, "y": SOURCE["y"].astype("M8[s]")},
             r"source leaf 'y' has dtype datetime64\[s\], which is no number",
         ),
-        (Batches(lambda i: [0.5] * len(i)), r"source leaf 'y' is of type list, which is no array"),
+        (Batches(lambda i: [0.5] * len(i)), r"source leaf 'y' is of type list, which is not an array"),
         (Batches(lambda i: WORDS[i]), r"source leaf 'y' has dtype <U2, which is no number"),
         (Batches(lambda i: SOURCE["y"][i].astype(">f4")), r"source leaf 'y' has dtype >f4"),
     ],
