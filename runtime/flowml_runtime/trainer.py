@@ -177,7 +177,7 @@ class Trainer:
             params: pytree of floating arrays.
             source: a pytree of arrays with a row an example, or an object with `len(source)` and
                 `source[indices]` -> batch pytree (it stays with the caller, who feeds the workers from it, and may hand
-                out the same buffer again). Arrays must not change during the fit.
+                out the same buffer again).
             batch_size: examples of a global batch: a multiple of replicas x microbatches. What is left of an
                 epoch that is no whole batch is not seen in it.
             epochs, steps: how long; give one of them.
