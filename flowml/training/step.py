@@ -2,8 +2,8 @@
 
 What is added up, over microbatches, steps or replicas, is added in float32 at least. Where the loss has a weight (the
 number of tokens that count, say) each microbatch's gradient counts by it: what travels is the sum of weighted
-gradients beside the sum of weights, and whoever applies them divides. So all that is added up equals the gradient of
-one weighted mean over everything, in whatever pieces it was computed.
+gradients beside the sum of weights, and the home divides one by the other. So all that is added up equals the
+gradient of one weighted mean over everything, in whatever pieces it was computed.
 """
 
 from __future__ import annotations

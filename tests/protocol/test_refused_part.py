@@ -1,4 +1,4 @@
-"""A contribution of which a part is empty counts nothing, whatever its other parts hold, and holds nobody up."""
+"""A contribution of which a part is empty counts nothing, whatever its other parts hold, and is not waited for."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class NoteFates:
-    """Tell whoever watches what became of work items; the ledger knows."""
+    """What became of work items, for a simulation or a test; the ledger knows it already."""
 
     fates: tuple[tuple[wire.Item, Fate], ...]
     cause: int
