@@ -29,18 +29,28 @@ def argument_parameters(graph: Graph, trees: Sequence[Sequence[int]]) -> dict[in
 
     `trees` has the positions of the leaves of each argument that is more than one array; the first argument with a
     parameter has them all. Where there is a backward pass, a parameter is a floating array that it depends on: the
-    state of an optimizer is not.
+    state of an optimizer is not. An argument on which it does not depend at all (the weights of a linear loss) still
+    has the parameters, unless it mirrors a later one as such a state does.
     """
     backward = [n for n in graph.nodes if n.scope.backward]
     wanted = {v for v in _needed_by(graph, backward) if _jax.is_inexact(graph.avals[v])}
-    for tree in trees:
+    for number, tree in enumerate(trees):
         leaves = [i for i in tree if not backward or graph.inputs[i] in wanted]
+        if not leaves and not _mirrors(graph, tree, trees[number + 1 :]):
+            leaves = list(tree)
         if leaves:
             names = [graph.input_names[i] for i in leaves]
             if len(leaves) < len(tree):
                 names = _below_shared_position(names)
             return dict(zip((graph.inputs[i] for i in leaves), map(parameter_path, names), strict=True))
     return {}
+
+
+def _mirrors(graph: Graph, tree: Sequence[int], others: Sequence[Sequence[int]]) -> bool:
+    """Whether leaves of a tree end in the path of a leaf of another, as `0/mu/conv/kernel` in `conv/kernel`."""
+    parts = (graph.input_names[i].split("/") for i in tree)
+    ends = {"/".join(names[start:]) for names in parts for start in range(1, len(names))}
+    return any(graph.input_names[i] in ends for other in others for i in other)
 
 
 def _needed_by(graph: Graph, nodes: Sequence[Node]) -> set[int]:

@@ -219,6 +219,14 @@ def test_optimizer_state_belongs_to_the_layer_of_its_parameter(name: str) -> Non
     assert moved <= sum(t.nbytes for t in expected.transfers) + X.nbytes + 64
 
 
+def test_the_weights_of_a_linear_loss_are_parameters_and_its_batch_is_none() -> None:
+    def loss(params: Any, batch: Any) -> jax.Array:
+        return jnp.mean(batch["x"] @ params["dense"]["kernel"] + params["dense"]["bias"])
+
+    params = {"dense": {"kernel": jnp.ones((8, 2)), "bias": jnp.ones(2)}}
+    assert layers(jax.value_and_grad(loss), params, {"x": X, "y": X}) - {""} == {"dense"}
+
+
 def test_layers_come_in_the_order_of_the_data() -> None:
     def fn(params: Any, x: jax.Array, key: jax.Array) -> jax.Array:
         last, first = (jax.random.bernoulli(k, 0.5, (8,)) for k in jax.random.split(key))
