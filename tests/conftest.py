@@ -89,6 +89,14 @@ def _fixed_seeds(seed: int) -> None:
     np.random.seed(seed)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _checked_messages() -> None:
+    """Every message that this process sends is decoded again by its sender, so that none is sent that is refused."""
+    from flowml_runtime.transport import refusals
+
+    refusals.checks_all = True
+
+
 @pytest.fixture(scope="session")
 def threads_cluster() -> Iterator[fm.Cluster]:
     """Four workers inside this process. Shared by all tests, so not the current one: give `cluster=`."""

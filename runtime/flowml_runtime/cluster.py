@@ -48,8 +48,10 @@ TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
 """Paths of PEM files under "cert", "key" and "ca"."""
 
 _START_ANOTHER = "close this cluster and start another"
-_LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
 """What to do about a lost worker where the cluster started its workers itself: it has no way to start one more."""
+
+_LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
+"""What to do about a lost coordinator."""
 
 _BY_REFERENCE = Links(ASSUMED[SAME_PROCESS])
 _CORE_FLOPS_PER_S = Device("").flops_per_s

@@ -18,6 +18,7 @@ from flowml.errors import WorkerLostError
 from flowml.placement.links import SAME_PROCESS
 from flowml.plan import ArraySpec
 from flowml_runtime import service, wire
+from flowml_runtime.transport.refusals import check
 
 Arrays = Sequence[Any]
 """np.ndarray or jax.Array"""
@@ -238,6 +239,7 @@ class ThreadEndpoint:
         target = self._hub.find(peer)
         if target is None or peer in self._lost:
             raise unreachable(peer, self._lost.get(peer, "there is no such peer"))
+        check(message)
         nbytes = sum(a.nbytes for a in arrays)
         if not target.deliver(self.name, message, list(arrays), nbytes, timeout_s):
             raise unreachable(peer, "it was closed")

@@ -37,6 +37,7 @@ from flowml_runtime.transport.arrays import (
     to_wire,
     wire_layout,
 )
+from flowml_runtime.transport.refusals import Refusal, encoded, salvage
 
 PIECE_BYTES = 2**20
 """A large array goes in pieces of this size. gRPC copies each several times on both sides, which is fastest while it
@@ -59,6 +60,10 @@ MAX_REMEMBERED = 64
 _LENGTH = struct.Struct("<I")
 _SEAL = struct.Struct("<Q")
 _SEALED = 2**31
+
+
+Message = wire.Wire | Refusal
+"""What a frame may hold: a message, or one of which only enough could be read to refuse it."""
 
 
 class FrameError(FlowmlError):
@@ -91,7 +96,7 @@ def pack(message: wire.Wire, arrays: Sequence[Array] = ()) -> Outgoing:
     specs = message.specs
     if len(arrays) != len(specs):
         raise ValueError(f"{type(message).__name__} announces {len(specs)} arrays and has {len(arrays)}")
-    header = wire.encode(message)
+    header = encoded(message)
     if len(header) > wire.MAX_HEADER_BYTES:
         raise ValueError(f"{type(message).__name__} has a header of {len(header)} bytes, over {wire.MAX_HEADER_BYTES}")
     first = [_LENGTH.pack(len(header)), header]
@@ -114,7 +119,7 @@ class Assembler:
         self._allocate = allocate
         self._number = 0
         """Of the next frame in the stream."""
-        self._message: wire.Wire | None = None
+        self._message: Message | None = None
         self._sealed = False
         self._arrays: list[Buffer] = []
         self._missing: list[Buffer] = []
@@ -139,7 +144,7 @@ class Assembler:
         """Whether frames of the current message are still to come."""
         return bool(self._missing)
 
-    def take(self) -> tuple[wire.Wire, list[Buffer]]:
+    def take(self) -> tuple[Message, list[Buffer]]:
         """The complete message and its arrays, of which nothing is kept here."""
         message, arrays = self._message, self._arrays
         assert message is not None
@@ -165,7 +170,7 @@ class Assembler:
             self._missing.pop()
 
 
-def unpack(frame: bytes | memoryview, room: Buffer | None, number: int = 0) -> tuple[wire.Wire, list[Buffer]]:
+def unpack(frame: bytes | memoryview, room: Buffer | None, number: int = 0) -> tuple[Message, list[Buffer]]:
     """A message whose large arrays lie in `room`, one after the other at multiples of 64. Raises FrameError.
 
     `number` is the message's in its stream, which counts only if it is sealed.
@@ -212,7 +217,7 @@ def _checksum(content: bytes | memoryview, number: int, more: Sequence[Buffer] =
 
 
 def _unsealed(
-    frame: bytes | memoryview, number: int, message: wire.Wire | None = None, more: Sequence[Buffer] = ()
+    frame: bytes | memoryview, number: int, message: Message | None = None, more: Sequence[Buffer] = ()
 ) -> memoryview:
     """A frame's content, if its seal is right. Raises FrameError, naming the message if that is known."""
     content = memoryview(frame)[: max(0, len(frame) - _SEAL.size)]
@@ -224,7 +229,7 @@ def _unsealed(
     return content
 
 
-def _guessed(content: memoryview) -> wire.Wire | None:
+def _guessed(content: memoryview) -> Message | None:
     """What a first frame with a wrong seal seems to be, only to be named."""
     try:
         return _header(content)[0]
@@ -232,14 +237,14 @@ def _guessed(content: memoryview) -> wire.Wire | None:
         return None
 
 
-def _called(message: wire.Wire | None) -> str:
+def _called(message: Message | None) -> str:
     """A message in an error: its type, and for a value of a plan which one."""
     if isinstance(message, wire.Value):
         return f"Value ({message.kind} {message.index} for {message.device}, step {message.step})"
     return "a message" if message is None else type(message).__name__
 
 
-def _open(frame: memoryview, place: Callable[[int, ArraySpec], Buffer]) -> tuple[wire.Wire, list[Buffer]]:
+def _open(frame: memoryview, place: Callable[[int, ArraySpec], Buffer]) -> tuple[Message, list[Buffer]]:
     """The message in a first frame. Its small arrays come along; a large one lies where `place` says."""
     message, inline = _header(frame)
     layout = _layout(message.specs)
@@ -269,7 +274,7 @@ def _room(inline: memoryview, layout: _Layout) -> bytes | Buffer:
     return room
 
 
-def _header(frame: memoryview) -> tuple[wire.Wire, memoryview]:
+def _header(frame: memoryview) -> tuple[Message, memoryview]:
     """The message in a first frame, and the bytes of its small arrays."""
     if len(frame) < _LENGTH.size:
         raise FrameError(f"a frame of {len(frame)} bytes is too short for a message")
@@ -278,10 +283,13 @@ def _header(frame: memoryview) -> tuple[wire.Wire, memoryview]:
     if length > min(len(body), wire.MAX_HEADER_BYTES):
         raise FrameError(f"a frame of {len(frame)} bytes announces a header of {length}")
     try:
-        message = wire.decode(body[:length])
+        message: Message = wire.decode(body[:length])
     except (msgspec.DecodeError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         # The decoder's own errors, and what looking up an unknown dtype raises.
-        raise FrameError(f"a frame holds no message of this version: {type(error).__name__}: {error}") from None
+        refusal = salvage(body[:length], error)
+        if refusal is None:
+            raise FrameError(f"a frame holds no message of this version: {type(error).__name__}: {error}") from None
+        message = refusal
     return message, body[length:]
 
 

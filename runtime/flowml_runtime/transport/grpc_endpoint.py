@@ -45,6 +45,7 @@ from flowml_runtime.transport.framing import Assembler, FrameError, Outgoing, pa
 from flowml_runtime.transport.grpc_streams import Stream, StreamServer
 from flowml_runtime.transport.local_server import Expectation, Incoming, UnixServer
 from flowml_runtime.transport.local_stream import UnixStream
+from flowml_runtime.transport.refusals import Refusal
 from flowml_runtime.transport.security import TLS, check_exposure, is_loopback, split_address
 
 CLOSE_S = 1.0
@@ -52,6 +53,9 @@ CLOSE_S = 1.0
 
 SHORTAGE_S = 5.0
 """How long a connection is tried again while this process has no descriptors for it; then its peer is lost."""
+
+MAX_STRANGERS = 256
+"""Peers that came by themselves and are lost, of which it is remembered that they may not come back in that life."""
 
 _log = logging.getLogger("flowml")
 
@@ -343,7 +347,9 @@ class GrpcEndpoint:
         refusal, reason, fault = "", "it closed the connection", False
         try:
             for message, arrays in incoming:
-                if peer is None:
+                if isinstance(message, Refusal):
+                    self._refuse(peer, message)
+                elif peer is None:
                     peer = self._greet(message)
                     peer.expectation, peer.hang_up = expectation, hang_up
                 elif peer.lost:
@@ -367,6 +373,18 @@ class GrpcEndpoint:
             self._lose(peer, reason)
         return refusal, fault
 
+    def _refuse(self, peer: _Peer | None, refusal: Refusal) -> None:
+        """Have what a message was for fail; its connection goes on. Raises _Refused for a stranger's."""
+        answer = refusal.answer(self.name)
+        if peer is None or peer.lost:
+            raise _Refused(answer.error)
+        _log.warning("from %s: %s", peer.name, answer.error)
+        self._delivery.put(self._answer, peer.name, answer)  # not on this thread, which must not wait
+
+    def _answer(self, peer: str, answer: wire.Wire) -> None:
+        with suppress(WorkerLostError):
+            self.send(peer, answer)
+
     def _greet(self, hello: wire.Wire) -> _Peer:
         """The peer that a stream's first message introduces. Raises _Refused."""
         if not isinstance(hello, wire.Hello):
@@ -382,6 +400,7 @@ class GrpcEndpoint:
                 raise _Refused(f"{hello.peer} counts as lost here; start it again")
             if peer.incarnation in (0, hello.incarnation) and not peer.lost:
                 peer.incarnation = hello.incarnation
+                self._forget_strangers()
                 return peer
         self._lose(peer, f"a new {hello.peer} took its place")
         with self._reporting, self._lock:
@@ -389,7 +408,14 @@ class GrpcEndpoint:
             if current is None or current is peer:  # no address yet: that comes from the coordinator
                 current = self._peers[hello.peer] = _Peer(hello.peer)
             current.incarnation = hello.incarnation
+            self._forget_strangers()
             return current
+
+    def _forget_strangers(self) -> None:
+        """Keep few of the peers that are over and that nobody told us of. The lock is held."""
+        strangers = [p.name for p in self._peers.values() if p.lost and not p.address]
+        for name in strangers[: max(0, len(strangers) - MAX_STRANGERS)]:
+            del self._peers[name]
 
 
 def _counts_as_lost(peer: _Peer) -> str:

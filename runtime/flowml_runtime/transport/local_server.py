@@ -20,9 +20,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flowml_runtime import service, wire
+from flowml_runtime import service
 from flowml_runtime.transport.arrays import Buffer
-from flowml_runtime.transport.framing import MAX_FRAME_BYTES, FrameError, unpack
+from flowml_runtime.transport.framing import MAX_FRAME_BYTES, FrameError, Message, unpack
 from flowml_runtime.transport.local_stream import (
     AT_ONCE,
     BROKE,
@@ -48,12 +48,14 @@ does: the core has gone idle, and its caches are cold."""
 
 _BACKLOG = 128
 _READ_BYTES = 2**18
+_KEPT_BYTES = 4 * 2**20
+"""A buffer that has grown beyond this is given up once it is not needed any more."""
 _RIGHTS = socket.CMSG_SPACE(8 * struct.calcsize("i"))
 _TRUNCATED = int(socket.MSG_CTRUNC)
 _CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
 _IF_THERE = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 
-Incoming = Iterator[tuple[wire.Wire, list[Buffer]]]
+Incoming = Iterator[tuple[Message, list[Buffer]]]
 
 
 class Expectation:
@@ -240,6 +242,8 @@ class _Reader:
         if self._end - self._start < nbytes:
             self._make_room(nbytes)
             while self._end - self._start < nbytes:
+                if self._end == len(self._buffer):
+                    self._grow(nbytes)
                 self._receive()
         self._start += nbytes
         return memoryview(self._buffer)[self._start - nbytes : self._start]
@@ -255,12 +259,18 @@ class _Reader:
             os.close(self._descriptors.popleft())
 
     def _make_room(self, nbytes: int) -> None:
-        """Everything unread to the front; views of earlier reads may still exist, so a larger buffer is a new one."""
+        """Everything unread to the front; views of earlier reads may still exist, so another size is a new one."""
         unread = self._buffer[self._start : self._end]
-        if nbytes > len(self._buffer):
-            self._buffer = bytearray(nbytes + _READ_BYTES)
+        if len(self._buffer) > _KEPT_BYTES and max(nbytes, len(unread)) <= _READ_BYTES:
+            self._buffer = bytearray(_READ_BYTES)
         self._buffer[: len(unread)] = unread
         self._start, self._end = 0, len(unread)
+
+    def _grow(self, nbytes: int) -> None:
+        """A larger buffer, but not before the one there is full: what is announced may never come."""
+        larger = bytearray(min(2 * len(self._buffer), nbytes + _READ_BYTES))
+        larger[: self._end] = self._buffer[: self._end]
+        self._buffer = larger
 
     def _receive(self) -> None:
         if self.deadline is not None:

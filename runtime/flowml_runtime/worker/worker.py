@@ -222,7 +222,9 @@ class Worker:
                 self._tell(hosted.driver, step_failed(value.plan_id, value.step, self.name, value.device, error))
 
     def _on_plan_message(self, hosted: _Hosted, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
-        if hosted.training is not None and not isinstance(message, wire.Unload):
+        if isinstance(message, wire.Failed) or (isinstance(message, wire.StepFailed) and message.kind != "cancelled"):
+            self._tell(hosted.driver, message)  # a peer has refused what this worker sent
+        elif hosted.training is not None and not isinstance(message, wire.Unload):
             hosted.training.on_message(peer, message, arrays)
         elif isinstance(message, wire.Taken):
             if message.device in hosted.windows:
