@@ -39,13 +39,6 @@ SEED = int(os.environ.get("FLOWML_TEST_SEED", "0"))
 EXAMPLES_SEED = SEED if "FLOWML_TEST_SEED" in os.environ else random.SystemRandom().randrange(2**31)
 """Of Hypothesis."""
 
-# A parent that ignores or blocks signals (`nohup make test &`, a service manager) hands that on to the tests, and they
-# to the programs that they start and interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-for _number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-    signal.signal(_number, signal.SIG_DFL)
-signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
 LEAK_DEADLINE_S = 10.0
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -62,8 +55,18 @@ hypothesis.settings.load_profile("flowml")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    _heed_signals()
     if config.getoption("--hypothesis-seed", None) is None:
         config.option.hypothesis_seed = str(EXAMPLES_SEED)
+
+
+def _heed_signals() -> None:
+    """A parent that ignores or blocks signals (`nohup make test &`, a service manager) hands that on to the tests, and
+    they to the programs that they start and interrupt. Not done on import, which workers do on other threads too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def pytest_report_header(config: pytest.Config) -> str:
