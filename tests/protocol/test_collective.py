@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -185,7 +186,7 @@ def test_hosts_exchange_a_share_each_and_not_everything() -> None:
     world = World(hierarchical(hosts), values, pieces=1, window=1, random=Random(0))
     between = sum(
         world.layout.span(0, step.chunk)[1] - world.layout.span(0, step.chunk)[0]
-        for rank, steps in enumerate(hierarchical(hosts).steps)
+        for rank, steps in enumerate(map(hierarchical(hosts).steps, range(len(hosts))))
         for step in steps
         if isinstance(step, Send) and hosts[step.peer] != hosts[rank]
     )
@@ -203,8 +204,8 @@ def machine(window: int = WINDOW, pieces: int = 8) -> AllReduce:
     [
         (Received(0, 8, 0, "x"), "rank 0 sent for bucket 4, piece 8, take 0 of rank 1: 'direct' has 8 pieces"),
         (Received(0, 0, 9, "x"), "rank 0 sent for bucket 4, piece 0, take 9 of rank 1: 'direct' has 8 pieces and 3"),
-        (Received(1, 0, 0, "x"), "rank 1 sent for bucket 4, piece 0, take 0 of rank 1, which takes nothing from it"),
-        (Received(0, 2, 0, "x"), "rank 0 sent for bucket 4, piece 2, take 0 of rank 1, which is too far ahead"),
+        (Received(1, 0, 1, "x"), "rank 1 sent for bucket 4, piece 0, take 1 of rank 1, which takes nothing from it"),
+        (Received(0, 2, 1, "x"), "rank 0 sent for bucket 4, piece 2, take 1 of rank 1, which is too far ahead"),
     ],
 )
 def test_what_cannot_be_is_refused_with_peer_bucket_and_step(event: Received, text: str) -> None:
@@ -214,14 +215,14 @@ def test_what_cannot_be_is_refused_with_peer_bucket_and_step(event: Received, te
 
 def test_nothing_comes_twice() -> None:
     m = machine(pieces=1)
-    m.step(Received(0, 0, 0, "x"))
+    m.step(Received(0, 0, 1, "x"))
     with pytest.raises(ProtocolError, match="rank 0 sent twice for bucket 4"):
-        m.step(Received(0, 0, 0, "x"))
+        m.step(Received(0, 0, 1, "x"))
     m.step(Started())
-    m.step(Received(2, 0, 0, "y"))
+    m.step(Received(2, 0, 1, "y"))
     m.validate()
     with pytest.raises(ProtocolError, match="rank 2 sent twice for bucket 4"):
-        m.step(Received(2, 0, 0, "y"))
+        m.step(Received(2, 0, 1, "y"))
     with pytest.raises(ProtocolError, match="started twice"):
         m.step(Started())
 
@@ -242,3 +243,13 @@ def test_only_a_rank_that_passes_on_what_it_took_relays() -> None:
     assert [direct(2).relays(r) for r in range(2)] == [True, True]
     with pytest.raises(ValueError, match="fanout 0"):
         tree(3, 0)
+
+
+@pytest.mark.parametrize("make", [ring, direct])
+def test_a_rank_makes_its_own_part_of_a_schedule_and_no_other(make: Callable[[int], Schedule]) -> None:
+    ranks = 2000
+    schedule = make(ranks)
+    steps = schedule.steps(7)
+    assert sum(isinstance(s, Send) for s in steps) == 2 * (ranks - 1)
+    assert len(steps) <= 4 * (ranks - 1)
+    assert list(schedule._steps) == [7]  # pyright: ignore[reportPrivateUsage]

@@ -1,8 +1,9 @@
 """Collectives among ranks: who sends which chunk to whom, when, and what is added to what in which order.
 
-A *schedule* is a value: for each rank the list of its steps. It is drafted as one sequential program for all ranks, in
-rounds, and each rank gets its part of that: a rank sends without waiting and takes in the order of its list, so the
-first take of the program that has not happened always can happen, and no schedule deadlocks.
+A *schedule* says for each rank what its steps are. It is one sequential program for all ranks, in rounds: in each, a
+rank sends all that it has to before it takes anything. A rank sends without waiting and takes in the order of its list,
+so the first take of the program that has not happened always can happen, and no schedule deadlocks. Each rank makes its
+own part, from its place and the shape of the whole: nothing is computed for the others.
 
 What goes together under one index of a schedule is a *chunk*. A large bucket is cut into *pieces*, each cut into the
 schedule's chunks; pieces follow the schedule on their own, `window` of them at a time, so that one is copied while
@@ -24,9 +25,9 @@ chunk goes next is fixed. So a sum repeats to the bit, and every rank holds the 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from flowml.policy import topology
@@ -44,7 +45,7 @@ MAX_PIECES = 2**16
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send what is held of `chunk`; `take` says which of the peer's takes it is for."""
+    """Send what is held of `chunk`; `take` is the number of the peer's take that it is for."""
 
     peer: int
     chunk: int
@@ -55,7 +56,8 @@ class Send:
 class Take:
     """Take `chunk` from each of `peers` (ascending), and add all to what is held, in rank order, or replace that.
 
-    `number` counts the takes of this rank. `complete`: from here on the chunk is the sum over all ranks.
+    `number` is the take's own on this rank: its round and chunk. `complete`: from here on the chunk is the sum over all
+    ranks.
     """
 
     number: int
@@ -68,31 +70,52 @@ class Take:
 Step = Send | Take
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one rank does in one round: (peer, chunk) of what it sends, then (chunk, peers) of what it takes."""
+
+    sends: tuple[tuple[int, int], ...]
+    takes: tuple[tuple[int, tuple[int, ...]], ...]
+    add: bool
+    complete: bool = True
+
+
 class Schedule:
-    """What each rank does, in order. The same for every bucket; `Layout` says which elements a chunk has."""
+    """What each rank does, in order. The same for every bucket; `Layout` says which elements a chunk has.
 
-    name: str
-    chunks: int
-    steps: tuple[tuple[Step, ...], ...]
+    `rounds(rank)` are as many for every rank.
+    """
 
-    @property
-    def ranks(self) -> int:
-        return len(self.steps)
+    def __init__(self, name: str, chunks: int, ranks: int, rounds: Callable[[int], Iterable[Round]]) -> None:
+        self.name = name
+        self.chunks = chunks
+        self.ranks = ranks
+        self._rounds = rounds
+        self._steps: dict[int, tuple[Step, ...]] = {}
 
-    @cached_property
-    def takes(self) -> tuple[tuple[Take, ...], ...]:
-        """Those of each rank, by their numbers."""
-        return tuple(tuple(s for s in steps if isinstance(s, Take)) for steps in self.steps)
+    def steps(self, rank: int) -> tuple[Step, ...]:
+        """Those of one rank, made when they are first asked for."""
+        found = self._steps.get(rank)
+        if found is None:
+            found = self._steps[rank] = tuple(self._made(rank))
+        return found
+
+    def takes(self, rank: int) -> dict[int, Take]:
+        """Those of one rank by their numbers, in order."""
+        return {step.number: step for step in self.steps(rank) if isinstance(step, Take)}
 
     def relays(self, rank: int) -> bool:
         """Whether this rank sends anything that depends on what it has taken."""
-        return rank in self._relaying
+        kinds = [type(step) for step in self.steps(rank)]
+        return Take in kinds and Send in kinds[kinds.index(Take) :]
 
-    @cached_property
-    def _relaying(self) -> frozenset[int]:
-        kinds = [[type(s) for s in steps] for steps in self.steps]
-        return frozenset(r for r, k in enumerate(kinds) if Take in k and Send in k[k.index(Take) :])
+    def _made(self, rank: int) -> Iterable[Step]:
+        for number, part in enumerate(self._rounds(rank)):
+            first = number * self.chunks
+            for peer, chunk in part.sends:
+                yield Send(peer, chunk, first + chunk)
+            for chunk, peers in part.takes:
+                yield Take(first + chunk, chunk, tuple(sorted(peers)), part.add, part.complete)
 
 
 @dataclass(frozen=True)
@@ -115,63 +138,50 @@ class Layout:
         return first + chunk * length // self.chunks, first + (chunk + 1) * length // self.chunks
 
 
-class _Draft:
-    """The sequential program of all ranks, written round by round."""
-
-    def __init__(self, ranks: int) -> None:
-        self._steps: list[list[Step]] = [[] for _ in range(ranks)]
-        self._takes = [0] * ranks
-
-    def round(self, moves: Iterable[tuple[int, int, int]], *, add: bool, complete: bool = True) -> None:
-        """Moves (from, to, chunk) that happen at once: a rank sends all of its own before it takes any."""
-        into: dict[tuple[int, int], list[int]] = {}
-        moves = list(moves)
-        for source, target, chunk in moves:
-            into.setdefault((target, chunk), []).append(source)
-        takes: list[tuple[int, Take]] = []
-        numbers: dict[tuple[int, int], int] = {}
-        for (target, chunk), sources in into.items():
-            number = numbers[target, chunk] = self._takes[target]
-            self._takes[target] += 1
-            takes.append((target, Take(number, chunk, tuple(sorted(sources)), add, complete)))
-        for source, target, chunk in moves:
-            self._steps[source].append(Send(target, chunk, numbers[target, chunk]))
-        for target, take in takes:
-            self._steps[target].append(take)
-
-    def schedule(self, name: str, chunks: int) -> Schedule:
-        return Schedule(name, chunks, tuple(map(tuple, self._steps)))
-
-
 @lru_cache(maxsize=256)
 def hierarchical(hosts: tuple[Hashable, ...], name: str = "hierarchical") -> Schedule:
     """For ranks on `hosts` (one name a rank): add up inside each host, around the hosts, and spread inside each.
 
     Each host has as many shards as the host with the fewest ranks; its further ranks own none.
     """
-    groups = [[r for r, h in enumerate(hosts) if h == host] for host in dict.fromkeys(hosts)]
+    members: dict[Hashable, list[int]] = {}
+    places: list[int] = []
+    for rank, host in enumerate(hosts):
+        places.append(len(members.setdefault(host, [])))
+        members[host].append(rank)
+    groups = list(members.values())
+    numbers = {host: number for number, host in enumerate(members)}
     around, shards = len(groups), min(map(len, groups))
-    draft = _Draft(len(hosts))
-    inside = [  # each rank begins with the owner after itself, so that not all begin with the same
-        (rank, ranks[shard], shard * around + k)
-        for ranks in groups
-        for turn in range(1, len(ranks))
-        for i, rank in enumerate(ranks)
-        for shard in [(i + turn) % len(ranks)]
-        if shard < shards
-        for k in range(around)
-    ]
-    draft.round(inside, add=True, complete=around == 1)
-    for spread in (False, True):
-        for hop in range(around - 1):
-            moves = [
-                (groups[g][s], groups[(g + 1) % around][s], s * around + (g - hop + spread) % around)
-                for g in range(around)
-                for s in range(shards)
-            ]
-            draft.round(moves, add=not spread, complete=spread or hop == around - 2)
-    draft.round([(owner, rank, chunk) for rank, owner, chunk in inside], add=False)
-    return draft.schedule(name, shards * around)
+
+    def rounds(rank: int) -> Iterable[Round]:
+        here, mine = numbers[hosts[rank]], places[rank]
+        ranks, owns = groups[here], mine < shards
+        turns = range(
+            1, len(ranks)
+        )  # each rank begins with the owner after itself, so that not all begin with the same
+        given = [(ranks[shard], shard * around + k) for shard in _after(mine, turns, shards) for k in range(around)]
+        others = tuple(r for r in ranks if r != rank)
+        own = [mine * around + k for k in range(around)] if owns and others else []
+        yield Round(tuple(given), tuple((chunk, others) for chunk in own), add=True, complete=around == 1)
+        for spread in (False, True):
+            for hop in range(around - 1):
+                yield _hop(here, mine, hop, spread) if owns else Round((), (), add=not spread)
+        back = [(ranks[(mine - turn) % len(ranks)], chunk) for turn in turns for chunk in own]
+        yield Round(tuple(back), tuple((chunk, (owner,)) for owner, chunk in given), add=False)
+
+    def _hop(here: int, mine: int, hop: int, spread: bool) -> Round:
+        after, before = groups[(here + 1) % around][mine], groups[here - 1][mine]
+        sent, taken = ((at - hop + spread) % around + mine * around for at in (here, here - 1))
+        complete = spread or hop == around - 2
+        return Round(((after, sent),), ((taken, (before,)),), add=not spread, complete=complete)
+
+    return Schedule(name, shards * around, len(hosts), rounds)
+
+
+def _after(mine: int, turns: range, shards: int) -> Iterable[int]:
+    """The shards that other ranks of a host own, in the order in which the rank at `mine` turns to them."""
+    size = len(turns) + 1
+    return (shard for turn in turns if (shard := (mine + turn) % size) < shards)
 
 
 def ring(ranks: int) -> Schedule:
@@ -185,16 +195,22 @@ def direct(ranks: int) -> Schedule:
 @lru_cache(maxsize=256)
 def doubling(ranks: int) -> Schedule:
     """Recursive doubling for any number of ranks."""
-    draft = _Draft(ranks)
     power = 1 << (ranks.bit_length() - 1)
-    extras = [(r, r - power, 0) for r in range(power, ranks)]
-    draft.round(extras, add=True, complete=False)
-    distance = 1
-    while distance < power:
-        draft.round(((r, r ^ distance, 0) for r in range(power)), add=True, complete=2 * distance == power)
-        distance *= 2
-    draft.round([(to, extra, 0) for extra, to, _ in extras], add=False)
-    return draft.schedule("doubling", 1)
+
+    def rounds(rank: int) -> Iterable[Round]:
+        extra = rank >= power
+        partner = (rank - power,) if extra else (rank + power,) if rank + power < ranks else ()
+        sends, takes = tuple((p, 0) for p in partner), tuple((0, (p,)) for p in partner)
+        yield Round(sends if extra else (), () if extra else takes, add=True, complete=False)
+        distance = 1
+        while distance < power:
+            peer = rank ^ distance
+            exchange = Round(((peer, 0),), ((0, (peer,)),), add=True, complete=2 * distance == power)
+            yield Round((), (), add=True) if extra else exchange
+            distance *= 2
+        yield Round(() if extra else sends, takes if extra else (), add=False)
+
+    return Schedule("doubling", 1, ranks, rounds)
 
 
 @lru_cache(maxsize=256)
@@ -202,18 +218,27 @@ def tree(ranks: int, fanout: int) -> Schedule:
     """Up a heap-shaped tree to rank 0, each parent adding its children at once, and down again."""
     if fanout < 1:
         raise ValueError(f"a tree with fanout {fanout} has no children; give at least 1")
-    draft = _Draft(ranks)
-    edges = [(child, (child - 1) // fanout, 0) for child in range(1, ranks)]
-    levels: dict[int, list[tuple[int, int, int]]] = {}
-    depth = {0: 0}
-    for edge in edges:
-        depth[edge[0]] = depth[edge[1]] + 1
-        levels.setdefault(depth[edge[0]], []).append(edge)
-    for level in sorted(levels, reverse=True):
-        draft.round(levels[level], add=True, complete=level == 1)
-    for level in sorted(levels):
-        draft.round([(parent, child, 0) for child, parent, _ in levels[level]], add=False)
-    return draft.schedule("tree", 1)
+
+    def depth(rank: int) -> int:
+        levels = 0
+        while rank:
+            rank, levels = (rank - 1) // fanout, levels + 1
+        return levels
+
+    deepest = depth(ranks - 1)
+
+    def rounds(rank: int) -> Iterable[Round]:
+        mine, parent = depth(rank), (rank - 1) // fanout
+        children = tuple(range(rank * fanout + 1, min(rank * fanout + fanout, ranks - 1) + 1))
+        for level in range(deepest, 0, -1):
+            sends = ((parent, 0),) if mine == level else ()
+            takes = ((0, children),) if children and mine == level - 1 else ()
+            yield Round(sends, takes, add=True, complete=level == 1)
+        for level in range(1, deepest + 1):
+            sends = tuple((child, 0) for child in children) if mine == level - 1 else ()
+            yield Round(sends, ((0, (parent,)),) if mine == level else (), add=False)
+
+    return Schedule("tree", 1, ranks, rounds)
 
 
 def named(name: str, hosts: Sequence[Hashable], fanout: int = 0) -> Schedule:
@@ -316,8 +341,10 @@ class AllReduce:
 
     def __init__(self, schedule: Schedule, rank: int, pieces: int, bucket: str, window: int = WINDOW) -> None:
         self._schedule = schedule
-        self._steps = schedule.steps[rank]
-        self._takes = schedule.takes[rank]
+        self._steps = schedule.steps(rank)
+        self._takes = schedule.takes(rank)
+        self._order = tuple(self._takes.values())
+        self._positions = {number: position for position, number in enumerate(self._takes)}
         self._rank = rank
         self._pieces = pieces
         self._bucket = bucket
@@ -347,7 +374,7 @@ class AllReduce:
         """The ranks that hold this one up now."""
         missing: set[int] = set()
         for piece, progress in self._under_way.items():
-            take = self._takes[progress.taken]
+            take = self._order[progress.taken]
             missing |= set(take.peers) - set(self._early.get((piece, take.number), ()))
         return tuple(sorted(missing))
 
@@ -360,20 +387,20 @@ class AllReduce:
         for piece, progress in self._under_way.items():
             take = self._steps[progress.step]
             ensure(piece < self._opened, f"piece {piece} is under way and not opened")
-            ensure(isinstance(take, Take) and take.number == progress.taken, f"piece {piece} stopped without need")
+            ensure(take is self._order[progress.taken], f"piece {piece} stopped without need")
             if isinstance(take, Take):
                 there = len(self._early.get((piece, take.number), ()))
                 ensure(there < len(take.peers), f"take {take.number} of piece {piece} could happen and did not")
         for (piece, number), handles in self._early.items():
             ensure(handles and handles.keys() <= set(self._takes[number].peers), "a chunk is kept that is not taken")
             ensure(piece < self._opened + self._window, f"a chunk of piece {piece} is kept too far ahead")
-            over = piece < self._opened and number < self._under_way[piece].taken
+            over = piece < self._opened and self._positions[number] < self._under_way[piece].taken
             ensure(not over, f"a chunk of piece {piece} is kept beyond its turn")
         ensure(not self.done or not (self._early or self._under_way), "something is left when all is done")
 
     def _accept(self, event: Received) -> None:
         where = f"{self._bucket}, piece {event.piece}, take {event.take} of rank {self._rank}"
-        if not (0 <= event.piece < self._pieces and 0 <= event.take < len(self._takes)):
+        if not (0 <= event.piece < self._pieces and event.take in self._takes):
             raise ProtocolError(
                 f"rank {event.peer} sent for {where}: {self._schedule.name!r} has {self._pieces} pieces and "
                 f"{len(self._takes)} takes here; do all ranks reduce the same bucket?"
@@ -383,7 +410,7 @@ class AllReduce:
         if event.piece >= self._opened + self._window:
             raise ProtocolError(f"rank {event.peer} sent for {where}, which is too far ahead of piece {self._opened}")
         progress = self._under_way.get(event.piece)
-        over = event.piece < self._opened and (progress is None or event.take < progress.taken)
+        over = event.piece < self._opened and (progress is None or self._positions[event.take] < progress.taken)
         waiting = self._early.setdefault((event.piece, event.take), {}) if not over else {}
         if over or event.peer in waiting:
             raise ProtocolError(f"rank {event.peer} sent twice for {where}")
