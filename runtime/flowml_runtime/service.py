@@ -1,10 +1,10 @@
-"""Threads that serve others, and the one rule for them: a service thread goes on, or says what ends with it.
+"""Starts the runtime's service threads and reports their failures.
 
-Others wait for what such a thread does, so one that ends in silence leaves them waiting for ever. Every thread of the
-runtime is started by `start`. A loop keeps to the rule by `going_on`, which logs what one piece of work raises, so
-that the next piece is taken up. Where a thread cannot go on, `failed(reason)` is called: it breaks the connection,
-fails the plan or ends the membership that depended on the thread. If even that raises, the process ends with
-`STATUS`: its peers see a process that is gone, and never one that is there and does nothing.
+Other threads and processes wait for the work of a service thread. If it ended silently, they would wait for ever.
+Therefore every thread of the runtime is started by `start`. A loop wraps each piece of work in `going_on`, which logs
+an exception and lets the loop continue with the next piece. If the thread itself fails, `failed(reason)` is called: it
+breaks the connection, fails the plan or ends the membership that depended on the thread. If `failed` raises too, the
+process ends with `STATUS`, so that its peers see an ended process and not one that is alive but does nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STATUS = 70
 """Exit status of a process that a failed service thread ends: EX_SOFTWARE."""
 
 SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN})
-"""Errors of a system call that say that something has run out, which may be there again in a moment."""
+"""Errors of a system call that report a shortage of a resource, which may be over soon."""
 
 SHORTAGE_S = 0.05
 """How long to wait before trying again after one of `SHORTAGES`."""
@@ -49,7 +49,7 @@ def start(name: str, run: Callable[[], object], failed: Callable[[str], object])
 
 @contextmanager
 def going_on(what: str) -> Generator[None]:
-    """Log what the block raises, whatever it is. `what` says in a few words what then has not been done."""
+    """Log any exception of the block and suppress it. `what` says in a few words what was not done."""
     try:
         yield
     except BaseException as error:  # a user's callback may call sys.exit()
@@ -57,7 +57,7 @@ def going_on(what: str) -> Generator[None]:
 
 
 def text_of(error: BaseException) -> str:
-    """An error's text in one line, also where its own `__str__` fails or gives what cannot be sent."""
+    """An error's text in one line, even if its `__str__` fails or returns text that cannot be encoded."""
     try:
         text = " ".join(str(error).split())
     except BaseException:
@@ -66,7 +66,7 @@ def text_of(error: BaseException) -> str:
 
 
 def sendable(text: str) -> str:
-    """The text without lone surrogates, which come from undecodable file names and which no wire carries."""
+    """The text without lone surrogates, which come from undecodable file names and cannot be encoded in UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -76,7 +76,7 @@ def named(error: BaseException) -> str:
 
 
 def end_process(reason: str) -> None:
-    """End this process now, and say why."""
+    """Print the reason and end this process at once."""
     with going_on("stderr is closed"):
         print(f"flowml: this process ends: {reason}", file=sys.stderr, flush=True)
     os._exit(STATUS)

@@ -1,8 +1,8 @@
-"""Everything that crosses a wire, as frozen types that check themselves when decoded.
+"""Defines the messages between peers, as frozen types that are validated when they are decoded.
 
-One msgspec tagged union, `Wire`, is the whole vocabulary. A message is a small msgpack header; the arrays
-it announces in `specs` follow it as raw bytes, so a decoder knows every length before it takes a byte of
-payload, and nothing is ever unpickled. Ids and clocks only: no array, handle or socket appears here.
+One msgspec tagged union, `Wire`, contains all message types. A message is a small msgpack header. The arrays that it
+announces in `specs` follow as raw bytes, so a decoder knows every length before it reads the payload, and nothing is
+unpickled. The types hold ids and clocks only: no array, handle or socket.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flowml.numbers import MOST
 from flowml.plan import ArraySpec
 
 PROTOCOL = 3
-"""Version of this vocabulary; peers of another version are refused when they say hello."""
+"""Version of these messages. Peers of another version are refused at their Hello."""
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_ARRAYS = 65536
@@ -24,7 +24,7 @@ MAX_PROBE_BYTES = 16 * 2**20
 DEADLINE_S = 300.0
 """How long a wait of one worker for another may last, unless the driver says otherwise."""
 MAX_DEADLINE_S = 1e9
-"""The longest deadline: a thread cannot be told to wait much longer than this (`threading.TIMEOUT_MAX`)."""
+"""The longest deadline. The longest wait of a thread (`threading.TIMEOUT_MAX`) is not much longer."""
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=2**20)]
@@ -38,11 +38,11 @@ class _Wire(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     specs: Specs = ()
 
 
-# Meeting: who is who, and who is alive.
+# Membership.
 
 
 class Hello(_Wire, frozen=True):
-    """First message of every stream: who speaks, in which life, and which flowml."""
+    """First message of every stream: the sender's name, its incarnation and its flowml version."""
 
     peer: Name
     incarnation: Count
@@ -58,7 +58,7 @@ class DeviceInfo(msgspec.Struct, frozen=True):
 
 
 class Join(_Wire, frozen=True):
-    """A worker asks to be admitted. `worker` is the name it asks for ("" lets the coordinator choose)."""
+    """A worker asks to join. `worker` is the name that it asks for; "" lets the coordinator choose."""
 
     worker: Annotated[str, msgspec.Meta(max_length=256)]
     address: Name
@@ -93,7 +93,7 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class Members(_Wire, frozen=True):
-    """The coordinator's view, sent to all whenever it changes. `lost` names those gone and why."""
+    """The coordinator's view, sent to all members when it changes. `lost` holds lost workers and the reasons."""
 
     epoch: Count
     members: tuple[Member, ...]
@@ -106,9 +106,9 @@ class Leave(_Wire, frozen=True):
 
 
 class Probe(_Wire, frozen=True):
-    """A question to measure a link with, answered by `Probed`. One array may come along, only to take its time.
+    """A message that measures a link, answered by `Probed`. It may carry one array, of which only the time counts.
 
-    With `peer`: measure the link from you to that peer, with messages of up to `nbytes`, and answer what you found.
+    With `peer`, the receiver measures its link to that peer with messages of up to `nbytes` and answers the figures.
     """
 
     number: Count
@@ -117,7 +117,7 @@ class Probe(_Wire, frozen=True):
 
 
 class Probed(_Wire, frozen=True):
-    """The answer to Probe `number`. The figures are there if it asked for a link, or `error` says why they are not."""
+    """The answer to Probe `number`. If the probe asked for a link, it holds the figures, or `error` says why not."""
 
     number: Count
     way: Annotated[str, msgspec.Meta(max_length=64)] = ""
@@ -127,7 +127,7 @@ class Probed(_Wire, frozen=True):
 
 
 class Contradicted(_Wire, frozen=True):
-    """To the driver of a plan: large sends to `peer` were far slower than the plan's figure, at best at this rate."""
+    """To the driver of a plan: large sends to `peer` were far slower than the plan's figure. The best had this rate."""
 
     peer: Name
     bytes_per_s: Annotated[float, msgspec.Meta(ge=0, le=1e15)]
@@ -136,8 +136,8 @@ class Contradicted(_Wire, frozen=True):
 class LoadPlan(_Wire, frozen=True):
     """A piece of a plan to load, as one uint8 array: first the plan itself (part ""), then its large parts, in order.
 
-    A part has `nbytes`, those here begin at `start`. After the `last` piece of all the worker compiles everything, then
-    says Loaded. `deadline_s` is how long each wait of the plan's steps may last.
+    The part has `nbytes` in all, and this piece begins at `start`. After the `last` piece the worker compiles
+    everything, then answers Loaded. `deadline_s` limits each wait of the plan's steps.
     """
 
     plan_id: Name
@@ -160,11 +160,11 @@ class Unload(_Wire, frozen=True):
 
 
 class Value(_Wire, frozen=True):
-    """Arrays on their way to a Recv: key (plan, step, kind, index, microbatch, device) in the rendezvous.
+    """Arrays for a Recv. The key in the rendezvous is (plan, step, kind, index, microbatch, device).
 
-    `kind`: "edge" (index = message of the plan), "feed" (driver to device; index 0; one a step and device,
-    even when empty: it also starts the step), "fetch" (device to driver; index = device number in the plan,
-    `slots` says which outputs these are).
+    `kind` is "edge" (index: message of the plan), "feed" (driver to device; index 0; one for each step and device,
+    even if empty, because it starts the step) or "fetch" (device to driver; index: device number in the plan;
+    `slots`: which outputs these are).
     """
 
     plan_id: Name
@@ -177,9 +177,9 @@ class Value(_Wire, frozen=True):
 
 
 class Taken(_Wire, frozen=True):
-    """The consumer of an edge to its producer on `device`: it has taken this step's value of message `index`.
+    """Consumer to producer of an edge, on `device`: the consumer has taken this step's value of message `index`.
 
-    Only for edges of large values, whose producer may be a few steps ahead and no more.
+    It is sent only for edges of large values, whose producer may be only a few steps ahead.
     """
 
     plan_id: Name
@@ -193,7 +193,7 @@ FaultKind = Literal["error", "deadline", "cancelled", "lost", "diverged"]
 
 
 class StepFailed(_Wire, frozen=True):
-    """A step cannot finish. Worker to driver with the cause; driver to workers so that nobody waits for it."""
+    """A step cannot finish. Worker to driver: the cause. Driver to workers: they stop waiting for the step."""
 
     plan_id: Name
     step: Count
@@ -205,7 +205,7 @@ class StepFailed(_Wire, frozen=True):
 
 
 class Failed(_Wire, frozen=True):
-    """Something outside a step failed on a worker (loading, training); ends the work of that plan."""
+    """Something outside a step failed on a worker (loading, training). It ends the work of that plan."""
 
     plan_id: Name
     worker: Name
@@ -215,7 +215,7 @@ class Failed(_Wire, frozen=True):
 
 
 class Unreachable(_Wire, frozen=True):
-    """A worker to the driver of a plan: its connection to another worker of that plan is gone, for good."""
+    """A worker to the driver of a plan: its connection to another worker of that plan has ended permanently."""
 
     plan_id: Name
     worker: Name
@@ -224,9 +224,9 @@ class Unreachable(_Wire, frozen=True):
 
 
 class Trace(_Wire, frozen=True):
-    """Record what your devices do when, from now on; or, with `on` false, tell what you have recorded: `Traced`.
+    """Start recording what the worker's devices do; with `on` false, stop and answer the recording as `Traced`.
 
-    `plan_id` names the trace, so that the answer finds whoever asked.
+    `plan_id` names the trace, so that the answer can be matched with the request.
     """
 
     plan_id: Name
@@ -246,7 +246,7 @@ class Traced(_Wire, frozen=True):
 
 
 class Item(msgspec.Struct, frozen=True):
-    """A work item: `size` examples from `start` in the order of epoch `epoch`. `sequence` never repeats."""
+    """A work item: `size` examples from `start` in the order of epoch `epoch`. `sequence` is never reused."""
 
     sequence: Count
     epoch: Count
@@ -255,9 +255,9 @@ class Item(msgspec.Struct, frozen=True):
 
 
 class TrainingMessage(_Wire, frozen=True, kw_only=True):
-    """Base of the messages of a run. `cause` is the number that the sender gave to the event that made it send this.
+    """Base of the messages of a run. `cause` is the sender's number of the event that caused this message.
 
-    With the sender's name it says which event of another machine this one follows from (`protocol.training.story`).
+    With the sender's name it identifies the event that a trace links to this one (`protocol.training.story`).
     """
 
     plan_id: Name
@@ -266,12 +266,12 @@ class TrainingMessage(_Wire, frozen=True, kw_only=True):
 
 
 class StartTraining(TrainingMessage, frozen=True):
-    """Begin a fit with a loaded training plan. Store values and the source follow in messages of their own.
+    """Begin a fit with a loaded training plan. Store values and the source follow in separate messages.
 
-    `run` is the number of the fit's first step among all steps of the plan, so that no two fits share one.
-    `source`: "shipped" (arrays follow in `Source`) or "fed" (each Batch comes from the driver). `delays` slow
-    workers down on purpose: (worker, seconds added to each of its steps). Replicas compare what they hold every
-    `check_replicas` steps and at the end; 0: never. `on_nonfinite` says what becomes of gradients with NaN or infinity.
+    `run` is the number of the fit's first step among all steps of the plan, so it is unique for each fit.
+    `source` is "shipped" (arrays follow in `Source`) or "fed" (the driver sends each Batch). `delays` are artificial:
+    (worker, seconds added to each of its steps). Replicas compare their copies every `check_replicas` steps and at the
+    end; 0: never. `on_nonfinite` says how gradients with NaN or infinity are treated.
     """
 
     total_clocks: Count
@@ -299,14 +299,15 @@ class Batch(TrainingMessage, frozen=True):
 
 
 class StoreValue(TrainingMessage, frozen=True):
-    """A store's parameters and optimizer state: driver to homes; back at the end, from the first with the values."""
+    """A store's parameters and optimizer state. The driver sends it to the homes. At the end every home sends one back,
+    and that of the first home holds the values."""
 
     store: Count
     version: Count
 
 
 class Ask(TrainingMessage, frozen=True):
-    """A replica asks for work ahead of need: an item for each of `clocks`; `returned` it never began."""
+    """A replica asks for work ahead of time: an item for each of `clocks`. It did not begin the `returned` items."""
 
     replica: Count
     clocks: tuple[Count, ...]
@@ -314,7 +315,7 @@ class Ask(TrainingMessage, frozen=True):
 
 
 class Grant(TrainingMessage, frozen=True):
-    """The answer: (clock, item). No item for an asked clock means that there is no more work for it."""
+    """The answer to Ask: (clock, item). A clock without an item gets no work."""
 
     replica: Count
     items: tuple[tuple[Count, Item], ...]
@@ -322,7 +323,7 @@ class Grant(TrainingMessage, frozen=True):
 
 
 class Begin(TrainingMessage, frozen=True):
-    """The replica's first stage tells the others to begin `clock` with `item` (abandoning any earlier clock)."""
+    """The replica's first stage tells the others to begin `clock` with `item` and to abandon any earlier clock."""
 
     replica: Count
     clock: Count
@@ -331,9 +332,9 @@ class Begin(TrainingMessage, frozen=True):
 
 
 class Contribution(TrainingMessage, frozen=True):
-    """Part of what one replica sends for one store at one clock. `weight` counts summed microbatch gradients.
+    """Part of what one replica sends for one store at one clock. `weight` is the number of summed microbatch gradients.
 
-    `empty` says that the replica has nothing to give at this clock and is not to be waited for.
+    `empty` says that the replica contributes nothing at this clock, so that the home does not wait for it.
     """
 
     store: Count
@@ -347,7 +348,7 @@ class Contribution(TrainingMessage, frozen=True):
 
 
 class Arrived(TrainingMessage, frozen=True):
-    """A home tells the leader of the decision that `replica`'s contribution to `store` at `clock` is complete."""
+    """Home to the leader of the decision: `replica`'s contribution to `store` at `clock` is complete."""
 
     store: Count
     replica: Count
@@ -355,16 +356,16 @@ class Arrived(TrainingMessage, frozen=True):
 
 
 class Commit(TrainingMessage, frozen=True):
-    """The decision for `clock`: it is complete with the work of all replicas but these, which are few or none."""
+    """The decision for `clock`: it is complete with the work of all replicas except `excluded`, which are few."""
 
     clock: Count
     excluded: tuple[Count, ...] = ()
 
 
 class Published(TrainingMessage, frozen=True):
-    """A store's new version, sent unasked to its readers. It holds what every replica that counts sent before `floor`.
+    """A store's new version, pushed to its readers. It includes what every active replica sent before `floor`.
 
-    Without `specs` only the floor moved.
+    Without `specs` only the floor changed.
     """
 
     store: Count
@@ -373,7 +374,7 @@ class Published(TrainingMessage, frozen=True):
 
 
 class Applied(TrainingMessage, frozen=True):
-    """A home tells the stages of `replica`, which read their own writes, that `version` holds that of `clock`."""
+    """Home to the stages of `replica`, which read their own writes: `version` includes its contribution of `clock`."""
 
     store: Count
     replica: Count
@@ -384,8 +385,8 @@ class Applied(TrainingMessage, frozen=True):
 class Collective(TrainingMessage, frozen=True):
     """A chunk of a bucket that the replicas of a group reduce together; `specs` describes one array.
 
-    `clock` is the one whose gradients these are, `piece` the part of the bucket, and `take` says which step of the
-    receiver's schedule the chunk is for.
+    `clock` is the clock of the gradients, `piece` the part of the bucket, and `take` the step of the receiver's
+    schedule that uses the chunk.
     """
 
     group: Count
@@ -396,14 +397,15 @@ class Collective(TrainingMessage, frozen=True):
 
 
 class Settled(TrainingMessage, frozen=True):
-    """What became of work items, for the ledger: (item, fate), each item exactly once a run."""
+    """The fate of work items, for the ledger: (item, fate). Each item is reported exactly once in a run."""
 
     replica: Count
     fates: tuple[tuple[Item, Literal["used", "dropped", "folded", "requeued"]], ...]
 
 
 class Report(TrainingMessage, frozen=True):
-    """Loss (slot 0) and aux leaves of one replica's step, summed over its microbatches, from the stage that made it."""
+    """Loss (slot 0) and aux leaves of one replica's step, summed over its microbatches, sent by the stage that computes
+    them."""
 
     replica: Count
     clock: Count
@@ -413,8 +415,8 @@ class Report(TrainingMessage, frozen=True):
 
 
 class NonFinite(TrainingMessage, frozen=True):
-    """A contribution to `store` at `clock` held NaN or infinity and was left out: that of these replicas, or, where all
-    replicas are added up, the sum, in which those of the sender's replicas that are named held it."""
+    """Contributions to `store` at `clock` held NaN or infinity and were left out: those of these replicas. Where the
+    contributions of all replicas are summed, the sum was left out, and these of the sender's replicas caused it."""
 
     store: Count
     clock: Count
@@ -422,7 +424,7 @@ class NonFinite(TrainingMessage, frozen=True):
 
 
 class Traffic(TrainingMessage, frozen=True):
-    """What this worker sent for each store in the run, counted when it leaves for another worker.
+    """What this worker sent for each store in the run, counted when it is sent.
 
     `stores`: (store, contributions pushed, their bytes, bytes of those that crossed to another worker,
     bytes of published parameters that crossed).
@@ -433,10 +435,10 @@ class Traffic(TrainingMessage, frozen=True):
 
 
 class Retired(TrainingMessage, frozen=True):
-    """This stage of a replica pushes nothing more. Stage 0 speaks for the replica: it has no more work.
+    """This stage of a replica pushes nothing more. From stage 0 it means that the replica has no more work.
 
-    Each stage tells the driver, and the homes that apply its contributions on arrival, on the link that carried them;
-    stage 0 tells the other stages and the leader of the decision too.
+    Each stage sends it to the driver and to the homes that apply its contributions on arrival, on the link that carried
+    the contributions. Stage 0 sends it to the other stages and to the leader of the decision too.
     """
 
     replica: Count

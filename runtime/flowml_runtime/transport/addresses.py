@@ -1,4 +1,4 @@
-"""By which address others reach this machine."""
+"""Finds the address by which other machines reach this one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from flowml.errors import ClusterError
 from flowml_runtime.transport.security import is_loopback, split_address
 
 _ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
-"""Addresses that stand for some other machine (RFC 5737, RFC 3849)."""
+"""Documentation addresses (RFC 5737, RFC 3849), used as addresses of some other machine."""
 
 
 def advertised_host(bind: str) -> str:
-    """The host by which others reach who listens at `bind`. Raises ClusterError if that cannot be found out."""
+    """The host by which others reach a server that listens at `bind`. Raises ClusterError if it cannot be found."""
     host, _ = split_address(bind)
     if host not in ("0.0.0.0", "::"):
         return bind.rpartition(":")[0]
@@ -30,9 +30,9 @@ def advertised_host(bind: str) -> str:
 
 
 def _own_addresses(family: socket.AddressFamily) -> Iterator[str]:
-    """This machine's address on its way to others, then those that its name stands for."""
+    """The source address of this machine's traffic to others, then the addresses of its host name."""
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((_ELSEWHERE[family], 1))  # chooses a route; a datagram socket sends nothing to do so
+        probe.connect((_ELSEWHERE[family], 1))  # chooses a route; for a datagram socket this sends nothing
         yield probe.getsockname()[0]
     with suppress(OSError):
         yield from (str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, family))

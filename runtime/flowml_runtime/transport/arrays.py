@@ -1,8 +1,8 @@
-"""Arrays as they cross a wire: plain bytes in buffers that XLA can use as they are.
+"""Converts arrays to and from wire buffers, which XLA can use without a copy.
 
-A wire buffer is a C-ordered NumPy array of the spec's shape and dtype, except that a typed PRNG key travels
-as its uint32 key data and `float0` as bool. Only the dtypes listed here exist on a wire: NumPy would make
-anything of a string, objects included.
+A wire buffer is a C-ordered NumPy array of the spec's shape and dtype, except that a typed PRNG key is sent as its
+uint32 key data and `float0` as bool. Only the dtypes listed here can be sent: NumPy would accept any dtype string from
+the wire, including object dtypes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Array = Any
 Buffer = np.ndarray[Any, Any]
 
 ALIGNMENT = 64
-"""Bytes. XLA takes a CPU buffer of this alignment as it is and copies any other."""
+"""Bytes. XLA uses a CPU buffer of this alignment without a copy and copies any other."""
 
 _NUMPY = (
     "bool",
@@ -44,7 +44,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 @functools.lru_cache(maxsize=4096)
 def wire_layout(spec: ArraySpec) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-    """(shape, dtype, bytes) of the buffer for `spec`. Raises ValueError for a dtype that no wire carries."""
+    """(shape, dtype, bytes) of the buffer for `spec`. Raises ValueError for a dtype that cannot be sent."""
     shape, name = spec.shape, spec.dtype
     if name.startswith("key<") and name[4:-1] in KEY_WORDS:
         shape, name = (*shape, KEY_WORDS[name[4:-1]]), "uint32"
@@ -62,7 +62,7 @@ def aligned_empty(nbytes: int) -> Buffer:
 
 
 def own_copy(array: Array, dtype: Any) -> Buffer:
-    """A C-ordered buffer with the values of `array` that shares no memory with it: whoever owns that may change it."""
+    """A C-ordered buffer with the values of `array`. It shares no memory with `array`, which its owner may change."""
     buffer = np.asarray(array, dtype, order="C")
     if not np.may_share_memory(buffer, np.asarray(array)):
         return buffer
@@ -72,9 +72,9 @@ def own_copy(array: Array, dtype: Any) -> Buffer:
 
 
 def to_wire(array: Array, spec: ArraySpec) -> Buffer:
-    """The buffer to send for `array`: a view where its memory is C-ordered already, else a copy.
+    """The buffer to send for `array`: a view if its memory is C-ordered, else a copy.
 
-    Waits until a `jax.Array` is computed. Raises ValueError if it is not what `spec` says.
+    Waits until a `jax.Array` is computed. Raises ValueError if the array does not match `spec`.
     """
     shape, dtype, _ = wire_layout(spec)
     if spec.dtype.startswith("key<") and str(getattr(array, "dtype", "")).startswith("key<"):
@@ -91,7 +91,7 @@ def to_wire(array: Array, spec: ArraySpec) -> Buffer:
 
 
 def from_wire(buffer: Array, spec: ArraySpec) -> Array:
-    """The value that a wire buffer stands for: key data becomes a typed key again, all else is as it came."""
+    """The value of a wire buffer: key data is wrapped into a typed key, anything else is returned unchanged."""
     if not spec.dtype.startswith("key<"):
         return buffer
     import jax
@@ -107,6 +107,6 @@ def as_bytes(buffer: Buffer) -> Buffer:
 
 
 def shaped(data: Buffer, spec: ArraySpec) -> Buffer:
-    """Bytes seen as the wire buffer of `spec`, without a copy."""
+    """A view of bytes as the wire buffer of `spec`, without a copy."""
     shape, dtype, _ = wire_layout(spec)
     return data.view(dtype).reshape(shape)

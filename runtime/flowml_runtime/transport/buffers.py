@@ -1,8 +1,8 @@
-"""Memory for large arrays that are received or added up, used again when the last view of what was in it is gone.
+"""Reuses memory for large arrays that are received or summed, once the last view of the earlier array is gone.
 
-Memory that a process touches for the first time is handed out by the kernel page by page, which costs more than to
-copy an array into it. Small blocks are used again by the C library, and here it can be told to keep them; blocks over
-32 MiB it always gives back.
+The kernel allocates new memory page by page on first touch, which costs more than the copy of an array into it. The C
+library reuses small blocks, and `keep_freed_memory` makes it keep larger ones. It always returns blocks over 32 MiB to
+the kernel; `BufferPool` keeps those.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import numpy as np
 from flowml_runtime.transport.arrays import Buffer, aligned_empty
 
 POOLED_BYTES = 64 * 2**10
-"""Smaller memory is allocated faster than it is kept."""
+"""Allocating smaller memory is faster than keeping it."""
 
 NEVER_KEPT_BYTES = 32 * 2**20 - 2**16
-"""Blocks from here on glibc gives back to the kernel however it is set (its limit for MMAP_THRESHOLD)."""
+"""glibc returns blocks of at least this size to the kernel in every configuration (its limit for MMAP_THRESHOLD)."""
 
 MAX_IDLE_BYTES = 256 * 2**20
 
 
 class BufferPool:
-    """Aligned memory that comes back by itself when the last view of it is gone. Safe to use from any thread."""
+    """Aligned memory that returns to the pool when its last view is gone. Safe to use from any thread."""
 
     def __init__(self, least_bytes: int = POOLED_BYTES, max_idle_bytes: int = MAX_IDLE_BYTES) -> None:
-        """Blocks of fewer than `least_bytes` are not kept, and no more than `max_idle_bytes` wait to be used again."""
+        """Blocks of fewer than `least_bytes` are not kept. At most `max_idle_bytes` of unused blocks are kept."""
         self._least_bytes = least_bytes
         self._max_idle_bytes = max_idle_bytes
         self._returned: deque[Buffer] = deque()
-        """What has come back. A view may die in the middle of anything, so nothing is locked then."""
+        """Returned blocks. A view may be collected at any point of a thread, so `_give_back` takes no lock."""
         self._lock = threading.Lock()
         self._idle: list[Buffer] = []
 
@@ -50,7 +50,7 @@ class BufferPool:
                 self._idle.pop(0)
         if memory is None:
             memory = aligned_empty(nbytes)
-        whole = np.frombuffer(memory.data, np.uint8)  # views of it keep it alive, and not only the memory
+        whole = np.frombuffer(memory.data, np.uint8)  # views keep this array alive, not only its memory
         weakref.finalize(whole, self._give_back, memory).atexit = False
         return whole
 
@@ -61,11 +61,11 @@ class BufferPool:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Have the C library use the memory of pieces again instead of giving it back to the kernel after each.
+    """Make the C library reuse the memory of pieces instead of returning it to the kernel after each.
 
-    glibc gives back what is freed beyond a threshold of twice the largest block that it has seen come and go, if that
-    was under 32 MiB. Pieces of 1 MiB would leave it at 2 MiB, and every piece would have new pages at several times
-    the cost of its copies. A block just under that size, never touched, sets the threshold to its highest. Only for
-    processes that large arrays leave or reach by gRPC: it may hold up to 64 MiB for each thread that allocates.
+    glibc returns freed memory beyond a threshold: twice the largest freed block that was under 32 MiB. With pieces of
+    1 MiB the threshold would be 2 MiB, and every piece would get new pages, which cost several times its copies.
+    Allocating and freeing one untouched block just under 32 MiB sets the threshold to its maximum. Call this only in
+    processes that send or receive large arrays by gRPC: each thread that allocates may then keep up to 64 MiB.
     """
     np.empty(NEVER_KEPT_BYTES, np.uint8)

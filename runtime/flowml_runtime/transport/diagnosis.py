@@ -1,7 +1,7 @@
-"""Why a connection did not come about, in a person's words.
+"""Explains why a connection could not be made.
 
-gRPC says "OK" or "Socket closed" for a certificate that one side refuses. So after a failure one handshake is made with
-Python's TLS, which names what it does not accept, and one in memory to see whether our own certificate would pass.
+gRPC reports "OK" or "Socket closed" if one side refuses a certificate. After a failure this module therefore makes one
+handshake with Python's TLS, which names the reason, and one in memory, which checks our own certificate.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import ssl
 from flowml_runtime.transport.security import TLS, split_address
 
 HANDSHAKE_S = 3.0
-"""How long the other end may take for each answer. One that takes longer is not diagnosed."""
+"""Deadline for each answer of the other end. If it takes longer, there is no diagnosis."""
 
 _HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _OTHER_AUTHORITY = frozenset({18, 19, 20, 21})
-"""OpenSSL's codes for a certificate that none of the given authorities vouches for."""
+"""OpenSSL's codes for a certificate that none of the given authorities signed."""
 
 
 def diagnose(address: str, tls: TLS | None) -> str:
-    """What keeps a connection to `address` from being made; "" if it cannot be told."""
+    """Why a connection to `address` cannot be made; "" if the reason is not found."""
     host, port = split_address(address)
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=HANDSHAKE_S) as link:
         link.settimeout(HANDSHAKE_S)
@@ -42,7 +42,7 @@ def _takes_tls(link: socket.socket) -> str:
 
 
 def _handshake(link: socket.socket, host: str, tls: TLS) -> str:
-    """What is wrong with the other end's side of a handshake."""
+    """The reason for which a handshake with the other end fails; "" if none is found."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(tls.ca)
     context.load_cert_chain(tls.cert, tls.key)
@@ -51,7 +51,7 @@ def _handshake(link: socket.socket, host: str, tls: TLS) -> str:
         with context.wrap_socket(link, server_hostname=host) as secured:
             secured.sendall(_HTTP2)
             # no deadline: the socket has a timeout
-            secured.recv(1)  # only here comes what the other end has against our certificate
+            secured.recv(1)  # the other end's refusal of our certificate arrives only here
     except ssl.SSLCertVerificationError as error:
         return f"its certificate is not accepted: {_refusal(error, tls)}"
     except ssl.SSLError as error:
@@ -67,7 +67,7 @@ def _handshake(link: socket.socket, host: str, tls: TLS) -> str:
 
 
 def _own_certificate(tls: TLS) -> str:
-    """What another of the same authority has against our certificate: a handshake with ourselves, in memory."""
+    """Why peers with the same authority refuse our certificate, found by an in-memory handshake with ourselves."""
     judge = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     shower = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     shower.check_hostname = False

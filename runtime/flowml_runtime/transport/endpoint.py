@@ -1,8 +1,8 @@
-"""How peers talk: ordered messages with arrays, pushed, and a call when a peer is lost.
+"""Defines the transport interface, `Endpoint`, and the endpoint between peers of one process.
 
-`Endpoint` is what the runtime needs of a transport. The one in here joins peers of one process and hands arrays
-over by reference; `grpc_transport` joins processes. Every endpoint delivers on threads of its own, one a sender
-at a time, so that a sender never runs the receiver's code.
+An endpoint pushes ordered messages with arrays, and calls back when a peer is lost. `ThreadEndpoint` connects peers of
+one process and passes arrays by reference; `grpc_endpoint` connects processes. Every endpoint delivers on its own
+threads, one message of a sender at a time, so that a sender never runs the receiver's code.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Arrays = Sequence[Any]
 """np.ndarray or jax.Array"""
 
 OnMessage = Callable[[str, wire.Wire, list[Any]], None]
-"""(peer, message, arrays). Must not wait: it holds up whatever else that peer has sent."""
+"""(peer, message, arrays). Must not wait, because later messages of that peer wait for it."""
 
 OnLost = Callable[[str, str], None]
-"""(peer, reason), once for each life of a peer."""
+"""(peer, reason). Called once for each incarnation of a peer."""
 
 MAX_QUEUED_BYTES = 64 * 2**20
 MAX_QUEUED_MESSAGES = 65536
@@ -36,63 +36,63 @@ _log = logging.getLogger("flowml")
 
 
 class Sender(Protocol):
-    """What steps need of an endpoint. Safe to use from any thread."""
+    """The part of an endpoint that steps use. Safe to use from any thread."""
 
     name: str
 
     def send(self, peer: str, message: wire.Wire, arrays: Arrays = (), timeout_s: float | None = None) -> None:
-        """Push a message; `message.specs` describes `arrays`, which are not changed any more from here on.
+        """Push a message; `message.specs` describes `arrays`, which the caller must not change afterwards.
 
-        In order for each peer. Waits only while too much is on its way there, and raises TimeoutError if that takes
-        longer than `timeout_s`. Raises WorkerLostError for a peer that is unknown or lost.
+        Messages to one peer keep their order. Waits only while too much is in flight to the peer, and raises
+        TimeoutError after `timeout_s`. Raises WorkerLostError for a peer that is unknown or lost.
         """
         ...
 
     def way(self, peer: str) -> str:
-        """How messages reach a peer: "same process", "shared memory" or "gRPC"; "" for one that cannot be reached."""
+        """How messages reach a peer: "same process", "shared memory" or "gRPC"; "" if the peer cannot be reached."""
         ...
 
     def expect(self, peer: str) -> None:
-        """Another message from `peer` is due within moments; a hint to look for it before going to sleep."""
+        """A hint that a message from `peer` is due very soon: its receiving thread may poll before it sleeps."""
         ...
 
     def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
-        """Have the memory ready for so many messages with such arrays, where the way to `peer` needs any.
+        """Allocate memory for `messages` messages with such arrays, if the way to `peer` needs memory.
 
-        Raises SlotError if there is none. A peer that cannot be reached is found out when something is sent.
+        Raises SlotError if there is none. A peer that cannot be reached is ignored here; the first send raises.
         """
         ...
 
 
 class Endpoint(Sender, Protocol):
-    """One end of all the connections of a peer. Safe to use from any thread."""
+    """One peer's end of all its connections. Safe to use from any thread."""
 
     address: str
     incarnation: int
 
     def start(self, on_message: OnMessage, on_lost: OnLost) -> None:
-        """Deliver from now on. Both are called on receiving threads."""
+        """Start delivery. Both functions are called on receiving threads."""
         ...
 
     def know(self, peers: Mapping[str, str]) -> None:
-        """Where peers are (name -> address). A connection is opened on first use and kept."""
+        """Set the addresses of peers (name -> address). A connection is opened on first use and kept."""
         ...
 
     def lose(self, peer: str, reason: str) -> None:
-        """Take a peer for lost, whatever its connection looks like: sends fail, and `on_lost` is called."""
+        """Count a peer as lost, whatever the state of its connection: sends fail, and `on_lost` is called."""
         ...
 
     def forget(self, peer: str) -> None:
-        """Send nothing more to a peer after what has been; no word about it."""
+        """Close the connection to a peer after the messages sent so far, without a call of `on_lost`."""
         ...
 
     def close(self) -> None:
-        """Deliver what was sent, as far as that is quick, and end everything. Idempotent."""
+        """Deliver sent messages for a short time, then end all connections and threads. Idempotent."""
         ...
 
 
 def new_incarnation() -> int:
-    """A number for one life of a peer, later than those of its earlier lives. Microseconds of wall time."""
+    """A number for one incarnation of a peer, larger than all earlier ones. Microseconds of wall time."""
     return time.time_ns() // 1000
 
 
@@ -101,7 +101,7 @@ def unreachable(peer: str, reason: str) -> WorkerLostError:
 
 
 class Budget:
-    """Bytes and messages that may be on their way at once. Whoever wants more waits for others to arrive."""
+    """Limits the bytes and messages in flight. A sender without room waits until earlier messages have arrived."""
 
     def __init__(self, max_bytes: int = MAX_QUEUED_BYTES, max_messages: int = MAX_QUEUED_MESSAGES) -> None:
         self._max_bytes = max_bytes
@@ -112,7 +112,7 @@ class Budget:
         self._changed = threading.Condition(threading.Lock())
 
     def acquire(self, nbytes: int, *, wait: bool = True, timeout_s: float | None = None) -> bool:
-        """Take room, waiting for it; something larger than the whole budget goes alone. False once closed.
+        """Wait for room and take it; a message larger than the whole budget goes alone. False once closed.
 
         Raises TimeoutError if there is no room in time.
         """
@@ -131,7 +131,7 @@ class Budget:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Let everybody who waits give up."""
+        """End all waits for room."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -145,7 +145,7 @@ class Budget:
 
 
 class Delivery:
-    """A thread that runs what is put to it, in order, within a budget."""
+    """A thread that runs the calls put to it in order, within a budget."""
 
     def __init__(self, name: str, max_bytes: int = MAX_QUEUED_BYTES) -> None:
         self._queue: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...], int] | None] = queue.SimpleQueue()
@@ -153,9 +153,9 @@ class Delivery:
         self._thread = service.start(f"{name}-deliver", self._run, lambda _: self._budget.close())
 
     def put(self, call: Callable[..., None], *arguments: Any, nbytes: int = 0, timeout_s: float | None = None) -> bool:
-        """Have `call(*arguments)` run. False once closed. Waits for room unless called from the thread itself.
+        """Queue `call(*arguments)`. False once closed. Waits for room unless called from the thread itself.
 
-        Raises TimeoutError if there is none in time.
+        Raises TimeoutError if there is no room in time.
         """
         wait = threading.current_thread() is not self._thread
         if not self._budget.acquire(nbytes, wait=wait, timeout_s=timeout_s):
@@ -164,7 +164,7 @@ class Delivery:
         return True
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Run what was put, as far as that is quick, and end the thread."""
+        """Run queued calls for at most `timeout_s`, and end the thread."""
         self._budget.close()
         self._queue.put(None)
         if threading.current_thread() is not self._thread:
@@ -180,14 +180,14 @@ class Delivery:
 
 
 class ThreadHub:
-    """Joins the endpoints of one process. Peers are found by name; addresses play no part."""
+    """Connects the endpoints of one process. Peers are found by name; addresses are not used."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._endpoints: dict[str, ThreadEndpoint] = {}
 
     def endpoint(self, name: str) -> ThreadEndpoint:
-        """A new endpoint. It takes messages in once it is started."""
+        """A new endpoint. It receives messages once it is started."""
         endpoint = ThreadEndpoint(self, name)
         with self._lock:
             if name in self._endpoints:
@@ -199,7 +199,7 @@ class ThreadHub:
         return self._endpoints.get(name)
 
     def remove(self, name: str) -> None:
-        """Take an endpoint out and tell the others that it is lost."""
+        """Remove an endpoint and tell the others that it is lost."""
         with self._lock:
             if self._endpoints.pop(name, None) is None:
                 return
@@ -209,11 +209,11 @@ class ThreadHub:
 
 
 class ThreadEndpoint:
-    """An endpoint of a `ThreadHub`. Hands over the sender's own arrays; nothing is copied or checked.
+    """An endpoint of a `ThreadHub`. It passes the sender's own arrays, without a copy or a check.
 
-    So receivers read memory of the sender for as long as they like, and what is sent may never change. Who sends keeps
-    to that: edges, contributions, publications and results are views of JAX buffers, which XLA does not overwrite while
-    a view exists; chunks of sums lie in memory that is written once; what a caller hands in is copied first.
+    Receivers may read the sender's memory at any later time, so sent arrays must never change. Senders ensure this:
+    edges, contributions, publications and results are views of JAX buffers, which XLA does not overwrite while a view
+    exists; chunks of sums lie in memory that is written once; a caller's arrays are copied first.
     """
 
     def __init__(self, hub: ThreadHub, name: str) -> None:
@@ -233,7 +233,7 @@ class ThreadEndpoint:
         self._started.set()
 
     def know(self, peers: Mapping[str, str]) -> None:
-        """Nothing to learn: the hub knows."""
+        """Does nothing: the hub knows all peers."""
 
     def send(self, peer: str, message: wire.Wire, arrays: Arrays = (), timeout_s: float | None = None) -> None:
         target = self._hub.find(peer)
@@ -248,15 +248,15 @@ class ThreadEndpoint:
         return "" if self._hub.find(peer) is None or peer in self._lost else SAME_PROCESS
 
     def expect(self, peer: str) -> None:
-        """Nothing to look for: messages are put into a queue of this process."""
+        """Does nothing: messages are put into a queue of this process."""
 
     def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
-        """Nothing to have ready: arrays are handed over as they are."""
+        """Does nothing: arrays are passed by reference."""
 
     def deliver(
         self, peer: str, message: wire.Wire, arrays: list[Any], nbytes: int, timeout_s: float | None = None
     ) -> bool:
-        """For the hub's other endpoints: take a message in. False once closed; raises TimeoutError."""
+        """For the hub's other endpoints: queue a message. False once closed; raises TimeoutError."""
         return self._delivery.put(self._receive, peer, message, arrays, nbytes=nbytes, timeout_s=timeout_s)
 
     def lose(self, peer: str, reason: str) -> None:

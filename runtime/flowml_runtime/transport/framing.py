@@ -1,15 +1,15 @@
-"""A message with its arrays as a sequence of frames, and back.
+"""Splits a message with its arrays into frames, and assembles it again.
 
     first frame   u32 length of the header (+ 2^31 if sealed) | header (msgpack) | bytes of the small arrays | seal
     next frames   the large arrays in order, each cut into pieces of at most 1 MiB | seal
 
-Which arrays are small follows from the header's specs alone, so nothing else has to be said about layout, and the
-receiver knows the length of every frame before it takes it. A large array is assembled in one aligned buffer. Sans-IO:
-bytes in, messages out; whatever is not well-formed raises FrameError, and nothing is trusted before it is checked.
+The header's specs alone determine which arrays are small. So the layout needs no further description, and the receiver
+knows the length of every frame before it reads it. A large array is assembled in one aligned buffer. This module does
+no I/O: it turns bytes into messages. All input is checked before use, and malformed input raises FrameError.
 
-A *seal* is a u64 checksum (XXH3) at the end of each frame of a message whose first frame says so. It is seeded with the
-frame's number in its stream, which both sides count, so that it also tells of frames that were lost, repeated or
-reordered. Where large arrays lie in shared memory there is one frame a message, and its seal covers them too.
+A *seal* is a u64 checksum (XXH3) at the end of each frame of a sealed message, which its first frame marks. The seed is
+the frame's number in its stream, which both sides count, so the seal also detects lost, repeated and reordered frames.
+If large arrays lie in shared memory, a message is one frame, whose seal covers them too.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from flowml_runtime.transport.arrays import (
 from flowml_runtime.transport.refusals import Refusal, encoded, salvage
 
 PIECE_BYTES = 2**20
-"""A large array goes in pieces of this size. gRPC copies each several times on both sides, which is fastest while it
-stays in a core's own cache; still smaller ones cost more in calls than that saves."""
+"""Large arrays are sent in pieces of this size. gRPC copies each piece several times on both sides, which is fastest
+while the piece fits in a core's own cache. Smaller pieces cost more in calls than they save."""
 
 SMALL_BYTES = 64 * 2**10
-"""Up to here an array travels in the first frame: a frame costs more than copying this much."""
+"""Arrays up to this size are sent in the first frame: another frame costs more than the copy."""
 
 MAX_SMALL_BYTES = 2**20
-"""Small arrays beyond this sum are sent like large ones."""
+"""Limit for the sum of a message's small arrays. Arrays beyond it are sent like large ones."""
 
 MAX_FRAME_BYTES = 4 + wire.MAX_HEADER_BYTES + MAX_SMALL_BYTES + 8
 
 TINY_BYTES = 4096
-"""Small arrays up to this sum stay as they came: XLA copies them faster than we would align them."""
+"""Small arrays up to this sum are not aligned: XLA copies them faster than we would align them."""
 
 MAX_REMEMBERED = 64
-"""Layouts of messages with no more arrays than this are remembered."""
+"""Layouts of messages with at most this many arrays are cached."""
 
 _LENGTH = struct.Struct("<I")
 _SEAL = struct.Struct("<Q")
@@ -63,22 +63,22 @@ _SEALED = 2**31
 
 
 Message = wire.Wire | Refusal
-"""What a frame may hold: a message, or one of which only enough could be read to refuse it."""
+"""The content of a frame: a message, or one that could be read only far enough to refuse it."""
 
 
 class FrameError(FlowmlError):
-    """Bytes that no flowml of this version sends."""
+    """Bytes that flowml of this version does not send."""
 
 
 class Outgoing(NamedTuple):
-    """A message ready to be sent: its first frame, the large arrays that follow, and the bytes of all."""
+    """A message ready to send: its first frame, the large arrays that follow, and the total bytes."""
 
     first: bytes
     large: tuple[Buffer, ...]
     nbytes: int
 
     def frames(self, numbers: Iterator[int] | None = None) -> Iterator[bytes]:
-        """The frames, sealed if their numbers in the stream are given."""
+        """The frames. They are sealed if their numbers in the stream are given."""
         yield self.first if numbers is None else _seal(_marked(self.first), next(numbers))
         for array in self.large:
             view = as_bytes(array).data
@@ -87,12 +87,12 @@ class Outgoing(NamedTuple):
                 yield bytes(piece) if numbers is None else _seal(piece, next(numbers))
 
     def sealed(self, number: int) -> bytes:
-        """The one frame of a message whose large arrays lie in shared memory, with a seal that covers them."""
+        """The single frame of a message whose large arrays lie in shared memory, with a seal that covers them."""
         return _seal(_marked(self.first), number, self.large)
 
 
 def pack(message: wire.Wire, arrays: Sequence[Array] = ()) -> Outgoing:
-    """Make `message` and its arrays ready to be sent. Raises ValueError if they are not what `specs` announces."""
+    """Prepare `message` and its arrays for sending. Raises ValueError if the arrays do not match `specs`."""
     specs = message.specs
     if len(arrays) != len(specs):
         raise ValueError(f"{type(message).__name__} announces {len(specs)} arrays and has {len(arrays)}")
@@ -112,21 +112,21 @@ def pack(message: wire.Wire, arrays: Sequence[Array] = ()) -> Outgoing:
 
 
 class Assembler:
-    """Turns the frames of one stream back into messages. After a FrameError the stream is of no more use."""
+    """Assembles messages from the frames of one stream. After a FrameError the stream cannot be used."""
 
     def __init__(self, allocate: Callable[[int], Buffer] = aligned_empty) -> None:
-        """`allocate` gives the memory for a large array: so many bytes that begin at a multiple of 64."""
+        """`allocate` returns memory for a large array: the given number of bytes, aligned to 64."""
         self._allocate = allocate
         self._number = 0
-        """Of the next frame in the stream."""
+        """Number of the next frame in the stream."""
         self._message: Message | None = None
         self._sealed = False
         self._arrays: list[Buffer] = []
         self._missing: list[Buffer] = []
-        """Bytes still to come: of the large arrays, the unfilled rest of each; the next one is last."""
+        """The unfilled rest of each large array. The one that is filled next is last."""
 
     def feed(self, frame: bytes) -> bool:
-        """Take one frame in; True if that completes a message, to be had by `take`. Raises FrameError."""
+        """Process one frame. True if it completes a message, which `take` returns. Raises FrameError."""
         number, self._number = self._number, self._number + 1
         if self._message is None or not self._missing:
             self._sealed = _is_sealed(frame)
@@ -145,7 +145,7 @@ class Assembler:
         return bool(self._missing)
 
     def take(self) -> tuple[Message, list[Buffer]]:
-        """The complete message and its arrays, of which nothing is kept here."""
+        """The complete message and its arrays. No reference to them is kept here."""
         message, arrays = self._message, self._arrays
         assert message is not None
         self._message, self._arrays = None, []
@@ -173,7 +173,7 @@ class Assembler:
 def unpack(frame: bytes | memoryview, room: Buffer | None, number: int = 0) -> tuple[Message, list[Buffer]]:
     """A message whose large arrays lie in `room`, one after the other at multiples of 64. Raises FrameError.
 
-    `number` is the message's in its stream, which counts only if it is sealed.
+    `number` is the message's number in its stream. It is used only if the message is sealed.
     """
     at = 0
     large: list[Buffer] = []
@@ -188,13 +188,13 @@ def unpack(frame: bytes | memoryview, room: Buffer | None, number: int = 0) -> t
 
     if not _is_sealed(frame):
         return _open(memoryview(frame), place)
-    opened = _open(memoryview(frame)[: -_SEAL.size], place)  # where the arrays lie has to be known for the seal
+    opened = _open(memoryview(frame)[: -_SEAL.size], place)  # the seal covers the arrays, so their place must be known
     _unsealed(frame, number, opened[0], large)
     return opened
 
 
 def _marked(first: bytes) -> bytes:
-    """A first frame that says that it is sealed."""
+    """The first frame, marked as sealed."""
     (length,) = _LENGTH.unpack_from(first)
     return _LENGTH.pack(length | _SEALED) + first[_LENGTH.size :]
 
@@ -219,7 +219,7 @@ def _checksum(content: bytes | memoryview, number: int, more: Sequence[Buffer] =
 def _unsealed(
     frame: bytes | memoryview, number: int, message: Message | None = None, more: Sequence[Buffer] = ()
 ) -> memoryview:
-    """A frame's content, if its seal is right. Raises FrameError, naming the message if that is known."""
+    """A frame's content. Raises FrameError if its seal is wrong, naming the message if it is known."""
     content = memoryview(frame)[: max(0, len(frame) - _SEAL.size)]
     if len(frame) < _SEAL.size or _SEAL.unpack_from(frame, len(content))[0] != _checksum(content, number, more):
         raise FrameError(
@@ -230,7 +230,7 @@ def _unsealed(
 
 
 def _guessed(content: memoryview) -> Message | None:
-    """What a first frame with a wrong seal seems to be, only to be named."""
+    """The apparent message of a first frame with a wrong seal, used only to name it in an error."""
     try:
         return _header(content)[0]
     except FrameError:
@@ -238,14 +238,14 @@ def _guessed(content: memoryview) -> Message | None:
 
 
 def _called(message: Message | None) -> str:
-    """A message in an error: its type, and for a value of a plan which one."""
+    """How an error names a message: its type, and for a plan's value its edge and step."""
     if isinstance(message, wire.Value):
         return f"Value ({message.kind} {message.index} for {message.device}, step {message.step})"
     return "a message" if message is None else type(message).__name__
 
 
 def _open(frame: memoryview, place: Callable[[int, ArraySpec], Buffer]) -> tuple[Message, list[Buffer]]:
-    """The message in a first frame. Its small arrays come along; a large one lies where `place` says."""
+    """The message in a first frame, and its arrays. The memory of a large array comes from `place`."""
     message, inline = _header(frame)
     layout = _layout(message.specs)
     if len(inline) != layout.inline:
@@ -262,7 +262,7 @@ def _open(frame: memoryview, place: Callable[[int, ArraySpec], Buffer]) -> tuple
 
 
 def _room(inline: memoryview, layout: _Layout) -> bytes | Buffer:
-    """The small arrays' bytes in memory of their own, each where `layout.offsets` says."""
+    """A copy of the small arrays' bytes, each at its offset in `layout.offsets`."""
     if not layout.spread:
         return bytes(inline)
     room = aligned_empty(layout.spread)
@@ -285,7 +285,7 @@ def _header(frame: memoryview) -> tuple[Message, memoryview]:
     try:
         message: Message = wire.decode(body[:length])
     except (msgspec.DecodeError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        # The decoder's own errors, and what looking up an unknown dtype raises.
+        # Errors of the decoder, and of the lookup of an unknown dtype.
         refusal = salvage(body[:length], error)
         if refusal is None:
             raise FrameError(f"a frame holds no message of this version: {type(error).__name__}: {error}") from None
@@ -294,27 +294,27 @@ def _header(frame: memoryview) -> tuple[Message, memoryview]:
 
 
 def shared_bytes(specs: tuple[ArraySpec, ...]) -> int:
-    """Bytes of shared memory that a message with these arrays needs."""
+    """The bytes of shared memory that a message with these arrays needs."""
     layout = _layout(specs)
     return sum(padded(n) for n, small in zip(layout.sizes, layout.small, strict=True) if not small)
 
 
 class _Layout(NamedTuple):
-    """Where the arrays of a message are, as its specs have it."""
+    """Where the arrays of a message lie, computed from its specs."""
 
     sizes: tuple[int, ...]
     small: tuple[bool, ...]
-    """Which travel in the first frame; empty ones always do, since they have no frame of their own."""
+    """Whether each array is in the first frame. Empty arrays always are, because they fill no frame."""
     inline: int
-    """Bytes of the small ones, which lie there one after the other."""
+    """Total bytes of the small arrays, which are contiguous in the first frame."""
     offsets: tuple[int, ...]
-    """Where the receiver has the small ones; 0 for others."""
+    """Offsets of the small arrays in the receiver's memory; 0 for large ones."""
     spread: int
-    """Bytes of memory in which they begin at multiples of 64; 0 if they may stay where they are."""
+    """Bytes of memory in which they begin at multiples of 64; 0 if they need no alignment."""
 
 
 def _layout(specs: tuple[ArraySpec, ...]) -> _Layout:
-    """Raises FrameError for a dtype that no wire carries."""
+    """Raises FrameError for a dtype that cannot be sent."""
     return _remembered_layout(specs) if len(specs) <= MAX_REMEMBERED else _new_layout(specs)
 
 
@@ -345,5 +345,5 @@ def _size(spec: ArraySpec) -> int:
 
 
 def padded(nbytes: int) -> int:
-    """Where the next array may begin, after one of `nbytes`."""
+    """`nbytes` rounded up to the alignment: the offset of the next array."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT

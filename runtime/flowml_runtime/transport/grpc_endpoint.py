@@ -1,13 +1,12 @@
-"""The endpoint between processes: servers for streams, and one persistent outgoing stream for each peer.
+"""Connects processes: servers for incoming streams, and one persistent outgoing stream to each peer.
 
-Between machines the streams are gRPC's; a peer on this machine is found under the name that goes with its address
-and gets its messages through a Unix socket and shared memory, unless TLS is to say who it is.
+Between machines the streams are gRPC streams. A peer on this machine is found by a socket name derived from its address
+and is reached through a Unix socket and shared memory, unless peers identify by TLS.
 
-A peer is lost when its stream to us or ours to it ends, or when we are told. That is reported once in each of
-its lives, after which its sends fail and its streams are refused, until it is known at another address.
-Everything that is sent is checked against the specs in its header on both sides, and a stream that brings
-anything else ends there. Whoever counts as lost is told so: what comes in from it ends as well, so that of two peers
-never only one takes the other for lost.
+A peer is lost when its stream to us or our stream to it ends, or when `lose` is called. The loss is reported once for
+each incarnation of the peer. Afterwards sends to the peer fail and its streams are refused, until it is known at
+another address. Both sides check every message against the specs in its header, and an invalid message ends its stream.
+The incoming stream of a lost peer is ended too, so both peers count each other as lost.
 """
 
 from __future__ import annotations
@@ -49,13 +48,13 @@ from flowml_runtime.transport.refusals import Refusal
 from flowml_runtime.transport.security import TLS, check_exposure, is_loopback, split_address
 
 CLOSE_S = 1.0
-"""How long `close` waits for peers to take in what was sent to them."""
+"""How long `close` waits for peers to receive sent messages."""
 
 SHORTAGE_S = 5.0
-"""How long a connection is tried again while this process has no descriptors for it; then its peer is lost."""
+"""How long a connection is retried while this process lacks descriptors for it. After that the peer is lost."""
 
 MAX_STRANGERS = 256
-"""Peers that came by themselves and are lost, of which it is remembered that they may not come back in that life."""
+"""The most lost peers without a known address that are remembered, so that the same incarnation is refused again."""
 
 _log = logging.getLogger("flowml")
 
@@ -67,7 +66,7 @@ def _nothing() -> None: ...
 
 @dataclass
 class _Peer:
-    """One life of a peer as this endpoint sees it. `incarnation` is 0 until it says hello, `lost` the reason."""
+    """One incarnation of a peer. `incarnation` is 0 until its Hello; `lost` is the reason of its loss, or ""."""
 
     name: str
     address: str = ""
@@ -75,19 +74,19 @@ class _Peer:
     lost: str = ""
     stream: AnyStream | None = None
     expectation: Expectation | None = None
-    """Of the thread that takes in what comes from there through a socket of this machine."""
+    """The expectation of the thread that receives from this peer through a Unix socket."""
     hang_up: Callable[[], object] = _nothing
-    """Ends what comes in from there."""
+    """Ends the incoming stream of this peer."""
     connecting: threading.Lock = field(default_factory=threading.Lock)
-    """Held while a connection is made, which may take a while."""
+    """Held while a connection is made, which may take long."""
 
 
 class _Refused(Exception):
-    """A stream that may not go on, and why."""
+    """A stream is refused; the text is the reason."""
 
 
 class GrpcEndpoint:
-    """See `transport.Endpoint`. `name` may be changed as long as only the coordinator is known."""
+    """An `Endpoint` between processes. `name` may be changed while only the coordinator is known."""
 
     def __init__(
         self,
@@ -100,12 +99,12 @@ class GrpcEndpoint:
         checksum: bool | None = None,
         max_queued_bytes: int = MAX_QUEUED_BYTES,
     ) -> None:
-        """Binds the port. Without `shared_memory` peers of this machine are talked to by gRPC too.
+        """Bind the port. Without `shared_memory`, peers of this machine are reached by gRPC too.
 
-        With `checksum` whatever is sent carries one, without (False) nothing does; None means what goes beyond this
-        machine. What is received is checked if it carries one.
+        `checksum` adds checksums to all sent messages (True), to none (False), or to those that leave this machine
+        (None). A received message is checked if it carries a checksum.
 
-        Raises ClusterError if that is not possible, or not safe.
+        Raises ClusterError if the port cannot be bound, or not safely.
         """
         check_exposure(bind, tls, token, "listen on")
         self.name = name
@@ -118,13 +117,13 @@ class GrpcEndpoint:
         self._expected: Expectation | None = None
         self._lock = threading.Lock()
         self._reporting = threading.RLock()
-        """Held while a loss is reported, so that a peer's next life waits until its last one is over."""
+        """Held while a loss is reported, so that a peer's next incarnation waits until the report is complete."""
         self._peers: dict[str, _Peer] = {}
         self._closed = False
         self._on_message: OnMessage = lambda *_: None
         self._on_lost: OnLost = lambda *_: None
         self.on_sent: Callable[[str, int, float], None] = lambda *_: None
-        """Told (peer, bytes, seconds) of every message that a gRPC connection has taken."""
+        """Called with (peer, bytes, seconds) for every message that a gRPC connection has accepted."""
         self._server = StreamServer(bind, tls, token, self._receive)
         self._delivery = Delivery(name, max_queued_bytes)
         self.address = f"{bind.rpartition(':')[0]}:{self._server.port}"
@@ -132,7 +131,7 @@ class GrpcEndpoint:
         self._local = self._listen_locally() if self._shared_memory else None
 
     def _listen_locally(self) -> UnixServer | None:
-        """None if somebody has our name already: then peers of this machine use gRPC like all others."""
+        """None if our socket name is taken already: then peers of this machine use gRPC like all others."""
         try:
             return UnixServer(self.address, self._token, self._serve_local)
         except OSError as error:
@@ -161,7 +160,7 @@ class GrpcEndpoint:
                 stale.abort()
 
     def rename(self, peer: str, name: str) -> None:
-        """Call `peer` by `name` from now on, in place of whoever had that name."""
+        """Rename `peer` to `name`. It replaces any other peer of that name."""
         with self._lock:
             renamed = self._peers.pop(peer, None)
             if renamed is None:
@@ -200,7 +199,7 @@ class GrpcEndpoint:
         known = self._peers.get(peer)
         if known is None or known.expectation is None:
             return
-        if self._expected is not known.expectation:  # threads that look at once are in each other's way
+        if self._expected is not known.expectation:  # several polling threads would compete for the core
             if self._expected is not None:
                 self._expected.no_more()
             self._expected = known.expectation
@@ -246,7 +245,7 @@ class GrpcEndpoint:
 
     def _stream(self, name: str) -> AnyStream:
         known = self._peers.get(name)
-        if known is not None and known.stream is not None:  # nothing to decide: most calls need no lock
+        if known is not None and known.stream is not None:  # the common case, without a lock
             return known.stream
         with self._lock:
             peer = self._peers.get(name)
@@ -275,7 +274,7 @@ class GrpcEndpoint:
             raise unreachable(peer.name, "it has not joined, or has left")
 
     def _connect(self, peer: _Peer) -> AnyStream:
-        """A new connection. Where the process has run out of something, that may be over in a moment."""
+        """Make a new connection. A shortage of resources may be over soon, so it is retried for `SHORTAGE_S`."""
         hello = wire.Hello(
             peer=self.name, incarnation=self.incarnation, protocol=wire.PROTOCOL, version=flowml.__version__
         )
@@ -295,14 +294,14 @@ class GrpcEndpoint:
             self._lose(peer, reason)
 
     def _lose(self, peer: _Peer, reason: str) -> None:
-        """Take this life of a peer for lost, unless it is over already or nobody cares any more."""
+        """Count this incarnation of a peer as lost, unless it is lost, replaced or forgotten already."""
         with self._lock:
             if self._closed or peer.lost or self._peers.get(peer.name) is not peer:
                 return
             peer.lost = reason
             stream, peer.stream = peer.stream, None
         if stream is not None:
-            stream.abort()  # first of all, so that nobody who waits to send holds up the report
+            stream.abort()  # first, so that a waiting sender does not delay the report
         peer.hang_up()
         with self._reporting:
             self._on_lost(peer.name, reason)
@@ -331,7 +330,7 @@ class GrpcEndpoint:
         return b""
 
     def _allocate(self, nbytes: int) -> Buffer:
-        """Memory for a large array that comes in pieces."""
+        """Memory for a large array that is received in pieces."""
         keep_freed_memory()
         return self._pool.take(nbytes)
 
@@ -342,7 +341,7 @@ class GrpcEndpoint:
     def _serve(
         self, incoming: Incoming, hang_up: Callable[[], object], expectation: Expectation | None = None
     ) -> tuple[str, bool]:
-        """Take one stream in to its end. Returns why it is refused ("" if it just ended), and whether by our fault."""
+        """Receive one stream to its end. Returns why it is refused ("" if it ended), and whether we are at fault."""
         peer: _Peer | None = None
         refusal, reason, fault = "", "it closed the connection", False
         try:
@@ -367,26 +366,26 @@ class GrpcEndpoint:
             fault = True
         if peer is not None:
             if peer.hang_up is hang_up:
-                peer.hang_up = _nothing  # what came in has ended
+                peer.hang_up = _nothing  # the incoming stream has ended
             if peer.lost and not refusal:
                 refusal = _counts_as_lost(peer)
             self._lose(peer, reason)
         return refusal, fault
 
     def _refuse(self, peer: _Peer | None, refusal: Refusal) -> None:
-        """Have what a message was for fail; its connection goes on. Raises _Refused for a stranger's."""
+        """Fail the work of a message and keep its connection. Raises _Refused if the peer is unknown or lost."""
         answer = refusal.answer(self.name)
         if peer is None or peer.lost:
             raise _Refused(answer.error)
         _log.warning("from %s: %s", peer.name, answer.error)
-        self._delivery.put(self._answer, peer.name, answer)  # not on this thread, which must not wait
+        self._delivery.put(self._answer, peer.name, answer)  # sending may wait, and this thread must not
 
     def _answer(self, peer: str, answer: wire.Wire) -> None:
         with suppress(WorkerLostError):
             self.send(peer, answer)
 
     def _greet(self, hello: wire.Wire) -> _Peer:
-        """The peer that a stream's first message introduces. Raises _Refused."""
+        """The peer that a stream's first message names. Raises _Refused."""
         if not isinstance(hello, wire.Hello):
             raise _Refused(f"a stream begins with Hello, not with {type(hello).__name__}")
         if (hello.protocol, hello.version) != (wire.PROTOCOL, flowml.__version__):
@@ -405,14 +404,14 @@ class GrpcEndpoint:
         self._lose(peer, f"a new {hello.peer} took its place")
         with self._reporting, self._lock:
             current = self._peers.get(hello.peer)
-            if current is None or current is peer:  # no address yet: that comes from the coordinator
+            if current is None or current is peer:  # the coordinator sends its address later
                 current = self._peers[hello.peer] = _Peer(hello.peer)
             current.incarnation = hello.incarnation
             self._forget_strangers()
             return current
 
     def _forget_strangers(self) -> None:
-        """Keep few of the peers that are over and that nobody told us of. The lock is held."""
+        """Keep at most `MAX_STRANGERS` lost peers without a known address. The lock is held."""
         strangers = [p.name for p in self._peers.values() if p.lost and not p.address]
         for name in strangers[: max(0, len(strangers) - MAX_STRANGERS)]:
             del self._peers[name]
@@ -427,20 +426,20 @@ def _assembled(frames: Iterator[bytes], assembler: Assembler, is_active: Callabl
         if assembler.feed(frame):
             yield assembler.take()
     if assembler.is_partial or not is_active():
-        raise ConnectionError  # gRPC ends the frames of a connection that broke like those of one that was closed
+        raise ConnectionError  # for gRPC's iterator a broken connection ends like a closed one
 
 
 def is_checked(address: str, checksum: bool | None) -> bool:
-    """Whether what goes to `address` carries checksums."""
+    """Whether messages to `address` carry checksums."""
     return not is_loopback(split_address(address)[0]) if checksum is None else checksum
 
 
 def bind_towards(address: str) -> str:
-    """Where to listen so that peers at `address` can connect: loopback for loopback, else the interface to there."""
+    """The address to listen on for peers at `address`: loopback, or the interface on the route to them."""
     host, port = split_address(address)
     if is_loopback(host):
         return "127.0.0.1:0"
     family, _, _, _, target = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # chooses a route; a datagram socket sends nothing to do so
+        probe.connect(target)  # chooses a route; for a datagram socket this sends nothing
         return f"{probe.getsockname()[0]}:0"

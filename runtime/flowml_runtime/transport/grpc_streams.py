@@ -1,10 +1,10 @@
-"""One persistent gRPC stream to a peer, fed from a queue, and the server that takes such streams in.
+"""Implements the persistent gRPC stream to a peer, which is fed from a queue, and the server for such streams.
 
-Only raw bytes pass through gRPC: one method, "push", from client to server, without generated code. A stream
-lives as long as the two peers know each other; its end is how either learns that the other is gone.
+gRPC transports raw bytes only: one method, "push", from client to server, without generated code. A stream exists as
+long as the two peers know each other. Its end tells each peer that the other has ended.
 
-A connection that does not get as far as a call is closed after `AUTHENTICATE_S`, and a call without the token at once.
-No server has more than half of the process's descriptors in connections, so that a flood of them leaves it working.
+A connection without a call is closed after `AUTHENTICATE_S`, and a call without the token at once. A server uses at
+most half of the process's descriptors for connections, so that it keeps working under a flood of connections.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ METHOD = "/flowml.Endpoint/push"
 TOKEN_KEY = "flowml-token"
 MAX_STREAMS = 4096
 MAX_METADATA_BYTES = 2**14
-"""Of a call, the token included. gRPC refuses more before anything is made of it."""
+"""Limit for the metadata of a call, including the token. gRPC refuses more before it is processed."""
 
 AUTHENTICATE_S = 5.0
-"""How long a connection may take to come to a call with the token, and how long it may be without one."""
+"""How long a connection may take until its call with the token, and how long it may be without a call."""
 
 _UNREACHED = re.compile("failed to connect|connections to all backends failing", re.IGNORECASE)
-"""In gRPC's words, which differ with what its load balancer was doing: there never was a connection."""
+"""gRPC's messages for a connection that was never made. They depend on the state of its load balancer."""
 
 _CLOSED = re.compile("socket closed|reset by peer|broken pipe", re.IGNORECASE)
 TURNED_AWAY = "it closed the connection at once: it may have too many at the moment"
 
 OnSent = Callable[[int, float], None]
-"""(bytes of a message, seconds that the connection took to accept it)"""
+"""Called with (bytes of a message, seconds until the connection accepted it)."""
 
 Receive = Callable[[Iterator[bytes], Any], bytes]
-"""(frames, grpc.ServicerContext) -> b"". Runs on a thread of its own for as long as the stream lives."""
+"""(frames, grpc.ServicerContext) -> b"". Runs on a separate thread until the stream ends."""
 
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second server could take the same port and half of its connections
-    ("grpc.enable_http_proxy", 0),  # peers are named by the cluster, not found through the user's web proxy
+    ("grpc.enable_http_proxy", 0),  # addresses are the cluster's own: the user's web proxy is not used
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
     ("grpc.max_send_message_length", MAX_FRAME_BYTES),
     ("grpc.max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: nothing unpacks to more than was sent
+    ("grpc.compression_enabled_algorithms_bitset", 1),  # none: received data cannot expand
 )
 
-# Between machines a peer that vanished without a word is noticed by pings. On one machine the kernel tells, and
-# pings would only break the connection of a process that its user has suspended.
+# Between machines, pings detect a peer that vanished silently. On one machine the kernel reports the end of a process,
+# and pings would only break the connection of a process that its user has suspended.
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -76,23 +76,23 @@ def _options(host: str) -> tuple[tuple[str, int], ...]:
 
 
 def _limits() -> tuple[tuple[str, int], ...]:
-    """Of a server, for those who have shown no token: in number and in time."""
+    """A server's limits in number and time for clients that have not sent the token."""
     milliseconds = int(AUTHENTICATE_S * 1000)
     return (
         ("grpc.server_handshake_timeout_ms", milliseconds),
-        ("grpc.max_connection_idle_ms", milliseconds),  # without a call; ours have one for as long as they live
+        ("grpc.max_connection_idle_ms", milliseconds),  # without a call; our own connections always have one
         ("grpc.max_allowed_incoming_connections", max_connections()),
     )
 
 
 def max_connections() -> int:
-    """Connections that one server may have: those made from here need as many descriptors again."""
+    """The most connections of one server: outgoing connections need as many descriptors again."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MAX_STREAMS if soft == resource.RLIM_INFINITY else max(1, min(soft // 2, MAX_STREAMS))
 
 
 class Stream:
-    """The outgoing half of a connection. `put` from any thread; gRPC's own thread takes from the queue."""
+    """The outgoing half of a connection. `put` is safe from any thread; gRPC's own thread reads the queue."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class Stream:
         checked: bool = False,
         on_sent: OnSent | None = None,
     ) -> None:
-        """What is sent carries checksums if `checked`. `on_sent` is told of every message that gRPC has taken."""
+        """Messages carry checksums if `checked`. `on_sent` is called for every message that gRPC has accepted."""
         self._on_sent = on_sent
         keep_freed_memory()
         self._numbers = itertools.count() if checked else None
@@ -114,7 +114,7 @@ class Stream:
         self._token = token
         self._ended = threading.Event()
         self.reason = ""
-        """Why the peer or the connection ended it. Known before `put` returns False for that."""
+        """Why the stream ended. It is set before `put` returns False."""
         self._why = lambda call: _why(call, address, tls)
         self._channel = _channel(address, tls)
         self._call: Any = None
@@ -122,7 +122,7 @@ class Stream:
         self._queue.put(first)
 
     def start(self, on_end: Callable[[Stream, str], None]) -> None:
-        """Connect. `on_end(self, reason)` is called once, however the stream ends, on a thread of its own."""
+        """Connect. `on_end(self, reason)` is called once, however the stream ends, on a separate thread."""
         push = self._channel.stream_unary(METHOD)
         self._call = push.future(self._frames(), metadata=((TOKEN_KEY, self._token),))
 
@@ -130,7 +130,7 @@ class Stream:
             self.reason = self._why(call)
             self.finish()
             try:
-                on_end(self, self.reason)  # first: nobody should wait for the word until gRPC has tidied up
+                on_end(self, self.reason)  # first: the report must not wait for gRPC's cleanup
             finally:
                 self._channel.close()
                 self._ended.set()
@@ -141,7 +141,7 @@ class Stream:
             on_end(self, self.reason)
             self._ended.set()
 
-        def hand_over(call: Any) -> None:  # closing a channel waits for the very thread that calls this
+        def hand_over(call: Any) -> None:  # closing the channel waits for the thread that calls this
             try:
                 service.start("flowml-ended", lambda: ended(call), failed)
             except ClusterError as error:
@@ -157,7 +157,7 @@ class Stream:
         return True
 
     def finish(self) -> None:
-        """End the stream once all that was put has been taken in."""
+        """End the stream once all queued messages have been sent."""
         self._budget.close()
         self._queue.put(None)
 
@@ -168,7 +168,7 @@ class Stream:
             self._call.cancel()
 
     def wait(self, timeout_s: float) -> bool:
-        """True if the stream has ended, and everything that it held is let go."""
+        """True if the stream has ended and released its resources."""
         return self._ended.wait(timeout_s)
 
     def _frames(self) -> Iterator[bytes]:
@@ -191,7 +191,7 @@ def _channel(address: str, tls: TLS | None) -> Any:
 
 
 def _why(call: Any, address: str, tls: TLS | None) -> str:
-    """Why a call has ended, for a person."""
+    """A readable reason for the end of a call."""
     code, details = call.code(), call.details() or ""
     if code is grpc.StatusCode.OK:
         return "it closed the connection"
@@ -213,10 +213,10 @@ def _why(call: Any, address: str, tls: TLS | None) -> str:
 
 
 class StreamServer:
-    """Takes streams in. The port is bound when this returns, and served from `start` on."""
+    """Receives streams. The constructor binds the port; `start` begins to serve it."""
 
     def __init__(self, bind: str, tls: TLS | None, token: str, receive: Receive) -> None:
-        """Raises ClusterError if the address cannot be bound or the TLS files not be used."""
+        """Raises ClusterError if the address cannot be bound or the TLS files cannot be used."""
         host, _ = split_address(bind)
         handler = grpc.stream_unary_rpc_method_handler(receive)
         self._started = False
@@ -240,7 +240,7 @@ class StreamServer:
     def stop(self) -> None:
         """Break every stream and free the port."""
         if not self._started:
-            self._server.start()  # one that never ran would keep its port
+            self._server.start()  # a server that never ran would keep its port
         self._server.stop(None).wait(2.0)
         self._threads.shutdown()
 
@@ -261,7 +261,7 @@ class _Push(grpc.GenericRpcHandler):
 
 
 class _TokenCheck(grpc.ServerInterceptor):
-    """Refuses a call without the token before any of its body is read, and any call while there is no thread for it."""
+    """Refuses a call without the token before its body is read, and any call for which no thread can be started."""
 
     def __init__(self, token: str, threads: _ThreadEach) -> None:
         self._token = token
@@ -274,7 +274,7 @@ class _TokenCheck(grpc.ServerInterceptor):
         self._refuse = grpc.stream_unary_rpc_method_handler(refuse)
 
     def intercept_service(self, continuation: Callable[[Any], Any], handler_call_details: Any) -> Any:
-        self._threads.prepare()  # what this raises is the answer to the call
+        self._threads.prepare()  # an exception here becomes the answer to the call
         given = dict(handler_call_details.invocation_metadata).get(TOKEN_KEY, "")
         if isinstance(given, str) and same_token(given, self._token):
             return continuation(handler_call_details)
@@ -282,14 +282,14 @@ class _TokenCheck(grpc.ServerInterceptor):
 
 
 class _ThreadEach(Executor):
-    """A daemon thread for each stream: a pool's threads would keep the process from ending until each stream has."""
+    """Runs each stream on a daemon thread: a pool's threads would keep the process alive until all streams end."""
 
     def __init__(self) -> None:
         self._spare: queue.SimpleQueue[Callable[[], None]] | None = None
-        """Of a thread that waits for the next stream. Used by gRPC's serving thread alone, until that has ended."""
+        """Queue of the thread that waits for the next stream. Only gRPC's serving thread uses it until that ends."""
 
     def prepare(self) -> queue.SimpleQueue[Callable[[], None]]:
-        """Have a thread for the next stream: a stream without one would never be answered. Raises ClusterError."""
+        """Start a thread for the next stream: a stream without one would never be answered. Raises ClusterError."""
         if self._spare is None:
             work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
@@ -297,7 +297,7 @@ class _ThreadEach(Executor):
                 stream = work.get()  # no deadline: the thread sleeps until it has work or is closed
                 stream()
 
-            service.start("flowml-receive", run, lambda _: None)  # the stream's future has what went wrong
+            service.start("flowml-receive", run, lambda _: None)  # the stream's future holds its error
             self._spare = work
         return self._spare
 

@@ -1,7 +1,7 @@
-"""The receiving half of streams between processes of one machine; `local_stream` says what is on the socket.
+"""Receives streams from processes of the same machine; `local_stream` describes the bytes on the socket.
 
-A connection has `AUTHENTICATE_S` to show its token. Of those that have not yet, `MAX_STRANGERS` may be there at once;
-one more, and the oldest of them is closed.
+A connection must send its token within `AUTHENTICATE_S`. At most `MAX_STRANGERS` connections may exist that have not
+sent it yet: one more closes the oldest of them.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from flowml_runtime.transport.security import same_token
 from flowml_runtime.transport.slots import SlotError, SlotViews
 
 LOOK_S = 1e-3
-"""How long a thread looks for a message that is due before it sleeps. To be woken costs several times what a small step
-does: the core has gone idle, and its caches are cold."""
+"""How long a thread polls for a message that is due before it sleeps. Waking a thread costs several times as much as a
+small step, because the core has gone idle and its caches are cold."""
 
 _BACKLOG = 128
 _READ_BYTES = 2**18
 _KEPT_BYTES = 4 * 2**20
-"""A buffer that has grown beyond this is given up once it is not needed any more."""
+"""A buffer that has grown beyond this size is freed once it is not needed."""
 _RIGHTS = socket.CMSG_SPACE(8 * struct.calcsize("i"))
 _TRUNCATED = int(socket.MSG_CTRUNC)
 _CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
@@ -59,7 +59,7 @@ Incoming = Iterator[tuple[Message, list[Buffer]]]
 
 
 class Expectation:
-    """Until when another message is expected on one stream: its thread looks for it so long before it sleeps."""
+    """The time until which a message is expected on one stream: its thread polls until then before it sleeps."""
 
     __slots__ = ("until",)
 
@@ -74,24 +74,24 @@ class Expectation:
 
 
 Serve = Callable[[Incoming, Callable[[], object], Expectation], str]
-"""Takes the messages of one stream in, to its end, which comes soon after the second argument is called. Returns why
-it wants no more of them, or "" if they just ended. A connection that broke raises OSError out of the iterator."""
+"""Receives the messages of one stream to its end. Calling the second argument ends the stream soon. Returns why it
+refuses the rest of the stream, or "" if the stream ended. For a broken connection the iterator raises OSError."""
 
 AUTHENTICATE_S = 5.0
 MAX_STRANGERS = 64
 
 
 class UnixServer:
-    """Takes streams in under the name that goes with a TCP address. They wait until `start`."""
+    """Receives streams at the socket name derived from a TCP address. Connections wait until `start`."""
 
     def __init__(self, address: str, token: str, serve: Serve) -> None:
-        """Raises OSError if somebody has that name."""
+        """Raises OSError if that name is in use."""
         self._token = token
         self._serve = serve
         self._lock = threading.Lock()
         self._links: set[socket.socket] = set()
         self._strangers: dict[socket.socket, None] = {}
-        """Links that have not shown the token yet, the oldest first."""
+        """Links that have not sent the token yet, the oldest first."""
         self._closed = False
         self._listener = socket.socket(socket.AF_UNIX)
         try:
@@ -106,7 +106,7 @@ class UnixServer:
         service.start("flowml-accept", self._accept, lambda _: self._listener.close())  # peers then come by gRPC
 
     def stop(self) -> None:
-        """Break every stream and free the name."""
+        """End every stream and free the name."""
         with self._lock:
             self._closed = True
             links = list(self._links)
@@ -121,7 +121,7 @@ class UnixServer:
             except OSError as error:
                 if self._listener.fileno() < 0 or error.errno == errno.EINVAL:  # closed, or shut down
                     return
-                time.sleep(service.SHORTAGE_S)  # who connects waits meanwhile
+                time.sleep(service.SHORTAGE_S)  # connecting peers wait meanwhile
                 continue
             with service.going_on("a connection could not be taken in"):
                 self._admit(link)
@@ -143,7 +143,7 @@ class UnixServer:
             raise
 
     def _run(self, link: socket.socket) -> None:
-        """One stream, from its token to the reason of its end."""
+        """Serve one stream: check the token, receive the messages, and send the reason of its end."""
         expectation = Expectation()
         reader = _Reader(link, expectation)
         try:
@@ -156,7 +156,7 @@ class UnixServer:
                 text = reason.encode("utf-8", "replace")[:MAX_REASON_BYTES]
                 link.sendall(NUMBER.pack(GOODBYE) + LENGTH.pack(len(text)) + text, socket.MSG_NOSIGNAL)
         except (OSError, FrameError):
-            pass  # whoever it was has said nothing that we could answer
+            pass  # the connection broke or sent nothing valid: there is no answer
         finally:
             reader.close()
             self._let_go(link)
@@ -169,7 +169,7 @@ class UnixServer:
         link.close()
 
     def _check(self, link: socket.socket, reader: _Reader) -> str:
-        """Why the token is refused, or "". Raises OSError if there is none in time."""
+        """Why the token is refused, or "". Raises OSError if no token comes in time."""
         reader.deadline = time.monotonic() + AUTHENTICATE_S
         (length,) = LENGTH.unpack(reader.read(LENGTH.size))
         if length > MAX_TOKEN_BYTES:
@@ -188,17 +188,17 @@ def _shut(link: socket.socket, how: int) -> None:
 
 
 def _messages(link: socket.socket, reader: _Reader) -> Incoming:
-    """The messages of a stream. Raises FrameError for what no sender writes, ConnectionError if it breaks off."""
+    """The messages of a stream. Raises FrameError for invalid data, ConnectionError if the connection breaks."""
     unsent: deque[int] = deque()
 
     def answer(number: int) -> None:
-        """Runs wherever a view dies, perhaps in the middle of anything: it takes no lock and does not wait."""
+        """Runs on any thread that frees a view, at any point of its code: it takes no lock and does not wait."""
         try:
             link.send(NUMBER.pack(number), AT_ONCE)
         except BlockingIOError:
             unsent.append(number)
         except OSError:
-            pass  # the sender is gone, and its slots with it
+            pass  # the sender has ended, and its slots with it
 
     views = SlotViews(answer)
     for position in itertools.count():
@@ -226,7 +226,7 @@ def _messages(link: socket.socket, reader: _Reader) -> Incoming:
 
 
 class _Reader:
-    """Reads a socket in large pieces, keeping descriptors that come along."""
+    """Reads a socket in large pieces, and keeps the descriptors that are received with them."""
 
     def __init__(self, link: socket.socket, expectation: Expectation) -> None:
         self._link = link
@@ -235,10 +235,10 @@ class _Reader:
         self._start = self._end = 0
         self._descriptors: deque[int] = deque()
         self.deadline: float | None = None
-        """Until when all that is read has to be there."""
+        """Time until which all reads must be complete."""
 
     def read(self, nbytes: int) -> memoryview:
-        """The next bytes, good until the next call. Raises ConnectionError if there will not be as many."""
+        """The next bytes, valid until the next call. Raises ConnectionError if the stream ends before them."""
         if self._end - self._start < nbytes:
             self._make_room(nbytes)
             while self._end - self._start < nbytes:
@@ -259,7 +259,7 @@ class _Reader:
             os.close(self._descriptors.popleft())
 
     def _make_room(self, nbytes: int) -> None:
-        """Everything unread to the front; views of earlier reads may still exist, so another size is a new one."""
+        """Move unread bytes to the front. Views of earlier reads may exist, so another size needs a new buffer."""
         unread = self._buffer[self._start : self._end]
         if len(self._buffer) > _KEPT_BYTES and max(nbytes, len(unread)) <= _READ_BYTES:
             self._buffer = bytearray(_READ_BYTES)
@@ -267,7 +267,7 @@ class _Reader:
         self._start, self._end = 0, len(unread)
 
     def _grow(self, nbytes: int) -> None:
-        """A larger buffer, but not before the one there is full: what is announced may never come."""
+        """Enlarge the full buffer. It grows with the received bytes only, because announced bytes may never come."""
         larger = bytearray(min(2 * len(self._buffer), nbytes + _READ_BYTES))
         larger[: self._end] = self._buffer[: self._end]
         self._buffer = larger
@@ -291,7 +291,7 @@ class _Reader:
         self._end += got
 
     def _look(self, view: memoryview) -> Any:
-        """What `recvmsg_into` has, if something is expected and comes in time. Gives way to whoever wants the core."""
+        """The result of `recvmsg_into` if expected data comes in time, else None. Yields the core to other threads."""
         while time.perf_counter() < self._expectation.until:
             try:
                 return self._link.recvmsg_into([view], _RIGHTS, _IF_THERE)

@@ -1,23 +1,23 @@
-"""Streams between processes of one machine: a socket that rings, and shared memory for what is large.
+"""Sends streams between processes of one machine: a Unix socket for messages, shared memory for large arrays.
 
-The same half-connection as `streams.Stream` without gRPC: messages go one way, each written by the thread that
-sends it as long as the socket has room, so that a small message costs two system calls. What comes back on the socket
-are the numbers of shared memory slots that the receiver is done with (see `slots`), and at the end the reason.
+`UnixStream` is the same half-connection as `grpc_streams.Stream`, without gRPC. Messages go one way. The sending thread
+writes its message itself while the socket has room, so a small message costs two system calls. The receiver answers
+with the numbers of shared memory slots that it no longer uses (see `slots`), and at the end with the reason.
 
     client    u32 length | token | records, each:
               u32 frame bytes | u32 slots given up | u64 slot (0: none) | u64 1 if the slot is new
               | u64 each given-up slot | frame
-              with a new slot comes its descriptor; a frame of 0 bytes says that no more will come
-    server    u64 2^63: the token is right and the connection taken
-              u64 slot: nobody uses it any more; u64 slot + 2^63: its message was taken in
+              a new slot is sent with its descriptor; a frame of 0 bytes ends the stream
+    server    u64 2^63: the token is right and the connection is accepted
+              u64 slot: it is no longer used; u64 slot + 2^63: its message was received
               at the end u64 -1 | u32 length | reason
 
-The receiver says when it has taken in what lies in a slot, and a sender that is too far ahead of that waits: else a
-receiver that is stuck would let its sender fill the machine.
+The receiver confirms each message in a slot, and a sender with too many unconfirmed bytes waits. Without this limit the
+sender to a stuck receiver would fill the machine's memory.
 
-Names are in Linux's abstract space, made of the TCP address that the peer is known by: whoever finds that name is on
-the peer's machine, and in its network namespace. Both sides want the other to be of the same user, and the server
-wants the token before anything else. Peers that identify by certificates (TLS) do not meet here.
+Socket names are in Linux's abstract namespace and contain the peer's TCP address. Only processes on the peer's machine
+and in its network namespace find the name. Both sides require that the other runs as the same user, and the server
+requires the token first. Peers that identify by certificates (TLS) do not use these streams.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ from flowml_runtime.transport.framing import Outgoing, padded, shared_bytes
 from flowml_runtime.transport.slots import SlotError, SlotPool
 
 AVAILABLE = hasattr(os, "memfd_create") and hasattr(socket, "SO_PEERCRED")
-"""Linux has all of it."""
+"""Whether this system has the needed calls. Linux has them."""
 
 CONNECT_S = 5.0
-"""A peer on this machine takes a connection at once; only one that is stuck with a full backlog does not."""
+"""Deadline of a connect. It takes long only if the peer is stuck and its backlog is full."""
 
 TAKE_S = 30.0
-"""How long a peer may take to say that it has taken a connection. As long as a starved worker is waited for; one that
-cannot take any, for want of descriptors or threads, then counts as lost, where a step would wait for ever."""
+"""How long a peer may take to accept a connection: as long as the cluster waits for a starved worker. A peer that
+cannot accept any, for lack of descriptors or threads, then counts as lost. Otherwise a step would wait for ever."""
 
 ANSWER_MS = 50
-"""Several threads may wait for one answer, and only one of them reads it: the others look again after this."""
+"""Several threads may wait for one answer, and one of them reads it. The others check again after this time."""
 
 MAX_TOKEN_BYTES = 4096
 MAX_RETIRED = 4096
@@ -70,11 +70,11 @@ TAKEN = 2**63
 GOODBYE = 2**64 - 1
 _SOCKET_BYTES = 2**20
 AT_ONCE = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-"""As a number: the sum of two flags is a microsecond's work, and more where caches are cold."""
+"""Computed once: adding two flags takes a microsecond, and longer with cold caches."""
 
 
 def connect(address: str, token: str, first: Outgoing, max_bytes: int, *, checked: bool = False) -> UnixStream | None:
-    """A stream to the peer known by `address` (host:port), or None if it is not on this machine, or not ours.
+    """A stream to the peer at `address` (host:port), or None if it is not on this machine or of another user.
 
     Raises OSError if this process has no more descriptors.
     """
@@ -96,43 +96,43 @@ def connect(address: str, token: str, first: Outgoing, max_bytes: int, *, checke
 
 
 class UnixStream:
-    """The outgoing half of a connection, as `streams.Stream`. `put` from any thread."""
+    """The outgoing half of a connection, like `grpc_streams.Stream`. `put` is safe from any thread."""
 
     def __init__(
         self, link: socket.socket, token: str, first: Outgoing, max_bytes: int, *, checked: bool = False
     ) -> None:
-        """What is sent carries checksums if `checked`."""
+        """Messages carry checksums if `checked`."""
         self._link = link
         self._numbers = itertools.count() if checked else None
         self._budget = Budget(max_bytes)
-        """Of what waits to be written."""
+        """Budget of the messages that wait to be written."""
         self._max_bytes = max_bytes
         self._untaken: dict[int, int] = {}
-        """Slots whose message the receiver has not taken in yet, and their bytes: at most `max_bytes` at a time."""
+        """Slots whose message the receiver has not confirmed yet, and their bytes: at most `max_bytes` in all."""
         self._lock = threading.Lock()
-        """Held while a record is made and put on its way, so that records go in the order of `put`."""
+        """Held while a record is made and written or queued, so that records keep the order of `put`."""
         self._slots = SlotPool()
         self._waiting: deque[_Chunk] = deque()
-        """What the socket has no room for yet; a thread writes it. Empty most of the time."""
+        """Chunks for which the socket has no room yet; a thread writes them. Usually empty."""
         self._ending = False
         self._ended = threading.Event()
         self._answers = bytearray()
         self.reason = ""
-        """Why the peer or the connection ended it. Known before `put` returns False for that."""
+        """Why the stream ended. It is set before `put` returns False."""
         secret = token.encode()
         self._budget.acquire(0)
         self._write(_Chunk(LENGTH.pack(len(secret)) + secret, (), 0))
         self.put(first)
 
     def reserve(self, specs: Sequence[ArraySpec]) -> None:
-        """Make shared memory for a message of such arrays ahead of need. Raises SlotError if there is none."""
+        """Allocate shared memory for a message of such arrays ahead of time. Raises SlotError if there is none."""
         room = shared_bytes(tuple(specs))
         with self._lock:
             if room and not self._ending:
                 self._slots.reserve(room)
 
     def start(self, on_end: Callable[[Any, str], None]) -> None:
-        """`on_end(self, reason)` is called once, however the stream ends, on a thread of its own."""
+        """`on_end(self, reason)` is called once, however the stream ends, on a separate thread."""
 
         def failed(reason: str) -> None:
             self.reason = self.reason or reason
@@ -146,9 +146,9 @@ class UnixStream:
             failed(str(error))
 
     def put(self, message: Outgoing, timeout_s: float | None = None) -> bool:
-        """Send a message, waiting while too much is on its way. False if the stream has ended.
+        """Send a message, after waiting for room if too much is in flight. False if the stream has ended.
 
-        Raises SlotError if there is no shared memory for it, TimeoutError if it may not go in time.
+        Raises SlotError if there is no shared memory for it, TimeoutError if there is no room in time.
         """
         if not message.large and self._put_now(message):
             return True
@@ -172,7 +172,7 @@ class UnixStream:
         return False
 
     def _put_now(self, message: Outgoing) -> bool:
-        """Send a message without shared memory, if nothing waits before it: the way of most. False if that failed."""
+        """Send a message without shared memory, if no other message waits (the common case). False if not sent."""
         with self._lock:
             if self._ending or self._waiting or self._budget.closed:
                 return False
@@ -189,7 +189,7 @@ class UnixStream:
             return True
 
     def finish(self) -> None:
-        """End the stream once all that was put has been taken in."""
+        """End the stream once all messages have been sent."""
         self._budget.close()
         with self._lock:
             if not self._ending:
@@ -204,11 +204,11 @@ class UnixStream:
             self._link.shutdown(socket.SHUT_RDWR)
 
     def wait(self, timeout_s: float) -> bool:
-        """True if the stream has ended, and everything that it held is let go."""
+        """True if the stream has ended and released its resources."""
         return self._ended.wait(timeout_s)
 
     def _record(self, message: Outgoing) -> _Chunk:
-        """The bytes of a message; its large arrays are copied into a slot here."""
+        """The bytes of a message. Its large arrays are copied into a slot."""
         number = new = 0
         descriptors: tuple[int, ...] = ()
         if message.large:
@@ -229,7 +229,7 @@ class UnixStream:
         return b"".join([RECORD.pack(len(frame), len(retired), number, new), *map(NUMBER.pack, retired), frame])
 
     def _write(self, chunk: _Chunk) -> bool:
-        """Write as much as there is room for, and leave the rest to the writer. False if the peer is gone."""
+        """Write as much as the socket takes, and leave the rest to the writer. False if the connection has ended."""
         if not self._waiting:
             try:
                 if chunk.send(self._link, AT_ONCE):
@@ -265,7 +265,7 @@ class UnixStream:
             self.abort()
 
     def _write_waiting(self) -> None:
-        """Write what waits, as the socket takes it, until nothing does."""
+        """Write waiting chunks as the socket takes them, until none waits."""
         with self._lock:
             chunk = self._waiting[0]
         while True:
@@ -291,18 +291,18 @@ class UnixStream:
             self._budget.release(chunk.nbytes)
 
     def _fits(self, nbytes: int) -> bool:
-        """True if so much may go to the receiver now; what is larger than all that may be on its way goes alone."""
+        """Whether this many bytes may be sent now. A message larger than `max_bytes` is sent alone."""
         self._take_answers()
         return not self._untaken or sum(self._untaken.values()) + nbytes <= self._max_bytes
 
     def _await_answers(self) -> None:
-        """Wait until the receiver says something, or another thread may have heard it."""
+        """Wait until the receiver answers, or `ANSWER_MS` have passed, since another thread may read the answer."""
         poll = select.poll()
         poll.register(self._link, select.POLLIN | select.POLLRDHUP)
         poll.poll(ANSWER_MS)
 
     def _take_answers(self) -> None:
-        """Take in which messages have arrived and which slots are free again, without waiting for any."""
+        """Read which messages were received and which slots are free again, without waiting."""
         with contextlib.suppress(BlockingIOError, ConnectionError):
             while data := self._link.recv(2**16, socket.MSG_DONTWAIT):
                 self._answers += data
@@ -319,7 +319,7 @@ class UnixStream:
         del self._answers[:taken]
 
     def _watch(self, on_end: Callable[[Any, str], None]) -> None:
-        """Wait for the end. Slots that come back wake nobody: they are looked for when one is needed."""
+        """Wait for the end of the stream. Returned slots wake no thread: they are read when a slot is needed."""
         poll = select.poll()
         poll.register(self._link, select.POLLIN | select.POLLRDHUP)
         if not poll.poll(TAKE_S * 1000):
@@ -331,7 +331,7 @@ class UnixStream:
             self._ending = True
             with contextlib.suppress(SlotError):
                 self._take_answers()
-                self._take_answers()  # a reset by a peer that left something unread comes before what it said
+                self._take_answers()  # a reset, from a peer that left data unread, is reported before its answers
             self.reason = self.reason or _reason(bytes(self._answers)) or BROKE
         self._budget.close()
         try:
@@ -346,7 +346,7 @@ class UnixStream:
 
 
 class _Chunk:
-    """Bytes to be written, with descriptors that go along with the first of them."""
+    """Bytes to be written, with descriptors that are sent with the first of them."""
 
     def __init__(self, data: bytes, descriptors: Sequence[int], nbytes: int, sent: int = 0) -> None:
         self._left = memoryview(data)[sent:]
@@ -354,7 +354,7 @@ class _Chunk:
         self.nbytes = nbytes
 
     def send(self, link: socket.socket, flags: int) -> bool:
-        """Write what one call takes; True when that was the rest."""
+        """Write as much as one call takes. True if nothing is left."""
         rights = (
             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", self._descriptors))] if self._descriptors else []
         )
@@ -374,13 +374,13 @@ def name_of(address: str) -> bytes:
 
 
 def user_of(link: socket.socket) -> int:
-    """The user of the process at the other end."""
+    """The user id of the process at the other end."""
     _, user, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     return user
 
 
 def _reason(answers: bytes) -> str:
-    """The reason in what a server said last."""
+    """The reason in the server's last answer; "" if it holds none."""
     head = NUMBER.size + LENGTH.size
     if len(answers) < head or answers[: NUMBER.size] != NUMBER.pack(GOODBYE):
         return ""

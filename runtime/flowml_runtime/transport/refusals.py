@@ -1,8 +1,8 @@
-"""Messages that are not what they should be, on either side.
+"""Checks messages before they are sent, and refuses received ones that cannot be decoded.
 
-A sender checks what it is about to send by the types that the receiver checks it with, so that what is wrong raises
-where it was given. A receiver that cannot decode a message, but can read which work it belongs to and which arrays
-follow, refuses that message alone: its answer fails that step, run or plan, and the connection goes on.
+A sender checks messages against the types that the receiver decodes them with, so that an invalid field raises where it
+was given. If a receiver cannot decode a message, but can read which work it belongs to and which arrays follow, it
+refuses only that message: its answer fails the step, run or plan, and the connection continues.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ _FREQUENT = (
     wire.Settled,
     wire.Report,
 )
-"""Many a second, and made of numbers that the runtime counts itself: their senders do not check them."""
+"""Messages that senders do not check: they are frequent, and the runtime itself computes their fields."""
 
 checks_all = False
-"""Whether senders check those too. For tests."""
+"""Whether senders check the frequent messages too. For tests."""
 
 
 class UnsendableError(FlowmlError, ValueError):
-    """A message with a field that no receiver takes. Names the message and the field."""
+    """A message has a field that receivers refuse. The text names the message and the field."""
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """Stands for a message that could not be decoded."""
+    """The readable part of a message that could not be decoded."""
 
     kind: str
     """The name of the message."""
     plan_id: str
     step: int | None
-    """Of the step, or of the run's first one; None where the message is about the whole plan."""
+    """The step, or the first step of the run; None if the message concerns the whole plan."""
     specs: wire.Specs
     reason: str
 
     def answer(self, receiver: str) -> wire.StepFailed | wire.Failed:
-        """What tells its sender."""
+        """The message that tells its sender."""
         text = f"{receiver} refuses a {self.kind}: {self.reason}"
         if self.step is None:
             return wire.Failed(plan_id=self.plan_id, worker=receiver, node=self.kind, error=text)
@@ -63,7 +63,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class _Readable(msgspec.Struct, frozen=True):
-    """What a refusal needs to know of a message, whatever else is in it."""
+    """The fields of a message that a refusal needs. Other fields are ignored."""
 
     type: Annotated[str, msgspec.Meta(max_length=64)]
     plan_id: wire.Name
@@ -76,30 +76,30 @@ _decoder = msgspec.msgpack.Decoder(_Readable)
 
 
 _ERRORS = (msgspec.MsgspecError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-"""The codec's own, and what looking up an unknown dtype raises."""
+"""Errors of the codec, and of the lookup of an unknown dtype."""
 
 
 def encoded(message: wire.Wire) -> bytes:
-    """The bytes of a message. Raises UnsendableError if it has none, or a receiver would refuse them."""
+    """The bytes of a message. Raises UnsendableError if it cannot be encoded, or a receiver would refuse it."""
     header = b""
     try:
         header = wire.encode(message)
         if checks_all or not isinstance(message, _FREQUENT):
             wire.decode(header)
     except _ERRORS as error:
-        where = "" if header else _culprit(message)  # the decoder says where by itself
+        where = "" if header else _culprit(message)  # the decoder's error names the field
         raise UnsendableError(f"{type(message).__name__} cannot be sent: {error}{where}") from None
     return header
 
 
 def check(message: wire.Wire) -> None:
-    """For a message that is handed over as it is: raises UnsendableError if it could not be sent."""
+    """For messages passed by reference: raises UnsendableError if the message could not be sent."""
     if checks_all or not isinstance(message, _FREQUENT):
         encoded(message)
 
 
 def _culprit(message: wire.Wire) -> str:
-    """The first field that cannot be encoded."""
+    """Where the message cannot be encoded, for an error: its first such field."""
     for field in message.__struct_fields__:
         try:
             msgspec.msgpack.encode(getattr(message, field))
@@ -109,7 +109,7 @@ def _culprit(message: wire.Wire) -> str:
 
 
 def salvage(header: memoryview, reason: Exception) -> Refusal | None:
-    """What can be read of a message that could not be decoded for `reason`; None if that is too little."""
+    """The readable part of a message that could not be decoded for `reason`; None if that is too little."""
     try:
         read = _decoder.decode(header)
         if sum(s.nbytes for s in read.specs) > wire.MAX_PAYLOAD_BYTES:

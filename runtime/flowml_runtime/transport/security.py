@@ -1,7 +1,7 @@
-"""Who may talk to whom: tokens, TLS, and the rule that nothing leaves this machine without both.
+"""Handles tokens and TLS, and refuses connections beyond this machine without both.
 
-A token is a secret that all members of a cluster share. It travels in the metadata of a call, is held in files that
-only their owner can read, and never in arguments, the environment or logs.
+A token is a secret that all members of a cluster share. It is sent in the metadata of a call and stored in files that
+only their owner can read. It is never put into arguments, the environment or logs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TOKEN_FILE_VARIABLE = "FLOWML_TOKEN_FILE"
 
 @dataclass(frozen=True)
 class TLS:
-    """PEM files: this process's certificate and key, and the authority that signed everybody's."""
+    """PEM files: this process's certificate and key, and the authority that signed all certificates."""
 
     cert: Path
     key: Path
@@ -31,7 +31,7 @@ class TLS:
 
     @staticmethod
     def of(given: TLS | Mapping[str, str | os.PathLike[str]] | None) -> TLS | None:
-        """From a mapping with "cert", "key" and "ca"; an empty one is None. Raises ClusterError for what is missing."""
+        """From a mapping with "cert", "key" and "ca"; None for an empty one. Raises ClusterError for other names."""
         if given is None or isinstance(given, TLS):
             return given
         if not given:
@@ -66,7 +66,7 @@ def new_token() -> str:
 
 
 def same_token(a: str, b: str) -> bool:
-    """Compares in a time that does not depend on where they differ."""
+    """Compares two tokens in a time that does not depend on where they differ."""
     return hmac.compare_digest(a.encode(), b.encode())
 
 
@@ -81,7 +81,7 @@ def write_token(path: Path, token: str) -> None:
 
 
 def find_token(token: str | os.PathLike[str] | None) -> str:
-    """The token: itself, or read from the file that is named here or by FLOWML_TOKEN_FILE. Raises ClusterError."""
+    """The token: as given, or read from the file that is given or named by FLOWML_TOKEN_FILE. Raises ClusterError."""
     if token is None:
         named = os.environ.get(TOKEN_FILE_VARIABLE)
         if not named:
@@ -122,7 +122,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(address: str, tls: TLS | None, token: str, what: str) -> None:
-    """Raises ClusterError if `what` ("listen on", "connect to") this address would leave the machine unprotected."""
+    """Raises ClusterError if it is unsafe to `what` ("listen on", "connect to") this address."""
     if not token:
         raise ClusterError(f"refusing to {what} {address} without a token")
     if tls is None and not is_loopback(split_address(address)[0]):

@@ -1,10 +1,10 @@
-"""Shared memory for what processes of one machine send each other: one copy by the sender, none by the receiver.
+"""Manages shared memory between processes of one machine: the sender copies an array once, the receiver not at all.
 
-A sender has a pool of slots. A slot is a memfd: memory with a descriptor and no name, sealed to its size, mapped by
-both sides once and then used for message after message. The receiver's arrays are views of the slot; when the last of
-them is gone, the slot's number goes back to the sender, who may fill it again. So a slot that is in use is memory
-that the receiver would need for its copy anyway, and since nothing has a name, nothing is left behind by a process that
-is killed. Not thread-safe, except that a view may die on any thread.
+A sender has a pool of slots. A slot is a memfd: memory with a descriptor and no name, sealed to its size. Both sides
+map it once and use it for many messages. The receiver's arrays are views of the slot. When its last view is freed, the
+receiver returns the slot's number, and the sender may fill the slot again. A slot in use takes no more memory than the
+receiver's copy would. Since slots have no name, a killed process leaves none behind. Not thread-safe, except that a
+view may be freed on any thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flowml.errors import FlowmlError
 from flowml_runtime.transport.arrays import Buffer
 
 MAX_IDLE_BYTES = 256 * 2**20
-"""Slots beyond this that nobody uses are given up, the smallest first: large ones cost the most to make."""
+"""Unused slots beyond this sum are freed, the smallest first, because large ones cost the most to make."""
 
 MAX_SLOT_BYTES = 2**40
 
@@ -32,12 +32,12 @@ _PAGE = mmap.PAGESIZE
 
 
 class SlotError(FlowmlError):
-    """Shared memory that cannot be had, or that a peer describes wrongly."""
+    """Shared memory cannot be allocated, or a peer describes it wrongly."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Memory to be filled with one message. `number` is this connection's name for it, from 1 up."""
+    """Memory for one message. `number` identifies it on this connection, counted from 1."""
 
     number: int
     data: Buffer
@@ -60,7 +60,7 @@ class SlotPool:
         self._retired: list[int] = []
 
     def take(self, nbytes: int) -> tuple[Slot, int]:
-        """A slot of at least `nbytes`, and its descriptor if it is new (to be closed by the caller), else -1.
+        """A slot of at least `nbytes`, and its descriptor if it is new (the caller closes it), else -1.
 
         Raises SlotError if the machine has no memory for it.
         """
@@ -74,12 +74,12 @@ class SlotPool:
         return slot, self._unsent.pop(slot.number, -1)
 
     def reserve(self, nbytes: int) -> None:
-        """Make a slot ahead of need, unless that would be more than may be idle. Raises SlotError."""
+        """Make a slot ahead of time, unless the limit for idle slots is reached. Raises SlotError."""
         if sum(s.nbytes for s in self._idle) + nbytes <= self._max_idle_bytes:
             self._idle.append(self._make(nbytes))
 
     def give_back(self, number: int) -> None:
-        """The receiver has no more use for what is in a slot. Raises SlotError if it never had it."""
+        """The receiver no longer uses a slot. Raises SlotError if the slot is not lent."""
         slot = self._lent.pop(number, None)
         if slot is None:
             raise SlotError(f"shared memory slot {number} was given back, and is not lent")
@@ -95,7 +95,7 @@ class SlotPool:
                 self._retired.append(given_up.number)
 
     def retired(self, most: int) -> tuple[int, ...]:
-        """Numbers of slots that were given up, each told once, `most` at a time: the receiver is to unmap them."""
+        """Numbers of freed slots for the receiver to unmap, at most `most`. Each number is returned once."""
         if not self._retired:
             return ()
         numbers, self._retired = tuple(self._retired[:most]), self._retired[most:]
@@ -109,7 +109,7 @@ class SlotPool:
 
     @property
     def nbytes(self) -> int:
-        """All memory of the pool."""
+        """Total memory of the pool."""
         return sum(s.nbytes for s in (*self._idle, *self._lent.values()))
 
     def _make(self, nbytes: int) -> Slot:
@@ -119,7 +119,7 @@ class SlotPool:
             if size > MAX_SLOT_BYTES:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             fd = os.memfd_create("flowml", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.posix_fallocate(fd, 0, size)  # now, while failing is an error and not a signal on first touch
+            os.posix_fallocate(fd, 0, size)  # a failure here raises an error; on first touch it would be a signal
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
             memory = mmap.mmap(fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError as error:
@@ -134,7 +134,7 @@ class SlotPool:
 
 
 class SlotViews:
-    """The receiver's side: the sender's slots by number. `release(number)` is called wherever a view dies."""
+    """The receiver's side: the sender's slots by number. The thread that frees a view calls `release(number)`."""
 
     def __init__(self, release: Callable[[int], None]) -> None:
         self._release = release
@@ -142,7 +142,7 @@ class SlotViews:
         self._leases: dict[int, weakref.ref[Buffer]] = {}
 
     def map(self, number: int, fd: int) -> None:
-        """Take a new slot in and close its descriptor. Raises SlotError unless it is memory that cannot shrink."""
+        """Map a new slot and close its descriptor. Raises SlotError unless it is memory that cannot shrink."""
         try:
             if number in self._mapped or fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
                 raise SlotError(f"shared memory slot {number} is known already, or not sealed")
@@ -156,7 +156,7 @@ class SlotViews:
             os.close(fd)
 
     def lease(self, number: int) -> Buffer:
-        """The bytes of a slot that was filled, read-only. Released when it and all views of it are gone."""
+        """The bytes of a filled slot, read-only. The slot is released when this array and all its views are freed."""
         memory = self._mapped.get(number)
         if memory is None or number in self._leases:
             raise SlotError(f"shared memory slot {number} is {'still in use' if memory is not None else 'unknown'}")
