@@ -113,7 +113,9 @@ def test_a_dataflow_goes_back_to_one_device_when_that_is_faster(
 ) -> None:
     fn = branches((50, 50))
     durations = iter([*[10.0] * CALLS, *[alone_s] * CALLS])
-    f = Dataflow(fn, cluster=cluster, placement="auto", static_argnums=(), donate_argnums=(), now_s=clock(durations))
+    f = Dataflow(
+        fn, cluster=cluster, placement="auto", static_argnums=None, static_argnames=None, now_s=clock(durations)
+    )
     expected = fn(X)
     used: list[int] = []
     for _ in range(2 * CALLS + 2):
@@ -131,7 +133,7 @@ def test_what_was_asked_for_is_not_tried(cluster: fm.Cluster, placement: Any) ->
         raise AssertionError("timed")
 
     f = Dataflow(
-        branches((50, 50)), cluster=cluster, placement=placement, static_argnums=(), donate_argnums=(), now_s=never
+        branches((50, 50)), cluster=cluster, placement=placement, static_argnums=None, static_argnames=None, now_s=never
     )
     f(X)
     assert len(f.plan(X).devices) == 2
