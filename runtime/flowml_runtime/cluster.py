@@ -1,13 +1,13 @@
-"""Clusters: workers that run plans, and the session through which this process uses them.
+"""A `Cluster` holds the workers that run plans, and the session through which this process uses them.
 
-There are three ways to one, and they differ only in who starts the workers:
+There are three ways to make one. They differ only in who starts the workers:
 
-    Cluster.threads   workers in this process, joined by references
-    Cluster.local     worker processes on this machine, started here together with a coordinator, then joined as below
-    Cluster.connect   joins a coordinator that runs already: `LaunchedCluster`, which is what `flowml launch` keeps
+    Cluster.threads   starts workers in this process; they pass arrays by reference
+    Cluster.local     starts a coordinator and worker processes on this machine, and joins them like `connect`
+    Cluster.connect   joins a running coordinator: that of a `LaunchedCluster`, which `flowml launch` holds
 
-Nothing of what is started outlives its owner: `close`, leaving the `with` block, the end of the program and its death
-by kill -9 all end it.
+Workers and coordinators that a process starts end with it. They end on `close`, at the end of the `with` block, at the
+end of the program, and when the program is killed with kill -9.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
 """Paths of PEM files under "cert", "key" and "ca"."""
 
 _START_ANOTHER = "close this cluster and start another"
-"""What to do about a lost worker where the cluster started its workers itself: it has no way to start one more."""
+"""What to do about a lost worker if the cluster started its workers itself: it cannot start one more."""
 
 _LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
 """What to do about a lost coordinator."""
@@ -60,7 +60,7 @@ _blocks: Blocks[Cluster] = Blocks()
 
 @dataclass(frozen=True)
 class _Options:
-    """What a driver brings to a cluster that it joins."""
+    """The options of a driver that joins a cluster."""
 
     allow_python: bool
     deadline_s: float
@@ -71,19 +71,19 @@ class _Options:
 
 
 class Cluster:
-    """Workers and the session that uses them. Made by `local`, `threads` or `connect`; use it in a `with` block."""
+    """Workers and the session that uses them. `local`, `threads` and `connect` make one. Use it in a `with` block."""
 
     def __init__(self, endpoint: Endpoint, python: bool, deadline_s: float, remedy: str) -> None:
-        """For the ways above."""
+        """Called by `local`, `threads` and `connect`."""
         from flowml_runtime.driver.session import Session
 
         self.endpoint = endpoint
         self.session = Session(endpoint, (), deadline_s=deadline_s, remedy=remedy)
         self.python = python
         self.pids: Mapping[str, int] = {}
-        """Worker -> process id, of those that this cluster started."""
+        """Worker -> process id, for workers that this cluster started."""
         self._table: LinkTable | None = None
-        """None where all workers are in this process."""
+        """None if all workers are in this process."""
         self._stack = ExitStack()
         self._lock = threading.Lock()
         self._owner = this_process()
@@ -92,14 +92,15 @@ class Cluster:
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """The devices of the workers that are there now."""
+        """The devices of the current workers."""
         return self.session.devices
 
     @property
     def max_programs(self) -> int:
-        """How many compiled functions stay loaded on the workers. One more unloads the one used longest ago.
+        """How many compiled functions stay loaded on the workers. One more unloads the least recently used one.
 
-        What was unloaded is loaded again when it is called again. Calls in flight may keep more. Set it to change it.
+        An unloaded function is loaded again when it is called again. Calls in flight may keep more functions loaded.
+        This property can be set.
         """
         return self.session.max_programs
 
@@ -111,21 +112,21 @@ class Cluster:
 
     @property
     def links(self) -> Links:
-        """What is known of the links between workers, and to this process ("driver"); what is not is assumed."""
+        """The links between workers, and to this process ("driver"). Links without measurements have assumed values."""
         return _BY_REFERENCE if self._table is None else self._table.known()
 
     def measure_links(self) -> Links:
-        """Measure every link now, and remember it for other programs. Takes well under a second for each pair of hosts.
+        """Measure every link now, and store the result for later programs. A pair of hosts takes well under a second.
 
-        A link that cannot be measured stays as it was. In `threads` there is nothing to measure.
+        A link that cannot be measured keeps its old values. A `threads` cluster has no links to measure.
         """
         check_owner(self._owner)
         return _BY_REFERENCE if self._table is None else self._table.measure()
 
     def links_for(self, placement: Placement, devices: int | None = None) -> Links:
-        """The links to compile with: measured first, if the placement is to be decided by them.
+        """The links to compile with. They are measured first if the placement depends on them.
 
-        `devices` is how many there are to choose from, by default all.
+        `devices` is the number of devices to choose from, by default all.
         """
         check_owner(self._owner)
         rules = placement == "auto" or isinstance(placement, AutoPlacement | Pipeline)
@@ -136,8 +137,8 @@ class Cluster:
     def trace(self, path: str | os.PathLike[str]) -> Generator[None]:
         """Record what every device does during the block, and write it to `path` for Perfetto or chrome://tracing.
 
-        One track a device for its tasks, one for what it sends aside, one for what arrives. Raises ClusterError if the
-        workers do not answer, OSError if the file cannot be written.
+        Each device has one track for its tasks, one for what it sends on a separate thread, and one for what arrives.
+        Raises ClusterError if the workers do not answer, OSError if the file cannot be written.
         """
         from flowml_runtime.driver.tracing import Tracing
 
@@ -159,15 +160,16 @@ class Cluster:
         links: str | None = None,
         checksum: bool | None = None,
     ) -> Cluster:
-        """Start worker processes on this machine; the cores are shared out among them and each is pinned to its own.
+        """Start worker processes on this machine. Each worker gets an equal share of the cores and is pinned to it.
 
         `allow_python` lets plans carry Python callbacks and data sources to the workers. `deadline_s` bounds each wait
-        of one worker for another: what has not come by then is a DeadlineError. `transport` is "auto", which is shared
-        memory, or "grpc". `links` says what the cost model knows of the links between workers: "measure" (once, before
-        the first automatic placement, and remember it), "remembered" (never measure unasked) or "assume"; without it
-        the environment variable FLOWML_LINKS, else "measure". With `checksum` every message carries one and is refused
-        if it is wrong; without it only what goes to other machines does, with False nothing. Raises ClusterError, with
-        the end of its log, if a worker does not start.
+        of one worker for another; a wait that takes longer raises DeadlineError. `transport` is "auto" (shared memory)
+        or "grpc". `links` says where the cost model gets the links between workers: "measure" measures them once,
+        before the first automatic placement, and stores the result; "remembered" uses stored results and measures only
+        on request; "assume" uses assumed values. The default is the environment variable FLOWML_LINKS, else "measure".
+        `checksum=True` adds a checksum to every message, and a message with a wrong one is refused; None adds it only
+        to messages to other machines, False to none. Raises ClusterError, with the end of the worker's log, if a
+        worker does not start.
         """
         _check_deadline(deadline_s)
         mode = links_mode(links)
@@ -185,14 +187,14 @@ class Cluster:
             options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, _shares_memory(transport), checksum)
             cluster = cls._join(launched.address, launched.token, None, "driver", options, stack)
             cluster.pids = launched.pids
-            cluster._stack.callback(launched.processes.kill_stopped)  # first: nothing is then sent to them in vain
+            cluster._stack.callback(launched.processes.kill_stopped)  # runs first, so that nothing is sent to them
             return cluster
 
     @classmethod
     def threads(cls, workers: int = 2, devices_per_worker: int = 1, *, deadline_s: float = wire.DEADLINE_S) -> Cluster:
         """Start workers inside this process. They share its cores, its memory and its interpreter.
 
-        `deadline_s` is that of `local`.
+        `deadline_s` is as in `local`.
         """
         from flowml_runtime.launch.threads import start_workers
 
@@ -233,10 +235,10 @@ class Cluster:
     ) -> Cluster:
         """Join the cluster whose coordinator listens at `address` ("host:port").
 
-        `token` is the token itself or a file that holds it; without one, the file that FLOWML_TOKEN_FILE names. Beyond
-        this machine `tls` is required. `deadline_s` and `links` are those of `local`, for the plans of this driver, and
-        `transport` and `checksum` for its own connections. Raises ClusterError if the cluster cannot be reached or
-        refuses.
+        `token` is the token or a file that holds it; the default is the file that FLOWML_TOKEN_FILE names. A
+        coordinator on another machine requires `tls`. `deadline_s` and `links` are as in `local` and apply to the
+        plans of this driver; `transport` and `checksum` are as in `local` and apply to its connections. Raises
+        ClusterError if the cluster cannot be reached or refuses.
         """
         _check_deadline(deadline_s)
         mode, shared = links_mode(links), _shares_memory(transport)
@@ -257,7 +259,7 @@ class Cluster:
         stack: ExitStack,
         timeout_s: float = 30.0,
     ) -> Cluster:
-        """Join a coordinator as a driver. What `stack` holds is closed with the cluster, or now if this fails."""
+        """Join a coordinator as a driver. The cluster closes `stack` when it is closed, or now if the join fails."""
         check_startable()
         check_exposure(address, tls, token, "connect to")
         shared = options.shared_memory
@@ -298,7 +300,7 @@ class Cluster:
 
     def close(self) -> None:
         """End the session, and the workers if this cluster started them. Idempotent."""
-        if is_foreign(self._owner):  # connections and workers are its parent's; nor is the lock to be relied on
+        if is_foreign(self._owner):  # connections and workers belong to the parent; a fork may copy a held lock
             return
         with self._lock:
             if self._closed:
@@ -326,7 +328,7 @@ class Cluster:
 
 
 class _Driver:
-    """Joins membership to a cluster that exists only once it has joined."""
+    """Passes the events of a membership to its cluster, which exists only after the membership has joined."""
 
     def __init__(self, prober: Prober) -> None:
         self.prober = prober
@@ -358,7 +360,7 @@ class _Driver:
             self._cluster.session.on_lost(peer, reason)
 
     def on_end(self, reason: str, members: tuple[wire.Member, ...]) -> None:
-        """Without its coordinator a cluster ends, its workers with it."""
+        """The coordinator is lost, so the cluster and its workers end."""
         if self._cluster is not None:
             if not self._cluster.pids:
                 self._cluster.session.remedy = _LAUNCH_AGAIN
@@ -368,7 +370,7 @@ class _Driver:
 
 
 class LaunchedCluster:
-    """A coordinator and workers on this machine that others connect to; `address` and `token` are what they need."""
+    """A coordinator and workers on this machine. Others connect to it with its `address` and `token`."""
 
     def __init__(
         self,
@@ -384,7 +386,7 @@ class LaunchedCluster:
         transport: str = "auto",
         checksum: bool | None = None,
     ) -> None:
-        """Returns once all workers have joined. Raises ClusterError, and leaves nothing behind, if one does not."""
+        """Returns when all workers have joined. If one does not, ends everything it started and raises ClusterError."""
         check_startable()
         _check_counts(workers, devices_per_worker)
         files, shared = TLS.of(tls), _shares_memory(transport)
@@ -398,7 +400,7 @@ class LaunchedCluster:
         began = time.monotonic()
         check_room(workers, start_timeout_s, room())
         with ExitStack() as stack:
-            processes = self.processes = LocalWorkers(self._on_exit)  # first: it takes the longest
+            processes = self.processes = LocalWorkers(self._on_exit)  # first, because it takes the longest
             stack.callback(processes.close)
             host = self._host = CoordinatorHost(
                 bind,
@@ -441,7 +443,7 @@ class LaunchedCluster:
             raise ClusterError(f"the coordinator has ended: {self._failure}; start the cluster again")
 
     def close(self) -> None:
-        """End the workers and the coordinator. Idempotent; nothing in a fork of the process that started them."""
+        """End the workers and the coordinator. Idempotent. Does nothing in a fork of the process that started them."""
         if not is_foreign(self._owner):
             self._over.set()
             self._stack.close()
@@ -456,7 +458,7 @@ class LaunchedCluster:
 
 
 def current_cluster() -> Cluster:
-    """The cluster of the innermost `with` block of this thread or task, else of the process; see `current`.
+    """The cluster of the innermost `with` block of this thread or task, else that of the process; see `current`.
 
     Raises ClusterError if there is none.
     """
@@ -480,14 +482,12 @@ def _check_deadline(deadline_s: float) -> None:
 
 def _shares_memory(transport: str) -> bool:
     if transport not in ("auto", "grpc"):
-        raise ClusterError(
-            f'transport={transport!r} is none; use "auto", which is shared memory where it can, or "grpc"'
-        )
+        raise ClusterError(f'transport={transport!r} is unknown; use "auto" (shared memory where possible) or "grpc"')
     return transport == "auto"
 
 
 def _devices(members: tuple[wire.Member, ...]) -> tuple[Device, ...]:
-    """The devices of all workers, in the order of their numbers."""
+    """The devices of all workers, in the order of the worker numbers."""
     workers = sorted((m for m in members if m.devices), key=lambda m: int(m.worker.rpartition(":")[2]))
     return tuple(_device(d.name, d.platform, d.memory_bytes, d.cores) for m in workers for d in m.devices)
 

@@ -1,9 +1,9 @@
-"""Which cluster is the current one: that of the innermost `with cluster:` block, seen from where the question is asked.
+"""Finds the current cluster: that of the innermost `with cluster:` block around the code that asks.
 
-Blocks belong to a context (`contextvars`): each thread has its own, and so has each asyncio task, which begins with a
-copy of that of the code that made it. So a block in one thread or task changes nothing for another that is in a block
-of its own. A thread that is in none, such as a worker of a thread pool, sees the block of its process: the main
-thread's, or else the only one there is. With several to choose from it has to be told.
+Blocks belong to a context (`contextvars`). Each thread has its own context. Each asyncio task has one too, which starts
+as a copy of the context that created the task. A block in one thread or task therefore does not affect another thread
+or task that is inside a block. A thread that is in no block, such as one of a thread pool, uses the block of the main
+thread, or else the only block of the process. If there are several, the caller has to name a cluster.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ T = TypeVar("T")
 class _Block(Generic[T]):
     value: T
     outer: _Block[T] | None
-    """The block that this one is inside of, in the same context."""
+    """The enclosing block in the same context."""
     main: bool
     """Whether the main thread entered it."""
 
 
 class Blocks(Generic[T]):
-    """The blocks that the process is in. Safe to use from any thread."""
+    """The open blocks of the process. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self._inner: ContextVar[_Block[T] | None] = ContextVar("flowml_block", default=None)
         self._open: list[_Block[T]] = []
-        """Replaced, never changed."""
+        """Replaced as a whole and never modified, so that readers need no lock."""
         self._lock = threading.Lock()
 
     def enter(self, value: T) -> None:
@@ -44,13 +44,13 @@ class Blocks(Generic[T]):
             self._open = [*self._open, block]
 
     def leave(self, value: T) -> None:
-        """Leave the block of `value`, wherever it was entered: contexts that were copied from there see it ended."""
+        """Leave the block of `value`, in whichever context it was entered. Copies of that context see it ended too."""
         with self._lock:
             self._open = [b for b in self._open if b.value is not value]
         self._inner.set(self._innermost())
 
     def current(self) -> T:
-        """Raises ClusterError if there is none, or too many."""
+        """The value of the current block. Raises ClusterError if there is none, or more than one to choose from."""
         block = self._innermost()
         if block is not None:
             return block.value
@@ -68,8 +68,8 @@ class Blocks(Generic[T]):
         raise ClusterError("there is no cluster; work inside `with fm.Cluster.local(workers=2):`, or give cluster=")
 
     def _innermost(self) -> _Block[T] | None:
-        """Of this context, without the blocks that were left in another one."""
-        block, opened = self._inner.get(), self._open  # no deadline: no wait at all, a context variable
+        """The innermost open block of this context. It skips blocks that another context has left."""
+        block, opened = self._inner.get(), self._open  # no deadline: reading a context variable does not wait
         while block is not None and block not in opened:
             block = block.outer
         return block

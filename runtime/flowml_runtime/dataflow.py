@@ -1,8 +1,8 @@
-"""`dataflow`: any JAX function as a program on a cluster, called and decorated like `jax.jit`.
+"""`dataflow` runs any JAX function as a program on a cluster; it is used like `jax.jit`.
 
-The first call with arguments of new shapes compiles the function for the cluster's devices and loads the
-plan on its workers; every later one only feeds it. What decides is the signature: static arguments, tree
-structure, and the shape, dtype and weak type of each leaf, under the JAX settings in force.
+The first call with a new signature compiles the function for the cluster's devices and loads the plan on its workers.
+Later calls with that signature only send inputs. A signature consists of the static arguments, the tree structure, the
+shape, dtype and weak type of each leaf, and the JAX settings in force.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PASS_ARRAYS = (
 
 
 class ClusterLike(Protocol):
-    """What a dataflow program needs of a cluster."""
+    """The part of a cluster that a dataflow program uses."""
 
     @property
     def devices(self) -> Sequence[Device]: ...
@@ -59,7 +59,7 @@ class ClusterLike(Protocol):
 
 @dataclass
 class _Program:
-    """A compiled signature; loaded on the cluster once it is called."""
+    """The program of one signature. The first call loads it on the cluster."""
 
     plan: Plan
     out_tree: Any
@@ -67,28 +67,28 @@ class _Program:
     handle: LoadedPlan | None = None
     trial: Trial | None = None
     on_one_device: bool = False
-    """Whether it is what the trial of a pipeline compares with."""
+    """Whether this is the one-device program with which a trial compares a pipeline."""
 
 
 @dataclass(frozen=True)
 class _Arguments:
-    """A call's arguments: as a call of arrays, the key of its program, and the flat arrays."""
+    """The arguments of a call: bound to the function, the key of its program, and the flat arrays."""
 
     call: Call
     key: tuple[Any, Any, Any, Hashable]
-    """(what is no array, tree structure, signatures, settings)"""
+    """(arguments that are not arrays, tree structure, signatures, settings)"""
     leaves: list[Any]
 
 
 _Kind = tuple[type, Any, Any]
-"""Of a leaf: (type, abstract value, None) of a JAX array, or (np.ndarray, shape, dtype)."""
+"""The kind of a leaf: (type, abstract value, None) for a JAX array, or (np.ndarray, shape, dtype)."""
 
 
 @dataclass(frozen=True)
 class _Recent:
-    """What the last call was: the same again needs nothing looked up.
+    """The last call. A call that fits it needs no lookup.
 
-    JAX arrays are known by the identity of their abstract values, which a loop hands around with them.
+    JAX arrays are compared by the identity of their abstract values, which stays the same in a loop.
     """
 
     cluster: weakref.ref[ClusterLike]
@@ -115,14 +115,14 @@ class _Recent:
 
 
 def _kind(leaf: Any) -> _Kind | None:
-    """None for what has to be looked at each time."""
+    """The kind of a leaf, or None if every call has to check the leaf in full."""
     if type(leaf) is np.ndarray:
         return np.ndarray, leaf.shape, leaf.dtype
     return (type(leaf), leaf.aval, None) if isinstance(leaf, jax.Array) else None
 
 
 class Dataflow(Generic[P, R]):
-    """A function as a dataflow program; made by `dataflow`. Safe to call from several threads."""
+    """A function that runs as a dataflow program. `dataflow` makes it. It is safe to call from several threads."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class Dataflow(Generic[P, R]):
         weakref.finalize(self, _release, self._programs).atexit = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the function on the cluster. Under another JAX transformation it is inlined, as jit is."""
+        """Run the function on the cluster. Inside another JAX transformation it is inlined, like jit."""
         recent = self._recent
         if recent is not None:
             leaves, tree = tree_flatten((args, kwargs))
@@ -164,7 +164,7 @@ class Dataflow(Generic[P, R]):
                 except Exception:
                     if direct is None:
                         raise
-                    self._recent = None  # the long way says what is wrong, and where
+                    self._recent = None  # the full call below finds out what is wrong, and where
         given = None if jit_is_off() else self._sort(args, kwargs)
         if given is None:
             return self._fn(*args, **kwargs)
@@ -185,7 +185,7 @@ class Dataflow(Generic[P, R]):
             return self._fn(*args, **kwargs)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Start a call and return at once; several may be under way. The future's result is the output pytree."""
+        """Start a call and return at once. Several calls may run at once. The future's result is the output pytree."""
         if jit_is_off():
             done: Future[R] = Future(self._name, lambda value: cast(R, value))
             done.complete(self._fn(*args, **kwargs))
@@ -203,7 +203,7 @@ class Dataflow(Generic[P, R]):
         return self._loaded(given, start)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
-        """The plan for these arguments, which may be `jax.ShapeDtypeStruct`s. Compiles if need be; runs nothing."""
+        """The plan for these arguments, which may be `jax.ShapeDtypeStruct`s. Compiles if necessary; runs nothing."""
         return self._program(self._current(), self._not_traced("plan", args, kwargs)).plan
 
     def _not_traced(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Arguments:
@@ -227,8 +227,10 @@ class Dataflow(Generic[P, R]):
         return _Recent(weakref.ref(self._current()), tree, kinds, settings, handle, program.out_tree, on_device)
 
     def _sort(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Arguments | None:
-        """None if an argument is being traced. Raises TypeError for one that is no array, ValueError for a static one
-        that has no hash."""
+        """Sort the arguments of a call. Returns None if an argument is being traced.
+
+        Raises TypeError for an argument that is not an array, ValueError for a static one that has no hash.
+        """
         call = bind(self._fn, args, kwargs, self._static, self._name)
         leaves, tree = tree_flatten((call.args, call.kwargs))
         try:
@@ -244,7 +246,7 @@ class Dataflow(Generic[P, R]):
         given: _Arguments,
         use: Callable[[Session, _Program, LoadedPlan], T],
     ) -> T:
-        """`use` the program of a call, once it is loaded."""
+        """Load the program of a call if necessary, and `use` it."""
         cluster = self._current()
         program = self._program(cluster, given)
         session = cluster.session
@@ -256,7 +258,7 @@ class Dataflow(Generic[P, R]):
                     handle = program.handle = session.load(program.plan) if known is None else session.reload(known)
             try:
                 return use(session, program, handle)
-            except UnloadedError:  # to make room for another program, just now
+            except UnloadedError:  # it has just been unloaded to make room for another program
                 continue
 
     def _program(self, cluster: ClusterLike, given: _Arguments) -> _Program:
@@ -316,7 +318,7 @@ class Dataflow(Generic[P, R]):
 
 
 def _release(programs: Mapping[ClusterLike, Mapping[Hashable, _Program]]) -> None:
-    """Unload the programs of an object that is gone. A finalizer may run anywhere, so this only asks for it."""
+    """Request that the programs of a deleted object be unloaded. A finalizer may run on any thread: it never waits."""
     for cluster, compiled in programs.items():
         for program in compiled.values():
             if program.handle is not None:
@@ -328,7 +330,7 @@ def _on_one_device(graph: Graph, devices: Sequence[Device]) -> dict[int, Device]
 
 
 def _platforms(devices: Sequence[Device]) -> tuple[str, ...]:
-    """The platforms to lower for, as `jax.export` calls them."""
+    """The platforms to lower for, by the names of `jax.export`."""
     return tuple(dict.fromkeys("cuda" if d.platform == "gpu" else d.platform for d in devices))
 
 
@@ -364,20 +366,20 @@ def dataflow(
     donate_argnums: int | Sequence[int] | None = None,
     donate_argnames: str | Sequence[str] | None = None,
 ) -> Dataflow[P, R] | Callable[[Callable[P, R]], Dataflow[P, R]]:
-    """Run a JAX function as a dataflow program on a cluster; a function or a decorator, like `jax.jit`.
+    """Run a JAX function as a dataflow program on a cluster. Use it as a function or a decorator, like `jax.jit`.
 
     Args:
-        fn: takes and returns pytrees of arrays.
-        cluster: where to run; by default the innermost `with cluster:` at the time of the call.
-        placement: what goes where: "auto", a mapping from layer patterns to devices, `Pipeline`,
+        fn: a function that takes and returns pytrees of arrays.
+        cluster: where to run; defaults to the innermost `with cluster:` block at the time of the call.
+        placement: which device runs which part: "auto", a mapping from layer patterns to devices, `Pipeline`,
             `AutoPlacement`, or a callable.
         static_argnums, static_argnames: arguments that are compiled in, by position or name; they must be hashable.
-            Leaves of equinox modules that are no arrays are static without being named.
-        donate_argnums, donate_argnames: accepted so that code written for `jax.jit` runs as it is. A hint that nothing
-            heeds today: inputs go to the workers, so the caller's arrays stay valid after the call.
+            Leaves of equinox modules that are not arrays are always static.
+        donate_argnums, donate_argnames: accepted so that code written for `jax.jit` runs unchanged. They have no
+            effect today: inputs are sent to the workers, so the caller's arrays stay valid after the call.
 
     Returns: an object that is called like `fn`, with `.submit(...)` -> Future and `.plan(...)` -> Plan. A call
-    raises FlowmlError for what goes wrong on the way, TypeError for arguments that are no arrays.
+    raises FlowmlError if it fails on the cluster, TypeError if an argument is not an array.
     """
     options: dict[str, Any] = {
         "cluster": cluster,

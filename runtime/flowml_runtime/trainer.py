@@ -1,8 +1,8 @@
-"""`Trainer`: a loss, an optimizer and a policy for each layer, run by the workers of a cluster.
+"""`Trainer` trains a model on a cluster, from a loss, an optimizer and a policy for each layer.
 
-The driver compiles the training plan, ships parameters to their homes and data to the stages that read it,
-and then only answers: work items on request, a ledger entry for each, a history of losses. The workers
-train on their own until the homes send their stores back.
+The driver compiles the training plan and sends parameters to their homes and data to the stages that read it.
+After that it only answers the workers: it hands out work items on request, enters each in the ledger, and keeps the
+history of losses. The workers train without it until the homes send the trained parameters back.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Callback = Callable[[Record], Any]
 
 @dataclass
 class _Program:
-    """A training step compiled for one cluster, shapes, dtypes and JAX settings; loaded once it is used."""
+    """A training step compiled for one cluster, shapes, dtypes and JAX settings. The first fit loads it."""
 
     compiled: TrainingCompiled
     session: Session
@@ -51,13 +51,13 @@ class _Program:
     next_step: int = 0
 
     def load(self) -> LoadedPlan:
-        """The plan on its workers; loaded again if one of them was lost and is back."""
+        """Load the plan on its workers, or load it again if one of them was lost and is back."""
         known = self.handle
         self.handle = self.session.load(self.compiled.plan) if known is None else self.session.reload(known)
         return self.handle
 
     def reserve(self, total: int) -> int:
-        """The first of the step numbers of a fit of `total` steps, which no other fit of the plan uses."""
+        """Reserve step numbers for a fit of `total` steps; returns the first. No other fit of the plan uses them."""
         training = self.compiled.plan.training
         assert training is not None
         first = self.next_step
@@ -69,10 +69,10 @@ class _Program:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a fit leaves: parameters, optimizer state, one record a step, and the account of every work item.
+    """The result of a fit: parameters, optimizer state, one record per step, and the ledger of all work items.
 
-    `history` is a list of dicts: "step", "epoch", "loss", "seconds" since the start, "replicas" whose loss
-    is in the mean, and "aux" where the loss returns it. `traffic` counts bytes by layer; `table()` prints it.
+    `history` is a list of dicts with the keys "step", "epoch", "loss", "seconds" (since the start), "replicas" (whose
+    loss is in the mean), and "aux" if the loss returns it. `traffic` counts bytes by layer; `table()` formats it.
     """
 
     params: Any
@@ -84,39 +84,40 @@ class TrainingResult:
     traffic: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
 
     def table(self) -> str:
-        """One line a layer: policy, home, pushes, and the bytes they took against plain gradients every step."""
+        """One line per layer: policy, home, pushes, and their bytes compared with plain gradients every step."""
         return layer_table(self.plan, self.traffic, steps=len(self.history))
 
 
 class Trainer:
-    """Trains a model whose layers may sit on different workers and be kept in step by different rules.
+    """Trains a model whose layers may be on different workers and may have different synchronization policies.
 
     Args:
-        loss: `loss(params, batch)` or `loss(params, batch, rng)` -> scalar, or (scalar, aux). A mean over the
-            examples of the batch: it is evaluated on shares of a batch and averaged. With `rng` a work item's
-            key is `fold_in(key(seed), item)`, folded again with the microbatch if there are several.
+        loss: `loss(params, batch)` or `loss(params, batch, rng)` -> scalar, or (scalar, aux). It must be a mean over
+            the examples of the batch, because it is evaluated on shares of a batch and averaged. With `rng`, the key
+            of a work item is `fold_in(key(seed), item)`; with several microbatches their index is folded in too.
         optimizer: any `optax.GradientTransformation`.
-        cluster: defaults to the one whose `with` block this is in.
-        replicas: copies of the model. The global batch is shared out among them.
-        placement: how one replica is cut; see `flowml.dataflow`. Names of devices are those of replica 0.
-        microbatches: pieces that a replica's share of a batch is cut into for the pipeline.
+        cluster: defaults to the cluster of the current `with` block.
+        replicas: the number of copies of the model. Each replica gets an equal share of the global batch.
+        placement: how one replica is partitioned; see `flowml.dataflow`. Device names are those of replica 0.
+        microbatches: the number of pieces into which the pipeline splits a replica's share of a batch.
         schedule: `"1f1b"` or `"gpipe"`.
-        policies: parameter path pattern -> `flowml.Policy`; the first match wins, `Policy()` where none does. One
-            policy alone is that of all parameters.
-        weight: how much a batch counts, where the loss is a mean over something else than its examples, such as the
-            tokens that are not padding: the name of a leaf of aux (`"tokens"`, `"counts/tokens"`), or a function of
+        policies: parameter path pattern -> `flowml.Policy`. The first match wins; a parameter without a match gets
+            `Policy()`. A single policy applies to all parameters.
+        weight: the weight of a batch, for a loss that is a mean over something other than examples, such as the tokens
+            that are not padding. Give the name of a leaf of aux (`"tokens"`, `"counts/tokens"`), or a function of
             the batch. The loss stays a mean; each microbatch and replica counts by its weight, so that a step equals
             one on the whole batch.
-        delays: worker name -> seconds added to each of its steps: declared slowness, for experiments.
-        check_replicas: steps between two checks that replicas which each apply sums of gradients (`all_reduce`, rings
-            and the like) hold the same bits of parameters and optimizer state; a fit ends with one too. 0: no checks.
-        on_nonfinite: what becomes of a gradient that holds NaN or infinity. `"refuse"` leaves out what a replica sends
-            for that layer and step (where replicas add gradients up, the sum, on all of them alike), warns and counts
-            it in `result.ledger`; a loss that is not finite is then not in the history's mean either. `"raise"` ends
-            the fit, `"apply"` applies it.
+        delays: worker name -> seconds added to each of its steps, to simulate slow workers in experiments.
+        check_replicas: the number of steps between two checks that replicas hold the same bits of parameters and
+            optimizer state. It concerns replicas that each apply sums of gradients (`all_reduce`, rings and the
+            like). A fit also ends with a check. 0 turns all checks off.
+        on_nonfinite: what to do with a gradient that holds NaN or infinity. `"refuse"` leaves out what a replica sends
+            for that layer and step, warns, and counts it in `result.ledger`; where replicas add gradients up, all of
+            them leave out the sum. A loss that is not finite is then left out of the history's mean too. `"raise"`
+            ends the fit. `"apply"` applies the gradient.
 
     Raises:
-        ValueError, PolicyError: for arguments that do not go together.
+        ValueError, PolicyError: if arguments contradict each other.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class Trainer:
         weakref.finalize(self, _discard, self._programs).atexit = False
 
     def plan(self, params: Any, batch: Any) -> Plan:
-        """The plan for one global batch (arrays or `jax.ShapeDtypeStruct`s), policies drawn in. Runs nothing."""
+        """The plan for one global batch (arrays or `jax.ShapeDtypeStruct`s), with its policies. Runs nothing."""
         return self._program(self._here(), _structs(params, "parameter"), _structs(batch, "batch leaf")).compiled.plan
 
     def fit(
@@ -171,28 +172,28 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         progress: bool | None = None,
     ) -> TrainingResult:
-        """Train from `params` and return what comes of it; the arguments are left as they are.
+        """Train from `params` and return the result. The arguments are not modified.
 
         Args:
             params: pytree of floating arrays.
-            source: a pytree of arrays with a row an example, or an object with `len(source)` and
-                `source[indices]` -> batch pytree (it stays with the caller, who feeds the workers from it, and may hand
-                out the same buffer again).
-            batch_size: examples of a global batch: a multiple of replicas x microbatches. What is left of an
-                epoch that is no whole batch is not seen in it.
-            epochs, steps: how long; give one of them.
-            seed: of the epochs' order (`flowml.data.epoch_order`) and of the keys.
+            source: a pytree of arrays with one row per example, or an object with `len(source)` and
+                `source[indices]` -> batch pytree. Such an object stays in the caller's process, which sends its
+                batches to the workers; it may return the same buffer each time.
+            batch_size: the examples of a global batch, a multiple of replicas x microbatches. An epoch skips the
+                examples at its end that do not fill a batch.
+            epochs, steps: how long to train; give one of them.
+            seed: seeds the order of each epoch (`flowml.data.epoch_order`) and the keys.
             shuffle: False visits the examples in order.
-            opt_state: continue from this instead of `optimizer.init(params)`. Epochs count from 0 again: for another
+            opt_state: continue from this instead of `optimizer.init(params)`. Epochs count from 0 again; for another
                 order give another seed.
-            callbacks: called with each step's record, in the caller's thread. Meanwhile the workers run out of work
-                after two steps, and wait; one of more than the cluster's `deadline_s` may take them past it.
-            progress: show a line of progress on stderr; by default where that is a terminal.
+            callbacks: called with each step's record, in the caller's thread. The workers run at most two steps ahead
+                and then wait; a callback longer than the cluster's `deadline_s` may make them miss a deadline.
+            progress: show a line of progress on stderr. The default is to show it if stderr is a terminal.
 
         Raises:
-            ValueError: for a batch that does not divide or a source that is too small.
-            WorkerLostError, WorkerError, DeadlineError: for what goes wrong on a worker, within seconds.
-            FlowmlError: if this trainer is in the middle of a fit already.
+            ValueError: if the batch size does not divide or the source is too small.
+            WorkerLostError, WorkerError, DeadlineError: within seconds, if a worker fails.
+            FlowmlError: if a fit of this trainer is already running.
         """
         data = as_source(source)
         batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
@@ -230,7 +231,7 @@ class Trainer:
         )
 
     def _look_at_loss(self, program: _Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
-        """Warn, once, of a loss that replicas and microbatches average to another one."""
+        """Warn once if the average of the loss over replicas and microbatches differs from the loss of the batch."""
         if not self._looked:
             self._looked = True
             warning = mean_warning(self._spec, program.compiled.plan, params, source, order, batch_size)
@@ -244,7 +245,7 @@ class Trainer:
 
     @contextmanager
     def _alone(self) -> Generator[None]:
-        """One fit at a time. Raises FlowmlError in another thread, and in a callback of the fit itself."""
+        """Allow one fit at a time. Raises FlowmlError in another thread, and in a callback of the fit itself."""
         if not self._fitting.acquire(blocking=False):
             raise FlowmlError("this Trainer is in the middle of a fit; wait for it to end, or make another Trainer")
         try:
@@ -253,7 +254,7 @@ class Trainer:
             self._fitting.release()
 
     def _program(self, cluster: Cluster, params: Any, batch: Any) -> _Program:
-        """Compiled for these ShapeDtypeStructs and the cluster's devices of now."""
+        """The program for these ShapeDtypeStructs and the cluster's current devices, compiled if it is new."""
         if jit_is_off():
             raise UnsupportedError("jax.disable_jit() is on, and workers run what is compiled; train without it")
         leaves, tree = jax.tree_util.tree_flatten((params, batch))
@@ -272,7 +273,7 @@ class Trainer:
         return self._programs[key]
 
     def _state(self, params: Any, opt_state: Any) -> Any:
-        """The optimizer's state to begin with. Raises ValueError for one of another optimizer or model."""
+        """The initial optimizer state. Raises ValueError if `opt_state` belongs to another optimizer or model."""
         if opt_state is None:
             return jax.tree_util.tree_map(jnp.asarray, self._spec.optimizer.init(params))
         expected = jax.eval_shape(self._spec.optimizer.init, params)
@@ -297,7 +298,7 @@ class Trainer:
 
 
 def _discard(programs: Mapping[Any, _Program]) -> None:
-    """Unload the plans of a trainer that is gone. A finalizer may run anywhere, so this only asks for it."""
+    """Request that the plans of a deleted trainer be unloaded. A finalizer may run on any thread, so it never waits."""
     for program in programs.values():
         if program.handle is not None:
             program.session.release(program.handle)
@@ -345,12 +346,12 @@ def _batch_structs(source: Source, batch_size: int) -> Any:
 
 
 def _own(leaf: Any) -> jax.Array:
-    """As a JAX array, which may otherwise share the memory of a NumPy array that the caller goes on to change."""
+    """A JAX array that shares no memory with a NumPy array, because the caller may change that one later."""
     return jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
 
 
 def _restored(like: Any, leaves: Sequence[Any]) -> Any:
-    """Arrays from the wire in the structure of `like`, and of its dtypes."""
+    """Received arrays in the structure and with the dtypes of `like`."""
     tree = jax.tree_util.tree_structure(like)
     dtypes = [x.dtype for x in jax.tree_util.tree_leaves(like)]
     return jax.tree_util.tree_unflatten(tree, [jnp.asarray(x, d) for x, d in zip(leaves, dtypes, strict=True)])

@@ -271,5 +271,5 @@ def test_links_and_transport_that_are_none_are_refused(monkeypatch: pytest.Monke
     with pytest.raises(ClusterError, match="FLOWML_LINKS='no' is none"):
         fm.Cluster.connect("127.0.0.1:1", token=TOKEN)
     monkeypatch.delenv("FLOWML_LINKS")
-    with pytest.raises(ClusterError, match="transport='udp' is none"):
+    with pytest.raises(ClusterError, match="transport='udp' is unknown"):
         fm.Cluster.local(transport="udp")
