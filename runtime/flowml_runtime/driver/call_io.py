@@ -1,8 +1,9 @@
-"""The driver's edge: from what a caller passes to what a plan is fed, and from what it fetches to what jit returns.
+"""Converts the arguments of a call to the inputs of a plan, and the outputs of a plan to the results of the call.
 
-`Feeder`: inputs become plain buffers of the declared dtype (typed keys as their key data, Python scalars as arrays).
-`Restorer`: results become `jax.Array`s with the weak types and key types of the original. Small results go through ONE
-compiled identity, which is several times cheaper than a `device_put` each; large ones enter without a copy.
+`Feeder` turns arguments into plain buffers of the declared dtype: typed keys into their key data, Python scalars into
+arrays. `Restorer` turns outputs into `jax.Array`s with the weak types and key types of the original function. All small
+results go through one compiled identity, which is several times cheaper than a `device_put` for each. Large results
+enter JAX without a copy.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from flowml_runtime.execution.programs import Array, buffer_struct, constant_arr
 from flowml_runtime.transport.arrays import own_copy
 
 LARGE_BYTES = 2**18
-"""From here on entering JAX without a copy is worth a `device_put`."""
+"""From this size on, entering JAX without a copy saves more time than its `device_put` costs."""
 
 Signature = tuple[tuple[int, ...], Any, bool]
-"""(shape, dtype, weak type): what a call is compiled for."""
+"""(shape, dtype, weak type): the part of a leaf for which a call is compiled."""
 
 
 def signature(leaf: Any) -> Signature:
-    """The signature of one argument leaf, with the dtype that JAX gives it. Raises TypeError for what is no array."""
+    """The signature of an argument leaf, with the dtype that JAX gives it. Raises TypeError if it is not an array."""
     if isinstance(leaf, jax.Array):
-        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)  # arrays of typed keys have none
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)  # arrays of typed keys have no weak type
     if type(leaf) is np.ndarray:
         config: Any = jax.config
         return leaf.shape, _jax_dtype(leaf.dtype, config.jax_enable_x64), False
@@ -46,14 +47,14 @@ def signature(leaf: Any) -> Signature:
 
 @functools.lru_cache
 def _jax_dtype(dtype: np.dtype[Any], x64: bool) -> Any:
-    """The dtype that JAX gives a NumPy array, remembered for the setting `x64`. Raises TypeError for no number."""
-    del x64  # part of what is remembered
+    """The dtype that JAX gives a NumPy array, cached by the setting `x64`. Raises TypeError if it holds no numbers."""
+    del x64  # it is part of the cache key
     aval: Any = jax.api_util.shaped_abstractify(np.empty((), dtype))
     return aval.dtype
 
 
 class Feeder:
-    """Turns the flat arguments of a call into the buffers that a plan is fed."""
+    """Turns the flat arguments of a call into the input buffers of a plan."""
 
     def __init__(self, plan: Plan) -> None:
         self._name = plan.name
@@ -63,7 +64,7 @@ class Feeder:
         ]
 
     def __call__(self, leaves: Sequence[Any], *, copy: bool) -> list[Array]:
-        """The buffers; with `copy` they share no memory that the caller could write to.
+        """The input buffers. With `copy` they share no memory that the caller could write to.
 
         Raises TypeError for leaves that the plan was not compiled for.
         """
@@ -82,7 +83,7 @@ class Feeder:
 
 
 class Restorer:
-    """Turns what a plan fetched into its flat results."""
+    """Turns the fetched outputs of a plan into its flat results."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -94,7 +95,7 @@ class Restorer:
         self._compiled: dict[tuple[int, ...], Callable[..., list[jax.Array]]] = {}
 
     def __call__(self, fetched: Sequence[Array], inputs: Sequence[Any]) -> list[Any]:
-        if self._wide:  # whoever takes the result may have 64 bits off
+        if self._wide:  # the thread that takes the result may have 64 bits disabled
             with exact_types():
                 return self._restore(fetched, inputs)
         return self._restore(fetched, inputs)
@@ -124,7 +125,7 @@ class Restorer:
         return fetched[output.index] if output.kind == "fetch" else inputs[output.index]
 
     def _compile(self, positions: tuple[int, ...]) -> Callable[..., list[jax.Array]]:
-        """An executable that gives fresh arrays (an argument handed through may be donated by its owner)."""
+        """An executable that returns new arrays, because the owner of an argument that is returned may donate it."""
         outputs = [self._plan.outputs[p] for p in positions]
         constants = [constant_array(self._plan.constants[o.index]) if o.kind == "constant" else None for o in outputs]
 

@@ -1,7 +1,7 @@
-"""One fit, as the driver sees it: carries out what the driver's machine (`protocol.training.driver`) decides.
+"""Runs one fit in the driver: carries out the decisions of the driver's state machine (`protocol.training.driver`).
 
-Messages arrive on the endpoint's threads and are queued; the caller's thread takes them out, so that
-callbacks run where the user called `fit` and Ctrl-C ends it there.
+Messages arrive on the endpoint's threads and are queued. The caller's thread processes them, so that callbacks run in
+the thread that called `fit`, and Ctrl-C ends the fit there.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from flowml_runtime.transport.arrays import own_copy
 OnNonFinite = Literal["refuse", "raise", "apply"]
 
 _LOOK_UP_S = 1.0
-"""How often a fit that hears nothing looks whether its cluster is still there."""
+"""How often a fit that receives no messages checks that its cluster still exists."""
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """`run` is the number of the fit's first step, `total` how many steps there are (of a global batch each)."""
+    """`run` is the number of the fit's first step. `total` is the number of steps, each of one global batch."""
 
     run: int
     total: int
@@ -113,7 +113,7 @@ class Fit:
         self._lost: protocol.WorkerLost | None = None
 
     def run(self, params: Sequence[Any], state: Sequence[Any], callbacks: Sequence[Callable[[Record], Any]]) -> Outcome:
-        """Train to the end. Whatever ends it early, the workers are told to stop."""
+        """Train to the end. If the fit ends early for any reason, the workers are told to stop."""
         self._session.register(self._handle.plan_id, self)
         progress = Progress(self._options.total, self._options.progress)
         began = time.monotonic()
@@ -149,15 +149,15 @@ class Fit:
     # The caller's thread.
 
     def _next(self) -> tuple[str, Any, Sequence[Any]]:
-        """The next message. Raises ClusterError if none can come any more."""
+        """The next message. Raises ClusterError if no more can arrive."""
         while True:
             gone = self._handle.steps.stopped
             try:
                 return self._inbox.get(timeout=_LOOK_UP_S)
             except queue.Empty:
-                if gone and self._lost is not None:  # it owed nothing, but others wait for what it owed them
+                if gone and self._lost is not None:  # it owed the driver nothing, but other workers wait for it
                     raise self._error(self._lost) from None
-                if gone:  # and still nobody said that a worker was lost
+                if gone:  # and no worker was reported lost
                     raise ClusterError(
                         f"the cluster was closed during training at step {self._history.step}; start another and "
                         "continue from the parameters you have",
@@ -165,7 +165,7 @@ class Fit:
                     ) from None
 
     def _stop(self) -> None:
-        """Tell the workers, those that are there, and listen no longer."""
+        """Tell the remaining workers to stop, and ignore later messages."""
         for action in self._decide(protocol.Stop()):
             if isinstance(action, Send):
                 for worker in action.to:
@@ -195,7 +195,7 @@ class Fit:
         if isinstance(message, wire.StepFailed):
             return protocol.StepFailed(message)
         if not isinstance(message, wire.TrainingMessage):
-            return None  # a worker's word on something other than this fit
+            return None  # a message that does not belong to this fit
         if not arrays:
             return Received(peer, message)
         handle = next(self._handles)
@@ -203,7 +203,7 @@ class Fit:
         return Received(peer, message, handle)
 
     def _step(self, event: protocol.Event | None, params: Sequence[Any] = (), state: Sequence[Any] = ()) -> None:
-        """Give the machine an event, and carry out its actions."""
+        """Give the state machine an event, and carry out its actions."""
         for action in self._decide(event) if event is not None else ():
             match action:
                 case Send(to, message):
@@ -262,10 +262,10 @@ class Fit:
         for device, slots in self._slots.items():
             by_worker.setdefault(worker_of(device), set()).update(slots)
         lent: dict[int, np.ndarray] = {}
-        """Copies, for workers that are sent a reference: the caller may change the source during the fit."""
+        """Copies for workers that get a reference, because the caller may change the source during the fit."""
         for worker, slots in by_worker.items():
             order = tuple(sorted(slots))
-            if self._session.endpoint.way(worker) != SHARED_MEMORY:  # which copies while it sends
+            if self._session.endpoint.way(worker) != SHARED_MEMORY:  # shared memory copies while it sends
                 lent |= {s: own_copy(self._source.arrays[s], specs[s].dtype) for s in order if s not in lent}
             arrays = [
                 lent[s] if s in lent else np.ascontiguousarray(self._source.arrays[s], specs[s].dtype) for s in order
@@ -275,7 +275,7 @@ class Fit:
             self._session.endpoint.send(worker, message, arrays)
 
     def _when(self, worker: str) -> str:
-        """When a worker was lost. Once all steps are recorded, it is the result that is lost with it."""
+        """When a worker was lost, in words. After the last record, a lost worker means a lost part of the result."""
         if not self._machine.trained and self._history.step < self._options.total:
             return f"during training at step {self._history.step}"
         names = ", ".join(repr(self._training.stores[i].name) for i in self._machine.unfinished(worker))
@@ -339,7 +339,7 @@ class Fit:
         return Outcome(final, states, self._history.records, summary, seconds, self._bytes())
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The order of an epoch. Two are kept, because replicas that run on their own may be in two."""
+        """The order of an epoch. Two orders are kept, because independent replicas may be in different epochs."""
         if epoch not in self._orders:
             options = self._options
             order = epoch_order(self._source.examples, options.seed, epoch, shuffle=options.shuffle)
@@ -347,7 +347,7 @@ class Fit:
         return self._orders[epoch]
 
     def _bytes(self) -> dict[str, dict[str, int]]:
-        """Bytes by store, summed over workers."""
+        """Bytes by store, summed over all workers."""
         names = ("pushes", "pushed_bytes", "pushed_wire_bytes", "published_wire_bytes")
         totals: dict[str, dict[str, int]] = {s.name: dict.fromkeys(names, 0) for s in self._training.stores}
         for traffic in self._machine.traffic.values():
@@ -363,7 +363,7 @@ class _Lost:
 
 
 class IgnoreMessages:
-    """Handles the messages of a plan between fits: what stopped workers still had to say."""
+    """Handles the messages of a plan between fits: late messages of stopped workers, which are dropped."""
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None: ...
 

@@ -1,10 +1,9 @@
-"""The history of a fit: the reports of replicas become one record a step, in order of steps.
+"""Builds the history of a fit: it combines the reports of replicas into one record per step, in order of steps.
 
-Where replicas share clocks a step is a clock. Where some may be left out its record is made of the reports of those
-that the decision counts, and of no others; a clock without a decision of its own goes with the next that has one.
-Where each replica runs on its own a step is as many reports as there are replicas, in order of arrival. Either way a
-fit of n steps has n records. Reports are sums, and so is the weight beside them if the loss has one: a record divides
-once.
+If replicas share clocks, a step is a clock. If some replicas may be left out, a record contains only the reports of
+the replicas that the decision counts; a clock without its own decision uses the next decision. If each replica runs
+independently, a step is as many reports as there are replicas, in order of arrival. In all cases a fit of n steps has
+n records. Reports are sums, and so is their weight if the loss has one, so that a record divides only once.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Record = dict[str, Any]
 
 @dataclass
 class _Unit:
-    """What one replica reported of one clock: loss (slot 0) and aux leaves, which may come from several stages."""
+    """The report of one replica for one clock: loss (slot 0) and aux leaves, which may come from several stages."""
 
     replica: int
     item: wire.Item
@@ -43,12 +42,12 @@ def drops(training: Training) -> bool:
 
 
 class History:
-    """Gathers reports. A record is about the work items that count, and no others."""
+    """Gathers reports into records. A record contains only the work items that count."""
 
     def __init__(
         self, training: Training, clocks_per_epoch: int, metrics: Metrics, *, leaves_out: bool = False
     ) -> None:
-        """`leaves_out`: gradients that are not finite take no part, and so neither do losses that are not."""
+        """`leaves_out`: gradients that are not finite are left out, and therefore such losses are left out too."""
         self._leaves_out = leaves_out
         self._replicas = len(training.replicas)
         self._microbatches = training.microbatches
@@ -62,7 +61,7 @@ class History:
         self._drops = drops(training)
         self._decided = -1
         self._counted: dict[int, frozenset[int]] = {}
-        """By clock that is decided, and has no record yet, the replicas whose work counts."""
+        """Decided clock without a record -> the replicas whose work counts."""
         self.nonfinite: dict[str, Counter[int]] = {}
         self._sums: dict[tuple[str, int], set[int]] = {}
         self._complete = 0
@@ -70,7 +69,7 @@ class History:
 
     @property
     def step(self) -> int:
-        """The step whose record comes next."""
+        """The step of the next record."""
         return len(self.records)
 
     def report(self, report: wire.Report, arrays: Sequence[Any]) -> None:
@@ -87,14 +86,14 @@ class History:
             self._open.setdefault(step, {})[place] = unit
 
     def committed(self, clock: int, excluded: Collection[int]) -> None:
-        """The decision at `clock`: these replicas are left out, there and at the clocks since the decision before."""
+        """Process the decision at `clock`: it leaves these replicas out, at all clocks since the previous decision."""
         counted = frozenset(range(self._replicas)).difference(excluded)
         for earlier in range(self._decided + 1, clock + 1):
             self._counted[earlier] = counted
         self._decided = max(self._decided, clock)
 
     def refused(self, layer: str, clock: int, replicas: Sequence[int]) -> str | None:
-        """Count gradients that were left out. One sentence to warn with, the first time that a layer has one."""
+        """Count gradients that were left out. Returns one sentence for a warning, the first time for each layer."""
         first = layer not in self.nonfinite
         counts = self.nonfinite.setdefault(layer, Counter())
         counts.update(replicas)
@@ -110,7 +109,7 @@ class History:
         )
 
     def nonfinite_counts(self) -> dict[str, dict[int, int]]:
-        """By layer and replica. Sums that no replica's own gradient explains are under -1."""
+        """Counts by layer and replica. Sums that are not finite although every gradient was are under replica -1."""
         counts = {layer: dict(found) for layer, found in self.nonfinite.items()}
         for (layer, _), replicas in self._sums.items():
             if not replicas:
@@ -118,14 +117,14 @@ class History:
         return counts
 
     def ready(self) -> list[Record]:
-        """Records of the steps that are complete."""
+        """Records of the steps that are now complete."""
         found: list[Record] = []
         while self._is_complete():
             found.append(self._close())
         return found
 
     def rest(self) -> list[Record]:
-        """Records of all other steps, once nothing more will be reported."""
+        """Records of all remaining steps, after the last report."""
         found: list[Record] = []
         while self._open and self.step <= max(self._open):
             found.append(self._close())
@@ -162,12 +161,12 @@ class History:
         return record
 
     def _weight(self, units: Sequence[_Unit]) -> float:
-        """What the sums of these reports are divided by: their weights, or how many microbatches they are of."""
+        """The divisor for the sums of these reports: their weight, or their number of microbatches."""
         slot = self._metrics.weight
         return float(self._total(units, slot)) if slot is not None else float(len(units) * self._microbatches)
 
     def _total(self, units: Sequence[_Unit], slot: int) -> np.ndarray:
-        """The sum of a slot over reports, in their order and in 64 bits."""
+        """The sum of a slot over reports, added in their order and in 64 bits."""
         values = [u.values[slot] for u in units] or [np.zeros(self._shapes.get(slot, ()))]
         wide = np.result_type(values[0].dtype, np.float64) if values[0].dtype.kind in "fc" else values[0].dtype
         return np.sum(values, axis=0, dtype=wide)
@@ -181,14 +180,14 @@ class History:
             if not is_sum:
                 leaves.append(np.asarray(total / (weight or math.nan), dtype))
             elif dtype.kind in "iu" and np.any(total != total.astype(dtype)):
-                leaves.append(total)  # more than its own dtype holds
+                leaves.append(total)  # the sum exceeds the range of the leaf's dtype
             else:
                 leaves.append(total if dtype.kind == "b" else np.asarray(total, dtype))
         return leaves
 
 
 class Progress:
-    """One line on stderr, rewritten a few times a second, where somebody can see it."""
+    """One line on stderr that is rewritten a few times a second, if stderr is a terminal."""
 
     def __init__(self, total: int, wanted: bool | None) -> None:
         self._total = total

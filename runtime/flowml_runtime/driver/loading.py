@@ -1,8 +1,8 @@
-"""Loading a plan: what of it goes to which worker, in which messages, and the wait until all have compiled it.
+"""Loads a plan: splits it into messages for each worker, and waits until all workers have compiled their part.
 
-LoadPlan    what the worker's programs are, with what is small
-PlanPiece   large constants and executables, each only to the workers that use it, a piece at a time:
-            neither side holds a second copy of a large array, and no message is out of bounds
+LoadPlan    the worker's programs, with all small constants and executables
+PlanPiece   large constants and executables, each only to the workers that use it, one piece at a time, so that
+            neither side holds a second copy of a large array and no message exceeds the size limit
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ LOAD_DEADLINE_S = 1800.0
 """How long all workers together may take to compile a plan."""
 
 PART_BYTES = 2**20
-"""A constant or executable from this size on travels by itself."""
+"""A constant or executable from this size on is sent in pieces of its own."""
 
 PIECE_BYTES = 8 * 2**20
 
 
 class Loading:
-    """A load under way: the workers that have not answered, and the first thing that went wrong."""
+    """The state of a load: the workers that have not answered yet, and the first error."""
 
     def __init__(self, plan: Plan, workers: Sequence[str]) -> None:
         self.plan = plan
@@ -51,9 +51,9 @@ class Loading:
         self._over.set()
 
     def wait(self) -> None:
-        """The barrier. Shows that it waits if that takes longer than a second and stderr is a terminal.
+        """Wait for all workers. Shows a line if that takes longer than a second and stderr is a terminal.
 
-        Raises what went wrong, DeadlineError after LOAD_DEADLINE_S.
+        Raises the first error, or DeadlineError after LOAD_DEADLINE_S.
         """
         began = time.monotonic()
         shown = False
@@ -76,7 +76,7 @@ class Loading:
 def messages(
     plan_id: str, plan: Plan, worker: str, peers: tuple[str, ...], deadline_s: float
 ) -> Iterator[tuple[wire.LoadPlan, np.ndarray]]:
-    """What to send to `worker` so that it loads its part of the plan: messages, each with its array of bytes."""
+    """The messages that make `worker` load its part of the plan, each with its array of bytes."""
     part, large = _part(plan, worker)
     whole = {"": part.encode(), **large}
     pieces = [(key, start) for key, data in whole.items() for start in range(0, len(data), PIECE_BYTES)]
@@ -97,9 +97,9 @@ def messages(
 
 
 def _part(plan: Plan, worker: str) -> tuple[Plan, dict[str, bytes]]:
-    """What this worker needs of the plan: a plan with what is small, and by key what is large.
+    """This worker's part of the plan: a plan with the small constants and executables, and the large ones by key.
 
-    Left out are other workers' executables and constants, and the graph for drawing. Constants keep their numbers.
+    It leaves out other workers' executables and constants, and the graph for drawing. Constants keep their numbers.
     """
     mine = [p for p in plan.programs if worker_of(p.device) == worker]
     tasks = {i.task for p in mine for i in p.instructions if isinstance(i, Run)}

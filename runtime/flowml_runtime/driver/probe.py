@@ -1,7 +1,7 @@
-"""A look at the loss before a fit: is it a mean over examples, as replicas and microbatches take it to be?
+"""Checks before a fit that the loss is a mean over examples, because replicas and microbatches average it.
 
-The loss is evaluated here on a few examples of the first batch, on their two halves and on both together. Nothing is
-said where that would take long, where the loss needs a shape of its own, or where it is random.
+The loss is evaluated on a few examples of the first batch: on each half and on both together. There is no check if that
+would take long, if the loss accepts only certain shapes, or if it is random.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from flowml.training.step import loss_takes_rng, name_of, weight_of
 
 MOST_EXAMPLES = 32
 MOST_SECONDS = 1.0
-"""As the cost model expects of one evaluation."""
+"""The longest evaluation to make, as estimated by the cost model."""
 
 _CLOSE, _CLOSE_NARROW = 1e-3, 3e-2
-"""How far from the mean of its halves, relative to them, rounding can bring a mean over examples: with float32 at
-least, and where something has less."""
+"""The largest relative difference between a mean over examples and the mean of its halves that rounding can explain:
+if all dtypes have the precision of float32 or more, and if some dtype has less."""
 
 
 def mean_warning(
     spec: TrainingSpec, plan: Plan, params: Any, source: Source, order: np.ndarray, batch: int
 ) -> str | None:
-    """One sentence if the loss is no (weighted) mean over examples, else None. `order` begins with the first batch."""
+    """A warning if the loss is not a (weighted) mean over examples, else None. `order` starts with the first batch."""
     if spec.replicas * spec.microbatches == 1 or any(t.kind == "python" for t in plan.tasks):
         return None
     seconds = plan.estimate.single_device_seconds / batch
@@ -45,7 +45,7 @@ def mean_warning(
     ]
     try:
         found = [_evaluate(spec, params, b) for b in batches]
-    except Exception:  # of the user's function, which may be made for the shape that the fit gives it, and no other
+    except Exception:  # the user's function may accept only the shapes that the fit gives it
         return None
     if None in found:
         return None

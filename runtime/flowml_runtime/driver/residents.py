@@ -1,7 +1,7 @@
-"""Which plans stay on the workers: one whose owner is gone is unloaded, and so is the one used longest ago.
+"""Decides which plans stay on the workers. It unloads plans of deleted owners and the least recently used plans.
 
-A plan that is unloaded to make room is loaded again when it is called again: its executables are kept by the driver,
-so that only the workers compile once more. Calls in flight are always finished first.
+A plan that was unloaded to make room is loaded again when it is called again. The driver keeps its executables, so that
+only the workers compile again. Calls in flight always finish first.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from flowml_runtime import service
 from flowml_runtime.driver.steps import Steps, unloaded
 
 MAX_PROGRAMS = 128
-"""Dataflow programs that one driver keeps loaded, unless the user says otherwise."""
+"""The default number of dataflow programs that one driver keeps loaded."""
 
 CLOSE_S = 5.0
-"""How long `close` waits for an unload that is being sent."""
+"""How long `close` waits for an unload message that is being sent."""
 
 
 class Resident(Protocol):
@@ -42,17 +42,17 @@ class Residents(Generic[T]):
         self._thread: threading.Thread | None = None
 
     def open(self) -> None:
-        """Heed `release` from now on: called before the first plan is loaded."""
+        """Start to process `release`. Called before the first plan is loaded."""
         with self._lock:
             if self._thread is None:
                 self._thread = service.start("flowml-unload", self._free, self._free_on)
 
     def release(self, plan: T) -> None:
-        """Its owner is gone: unload it once no call is in flight. For finalizers: takes no lock and never waits."""
+        """Unload the plan of a deleted owner when no call is in flight. For finalizers: takes no lock, never waits."""
         self._released.put(plan)
 
     def make_room(self, plans: Iterable[T], most: int) -> None:
-        """Unload those used longest ago until no more than `most` are left, except for those with calls in flight."""
+        """Unload the least recently used plans until at most `most` remain. Plans with calls in flight are kept."""
         oldest = sorted(plans, key=lambda p: p.steps.last_use)
         excess = len(oldest) - most
         for plan in oldest:
@@ -81,7 +81,7 @@ class Residents(Generic[T]):
             del plan
 
     def _free_on(self, reason: str) -> None:
-        """The thread has failed: another one takes its place, unless it was to end."""
+        """The thread has failed: start another one, unless it was told to end."""
         with self._lock:
             if self._thread is threading.current_thread():
                 self._thread = service.start("flowml-unload", self._free, self._free_on)

@@ -1,11 +1,11 @@
-"""The driver's session: loads plans on workers, feeds steps, collects results, maps faults to typed errors.
+"""The driver's session loads plans on workers, feeds steps, collects results and turns faults into typed errors.
 
     load    LoadPlan to every worker of the plan -> all Loaded (the barrier) -> a LoadedPlan
-    submit  one feed a device, in step order -> workers run on their own -> fetches complete the Future
+    submit  one feed per device, in step order -> workers run the step -> fetches complete the Future
     fault   StepFailed or a lost worker -> that step's Future gets a typed error, the other workers drop the step
 
-Nobody else takes part in a step: between feed and fetch workers talk to each other. Messages of training
-plans are handed to the handler that the trainer registered.
+The driver takes no other part in a step: between feed and fetch, workers talk to each other. Messages of training plans
+go to the handler that the trainer registered.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from flowml_runtime.execution.window import IN_FLIGHT
 from flowml_runtime.transport.endpoint import Sender
 
 IN_FLIGHT_BYTES = 512 * 2**20
-"""What the inputs and results of the calls under way may take, unless two calls take more."""
+"""The most memory for inputs and results of the calls in flight. Two calls are allowed even if they need more."""
 
 TELL_S = 1.0
-"""How long a message about a step or plan that is over may wait for room on its way. Receiving threads send them."""
+"""How long sending a message about an ended step or plan may wait for room. Receiving threads send such messages."""
 
 
 class PlanHandler(Protocol):
-    """Takes over the messages of one plan, as a trainer does. Called on receiving threads: must not wait."""
+    """Handles the messages of one plan, for a trainer. It is called on receiving threads and must not wait."""
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None: ...
     def on_lost(self, peer: str, reason: str) -> None: ...
 
 
 class LocalWorker(Protocol):
-    """What the session asks of a worker in its own process."""
+    """The part of a worker in the same process that the session uses."""
 
     name: str
 
@@ -59,7 +59,7 @@ class LocalWorker(Protocol):
 
 @dataclass(frozen=True)
 class _FeedPort:
-    """What is sent to start a step on one device."""
+    """The inputs that are sent to one device to start a step."""
 
     worker: str
     device: str
@@ -69,7 +69,7 @@ class _FeedPort:
 
 @dataclass(eq=False)
 class LoadedPlan:
-    """A plan that every one of its workers has compiled and waits to be fed."""
+    """A plan that all of its workers have compiled. They wait for inputs."""
 
     plan_id: str
     plan: Plan
@@ -79,18 +79,18 @@ class LoadedPlan:
     prepare: Feeder = field(repr=False)
     restore: Restorer = field(repr=False)
     local: LocalStep | None = field(default=None, repr=False)
-    """The short way, until the plan is unloaded."""
+    """A direct way to run the plan in this process, if there is one; None after the plan is unloaded."""
     order: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    """Held while a step is numbered and fed, so that every device sees the steps in the order of their numbers."""
+    """Held while a step is numbered and fed, so that every device gets the steps in the order of their numbers."""
 
     @property
     def direct(self) -> Callable[[Sequence[Any]], Sequence[Array]] | None:
-        """The whole plan as a function of JAX arrays, where it is one task of this process and nobody records it."""
+        """The whole plan as a function of JAX arrays, if it is one task in this process and no trace is recorded."""
         return None if self.local is None or self.local.recorded else self.local.direct
 
 
 class Session:
-    """The driver's end of a cluster. Safe to use from any thread. `devices` are those plans may use."""
+    """The driver's side of a cluster. Safe to use from any thread. Plans may use its `devices`."""
 
     def __init__(
         self,
@@ -101,18 +101,18 @@ class Session:
         deadline_s: float = wire.DEADLINE_S,
         remedy: str = "start the worker again",
     ) -> None:
-        """`submit` waits while `in_flight` calls of a plan are under way, or fewer where they are large.
+        """`submit` waits while `in_flight` calls of a plan are in flight, or fewer if they are large.
 
-        `deadline_s` bounds each wait of a step; `remedy` is what the user can do when a worker is lost.
+        `deadline_s` bounds each wait of a step; `remedy` says what the user can do when a worker is lost.
         """
         self._owner = this_process()
         self.endpoint = endpoint
         self.remedy = remedy
         self.recorder = Recorder()
-        """What the machines of the driver do, while somebody asks."""
+        """Records the decisions of the driver's state machines while a trace is taken."""
         self._devices = tuple(devices)
         self._gone: dict[str, str] = {}
-        """Workers that were here, and why they are not."""
+        """Lost worker -> reason."""
         self._in_flight = in_flight
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
@@ -122,12 +122,12 @@ class Session:
         self._local: dict[str, LocalWorker] = {}
         self._residents: Residents[LoadedPlan] = Residents(self.unload)
         self.max_programs = MAX_PROGRAMS
-        """How many dataflow plans stay loaded; calls in flight may keep more."""
+        """The number of dataflow plans that stay loaded; calls in flight may keep more."""
         self._closed = False
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """The devices of the workers that are there now."""
+        """The devices of the current workers."""
         return self._devices
 
     @devices.setter
@@ -139,16 +139,16 @@ class Session:
             self._devices = tuple(devices)
 
     def check_owner(self) -> None:
-        """Raises ClusterError in a fork of the process that this session was made in."""
+        """Raises ClusterError in a fork of the process that made this session."""
         check_owner(self._owner)
 
     def attach(self, worker: LocalWorker) -> None:
-        """Make known a worker in this very process, so that `call` may go the short way."""
+        """Register a worker in this process, so that `call` may run its plans directly."""
         with self._lock:
             self._local[worker.name] = worker
 
     def load(self, plan: Plan) -> LoadedPlan:
-        """Have every worker of the plan compile its part; returns when all have.
+        """Make every worker of the plan compile its part. Returns when all have compiled.
 
         Raises PlacementError for a device that does not exist, WorkerError if a worker cannot load its
         part, WorkerLostError if one dies meanwhile, DeadlineError if they take too long.
@@ -171,7 +171,7 @@ class Session:
         try:
             if workers:
                 self._request(plan_id, loading)
-                loading.wait()  # no deadline: it has its own, LOAD_DEADLINE_S
+                loading.wait()  # no deadline here: the wait itself is bounded by LOAD_DEADLINE_S
             only = self._local.get(workers[0]) if len(plan.programs) == 1 else None
             local = only.local_step(plan_id) if only is not None else None
             handle = _handle(plan_id, plan, workers, self._in_flight, local)
@@ -191,26 +191,26 @@ class Session:
         return handle
 
     def reload(self, handle: LoadedPlan) -> LoadedPlan:
-        """The plan of a handle that was unloaded or lost a worker, loaded again if every worker it needs is there.
+        """Load the plan of a handle again that was unloaded or lost a worker, if all workers it needs are present.
 
-        Else the handle as it is, which says why it stopped.
+        Otherwise returns the handle unchanged; a call of it raises the reason why it stopped.
         """
         if not handle.steps.stopped:
             return handle
         there = {d.name for d in self.devices}
-        lost = handle.plan_id in self._plans  # else it was unloaded, and says nothing of a worker
+        lost = handle.plan_id in self._plans  # else it was unloaded, and no worker was lost
         if lost and any(p.device not in there for p in handle.plan.programs):
             return handle
         self.unload(handle)
         try:
             return self.load(handle.plan)
-        except WorkerLostError:  # it left just now
+        except WorkerLostError:  # the worker has just left
             if lost:
                 return handle
             raise
 
     def explained(self, error: PlacementError, name: str) -> FlowmlError:
-        """The error to raise for `error`: where `name` cannot be placed because of lost workers, it says so."""
+        """The error to raise for `error`. If `name` cannot be placed because workers were lost, it says so."""
         there = {d.worker for d in self.devices}
         with self._lock:
             gone = {w: reason for w, reason in self._gone.items() if w not in there}
@@ -226,11 +226,11 @@ class Session:
         """Start one step with the plan's flat inputs. Waits while too many steps are in flight.
 
         With `copy` the caller may overwrite NumPy inputs as soon as this returns. Raises at once if the plan
-        lost a worker; whatever goes wrong later is raised by the future.
+        lost a worker; the future raises every later error.
         """
         self.check_owner()
         buffers = handle.prepare(inputs, copy=copy)
-        with handle.order:  # numbered and fed under one lock: a device that ran a later step takes no earlier one
+        with handle.order:  # numbered and fed under one lock, because a device refuses a step older than its last one
             step, future = handle.steps.begin(lambda fetched: handle.restore(fetched, buffers))
             try:
                 self._feed(handle, step, buffers)
@@ -245,10 +245,10 @@ class Session:
         raise error
 
     def call(self, handle: LoadedPlan, inputs: Sequence[Any]) -> list[Any]:
-        """Run one step and return its flat results. On a worker in this process nothing is waited for, as in jit."""
+        """Run one step and return its flat results. On a worker in this process it does not wait for them, like jit."""
         local = handle.local
         if local is None or len(handle.steps):
-            # no deadline: each wait of the step has one on its worker, and a computation may take long
+            # no deadline: the worker bounds each wait of the step, and a computation may take any time
             return self.submit(handle, inputs, copy=False).result()
         buffers = handle.prepare(inputs, copy=False)
         step = handle.steps.skip()
@@ -261,22 +261,22 @@ class Session:
         return handle.restore(fetched, buffers)
 
     def register(self, plan_id: str, handler: PlanHandler) -> None:
-        """Hand every later message of this plan, and every lost peer, to `handler`."""
+        """Pass every later message of this plan, and every lost peer, to `handler`."""
         with self._lock:
             self._handlers[plan_id] = handler
 
     def unregister(self, plan_id: str) -> None:
-        """The handler of `plan_id` is not to be called any more."""
+        """Stop calling the handler of `plan_id`."""
         with self._lock:
             self._handlers.pop(plan_id, None)
 
     def tell(self, worker: str, message: wire.Wire) -> None:
-        """Send to a worker; nothing if it is lost, which `on_lost` says."""
+        """Send to a worker. Does nothing if the worker is lost, because `on_lost` reports that."""
         self._broadcast((worker,), message)
 
     def unload(self, handle: LoadedPlan) -> None:
         """Free the plan on its workers. Steps in flight fail."""
-        if is_foreign(self._owner):  # it is its parent's to free
+        if is_foreign(self._owner):  # the plan belongs to the parent process
             return
         with self._lock:
             self._handlers.pop(handle.plan_id, None)
@@ -287,7 +287,7 @@ class Session:
         self._broadcast(handle.workers, wire.Unload(plan_id=handle.plan_id))
 
     def release(self, handle: LoadedPlan) -> None:
-        """Unload the plan once no call is in flight, because its owner is gone. For finalizers: never waits."""
+        """Unload the plan of a deleted owner when no call is in flight. Finalizers may call this: it never waits."""
         self._residents.release(handle)
 
     def _dataflow_plans(self) -> list[LoadedPlan]:
@@ -295,7 +295,7 @@ class Session:
             return [p for p in self._plans.values() if p.plan.training is None]
 
     def close(self) -> None:
-        """Fail what is outstanding and unload every plan. Idempotent."""
+        """Fail all steps in flight and unload every plan. Idempotent."""
         if is_foreign(self._owner):
             return
         with self._lock:
@@ -309,7 +309,7 @@ class Session:
         self._residents.close()
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
-        """Take one message in. Called by the endpoint on its receiving threads."""
+        """Process one message. The endpoint calls this on its receiving threads."""
         plan_id = getattr(message, "plan_id", "")
         handler = self._handlers.get(plan_id)
         if handler is not None:
@@ -329,7 +329,7 @@ class Session:
             loading.fail(load_failed(loading.plan, message))
 
     def on_lost(self, peer: str, reason: str) -> None:
-        """A peer died or stopped answering: fail at once all that depends on it."""
+        """A peer died or stopped answering: fail everything that depends on it at once."""
         with self._lock:
             if peer in self._gone or any(d.worker == peer for d in self._devices):
                 self._gone[peer] = reason
@@ -345,7 +345,7 @@ class Session:
             handler.on_lost(peer, reason)
 
     def _feed(self, handle: LoadedPlan, step: int, buffers: Sequence[Array]) -> None:
-        """The order of the plan is held."""
+        """Send a step's inputs. The caller holds `handle.order`."""
         for port in handle.ports:
             value = wire.Value(
                 plan_id=handle.plan_id,
@@ -387,7 +387,7 @@ class Session:
             self._cancel(handle, step)
 
     def _cancel(self, handle: LoadedPlan, step: int) -> None:
-        """Tell the workers that nobody needs this step any more, so that none waits for its values."""
+        """Tell the workers that this step is no longer needed, so that none waits for its values."""
         cancelled = wire.StepFailed(
             plan_id=handle.plan_id, step=step, worker=self.endpoint.name, node="", kind="cancelled", error=""
         )
@@ -398,7 +398,7 @@ class Session:
             try:
                 self.endpoint.send(worker, message, (), TELL_S)
             except (WorkerLostError, TimeoutError):
-                continue  # one that takes in nothing is lost soon, and its deadlines hold without the message
+                continue  # a worker that takes no message is lost soon; its own deadlines end the step without it
 
     def _request(self, plan_id: str, loading: Loading) -> None:
         for worker in loading.workers:

@@ -1,8 +1,8 @@
-"""The driver's account of the steps of one plan that are in flight: what is missing, who waits, how many.
+"""Tracks the steps of one plan that are in flight in the driver: their missing outputs, futures and number.
 
-A step is complete when every output slot has been fetched, from whichever devices hold them. The number in
-flight is bounded: `begin` waits for room, so that a caller who submits faster than the workers run is
-slowed down instead of filling memory.
+A step is complete when all output slots have been fetched from the devices that hold them. The number of steps in
+flight is bounded: `begin` waits for room, so that a caller who submits faster than the workers run is slowed down
+instead of filling memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _uses = itertools.count()
 
 
 class UnloadedError(ClusterError):
-    """A step that has not begun, of a plan that is not on the workers any more: try again once it is loaded again."""
+    """The plan of a step was unloaded before the step began. Load the plan again and retry."""
 
 
 def unloaded(step: int) -> UnloadedError:
@@ -38,7 +38,7 @@ class _InFlight:
 
 
 class Steps:
-    """Steps in flight of one plan, whose outputs are the fetch slots 0..`slots`-1. Safe to use from any thread."""
+    """The steps of one plan in flight. Its outputs are the fetch slots 0..`slots`-1. Safe to use from any thread."""
 
     def __init__(self, name: str, slots: int, limit: int) -> None:
         self._name = name
@@ -47,25 +47,25 @@ class Steps:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._waiting = 0
-        """Callers who wait for room."""
+        """The number of callers that wait for room."""
         self._flying: dict[int, _InFlight] = {}
         self._next = 0
         self._stopped: Callable[[int], BaseException] | None = None
         self._on_idle: list[Callable[[], None]] = []
         self.last_use = next(_uses)
-        """Later for the plan that was used later."""
+        """Orders plans by their last use: a later use has a larger number."""
 
     def use(self) -> None:
-        """Note that the plan is used now."""
+        """Record that the plan is used now."""
         self.last_use = next(_uses)
 
     def begin(self, finish: Callable[[list[Array]], Any]) -> tuple[int, Future[Any]]:
-        """Open the next step, once there is room. Raises the reason if the plan cannot run any more."""
+        """Open the next step when there is room. Raises the reason if the plan can no longer run."""
         with self._lock:
             while len(self._flying) >= self._limit and self._stopped is None:
                 self._waiting += 1
                 try:
-                    self._room.wait(HEEDS_SIGNALS_S)  # again and again: every step in flight has its deadlines
+                    self._room.wait(HEEDS_SIGNALS_S)  # the loop needs no deadline: every step in flight has one
                 finally:
                     self._waiting -= 1
             step = self._next
@@ -81,7 +81,7 @@ class Steps:
         return step, future
 
     def skip(self) -> int:
-        """Take the number of a step that runs outside this account. Raises like `begin`."""
+        """Take the number of a step that is not tracked here. Raises like `begin`."""
         with self._lock:
             if self._stopped is not None:
                 raise self._stopped(self._next)
@@ -91,11 +91,11 @@ class Steps:
 
     @property
     def stopped(self) -> bool:
-        """True once no step can begin any more."""
+        """Whether no step can begin any more."""
         return self._stopped is not None
 
     def collect(self, step: int, slots: Sequence[int], arrays: Sequence[Array]) -> None:
-        """Take in fetched outputs. Those of a step that is over are ignored."""
+        """Store fetched outputs. Outputs of a step that has ended are ignored."""
         with self._lock:
             flying = self._flying.get(step)
             if flying is None:
@@ -109,7 +109,7 @@ class Steps:
         flying.future.complete(flying.values)
 
     def fail(self, step: int, error: BaseException) -> bool:
-        """End a step with an error; False if it was over already."""
+        """End a step with an error. Returns False if it had already ended."""
         with self._lock:
             flying = self._flying.get(step)
             if flying is None:
@@ -118,7 +118,7 @@ class Steps:
         return flying.future.complete(None, error)
 
     def stop(self, error: Callable[[int], BaseException]) -> Iterable[int]:
-        """Fail every step in flight with `error(step)`, and every later `begin`. Gives the steps that were failed."""
+        """Fail every step in flight, and every later `begin`, with `error(step)`. Returns the failed steps."""
         with self._lock:
             if self._stopped is None:
                 self._stopped = error
@@ -127,7 +127,7 @@ class Steps:
         return [s for s in steps if self.fail(s, error(s))]
 
     def retire(self, error: Callable[[int], BaseException]) -> bool:
-        """Let no step begin any more: `begin` raises `error(step)`. False, and nothing done, if some are in flight."""
+        """Make `begin` raise `error(step)` from now on. If steps are in flight, does nothing and returns False."""
         with self._lock:
             if self._flying:
                 return False
@@ -135,7 +135,7 @@ class Steps:
             return True
 
     def when_idle(self, call: Callable[[], None]) -> None:
-        """Call `call()` once no step is in flight, on any thread: it must not wait."""
+        """Call `call()` when no step is in flight. It may run on any thread and must not wait."""
         with self._lock:
             if self._flying:
                 self._on_idle.append(call)
@@ -143,7 +143,7 @@ class Steps:
         call()
 
     def _end(self, step: int) -> None:
-        """The lock is held."""
+        """Remove a step. The caller holds the lock."""
         del self._flying[step]
         if self._on_idle and not self._flying:
             for call in self._on_idle:

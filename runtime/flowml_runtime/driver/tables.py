@@ -1,4 +1,4 @@
-"""Tables for people: what each layer's policy is, and what it cost."""
+"""Formats tables of each layer's policy and its traffic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowml.render.units import bytes_text
 
 
 def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], *, steps: int) -> str:
-    """Policy, home and measured bytes by layer; `plain` is what a gradient from every replica and step would take."""
+    """Policy, home and measured bytes by layer. `plain` is the bytes of one gradient per replica and step."""
     training = plan.training
     assert training is not None
     header = ("layer", "policy", "home", "parameters", "pushes", "pushed", "plain", "ratio", "crossed workers")

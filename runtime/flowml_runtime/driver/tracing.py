@@ -1,8 +1,8 @@
-"""Traces: what the devices of a cluster did when, on one time axis, as a file for Perfetto or chrome://tracing.
+"""Records what the devices of a cluster do on one time axis, as a file for Perfetto or chrome://tracing.
 
-Every worker records by its machine's clock. On other machines than ours the difference is taken from the round trip of
-the request that starts the trace: its answer was written about half-way (Cristian, 1989), which is good to less than
-the latency of the link.
+Every worker records with the clock of its machine. For another machine, the difference to the driver's clock is
+estimated from the round trip of the request that starts the trace: its answer was written about half-way through it
+(Cristian, 1989). The error is less than the latency of the link.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from flowml_runtime.execution.programs import Array
 from flowml_runtime.execution.recorder import Span, clock_id, decode, now_ns
 
 ANSWER_S = 30.0
-"""How long the workers may take to hand over what they recorded."""
+"""How long the workers may take to send their recordings."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one worker."""
+    """The answer of one worker."""
 
     clock: str
     now_ns: int
@@ -39,7 +39,7 @@ class Answer:
 
 
 class Tracing:
-    """One trace of a cluster, from entering to leaving the block."""
+    """One trace of a cluster. It covers the time inside the `with` block."""
 
     def __init__(self, session: Session, path: Path) -> None:
         self._session = session
@@ -50,7 +50,7 @@ class Tracing:
         self._answers: dict[str, Answer] = {}
         self._lost: set[str] = set()
         self._offsets: dict[str, int] = {}
-        """Worker -> what to add to its clock to have ours."""
+        """Worker -> what to add to its clock to get the driver's clock."""
 
     def __enter__(self) -> Tracing:
         self._session.register(self._id, self)
@@ -86,7 +86,7 @@ class Tracing:
                 self._changed.notify_all()
 
     def on_lost(self, peer: str, reason: str) -> None:
-        """What a worker recorded is lost with it; the others' is not."""
+        """A lost worker's recording is lost; those of the other workers are not."""
         with self._changed:
             self._lost.add(peer)
             self._changed.notify_all()
@@ -108,14 +108,14 @@ class Tracing:
 
 
 def offset(asked_ns: int, answer: Answer) -> int:
-    """What to add to a worker's clock to have ours."""
+    """What to add to a worker's clock to get the driver's clock."""
     if answer.clock and answer.clock == clock_id():
         return 0
     return (asked_ns + answer.received_ns) // 2 - answer.now_ns
 
 
 def _events(spans: dict[str, Sequence[Span]], offsets: dict[str, int], began_ns: int) -> Iterable[dict[str, Any]]:
-    """In Chrome's format: a process a worker, a thread a lane, complete events ("X") in microseconds."""
+    """The spans in Chrome's format: one process per worker, one thread per lane, complete events ("X") in us."""
     for pid, (worker, own) in enumerate(sorted(spans.items())):
         yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": worker}}
         lanes = {lane: tid for tid, lane in enumerate(sorted({s.lane for s in own}))}

@@ -1,8 +1,8 @@
-"""Whether a pipeline that `auto` chose is as fast as it promised.
+"""Tests whether a pipeline that `auto` chose is as fast as estimated.
 
-The choice is by estimate. The first calls of such a plan are timed; if they take longer than one device was estimated
-to take, the same calls are timed on one device, and the faster of the two is kept. Times come in from outside, so that
-the decision is the same wherever they come from.
+The first calls of such a plan are timed. If they take longer than the estimate for one device, the next calls are timed
+on one device, and the faster of the two is kept. The caller passes the times in, so that the decision depends on
+nothing else.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from flowml.placement import AutoPlacement
 from flowml.plan import Choice, Plan
 
 WARMING_CALLS = 2
-"""Of each plan, not counted: the first ones also pay for memory and code that the others find there."""
+"""The first calls of each plan, which are not counted, because they also pay for allocating memory and loading code."""
 TIMED_CALLS = 5
 
 
 class Trial:
-    """Of one plan. Safe to use from any thread."""
+    """The trial of one plan. Safe to use from any thread."""
 
     def __init__(self, one_device_s: float) -> None:
-        """`one_device_s` is what a step was estimated to take on one device."""
+        """`one_device_s` is the estimated time of a step on one device."""
         self._estimate_s = one_device_s
         self._lock = threading.Lock()
         self._taken_s: dict[bool, list[float]] = {False: [], True: []}
-        """Of the calls on one device (True) and of those of the pipeline, in order."""
+        """The times of the calls on one device (True) and of those of the pipeline (False), in order."""
         self.over = False
         self.on_one_device = False
-        """Where the next call belongs."""
+        """Whether the next call runs on one device."""
 
     def took(self, seconds: float, *, on_one_device: bool) -> None:
-        """Take in the time of a call. One that began before the last decision counts for nothing."""
+        """Count the time of a call. A call that began before the last decision is ignored."""
         with self._lock:
             if self.over or on_one_device != self.on_one_device:
                 return
@@ -52,11 +52,11 @@ class Trial:
 
 
 def trial_of(plan: Plan, placement: object) -> Trial | None:
-    """The trial of a plan whose pipeline `auto` chose for latency though the model fits on one device, else None."""
+    """A trial, if `auto` chose the plan's pipeline for latency although the model fits on one device; else None."""
     asked = AutoPlacement() if placement == "auto" else placement
     if not isinstance(asked, AutoPlacement) or asked.objective != "latency" or not plan.choices:
         return None
     one_device: Choice = plan.choices[0]
-    if one_device.chosen or one_device.note:  # the note says why one device does not do
+    if one_device.chosen or one_device.note:  # the note says why one device is not an option
         return None
     return Trial(one_device.step_seconds)
