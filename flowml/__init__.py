@@ -1,7 +1,7 @@
 """flowml: a dataflow-graph execution engine for JAX.
 
-Names are handed on lazily (PEP 562), so that `import flowml` costs nothing until a name is used and the
-JAX-free parts can be imported where JAX is not.
+Public names are imported on first use (PEP 562), so `import flowml` is fast and the parts without JAX can be
+imported where JAX is not installed.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ _EXISTS = {
     ("SimulatedCluster", "sim"): "use fm.Cluster.threads(workers=4), and Trainer(delays=…) for slow workers",
 }
 _PLANNED = {name: instead for names, instead in _EXISTS.items() for name in names}
-"""Names of the design that this version does not have, and what there is instead."""
+"""Names of the design that this version does not have, and what to use instead."""
 
 __all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -1,9 +1,9 @@
-"""compiler: the passes, in order, from a JAX function to a `Plan`.
+"""Compiles a JAX function to a `Plan` by running the passes in order.
 
     trace -> simplify -> label -> place -> partition -> transfer -> schedule -> lower
 
-`compile_graph` below is the whole compiler to read; each pass lives in the module of its name and has a
-verifier behind it.
+`compile_graph` below shows the whole compiler. Each pass is in the module of its name, and a verifier checks
+its result.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from flowml.plan import Constant, NodeView, Output, Plan
 
 @dataclass(frozen=True)
 class Compiled:
-    """A plan with the trees that turn a call's arguments into its flat inputs, and its outputs back."""
+    """A plan with two tree structures: one flattens a call's arguments, the other rebuilds its result."""
 
     plan: Plan
     in_tree: Any
@@ -57,12 +57,12 @@ def compile(  # noqa: A001 - the public name
     platforms: Sequence[str] = ("cpu",),
     **kwargs: Any,
 ) -> Plan:
-    """Compile `fn` for `devices` with no cluster at all; runs nothing.
+    """Compile `fn` for `devices` without a cluster. Nothing is run.
 
-    Args are arrays or `jax.ShapeDtypeStruct`s. `platforms` are those to lower for, whatever this machine
-    has. Raises PlacementError or UnsupportedError before anything else happens.
+    Arguments are arrays or `jax.ShapeDtypeStruct`s. `platforms` are the platforms to lower for; this machine
+    need not have them. Raises PlacementError or UnsupportedError.
     """
-    del donate_argnums, donate_argnames  # arguments are copied to the workers: the caller's buffers are free anyway
+    del donate_argnums, donate_argnames  # arguments are copied to the workers, so there is nothing to donate
     return compile_function(
         fn,
         args,
@@ -88,7 +88,7 @@ def compile_function(
     name: str | None = None,
     links: Links | None = None,
 ) -> Compiled:
-    """Like `compile`, with the trees of the call. `links` is what is known of those between the devices."""
+    """Like `compile`, but also returns the trees of the call. `links` are the known links between the devices."""
     title = name or getattr(fn, "__name__", type(fn).__name__)
     call = bind(fn, args, kwargs, static_of(fn, static_argnums, static_argnames), title)
     return compile_call(fn, call, devices=devices, placement=placement, platforms=platforms, name=title, links=links)
@@ -104,14 +104,14 @@ def compile_call(
     name: str,
     links: Links | None = None,
 ) -> Compiled:
-    """Compile a call of `fn` that `bind` made. Raises UnsupportedError if it leaves values of the trace around."""
+    """Compile a call of `fn` made by `bind`. Raises UnsupportedError if the call stores values of the trace."""
     before = leaks(fn)
     traced = trace(call.fn, call.args, call.kwargs, name)
     leaked = [where for where, value in leaks(fn).items() if before.get(where) != value]
     if leaked:
         raise UnsupportedError(
-            f"{name} stores a value in {leaked[0]}, which would hold a placeholder and never a result: the workers "
-            "compute elsewhere; return the value"
+            f"{name} stores a value in {leaked[0]}, which would hold a placeholder and never a result, because the "
+            "workers compute it; return the value"
         )
     plan = compile_graph(name, traced, as_devices(devices), placement, links or Links(), tuple(platforms))
     return Compiled(plan, traced.in_tree, traced.out_tree)
@@ -125,7 +125,7 @@ def compile_graph(
     links: Links,
     platforms: tuple[str, ...],
 ) -> Plan:
-    """The passes. Each is `Graph -> Graph`, or makes the next type."""
+    """Run the passes. Each maps a graph to a graph, or to the next type."""
     graph = traced.graph
     verify_graph(graph, "trace")
     graph = simplify(graph)
@@ -195,7 +195,7 @@ def _bind(graph: Graph, compiled_in: Container[int]) -> tuple[Bindings, tuple[Ou
 
 
 def array_bytes(array: Any) -> bytes:
-    """The bytes of a concrete array as they cross a wire (key data for typed keys)."""
+    """The bytes of a concrete array as they are sent (the key data, for typed keys)."""
     if isinstance(array, jax.Array) and jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
     return np.ascontiguousarray(np.asarray(array)).tobytes()

@@ -1,4 +1,4 @@
-"""Devices: the places that run nodes."""
+"""Defines devices, which run the nodes of a graph."""
 
 from __future__ import annotations
 
@@ -10,9 +10,17 @@ from flowml.errors import PlacementError
 
 @dataclass(frozen=True)
 class Device:
-    """A place that runs nodes. `name` is `"worker:1/cpu:0"`; memory in bytes, rates in flop/s and bytes/s.
+    """A device of a worker, which runs nodes.
 
-    The rates are priors of one ordinary CPU core; measured ones replace them where a cluster knows better.
+    Attributes:
+        name: such as `"worker:1/cpu:0"`.
+        platform: the JAX platform.
+        memory_bytes: memory in bytes; None if unknown.
+        flops_per_s: rate of computation in flop/s.
+        bytes_per_s: rate of memory access in bytes/s.
+        dispatch_s: seconds to start a task.
+
+    The defaults are typical of one CPU core. A cluster replaces them by what it measured.
     """
 
     name: str
@@ -31,12 +39,15 @@ class Device:
 
 
 def worker_of(device: str) -> str:
-    """The worker's name in a device's."""
+    """The name of a device's worker."""
     return device.split("/", 1)[0]
 
 
 def as_devices(devices: Iterable[Device | str]) -> tuple[Device, ...]:
-    """Devices from names: `"worker:0"` stands for `"worker:0/cpu:0"`. Raises PlacementError for none or twice."""
+    """Devices from names: `"worker:0"` stands for `"worker:0/cpu:0"`.
+
+    Raises PlacementError if there are no devices or one is given twice.
+    """
     found = tuple(d if isinstance(d, Device) else Device(_full(d)) for d in devices)
     if not found:
         raise PlacementError("no devices given; name at least one, e.g. devices=['worker:0']")
@@ -52,7 +63,7 @@ def _full(name: str) -> str:
 
 
 def find_device(name: str, devices: Sequence[Device], asked_by: str) -> Device:
-    """The device called `name`; a worker's name alone means its first device. Raises PlacementError."""
+    """The device called `name`; a worker's name alone means its first device. Raises PlacementError if unknown."""
     for device in devices:
         if name in (device.name, device.worker):
             return device

@@ -1,4 +1,4 @@
-"""The errors a user meets: each says what is wrong, where, and the fix."""
+"""Defines the public errors. The text of each says what is wrong, where, and the fix."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from collections.abc import Sequence
 
 
 class FlowmlError(Exception):
-    """Base of every error that flowml raises on purpose.
+    """Base class of every error that flowml raises on purpose.
 
-    During a run the attributes say where: `worker`, `step`, `node` (task or edge), and `remote_traceback`,
-    the text of the traceback on the worker; each is None where it does not apply.
+    Errors during a run also have attributes, each None where it does not apply.
+
+    Attributes:
+        worker: name of the worker.
+        step: number of the step.
+        node: task, or edge between devices.
+        remote_traceback: text of the traceback on the worker.
     """
 
     def __init__(
@@ -33,19 +38,19 @@ class FlowmlError(Exception):
 
 
 class PlacementError(FlowmlError):
-    """A device that does not exist, contradicting pins, a pattern that matches nothing, a model that fits nowhere."""
+    """A device does not exist, pins contradict, a pattern matches nothing, or the model fits on no device."""
 
 
 class UnsupportedError(FlowmlError):
-    """A function that cannot be traced into a dataflow graph, e.g. because of an effect."""
+    """A function cannot be traced into a dataflow graph, for example because it has an effect."""
 
 
 class PlanError(FlowmlError):
-    """A saved plan that cannot be read: damaged, cut short, of another format, or no plan at all."""
+    """A saved plan cannot be read: it is damaged, cut short, of another format, or not a plan."""
 
 
 class PolicyError(FlowmlError, ValueError):
-    """A policy, or a composition of policies, that is not sound."""
+    """A policy, or a composition of policies, is not sound or not available yet."""
 
 
 class WorkerLostError(FlowmlError):
@@ -53,35 +58,35 @@ class WorkerLostError(FlowmlError):
 
 
 class DeadlineError(FlowmlError, TimeoutError):
-    """A wait passed its deadline; names the edge, both its devices and the step."""
+    """A wait passed its deadline. The text names the edge, both its devices and the step."""
 
 
 class WorkerError(FlowmlError):
-    """An exception raised on a worker while it ran a task, callback or data source."""
+    """A task, callback or data source raised an exception on a worker."""
 
 
 class DivergedError(FlowmlError):
-    """Replicas that must hold the same parameters hold different ones; names the layer, the replicas and the step."""
+    """Replicas that must hold the same parameters differ. The text names the layer, the replicas and the step."""
 
 
 class ClusterError(FlowmlError):
-    """A cluster that could not be started, joined or reached: version, token, address, TLS."""
+    """A cluster could not be started, joined or reached, because of its version, token, address or TLS files."""
 
 
 class FlowmlWarning(UserWarning):
-    """What runs, but may not be what was meant: says what, where, and the fix."""
+    """Something runs but may not be what was meant. The text says what, where, and the fix."""
 
 
 _LONGEST, _SHOWN = 80, 20
 
 
 def one_line(name: str) -> str:
-    """A name that a user chose, as an error shows it: what does not print is escaped, what is long is cut."""
+    """A user's name as errors show it: unprintable characters are escaped, and a long name is cut."""
     text = name if name.isprintable() else repr(name)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def named(names: Sequence[str]) -> str:
-    """Names as an error lists them: the first of them, and how many there are if that is not all."""
+    """Names as errors list them: the first ones, and the total if some are left out."""
     head = ", ".join(map(one_line, names[:_SHOWN]))
     return head if len(names) <= _SHOWN else f"{head}, … ({len(names)} in all)"

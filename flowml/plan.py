@@ -1,9 +1,9 @@
-"""The hand-over type between the compiler and the runtime.
+"""Defines `Plan`, which the compiler makes and the runtime runs.
 
-A `Plan` is everything the workers need and nothing more: XLA executables as serialised StableHLO, one
-static instruction list a device, and the table of messages that cross between devices. It imports no
-JAX, so the sans-IO protocol, the renderers and a command line without an accelerator can all read one.
-Plans are msgspec structs: validated when decoded, never pickled.
+A `Plan` holds exactly what the workers need: XLA executables as serialised StableHLO, one static instruction
+list for each device, and the table of messages that cross between devices. This module imports no JAX, so the
+sans-IO protocol, the renderers and a command line without an accelerator can read plans. Plans are msgspec
+structs: they are validated when decoded and never pickled.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FORMAT = 2
 """Version of the serialised form. A plan of another format is refused with both numbers in the error."""
 
 DRIVER = "driver"
-"""The name under which the process that calls `f(x)` or `fit()` appears as an end of a transfer."""
+"""The name of the process that calls `f(x)` or `fit()` as the source or destination of a transfer."""
 
 Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
@@ -37,14 +37,14 @@ Setting = tuple[
 ]
 """A setting of JAX: its name and value."""
 Shape = Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=64)]
-"""NumPy's own bound on the rank; without one, multiplying a hostile shape's dimensions would take hours."""
+"""The rank is at most NumPy's. Without a bound, multiplying the dimensions of a hostile shape would take hours."""
 
 
 class ArraySpec(msgspec.Struct, frozen=True):
     """Shape and element type of one array.
 
-    `dtype` is a NumPy or ml_dtypes name (`"float32"`, `"bfloat16"`), or `"key<fry>"` for a typed PRNG key
-    whose buffer then is that of its uint32 key data (`shape` stays the key array's own).
+    `dtype` is a NumPy or ml_dtypes name (`"float32"`, `"bfloat16"`), or such as `"key<fry>"` for typed PRNG keys.
+    The buffer of keys holds their uint32 key data; `shape` is the shape of the key array.
     """
 
     shape: Shape
@@ -53,12 +53,12 @@ class ArraySpec(msgspec.Struct, frozen=True):
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes of the array's buffer as it crosses a wire."""
+        """Size in bytes of the array's buffer as it is sent."""
         return math.prod(self.shape) * _item_bytes(self.dtype)
 
 
 KEY_WORDS: Mapping[str, int] = {"fry": 2, "rbg": 4, "urbg": 4}
-"""uint32 words of key data for one key of each PRNG implementation, by the short name in its dtype."""
+"""The number of uint32 words in a key of each PRNG implementation, by the short name in its dtype."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -76,7 +76,7 @@ def _item_bytes(dtype: str) -> int:
 
 
 class Transfer(msgspec.Struct, frozen=True):
-    """One value that crosses from one device to another, once a step (and microbatch)."""
+    """One value of layer `layer` that crosses from one device to another, once for each step (and microbatch)."""
 
     source: str
     destination: str
@@ -87,7 +87,7 @@ class Transfer(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True):
-    """All the values that one task sends to one device: a Send and its Recv. `transfers` fixes their order."""
+    """All values that one task sends to one device, as a Send and its Recv, in the order of `transfers`."""
 
     source: str
     destination: str
@@ -102,9 +102,9 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class PlanLink(msgspec.Struct, frozen=True):
-    """The link that the estimate took for messages from one device to another; `way` is "" where it is not known.
+    """The link that the estimate assumes for messages from one device to another.
 
-    `bytes_per_s` is infinite where arrays are handed over by reference.
+    `way` is the transport, or "" if unknown. `bytes_per_s` is infinite where arrays are passed by reference.
     """
 
     source: str
@@ -119,10 +119,10 @@ class PlanLink(msgspec.Struct, frozen=True):
 
 
 class Task(msgspec.Struct, frozen=True):
-    """A run of nodes compiled to one XLA executable (`kind="xla"`), or one Python callback (`"python"`).
+    """Nodes compiled to one XLA executable (`kind="xla"`), or one Python callback (`kind="python"`).
 
-    `executable` keys `Plan.executables`; equal tasks share one. `donate` are the positions of arguments
-    whose buffers the executable may overwrite.
+    `executable` is a key of `Plan.executables`; equal tasks share an executable. `donate` lists the positions of
+    arguments whose buffers the executable may overwrite.
     """
 
     name: str
@@ -143,7 +143,7 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class Feed(msgspec.Struct, frozen=True, tag="feed"):
-    """Take this step's values of the `slots` from the feed (sent by the driver, or read from the data source)."""
+    """Take this step's values of `slots` from the feed, which the driver sends or a data source gives."""
 
     slots: tuple[Index, ...]
     buffers: tuple[Index, ...]
@@ -151,7 +151,7 @@ class Feed(msgspec.Struct, frozen=True, tag="feed"):
 
 
 class Read(msgspec.Struct, frozen=True, tag="read"):
-    """Wait until the gate lets this step read store `store`; then bind leaves `leaves` of it to `buffers`."""
+    """Wait until this step may read store `store`, then bind its leaves `leaves` to `buffers`."""
 
     store: Index
     leaves: tuple[Index, ...]
@@ -178,7 +178,7 @@ class Send(msgspec.Struct, frozen=True, tag="send"):
 
 
 class Push(msgspec.Struct, frozen=True, tag="push"):
-    """Hand part `part` of this step's contribution for store `store` to its home, as soon as it is complete."""
+    """Send part `part` of this step's contribution to the home of store `store`, as soon as the part is complete."""
 
     store: Index
     part: Index
@@ -186,7 +186,7 @@ class Push(msgspec.Struct, frozen=True, tag="push"):
 
 
 class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
-    """Send buffers to the driver as the output `slots` (of this microbatch, when training)."""
+    """Send buffers to the driver as the output `slots` (in training, those of this microbatch)."""
 
     slots: tuple[Index, ...]
     buffers: tuple[Index, ...]
@@ -201,7 +201,10 @@ Instruction = Feed | Read | Recv | Run | Send | Push | Fetch | Free
 
 
 class Program(msgspec.Struct, frozen=True):
-    """What one device does in one step, in order. `constants` are (buffer, index into Plan.constants), resident."""
+    """The instructions of one device for one step, in order.
+
+    `constants` are pairs (buffer, index into Plan.constants) that stay on the device between steps.
+    """
 
     device: str
     instructions: tuple[Instruction, ...]
@@ -214,7 +217,7 @@ class Constant(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True):
-    """Where one leaf of the result comes from: a fetch slot, an argument handed through, or a constant."""
+    """The source of one leaf of the result: a fetch slot, an argument returned unchanged, or a constant."""
 
     spec: ArraySpec
     kind: str  # "fetch" | "input" | "constant"
@@ -222,10 +225,10 @@ class Output(msgspec.Struct, frozen=True):
 
 
 class Reduction(msgspec.Struct, frozen=True):
-    """How the workers of a stage add a part up among themselves: by which schedule, a rank each.
+    """How the workers of a stage add up a part among themselves. Each worker is one rank.
 
-    `schedule` is "doubling", "direct", "ring", "hierarchical" or "tree" (with `fanout`). `workers` in the order of
-    ranks; `hosts` numbers the machine of each.
+    `schedule` is "doubling", "direct", "ring", "hierarchical" or "tree" (with `fanout`). `workers` are in the order
+    of ranks; `hosts` holds the number of each worker's machine.
     """
 
     schedule: Annotated[str, msgspec.Meta(max_length=32)]
@@ -235,15 +238,15 @@ class Reduction(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """The share of a store's contribution that one stage computes: `leaves` (positions within the store).
+    """The share of a store's contribution that one stage computes. `leaves` are positions within the store.
 
-    `payload` lists the arrays sent for it; with `factors` these are the operands of the outer products
-    that the home forms, a set a microbatch, instead of the gradients themselves. `accumulate` indexes the
-    task that adds two payloads (None for factors, and where nothing is ever added).
+    `payload` lists the arrays that are sent. With `factors` they are not gradients but the operands of outer
+    products, one set for each microbatch, and the home forms the products. `accumulate` is the index of the task that
+    adds two payloads (None for factors, and where nothing is added).
 
-    With a `reduction` the contributions of all replicas are added up on the way: each home gets their sum. Several
-    gradients are then one after the other in one array, which task `pack` makes of them. Task `finish` makes means of a
-    step's weighted sums before they are pushed.
+    With a `reduction` the replicas add up their contributions, and each home gets the sum. Task `pack` then
+    concatenates several gradients into one array. Task `finish` turns a step's weighted sums into means before they
+    are pushed.
     """
 
     stage: Index
@@ -261,15 +264,17 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class StoreSpec(msgspec.Struct, frozen=True):
-    """Where a layer's parameters live and how they are kept in step.
+    """Where a layer's parameters are stored and how its replicas are kept in step.
 
-    `leaves` are positions in the flattened parameters, `state` positions in the flattened optimizer
-    state; `home`, `homes` and `readers` are devices. `homes` is empty, or one for each replica where every replica
-    keeps a copy (`home` is then the first); the readers of a replica, of equal number and in order of replicas, read
-    that of their own. `apply` indexes Plan.tasks: its arguments are the
-    parameters, the state, the float32 coefficients (one a contribution), then `arity` contributions, each
-    the payloads of all parts in order; its results are the new parameters and the new state. Fewer
-    contributions are made up to `arity` with zeros, whose coefficient is 0.
+    `leaves` are positions in the flattened parameters, `state` positions in the flattened optimizer state.
+
+    `home`, `homes` and `readers` are devices. If every replica keeps a copy, `homes` holds one device for each
+    replica, and `home` is the first of them; else `homes` is empty. `readers` are in the order of replicas, with equal
+    numbers for each replica, and each reads its replica's copy.
+
+    `apply` is an index into Plan.tasks. The arguments of this task are the parameters, the state, the float32
+    coefficients (one for each contribution) and `arity` contributions, each with the payloads of all parts in order.
+    Its results are the new parameters and the new state. Missing contributions are zeros with coefficient 0.
     """
 
     name: str
@@ -297,17 +302,17 @@ class StoreSpec(msgspec.Struct, frozen=True):
 
     @property
     def copies(self) -> tuple[str, ...]:
-        """The devices that hold it."""
+        """The devices that hold a copy of the store."""
         return self.homes or (self.home,)
 
     @property
     def collective(self) -> bool:
-        """Whether replicas add up what they contribute, and each applies the sum to a copy of its own."""
+        """Whether replicas add up their contributions and each applies the sum to its own copy."""
         return bool(self.homes)
 
     @property
     def decided(self) -> bool:
-        """Whether somebody has to decide, clock by clock, whose contributions are applied."""
+        """Whether the leader decides for each clock which contributions are applied."""
         return self.clocked and not self.homes
 
     def read_from(self, homes: Container[str]) -> tuple[str, ...]:
@@ -318,20 +323,20 @@ class StoreSpec(msgspec.Struct, frozen=True):
 
     @property
     def gradient_bytes(self) -> int:
-        """Bytes that pushing the plain gradient would take."""
+        """Size of the plain gradient in bytes."""
         return self.nbytes
 
     @property
     def push_bytes(self) -> int:
-        """Bytes of one contribution from one replica."""
+        """Size of one contribution from one replica in bytes."""
         return sum(p.nbytes for p in self.parts)
 
 
 class Training(msgspec.Struct, frozen=True):
-    """What a training plan adds: replicas (each a tuple of devices, one a stage), stores and data slots.
+    """What a training plan adds: replicas (each a tuple of devices, one for each stage), stores and data slots.
 
-    Feed slots below `batch_leaves` are leaves of a microbatch; slot `batch_leaves` is the uint32 pair
-    (seed, item) when the loss takes a key. Fetch slot 0 is the loss, the rest the leaves of `aux`.
+    Feed slots below `batch_leaves` are leaves of a microbatch. Slot `batch_leaves` is the uint32 pair
+    (seed, item) if the loss takes a key. Fetch slot 0 is the loss; the others are the leaves of `aux`.
     """
 
     replicas: tuple[tuple[str, ...], ...]
@@ -347,7 +352,7 @@ class Training(msgspec.Struct, frozen=True):
 
 
 class Partition(msgspec.Struct, frozen=True):
-    """The share of the work of one device, per step: names of its tasks, floating point operations, bytes touched."""
+    """The work of one device in one step: its tasks, floating point operations, and bytes read and written."""
 
     device: str
     tasks: tuple[Task, ...]
@@ -356,7 +361,10 @@ class Partition(msgspec.Struct, frozen=True):
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """What the cost model expects of one step. Seconds and bytes."""
+    """What the cost model expects of one step, in seconds and bytes.
+
+    `peak_bytes` is the most memory in use at once, by device.
+    """
 
     step_seconds: float
     peak_bytes: dict[str, int]
@@ -365,7 +373,7 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """One alternative that placement weighed, and what it would cost."""
+    """One alternative that placement compared, with its estimated cost."""
 
     name: str
     step_seconds: float
@@ -386,7 +394,7 @@ class NodeView(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The serialisable result of compiling a function for a set of devices."""
+    """The result of compiling a function for a set of devices. It can be saved, drawn and inspected."""
 
     name: str
     devices: tuple[str, ...]
@@ -406,7 +414,7 @@ class Plan(msgspec.Struct, frozen=True):
     platforms: tuple[str, ...] = ("cpu",)
     links: tuple[PlanLink, ...] = ()
     settings: tuple[Setting, ...] = ()
-    """JAX's settings under which the function was traced; they hold on a worker for what it does for this plan."""
+    """JAX's settings when the function was traced. A worker uses them for all work on this plan."""
 
     @property
     def transfers(self) -> tuple[Transfer, ...]:
@@ -415,7 +423,7 @@ class Plan(msgspec.Struct, frozen=True):
 
     @property
     def partitions(self) -> tuple[Partition, ...]:
-        """The share of each device, in the order of `devices`."""
+        """The work of each device, in the order of `devices`."""
         return tuple(self._partition(p) for p in self.programs)
 
     def _partition(self, program: Program) -> Partition:
@@ -431,13 +439,13 @@ class Plan(msgspec.Struct, frozen=True):
         raise FlowmlError(f"plan {self.name!r} has no program for device {device!r}; it has {', '.join(self.devices)}")
 
     def explain(self) -> str:
-        """Text: what was chosen, what it was weighed against, and why."""
+        """Text that says which placement was chosen, what it was compared with, and why."""
         from flowml.render.text import explain
 
         return explain(self)
 
     def render(self, path: str | PathLike[str]) -> Path:
-        """Draw the plan into `path`; its suffix chooses svg, dot, txt or html. Returns the path written."""
+        """Draw the plan and write it to `path`. Its suffix chooses svg, dot, txt or html. Returns the path."""
         from flowml.render import render
 
         return render(self, path)
@@ -447,12 +455,15 @@ class Plan(msgspec.Struct, frozen=True):
         Path(path).write_bytes(self.encode())
 
     def encode(self) -> bytes:
-        """The plan as MessagePack, with its format and a checksum in front."""
+        """The plan as MessagePack, preceded by its format number and a checksum."""
         return seal(msgspec.msgpack.encode(self), FORMAT)
 
     @staticmethod
     def decode(data: bytes, origin: str = "plan") -> Plan:
-        """The plan that `encode` made these bytes of. Raises PlanError if they are not what it made."""
+        """Read a plan from bytes made by `encode`. Raises PlanError if they are damaged or not a plan.
+
+        `origin` names the bytes in the error.
+        """
         body = unseal(data, FORMAT, origin)
         try:
             return _decoder.decode(body)
@@ -463,12 +474,13 @@ class Plan(msgspec.Struct, frozen=True):
     def load(path: str | PathLike[str]) -> Plan:
         """Read a plan written by `save`.
 
-        Raises PlanError if it cannot be read, is damaged or of another format; FileNotFoundError if it is not there.
+        Raises PlanError if the file cannot be read, is damaged or of another format; FileNotFoundError if it does not
+        exist.
         """
         try:
             data = Path(path).read_bytes()
         except FileNotFoundError:
-            raise  # callers tell "not there yet" from "cannot be read"
+            raise  # callers distinguish a missing file from one that cannot be read
         except OSError as error:
             raise PlanError(
                 f"{path} cannot be read as a plan: {error.strerror}; give a file from plan.save()"
@@ -482,4 +494,4 @@ def fingerprint(executable: bytes) -> str:
 
 
 _decoder = msgspec.msgpack.Decoder(Plan)
-"""Made here, where one thread imports: msgspec crashes if two threads resolve a type for the first time at once."""
+"""Made at import, in one thread: msgspec crashes if two threads resolve a type for the first time at once."""

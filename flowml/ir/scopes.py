@@ -1,8 +1,8 @@
-"""Annotations: `layer("encoder")` labels what is traced inside it, `device("worker:1")` pins it.
+"""Defines annotations: `layer("encoder")` labels the operations traced inside it, `device("worker:1")` pins them.
 
-Both ride on JAX's own name stack, the one annotation that survives differentiation, `vmap` and `jit`: a label is a
-plain name scope, a pin a name scope of a form of its own. Outside a flowml trace they therefore change nothing but
-names. JAX keeps names and transformations apart on the stack, so a layer may be called `jvp(x)`.
+Both use JAX's name stack, because it survives differentiation, `vmap` and `jit`. A label is a plain name scope. A pin
+is a name scope with a special form. Outside a flowml trace they change only names. JAX stores names and transformations
+separately on the stack, so a layer may be called `jvp(x)`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import jax
 _PIN = re.compile(r"fm\.device\((.*)\)", re.DOTALL)
 _EQUATION = re.compile(r"([A-Za-z.,\s]+)(?:->([A-Za-z.\s]*))?")
 _ESCAPE = "="
-"""Written by `layer` in front of a name that would else be read as something other than a label."""
+"""Prefix that `layer` adds to a name that would otherwise not be read as a label."""
 
 
 def layer(name: str) -> AbstractContextManager[Any]:
-    """Label the operations traced inside the block. Labels nest with `/`; the same as `jax.named_scope`.
+    """Label the operations traced inside the block. Labels nest with `/`, as in `jax.named_scope`.
 
-    Raises ValueError for an empty name, for one that starts with "@", and for one that is not valid Unicode.
+    Raises ValueError if the name is empty, starts with "@", or is not valid Unicode.
     """
     if not name or name.startswith("@"):
         raise ValueError(f"layer name {name!r} must not be empty or start with '@'; try layer('encoder')")
@@ -34,7 +34,10 @@ def layer(name: str) -> AbstractContextManager[Any]:
 
 
 def device(name: str) -> AbstractContextManager[Any]:
-    """Pin the operations traced inside the block to a device: `"worker:1"` or `"worker:1/cpu:0"`."""
+    """Pin the operations traced inside the block to a device: `"worker:1"` or `"worker:1/cpu:0"`.
+
+    Raises ValueError if `name` cannot be the name of a device.
+    """
     if not name or any(c in name for c in "()@|"):
         raise ValueError(f"device name {name!r} is not one; try device('worker:1') or device('worker:1/cpu:0')")
     return jax.named_scope(f"fm.device({name})")
@@ -42,7 +45,7 @@ def device(name: str) -> AbstractContextManager[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """A name stack taken apart: the labels from the outside in, the pins among them, and which pass it is."""
+    """A parsed name stack: its labels and pins from the outside in, and whether it is of the backward pass."""
 
     labels: tuple[str, ...]
     pins: tuple[str, ...]
@@ -54,11 +57,11 @@ class Scope:
 
 
 Stack = tuple[tuple[str, bool], ...]
-"""A name stack from the outside in: (name, whether it is a transformation's)."""
+"""A name stack from the outside in: pairs (name, whether it is the name of a transformation)."""
 
 
 def parse(stack: Stack) -> Scope:
-    """Take a name stack apart, without the transformations."""
+    """Parse a name stack and leave out its transformations."""
     runs: list[list[str]] = [[]]
     pins: list[str] = []
     for name, transformation in stack:
@@ -77,12 +80,12 @@ def parse(stack: Stack) -> Scope:
 
 
 def as_text(name: str) -> str:
-    """A name as valid Unicode: a lone surrogate, which no file and no message can hold, is written as `\\udcff`."""
+    """A name as valid Unicode. A lone surrogate is written as `\\udcff`, because files and messages cannot hold it."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _without_repeats(runs: Iterable[list[str]]) -> list[str]:
-    """Where the backward pass computes a block again (`jax.checkpoint`) JAX repeats the scopes around it."""
+    """The names without repeated scopes, which JAX adds where the backward pass recomputes a `jax.checkpoint` block."""
     names: list[str] = []
     for run in runs:
         names = run if run[: len(names)] == names else names + run
@@ -90,15 +93,15 @@ def _without_repeats(runs: Iterable[list[str]]) -> list[str]:
 
 
 def _is_special(name: str) -> bool:
-    """Whether a scope is no label: a pin, the equation of an einsum, or one of equinox, which names its classes.
+    """Whether a scope is not a label: a pin, the equation of an einsum, or the name of an equinox class.
 
-    The last two tell no layer of a model from another.
+    Equations and class names do not identify a layer of a model.
     """
     return bool(_PIN.fullmatch(name)) or name.startswith("eqx.nn.") or _is_equation(name)
 
 
 def _is_equation(name: str) -> bool:
-    """Whether `jnp.einsum` takes the name as an equation. Without an arrow it also has to add something up."""
+    """Whether `jnp.einsum` accepts the name as an equation. Without an arrow it also has to sum over an index."""
     found = _EQUATION.fullmatch(name)
     if found is None:
         return False

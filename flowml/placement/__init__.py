@@ -1,4 +1,4 @@
-"""place: node -> device, from the user's pins and rules and from the cost model."""
+"""Assigns a device to every node, from the user's pins and rules and from the cost model."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Automatic placement: one device against pipelines of two and more, by estimate.
+"""Chooses a placement automatically: compares one device with pipelines by their estimated time.
 
-One fast machine hardly ever gains from a pipeline; slow links never do for a single call. The comparison is
-kept so that `plan.explain()` can say so with numbers. The estimate is not exact, so a pipeline has to promise more than
-its error, over one device and over any shorter pipeline. Stages lie along the fastest links that there are, so that two
-machines with a slow link between them meet in at most one place of the pipeline.
+A pipeline seldom helps on one fast machine, and never helps a single call over slow links. The comparison is kept, so
+`plan.explain()` can show the numbers. The estimate is not exact, so a pipeline is chosen only if its gain over one
+device and over any shorter pipeline exceeds the error. Stages follow the fastest links, so a pipeline crosses a slow
+link between two machines at most once.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from flowml.placement.pipeline import crossing_bytes, pipeline_items, pipeline_s
 from flowml.plan import Choice
 
 ERROR = 0.2
-"""How far estimates of two placements of one function may be off against each other, as a share of the time."""
+"""The error of the estimate when two placements of one function are compared, as a share of the time."""
 _WITHIN = f"estimate's error of {ERROR:.0%}"
 
 
 def choose(
     graph: Graph, devices: Sequence[Device], objective: str, memory_bytes: int | None, links: Links
 ) -> tuple[dict[int, str], tuple[Choice, ...], tuple[str, ...]]:
-    """The best assignment that fits, all that were weighed, and notes. Raises PlacementError if none fits."""
+    """The best assignment that fits, all that were compared, and notes. Raises PlacementError if none fits."""
     items = pipeline_items(graph)
     chain = _chain(devices, links, max(crossing_bytes(graph, items), default=0))
     candidates: list[tuple[str, dict[int, str]]] = [
@@ -65,7 +65,7 @@ def choose(
 
 
 def _stage_counts(most: int) -> list[int]:
-    """The numbers of stages that are weighed: all small ones, then steps no larger than the error of the estimate."""
+    """The numbers of stages to compare: all small ones, then steps no larger than the error of the estimate."""
     counts: list[int] = []
     stages = 2
     while stages < most:
@@ -82,9 +82,9 @@ def _note(choice: Choice, fits: bool, best: Choice) -> str:
 
 
 def _chain(devices: Sequence[Device], links: Links, nbytes: int) -> list[Device]:
-    """The devices in the order in which a pipeline takes them: each the nearest of what is left to the one before it.
+    """The devices in the order of the pipeline: each is the nearest remaining device to the one before it.
 
-    Where all links are alike that is the order given. Nearest for `nbytes`, the most that crosses anywhere.
+    The distance is the time to send `nbytes`, the largest transfer anywhere. Equal links keep the given order.
     """
     chain, left = [devices[0]], list(devices[1:])
     while left:
@@ -126,8 +126,8 @@ def _weigh(
 def _play(graph: Graph, devices: Mapping[str, Device], links: Links) -> tuple[float, float, int]:
     """Seconds of one step, seconds a step of many in flight, and how many values cross.
 
-    One step is played as `estimate` plays the finished program: tasks in order, each started at its device's cost, each
-    message on its way from the end of the task that sends it.
+    One step is simulated as `estimate` simulates the finished program: tasks run in order, each task costs its
+    device's dispatch time, and a message leaves when the task that sends it ends.
     """
     seconds = {n.id: node_seconds(graph, n, devices[n.device]) for n in graph.nodes}
     tasks = schedule(graph, seconds)

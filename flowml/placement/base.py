@@ -1,7 +1,7 @@
-"""The placement pass: pins win, then the user's rule, then unlabelled nodes follow their data.
+"""Places every node on a device: by its pin, else by the user's rule, else next to its data.
 
 A rule decides by layer (a mapping of patterns, a pipeline, `"auto"`) or by node (a callable). Every rule
-returns the same thing, a device per node, and the alternatives it weighed, for `plan.explain()`.
+returns a device for each node and the alternatives that it compared, for `plan.explain()`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from flowml.plan import Choice
 class Pipeline:
     """Cut the layers, in the order in which data reaches them, into `stages` runs of equal cost, one device each.
 
-    The cut is the exact optimum of a dynamic programme over layers for the slowest stage. Raises
-    ValueError if `stages` < 1.
+    A dynamic programme over the layers finds the cut whose slowest stage is fastest. Raises ValueError if
+    `stages` < 1.
     """
 
     stages: int
@@ -38,12 +38,17 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class AutoPlacement:
-    """Choose between one device and pipelines by estimate.
+    """Choose between one device and pipelines by their estimated time.
 
-    `objective` is "latency" (one call) or "throughput" (many in flight); `memory_bytes` limits each device;
-    `time_limit_s` is for searches that can be long. Today's is none of them: it weighs one device and one pipeline for
-    each number of stages, each by an exact dynamic programme over at most 600 layers, so there is nothing to cut short
-    and the value changes nothing. Raises ValueError for an objective, a bound or a limit that is none.
+    Attributes:
+        objective: `"latency"` (one call) or `"throughput"` (many calls in flight).
+        memory_bytes: a limit on the memory of each device.
+        time_limit_s: a limit on the search in seconds. It has no effect today, because the search is short: it
+            compares one device and one pipeline for each number of stages, each by an exact dynamic programme over
+            at most 600 layers.
+
+    Raises:
+        ValueError: for an unknown objective, or a limit that is out of range.
     """
 
     objective: str = "latency"
@@ -67,9 +72,9 @@ Placement = str | Mapping[str, str] | Pipeline | AutoPlacement | Rule
 
 @dataclass(frozen=True)
 class Choices:
-    """A device for every node of the graph, with what was weighed and anything worth telling the user.
+    """A device for every node of the graph, the alternatives that were compared, and notes for the user.
 
-    `default` is for nodes that no rule, no pin and no neighbour places; "" leaves it open.
+    `default` is the device of nodes that no rule, pin or neighbour places; "" stands for the first device.
     """
 
     assignment: Mapping[int, str]
@@ -79,7 +84,7 @@ class Choices:
 
 
 def place(graph: Graph, devices: Sequence[Device], placement: Placement, links: Links) -> Choices:
-    """Decide where every node runs. Raises PlacementError naming the device, layer or pin at fault."""
+    """Decide where every node runs. Raises PlacementError, which names the device, layer or pin at fault."""
     pins = {n.id: _pin(n, devices) for n in graph.nodes if n.scope.pins}
     choices = _apply_rule(graph, devices, placement, links)
     assignment = _follow_data(graph, {**choices.assignment, **pins}, choices.default or devices[0].name)
@@ -111,7 +116,7 @@ def _apply_rule(graph: Graph, devices: Sequence[Device], placement: Placement, l
 
 
 def _pin(node: Node, devices: Sequence[Device]) -> str:
-    """The device of a node's pins; a nested pin may only narrow the one outside it."""
+    """The device of a node's pins; an inner pin may only be narrower than the outer one."""
     layer = one_line(node.layer or "(none)")
     asked = f"fm.device in layer {layer!r}"
     found = [find_device(p, devices, asked) for p in node.scope.pins]
@@ -125,7 +130,7 @@ def _pin(node: Node, devices: Sequence[Device]) -> str:
 
 
 def _by_pattern(graph: Graph, devices: Sequence[Device], patterns: Mapping[str, str]) -> Choices:
-    """The first pattern that names a layer places it. One that matches any name is also the default."""
+    """The first pattern that matches a layer places it. A pattern that matches any name is also the default."""
     layers = [layer for layer in dict.fromkeys(n.layer for n in graph.nodes) if layer]
     with_part: dict[str, list[str]] = {}
     for layer in layers:
@@ -159,7 +164,7 @@ def _by_callable(graph: Graph, devices: Sequence[Device], rule: Rule) -> dict[in
 
 
 def _follow_data(graph: Graph, placed: Mapping[int, str], default: str) -> dict[int, str]:
-    """Unplaced nodes go where the largest of their placed inputs is, else to their consumer, else to `default`."""
+    """Unplaced nodes go to the device of their largest placed input, else of a consumer, else to `default`."""
     assignment = dict(placed)
     for node in graph.nodes:
         if node.id not in assignment:

@@ -1,7 +1,7 @@
-"""estimate: play the programs against the cost model. Gives step time and peak memory, and finds deadlocks.
+"""Estimates step time and peak memory by simulating the programs with the cost model, and finds deadlocks.
 
-Each device walks its list with a clock of its own; a Recv waits for the arrival time of its message. If no
-device can move before all are done the plan would hang, which is an error of the compiler, raised here.
+Each device runs its instruction list on a separate clock. A Recv waits for the arrival time of its message. If no
+device can advance before all have finished, the plan would hang. That is a bug of the compiler, and raises an error.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def peak_bytes(
     constants: Sequence[ArraySpec],
     stores: Sequence[StoreSpec] = (),
 ) -> int:
-    """The most bytes that a device's buffers hold at once, walking its instruction list."""
+    """The largest total size of a device's live buffers in bytes, over its instruction list."""
     sizes = {b: constants[c].nbytes for b, c in program.constants}
     live = peak = sum(sizes.values())
     for instruction in program.instructions:

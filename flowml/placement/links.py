@@ -1,8 +1,8 @@
-"""links: what a transfer between two devices costs, pair by pair.
+"""Estimates the time of a transfer between two devices, for each pair.
 
-A transfer takes the latency of its link and its bytes at the link's rate: the postal model (Bar-Noy and Kipnis,
-1992), which is as much as choosing between placements needs. Compiling without a cluster reckons every pair with the
-same prior. A cluster knows by which way each pair of workers talks, and gives what it measured for it.
+A transfer takes the latency of its link plus its bytes at the link's rate. This is the postal model (Bar-Noy and
+Kipnis, 1992), which is accurate enough to choose between placements. Compiling without a cluster uses the same default
+for every pair. A cluster knows the transport of each pair of workers and gives its measurements.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GRPC = "gRPC"
 
 @dataclass(frozen=True)
 class Link:
-    """A fixed latency in seconds, a rate in bytes/s (infinite: by reference), the way, and whether it was measured."""
+    """A link: latency in seconds, rate in bytes/s (infinite: by reference), transport, and whether it was measured."""
 
     latency_s: float = 4e-4
     bytes_per_s: float = 1e9
@@ -40,12 +40,12 @@ ASSUMED: Mapping[str, Link] = MappingProxyType(
         GRPC: Link(4e-4, 1e9, GRPC),
     }
 )
-"""What a link is taken for until it is measured, by its way: what ordinary machines have shown."""
+"""The assumed link of each transport until it is measured. The values are typical of ordinary machines."""
 
 
 @dataclass(frozen=True)
 class Links:
-    """The link of every ordered pair of devices. `pairs` is by names of workers (or "driver"), or of single devices."""
+    """The link of every ordered pair of devices. `pairs` is keyed by names of workers (or "driver") or of devices."""
 
     default: Link = ASSUMED[""]
     pairs: Mapping[tuple[str, str], Link] = field(default_factory=dict[tuple[str, str], Link])
@@ -59,16 +59,16 @@ class Links:
 
 
 def machines(links: Links, workers: Sequence[str]) -> tuple[int, ...]:
-    """The number of each worker's machine: that of the first worker which it reaches in its memory.
+    """The number of each worker's machine, which is that of the first worker that it reaches through memory.
 
-    Workers of whom nothing is known share one. Who talks by gRPC on one machine counts as on another: that is what its
-    links cost.
+    Workers without known links share one machine. Workers that use gRPC count as separate machines even on one
+    machine, because their links cost as much.
     """
     return tuple(next(i for i, a in enumerate(workers) if a == b or links.between(a, b).way != GRPC) for b in workers)
 
 
 def links_used(links: Links, messages: Iterable[Message], stores: Iterable[StoreSpec] = ()) -> tuple[PlanLink, ...]:
-    """For the plan: the link of each pair of devices that a message, a push, a sum or a publication takes, once."""
+    """The links that the plan lists: one for each pair of devices used by a message, push, sum or publication."""
     edges = [(m.source, m.destination) for m in messages]
     for store in stores:
         for home in dict.fromkeys(store.copies):

@@ -1,4 +1,4 @@
-"""Whether a placement fits: the parameters, activations and results that a device must hold."""
+"""Checks that a placement fits in memory: the parameters, activations and results that a device must hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def resident_bytes(graph: Graph, assignment: Mapping[int, str], device: str) -> 
 def check_memory(
     graph: Graph, assignment: Mapping[int, str], devices: Sequence[Device], limit_bytes: int | None = None
 ) -> None:
-    """Raise PlacementError, with the bytes, for a device that cannot hold its share."""
+    """Raise PlacementError, with the bytes, if a device cannot hold its share."""
     for device in devices:
         limit = limit_bytes if limit_bytes is not None else device.memory_bytes
         if limit is None:

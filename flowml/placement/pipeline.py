@@ -1,8 +1,8 @@
-"""Pipeline placement: an exact dynamic programme over layers.
+"""Cuts layers into pipeline stages by an exact dynamic programme.
 
-Layers, in the order in which data reaches them, are cut into contiguous stages so that the slowest stage, or the
-slowest transfer into one, is as fast as can be: best[s][j] = min over i of max(best[s-1][i], cost(i, j)), the
-linear-partition recurrence that PipeDream (Harlap et al., 2018) uses for pipelines.
+Layers, in the order in which data reaches them, are cut into contiguous stages. The cut minimises the time of the
+slowest stage or transfer into a stage: best[s][j] = min over i of max(best[s-1][i], cost(i, j)), the linear-partition
+recurrence that PipeDream (Harlap et al., 2018) uses for pipelines.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ def pipeline_stages(
 ) -> dict[int, str]:
     """node id -> device, stage by stage. Raises PlacementError if there are fewer layers than stages.
 
-    With `limit_bytes` only cuts whose stages hold no more inputs (parameters, mostly) than that are
-    considered, as long as there are any.
+    `limit_bytes` bounds the inputs (mostly parameters) that a stage holds; it is ignored if no cut meets it.
     """
     items = pipeline_items(graph)
     stages = cut(graph, items, devices, links, limit_bytes)
@@ -36,10 +35,10 @@ def pipeline_stages(
 
 
 def pipeline_items(graph: Graph) -> list[list[Node]]:
-    """What is kept together: the nodes of one layer; each unlabelled node by itself. In the order in which data comes.
+    """The units of a cut, in the order in which data reaches them: the nodes of a layer, or one unlabelled node.
 
-    Data is what is computed from an input that is neither a parameter nor a key: where a layer's weights are
-    prepared, or its keys split, says nothing of its place in the model.
+    Data is what is computed from an input that is neither a parameter nor a key. Nodes that prepare a layer's weights
+    or split its keys do not show the layer's position in the model.
     """
     data = _data_nodes(graph)
     groups: dict[str | int, list[Node]] = {}
@@ -59,7 +58,7 @@ def pipeline_items(graph: Graph) -> list[list[Node]]:
 
 
 def _data_nodes(graph: Graph) -> set[int]:
-    """The nodes that depend on the data. Constants and single numbers (a step's) are data only if nothing else is."""
+    """The nodes that depend on data. Constants and scalars (such as a step number) count only if nothing else does."""
     free = [v for v in (*graph.inputs, *graph.constants) if v not in graph.parameters and not is_key(graph.avals[v])]
     arrays = [v for v in free if graph.values[v].shape and v not in graph.constants]
     reached = set(arrays or free)
@@ -78,7 +77,7 @@ def cut(
     links: Links,
     limit_bytes: int | None = None,
 ) -> list[int]:
-    """The stage of every item: the exact optimum for the slowest stage, and among its equals the most even one."""
+    """The stage of every item: the cut whose slowest stage is fastest, and among equal cuts the most even one."""
     count, stages = len(items), len(devices)
     if count < stages:
         raise PlacementError(
@@ -116,7 +115,7 @@ def cut(
 def _linear_partition(cost: Callable[[int], np.ndarray], stages: int, count: int) -> tuple[float, list[int]]:
     """Cut `count` items into `stages` runs so that the largest cost is least: (that cost, stage of each item).
 
-    `cost(stage)[start, end]` is the cost of the run start..end; those with end <= start mean nothing.
+    `cost(stage)[start, end]` is the cost of the run start..end; entries with end <= start are not used.
     """
     best = np.full((stages + 1, count + 1), np.inf)
     choice = np.zeros((stages + 1, count + 1), dtype=int)
@@ -149,13 +148,13 @@ def _input_bytes(graph: Graph, items: Sequence[Sequence[Node]]) -> list[int]:
 
 
 def _transfer_seconds(crossing: Sequence[int], devices: Sequence[Device], links: Links) -> np.ndarray:
-    """[stage, item] -> seconds that what crosses a cut in front of the item takes to reach the stage."""
+    """[stage, item] -> seconds to send to the stage what crosses a cut in front of the item."""
     into = [links.between(a.name, b.name) for a, b in pairwise(devices)]
     return np.array([[0.0] * len(crossing), *([k.seconds(n) if n else 0.0 for n in crossing] for k in into)])
 
 
 def crossing_bytes(graph: Graph, items: Sequence[Sequence[Node]]) -> list[int]:
-    """Bytes that cross a cut in front of each item (the first has none in front of it)."""
+    """Bytes that cross a cut in front of each item except the first."""
     position = {node.id: i for i, item in enumerate(items) for node in item}
     change = [0] * (len(items) + 1)
     for value, users in graph.consumers.items():

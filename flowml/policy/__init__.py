@@ -1,10 +1,10 @@
-"""The update-policy algebra: how the replicas of a layer keep its parameters in step, as one small value.
+"""Defines update policies: values that say how the replicas of a layer keep its parameters in step.
 
 `update = Apply(Quorum(Topology(Payload(work^Every(parameters read under Consistency)))))`
 
-A `Policy` is one choice for each of these, so a published method (parameter server, local SGD, Downpour,
-stale-synchronous, backup workers, factor exchange) is a composition and has no machinery of its own. A
-composition that is not sound cannot be constructed. Nothing here imports JAX.
+A `Policy` is one choice for each of these. A published method (parameter server, local SGD, Downpour,
+stale-synchronous, backup workers, factor exchange) is a composition of choices and needs no separate code. An
+unsound composition cannot be constructed. Nothing here imports JAX.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which policy governs which parameter, and whether the policies of one model go together."""
+"""Finds the policy of each parameter, and checks that the policies of one model are sound together."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from flowml.errors import PolicyError, named
 from flowml.policy.spec import Policy
 
 DEFAULT_PATTERN = "*"
-"""What `resolve` reports as the pattern of a parameter that no pattern matches; its policy is `Policy()`."""
+"""The pattern that `resolve` reports for a parameter without a match, whose policy is `Policy()`."""
 
 _ROOT = "params/"  # the collection that flax puts around a model's parameters; patterns need not repeat it
 
 
 def resolve(policies: Mapping[str, Policy], paths: Iterable[str]) -> dict[str, tuple[str, Policy]]:
-    """For each parameter path (`"conv1/kernel"`) the pattern that won, and its policy.
+    """For each parameter path (`"conv1/kernel"`), the first pattern that matches it and the pattern's policy.
 
-    Patterns are fnmatch patterns, or paths as they are written; `*` matches `/` too. They are tried in the mapping's
-    order on the path, and on the path without a leading `params/`; the first match wins.
+    Patterns are fnmatch patterns, where `*` also matches `/`, or literal paths. They are tried in the mapping's order
+    on the path, and on the path without a leading `params/`.
 
     Raises:
         PolicyError: for a pattern that matches no path, or a value that is not a Policy.
@@ -32,14 +32,14 @@ def resolve(policies: Mapping[str, Policy], paths: Iterable[str]) -> dict[str, t
 def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[str, ...]:
     """Check that the policies of one model are sound together for `replicas` replicas.
 
-    Returns notes for the user, on what is sound but may not be what was meant. `policies` maps any name
+    Returns notes for the user on policies that are sound but may not be what was meant. `policies` maps any name
     (a pattern, a store) to its policy.
 
     Raises:
-        PolicyError: for a quorum of more replicas than there are; if a layer that applies contributions on arrival
-            shares a model with one that drops late ones, or one that all replicas add up together does. The fate of a
-            work item is decided for the item as a whole; what has been applied on arrival can no longer be dropped,
-            and what has to be added up not at all.
+        PolicyError: for a quorum of more replicas than there are, or if a layer that drops late contributions shares a
+            model with a layer that applies contributions on arrival or adds them up over all replicas. A work item
+            is used or dropped as a whole. A contribution that was applied on arrival can no longer be dropped, and a
+            sum over all replicas needs every contribution.
     """
     if replicas < 1:
         raise PolicyError(f"replicas={replicas}: training needs at least one replica")
@@ -77,8 +77,10 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
 
 
 def overruled(policies: Mapping[str, Policy], replicas: int) -> str | None:
-    """One sentence on layers whose quorum takes no effect, because one decision on a work item covers all layers and
-    takes as many replicas as the strictest of them needs; None if there are none."""
+    """One sentence that names the layers whose quorum has no effect; None if there are none.
+
+    One decision on a work item covers all layers, and it needs as many replicas as the strictest layer.
+    """
     decided = {name: p for name, p in policies.items() if p.clocked and not p.collective}
     needs = {name: p.quorum.need(replicas) for name, p in decided.items()}
     most = max(needs.values(), default=0)

@@ -1,7 +1,7 @@
-"""The mathematics behind the policies: when a read may go ahead, when a push is due, how much each part counts.
+"""Computes when a replica may read, when it has to push, and the coefficient of each contribution.
 
-Pure functions of small integers. A clock is the number of a replica's step, from 0. `clocks[r]` of a store
-is the number of steps of replica r whose contribution its home has, so it equals t once step t - 1 is in.
+These are pure functions of small integers. A clock is the number of a replica's step, from 0. `clocks[r]` of a
+store is the number of steps of replica r whose contribution its home has: it is t once step t - 1 has arrived.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from typing import Literal
 
 
 def can_read(my_clock: int, clocks: Sequence[float], staleness: float, every: int) -> bool:
-    """Whether a replica about to run step `my_clock` may use a version that has seen `clocks`.
+    """Whether a replica at step `my_clock` may read a version that contains the contributions of `clocks`.
 
-    Contributions come every `every` steps, so a read at any step of such a window needs what was needed at
-    its start: all that was pushed before the window, less `staleness` clocks. Staleness 0 with every 1 is
-    bulk synchronous; unbounded never waits (Ho et al., stale synchronous parallel, NeurIPS 2013). A replica
-    that has retired counts as infinitely far.
+    Contributions arrive every `every` steps, so all steps of such a window need the same version: it contains
+    everything pushed up to `staleness` clocks before the window. Staleness 0 with every 1 is bulk synchronous; with
+    unbounded staleness a read never waits (Ho et al., stale synchronous parallel, NeurIPS 2013). The clock of a
+    retired replica counts as infinite.
     """
     window = my_clock // every * every
     return min(clocks) >= window - staleness
 
 
 def due(clock: int, every: int, last_clock: int) -> bool:
-    """Whether step `clock` ends with a push: each `every`-th step does, and the last one, so that no work is left."""
+    """Whether step `clock` ends with a push. Each `every`-th step does, and the last one, so that no work is lost."""
     return (clock + 1) % every == 0 or clock == last_clock
 
 
 def coefficients(apply: Literal["mean", "sum"], weights: Sequence[int], microbatches: int) -> tuple[float, ...]:
-    """The factor for each payload, where payload i is the SUM of `weights[i]` microbatch gradients.
+    """The coefficient of each payload, where payload i is the sum of `weights[i]` microbatch gradients.
 
-    `"mean"` is the mean over all microbatch gradients that take part, which keeps the update unbiased
-    whatever the quorum left out. `"sum"` adds the mean gradients of the steps, as if each were applied alone.
-    A payload of weight 0 stands for nothing and gets 0.
+    `"mean"` is the mean over all microbatch gradients that take part, so the update is unbiased if the quorum
+    drops some. `"sum"` adds the mean gradients of the steps, as if each were applied alone. A payload of weight 0
+    has coefficient 0.
     """
     if min(weights, default=1) < 0 or microbatches < 1:
         raise ValueError(f"weights {tuple(weights)} and microbatches {microbatches} must count gradients")

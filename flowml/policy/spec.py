@@ -1,8 +1,8 @@
-"""The values a policy is made of, and what makes a composition of them unsound.
+"""Defines `Policy` and the values that it is made of, and rejects unsound compositions.
 
-Each knob is a frozen value that checks itself; `Policy` checks how they go together. The algebra has more
-choices than work today (`docs` lists them): asking for one of those is an error that says so and names
-what there is, never something that is silently ignored.
+Each knob is a frozen value that checks itself; `Policy` checks that its knobs are sound together. Some choices
+of the design do not work yet (docs/policies.md lists them). Such a choice is never ignored: it raises an error that
+names the available ones.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from flowml.policy.topology import TOPOLOGIES, ParameterServer, Topology
 from flowml.policy.topology import describe as describe_topology
 
 UNBOUNDED = math.inf
-"""A staleness without bound: a read never waits for anybody."""
+"""A staleness without bound: a read never waits."""
 
-_ROUNDING = 1e-9  # 1 - 1/3 of three members is two of them, whatever binary fractions make of it
+_ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
 
 _SERVER = ParameterServer()
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """Replicas send gradients, summed over the microbatches and steps since they last sent."""
+    """Replicas send gradients, summed over the microbatches and steps since their last push."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Replicas send the operands a and δ of the outer product aᵀδ, and the home forms the gradient.
+    """Replicas send the operands a and δ of the product aᵀδ, and the home forms the gradient.
 
-    Less to send for a large dense layer and a small batch (Chilimbi et al., Project Adam, OSDI 2014).
+    This sends less for a large dense layer and a small batch (Chilimbi et al., Project Adam, OSDI 2014).
     """
 
 
 @dataclass(frozen=True)
 class Quorum:
-    """How many contributions complete a clock, and what becomes of those that come later.
+    """How many contributions complete a clock, and what happens to later ones.
 
     Args:
-        count_or_fraction: a float in (0, 1] is a share of the replicas, rounded up; an int ≥ 1 a number of them.
+        count_or_fraction: a float in (0, 1] is a share of the replicas, rounded up; an int ≥ 1 is a number of replicas.
         of: `"replicas"`.
-        late: `"drop"` leaves late contributions out for good; `"fold"` applies each one when it comes,
-            which is what `Quorum(1, late="fold")` with a staleness above 0 means.
+        late: `"drop"` discards late contributions; `"fold"` applies each contribution on arrival and is available as
+            `Quorum(1, late="fold")`, with a staleness above 0.
 
     Raises:
-        PolicyError: for a value out of range, or one that is not available yet.
+        PolicyError: for a value that is out of range or not available yet.
     """
 
     count_or_fraction: float = 1.0
@@ -85,7 +85,11 @@ class Quorum:
 
 @dataclass(frozen=True)
 class Every:
-    """Push (and pull) once every `push` steps; in between gradients add up where they were computed."""
+    """Push and pull every `push` steps. Between pushes each replica adds up its gradients.
+
+    Raises:
+        PolicyError: for a `push` below 1, or a `pull` that differs from it.
+    """
 
     push: int = 1
     pull: int | None = None
@@ -106,17 +110,17 @@ class Every:
 
 @dataclass(frozen=True, init=False)
 class Policy:
-    """How one layer is kept in step. `Policy()` is synchronous data parallelism: nothing read is ever old.
+    """How the replicas of one layer are kept in step. `Policy()` is synchronous data parallelism.
 
     Attributes:
-        topology: who sends to whom: `ParameterServer()`, or one of `AllReduce()`, `Ring()`, `Tree()`, `Hierarchy()`,
-            with which all replicas add up every gradient together.
-        staleness: how many clocks a read may be behind (0 synchronous, n bounded, `UNBOUNDED`).
-        quorum: what completes a clock. Left out: all replicas when the staleness is 0, else none has to wait
-            and each contribution is applied on arrival (Dean et al., Downpour; Ho et al., stale synchronous).
+        topology: how contributions travel. With `ParameterServer()` replicas send them to the layer's home. With
+            `AllReduce()`, `Ring()`, `Tree()` or `Hierarchy()` all replicas add up each gradient together.
+        staleness: how many clocks a read may be behind (0: synchronous, n: bounded, `UNBOUNDED`: no bound).
+        quorum: what completes a clock. By default all replicas do if the staleness is 0; else each contribution is
+            applied on arrival (Dean et al., Downpour; Ho et al., stale synchronous).
         every: steps between pushes.
         payload: what is sent.
-        filters: transformations of the payload.
+        filters: transformations of the payload; none is available yet.
         apply: `"mean"` divides by the number of microbatch gradients that took part, `"sum"` only by the
             microbatches of one step.
 
@@ -161,7 +165,7 @@ class Policy:
 
     @property
     def clocked(self) -> bool:
-        """Whether the layer commits clock by clock. False: each contribution is applied when it arrives."""
+        """Whether the layer commits clock by clock. If False, each contribution is applied on arrival."""
         return self.quorum.late != "fold"
 
     @property
@@ -170,7 +174,7 @@ class Policy:
         return not isinstance(self.topology, ParameterServer)
 
     def describe(self) -> str:
-        """A few words for tables: `"sync"`, `"every 4"`, `"async ≤3, factors"`, `"sync, ring"`."""
+        """A short text for tables: `"sync"`, `"every 4"`, `"async ≤3, factors"`, `"sync, ring"`."""
         bound = "" if self.staleness == UNBOUNDED else f" ≤{self.staleness}"
         words: list[str] = []
         if not self.clocked:
@@ -192,7 +196,7 @@ class Policy:
 
 
 def _number(value: object, otherwise: str) -> int | float:
-    """An int or a float, NumPy's too. Raises PolicyError for NaN, a bool and what is no number."""
+    """A Python or NumPy number as an int or a float. Raises PolicyError for NaN, a bool or anything else."""
     count = whole(value)
     if count is not None:
         return count
@@ -221,14 +225,14 @@ def _filters(filters: Sequence[object]) -> tuple[object, ...]:
 
 
 def _available(knob: str, value: object, choices: tuple[str, ...], where: str = "{}") -> None:
-    """`where` shows the knob where it is given, such as in `"Quorum({})"`."""
+    """Raise PolicyError unless `value` is one of `choices`; `where` formats the knob, as in `"Quorum({})"`."""
     if value not in choices:
         known = " or ".join(f"{knob}={c!r}" for c in choices)
         raise PolicyError(f"{where.format(f'{knob}={value!r}')} is not available yet; give {known}")
 
 
 def _check_parts(policy: Policy) -> None:
-    """Each knob holds something that works today."""
+    """Check that each knob has an available value."""
     kinds: tuple[tuple[str, object, tuple[type, ...]], ...] = (
         ("topology", policy.topology, TOPOLOGIES),
         ("quorum", policy.quorum, (Quorum,)),
@@ -244,7 +248,7 @@ def _check_parts(policy: Policy) -> None:
 
 
 def _check_sound(policy: Policy) -> None:
-    """The knobs go together."""
+    """Check that the knobs are sound together."""
     quorum, stale = policy.quorum, policy.staleness
     if policy.collective:
         _check_collective(policy)
@@ -273,7 +277,7 @@ def _check_sound(policy: Policy) -> None:
 
 
 def _check_collective(policy: Policy) -> None:
-    """What a sum over all replicas can do."""
+    """Check that the other knobs are sound and available with a sum over all replicas."""
     topology = f"topology={policy.topology!r}"
     if policy.staleness:
         raise PolicyError(

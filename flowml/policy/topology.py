@@ -1,7 +1,7 @@
-"""Who sends to whom: the values of a policy's topology, and what they come to for so many bytes on given machines.
+"""Defines topologies, which say how contributions travel, and chooses the schedule of an all-reduce.
 
-`ParameterServer` has one home a layer. With all others each replica keeps a copy, and replicas add up their gradients
-among themselves; the schedules of that are named here and drafted in the runtime.
+`ParameterServer` has one home for each layer. With all other topologies each replica keeps a copy, and replicas add up
+their gradients among themselves. The schedules of these sums are named here and implemented in the runtime.
 """
 
 from __future__ import annotations
@@ -13,34 +13,36 @@ from flowml.errors import PolicyError
 from flowml.numbers import whole
 
 DOUBLING_BYTES = 2 * 2**20
-"""Up to here, on one host, fewer hops beat fewer bytes. Measured: the ways cross at 3 to 8 MiB for 2 and 4 ranks."""
+"""Largest gradient on one host for which fewer hops are faster than fewer bytes. The measured limit is 3 to 8 MiB for
+2 and 4 ranks."""
 
 DOUBLING_BYTES_APART = 256 * 2**10
-"""The same among hosts. Measured: 1 MiB over gRPC on loopback; a network is slower in bytes than that, not in hops."""
+"""The same between hosts. The measured limit is 1 MiB over gRPC on loopback; a network has a lower rate than that but
+a similar latency, so the limit is lower."""
 
 
 @dataclass(frozen=True)
 class ParameterServer:
-    """Every layer has one home, which holds its parameters and optimizer state and applies what replicas send."""
+    """Each layer has one home, which holds its parameters and optimizer state and applies the contributions."""
 
 
 @dataclass(frozen=True)
 class AllReduce:
-    """Every replica keeps a copy, and gradients are added up among replicas: by which schedule, their size decides.
+    """Every replica keeps a copy, and replicas add up their gradients among themselves.
 
-    Small ones take recursive doubling, large ones reduce-scatter and all-gather: directly on one host, around a
-    ring among hosts, both where hosts have several replicas.
+    Small gradients use recursive doubling. Large gradients use reduce-scatter and all-gather: directly on one host,
+    around a ring between hosts, and both where hosts have several replicas.
     """
 
 
 @dataclass(frozen=True)
 class Ring:
-    """As `AllReduce`, always around a ring: each of N replicas sends 2 (N-1)/N of the gradient."""
+    """Like `AllReduce`, but always around a ring: each of N replicas sends 2 (N-1)/N of the gradient."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """As `AllReduce`, always up a tree to the first replica and down again, `fanout` children each."""
+    """Like `AllReduce`, but always up a tree to the first replica and down again; each node has `fanout` children."""
 
     fanout: int = 4
 
@@ -53,7 +55,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """As `AllReduce`, always added up inside each host first (`local`), then around the hosts (`remote`)."""
+    """Like `AllReduce`, but always adds up inside each host (`local`), then around a ring of hosts (`remote`)."""
 
     local: AllReduce = field(default_factory=AllReduce)
     remote: Ring = field(default_factory=Ring)
@@ -72,7 +74,7 @@ TOPOLOGIES = (ParameterServer, AllReduce, Ring, Tree, Hierarchy)
 
 
 def choose(nbytes: int, hosts: Sequence[Hashable]) -> str:
-    """The name of the schedule for `nbytes` among ranks on `hosts`, the machine of each."""
+    """The name of the schedule for `nbytes`, where `hosts` is the machine of each rank."""
     different = len(set(hosts))
     if nbytes <= (DOUBLING_BYTES if different == 1 else DOUBLING_BYTES_APART):
         return "doubling"
@@ -80,21 +82,21 @@ def choose(nbytes: int, hosts: Sequence[Hashable]) -> str:
 
 
 def schedule_name(topology: Topology, nbytes: int, hosts: Sequence[Hashable]) -> str:
-    """The schedule that an all-reduce topology takes."""
+    """The name of the schedule that an all-reduce topology uses."""
     if isinstance(topology, AllReduce):
         return choose(nbytes, hosts)
     return "ring" if isinstance(topology, Ring) else "tree" if isinstance(topology, Tree) else "hierarchical"
 
 
 def sent_bytes(schedule: str, nbytes: float, ranks: int) -> float:
-    """What a rank sends for a gradient of `nbytes`, in the mean over all ranks."""
-    if schedule != "doubling":  # N-1 times to be added up, N-1 times to be spread
+    """The bytes that a rank sends for a gradient of `nbytes`, as the mean over all ranks."""
+    if schedule != "doubling":  # N-1 sends add up the gradient, N-1 sends distribute the sum
         return 2 * (ranks - 1) / ranks * nbytes
     power = 1 << (ranks.bit_length() - 1)
     return (2 * (ranks - power) + power * (power.bit_length() - 1)) / ranks * nbytes
 
 
 def describe(topology: Topology) -> str:
-    """A word or two for tables; none for the usual."""
+    """A short name for tables; "" for the default topology."""
     names = {ParameterServer: "", AllReduce: "all-reduce", Ring: "ring", Hierarchy: "hierarchy"}
     return f"tree {topology.fanout}" if isinstance(topology, Tree) else names[type(topology)]
