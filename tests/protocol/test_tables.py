@@ -1,4 +1,4 @@
-"""The life of a step is a table: complete, followed by the machine, and drawn in docs/protocol.md.
+"""The life of all that a machine keeps is a table: complete, followed by the machine, and drawn in docs/protocol.md.
 
 FLOWML_REWRITE=1 python -m pytest tests/protocol/test_tables.py      draws it anew
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from collections import deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -15,6 +17,7 @@ import pytest
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.rendezvous import Cancelled
 from flowml_runtime.protocol.training import replica as module
 from flowml_runtime.protocol.training.replica import (
     OVER,
@@ -30,6 +33,7 @@ from flowml_runtime.protocol.training.replica import (
     StepFinished,
 )
 from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
+from tests.protocol.lives import KEPT, Kept, Life, Table
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "protocol.md"
@@ -37,15 +41,27 @@ STATES: tuple[State, ...] = get_args(State)
 CHANGES: tuple[Change, ...] = get_args(Change)
 
 
-def diagram() -> str:
-    """The table as a diagram in mermaid's language."""
-    names = {state: re.sub(r"\W+", "_", state) for state in STATES}
+def diagram(table: Mapping[tuple[str, str], str], first: Iterable[str]) -> str:
+    """The table as a diagram in mermaid's language. What changes nothing is left out."""
+    arrows = {(state, after): [] for (state, _), after in table.items() if after != state}
+    for (state, change), after in table.items():
+        if after != state:
+            arrows[state, after].append(change)
+    states = list(dict.fromkeys([*first, *(s for arrow in arrows for s in arrow)]))
+    names = {state: re.sub(r"\W+", "_", state) for state in states}
     lines = ["```mermaid", "stateDiagram-v2"]
-    lines += [f'    state "{state}" as {names[state]}' for state in STATES if names[state] != state]
-    lines += [f"    [*] --> {names[state]}" for state in ("queued", "queued, used", "skipped")]
-    lines += [f"    {names[state]} --> {names[after]}: {change}" for (state, change), after in STEPS.items()]
-    lines += [f"    {names[state]} --> [*]" for state in STATES if state in OVER]
+    lines += [f'    state "{state}" as {names[state]}' for state in states if names[state] != state]
+    lines += [f"    [*] --> {names[state]}" for state in first]
+    lines += [f"    {names[a]} --> {names[b]}: {', '.join(changes)}" for (a, b), changes in arrows.items()]
+    lines += [f"    {names[state]} --> [*]" for state in states if all(state != before for before, _ in arrows)]
     return "\n".join([*lines, "```"])
+
+
+def shown() -> dict[str, str]:
+    """The parts of the page that are generated."""
+    tables = {name: diagram(kept.table, [kept.first]) for name, kept in KEPT.items()}
+    step = diagram(STEPS, ("queued", "queued, used", "skipped"))
+    return {"replica.STEPS": step, **tables, "quorum_drop.txt": scenario("quorum_drop.txt")}
 
 
 def scenario(name: str) -> str:
@@ -55,10 +71,10 @@ def scenario(name: str) -> str:
 def test_the_page_shows_what_is() -> None:
     text = PAGE.read_text()
     drawn = text
-    for name, block in (("replica.STEPS", diagram()), ("quorum_drop.txt", scenario("quorum_drop.txt"))):
+    for name, block in shown().items():
         pattern = rf"(<!-- generated: {re.escape(name)} -->\n).*?(<!-- end -->)"
         drawn, found = re.subn(pattern, lambda m, b=block: f"{m[1]}{b}\n{m[2]}", drawn, flags=re.DOTALL)
-        assert found == 1
+        assert found == 1, f"docs/protocol.md has no place for {name}"
     if os.environ.get("FLOWML_REWRITE"):
         PAGE.write_text(drawn)
     else:
@@ -110,3 +126,40 @@ def test_the_machine_follows_the_table_whenever_the_commit_comes(fate: str, deci
     commit_if("after it has finished")
     machine.validate()
     assert machine.committed == 1
+
+
+def ways(table: Table, first: str) -> dict[str, tuple[str, ...]]:
+    """For each state the shortest changes that lead there."""
+    found, edge = {first: ()}, deque([first])
+    while edge:
+        state = edge.popleft()
+        for (before, change), after in table.items():
+            if before == state and after not in found:
+                found[after] = (*found[state], change)
+                edge.append(after)
+    return found
+
+
+def living(life: Life, way: Iterable[str]) -> Life:
+    for change in way:
+        life.take(change)
+        life.validate()
+    return life
+
+
+@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+def test_every_change_in_every_state_is_as_the_table_says(kept: Kept) -> None:
+    found = ways(kept.table, kept.first)
+    assert set(found) == {s for s, _ in kept.table} | set(kept.table.values()), "a state is out of reach"
+    changes = dict.fromkeys(change for _, change in kept.table)
+    for make, (state, way), change in itertools.product(kept.make, found.items(), changes):
+        life = living(make(), way)
+        assert life.state() == state, f"{way} leads to {life.state()!r}"
+        after = kept.table.get((state, change))
+        if after is None:
+            with pytest.raises((ProtocolError, Cancelled)):
+                life.take(change)
+            continue
+        life.take(change)
+        life.validate()
+        assert life.state() == after, f"{change!r} in state {state!r}"

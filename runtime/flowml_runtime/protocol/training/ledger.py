@@ -33,6 +33,19 @@ from flowml_runtime.protocol.training.terms import ReplicaLost
 
 Fate = Literal["used", "dropped", "folded", "requeued"]
 
+State = Literal["waiting", "granted", "used", "dropped", "folded"]
+Change = Literal["granted", "returned"] | Fate
+
+ITEMS: dict[tuple[State, Change], State] = {
+    ("waiting", "granted"): "granted",
+    ("granted", "used"): "used",
+    ("granted", "dropped"): "dropped",
+    ("granted", "folded"): "folded",
+    ("granted", "requeued"): "waiting",
+    ("granted", "returned"): "waiting",
+}
+"""The life of a work item. It begins as "waiting", and may be granted, and come back, any number of times."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -247,8 +260,8 @@ class Ledger:
         self._outstanding: dict[int, tuple[int, wire.Item]] = {}
         self._epochs: defaultdict[int, _Account] = defaultdict(_Account)  # of those begun: there may be millions ahead
         self._replicas = [_Account() for _ in range(work.replicas)]
-        self._done: set[int] = set()
-        self._used: set[int] = set()
+        self._over: dict[int, State] = {}
+        """By sequence number: what became of the items that do not come back."""
         self._newest = [-1] * work.replicas
         self._lost: set[int] = set()
 
@@ -272,7 +285,6 @@ class Ledger:
             return []
         for item in returned:
             self._account(replica, item, "returned")
-            self._queue.give_back(item)
         if not clocks:
             return []
         if list(clocks) != sorted(set(clocks)) or clocks[0] <= self._newest[replica]:
@@ -292,19 +304,18 @@ class Ledger:
             return
         for item, fate in fates:
             self._account(replica, item, fate)
-            if fate == "requeued":
-                self._queue.give_back(item)
-            else:
-                self._done.add(item.sequence)
-            if fate in ("used", "folded"):
-                self._used.add(item.sequence)
 
-    def _account(self, replica: int, item: wire.Item, fate: str) -> None:
+    def _account(self, replica: int, item: wire.Item, fate: Change) -> None:
         if self._outstanding.get(item.sequence) != (replica, item):
             raise ProtocolError(f"replica {replica} says that item {item.sequence} was {fate}, but does not have it")
         del self._outstanding[item.sequence]
         self._epochs[item.epoch].fates[fate] += 1
         self._replicas[replica].fates[fate] += 1
+        after = ITEMS["granted", fate]
+        if after == "waiting":
+            self._queue.give_back(item)
+        else:
+            self._over[item.sequence] = after
 
     def _lose(self, replica: int) -> None:
         mine = [item for owner, item in self._outstanding.values() if owner == replica]
@@ -315,7 +326,7 @@ class Ledger:
     def summary(self, order: Callable[[int], Sequence[int]] | None = None) -> Summary:
         """The account so far. With `order`, the examples of an epoch in their order, also how evenly they were seen."""
         size = self._work.items_per_epoch
-        settled = Counter(s // size for s in self._done)
+        settled = Counter(s // size for s in self._over)
         epochs = tuple(self._epochs[e].tally(unseen=size - settled[e]) for e in range(self._work.epochs))
         total: Counter[str] = Counter()
         for account in self._epochs.values():
@@ -343,7 +354,7 @@ class Ledger:
             everything.update(examples)
             base = epoch * self._work.items_per_epoch
             for index in range(self._work.items_per_epoch):
-                if base + index in self._used:
+                if self._over.get(base + index) in ("used", "folded"):
                     start = index * self._work.item_size
                     times.update(examples[start : start + self._work.item_size])
         return tuple(sorted(Counter(times[e] for e in everything).items()))
@@ -359,7 +370,5 @@ class Ledger:
         ensure(totals == by_replica, "epochs and replicas have different accounts")
         ensure(self._granted == totals.total() + len(self._outstanding), "an item was neither settled nor given back")
         settled = totals["used"] + totals["dropped"] + totals["folded"]
-        ensure(settled == len(self._done), "an item was settled twice")
-        ensure(not self._done & set(self._outstanding), "an item is settled and outstanding")
-        ensure(self._used <= self._done, "an item is used that is not settled")
-        ensure(len(self._used) == totals["used"] + totals["folded"], "an item was used twice")
+        ensure(settled == len(self._over), "an item was settled twice")
+        ensure(not set(self._over) & set(self._outstanding), "an item is settled and outstanding")
