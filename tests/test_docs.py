@@ -162,6 +162,11 @@ def test_every_example_says_what_it_shows(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
+def test_the_reference_is_what_the_docstrings_say() -> None:
+    check = subprocess.run([sys.executable, "scripts/reference.py", "--check"], cwd=ROOT, env=ENVIRONMENT, check=False)
+    assert check.returncode == 0, "docs/reference.md is out of date: run `make reference`"
+
+
 def test_links_lead_somewhere() -> None:
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "ARCHITECTURE.md"]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
