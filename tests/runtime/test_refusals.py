@@ -194,7 +194,8 @@ def test_a_refused_message_fails_its_call_and_the_next_one_works(transport: str)
         plan = fm.dataflow(across, cluster=cluster, placement={"a": "worker:0", "b": "worker:1"}).plan(X)
         handle = cluster.session.load(plan)
         assert cluster.session.submit(handle, [X]).exception(timeout=WAIT_S) is None
-        step, future = handle.steps.begin(lambda fetched: fetched)
+        future = handle.steps.future(lambda fetched: fetched)
+        step = handle.steps.begin(future)
         bad = {"type": "Value", "plan_id": handle.plan_id, "step": step, "kind": "feed", "index": -1, "device": "d"}
         push(cluster.endpoint, "worker:0", msgspec.msgpack.encode(bad))  # type: ignore[arg-type]
         with pytest.raises(WorkerError, match=r"worker:0 refuses a Value: .*\$\.index") as caught:

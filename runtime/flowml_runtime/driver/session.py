@@ -230,19 +230,22 @@ class Session:
         """
         self.check_owner()
         buffers = handle.prepare(inputs, copy=copy)
-        with handle.order:  # numbered and fed under one lock, because a device refuses a step older than its last one
-            step, future = handle.steps.begin(lambda fetched: handle.restore(fetched, buffers))
-            try:
+        future = handle.steps.future(lambda fetched: handle.restore(fetched, buffers))
+        try:
+            with handle.order:  # numbered and fed under one lock: a device refuses a step older than its last one
+                step = handle.steps.begin(future)
                 self._feed(handle, step, buffers)
-                return future
-            except WorkerLostError as lost:
-                error: BaseException = self._lost(handle.plan, step, lost.worker or "a worker", str(lost))
-            except BaseException as raised:
-                error = raised
-        self._fail_step(handle, step, error)
-        if isinstance(error, WorkerLostError | DeadlineError):
             return future
-        raise error
+        except BaseException as error:  # a Ctrl-C comes at any line; the future finds what had begun by then
+            begun = handle.steps.step_of(future)
+            if begun is None:
+                raise
+            lost = isinstance(error, WorkerLostError)
+            told = self._lost(handle.plan, begun, error.worker or "a worker", str(error)) if lost else error
+            self._fail_step(handle, begun, told)
+            if lost or isinstance(error, DeadlineError):
+                return future
+            raise
 
     def call(self, handle: LoadedPlan, inputs: Sequence[Any]) -> list[Any]:
         """Run one step and return its flat results. On a worker in this process it does not wait for them, like jit."""

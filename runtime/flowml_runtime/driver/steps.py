@@ -59,7 +59,11 @@ class Steps:
         """Record that the plan is used now."""
         self.last_use = next(_uses)
 
-    def begin(self, finish: Callable[[list[Array]], Any]) -> tuple[int, Future[Any]]:
+    def future(self, finish: Callable[[list[Array]], Any]) -> Future[Any]:
+        """The future of a step that has not begun. It is made first, so that an interrupted `begin` can be undone."""
+        return Future(f"a step of {self._name}", finish)
+
+    def begin(self, future: Future[Any]) -> int:
         """Open the next step when there is room. Raises the reason if the plan can no longer run."""
         with self._lock:
             while len(self._flying) >= self._limit and self._stopped is None:
@@ -73,12 +77,17 @@ class Steps:
                 raise self._stopped(step)
             self._next = step + 1
             self.use()
-            future: Future[Any] = Future(f"step {step} of {self._name}", finish)
+            future.name = f"step {step} of {self._name}"
             if self._slots:
                 self._flying[step] = _InFlight(future, self._slots)
         if not self._slots:
             future.complete([])
-        return step, future
+        return step
+
+    def step_of(self, future: Future[Any]) -> int | None:
+        """The step in flight whose result this is."""
+        with self._lock:
+            return next((step for step, flying in self._flying.items() if flying.future is future), None)
 
     def skip(self) -> int:
         """Take the number of a step that is not tracked here. Raises like `begin`."""
