@@ -1,7 +1,7 @@
-"""The threads of a worker that do not grow with its plans: one that computes for each device, one that heeds deadlines.
+"""Runs the shared threads of a worker: one computing thread for each device, and one for deadlines.
 
-`DeviceThread` runs what the plans of its device give it, one piece after the other. `Deadlines` looks at waits that
-no thread waits for, and which therefore no thread ends.
+Their number does not depend on the number of plans. `DeviceThread` runs the work of all plans of its device in order.
+`Deadlines` ends overdue waits that block no thread, and which therefore no thread would end.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ class DeviceThread:
         self._work: queue.SimpleQueue[tuple[object, Callable[[], None]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: object = None
-        """Whose work runs now."""
+        """The owner of the work that runs now."""
         self._threads: list[threading.Thread] = []
-        """The last one serves. Those before it end with the work that they are in, if that ever ends."""
+        """The last one serves. Earlier ones end after their current work, if that ever ends."""
         self._serve()
 
     def put(self, owner: object, work: Callable[[], None]) -> None:
-        """Run `work` after all that was put before."""
+        """Run `work` after all work that was put before."""
         self._work.put((owner, work))
 
     def leave(self, owner: object) -> None:
-        """`owner` is stopped: work of it that runs now, and may never end, holds up nobody from here on."""
+        """`owner` is stopped. If its work runs now, another thread takes over, because that work may never end."""
         with self._lock:
             if self._running is owner and self._threads[-1] is not threading.current_thread():
                 self._running = None
                 self._serve()
 
     def close(self) -> None:
-        """End after the work that was put. Does not wait."""
+        """End after all work that was put. Does not wait."""
         self._work.put(None)
 
     def join(self, timeout_s: float) -> bool:
-        """Wait until the threads are gone. False if one is still there, e.g. inside a callback that never returns."""
+        """Wait until the threads end. False if one is still alive, e.g. inside a callback that never returns."""
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(timeout_s)
@@ -53,7 +53,7 @@ class DeviceThread:
         self._threads.append(service.start(self._name, self._run, self._serve_on))
 
     def _serve_on(self, reason: str) -> None:
-        """The thread that served has failed: another one takes its place."""
+        """Start another thread in place of the serving one, which has failed."""
         with self._lock:
             if self._threads[-1] is threading.current_thread():
                 self._running = None
@@ -74,7 +74,7 @@ class DeviceThread:
 
 
 class Deadlines:
-    """Calls functions now and then that end what waits for too long. Its thread lives while there are any."""
+    """Calls functions periodically that end overdue waits. Its thread lives while any function is watched."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,15 +1,15 @@
-"""The executor: runs the steps of one device of a dataflow plan, in the order in which the driver feeds them.
+"""Runs the steps of one device of a dataflow plan, in the order in which the driver feeds them.
 
     feeds of a plan -> its Executor -> the DeviceThread, which all plans of a device share -> fetches to the driver
 
-A step never waits on the device's thread: two plans whose devices take their steps in different orders would wait
-for each other for ever. Where a value or the room to send one is missing, the step is left, the thread goes on with
-other plans, and the step is taken up once it can go on.
+A step never waits on the device's thread: two plans whose devices run their steps in different orders would wait for
+each other for ever. If a value, or the room to send one, is missing, the step is parked, the thread continues with
+other plans, and the step is resumed when the value or the room is there.
 
-Waking a thread costs more than a small step does. So steps that have shown themselves to be quick run on the
-thread that brings what they wait for. Slow steps run on the device's thread, where they hold up no messages.
+Waking a thread costs more than a small step. Therefore steps that have proven quick run on the thread that receives
+the value they wait for. Slow steps run on the device's thread, where they do not delay messages.
 
-A step that fails is reported to the driver and the executor goes on to the next.
+A failed step is reported to the driver, and the executor continues with the next.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _log = logging.getLogger("flowml")
 
 
 class FedServices(StepServices, Protocol):
-    """Services of steps that a driver feeds: `begin` takes the feed in, `end` lets go of it."""
+    """Services of steps that a driver feeds: `begin` accepts the feed, `end` releases it."""
 
     outbox: Lane
 
     def begin(self, arrays: Sequence[Array]) -> None: ...
     def resume(self) -> None:
-        """The step goes on where it was parked."""
+        """The step continues where it was parked."""
         ...
 
     def end(self, step: int) -> None: ...
-    def expect(self) -> None: ...  # what the step waits for, or the next feed, is due within moments
+    def expect(self) -> None: ...  # the awaited value, or the next feed, is due very soon
     def expire(self, step: int, claim: Claim) -> None:
-        """The step does not wait for this claim any longer and ends with a DeadlineError, unless the value is here."""
+        """End the wait for this claim and the step with a DeadlineError, unless the value is here already."""
         ...
 
 
 def may_be_quick(loaded: LoadedProgram) -> bool:
-    """Whether steps of this program may run on receiving threads: they run no Python of users, and send little."""
+    """Whether steps of this program may run on receiving threads: they call no Python of the user and send little."""
     plan = loaded.plan
     specs = {o.index: o.spec for o in plan.outputs if o.kind == "fetch"}
     sent = 0
@@ -72,19 +72,19 @@ QUICK_S = 1e-3
 """A step that computes no longer than this may run on a receiving thread."""
 
 ENDS_S = 100e-6
-"""How long a receiving thread waits for the end of the step before the one that it brings."""
+"""How long a receiving thread waits for the end of the previous step."""
 
 PROBATION = 4
-"""So many quick steps make an executor trust that the next one is quick too; a slow one costs half of that trust."""
+"""Number of quick steps after which the next ones count as quick too. A slow step takes away half of that trust."""
 
 MAX_QUICK_BYTES = 2**16
-"""What a quick step sends at most: sixteen such steps in flight never fill a queue, so sending never waits."""
+"""The most bytes that a quick step sends. Sixteen such steps in flight never fill a queue, so sending never waits."""
 
 MAX_LOOK_S = 60.0
 
 
 class Executor:
-    """Runs the steps of one (plan, device) in the order in which they were fed: on the device's thread, or quickly."""
+    """Runs the steps of one (plan, device) in the order of their feeds, on the device's or on receiving threads."""
 
     def __init__(
         self,
@@ -110,26 +110,26 @@ class Executor:
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._unfinished = 0
-        """Steps that were fed and are not over."""
+        """Number of steps that were fed and have not ended."""
         self._feeds: deque[tuple[int, Sequence[Array]]] = deque()
-        """Those of them that wait for the device's thread to begin them."""
+        """The feeds of those that the device's thread has not begun."""
         self._stopped = False
         self._trust = 0
         self._proven = False
-        """Whether steps count as quick: from full trust on, until none is left."""
+        """Whether steps count as quick: true once the trust is full, until it is zero."""
         self._turn = threading.Lock()
-        """Held from the beginning of a step to its end, on whatever threads that happens."""
+        """Held from the beginning of a step to its end, across the threads that run it."""
         self._parked: tuple[int, float, Claim] | None = None
-        """(step, since when, for what) it waits for a value or for room, without a thread that does."""
+        """The step that waits for a value or for room without blocking a thread: (step, since when, claim)."""
         deadlines.watch(self, self._look, min(deadline_s / 8, MAX_LOOK_S))
 
     def feed(self, step: int, arrays: Sequence[Array]) -> None:
-        """Run a step now if it is bound to be quick, else queue it. The driver bounds how many are in flight."""
+        """Run a step now if it counts as quick, else queue it. The driver bounds the steps in flight."""
         with self._lock:
             under_way = self._unfinished
             quick = self._proven and not self._feeds and (not under_way or (under_way == 1 and self._parked is None))
             self._unfinished += 1
-        # The step before this one may just have been answered: it is over before another thread could be woken.
+        # The previous step may have sent its result already, and end sooner than another thread could be woken.
         if quick and self._turn.acquire(timeout=ENDS_S if under_way else -1):
             self._begin(step, arrays, quick=True)
             return
@@ -139,7 +139,7 @@ class Executor:
         self._pump()
 
     def stop(self) -> None:
-        """End after the step that runs now, and drop the others. Does not wait."""
+        """End after the running step and drop the others. Does not wait."""
         with self._lock:
             self._stopped = True
             self._feeds.clear()
@@ -148,7 +148,7 @@ class Executor:
         self._device.leave(self)
 
     def _pump(self) -> None:
-        """Have the device's thread begin the next step, unless one is under way: then its end does that."""
+        """Have the device's thread begin the next step, unless a step runs: then its end does that."""
         if self._feeds and self._turn.acquire(blocking=False):
             self._device.put(self, self._begin_queued)
 
@@ -157,20 +157,20 @@ class Executor:
             fed = self._feeds.popleft() if self._feeds else None
         if fed is None:
             self._turn.release()
-            self._pump()  # something may have been fed since, and found the turn taken
+            self._pump()  # a feed may have come meanwhile and found the turn taken
         else:
             self._begin(*fed, quick=False)
 
     def _look(self) -> None:
-        """End a parked step that waits for too long."""
+        """End a parked step whose wait is overdue."""
         parked = self._parked
         if parked is not None and time.monotonic() - parked[1] > self._deadline_s:
             self._services.expire(parked[0], parked[2])
 
     def _begin(self, step: int, arrays: Sequence[Array], *, quick: bool) -> None:
-        """Begin a step on this thread. If it is parked, it goes on where its value comes in, or on the device's thread.
+        """Begin a step on this thread. If it is parked, it resumes on the device's thread.
 
-        The first is for quick steps.
+        A quick step resumes on the thread that receives its value.
         """
         began = time.perf_counter()
         try:
@@ -182,7 +182,7 @@ class Executor:
         self._advance(StepRun(self._program, step, self._services), step, began, 0.0, quick=quick)
 
     def _advance(self, run: StepRun, step: int, since: float, ran_s: float, *, quick: bool) -> None:
-        """Run the step to its end, or to where it has to be left. `ran_s` is what it has run before `since`."""
+        """Run the step until it ends or is parked. `ran_s` is the time that it ran before `since`."""
         fault: StepFault | None = None
         while True:
             try:
@@ -191,7 +191,7 @@ class Executor:
                 if self._park(parked.claim, run, step, ran_s + time.perf_counter() - since, quick=quick):
                     return
                 continue
-            except Cancelled:  # its driver may not know: it is told, and ignores it if it was its own doing
+            except Cancelled:  # the driver may not know; it ignores the report if it cancelled the step itself
                 fault = StepFault("step")
                 fault.__cause__ = FlowmlError("the step was given up")
             except StepFault as error:
@@ -205,14 +205,14 @@ class Executor:
             self._report(step, fault.node, fault.__cause__ or fault)
 
     def _report(self, step: int, node: str, error: BaseException) -> None:
-        """Tell of a step that failed. The thread goes on whatever comes of it: others need it."""
+        """Report a failed step. An exception of the report is logged, because others need this thread."""
         try:
             self._on_fault(step, node, error)
         except Exception:
             _log.exception("the failure of step %d at %s could not be reported", step, node)
 
     def _park(self, claim: Claim, run: StepRun, step: int, ran_s: float, *, quick: bool) -> bool:
-        """Leave the step until the claim is done. False if it is, by now."""
+        """Park the step until the claim is done. False if it is done already."""
 
         def go_on() -> None:
             self._advance(run, step, time.perf_counter(), ran_s, quick=quick)

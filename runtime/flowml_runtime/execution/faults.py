@@ -1,4 +1,4 @@
-"""Faults on their way from a worker to the caller: what a worker says of one, and the typed error it becomes."""
+"""Converts faults of a worker to messages, and these messages to typed errors for the caller."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def _kind(error: BaseException) -> wire.FaultKind:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line: ours as it stands, others with their type."""
+    """An error as one line: flowml's own errors as text only, others with their type."""
     return text_of(error) if isinstance(error, FlowmlError) else named(error)
 
 
 def own_traceback(error: BaseException) -> str:
-    """The traceback as its author knows it: without the frames that only led from the executor to the failure."""
+    """The traceback without its leading frames, which only led from the executor to the failure."""
     trace: Any = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_HERE):
         trace = trace.tb_next
     shown = error.with_traceback(trace) if trace is not None else error
     try:
         text = "".join(traceback.format_exception(shown))
-    except BaseException:  # the traceback module calls methods of the error, and of what it holds
+    except BaseException:  # the traceback module calls methods of the error and of its members
         text = "".join(traceback.format_tb(shown.__traceback__)) + type(error).__name__
     return sendable(text)[-MAX_TEXT:]
 

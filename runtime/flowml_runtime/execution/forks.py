@@ -1,10 +1,11 @@
-"""Forks. A child of `os.fork` has copies of its parent's objects, but not the threads behind them.
+"""Detects use of a cluster in a forked process.
 
-A wait for such a thread would never end, and what the copy sends would go out on its parent's connections. So what
-belongs to a process notes which one that is when it is made, and checks it at every entry point.
+A child of `os.fork` has copies of its parent's objects, but not their threads. A wait for such a thread would never
+end, and the copy would send on its parent's connections. Therefore objects of a process record its id when they are
+made, and check it at every entry point.
 
-Nor can a child start afresh once XLA or gRPC ran in its parent: they wait for threads that are not there. It can where
-its parent had only imported them, which is what the zygote relies on (`launch.zygote`).
+A child cannot start a cluster of its own either if XLA or gRPC ran in its parent, because they would wait for missing
+threads. It can if its parent had only imported them; the zygote relies on this (`launch.zygote`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _process = os.getpid()
 _used = False
 """Whether this process has started a cluster."""
 _spoiled = 0
-"""The id of an ancestor in which XLA or gRPC ran when this line of processes was forked off; 0 if there is none."""
+"""The id of the ancestor in which XLA or gRPC ran at the fork from which this process descends; 0 if none."""
 
 
 def this_process() -> int:
@@ -27,7 +28,7 @@ def this_process() -> int:
 
 
 def is_foreign(owner: int) -> bool:
-    """Whether this process is a fork of `owner`, which is what `this_process` was there."""
+    """Whether this process is a fork of `owner`, the value of `this_process` in the owning process."""
     return owner != _process
 
 

@@ -1,8 +1,8 @@
-"""Futures: the handle on a call that is under way.
+"""Implements futures, the handles of submitted calls.
 
-A `Future` is completed once, by whichever thread takes in the last result or the first fault. What turns
-raw results into what the caller sees (`finish`) runs in the first thread that asks for it, so that the
-receiving threads are never held up by it.
+A `Future` is completed once, by the thread that receives the last result or the first fault. `finish`, which converts
+raw results to the caller's result, runs in the first thread that asks for the result, so that it does not delay the
+receiving threads.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from flowml_runtime.execution.forks import check_owner, this_process
 _log = logging.getLogger("flowml")
 
 HEEDS_SIGNALS_S = 1.0
-"""After this long a wait begins anew. A signal that comes in the moment before Python goes to sleep does not wake it:
-a Ctrl-C would do nothing until the wait is over."""
+"""Waits are split into pieces of this length. A signal that arrives just before Python sleeps does not wake it, so that
+Ctrl-C would have no effect until the end of the wait."""
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 
 def wait_heeding_signals(event: threading.Event) -> None:
-    """Wait for an event on the main thread."""
+    """Wait for an event on the main thread, and handle signals meanwhile."""
     while not event.wait(HEEDS_SIGNALS_S):
         pass
 
@@ -53,7 +53,7 @@ class Future(Generic[T]):
         return self._completed
 
     def result(self, timeout: float | None = None) -> T:
-        """The result; raises what went wrong, or DeadlineError after `timeout` seconds (the call goes on)."""
+        """The result. Raises the call's error, or DeadlineError after `timeout` seconds (the call continues)."""
         self._wait(timeout)
         if self._error is not None:
             raise self._error
@@ -65,12 +65,12 @@ class Future(Generic[T]):
         return cast(T, self._value)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """What went wrong, or None. Waits like `result`."""
+        """The error of the call, or None. Waits like `result`."""
         self._wait(timeout)
         return self._error
 
     def add_done_callback(self, callback: Callable[[Future[T]], object]) -> None:
-        """Call `callback(self)` once done: at once if it is, else on a receiving thread, which it must not hold up."""
+        """Call `callback(self)` once done: now if it is done, else on a receiving thread, where it must not wait."""
         with self._lock:
             if not self._completed:
                 self._callbacks.append(callback)
@@ -78,14 +78,14 @@ class Future(Generic[T]):
         callback(self)
 
     def then(self, finish: Callable[[T], U]) -> Future[U]:
-        """A view of the same call whose result is `finish` of this one's."""
+        """A future of the same call whose result is `finish(result)`."""
         # no deadline: `finish` runs once the call is done
         view: Future[U] = Future(self.name, lambda _: finish(self.result()))
         self.add_done_callback(lambda _: view.complete(None, self._error))
         return view
 
     def complete(self, value: Any, error: BaseException | None = None) -> bool:
-        """Set the outcome; False if there is one already. For the runtime, not for callers of `submit`."""
+        """Set the outcome. False if it is set already. For the runtime, not for callers of `submit`."""
         with self._lock:
             if self._completed:
                 return False
@@ -95,7 +95,7 @@ class Future(Generic[T]):
         for callback in callbacks:
             try:
                 callback(self)
-            except BaseException:  # also SystemExit: it must not end the receiving thread that happened to run it
+            except BaseException:  # also SystemExit: it must not end the receiving thread
                 _log.exception("a done callback of %s failed", self.name)
         return True
 

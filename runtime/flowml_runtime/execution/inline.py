@@ -1,8 +1,8 @@
-"""The short way: a plan that is one program, on a worker inside the caller's own process.
+"""Runs the steps of a single-program plan on the caller's thread, if its worker is in the caller's process.
 
-Handing a step to the executor's thread and waiting for its answer costs several times what a small task
-does. Where one device holds the whole plan and nothing of it is under way, the caller may as well walk the
-instruction list itself. The results are then as asynchronous as those of a jitted call.
+Passing a step to the executor's thread and waiting for the answer costs several times as much as a small task. If one
+device holds the whole plan and no step of it is in flight, the caller runs the instruction list itself. The results
+are then as asynchronous as those of a jitted call.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class LocalStep:
         self._adopts = must_adopt(loaded.device)
         self._home = at_home(loaded.device)
         self.direct = _direct(loaded) if self._home and not self._adopts else None
-        """The task itself, from the plan's flat inputs to its flat outputs, where the plan is nothing else."""
+        """The task, from the plan's flat inputs to its flat outputs, if the plan consists of this task only."""
 
     @property
     def recorded(self) -> bool:
-        """Whether somebody wants to know what steps do, which `direct` would not tell."""
+        """Whether steps are recorded, which `direct` does not do."""
         return self._recorder.on
 
     def __call__(self, step: int, inputs: Sequence[Array]) -> list[Array]:
@@ -44,7 +44,7 @@ class LocalStep:
 
 
 def _direct(loaded: LoadedProgram) -> Callable[[Sequence[Any]], Sequence[Array]] | None:
-    """None unless the plan is one task of all arrays that it is given, each result of which is an output as it is."""
+    """The plan's only task; None unless the plan is one task of its inputs and its outputs are distinct results."""
     plan, buffers = loaded.plan, dict[int, int]()
     task: TaskFunction | None = None
     inputs: tuple[int, ...] = ()
@@ -81,14 +81,14 @@ def _direct(loaded: LoadedProgram) -> Callable[[Sequence[Any]], Sequence[Array]]
 
 
 def _is_plain(plan: Plan) -> bool:
-    """Whether arrays enter and leave as they are: no typed keys, weak types, constants or arguments handed through."""
+    """Whether arrays pass unchanged: no typed keys or weak types, and no outputs that are constants or arguments."""
     outputs = all(o.kind == "fetch" and not o.spec.weak_type and o.spec.dtype != "float0" for o in plan.outputs)
     specs = (*plan.inputs, *(o.spec for o in plan.outputs))
     return outputs and not any(s.dtype.startswith("key<") for s in specs)
 
 
 class _LocalServices:
-    """The services of one local step: inputs at hand, outputs kept."""
+    """The services of one local step: it holds the inputs and collects the outputs."""
 
     def __init__(
         self, inputs: Sequence[Array], slots: int, device: JaxDevice, recorder: Recorder, *, home: bool

@@ -1,8 +1,8 @@
-"""A thread that does what it is given, in order, so that the thread that orders it goes on.
+"""Runs jobs in order on a separate thread, so that the thread that submits them continues.
 
-A device has a lane for large values, which leave while it computes: `ROOM` are under way, since each keeps its array
-alive, and the device waits to give it one more. The home of a store has a lane for applies, and a slow reader one for
-what is published to it. They have room for everything, because the rules of training bound what they are given.
+A device has a lane that sends large values while it computes. It holds at most `ROOM` jobs, because each keeps its
+array alive, and the device waits before it submits another. The home of a store has a lane for applies, and a slow
+reader one for values published to it. These have no limit, because the rules of training bound their jobs.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ from collections.abc import Callable
 from flowml_runtime import service
 
 LARGE_BYTES = 2**20
-"""From here on a copy takes longer than waking the thread."""
+"""Copying an array of at least this size takes longer than waking the thread."""
 
 ROOM = 1
 
 
 class Lane:
-    """Runs what is put to it, in order, on its own thread, which exists once something was put.
+    """Runs the jobs that are put to it in order on one thread, which starts with the first job.
 
-    `put` and `flush` wait only where there is a limit, and then from one thread; `close` from any.
+    With a limit, `put` and `flush` may wait and must be called from one thread. `close` is safe from any thread.
     """
 
     def __init__(self, name: str, room: int | None = None) -> None:
-        """`put` waits while `room` jobs are under way; never, if it is None."""
+        """`put` waits while `room` jobs are not done; None means no limit."""
         self._name = name
         self._room = room
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Callable[[], None], Callable[[BaseException], None]]] = deque()
-        """Those that are not done, the one that runs included."""
+        """Jobs that are not done, including the running one."""
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def put(self, job: Callable[[], None], failed: Callable[[BaseException], None]) -> bool:
-        """Have `job()` run, and `failed(error)` if it raises. False once the lane is closed: neither will be called."""
+        """Run `job()`, and `failed(error)` if it raises. False once the lane is closed: neither is called then."""
         with self._changed:
             if self._room is not None:
                 room = self._room
@@ -51,13 +51,13 @@ class Lane:
         return True
 
     def flush(self) -> None:
-        """Wait until all that was put has been done, or nothing more will be."""
+        """Wait until all jobs are done or the lane is closed."""
         with self._changed:
             # no deadline: each job has its own, and close() wakes
             self._changed.wait_for(lambda: self._closed or not self._waiting)
 
     def close(self, *, drop: bool = True) -> None:
-        """End the thread after what it does now; with `drop` false, after all that was put. Does not wait."""
+        """End the thread after the running job, or after all jobs if `drop` is false. Does not wait."""
         with self._changed:
             self._closed = True
             while drop and len(self._waiting) > 1:
@@ -65,7 +65,7 @@ class Lane:
             self._changed.notify_all()
 
     def join(self, timeout_s: float) -> bool:
-        """Wait until the thread is gone; False if it is still there."""
+        """Wait until the thread ends. False if it is still alive."""
         if self._thread is not None:
             self._thread.join(timeout_s)
         return self._thread is None or not self._thread.is_alive()

@@ -1,8 +1,8 @@
-"""The rendezvous of one worker: where a Recv meets the value that was pushed to it.
+"""Matches received values with the Recv instructions of one worker.
 
-The rules are those of `protocol.rendezvous`, one table a plan with a stream a device; added here are the
-lock and the waiting. Cancelling a scope (a step of a plan on one device) drops its values, wakes its waiter
-and refuses what still arrives for it, so that a failed step leaves nothing behind.
+The rules are those of `protocol.rendezvous`, with one table for each plan and one stream for each device. This module
+adds the lock and the waiting. Cancelling a scope (a step of a plan on one device) drops its values, wakes its waiter
+and refuses later values, so that a failed step leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ Key = tuple[str, int, int]
 
 
 class Claim:
-    """The right to one value: it is here, or its owner waits, or is called when it comes. Made by `Mailbox.claim`."""
+    """The right to one value, made by `Mailbox.claim`. If the value is not here, its owner waits or is called back."""
 
     __slots__ = ("_arrived", "_lock", "_resume", "cancelled", "done", "expired", "value")
 
     def __init__(self, lock: threading.Lock) -> None:
         self._lock = lock
-        """The mailbox's, which guards all of this until the claim is done."""
+        """The mailbox's lock, which guards the claim until it is done."""
         self._arrived: threading.Lock | None = None
         self._resume: Callable[[], None] | None = None
         self.done = False
         self.cancelled = False
         self.expired = False
-        """Whether it was cancelled because its owner would not wait any longer."""
+        """Whether it was cancelled because its deadline passed."""
         self.value: Any = None
 
     def wait(self, timeout_s: float) -> bool:
@@ -46,7 +46,7 @@ class Claim:
         return self._arrived.acquire(timeout=timeout_s)
 
     def then(self, resume: Callable[[], None]) -> bool:
-        """Have `resume` called once the claim is done, by whoever brings that about. False if it is done already."""
+        """Call `resume` once the claim is done, on the thread that completes it. False if it is done already."""
         with self._lock:
             if not self.done:
                 self._resume = resume
@@ -57,8 +57,8 @@ class Claim:
         self.value, self.cancelled, self.done = value, cancelled, True
 
     def wake(self) -> None:
-        """For the mailbox, which does not hold the lock any more: call the owner, or wake it."""
-        resume, self._resume = self._resume, None  # it knows the claim: neither would ever die, nor the value with them
+        """For the mailbox, after it has released the lock: call the owner, or wake it."""
+        resume, self._resume = self._resume, None  # breaks the cycle, else neither would be freed, nor the value
         if resume is not None:
             resume()
         elif self._arrived is not None:
@@ -66,7 +66,7 @@ class Claim:
 
 
 class Parked(Exception):
-    """A step cannot go on before `claim` is done, and is not to wait for that."""
+    """A step cannot continue before `claim` is done, and must not block its thread meanwhile."""
 
     def __init__(self, claim: Claim) -> None:
         super().__init__("a value that has not come")
@@ -80,15 +80,15 @@ class Mailbox:
         self._lock = threading.Lock()
         self._plans: dict[str, Rendezvous[Any, Claim]] = {}
         self._untidy: set[tuple[str, str]] = set()
-        """(plan, device) with cancelled steps, which `finish` has to forget."""
+        """(plan, device) with cancelled steps, which `finish` removes."""
 
     def open(self, plan_id: str) -> None:
-        """Accept values of this plan from now on."""
+        """Start to accept values of this plan."""
         with self._lock:
             self._plans.setdefault(plan_id, Rendezvous())
 
     def close(self, plan_id: str) -> None:
-        """Drop every value of the plan, wake all who wait for one, and refuse what comes later."""
+        """Drop all values of the plan, wake all waiters, and refuse later values."""
         with self._lock:
             table = self._plans.pop(plan_id, None)
             claims = _cancelled(table.close()) if table is not None else ()
@@ -97,9 +97,9 @@ class Mailbox:
             claim.wake()
 
     def put(self, scope: Scope, key: Key, value: Any) -> None:
-        """Leave a value, or hand it to the one who waits. A closed plan or cancelled scope takes none.
+        """Store a value, or give it to its waiter. Values of a closed plan or a cancelled scope are dropped.
 
-        Raises ProtocolError for a value that came before, or one too many.
+        Raises ProtocolError for a duplicate value, or one too many.
         """
         plan_id, step, device = scope
         with self._lock:
@@ -111,7 +111,7 @@ class Mailbox:
             claim.wake()
 
     def claim(self, scope: Scope, key: Key) -> Claim:
-        """The value under `key`, which leaves the table, or the right to it when it comes. Raises Cancelled."""
+        """Remove and claim the value under `key`, or claim it for when it comes. Raises Cancelled."""
         plan_id, step, device = scope
         claim = Claim(self._lock)
         with self._lock:
@@ -124,7 +124,7 @@ class Mailbox:
         return claim
 
     def take(self, scope: Scope, key: Key, timeout_s: float) -> Any:
-        """The value under `key`, which leaves the table. Raises Cancelled, or TimeoutError after `timeout_s`."""
+        """Remove and return the value under `key`. Raises Cancelled, or TimeoutError after `timeout_s`."""
         claim = self.claim(scope, key)
         if not claim.done and not claim.wait(timeout_s) and self.expire(scope, claim):
             raise TimeoutError
@@ -133,16 +133,16 @@ class Mailbox:
         return claim.value
 
     def cancel(self, scope: Scope) -> None:
-        """Give a step up on one device: drop its values, wake its waiter, and refuse what comes later."""
+        """Cancel a step on one device: drop its values, wake its waiter, and refuse later values."""
         with self._lock:
             claims = self._give_up(scope)
         for claim in claims:
             claim.wake()
 
     def expire(self, scope: Scope, claim: Claim) -> bool:
-        """Cancel the scope of a claim that has waited for too long; False, and nothing happens, if it is done by now.
+        """Cancel the scope of an overdue claim. False, without effect, if the claim is done.
 
-        One lock decides between the value and the deadline: a step that got its value goes on, whole.
+        One lock decides between the value and the deadline, so a step that got its value continues.
         """
         with self._lock:
             if claim.done:
@@ -154,7 +154,7 @@ class Mailbox:
         return True
 
     def _give_up(self, scope: Scope) -> tuple[Claim, ...]:
-        """Those to wake. The lock is held."""
+        """Cancel the scope. Returns the claims to wake. The lock is held."""
         plan_id, step, device = scope
         table = self._plans.get(plan_id)
         if table is None or table.is_over(device, step):
@@ -163,7 +163,7 @@ class Mailbox:
         return _cancelled(table.cancel_step(device, step))
 
     def finish(self, scope: Scope) -> None:
-        """The device takes no more from this step or earlier ones. Frees the memory of cancellations."""
+        """The device takes no more values of this step or earlier ones. Frees the records of cancellations."""
         plan_id, step, device = scope
         if (plan_id, device) not in self._untidy:
             return
@@ -174,7 +174,7 @@ class Mailbox:
                 table.advance(device, step + 1)
 
     def skip_to(self, plan_id: str, device: str, step: int) -> None:
-        """The device takes nothing more from steps before `step`: drops what came for them and what still comes."""
+        """The device takes no more values of steps before `step`: drop those that came, and those that come later."""
         with self._lock:
             table = self._plans.get(plan_id)
             claims = _cancelled(table.advance(device, step)) if table is not None else ()
@@ -186,13 +186,13 @@ class Mailbox:
         return table is None or table.is_over(scope[2], scope[1])
 
     def __len__(self) -> int:
-        """Values that wait to be taken."""
+        """Number of values that wait to be taken."""
         with self._lock:
             return sum(len(table) for table in self._plans.values())
 
 
 def _cancelled(claims: Iterable[Claim]) -> tuple[Claim, ...]:
-    """The claims, none of which will get a value. The mailbox's lock is held."""
+    """The claims, marked as cancelled. The mailbox's lock is held."""
     found = tuple(claims)
     for claim in found:
         claim.settle(None, cancelled=True)

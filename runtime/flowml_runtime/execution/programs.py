@@ -1,12 +1,11 @@
-"""Programs ready to run: a plan's executables, deserialised and compiled for the devices at hand.
+"""Deserialises and compiles a plan's executables for the devices of a worker.
 
-Everything that can be slow or fail happens here, ahead of the first step: StableHLO is deserialised and
-compiled once for each (fingerprint, donation, device), constants become resident, Python callbacks are
-unpickled where that was allowed. What is left for a step is to call functions.
+All slow and fallible work happens here, before the first step: StableHLO is deserialised and compiled once for each
+(fingerprint, donation, device), constants are put on their device, and Python callbacks are unpickled where allowed. A
+step only calls functions.
 
-Inside a worker every array is a plain one: a typed PRNG key is held as its uint32 key data, and the
-compiled task wraps and unwraps it. Tasks are compiled to be called with NumPy arrays or JAX arrays, since
-an aligned NumPy view enters XLA on CPU without a copy.
+Inside a worker every array is a plain one: a typed PRNG key is held as its uint32 key data, and the compiled task wraps
+and unwraps it. Tasks accept NumPy and JAX arrays, since an aligned NumPy view enters XLA on CPU without a copy.
 """
 
 from __future__ import annotations
@@ -46,43 +45,43 @@ from flowml.plan import (
 from flowml_runtime.transport.arrays import Array, aligned_empty, wire_layout
 
 JaxDevice = Any
-"""jax.Device, which type checkers take for a variable."""
+"""jax.Device, which type checkers treat as a variable."""
 
 TaskFunction = Callable[..., Sequence[Array]]
 """Takes the task's inputs as positional arguments, returns its outputs."""
 
 
 def buffer_struct(spec: ArraySpec) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the buffer that holds an array inside a worker and on a wire."""
+    """Shape and dtype of the buffer of an array inside a worker and on the wire."""
     shape, dtype, _ = wire_layout(spec)
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def aligned_copy(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A C-ordered copy that XLA can use as it is."""
+    """A C-ordered copy that XLA can use without another copy."""
     copy = aligned_empty(array.nbytes).view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
 
 
 Parts = Mapping[str, np.ndarray]
-"""Bytes of the constants and executables that a plan comes without, by name."""
+"""Bytes of the constants and executables that are sent separately from their plan, by name."""
 
 _NO_PARTS: Parts = {}
 
 
 def constant_key(index: int) -> str:
-    """The name of the part of a plan that is one of its constants."""
+    """The name of a constant among the parts of a plan."""
     return f"constant {index}"
 
 
 def executable_key(fingerprint: str) -> str:
-    """The name of the part of a plan that is one of its executables."""
+    """The name of an executable among the parts of a plan."""
     return f"executable {fingerprint}"
 
 
 def constant_array(constant: Constant, device: JaxDevice | None = None, data: np.ndarray | None = None) -> jax.Array:
-    """The buffer of a plan's constant, resident on `device`. `data` are its bytes if the plan came without them."""
+    """The buffer of a plan's constant on `device`. `data` are its bytes if they were sent separately from the plan."""
     struct = buffer_struct(constant.spec)
     values = np.frombuffer(constant.data if data is None else data, struct.dtype).reshape(struct.shape)
     with exact_types():
@@ -90,13 +89,13 @@ def constant_array(constant: Constant, device: JaxDevice | None = None, data: np
 
 
 def feed_slots(program: Program) -> tuple[int, ...]:
-    """The inputs that the driver sends to this program's device each step, in the order it sends them."""
+    """The inputs that the driver sends to this program's device each step, in the order of sending."""
     slots = (s for i in program.instructions if isinstance(i, Feed) for s in i.slots)
     return tuple(dict.fromkeys(slots))
 
 
 def store_tasks(plan: Plan, device: str) -> tuple[int, ...]:
-    """The tasks that no instruction names: stores homed on `device` apply with them, its stages gather with them."""
+    """The tasks that no instruction names: those with which stores on `device` apply, and its stages accumulate."""
     if plan.training is None:
         return ()
     stores, replicas = plan.training.stores, plan.training.replicas
@@ -111,7 +110,7 @@ def store_tasks(plan: Plan, device: str) -> tuple[int, ...]:
 
 
 class _Compiled:
-    """A callable that a weak reference can hold: executables live as long as a loaded program uses them."""
+    """A callable that supports weak references, so that an executable lives while a loaded program uses it."""
 
     __slots__ = ("__weakref__", "call")
 
@@ -120,12 +119,12 @@ class _Compiled:
 
 
 class ExecutableCache:
-    """Compiled executables of the workers of a process, so that equal tasks of any of their plans are compiled once."""
+    """Caches the executables of all workers of a process, so that equal tasks of their plans are compiled once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._turns: dict[Any, threading.Lock] = {}
-        """Held by whoever compiles a key, so that nobody else does."""
+        """For each key the lock of the thread that compiles it, so that it is compiled only once."""
         self._entries: weakref.WeakValueDictionary[Any, _Compiled] = weakref.WeakValueDictionary()
 
     def get(self, key: Any, make: Callable[[], TaskFunction]) -> _Compiled:
@@ -147,18 +146,18 @@ class ExecutableCache:
 
 @dataclass(frozen=True)
 class LoadedProgram:
-    """One device's program, all of it compiled. `runs` maps a Run's position in the program to its function."""
+    """The compiled program of one device. `runs` maps the position of a Run in the program to its function."""
 
     plan: Plan
     program: Program
     device: JaxDevice
     runs: Mapping[int, TaskFunction]
     tasks: Mapping[int, TaskFunction]
-    """Tasks that no Run names: see `store_tasks`."""
+    """Tasks that no Run names; see `store_tasks`."""
     constants: Mapping[int, jax.Array]
     """Buffer -> resident array."""
     keep: tuple[object, ...] = field(default=(), repr=False)
-    """What must stay alive for the functions to remain in the worker's cache."""
+    """Objects that must stay alive to keep the functions in the worker's cache."""
 
     @property
     def name(self) -> str:
@@ -167,7 +166,7 @@ class LoadedProgram:
 
 @dataclass(frozen=True)
 class _Need:
-    """One function to make ready: task `task` of the plan on `device`, allowed to overwrite `donate`."""
+    """One function to compile: task `task` of the plan on `device`, which may overwrite the arguments `donate`."""
 
     task: int
     donate: tuple[int, ...]
@@ -179,7 +178,7 @@ def load_programs(
 ) -> dict[str, LoadedProgram]:
     """Compile what `plan` runs on `devices` (name -> JAX device). Raises FlowmlError naming task and device.
 
-    The programs keep no executable or constant in the form in which they came.
+    The loaded programs do not keep the serialised executables and constants.
     """
     mine = [p for p in plan.programs if p.device in devices]
     donations = {p.device: safe_donations(plan, p) for p in mine}
@@ -233,9 +232,9 @@ def _run(program: Program, position: int) -> Run:
 def safe_donations(plan: Plan, program: Program) -> dict[int, tuple[int, ...]]:
     """For the position of each Run, the arguments whose buffers it may overwrite.
 
-    A task says what the compiler allows; taken out here is what only the runtime can know to be lent: a
-    buffer that was sent, fetched or pushed may be read by another thread of this process, a constant or a
-    stored parameter is read again by the next step, and an argument given twice cannot be given away.
+    A task lists what the compiler allows. This function removes buffers that may still be read: a buffer that was sent,
+    fetched or pushed may be read by another thread of this process, and a constant or a stored parameter is read again
+    by the next step. An argument that is given twice cannot be donated either.
     """
     lent = {buffer for buffer, _ in program.constants}
     found: dict[int, tuple[int, ...]] = {}
@@ -257,7 +256,7 @@ def safe_donations(plan: Plan, program: Program) -> dict[int, tuple[int, ...]]:
 
 
 def _usable(task: Task, donate: Iterable[int]) -> tuple[int, ...]:
-    """The donations that some output of the same shape and dtype can use: XLA warns of any other."""
+    """The donations that an output of the same shape and dtype can use: XLA warns of others."""
     if task.kind != "xla":
         return ()
     room = Counter((s.shape, s.dtype) for s in task.outputs)
@@ -294,7 +293,7 @@ def _make_all(
                 return cache.get((found.digest, need.donate, need.device), lambda: _compile(found.program, task, need))
         except FlowmlError:
             raise
-        except Exception as error:  # XLA's, of whatever kind
+        except Exception as error:  # any error of XLA
             reason = str(error).strip().partition("\n")[0]
             raise FlowmlError(f"task {task.name!r} cannot be compiled: {type(error).__name__}: {reason}") from error
 
@@ -329,8 +328,8 @@ def _executable(plan: Plan, key: str, parts: Parts) -> bytes:
 
 @dataclass(frozen=True)
 class _Exported:
-    """An executable that has been checked. Plans share what is compiled by its digest, not by the plan's name for it,
-    which may be anything."""
+    """A checked executable. Plans share compiled executables by digest and not by the plan's name for them, because
+    that name may be wrong."""
 
     digest: str
     program: jax.export.Exported
@@ -370,7 +369,7 @@ def _compile(exported: jax.export.Exported, task: Task, need: _Need) -> TaskFunc
         results = jax.tree_util.tree_leaves(exported.call(*arrays))
         return [jax.random.key_data(r) if u else r for r, u in zip(results, unwrap, strict=True)]
 
-    # On the default device results stay uncommitted, as jit's are; elsewhere the task must say where it runs.
+    # On the default device results stay uncommitted, like jit's. On others the task must name its device.
     options: dict[str, Any] = {}
     elsewhere = need.device != jax.local_devices()[0]
     if elsewhere:
@@ -382,7 +381,7 @@ def _compile(exported: jax.export.Exported, task: Task, need: _Need) -> TaskFunc
 
 
 def _exactly(function: TaskFunction) -> TaskFunction:
-    """The function, called with arrays of 64 bits as they are."""
+    """The function, called so that 64-bit arrays keep their dtype."""
 
     def call(*buffers: Any) -> Sequence[Array]:
         with exact_types():
@@ -392,7 +391,7 @@ def _exactly(function: TaskFunction) -> TaskFunction:
 
 
 def _under(settings: tuple[Setting, ...], function: TaskFunction) -> TaskFunction:
-    """The function, called under JAX's settings of the plan."""
+    """The function, called under the plan's JAX settings."""
 
     def call(*buffers: Any) -> Sequence[Array]:
         with under(settings):

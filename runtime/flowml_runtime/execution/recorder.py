@@ -1,8 +1,8 @@
-"""What a worker did when: spans of its devices' instructions, kept while somebody asks for them.
+"""Records spans of a worker's instructions for traces.
 
-Recording costs two clock readings an instruction; while nobody asks, it costs nothing, because steps then run the plain
-list. The newest `MAX_SPANS` are kept. Times are this process's monotonic clock; whoever collects them knows how it
-differs from others'.
+Recording costs two clock readings for each instruction. It costs nothing while it is off, because steps then run the
+plain list. The newest `MAX_SPANS` spans are kept. Times are of this process's monotonic clock. The driver corrects them
+by the difference between the clocks.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class Span(msgspec.Struct, frozen=True, array_like=True):
-    """Something that a device's executor, its sender, mailbox, homes or groups did; `lane` says which of them."""
+    """An action of a device's executor, sender, mailbox, homes or groups; `lane` says which of them."""
 
     lane: _NAME
     kind: _NAME
-    """"run", "send", "receive", "read", "push", "feed", "fetch", "apply", "reduce"; or "arrived", before its Recv.
+    """"run", "send", "receive", "read", "push", "feed", "fetch", "apply", "reduce"; "arrived": a value before its Recv.
 
-    "story": what a machine of training was told and did about it (`name`), run (`microbatch`) and number (`step`) of
-    that event, and the event that it follows from (`way`).
+    "story": an event of a training machine and its actions (`name`), the event's run (`microbatch`) and number
+    (`step`), and the event that caused it (`way`).
     """
     name: _NAME
     step: int
     microbatch: int
     nbytes: int
     way: _NAME
-    """By which an array travelled; the schedule of an all-reduce."""
+    """How an array was sent, or the schedule of an all-reduce."""
     began_ns: _Nanoseconds
     ended_ns: _Nanoseconds
 
 
 class Recorder:
-    """Of one worker. Safe to use from any thread."""
+    """Records the spans of one worker. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self.on = False
         self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
         self._open: dict[object, Span] = {}
-        """Those that have begun. What a result comes from may still be under way when its receiver has it."""
+        """Spans that have not ended. A result may reach its receiver before the span that produced it ends."""
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -65,10 +65,10 @@ class Recorder:
             self.on = True
 
     def stop(self) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-        """What was recorded, encoded. What is still under way ends here."""
+        """The recorded spans, encoded. Open spans end now."""
         with self._lock:
             self.on = False
-            under_way = list(self._open.values())  # at one stroke: `record` opens spans without the lock
+            under_way = list(self._open.values())  # one atomic copy: `record` opens spans without the lock
             spans = [*self._spans, *map(_ended, under_way)]
             self._spans.clear()
             self._open.clear()
@@ -78,7 +78,7 @@ class Recorder:
         self._spans.append(span)
 
     def tell(self, entry: Entry) -> None:
-        """Note what a machine of training was told, and what it did about it."""
+        """Record an event of a training machine and its actions."""
         now = now_ns()
         self.add(Span("decisions", "story", entry.text[:_LONGEST], entry.number, entry.run, 0, entry.cause, now, now))
 
@@ -94,7 +94,7 @@ class Recorder:
         way: str = "",
         began_ns: int = 0,
     ) -> Generator[None]:
-        """Add what the block does, unless it raises. It began at `began_ns`, if that is given."""
+        """Record the block as a span, unless it raises. The span begins at `began_ns`, if that is given."""
         if not self.on:
             yield
             return
@@ -119,7 +119,7 @@ _decoder = msgspec.msgpack.Decoder(list[Span])
 
 
 def decode(data: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> list[Span]:
-    """What `stop` encoded. Raises msgspec.DecodeError for anything else."""
+    """The spans that `stop` encoded. Raises msgspec.DecodeError for other data."""
     return _decoder.decode(data.data)
 
 
@@ -129,7 +129,7 @@ def now_ns() -> int:
 
 @functools.cache
 def clock_id() -> str:
-    """Whose clock `now_ns` is: all processes of one kernel and time namespace share it. "" where that is not known."""
+    """Identifies the clock of `now_ns`, which all processes of one kernel and time namespace share. "" if unknown."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/time')}"
     except OSError:

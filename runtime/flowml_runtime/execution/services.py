@@ -1,8 +1,7 @@
-"""What a dataflow step asks of its surroundings, answered: feeds, edges to other devices, fetches.
+"""Implements the services of a dataflow step: feeds, edges to other devices, and fetches.
 
-`EdgeServices` is the part that every plan shares: a Send is pushed to the destination's worker and never
-waits for its Recv; a Recv takes from the mailbox, with a deadline. `DataflowServices` adds the driver's
-feeds and fetches.
+`EdgeServices` is common to all plans: a Send pushes to the destination's worker and never waits for its Recv; a Recv
+takes a value from the mailbox, with a deadline. `DataflowServices` adds the driver's feeds and fetches.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from flowml_runtime.transport.endpoint import Sender
 from flowml_runtime.transport.slots import SlotError
 
 EDGE_SLOTS = 2
-"""Values of an edge that memory is made ready for: one in use, and one on its way."""
+"""Number of values of an edge for which memory is reserved: one in use and one in flight."""
 
 
 def reserve_edges(sender: Sender, loaded: LoadedProgram) -> None:
-    """Have memory ready for what a program sends, so that no step waits for it. Raises FlowmlError naming the edge."""
+    """Reserve memory for the values that a program sends, ahead of its steps. Raises FlowmlError naming the edge."""
     messages = (i.message for i in loaded.program.instructions if isinstance(i, Send))
     for edge in map(loaded.plan.messages.__getitem__, dict.fromkeys(messages)):
         specs = tuple(ArraySpec(t.shape, t.dtype) for t in edge.transfers)
@@ -41,7 +40,7 @@ def reserve_edges(sender: Sender, loaded: LoadedProgram) -> None:
 
 
 def ready(arrays: Sequence[Array]) -> Sequence[Array]:
-    """The arrays, once they are computed: what is sent must not fail or change afterwards."""
+    """Wait until the arrays are computed, and return them: sent arrays must not fail or change afterwards."""
     for array in arrays:
         if isinstance(array, jax.Array):
             array.block_until_ready()
@@ -49,11 +48,11 @@ def ready(arrays: Sequence[Array]) -> Sequence[Array]:
 
 
 def host_view(arrays: Sequence[Array], device: JaxDevice) -> Sequence[Array]:
-    """The arrays in the form in which another thread of this process may use them on any device.
+    """The arrays in a form that other threads of this process can use on any device.
 
-    On CPU that is a NumPy view of the buffer: it costs nothing and keeps the buffer alive. XLA never overwrites a
-    buffer that has a view, nor memory that it did not allocate, even where it is donated. Elsewhere it is the
-    JAX array itself.
+    On CPU this is a NumPy view of the buffer, which costs nothing and keeps the buffer alive. XLA never overwrites a
+    buffer that has a view, or memory that it did not allocate, even if it is donated. On other platforms it is the JAX
+    array itself.
     """
     if device.platform == "cpu":
         return [np.asarray(a) for a in arrays]
@@ -61,28 +60,28 @@ def host_view(arrays: Sequence[Array], device: JaxDevice) -> Sequence[Array]:
 
 
 def adopt(arrays: Sequence[Array], device: JaxDevice) -> Sequence[Array]:
-    """The arrays, with those on another device of this process brought over to `device`."""
+    """The arrays; those on another device of this process are moved to `device`."""
     here = {device}
     with exact_types():
         return [jax.device_put(a, device) if isinstance(a, jax.Array) and a.devices() != here else a for a in arrays]
 
 
 def must_adopt(device: JaxDevice) -> bool:
-    """False where every array of this process is on `device` already, which is the common case on CPU."""
+    """False if all arrays of this process are on `device` already, which is the common case on CPU."""
     return jax.local_device_count() > 1 or device.platform != "cpu"
 
 
 def at_home(device: JaxDevice) -> bool:
-    """True for the device that JAX puts arrays on unasked.
+    """True for JAX's default device.
 
-    A result from there can be returned as it is. From another device it goes by way of the host, since what
-    jit returns can be combined freely and an array bound to a second device cannot.
+    A result from there is returned unchanged. A result from another device is copied through the host: results of jit
+    can be combined freely, but an array committed to a second device cannot.
     """
     return device == jax.local_devices()[0]
 
 
 class EdgeServices:
-    """Sends and receives along a plan's edges, for one device: what dataflow and training plans share."""
+    """Sends and receives along a plan's edges for one device. Dataflow and training plans share it."""
 
     def __init__(
         self,
@@ -147,7 +146,7 @@ class EdgeServices:
             raise self._stalled(value.step, value.index) from None
 
     def send_failed(self, step: int, node: str, error: BaseException) -> None:
-        """A large value could not be sent; called on the outbox's thread."""
+        """Called on the outbox's thread if a large value could not be sent."""
         raise NotImplementedError
 
     def way(self, message: int) -> str:
@@ -194,7 +193,7 @@ class DataflowServices(EdgeServices):
         super().__init__(plan_id, loaded, mailbox, sender, deadline_s, recorder)
         self._driver = driver
         self.on_fault: Callable[[int, str, BaseException], None] = lambda *_: None
-        """Called with (step, node, error) when a value could not be sent after its step had gone on."""
+        """Called with (step, node, error) if a value could not be sent after its step had continued."""
         self._slots = feed_slots(loaded.program)
         self._fed: Mapping[int, Array] = {}
         self._number = loaded.plan.devices.index(self.device)
@@ -203,13 +202,13 @@ class DataflowServices(EdgeServices):
         self.windows = Windows(self._messages)
         self._windowed = [window(m) > 0 for m in self._messages]
         self._claim: Claim | None = None
-        """To the value that the step was parked for."""
+        """The claim for which the step was parked."""
         self._awaited = driver
-        """The peer whose message comes next: the driver with a feed, or the one that a parked step waits for."""
+        """The peer whose message is expected next: the driver with a feed, or the sender for which a step is parked."""
         self._expired = -1
 
     def begin(self, arrays: Sequence[Array]) -> None:
-        """Take in the feed of the step that runs next."""
+        """Accept the feed of the step that runs next."""
         self._fed = dict(zip(self._slots, self.adopt(arrays), strict=True))
 
     def resume(self) -> None:
@@ -219,7 +218,7 @@ class DataflowServices(EdgeServices):
         self._sender.expect(self._awaited)
 
     def end(self, step: int) -> None:
-        """Let go of the inputs, which else would stay alive until the next step."""
+        """Release the inputs, which would otherwise stay alive until the next step."""
         self._fed = {}
         self._claim = None
         self.windows.finish(step)
@@ -234,7 +233,7 @@ class DataflowServices(EdgeServices):
         arrays = self._receive(step, message, microbatch)
         if self._windowed[message]:
             taken = wire.Taken(plan_id=self.plan_id, step=step, index=message, device=self._messages[message].source)
-            with contextlib.suppress(WorkerLostError):  # then nobody waits for it
+            with contextlib.suppress(WorkerLostError):  # a lost producer does not wait for it
                 self._sender.send(self._sources[message], taken)
         return arrays
 

@@ -1,8 +1,8 @@
-"""A device's static instruction list as closures, and one walk through it: a step.
+"""Binds a device's static instruction list to closures, and runs them as a step.
 
-The list is bound when the plan is loaded, so that a step is a loop over calls with nothing left to decide. All waiting
-and sending goes through a `StepServices` object, which is what differs between a dataflow plan and a training plan
-(whose steps are begun by a replica, whose parameters come from stores and whose steps may be abandoned half-way).
+The closures are made when the plan is loaded, so that a step is a loop of calls without decisions. All waiting and
+sending goes through a `StepServices` object, which differs between dataflow and training plans: in training a replica
+begins the steps, parameters come from stores, and steps may be abandoned before their end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flowml_runtime.execution.recorder import Recorder, now_ns
 
 
 class StepServices(Protocol):
-    """What a step asks of its surroundings. Any of these may raise `Cancelled` to give the step up."""
+    """The operations that a step needs from the runtime. Any of them may raise `Cancelled` to end the step."""
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]: ...
     def read(self, step: int, store: int, leaves: Sequence[int]) -> Sequence[Array]: ...
@@ -31,16 +31,16 @@ class StepServices(Protocol):
     recorder: Recorder
 
     def way(self, message: int) -> str:
-        """By which a message leaves this device, for whoever looks at a trace."""
+        """How a message is sent from this device, for traces."""
         ...
 
     def should_abandon(self, step: int) -> bool:
-        """Asked before every task: True gives the step up there."""
+        """Called before every task. True ends the step there."""
         ...
 
 
 class StepFault(Exception):
-    """A step failed at `node` (a task or an edge, as text); the reason is `__cause__`."""
+    """A step failed at `node` (the text of a task or an edge). `__cause__` is the reason."""
 
     def __init__(self, node: str) -> None:
         super().__init__(node)
@@ -53,7 +53,7 @@ Operation = Callable[[Buffers, int, StepServices], None]
 
 @dataclass(frozen=True)
 class StepProgram:
-    """A loaded program as the executor runs it: closures, and the buffers as they stand before each step."""
+    """A loaded program as the executor runs it: closures, and the initial buffers of each step."""
 
     device: str
     operations: tuple[Operation, ...]
@@ -65,7 +65,7 @@ class StepProgram:
 
 
 def prepare(loaded: LoadedProgram) -> StepProgram:
-    """Bind every instruction to what it needs, so that nothing is looked up during a step."""
+    """Bind every instruction to its task and buffers, so that a step looks nothing up."""
     instructions = loaded.program.instructions
     used = [b for i in instructions for b in _buffers(i)] + list(loaded.constants)
     buffers: list[Any] = [None] * (max(used, default=-1) + 1)
@@ -82,7 +82,7 @@ def prepare(loaded: LoadedProgram) -> StepProgram:
 
 
 class StepRun:
-    """One step under way, which can be left where a value is missing and taken up again."""
+    """One running step. It can be parked where a value is missing, and resumed later."""
 
     __slots__ = ("_buffers", "_left_ns", "_position", "_program", "_services", "_step")
 
@@ -93,10 +93,10 @@ class StepRun:
         self._buffers: Buffers = list(program.buffers)
         self._position = 0
         self._left_ns = 0
-        """Since when it waits at that position; 0 if it does not."""
+        """Time at which it was parked at this position; 0 if it was not."""
 
     def advance(self) -> None:
-        """Run to the end. Raises Parked where it can be taken up later, Cancelled if given up, StepFault if failed."""
+        """Run to the end. Raises Parked where it must be resumed later, Cancelled if cancelled, StepFault if failed."""
         buffers, step, services = self._buffers, self._step, self._services
         operations = self._recorded() if services.recorder.on else self._program.operations
         first = position = self._position
@@ -114,7 +114,7 @@ class StepRun:
             raise StepFault(self._program.nodes[position]) from error
 
     def _recorded(self) -> list[Operation]:
-        """The operations, each of which leaves a span: that of one which was left begins where it was left."""
+        """The operations, each of which records a span. The span of a parked operation begins when it was parked."""
         program = self._program
         operations = [
             op if isinstance(instruction, Free) else _recorded(op, program.device, instruction, node, nbytes, 0)
@@ -161,12 +161,12 @@ _KINDS: dict[type, str] = {
 
 
 def run_step(program: StepProgram, step: int, services: StepServices) -> None:
-    """Run one step to its end, with services that wait. Raises Cancelled if it was given up, StepFault if it failed."""
+    """Run one step to its end with services that wait. Raises Cancelled if it was cancelled, StepFault if it failed."""
     StepRun(program, step, services).advance()
 
 
 def describe(plan: Plan, instruction: Instruction) -> str:
-    """The node that an instruction stands for, as errors name it."""
+    """The name of an instruction's task, edge or store in errors."""
     match instruction:
         case Run():
             return plan.tasks[instruction.task].name

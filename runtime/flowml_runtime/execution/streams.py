@@ -1,4 +1,4 @@
-"""Standard streams, which a service manager, a daemon or a notebook may have closed, or never opened."""
+"""Opens missing standard streams, which a service manager, a daemon or a notebook may have closed or never opened."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import sys
 
 
 def open_standard_streams() -> None:
-    """Give the numbers 0, 1 and 2 to /dev/null where they are closed.
+    """Open /dev/null as descriptor 0, 1 and 2, where these are closed.
 
-    Else the next socket or file would get such a number, and what some library prints would go there.
+    Otherwise the next socket or file would get such a number, and output of libraries would be written there.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number, which is this one
 
 
 def on_terminal() -> bool:
-    """Whether somebody sees what is written to stderr as it is written."""
+    """Whether stderr is a terminal."""
     try:
         return bool(sys.stderr) and sys.stderr.isatty()
     except ValueError:  # closed

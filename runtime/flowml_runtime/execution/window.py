@@ -1,15 +1,15 @@
-"""How far the producer of an edge may be ahead of its consumer: credits, where values are large.
+"""Limits how far the producer of an edge may be ahead of its consumer, by credits for large values.
 
-A Send never waits for its Recv, so that edges cost one hop; what bounds the memory of those ahead is the number of
-steps in flight. For large values that is too much, and their edges have a window: at most so many steps' values that
-the consumer has not taken. It returns a credit for each that it takes.
+A Send never waits for its Recv, so an edge costs one hop. The number of steps in flight bounds the memory of small
+values. An edge of large values also has a window: the largest number of steps whose values the consumer has not taken.
+The consumer returns a credit for each value that it takes.
 
     producer: enter(edge, step) once there is room; sends      consumer: takes, answers Taken -> leave(edge, step)
 
-Whoever finds no room gets a claim to it, as for a value that has not come, and asks again when that is done.
+A producer without room gets a claim, as for a missing value, and calls `enter` again when the claim is done.
 
-Nothing can deadlock over it. Devices run steps in order, so whoever waits to send in step s has finished all earlier
-ones; what it waits for is that its consumer takes something of an earlier step, which needs only steps before s.
+The windows cannot deadlock. Devices run steps in order, so a producer that waits to send in step s has finished all
+earlier steps. It waits until its consumer takes a value of an earlier step, which depends only on steps before s.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from flowml_runtime.execution.mailbox import Cancelled, Claim
 from flowml_runtime.transport.endpoint import MAX_QUEUED_BYTES
 
 WINDOW_BYTES = MAX_QUEUED_BYTES // 2
-"""What may wait for the consumer of one edge, unless a single value is larger. Half of what a connection takes."""
+"""The most bytes that wait for the consumer of one edge, unless one value is larger. Half of a connection's limit."""
 
 IN_FLIGHT = 16
-"""Calls of one plan that may be under way at once: an edge on which so many fit needs no window."""
+"""The most calls of one plan in flight. An edge whose window would hold this many needs no window."""
 
 
 def window(message: Message) -> int:
@@ -35,12 +35,12 @@ def window(message: Message) -> int:
 
 
 class Windows:
-    """The windows of the edges that leave one device. `messages` are all of the plan. Safe to use from any thread."""
+    """The windows of one device's outgoing edges. `messages` are all of the plan. Safe to use from any thread."""
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self._room = [window(m) for m in messages]
         self._untaken: dict[int, set[int]] = {}
-        """For each edge the steps whose values the consumer has not taken."""
+        """For each edge, the steps whose values the consumer has not taken."""
         self._cancelled: set[int] = set()
         self._closed = False
         self._lock = threading.Lock()
@@ -53,7 +53,7 @@ class Windows:
         return self._waiting is not None
 
     def enter(self, edge: int, step: int) -> Claim | None:
-        """Take room, or get the claim to wait for before asking again. Raises Cancelled if the step is given up."""
+        """Take room, or return the claim to wait for before the next try. Raises Cancelled if the step is cancelled."""
         if not self._room[edge]:
             return None
         with self._lock:
@@ -68,14 +68,14 @@ class Windows:
             return claim
 
     def leave(self, edge: int, step: int) -> None:
-        """The consumer has taken the value of `step`. Edges and steps that nobody knows are ignored."""
+        """The consumer has taken the value of `step`. Unknown edges and steps are ignored."""
         with self._lock:
             self._untaken.get(edge, set[int]()).discard(step)
             claim = self._settled()
         _wake(claim)
 
     def cancel(self, step: int) -> None:
-        """Nobody takes the values of this step any more."""
+        """The step is cancelled: its values are not taken."""
         with self._lock:
             for untaken in self._untaken.values():
                 untaken.discard(step)
@@ -84,20 +84,20 @@ class Windows:
         _wake(claim)
 
     def finish(self, step: int) -> None:
-        """The device is past this step."""
+        """The device has ended this step."""
         if self._cancelled:
             with self._lock:
                 self._cancelled = {s for s in self._cancelled if s > step}
 
     def close(self) -> None:
-        """Wake whoever waits, with Cancelled."""
+        """Wake the waiting step with Cancelled."""
         with self._lock:
             self._closed = True
             claim = self._settled()
         _wake(claim)
 
     def _settled(self) -> Claim | None:
-        """The claim that is done now, to be woken without the lock, which is held here."""
+        """The claim that is done now, if any. The lock is held; the caller wakes the claim after releasing it."""
         if self._waiting is None:
             return None
         edge, step, claim = self._waiting
