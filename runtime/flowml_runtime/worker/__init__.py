@@ -1,1 +1,1 @@
-"""A worker: its process, what it loads, and how it runs."""
+"""Workers: their process, the plans they load, and how they run them."""

@@ -1,4 +1,4 @@
-"""A plan on its way to a worker: its own bytes, then its large constants and executables, a piece at a time."""
+"""Receives a plan on a worker: first its own bytes, then its large constants and executables, one piece at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowml_runtime.transport.arrays import aligned_empty
 
 
 class Arriving:
-    """Collects the pieces, which come in order. Not safe for threads: the driver's messages come one by one."""
+    """Collects the pieces, which arrive in order. Not thread-safe, because the driver's messages arrive one by one."""
 
     def __init__(self) -> None:
         self._parts: dict[str, np.ndarray] = {}
@@ -18,7 +18,7 @@ class Arriving:
         self._filled = 0
 
     def take(self, piece: wire.LoadPlan, data: np.ndarray) -> bool:
-        """Take a piece in; True with the last one. Raises ProtocolError for one that is not the next."""
+        """Add a piece. Returns True for the last one. Raises ProtocolError if it is not the next piece."""
         if piece.start == 0 and piece.part not in self._parts and self._is_whole():
             self._parts[piece.part] = data if data.nbytes == piece.nbytes else aligned_empty(piece.nbytes)
             self._part, self._filled = piece.part, 0
@@ -33,10 +33,10 @@ class Arriving:
         return piece.last
 
     def taken(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The plan's bytes, and the other parts by name. They are the caller's from here on."""
+        """The plan's bytes, and the other parts by name. The caller owns them from now on."""
         parts, self._parts = self._parts, {}
         return parts.pop(""), parts
 
     def _is_whole(self) -> bool:
-        """Whether the part that comes in is complete."""
+        """Whether the current part is complete."""
         return not self._parts or self._filled == self._parts[self._part].nbytes

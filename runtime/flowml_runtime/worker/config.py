@@ -1,4 +1,4 @@
-"""What a worker is told when it is started."""
+"""The configuration of a worker, which it gets when it starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import msgspec
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """All that a worker has to be told. `cores` () leaves it where it is; `name` "" lets the coordinator choose."""
+    """The configuration of a worker. `cores=()` does not pin it; `name=""` lets the coordinator choose a name."""
 
     coordinator: str
     token: str
@@ -14,14 +14,14 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     devices: int = 1
     cores: tuple[int, ...] = ()
     core_share: float = 0.0
-    """Cores' worth of work it can do: less than its cores when it shares them. 0: all of them."""
+    """How many cores' worth of work it can do: less than `cores` if it shares them. 0: all of them."""
     memory_bytes: int = 0
-    """0: all of the machine's."""
+    """0: all memory of the machine."""
     python: bool = False
     platform: str = "cpu"
     tls: tuple[str, str, str] | None = None
     shared_memory: bool = True
-    """False: talk by gRPC to peers of this machine too."""
+    """False: use gRPC for peers on this machine too."""
     checksum: bool | None = None
 
     def __repr__(self) -> str:

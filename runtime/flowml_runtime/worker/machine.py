@@ -1,4 +1,4 @@
-"""What this machine has, and how it is shared out among workers."""
+"""Reads the cores and memory of this machine, and shares the cores out among workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cores() -> tuple[int, ...]:
 
 
 def share_cores(available: tuple[int, ...], workers: int) -> list[tuple[int, ...]]:
-    """The cores of each worker: neighbours, as evenly as can be; with more workers than cores, one core each."""
+    """Each worker's cores: adjacent cores, in shares as equal as possible. With too few cores, one core each."""
     n = len(available)
     if workers > n:
         return [(available[i * n // workers],) for i in range(workers)]
@@ -25,7 +25,7 @@ def share_cores(available: tuple[int, ...], workers: int) -> list[tuple[int, ...
 
 
 def memory_bytes() -> int:
-    """Memory of the machine, or of the container where that is less."""
+    """The memory of the machine, or of the container if that is less."""
     total = psutil.virtual_memory().total
     try:
         return min(total, int(_CGROUP_LIMIT.read_text()))
@@ -34,7 +34,7 @@ def memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Memory that is free, or can be freed, on the machine or in the container."""
+    """The memory that is free, or can be freed, on the machine or in the container."""
     available = psutil.virtual_memory().available
     try:
         return min(available, int(_CGROUP_LIMIT.read_text()) - int(_CGROUP_USED.read_text()))

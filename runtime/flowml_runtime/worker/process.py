@@ -1,8 +1,8 @@
-"""A worker's process, from its settings to its end.
+"""Runs a worker's process from its configuration to its end.
 
-`serve` pins the process to its cores before XLA starts (XLA sizes its thread pools by them), joins the cluster, and
-runs a `Worker` until the coordinator is lost or somebody stops it. The settings hold the token, so they travel through
-a pipe and never through arguments or the environment.
+`serve` pins the process to its cores before XLA starts, because XLA sizes its thread pools by them. It then joins the
+cluster and runs a `Worker` until the coordinator is lost or the process is stopped. The configuration holds the token,
+so it is passed through a pipe and never through arguments or the environment.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from flowml_runtime.worker.machine import cores, memory_bytes
 from flowml_runtime.worker.worker import Worker
 
 LOST_COORDINATOR = 1
-"""Exit status of a worker whose coordinator is gone: whoever watches over it may start it again."""
+"""Exit status of a worker whose coordinator is lost. A supervisor may start the worker again."""
 
 SWITCH_INTERVAL_S = 5e-4
-"""How long a thread may keep the interpreter while others wait. Python's own 5 ms is a small step's whole time."""
+"""How long a thread may keep the interpreter while others wait. Python's default, 5 ms, is as long as a small step."""
 
 
 def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) -> str:
-    """Be a worker until the coordinator is lost; returns the reason. `joined` is told the worker's name.
+    """Run a worker until the coordinator is lost; returns the reason. Calls `joined` with the worker's name.
 
-    Raises ClusterError if the cluster cannot be joined. Any exception in this thread (SystemExit from a signal
-    handler, KeyboardInterrupt) ends it in order: it leaves the cluster first.
+    Raises ClusterError if the cluster cannot be joined. After any exception in this thread (SystemExit from a signal
+    handler, KeyboardInterrupt) the worker leaves the cluster before it ends.
     """
     if config.cores:
         os.sched_setaffinity(0, config.cores)
@@ -71,11 +71,11 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
 
 
 READY_S = 60.0
-"""How long a message may wait for the worker that it is for, which is being made."""
+"""How long a message may wait until its worker has been made."""
 
 
 class _Hosted:
-    """The worker, which can be made only when its name is known; messages that come sooner wait for it."""
+    """Holds the worker, which can be made only when its name is known. Messages that arrive earlier wait for it."""
 
     def __init__(self) -> None:
         self.worker: Worker | None = None

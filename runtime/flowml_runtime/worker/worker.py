@@ -1,8 +1,8 @@
-"""The worker: takes in messages, loads plans, and runs them on one thread a device.
+"""A worker receives messages, loads plans, and runs them on one thread per device.
 
-Messages come in on the endpoint's receiving threads and none of them is ever held up: a value goes to the
-mailbox or an executor's queue, a plan to the loader thread. What a training plan adds is done by a handler
-of its own, made by `training_factory`, to which every message that is not a plan's static path is handed.
+Messages arrive on the endpoint's receiving threads, which never wait here: a value goes to the mailbox or to an
+executor's queue, a plan to the loader thread. A training plan has its own handler, made by `training_factory`. It gets
+every message that a plan without training does not use.
 
     LoadPlan -> loader: compile -> Loaded | Failed        (to the peer that sent it, the plan's driver)
     Value    -> mailbox (edge) | executor (feed)
@@ -44,11 +44,11 @@ from flowml_runtime.worker.arriving import Arriving
 
 MAX_REASON = 1024
 JOIN_S = 5.0
-"""How long `close` waits for each thread. One that sits in a callback that never returns is left behind."""
+"""How long `close` waits for each thread. A thread in a callback that never returns is abandoned."""
 
 
 class TrainingHandler(Protocol):
-    """What hosts a training plan on this worker. Called on receiving threads: only `close` may wait."""
+    """Hosts a training plan on this worker. It is called on receiving threads, so only `close` may wait."""
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None: ...
     def on_lost(self, peer: str, reason: str) -> None: ...
@@ -69,7 +69,7 @@ def _default_training(
 
 @dataclass
 class _Hosted:
-    """A plan on this worker. It exists from the moment its LoadPlan arrives; `executors` once it is compiled."""
+    """A plan on this worker. It exists as soon as its LoadPlan arrives; `executors` is set when it is compiled."""
 
     driver: str
     deadline_s: float
@@ -77,7 +77,7 @@ class _Hosted:
     """All workers of the plan."""
     arriving: Arriving = field(default_factory=Arriving)
     complete: bool = False
-    """Whether all of it is here."""
+    """Whether all of it has arrived."""
     executors: dict[str, Executor] = field(default_factory=dict[str, Executor])
     windows: dict[str, Windows] = field(default_factory=dict[str, Windows])
     local: LocalStep | None = None
@@ -99,7 +99,7 @@ class Worker:
         training_factory: TrainingFactory = _default_training,
         cache: ExecutableCache | None = None,
     ) -> None:
-        """`cache` is to be shared by the workers of one process."""
+        """The workers of one process share one `cache`."""
         self.name = name
         self.devices = dict(devices)
         self.endpoint = endpoint
@@ -113,14 +113,14 @@ class Worker:
         self._lock = threading.Lock()
         self._plans: dict[str, _Hosted] = {}
         self._threads: dict[str, DeviceThread] = {}
-        """Of each device that has been used."""
+        """The thread of each device that has been used."""
         self._deadlines = Deadlines(f"{name}-deadlines")
         self._ending: list[threading.Thread] = []
         """Each closes the handler of a training plan that was unloaded."""
         self._loader = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-load")
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
-        """Take one message in. Called by the endpoint on its receiving threads; returns at once."""
+        """Process one message. The endpoint calls this on its receiving threads; it returns at once."""
         match message:
             case wire.Value(kind="edge"):
                 self._put(message, arrays)
@@ -136,25 +136,25 @@ class Worker:
                     self._on_plan_message(hosted, peer, message, arrays)
 
     def on_lost(self, peer: str, reason: str) -> None:
-        """A peer is gone. Plans it drove end; the drivers of those it shared are told."""
+        """A peer is lost. End the plans it drove, and tell the drivers of the other plans it took part in."""
         for plan_id, hosted in list(self._plans.items()):
             if hosted.driver == peer:
                 self.unload(plan_id)
                 continue
             if peer in hosted.peers:
-                # Its process may be well, and then nobody but us knows that what we wait for will not come.
+                # The peer may still run for others. Then only this worker knows that the peer's values will not come.
                 text = reason[:MAX_REASON]
                 self._tell(hosted.driver, wire.Unreachable(plan_id=plan_id, worker=self.name, peer=peer, reason=text))
             if hosted.training is not None:
                 hosted.training.on_lost(peer, reason)
 
     def local_step(self, plan_id: str) -> LocalStep | None:
-        """The short way to run a plan from this process, if the whole of it is one program on this worker."""
+        """A direct way to run a plan from this process, if the whole plan is one program on this worker."""
         hosted = self._plans.get(plan_id)
         return hosted.local if hosted is not None else None
 
     def unload(self, plan_id: str) -> None:
-        """Stop and forget a plan. Does not wait for a task that runs now."""
+        """Stop and remove a plan. Does not wait for a running task."""
         with self._lock:
             hosted = self._plans.pop(plan_id, None)
             if hosted is None:
@@ -170,7 +170,7 @@ class Worker:
             self._end(hosted.training)
 
     def _end(self, training: TrainingHandler) -> None:
-        """Close a handler. That waits for its thread, which whoever unloads a plan may not: it receives messages."""
+        """Close a handler on a new thread, because closing waits and plans are unloaded on receiving threads."""
         with self._lock:
             self._ending = [t for t in self._ending if t.is_alive()]
             self._ending.append(service.start(f"{self.name}-unload", training.close, lambda _: None))
@@ -181,7 +181,7 @@ class Worker:
         for plan_id in list(self._plans):
             self.unload(plan_id)
         self._loader.shutdown(wait=True, cancel_futures=True)
-        for plan_id in list(self._plans):  # one that arrived meanwhile
+        for plan_id in list(self._plans):  # plans that arrived meanwhile
             self.unload(plan_id)
         with self._lock:
             ending, threads = list(self._ending), list(self._threads.values())
@@ -194,7 +194,7 @@ class Worker:
             thread.join(JOIN_S)
 
     def _trace(self, peer: str, message: wire.Trace) -> None:
-        """Record from now on, or tell what was recorded; with the time here, for comparison with others."""
+        """Start to record, or send the recording. The answer has this machine's time, to compare clocks."""
         spans = np.empty(0, np.uint8)
         if message.on:
             self.recorder.start()
@@ -230,7 +230,7 @@ class Worker:
             if message.device in hosted.windows:
                 hosted.windows[message.device].leave(message.index, message.step)
         elif peer != hosted.driver:
-            return  # only the one who loaded a plan may drive it
+            return  # only the peer that loaded a plan may drive it
         elif isinstance(message, wire.Value):
             executor = hosted.executors.get(message.device)
             if executor is not None and message.kind == "feed":
@@ -244,7 +244,7 @@ class Worker:
             self.unload(message.plan_id)
 
     def _accept(self, driver: str, message: wire.LoadPlan, arrays: Sequence[Array]) -> None:
-        """Take in a piece of a plan; with the last one, load it."""
+        """Add a piece of a plan. After the last piece, load the plan."""
         plan_id = message.plan_id
         with self._lock:
             hosted = self._plans.get(plan_id)
@@ -281,7 +281,7 @@ class Worker:
                 reserve_edges(self.endpoint, loaded)
                 plan = loaded.plan
             self._install(plan_id, hosted, plan, programs)
-        except BaseException as error:  # what a user's module does when it is unpickled, sys.exit() included
+        except BaseException as error:  # unpickling a user's module may raise anything, SystemExit included
             self.unload(plan_id)
             trace = "" if isinstance(error, FlowmlError) else own_traceback(error)
             answer: wire.Wire = wire.Failed(
@@ -335,7 +335,7 @@ class Worker:
             self._tell(driver, wire.Contradicted(peer=peer, bytes_per_s=bytes_per_s))
 
     def _thread_of(self, device: str) -> DeviceThread:
-        """The lock is held."""
+        """The thread of a device. The caller holds the lock."""
         if device not in self._threads:
             self._threads[device] = DeviceThread(device)
         return self._threads[device]
@@ -344,4 +344,4 @@ class Worker:
         try:
             self.endpoint.send(driver, message)
         except FlowmlError:
-            return  # nobody is left to be told; on_lost unloads what it drove
+            return  # the driver is lost; on_lost unloads its plans

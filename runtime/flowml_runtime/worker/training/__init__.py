@@ -1,1 +1,1 @@
-"""Training on one worker: interprets the actions of the training machines."""
+"""Training on one worker: carries out the actions of the training state machines."""

@@ -1,10 +1,10 @@
-"""Checks now and then that replicas which must hold the same parameters hold the same bits.
+"""Checks periodically that replicas which must hold the same parameters hold the same bits.
 
-Where replicas add up gradients among themselves, each applies the sums to a copy of its own. All copies add and apply
-the same values in the same order, so they differ only if something is broken: memory, a processor that computes
-otherwise, or flowml. Training would go on with replicas that never meet again. So every few steps and at the end each
-copy is reduced to a digest of 64 bits, and the group that adds up the store's gradients adds up a row with a place for
-the digest of each member, which tells every member those of all.
+If replicas add up gradients among themselves, each applies the sums to its own copy. All copies add and apply the same
+values in the same order, so they differ only if something is broken: memory, a processor that computes differently, or
+flowml. Without a check, training would continue with replicas that stay different. So every few steps and at the end,
+each copy is reduced to a digest of 64 bits. The group that adds up the store's gradients then adds up a row with one
+place per member, in which each member has set its own digest. The sum gives every member all digests.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Digest = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 class Agreement:
-    """The checks of one worker in one run. Called by the lanes of stores."""
+    """The checks of one worker in one run. The lanes of stores call it."""
 
     def __init__(self, run: Run, groups: Callable[[int], Group], on_fault: Fault) -> None:
-        """`groups` gives the group of a stage."""
+        """`groups` returns the group of a stage."""
         self._run = run
         self._groups = groups
         self._on_fault = on_fault
         self._first_bucket = sum(len(s.parts) for s in run.training.stores)
         self._checks: dict[int, tuple[int, Future[Digest]]] = {}
-        """By store the version that was compared last, or is being compared."""
+        """Store -> the version that was compared last, or is being compared."""
 
     def is_due(self, store: int, version: int) -> bool:
         spec, steps = self._run.training.stores[store], self._run.start.check_replicas
@@ -53,10 +53,10 @@ class Agreement:
         *,
         last: bool = False,
     ) -> None:
-        """Compare a version, made by step `clock`, with the other copies if it is due, or the `last` one of any due.
+        """Compare a version, made by step `clock`, with the other copies, if it is due or the `last` one.
 
-        All workers that hold one call this with the same versions. `then` is called once they agree, perhaps on
-        another thread.
+        All workers that hold a copy call this with the same versions. `then` is called when the copies agree, perhaps
+        on another thread.
         """
         known, outcome = self._checks.get(store, (-1, None))
         if outcome is None or known != version:
@@ -68,7 +68,7 @@ class Agreement:
         outcome.add_done_callback(partial(self._call_if_equal, then))
 
     def _begin(self, store: int, version: int, mine: int, previous: Future[Digest] | None) -> Future[Digest]:
-        """Exchange digests, after the exchange before this one: a bucket is under way once at a time."""
+        """Exchange digests after the previous exchange has ended, because a bucket allows one all-reduce at a time."""
         outcome: Future[Digest] = Future(f"the check of version {version}", _same)
         self._checks[store] = (version, outcome)
 
@@ -132,7 +132,7 @@ def _equal(digests: Digest) -> bool:
 
 
 def digest(arrays: Sequence[Any]) -> int:
-    """64 bits that stand for the bits of all arrays, in order."""
+    """A digest of 64 bits of the bits of all arrays, in order."""
     found = xxhash.xxh3_64()
     for array in arrays:
         found.update(as_bytes(np.ascontiguousarray(np.asarray(array))).data)

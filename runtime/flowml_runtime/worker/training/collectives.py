@@ -1,18 +1,18 @@
-"""A group of replicas that add up buckets of arrays: hosts the machine of `protocol.collective` over an endpoint.
+"""Adds up buckets of arrays over a group of replicas: runs the machine of `protocol.collective` over an endpoint.
 
     group.all_reduce(bucket, clock, arrays) -> Future of the sums, on every member
-    group.on_message, group.on_lost         to be called by whoever owns the endpoint
+    group.on_message, group.on_lost         the owner of the endpoint calls these
 
-Nothing is written after it was sent: a rank's own values stay as they are, a sum on its way lies in memory of its
-own, and every element of the result is written once, when it is final. So whatever the transport does with what it is
-given (shared memory copies it, gRPC and threads refer to it), chunks go out as views, without a copy. Result memory
-comes from a pool and goes back there when the last view of it dies, wherever that is.
+Memory is never written after it was sent: a rank's own values do not change, a partial sum has its own memory, and
+every element of the result is written once, when it is final. So chunks are sent as views without a copy, whether the
+transport copies them (shared memory) or keeps a reference (gRPC and threads). Result memory comes from a pool and
+returns there when its last view is deleted, on any thread.
 
-float16, bfloat16 and the float8 kinds are added in float32 and stay float32 between ranks until the sum is
-complete; it is rounded once. What a rank has not added to travels as it is.
+float16, bfloat16 and the float8 types are added in float32. Partial sums stay float32 between ranks, and the complete
+sum is rounded once. Values to which nothing has been added keep their dtype.
 
-A bucket of which this rank passes nothing on (two ranks and few bytes) is added up by the receiving thread: an addition
-takes less time than waking another thread. All else runs on the group's own thread, because sending can wait.
+If this rank passes nothing on (two ranks and few bytes), the receiving thread adds, because an addition takes less time
+than waking another thread. All other work runs on the group's thread, because sending can wait.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.transport.endpoint import Arrays
 
 INLINE_BYTES = 256 * 2**10
-"""Up to here a receiving thread adds, if it need not send: in less time than it takes to wake another thread."""
+"""Up to this size a receiving thread adds if it need not send, because that is faster than waking another thread."""
 
 MAX_EARLY = 4096
-"""Messages kept for all-reduces that have not begun here."""
+"""The most messages that are kept for all-reduces that have not begun here."""
 
 WATCHES_A_DEADLINE = 10
-"""A deadline is noticed up to a tenth late."""
+"""Checks per deadline. An overdue all-reduce is noticed at most a tenth of the deadline late."""
 
 _WIDE = np.dtype(np.float32)
 _JOIN_S = 5.0
@@ -73,7 +73,7 @@ Slot = tuple[int, int]
 
 @dataclass(frozen=True)
 class GroupId:
-    """Which group: a plan's run has them by number."""
+    """Identifies a group: plan, run and the group's number."""
 
     plan_id: str
     run: int
@@ -81,7 +81,7 @@ class GroupId:
 
 
 class _Flight:
-    """One bucket under way on this rank. `lock` guards its machine and its values."""
+    """One all-reduce of a bucket on this rank. `lock` guards its machine and its values."""
 
     def __init__(
         self, name: str, key: Slot, source: Buffer, schedule: Schedule, rank: int, future: Future[Sums], deadline: float
@@ -91,7 +91,7 @@ class _Flight:
         self.future = future
         self.deadline = deadline
         self.lock = threading.Lock()
-        """Held while the machine steps and its actions read and write values; never while anything is sent."""
+        """Held while the machine steps and its actions read and write values, but never during a send."""
         self.layout = Layout.of(source.size, source.itemsize, schedule.chunks)
         self.machine = AllReduce(schedule, rank, self.layout.pieces, name)
         self.inline = source.nbytes <= INLINE_BYTES and not schedule.relays(rank)
@@ -107,7 +107,7 @@ class _Flight:
         return self._result
 
     def held(self, slot: Slot) -> Buffer:
-        """What this rank has of a chunk now."""
+        """This rank's current value of a chunk."""
         partial = self._partial.get(slot)
         if partial is not None:
             return partial
@@ -116,7 +116,7 @@ class _Flight:
         return whole[first:end]
 
     def check(self, peer: str, message: wire.Collective, arrays: Sequence[Array]) -> Buffer:
-        """The array of a message for this bucket. Raises ProtocolError if it is not one that is due."""
+        """The array of a message for this bucket. Raises ProtocolError if the message is not expected."""
         if len(arrays) != 1 or arrays[0].ndim != 1:
             raise ProtocolError(f"{peer} sent other than a chunk for {self.name}, piece {message.piece}")
         if arrays[0].dtype not in (self._source.dtype, self._wide):
@@ -127,10 +127,10 @@ class _Flight:
         return arrays[0]
 
     def carry_out(self, actions: Sequence[Action], pool: BufferPool) -> tuple[list[tuple[SendChunk, Buffer]], bool]:
-        """What is to be sent now, and whether all is done. The lock is held.
+        """Returns what to send now, and whether the all-reduce is complete. The caller holds the lock.
 
-        A chunk is read where its SendChunk stands among the actions: a later one, or the next event on another
-        thread, makes the chunk a sum. What was read stays as it is, since sums lie in memory of their own.
+        A chunk is read at the position of its SendChunk among the actions, because a later action, or the next event
+        on another thread, replaces the chunk by a sum. The value read does not change: sums have their own memory.
         """
         chunks: list[tuple[SendChunk, Buffer]] = []
         done = False
@@ -185,7 +185,7 @@ def _spec(dtype: np.dtype[Any], size: int) -> ArraySpec:
 
 @lru_cache(maxsize=64)
 def accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype to add up in. Raises UnsupportedError for what cannot be added."""
+    """The dtype in which arrays of `dtype` are added. Raises UnsupportedError if they cannot be added."""
     if dtype.kind in "iuc" or (dtype.kind == "f" and dtype.itemsize >= _WIDE.itemsize):
         return dtype
     if dtype.kind == "f" or dtype.name.startswith(("bfloat", "float")):
@@ -203,14 +203,14 @@ def add(operands: Sequence[Buffer], target: Buffer, wide: np.dtype[Any]) -> None
     for other in others:
         np.add(total, other.astype(wide, copy=False), out=total)
     if total is not target:
-        target[...] = total  # the one rounding
+        target[...] = total  # the only rounding
 
 
 class Group:
-    """Members that reduce buckets together. Every method from any thread.
+    """Members that reduce buckets together. Every method may be called from any thread.
 
-    All members call `all_reduce` with the same buckets, clocks and kinds of arrays; a bucket's clocks ascend and one of
-    its all-reduces is under way at a time, of other buckets as many as there are.
+    All members call `all_reduce` with the same buckets, clocks, shapes and dtypes. A bucket's clocks ascend, and it has
+    one all-reduce at a time; different buckets run concurrently.
     """
 
     def __init__(
@@ -224,10 +224,10 @@ class Group:
         pick: Callable[[int, Sequence[Hashable]], Schedule] = choose,
         deadline_s: float = wire.DEADLINE_S,
     ) -> None:
-        """`members` in the order of their ranks; `hosts` names each one's machine (all the same if left out)."""
+        """`members` are in the order of their ranks. `hosts` names each member's machine; the default is one."""
         self.rank = list(members).index(me)
         self._sent: Counter[int] = Counter()
-        """Bytes of arrays to other members, by bucket."""
+        """Bytes of arrays sent to other members, by bucket."""
         self._identity = identity
         self._members = tuple(members)
         self._ranks = {name: rank for rank, name in enumerate(members)}
@@ -238,7 +238,7 @@ class Group:
         self._lock = threading.Lock()
         self._flights: dict[Slot, _Flight] = {}
         self._latest: dict[int, int] = {}
-        """The clock of each bucket's newest all-reduce that has begun here."""
+        """Bucket -> the clock of its newest all-reduce that has begun here."""
         self._early: dict[int, list[tuple[str, wire.Collective, Sequence[Array]]]] = {}
         self._lost: dict[str, str] = {}
         self._broken: FlowmlError | None = None
@@ -254,7 +254,7 @@ class Group:
 
     @property
     def size(self) -> int:
-        """How many members there are."""
+        """The number of members."""
         return len(self._members)
 
     @property
@@ -263,7 +263,7 @@ class Group:
             return sum(self._sent.values())
 
     def take_sent_bytes(self, bucket: int) -> int:
-        """How much was sent for a bucket, where none is under way, since this was last asked."""
+        """The bytes sent for a bucket since the last call. None of its all-reduces may be running."""
         with self._lock:
             return self._sent.pop(bucket, 0)
 
@@ -272,10 +272,10 @@ class Group:
     ) -> Future[Sums]:
         """The sums over all members, in arrays like the given ones, which must not change any more.
 
-        By this schedule, the same on all members, or the one that `pick` finds.
-        Several arrays are of one dtype and are laid one after the other; a single one is not copied. The future raises
-        WorkerLostError or DeadlineError, naming the bucket and the member that is missing. Raises UnsupportedError for
-        a dtype that cannot be added, ProtocolError for a bucket that is under way.
+        `schedule` must be the same on all members; by default `pick` chooses it.
+        Several arrays must have one dtype and are concatenated; a single array is not copied. The future raises
+        WorkerLostError or DeadlineError, naming the bucket and the missing member. Raises UnsupportedError for a dtype
+        that cannot be added, ProtocolError for a bucket that has a running all-reduce.
         """
         source = _flat(arrays)
         shapes = [np.shape(a) for a in arrays]
@@ -298,7 +298,7 @@ class Group:
         return future
 
     def on_message(self, peer: str, message: wire.Collective, arrays: Sequence[Array]) -> None:
-        """Take a chunk in. Does not wait; adds at most `INLINE_BYTES`."""
+        """Process a chunk. Does not wait; adds at most `INLINE_BYTES` on this thread."""
         try:
             with self._lock:
                 flight = self._flights.get((message.bucket, message.clock))
@@ -310,7 +310,7 @@ class Group:
             self._break(error)
 
     def on_lost(self, peer: str, reason: str) -> None:
-        """A member is gone: what is under way fails, for others wait for it where we do not; nothing new can begin."""
+        """A member is lost: all running all-reduces fail, because some member waits for it, and none can begin."""
         if peer not in self._ranks:
             return
         with self._lock:
@@ -321,7 +321,7 @@ class Group:
             self._fail(flight, self._lost_error(peer, flight.name))
 
     def close(self) -> None:
-        """Give up what is under way and end the threads. Idempotent."""
+        """Fail all running all-reduces and end the threads. Idempotent."""
         self._break(FlowmlError("the group of replicas was closed"))
         self._closed.set()
         self._inbox.put(None)
@@ -330,7 +330,7 @@ class Group:
                 thread.join(_JOIN_S)
 
     def _register(self, flight: _Flight) -> list[tuple[str, wire.Collective, Sequence[Array]]]:
-        """Let the flight receive; returns what came before."""
+        """Let the flight receive messages. Returns the messages that arrived before."""
         bucket, clock = flight.key
         with self._lock:
             if self._broken:
@@ -344,9 +344,9 @@ class Group:
             return self._early.pop(bucket, [])
 
     def _keep(self, peer: str, message: wire.Collective, arrays: Sequence[Array]) -> None:
-        """For an all-reduce that has not begun here. A peer is at most one ahead, since its next one needs ours."""
+        """Keep a message of a later all-reduce. A peer is at most one ahead, because its next one needs this rank."""
         if self._broken or message.clock <= self._latest.get(message.bucket, -1):
-            return  # of one that was given up
+            return  # it belongs to an all-reduce that was given up
         kept = self._early.setdefault(message.bucket, [])
         if sum(map(len, self._early.values())) >= MAX_EARLY or (kept and kept[0][1].clock != message.clock):
             raise ProtocolError(f"{peer} is too far ahead: bucket {message.bucket} at clock {message.clock} from it")
@@ -372,10 +372,10 @@ class Group:
     def _work(self) -> None:
         while (entry := self._inbox.get()) is not None:  # no deadline: the thread sleeps until it has work or is closed
             self._step(*entry)
-            del entry  # else it would keep an array alive until the next one
+            del entry  # otherwise it would keep an array alive until the next entry
 
     def _watch(self) -> None:
-        """Fail what is overdue. The other thread may itself be waiting, in a send."""
+        """Fail overdue all-reduces. This has its own thread because the other one may itself wait in a send."""
         while not self._closed.wait(min(self._deadline_s / WATCHES_A_DEADLINE, 1.0)):
             now = time.monotonic()
             with self._lock:
@@ -386,7 +386,7 @@ class Group:
                 self._fail(flight, self._deadline_error(flight.name, missing))
 
     def _step(self, flight: _Flight, event: Started | Received) -> None:
-        """Take an event in. The lock covers all that reads or writes values; nothing is sent while it is held."""
+        """Process an event. The lock is held while values are read or written, and released before sending."""
         try:
             with flight.lock:
                 if flight.future.done():
@@ -426,12 +426,12 @@ class Group:
             self._flights.pop(flight.key, None)
 
     def _fail(self, flight: _Flight, error: FlowmlError) -> None:
-        """Nothing partial is handed on: the flight and all it holds go."""
+        """End a flight with an error. Its partial sums are dropped."""
         self._drop(flight)
         flight.future.complete(None, error)
 
     def _break(self, error: FlowmlError) -> None:
-        """Members that disagree on what they reduce cannot go on at all."""
+        """Fail the whole group, because members that disagree on what they reduce cannot continue."""
         with self._lock:
             self._broken = self._broken or error
             flights = list(self._flights.values())
@@ -454,7 +454,7 @@ class Group:
 
 
 def _flat(arrays: Sequence[Array]) -> Buffer:
-    """The arrays as one row, in order. A single one is a view."""
+    """The arrays concatenated to one row. A single array becomes a view."""
     flat = [np.asarray(a).reshape(-1) for a in arrays]
     if len({a.dtype for a in flat}) != 1:
         raise UnsupportedError("a bucket holds one or more arrays, all of one dtype; make a bucket for each dtype")
@@ -465,7 +465,7 @@ def _flat(arrays: Sequence[Array]) -> Buffer:
 
 
 def _parts(total: Buffer, shapes: Sequence[tuple[int, ...]]) -> Sums:
-    """The arrays in a row, as views."""
+    """The arrays in a concatenated row, as views."""
     parts: Sums = []
     at = 0
     for shape in shapes:

@@ -1,8 +1,8 @@
-"""Whether gradients are finite. One that holds NaN or infinity is left out of the update, unless the user has it else.
+"""Checks whether gradients are finite. The option `on_nonfinite` says what happens to one that holds NaN or infinity.
 
-refuse   the contribution is sent empty, and the driver is told whose it was
+refuse   the contribution is sent empty, and the driver is told which replica it came from (the default)
 raise    the step fails
-apply    nothing is looked at
+apply    gradients are not checked
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def all_finite(arrays: Sequence[Any]) -> bool:
-    """Whether no array holds NaN or infinity. Costs one look at each: a sum is finite only if all of it is."""
+    """Whether no array holds NaN or infinity. Reads each array once: a sum is finite only if all its terms are."""
     return all(_is_finite(np.asarray(a)) for a in arrays)
 
 
@@ -29,7 +29,7 @@ def _is_finite(array: np.ndarray[Any, Any]) -> bool:
 
 
 def sentence(layer: str, whose: str) -> str:
-    """What a step fails with."""
+    """The message of the error that ends a step."""
     return (
         f"the gradient of layer {layer!r}, {whose}, holds NaN or infinity; lower the learning rate or look at the "
         "data of this step, or give Trainer(on_nonfinite='refuse') to leave such gradients out"

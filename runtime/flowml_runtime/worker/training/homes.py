@@ -1,8 +1,8 @@
-"""The stores that live on this worker: holds their values, applies and publishes as the worker's machine says.
+"""Holds the values of the stores on this worker, and applies and publishes them as the worker's machine decides.
 
-The thread of the machine only puts the actions in order. What computes or waits happens on a thread of the device that
-the store lives on (a lane): applies, and reading their results to publish them. So control messages never wait behind a
-large layer. A store's actions are carried out in their order, because they all go through one lane.
+The machine's thread only queues the actions. Applies, and reading their results to publish them, compute or wait; they
+run on a thread of the store's device (a lane), so that control messages never wait for a large layer. The actions of a
+store run in order, because they all go through one lane.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from flowml_runtime.worker.training.run import Fault, Run
 
 @dataclass
 class _Held:
-    """A store's value on device `home`: parameters and optimizer state, and what its apply task needs to be called.
+    """A store's value on device `home`: parameters, optimizer state, and the inputs of its apply task.
 
-    Once it is loaded, only its lane touches it.
+    After it is loaded, only its lane accesses it.
     """
 
     spec: StoreSpec
@@ -42,15 +42,15 @@ class _Held:
     state: list[Array]
     zeros: tuple[Array, ...]
     clock: int = 0
-    """The floor of the newest publication, which is that of the next contribution where there is a clock for all."""
+    """The floor of the newest publication. If all replicas share one clock, the next contribution has this clock."""
 
 
 _Job = tuple[int, Callable[[], None]]
-"""Something to be done for a store."""
+"""(store, the work to do for it)"""
 
 
 class Homes:
-    """Carries out what concerns the stores of one worker in one run. Called by the machine thread; never waits."""
+    """Carries out the actions on one worker's stores in one run. The machine's thread calls it; it never waits."""
 
     def __init__(
         self,
@@ -73,12 +73,12 @@ class Homes:
             f"{run.me} run {run.number}", self._send_published, partial(self._fail, run.number, "publish")
         )
         self._failed = False
-        """Something could not be applied or published: nothing that comes after it may be."""
+        """Whether an apply or publication failed. Then no later one may run."""
 
     def carry_out(self, actions: Iterable[Load | Apply | Publish | Return]) -> None:
-        """Put what one event has led to in order."""
+        """Queue the actions that one event has caused."""
         jobs: dict[str, list[_Job]] = {}
-        """By device, so that its lane is woken once for all of them."""
+        """Grouped by device, so that each lane is woken once."""
         for action in actions:
             match action:
                 case Load():
@@ -96,7 +96,7 @@ class Homes:
             self._lanes[home].put(partial(self._do, ordered), partial(self._fail, self._run.number, "a home"))
 
     def _load(self, action: Load) -> None:
-        """Take in a store's first value: parameters, then state."""
+        """Load a store's first value: parameters, then optimizer state."""
         spec, arrays = self._specs[action.store], self._payloads.pop(action.handle)
         home = self._homes[action.store]
         program = self._programs[home]
@@ -108,7 +108,7 @@ class Homes:
         )
 
     def close(self) -> None:
-        """Drop what is not done, and end the threads after what they do now. Does not wait. Idempotent."""
+        """Drop the queued work, and end the threads after their current job. Does not wait. Idempotent."""
         for lane in self._lanes.values():
             lane.close()
         self._publisher.close()
@@ -144,14 +144,14 @@ class Homes:
         with recorder.record(f"{held.home} home", "apply", f"store {spec.name}", step):
             results = held.apply(*held.params, *held.state, aligned_copy(coefficients), *payloads)
             if recorder.on:
-                jax.block_until_ready(results)  # else its end would not be seen
+                jax.block_until_ready(results)  # otherwise the recorder would not see the end of the task
         split = len(spec.specs)
         held.params, held.state = list(results[:split]), list(results[split:])
 
     def _publish(self, action: Publish) -> None:
-        """Hand the parameters to the publisher, which lends them to readers: no apply may overwrite them.
+        """Give the parameters to the publisher, which lends them to readers, so no apply may overwrite them.
 
-        Apply tasks are compiled without donation, so each makes new arrays and leaves the old ones alone.
+        Apply tasks are compiled without donation: each makes new arrays and does not change the old ones.
         """
         held = self._held[action.store]
         held.clock = held.clock if action.floor == RETIRED else action.floor
@@ -191,7 +191,7 @@ class Homes:
         values = host_view([*held.params, *held.state], held.program.device) if action.value else ()
 
         def tell() -> None:
-            # Stages may have retired, and told of their traffic, before the last version was published.
+            # Stages may have retired, and reported their traffic, before the last version was published.
             self._run.send(self._run.driver, self._run.traffic(action.cause))
             self._run.send(self._run.driver, message, values)
 

@@ -1,11 +1,11 @@
-"""Training on one worker: the thread that steps its machine, and what the machine's actions mean here.
+"""Hosts training on one worker: the thread that steps the worker's state machine and carries out its actions.
 
     inbox -> machine.step(event) -> actions: start a step, apply and publish, send a message
 
-Messages go to an inbox; one thread takes them out, gives them to the machine (`protocol.training.worker`) and carries
-out its actions. This module decides nothing: who is told what, and when, is the machine's. Executors run beside the
-thread and only ever wait for what it brings. Chunks of sums among replicas go past it, once the run is under way, to
-the group that adds them up.
+Messages go to an inbox. One thread takes them out, gives them to the machine (`protocol.training.worker`) and carries
+out its actions. The machine makes all decisions, and this module makes none. Executors run on other threads and wait
+only for what this thread provides. In a running fit, chunks of sums among replicas bypass it: they go directly to the
+group that adds them up.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TrainingHost:
         self.worker = worker
         self.programs = programs
         self.changed = threading.Condition()
-        """Guards the machine, and what the executors are shown."""
+        """Guards the machine, and the state that executors read."""
         self.machine = TrainingWorker(worker.name, driver, Terms.of(training, 0), Places.of(training))
         self.payloads: dict[int, Sequence[Array]] = {}
         """The arrays of the machine's handles."""
@@ -76,13 +76,13 @@ class TrainingHost:
             self._inbox.put((peer, message, arrays))
 
     def on_lost(self, peer: str, reason: str) -> None:
-        """The driver learns it too, and ends the fit."""
+        """Tell the groups that add up gradients. The driver also learns of the loss, and ends the fit."""
         fit = self._fit
         if fit is not None:
             fit.reductions.on_lost(peer, reason)
 
     def on_finished(self, event: protocol.StepFinished) -> None:
-        """An executor has left a step."""
+        """An executor has finished or given up a step."""
         self._inbox.put(event)
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class TrainingHost:
             self._thread.join(5.0)
 
     def fail(self, step: int, node: str, error: BaseException) -> None:
-        """Tell the driver. By its step it knows which run is meant, which may be one that it has ended."""
+        """Report a failure to the driver. The step tells it which run failed; that run may have ended already."""
         try:
             self.worker.endpoint.send(self._driver, step_failed(self._plan_id, step, self.worker.name, node, error))
         except FlowmlError:
@@ -101,10 +101,10 @@ class TrainingHost:
         while (entry := self._inbox.get()) is not None:  # no deadline: the thread sleeps until it has work or is closed
             try:
                 self._step(entry if isinstance(entry, protocol.StepFinished) else self._received(*entry))
-            except BaseException as error:  # an optimizer of the user may call sys.exit()
+            except BaseException as error:  # the user's optimizer may call sys.exit()
                 run = entry.run if isinstance(entry, protocol.StepFinished) else entry[1].run
                 self.fail(run, "training", error)
-            del entry  # else it would keep arrays alive until the next one
+            del entry  # otherwise it would keep arrays alive until the next entry
         self._close()
 
     def _end(self, reason: str) -> None:
@@ -137,13 +137,13 @@ class TrainingHost:
                 recorder.tell(told)
 
     def _at_once(self, action: protocol.Action) -> bool:
-        """Carry out what executors may see, while they may not look. Whether it was of that kind."""
+        """Carry out an action that changes state that executors read, under the lock. False for any other action."""
         match action:
             case protocol.Open():
                 self._open(action)
             case protocol.Close():
                 if self._fit is not None:
-                    self._fit.run.stopped = True  # and the rest without the lock
+                    self._fit.run.stopped = True  # the rest is done without the lock
                 return False
             case _:
                 return self._fit is not None and self._fit.at_once(action)
@@ -180,7 +180,7 @@ class TrainingHost:
 
 
 class _Fit:
-    """What runs the stages and holds the stores of one run on this worker."""
+    """The stage runners and stores of one run on this worker."""
 
     def __init__(self, run: Run, host: TrainingHost) -> None:
         self.run = run
@@ -203,7 +203,7 @@ class _Fit:
         self.reductions.close()
 
     def at_once(self, action: protocol.Action) -> bool:
-        """Carry out what executors may see; the caller holds the lock. Whether it was of that kind."""
+        """Carry out an action that changes what executors read; the caller holds the lock. False for any other."""
         match action:
             case protocol.Start(replica, stage):
                 self._stages[replica, stage].start(action)
@@ -225,7 +225,7 @@ class _Fit:
         return True
 
     def stores(self, actions: Sequence[protocol.Action]) -> None:
-        """Carry out what concerns the stores here. Does not wait: their devices' threads do it, in order."""
+        """Queue the actions on the stores here. Does not wait: the threads of their devices carry them out in order."""
         mine = [
             a for a in actions if isinstance(a, protocol.Load | protocol.Apply | protocol.Publish | protocol.Return)
         ]
@@ -233,14 +233,14 @@ class _Fit:
             self._homes.carry_out(mine)
 
     def later(self, action: protocol.Action) -> None:
-        """Carry out all else, in order."""
+        """Carry out all other actions, in order."""
         run = self.run
         match action:
             case protocol.Send(to, message):
                 for worker in to:
                     run.send(worker, message)
             case protocol.Load() | protocol.Apply() | protocol.Publish() | protocol.Return():
-                pass  # `stores` has done it
+                pass  # `stores` has queued it
             case protocol.TellTraffic(cause):
                 run.send(run.driver, run.traffic(cause))
             case protocol.Hand(peer, wire.Collective() as message, handle):

@@ -1,8 +1,8 @@
-"""Publishes the stores that live on a worker to their readers, without ever waiting for one of them.
+"""Publishes the stores of a worker to their readers, without waiting for any reader.
 
-A reader needs the newest version of a store and no other. So for each reader and store at most one version waits to be
-sent, and a newer one takes its place. What cannot go at once, because the reader has not taken in what was sent to it
-or because it is large, goes from a thread that the reader has to itself. A reader that stands still holds up that
+A reader needs only the newest version of a store. So for each reader and store at most one version waits to be sent,
+and a newer one replaces it. A version that cannot be sent at once, because it is large or because the reader has not
+received earlier messages yet, is sent by a separate thread for that reader. A blocked reader blocks only its own
 thread, and keeps one version of each store alive.
 """
 
@@ -19,21 +19,21 @@ from flowml_runtime.execution.lane import LARGE_BYTES, Lane
 
 Arrays = Sequence[Any]
 News = tuple[wire.Published, Arrays]
-"""A version of a store, or only its clocks."""
+"""A version of a store, or only its new clocks."""
 
 Send = Callable[[str, wire.Published, Arrays, float | None], None]
-"""(reader, message, arrays, timeout in seconds). Raises TimeoutError if it may not go in time."""
+"""(reader, message, arrays, timeout in seconds). Raises TimeoutError if it cannot be sent in time."""
 
 
 def merged(older: News | None, newer: News) -> News:
-    """What a reader that has seen neither needs to see: the newer, with the older's values if it has none."""
+    """What a reader needs that has received neither: the newer, with the values of the older if it has none."""
     if older is None or newer[0].specs or not older[0].specs:
         return newer
     return msgspec.structs.replace(newer[0], specs=older[0].specs), older[1]
 
 
 class Publisher:
-    """The readers of one worker's stores. Every method from any thread; none of them waits."""
+    """Sends to the readers of one worker's stores. Every method may be called from any thread; none waits."""
 
     def __init__(self, name: str, send: Send, failed: Callable[[BaseException], None]) -> None:
         self._name = name
@@ -43,11 +43,11 @@ class Publisher:
         self._readers: dict[str, _Reader] = {}
 
     def publish(self, reader: str, message: wire.Published, arrays: Arrays) -> None:
-        """Send a version to a reader, or let it wait for its turn. Versions of a store come from one thread."""
+        """Send a version to a reader, or queue it. Versions of one store must come from one thread."""
         self._reader(reader).publish((message, arrays))
 
     def after_all(self, then: Callable[[], None]) -> None:
-        """Call `then` once all that was published before has been sent, perhaps now."""
+        """Call `then` when everything published before has been sent, perhaps at once."""
         with self._lock:
             readers = list(self._readers.values())
         countdown = _Countdown(len(readers) + 1, then)
@@ -56,7 +56,7 @@ class Publisher:
         countdown.one_less()
 
     def close(self) -> None:
-        """Drop what waits, and end the threads as soon as they can."""
+        """Drop the queued versions, and end the threads as soon as possible."""
         with self._lock:
             readers = list(self._readers.values())
         for reader in readers:
@@ -77,9 +77,9 @@ class _Reader:
         self._failed = failed
         self._lock = threading.Lock()
         self._waiting: dict[int, News] = {}
-        """By store what the lane has yet to send. One job of the lane stands for each."""
+        """Store -> what the lane still has to send. The lane has one job for each."""
         self._under_way = 0
-        """Jobs of the lane that are not done. While there are any, what comes waits behind them."""
+        """The number of unfinished jobs of the lane. While there are any, new versions are queued behind them."""
 
     def publish(self, news: News) -> None:
         store = news[0].store

@@ -1,9 +1,10 @@
-"""Sums over all replicas: takes what the seats of this worker push to collective stores, and brings the homes the sum.
+"""Adds up gradients over all replicas: takes the pushes of this worker's seats to collective stores, and gives the sum
+to their homes.
 
     seat -> sum over this worker's replicas -> all-reduce among the stage's workers -> Contribution to the home here
 
-A stage's workers form a group. A part of a store is a bucket of it. What arrives at a home stands for all replicas,
-and arrives at every home with the same bits: replicas of a worker are added in their order, workers in that of ranks.
+The workers of a stage form a group. Each part of a store is one of its buckets. The sum stands for all replicas and has
+the same bits at every home, because replicas of a worker are added in their order, and workers in the order of ranks.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from flowml_runtime.worker.training.run import Fault, Run
 
 @dataclass(frozen=True)
 class Given:
-    """What one replica pushes: a part of a store at a clock, and how many microbatch gradients it sums.
+    """One push of a replica: a part of a store at a clock, and how many microbatch gradients it sums.
 
-    `cause` is that of the step, as in `actions.Start`.
+    `cause` is the cause of the step, as in `actions.Start`.
     """
 
     store: int
@@ -47,7 +48,7 @@ class Given:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """One part of a collective store, seen from this worker. `homes` are the workers that apply for its replicas."""
+    """One part of a collective store on this worker. `homes` are the workers that apply the sum for its replicas."""
 
     number: int
     part: Part
@@ -58,18 +59,18 @@ class _Bucket:
 
 
 class Reductions:
-    """The groups of one run on one worker. Every method from any thread."""
+    """The groups of one run on one worker. Every method may be called from any thread."""
 
     def __init__(self, run: Run, on_fault: Fault) -> None:
         self._run = run
         self._on_fault = on_fault
         self._waiting: dict[tuple[int, int, int], dict[int, Sequence[Array]]] = {}
-        """By (store, part, clock) what came from some of this worker's replicas."""
+        """(store, part, clock) -> the pushes that have arrived from this worker's replicas."""
         self._groups: dict[int, Group] = {}
         self._buckets = self._open()
 
     def _open(self) -> dict[tuple[int, int], _Bucket]:
-        """A bucket for each part that replicas here push. Its number is the same on all workers."""
+        """Make a bucket for each part that replicas here push. Its number is the same on all workers."""
         run, replicas = self._run, self._run.training.replicas
         parts = [(s, p) for s, store in enumerate(run.training.stores) for p in range(len(store.parts))]
         found: dict[tuple[int, int], _Bucket] = {}
@@ -99,7 +100,7 @@ class Reductions:
         return self._groups[stage]
 
     def push(self, given: Given, arrays: Sequence[Array]) -> None:
-        """Take in what a replica pushes; the last of this worker's replicas sets the all-reduce going.
+        """Add the push of a replica. The push of this worker's last replica starts the all-reduce.
 
         The arrays must not change any more. May wait until they are computed.
         """
@@ -123,7 +124,7 @@ class Reductions:
             future.add_done_callback(lambda done: self._done(bucket, given, own, began, done))
 
     def on_message(self, peer: str, message: wire.Collective, arrays: Sequence[Array]) -> None:
-        """Take a chunk in. Does not wait."""
+        """Process a chunk. Does not wait."""
         group = self._groups.get(message.group)
         if group is None:
             error = ProtocolError(f"{peer} sent for a sum of stage {message.group}, in which this worker has no part")
@@ -136,14 +137,14 @@ class Reductions:
             group.on_lost(peer, reason)
 
     def close(self) -> None:
-        """Give up what is under way. The run is marked as stopped before."""
+        """Fail all running all-reduces. The caller has marked the run as stopped."""
         for group in self._groups.values():
             group.close()
 
     def _done(
         self, bucket: _Bucket, given: Given, own: Mapping[int, Sequence[Array]], began: int, done: Future[Any]
     ) -> None:
-        """The sum is here, or will never be. Called by a thread that takes messages in, or by the group's."""
+        """The sum is complete, or has failed. Called on a receiving thread or on the group's thread."""
         error = done.exception()
         if error is not None:
             self._failed(given, error)
@@ -158,7 +159,7 @@ class Reductions:
             replica=0,
             incarnation=0,
             clock=given.clock,
-            base_version=0,  # nobody asks: nothing here is stale
+            base_version=0,  # unused, because a sum is never stale
             weight=given.weight * replicas,
             specs=bucket.part.payload,
         )
@@ -179,8 +180,11 @@ class Reductions:
             run.send(home, message, sums)
 
     def _is_sound(self, given: Given, own: Mapping[int, Sequence[Array]], sums: Sequence[Array]) -> bool:
-        """Whether a sum may be applied. It has the same bits on all workers, so all find the same; each looks among its
-        own replicas for those that made it what it is. Raises FlowmlError where such a sum ends the fit."""
+        """Whether a sum may be applied. It has the same bits on all workers, so all workers decide the same.
+
+        If it is not finite, each worker reports those of its own replicas whose gradients are not. Raises FlowmlError
+        if such a sum ends the fit.
+        """
         if self._run.start.on_nonfinite == "apply" or all_finite(sums):
             return True
         bad = tuple(r for r, arrays in own.items() if not all_finite(arrays))
@@ -189,7 +193,7 @@ class Reductions:
         return False
 
     def _failed(self, given: Given, error: BaseException) -> None:
-        """Tell the driver, unless it knows: of a lost worker, and that the run has ended."""
+        """Report an error to the driver, unless it already knows: a lost worker, or the end of the run."""
         if self._run.stopped or isinstance(error, WorkerLostError):
             return
         name = self._run.training.stores[given.store].name
@@ -197,7 +201,7 @@ class Reductions:
 
 
 def _sum(arrays: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-    """Added in this order."""
+    """The sum of the arrays, added in this order."""
     flat = [a.reshape(-1) for a in arrays]
     total = aligned_empty(flat[0].nbytes).view(flat[0].dtype)
     add(flat, total, accumulator(total.dtype))

@@ -1,7 +1,7 @@
-"""What the parts of one training run on one worker share: numbers, values at hand, one lock, ways to send.
+"""The shared state of one training run on one worker: identifiers, received values, one lock, and methods to send.
 
-The machine of a worker is stepped by one thread and asked by the executors, so all of that happens under
-one condition, which is notified whenever something may have changed that an executor waits for.
+One thread steps the worker's machine, and executors query it. Both hold one condition, which is notified whenever
+something may have changed that an executor waits for.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from flowml_runtime.transport.endpoint import Sender
 from flowml_runtime.worker.training.finite import sentence
 
 Fault = Callable[[int, str, BaseException], None]
-"""(step, node, error): tells the driver, which ends the fit."""
+"""(step, node, error): reports to the driver, which ends the fit."""
 
 
 @dataclass
 class StoreView:
-    """A store as this worker reads it: the newest published version."""
+    """The newest published version of a store, as this worker reads it."""
 
     version: int
     values: Sequence[Array]
@@ -52,7 +52,7 @@ class Run:
     source: dict[int, Array] = field(default_factory=dict[int, Array])
     stopped: bool = False
     counting: threading.Lock = field(default_factory=threading.Lock)
-    """Guards `pushed`: executors, lanes and groups count what they send."""
+    """Guards `pushed`, because executors, lanes and groups count the bytes they send."""
     pushed: Counter[tuple[int, str]] = field(default_factory=Counter[tuple[int, str]])
 
     def __post_init__(self) -> None:
@@ -66,11 +66,11 @@ class Run:
         return self.start.run
 
     def step_of(self, clock: int) -> int:
-        """The step under which values of this clock travel: unique over all fits of the plan."""
+        """The step number of this clock in messages. It is unique over all fits of the plan."""
         return self.start.run + clock
 
     def refuse(self, store: int, clock: int, replicas: tuple[int, ...], whose: str) -> None:
-        """A gradient is left out because it holds NaN or infinity: tell the driver. Raises FlowmlError if that ends the
+        """Report to the driver that a gradient with NaN or infinity is left out. Raises FlowmlError if that ends the
         fit."""
         if self.start.on_nonfinite == "raise":
             raise FlowmlError(sentence(self.training.stores[store].name, whose))
@@ -79,15 +79,15 @@ class Run:
 
     @property
     def end(self) -> int:
-        """The first step that is not of this run any more."""
+        """The first step after this run."""
         return self.step_of(self.terms.most_clocks)
 
     def send(
         self, worker: str, message: wire.Wire, arrays: Sequence[Array] = (), timeout_s: float | None = None
     ) -> None:
-        """Send to a worker or the driver. The loss of one is for the driver, which ends the run.
+        """Send to a worker or the driver. Ignores lost workers, because the driver ends the run for them.
 
-        Raises TimeoutError if the message may not go in time.
+        Raises TimeoutError if the message cannot be sent in time.
         """
         try:
             self.sender.send(worker, message, arrays, timeout_s)
@@ -115,13 +115,13 @@ class Run:
 
     def count_push(self, store: int, part: int, nbytes: int, destination: str) -> None:
         with self.counting:
-            self.pushed[store, "count"] += part == 0  # a contribution is one, in however many parts
+            self.pushed[store, "count"] += part == 0  # a contribution counts once, however many parts it has
             self.pushed[store, "bytes"] += nbytes
             if destination != self.me:
                 self.pushed[store, "wire"] += nbytes
 
     def count_crossing(self, store: int, nbytes: int) -> None:
-        """What was sent to other workers to add up a push that is counted already."""
+        """Count the bytes sent to other workers to add up a push, which is counted already."""
         with self.counting:
             self.pushed[store, "wire"] += nbytes
 

@@ -1,8 +1,8 @@
-"""One stage of one replica on one device. Runs the steps that its replica machine starts.
+"""Runs one stage of one replica on one device: the steps that its replica machine starts.
 
-The executor's thread asks the stage runner for everything a training step needs: its share of the batch, the
-parameters (once the gate lets this clock read them), a place to push gradients to. The step is given up at
-the next task boundary, or in the middle of a wait, when the machine says that it is in vain.
+The executor's thread gets everything that a training step needs from the stage runner: its share of the batch, the
+parameters (as soon as the gate lets this clock read them), and a place to push gradients. When the machine decides that
+a step is no longer needed, the step ends at the next task boundary or in the middle of a wait.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from flowml_runtime.worker.training.host import TrainingHost
 
 Gradients = Future[Sequence[Array]]
-"""One part's payload of a step, or the sum of several, which may still be under way."""
+"""The gradients of one part in a step, or the sum over several steps, which may not be computed yet."""
 
 
 class StageRunner(EdgeServices):
-    """The services of a training step, and the thread that runs them."""
+    """The services of a training step, and the thread that runs the steps."""
 
     def __init__(
         self, run: Run, host: TrainingHost, at: tuple[int, int], loaded: LoadedProgram, reductions: Reductions
@@ -61,7 +61,7 @@ class StageRunner(EdgeServices):
         self._starts: queue.SimpleQueue[Start | None] = queue.SimpleQueue()
         self._batches: OrderedDict[int, dict[int, Array]] = OrderedDict()
         self._adds = Lane(f"{loaded.name} add run {run.number}")
-        """Adds gradients that are gathered over steps: the machine says what counts, and does not wait for the sum."""
+        """Adds gradients that are gathered over steps. The machine decides what counts without waiting for the sum."""
         self._gathered: dict[tuple[int, int], Accumulator[Gradients]] = {
             (s, p): Accumulator(partial(self._added, self._add_task(part.accumulate)))
             for s, store in enumerate(run.training.stores)
@@ -69,7 +69,7 @@ class StageRunner(EdgeServices):
             if store.every > 1 and part.stage == stage and part.accumulate is not None
         }
         self._now = Start(*at, -1, wire.Item(sequence=0, epoch=0, start=0, size=0), 0)
-        """The step that runs now, or ran last."""
+        """The current step, or the last one."""
         self._read_versions: dict[int, int] = {}
         self._fetched: dict[int, list[Array]] = {}
         runs = sum(isinstance(i, RunInstruction) for i in loaded.program.instructions)
@@ -82,7 +82,7 @@ class StageRunner(EdgeServices):
         self._starts.put(start)
 
     def abandon(self, clock: int) -> None:
-        """Wake the step up wherever it waits, and refuse what still comes for it."""
+        """Wake the step up wherever it waits, and refuse values that still arrive for it."""
         self._mailbox.cancel((self.plan_id, self.run.step_of(clock), self.device))
         self.run.changed.notify_all()
 
@@ -91,13 +91,13 @@ class StageRunner(EdgeServices):
             (gathered.adopt if counts else gathered.discard)(clock)
 
     def give(self, sequence: int, slots: Sequence[int], arrays: Sequence[Array]) -> None:
-        """A fed work item's leaves. They come in the order of granting, which is that of clocks."""
-        self._batches.pop(sequence, None)  # one that was given back, and granted again
+        """Store the leaves of a work item. Work items arrive in the order of grants, which is the order of clocks."""
+        self._batches.pop(sequence, None)  # the work item was given back and granted again
         self._batches[sequence] = dict(zip(slots, arrays, strict=True))
         self.run.changed.notify_all()
 
     def stop(self) -> None:
-        """End the thread after the task that runs now. The run is marked as stopped before."""
+        """End the thread after the current task. The caller has marked the run as stopped."""
         self._mailbox.skip_to(self.plan_id, self.device, self.run.end)
         self._starts.put(None)
         self.outbox.close()
@@ -130,7 +130,7 @@ class StageRunner(EdgeServices):
         except BaseException as error:
             self._on_fault(self.run.step_of(clock), "report", error)
         finally:
-            self.outbox.flush()  # a home that hears that a stage has retired must have its last contribution
+            self.outbox.flush()  # a home must get a stage's last contribution before it learns that the stage retired
 
     def _report(self, clock: int, seconds: float) -> None:
         if not self._fetched:
@@ -154,11 +154,11 @@ class StageRunner(EdgeServices):
 
     def should_abandon(self, step: int) -> bool:
         if self._delay_s:
-            time.sleep(self._delay_s)  # the declared slowness of this worker
+            time.sleep(self._delay_s)  # Trainer(delays=)
         return self.run.stopped or self.machine.should_abandon(self._now.clock)
 
     def send_failed(self, step: int, node: str, error: BaseException) -> None:
-        if not isinstance(error, WorkerLostError):  # which the driver knows
+        if not isinstance(error, WorkerLostError):  # the driver already knows of a lost worker
             self._on_fault(step, node, error)
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
@@ -185,7 +185,7 @@ class StageRunner(EdgeServices):
             what = f"work item {item.sequence} from the driver"
             self.run.wait_for(lambda: item.sequence in self._batches, self._in_vain, what, step)
             batch = self._batches[item.sequence]
-            while next(iter(self._batches)) != item.sequence:  # of clocks that were skipped
+            while next(iter(self._batches)) != item.sequence:  # batches of skipped clocks
                 self._batches.popitem(last=False)
         return {s: aligned_copy(np.asarray(batch[s])[first : first + rows]) for s in slots}
 
@@ -233,7 +233,7 @@ class StageRunner(EdgeServices):
         self.run.count_push(store, part, nbytes, to)
         if nbytes < LARGE_BYTES:
             send()
-        else:  # the backward pass goes on meanwhile
+        else:  # the backward pass continues meanwhile
             self.outbox.put(send, lambda error: self.send_failed(step, f"store {spec.name}", error))
 
     def _contribute(self, contribution: Send, gradients: Gradients) -> None:
@@ -258,11 +258,11 @@ class StageRunner(EdgeServices):
         return self.loaded.tasks[task]
 
     def _added(self, add: TaskFunction, a: Gradients, b: Gradients) -> Gradients:
-        """The sum of two, which may both be sums that the lane has yet to make: it makes them in order."""
+        """The sum of two. The lane may not have computed them yet; it computes sums in order."""
         total: Gradients = Future("a sum of gradients", _same)
 
         def work() -> None:
-            total.complete(list(add(*a.result(), *b.result())))  # no deadline: the lane made both before this
+            total.complete(list(add(*a.result(), *b.result())))  # no deadline: the lane has computed both already
 
         def failed(error: BaseException) -> None:
             total.complete(None, error)
@@ -277,7 +277,7 @@ def _same(arrays: Sequence[Array]) -> Sequence[Array]:
 
 
 def _known(arrays: Sequence[Array]) -> Gradients:
-    """Gradients that are there already."""
+    """Gradients that are already computed."""
     known: Gradients = Future("a gradient", _same)
     known.complete(list(arrays))
     return known
@@ -289,7 +289,7 @@ def _order(examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
 
 
 def _over_microbatches(values: Sequence[Array]) -> np.ndarray:
-    """The sum: floats in float32 at least, counts in 64 bits. Means are made where all replicas' sums are known."""
+    """The sum: floats in float32 or wider, counts in 64 bits. The driver, which gets all replicas' sums, divides."""
     arrays = [np.asarray(v) for v in values]
     kind, dtype = arrays[0].dtype.kind, arrays[0].dtype
     wide = {"b": np.int64, "i": np.int64, "u": np.uint64}.get(kind, np.float32 if dtype.itemsize < 4 else dtype)
