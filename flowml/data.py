@@ -1,7 +1,7 @@
-"""Training data by random access: how many examples there are, and the examples at given indices.
+"""Reads training data by random access: the number of examples, and the examples at given indices.
 
-A source is a pytree of arrays that share their first dimension, or any object with `len(source)` and
-`source[indices]`. The order of an epoch is a function of the seed alone, so that every worker knows it.
+A source is a pytree of arrays with equal first dimensions, or any object with `len(source)` and
+`source[indices]`. The order of an epoch depends only on the seed and the epoch, so every worker can compute it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def epoch_order(examples: int, seed: int, epoch: int, *, shuffle: bool = True) -
 class Source:
     """A source as the trainer uses it.
 
-    `arrays` are its whole leaves if it is a pytree of arrays, else None; `take` gives the leaves of a batch.
+    `arrays` are the leaves of a pytree of arrays, else None. `take` returns the leaves of a batch.
     """
 
     examples: int
@@ -37,8 +37,11 @@ class Source:
 
 
 def as_source(source: Any) -> Source:
-    """Adapt what the user gave. Raises ValueError for arrays of different lengths, TypeError for no source and for a
-    leaf that is no array of numbers."""
+    """Adapt a user's source.
+
+    Raises ValueError if arrays have different lengths, TypeError if `source` is not a source or a leaf is not an array
+    of numbers.
+    """
     if isinstance(source, Source):
         return source
     leaves, tree = ([], None) if hasattr(source, "__next__") else jax.tree_util.tree_flatten_with_path(source)
@@ -53,8 +56,10 @@ def as_source(source: Any) -> Source:
 
 
 def _is_tree_of_arrays(source: Any) -> bool:
-    """Whether a container is one of whole arrays: a mapping, or a sequence with an array among its elements. Other
-    sequences are sources of single records."""
+    """Whether a container holds whole arrays: it is a mapping, or a sequence with an array among its elements.
+
+    Other sequences are sources of single records.
+    """
     elements: Any = source if isinstance(source, list | tuple) else ()
     return isinstance(source, Mapping) or any(isinstance(x, np.ndarray | jax.Array) for x in elements)
 
@@ -77,7 +82,7 @@ def _array_source(leaves: Sequence[tuple[Any, Any]], tree: Any) -> Source:
 
 
 def _object_source(source: Any) -> Source:
-    """`source[indices]` for an array of indices; a source of single records (Grain's, say) is stacked here."""
+    """A source that is read by `source[indices]`. If it gives single records (as Grain does), they are stacked here."""
     examples = len(source)
     if examples < 1:
         raise ValueError(f"the source, a {type(source).__name__}, has no examples")
@@ -101,15 +106,15 @@ def _object_source(source: Any) -> Source:
 
 
 def _own(leaf: Any) -> np.ndarray:
-    """An array that the source cannot change any more: it may hand out the same buffer again."""
+    """A copy of an array, because the source may return the same buffer again."""
     return np.array(leaf) if isinstance(leaf, np.ndarray) else np.asarray(leaf)
 
 
 def _gives_batches(source: Any) -> bool:
-    """Whether a source understands an array of indices. One of single records fails, or takes it for an index.
+    """Whether a source accepts an array of indices. A source of single records fails or treats it as one index.
 
-    Two indices, because an array of one passes for a number. Raises TypeError for a source that understands them and
-    gives a list, where it should give an array.
+    The test uses two indices, because an array of one can be used as a number. Raises TypeError if the source accepts
+    the array but returns a list where an array is needed.
     """
     try:
         batch = source[np.zeros(2, np.int64)]

@@ -1,7 +1,6 @@
-"""What stands in front of serialised bytes so that a reader can trust them: a mark, a format number and a checksum.
+"""Adds a header to serialised bytes, with a mark, a format number and a checksum, and checks it.
 
-Every flipped bit and every missing byte is found: by the mark, by the number, or by the checksum, which is over all
-that follows it.
+The mark, the number and the checksum of the body together detect every changed bit and every missing byte.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ _MARK = b"flowml-plan\x00"
 _CHECKSUM_AT = len(_MARK) + 4
 _BODY_AT = _CHECKSUM_AT + 16
 _MAX_FORMAT = 2**16
-"""What is above it was never a number: format 1 had none, so its body begins here."""
+"""A larger value is not a format number: format 1 has none, so its body begins at this position."""
 
 
 def seal(body: bytes, version: int) -> bytes:
-    """The body with its mark, its format and its checksum in front."""
+    """The body preceded by its mark, format number and checksum."""
     return b"".join((_MARK, version.to_bytes(4, "big"), _checksum(body), body))
 
 
 def unseal(data: bytes, version: int, origin: str) -> memoryview:
-    """The body, without a copy. Raises PlanError, naming `origin`, if these are not bytes that `seal` made."""
+    """The body, without a copy. Raises PlanError, which names `origin`, if `seal` did not make these bytes."""
     if not data.startswith(_MARK):
         found = f"it begins with {bytes(data[:8])!r}" if data else "it is empty"
         raise PlanError(f"{origin} is not a flowml plan: {found}; write one with plan.save()")

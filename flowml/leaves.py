@@ -1,4 +1,4 @@
-"""Leaves that users give where arrays are wanted: each is an array of a dtype that JAX has, or is named in an error."""
+"""Checks the leaves of a user's arguments: each has to be an array of a dtype that JAX supports."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 
 def why_no_array(value: Any, fix: str = "give a NumPy or JAX array (np.asarray of numbers)") -> str:
-    """What is wrong with a value that should be an array of numbers, to follow its name: "" if nothing is.
+    """What is wrong with a value that has to be an array of numbers, as the end of a sentence; "" if it is one.
 
-    `fix` is what to do about a value that is no array at all.
+    `fix` is the advice for a value that is not an array.
     """
     if isinstance(value, jax.Ref):
         return "is a jax Ref, which no worker can write to; pass its value ref[...], and write back what is returned"
@@ -30,7 +30,7 @@ def why_no_array(value: Any, fix: str = "give a NumPy or JAX array (np.asarray o
 
 
 def check_array(what: str, value: Any) -> None:
-    """Raises TypeError unless `value` is an array that a program can take; `what` names it, as in "source leaf 'x'"."""
+    """Raise TypeError unless a program can take the array `value`. `what` names it, as in "source leaf 'x'"."""
     why = why_no_array(value)
     if why:
         raise TypeError(f"{what} {why}")

@@ -1,22 +1,22 @@
-"""Numbers that users give: whole ones, of Python or NumPy, within the bounds of what a message carries."""
+"""Checks whole numbers from users, which may be Python's or NumPy's, against the bounds of messages."""
 
 from __future__ import annotations
 
 from numbers import Integral
 
 MOST = 2**53 - 1
-"""The largest count: every number up to here is exact as a float too, so all that read messages agree on it."""
+"""The largest count. Every integer up to here is exact as a float, so all readers of messages agree on it."""
 
 
 def whole(value: object) -> int | None:
-    """A whole number as an int, NumPy's integers too; None for anything else, a bool included."""
+    """A Python or NumPy integer as an int; None for anything else, including a bool."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         return None
     return int(value)
 
 
 def whole_number(name: str, value: object, *, least: int = 0) -> int:
-    """The argument `name` as an int. Raises TypeError for what is no integer, ValueError for one out of bounds."""
+    """The argument `name` as an int. Raises TypeError if it is not an integer, ValueError if it is out of bounds."""
     number = whole(value)
     if number is None:
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; give a whole number of at least {least}")

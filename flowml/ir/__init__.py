@@ -1,1 +1,1 @@
-"""The traced program: graphs, their labels, what a node costs, and what must hold of them."""
+"""Traces functions to graphs, labels them, estimates the cost of nodes, and verifies graphs."""

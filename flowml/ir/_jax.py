@@ -1,7 +1,7 @@
-"""The only file that touches JAX's internals, so that one place changes when they move.
+"""Wraps JAX's internals. Only this file uses them, so a change in JAX affects one place.
 
-Everything a pass needs of a jaxpr goes through here: tracing, looking into nested calls, building a
-callable from a run of equations, exporting it as StableHLO, and restoring weak types.
+Passes use it to trace functions, look into nested calls, build a callable from a list of equations, export it as
+StableHLO, and restore weak types.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from flowml.ir.stablehlo import forbidden
 from flowml.plan import KEY_WORDS, ArraySpec, Setting
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
-"""Calls whose bodies are spliced into the graph: once differentiated, custom rules have done their work."""
+"""Calls whose bodies are inlined into the graph. Custom rules are not needed after differentiation."""
 
 CALLBACK = "pure_callback"
 UNSUPPORTED = frozenset({"debug_callback", "debug_print", "io_callback", "infeed", "outfeed"})
 
 _OUTSIDE_CONTEXT = ("jax_default_prng_impl", "jax_enable_custom_prng", "jax_legacy_prng_key")
-"""Settings that change what a function traces to and that JAX leaves out of its trace context."""
+"""Settings that change the result of tracing but are not part of JAX's trace context."""
 
 SETTINGS = (
     "jax_enable_x64",
@@ -49,23 +49,23 @@ SETTINGS = (
     "jax_softmax_custom_jvp",
     *_OUTSIDE_CONTEXT,
 )
-"""Settings that travel with a plan: those that change what the code of a callback computes, and 64 bits."""
+"""Settings that are part of a plan: those that change what the code of a callback computes, and 64 bits."""
 
 _WIDE = frozenset({"int64", "uint64", "float64", "complex128"})
 
 
 def backends_started() -> bool:
-    """Whether XLA runs in this process, which it does from the first array or computation on."""
+    """Whether XLA runs in this process. The first array or computation starts it."""
     return xla_bridge.backends_are_initialized()
 
 
 def trace_context() -> Hashable:
-    """What decides, besides its arguments, what a function traces to: the key of JAX's own caches, and a bit more."""
+    """The settings that decide the result of tracing: the key of JAX's caches, and `_OUTSIDE_CONTEXT`."""
     return jax_config.trace_context(), tuple(jax_config.config_states[name].value for name in _OUTSIDE_CONTEXT)
 
 
 def settings(*, wide: bool) -> tuple[Setting, ...]:
-    """The settings in force in this thread; with `wide`, 64 bits are on whatever the setting says."""
+    """The current settings of this thread. With `wide`, 64 bits are on in any case."""
     found = {
         name: _plain(jax_config.config_states[name].value) for name in SETTINGS if name in jax_config.config_states
     }
@@ -80,7 +80,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def under(settings: Iterable[Setting]) -> Generator[None]:
-    """Settings hold for the block, in this thread only. Raises ValueError for a setting that does not travel."""
+    """Apply settings inside the block, in this thread only. Raises ValueError for one that is not in `SETTINGS`."""
     with ExitStack() as stack:
         for name, value in settings:
             state = jax_config.config_states.get(name) if name in SETTINGS else None
@@ -92,17 +92,17 @@ def under(settings: Iterable[Setting]) -> Generator[None]:
 
 
 def exact_types() -> Any:
-    """A context in which JAX takes arrays of 64 bits as they are, whatever the setting of this thread."""
+    """A context in which JAX keeps arrays of 64 bits, independent of the setting of this thread."""
     return jax.enable_x64(True)
 
 
 def is_wide(dtype: str) -> bool:
-    """Whether JAX would narrow arrays of this dtype where 64 bits are off."""
+    """Whether JAX narrows arrays of this dtype if 64 bits are off."""
     return dtype in _WIDE
 
 
 def computes_wide(equation: Any) -> bool:
-    """Whether an equation, or one in its loops and branches, makes or reads a value of 64 bits."""
+    """Whether an equation, or one inside its loops and branches, makes or reads a value of 64 bits."""
     atoms = (*equation.invars, *equation.outvars)
     if any(is_wide(str(getattr(a.aval, "dtype", ""))) for a in atoms):
         return True
@@ -110,17 +110,17 @@ def computes_wide(equation: Any) -> bool:
 
 
 class ClosesOverTracerError(UnsupportedError):
-    """A function closes over what is being traced, so that only the transformation that traces it can run it."""
+    """A function closes over a tracer, so only the transformation that made the tracer can run it."""
 
 
 def jit_is_off() -> bool:
-    """Whether `jax.disable_jit` holds in this thread."""
+    """Whether `jax.disable_jit` is on in this thread."""
     return bool(jax_config.config_states["jax_disable_jit"].value)
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A traced function: its jaxpr, constants, flat input and output descriptions and trees."""
+    """A traced function: its jaxpr, constants, the names of inputs and outputs, and trees."""
 
     jaxpr: Any
     constants: tuple[Any, ...]
@@ -134,10 +134,10 @@ class Traced:
 
 def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
     """Trace `fn` as `jax.jit` would. Leaves are arrays or ShapeDtypeStructs."""
-    with jax.disable_jit(False):  # a plan is compiled in any case
+    with jax.disable_jit(False):  # a plan is compiled even if jit is disabled
         traced = jax.jit(fn, keep_unused=True).trace(*args, **kwargs)
     leaves, in_tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)))
-    if len(traced.jaxpr.jaxpr.invars) > len(leaves):  # tracers come as arguments of their own
+    if len(traced.jaxpr.jaxpr.invars) > len(leaves):  # tracers are added as arguments
         raise ClosesOverTracerError(
             "the function closes over a value that another JAX transformation is tracing; pass it as an argument"
         )
@@ -179,7 +179,7 @@ def _key_name(key: Any) -> str:
 
 
 def without_dead_code(closed: Any) -> Any:
-    """The program without what no result needs, inside loops, branches and rules of derivatives too, as jit runs it."""
+    """The program without dead code (also in loops, branches and rules of derivatives), as jit runs it."""
     used = [True] * len(closed.jaxpr.outvars)
     jaxpr, constants, _ = pe.dce_jaxpr_consts(closed.jaxpr, used, instantiate=True)
     kept = [c for c, used in zip(closed.consts, constants, strict=True) if used]
@@ -197,23 +197,25 @@ def spec_of(aval: Any) -> ArraySpec:
 
 
 def float0_literal(aval: Any) -> Any:
-    """The value of an array of dtype float0, which has none."""
+    """A literal of dtype float0, which has no values."""
     return jex.Literal(np.zeros(aval.shape, jax.dtypes.float0), aval)
 
 
 def obstacle(aval: Any) -> str:
-    """Why a value cannot be part of a dataflow graph, and what to do; "" if it can."""
+    """Why a value cannot be part of a dataflow graph, and the fix; "" if it can."""
     if not hasattr(aval, "shape") or not hasattr(aval, "dtype") or hasattr(aval, "inner_aval"):
         return f"is of type {type(aval).__name__}, which is not an array; keep it out of the dataflow function"
     if jnp.issubdtype(aval.dtype, jax.dtypes.extended) and str(aval.dtype)[4:-1] not in KEY_WORDS:
         known = ", ".join(_KEY_IMPLEMENTATIONS.values())
         return f"is of dtype {aval.dtype}, which workers do not know; use keys of JAX's own kinds ({known})"
     mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
-    return _over_a_mesh(mesh) if getattr(mesh, "explicit_axes", ()) else ""  # else it is no part of the type
+    return (
+        _over_a_mesh(mesh) if getattr(mesh, "explicit_axes", ()) else ""
+    )  # otherwise the mesh is not part of the type
 
 
 def mesh_obstacle(equation: Any) -> str:
-    """Like `obstacle`, for the meshes that an equation names: in constraints, `shard_map` and the like."""
+    """Like `obstacle`, for the meshes in the parameters of an equation, such as a constraint or `shard_map`."""
     parameters = (p for value in equation.params.values() for p in (value, getattr(value, "mesh", None)))
     return next((found for found in map(_over_a_mesh, parameters) if found), "")
 
@@ -228,7 +230,7 @@ def _over_a_mesh(mesh: Any) -> str:
 
 
 def identity(array: Any) -> Any:
-    """What an array that a function closes over and the constant that tracing makes of it have in common."""
+    """A key that is equal for an array that a function closes over and for the constant traced from it."""
     if isinstance(array, np.ndarray):
         return cast(Any, array).ctypes.data, array.shape, array.strides
     return id(array)
@@ -240,7 +242,7 @@ def is_inexact(aval: Any) -> bool:
 
 
 def is_key(aval: Any) -> bool:
-    """Whether an abstract value is a PRNG key, or may be the data of one."""
+    """Whether an abstract value is a PRNG key, or may be the data of a key."""
     return bool(jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)) or aval.dtype == np.uint32
 
 
@@ -261,19 +263,19 @@ def name_stack(equation: Any) -> tuple[tuple[str, bool], ...]:
 
 
 def source_line(equation: Any) -> str:
-    """Where in the user's code an equation was traced: "model.py:12 (forward)"; "" where JAX does not know."""
+    """The line of the user's code where an equation was traced: "model.py:12 (forward)"; "" if JAX does not know."""
     frame = source_info_util.user_frame(equation.source_info.traceback)
     return f"{frame.file_name}:{frame.start_line} ({frame.function_name})" if frame is not None else ""
 
 
 def whereabouts(equation: Any, layer: str = "") -> str:
-    """An operation and where it stands, for errors: "ffi_call in layer 'head' at model.py:12 (forward)"."""
+    """An operation and its location, for errors: "ffi_call in layer 'head' at model.py:12 (forward)"."""
     line = source_line(equation)
     return f"{equation.primitive.name}{f' in layer {layer!r}' if layer else ''}{f' at {line}' if line else ''}"
 
 
 def called_jaxpr(equation: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    """The body (jaxpr, constants) of a call that is to be inlined, or None."""
+    """The body (jaxpr, constants) of a call to inline, or None for other equations."""
     if equation.primitive.name not in INLINED:
         return None
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
@@ -306,7 +308,7 @@ def build_jaxpr(
         return variables[value]
 
     invars = [variable(v) for v in inputs]
-    # Where in the user's code an equation stood must not tell two equal tasks apart.
+    # Equal tasks must not differ in the source lines of their equations.
     nowhere = source_info_util.new_source_info()
     eqns = [
         equation.replace(
@@ -358,7 +360,7 @@ _KEY_IMPLEMENTATIONS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg
 
 
 def key_implementation(dtype: str) -> str:
-    """The PRNG implementation behind `key<fry>`, as `jax.random.wrap_key_data` wants it."""
+    """The PRNG implementation of a dtype such as `key<fry>`, as `jax.random.wrap_key_data` expects it."""
     return _KEY_IMPLEMENTATIONS[dtype[4:-1]]
 
 
@@ -375,10 +377,10 @@ def export(
 ) -> bytes:
     """Lower a function of flat arrays for `platforms` and serialise it as StableHLO.
 
-    `known` is what was exported of the same platforms and settings, by form; what is found there is not lowered again.
-    `form` is the function's own, if it is known without tracing it. Custom calls need no promise that later versions
-    know them, since the workers have ours: those on our own list are allowed. Raises UnsupportedError for others, and
-    whatever JAX raises for what it cannot export.
+    `known` maps forms to earlier exports for the same platforms and settings; a form in it is not lowered again. `form`
+    is the form of the function, if it is known without tracing. JAX's check that later versions support custom calls
+    is off, because workers have the same version; the calls on our list are allowed. Raises UnsupportedError for other
+    custom calls, and any error that JAX raises for what it cannot export.
     """
     known = {} if known is None else known
     jitted = jax.jit(fn, keep_unused=True)
@@ -398,11 +400,11 @@ def export(
 
 
 def load_exported(data: bytes) -> jax.export.Exported:
-    """What `export` made. Raises UnsupportedError for what it would not have made: the bytes may be anybody's."""
+    """Read bytes made by `export`. Raises UnsupportedError for others, because their sender is not trusted."""
     try:
         exported = jax.export.deserialize(bytearray(data))
         found = forbidden(_operations(exported.mlir_module()))
-    except Exception as error:  # of all kinds, from several libraries
+    except Exception as error:  # several libraries raise errors of many types
         raise UnsupportedError(f"is damaged ({type(error).__name__})") from None
     if exported.ordered_effects or exported.unordered_effects:
         found = "a side effect"
@@ -416,7 +418,7 @@ def load_exported(data: bytes) -> jax.export.Exported:
 def _operations(module: str) -> Iterator[tuple[str, str]]:
     """Every operation of a module with all its regions: (name, target of a custom call or "")."""
     with mlir.make_ir_context():
-        parsed = ir.Module.parse(module)  # which keeps alive what is in it
+        parsed = ir.Module.parse(module)  # keeps its operations alive
         todo = [parsed.operation]
         while todo:
             operation = todo.pop()
@@ -428,8 +430,10 @@ def _operations(module: str) -> Iterator[tuple[str, str]]:
 
 
 def compiled(lowered: jax.stages.Lowered, *, committed: bool) -> jax.stages.Compiled:
-    """Compile. Unless `committed`, results are bound to no device, as jit's are not; a program that calls an exported
-    one binds them by itself."""
+    """Compile a lowered program. Unless `committed`, its results are not bound to a device, as with jit.
+
+    JAX by default binds the results of a program that calls an exported one.
+    """
     options = cast(Any, lowered)._lowering.compile_args
     if not committed and "committed" in options:
         options["committed"] = False
@@ -437,7 +441,7 @@ def compiled(lowered: jax.stages.Lowered, *, committed: bool) -> jax.stages.Comp
 
 
 def with_weak_type(array: jax.Array) -> jax.Array:
-    """The same array marked weakly typed, as the results of Python scalars are."""
+    """The same array, marked as weakly typed like the results of Python scalars."""
     from jax._src.lax.lax import _convert_element_type  # pyright: ignore
 
     return cast(jax.Array, _convert_element_type(array, array.dtype, weak_type=True))

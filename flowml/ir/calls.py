@@ -1,14 +1,14 @@
-"""calls: what a user passes, as a call of arrays alone.
+"""Turns a user's call into a call whose arguments and results are only arrays.
 
-`jax.jit` takes and returns pytrees of arrays. Around that, `bind` does for a call what a user expects of the wrapper:
+`jax.jit` takes and returns pytrees of arrays. `bind` handles the other arguments:
 
-    static arguments          by position or by name, whichever way they are passed, become a part of the function
-    equinox modules           leaves that are no arrays are static by themselves, as under `equinox.filter_jit`
-    flax nnx objects          travel as their state, and are updated in place with what comes back, as under `nnx.jit`
-    other objects             that the function changes in place are refused, since the change would be lost
+    static arguments          become part of the function; they are given by position or by name
+    equinox modules           leaves that are not arrays are static, as under `equinox.filter_jit`
+    flax nnx objects          are sent as their state and updated in place with the returned state, as under `nnx.jit`
+    other objects             are refused if the function changes them in place, because the change would be lost
 
-`bind` says what to trace (`fn`, `args`, `kwargs`) and what it depends on (`key`); `finish` makes of what that returns
-what the caller gets.
+`bind` returns what to trace (`fn`, `args`, `kwargs`) and what the trace depends on (`key`). `finish` turns the result
+of the traced function into the result for the caller.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from flowml.ir.objects import Objects, is_object, is_static_leaf, static_leaves,
 
 @dataclass(frozen=True)
 class Static:
-    """Which arguments are compiled in: positions (negative ones count from the end) and names."""
+    """The arguments that are compiled in: positions (negative ones count from the end) and names."""
 
     argnums: tuple[int, ...] = ()
     argnames: frozenset[str] = frozenset()
@@ -45,9 +45,9 @@ class Static:
 def static_of(
     fn: Callable[..., Any], argnums: int | Sequence[int] | None, argnames: str | Sequence[str] | None
 ) -> Static:
-    """Which arguments of `fn` are static. Given positions or names alone, the others follow, as for `jax.jit`.
+    """The static arguments of `fn`. If only positions or names are given, the others are inferred, as by `jax.jit`.
 
-    Raises ValueError for a position or name that `fn` does not have, TypeError for what is neither.
+    Raises ValueError for a position or name that `fn` does not have, TypeError for a value of another type.
     """
     numbers: tuple[Any, ...] = (argnums,) if isinstance(argnums, int) else tuple(argnums or ())
     names: tuple[Any, ...] = (argnames,) if isinstance(argnames, str) else tuple(argnames or ())
@@ -77,7 +77,7 @@ def static_of(
 
 @dataclass
 class Returned:
-    """What `fn` of a bound call returned beside arrays, noted while it was traced."""
+    """What `fn` of a bound call returns besides arrays, recorded while it is traced."""
 
     tree: Any = None
     fixed: dict[int, Any] = field(default_factory=dict[int, Any])
@@ -85,12 +85,12 @@ class Returned:
     same: dict[int, int] = field(default_factory=dict[int, int])
     """Position among the leaves -> number of the object that was passed in."""
     plain: bool = True
-    """Whether it is arrays alone, and nothing was updated."""
+    """Whether the result has only arrays and no object was updated."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call as one of arrays: `fn(*args, **kwargs)`. Two with the same `key` and signatures are traced alike."""
+    """A call `fn(*args, **kwargs)` with arrays only. Calls with equal `key` and signature have the same trace."""
 
     fn: Callable[..., Any]
     args: tuple[Any, ...]
@@ -103,7 +103,7 @@ class Call:
 def bind(
     fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], static: Static, name: str = "function"
 ) -> Call:
-    """A call as one of arrays alone. Raises ValueError for a static argument that has no hash."""
+    """Turn a call into one with arrays only. Raises ValueError for a static argument that cannot be hashed."""
     placed = {i % len(args): args[i % len(args)] for i in static.argnums if -len(args) <= i < len(args)}
     named = {n: kwargs[n] for n in kwargs if n in static.argnames}
     placed = dict(sorted(placed.items()))
@@ -135,7 +135,7 @@ def bind(
         _check_unchanged(name, _arguments(inner), before, result)
         return _note(fn, name, returned, result, objects, nodes)
 
-    if not placed and not named:  # then it has the signature of `fn`, which JAX names arguments by
+    if not placed and not named:  # JAX names arguments by the signature, here that of `fn`
         functools.update_wrapper(of_arrays, fn)
     typed = [(type(v), v) for v in (*placed.values(), *named.values(), *fixed.values())]
     key: Hashable = (tuple(placed), tuple(named), tuple(fixed), tuple(typed)) if typed else ()
@@ -145,7 +145,7 @@ def bind(
 
 
 def finish(call: Call, returned: Returned, result: Any) -> Any:
-    """What the caller gets for what the traced function returned; nnx objects of the caller are updated."""
+    """Turn the result of the traced function into the caller's result, and update the caller's nnx objects."""
     if returned.plain:
         return result
     rest, states = result
@@ -158,7 +158,7 @@ def finish(call: Call, returned: Returned, result: Any) -> Any:
 def _note(
     fn: Callable[..., Any], name: str, returned: Returned, result: Any, objects: Objects | None, nodes: Sequence[Any]
 ) -> Any:
-    """Split a result into arrays and the rest, which `returned` keeps."""
+    """The arrays of a result. `returned` keeps the rest."""
     if objects is None and not takes_static_leaves(fn, result):
         return result
     leaves, tree = tree_flatten(result, is_leaf=is_object)
@@ -175,14 +175,14 @@ def _note(
 
 
 def _merged(values: Sequence[Any], others: Mapping[int, Any]) -> Iterator[Any]:
-    """The values in order, with others at the positions that they have in the whole."""
+    """The values in order, with `others` inserted at their positions in the result."""
     rest = iter(values)
     for position in range(len(values) + len(others)):
         yield others[position] if position in others else next(rest)
 
 
 def _arguments(given: Any) -> dict[str, Any]:
-    """Arguments by the names under which errors know them."""
+    """Arguments by their names in errors."""
     return {**{f"args[{i}]": a for i, a in enumerate(given[0])}, **{f"keyword {n!r}": a for n, a in given[1].items()}}
 
 
@@ -193,10 +193,10 @@ def _snapshot(argument: Any) -> tuple[list[Any], Any]:
 def _check_unchanged(
     name: str, arguments: Mapping[str, Any], before: Sequence[tuple[list[Any], Any]], result: Any
 ) -> None:
-    """Refuse a function whose work is lost, because it writes results into its arguments.
+    """Refuse a function whose result is lost because it writes to its arguments.
 
-    Lists and dicts are the function's own copies, as under `jax.jit`: one that takes something out of its batch and
-    returns a loss is well. One that changes them and returns nothing is not.
+    Lists and dicts are the function's own copies, as under `jax.jit`. A function may change them (pop an item from its
+    batch, say) if it returns something. A function that changes them and returns nothing is refused.
     """
     for (where, argument), (leaves, tree) in zip(arguments.items(), before, strict=True):
         now, now_tree = _snapshot(argument)
@@ -225,7 +225,7 @@ def _check_hashable(name: str, static: Mapping[str, Any]) -> None:
 
 
 def leaks(fn: Callable[..., Any]) -> dict[str, int]:
-    """The variables around a function that hold values of a trace, by what they are called."""
+    """The variables around a function that hold values of a trace, by their names."""
     try:
         around = inspect.getclosurevars(inspect.unwrap(fn))
     except (TypeError, ValueError):

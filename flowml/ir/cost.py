@@ -1,8 +1,8 @@
-"""cost: what a node is expected to take on a device, from its shapes alone.
+"""Estimates the time of a node on a device from its shapes.
 
-A node's time is the larger of its arithmetic and its memory traffic (the roofline of Williams, Waterman
-and Patterson, 2009), a task adds one dispatch, a transfer the latency and rate of its link. These are
-priors: they choose between placements, they do not promise seconds.
+The time of a node is the larger of its arithmetic and its memory traffic (the roofline of Williams, Waterman
+and Patterson, 2009). A task adds one dispatch; a transfer adds the latency and rate of its link. The estimates are
+good enough to choose between placements, but are not exact times.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def node_bytes(graph: Graph, node: Node) -> float:
 
 
 def node_seconds(graph: Graph, node: Node, device: Device) -> float:
-    # XLA fuses elementwise chains, so most of their traffic never reaches memory: a quarter is a fair prior.
+    # XLA fuses elementwise chains, so most of their traffic never reaches memory; a quarter is a typical share.
     traffic = node_bytes(graph, node) * (1.0 if node.op in ("dot_general", "conv_general_dilated") else 0.25)
     return max(node_flops(graph, node) / device.flops_per_s, traffic / device.bytes_per_s)
 
@@ -61,7 +61,7 @@ def _equation_flops(equation: Any) -> float:
 
 
 def _repeats(equation: Any) -> int:
-    # A while loop's trip count is unknown; ten is a guess that keeps it from looking free.
+    # A while loop's trip count is unknown; ten is a guess, so that the loop has a cost.
     if equation.primitive.name == "scan":
         return int(equation.params["length"])
     return 10 if equation.primitive.name == "while" else 1

@@ -1,8 +1,8 @@
-"""The form of a traced function: what it does, without names. Functions of one form need to be exported only once.
+"""Computes the form of a traced function: its operations without names. Functions of one form are exported once.
 
-Exporting takes JAX tens of milliseconds and a model repeats its layers, so that this is most of what planning one
-with many layers takes. Forms are compared by value where that says all, else by identity, so that two that differ are
-never taken for one; some that do the same are.
+Exporting takes tens of milliseconds and a model repeats its layers, so without this most of the planning time of a deep
+model would be exports. Parts of a form are compared by value where the value is complete, else by identity. Different
+functions therefore never have equal forms, but equal functions may have different ones.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from jax.extend import core as jex
 
 
 def form_of(jaxpr: Any, constants: Sequence[Any]) -> Any:
-    """Something that is hashable and equal for functions that do the same; None where that cannot be told."""
+    """A hashable value that is equal only for functions that do the same; None if there is none."""
     try:
         form = _form(jaxpr, constants)
         hash(form)
-    except TypeError:  # of a parameter without a hash, or a constant that is no plain array
+    except TypeError:  # a parameter has no hash, or a constant is not a plain array
         return None
     return form
 
@@ -46,7 +46,7 @@ def _form(jaxpr: Any, constants: Sequence[Any]) -> Any:
 
 
 def _value(value: Any) -> Any:
-    """By value, with its type: 1, True and 1.0 are equal and do not do the same, and nor do 0.0 and -0.0."""
+    """A value with its type. 1, True and 1.0 are equal but compute different results, and so are 0.0 and -0.0."""
     match value:
         case jex.ClosedJaxpr():
             return _form(value.jaxpr, value.consts)

@@ -1,7 +1,7 @@
-"""The intermediate representation: a traced program as a frozen list of nodes in topological order.
+"""Defines the intermediate representation: a traced program as a frozen list of nodes in topological order.
 
-Values are integers; a node names those it reads and writes. What JAX needs to run a node again (its
-primitive and parameters) rides along in `equation`, opaque to every pass but tracing and lowering.
+Values are integers; a node names those that it reads and writes. `equation` holds what JAX needs to run a node (its
+primitive and parameters). Only tracing and lowering look into it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Operand = int | Literal
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One operation. `layer` is set by the label pass, `device` by placement; "" means not yet."""
+    """One operation. The label pass sets `layer`, and placement sets `device`; before that they are ""."""
 
     id: int
     op: str
@@ -49,10 +49,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """A program. `inputs` and `constants` are the values that no node makes; names are tree paths.
+    """A program. `inputs` and `constants` are the values that no node makes; `input_names` are tree paths.
 
-    `values` gives every value's spec, `avals` JAX's own description of it. `parameters` are the values that the label
-    pass found to be parameters, or computed from them alone.
+    `values` maps each value to its spec, `avals` to JAX's description of it. `parameters` are the values that are
+    parameters or computed only from parameters; the label pass finds them.
     """
 
     nodes: tuple[Node, ...]
@@ -71,7 +71,7 @@ class Graph:
 
     @cached_property
     def position(self) -> dict[int, int]:
-        """Node id -> where it stands in the program."""
+        """Node id -> its position in the program."""
         return {n.id: i for i, n in enumerate(self.nodes)}
 
     @cached_property
@@ -93,7 +93,7 @@ class Graph:
 
     @cached_property
     def is_wide(self) -> bool:
-        """Whether anything in it has 64 bits, which JAX handles only where its setting for them is on."""
+        """Whether any value has 64 bits, which JAX handles only if its 64-bit setting is on."""
         specs = self.values.values()
         return any(_jax.is_wide(s.dtype) for s in specs) or any(_jax.computes_wide(n.equation) for n in self.nodes)
 

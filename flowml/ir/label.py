@@ -1,8 +1,8 @@
-"""label: every node gets its layer: its scope, else the parameter it touches, else its consumer, else its data.
+"""Gives every node a layer: that of its scope, else of its parameter, else of its consumer, else of its data.
 
-Parameters are known by their tree paths (`conv1/kernel` belongs to `conv1`). A Flax module also names its
-scopes after its parameters (`CNN/conv1` holds `conv1`), so a scope that contains a parameter's layer takes
-that shorter name: one label then ties forward, backward and parameters together.
+The tree path of a parameter gives its layer (`conv1/kernel` belongs to `conv1`). A Flax module also names its
+scopes after its parameters (`CNN/conv1` contains `conv1`). A scope that contains a parameter's layer therefore gets
+this shorter name, so forward pass, backward pass and parameters share one label.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from flowml.ir.graph import Graph, Literal, Node
 from flowml.ir.scopes import Scope
 
 _SHAPING = frozenset({"copy", "reduce_sum", "reshape", "transpose", "squeeze", "convert_element_type"})
-_COLLECTION = "params/"  # Flax wraps its tree in this; users write and read paths without it
+_COLLECTION = "params/"  # Flax adds this prefix; users write and read paths without it
 
 
 def parameter_path(name: str) -> str:
-    """A parameter's path as users write it: without Flax's collection name in front."""
+    """A parameter's path as users write it, without Flax's collection name."""
     return name.removeprefix(_COLLECTION)
 
 
 def layer_of(path: str) -> str:
-    """The layer that a parameter belongs to: its path without the leaf's own name (unless that is all).
+    """The layer of a parameter: its path without the name of the leaf, or the whole path if it has one component.
 
-    Flax nnx keeps each array as the `value` of a variable, which is not a name of its own.
+    Flax nnx stores each array as the `value` of a variable; this component is ignored.
     """
     path = parameter_path(path).removesuffix("/value")
     return path.rsplit("/", 1)[0] if "/" in path else path
 
 
 def matches(layer: str, pattern: str) -> bool:
-    """Whether a pattern names a layer by any run of its components, as it is written or with wildcards."""
+    """Whether a pattern matches any run of a layer's components, literally or with wildcards."""
     if f"/{pattern}/" in f"/{layer}/":
         return True
     starts = [0, *(i + 1 for i, c in enumerate(layer) if c == "/")]
@@ -50,8 +50,8 @@ def label(
 ) -> Graph:
     """Give every node a layer.
 
-    `parameters` maps input values that are parameters to their paths, `closed_over` constants that are parameters to
-    their layers; `output_layers` name the layers of outputs that are gradients ("" otherwise).
+    `parameters` maps inputs that are parameters to their paths. `closed_over` maps constants that are parameters to
+    their layers. `output_layers` holds the layer of each output that is a gradient, and "" for other outputs.
     """
     owner = _owners(graph, {**closed_over, **{v: layer_of(n) for v, n in parameters.items()}})
     known = set(owner.values())
@@ -62,9 +62,9 @@ def label(
     forward = [n for n in graph.nodes if not n.scope.backward]
     backward = [n for n in graph.nodes if n.scope.backward]
     saved = {n.id for n in forward if _is_saved_for_backward(graph, n)}
-    # A forward node prepares what its first reader needs: a norm belongs to the layer behind it. The loss, at
-    # the end, follows its data. A backward node follows the largest value it reads, and what the forward pass
-    # keeps for it is kept where it is needed.
+    # A forward node prepares what its first reader needs, so a norm belongs to the layer that reads it. The loss has
+    # no reader and follows its data. A backward node follows the largest value that it reads. Values that the forward
+    # pass saves for a backward node belong to the layer of that node.
     _follow_readers(graph, layers, forward, backward_too=False)
     _follow_data(graph, layers, [n for n in forward if n.id not in saved])
     _follow_data(graph, layers, backward)
@@ -76,7 +76,7 @@ def label(
 
 
 def _owners(graph: Graph, owner: dict[int, str]) -> dict[int, str]:
-    """The layer behind each value that is a parameter, or computed from parameters of one layer alone."""
+    """The layer of each value that is a parameter or computed only from parameters of one layer."""
     for node in graph.nodes:
         behind = {owner.get(v) for v in node.reads}
         if len(behind) == 1 and None not in behind:
@@ -92,9 +92,8 @@ def _is_saved_for_backward(graph: Graph, node: Node) -> bool:
 def _by_scope(scopes: set[Scope], known: set[str]) -> dict[Scope, str]:
     """The layer that each scope names.
 
-    A scope that holds the scopes of several parameters' layers (a model's outermost module) is none of them, and nor
-    is one of a layer that has other layers below it: what stands there and touches no parameter of its own follows
-    its neighbours.
+    A scope names no layer if it contains the scopes of several layers (as a model's outermost module does), or if its
+    layer has sublayers. Nodes of such a scope that read no parameter of it follow their neighbours.
     """
     longest = max((layer.count("/") + 1 for layer in known), default=0)
     found = {s: _from_scope(s, known, longest) for s in scopes}
@@ -130,7 +129,7 @@ def _from_parameters(graph: Graph, layers: dict[int, str], owner: Mapping[int, s
 
 
 def _from_outputs(graph: Graph, layers: dict[int, str], output_layers: Sequence[str]) -> None:
-    """What only shapes a gradient for its output (a sum over the batch, a reshape) belongs to its parameter."""
+    """Nodes that only shape a gradient for its output (a sum over the batch, a reshape) belong to its parameter."""
     for output, layer in zip(graph.outputs, output_layers, strict=False):
         node = None if isinstance(output, Literal) else graph.producer.get(output)
         while layer and node is not None and not layers[node.id]:
@@ -155,7 +154,7 @@ def _follow_data(graph: Graph, layers: dict[int, str], nodes: Sequence[Node]) ->
 
 
 def _makers(graph: Graph, node: Node) -> Iterator[tuple[int, Node]]:
-    """(bytes, producer) of what a node reads. Small values and constants may be shared by all layers."""
+    """(bytes, producer) of what a node reads, except constants. All layers may share constants and small values."""
     for value in dict.fromkeys(node.reads):
         maker = graph.producer.get(value)
         if maker is not None and maker.reads:

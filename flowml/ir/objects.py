@@ -1,6 +1,6 @@
-"""objects: equinox modules and flax nnx objects among the arguments of a call.
+"""Handles equinox modules and flax nnx objects among the arguments of a call.
 
-Neither library is imported here: an argument can be of one only where the user has imported it.
+This module imports neither library: an argument can be of one of them only if the user has imported it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def _known(module: str, name: str) -> Any:
 
 
 def is_static_leaf(leaf: Any) -> bool:
-    """Whether `equinox.filter_jit` takes a leaf for static."""
+    """Whether `equinox.filter_jit` treats a leaf as static."""
     return not isinstance(leaf, _ARRAYS)
 
 
 def takes_static_leaves(fn: Callable[..., Any], tree: Any) -> bool:
-    """Whether what is no array in `tree` is static: `fn` is filtered by equinox, or an equinox module is in there."""
+    """Whether leaves of `tree` other than arrays are static: equinox filters `fn`, or `tree` has an equinox module."""
     module = _known("equinox", "Module")
     if module is None:
         return False
@@ -42,7 +42,7 @@ def takes_static_leaves(fn: Callable[..., Any], tree: Any) -> bool:
 
 
 def static_leaves(fn: Callable[..., Any], given: Any, leaves: Sequence[Any]) -> dict[int, Any]:
-    """The leaves of the arguments that are static by themselves, by position."""
+    """The leaves of the arguments that are static without being named so, by position."""
     module = _known("equinox", "Module")
     if module is None or all(isinstance(leaf, _ARRAYS) for leaf in leaves):
         return {}
@@ -71,19 +71,19 @@ def is_object(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Objects:
-    """The nnx objects of a call. One that is passed twice, or shared by two others, is one object."""
+    """The nnx objects of a call. An object that is passed twice, or shared by two others, is stored once."""
 
     nodes: tuple[Any, ...]
     graph: Any
-    """What they are made of, without arrays. Hashable."""
+    """The structure of the objects without their arrays. Hashable."""
     given: Any
-    """The arguments, with the state of each object in its place."""
+    """The arguments, where each object is replaced by its state."""
     _tree: Any
     _places: tuple[int, ...]
 
     @staticmethod
     def of(arguments: Any) -> Objects | None:
-        """None if there are no objects among them."""
+        """The objects among the arguments; None if there are none."""
         if "flax.nnx" not in sys.modules:
             return None
         parts, tree = tree_flatten(arguments, is_leaf=is_object)
@@ -97,7 +97,7 @@ class Objects:
         return Objects(nodes, graph, tree_unflatten(tree, parts), tree, places)
 
     def merged(self, given: Any) -> tuple[Any, tuple[Any, ...]]:
-        """The arguments with new objects of the states in `given`, and these objects."""
+        """The arguments with new objects made from the states in `given`, and these objects."""
         nnx: Any = sys.modules["flax.nnx"]
         parts = self._tree.flatten_up_to(given)
         nodes = nnx.merge(self.graph, _joined([parts[i] for i in self._places]))
@@ -106,7 +106,7 @@ class Objects:
         return tree_unflatten(self._tree, parts), tuple(nodes)
 
     def states(self, nodes: Sequence[Any], name: str) -> tuple[Any, ...]:
-        """The states of objects from `merged`. Raises UnsupportedError if they are made of other things by now."""
+        """The states of objects from `merged`. Raises UnsupportedError if their structure has changed."""
         graph, states = _split(tuple(nodes))
         if graph != self.graph:
             raise UnsupportedError(
@@ -116,7 +116,7 @@ class Objects:
         return states
 
     def update(self, states: Sequence[Any]) -> None:
-        """Put new states into the caller's objects."""
+        """Update the caller's objects with new states."""
         nnx: Any = sys.modules["flax.nnx"]
         nnx.update(self.nodes, _joined(states))
 

@@ -1,7 +1,7 @@
-"""What a dataflow graph cannot hold: effects, meshes and values that are no arrays, each refused in one sentence.
+"""Refuses what a dataflow graph cannot hold: effects, meshes and values that are not arrays.
 
-The sentence names the function, the construct and the line of the user's code. Values and equations in the bodies of
-loops and branches are looked at too.
+The error names the function, the construct and the line of the user's code. The bodies of loops and branches are
+checked too.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ _CONSTRUCTS = {
     "debug_print": "jax.debug.print",
     "io_callback": "jax.experimental.io_callback",
 }
-"""What users call the primitives that they do not know by name."""
+"""The public function behind each primitive whose name users do not know."""
 
 
 def check_argument(aval: Any, function: str, name: str) -> None:
-    """Raises UnsupportedError for an argument or a closed-over value that cannot be sent to a worker."""
+    """Raise UnsupportedError if an argument or a closed-over value cannot be sent to a worker."""
     obstacle = _jax.obstacle(aval)
     if obstacle:
         raise UnsupportedError(f"{function}: {name} {obstacle}")
 
 
 def check_equation(equation: Any, function: str, stack: Stack, inside: tuple[str, ...] = ()) -> None:
-    """Raises UnsupportedError for an equation that no worker can run. `inside` are the loops and branches around it."""
+    """Raise UnsupportedError if no worker can run an equation. `inside` are the loops and branches around it."""
     op, layer = equation.primitive.name, parse(stack).path
-    for body in _jax.nested_jaxprs(equation):  # first: what is wrong with a loop is wrong with something in it
+    for body in _jax.nested_jaxprs(equation):  # first, because the fault of a loop is in its body
         for nested in body.eqns:
             check_equation(nested, function, stack, (*inside, op))
     user = f"{function} in layer {layer!r}" if layer else function

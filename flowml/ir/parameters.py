@@ -1,7 +1,7 @@
-"""Which values are parameters, and what their layers are called.
+"""Finds the values that are parameters, and the names of their layers.
 
 A parameter is a leaf of an argument that is a tree, or an array that the function closes over and multiplies with.
-What an argument carries besides (moments, counters, keys) is not: it follows the data of the parameter that it is for.
+Other leaves of the argument (moments, counters, keys) are not parameters; they follow the data of their parameter.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from flowml.ir.scopes import as_text
 _CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "gather"})
 _LIBRARIES = ("jax", "flax", "optax", "numpy", "equinox", "flowml")
 _MAX_OBJECTS = 10_000
-"""How many objects are looked through for the name of an array. Those not found by then are numbered."""
+"""How many objects are searched for the name of an array. Arrays that are not found are numbered."""
 
 
 def argument_parameters(graph: Graph, trees: Sequence[Sequence[int]]) -> dict[int, str]:
-    """The parameters among the inputs, by their paths.
+    """The parameters among the inputs, with their paths.
 
-    `trees` has the positions of the leaves of each argument that is more than one array; the first argument with a
-    parameter has them all. Where there is a backward pass, a parameter is a floating array that it depends on: the
-    state of an optimizer is not. An argument on which it does not depend at all (the weights of a linear loss) still
-    has the parameters, unless it mirrors a later one as such a state does.
+    `trees` holds the positions of the leaves of each argument that is more than one array. All parameters are in one
+    argument, the first that has any. If there is a backward pass, parameters are floating arrays that it depends on,
+    so the state of an optimizer is excluded. An argument on which the backward pass does not depend (the weights of a
+    linear loss) can still hold the parameters, unless its paths mirror a later argument, as those of a state do.
     """
     backward = [n for n in graph.nodes if n.scope.backward]
     wanted = {v for v in _needed_by(graph, backward) if _jax.is_inexact(graph.avals[v])}
@@ -47,7 +47,7 @@ def argument_parameters(graph: Graph, trees: Sequence[Sequence[int]]) -> dict[in
 
 
 def _mirrors(graph: Graph, tree: Sequence[int], others: Sequence[Sequence[int]]) -> bool:
-    """Whether leaves of a tree end in the path of a leaf of another, as `0/mu/conv/kernel` in `conv/kernel`."""
+    """Whether leaves of a tree end with the path of a leaf of another, as `0/mu/conv/kernel` with `conv/kernel`."""
     parts = (graph.input_names[i].split("/") for i in tree)
     ends = {"/".join(names[start:]) for names in parts for start in range(1, len(names))}
     return any(graph.input_names[i] in ends for other in others for i in other)
@@ -66,7 +66,7 @@ def _needed_by(graph: Graph, nodes: Sequence[Node]) -> set[int]:
 
 
 def _below_shared_position(names: Sequence[str]) -> list[str]:
-    """Without the position of the parameters in a tuple that holds other things too: `0/conv/kernel`."""
+    """The names without a leading position that all of them share, as in `0/conv/kernel` for a tuple."""
     first = {n.partition("/")[0] for n in names}
     if len(first) == 1 and next(iter(first)).isdecimal() and all("/" in n for n in names):
         return [n.partition("/")[2] for n in names]
@@ -76,7 +76,7 @@ def _below_shared_position(names: Sequence[str]) -> list[str]:
 def closed_over_layers(graph: Graph, parameters: Collection[int], fn: Callable[..., Any]) -> dict[int, str]:
     """The layer of every array that `fn` closes over and that belongs to a layer with a weight.
 
-    Named by the variable that holds it, or by its path in the tree that the variable is.
+    The layer is named after the variable that holds the array, or after the path of the array in that variable.
     """
     weights = _weights(graph, parameters)
     if not weights:
@@ -102,8 +102,10 @@ def closed_over_layers(graph: Graph, parameters: Collection[int], fn: Callable[.
 
 
 def _weights(graph: Graph, parameters: Collection[int]) -> set[int]:
-    """The constants that are multiplied with something, as they are or reshaped, but never with a parameter: with
-    that only data is."""
+    """The constants that are multiplied with something, directly or reshaped, but never with a parameter.
+
+    A constant that is multiplied with a parameter is data.
+    """
     constants = {v for v in graph.constants if graph.values[v].shape and _jax.is_inexact(graph.avals[v])}
     origin = {v: v for v in (*constants, *parameters)}
     weights, data = set[int](), set[int]()
@@ -126,7 +128,7 @@ _Tree = list[tuple[str, Any]]
 
 
 def _variables(fn: Callable[..., Any]) -> Iterator[tuple[str, _Tree]]:
-    """(name, leaves by their paths) of everything that a function, and the functions it names, can see."""
+    """(name, leaves by their paths) of all variables visible to a function and to the functions that it names."""
     seen: set[int] = set()
     functions: list[Any] = [fn]
     while functions and len(seen) < _MAX_OBJECTS:

@@ -1,7 +1,7 @@
-"""simplify: drop what no output needs, and compute equal things once.
+"""Removes nodes that no output needs, and merges equal nodes.
 
-Equal nodes are merged only inside one label and pin: XLA would merge them anyway within a task, while
-merging across layers would add edges between devices.
+Nodes are merged only if they have the same label and pin. XLA would merge these within a task anyway, and merging
+across layers would add edges between devices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def simplify(graph: Graph) -> Graph:
 
 
 def drop_dead(graph: Graph) -> Graph:
-    """Without the nodes whose results reach no output."""
+    """The graph without nodes that no output depends on."""
     needed = set(graph.output_values)
     kept: list[Node] = []
     for node in reversed(graph.nodes):
@@ -31,7 +31,7 @@ def drop_dead(graph: Graph) -> Graph:
 
 
 def needed_for(graph: Graph, outputs: Sequence[Operand]) -> Graph:
-    """What of a graph some of its outputs need, as a graph. Takes time in proportion to what it gives."""
+    """The part of a graph that the given outputs need. The time is proportional to the size of the result."""
     nodes: dict[int, Node] = {}
     constants: dict[int, Any] = {}
     stack = [o for o in outputs if not isinstance(o, Literal)]
@@ -48,7 +48,7 @@ def needed_for(graph: Graph, outputs: Sequence[Operand]) -> Graph:
 
 
 def merge_equal(graph: Graph) -> Graph:
-    """Common subexpressions, label by label."""
+    """Merge common subexpressions that have the same label."""
     renamed: dict[int, int] = {}
     seen: dict[Any, Node] = {}
     kept: list[Node] = []

@@ -1,9 +1,9 @@
-"""What an executable may hold: operations that compute on a device's own arrays, and nothing that reaches outside.
+"""Lists the operations that an executable may contain: those that compute only on a device's own arrays.
 
-StableHLO can leave the device. A custom call runs whatever function the process has registered under its name, and
-one of those calls back into Python; infeeds, sends and collectives wait for partners that no plan has. So operations
-and targets are on lists of what is allowed. The compiler checks what it exports, to say early what does not work; a
-worker checks what it is given, since it cannot know who wrote it.
+StableHLO has operations that act outside the device. A custom call runs any function that the process has registered
+under its name, and one of these calls Python. Infeeds, sends and collectives wait for partners that a plan does not
+have. Operations and targets of custom calls are therefore checked against lists of allowed ones. The compiler checks
+what it exports, to report errors early. A worker checks what it receives, because it cannot know the author.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TARGETS = re.compile(
 
 
 def forbidden(operations: Iterable[tuple[str, str]]) -> str:
-    """The first of (operation, target of a custom call or "") that no executable may hold, described; "" if none is."""
+    """A description of the first forbidden pair (operation, target of a custom call or ""); "" if there is none."""
     for name, target in operations:
         if not name.startswith(_DIALECTS) or name in _OUTSIDE:
             return f"operation {name}"

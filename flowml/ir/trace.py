@@ -1,6 +1,6 @@
-"""trace: a JAX function becomes a `Graph`. Nested jit and custom-derivative calls are inlined, scopes kept.
+"""Traces a JAX function to a `Graph`. Nested jit and custom-derivative calls are inlined; scopes are kept.
 
-Loops, branches and remat bodies stay whole nodes: they run on one device and XLA compiles them as ever.
+A loop, a branch or a remat body becomes one node, which runs on one device and is compiled by XLA as usual.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from flowml.plan import ArraySpec
 class Trace:
     """The graph of a function with the trees of its arguments and its result.
 
-    `parameters` are the inputs taken for parameters, by their paths in the argument that holds them; `closed_over` are
-    the constants that are parameters, by their layers.
+    `parameters` maps inputs that are parameters to their paths in their argument. `closed_over` maps constants that
+    are parameters to their layers.
     """
 
     graph: Graph
@@ -40,7 +40,7 @@ def trace(
     kwargs: Mapping[str, Any],
     name: str = "function",
 ) -> Trace:
-    """Trace `fn`. Raises UnsupportedError for what a dataflow graph cannot hold."""
+    """Trace `fn`. Raises UnsupportedError if it contains something that a dataflow graph cannot hold."""
     traced = _jax.trace(fn, args, kwargs)
     for position, (variable, path) in enumerate(zip(traced.jaxpr.invars, traced.input_names, strict=True)):
         check_argument(variable.aval, name, f"argument {path!r}" if path else f"array {position} of the arguments")
@@ -84,7 +84,7 @@ class _Builder:
         return value
 
     def splice(self, jaxpr: Any, environment: dict[Any, Operand], prefix: Stack) -> list[Operand]:
-        """Append the nodes of `jaxpr`; returns what its outputs are."""
+        """Append the nodes of `jaxpr` and return its outputs."""
 
         def read(atom: Any) -> Operand:
             return _literal(atom) if _jax.is_literal(atom) else environment[atom]
@@ -122,7 +122,7 @@ class _Builder:
 
 
 def _nothing(aval: Any) -> Literal | None:
-    """What stands for a result of dtype float0, which has a shape and no values: nothing is computed or sent for it."""
+    """The literal for a result of dtype float0, which has a shape but no values, so it is not computed or sent."""
     return _literal(_jax.float0_literal(aval)) if _jax.spec_of(aval).dtype == "float0" else None
 
 

@@ -1,4 +1,4 @@
-"""verify: what must hold of a graph after each pass. A violation is a fault of flowml, and it names the pass."""
+"""Verifies graphs after each pass. A violation is a bug of flowml, and the error names the pass."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class VerifierError(AssertionError):
 
 
 def require(condition: bool, stage: str, message: str) -> None:
-    """Raises VerifierError, naming the pass, unless the condition holds."""
+    """Raise VerifierError, which names the pass, unless the condition holds."""
     if not condition:
         raise VerifierError(f"after {stage}: {message}")
 
 
 def verify_graph(graph: Graph, stage: str) -> None:
-    """Every value has one maker and is made before it is read; ids are unique; outputs exist."""
+    """Check that each value has one producer, which precedes its readers, that ids are unique and outputs exist."""
     known = {*graph.inputs, *graph.constants}
     ids: set[int] = set()
     for node in graph.nodes:
@@ -36,7 +36,7 @@ def verify_graph(graph: Graph, stage: str) -> None:
 
 
 def verify_placed(graph: Graph, assignment: Mapping[int, str], devices: Sequence[Device]) -> None:
-    """Every node has exactly one device, and it exists."""
+    """Check that every node has exactly one device, and that the device exists."""
     names = {d.name for d in devices}
     for node in graph.nodes:
         require(assignment.get(node.id) in names, "place", f"node {node.id} ({node.op}) has no device that exists")

@@ -1,1 +1,1 @@
-"""From a placed graph to what devices run: partitions, transfers, the schedule, executables, instruction lists."""
+"""Turns a placed graph into device programs: partitions, transfers, schedule, executables and instruction lists."""

@@ -1,8 +1,8 @@
-"""lower: tasks become StableHLO, instruction lists become programs.
+"""Exports tasks as StableHLO and decides which of their arguments are donated.
 
-Each task is exported once, as a function of a flat list of arrays; equal modules share one executable, so
-replicas and repeated layers compile once a worker. Buffers are numbered per device, freed after their last
-use, and donated to the last task that reads them when nobody else can still see them.
+Each task is exported once, as a function of a flat list of arrays. Equal modules share one executable, so a worker
+compiles replicas and repeated layers once. A buffer is donated to the last task that reads it, if nothing else can
+still use it.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class ExecutableTable:
 
     platforms: tuple[str, ...]
     settings: tuple[Setting, ...]
-    """JAX's settings to lower under."""
+    """JAX's settings during lowering."""
     executables: dict[str, bytes] = field(default_factory=dict[str, bytes])
     tasks: list[Task] = field(default_factory=list[Task])
     known: dict[Any, bytes] = field(default_factory=dict[Any, bytes])
-    """What was exported, by form."""
+    """Exported functions, by form."""
 
     def add(self, task: Task) -> int:
         self.tasks.append(task)
@@ -45,28 +45,28 @@ class ExecutableTable:
         return key
 
     def export(self, fn: Callable[..., Any], inputs: Sequence[Any], form: Any = None) -> str:
-        """The key of a function of flat arrays. `form` is what tells that another one does the same, if it is known."""
+        """Export a function of flat arrays and return its key. `form` is the function's form, if known."""
         with _jax.under(self.settings):
             return self.store(_jax.export(fn, inputs, self.platforms, self.known, form))
 
     def add_function(
         self, name: str, fn: Callable[..., Any], inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec]
     ) -> int:
-        """A task that is not a piece of the graph: accumulate, apply."""
+        """Add a task that is not part of the graph, such as accumulate or apply."""
         executable = self.export(fn, [_jax.struct_of(s) for s in inputs])
         touched = sum(s.nbytes for s in (*inputs, *outputs))
         return self.add(Task(name, "xla", executable, tuple(inputs), tuple(outputs), nbytes=float(touched)))
 
 
 COMPILED_IN_BYTES = 2**20
-"""Closed-over arrays of more bytes than this, all together, are arguments of the task that reads them."""
+"""If the closed-over arrays have more bytes than this in total, they are arguments of the tasks that read them."""
 
 
 def compile_in_constants(graph: Graph, plan: Schedule) -> Schedule:
-    """Make the closed-over arrays of a plan that is one task a part of it, as jit does.
+    """If a plan has one task, compile its closed-over arrays into the executable, as jit does.
 
-    XLA then computes ahead what depends on them alone, to the same bits as for jit. Several tasks take theirs as
-    arguments, so that equal layers with other arrays share an executable.
+    XLA then evaluates at compile time what depends only on them, with the same bits as for jit. If a plan has several
+    tasks, the arrays are arguments, so that equal layers with different arrays share an executable.
     """
     if len(plan.groups) != 1 or plan.groups[0].is_callback:
         return plan
@@ -132,7 +132,7 @@ def _export(
 
 
 def _culprit(graph: Graph, nodes: Sequence[Node], table: ExecutableTable, error: Exception) -> UnsupportedError:
-    """The error for the node because of which a task cannot be exported."""
+    """The error that names the node that prevents the export of a task."""
     alone = ExecutableTable(table.platforms, table.settings)
     node = nodes[0]
     for node in nodes:
@@ -142,7 +142,7 @@ def _culprit(graph: Graph, nodes: Sequence[Node], table: ExecutableTable, error:
             error = own
             break
     reason = str(error).strip().partition("\n")[0]
-    if isinstance(error, KeyError):  # of JAX's table of those that it can write down
+    if isinstance(error, KeyError):  # missing in JAX's table of what it can serialise
         reason = f"it makes or takes arrays of {error.args[0]}, which jax.export does not know"
     what = _jax.whereabouts(node.equation, node.layer)
     return UnsupportedError(f"{what} cannot run on a worker: {reason}; compute it outside the dataflow function")
@@ -171,9 +171,9 @@ def _callback(graph: Graph, group: TaskGroup) -> Callable[..., list[Any]]:
 
 
 def _last_readers(graph: Graph, plan: Schedule) -> dict[int, int]:
-    """value -> the task of its own device that reads it last, as each device's order has it.
+    """value -> the last task that reads it on its own device, in the device's order.
 
-    A value is left out if it is not the same task for each microbatch, because a task has one list of donations.
+    A value is left out if this task differs between microbatches, because a task has one list of donations.
     """
     last: dict[tuple[int, int], int] = {}
     for device, order in plan.order.items():
@@ -188,7 +188,7 @@ def _last_readers(graph: Graph, plan: Schedule) -> dict[int, int]:
 
 
 def _donations(graph: Graph, group: TaskGroup, last: Mapping[int, int], keep: frozenset[int]) -> tuple[int, ...]:
-    """Arguments that die in this task, were made on this device, and have a result of their shape to become."""
+    """Arguments that this task is the last to read, that this device made, and whose shape equals that of a result."""
     if group.is_callback:
         return ()
     room = Counter(_shape(graph.values[v]) for v in group.outputs)

@@ -1,7 +1,7 @@
-"""partition: give every node its device, and duplicate cheap nodes rather than send what they make.
+"""Sets the device of every node, and copies cheap nodes to other devices instead of sending their results.
 
-A node is cheap when recomputing it where it is needed moves fewer bytes than sending its result: an iota, a
-constant spread over a shape, a scalar broadcast. Its copies then read their own (smaller) inputs there.
+A node is cheap if computing it again on another device moves fewer bytes than sending its result: an iota, a
+constant spread over a shape, a scalar broadcast. Each copy reads its (smaller) inputs on its own device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CHEAP = frozenset({"iota", "broadcast_in_dim", "convert_element_type", "reshape
 
 
 def partition(graph: Graph, assignment: Mapping[int, str]) -> Graph:
-    """The graph with a device on every node and cheap nodes copied to where they are read."""
+    """The graph with a device on every node, and cheap nodes copied to the devices that read them."""
     duplicator = _Duplicator(graph, assignment)
     for node in graph.nodes:
         duplicator.add(node)
@@ -57,7 +57,7 @@ class _Duplicator:
         self.nodes.append(replace(node, inputs=inputs, device=device))
 
     def at(self, operand: Operand, device: str) -> Operand:
-        """The operand as `device` reads it: itself, or the copy there of the cheap node that makes it."""
+        """The operand for `device`: the operand itself, or the result of a copy of its cheap node on `device`."""
         if isinstance(operand, Literal) or operand not in self.cheap:
             return operand
         node = self.cheap[operand]

@@ -1,7 +1,7 @@
-"""Emit each device's instruction list: receives as late as can be, sends as soon as can be, frees at last use.
+"""Emits the instruction list of each device: late receives, early sends, and frees after the last use.
 
-A Recv claims what was pushed already, so placing it right before the first use costs nothing and keeps the
-buffer's life short. All values that one task makes for one device leave in one message.
+Messages are pushed by their senders, so a Recv right before the first use costs no time and keeps the lifetime of its
+buffer short. All values that one task makes for one device are sent in one message.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ from flowml.plan import (
 
 @dataclass(frozen=True)
 class PartBinding:
-    """A part of a store's contribution: the values it is made of, and the tasks that add two of them, make one array of
-    them, and finish their sum over the microbatches before it is pushed."""
+    """A part of a store's contribution: its values and its tasks.
+
+    The tasks add two payloads, pack a payload into one array, and finish the sum over the microbatches before it is
+    pushed.
+    """
 
     store: int
     part: int
@@ -42,7 +45,7 @@ class PartBinding:
 
 @dataclass(frozen=True)
 class Bindings:
-    """Where values come from outside the graph, and where they go.
+    """The sources and destinations of values outside the graph.
 
     `feeds`: input -> feed slot; `reads`: input -> (store, leaf); `fetches`: value -> fetch slot;
     `parts`: contributions pushed to stores; `constants`: value -> index of the plan's constant.
@@ -57,7 +60,7 @@ class Bindings:
 
 @dataclass(frozen=True)
 class Routing:
-    """The messages of a schedule: its table, and for each task the ones it sends."""
+    """The messages of a schedule: their table, and for each task the messages that it sends."""
 
     messages: tuple[Message, ...]
     values: tuple[tuple[int, ...], ...]
@@ -66,7 +69,7 @@ class Routing:
 
 
 def route(graph: Graph, plan: Schedule) -> Routing:
-    """Gather the cut edges into messages: one for everything that one task makes for one device."""
+    """Combine the cut edges into messages: one message holds all that one task makes for one device."""
     maker = {v: g.index for g in plan.groups for v in g.outputs}
     grouped: dict[tuple[int, str], list[Edge]] = {}
     for edge in transfers(graph):
@@ -87,7 +90,7 @@ def route(graph: Graph, plan: Schedule) -> Routing:
 def emit(
     graph: Graph, plan: Schedule, routing: Routing, tasks: Sequence[int], bindings: Bindings, *, feed_first: bool
 ) -> tuple[Program, ...]:
-    """One program a device. `tasks[i]` is the plan's index of group i; `feed_first` starts with the feed."""
+    """One program for each device. `tasks[i]` is the plan's index of group i. `feed_first` puts the feed first."""
     return tuple(
         _Emitter(device, graph, plan, routing, tasks, bindings).emit(order, feed_first)
         for device, order in plan.order.items()
@@ -143,7 +146,7 @@ class _Emitter:
         self._contribute(group, microbatch)
 
     def _find(self, value: int, microbatch: int) -> int:
-        """The buffer of a value, after emitting whatever brings it here for the first time."""
+        """The buffer of a value. If the value is not on this device yet, emits the instruction that brings it."""
         for key in ((value, microbatch), (value, -1)):
             if key in self.buffers:
                 return self.buffers[key]
@@ -168,8 +171,11 @@ class _Emitter:
         self.code.append(Read(store, leaves, tuple(self._new(v, -1) for v in values)))
 
     def _wait_for(self, store: int) -> None:
-        """A step pushes to a store only when it may read it, also where it has not read it so far (a gradient that
-        does not depend on the parameters): else the device would run clocks ahead of the store."""
+        """Emit a read of the store before a push, if the step has not read it yet.
+
+        A gradient that does not depend on the parameters needs no read. Without this wait the device would run clocks
+        ahead of the store.
+        """
         if not any(isinstance(i, Read) and i.store == store for i in self.code):
             self.code.append(Read(store, (), ()))
 
@@ -200,7 +206,7 @@ class _Emitter:
             self.code.append(Push(part.store, part.part, self.sums[number]))
 
     def _housekeeping(self, task: int, inputs: tuple[int, ...], count: int, microbatch: int) -> tuple[int, ...]:
-        """Run a task on buffers; returns the new buffers that its `count` results go to."""
+        """Run a task on buffers and return the new buffers of its `count` results."""
         outputs = tuple(range(self.count, self.count + count))
         self.count += count
         self.code.append(Run(task, inputs, outputs, microbatch))

@@ -1,11 +1,11 @@
-"""schedule: cut each device's nodes into a few large tasks, and put tasks and microbatches in order.
+"""Groups each device's nodes into a few large tasks, and orders tasks and microbatches.
 
-The level of a node is the number of times that data had to change device to reach it. Nodes of one device
-and level depend on each other only among themselves, so each such set is one task, and tasks sorted by
-level are in topological order: that order is global, which is why no placement can deadlock.
+The level of a node is the largest number of device changes on a path to it; a callback counts as a change. No path
+leaves the nodes of one device and level and returns to them, so these nodes form one task. Tasks sorted by level are in
+topological order. This order is global, so no placement can deadlock.
 
-A training stage wants each layer's gradient out as soon as it exists, so a set may be cut further at
-milestones: everything that a milestone needs and no earlier one did is one segment.
+A training stage should send each layer's gradient as soon as it exists. A task may therefore be cut further at
+milestones: one segment holds everything that a milestone needs and no earlier milestone needed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TaskGroup:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tasks in global topological order, and for each device the (task, microbatch) pairs in running order."""
+    """Tasks in global topological order, and for each device its (task, microbatch) pairs in the order of execution."""
 
     groups: tuple[TaskGroup, ...]
     order: Mapping[str, tuple[tuple[int, int], ...]]
@@ -60,7 +60,7 @@ def schedule(
     microbatches: int = 1,
     kind: str = "1f1b",
 ) -> Schedule:
-    """Tasks and their order. `seconds` estimates each node; `milestones` are sets of values wanted early."""
+    """Tasks and their order. `seconds` estimates each node; `milestones` are sets of values that are needed early."""
     groups = _group(graph, milestones)
     durations = [sum(seconds.get(n.id, 0.0) for n in g.nodes) + 1e-5 for g in groups]
     if microbatches == 1 or kind == "gpipe":
@@ -83,7 +83,7 @@ def _levels(graph: Graph) -> dict[int, int]:
 
 
 def _sink_cheap(graph: Graph, levels: dict[int, int]) -> None:
-    """Move cheap nodes down to their first reader, so that a constant does not become a task of its own."""
+    """Move cheap nodes to the level of their first reader, so that a constant does not become a separate task."""
     exported = set(graph.output_values)
     for node in reversed(graph.nodes):
         users = [u for v in node.outputs for u in graph.consumers.get(v, ())]
@@ -96,7 +96,7 @@ def _segments(graph: Graph, levels: Mapping[int, int], milestones: Sequence[Sequ
     """node -> the first milestone, in order of completion, that needs it (within its device and level)."""
     position = positions(graph)
     made = [[graph.producer[v] for v in m if v in graph.producer] for m in milestones]
-    # A part is complete with its deepest value; what came on earlier levels has been there since.
+    # A part is complete when its deepest value is; values of earlier levels exist by then.
     deepest = [max(levels[n.id] for n in ms) if ms else 0 for ms in made]
     made = [[n for n in ms if levels[n.id] == d] for ms, d in zip(made, deepest, strict=True)]
     ordered = sorted((m for m in made if m), key=lambda ms: max(position[n.id] for n in ms))
@@ -115,7 +115,7 @@ def _segments(graph: Graph, levels: Mapping[int, int], milestones: Sequence[Sequ
 
 
 def positions(graph: Graph) -> dict[int, int]:
-    """Where each node stands in the program. A copy, made last for an output, stands where its value was made."""
+    """The position of each node in the program. A copy for an output has the position of the node that it copies."""
     position: dict[int, int] = {}
     for index, node in enumerate(graph.nodes):
         made = [position[p.id] for p in graph.parents(node)] if node.op == "copy" else []
@@ -153,7 +153,7 @@ def _dependencies(groups: Sequence[TaskGroup]) -> list[set[int]]:
 
 
 def _in_level_order(groups: Sequence[TaskGroup], microbatches: int) -> dict[str, tuple[tuple[int, int], ...]]:
-    """GPipe (Huang et al., 2019): every microbatch passes a level before any enters the next."""
+    """GPipe (Huang et al., 2019): all microbatches finish a level before any starts the next."""
     keyed = sorted((g.level, m, g.segment, g.index) for g in groups for m in range(microbatches))
     order: dict[str, list[tuple[int, int]]] = {}
     for _, microbatch, _, index in keyed:
@@ -164,10 +164,10 @@ def _in_level_order(groups: Sequence[TaskGroup], microbatches: int) -> dict[str,
 def _one_forward_one_backward(
     groups: Sequence[TaskGroup], needs: Sequence[set[int]], durations: Sequence[float], microbatches: int
 ) -> dict[str, tuple[tuple[int, int], ...]]:
-    """1F1B (PipeDream, Harlap et al., 2018) by list scheduling at the estimated times.
+    """1F1B (PipeDream, Harlap et al., 2018) by list scheduling with the estimated times.
 
-    A device always runs the deepest ready task (so backward before forward), and keeps no more
-    microbatches in flight than there are devices from it to the end of the pipeline.
+    A device always runs the deepest ready task, so backward tasks come before forward tasks. It keeps at most as many
+    microbatches in flight as there are devices from it to the end of the pipeline.
     """
     users: list[list[int]] = [[] for _ in groups]
     for index, sources in enumerate(needs):
@@ -203,7 +203,7 @@ def _one_forward_one_backward(
 
 @dataclass
 class _DeviceState:
-    """One device of the simulated list schedule: what is ready, and which microbatches are in flight."""
+    """One device of the simulated list schedule: its ready tasks, and the microbatches in flight."""
 
     limit: int
     tasks: int

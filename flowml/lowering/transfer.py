@@ -1,4 +1,4 @@
-"""transfer: the values that cross between devices, each to each device at most once."""
+"""Finds the values that cross between devices. Each value is sent to a device at most once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Edge:
 
 
 def transfers(graph: Graph) -> tuple[Edge, ...]:
-    """The cut edges of a partitioned graph, deduplicated, in the order in which the values are made."""
+    """The distinct cut edges of a partitioned graph, in the order in which their values are made."""
     found: dict[Edge, None] = {}
     for node in graph.nodes:
         for value in node.outputs:

@@ -1,4 +1,4 @@
-"""verify: what must hold of schedules and finished plans; `ir.verify` has what must hold of graphs."""
+"""Verifies schedules and finished plans; `ir.verify` verifies graphs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowml.plan import Feed, Free, Plan, Program, Recv, Run, Send
 
 
 def verify_schedule(graph: Graph, plan: Schedule) -> None:
-    """Every node is in one task, tasks are in topological order, every (task, microbatch) runs once."""
+    """Check that each node is in one task, tasks are in topological order, and each (task, microbatch) runs once."""
     nodes = Counter(n.id for g in plan.groups for n in g.nodes)
     require(nodes == Counter(n.id for n in graph.nodes), "schedule", "a node is in no task or in two")
     made: set[int] = {*graph.inputs, *graph.constants}
@@ -25,8 +25,11 @@ def verify_schedule(graph: Graph, plan: Schedule) -> None:
 
 
 def verify_plan(plan: Plan) -> None:
-    """Buffers are filled before use and freed once, and not touched after they were given away; every Send meets one
-    Recv; no value travels twice."""
+    """Check the buffers and messages of a plan.
+
+    Buffers are filled before use, freed once, and not used after they were donated. Every Send has one Recv. No value
+    is sent twice to one device.
+    """
     sends: Counter[tuple[int, int]] = Counter()
     receives: Counter[tuple[int, int]] = Counter()
     for program in plan.programs:
@@ -65,7 +68,7 @@ def _verify_buffers(program: Program) -> None:
 
 
 def _verify_donations(plan: Plan, program: Program) -> None:
-    """What a task may overwrite is never touched later in the list, and is given to it once."""
+    """Check that a buffer that a task may overwrite is passed to it once and not used later in the list."""
     overwritten: dict[int, str] = {}
     for instruction in program.instructions:
         for buffer in () if isinstance(instruction, Free) else touched(instruction):
