@@ -8,7 +8,7 @@ link between two machines at most once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -30,27 +30,31 @@ _WITHIN = f"estimate's error of {ERROR:.0%}"
 
 
 def choose(
-    graph: Graph, devices: Sequence[Device], objective: str, memory_bytes: int | None, links: Links
+    graph: Graph,
+    devices: Sequence[Device],
+    objective: str,
+    memory_bytes: int | None,
+    links: Links,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[int, str], tuple[Choice, ...], tuple[str, ...]]:
-    """The best assignment that fits, all that were compared, and notes. Raises PlacementError if none fits."""
+    """The best assignment that fits, all that were compared, and notes. Raises PlacementError if none fits.
+
+    The search asks after each alternative whether it is `out_of_time`, so that there is at least one.
+    """
     items = pipeline_items(graph)
     chain = _chain(devices, links, max(crossing_bytes(graph, items), default=0))
-    candidates: list[tuple[str, dict[int, str]]] = [
-        (f"one device ({devices[0].name})", {n.id: devices[0].name for n in graph.nodes})
-    ]
-    for count in _stage_counts(min(len(devices), len(items))):
-        limit = min((_limit(d, memory_bytes) for d in chain[:count]), default=float("inf"))
-        bound = None if limit == float("inf") else int(limit)
-        candidates.append((f"pipeline of {count} stages", pipeline_stages(graph, chain[:count], links, bound)))
-    weighed = [_weigh(graph, name, a, devices, objective, memory_bytes, links) for name, a in candidates]
+    counts = _stage_counts(min(len(devices), len(items)))
+    candidates: list[tuple[str, dict[int, str]]] = []
+    weighed: list[tuple[Choice, bool]] = []
+    for name, assignment in _candidates(graph, devices, chain, counts, memory_bytes, links):
+        candidates.append((name, assignment))
+        weighed.append(_weigh(graph, name, assignment, devices, objective, memory_bytes, links))
+        if out_of_time():
+            break
+    stopped = _stopped(len(weighed), 1 + len(counts))
     fitting = [i for i, (_, fits) in enumerate(weighed) if fits]
     if not fitting:
-        smallest = min(c.peak_bytes for c, _ in weighed)
-        limit = memory_bytes if memory_bytes is not None else max(d.memory_bytes or 0 for d in devices)
-        raise PlacementError(
-            f"the model fits on no device: the best split needs at least {smallest:,} bytes on one device, "
-            f"devices have {limit:,}; add devices or raise memory_bytes"
-        )
+        raise _fits_nowhere(min(c.peak_bytes for c, _ in weighed), devices, memory_bytes, stopped)
     best = fitting[0]
     for i in fitting[1:]:
         if weighed[i][0].step_seconds < (1 - ERROR) * weighed[best][0].step_seconds:
@@ -61,7 +65,38 @@ def choose(
     )
     assignment = candidates[best][1]
     stages = [d for d in chain if d.name in set(assignment.values())]
-    return assignment, choices, _notes(choices, objective, devices, stages)
+    return assignment, choices, _notes(choices, objective, devices, stages, stopped)
+
+
+def _candidates(
+    graph: Graph,
+    devices: Sequence[Device],
+    chain: Sequence[Device],
+    counts: Sequence[int],
+    memory_bytes: int | None,
+    links: Links,
+) -> Iterator[tuple[str, dict[int, str]]]:
+    """One device, then a pipeline of each number of stages, each made when it is asked for."""
+    yield f"one device ({devices[0].name})", {n.id: devices[0].name for n in graph.nodes}
+    for count in counts:
+        limit = min((_limit(d, memory_bytes) for d in chain[:count]), default=float("inf"))
+        bound = None if limit == float("inf") else int(limit)
+        yield f"pipeline of {count} stages", pipeline_stages(graph, chain[:count], links, bound)
+
+
+def _stopped(weighed: int, total: int) -> str:
+    """What to say of a search that ended before all alternatives were compared; "" for a full one."""
+    if weighed == total:
+        return ""
+    return f"the search stopped at time_limit_s after {weighed} of {total} alternatives"
+
+
+def _fits_nowhere(smallest: int, devices: Sequence[Device], memory_bytes: int | None, stopped: str) -> PlacementError:
+    limit = memory_bytes if memory_bytes is not None else max(d.memory_bytes or 0 for d in devices)
+    needs = f"the best split needs at least {smallest:,} bytes on one device, devices have {limit:,}"
+    if stopped:
+        return PlacementError(f"{stopped}, and none so far fits: {needs}; raise time_limit_s")
+    return PlacementError(f"the model fits on no device: {needs}; add devices or raise memory_bytes")
 
 
 def _stage_counts(most: int) -> list[int]:
@@ -94,15 +129,19 @@ def _chain(devices: Sequence[Device], links: Links, nbytes: int) -> list[Device]
 
 
 def _notes(
-    choices: Sequence[Choice], objective: str, devices: Sequence[Device], stages: Sequence[Device]
+    choices: Sequence[Choice], objective: str, devices: Sequence[Device], stages: Sequence[Device], stopped: str
 ) -> tuple[str, ...]:
+    cut = (f"{stopped}, and the best so far is used; raise it to compare all.",) if stopped else ()
+    if cut and len(choices) == 1:
+        return cut
     if choices[0].chosen and len(devices) > 1:
         if any(c.note.endswith(_WITHIN) for c in choices):
-            return (f"no pipeline here is expected to gain more than the {_WITHIN} (objective: {objective}).",)
-        return (f"one device is expected to be faster than any pipeline here (objective: {objective}).",)
+            return (*cut, f"no pipeline here is expected to gain more than the {_WITHIN} (objective: {objective}).")
+        others = "any pipeline compared so far" if cut else "any pipeline here"
+        return (*cut, f"one device is expected to be faster than {others} (objective: {objective}).")
     if list(devices[: len(stages)]) != stages:
-        return (f"the stages follow the fastest links: {', then '.join(d.name for d in stages)}.",)
-    return ()
+        return (*cut, f"the stages follow the fastest links: {', then '.join(d.name for d in stages)}.")
+    return cut
 
 
 def _weigh(

@@ -6,6 +6,7 @@ returns a device for each node and the alternatives that it compared, for `plan.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -40,12 +41,14 @@ class Pipeline:
 class AutoPlacement:
     """Choose between one device and pipelines by their estimated time.
 
+    The search compares one device first, then pipelines from short to long.
+
     Attributes:
         objective: `"latency"` (one call) or `"throughput"` (many calls in flight).
         memory_bytes: a limit on the memory of each device.
-        time_limit_s: a limit on the search in seconds. It has no effect today, because the search is short: it
-            compares one device and one pipeline for each number of stages, each by an exact dynamic programme over
-            at most 600 layers.
+        time_limit_s: a limit on the search in seconds. The clock is read after each alternative. When the time is
+            over, the best alternative so far is used, and a note of the plan says so.
+        now_s: the clock of the time limit.
 
     Raises:
         ValueError: for an unknown objective, or a limit that is out of range.
@@ -54,6 +57,7 @@ class AutoPlacement:
     objective: str = "latency"
     memory_bytes: int | None = None
     time_limit_s: float | None = None
+    now_s: Callable[[], float] = field(default=time.monotonic, kw_only=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.objective not in ("latency", "throughput"):
@@ -96,8 +100,8 @@ def _apply_rule(graph: Graph, devices: Sequence[Device], placement: Placement, l
     if placement == "auto":
         placement = AutoPlacement()
     if isinstance(placement, AutoPlacement):
-        assignment, weighed, notes = choose(graph, devices, placement.objective, placement.memory_bytes, links)
-        return Choices(assignment, weighed, notes)
+        bound, over = placement.memory_bytes, _out_of_time(placement)
+        return Choices(*choose(graph, devices, placement.objective, bound, links, over))
     if isinstance(placement, Pipeline):
         if placement.stages > len(devices):
             raise PlacementError(
@@ -113,6 +117,15 @@ def _apply_rule(graph: Graph, devices: Sequence[Device], placement: Placement, l
         f"placement {placement!r} is not one; use 'auto', a mapping such as {{'conv*': 'worker:0'}}, "
         "fm.Pipeline(stages=2), fm.AutoPlacement() or a callable (graph, devices) -> {node id: device}"
     )
+
+
+def _out_of_time(placement: AutoPlacement) -> Callable[[], bool]:
+    """Whether the time of a search that begins now is over."""
+    limit_s, now_s = placement.time_limit_s, placement.now_s
+    if limit_s is None:
+        return lambda: False
+    end_s = now_s() + limit_s
+    return lambda: now_s() >= end_s
 
 
 def _pin(node: Node, devices: Sequence[Device]) -> str:
