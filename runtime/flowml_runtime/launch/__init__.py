@@ -1,1 +1,1 @@
-"""Who starts workers: threads of this process, or processes of this machine."""
+"""Starts workers, as threads of this process or as processes of this machine."""

@@ -1,7 +1,7 @@
-"""What worker processes take from a machine, and whether it has that: asked before any of them is started.
+"""Checks before workers are started whether the machine has enough resources for them.
 
-The figures are those of a worker before its first plan, measured and rounded down: what does not fit by them does not
-fit. What plans need comes on top.
+The figures are the measured needs of a worker before its first plan, rounded down: workers that do not fit by these
+figures do not fit. Plans need more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WORKER_BYTES = 12 * 2**20
 WORKER_THREADS = 20
 OWN_DESCRIPTORS = 24
 DESCRIPTORS = 2
-"""Of the process that starts the workers, for each of them: the connections of the coordinator and of the driver."""
+"""Descriptors of the starting process for each worker: the connections of the coordinator and of the driver."""
 
 CORE_S = 0.04
 """Seconds of a core that a worker takes to start."""
@@ -29,7 +29,7 @@ _PIDS = (Path("/sys/fs/cgroup/pids.max"), Path("/proc/sys/kernel/threads-max"), 
 
 @dataclass(frozen=True)
 class Room:
-    """What there is for workers. None: without a limit."""
+    """The resources available for workers. None means no limit."""
 
     cores: int
     memory_bytes: int
@@ -38,7 +38,7 @@ class Room:
 
 
 def room() -> Room:
-    """Of this machine, for this process, now."""
+    """The resources of this machine that this process can use now."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
     descriptors = None if soft == resource.RLIM_INFINITY else soft - used
@@ -47,13 +47,13 @@ def room() -> Room:
         with suppress(OSError, ValueError):  # no such limit, or "max"
             threads.append(int(file.read_text()))
     own, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    if os.geteuid() and own != resource.RLIM_INFINITY:  # root is free of it
+    if os.geteuid() and own != resource.RLIM_INFINITY:  # the limit does not apply to root
         threads.append(own)
     return Room(len(cores()), available_memory_bytes(), descriptors, min(threads, default=None))
 
 
 def check_room(workers: int, start_timeout_s: float, there: Room) -> None:
-    """Raises ClusterError if so many workers cannot be started there, or not in time."""
+    """Raises ClusterError if this many workers cannot be started, or not in time."""
 
     def refuse(need: str, have: str, fits: int, fix: str = "") -> None:
         fewer = f"start at most {fits}" if fits > 0 else "start them on another machine"

@@ -1,7 +1,7 @@
-"""Workers as processes of this machine: started, watched, and never left behind.
+"""Starts workers as processes of this machine, watches them, and ends all of them at the end.
 
-A zygote forks them (see `launch.zygote`). The socket to it is also their lifeline: should this process be killed, the
-kernel closes its end and all of them end. A thread watches the socket, so that a worker's death is known at once.
+A zygote forks them (see `launch.zygote`). The workers inherit the socket to it: if this process is killed, the kernel
+closes its end of the socket, and all of them end. A thread watches the socket, so that a worker's end is known at once.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from flowml_runtime.worker import allocator
 from flowml_runtime.worker.config import WorkerConfig
 
 TERM_S = 1.0
-"""How long workers have to end after they were asked; then they are killed."""
+"""How long workers may take to end after SIGTERM. After that they are killed."""
 
 KILL_S = 3.0
 ASK_S = 5.0
-"""How long the zygote may take to read what it is asked. It takes a moment for each worker that it starts."""
+"""How long the zygote may take to read a request. It is busy for a moment with each worker that it starts."""
 
 LOG_LINES = 5
-"""Lines of a worker's log that an error quotes."""
+"""Number of lines of a worker's log that an error quotes."""
 
 _STARTER = "the process that starts workers"
 _SUSPENDED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
@@ -50,18 +50,18 @@ class LocalWorkers:
 
     def __init__(self, on_exit: Callable[[str, str], None]) -> None:
         self.pids: dict[str, int] = {}
-        """Worker -> process, of those alive."""
+        """Worker -> process id, for live workers."""
         self._on_exit = on_exit
         self._lock = threading.Lock()
         self._changed = threading.Condition()
         self._expected: set[str] = set()
         self._ready = False
-        """Whether the zygote takes requests yet. Until it does it has started nothing, and is deaf to us."""
+        """Whether the zygote reads requests. Before that it has started no worker and does not notice our end."""
         self._gone = False
         """Whether the zygote has ended."""
         self._closing = False
         self._cpu_s: dict[int, float] = {}
-        """Process -> CPU time it had used when `works` last looked."""
+        """Process -> its CPU time at the last call of `works`."""
         open_standard_streams()
         self._folder = _log_folder()
         try:
@@ -71,15 +71,15 @@ class LocalWorkers:
                 self._zygote = _start_zygote(self._folder, theirs)
             self._handle = os.pidfd_open(self._zygote.pid)
             """Becomes readable when the zygote has ended."""
-        except OSError as error:  # what has started sees its socket close, and ends
+        except OSError as error:  # a zygote that has started sees its socket close, and ends
             self._remove_logs()
             raise ClusterError(f"cannot start workers: {error}") from None
         self._watcher = service.start("flowml-workers", self._watch, self._lose_all)
 
     def wait_ready(self, deadline_s: float) -> None:
-        """Wait until workers can be started, which Python needs a second for. `deadline_s` is of the monotonic clock.
+        """Wait until workers can be started. Starting Python takes a second. `deadline_s` is of the monotonic clock.
 
-        Raises ClusterError if that takes longer, or fails.
+        Raises ClusterError if it takes longer, or fails.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._gone, max(0.0, deadline_s - time.monotonic()))
@@ -88,9 +88,9 @@ class LocalWorkers:
             raise ClusterError(f"{_STARTER} {how}{_quoted(_log_file(self._folder, 'zygote'))}")
 
     def start(self, config: WorkerConfig, deadline_s: float) -> None:
-        """Start one more worker; whether it comes up is the coordinator's to see. `deadline_s` is as in `wait_ready`.
+        """Start one more worker. The coordinator sees whether it joins. `deadline_s` is as in `wait_ready`.
 
-        Raises ClusterError if the zygote is too busy with earlier ones to take this one in time.
+        Raises ClusterError if the zygote is too busy with earlier workers to read the request in time.
         """
         with self._changed:
             self._expected.add(config.name)
@@ -98,7 +98,7 @@ class LocalWorkers:
             raise ClusterError(f"{config.name} could not be started in time; allow more with start_timeout_s=")
 
     def close(self) -> None:
-        """Ask the workers to end, then kill those that do not. None is left when this returns. Idempotent."""
+        """Ask the workers to end, then kill those that do not. All have ended when this returns. Idempotent."""
         if self._closing:
             return
         self._closing = True
@@ -111,26 +111,27 @@ class LocalWorkers:
         try:
             self._zygote.wait(KILL_S)
         except subprocess.TimeoutExpired:
-            for pid in [*self.pids.values(), self._zygote.pid]:  # it does not answer, so it has not waited for them
+            for pid in [*self.pids.values(), self._zygote.pid]:  # it is stuck and has not reaped them
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):  # a process in the kernel's hands, on a dead disk, stays there
+            with suppress(subprocess.TimeoutExpired):  # a process that a dead disk blocks cannot be killed
                 self._zygote.wait(KILL_S)
         self._watcher.join(KILL_S)
         self._control.close()
         self._remove_logs()
 
     def kill_stopped(self) -> None:
-        """Kill the workers that are suspended: they can neither end by themselves nor take in what is sent to them."""
+        """Kill suspended workers: they can neither end on a request nor receive messages."""
         for worker, pid in list(self.pids.items()):
             with suppress(psutil.Error):
                 if psutil.Process(pid).status() in _SUSPENDED:
                     self._request(Kill(worker, signal.SIGKILL))
 
     def works(self, worker: str) -> bool:
-        """Whether a worker's process runs, or would if it got a core: since the last look, if there was one.
+        """Whether a worker's process has run since the last call, or would run if it got a core.
 
-        False for one that is suspended, asleep or gone. To be asked several times: the first look only sees threads.
+        False for a process that is suspended, asleep or ended. Call it several times: the first call has no earlier CPU
+        time and sees only the state of the threads.
         """
         pid = self.pids.get(worker)
         if pid is None:
@@ -155,26 +156,26 @@ class LocalWorkers:
                 self._changed.wait_for(lambda: not self._expected, wait_s)
 
     def _request(self, request: Request, timeout_s: float = ASK_S) -> bool:
-        """False if the zygote does not read it in time; it is of no use from then on, and is ended."""
+        """Send a request. False if the zygote does not read it in time; the zygote is then killed."""
         try:
             with self._lock:
                 self._control.settimeout(max(timeout_s, 1e-3))
                 self._control.sendall(msgspec.json.encode(request) + b"\n", socket.MSG_NOSIGNAL)
         except TimeoutError:
-            self._zygote.kill()  # half of the request may be on its way; the watcher reports the end of every worker
+            self._zygote.kill()  # the request may be half sent; the watcher reports the end of every worker
             return False
         except OSError:
-            pass  # the zygote is gone, which the watcher reports
+            pass  # the zygote has ended, which the watcher reports
         return True
 
     def _hang_up(self) -> None:
         try:
             self._control.shutdown(socket.SHUT_RDWR)
         except OSError:
-            return  # hung up already
+            return  # shut down already
 
     def _watch(self) -> None:
-        """Take in the zygote's reports. Its own end is seen by a pidfd: the workers keep its end of the socket open."""
+        """Read the zygote's reports. A pidfd shows its end, because the workers keep its end of the socket open."""
         zygote = self._handle
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
@@ -192,7 +193,7 @@ class LocalWorkers:
         self._lose_all(f"{_STARTER} has ended{_quoted(_log_file(self._folder, 'zygote'))}")
 
     def _lose_all(self, reason: str) -> None:
-        """Nothing will be heard of any worker: hang up, which ends them."""
+        """No more reports will come: shut the socket down, which ends the workers, and report the end of each."""
         os.close(self._handle)
         self._hang_up()
         with self._changed:
@@ -233,7 +234,7 @@ class LocalWorkers:
 
 
 def _log_folder() -> Path | None:
-    """A new folder for logs; None where no folder for temporary files can be written to, and then there are no logs."""
+    """A new folder for logs. None if no temporary folder is writable; then there are no logs."""
     for place in (None, os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm"):
         with suppress(OSError):
             folder = Path(tempfile.mkdtemp(prefix="flowml-", dir=place))
@@ -247,14 +248,14 @@ def _log_file(folder: Path | None, name: str) -> Path:
 
 
 def _start_zygote(folder: Path | None, control: socket.socket) -> subprocess.Popen[bytes]:
-    """Raises ClusterError where no interpreter can be started."""
+    """Start the zygote. Raises ClusterError if no interpreter is known."""
     if not sys.executable:
         raise ClusterError(
             "sys.executable is empty, so no worker can be started from this program; use fm.Cluster.threads, or "
             "`flowml launch` and fm.Cluster.connect"
         )
     environment = dict(allocator.environment())
-    if sys.flags.ignore_environment:  # python -E or -I: what it ignores, its workers do not heed either
+    if sys.flags.ignore_environment:  # python -E or -I: the workers ignore the same variables
         environment = {k: v for k, v in environment.items() if not k.startswith("PYTHON")}
     log = os.open(_log_file(folder, "zygote"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
@@ -265,14 +266,14 @@ def _start_zygote(folder: Path | None, control: socket.socket) -> subprocess.Pop
             stdin=control.fileno(),
             stderr=log,
             env={**environment, "PYTHONPATH": os.pathsep.join(_import_path())},
-            start_new_session=True,  # Ctrl-C at the terminal is the owner's to handle
+            start_new_session=True,  # the owner handles Ctrl-C at the terminal
         )
     finally:
         os.close(log)
 
 
 def _import_path() -> Iterator[str]:
-    """From where modules are imported here, without what relative paths stand for in a folder that is deleted."""
+    """The absolute paths of `sys.path`, without relative paths if the current folder was deleted."""
     for entry in map(os.fspath, sys.path):
         try:
             yield os.path.abspath(entry)
@@ -281,7 +282,7 @@ def _import_path() -> Iterator[str]:
 
 
 def _wants_core(pid: int) -> bool:
-    """Whether a thread of the process runs, waits for a core or for a disk."""
+    """Whether a thread of the process runs, or waits for a core or a disk."""
     stats = (entry.read_text() for entry in Path(f"/proc/{pid}/task").glob("*/stat"))
     return any(stat.rpartition(")")[2].split()[0] in ("R", "D") for stat in stats)
 
@@ -294,7 +295,7 @@ def _signal(number: int) -> str:
 
 
 def _quoted(log: Path) -> str:
-    """The end of a log, to follow a sentence."""
+    """The last lines of a log, as the continuation of an error's sentence."""
     try:
         lines = log.read_text(errors="replace").strip().splitlines()
     except OSError:

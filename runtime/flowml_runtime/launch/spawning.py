@@ -1,4 +1,4 @@
-"""What the owner of worker processes and the zygote that starts them say to each other, one JSON object a line."""
+"""Defines the messages between the owner of worker processes and the zygote: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class Kill(msgspec.Struct, frozen=True, tag=True):
-    """Owner to zygote: send a signal to a worker, if it is still there."""
+    """Owner to zygote: send a signal to a worker, if it is still alive."""
 
     worker: str
     number: int
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """Zygote to owner: all is imported, workers can be started."""
+    """Zygote to owner: everything is imported, and workers can be started."""
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """Zygote to owner."""
+    """Zygote to owner: a worker's process was started."""
 
     worker: str
     pid: int
 
 
 class Exited(msgspec.Struct, frozen=True, tag=True):
-    """Zygote to owner. `status` is that of os.waitstatus_to_exitcode; `reason` says why there never was a process."""
+    """Zygote to owner: a worker ended with `status` (of os.waitstatus_to_exitcode), or could not start for `reason`."""
 
     worker: str
     status: int
@@ -47,7 +47,7 @@ Report = Ready | Started | Exited
 
 
 def hear(other: socket.socket) -> bytes:
-    """What the other end has said; b"" once it is gone, also where it left something of ours unread."""
+    """Data from the other end; b"" once it has ended, even if it left data of ours unread."""
     try:
         return other.recv(2**16)  # no deadline: called when there is something to read
     except ConnectionResetError:

@@ -1,4 +1,4 @@
-"""Workers inside this process, joined by references: for notebooks, debugging and tests."""
+"""Starts workers inside this process, which pass arrays by reference: for notebooks, debugging and tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowml_runtime.worker.worker import Worker
 
 
 def start_workers(hub: ThreadHub, devices: Mapping[str, Sequence[Device]]) -> list[tuple[Worker, Endpoint]]:
-    """A worker for each name, with its devices, which stand for this process's JAX devices in turn."""
+    """Start a worker for each name. Its devices are mapped to this process's JAX devices in turn."""
     real = jax.local_devices(backend="cpu")
     started: list[tuple[Worker, Endpoint]] = []
     cache = ExecutableCache()

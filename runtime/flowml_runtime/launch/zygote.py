@@ -1,12 +1,12 @@
-"""Starts the workers of one machine quickly: it imports once what all of them need, then forks one for each.
+"""Starts the workers of one machine quickly: it imports their modules once, then forks one process for each.
 
-Importing JAX takes most of a worker's start, and of all it does before that nothing differs between workers. The
-zygote has imported everything and started nothing: no thread, no XLA backend, no gRPC channel, which is what makes
-forking it safe. Every child then sets its cores and starts XLA for itself.
+Importing JAX takes most of a worker's start, and this part is the same for all workers. The zygote imports everything
+and starts nothing: no thread, no XLA backend, no gRPC channel. This makes a fork of it safe. Every child then sets its
+cores and starts XLA itself.
 
-Its owner talks to it over a socket, which all children inherit. Nobody else holds the owner's end, so when that
-closes, however the owner came to its end, every one of them learns of it from the kernel. On their side, the zygote
-waits for every child that it started, and kills those that do not end by themselves.
+The owner and the zygote communicate over a socket. All children inherit the zygote's end and none the owner's. When
+the owner ends, in any way, the kernel closes the owner's end, and the zygote and all children notice it. The zygote
+waits for every child and kills those that do not end in time.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ else:
     os.environ[_BLAS_THREADS] = _given
 
 CANNOT_START = 71
-"""Status of a worker whose process the system does not let us start: EX_OSERR."""
+"""Exit status of a worker whose process the system cannot start: EX_OSERR."""
 
 ORPHANS_S = 2.0
-"""How long workers have to end by themselves once their owner is gone."""
+"""How long workers may take to end after their owner has ended."""
 
 
 _requests = msgspec.json.Decoder(Request)
@@ -71,23 +71,23 @@ class _Child:
 
 
 def main(folder: str) -> None:
-    """Serve the owner, whose socket is stdin, until it closes its end; then see to it that nothing is left."""
+    """Serve the owner, whose socket is stdin, until it closes its end. Then end all workers and remove the logs."""
     open_standard_streams()
-    for number in (signal.SIGCHLD, signal.SIGPIPE):  # its owner may have ignored the first: children would vanish
+    for number in (signal.SIGCHLD, signal.SIGPIPE):  # if SIGCHLD is ignored, children cannot be waited for
         signal.signal(number, signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # nor is what it blocked blocked here
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # signals that the owner blocked are not blocked here
     control = socket.socket(fileno=os.dup(0))
     control.settimeout(None)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     _call_process("flowml:zygote")
     gc.collect()
-    gc.freeze()  # what all have in common stays shared: no collector writes to it
+    gc.freeze()  # keeps common memory shared: the garbage collector does not write to it
     children: dict[int, _Child] = {}
     try:
-        owner = os.pidfd_open(os.getppid())  # it may have forked others that hold its end of the socket open
+        owner = os.pidfd_open(os.getppid())  # forks of the owner may hold its end of the socket open
         _tell(control, Ready())
         _serve(control, owner, children)
-    finally:  # whatever went wrong with us, nothing is left
+    finally:  # also after an error: no worker and no log is left
         _end(children)
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -135,18 +135,18 @@ def _obey(request: Request, control: socket.socket, children: dict[int, _Child])
         case Kill(worker, number):
             for child in children.values():
                 if child.worker == worker:
-                    os.kill(child.pid, number)  # not waited for yet, so the pid cannot be another's
+                    os.kill(child.pid, number)  # not reaped yet, so the pid is still this child's
             return None
         case Start(config, log):
             try:
                 return _start(config, log, control, list(children))
-            except OSError as error:  # no more processes, descriptors or memory: of this worker, not of all
+            except OSError as error:  # no more processes, descriptors or memory: only this worker fails
                 _tell(control, Exited(config.name, CANNOT_START, f"its process cannot be started: {error.strerror}"))
                 return None
 
 
 def _start(config: WorkerConfig, log: str, control: socket.socket, inherited: list[int]) -> _Child:
-    """Fork a worker. Raises OSError, and leaves none, if that is not possible."""
+    """Fork a worker. If that is not possible, raises OSError and leaves no process."""
     pid = os.fork()
     if pid == 0:
         _be_worker(config, log, control, inherited)
@@ -164,11 +164,11 @@ def _tell(control: socket.socket, report: Report) -> None:
     try:
         control.sendall(msgspec.json.encode(report) + b"\n", socket.MSG_NOSIGNAL)
     except OSError:
-        return  # the owner is gone; the next read says so
+        return  # the owner has ended; the next read shows it
 
 
 def _be_worker(config: WorkerConfig, log: str, control: socket.socket, inherited: list[int]) -> NoReturn:
-    """The child's life. Never returns into the zygote's loop."""
+    """Run the worker in the child process. Never returns to the zygote's loop."""
     status = 1
     try:
         for handle in inherited:
@@ -178,7 +178,7 @@ def _be_worker(config: WorkerConfig, log: str, control: socket.socket, inherited
             os.fchmod(2, 0o600)  # whatever the umask
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         _call_process(f"flowml:{config.name}")
-        np.random.seed()  # else all workers would draw the same numbers
+        np.random.seed()  # otherwise all workers would draw the same numbers
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)
         service.start("flowml-lifeline", lambda: _end_with(control), service.end_process)
@@ -201,15 +201,15 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 
 def _end_with(control: socket.socket) -> None:
-    """End this process with its owner."""
+    """End this process when its owner ends."""
     poll = select.poll()
-    poll.register(control, select.POLLRDHUP)  # never readable for us: what comes there is for the zygote
+    poll.register(control, select.POLLRDHUP)  # not POLLIN: incoming data is for the zygote
     poll.poll()  # no deadline: the kernel tells of the end of the owner
     os._exit(1)
 
 
 def _call_process(name: str) -> None:
-    """The name in `ps` and `top`."""
+    """Set the name of the process in `ps` and `top`."""
     try:
         with open("/proc/self/comm", "w") as comm:
             comm.write(name[:15])

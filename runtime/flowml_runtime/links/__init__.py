@@ -1,1 +1,1 @@
-"""Links between peers: measured, remembered, and put together in one table."""
+"""Measures and stores links between peers, and collects them in one table."""

@@ -1,8 +1,8 @@
-"""What was measured of links, remembered between programs in a small file of the user's cache directory.
+"""Stores measured links in a small file of the user's cache directory, for later programs.
 
-`flowml/links.json` under $XDG_CACHE_HOME, else ~/.cache. A figure is kept with the machine that took it, the two hosts
-and the way, for a week. Nothing depends on the file: one that cannot be read, is damaged, or is of another format
-counts as empty and is replaced at the next measurement.
+The file is `flowml/links.json` under $XDG_CACHE_HOME, else ~/.cache. A figure is stored with the machine that measured
+it, the two hosts and the way, and is used for a week. The file is optional: one that cannot be read, is damaged or has
+another format counts as empty and is replaced at the next measurement.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _Text = Annotated[str, msgspec.Meta(max_length=256)]
 
 
 def machine_id() -> str:
-    """Tells machines apart, and stays the same when one is started again: its name, cores and processor."""
+    """Identifies this machine, also after a restart: its name, cores and processor."""
     model = platform.processor()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -47,7 +47,7 @@ class _Figure(msgspec.Struct, frozen=True):
     latency_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)]
     bytes_per_s: Annotated[float, msgspec.Meta(gt=0, le=1e15)]
     measured_at_s: float
-    """Of the wall clock."""
+    """Time of the wall clock."""
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -63,7 +63,7 @@ _decoder = msgspec.json.Decoder(_File)
 
 
 def links_file() -> Path | None:
-    """Where links are remembered; None for a user without a home, who is not asked for one."""
+    """The file of stored links; None for a user without a home directory, for whom nothing is stored."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
     try:
         return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "flowml" / "links.json"
@@ -72,7 +72,7 @@ def links_file() -> Path | None:
 
 
 class RememberedLinks:
-    """The file. Reading and writing never raise: what cannot be remembered is measured again."""
+    """The stored links. Reading and writing never raise: links that cannot be stored are measured again."""
 
     def __init__(self, path: Path | None = None, now_s: Callable[[], float] = time.time) -> None:
         self._path = path or links_file()
@@ -80,7 +80,7 @@ class RememberedLinks:
         self._machine = machine_id()
 
     def find(self, source: str, destination: str, way: str) -> Link | None:
-        """What this machine measured from host to host by this way, if that is not long ago."""
+        """The link that this machine measured from host to host by this way, if the figure is less than a week old."""
         wanted = (self._machine, source, destination, way)
         found = next((f for f in self._read() if f.key == wanted), None)
         if found is None or not 0 <= self._now_s() - found.measured_at_s < FRESH_S:
@@ -88,7 +88,7 @@ class RememberedLinks:
         return Link(found.latency_s, found.bytes_per_s, way, measured=True)
 
     def remember(self, source: str, destination: str, link: Link) -> None:
-        """Keep a measurement in place of an earlier one; of too many the oldest go."""
+        """Store a measurement in place of an earlier one. Beyond `MAX_FIGURES` the oldest are removed."""
         figure = _Figure(self._machine, source, destination, link.way, link.latency_s, link.bytes_per_s, self._now_s())
         kept = sorted((f for f in self._read() if f.key != figure.key), key=lambda f: -f.measured_at_s)
         if self._path is None:
@@ -108,7 +108,7 @@ class RememberedLinks:
 
     @staticmethod
     def _write(path: Path, file: _File) -> None:
-        """Whoever reads meanwhile finds the old file or the new one, never half of one."""
+        """Replace the file atomically: a concurrent reader finds either the old or the new file."""
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, made = tempfile.mkstemp(dir=path.parent, prefix="links-")  # readable for its owner only
         try:

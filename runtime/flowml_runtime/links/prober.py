@@ -1,11 +1,11 @@
-"""Measuring links: small round trips give the latency, a few larger messages the rate.
+"""Measures links between peers: small round trips give the latency, a few larger messages the rate.
 
-Every peer has a `Prober`. It answers other peers' probes, measures the link from here to a peer, and asks a worker to
-measure one of its own. Everything goes over the endpoint that values travel on, and each answer comes from a thread
-other than the receiving one: a value that arrives wakes one up too.
+Every peer has a `Prober`. It answers other peers' probes, measures its own link to a peer, and asks a worker to measure
+one of its links. Probes use the same endpoint as values. Answers are sent by a thread other than the receiving one,
+because an arriving value wakes another thread too.
 
-Payloads grow until one takes long enough to be timed, so that a slow link costs no more than a fast one; they never
-exceed `messages.MAX_PROBE_BYTES`, and a prober measures one link at a time.
+Payloads grow until one takes long enough to be timed, so that a slow link takes no longer to measure than a fast one.
+They never exceed `wire.MAX_PROBE_BYTES`. A prober measures one link at a time.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from flowml_runtime.transport.endpoint import Sender
 
 ROUND_TRIPS = 20
 TRANSFERS = 4
-"""Of each size."""
+"""Number of messages of each size."""
 LEAST_BYTES = 2**14
 GROWTH = 16
 TRANSFERS_S = 0.25
-"""Once they have taken this long in all, no larger size is tried, and none is repeated."""
+"""Once the transfers have taken this long in all, no larger size is tried and none is repeated."""
 
 ANSWER_S = 2.0
-"""How long one answer may take."""
+"""Deadline for one answer."""
 MEASURE_S = 10.0
-"""How long a worker may take to measure a link."""
+"""Deadline for a worker to measure a link."""
 MAX_WAITING = 64
-"""Probes that wait to be answered. What comes beyond that goes without, and its sender measures nothing."""
+"""The most probes that wait for an answer. Further probes are dropped, and their senders get no figure."""
 
 
 class Prober:
-    """Of one endpoint. Hand it every `Probe` and `Probed`. Safe to use from any thread."""
+    """The prober of one endpoint, which passes every `Probe` and `Probed` to it. Safe to use from any thread."""
 
     def __init__(self, endpoint: Sender) -> None:
         self._endpoint = endpoint
         self._numbers = itertools.count(1)
         self._changed = threading.Condition()
         self._answers: dict[tuple[str, int], wire.Probed | None] = {}
-        """(peer, number) -> its answer, for every probe that somebody waits for."""
+        """(peer, number) -> the answer, or None, for every probe whose answer is awaited."""
         self._inbox: queue.Queue[tuple[str, wire.Probe] | None] = queue.Queue(MAX_WAITING)
         self._measuring = threading.Lock()
         self._answering: threading.Thread | None = None
         self._closed = False
 
     def on_message(self, peer: str, message: wire.Probe | wire.Probed) -> None:
-        """Take one message in; returns at once."""
+        """Process one message; returns at once."""
         if isinstance(message, wire.Probed):
             with self._changed:
                 if (peer, message.number) in self._answers:
@@ -76,14 +76,14 @@ class Prober:
         with self._measuring:
             self._exchange(
                 peer, wire.Probe(number=next(self._numbers))
-            )  # opens the connection, which is not the link's
+            )  # opens the connection, whose time must not count
             pings = (self._seconds(peer, None) for _ in range(ROUND_TRIPS))
             round_trip_s = statistics.median(pings)
             rate = self._rate(peer, round_trip_s, nbytes)
         return Link(round_trip_s / 2, rate, self._endpoint.way(peer), measured=True)
 
     def ask(self, worker: str, peer: str) -> Link:
-        """The link from a worker to a peer of it, measured by that worker. Raises FlowmlError as `measure` does."""
+        """The link from a worker to another peer, measured by that worker. Raises FlowmlError as `measure` does."""
         probe = wire.Probe(number=next(self._numbers), peer=peer, nbytes=wire.MAX_PROBE_BYTES)
         found = self._exchange(worker, probe, deadline_s=MEASURE_S)
         if found.error or not found.bytes_per_s:
@@ -91,7 +91,7 @@ class Prober:
         return Link(found.latency_s, found.bytes_per_s, found.way, measured=True)
 
     def close(self) -> None:
-        """End the thread, and whatever waits for an answer. Idempotent."""
+        """End the thread and all waits for answers. Idempotent."""
         with self._changed:
             if self._closed:
                 return
@@ -113,7 +113,8 @@ class Prober:
             if nbytes >= most or time.perf_counter() - began >= TRANSFERS_S:
                 break
             nbytes = min(nbytes * GROWTH, most)
-        # The fastest: the first of a size also pays for memory that the others reuse, and any may meet a busy core.
+        # The fastest counts: the first of a size also allocates memory that the others reuse, and any may meet a busy
+        # core.
         best_s = min(taken_s)
         return nbytes / max(best_s - round_trip_s, best_s / 10)
 
@@ -149,14 +150,14 @@ class Prober:
 
     def _fail(self, reason: str) -> None:
         with self._changed:
-            self._answering = None  # the next probe begins another thread
+            self._answering = None  # the next probe starts another thread
 
     def _answer_one(self, peer: str, probe: wire.Probe) -> None:
         if not probe.peer:
             self._tell(peer, wire.Probed(number=probe.number))
         elif self._measuring.locked():
             self._tell(peer, wire.Probed(number=probe.number, error="it measures another link at the moment"))
-        else:  # not on this thread: the other end may at the same time measure its link to here
+        else:  # on another thread, because the peer may measure its link to us at the same time
 
             def failed(reason: str) -> None:
                 self._tell(peer, wire.Probed(number=probe.number, error=reason))
@@ -178,4 +179,4 @@ class Prober:
         try:
             self._endpoint.send(peer, answer)
         except FlowmlError:
-            return  # nobody is left to be told
+            return  # the asking peer is lost

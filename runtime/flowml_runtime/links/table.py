@@ -1,8 +1,8 @@
-"""The links of a cluster: which pairs of its peers share a figure, and where that figure comes from.
+"""Collects the figures of a cluster's links.
 
-All pairs on one machine talk alike, and so do all from one machine to another: a figure belongs to (host, host, way),
-and one pair measures it for the rest. It comes from an earlier measurement, else from one now, else it is assumed.
-Measuring goes pair by pair, so that none disturbs another.
+All pairs of peers on one machine have equal links, and so have all pairs from one machine to another. A figure
+therefore belongs to (host, host, way), and one pair measures it for the others. It comes from a stored measurement,
+else from a new one, else it is assumed. Pairs are measured one after another, so that they do not disturb each other.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ MODES = ("measure", "remembered", "assume")
 MODE_VARIABLE = "FLOWML_LINKS"
 
 ALL_S = 10.0
-"""How long measuring may take in all. Links that are not measured by then stay assumed until they are asked for."""
+"""How long measuring may take in all. Links not measured by then stay assumed until `measure` is called."""
 
 HERE = "localhost"
-"""Stands for the driver's own machine, so that its figures are found again whatever address it has."""
+"""The host name for the driver's own machine, so that its stored figures do not depend on its address."""
 
 _Key = tuple[str, str, str]
 """(host, host, way)"""
 
 
 def links_mode(asked: str | None) -> str:
-    """How a cluster comes by its links: as asked, else as $FLOWML_LINKS says, else "measure". Raises ClusterError."""
+    """How a cluster gets its figures: as asked, else from $FLOWML_LINKS, else "measure". Raises ClusterError."""
     name, mode = ("links", asked) if asked is not None else (MODE_VARIABLE, os.environ.get(MODE_VARIABLE) or "measure")
     if mode not in MODES:
         raise ClusterError(f"{name}={mode!r} is none; use {', '.join(map(repr, MODES))}")
@@ -46,7 +46,7 @@ def links_mode(asked: str | None) -> str:
 
 
 class LinkTable:
-    """Of one driver. `members` are those there now; without `shared_memory` no two processes share any."""
+    """The links of one driver. `members` returns the present ones. Without `shared_memory` processes use gRPC only."""
 
     def __init__(
         self,
@@ -65,21 +65,21 @@ class LinkTable:
         self._remembered = RememberedLinks()
         self._lock = threading.Lock()
         self._figures: dict[_Key, Link | None] = {}
-        """What each key came to: None where nothing is remembered. Keys that were never looked up are not in it."""
+        """The figure of each key that was looked up; None if none is stored."""
         self._tried: set[_Key] = set()
         self._contradictions: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._stale: set[_Key] = set()
-        """Keys whose figure traffic contradicts: what is remembered of them does not count until they are measured."""
+        """Keys whose figure traffic contradicts. Their stored figures are not used until they are measured again."""
         self.traffic = Traffic(lambda peer, _: self.contradicted(DRIVER, peer))
-        """Of this process's own sends."""
+        """Compares this process's own sends with the figures."""
 
     def known(self) -> Links:
-        """What is known now, without measuring: what was measured or is remembered, else what is assumed of the way."""
+        """The present figures, without measuring: measured or stored ones, else the assumption for the way."""
         with self._lock:
             return self._links()
 
     def settled(self) -> Links:
-        """What a placement is decided by: as `known`, and measured before, once, where nothing is known."""
+        """The figures for a placement: like `known`, after measuring once the links without a figure."""
         with self._lock:
             self._drop_contradicted()
             if self._mode == "measure":
@@ -88,15 +88,15 @@ class LinkTable:
             return self._links()
 
     def measure(self) -> Links:
-        """Measure every link now, whatever is known, and remember it."""
+        """Measure every link now, even if its figure is known, and store the figures."""
         with self._lock:
             self._measure(self._pairs())
             return self._links()
 
     def contradicted(self, source: str, destination: str) -> None:
-        """Traffic from one peer to another is far slower than the figure: it does not count until it is measured again.
+        """Traffic between two peers is far slower than the figure, which is not used until it is measured again.
 
-        Returns at once, also while links are being measured.
+        Returns at once, even while links are measured.
         """
         self._contradictions.put((source, destination))
 
@@ -125,7 +125,7 @@ class LinkTable:
         return Links(pairs=pairs)
 
     def _hosts(self) -> dict[str, str]:
-        """Peer -> its host; workers come first, since what they measure is what their edges will see."""
+        """Peer -> its host. Workers come first, so that they measure, since edges connect workers."""
         own = split_address(self._endpoint.address)[0]
         found = {m.worker: split_address(m.address)[0] for m in self._members() if m.devices}
         return {**{w: HERE if host == own else host for w, host in found.items()}, DRIVER: HERE}
@@ -134,18 +134,18 @@ class LinkTable:
         return hosts[a], hosts[b], SAME_PROCESS if a == b else self._way(hosts, a, b)
 
     def _way(self, hosts: dict[str, str], a: str, b: str) -> str:
-        """By which two peers talk. Of two others than us it is inferred; measuring them says how it is."""
+        """The way between two peers. Between two workers it is inferred; a measurement returns the real way."""
         if DRIVER in (a, b):
             return self._endpoint.way(b if a == DRIVER else a)
         if hosts[a] != hosts[b]:
             return GRPC
-        if hosts[a] == HERE:  # they are reached by the way by which they reach each other
+        if hosts[a] == HERE:  # workers here reach each other in the way in which we reach them
             ways = {self._endpoint.way(a), self._endpoint.way(b)}
             return SHARED_MEMORY if ways == {SHARED_MEMORY} else GRPC
         return SHARED_MEMORY if self._shared_memory else GRPC
 
     def _pairs(self) -> dict[_Key, tuple[str, str]]:
-        """The first pair of each key, which measures for all of them."""
+        """The first pair of each key, which measures for all pairs of the key."""
         hosts = self._hosts()
         found: dict[_Key, tuple[str, str]] = {}
         for a, b in product(hosts, hosts):
@@ -178,4 +178,4 @@ class LinkTable:
                 else:
                     yield key, self._prober.ask(a, self._endpoint.name if b == DRIVER else b)
             except FlowmlError:
-                continue  # it stays assumed; if a worker was lost, its plans say so
+                continue  # the link stays assumed; a lost worker is reported by its plans

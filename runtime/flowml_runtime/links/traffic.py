@@ -1,8 +1,8 @@
-"""Whether traffic agrees with what is known of the links that it takes.
+"""Compares the time of large sends with the figures of their links.
 
-Every peer compares the time that its large sends take with the figure that the placement was decided by. A link that
-was cut after it was measured shows in this way: several sends one after the other take a multiple of what they should.
-The figure may still be right, with a receiver that was busy, so that this only asks for a new measurement.
+Every peer compares its large sends with the figures that decided the placement. If a link became slower after it was
+measured, several consecutive sends take a multiple of the expected time. The figure may still be right if the receiver
+was busy, so this only requests a new measurement.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from collections.abc import Callable
 from flowml.placement.links import Link
 
 LARGE_BYTES = 2**20
-"""Smaller sends are a matter of latency, and of whatever else the machine does."""
+"""The time of smaller sends depends mostly on latency and on other load of the machine, so they are ignored."""
 FACTOR = 4.0
-"""How much longer than expected a send has to take."""
+"""A send is too slow if it takes more than this multiple of the expected time."""
 TIMES = 3
-"""How many large sends one after the other."""
+"""Number of consecutive slow sends after which a figure is contradicted."""
 
 
 class Traffic:
-    """Of the links from one peer to others. Safe to use from any thread."""
+    """Compares the sends of one peer with the figures of its links. Safe to use from any thread."""
 
     def __init__(self, contradicted: Callable[[str, float], None]) -> None:
-        """`contradicted(peer, bytes_per_s)` is told once for a figure, with the best rate that was seen meanwhile."""
+        """`contradicted(peer, bytes_per_s)` is called once for a figure, with the best rate of the slow sends."""
         self._contradicted = contradicted
         self._lock = threading.Lock()
         self._links: dict[str, Link] = {}
         self._slow: dict[str, list[float]] = {}
-        """Peer -> the rates of the latest sends, as long as all were too slow."""
+        """Peer -> the rates of its latest consecutive slow sends."""
 
     def expect(self, peer: str, link: Link) -> None:
-        """What sends to a peer are compared with from now on."""
+        """Compare sends to a peer with this figure from now on."""
         with self._lock:
             if self._links.get(peer) != link:
                 self._links[peer] = link
                 self._slow.pop(peer, None)
 
     def sent(self, peer: str, nbytes: int, seconds: float) -> None:
-        """Take in how long a send took."""
+        """Compare the time of one send with the figure."""
         if nbytes < LARGE_BYTES:
             return
         with self._lock:

@@ -1,1 +1,1 @@
-"""Membership on real clocks and sockets: the coordinator, and the members that it watches."""
+"""Runs membership on real clocks and sockets: the coordinator, and the members that it watches."""

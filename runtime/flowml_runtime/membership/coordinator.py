@@ -1,4 +1,4 @@
-"""Hosts the coordinator machine: its endpoint, its clock, and one thread on which everything happens in order."""
+"""Hosts the coordinator machine: its endpoint, its clock, and one thread that processes all events in order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MAX_WAITING_EVENTS = 65536
 
 
 class CoordinatorHost:
-    """A coordinator that others join at `address`."""
+    """A coordinator that peers join at `address`."""
 
     def __init__(
         self,
@@ -55,9 +55,9 @@ class CoordinatorHost:
     ) -> None:
         """Raises ClusterError if the address cannot be bound, or not safely.
 
-        `works` says whether the process of a worker that keeps silent is at work, as far as that can be seen here.
-        Without `shared_memory` peers of this machine are talked to by gRPC too. `on_failure` is told once if there is
-        no coordinator any more, though it was not closed; its members lose it at the same time.
+        `works` says whether the process of a silent worker runs, as far as this process can see. Without
+        `shared_memory`, peers of this machine are reached by gRPC too. `on_failure` is called once if the coordinator
+        fails before `close`; its members lose it at the same time.
         """
         self._works = works
         self._machine = Coordinator(flowml.__version__, wire.PROTOCOL, heartbeat_s=heartbeat_s, timeout_s=timeout_s)
@@ -75,16 +75,16 @@ class CoordinatorHost:
         self._thread = service.start("flowml-coordinator", self._run, self._fail)
 
     def process_exited(self, worker: str, reason: str) -> None:
-        """Called by whoever started the worker's process, when it has ended."""
+        """Called by the process that started a worker when the worker's process has ended."""
         with self._changed:
             self._exits[worker] = reason
             self._changed.notify_all()
         self._events.put(ProcessExited(worker, reason))
 
     def wait_for(self, workers: tuple[str, ...], timeout_s: float, began_s: float) -> None:
-        """Return once all these have joined. Raises ClusterError if one ends first, or does not come in time.
+        """Wait until all these workers have joined. Raises ClusterError if one ends first or does not join in time.
 
-        The time runs from `began_s`, of the monotonic clock.
+        The timeout is counted from `began_s`, a time of the monotonic clock.
         """
         deadline = began_s + timeout_s
         with self._changed:
@@ -124,7 +124,7 @@ class CoordinatorHost:
                 self._note()
 
     def _fail(self, reason: str) -> None:
-        """Without its thread there is no coordinator: let its members see that."""
+        """The thread has failed: close the endpoint, so that the members lose the coordinator."""
         self._endpoint.close()
         self._on_failure(reason)
 
@@ -138,7 +138,7 @@ class CoordinatorHost:
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
             with service.going_on(f"{action} could not be done"), suppress(WorkerLostError):
-                self._act(action)  # the loss of a peer is an event of its own
+                self._act(action)  # the loss of a peer is a separate event
 
     def _act(self, action: Action) -> None:
         match action:

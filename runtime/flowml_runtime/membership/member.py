@@ -1,7 +1,7 @@
-"""A peer's side of membership: it joins, sends heartbeats, and follows what the coordinator announces.
+"""Implements a peer's side of membership: it joins, sends heartbeats, and follows the coordinator's view.
 
-Everything that the coordinator sends ends here; all other messages are handed on. The endpoint joins under a passing
-name, and takes the one that it is given before it opens a connection to anybody else.
+Messages of the coordinator are handled here; all others are passed on. The endpoint joins under a temporary name, and
+takes the name that the coordinator gives it before it connects to other peers.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from flowml_runtime.transport.grpc_streams import TURNED_AWAY
 COORDINATOR = "coordinator"
 
 REPORT_S = 1.0
-"""How long the reason of a failed connection may take from the thread that saw it to the one that joins."""
+"""How long the joining thread waits for the reason of a failed connection, which another thread reports."""
 
 AGAIN_S = 0.25
-"""How long to wait before joining again where a coordinator had too many connections."""
+"""How long to wait before joining again if the coordinator had too many connections."""
 
 
 def passing_name() -> str:
-    """A name that no other peer has, to join under."""
+    """A unique temporary name to join under."""
     return f"joining-{uuid.uuid4().hex[:12]}"
 
 
 class Membership:
-    """Of one endpoint. `on_members` is told of every change, `on_end` once when the coordinator is lost."""
+    """The membership of one endpoint. `on_members` is called at every change, `on_end` if the coordinator is lost."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Membership:
     def join(
         self, name: str, devices: tuple[wire.DeviceInfo, ...] = (), *, python: bool = False, timeout_s: float = 30.0
     ) -> str:
-        """Join as `name` ("": whichever is free); returns the name. Raises ClusterError with the reason why not."""
+        """Join as `name` ("": any free name) and return the name. Raises ClusterError with the reason for a failure."""
         endpoint = self._endpoint
         endpoint.start(self._on_message, self._on_lost)
         endpoint.know({COORDINATOR: self._address})
@@ -93,11 +93,11 @@ class Membership:
         return welcome.worker
 
     def _ask(self, join: wire.Join, deadline: float) -> None:
-        """Send the request, and wait for the answer or the reason why there is none."""
+        """Send the request, and wait for the answer or for the reason of a failure."""
         try:
             self._endpoint.send(COORDINATOR, join)
         except FlowmlError as error:
-            with self._changed:  # the connection has ended already, and why is about to be reported
+            with self._changed:  # the connection has ended, and its reason will be reported soon
                 self._changed.wait_for(lambda: self._refusal is not None, REPORT_S)
             self._end(str(error))
         with self._changed:
@@ -105,14 +105,14 @@ class Membership:
             self._changed.wait_for(lambda: self._refusal is not None or self._epoch >= 0, left)
 
     def leave(self, reason: str = "it left") -> None:
-        """Say goodbye and stop. Idempotent; the endpoint is closed by its owner."""
+        """Tell the coordinator, and stop. Idempotent; the owner closes the endpoint."""
         if self._over.is_set():
             return
         self._over.set()
         try:
             self._endpoint.send(COORDINATOR, wire.Leave(worker=self._endpoint.name, reason=reason))
         except FlowmlError:
-            return  # the coordinator has gone first
+            return  # the coordinator has ended already
 
     def _beat(self, welcome: wire.Welcome) -> None:
         beat = wire.Heartbeat(worker=welcome.worker, incarnation=self._endpoint.incarnation)
@@ -141,7 +141,7 @@ class Membership:
             self._pass_lost(peer, reason)
 
     def _take(self, view: wire.Members) -> None:
-        """Follow the coordinator's view. Losses come first: the same name may be back in the same view."""
+        """Follow the coordinator's view. Losses come first, because a lost name may be a member again in this view."""
         own = self._endpoint.name
         for worker, reason in view.lost:
             self._endpoint.lose(worker, reason)
