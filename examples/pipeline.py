@@ -1,8 +1,8 @@
-"""A language model in a pipeline of two workers: first its predictions, then its training.
+"""Runs and then trains a language model in a pipeline of two workers.
 
 The transformer of `_language_model.py` is cut where the two stages cost the same. Its predictions are compared
-with jax.jit; then both workers train it together, one forward ahead of one backward (1F1B), on the
-source text of Python's own standard library.
+with jax.jit. Then both workers train it with the schedule one forward, one backward (1F1B), on the source text
+of Python's standard library.
 
     python examples/pipeline.py [--steps 150]
 """
@@ -26,7 +26,7 @@ BATCH_SIZE, MICROBATCHES, HELD_OUT = 32, 4, 256
 
 
 def predict(cluster: fm.Cluster, params: Any, text: Any) -> None:
-    """The forward pass alone, on two workers and by jax.jit."""
+    """Run the forward pass on two workers and with jax.jit."""
     f = fm.dataflow(logits, cluster=cluster, placement=fm.Pipeline(stages=2))
     difference = jnp.abs(f(params, text) - jax.jit(logits)(params, text)).max()
     print(f"1. Predictions of {len(text)} texts: largest difference to jax.jit {difference:.1e}\n")

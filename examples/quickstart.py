@@ -1,4 +1,4 @@
-"""One function on two workers: the same numbers as jax.jit, and a plan that says what went where."""
+"""Runs one function on two workers, compares the result with jax.jit, and prints the plan."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Build the wheel and use it as a stranger would: in a fresh environment, away from the checkout.
+"""Builds the wheel and tests it like a new user: in a new environment, outside the checkout.
 
-The environment holds nothing but the wheel. A `.pth` file lends it the packages of the environment that runs this
-script, so nothing is downloaded again; the editable install there does not come along, because the `.pth` files of a
-lent folder are not read.
+Only the wheel is installed in the environment. A `.pth` file adds the packages of the environment that runs this
+script, so nothing is downloaded again. The editable install there is not added, because Python does not read `.pth`
+files in a folder that a `.pth` file adds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PACKAGES = {"flowml", "flowml_runtime", "flowml_tools"}
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
-    """What `command` prints. On failure, everything it said, and the end of this script."""
+    """Return the output of `command`. If it fails, print all its output and exit."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
@@ -45,7 +45,7 @@ def check_contents(wheel: Path) -> None:
 
 
 def install(wheel: Path, folder: Path) -> Path:
-    """A fresh environment with the wheel; returns its python."""
+    """Make an environment with the wheel; returns its Python."""
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     quietly = ("-qq", "--disable-pip-version-check", "--no-deps", "--no-index")

@@ -1,8 +1,8 @@
-"""Resolve what flowml needs for development and the examples, and pin it in constraints.txt.
+"""Resolves the dependencies of development and the examples, and pins them in constraints.txt.
 
-The pins are the full closure, so that an install is `pip install -r constraints.txt`: no resolver at work, and
-the same versions everywhere. Run it (`make pins`) with the oldest Python that is supported, because a pin has to
-exist for every later one as well.
+The pins are the full closure, so that `pip install -r constraints.txt` needs no resolver and gives the same versions
+everywhere. Run it (`make pins`) with the oldest supported Python, because a pinned version has to exist for every later
+one as well.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HEADER = "# The versions of everything that development and the examples need; `
 
 
 def resolve() -> dict[str, str]:
-    """Name -> version of everything that `.[dev,examples]` installs on this Python."""
+    """Name -> version of every package that `.[dev,examples]` installs on this Python."""
     with TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         command = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--dry-run"]
@@ -35,7 +35,7 @@ def resolve() -> dict[str, str]:
 def main() -> None:
     pins = resolve()
     names = sorted(pins, key=lambda n: re.sub(r"[-_.]+", "-", n).lower())
-    # A local version (`+cpu`) names a build that only some indexes have.
+    # A local version (`+cpu`) names a build that only some package indexes have.
     lines = [f"{name}=={pins[name].split('+')[0]}\n" for name in names]
     (ROOT / "constraints.txt").write_text(HEADER + "".join(lines))
     print(f"constraints.txt: {len(lines)} pins")

@@ -1,6 +1,6 @@
 """Writes docs/reference.md: every public name with its signature and its docstring. `--check` only compares.
 
-The text comes from the code, so the page cannot disagree with it. Run `make reference` after a change of a docstring.
+The text comes from the code, so the page always agrees with it. Run `make reference` after a docstring changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SECTIONS = {
     "Programs and plans": ("dataflow", "compile", "Plan", "Estimate", "Transfer"),
     "Clusters": ("Cluster",),
     "Training": ("Trainer", "TrainingResult"),
-    "Policies": (),  # what the other sections do not name, errors apart
+    "Policies": (),  # all names that no other section has, except errors
     "Errors": (),
 }
 
@@ -49,7 +49,7 @@ def page() -> str:
 
 
 def sections() -> dict[str, tuple[str, ...]]:
-    """Titles and the names under them; each public name is under exactly one."""
+    """Titles and the names in each section. Each public name is in exactly one."""
     named = {name for names in SECTIONS.values() for name in names}
     rest = [name for name in fm.__all__ if name not in named and name != "__version__"]
     errors = tuple(name for name in rest if name.endswith("Error"))
@@ -58,7 +58,7 @@ def sections() -> dict[str, tuple[str, ...]]:
 
 
 def entry(name: str, value: Any, level: int = 3) -> str:
-    """A heading, the signature, the docstring, and the same for what a class or module holds."""
+    """A heading, the signature and the docstring, and the same for the members of a class or module."""
     lines = [f"{'#' * level} `{name}`"]
     signature = signature_of(value)
     if signature:
@@ -74,7 +74,7 @@ def entry(name: str, value: Any, level: int = 3) -> str:
 
 
 class _Written:
-    """An annotation as it stands in the source, which `inspect` would quote."""
+    """An annotation as written in the source. Without this, `inspect` would put it in quotes."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -84,7 +84,7 @@ class _Written:
 
 
 def signature_of(value: Any) -> str:
-    """As it stands in the source, a parameter a line where it is long; "" for what cannot be called."""
+    """The signature as in the source, with one parameter per line if it is long; "" if `value` is not callable."""
     if not callable(value):
         return ""
     try:
@@ -109,7 +109,7 @@ def _written(annotation: Any) -> Any:
 
 
 def as_markdown(document: str) -> str:
-    """A docstring with its "Args:" and such as lists."""
+    """A docstring whose sections such as "Args:" become lists."""
     out: list[str] = []
     in_section = False
     for line in document.splitlines():
@@ -128,7 +128,7 @@ def as_markdown(document: str) -> str:
 
 
 def members(value: Any) -> list[tuple[str, Any]]:
-    """Public methods and properties of a class, functions of a module, in the order in which they are written."""
+    """The public methods and properties of a class, or functions of a module, in source order."""
     if isinstance(value, types.ModuleType):
         return [(n, v) for n, v in vars(value).items() if inspect.isfunction(v) and v.__module__ == value.__name__]
     if not inspect.isclass(value) or issubclass(value, Exception):

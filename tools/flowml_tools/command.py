@@ -1,4 +1,4 @@
-"""What the subcommands share: the error that a user's own mistake raises, and the arguments that many of them take."""
+"""Code that the subcommands share: the error for a wrong call, and common arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class CommandError(Exception):
-    """A mistake in how the command was called; ends it with one line and exit status 2."""
+    """A wrong call of the command. It ends with one line on stderr and exit status 2."""
 
 
 def count(number: int, noun: str) -> str:
@@ -52,7 +52,7 @@ def address(text: str) -> str:
 
 
 def add_offer(parser: argparse.ArgumentParser) -> None:
-    """Arguments of a command that starts workers: what each of them offers."""
+    """Add arguments that say what each started worker offers."""
     parser.add_argument("--devices", type=positive, default=1, metavar="N", help="devices of a worker (default 1)")
     parser.add_argument("--platform", default="cpu", help="what JAX calls them: cpu, cuda, … (default cpu)")
     parser.add_argument(
@@ -61,7 +61,7 @@ def add_offer(parser: argparse.ArgumentParser) -> None:
 
 
 def add_transport(parser: argparse.ArgumentParser) -> None:
-    """Arguments of a command whose processes exchange arrays: how."""
+    """Add arguments that say how processes exchange arrays."""
     parser.add_argument(
         "--transport",
         choices=["auto", "grpc"],
@@ -76,7 +76,7 @@ def add_transport(parser: argparse.ArgumentParser) -> None:
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
-    """Arguments of a command that talks to a cluster that runs already."""
+    """Add the arguments of a command that connects to a running cluster."""
     parser.add_argument(
         "--token-file",
         type=Path,
@@ -93,7 +93,7 @@ def add_tls(parser: argparse.ArgumentParser) -> None:
 
 
 def read_token(path: Path | None) -> str:
-    """The token in `path` or in $FLOWML_TOKEN_FILE. A token itself never stands in the arguments."""
+    """Read the token from `path` or $FLOWML_TOKEN_FILE. Arguments never hold a token, because other users see them."""
     from flowml.errors import ClusterError
     from flowml_runtime.transport.security import find_token
 
@@ -121,7 +121,7 @@ def tls(arguments: argparse.Namespace) -> TLS | None:
 
 
 def connection_options(token_file: Path, secured: TLS | None) -> str:
-    """What `add_connection` takes, as somebody would type it in a shell."""
+    """The arguments of `add_connection`, quoted for a shell."""
     files = {"--token-file": token_file}
     if secured is not None:
         files |= {"--tls-cert": secured.cert, "--tls-key": secured.key, "--tls-ca": secured.ca}
@@ -129,7 +129,7 @@ def connection_options(token_file: Path, secured: TLS | None) -> str:
 
 
 def connect(at: str, arguments: argparse.Namespace) -> Cluster:
-    """The running cluster at `at`, with the token and TLS files that the arguments name."""
+    """Connect to the running cluster at `at` with the token and TLS files of the arguments."""
     token, secured = read_token(arguments.token_file), tls(arguments)
     import flowml as fm
 

@@ -1,7 +1,7 @@
-"""`flowml doctor`: what this machine has, measured rather than looked up where that is possible.
+"""`flowml doctor` reports on this machine. It measures what it can, and looks the rest up.
 
-A report is a stream of facts. Each is printed as soon as it is known, which is also the progress; `--json` collects
-the same facts.
+A report is a stream of facts. Each is printed as soon as it is known, so that the output also shows progress. `--json`
+collects the same facts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LITTLE_SHARED_MEMORY = 256 * 2**20
 
 @dataclass(frozen=True)
 class Fact:
-    """One line of the report. `value` is what `--json` gives (SI units), `text` what a person reads."""
+    """One line of the report. `--json` writes `value`, in SI units; the printed report shows `text`."""
 
     section: str
     name: str
@@ -139,7 +139,7 @@ def _shared_memory() -> Iterator[Fact]:
 
 
 def _cpu_quota() -> float | None:
-    """Cores' worth of time that the container may use; None without a limit."""
+    """How many cores' worth of time the container may use; None without a limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return int(quota) / int(period)

@@ -1,4 +1,4 @@
-"""`flowml launch`: start a cluster that others connect to, and keep it until Ctrl-C."""
+"""`flowml launch` starts a cluster that others connect to, and runs it until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def main(arguments: argparse.Namespace) -> int:
         )
         try:
             _announce(cluster.address, path, secured)
-            cluster.wait()  # no deadline: until somebody stops it, and it heeds signals
+            cluster.wait()  # no deadline: it runs until it is stopped, and a signal ends the wait
         finally:
             cluster.close()
     return 0
@@ -85,13 +85,13 @@ def _announce(at: str, token_file: Path, secured: TLS | None) -> None:
     )
     print(f"  a script:    flowml run --on {at} {options} FILE.py")
     print(f"  one more:    flowml worker {at} {options}")
-    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as in the background of a shell script
+    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a shell script starts background commands like this
     print(f"`kill {os.getpid()}` stops it." if deaf else "Ctrl-C stops it.", flush=True)
 
 
 @contextmanager
 def _token(path: Path | None) -> Generator[tuple[str, Path]]:
-    """The token and the file that holds it: the user's file, made if it is not there, or one that goes at the end."""
+    """The token and the file that holds it: the user's file, made if missing, or a temporary one."""
     from flowml_runtime.transport.security import new_token, write_token
 
     if path is not None and path.exists():

@@ -1,6 +1,7 @@
-"""The door of the `flowml` command: one subcommand a module, errors as one readable line, Ctrl-C without a trace.
+"""The entry point of the `flowml` command. Each subcommand is a module.
 
-The subcommands import flowml and JAX only when they run, so that `flowml --help` answers at once.
+Errors are printed as one readable line, and Ctrl-C prints no traceback. The subcommands import flowml and JAX only when
+they run, so that `flowml --help` is fast.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ def main(argv: list[str] | None = None) -> int:
     open_standard_streams()
     _heed_signals()
     arguments = _parser().parse_args(argv)
-    if arguments.command is not run.main:  # what a script prints is its own
+    if arguments.command is not run.main:  # a script chooses its own encoding
         _print_anywhere()
     try:
         return arguments.command(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output went away (`flowml doctor | head`); what is still buffered has nowhere to go.
+        # The reader of the output has closed it (`flowml doctor | head`), so the buffered rest is discarded.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -43,12 +44,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    """A signal unwinds like any other exit, so that clusters are closed on the way."""
+    """Turn a signal into SystemExit, so that `with` blocks close their clusters."""
     raise SystemExit(128 + signum)
 
 
 def _heed_signals() -> None:
-    """End in order by SIGTERM and SIGHUP, also where the parent blocked them; what `nohup` ignores stays ignored."""
+    """Let SIGTERM and SIGHUP close clusters, also if the parent blocked them. Signals that `nohup` ignores stay so."""
     signal.signal(signal.SIGTERM, _terminate)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, _terminate)
@@ -59,7 +60,7 @@ _PLAIN = {"µ": "u", "×": "x", "…": "...", "→": "->", "·": "."}
 
 
 def _print_anywhere() -> None:
-    """Have characters that stdout cannot encode (LANG=C, PYTHONIOENCODING=ascii) replaced, not refused."""
+    """Replace characters that stdout cannot encode (LANG=C, PYTHONIOENCODING=ascii) instead of failing."""
 
     def plain(error: UnicodeError) -> tuple[str, int]:
         if not isinstance(error, UnicodeEncodeError):
@@ -68,7 +69,7 @@ def _print_anywhere() -> None:
 
     codecs.register_error("flowml-plain", plain)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # None where it was closed from the start
+        if isinstance(stream, io.TextIOWrapper):  # it is None if it was closed before the start
             stream.reconfigure(errors="flowml-plain")
 
 
@@ -109,7 +110,7 @@ def _report(error: Exception, with_traceback: bool) -> int:
 
 
 def _expected(error: Exception) -> bool:
-    """Errors that say what is wrong and the fix in their own words."""
+    """Whether the error's message says what is wrong and how to fix it."""
     from flowml.errors import FlowmlError
 
     return isinstance(error, CommandError | FlowmlError)

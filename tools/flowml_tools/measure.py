@@ -1,7 +1,7 @@
-"""Small measurements of the machine for `flowml doctor`: copying memory, and talking to another process.
+"""Measures memory copies and links between processes for `flowml doctor`.
 
-The other end is a process of its own, as a worker would be (`python -m flowml_tools.measure tcp` or `link`): it prints
-the address that it listens on, serves one client and ends with it. Rates are in bytes/s.
+The other end of a link is a separate process, like a worker (`python -m flowml_tools.measure tcp` or `link`). It prints
+the address on which it listens, serves one client, and ends with it. Rates are in bytes/s.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def tcp() -> LinkSpeed:
 
 
 def worker_link(way: str) -> LinkSpeed:
-    """The link to another process as workers talk by `way`. It is remembered, so that clusters start with it."""
+    """The link to another process by the transport `way` of workers. It is stored, and later clusters use it."""
     from flowml.errors import FlowmlError
     from flowml_runtime.links.cache import RememberedLinks
     from flowml_runtime.links.table import HERE
@@ -114,7 +114,7 @@ def _median(work: Callable[[], object], repeats: int) -> float:
 
 @dataclass(frozen=True)
 class _Peer:
-    """The other process, by lines."""
+    """Line-by-line communication with the other process."""
 
     process: subprocess.Popen[str]
 
@@ -130,7 +130,7 @@ class _Peer:
 
 @contextmanager
 def _peer(kind: str) -> Generator[_Peer]:
-    """A new process that serves one client; it is gone on leaving. What goes wrong with it is Unmeasured."""
+    """A new process that serves one client. It ends with the block. Its failures raise Unmeasured."""
     command = [sys.executable, "-m", "flowml_tools.measure", kind]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -143,7 +143,7 @@ def _peer(kind: str) -> Generator[_Peer]:
 
 @contextmanager
 def _prober(endpoint: GrpcEndpoint) -> Generator[tuple[Prober, GrpcEndpoint]]:
-    """What measures and answers at one end; both are closed on leaving."""
+    """A prober and its endpoint, for one end of a link. Both are closed at the end of the block."""
     from flowml_runtime import wire
     from flowml_runtime.links.prober import Prober
 
@@ -163,7 +163,7 @@ def _serve_tcp() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         print(server.getsockname()[1], flush=True)
         server.settimeout(PEER_TIMEOUT_S)
-        connection, _ = server.accept()  # no deadline: the server has one
+        connection, _ = server.accept()  # no deadline here: the server socket has one
     buffer = memoryview(bytearray(SIZE))
     with connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -181,7 +181,7 @@ def _serve_link() -> None:
     with _prober(GrpcEndpoint("peer", token)) as (_, endpoint):
         endpoint.know({"doctor": address})
         print(endpoint.address, flush=True)
-        sys.stdin.read()  # ends with the process that measures, however that one ends
+        sys.stdin.read()  # stdin closes when the measuring process ends, even if it is killed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`flowml run`: run a script with a cluster around it."""
+"""`flowml run` runs a script with a cluster around it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cluster(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say which cluster a script runs on."""
+    """Add arguments that choose the cluster of a script."""
     parser.add_argument("--workers", type=positive, metavar="N", help="worker processes (default: one a core)")
     parser.add_argument("--on", type=address, metavar="HOST:PORT", help="a cluster that runs already")
     parser.add_argument(

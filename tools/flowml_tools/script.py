@@ -1,7 +1,6 @@
-"""Load a user's Python file, and show the errors of its code as its own.
+"""Loads a user's Python file, and reports errors of its code like `python FILE`.
 
-What a script raises is reported the way `python FILE` would: the frames of the file and of what it calls, without the
-machinery that started it.
+A traceback shows the frames of the file and of the code it calls, without the frames of this command.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def script(text: str) -> Path:
 
 
 def load(path: Path) -> ModuleType:
-    """Import `path` as a module called after it (not `__main__`), with its folder first on the path."""
+    """Import `path` as a module named after the file (not `__main__`), with its folder first on `sys.path`."""
     sys.path.insert(0, str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:

@@ -1,8 +1,8 @@
-"""`flowml trace`: record what the devices of a run do when, and read a recorded training run as a story.
+"""`flowml trace` records what the devices of a run do on a time axis, and prints a recorded training run as a story.
 
-In the story every sentence is one event of one machine: what the driver or a worker was told, and what it did about it.
-An event has a number, and knows the event that it follows from, so causes come before their effects whatever the clocks
-of the machines say.
+Each sentence of the story is one event of one state machine: what the driver or a worker was told, and what it did as a
+result. An event has a number, and the number of the event that caused it. So causes are printed before their effects,
+even if the clocks of the machines disagree.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _output(output: Path | None, args: list[str]) -> tuple[Path, list[str]]:
-    """Where to write, and what is left for the script: -o may follow the script's name."""
+    """The output path, and the remaining arguments for the script, because -o may follow the script's name."""
     if output is None and args[:1] in (["-o"], ["--output"]) and len(args) > 1:
         output, args = Path(args[1]), args[2:]
     if output is None:
@@ -66,7 +66,7 @@ def _output(output: Path | None, args: list[str]) -> tuple[Path, list[str]]:
 
 @dataclass(frozen=True, order=True)
 class Told:
-    """One event of a story; `at` in microseconds from the start of the trace."""
+    """One event of a story. `at` is in microseconds from the start of the trace."""
 
     at: float
     event: str
@@ -90,7 +90,7 @@ def _read(path: Path) -> list[Told]:
 
 
 def story(told: Iterable[Told]) -> Iterator[str]:
-    """One line an event: in the order of time, but each after the event that it follows from."""
+    """One line per event, in the order of time, but each after the event that caused it."""
     for one in _by_cause(told):
         after = f"  [after {one.cause}]" if one.cause else ""
         yield f"{one.at / 1e3:10.2f} ms  {one.event}  {one.text}{after}"
@@ -112,4 +112,4 @@ def _by_cause(told: Iterable[Told]) -> Iterator[Told]:
         yield one
         for after in waiting.pop(one.event, ()):
             heapq.heappush(ready, after)
-    yield from (one for rest in waiting.values() for one in rest)  # a circle, which no run makes
+    yield from (one for rest in waiting.values() for one in rest)  # events in a cycle, which no run produces

@@ -1,4 +1,4 @@
-"""`flowml viz`: draw a function's plan without running it."""
+"""`flowml viz` draws a function's plan without running it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def main(arguments: argparse.Namespace) -> int:
     path = script(text)
     from flowml_runtime.cluster import Cluster
 
-    # Workers as threads: they lend their devices to whatever asks for the current cluster, and run nothing.
+    # A threads cluster is cheap. It only provides devices to code that asks for the current cluster, and runs nothing.
     with Cluster.threads(arguments.workers) as cluster:
         module = load(path)
         with own_errors(path):

@@ -1,4 +1,4 @@
-"""`flowml worker`: join this machine to a cluster as one more worker."""
+"""`flowml worker` joins a cluster as one more worker on this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(arguments: argparse.Namespace) -> int:
     from flowml_runtime.worker import allocator
 
     check_exposure(arguments.coordinator, secured, token, "connect to")
-    allocator.reexec()  # once nothing is wrong with the call, and before JAX is imported
+    allocator.reexec()  # after the arguments have been checked, and before JAX is imported
     from flowml_runtime.worker.config import WorkerConfig
     from flowml_runtime.worker.process import LOST_COORDINATOR, serve
 

@@ -1,7 +1,7 @@
-"""`flowml bench`: side-by-side measurements against what else does the same on this machine.
+"""`flowml bench` measures flowml side by side with other systems on this machine.
 
-A benchmark is a module with a SUMMARY and a function `rows`. Its goals are ratios, because absolute times mean little
-from one machine to the next; one that is missed is printed as MISSED and does not fail the command.
+A benchmark is a module with a SUMMARY and a function `rows`. Its goals are ratios, because absolute times differ
+between machines. A missed goal is printed as MISSED and does not fail the command.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _make_peers(arguments: argparse.Namespace) -> int:
 
 
 def report(results: Mapping[str, Sequence[Row]]) -> str:
-    """The rows of each benchmark with what they were measured on, as JSON text."""
+    """The rows of each benchmark, and a description of the machine and versions, as JSON text."""
     content = {
         "machine": _machine(),
         "versions": _versions(),

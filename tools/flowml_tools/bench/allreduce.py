@@ -1,7 +1,7 @@
-"""An all-reduce between two pinned processes, beside JAX's `psum` over gloo in two others on the same cores.
+"""Measures an all-reduce between two pinned processes against JAX's `psum` over gloo in two others on the same cores.
 
-A measurement is a few calls in a row after a barrier, and the slower rank's time counts. Ours takes NumPy arrays and
-gives NumPy arrays that XLA can use as they are; JAX's takes and gives arrays of its own.
+A measurement is a few calls in a row after a barrier. The time of the slower rank counts. Our all-reduce takes NumPy
+arrays and returns NumPy arrays that XLA can use without a copy; that of JAX takes and returns JAX arrays.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIZES: tuple[tuple[str, int, int, Goal | None], ...] = (
     ("4 MiB", 4 * 2**20, 5, None),
     ("64 MiB", 64 * 2**20, 1, Goal("at most", 1 / 4)),
 )
-"""Name, bytes of float32, calls a measurement, and the goal for our time over gloo's."""
+"""Name, bytes of float32, calls per measurement, and the goal for our time divided by gloo's."""
 
 
 def rows(repeats: int | None) -> list[Row]:
@@ -46,7 +46,7 @@ def rows(repeats: int | None) -> list[Row]:
 
 
 def _members(stack: ExitStack, shares: Sequence[Sequence[int]]) -> list[Process]:
-    """Two members of a `Group` that know each other."""
+    """Two members of a `Group` that have each other's address."""
     processes = _pair(stack, "reduce", (), shares)
     addresses = [process.read() for process in processes]
     for process, other in zip(processes, reversed(addresses), strict=True):
@@ -57,7 +57,7 @@ def _members(stack: ExitStack, shares: Sequence[Sequence[int]]) -> list[Process]
 
 
 def _gloo(stack: ExitStack, shares: Sequence[Sequence[int]]) -> tuple[list[Process] | None, str]:
-    """Two processes of one JAX mesh, or None where they do not work; their name, or why not."""
+    """Two processes of one JAX mesh and their name, or None and the reason if they do not work."""
     name = "JAX psum over gloo"
     try:
         processes = _pair(stack, "psum", (f"127.0.0.1:{_free_port()}",), shares)
@@ -69,7 +69,7 @@ def _gloo(stack: ExitStack, shares: Sequence[Sequence[int]]) -> tuple[list[Proce
 
 
 def _pair(stack: ExitStack, role: str, arguments: Sequence[str], shares: Sequence[Sequence[int]]) -> list[Process]:
-    """Two processes in one role, with a socket between them to meet at."""
+    """Two processes in one role, with a socket between them for barriers."""
     ends = socket.socketpair()
     with ends[0], ends[1]:
         return [
@@ -81,7 +81,7 @@ def _pair(stack: ExitStack, role: str, arguments: Sequence[str], shares: Sequenc
 
 
 def _together(processes: Sequence[Process], order: str) -> Probe:
-    """A probe for the seconds of one call that these processes make together."""
+    """A probe for the seconds of one call that both processes make at the same time."""
 
     def probe() -> float:
         for process in processes:

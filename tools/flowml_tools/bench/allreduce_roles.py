@@ -1,7 +1,7 @@
-"""What the peers of `allreduce` do; see `roles`, which starts them.
+"""The programs of the peer processes of `allreduce`; `roles` starts them.
 
-Each answers an order of bytes and calls with the seconds of one call. `meeting` is an inherited socket to the other
-process, for the barrier.
+An order gives the bytes and the number of calls. The answer is the seconds of one call. `meeting` is an inherited
+socket to the other process, for the barrier.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ANSWER_S = 30.0
 
 
 def reduce(rank: str, meeting: str) -> None:
-    """A member of a `Group` over shared memory, as a worker has it."""
+    """A member of a `Group` over shared memory, like in a worker."""
     import sys
     from itertools import count
 

@@ -1,4 +1,4 @@
-"""What a call costs: beside `jax.jit` on one device, and through two worker processes beside the plainest ring."""
+"""Measures the time of a call: on one device against `jax.jit`, and through two workers against a simple ring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flowml_tools.bench.timing import Probe, interleave, per_call, tell
 SUMMARY = "a call on one device and through two workers; against jax.jit, a ring of sockets, Ray, TensorFlow"
 REPEATS = 40
 CALLS = 50
-"""Calls of microseconds that make one measurement."""
+"""The number of calls of microseconds in one measurement."""
 
 STEP_CALLS = 10
 RING_CALLS = 10
@@ -89,7 +89,7 @@ def _two_workers(repeats: int) -> list[Row]:
 
 
 def _in_flight(program: Any, x: Any) -> float:
-    """The time of a call in s where several are under way: what is left of one when nobody has to be woken for it."""
+    """The time of a call in s with several in flight. It does not include waking threads, because none is idle."""
     start = time.perf_counter()
     for _ in range(ROUNDS):
         for future in [program.submit(x) for _ in range(IN_FLIGHT)]:
@@ -99,7 +99,7 @@ def _in_flight(program: Any, x: Any) -> float:
 
 @contextmanager
 def _ring(role: str, shares: Sequence[Sequence[int]]) -> Generator[Callable[[], None]]:
-    """A call sends a few bytes around this process, a process in this role on each share of cores, and back."""
+    """A call sends a few bytes from this process through one process in this role per share of cores, and back."""
     with ExitStack() as stack:
         links = [socket.socketpair() for _ in range(len(shares) + 1)]
         for link in links:
@@ -112,7 +112,7 @@ def _ring(role: str, shares: Sequence[Sequence[int]]) -> Generator[Callable[[], 
         for link in links:
             for end in link:
                 if end not in (first, last):
-                    end.close()  # so that a node that dies is an end of file, not silence
+                    end.close()  # so that the death of a node shows as an end of file
 
         def around() -> None:
             first.sendall(MESSAGE)

@@ -1,9 +1,9 @@
-"""What the peers of other frameworks do, in an environment without flowml and JAX: a file that is run by its path.
+"""The programs of the peers in other frameworks. Their environment has no flowml or JAX, so this file is run by path.
 
-`peers.foreign` starts it under `unshare`, as the first process of its own process, network and mount namespaces. Both
-frameworks listen on every address of a machine and leave much behind: here there is no address but loopback, files
-and semaphores go to a file system in memory that is nobody else's, and all of it ends with this process. Orders come
-on stdin, one a line, and are answered with the seconds of one call; the process ends with its stdin.
+`peers.foreign` starts it under `unshare`, as the first process of separate process, network and mount namespaces. Both
+frameworks listen on every address of a machine and leave files, semaphores and processes behind. Here the only address
+is loopback, files and semaphores are in a private file system in memory, and everything ends with this process. Orders
+arrive on stdin, one per line, and are answered with the seconds of one call. The process ends when stdin closes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import numpy as np
 SHARED_MEMORY = "/dev/shm"
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 PORTS = (2222, 2223)
-"""Free, as the network has nobody else."""
+"""These ports are free, because no other process is in the network namespace."""
 
 ROOM_BYTES = 2**20
-"""For what a message holds beside its array."""
+"""Room for the parts of a message other than its array."""
 
 
 def main() -> None:
     role, own, *arguments = sys.argv[1:]
     os.sched_setaffinity(0, _cores(own))
-    if role == "tensorflow-server":  # a child, with everything settled already
+    if role == "tensorflow-server":  # a child process: its parent has set everything up
         _tensorflow_server(*arguments)
         return
     if os.getpid() != 1:
@@ -44,16 +44,16 @@ def main() -> None:
         ROLES[role](*arguments)
     except BaseException:
         traceback.print_exc()
-    os._exit(0)  # the kernel ends the rest; Ray's own way to end takes half a minute
+    os._exit(0)  # the kernel ends the other processes; an orderly end of Ray takes half a minute
 
 
 def _settle() -> None:
-    """Bring loopback up, and keep what is written apart from the machine's files."""
+    """Bring loopback up, and redirect all writes away from the machine's files."""
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", SHARED_MEMORY], check=True)
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH22x", b"lo", IFF_UP))
     os.environ |= {"HOME": SHARED_MEMORY, "TMPDIR": SHARED_MEMORY}
-    os.environ.pop("PYTHONPATH", None)  # -I spared this process, but not the workers that Ray starts
+    os.environ.pop("PYTHONPATH", None)  # -I ignores it in this process, but the workers that Ray starts would use it
 
 
 def _cores(listed: str) -> list[int]:
@@ -61,7 +61,7 @@ def _cores(listed: str) -> list[int]:
 
 
 def _keep_answers_apart() -> None:
-    """What a library prints goes to stderr: the one who gives the orders reads nothing but answers."""
+    """Send the output of libraries to stderr, because stdout may hold only answers."""
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -82,7 +82,7 @@ def _per_call(work: Callable[[], object], calls: int) -> float:
 
 
 def _ray(nbytes: str, first: str, second: str) -> None:
-    """A compiled graph driver -> actor -> actor -> driver with an array of so many bytes. Orders: a number of calls."""
+    """A compiled graph driver -> actor -> actor -> driver with an array of `nbytes`. An order is a number of calls."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_enable_metrics_collection": "0"}
     import ray  # pyright: ignore[reportMissingImports]
     from ray.dag import InputNode  # pyright: ignore[reportMissingImports]
@@ -112,7 +112,7 @@ def _ray(nbytes: str, first: str, second: str) -> None:
     graph = chain.experimental_compile(_buffer_size_bytes=x.nbytes + ROOM_BYTES)
 
     def call() -> None:
-        ray.get(graph.execute(x))  # the result is dropped at once: until then its buffer is not free for the next
+        ray.get(graph.execute(x))  # the result is dropped at once, which frees its buffer for the next call
 
     call()
     _say("ready")
@@ -126,10 +126,10 @@ def _tensorflow_server(number: str) -> None:
 
 
 def _tensorflow(nbytes: str, first: str, second: str) -> None:
-    """A session with two servers. Orders: the name of a step, and a number of calls.
+    """A session with two servers. An order is the name of a step and a number of calls.
 
-    step: a small array goes to the first, to the second, back to the first, and is fetched. cross: an array of so many
-    bytes is made by the first and read by the second. keep: the same, read by the first.
+    step: a small array goes to the first server, to the second, back to the first, and is fetched. cross: the first
+    server makes an array of `nbytes` and the second reads it. keep: the first server makes the array and reads it.
     """
     servers: list[subprocess.Popen[bytes]] = []
     for number, own in enumerate((first, second)):
@@ -153,7 +153,7 @@ def _tensorflow_steps(length: int) -> dict[str, Callable[[], object]]:
         x, value = v1.placeholder(tf.float32, [1]), v1.placeholder(tf.float32, [])
         with tf.device(on[0]):
             there = x + 1
-            made = tf.fill([length], value)  # with what is fed: a constant would be made but once
+            made = tf.fill([length], value)  # from a fed value, because a constant would be made only once
             kept = made[length // 2]
         with tf.device(on[1]):
             second = there * 2
@@ -161,7 +161,7 @@ def _tensorflow_steps(length: int) -> dict[str, Callable[[], object]]:
         with tf.device(on[0]):
             back = second + 1
     session = v1.Session(f"grpc://127.0.0.1:{PORTS[0]}", graph=graph)
-    step = session.make_callable(back, [x])  # less work a call than `session.run`
+    step = session.make_callable(back, [x])  # does less work per call than `session.run`
     cross, keep = session.make_callable(crossed, [value]), session.make_callable(kept, [value])
     small, scalar = np.zeros(1, np.float32), np.float32(2)
     return {"step": lambda: step(small), "cross": lambda: cross(scalar), "keep": lambda: keep(scalar)}

@@ -1,8 +1,8 @@
-"""The environment in which Ray and TensorFlow are measured: made by one command, outside the project's own.
+"""Makes the environment in which Ray and TensorFlow are measured, separate from the project's environment.
 
-They bring dozens of packages with pins of their own, which nobody should have to reconcile with the project's. The
-folder holds a stamp from its first moment on, which is empty until all is installed: so a half-made environment is
-known as one, and nothing is ever removed that this module did not make.
+They depend on dozens of packages whose version pins would conflict with those of the project. The folder holds a stamp
+file from the start, which stays empty until everything is installed. So an incomplete environment can be recognized,
+and this module never removes anything that it did not make.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _REQUIREMENTS = [f"{package}=={version}" for package, version in VERSIONS.items(
 _CONTENT = "\n".join(_REQUIREMENTS) + "\n"
 _WORTH_TELLING = ("Collecting ", "Installing ")
 _SHOWN = 100
-"""Characters of a line of progress."""
+"""The most characters in a line of progress."""
 
 
 def folder() -> Path:
-    """Where the environment is, or will be: $FLOWML_PEERS, or a folder in the user's cache directory."""
+    """The folder of the environment: $FLOWML_PEERS, or a folder in the user's cache directory."""
     given = os.environ.get(VARIABLE)
     if given:
         return Path(given).absolute()
@@ -42,7 +42,7 @@ def folder() -> Path:
 
 
 def complete() -> bool:
-    """Whether the environment is there, with the versions of today."""
+    """Whether the environment is complete and has the pinned versions."""
     try:
         return (folder() / STAMP).read_text() == _CONTENT
     except OSError:
@@ -50,14 +50,14 @@ def complete() -> bool:
 
 
 def python() -> Path:
-    """The environment's interpreter. Raises BenchError where there is no complete environment."""
+    """The environment's interpreter. Raises BenchError if the environment is not complete."""
     if not complete():
         raise BenchError(f"not installed ({COMMAND})")
     return _python(folder())
 
 
 def make() -> None:
-    """Make the environment, unless it is complete. Whatever stops that (an error, Ctrl-C), no half-made one stays."""
+    """Make the environment, unless it is complete. After an error or Ctrl-C, removes what it has made."""
     where = folder()
     if complete():
         return
@@ -84,14 +84,14 @@ def _python(where: Path) -> Path:
 
 
 def _ours(where: Path) -> bool:
-    """Whether nothing is lost with the folder: it is not there, empty, or was made here."""
+    """Whether the folder may be removed: it does not exist, is empty, or was made here."""
     if not where.exists():
         return True
     return where.is_dir() and ((where / STAMP).exists() or not any(where.iterdir()))
 
 
 def _remove(where: Path) -> None:
-    """The stamp goes last, so that what an interruption leaves is still known as ours."""
+    """Remove the stamp last, so that the rest of an interrupted removal is still recognized."""
     if not where.exists():
         return
     for path in where.iterdir():
@@ -104,7 +104,7 @@ def _remove(where: Path) -> None:
 
 
 def _run(*command: str | Path) -> None:
-    """Run one step with its progress shown. Raises BenchError with the step's last words."""
+    """Run one step and show its progress. Raises BenchError with the end of the step's output."""
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(
@@ -128,7 +128,7 @@ def _run(*command: str | Path) -> None:
             failed = process.wait() != 0
         finally:
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # with whatever pip has started
+                os.killpg(process.pid, signal.SIGKILL)  # also ends the processes that pip has started
         if failed:
             log.seek(0)
             raise BenchError(_failure(command, [*said, *log.read().decode(errors="replace").strip().splitlines()]))

@@ -1,4 +1,4 @@
-"""The functions that are measured, on our side and on the peers'."""
+"""The functions that are measured, in flowml and in the peers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import flowml as fm
 
 PRODUCTS = 8
-"""Products in a row that make a step of a millisecond and more out of small matrices."""
+"""The number of consecutive products, so that a step on small matrices takes more than a millisecond."""
 
 
 def example(size: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def two_layers(x: Any) -> jax.Array:
 
 
 def carried(x: Any, length: int) -> jax.Array:
-    """float32[length] is made by one layer, and read by the next: placed apart, it crosses."""
+    """One layer makes float32[length] and the next reads it. On different devices, the array crosses between them."""
     with fm.layer("make"):
         y = jnp.arange(length, dtype=jnp.float32) * x
     with fm.layer("take"):
@@ -46,10 +46,10 @@ def carried(x: Any, length: int) -> jax.Array:
 
 
 def kept(x: Any, length: int) -> jax.Array:
-    """The same, for `make` and `take` on one device.
+    """The same, with `make` and `take` on one device.
 
-    Which element is read is known to `aside` alone, on another device: so they are two tasks, and the array exists
-    between them. As one task, XLA would compute the element that is asked for and never write the array.
+    The index of the element is computed by `aside` on another device, so `make` and `take` are two tasks and the array
+    exists between them. In one task, XLA would compute only the requested element and never write the array.
     """
     with fm.layer("aside"):
         where = _where(x)

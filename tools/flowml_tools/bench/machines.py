@@ -1,8 +1,8 @@
-"""The training machines alone: a whole run of many replicas through their events and actions, with nothing beside it.
+"""Measures the training state machines alone: their events and actions over a whole run of many replicas.
 
-No process, no thread, no array: a queue carries messages from machine to machine in the order of sending, and every
-step takes no time. What is measured is what the decisions themselves cost, in seconds of the processor. They must not
-grow faster than the number of messages, so that a simulator can have thousands of workers.
+There are no processes, threads or arrays. A queue passes messages between machines in the order of sending, and steps
+take no time. The measurement is the processor time of the decisions, in seconds. It must not grow faster than the
+number of messages, so that a simulator can have thousands of workers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def rows(repeats: int | None) -> list[Row]:
 
 
 class Run:
-    """A driver and a worker for each replica. All replicas share one store, at home with the first."""
+    """A driver and one worker per replica. All replicas share one store, whose home is the first worker."""
 
     def __init__(self, replicas: int, clocks: int, need: int) -> None:
         names = tuple(f"worker:{r}" for r in range(replicas))
@@ -60,7 +60,7 @@ class Run:
         self._handles = 0
 
     def go(self) -> int:
-        """Run to the end; how many events that took."""
+        """Run to the end. Returns the number of events."""
         events = 1
         self._carry_out_driver(self._driver.step(driver.Begin()))
         while self._queue:
@@ -89,7 +89,7 @@ class Run:
                 case driver.Fail():
                     raise BenchError(f"the run failed: {action.reason}")
                 case _:
-                    pass  # no data, no history
+                    pass  # there are no data and no history
 
     def _carry_out(self, me: str, wanted: list[actions.Action]) -> None:
         for action in wanted:
@@ -108,4 +108,4 @@ class Run:
                 case actions.Fail(_, error):
                     raise BenchError(f"{me} failed: {error}")
                 case _:
-                    pass  # no values
+                    pass  # there are no values

@@ -1,7 +1,8 @@
-"""What a worker holds beyond its arrays, beside a bare process that imported JAX and ran one jitted step.
+"""Measures a worker's memory without arrays against a process that imported JAX and ran one jitted step.
 
-Resident memory counts pages in full that forked workers share with each other; unique memory counts only their own.
-Which is fair depends on how many workers a machine has, so both are rows. Every repetition starts new processes.
+Resident memory counts in full the pages that forked workers share; unique memory counts only a worker's own pages.
+Which one is fair depends on the number of workers on a machine, so both have a row. Every repetition starts new
+processes.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ GOAL = Goal("at most", 1.1)
 
 
 class Held(NamedTuple):
-    """Bytes of a process at one moment."""
+    """The memory of a process at one moment, in bytes."""
 
     resident: float
     unique: float
 
 
 class Life(NamedTuple):
-    """Of one process: before and after its first step."""
+    """The memory of one process before and after its first step."""
 
     idle: Held
     stepped: Held
@@ -53,7 +54,7 @@ def _row(name: str, ours: list[float], bare: list[float]) -> Row:
 
 
 def _worker() -> Life:
-    """The first of two workers; only it runs the step."""
+    """The first of two workers. Only this worker runs the step."""
     import jax
 
     import flowml as fm
@@ -68,7 +69,7 @@ def _worker() -> Life:
 
 
 def _bare() -> Life:
-    """On the cores of a worker, so that XLA's thread pools are as large."""
+    """A bare process on the cores of a worker, so that XLA's thread pools have the same size."""
     from flowml_runtime.worker.machine import cores, share_cores
 
     with peer("bare", cores=share_cores(cores(), 2)[0]) as process:

@@ -1,4 +1,4 @@
-"""A peer's side of the talk with whoever measures: orders come on stdin, answers go to stdout, one line each."""
+"""Reads orders on stdin and writes answers to stdout, one line each, in a peer process."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def say(text: object) -> None:
 
 
 def keep_answers_apart() -> None:
-    """Whatever else is printed in this process goes to stderr, also by libraries in C++: gloo greets its peers."""
+    """Send all other output to stderr, also that of C++ libraries, because gloo prints a greeting."""
     sys.stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,8 +1,8 @@
-"""Other processes to compare with: started pinned to their cores, spoken to by lines, and gone when their block ends.
+"""Starts peer processes pinned to cores, exchanges lines with them, and ends them with their block.
 
-What they do is in `roles`, and for other frameworks in `foreign`. A peer reads its orders from stdin, so it ends with
-the process that measures, however that one ends; its own process group keeps a Ctrl-C at the terminal for the owner to
-handle.
+Their programs are in `roles`, and for other frameworks in `foreign`. A peer reads its orders from stdin, so it ends
+with the measuring process, even if that is killed. It has its own process group, so that a Ctrl-C at the terminal goes
+only to the measuring process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flowml_tools.bench import foreign_environment
 from flowml_tools.bench.rows import BenchError
 
 EDGE_BYTES = 64 * 2**20
-"""What the peers of `transport` send."""
+"""The size of the array that the peers of `transport` send."""
 
 ANSWER_TIMEOUT_S = 60.0
 FOREIGN = Path(__file__).with_name("foreign.py")
@@ -34,12 +34,12 @@ SEALED = (
     *("setpriv", "--pdeathsig", "KILL"),
     *("unshare", "--fork", "--kill-child", "--pid", "--mount", "--mount-proc", "--net", "--ipc"),
 )
-"""Starts a process whose children, network and file systems end with it, and which ends with the one that measures,
-however that one does: a framework that stands still would not see the end of its stdin."""
+"""Starts a process whose children, network and file systems end with it. It ends with the measuring process, even if
+that is killed, because a stopped framework would not see the end of its stdin."""
 
 
 class Process:
-    """A peer that runs."""
+    """A running peer."""
 
     def __init__(self, role: str, process: subprocess.Popen[str], log: IO[bytes]) -> None:
         self._role = role
@@ -48,26 +48,26 @@ class Process:
         self.pid = process.pid
 
     def read(self) -> str:
-        """The peer's next line. Raises BenchError if none comes in a minute, or the peer has ended."""
+        """The peer's next line. Raises BenchError if none arrives within a minute, or if the peer has ended."""
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], ANSWER_TIMEOUT_S)
         if not ready:
             raise BenchError(f"{self._role} did not answer within {ANSWER_TIMEOUT_S:g} s")
-        line = self._process.stdout.readline()  # a peer answers with one line at a time, so no second one is buffered
+        line = self._process.stdout.readline()  # a peer writes one line per answer, so no second line is buffered
         if not line:
             raise BenchError(f"{self._role} ended: {self._last_words()}")
         return line.strip()
 
     def ask(self, order: str) -> str:
-        """Give an order and wait for the answer."""
+        """Send an order and wait for the answer."""
         self.give(order)
         return self.read()
 
     def give(self, order: str) -> None:
-        """Give an order; `read` waits for the answer. Several peers that work together get theirs first."""
+        """Send an order; `read` waits for the answer. Peers that work together all get their orders first."""
         assert self._process.stdin is not None
         try:
-            # Past the file's buffer, which would try what failed once more on closing.
+            # Bypass the file's buffer, which would repeat a failed write when it is closed.
             os.write(self._process.stdin.fileno(), f"{order}\n".encode())
         except OSError:
             raise BenchError(f"{self._role} ended: {self._last_words()}") from None
@@ -79,16 +79,16 @@ class Process:
 
 
 class Framework:
-    """Another framework's processes, which stand still but for the time that they are asked.
+    """The processes of another framework. They are stopped except while they answer an order.
 
-    Its idle workers poll, and would do so on the cores of whoever else is being measured.
+    Its idle workers poll, and would take time from the cores on which others are measured.
     """
 
     def __init__(self, process: Process) -> None:
         self._process = process
 
     def ask(self, order: str) -> str:
-        """Give an order twice and return the second answer: what has stood still is slow at first."""
+        """Send an order twice and return the second answer, because a process is slow after it was stopped."""
         self.go_on()
         try:
             self._process.ask(order)
@@ -113,7 +113,7 @@ class Framework:
 def peer(
     role: str, *arguments: str, cores: Sequence[int], pass_fds: Sequence[int] = (), grace_s: float = 0.0
 ) -> Generator[Process]:
-    """A process in this role, on these cores. One that starts others itself needs `grace_s` to end them."""
+    """A process in this role on these cores. A process that starts others gets `grace_s` to end them."""
     command = [sys.executable, "-m", "flowml_tools.bench.roles", role, listed(cores), *arguments]
     with _started(role, command, pass_fds, grace_s) as process:
         yield process
@@ -121,9 +121,9 @@ def peer(
 
 @contextmanager
 def foreign(role: str, *arguments: str, cores: Sequence[int]) -> Generator[Framework]:
-    """The same of another framework, in its environment and sealed off; once it is ready.
+    """A process of another framework, in its environment and in separate namespaces. It is ready when this returns.
 
-    Raises BenchError where there is no environment, or the system does not let its user make namespaces.
+    Raises BenchError if there is no environment, or if the system does not let its user make namespaces.
     """
     python = foreign_environment.python()
     for program in ("setpriv", "unshare"):
@@ -144,7 +144,7 @@ def foreign(role: str, *arguments: str, cores: Sequence[int]) -> Generator[Frame
 def framework(
     stack: ExitStack, role: str, name: str, nbytes: int, shares: Sequence[Sequence[int]]
 ) -> tuple[Framework | None, str]:
-    """A framework with two workers on these shares of the cores, or None; and its `name`, or why there is none."""
+    """A framework with two workers on these shares of the cores and its `name`, or None and the reason."""
     every = sorted(os.sched_getaffinity(0))
     workers = [listed(own) for own in shares]
     try:
@@ -154,7 +154,7 @@ def framework(
 
 
 def listed(cores: Sequence[int]) -> str:
-    """Cores as an argument of a role."""
+    """The cores as an argument of a role."""
     return ",".join(map(str, cores))
 
 

@@ -1,16 +1,16 @@
-"""How close a pipeline of two stages comes to what its schedule allows.
+"""Measures a pipeline of two stages against the bound of its schedule.
 
-With M microbatches and P stages of equal length, every stage is idle for P - 1 of M + P - 1 turns: a pipeline that is
-perfect otherwise is busy for M / (M + P - 1) of a step. What it is compared with follows from measured stages:
+With M microbatches and P stages of equal length, every stage is idle for P - 1 of M + P - 1 turns. So a pipeline
+without other losses is busy for M / (M + P - 1) of a step. The bound is computed from measured stages:
 
     bound = (longest stage) x (M + P - 1) / M + (longest update)
 
-A stage's time is that of all its tasks of one step (forward, backward and sums of 8 microbatches, in the order of the
-1F1B schedule), run in a process of its own, pinned to a core, one stage at a time, the arrays of the other stage being
-there already; its update is that of the stores that live with it, which come when all gradients are there. The
+A stage's time is that of all its tasks in one step (forward, backward and sums of 8 microbatches, in the order of the
+1F1B schedule). It is measured for one stage at a time, in a separate process pinned to a core, which already has the
+arrays of the other stage. The update is that of the stores on the stage's device, after all gradients are there. The
 pipeline is a fit of `fm.Trainer(placement=fm.Pipeline(stages=2), microbatches=8, schedule="1f1b")` on two one-core
-workers, with the same plan. It may take 1/0.95 of the bound. Stages that are not equally long count as if all were as
-long as the longest, which is what limits the schedule; how the model is cut is not measured here.
+workers, with the same plan. It may take 1/0.95 of the bound. If stages differ in length, all count like the longest,
+because that one limits the schedule. How the model is cut is not measured here.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def _bound(stages: list[Process]) -> float:
 
 
 def stage_seconds(answer: str) -> tuple[float, float]:
-    """(the tasks of a step, the update) as a `stage` peer tells them."""
+    """(tasks of a step, update) in seconds, from the answer of a `stage` peer."""
     work, update = map(float, answer.split())
     return work, update
 
 
 def bound(stages: list[tuple[float, float]]) -> float:
-    """The least seconds of a step with stages of these (work, update)."""
+    """The least seconds of a step with stages of these (tasks, update) seconds."""
     turns = (MICROBATCHES + len(stages) - 1) / MICROBATCHES
     return max(work for work, _ in stages) * turns + max(update for _, update in stages)

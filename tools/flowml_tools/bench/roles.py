@@ -1,7 +1,7 @@
-"""What the peers' processes do: `python -m flowml_tools.bench.roles ROLE CORES …`, started by `peers.peer`.
+"""The programs of peer processes: `python -m flowml_tools.bench.roles ROLE CORES …`, which `peers.peer` starts.
 
-Each is the plainest program for its task. Orders come on stdin, answers go to stdout, one line each; a role ends with
-its stdin or with the sockets that it was given.
+Each is the simplest program for its task. Orders arrive on stdin and answers go to stdout, one line each. A role ends
+when stdin or the sockets that it was given are closed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def _ring(incoming: str, outgoing: str) -> None:
-    """Hand on what comes in: one node of a ring of sockets that were inherited."""
+    """Forward everything: one node of a ring of inherited sockets."""
     receive, send = socket.socket(fileno=int(incoming)), socket.socket(fileno=int(outgoing))
     with receive, send:
         while data := receive.recv(65536):
@@ -36,7 +36,7 @@ def _ring(incoming: str, outgoing: str) -> None:
 
 
 def _task_ring(incoming: str, outgoing: str) -> None:
-    """The same with a jitted task of one element in between: the least that a worker in Python has to do."""
+    """The same with a jitted task of one element in between, which is the least that a worker in Python has to do."""
     import jax
     import numpy as np
 
@@ -88,7 +88,7 @@ def _transfer_server() -> Any:
 
 
 def _transfer_source() -> None:
-    """Offer the array under each number that is asked for. Offering copies nothing and is not timed."""
+    """Offer the array under each requested number. Offering copies nothing and is not timed."""
     import jax
     import numpy as np
 
@@ -117,7 +117,7 @@ def _transfer_target(address: str) -> None:
 
 
 def _bare() -> None:
-    """A process that imports JAX and then, when told to, runs one jitted step."""
+    """A process that imports JAX and, on an order, runs one jitted step."""
     import jax
 
     from flowml_tools.bench.functions import example, several_products

@@ -1,7 +1,7 @@
-"""What a benchmark finds: rows that set our samples beside a peer's, and the arithmetic of ratios and goals.
+"""The results of a benchmark: rows that compare our sample with a peer's, and the arithmetic of ratios and goals.
 
-Times are in seconds, rates in bytes/s, memory in bytes; the unit of a row says which. A goal bounds either the ratio of
-the medians or their difference. A row whose peer could not be measured has no ratio, and its goal is neither met nor
+Times are in seconds, rates in bytes/s, memory in bytes; a row states its unit. A goal bounds either the ratio of the
+medians or their difference. A row whose peer could not be measured has no ratio, and its goal is neither met nor
 missed.
 """
 
@@ -18,7 +18,7 @@ Unit = Literal["s", "bytes/s", "bytes"]
 
 
 class BenchError(FlowmlError):
-    """A measurement came to nothing; says why."""
+    """A measurement failed. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Peer:
-    """What we are compared with. Without a sample it was not measured, and `name` says why."""
+    """The other side of a comparison. Without a sample it was not measured, and `name` says why."""
 
     name: str
     sample: Sample | None = None
@@ -63,7 +63,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on ours / peer, or on ours - peer or on ours alone in the unit of the row."""
+    """A bound on ours / peer, on ours - peer, or on ours alone. The last two are in the unit of the row."""
 
     sense: Literal["at most", "at least"]
     limit: float
@@ -88,17 +88,17 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Our median over the peer's."""
+        """Our median divided by the peer's."""
         return self.ours.median / self.peer.sample.median if self.peer.sample else None
 
     @property
     def difference(self) -> float | None:
-        """Our median less the peer's, in the unit of the row."""
+        """Our median minus the peer's, in the unit of the row."""
         return self.ours.median - self.peer.sample.median if self.peer.sample else None
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None without a goal, or without the measured peer that it needs."""
+        """Whether the goal is met. None if there is no goal, or if it needs a peer that was not measured."""
         if self.goal is None:
             return None
         found = {"ratio": self.ratio, "difference": self.difference, "value": self.ours.median}

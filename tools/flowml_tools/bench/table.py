@@ -1,4 +1,4 @@
-"""Rows as text: one table a benchmark, `median ± interquartile range`, and MISSED where a goal is."""
+"""Formats rows as text: one table per benchmark, `median ± interquartile range`, and MISSED for a missed goal."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _scale(value: float, unit: Unit) -> tuple[float, str]:
 
 
 def _number(value: float, digits: int = 3) -> str:
-    """So many significant digits where there are decimals; never an exponent."""
+    """A number with `digits` significant digits if it has decimals, and never with an exponent."""
     if value == 0:
         return "0"
     decimals = max(0, digits - 1 - math.floor(math.log10(value)))

@@ -1,8 +1,8 @@
-"""How measurements are made: warmed up, in turn with the peer's, and many calls a measurement where a call is short.
+"""Makes measurements: warmed up, alternating with the peer, and with many calls per measurement if a call is short.
 
-Both sides alternate one by one, so that a machine that drifts (other tenants, heat) drifts for both. The order turns
-around every round (ours, peer, peer, ours, …): whatever comes first is measured up to 5 % slower, even jit beside jit.
-A *probe* makes one measurement; how, is its own affair: many of them run in other processes.
+Both sides alternate, so that slow changes of the machine (other tenants, heat) affect both. The order is reversed every
+round (ours, peer, peer, ours, …), because the first in a round is measured up to 5 % slower, even jit beside jit.
+A *probe* makes one measurement in any way it chooses; many of them measure in other processes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROGRESS_EVERY_S = 1.0
 
 
 def per_call(work: Callable[[], object], calls: int) -> Probe:
-    """A probe for the time of one call in s, as the mean of `calls` in a row: a clock is too coarse for one."""
+    """A probe for the time of one call in s: the mean of `calls` in a row, because clocks are too coarse for one."""
 
     def probe() -> float:
         start = time.perf_counter()
@@ -31,7 +31,7 @@ def per_call(work: Callable[[], object], calls: int) -> Probe:
 
 
 def interleave(what: str, probes: Sequence[Probe], repeats: int, warm_up: int = 2) -> list[Sample]:
-    """One sample a probe, of `repeats` rounds through all of them after `warm_up` rounds that do not count."""
+    """One sample per probe: `repeats` rounds through all probes, after `warm_up` rounds that do not count."""
     taken: list[list[float]] = [[] for _ in probes]
     turns = list(zip(probes, taken, strict=True))
     said = time.monotonic()
@@ -45,7 +45,7 @@ def interleave(what: str, probes: Sequence[Probe], repeats: int, warm_up: int = 
 
 
 def tell(progress: str) -> None:
-    """Progress, for a person who waits; a terminal shows only the latest."""
+    """Show progress on stderr. A terminal shows only the latest line."""
     if on_terminal():
         print(f"\r\033[K{progress}", end="", file=sys.stderr, flush=True)
     else:
@@ -53,6 +53,6 @@ def tell(progress: str) -> None:
 
 
 def hush() -> None:
-    """Take the progress off the terminal, before a result is printed."""
+    """Erase the progress from the terminal before a result is printed."""
     if on_terminal():
         print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A data parallel training step of a transformer: two one-core workers, beside JAX's own ways to use the same cores.
+"""Measures a data parallel training step of a transformer on two one-core workers against JAX on the same cores.
 
 All three train `transformer` with Adam on global batches of 16 texts of 128 bytes:
 
@@ -6,12 +6,12 @@ All three train `transformer` with Adam on global batches of 16 texts of 128 byt
 * JAX + gloo: two processes on the same cores, one mesh, the batch sharded, gradients summed by XLA over gloo;
 * one process: `jax.jit` with XLA's threads on all cores and the whole batch.
 
-Two more rows compare our own topologies, an all-reduce with a parameter server: for this model, whose time goes into
-products, and for eight small layers, whose time goes into messages.
+Two more rows compare two of our topologies, all-reduce and parameter server: for this model, which spends its time on
+products, and for eight small layers, which spend it on messages.
 
-A measurement begins anew at the same parameters, and its first step is not timed. So the last losses of all three must
-agree in every round, or they did not compute the same thing. Who does not measure waits for its next order. The last
-row is a goal of throughput: with equal global batches 1.1 times as much is 1/1.1 of the time.
+Every measurement starts from the same parameters, and its first step is not timed. So the last losses of all three must
+agree in every round; otherwise they did not compute the same thing. The processes that are not measured wait for their
+next order. The last row is a throughput goal: with equal global batches, 1.1 times the rate is 1/1.1 of the time.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 SUMMARY = "a data parallel training step on two workers; against JAX + gloo, one jit process on all cores"
 REPEATS = 7
 STEPS = 3
-"""Timed steps of a measurement, of about a second each."""
+"""The number of timed steps in a measurement. A step takes about a second."""
 
 SMALL_STEPS = 50
-"""The same of steps of milliseconds."""
+"""The same for the model whose steps take milliseconds."""
 
 LOSS_TOLERANCE = 2e-3
-"""Relative. Sums over two halves of a batch round otherwise than over the whole, and Adam divides by small numbers."""
+"""Relative. A sum over two halves of a batch rounds differently from one over all. Adam divides by small numbers."""
 
 
 class Losses:
-    """The loss of each way after the same steps; raises BenchError as soon as two differ."""
+    """The loss of each side after the same steps. Raises BenchError as soon as two differ."""
 
     def __init__(self) -> None:
         self._first: tuple[str, float] | None = None

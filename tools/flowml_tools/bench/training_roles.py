@@ -1,7 +1,7 @@
-"""What the peers of `training` and `pipeline` do; see `roles`, which starts them.
+"""The programs of the peers of `training` and `pipeline`; `roles` starts them.
 
-`train` is data parallel training as JAX has it: one process is `jax.jit`, several are one mesh with a device of each,
-the batch sharded over it and XLA's collectives over gloo. `stage` runs one stage of a flowml plan without the others.
+`train` is data parallel training in plain JAX: one process uses `jax.jit`; several form one mesh with one device of
+each process, the batch sharded over it, and XLA's collectives over gloo. `stage` runs one stage of a flowml plan alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def train(rank: str, processes: str, coordinator: str) -> None:
-    """Answers an order of n steps with the seconds of one and the last loss; all begin anew, after one untimed step."""
+    """Answer an order of n steps with the seconds of one and the last loss. Every order starts from the same parameters
+    and takes one untimed step first."""
     import jax
 
     if int(processes) > 1:
@@ -59,9 +60,9 @@ def train(rank: str, processes: str, coordinator: str) -> None:
 
 
 def stage(path: str, number: str) -> None:
-    """Runs the tasks of one stage of the plan saved at `path`; answers with the seconds of a step, and of its applies.
+    """Run the tasks of one stage of the plan saved at `path`; answer with the seconds of a step, and of its applies.
 
-    The program is walked as a worker walks it, but what other stages would send is here already, and nothing is sent.
+    The program is executed like in a worker, but the inputs from other stages are there already, and nothing is sent.
     """
     import jax
 
@@ -83,7 +84,7 @@ def stage(path: str, number: str) -> None:
 
 
 def _walk(loaded: LoadedProgram) -> Callable[[], None]:
-    """One step of a program: its tasks in their order, on arrays of its shapes that stand for what it is sent."""
+    """One step of a program: its tasks in their order, with example arrays in place of received ones."""
     from flowml.plan import Fetch, Free, Push, Run, Send
 
     code, given = loaded.program.instructions, _given(loaded)
@@ -97,7 +98,7 @@ def _walk(loaded: LoadedProgram) -> Callable[[], None]:
                     buffers.update(zip(outputs, results, strict=True))
                 case Send() | Push() | Fetch():
                     for buffer in instruction.buffers:
-                        np.asarray(buffers[buffer])  # a worker waits here too: only what is computed can be sent
+                        np.asarray(buffers[buffer])  # a worker waits here too, because it sends computed values
                 case Free():
                     for buffer in instruction.buffers:
                         del buffers[buffer]
@@ -108,7 +109,7 @@ def _walk(loaded: LoadedProgram) -> Callable[[], None]:
 
 
 def _given(loaded: LoadedProgram) -> dict[int, np.ndarray]:
-    """Buffer -> what a Feed, Read or Recv of the program would bring."""
+    """Buffer -> an example of the array that a Feed, Read or Recv of the program would bring."""
     from flowml.plan import ArraySpec, Feed, Read, Recv
 
     plan = loaded.plan
@@ -140,7 +141,7 @@ def _applies(loaded: LoadedProgram) -> Callable[[], None]:
 
 
 def _example(spec: ArraySpec) -> np.ndarray:
-    """Numbers as usual as activations and gradients are, and aligned, as what a worker receives is."""
+    """Ordinary numbers, like activations and gradients, in aligned memory, like the arrays that a worker receives."""
     from flowml_runtime.execution.programs import aligned_copy, buffer_struct
 
     struct = buffer_struct(spec)

@@ -1,7 +1,7 @@
 """The model that `training` and `pipeline` train: a small transformer over bytes, in plain JAX and optax.
 
-Ours and the peers' run this same step on the same batches of the same text, the source of Python's standard library,
-from the same parameters: so their losses must agree, and what differs in time is what runs them.
+flowml and the peers run the same step on the same batches of the same text (the source of Python's standard library)
+from the same parameters. So their losses must agree, and differences in time come from the systems that run the step.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Params = dict[str, dict[str, Any]]
 BLOCKS, WIDTH, HEADS, TOKENS = 8, 256, 8, 128
 VOCABULARY = 256
 BATCH = 16
-"""Texts of a global batch."""
+"""The number of texts in a global batch."""
 
 TEXTS = 32 * BATCH
 LEARNING_RATE = 1e-3
 
 LAYERS, SIDE = 8, 128
-"""Of the other model, in which every layer is small."""
+"""The size of the other model, in which every layer is small."""
 
 
 def optimizer() -> optax.GradientTransformation:
@@ -51,7 +51,7 @@ def batch(number: int) -> np.ndarray:
 
 
 def init_params(blocks: int = BLOCKS) -> Params:
-    """Always the same: embed, block0 and so on, head."""
+    """The initial parameters, which are always the same: embed, block0 and so on, head."""
     rng = np.random.default_rng(0)
 
     def matrix(rows: int, columns: int) -> np.ndarray:
@@ -86,14 +86,14 @@ def layers_optimizer() -> optax.GradientTransformation:
 
 
 def layers_loss(params: Params, x: Any) -> jax.Array:
-    """Mean square of what is left of `x` after all layers."""
+    """The mean square of the output of all layers for `x`."""
     for layer in params.values():
         x = jnp.tanh(x @ layer["w"])
     return jnp.mean(x**2)
 
 
 def loss(params: Params, text: Any) -> jax.Array:
-    """Mean cross entropy, in nats, of each byte after those before it. `text`: uint8[n, TOKENS + 1]."""
+    """The mean cross entropy in nats per byte, given the bytes before it. `text`: uint8[n, TOKENS + 1]."""
     codes = jnp.asarray(text, jnp.int32)
     x = params["embed"]["byte"][codes[:, :-1]] + params["embed"]["place"]
     for i in range(len(params) - 2):
@@ -103,7 +103,7 @@ def loss(params: Params, text: Any) -> jax.Array:
 
 
 def _block(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Causal attention, then a feed-forward layer, each added to what came in."""
+    """Causal attention, then a feed-forward layer, each added to its input."""
     n, length, width = x.shape
     qkv = (_normalise(x) @ params["qkv"]).reshape(n, length, 3, HEADS, width // HEADS)
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]

@@ -1,7 +1,7 @@
-"""The rate of a 64 MiB edge between two workers of one machine, and the time of 64 MiB all the way through both.
+"""Measures the rate of a 64 MiB edge between two workers of one machine, and the time of 64 MiB through both workers.
 
-An edge cannot be timed from outside alone: we time a program whose 64 MiB cross, and the same program with the
-array kept on one worker, and take the difference, ours and TensorFlow's. Feeds and fetches are scalars.
+An edge cannot be timed directly. So a program whose 64 MiB cross is timed, and the same program with the array kept on
+one worker; the edge is the difference. TensorFlow is measured in the same way. Feeds and fetches are scalars.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flowml_tools.bench.timing import Probe, interleave, per_call, tell
 SUMMARY = "64 MiB between two workers; against memcpy, raw TCP, jax.experimental.transfer, TensorFlow, Ray"
 REPEATS = 15
 WARM_UP = 4
-"""First steps touch fresh memory, which costs more than the copies do."""
+"""The first steps touch new memory, which takes longer than the copies."""
 
 CARRIED = {"make": "worker:0", "take": "worker:1"}
 KEPT = {"aside": "worker:1", "make": "worker:0", "take": "worker:0"}
@@ -86,7 +86,7 @@ def _chain(repeats: int) -> list[Row]:
 
 
 def edge(crossing: Sample, staying: Sample) -> Sample:
-    """Rates in bytes/s: what each crossing step took longer than the median of those that stay."""
+    """Rates in bytes/s, from the time of each crossing step minus the median time of the steps without crossing."""
     longer = [seconds - staying.median for seconds in crossing.values]
     if min(longer) <= 0:
         raise BenchError("the edge cannot be told from noise; measure on a quieter machine, or with more --repeats")
@@ -94,7 +94,7 @@ def edge(crossing: Sample, staying: Sample) -> Sample:
 
 
 def _differing(name: str, crossing: Sample, staying: Sample) -> Peer:
-    """A peer whose edge is such a difference. Noise there takes away its figure, not ours."""
+    """A peer whose edge is also such a difference. If its noise is too large, only its own figure is missing."""
     try:
         return Peer(name, edge(crossing, staying))
     except BenchError as error:
@@ -120,7 +120,7 @@ def _tcp(stack: ExitStack, shares: Sequence[Sequence[int]]) -> Probe:
 
 
 def _transfer(stack: ExitStack, shares: Sequence[Sequence[int]]) -> tuple[Probe | None, str]:
-    """A probe for JAX's own transfers between processes, or None where they do not work; its name, or why not."""
+    """A probe for JAX's transfers between processes and its name, or None and the reason if they do not work."""
     name = "jax.experimental.transfer"
     try:
         source = stack.enter_context(peer("transfer-source", cores=shares[0]))

@@ -1,7 +1,7 @@
-"""Part of `transport`: 64 MiB between two processes over gRPC, as between machines, with checksums and without.
+"""Measures 64 MiB between two processes over gRPC, as between machines, with and without checksums, for `transport`.
 
-Both sides run on one core each, as does the raw TCP stream that they are measured against: what counts is how much work
-is done for a byte, which is what limits a fast network too. A message is timed until the answer to it is back.
+Each side runs on one core, like the raw TCP stream of the comparison. This measures the work per byte, which also
+limits a fast network. A message is timed until its answer has arrived.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from flowml_tools.bench.timing import Probe, interleave, tell
 
 REPEATS = 31
 WARM_UP = 4
-"""First messages touch fresh memory, which costs more than the copies do."""
+"""The first messages touch new memory, which takes longer than the copies."""
 
 
 def rows(repeats: int | None) -> list[Row]:

@@ -1,4 +1,4 @@
-"""What the processes of `transport`'s gRPC rows do; see `roles`: two endpoints joined on loopback, or gRPC alone."""
+"""The programs of the processes in `transport`'s gRPC rows: two endpoints on loopback, or gRPC alone; see `roles`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKEN = "between two processes of a benchmark"
 
 
 def target(checksum: str) -> None:
-    """Say where we are, learn where the source is, and answer each of its messages when all of it is here."""
+    """Print the own address, read that of the source, and answer each of its messages when it is complete."""
     from flowml_runtime import wire
     from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 
@@ -31,7 +31,7 @@ def target(checksum: str) -> None:
 
 
 def source(checksum: str, address: str) -> None:
-    """Say where we are, and then how long an array of 64 MiB and the answer to it took, in s."""
+    """Print the own address, and for each order the time of an array of 64 MiB and its answer, in s."""
     import numpy as np
 
     from flowml.plan import ArraySpec
@@ -60,7 +60,7 @@ UNBOUNDED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_le
 
 
 def bare_target() -> None:
-    """Take pieces into one buffer, and answer when it is full: what gRPC for Python does by itself."""
+    """Copy pieces into one buffer, and answer when it is full. This is gRPC for Python without flowml."""
     import grpc
 
     buffer = memoryview(bytearray(EDGE_BYTES))
@@ -88,7 +88,7 @@ def bare_target() -> None:
 
 
 def bare_source(port: str) -> None:
-    """Send the pieces of one array for each order, and say how long they and the answer took, in s."""
+    """For each order, send one array in pieces, and print the time until the answer, in s."""
     import grpc
 
     keep_freed_memory()
