@@ -1,1 +1,1 @@
-"""The sans-IO machines: `step(event) -> list[action]`. No threads, clocks, sockets or arrays in here."""
+"""The sans-IO state machines: `step(event) -> list[action]`. They use no threads, clocks, sockets or arrays."""

@@ -1,26 +1,26 @@
-"""Collectives among ranks: who sends which chunk to whom, when, and what is added to what in which order.
+"""Plans and steps an all-reduce: which rank sends which chunk to which rank, and in which order chunks are added.
 
-A *schedule* says for each rank what its steps are. It is one sequential program for all ranks, in rounds: in each, a
-rank sends all that it has to before it takes anything. A rank sends without waiting and takes in the order of its list,
-so the first take of the program that has not happened always can happen, and no schedule deadlocks. Each rank makes its
-own part, from its place and the shape of the whole: nothing is computed for the others.
+A *schedule* lists the steps of each rank. It is one sequential program for all ranks, in rounds. In a round, a rank
+does all its sends before its takes. A rank sends without waiting and takes in the order of its list, so the first
+outstanding take of the program can always happen, and no schedule deadlocks. Each rank computes only its own steps,
+from its rank and the shape of the whole.
 
-What goes together under one index of a schedule is a *chunk*. A large bucket is cut into *pieces*, each cut into the
-schedule's chunks; pieces follow the schedule on their own, `window` of them at a time, so that one is copied while
-another is added and both stay in the caches.
+A *chunk* is the unit that one index of a schedule names. A large bucket is cut into *pieces*, and each piece into the
+schedule's chunks. Pieces follow the schedule independently, `window` at a time, so that one is copied while another is
+added, and both stay in the caches.
 
 Three families suffice:
 
-    hierarchical  each host's ranks own a shard each: the others of the host send it there, the owner adds them up;
-                  owners of a shard on different hosts reduce it around a ring; then every owner spreads its shard.
-                  On one host that is the *direct* form, one hop each way; one rank a host makes it the *ring*
-                  (Patarasuk & Yuan, 2009), 2 (N-1)/N of the bucket sent by each rank.
-    doubling      log2 N exchanges of the whole bucket with ranks 1, 2, 4, … away; ranks beyond the largest power of
-                  two hand in their values before and are handed the sum after (Rabenseifner, 2004)
-    tree          up to rank 0 and down again, `fanout` children a rank
+    hierarchical  each rank of a host owns a shard. The host's other ranks send it to the owner, which adds them up.
+                  Owners of a shard on different hosts reduce it around a ring. Then every owner sends its shard to the
+                  other ranks. On one host this is the *direct* form, with one hop each way. With one rank per host it
+                  is the *ring* (Patarasuk & Yuan, 2009), in which each rank sends 2 (N-1)/N of the bucket.
+    doubling      log2 N exchanges of the whole bucket with ranks 1, 2, 4, … away. Ranks beyond the largest power of
+                  two send their values before and get the sum after (Rabenseifner, 2004).
+    tree          up to rank 0 and down again, with `fanout` children per rank.
 
-Additions follow rank numbers and never arrival: what is added at one place is added in the order of ranks, and where a
-chunk goes next is fixed. So a sum repeats to the bit, and every rank holds the same bits.
+Additions follow rank numbers, never arrival. Each place adds in the order of ranks, and the path of a chunk is fixed.
+So a sum repeats to the bit, and every rank holds the same bits.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from flowml.policy import topology
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 
 PIECE_BYTES = 2**20
-"""Of one message. Measured from 512 KiB to 8 MiB: larger ones leave a core's own cache between their copies and their
-addition, smaller ones cost more in messages than that saves."""
+"""The size of a piece, which is one message. Measured from 512 KiB to 8 MiB: larger ones leave a core's own cache
+between their copy and their addition, and smaller ones cost more in messages than that saves."""
 
 WINDOW = 2
-"""Pieces under way at a time: one is worked on here while the other side has its turn with the next."""
+"""The number of pieces in progress: this side works on one while the other side works on the next."""
 
 MAX_PIECES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send what is held of `chunk`; `take` is the number of the peer's take that it is for."""
+    """Send the held value of `chunk` for the peer's take with the number `take`."""
 
     peer: int
     chunk: int
@@ -54,9 +54,9 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """Take `chunk` from each of `peers` (ascending), and add all to what is held, in rank order, or replace that.
+    """Take `chunk` from each of `peers` (ascending). Add them to the held value in rank order, or replace it.
 
-    `number` is the take's own on this rank: its round and chunk. `complete`: from here on the chunk is the sum over all
+    `number` identifies the take on this rank, by round and chunk. `complete`: afterwards the chunk is the sum over all
     ranks.
     """
 
@@ -72,7 +72,7 @@ Step = Send | Take
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one rank does in one round: (peer, chunk) of what it sends, then (chunk, peers) of what it takes."""
+    """The steps of one rank in one round: sends as (peer, chunk), then takes as (chunk, peers)."""
 
     sends: tuple[tuple[int, int], ...]
     takes: tuple[tuple[int, tuple[int, ...]], ...]
@@ -81,9 +81,9 @@ class Round:
 
 
 class Schedule:
-    """What each rank does, in order. The same for every bucket; `Layout` says which elements a chunk has.
+    """The steps of each rank, in order. They are the same for every bucket; `Layout` maps chunks to elements.
 
-    `rounds(rank)` are as many for every rank.
+    `rounds(rank)` has the same length for every rank.
     """
 
     def __init__(self, name: str, chunks: int, ranks: int, rounds: Callable[[int], Iterable[Round]]) -> None:
@@ -94,18 +94,18 @@ class Schedule:
         self._steps: dict[int, tuple[Step, ...]] = {}
 
     def steps(self, rank: int) -> tuple[Step, ...]:
-        """Those of one rank, made when they are first asked for."""
+        """The steps of one rank, computed on first use."""
         found = self._steps.get(rank)
         if found is None:
             found = self._steps[rank] = tuple(self._made(rank))
         return found
 
     def takes(self, rank: int) -> dict[int, Take]:
-        """Those of one rank by their numbers, in order."""
+        """The takes of one rank by number, in order."""
         return {step.number: step for step in self.steps(rank) if isinstance(step, Take)}
 
     def relays(self, rank: int) -> bool:
-        """Whether this rank sends anything that depends on what it has taken."""
+        """Whether this rank sends values that depend on values it has taken."""
         kinds = [type(step) for step in self.steps(rank)]
         return Take in kinds and Send in kinds[kinds.index(Take) :]
 
@@ -120,7 +120,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Layout:
-    """How `size` elements are cut into pieces, and each of them into chunks, as evenly as can be."""
+    """Cuts `size` elements into pieces, and each piece into chunks, of sizes as equal as possible."""
 
     size: int
     pieces: int
@@ -132,7 +132,7 @@ class Layout:
         return Layout(size, min(max(pieces, 1), MAX_PIECES), chunks)
 
     def span(self, piece: int, chunk: int) -> tuple[int, int]:
-        """The elements of a chunk: from, up to."""
+        """The elements of a chunk: (first, last + 1)."""
         first, end = piece * self.size // self.pieces, (piece + 1) * self.size // self.pieces
         length = end - first
         return first + chunk * length // self.chunks, first + (chunk + 1) * length // self.chunks
@@ -140,9 +140,9 @@ class Layout:
 
 @lru_cache(maxsize=256)
 def hierarchical(hosts: tuple[Hashable, ...], name: str = "hierarchical") -> Schedule:
-    """For ranks on `hosts` (one name a rank): add up inside each host, around the hosts, and spread inside each.
+    """Add up inside each host, then around the hosts, then distribute inside each host. `hosts[r]` is rank r's host.
 
-    Each host has as many shards as the host with the fewest ranks; its further ranks own none.
+    Each host has as many shards as the host with the fewest ranks; its other ranks own none.
     """
     members: dict[Hashable, list[int]] = {}
     places: list[int] = []
@@ -158,7 +158,7 @@ def hierarchical(hosts: tuple[Hashable, ...], name: str = "hierarchical") -> Sch
         ranks, owns = groups[here], mine < shards
         turns = range(
             1, len(ranks)
-        )  # each rank begins with the owner after itself, so that not all begin with the same
+        )  # each rank starts with the owner after itself, so that not all start with the same owner
         given = [(ranks[shard], shard * around + k) for shard in _after(mine, turns, shards) for k in range(around)]
         others = tuple(r for r in ranks if r != rank)
         own = [mine * around + k for k in range(around)] if owns and others else []
@@ -179,7 +179,7 @@ def hierarchical(hosts: tuple[Hashable, ...], name: str = "hierarchical") -> Sch
 
 
 def _after(mine: int, turns: range, shards: int) -> Iterable[int]:
-    """The shards that other ranks of a host own, in the order in which the rank at `mine` turns to them."""
+    """The shards that other ranks of a host own, in the order in which the rank at `mine` sends them."""
     size = len(turns) + 1
     return (shard for turn in turns if (shard := (mine + turn) % size) < shards)
 
@@ -215,7 +215,7 @@ def doubling(ranks: int) -> Schedule:
 
 @lru_cache(maxsize=256)
 def tree(ranks: int, fanout: int) -> Schedule:
-    """Up a heap-shaped tree to rank 0, each parent adding its children at once, and down again."""
+    """Up a heap-shaped tree to rank 0, where each parent adds all its children at once, and down again."""
     if fanout < 1:
         raise ValueError(f"a tree with fanout {fanout} has no children; give at least 1")
 
@@ -242,7 +242,7 @@ def tree(ranks: int, fanout: int) -> Schedule:
 
 
 def named(name: str, hosts: Sequence[Hashable], fanout: int = 0) -> Schedule:
-    """The schedule of that name for ranks on `hosts`, the machine of each rank. Raises ValueError if there is none."""
+    """The schedule with that name for ranks on `hosts`, the machine of each rank. Raises ValueError if unknown."""
     match name:
         case "doubling":
             return doubling(len(hosts))
@@ -268,12 +268,12 @@ def choose(nbytes: int, hosts: Sequence[Hashable]) -> Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """This rank's own values are there."""
+    """This rank's own values are available."""
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A chunk has come from `peer` for the `take`-th take of a piece; `handle` stands for its values."""
+    """A chunk has arrived from `peer` for the take `take` of a piece; `handle` stands for its values."""
 
     peer: int
     piece: int
@@ -283,12 +283,12 @@ class Received:
 
 Event = Started | Received
 
-# Actions. They are to be carried out in order; what a SendChunk sends must not change later.
+# Actions. They must be carried out in order, and the values that a SendChunk sends must not change later.
 
 
 @dataclass(frozen=True, slots=True)
 class SendChunk:
-    """Send what is held of a chunk: this rank's own values, or what the last Combine or Replace made of it."""
+    """Send the held value of a chunk: this rank's own values, or the result of the last Combine or Replace."""
 
     peer: int
     piece: int
@@ -298,7 +298,7 @@ class SendChunk:
 
 @dataclass(frozen=True, slots=True)
 class Combine:
-    """Add `before`, what is held, and `after`, in this order, and hold the result."""
+    """Add `before`, the held value, and `after`, in this order, and hold the result."""
 
     piece: int
     chunk: int
@@ -318,7 +318,7 @@ class Replace:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Every chunk that is held is the sum."""
+    """Every held chunk is the complete sum."""
 
 
 Action = SendChunk | Combine | Replace | Done
@@ -326,17 +326,17 @@ Action = SendChunk | Combine | Replace | Done
 
 @dataclass(slots=True)
 class _Progress:
-    """Of one piece: the next step, and how many takes lie before it."""
+    """The progress of one piece: the next step, and the number of takes before it."""
 
     step: int = 0
     taken: int = 0
 
 
 class AllReduce:
-    """One rank's part of one all-reduce. `bucket` is how errors call it. Not safe for threads.
+    """One rank's part of one all-reduce. Errors call it `bucket`. Not thread-safe.
 
-    Chunks may come before their turn: another rank can be as far ahead as `window` pieces beyond those this one
-    has begun, not more, since it needs ours for what lies between.
+    Chunks may arrive before their turn. Another rank can be at most `window` pieces ahead of the pieces that this one
+    has begun, because it needs this rank's chunks for the pieces between.
     """
 
     def __init__(self, schedule: Schedule, rank: int, pieces: int, bucket: str, window: int = WINDOW) -> None:
@@ -354,14 +354,14 @@ class AllReduce:
         self._finished = 0
         self._under_way: dict[int, _Progress] = {}
         self._early: dict[tuple[int, int], dict[int, Any]] = {}
-        """Chunks that wait for their turn, by (piece, take) and peer."""
+        """(piece, take) -> peer -> the handle of a chunk that waits for its turn."""
 
     @property
     def done(self) -> bool:
         return self._finished == self._pieces
 
     def step(self, event: Event) -> list[Action]:
-        """Take one event in. Raises ProtocolError, naming peer, bucket and step, for what cannot be."""
+        """Process one event. Raises ProtocolError, naming peer, bucket and step, if it breaks the protocol."""
         if isinstance(event, Received):
             self._accept(event)
             return self._advance(event.piece)
@@ -371,7 +371,7 @@ class AllReduce:
         return self._open()
 
     def waits_for(self) -> tuple[int, ...]:
-        """The ranks that hold this one up now."""
+        """The ranks that this one waits for now."""
         missing: set[int] = set()
         for piece, progress in self._under_way.items():
             take = self._order[progress.taken]
@@ -379,7 +379,7 @@ class AllReduce:
         return tuple(sorted(missing))
 
     def validate(self) -> None:
-        """Pieces are opened in order and as far as the window allows, and a piece stops only where it has to wait."""
+        """Check that pieces are opened in order and as the window allows, and that a piece stops only to wait."""
         ensure(0 <= self._finished <= self._opened <= self._pieces, "more pieces are opened or finished than there are")
         ensure(self._opened <= self._finished + self._window, "more pieces are under way than the window has room for")
         ensure(len(self._under_way) == self._opened - self._finished, "a piece is lost")
@@ -417,7 +417,7 @@ class AllReduce:
         waiting[event.peer] = event.handle
 
     def _open(self) -> list[Action]:
-        """Begin as many pieces as the window has room for."""
+        """Begin as many pieces as the window allows."""
         actions: list[Action] = []
         while self._opened < min(self._pieces, self._finished + self._window):
             piece = self._opened
@@ -435,7 +435,7 @@ class AllReduce:
         return actions if piece in self._under_way else actions + self._open()
 
     def _run(self, piece: int) -> list[Action]:
-        """Do the steps of a piece up to a take that has to wait."""
+        """Do the steps of a piece until a take has to wait."""
         actions: list[Action] = []
         progress = self._under_way[piece]
         while progress.step < len(self._steps):

@@ -1,4 +1,4 @@
-"""What a machine raises when it is told something that the protocol rules out."""
+"""The errors that a state machine raises for events that break the protocol."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from flowml.errors import FlowmlError
 
 
 class ProtocolError(FlowmlError):
-    """A machine was told something that the protocol rules out; always a fault of the program, not of the user."""
+    """An event breaks the protocol. This is always a fault of the program, not of the user."""
 
 
 class InvariantError(ProtocolError):
-    """What must always hold of a machine does not. Raised by `validate`."""
+    """An invariant of a machine does not hold. Raised by `validate`."""
 
 
 class EarlyLimitError(ProtocolError):
-    """Peers sent more for a run that has not begun here than a worker keeps."""
+    """Peers sent more for a run that has not begun here than a worker can keep."""
 
 
 def ensure(condition: object, what: str) -> None:
-    """An invariant of a machine. Raises InvariantError, also under `python -O`."""
+    """Raise InvariantError unless `condition` holds, also under `python -O`."""
     if not condition:
         raise InvariantError(f"a rule of the protocol does not hold: {what}; this is a fault of flowml")

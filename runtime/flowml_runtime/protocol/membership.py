@@ -1,19 +1,19 @@
-"""Who belongs to the cluster: admits peers, watches over them, and tells everybody when that changes.
+"""Keeps the membership of a cluster: it admits peers, monitors them, and tells all members of changes.
 
 Two kinds of peer join: workers, which offer devices, and observers (drivers), which offer none. Both are in
-`Members`, so that everyone has everyone's address. A name with an incarnation is one life of a peer: who
-joins again must bring a later incarnation, so that what an earlier life left under way is never taken for
-its successor's. A peer is lost by the first of: its process ended, its connection broke, it said so, or it
-was silent for `timeout_s`. Where the host can see that a silent peer's process is at work, and only starved of a core
-by what else the machine runs, silence is borne for `patience_s`.
+`Members`, so that every member has the address of every other. A name with an incarnation is one life of a peer. A peer
+that joins again must have a later incarnation, so that messages of an earlier life are never taken for those of its
+successor. A peer is lost when the first of these happens: its process ends, its connection breaks, it leaves, or it is
+silent for `timeout_s`. If the host can see that a silent peer's process is at work, and only lacks a core because the
+machine is busy, the peer may be silent for `patience_s`.
 
 Duties of the host:
 
 1. Pass on every Join, Heartbeat and Leave as `Received` from the peer that sent it, and do the actions in order.
-2. Tick several times per heartbeat. Time moves only with ticks.
-3. Report the end of a peer's connection once, and before anything from a later life of that peer.
-4. A peer joins under a passing name that is its alone, and takes the one that `Welcome` gives it.
-5. Answer `Look` with `Working`, or not at all: also where the process is another machine's.
+2. Tick several times per heartbeat. Time advances only with ticks.
+3. Report the end of a peer's connection once, and before any message from a later life of that peer.
+4. A peer joins under a unique temporary name, and then uses the name that `Welcome` gives it.
+5. Answer `Look` with `Working` if the process is at work. Do not answer otherwise, or if it is on another machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OBSERVER = re.compile(r"driver(-[0-9a-zA-Z]{1,64})?")
 
 @dataclass(frozen=True)
 class Received:
-    """A message of membership from `peer`, which is the name that its connection goes by."""
+    """A membership message from `peer`, which is the current name of its connection."""
 
     peer: str
     message: wire.Join | wire.Heartbeat | wire.Leave
@@ -49,7 +49,7 @@ class ConnectionLost:
 
 @dataclass(frozen=True)
 class ProcessExited:
-    """The process that ran `worker` is gone. Reported by whoever started it."""
+    """The process of `worker` has ended. Its parent reports this."""
 
     worker: str
     reason: str
@@ -57,7 +57,7 @@ class ProcessExited:
 
 @dataclass(frozen=True)
 class Working:
-    """The process that runs `worker` is at work: the answer to `Look`, if that is so."""
+    """The process of `worker` is at work. This is the answer to `Look`, if true."""
 
     worker: str
 
@@ -72,7 +72,7 @@ Event = Received | ConnectionLost | ProcessExited | Working | Tick
 
 @dataclass(frozen=True)
 class Know:
-    """From now on `peer` is reached at `address`."""
+    """Use `address` for `peer` from now on."""
 
     peer: str
     address: str
@@ -80,7 +80,7 @@ class Know:
 
 @dataclass(frozen=True)
 class Rename:
-    """The peer known as `peer` is called `name` from now on, and its connections with it."""
+    """Rename `peer` and its connections to `name`."""
 
     peer: str
     name: str
@@ -94,14 +94,14 @@ class Send:
 
 @dataclass(frozen=True)
 class Forget:
-    """Nothing more is sent to `peer` after what has been."""
+    """Send nothing more to `peer` after the messages before this action."""
 
     peer: str
 
 
 @dataclass(frozen=True)
 class Look:
-    """`worker` has been silent for a while: see whether its process is at work, if that can be seen from here."""
+    """`worker` has been silent for a while: check whether its process is at work, if this machine can tell."""
 
     worker: str
 
@@ -111,7 +111,7 @@ Action = Know | Rename | Send | Forget | Look
 
 @dataclass(frozen=True)
 class _Seat:
-    """A member, when it was last heard of, and when its process was last seen at work."""
+    """A member, the time of its last message, and the time when its process was last seen at work."""
 
     member: wire.Member
     heard_s: float
@@ -119,7 +119,7 @@ class _Seat:
 
 
 class Coordinator:
-    """The membership machine. Not safe for threads; the host guards it."""
+    """The membership machine. Not thread-safe; the host guards it."""
 
     def __init__(
         self,
@@ -141,14 +141,14 @@ class Coordinator:
         self._epoch = 0
         self._seats: dict[str, _Seat] = {}
         self._last_life: dict[str, int] = {}
-        """Worker -> its latest incarnation, kept beyond its loss. Observers never come back under their name."""
+        """Worker -> its latest incarnation, kept after its loss. Observers never return under the same name."""
 
     @property
     def members(self) -> tuple[wire.Member, ...]:
         return tuple(seat.member for seat in self._seats.values())
 
     def step(self, event: Event) -> list[Action]:
-        """Take one event in; returns what is to be done about it, in order."""
+        """Process one event. Returns the resulting actions, in order."""
         match event:
             case Tick(now_s):
                 return self._tick(now_s)
@@ -195,7 +195,7 @@ class Coordinator:
         slept = max(0.0, now_s - last - self._heartbeat_s)
         self._now_s = max(now_s, last)
         if slept:
-            # The coordinator itself was suspended: the heartbeats of that time still wait to be read.
+            # The coordinator itself was suspended, so the heartbeats of that time have not been read yet.
             for name, seat in self._seats.items():
                 self._seats[name] = replace(seat, heard_s=min(seat.heard_s + slept, self._now_s))
         overdue = {n: limit for n, s in self._seats.items() if (limit := self._overdue_s(s))}
@@ -203,7 +203,7 @@ class Coordinator:
         return [*lost, *(Look(n) for n, s in self._seats.items() if self._now() - s.heard_s > self._timeout_s / 2)]
 
     def _overdue_s(self, seat: _Seat) -> float:
-        """The silence that a member has gone beyond, if it has."""
+        """The limit of silence that a member has exceeded; 0 if none."""
         now = self._now()
         if now - seat.heard_s > self._patience_s:
             return self._patience_s
@@ -227,7 +227,7 @@ class Coordinator:
             return [Send(name, self._welcome(name)), Send(name, self._view({}))]
         objection = self._objection(name, join)
         if objection is not None:
-            # Who speaks under the name of a living member is not answered: the answer would go to that member.
+            # A peer that uses the name of a live member gets no answer, because the answer would go to that member.
             answer = Send(peer, wire.Refused(reason=objection))
             return [] if peer in self._seats else [Know(peer, join.address), answer, Forget(peer)]
         lost = {name: f"a new {name} took its place"} if name in self._seats else {}
@@ -246,7 +246,7 @@ class Coordinator:
         return seat is not None and (seat.member.address, seat.member.incarnation) == (join.address, join.incarnation)
 
     def _objection(self, name: str, join: wire.Join) -> str | None:
-        """Why this peer is not admitted, and what to do about it."""
+        """Why this peer is not admitted and how to fix that, or None."""
         if (join.version, join.protocol) != (self._version, self._protocol):
             return (
                 f"it runs flowml {join.version} (protocol {join.protocol}) and this cluster "
@@ -275,7 +275,7 @@ class Coordinator:
         return seat.member.incarnation if seat is not None else self._last_life.get(name, -1)
 
     def _free_name(self, incarnation: int) -> str:
-        """The first worker's name that nobody has, nor had in a later life."""
+        """The first worker name that no member has, and that no peer has had with a later incarnation."""
         numbers = range(len(self._seats) + len(self._last_life) + 1)
         names = (f"worker:{i}" for i in numbers)
         return next(n for n in names if n not in self._seats and self._latest_life(n) < incarnation)
@@ -297,7 +297,7 @@ class Coordinator:
 
 
 def _named(device: wire.DeviceInfo, worker: str) -> wire.DeviceInfo:
-    """The device under its full name; a worker that waits to be named offers "cpu:0" only."""
+    """The device with its full name. A worker without a name offers only "cpu:0"."""
     return wire.DeviceInfo(
         name=f"{worker}/{device.name.rpartition('/')[2]}",
         platform=device.platform,

@@ -1,17 +1,18 @@
-"""The table where a Recv meets the value that was pushed to it. A sender never waits for a receiver to ask.
+"""Matches each pushed value with the Recv that waits for it, in a table. A sender never waits for a receiver.
 
-A key is a tuple (stream, step, …). A stream is whatever takes its steps in order, such as one device of one
-plan; the rest of the key tells the values of a step apart. Under a key the table holds a value or the one
-who waits for it, and whoever comes second takes the other away:
+A key is a tuple (stream, step, …). A stream takes its steps in order, such as one device of one plan; the rest of the
+key distinguishes the values of a step. Under a key the table holds either a value or a waiter. The second one to arrive
+removes the first:
 
-* `put` returns the waiter it has met, or None and the value stays. The same key twice is an error.
-* `claim` returns the value it has met, or None and the waiter stays. Two waiters for a key are an error.
-* `cancel_step` gives a step up: it returns those who wait in it, and what comes for it later is dropped.
-* `advance` says that a stream takes no more from steps before the given one; the same holds for those.
-* `close` ends everything: it returns all who wait, and what comes later is dropped.
+* `put` returns the waiter if there is one; otherwise it returns None and keeps the value. A repeated key is an error.
+* `claim` returns the value if there is one; otherwise it returns None and keeps the waiter. Two waiters for a key are
+  an error.
+* `cancel_step` gives a step up: it returns the step's waiters, and later values for the step are dropped.
+* `advance` says that a stream takes no more values of steps before the given one, and treats them like `cancel_step`.
+* `close` ends everything: it returns all waiters, and later values are dropped.
 
-The number of values that wait is bounded; one more is an error, because a sender that far ahead has not
-been held back where it should have been.
+The number of stored values is bounded. One more is an error, because flow control should have stopped a sender that is
+so far ahead.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ V = TypeVar("V")
 W = TypeVar("W")
 
 Key = tuple[Any, ...]
-"""(stream, step, …): the stream hashable, the step an int."""
+"""(stream, step, …). The stream is hashable, the step an int."""
 
 
 class Cancelled(Exception):
-    """The step that was asked for has been given up, or is over."""
+    """The requested step has been given up, or is over."""
 
 
 class Rendezvous(Generic[V, W]):
-    """Values of type V, waiters of type W. Not safe for threads; the host guards it."""
+    """The table, for values of type V and waiters of type W. Not thread-safe; the host guards it."""
 
     def __init__(self, capacity: int = 65536) -> None:
         self._capacity = capacity
@@ -43,10 +44,10 @@ class Rendezvous(Generic[V, W]):
         self._cancelled: dict[Hashable, set[int]] = {}
         self._closed = False
         self.dropped = 0
-        """Values that came for a step that was given up or over."""
+        """The number of values that arrived for a step that was given up or over."""
 
     def __len__(self) -> int:
-        """Values that wait to be taken."""
+        """The number of values that wait to be taken."""
         return len(self._values)
 
     def put(self, key: Key, value: V) -> W | None:
@@ -63,7 +64,7 @@ class Rendezvous(Generic[V, W]):
         return None
 
     def claim(self, key: Key, waiter: W) -> V | None:
-        """Raises Cancelled if no value will ever come."""
+        """Take a value, or register a waiter. Raises Cancelled if the value can never arrive."""
         if self.is_over(key[0], key[1]):
             raise Cancelled(key)
         if key in self._values:
@@ -107,7 +108,7 @@ class Rendezvous(Generic[V, W]):
         return tuple(self._waiters.pop(k) for k in gone)
 
     def validate(self) -> None:
-        """A key holds a value or a waiter, never both; nothing of a step that is over is kept; counts are bounded."""
+        """Check that a key has a value or a waiter but not both, that ended steps keep nothing, and all bounds."""
         ensure(not set(self._values) & set(self._waiters), "a value and a waiter have not met")
         over = any(self.is_over(k[0], k[1]) for k in [*self._values, *self._waiters])
         ensure(not over, "something is kept for a step that is over")

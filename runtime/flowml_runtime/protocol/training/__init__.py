@@ -1,1 +1,1 @@
-"""The sans-IO machines of training: what replicas, homes, the leader and the ledger decide."""
+"""The sans-IO state machines of training: the decisions of replicas, homes, the leader and the ledger."""

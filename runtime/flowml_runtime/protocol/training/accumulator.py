@@ -1,14 +1,13 @@
-"""Where gradients wait between pushes: the sum that one part of a store gathers over several steps.
+"""Gathers gradients between pushes: the sum over several steps for one part of a store.
 
-A step's gradient is only tried at first, because its fate may not be known yet. The replica's machine says
-for each clock, in order, whether it counts (`adopt`) or not (`discard`):
+A step's gradient is kept separately at first, because it may not be known yet whether the step counts. The replica's
+machine says for each clock, in order, whether it counts (`adopt`) or not (`discard`):
 
-* A step that does not push leaves its gradient; adopted it joins the sum, discarded it is forgotten.
-* A step that pushes takes the sum and its own gradient along. Adopted, they have arrived. Discarded, the
-  push was late: the step's own gradient is lost with it, and the sum from before goes with the next push.
+* A step that does not push leaves its gradient here. If adopted, it joins the sum. If discarded, it is dropped.
+* A step that pushes takes the sum and its own gradient. If adopted, both have arrived. If discarded, the push
+  was late: the step's own gradient is lost, and the earlier sum goes with the next push.
 
-Values are opaque: `add` returns the sum of two and must leave both intact, because one may have to be
-taken back.
+Values are opaque. `add` returns the sum of two and must not change either, because one may have to be restored.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class Sum(Generic[V]):
-    """A sum of gradients, and of how many steps."""
+    """A sum of gradients and the number of steps in it."""
 
     value: V
     steps: int
@@ -46,7 +45,7 @@ class Accumulator(Generic[V]):
 
     @property
     def steps(self) -> int:
-        """Steps whose gradients wait for a push."""
+        """The number of steps whose gradients wait for a push."""
         return self._sum.steps if self._sum else 0
 
     def gather(self, clock: int, value: V) -> None:
@@ -54,20 +53,20 @@ class Accumulator(Generic[V]):
         self._try(clock, _Tried(own=Sum(value, 1), kept=None))
 
     def push(self, clock: int, value: V) -> Sum[V]:
-        """What a step that pushes sends: its gradient and all that was gathered."""
+        """The sum that a pushing step sends: its gradient and all gathered ones."""
         self._try(clock, _Tried(own=None, kept=self._sum))
         total = self._join(self._sum, Sum(value, 1))
         self._sum = None
         return total
 
     def adopt(self, clock: int) -> None:
-        """The step counts. Without effect if it left nothing here."""
+        """The step counts. No effect if it left nothing here."""
         tried = self._tried.pop(clock, None)
         if tried is not None and tried.own is not None:
             self._sum = self._join(self._sum, tried.own)
 
     def discard(self, clock: int) -> None:
-        """The step does not count. Without effect if it left nothing here."""
+        """The step does not count. No effect if it left nothing here."""
         tried = self._tried.pop(clock, None)
         if tried is not None and tried.kept is not None:
             self._sum = tried.kept if self._sum is None else self._join(tried.kept, self._sum)

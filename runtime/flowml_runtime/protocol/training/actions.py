@@ -1,6 +1,6 @@
-"""What a worker's machine is told, and what it wants done: the events and actions of `TrainingWorker`.
+"""The events and actions of a worker's state machine, `TrainingWorker`.
 
-The host of a worker and the simulator carry the actions out and decide nothing; their duties are numbered in `worker`.
+The host of a worker and the simulator carry the actions out and make no decisions. Their duties are listed in `worker`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.home import Handle
 from flowml_runtime.protocol.training.terms import ReplicaLost
 
-# Events. `ReplicaLost` is one too.
+# Events. `ReplicaLost` is also one.
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,12 @@ class StepFinished:
 Event = Received | StepFinished | ReplicaLost
 
 
-# Actions. `cause` is the number of the event that they follow from.
+# Actions. `cause` is the number of the event that caused them.
 
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Make ready what runs the stages and holds the stores of this run."""
+    """Create the stage runners and the stores of this run."""
 
     start: wire.StartTraining
     cause: int
@@ -51,7 +51,7 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Stop all that belongs to the run, whatever it is doing."""
+    """Stop everything that belongs to the run, even in the middle of its work."""
 
     run: int
     cause: int
@@ -59,7 +59,7 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send the message to each of these, in this order; this worker itself may be one of them."""
+    """Send the message to each of these, in this order. This worker may be one of them."""
 
     to: tuple[str, ...]
     message: wire.Wire
@@ -78,7 +78,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """Stop the step of `clock` at the next task boundary if it runs, and refuse what still comes for it."""
+    """Stop the step of `clock` at the next task boundary if it runs, and refuse later values for it."""
 
     replica: int
     stage: int
@@ -88,7 +88,7 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What the step of `clock` left in the accumulators of this stage counts, or does not: see `accumulator`."""
+    """Say whether the gradients that the step of `clock` left in this stage's accumulators count; see `accumulator`."""
 
     replica: int
     stage: int
@@ -99,7 +99,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Show:
-    """The executors here read this version from now on."""
+    """Let the executors here read this version from now on."""
 
     store: int
     version: int
@@ -118,7 +118,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """Make the next version of a store here: see `home.Apply`."""
+    """Make the next version of a store here; see `home.Apply`."""
 
     store: int
     version: int
@@ -128,7 +128,7 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Send `Published` to the readers in `to`, with the value that the store has now if `value`."""
+    """Send `Published` to the readers in `to`, with the current value of the store if `value`."""
 
     store: int
     version: int
@@ -140,9 +140,9 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Return:
-    """Send the driver a `StoreValue`: the store is finished. With the value if this is its first home.
+    """Send the driver a `StoreValue`, because the store is finished. It has the value if this is its first home.
 
-    What was sent for each store goes first, as with TellTraffic, and after all that was published before.
+    The traffic of each store is sent before it, as with TellTraffic, and after all earlier publications.
     """
 
     store: int
@@ -153,14 +153,14 @@ class Return:
 
 @dataclass(frozen=True, slots=True)
 class TellTraffic:
-    """Send the driver what was sent for each store so far."""
+    """Send the driver the traffic of each store so far."""
 
     cause: int
 
 
 @dataclass(frozen=True, slots=True)
 class Hand:
-    """Hand a Source, a Batch or a Collective to the executors."""
+    """Give a Source, a Batch or a Collective to the executors."""
 
     peer: str
     message: wire.TrainingMessage
@@ -170,7 +170,7 @@ class Hand:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """Tell the driver that the run cannot go on here."""
+    """Tell the driver that the run cannot continue here."""
 
     run: int
     error: ProtocolError
@@ -179,7 +179,7 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Forget the arrays of a handle."""
+    """Free the arrays of a handle."""
 
     handle: Handle
     cause: int

@@ -1,24 +1,24 @@
-"""The leader's machine: it decides, clock by clock, whose work completes the clock.
+"""The leader's state machine decides for each clock which replicas' work completes the clock.
 
-One decision covers all clocked stores but those that replicas add up together, so that a work item is used or late as
-a whole. It is taken on one worker, the home of the first such store, in the order of clocks:
+One decision covers all clocked stores except those whose gradients replicas add up together, so that a work item is
+used or late as a whole. One worker, the home of the first such store, makes the decisions, in the order of clocks:
 
-* The decision at clock c is about the stores that are due at c. Where none is due there is no decision.
-* A replica is complete at c when the homes of all those stores have told that they have every part of its
-  contribution. An empty contribution counts: it says that there is nothing to wait for.
-* The decision falls as soon as `need(c)` replicas are complete, and includes all that are complete then.
-* A replica that is retired or lost is not waited for: the need is capped at the number of replicas that
-  are complete or can still become so. What a lost replica had completed counts.
-* An arrival for a clock that is decided is late and changes nothing.
+* The decision at clock c is about the stores that are due at c. If none is due, there is no decision.
+* A replica is complete at c when the homes of all those stores have reported that they have every part of its
+  contribution. An empty contribution counts, because it says that there is nothing to wait for.
+* The decision is made as soon as `need(c)` replicas are complete, and includes all replicas that are complete then.
+* A retired or lost replica is not waited for: the need is capped at the number of replicas that are complete or can
+  still become complete. Contributions that a lost replica has completed count.
+* An arrival for a decided clock is late and changes nothing.
 
-Arrivals are counted, so one costs the same however many replicas there are. A commit names the replicas that it
-excludes, which are few or none.
+Arrivals are counted, so that the cost of one does not depend on the number of replicas. A commit names the replicas
+that it excludes, which are few or none.
 
 What the caller must do:
 
-1. Tell each arrival, in any order; repetitions are harmless.
+1. Report each arrival, in any order. Repetitions are harmless.
 2. Send every Commit to all workers, in the order of the list.
-3. Tell that a replica has retired only after its last arrival was decided upon.
+3. Report that a replica has retired only after the decision about its last arrival.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaRetired:
-    """`replica` has no more work, and all of its contributions were decided upon."""
+    """`replica` has no more work, and all of its contributions have been decided."""
 
     replica: int
 
@@ -50,7 +50,7 @@ Event = Arrived | ReplicaRetired | ReplicaLost
 
 @dataclass(slots=True)
 class _Tally:
-    """What has come for one clock: the stores of each replica, and the replicas that are complete."""
+    """The arrivals for one clock: the stores of each replica, and the replicas that are complete."""
 
     due: frozenset[int]
     stores: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
@@ -58,7 +58,7 @@ class _Tally:
 
 
 class Decision:
-    """Decides the clocks of a run. Of use only where some store is decided upon."""
+    """Decides the clocks of a run. Used only if some store needs decisions."""
 
     def __init__(self, terms: Terms) -> None:
         self._terms = terms
@@ -67,16 +67,16 @@ class Decision:
         self._clock = -1
         self._need = 0
         self._hopeless = 0
-        """Replicas that are gone, and not complete at the clock that is decided next."""
+        """The number of replicas that are lost or retired, and not complete at the next clock to decide."""
         self._open_next()
 
     @property
     def clock(self) -> int:
-        """The clock that is decided next; `total_clocks` when all are."""
+        """The next clock to decide; `total_clocks` when all are decided."""
         return self._clock
 
     def step(self, event: Event) -> list[Committed]:
-        """Take one event in; the commits that follow from it, each to be sent to all workers."""
+        """Process one event. Returns the resulting commits, each of which must be sent to all workers."""
         if isinstance(event, Arrived):
             if event.clock < self._clock or not self._arrive(event):
                 return []
@@ -86,7 +86,7 @@ class Decision:
         return self._decide()
 
     def _arrive(self, event: Arrived) -> bool:
-        """Whether the replica has become complete at the clock that is decided next."""
+        """Whether the replica has become complete at the next clock to decide."""
         tally = self._tallies.get(event.clock)
         if tally is None:
             tally = self._tallies[event.clock] = _Tally(frozenset(self._terms.due_stores(event.clock)))
@@ -132,7 +132,7 @@ class Decision:
         self._hopeless = len(self._gone - self._complete()) if self._gone else 0
 
     def validate(self) -> None:
-        """Nothing decided is kept; the counts are right; what could be decided is."""
+        """Check that no decided clock is kept, that counts are right, and that every possible decision is made."""
         for clock, tally in self._tallies.items():
             ensure(self._clock <= clock < self._terms.total_clocks, f"clock {clock} is kept, which is over")
             complete = {r for r, stores in tally.stores.items() if len(stores) == len(tally.due)}

@@ -1,25 +1,26 @@
-"""The driver's machine in training: how a fit begins, who gets which work, and when it is over.
+"""The driver's state machine in training decides how a fit begins, which replica gets which work, and when it ends.
 
-    Ask             a replica asks for work items: the `Ledger` grants them. If it feeds, their data goes first.
-    Settled         what became of items, for the ledger and for the history.
+    Ask             a replica asks for work items, and the `Ledger` grants them. Their data are sent before the grant,
+                    if the driver feeds the workers.
+    Settled         the fate of items, for the ledger and the history.
     Report          the loss of a step, for the history.
-    Commit          whose reports of a clock count, for the history; told where a decision may leave a replica out.
-    NonFinite       whose gradients were left out, because they hold NaN or infinity: for the account.
-    StoreValue      a home has finished a store. The value counts that comes from the store's first home, once; other
-                    homes hold copies of it.
-    Traffic         what a worker has sent for each store. The newest word counts.
+    Commit          which reports of a clock count, for the history. Sent only if a decision may leave a replica out.
+    NonFinite       which replicas' gradients were left out because they hold NaN or infinity, for the summary.
+    StoreValue      a home has finished a store. The value of the store's first home counts, once; other homes hold
+                    copies of it.
+    Traffic         the bytes that a worker has sent for each store. The newest message counts.
     Retired         a stage pushes nothing more.
 
 The fit is over when every stage of every replica that is not lost has retired, and every home has finished its stores.
-These may come in any order, and again. A message of another run is forgotten, and so is all that comes after the end.
-The loss of a worker, or an error on one, ends the fit with an error; but not, once every stage has retired, the loss of
-one that has sent all of its result.
+These messages may arrive in any order, and repeatedly. Messages of other runs, and all after the end, are dropped.
+An error on a worker, or its loss, ends the fit with an error. There is one exception: after every stage has retired,
+a worker that has sent all of its result may be lost.
 
 What the caller must do:
 
 1. Give one event at a time, messages from one worker in the order in which it sent them.
 2. Carry the actions out in the order of the list.
-3. Give Stop when the fit ends, for whatever reason, and nothing after it.
+3. Give Stop when the fit ends for any reason, and no event after it.
 4. Keep the arrays of a handle until one action names it: Note, Keep or Release.
 """
 
@@ -44,14 +45,14 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class StepFailed:
-    """A worker says that something failed."""
+    """A worker has reported a failure."""
 
     message: wire.StepFailed
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """A worker of the plan is gone."""
+    """A worker of the plan is lost."""
 
     worker: str
     reason: str
@@ -59,7 +60,7 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The fit has ended, well or not."""
+    """The fit has ended, with or without an error."""
 
 
 Event = Begin | Received | StepFailed | WorkerLost | ReplicaLost | Stop
@@ -101,7 +102,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class NoteFates:
-    """What became of work items, for a simulation or a test; the ledger knows it already."""
+    """The fate of work items, for a simulation or a test. The ledger already has it."""
 
     fates: tuple[tuple[wire.Item, Fate], ...]
     cause: int
@@ -109,7 +110,7 @@ class NoteFates:
 
 @dataclass(frozen=True, slots=True)
 class NoteCommit:
-    """Enter in the history whose work of a clock counts."""
+    """Enter in the history which replicas' work of a clock counts."""
 
     clock: int
     excluded: tuple[int, ...]
@@ -118,7 +119,7 @@ class NoteCommit:
 
 @dataclass(frozen=True, slots=True)
 class NoteNonFinite:
-    """Count what these replicas contributed to a store at a clock as left out, and warn."""
+    """Count the gradients of these replicas for a store and clock as left out, and warn."""
 
     store: int
     clock: int
@@ -137,7 +138,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The fit cannot go on: a worker has failed, or is lost."""
+    """The fit cannot continue, because a worker has failed or is lost."""
 
     reason: wire.StepFailed | WorkerLost
     cause: int
@@ -145,7 +146,7 @@ class Fail:
 
 @dataclass(frozen=True, slots=True)
 class Over:
-    """All is done."""
+    """The fit is over."""
 
     cause: int
 
@@ -156,16 +157,16 @@ Action = (
 
 
 class TrainingDriver:
-    """The driver of one fit."""
+    """The driver's machine for one fit."""
 
     def __init__(self, start: wire.StartTraining, terms: Terms, work: Work, places: Places) -> None:
         self.ledger = Ledger(work)
         self.traffic: dict[str, wire.Traffic] = {}
-        """The newest word of each worker."""
+        """The newest Traffic message of each worker."""
         self.versions: dict[int, int] = {}
-        """Of the final values that have come."""
+        """Store -> the version of its final value, for the values that have arrived."""
         self.number = 0
-        """Of the newest event."""
+        """The number of the newest event."""
         self._start = start
         self._steps = range(start.run, start.run + terms.most_clocks)
         self._places = places
@@ -180,7 +181,7 @@ class TrainingDriver:
 
     @property
     def trained(self) -> bool:
-        """Whether every stage has retired: what is left is to send the result."""
+        """Whether every stage has retired, so that only the result has to be sent."""
         return not self._to_retire
 
     def unfinished(self, worker: str) -> tuple[int, ...]:
@@ -188,7 +189,7 @@ class TrainingDriver:
         return tuple(sorted(store for store, home in self._to_finish if home == worker))
 
     def step(self, event: Event) -> list[Action]:
-        """Take one event in. Raises ProtocolError for what cannot be."""
+        """Process one event. Raises ProtocolError for an event that breaks the protocol."""
         self.number += 1
         if self._ended:
             handle = event.handle if isinstance(event, Received) else None
@@ -210,13 +211,15 @@ class TrainingDriver:
                 return [Send(self._places.workers, wire.StopTraining(**self._ids()))]
 
     def final_order(self) -> list[int]:
-        """The stores in the order in which their values are taken: the last word on a leaf of optimizer state that
-        several stores keep, such as a count of steps, has the one that was applied most.
+        """The stores in the order in which their values are taken.
+
+        Several stores may keep the same leaf of optimizer state, such as a count of steps. The last one wins, which is
+        the store with the most applies.
         """
         return sorted(self.versions, key=lambda store: (self.versions[store], -store))
 
     def validate(self) -> None:
-        """The account is right; at the end nothing is left open."""
+        """Check the ledger, and that no item is outstanding at the end."""
         self.ledger.validate()
         ensure(not self.over or not self.ledger.outstanding, f"{self.ledger.outstanding} items are unaccounted for")
 
@@ -273,7 +276,7 @@ class TrainingDriver:
         return [*actions, *self._close(finished={(value.store, home)})]
 
     def _close(self, retired: Iterable[tuple[int, int]] = (), finished: Iterable[tuple[int, str]] = ()) -> list[Action]:
-        """Note which stages have retired, and which homes have finished which stores; Over when nothing is left."""
+        """Note which stages have retired, and which homes have finished which stores. Returns Over when all have."""
         if self.over:
             return []
         self._to_retire.difference_update(retired)

@@ -1,34 +1,34 @@
-"""A home's machine: it gathers the contributions to the stores that live on one worker, and versions them.
+"""A home's state machine gathers the contributions to the stores on one worker, and makes versions from them.
 
-* A contribution is complete when every part of it is in, one from each stage that shares in the store. Its
-  parts carry equal weights, because all stages send the same steps; or one is empty, and then all of it counts nothing.
+* A contribution is complete when all its parts have arrived, one from each stage that uses the store. Its parts have
+  equal weights, because all stages send the same steps. If one part is empty, the whole contribution counts nothing.
 * A clocked store tells the leader when a contribution is complete, and applies nothing until the clock is
-  committed. Then it applies what the commit names, in the order of replicas, so that two runs agree to the
-  bit. Whatever else it holds for that clock is late: it is released and never applied.
-* Its *floor* says how far its readers may go: it holds what every replica that counts has sent before that clock. After
-  the commit of clock c it is c + 1, the late included: they are not waited for.
+  committed. Then it applies the contributions that the commit names, in the order of replicas, so that two runs agree
+  to the bit. All others of that clock are late: they are released and never applied.
+* The *floor* of a store limits how far its readers may go: the store holds everything that the replicas that count have
+  sent before that clock. After the commit of clock c the floor is c + 1, because late contributions are not waited for.
 * A store that is not clocked applies each contribution when it is complete, and tells the replica which version holds
   it, so that a replica can wait for its own writes. The floor is the least over all replicas of one more than the
   clock of the newest complete contribution.
-* A collective store has a home on every worker that reads it. What comes there is the sum of what all replicas sent
-  at a clock, under the name of replica 0; it is applied when it is complete, and moves the floor. So all homes
+* A collective store has a home on every worker that reads it. Each home gets the sum of all replicas' contributions of
+  a clock, under the name of replica 0. It applies the sum when it is complete, and moves the floor. So all homes
   do the same, and no decision is needed.
 * Each apply raises the version by one, and each change of version or floor is published. A commit whose
-  contributions are all empty moves the floor only.
-* The first complete contribution for (store, replica, clock) counts. The same part again is ignored, and so
-  is one of an older life of the replica; one of a younger life replaces what an older had begun.
-* Stages retire one by one, each after its last contribution on the same ordered link, so that nothing is
-  forgotten that is still under way. A replica that is retired from a store no longer holds its readers up.
-* A store is finished when nothing more can change it: after the last commit or sum, or if it is not clocked when
+  contributions are all empty moves only the floor.
+* The first complete contribution for (store, replica, clock) counts. A repeated part is ignored, and so is a part
+  of an older life of the replica. A part of a younger life replaces the parts of an older one.
+* Stages retire one by one, each after its last contribution on the same ordered link, so that no contribution is
+  lost in transit. A replica that is retired from a store no longer delays its readers.
+* A store is finished when nothing more can change it: after the last commit or sum, or, if it is not clocked, when
   every replica is retired from it. Only then may its value be taken as the result.
 
-What is kept is indexed by clock and counted, so that a contribution costs the same however many replicas there are.
+Contributions are indexed by clock and counted, so that the cost of one does not depend on the number of replicas.
 
 What the caller must do:
 
 1. Keep the payload of each handle until an Apply or a Release names it, which happens exactly once.
-2. Carry the actions out in the order of the list; what a Publish sends is the value after the Apply before it.
-3. Hand over what comes from one worker in the order in which it was sent.
+2. Carry the actions out in the order of the list. A Publish sends the value after the preceding Apply.
+3. Give the messages of one worker in the order in which it sent them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Handle = int
 
 @dataclass(frozen=True, slots=True)
 class StoreLoaded:
-    """The store's first value is here."""
+    """The store's first value has arrived."""
 
     store: int
     version: int = 0
@@ -55,7 +55,7 @@ class StoreLoaded:
 
 @dataclass(frozen=True, slots=True)
 class ContributionReceived:
-    """A part of a contribution came in. `weight` counts the microbatch gradients in it."""
+    """A part of a contribution has arrived. `weight` is the number of microbatch gradients in it."""
 
     store: int
     part: int
@@ -78,9 +78,9 @@ class StageRetired:
 
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """Make version `version` of the store: for each replica the payloads of its parts, and their coefficient.
+    """Make version `version` of the store from the payloads of each replica's parts and their coefficient.
 
-    The handles are the host's again afterwards.
+    The host may free the handles afterwards.
     """
 
     store: int
@@ -90,7 +90,7 @@ class Apply:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Send the store's floor to its readers, and its value too if `value`; after any Apply that precedes it."""
+    """Send the store's floor to its readers, and its value too if `value`, after every preceding Apply."""
 
     store: int
     version: int
@@ -119,7 +119,7 @@ class SendArrived:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Forget a payload that will never be applied."""
+    """Free a payload that will never be applied."""
 
     handle: Handle
 
@@ -137,14 +137,14 @@ Action = Apply | Publish | SendApplied | SendArrived | Release | Finished
 
 @dataclass(slots=True)
 class _Gathering:
-    """The parts of one contribution that are in."""
+    """The parts of one contribution that have arrived."""
 
     incarnation: int
     parts: dict[int, ContributionReceived] = field(default_factory=dict[int, ContributionReceived])
 
     @property
     def weight(self) -> int:
-        """Of every part; 0 if one is empty."""
+        """The weight of each part; 0 if one part is empty."""
         return min(p.weight for p in self.parts.values())
 
     def handles(self) -> tuple[Handle, ...]:
@@ -152,7 +152,7 @@ class _Gathering:
 
 
 class _Clocks:
-    """How far each replica has come, and the least of that, found without a look at all of them."""
+    """The clock of each replica and the least of all, which is found without reading all."""
 
     def __init__(self, replicas: int) -> None:
         self._of = [0] * replicas
@@ -179,11 +179,11 @@ class _Clocks:
 class _Store:
     terms: StoreTerms
     clocks: _Clocks | None
-    """Of a store that applies on arrival. Others have one clock for all, `floor`."""
+    """The clocks of a store that applies on arrival. Other stores have one clock for all replicas, `floor`."""
     floor: int = 0
     version: int = -1  # not loaded
     gathering: dict[int, dict[int, _Gathering]] = field(default_factory=dict[int, dict[int, _Gathering]])
-    """By clock and replica."""
+    """Clock -> replica -> its contribution."""
     retired: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
     finished: bool = False
 
@@ -206,15 +206,15 @@ class Home:
         self._lost: set[int] = set()
         self._committed = -1
         self.late = 0
-        """Parts that came after their clock was decided without them, or belonged to such a contribution."""
+        """The number of parts that arrived after their clock was decided, or whose contribution it left out."""
         self.duplicates = 0
-        """Parts that came again."""
+        """The number of repeated parts."""
         self._stores = {
             i: _Store(terms.stores[i], None if terms.stores[i].clocked else _Clocks(terms.replicas)) for i in stores
         }
 
     def version(self, store: int) -> int:
-        """How many applies the store has had; -1 before it is loaded."""
+        """The number of applies so far; -1 before the store is loaded."""
         return self._stores[store].version
 
     def finished(self, store: int) -> bool:
@@ -341,7 +341,7 @@ class Home:
         return [*self._apply(index, taken), *self._release(late_parts), *self._finish(index)]
 
     def _apply(self, index: int, gathered: list[_Gathering]) -> list[Action]:
-        """Apply what has weight, and publish. The floor is set before."""
+        """Apply the contributions that have weight, and publish. The caller has set the floor."""
         store = self._stores[index]
         full = [g for g in gathered if g.weight]
         rest = self._release(part for g in gathered if not g.weight for part in g.parts.values())
@@ -370,7 +370,7 @@ class Home:
         return actions
 
     def _lose(self, replica: int) -> list[Action]:
-        """As if all its stages had retired; but what it had not completed stays so, where no decision waits."""
+        """Retire all stages of a lost replica. Stores that are not clocked drop its incomplete contributions."""
         self._lost.add(replica)
         released: list[Action] = []
         for store in self._stores.values():
@@ -397,7 +397,7 @@ class Home:
         return [Release(p.handle) for p in parts if not p.empty]
 
     def validate(self) -> None:
-        """What is kept can still be used; a finished store waits for nothing; handles are kept once."""
+        """Check that kept contributions can still be used, finished stores keep none, and each handle is kept once."""
         handles = self.handles()
         ensure(len(handles) == len(set(handles)), "a payload is kept twice")
         for index, store in self._stores.items():

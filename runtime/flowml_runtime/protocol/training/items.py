@@ -1,4 +1,4 @@
-"""The work items of a replica, held by its first stage: asked for, given back, and begun but not settled."""
+"""Keeps the work items of a replica in its first stage: requested, held, given back, and begun but not settled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.terms import Terms
 
 LOOK_AHEAD = 2
-"""Clocks for which a replica holds work. Two: one to run, and one to know that the first is not the last."""
+"""The number of clocks for which a replica holds items: one to run, and one to know that the first is not the last."""
 
 
 class Items:
@@ -46,7 +46,7 @@ class Items:
             self._returned.append(self._held.pop(skipped))
 
     def ask(self) -> tuple[int, ...]:
-        """The clocks to ask items for now."""
+        """The clocks for which to ask for items now."""
         under_way = {c for clocks in self._asked for c in clocks}
         window = range(self._next, self._next + LOOK_AHEAD)
         wanted = tuple(c for c in window if c not in self._held and c not in under_way and self._exists(c))
@@ -55,7 +55,7 @@ class Items:
         return wanted
 
     def give_back(self) -> tuple[wire.Item, ...]:
-        """The items that were never begun, since this was last asked."""
+        """The items that were skipped without being begun, since the last call."""
         returned, self._returned = tuple(self._returned), []
         return returned
 
@@ -63,7 +63,7 @@ class Items:
         return not self._exhausted and not (self._terms.aligned and clock > self._terms.last_clock)
 
     def ready(self) -> tuple[int, wire.Item, bool] | None:
-        """The next clock with its item, and whether it is the last: known if the one after is here, or is none."""
+        """The next clock, its item, and whether it is the last. None until it is known whether another one follows."""
         item = self._held.get(self._next)
         if item is None:
             return None
@@ -77,7 +77,7 @@ class Items:
         self._next = clock + 1
 
     def is_over(self) -> bool:
-        """Whether there is nothing to run, now or later."""
+        """Whether there is nothing left to run, now or later."""
         return self.opened and not self._asked and not self._held and not self._exists(self._next)
 
     def validate(self, begun: int) -> None:

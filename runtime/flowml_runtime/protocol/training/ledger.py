@@ -1,20 +1,20 @@
-"""The driver's account of work: which item goes to whom, and what became of each.
+"""The driver's ledger of work decides which replica gets which item, and records the fate of each item.
 
-A work item is `item_size` examples from one epoch's order; the machine counts items and knows no data.
+A work item is `item_size` examples from one epoch's order. The machine counts items and holds no data.
 
-* Aligned (some store is clocked): each clock is a row of one item for each replica, in the order of the
-  epoch, so that full synchrony gives replica r at clock c exactly item c·R + r. A row is drawn when somebody
-  first asks for its clock. An item that its replica has skipped, or took and never began, goes to the tail of
-  its epoch's queue. An epoch has a fixed number of rows; what is left at its end is unseen.
-* Else the next item goes to whoever asks, until all epochs are drained: fast replicas take more.
+* If the run is aligned (some store is clocked), each clock is a row with one item per replica, in the order of the
+  epoch. So with full synchrony replica r gets exactly item c·R + r at clock c. A row is drawn when a replica
+  first asks for its clock. An item that its replica has skipped, or got and never began, goes to the tail of
+  its epoch's queue. An epoch has a fixed number of rows; the items left at its end are unseen.
+* Otherwise the next item goes to the next replica that asks, until all epochs are drained. Fast replicas take more.
 
-Every item that was handed out comes back exactly once: settled as used, dropped or folded in later, or given
-back (`returned` if it was never begun, `requeued` if it was). The items of a lost replica that had not come
-back count as dropped: the ledger cannot know better.
+Every granted item comes back exactly once: settled as used, dropped or folded in later, or given back (`returned`
+if it was never begun, `requeued` if it was). The items that a lost replica has not given back count as dropped,
+because the ledger does not know their fate.
 
 What the caller must do:
 
-1. Hand over what one replica says in the order in which it was sent.
+1. Give the messages of one replica in the order in which it sent them.
 2. Send every Grant, in the order of the list.
 3. Call `validate` when the run is over; nothing may be outstanding then.
 """
@@ -58,7 +58,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """What became of items of a replica."""
+    """The fate of items of a replica."""
 
     replica: int
     fates: tuple[tuple[wire.Item, Fate], ...]
@@ -66,7 +66,7 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Answer the replica. `exhausted`: there is nothing left to ask for."""
+    """Answer the replica. `exhausted`: there are no more items to ask for."""
 
     replica: int
     items: tuple[tuple[int, wire.Item], ...]
@@ -78,7 +78,7 @@ Event = Asked | Settled | ReplicaLost
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How much there is to do: rows of a fixed number of clocks, or that many items for whoever asks."""
+    """The amount of work: a fixed number of clocks with a row each, or as many items for the replicas that ask."""
 
     replicas: int
     items_per_epoch: int
@@ -95,24 +95,24 @@ class Work:
 
     @property
     def clocks_per_epoch(self) -> int:
-        """Clocks of an epoch that all replicas share evenly. Up to R - 1 items of it are left over."""
+        """The clocks of an epoch, in which each replica gets one item. Up to R - 1 items of an epoch are left over."""
         return self.items_per_epoch // self.replicas
 
     @property
     def epochs(self) -> int:
-        """Epochs begun; the last one may be cut short."""
+        """The number of epochs begun. The last one may be incomplete."""
         return -(-self.total_clocks // self.clocks_per_epoch)
 
     @property
     def total_items(self) -> int:
-        """Items for whoever asks: whole epochs with what is left over, then the share of the clocks that remain."""
+        """The items of a run that is not aligned: all of whole epochs, then one per replica and remaining clock."""
         whole, rest = divmod(self.total_clocks, self.clocks_per_epoch)
         return whole * self.items_per_epoch + rest * self.replicas
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Items by what became of them."""
+    """The number of items by fate."""
 
     used: int = 0
     dropped: int = 0
@@ -124,11 +124,11 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The account of a run. `epochs` and `replicas` hold a Tally each, in order; the totals count items.
+    """The summary of a run. `epochs` and `replicas` hold one Tally each, in order; the totals count items.
 
-    `unseen` of a replica is 0: nobody owns an item that was not begun. `seen` lists, for each number of
-    times, how many examples took part that often; empty if it was not asked for. `nonfinite` counts by layer and
-    replica the gradients that were left out because they held NaN or infinity; under replica -1 sums of finite ones.
+    `unseen` of a replica is always 0, because an item that was not begun belongs to no replica. `seen` lists how many
+    examples took part how many times; it is empty if it was not requested. `nonfinite` counts, by layer and replica,
+    the gradients that were left out because they held NaN or infinity; replica -1 counts such sums of finite gradients.
     """
 
     used: int
@@ -161,7 +161,7 @@ class Summary:
 
 
 class WorkQueue:
-    """Which item is next. Pure order: it does not know what became of the items it handed out."""
+    """Decides which item is next. It keeps only the order, and not the fate of items."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -169,11 +169,11 @@ class WorkQueue:
         self._back: dict[int, deque[wire.Item]] = {}
         self._reserved: list[dict[int, wire.Item]] = [{} for _ in range(work.replicas)]
         self._rows = 0
-        self._epoch = 0  # the one that is drained, if not aligned
+        self._epoch = 0  # the epoch that is being drained, if not aligned
         self._gone: set[int] = set()
 
     def take(self, replica: int, clock: int) -> wire.Item | None:
-        """The item of `replica` for `clock`; clocks never go back."""
+        """The item of `replica` for `clock`. The clocks of a replica must ascend."""
         if self._work.aligned:
             return self._take_from_row(replica, clock)
         while self._epoch < self._work.epochs:
@@ -185,7 +185,7 @@ class WorkQueue:
 
     @property
     def drained(self) -> bool:
-        """Whether there is nothing left for whoever asks. An aligned run ends by its clocks instead."""
+        """Whether no item is left. An aligned run ends by its clocks instead."""
         if self._work.aligned:
             return False
         return all(self._left(e) == 0 for e in range(self._epoch, self._work.epochs))
@@ -195,7 +195,7 @@ class WorkQueue:
         self._epoch = min(self._epoch, item.epoch)
 
     def leave(self, replica: int) -> None:
-        """Draw nothing more for a replica that is lost, and let others have what was drawn."""
+        """Draw no more items for a lost replica, and give those already drawn to others."""
         self._gone.add(replica)
         self._skip(replica, self._work.total_clocks)
 
@@ -221,7 +221,7 @@ class WorkQueue:
             self.give_back(reserved.pop(oldest))
 
     def _draw(self, epoch: int) -> wire.Item | None:
-        """The next item of the epoch's order, then those that came back."""
+        """The next item: first the epoch's order, then the items that came back."""
         index = self._fresh[epoch]
         if index < self._size(epoch):
             self._fresh[epoch] += 1
@@ -251,23 +251,23 @@ class _Account:
 
 
 class Ledger:
-    """Hands out the items of a WorkQueue and keeps the account."""
+    """Grants the items of a WorkQueue and records their fates."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
         self._queue = WorkQueue(work)
         self._granted = 0
         self._outstanding: dict[int, tuple[int, wire.Item]] = {}
-        self._epochs: defaultdict[int, _Account] = defaultdict(_Account)  # of those begun: there may be millions ahead
+        self._epochs: defaultdict[int, _Account] = defaultdict(_Account)  # only epochs begun: there may be millions
         self._replicas = [_Account() for _ in range(work.replicas)]
         self._over: dict[int, State] = {}
-        """By sequence number: what became of the items that do not come back."""
+        """Sequence number -> the fate of an item that does not come back."""
         self._newest = [-1] * work.replicas
         self._lost: set[int] = set()
 
     @property
     def outstanding(self) -> int:
-        """Items handed out and not yet accounted for."""
+        """The number of items granted and not yet settled or given back."""
         return len(self._outstanding)
 
     def step(self, event: Event) -> list[Grant]:
@@ -324,7 +324,7 @@ class Ledger:
         self._queue.leave(replica)
 
     def summary(self, order: Callable[[int], Sequence[int]] | None = None) -> Summary:
-        """The account so far. With `order`, the examples of an epoch in their order, also how evenly they were seen."""
+        """The summary so far. With `order`, which returns an epoch's examples in order, it also has `seen`."""
         size = self._work.items_per_epoch
         settled = Counter(s // size for s in self._over)
         epochs = tuple(self._epochs[e].tally(unseen=size - settled[e]) for e in range(self._work.epochs))
@@ -346,7 +346,7 @@ class Ledger:
         )
 
     def _seen(self, order: Callable[[int], Sequence[int]]) -> tuple[tuple[int, int], ...]:
-        """(times, examples that took part that often), never seen ones included."""
+        """(times, number of examples that took part so many times), including 0 times."""
         times: Counter[int] = Counter()
         everything: set[int] = set()
         for epoch in range(self._work.epochs):
@@ -360,7 +360,7 @@ class Ledger:
         return tuple(sorted(Counter(times[e] for e in everything).items()))
 
     def validate(self) -> None:
-        """What was handed out is settled, outstanding or back; nothing is settled twice or used by two."""
+        """Check that each granted item is settled, outstanding or given back, and that none is settled twice."""
         totals = Counter[str]()
         for account in self._epochs.values():
             totals.update(account.fates)

@@ -1,34 +1,34 @@
-"""A replica's machine, one for each of its stages: which clock to run, whether it may read, when to give up.
+"""A replica's state machine, one per stage, decides which clock to run, what it may read, and when to give up a step.
 
-The first stage leads: it gets work items, begins clocks, tells the other stages, and settles what became
-of each item. The others follow its Begins in order. All hear every Commit, so that each finds the fate of
-a step by itself, and all find the same. `STEPS` is the life of one step as a table; the rules behind it:
+The first stage leads: it gets work items, begins clocks, tells the other stages, and reports the fate of each item to
+the ledger. The others follow its Begins in order. All stages get every Commit, so that each one can determine the fate
+of a step, with the same result. `STEPS` is the life of one step as a table. Its rules are:
 
 * The step of a clock that has a decision is used if the commit includes this replica, and dropped if not.
-  Where the decision needs every replica it cannot leave this one out, so the step counts as used at once.
-* The step of a clock that has no decision is always finished and used: its gradient joins the next push.
+  A decision that needs every replica cannot leave this one out, so the step counts as used at once.
+* The step of a clock without a decision is always finished and used: its gradient joins the next push.
 * A step that is dropped while it runs is abandoned at the next task boundary. A Commit may overtake the
   Begin of its clock; that step then never starts.
-* After a step the leader goes on with the next clock, or the one after the newest commit if that is later.
-  It returns the items of clocks that it skips. Items are asked for ahead of need (`items`).
-* Fates take effect in the order of clocks. A step that pushes what several steps gathered starts only when
-  the fate of all earlier ones is known, so that every stage pushes the same steps. If such a push is late
-  only its own clock's gradient is dropped: what was gathered before goes with the next (see `accumulator`).
-* An item is settled as used by the first commit from its clock on that includes the replica, because that
-  one carries it; where nothing is decided upon, when its step has finished. What no commit carried by the end of
-  the run is dropped.
+* After a step the leader continues with the next clock, or with the one after the newest commit if that is later.
+  It returns the items of clocks that it skips. It asks for items before it needs them (`items`).
+* Fates take effect in the order of clocks. A step that pushes the gradients of several steps starts only when
+  the fate of all earlier ones is known, so that every stage pushes the same steps. If such a push is late,
+  only its own clock's gradient is dropped; the gradients gathered before go with the next push (see `accumulator`).
+* An item is settled as used by the first commit at or after its clock that includes the replica, because the push of
+  that clock contains it. Without decisions it is settled when its step has finished. Items that no commit has included
+  by the end of the run are dropped.
 * A replica reads its own writes in stores that apply on arrival (Ho et al., stale synchronous parallel): it waits for
-  the version that holds its last push. So alone it is serial, and a slow home slows its replicas down instead of being
-  buried by them.
+  the version that holds its last push. So a single replica is serial, and a slow home slows its replicas down instead
+  of accumulating their pushes.
 * A replica without more work retires, stage by stage, each after its last push.
 
 What the caller must do:
 
-1. Carry the actions out in the order of the list. StepFinished follows each Start, sooner or later.
-2. Ask `may_read` before a step uses a store and again after each event; ask `should_abandon` between tasks, and leave
-   the step if it says so.
-3. Push at the end of a step what `pushes` says, and nothing else.
-4. Hand over what one worker sent in the order in which it was sent.
+1. Carry the actions out in the order of the list. A StepFinished must follow each Start.
+2. Ask `may_read` before a step uses a store and again after each event. Ask `should_abandon` between tasks, and leave
+   the step if it returns True.
+3. At the end of a step, push to the stores for which `pushes` is true, and to no others.
+4. Give the messages of one worker in the order in which it sent them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The answer to one Ask, in the order of asking. An asked clock without an item will never get one."""
+    """The answer to one Ask, in the order of the Asks. A clock without an item here will never get one."""
 
     items: tuple[tuple[int, wire.Item], ...]
     exhausted: bool = False
@@ -70,14 +70,14 @@ class BeginReceived:
 
 @dataclass(frozen=True, slots=True)
 class StepFinished:
-    """The executor has left `clock`: all is done and pushed, or it stopped because it should abandon it."""
+    """The executor has left the step of `clock`: it has pushed everything, or has abandoned the step."""
 
     clock: int
 
 
 @dataclass(frozen=True, slots=True)
 class StorePublished:
-    """A store that this stage reads is at `version`. It holds what every replica that counts sent before `floor`."""
+    """A store that this stage reads is at `version`. It holds all pushes before `floor` of the replicas that count."""
 
     store: int
     version: int
@@ -86,7 +86,7 @@ class StorePublished:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """`version` of a store that applies on arrival holds what this replica pushed at `clock`."""
+    """`version` of a store that applies on arrival holds the push of this replica at `clock`."""
 
     store: int
     clock: int
@@ -95,12 +95,12 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class LeaderRetired:
-    """The leading stage begins nothing more."""
+    """The leading stage begins no more clocks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Ask the driver for an item for each of `clocks` (the answer is one Granted), and give `returned` back."""
+    """Ask the driver for one item for each of `clocks` (the answer is one Granted), and give `returned` back."""
 
     clocks: tuple[int, ...]
     returned: tuple[wire.Item, ...] = ()
@@ -126,7 +126,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """Stop `clock` at the next task boundary if it runs, and drop what came or comes for it."""
+    """Stop `clock` at the next task boundary if it runs, and drop all values for it."""
 
     clock: int
 
@@ -147,7 +147,7 @@ class DiscardAccumulator:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """Tell the ledger what became of an item."""
+    """Tell the ledger the fate of an item."""
 
     item: wire.Item
     fate: Fate
@@ -155,7 +155,7 @@ class Settle:
 
 @dataclass(frozen=True, slots=True)
 class Retire:
-    """This stage pushes nothing more: tell the homes; the leading stage tells all others too."""
+    """This stage pushes nothing more: tell the homes. The leading stage also tells all other stages."""
 
 
 Event = Started | Granted | BeginReceived | StepFinished | Committed | StorePublished | Applied | LeaderRetired
@@ -167,7 +167,7 @@ State = Literal[
     "queued, used",
     "running",
     "running, used",
-    "abandoned",  # runs, in vain
+    "abandoned",  # still runs, but does not count
     "finished",  # its fate is unknown
     "used",
     "dropped",
@@ -188,10 +188,10 @@ STEPS: dict[tuple[State, Change], State] = {
     ("finished", "include"): "used",
     ("finished", "exclude"): "dropped",
 }
-"""The life of a step: it is started and finished by its stage, included or excluded by the commit of its clock.
+"""The life of a step. Its stage starts and finishes it, and the commit of its clock includes or excludes it.
 
-A step begins as "queued"; as "queued, used" where the commit cannot leave it out, or has included it already; and as
-"skipped" where the commit has excluded it already.
+A step begins as "queued". It begins as "queued, used" if the commit cannot leave it out or has already included it, and
+as "skipped" if the commit has already excluded it.
 """
 UNDECIDED = frozenset[State]({"queued", "running", "finished"})
 WAITING = frozenset[State]({"queued", "queued, used"})
@@ -201,7 +201,7 @@ OVER = frozenset[State]({"used", "dropped", "skipped"})
 
 @dataclass(slots=True)
 class _Step:
-    """A clock that was begun and whose fate has not taken effect here."""
+    """A clock that has begun, and whose fate has not taken effect here yet."""
 
     clock: int
     item: wire.Item
@@ -225,7 +225,7 @@ class Replica:
         self._published: dict[int, StorePublished] = {}
         self._applied: dict[int, Applied] = {}
         self._committed = -1
-        self._included: set[int] = set()  # commits that include us and came before their clock's Begin
+        self._included: set[int] = set()  # clocks whose commit includes this replica and came before their Begin
         self._steps: deque[_Step] = deque()
         self._begun = -1
         self._last_begun = False
@@ -240,7 +240,7 @@ class Replica:
 
     @property
     def committed(self) -> int:
-        """The newest decision heard of; -1 before the first."""
+        """The clock of the newest commit received; -1 before the first."""
         return self._committed
 
     def may_read(self, store: int, clock: int) -> bool:
@@ -260,11 +260,11 @@ class Replica:
         return -1 if news is None else news.version
 
     def should_abandon(self, clock: int) -> bool:
-        """Whether the step of `clock`, which runs, is in vain."""
+        """Whether the running step of `clock` can stop, because it will not count."""
         return self._running is not None and self._running.clock == clock and self._running.state == "abandoned"
 
     def pushes(self, store: int, clock: int) -> bool:
-        """Whether the step of `clock`, which runs, ends with a push to `store`."""
+        """Whether the running step of `clock` ends with a push to `store`."""
         step = self._running
         if step is None or step.clock != clock:
             raise ProtocolError(f"clock {clock} does not run on replica {self._me}")
@@ -273,7 +273,7 @@ class Replica:
     def step(self, event: Event) -> list[Action]:
         actions = self._take(event)
         if isinstance(event, StorePublished | Applied):
-            return actions  # these change what may be read, and nothing else
+            return actions  # these events change only what may be read
         actions += self._resolve()
         actions += self._advance()
         return actions
@@ -342,14 +342,14 @@ class Replica:
         return [*actions, *self._settle(clock, included)]
 
     def _settle(self, clock: int, included: bool) -> list[Action]:
-        """What the commit of `clock` means for items: it carries all before it, or loses its own."""
+        """Settle items by the commit of `clock`: it uses all items up to its clock, or drops that of its clock."""
         unsettled = self._work.unsettled
         if included:
             return [Settle(unsettled.pop(c), "used") for c in sorted(unsettled) if c <= clock]
         return [Settle(unsettled.pop(clock), "dropped")] if clock in unsettled else []
 
     def _resolve(self) -> list[Action]:
-        """Let known fates take effect, in the order of clocks."""
+        """Put known fates into effect, in the order of clocks."""
         actions: list[Action] = []
         while self._steps and self._steps[0].state in OVER:
             step = self._steps.popleft()
@@ -359,7 +359,7 @@ class Replica:
         return actions
 
     def _advance(self) -> list[Action]:
-        """Start, begin, ask and retire, as far as nothing stands in the way."""
+        """Start, begin, ask and retire, as far as the rules allow."""
         actions: list[Action] = []
         if self._leads and self._work.opened and self._running is None and not self._retired:
             self._work.skip_to(max(self._begun, self._committed) + 1)
@@ -371,7 +371,7 @@ class Replica:
         return [*actions, *self._retire()]
 
     def _may_start(self, clock: int, last: bool) -> bool:
-        """Whether every earlier fate is known, where that matters."""
+        """Whether the step of `clock` may start: if it pushes gathered gradients, all earlier fates must be known."""
         return not self._terms.flushes(clock, last) or all(s.clock >= clock for s in self._steps)
 
     def _begin_next(self) -> list[Action]:
@@ -412,13 +412,13 @@ class Replica:
         return [Retire()]
 
     def _close(self) -> list[Action]:
-        """Drop what no commit carried, and give back what was never begun."""
+        """Drop the items that no commit has included, and give back those that were never begun."""
         unsettled, returned = self._work.unsettled, self._work.give_back()
         settled: list[Action] = [Settle(unsettled.pop(c), "dropped") for c in sorted(unsettled)]
         return [*settled, *([Ask((), returned)] if returned else [])]
 
     def validate(self) -> None:
-        """Steps are in order, at most one runs, and a running step is the newest that started."""
+        """Check that steps are in order, that at most one runs, and that it is the newest that started."""
         clocks = [s.clock for s in self._steps]
         ensure(clocks == sorted(set(clocks)), f"clocks {clocks} are out of order")
         ensure(all(c <= self._begun for c in clocks), f"a clock after {self._begun} is kept, which has not begun")

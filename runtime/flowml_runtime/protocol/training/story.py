@@ -1,7 +1,7 @@
-"""What happens in a training run, in sentences: for scenarios, and for traces that are read as a story.
+"""Describes the events of a training run in sentences, for test scenarios and for `flowml trace --story`.
 
-An event of a worker has a number, and a message carries the number of the event that made its sender send it. So
-(worker, number) names an event anywhere in a run, and an event knows the one that it follows from.
+An event of a worker has a number, and a message carries the number of the event that caused it. So (worker, number)
+identifies an event in a run, and each event refers to the event that caused it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flowml_runtime.protocol.training.terms import RETIRED, ReplicaLost
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One event of one machine. `cause` names the one that it follows from (`worker#run.number`), if any."""
+    """One event of one machine. `cause` names the event that caused it (`worker#run.number`), if any."""
 
     run: int
     number: int
@@ -31,7 +31,7 @@ def entry(
     event: actions.Event | driver.Event,
     wanted: Sequence[actions.Action | driver.Action],
 ) -> Entry | None:
-    """What `me` was told and did about it; None where that was only to hand values on."""
+    """Describe an event of `me` and the resulting actions. None if it only passed values on."""
     cause = ""
     if isinstance(event, actions.Received):
         if isinstance(event.message, wire.Batch | wire.Source | wire.Collective | wire.Traffic):
@@ -48,7 +48,7 @@ def entry(
 
 
 def said(message: wire.Wire | wire.TrainingMessage) -> str:
-    """What a message says."""
+    """Describe a message."""
     match message:
         case wire.StartTraining():
             return f"run {message.run} of {message.total_clocks} clocks begins"
@@ -94,7 +94,7 @@ def _said_of_store(message: wire.Wire | wire.TrainingMessage) -> str:
 
 
 def happened(event: actions.Event | driver.Event) -> str:
-    """What an event is."""
+    """Describe an event."""
     match event:
         case actions.Received(peer, message):
             return f"hears from {peer}: {said(message)}"
@@ -113,7 +113,7 @@ def happened(event: actions.Event | driver.Event) -> str:
 
 
 def wants(action: actions.Action | driver.Action) -> str:
-    """What an action does."""
+    """Describe an action."""
     match action:
         case actions.Send(to, message):
             return f"tells {', '.join(to)}: {said(message)}"

@@ -1,8 +1,8 @@
-"""What the training machines need to know of a plan, and the events that more than one of them takes.
+"""The parts of a plan that the training machines use, and the events that several machines share.
 
 `Terms` is a small frozen view of `plan.Training`: which stores push at which clock, how many replicas a
-clock's decision needs, and which stages send the parts of a contribution. `Places` says which worker does
-what. Every machine of a run derives the same answers from them, so none has to be told.
+clock's decision needs, and which stages send the parts of a contribution. `Places` says which worker runs
+which stages and holds which stores. All machines of a run compute the same answers from them, without messages.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from flowml.plan import Training
 from flowml.policy import due
 
 RETIRED = 2**53 - 1
-"""The clock of a replica that is not waited for any more: the largest that the wire carries."""
+"""The clock of a replica that is no longer waited for: the largest that a message can carry."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreTerms:
-    """One store: how it is kept in step, and for each part of a contribution the stage that sends it.
+    """One store: its synchronization policy, and for each part of a contribution the stage that sends it.
 
-    `collective`: what comes to a home stands for all replicas, and there are several homes.
+    `collective`: the store has several homes, and each contribution is the sum over all replicas.
     """
 
     stages: tuple[int, ...]
@@ -37,7 +37,7 @@ class StoreTerms:
 
     @property
     def decided(self) -> bool:
-        """Whether a decision says, clock by clock, what is applied. A sum over all replicas needs none."""
+        """Whether a decision determines for each clock what is applied. A sum over all replicas needs none."""
         return self.clocked and not self.collective
 
 
@@ -69,12 +69,12 @@ class Terms:
         return Terms(len(training.replicas), stages, training.microbatches, stores, total_clocks)
 
     def lasting(self, total_clocks: int) -> Terms:
-        """The same rules for a run of that many clocks."""
+        """The same terms for a run of `total_clocks`."""
         return replace(self, total_clocks=total_clocks)
 
     @cached_property
     def aligned(self) -> bool:
-        """Whether replicas share clocks, so that each runs the same ones. Else each runs as many as it can."""
+        """Whether all replicas run the same clocks. Otherwise each runs as many as it can."""
         return any(s.clocked for s in self.stores)
 
     @cached_property
@@ -94,7 +94,7 @@ class Terms:
 
     @cached_property
     def _needs(self) -> dict[int, int]:
-        """For each rhythm of the stores that are decided upon the most that one of them needs."""
+        """For each `every` of the stores with decisions, the largest number of replicas that such a store needs."""
         needs: dict[int, int] = {}
         for store in self.stores:
             if store.decided:
@@ -103,16 +103,16 @@ class Terms:
 
     @property
     def most_clocks(self) -> int:
-        """How many clocks one replica can come to run: all the work there is, where replicas share no clocks."""
+        """The most clocks that one replica can run. If replicas share no clocks, one may do all the work."""
         return self.total_clocks if self.aligned else self.total_clocks * self.replicas
 
     @property
     def last_clock(self) -> int:
-        """The last clock of an aligned run; -1 where each replica finds out for itself."""
+        """The last clock of an aligned run; -1 if each replica has its own."""
         return self.total_clocks - 1 if self.aligned else -1
 
     def need(self, clock: int) -> int:
-        """How many replicas the decision at `clock` needs; 0 if nothing that is due needs one."""
+        """The number of replicas that the decision at `clock` needs; 0 if there is no decision."""
         return max((n for every, n in self._needs.items() if due(clock, every, self.last_clock)), default=0)
 
     def droppable(self, clock: int) -> bool:
@@ -120,7 +120,7 @@ class Terms:
         return 0 < self.need(clock) < self.replicas
 
     def due_stores(self, clock: int) -> tuple[int, ...]:
-        """The stores that the decision at `clock` is about."""
+        """The stores that the decision at `clock` covers."""
         found = enumerate(self.stores)
         return tuple(i for i, s in found if s.decided and due(clock, s.every, self.last_clock))
 
@@ -135,10 +135,10 @@ class Terms:
 
 @dataclass(frozen=True)
 class Places:
-    """Which worker does what in a run.
+    """The workers of the stages and stores of a run.
 
     `stages[r][s]` runs stage s of replica r. `homes[i]` are the workers that hold store i; the value at the first is
-    the result of the run. `readers[i][home]` are the workers that hear of each version that `home` makes of store i.
+    the result of the run. `readers[i][home]` are the workers to which `home` publishes store i.
     """
 
     stages: tuple[tuple[str, ...], ...]
@@ -156,12 +156,12 @@ class Places:
 
     @cached_property
     def workers(self) -> tuple[str, ...]:
-        """All that take part."""
+        """All workers that take part."""
         stages = (worker for replica in self.stages for worker in replica)
         return tuple(dict.fromkeys((*stages, *(worker for homes in self.homes for worker in homes))))
 
     def stages_on(self, worker: str) -> tuple[tuple[int, int], ...]:
-        """(replica, stage) of all that this worker runs."""
+        """(replica, stage) of each stage that this worker runs."""
         return self._stages_on.get(worker, ())
 
     def stores_on(self, worker: str) -> tuple[int, ...]:
@@ -169,7 +169,7 @@ class Places:
         return self._stores_on.get(worker, ())
 
     def replicas_on(self, worker: str) -> tuple[int, ...]:
-        """The replicas that cannot go on without this worker."""
+        """The replicas that cannot continue without this worker."""
         return tuple(dict.fromkeys(replica for replica, _ in self.stages_on(worker)))
 
     @cached_property
@@ -195,7 +195,7 @@ def _workers(devices: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The decision for `clock`: it is complete with the work of every replica but those in `excluded`."""
+    """The decision for `clock`: it includes the work of every replica except those in `excluded`."""
 
     clock: int
     excluded: tuple[int, ...] = ()
@@ -203,6 +203,6 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaLost:
-    """A worker of `replica` died: nothing more comes from it that is worth waiting for."""
+    """A worker of `replica` is lost, so nothing more from this replica is waited for."""
 
     replica: int

@@ -1,40 +1,40 @@
-"""A worker's machine in training: what it does with every message, and who is told what in which order.
+"""A worker's state machine in training decides what the worker does with each message, and what it sends then.
 
 It owns the machines of one worker and all routing between them: a `Replica` for each stage that runs here, the `Home`
-of the stores that live here, and the `Decision` if this worker leads. A message comes in as `Received`; the list that
-`step` returns is what the worker does about it. Values never come here: a *handle* stands for a message's arrays.
+of the stores that live here, and the `Decision` if this worker leads. A message arrives as the event `Received`, and
+`step` returns the list of resulting actions. The machine holds no arrays: a *handle* stands for a message's arrays.
 
-    StartTraining   a run begins. What came early for it is taken in now, in the order of arrival.
-    StopTraining    the run ends. What still comes for it is forgotten.
+    StartTraining   a run begins. Its early messages are processed now, in the order of arrival.
+    StopTraining    the run ends. Later messages for it are dropped.
     Grant           work items, for the first stage of a replica.
     Begin           the first stage has begun a clock, for the other stages of the replica.
-    Contribution    a part of what a replica gives to a store, for the home here.
+    Contribution    a part of a replica's contribution to a store, for the home here.
     Arrived         a contribution is complete, for the leader: the first home of the first store that is decided upon.
-    Commit          a clock is decided. The stages here hear of it before the home here, because a replica must know
-                    that its step counts before it sees the version that it made.
-    Published       a new version, for all stages here. A version that is not newer than one that is read here comes
-                    from another copy of the store, and is ignored.
-    Applied         the version that holds what a replica here has pushed, for its stages.
+    Commit          a clock is decided. The stages here get it before the home here, because a replica must know that
+                    its step counts before it sees the version that contains the step.
+    Published       a new version, for all stages here. A version that is not newer than the one read here comes from
+                    another copy of the store, and is ignored.
+    Applied         the version that contains a push of a replica here, for its stages.
     Retired         a stage pushes nothing more: for the home, the leader, and the other stages if it was the first.
     StoreValue      the first value of a store, for the home.
-    Source, Batch, Collective   values for the executors, which are handed on.
+    Source, Batch, Collective   values for the executors, which get them unchanged.
 
-The loss of a replica (`ReplicaLost`) is for the leader and the home here, which do not wait for it any more.
+The loss of a replica (`ReplicaLost`) is for the leader and the home here, which stop waiting for it.
 
-Each event gets a number, and each action carries the number of the event that caused it. A message takes it along, so
-that its receiver can say from which event of which worker its own follows. Events and actions are in `actions`.
+Each event gets a number, and each action carries the number of the event that caused it. A message carries this number
+too, so that its receiver knows which event of which worker caused its own. Events and actions are in `actions`.
 
 What the caller must do:
 
 1. Give one event at a time, messages from one worker in the order in which it sent them. Messages of different workers
    may come in any order, also before the StartTraining of their run.
-2. Carry the actions out in the order of the list. Start, Abandon, Count, Show and Hand take effect before the
-   executors may ask anything again; all others may be done later. Of those only two things need an order: what is sent
-   to one worker, and what is done with one store.
-3. Answer each Start with one StepFinished, after all that the step has sent.
-4. Keep the arrays of a handle until one action names it: Load, Show, Apply, Release or Hand. That happens once.
-5. Ask the `stage` what it may read and when to give up, and send what `contribution` says.
-6. On Fail tell the driver; it ends the run. The message that led to it has had no other effect.
+2. Carry the actions out in the order of the list. Start, Abandon, Count, Show and Hand must take effect before an
+   executor queries the machine again. All other actions may be done later; only the messages to one worker, and the
+   actions on one store, must keep their order.
+3. Answer each Start with one StepFinished, after everything that the step sends.
+4. Keep the arrays of a handle until an action names it: Load, Show, Apply, Release or Hand. That happens once.
+5. Ask the `stage` what it may read and when to give up, and send what `contribution` returns.
+6. On Fail tell the driver, which ends the run. The message that caused it has had no other effect.
 """
 
 from __future__ import annotations
@@ -70,38 +70,38 @@ from flowml_runtime.protocol.training.actions import (
 from flowml_runtime.protocol.training.terms import Committed, Places, ReplicaLost, Terms
 
 MAX_EARLY = 4096
-"""Messages kept for runs that have not begun here. Peers can be ahead by a few steps, not more."""
+"""The most messages that are kept for runs that have not begun here. Peers can be ahead by only a few steps."""
 
 MAX_EARLY_BYTES = 2**30
-"""Bytes of arrays in those messages. The largest are contributions to the stores that live here."""
+"""The most bytes of arrays in those messages. The largest are contributions to the stores that live here."""
 
 _LIFE = 0
-"""The incarnation in contributions. All stages of a replica share it, and a replica lives as long as the run."""
+"""The incarnation in contributions. It is constant, because a replica lives as long as its run."""
 
 At = tuple[int, int]
 """(replica, stage)"""
 
 
 class TrainingWorker:
-    """One worker of one training plan: one fit at a time, many one after the other."""
+    """The machine of one worker of one training plan. It runs many fits, one at a time."""
 
     def __init__(self, me: str, driver: str, rules: Terms, places: Places) -> None:
-        """`rules` hold for every run but for its number of clocks, which comes with StartTraining."""
+        """`rules` apply to every run, except for the number of clocks, which StartTraining gives."""
         self._me = me
         self._driver = driver
         self._rules = rules
         self._places = places
         self._fit: _Fit | None = None
         self.newest = -1
-        """The newest run that has begun, or was stopped before it did."""
+        """The newest run that has begun, or was stopped before it began."""
         self._early = _Early(me, driver)
         self._lost: list[ReplicaLost] = []
-        """For good: a run that begins later does not wait for them either."""
+        """Lost replicas. They stay lost: later runs do not wait for them either."""
         self.number = 0
-        """Of the newest event."""
+        """The number of the newest event."""
 
     def step(self, event: Event) -> list[Action]:
-        """Take one event in. What cannot be is a Fail, and so is too much that comes early."""
+        """Process one event. Returns Fail for an event that breaks the protocol, and for too many early messages."""
         self.number += 1
         if isinstance(event, Received):
             return self._take(self.number, event)
@@ -117,7 +117,7 @@ class TrainingWorker:
             return [Fail(event.run, error, self.number)]
 
     def stage(self, at: At) -> replica.Replica:
-        """The machine of a stage that runs here, to be asked what it may read and when to give up."""
+        """The machine of a stage that runs here. Executors ask it what they may read and when to give up."""
         if self._fit is None:
             raise ProtocolError(f"stage {at[1]} of replica {at[0]} is asked for while no run is under way")
         return self._fit.stages[at]
@@ -125,7 +125,7 @@ class TrainingWorker:
     def contribution(
         self, start: Start, store: int, part: int, *, base_version: int, weight: int, specs: tuple[ArraySpec, ...] = ()
     ) -> Send:
-        """What the step of `start` sends for a part of a store, which read `base_version` of it."""
+        """The message with which the step of `start` sends its part of a store. The step has read `base_version`."""
         if self._fit is None:
             raise ProtocolError(f"a contribution to store {store} is made while no run is under way")
         message = wire.Contribution(
@@ -144,7 +144,7 @@ class TrainingWorker:
         return Send(self._places.homes[store][:1], message)
 
     def validate(self) -> None:
-        """The rules of all machines here hold, and what is kept is for runs that are still to come."""
+        """Check the rules of all machines here, and that all kept messages are for later runs."""
         self._early.validate(self.newest)
         if self._fit is not None:
             self._fit.validate()
@@ -188,12 +188,12 @@ class TrainingWorker:
         return [*closed, *self._retake()]
 
     def _retake(self) -> list[Action]:
-        """Take in again what came early: some of it is for the run that has begun, some for none that will."""
+        """Process the early messages again. Some belong to the run that has begun, and some to runs that never will."""
         return [action for number, event in self._early.take_all() for action in self._take(number, event)]
 
 
 class _Early:
-    """What came for runs that have not begun here, in the order of arrival: bounded by number and bytes."""
+    """Messages for runs that have not begun here, in the order of arrival. Their number and bytes are bounded."""
 
     def __init__(self, me: str, driver: str) -> None:
         self._me = me
@@ -202,7 +202,7 @@ class _Early:
         self._nbytes = 0
 
     def keep(self, number: int, event: Received) -> None:
-        """Raises EarlyLimitError if it is too much: nothing is dropped unless its run ends over it."""
+        """Keep a message. Raises EarlyLimitError if there is no room, which ends the run. No message is dropped."""
         nbytes = self._nbytes + sum(spec.nbytes for spec in event.message.specs)
         if len(self._events) >= MAX_EARLY or nbytes > MAX_EARLY_BYTES:
             raise EarlyLimitError(
@@ -230,7 +230,7 @@ class _Ids(TypedDict):
 
 
 class _Fit:
-    """One run on one worker: its machines, and which of them each message is for."""
+    """One run on one worker: its machines, and the routing of messages to them."""
 
     def __init__(self, me: str, driver: str, start: wire.StartTraining, terms: Terms, places: Places) -> None:
         self.run = start.run
@@ -247,7 +247,7 @@ class _Fit:
         self._shown: dict[int, tuple[int, int]] = {}
         """(version, floor) of each store that is read here."""
         self._ids: _Ids = {"plan_id": start.plan_id, "run": start.run, "cause": 0}
-        """What every message of this worker begins with."""
+        """The common fields of every message of this worker."""
         self._routes: dict[type[wire.TrainingMessage], Callable[[Any, Received], list[Action]]] = {
             wire.Grant: self._granted,
             wire.Begin: self._begun,
@@ -268,7 +268,7 @@ class _Fit:
         return [a for at in self.stages for a in self._at_stage(at, replica.Started())]
 
     def close(self, cause: int) -> list[Action]:
-        """The run ends here, and what its home has gathered is forgotten."""
+        """End the run here, and drop everything that its home has gathered."""
         return [Close(self.run, cause), *(Release(handle, cause) for handle in self._home.handles())]
 
     def take(self, cause: int, event: Received) -> list[Action]:
@@ -283,7 +283,7 @@ class _Fit:
         return self._at_stage((event.replica, event.stage), replica.StepFinished(event.clock))
 
     def lose(self, cause: int, event: ReplicaLost) -> list[Action]:
-        """The home and the leader here do not wait for it any more."""
+        """Make the home and the leader here stop waiting for a lost replica."""
         self._ids["cause"] = cause
         return [*self._decide(event), *self._at_home(event)]
 
@@ -296,7 +296,7 @@ class _Fit:
     def _cause(self) -> int:
         return self._ids["cause"]
 
-    # What each message means here.
+    # The handlers of messages.
 
     def _granted(self, message: wire.Grant, _: Received) -> list[Action]:
         return self._at_stage((message.replica, 0), replica.Granted(message.items, message.exhausted))
@@ -352,10 +352,10 @@ class _Fit:
     def _handed(self, message: wire.TrainingMessage, event: Received) -> list[Action]:
         return [Hand(event.peer, message, event.handle, self._cause)]
 
-    # What the machines here want done.
+    # The actions of the machines here, as actions of the worker.
 
     def _of(self, number: int, *, following: bool = False) -> list[At]:
-        """The stages of a replica that run here, the first of all left out if `following`."""
+        """The stages of a replica that run here, without the replica's first stage if `following`."""
         return [at for at in self.stages if at[0] == number and not (following and at[1] == 0)]
 
     def _at_stages(self, stages: Iterable[At], event: replica.Event) -> list[Action]:
@@ -395,7 +395,7 @@ class _Fit:
                 return Send((self._driver,), wire.Settled(**ids, fates=((item, fate),)))
 
     def _retire(self, at: At) -> list[Action]:
-        """Tell those that wait for this stage. The driver hears of the traffic before the word that may end the run."""
+        """Tell all that wait for this stage. The driver gets the traffic first, because Retired may end the run."""
         stores = zip(self._terms.stores, self._places.homes, strict=True)
         told = [homes[0] for store, homes in stores if not store.clocked and at[1] in store.stages]
         if at[1] == 0:
