@@ -46,6 +46,9 @@ class DirectEndpoint:
     def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
         """Nothing is copied."""
 
+    def settle(self, peer: str) -> None:
+        """Nothing is ever on its way."""
+
 
 class Network:
     """`workers` workers of one device each, and the driver's session. Use as a context manager."""

@@ -313,6 +313,8 @@ class Session:
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
         """Process one message. The endpoint calls this on its receiving threads."""
+        if isinstance(message, wire.Unreachable):
+            self.endpoint.settle(message.peer)  # a peer that died may have sent all of a step before
         plan_id = getattr(message, "plan_id", "")
         handler = self._handlers.get(plan_id)
         if handler is not None:

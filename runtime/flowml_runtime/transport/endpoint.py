@@ -63,6 +63,10 @@ class Sender(Protocol):
         """
         ...
 
+    def settle(self, peer: str) -> None:
+        """Wait until the messages that have arrived from `peer` are taken in, for a second at most."""
+        ...
+
 
 class Endpoint(Sender, Protocol):
     """One peer's end of all its connections. Safe to use from any thread."""
@@ -252,6 +256,9 @@ class ThreadEndpoint:
 
     def reserve(self, peer: str, specs: Sequence[ArraySpec], messages: int) -> None:
         """Does nothing: arrays are passed by reference."""
+
+    def settle(self, peer: str) -> None:
+        """Nothing to wait for: one thread delivers the messages of all peers in the order in which they were sent."""
 
     def deliver(
         self, peer: str, message: wire.Wire, arrays: list[Any], nbytes: int, timeout_s: float | None = None

@@ -6,7 +6,8 @@ and is reached through a Unix socket and shared memory, unless peers identify by
 A peer is lost when its stream to us or our stream to it ends, or when `lose` is called. The loss is reported once for
 each incarnation of the peer. Afterwards sends to the peer fail and its streams are refused, until it is known at
 another address. Both sides check every message against the specs in its header, and an invalid message ends its stream.
-The incoming stream of a lost peer is ended too, so both peers count each other as lost.
+The incoming stream of a lost peer is ended too, so both peers count each other as lost; what has arrived on it is taken
+in before the loss is reported.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from flowml.plan import ArraySpec
 from flowml_runtime import service, wire
 from flowml_runtime.transport import local_stream as unix_stream
 from flowml_runtime.transport.arrays import Buffer
+from flowml_runtime.transport.arrivals import Arrivals
 from flowml_runtime.transport.buffers import NEVER_KEPT_BYTES, BufferPool, keep_freed_memory
 from flowml_runtime.transport.endpoint import (
     MAX_QUEUED_BYTES,
@@ -75,6 +77,8 @@ class _Peer:
     stream: AnyStream | None = None
     expectation: Expectation | None = None
     """The expectation of the thread that receives from this peer through a Unix socket."""
+    arrivals: Arrivals | None = None
+    """The incoming stream."""
     hang_up: Callable[[], object] = _nothing
     """Ends the incoming stream of this peer."""
     connecting: threading.Lock = field(default_factory=threading.Lock)
@@ -220,6 +224,11 @@ class GrpcEndpoint:
         if known is not None:
             self._lose(known, reason)
 
+    def settle(self, peer: str) -> None:
+        known = self._peers.get(peer)
+        if known is not None and known.arrivals is not None:
+            known.arrivals.settle()
+
     def forget(self, peer: str) -> None:
         with self._lock:
             known = self._peers.pop(peer, None)
@@ -298,12 +307,16 @@ class GrpcEndpoint:
         with self._lock:
             if self._closed or peer.lost or self._peers.get(peer.name) is not peer:
                 return
+            if peer.arrivals is not None:
+                peer.arrivals.begin_drain()
             peer.lost = reason
             stream, peer.stream = peer.stream, None
         if stream is not None:
             stream.abort()  # first, so that a waiting sender does not delay the report
-        peer.hang_up()
         with self._reporting:
+            if peer.arrivals is not None:
+                peer.arrivals.drain()
+            peer.hang_up()
             self._on_lost(peer.name, reason)
 
     def _dial(self, peer: _Peer, hello: Outgoing) -> AnyStream:
@@ -343,6 +356,7 @@ class GrpcEndpoint:
     ) -> tuple[str, bool]:
         """Receive one stream to its end. Returns why it is refused ("" if it ended), and whether we are at fault."""
         peer: _Peer | None = None
+        arrivals = Arrivals()
         refusal, reason, fault = "", "it closed the connection", False
         try:
             for message, arrays in incoming:
@@ -350,11 +364,14 @@ class GrpcEndpoint:
                     self._refuse(peer, message)
                 elif peer is None:
                     peer = self._greet(message)
-                    peer.expectation, peer.hang_up = expectation, hang_up
-                elif peer.lost:
+                    peer.arrivals, peer.expectation, peer.hang_up = arrivals, expectation, hang_up
+                elif peer.lost and not arrivals.admits(sum(a.nbytes for a in arrays)):
                     raise _Refused(_counts_as_lost(peer))
                 else:
+                    arrivals.busy = True
                     self._on_message(peer.name, message, arrays)
+                    arrivals.busy = False
+                    arrivals.taken += 1
                 del message, arrays  # else they would stay alive until the next message
         except (FrameError, _Refused) as error:
             refusal = reason = str(error)
@@ -364,6 +381,7 @@ class GrpcEndpoint:
             _log.exception("a message from %s could not be taken in", peer.name if peer is not None else "a stranger")
             refusal = reason = f"a message from it failed here: {service.named(error)}"
             fault = True
+        arrivals.end()
         if peer is not None:
             if peer.hang_up is hang_up:
                 peer.hang_up = _nothing  # the incoming stream has ended
