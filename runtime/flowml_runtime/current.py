@@ -63,7 +63,7 @@ class Blocks(Generic[T]):
         if found:
             raise ClusterError(
                 f"{threading.current_thread().name} is in no `with cluster:` block, and there are {len(found)} of "
-                "other threads and tasks; give cluster=, or use one in a block of its own"
+                "other threads and tasks; give cluster=, or enter a `with cluster:` block here"
             )
         raise ClusterError("there is no cluster; work inside `with fm.Cluster.local(workers=2):`, or give cluster=")
 

@@ -193,8 +193,8 @@ class Dataflow(Generic[P, R]):
         given = self._not_traced("submit", args, kwargs)
         if given.call.objects is not None:
             raise TypeError(
-                f"{self._name}.submit() cannot update nnx objects, which a later call would read before; "
-                f"call {self._name}()"
+                f"{self._name}.submit() cannot update nnx objects, because a later call could read them before the "
+                f"update; call {self._name}()"
             )
 
         def start(session: Session, program: _Program, handle: LoadedPlan) -> Future[R]:

@@ -280,12 +280,12 @@ class Trainer:
         given = jax.tree_util.tree_map(_own, opt_state)
         got, want = jax.tree_util.tree_structure(given), jax.tree_util.tree_structure(expected)
         if got != want:
-            raise ValueError(f"opt_state is not of this optimizer: it has structure {got}, not {want}")
+            raise ValueError(f"opt_state belongs to another optimizer: it has structure {got}, not {want}")
         leaves = jax.tree_util.tree_leaves_with_path(expected)
         for (path, e), g in zip(leaves, jax.tree_util.tree_leaves(given), strict=True):
             if (g.shape, g.dtype) != (e.shape, e.dtype):
                 raise ValueError(
-                    f"opt_state is not of these parameters: {path_name(path)!r} is {g.dtype}{list(g.shape)}, "
+                    f"opt_state belongs to other parameters: {path_name(path)!r} is {g.dtype}{list(g.shape)}, "
                     f"not {e.dtype}{list(e.shape)}"
                 )
         return given

@@ -82,9 +82,9 @@ def test_a_worker_is_named_welcomed_and_announced() -> None:
     [
         ({"version": "0.9"}, ["flowml 0.9", "flowml 1.0", "install flowml 1.0"]),
         ({"protocol": 8}, ["protocol 8", "protocol 7", "install"]),
-        ({"name": "tuesday"}, ["'tuesday'", "no name for a worker"]),
-        ({"name": "driver", "devices": (CPU,)}, ["'driver'", "no name for a worker"]),
-        ({"devices": ()}, ["no name for a driver"]),
+        ({"name": "tuesday"}, ["'tuesday'", "not a valid name for a worker"]),
+        ({"name": "driver", "devices": (CPU,)}, ["'driver'", "not a valid name for a worker"]),
+        ({"devices": ()}, ["not a valid name for a driver"]),
         ({"devices": (CPU, CPU)}, ["cpu:0", "name each once"]),
         ({"at": "h:0"}, ["h:0", "worker:0"]),
         ({"name": "worker:0"}, ["incarnation 1 of worker:0 is not later than 1"]),

@@ -177,7 +177,7 @@ def test_a_program_begins_anew_once() -> None:
 
 @pytest.mark.parametrize(
     ("option", "said"),
-    [("0", "0 is no time to wait"), ("inf", "inf is no time to wait"), ("soon", "'soon' is not a number")],
+    [("0", "0 is not a valid time"), ("inf", "inf is not a valid time"), ("soon", "'soon' is not a number")],
 )
 def test_a_deadline_is_some_seconds(flowml, script, option: str, said: str) -> None:
     done = flowml("run", "--deadline", option, script(DOUBLE))

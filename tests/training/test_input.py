@@ -165,9 +165,11 @@ def test_parameters(threads_cluster: fm.Cluster) -> None:
 
 def test_an_optimizer_state_of_something_else(threads_cluster: fm.Cluster) -> None:
     adam = optax.adam(1e-2)
-    with pytest.raises(ValueError, match=r"opt_state is not of this optimizer: it has structure"):
+    with pytest.raises(ValueError, match=r"opt_state belongs to another optimizer: it has structure"):
         fit(threads_cluster, opt_state=adam.init(mlp()))
-    with pytest.raises(ValueError, match=r"opt_state is not of these parameters: '0/mu/fc0/bias' is float32\[8\], not"):
+    with pytest.raises(
+        ValueError, match=r"opt_state belongs to other parameters: '0/mu/fc0/bias' is float32\[8\], not"
+    ):
         fit(threads_cluster, optimizer=adam, opt_state=adam.init(mlp(widths=(8, 8))))
 
 

@@ -39,7 +39,7 @@ def seconds(text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no time to wait; give seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a valid time; give seconds above 0")
     return value
 
 

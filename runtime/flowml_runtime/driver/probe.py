@@ -58,8 +58,8 @@ def mean_warning(
     weighted = "" if spec.weight is None else " by its weight"
     return (
         f"{name_of(spec.loss)} is no mean over examples{weighted}: on two halves of {2 * half} examples it is "
-        f"{first:.6g} and {second:.6g}, on both together {whole:.6g} and not {mean:.6g}, so {spec.replicas} replicas x "
-        f"{spec.microbatches} microbatches train by another gradient than that of the whole batch; give "
+        f"{first:.6g} and {second:.6g}, on both together {whole:.6g} instead of {mean:.6g}; so the gradient of "
+        f"{spec.replicas} replicas x {spec.microbatches} microbatches differs from that of the whole batch; give "
         "Trainer(weight=) what it is a mean over: a leaf of aux, such as 'tokens', or a function of the batch"
     )
 

@@ -254,12 +254,13 @@ class Coordinator:
             )
         kind = _WORKER if join.devices else _OBSERVER
         if not kind.fullmatch(name):
-            return f"{name!r} is no name for a {'worker' if join.devices else 'driver'}; ask for none to be given one"
+            role = "worker" if join.devices else "driver"
+            return f"{name!r} is not a valid name for a {role}; give no name, and the cluster chooses one"
         if len({d.name.rpartition("/")[2] for d in join.devices}) != len(join.devices):
-            return f"two of its devices have one name: {', '.join(d.name for d in join.devices)}; name each once"
+            return f"two of its devices have the same name: {', '.join(d.name for d in join.devices)}; name each once"
         for holder, seat in self._seats.items():
             if holder != name and seat.member.address == join.address:
-                return f"its address {join.address} is that of {holder}; let each listen on an address of its own"
+                return f"its address {join.address} is that of {holder}; each peer needs a different address"
         latest = self._latest_life(name)
         if join.incarnation <= latest:
             return (

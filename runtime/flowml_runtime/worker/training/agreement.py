@@ -111,7 +111,7 @@ class Agreement:
         return DivergedError(
             f"step {clock}: replicas hold different parameters or optimizer state of layer {one_line(spec.name)!r}: "
             f"replica {' differs from replica '.join(kinds)}; a worker's memory or processor is faulty, or computes "
-            "otherwise than the others': train without it, from parameters of before",
+            "differently from the others: train again without it, from earlier parameters",
             worker=self._run.me,
             step=clock,
             node=spec.name,
