@@ -66,12 +66,12 @@ def add_transport(parser: argparse.ArgumentParser) -> None:
         "--transport",
         choices=["auto", "grpc"],
         default="auto",
-        help="auto: shared memory between processes of one machine; grpc: as between machines (default auto)",
+        help="auto: shared memory between processes of one machine; grpc: gRPC between all (default auto)",
     )
     parser.add_argument(
         "--checksum",
         action=argparse.BooleanOptionalAction,
-        help="checksums on every message, or on none (default: on those that leave the machine)",
+        help="checksums on every message, or on none (default: on messages to other machines)",
     )
 
 
@@ -89,7 +89,7 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
 def add_tls(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tls-cert", type=Path, metavar="PEM", help="own certificate; TLS is required beyond loopback")
     parser.add_argument("--tls-key", type=Path, metavar="PEM", help="private key of --tls-cert")
-    parser.add_argument("--tls-ca", type=Path, metavar="PEM", help="the authority that signed everybody's certificates")
+    parser.add_argument("--tls-ca", type=Path, metavar="PEM", help="the authority that signed all certificates")
 
 
 def read_token(path: Path | None) -> str:

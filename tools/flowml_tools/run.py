@@ -23,13 +23,13 @@ from flowml_tools.script import own_errors, script
 if TYPE_CHECKING:
     from flowml_runtime.cluster import Cluster
 
-SUMMARY = "run a script with a local cluster, or on one that runs already"
+SUMMARY = "run a script with a local cluster, or on a running one"
 DESCRIPTION = """\
-Run FILE.py as `python FILE.py ARGS` would, with a cluster around it that fm.dataflow and fm.Trainer find by
-themselves: worker processes on this machine, or with --on a cluster that `flowml launch` started. A cluster that the
-script makes itself works as ever, and comes first inside its own `with` block.
+Run FILE.py like `python FILE.py ARGS`, with a cluster around it that fm.dataflow and fm.Trainer use by default:
+worker processes on this machine, or with --on a cluster that `flowml launch` started. Inside the `with` block of a
+cluster that the script makes, that cluster is used instead.
 
-Options of flowml go before FILE.py; what follows it is the script's.
+Options of flowml go before FILE.py. Arguments after it go to the script.
 """
 
 

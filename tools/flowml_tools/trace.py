@@ -25,7 +25,7 @@ Run FILE.py with a cluster around it, as `flowml run` does, and write what its d
 (https://ui.perfetto.dev) or chrome://tracing. Options of flowml go before FILE.py; -o may also follow it.
 
   flowml trace FILE.py -o OUT.json [ARGS]
-  flowml trace --story OUT.json            who was told what during training and did what about it, ordered by cause
+  flowml trace --story OUT.json            print each event of a training run and what it caused, ordered by cause
 """
 
 
