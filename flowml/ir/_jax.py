@@ -49,7 +49,7 @@ SETTINGS = (
     "jax_softmax_custom_jvp",
     *_OUTSIDE_CONTEXT,
 )
-"""Settings that are part of a plan: those that change what the code of a callback computes, and 64 bits."""
+"""Settings that are part of a plan: the 64-bit setting, and those that change what the code of a callback computes."""
 
 _WIDE = frozenset({"int64", "uint64", "float64", "complex128"})
 
@@ -209,9 +209,7 @@ def obstacle(aval: Any) -> str:
         known = ", ".join(_KEY_IMPLEMENTATIONS.values())
         return f"is of dtype {aval.dtype}, which workers do not know; use keys of JAX's own kinds ({known})"
     mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
-    return (
-        _over_a_mesh(mesh) if getattr(mesh, "explicit_axes", ()) else ""
-    )  # otherwise the mesh is not part of the type
+    return _over_a_mesh(mesh) if getattr(mesh, "explicit_axes", ()) else ""  # else not part of the type
 
 
 def mesh_obstacle(equation: Any) -> str:
@@ -418,7 +416,7 @@ def load_exported(data: bytes) -> jax.export.Exported:
 def _operations(module: str) -> Iterator[tuple[str, str]]:
     """Every operation of a module with all its regions: (name, target of a custom call or "")."""
     with mlir.make_ir_context():
-        parsed = ir.Module.parse(module)  # keeps its operations alive
+        parsed = ir.Module.parse(module)  # the module keeps its operations alive
         todo = [parsed.operation]
         while todo:
             operation = todo.pop()

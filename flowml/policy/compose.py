@@ -11,7 +11,7 @@ from flowml.policy.spec import Policy
 DEFAULT_PATTERN = "*"
 """The pattern that `resolve` reports for a parameter without a match, whose policy is `Policy()`."""
 
-_ROOT = "params/"  # the collection that flax puts around a model's parameters; patterns need not repeat it
+_ROOT = "params/"  # the collection of a flax model's parameters; patterns may leave it out
 
 
 def resolve(policies: Mapping[str, Policy], paths: Iterable[str]) -> dict[str, tuple[str, Policy]]:

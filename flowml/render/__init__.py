@@ -1,7 +1,7 @@
-"""Pictures and explanations of plans: plan -> text, DOT, SVG, HTML. Strings only, and no JAX.
+"""Draws and explains plans as text, DOT, SVG or HTML. The results are strings; JAX is not used.
 
 scene     the boxes and arrows of a plan, without positions
-lanes, grid     positions: a lane a device, or a grid of stages and replicas
+lanes, grid     positions: one lane for each device, or a grid of stages and replicas
 svg, html, dot, text    the formats
 """
 
@@ -23,7 +23,7 @@ _FORMATS = {".svg": draw_svg, ".dot": draw_dot, ".txt": draw_text, ".html": draw
 
 
 def render(plan: Plan, path: str | PathLike[str]) -> Path:
-    """Draw `plan` into the file `path`, whose suffix chooses the format. Returns the path written.
+    """Draw `plan` and write it to the file `path`. Its suffix chooses the format. Returns the path.
 
     Raises FlowmlError for another suffix, or a file that cannot be written.
     """

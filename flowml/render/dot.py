@@ -1,8 +1,8 @@
-"""A plan as DOT, for Graphviz and everything that reads it: `dot -Tpdf plan.dot > plan.pdf`.
+"""Draws a plan as DOT, for Graphviz and other programs that read it: `dot -Tpdf plan.dot > plan.pdf`.
 
-A cluster a device (in a cluster a replica when training), a node a task, an edge a message, a cylinder a
-store. Pushes and publications meet in one point a stage, so that eight workers give eight edges and not
-eight for every store. The text is built by the `graphviz` package; the program of that name is not needed.
+A device is a cluster (in training inside the cluster of its replica), a task is a node, a message is an edge, and a
+store is a cylinder. Pushes and publications of a stage meet in one point, so eight workers have eight edges instead of
+eight for each store. The `graphviz` package builds the text; the program of that name is not needed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def draw_dot(plan: Plan) -> str:
 
 
 def _safe(text: str, length: int = _NAME) -> str:
-    """Text for a quoted label: on one line, taken literally, never as markup or an escape sequence."""
+    """Text for a quoted label: one line, literal, without markup or escape sequences."""
     return graphviz.escape(clip("".join(c for c in text if c.isprintable() or c.isspace()), length))
 
 
@@ -82,7 +82,7 @@ def _node(cluster: graphviz.Digraph, box: Box) -> None:
 
 
 def _stores(graph: graphviz.Digraph, scene: Scene) -> None:
-    """Cylinders by stage, tied to the devices of that stage through one point."""
+    """Cylinders by stage, connected to the devices of the stage through one point."""
     numbers = {c.device: i for i, c in enumerate(scene.cards)}
     for stage in sorted({s.stage for s in scene.stores}):
         bus = f"bus{stage}"

@@ -1,6 +1,6 @@
-"""What a layout hands to a painter: rectangles, paths and words at positions, in pixels.
+"""Defines drawings, which layouts make and painters paint: rectangles, paths and words at positions, in pixels.
 
-No colour and no escaping here; a painter turns `kind` and `tint` into a style.
+A drawing has no colours and no escaped text. A painter turns `kind` and `tint` into a style.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import accumulate
 from flowml.render.scene import Box, Card, Cylinder
 
 TINTS = 8
-"""Accent colours to tell devices, or the tasks of a stage, apart; a ninth starts again at the first."""
+"""The number of accent colours for devices, or for the tasks of a stage; the ninth uses the first colour again."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PlacedCard:
 
 @dataclass(frozen=True)
 class PlacedBox:
-    """`compact` boxes show their title only."""
+    """`compact` boxes show only their title."""
 
     box: Box
     at: Rect
@@ -78,7 +78,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Words:
-    """One line of text. `anchor` is "start", "middle" or "end" of it at `x`; `y` is the base line."""
+    """One line of text. `anchor` ("start", "middle" or "end") is the part of it at `x`; `y` is the base line."""
 
     x: float
     y: float
@@ -117,7 +117,7 @@ _WIDE = frozenset("mwMW@%&…→←×")
 
 
 def text_width(text: str, size: float) -> float:
-    """About how wide `text` is in a sans-serif font of `size` pixels; on the generous side."""
+    """The approximate width of `text` in a sans-serif font of `size` pixels; rather too large than too small."""
     return size * sum(map(_width, text))
 
 
@@ -126,7 +126,7 @@ def _width(c: str) -> float:
 
 
 def fit(text: str, width: float, size: float) -> str:
-    """`text` on one line, cut with an ellipsis where it would be wider than `width` pixels."""
+    """`text` on one line, cut with an ellipsis if it is wider than `width` pixels."""
     line = " ".join(text.split())
     ends = list(accumulate(map(_width, line)))
     if not ends or size * ends[-1] <= width:
@@ -135,12 +135,12 @@ def fit(text: str, width: float, size: float) -> str:
 
 
 def weight(nbytes: int) -> float:
-    """Width of an arrow: wider by the order of magnitude of what it carries."""
+    """The width of an arrow, which grows with the order of magnitude of its bytes."""
     return min(1.4 + 0.45 * max(math.log10(nbytes / 1024), 0.0) if nbytes else 1.4, 4.0)
 
 
 def elbow(points: list[tuple[float, float]], radius: float = 10) -> str:
-    """A path through horizontal and vertical pieces, its corners rounded."""
+    """A path of horizontal and vertical pieces with rounded corners."""
     data = [f"M{_n(points[0][0])},{_n(points[0][1])}"]
     for before, corner, after in zip(points, points[1:], points[2:], strict=False):
         r = min(radius, _length(before, corner) / 2, _length(corner, after) / 2)
@@ -157,7 +157,7 @@ def swing(x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def bracket(x1: float, y1: float, x2: float, y2: float, bulge: float) -> str:
-    """A curve that leaves and comes back on the left, around what lies between."""
+    """A curve that leaves and returns on the left, around the shapes in between."""
     left = min(x1, x2) - bulge
     return f"M{_n(x1)},{_n(y1)}C{_n(left)},{_n(y1)} {_n(left)},{_n(y2)} {_n(x2)},{_n(y2)}"
 

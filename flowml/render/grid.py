@@ -1,9 +1,8 @@
-"""Layout of a training plan: a row a stage, a column a replica, the stores of each stage at the right.
+"""Lays out a training plan: a row for each stage, a column for each replica, and the stores of a stage at the right.
 
-Replicas do the same work, so the first shows its tasks in full and the others in small, and what every
-replica pushes to a store and gets published runs over one bus a stage instead of an arrow for each pair.
-Within a stage data goes down on the left (forward) and up on the right (backward). Below is the step as a
-chart: who runs which task for which microbatch, when.
+Replicas do the same work, so the first shows its tasks in full and the others show only titles. Pushes and
+publications of a stage share one bus instead of an arrow for each pair. Within a stage data goes down on the left
+(forward) and up on the right (backward). A chart below shows when each device runs each task and microbatch.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _BAR_HEIGHT, _CHART_WIDTH = 22.0, 900.0
 
 @dataclass(frozen=True)
 class _Cell:
-    """One device's boxes: those that data goes down through, and those it comes back up through."""
+    """One device's boxes: those of the column in which data goes down, and of the column in which it goes up."""
 
     card: Card
     down: tuple[Box, ...]
@@ -76,7 +75,7 @@ def _height(box: Box, compact: bool) -> float:
 
 
 def _split(card: Card, scene: Scene, stage_of: Mapping[str, int], compact: bool) -> _Cell:
-    """Boxes from the first that hears from a later stage on go up; all before them go down."""
+    """Split a card's tasks: from the first that receives from a later stage they go up, those before go down."""
     device_of = {b.id: b.device for b in scene.boxes}
     stage = stage_of[card.device]
     back = {a.target for a in scene.arrows if a.kind == MESSAGE and stage_of.get(device_of[a.source], -1) > stage}
@@ -115,7 +114,7 @@ class _Grid:
         self.right = self.bottom = 0.0
 
     def _tints(self) -> dict[str, int]:
-        """The same colour for the same place in the same stage of every replica."""
+        """Colours; boxes with the same position and stage have the same colour in every replica."""
         order: dict[tuple[int, int], int] = {}
         tints: dict[str, int] = {}
         for replica in self.cells:
@@ -189,7 +188,7 @@ class _Grid:
         self.placed[box.id] = PlacedBox(box, at, self.tints.get(box.id, 0), compact)
 
     def _place_stores(self, stage: int, x: float, y: float, height: float) -> None:
-        """Cylinders, and the bus that ties them to every device of the stage."""
+        """Cylinders, and the bus that connects them to every device of the stage."""
         upwards = stage < self.stages / 2
         bus = y - _BUS if upwards else y + height + _BUS
         trunk = x - 26
@@ -235,7 +234,7 @@ class _Grid:
             self.paths.append(Path(data, arrow.kind, line, arrow.detail, arrow.source, arrow.target))
 
     def _within(self, source: PlacedBox, target: PlacedBox) -> str:
-        """To the next box of the column, or across to the other one; a feed shows only its first use."""
+        """A path to the next box of the column, or to the other column; a feed shows only its first use."""
         a, b = source.at, target.at
         if a.x != b.x:
             x1, x2 = (a.right, b.x) if a.x < b.x else (a.x, b.right)
@@ -245,7 +244,7 @@ class _Grid:
         return f"M{a.cx},{a.bottom}L{b.cx},{b.y}" if b.y > a.y else f"M{a.cx},{a.y}L{b.cx},{b.bottom}"
 
     def _between_stages(self, arrow: Arrow, source: PlacedBox, target: PlacedBox) -> str:
-        """Down along the left margin of the cards, up along the right one, one beside the other."""
+        """A path down along the left margin of the cards, or up along the right one; paths lie side by side."""
         a, b = source.at, target.at
         card = next(c.at for c in self.cards if c.card.device == source.box.device)
         downwards = b.y > a.y
@@ -257,7 +256,7 @@ class _Grid:
         return elbow([(start, a.cy), (x, a.cy), (x, b.cy), (end, b.cy)], 7)
 
     def _label_crossings(self) -> None:
-        """What goes from stage to stage of the first replica, beside the arrows, one line a direction."""
+        """Label what crosses between stages of the first replica, with one line for each direction."""
         times = self.plan.training.microbatches if self.plan.training else 1
         for (device, downwards), arrows in self.crossings.items():
             if not self.shown or device not in self.shown[0]:

@@ -1,7 +1,7 @@
-"""A plan as one web page that needs nothing else: the drawing to move about in, and every table beside it.
+"""Draws a plan as one self-contained web page: a drawing that can be moved and zoomed, and all tables beside it.
 
-The page may show names from anybody's model, so all text is escaped, and a content security policy lets
-only our own style and script run (by their hashes) and nothing be fetched.
+The page may show names from an untrusted model, so all text is escaped. A content security policy allows only our
+own style and script (by their hashes) and no downloads.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _sections(plan: Plan) -> Sequence[str]:
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], right: str, chosen: int = -1) -> str:
-    """`right` has an "r" for each column that holds numbers; row `chosen` stands out."""
+    """A table. `right` has an "r" for each column that holds numbers; row `chosen` is highlighted."""
     sides = [' class="number"' if side == "r" else "" for side in right.ljust(len(header))]
     head = "".join(f"<th{side}>{escape_text(text)}</th>" for text, side in zip(header, sides, strict=True))
     lines = [

@@ -1,8 +1,7 @@
-"""Layout of a plan without replicas: a lane a device, time downwards.
+"""Lays out a plan without replicas: one lane for each device, with time downwards.
 
-A box goes below everything that it waits for, and no two boxes of a lane share a row. So every arrow points
-down, the gaps between rows hold nothing but arrows, and the gutters between lanes are free for those that
-pass several rows.
+A box is below everything that it waits for, and no two boxes of a lane share a row. Every arrow therefore points
+down, the gaps between rows hold only arrows, and the gutters between lanes are free for arrows that pass several rows.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _ROW_GAP = 52.0
 
 
 def box_height(box: Box) -> float:
-    """A pill for what comes and goes, else a line for the title and one for each fact."""
+    """The height of a feed or fetch, or of a title and one line for each fact."""
     return 42.0 if box.kind in (FEED, FETCH) else 34.0 + 16.0 * len(box.facts)
 
 
@@ -75,7 +74,7 @@ def draw_lanes(scene: Scene) -> Drawing:
 
 
 def _rows(scene: Scene) -> dict[str, int]:
-    """A row for each box: after all it waits for, alone in its lane; a feed just above its first user."""
+    """A row for each box: below all that it waits for, and alone in its lane. A feed is just above its first user."""
     sources: dict[str, list[str]] = {b.id: [] for b in scene.boxes}
     users: dict[str, list[str]] = {b.id: [] for b in scene.boxes}
     for arrow in scene.arrows:
@@ -99,23 +98,23 @@ def _rows(scene: Scene) -> dict[str, int]:
 
 
 def _outer_first(arrows: Sequence[Arrow], rows: Mapping[str, int]) -> list[Arrow]:
-    """Short arrows last, so that they lie above the ones that pass by."""
+    """Arrows from long to short, so that short ones are drawn above long ones."""
     return sorted(arrows, key=lambda a: -abs(rows[a.target] - rows[a.source]))
 
 
 _CELL_WIDTH, _CELL_HEIGHT = 128, 32
-"""Labels are no larger than this, so that one meets only those of the cells around it."""
+"""Labels are no larger than a cell, so a label can overlap only labels of adjacent cells."""
 
 
 class Taken:
-    """Which parts of a line are taken: stretches apart from one another, in order."""
+    """The parts of a line that are taken: disjoint intervals, in order."""
 
     def __init__(self) -> None:
         self._ends: list[float] = []
-        """Where the first begins, where it ends, where the second begins, and so on."""
+        """The start of the first interval, its end, the start of the second, and so on."""
 
     def take(self, left: float, right: float) -> bool:
-        """Take a stretch if all of it is free."""
+        """Take an interval if all of it is free."""
         at = bisect_left(self._ends, left)
         if at % 2 or bisect_right(self._ends, right) != at:
             return False
@@ -135,9 +134,9 @@ class _Router:
     tracks: dict[float, int] = field(default_factory=dict[float, int])
     ports: dict[str, int] = field(default_factory=dict[str, int])
     runs: dict[tuple[int, int], Taken] = field(default_factory=dict[tuple[int, int], Taken])
-    """By gap, and by the height in it."""
+    """Taken intervals by (gap, height in the gap)."""
     labels: dict[tuple[int, int], list[Words]] = field(default_factory=dict[tuple[int, int], list[Words]])
-    """By the cell that they stand in."""
+    """Labels by their cell."""
 
     def add(self, arrow: Arrow) -> None:
         source, target = self.placed[arrow.source].at, self.placed[arrow.target].at
@@ -154,14 +153,14 @@ class _Router:
             self._label(arrow.label, *label)
 
     def _across_gap(self, arrow: Arrow, source: Rect, target: Rect) -> tuple[str, tuple[float, float]]:
-        """To the next row: down, across in the gap, down."""
+        """A path to the next row: down, across in the gap, down."""
         x1, x2 = self._port(arrow.source, "out", source, target), self._port(arrow.target, "in", target, source)
         middle = self._height(self.rows[arrow.target], x1, x2)
         points = [(x1, source.bottom), (x1, middle), (x2, middle), (x2, target.y)]
         return elbow(points), ((x1 + x2) / 2, middle)
 
     def _height(self, gap: int, x1: float, x2: float) -> float:
-        """A height in the gap above row `gap` at which nothing runs between `x1` and `x2` yet."""
+        """A height in the gap above row `gap` that is free between `x1` and `x2`."""
         left, right = min(x1, x2), max(x1, x2)
         middle = sum(self.gaps[gap]) / 2
         if left == right:
@@ -172,7 +171,7 @@ class _Router:
         return middle
 
     def _port(self, box: str, side: str, at: Rect, other: Rect) -> float:
-        """Where an arrow meets a box: the middle for its own lane, to the side that the other end is on."""
+        """The position where an arrow meets a box: the middle within a lane, else the side of the other end."""
         if at.x == other.x:
             return at.cx
         key = f"{side} {box} {other.x > at.x}"
@@ -181,14 +180,14 @@ class _Router:
         return at.cx + (shift if other.x > at.x else -shift)
 
     def _around(self, source: Rect, target: Rect) -> tuple[str, tuple[float, float]]:
-        """Past the boxes between, in the lane's own margin."""
+        """A path around the boxes in between, in the margin of the lane."""
         track = self.tracks[source.x] = self.tracks.get(source.x, -1) + 1
         x = source.x - 8 - 4 * (track % 4)
         y1, y2 = source.cy + 5 * (track % 3), target.cy - 5 * (track % 3)
         return elbow([(source.x, y1), (x, y1), (x, y2), (target.x, y2)], 7), (x, (y1 + y2) / 2)
 
     def _through_gutter(self, arrow: Arrow, source: Rect, target: Rect) -> tuple[str, tuple[float, float]]:
-        """Down to the gap below the source, along the gutter beside the target, in above the target."""
+        """A path down to the gap below the source, along the gutter beside the target, and in above the target."""
         gutter = target.x - _PAD - _GUTTER if target.x > source.x else target.right + _PAD
         track = self.tracks[gutter] = self.tracks.get(gutter, -1) + 1
         x = gutter + 8 + (track * 9) % (_GUTTER - 12)
@@ -199,7 +198,7 @@ class _Router:
         return elbow(points, 8), ((x1 + x) / 2, above)
 
     def _label(self, text: str, x: float, y: float) -> None:
-        """Put a label at a place, or a little below or above where another one is."""
+        """Put a label at a position, or slightly below or above it if another label is there."""
         width = text_width(text, 11)
         column = int(x // _CELL_WIDTH)
         for shift in (0, 14, -14, 28, -28, 42):

@@ -1,7 +1,7 @@
-"""The style and the script of the HTML page: text only, the same for every plan.
+"""Holds the style and the script of the HTML page, which are the same for every plan.
 
-The script knows nothing about plans. It moves the view box of the drawing, marks what the search finds by
-`data-search`, and shows the tooltip of what was clicked. It writes text, never markup.
+The script does not depend on plans. It moves the view box of the drawing, marks the shapes whose `data-search` matches
+the search, and shows the tooltip of a clicked shape. It writes text, never markup.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every device's instruction list, a line an instruction. Devices with the same list share one listing."""
+"""Lists the instructions of every device, one on each line. Devices with the same list share one listing."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from flowml.render.scene import input_names, spec_text
 from flowml.render.units import bytes_text, clip, flops_text, listed, plural, seconds_text
 
 _NAME = 48
-"""Longest name that a row shows."""
+"""The longest name in a row; longer ones are cut."""
 
 
 def device_lists(plan: Plan) -> list[str]:
-    """One block a distinct program, headed by the devices that run it."""
+    """One block for each distinct program, headed by the devices that run it."""
     blocks: dict[tuple[str, ...], list[Program]] = {}
     for program in plan.programs:
         key = tuple(_line(plan, i, _ordinal(plan, program)) for i in program.instructions)
@@ -48,7 +48,7 @@ def _block(plan: Plan, programs: Sequence[Program]) -> str:
 
 
 def _ordinal(plan: Plan, program: Program) -> dict[str, str]:
-    """Peers by their stage, so that the lists of two replicas compare equal."""
+    """The stage of each peer, so that the lists of two replicas compare equal."""
     for replica in plan.training.replicas if plan.training else ():
         if program.device in replica:
             return {device: f"stage {stage}" for stage, device in enumerate(replica)}

@@ -1,8 +1,8 @@
-"""The picture behind every picture: a plan as boxes and arrows, without sizes or positions.
+"""Turns a plan into boxes and arrows without sizes or positions, which all drawings share.
 
-A plan lists instructions; a reader wants to see tasks and what flows between them. `make_scene` walks each
-device's program once, follows buffers from the instruction that fills them to the ones that use them, and
-keeps one box a task (its microbatches counted, not repeated) and one arrow a message.
+A plan lists instructions, but a reader wants to see tasks and the data between them. `make_scene` walks each
+device's program once and follows buffers from the instruction that fills them to those that use them. It keeps
+one box for each task (with the number of its microbatches) and one arrow for each message.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ MESSAGE, LOCAL = "message", "local"
 
 @dataclass(frozen=True)
 class Box:
-    """A task, or what a device takes from or gives to the driver. `order` is its place in the program.
+    """A task, or what a device receives from the driver or sends to it. `order` is its position in the program.
 
-    `short` is for where there is room for a word only.
+    `short` is a one-word title for small boxes.
     """
 
     id: str
@@ -65,7 +65,7 @@ class Arrow:
 
 @dataclass(frozen=True)
 class Card:
-    """One device: its boxes and what it does in total. `homes` are the stores that live there."""
+    """One device: its boxes and its total work. `homes` are the stores whose home it is."""
 
     device: str
     facts: tuple[str, ...]
@@ -75,7 +75,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Cylinder:
-    """A store: where a layer's parameters live, and the rule that keeps them in step."""
+    """A store: the home of a layer's parameters, and the policy that keeps them in step."""
 
     id: str
     name: str
@@ -88,7 +88,7 @@ class Cylinder:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a drawing shows. `grid` is replica -> one device a stage; without training it is empty."""
+    """Everything that a drawing shows. `grid` lists the devices of each replica by stage (empty without training)."""
 
     name: str
     headline: str
@@ -130,7 +130,7 @@ def make_scene(plan: Plan) -> Scene:
 
 
 def headline(plan: Plan) -> str:
-    """One line: how many devices, stages and replicas, and the estimated step."""
+    """One line with the number of devices, stages and replicas, and the estimated time of a step."""
     parts = [plural(len(plan.programs), "device"), plural(len(plan.messages), "message")]
     if plan.training:
         stages = max((len(r) for r in plan.training.replicas), default=0)
@@ -148,28 +148,28 @@ def spec_text(spec: ArraySpec) -> str:
 
 
 def input_names(plan: Plan, slots: Iterable[int]) -> tuple[str, ...]:
-    """What the feed slots are called: arguments, or leaves of the batch and the key when training."""
+    """The names of feed slots: arguments, or in training the leaves of the batch and the key."""
     names = plan.training.batch_paths if plan.training else plan.input_names
     spare = "key" if plan.training else "input"
     return tuple((names[s] or f"{spare} {s}") if s < len(names) else f"{spare} {s}" for s in slots)
 
 
 def push_text(store: StoreSpec) -> str:
-    """What one contribution takes, and what the plain gradient would have taken if that differs."""
+    """The size of one contribution, and of the plain gradient if it differs."""
     pushed, plain = store.push_bytes, store.gradient_bytes
     return bytes_text(pushed) if pushed == plain else f"{bytes_text(pushed)} (gradient {bytes_text(plain)})"
 
 
 def home_text(store: StoreSpec) -> str:
-    """Where it is kept: on a device, or a copy with every replica."""
+    """The location of a store: one device, or a copy on every replica."""
     return f"all {len(store.homes)} replicas" if store.collective else store.home
 
 
 @dataclass
 class _Walk:
-    """One pass over a device's program: which box, or which message, fills the buffers that a task uses.
+    """One pass over a device's program: finds the box or message that fills each buffer that a task uses.
 
-    Arrows come from the first run of each task only: the other microbatches repeat them.
+    Only the first run of each task gives arrows, because the other microbatches repeat them.
     """
 
     plan: Plan
@@ -183,7 +183,7 @@ class _Walk:
     receivers: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
 
     def __post_init__(self) -> None:
-        """Adding gradients up between microbatches, and packing them, is not worth a box."""
+        """Find the tasks without a box: those that add up gradients between microbatches or pack them."""
         stores = self.plan.training.stores if self.plan.training else ()
         self.housekeeping = {t for s in stores for p in s.parts for t in (p.accumulate, p.pack, p.finish)} - {None}
         self.runs = Counter(i.task for i in self.program.instructions if isinstance(i, Run))
@@ -272,7 +272,7 @@ class _Walk:
 
 
 def _message_arrows(plan: Plan, walks: Sequence[_Walk]) -> list[Arrow]:
-    """One labelled arrow a message, and unlabelled ones to further tasks that use what it brought."""
+    """One labelled arrow for each message, and unlabelled arrows to other tasks that use its values."""
     arrows: list[Arrow] = []
     times = plan.training.microbatches if plan.training else 1
     senders = {index: box for w in walks for index, box in w.senders.items()}
@@ -293,7 +293,7 @@ def _message_arrows(plan: Plan, walks: Sequence[_Walk]) -> list[Arrow]:
 
 
 def _levels(boxes: Sequence[str], arrows: Sequence[Arrow]) -> dict[str, int]:
-    """Length of the longest path to each box. An arrow that closes a cycle (an accumulator) is left out."""
+    """The length of the longest path to each box. An arrow that closes a cycle (an accumulator) is ignored."""
     sources: dict[str, list[str]] = {b: [] for b in boxes}
     for arrow in arrows:
         sources[arrow.target].append(arrow.source)
@@ -375,7 +375,7 @@ def _cylinder(index: int, store: StoreSpec) -> Cylinder:
 
 
 def policy_kind(store: StoreSpec) -> str:
-    """The one word a legend has room for."""
+    """One word for the policy of a store, for legends."""
     if any(p.factors for p in store.parts):
         return "factors"
     if store.every > 1:

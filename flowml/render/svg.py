@@ -1,8 +1,8 @@
-"""A plan as SVG: the layouts of `lanes` and `grid`, painted. Needs no other program.
+"""Draws a plan as SVG from the layouts of `lanes` and `grid`. It needs no other program.
 
-Names come from the user and may hold anything, so text enters the document through `escape_text` alone, which
-also drops what XML cannot carry. Every shape has a tooltip, and the attributes `data-id` and `data-search`
-by which a page can find it.
+Names come from the user and may hold any characters. All text therefore enters the document through `escape_text`,
+which also drops characters that XML cannot hold. Every shape has a tooltip, and the attributes `data-id` and
+`data-search`, by which a page can find it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BOLD = 14.5
 
 
 def draw_svg(plan: Plan, *, style: bool = True) -> str:
-    """The drawing of `plan` as a document. Without `style` the page around it brings the style sheet."""
+    """The drawing of `plan` as a document. Without `style`, the page around it must have the style sheet."""
     scene = make_scene(plan)
     drawing = draw_grid(plan, scene) if scene.grid else draw_lanes(scene)
     width, height = drawing.width, drawing.height + _LEGEND_HEIGHT
@@ -50,7 +50,7 @@ def draw_svg(plan: Plan, *, style: bool = True) -> str:
 
 
 def escape_text(text: str) -> str:
-    """For element content and quoted attributes alike; a line break survives as a character reference."""
+    """Escape text for element content or quoted attributes. A line break becomes a character reference."""
     return escape(_FORBIDDEN.sub("\ufffd", text), quote=True).replace("\n", "&#10;").replace("\r", "&#13;")
 
 
@@ -180,7 +180,7 @@ def _bar(bar: Bar) -> str:
 
 
 def _legend(scene: Scene, drawing: Drawing) -> str:
-    """What the lines and colours mean; only those that occur."""
+    """The meaning of the lines and colours that occur in the drawing."""
     y = drawing.height + 18
     x = 28.0
     kinds = {p.kind for p in drawing.paths}

@@ -1,7 +1,7 @@
-"""A plan in words: `explain` says what was chosen and why, `draw_text` lists what every device does.
+"""Describes a plan as text: `explain` says what was chosen and why, `draw_text` lists the work of every device.
 
-Both are for a terminal: aligned columns, one line a thing, no colour. Names are kept to one line each, so
-that no name can forge a row.
+Both are for a terminal, with aligned columns and without colour. Each name stays on one line, so a name cannot
+imitate a row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROWS = 40
 
 
 def explain(plan: Plan) -> str:
-    """What was chosen, what it was weighed against and why, as text that ends with a newline."""
+    """Text that says which placement was chosen, what it was compared with, and why. It ends with a newline."""
     sections = [
         f"{clip(plan.name, _WIDEST)}: {headline(plan)}",
         _estimate(plan),
@@ -36,7 +36,7 @@ def explain(plan: Plan) -> str:
 
 
 def draw_text(plan: Plan) -> str:
-    """The step as a chart of who runs when, then every device's instructions."""
+    """A chart of when each device runs which task, then the instructions of every device."""
     sections = [f"{clip(plan.name, _WIDEST)}: {headline(plan)}", _chart(plan), *device_lists(plan)]
     return "\n\n".join(s for s in sections if s) + "\n"
 
@@ -76,7 +76,7 @@ def _estimate(plan: Plan) -> str:
 
 
 def compare_with_one_device(plan: Plan) -> str:
-    """A sentence on whether the plan pays; empty where there is nothing to compare."""
+    """A sentence that compares the plan with one device; empty if there is nothing to compare."""
     estimate: Estimate = plan.estimate
     step, single = estimate.step_seconds, estimate.single_device_seconds
     if len(plan.programs) < 2 or step <= 0 or single <= 0 or max(step, single) == float("inf"):
@@ -102,7 +102,7 @@ def _choices(choices: Sequence[Choice]) -> str:
 
 
 def why(choices: Sequence[Choice]) -> str:
-    """Why the chosen placement, against the best of the others."""
+    """Why the chosen placement was preferred to the best of the others."""
     chosen = next((c for c in choices if c.chosen), None)
     others = sorted((c for c in choices if not c.chosen), key=lambda c: c.step_seconds)
     if chosen is None or not others:
@@ -157,7 +157,7 @@ def _transfers(plan: Plan) -> str:
 
 
 def _links(links: Sequence[PlanLink]) -> str:
-    """What each pair of devices was reckoned with, and how that is known; a pair alike both ways takes one row."""
+    """The links that the estimate used, and whether they were measured. Equal links in both directions share a row."""
     facts = {(k.source, k.destination): (k.way, k.latency_s, k.bytes_per_s, k.measured) for k in links}
     both = {(a, b) for a, b in facts if facts[a, b] == facts.get((b, a))}
     rows: list[Sequence[str]] = []
@@ -204,7 +204,7 @@ def _stores(stores: Sequence[StoreSpec]) -> str:
 
 
 def _pushed(stores: Sequence[StoreSpec]) -> str:
-    """The bytes of one replica and step, with what `every` and the factors save."""
+    """The bytes that one replica pushes in a step, and what `every` and factors save."""
     pushed = sum(s.push_bytes / s.every for s in stores)
     plain = sum(s.gradient_bytes for s in stores)
     if not stores or pushed >= plain:
@@ -213,7 +213,7 @@ def _pushed(stores: Sequence[StoreSpec]) -> str:
 
 
 def _reduced(stores: Sequence[StoreSpec]) -> str:
-    """What replicas add up among themselves: how many buckets, by which schedules, and what that makes each send."""
+    """What replicas add up among themselves: the number of buckets, their schedules, and bytes sent by a worker."""
     buckets = [(s, p, p.reduction) for s in stores for p in s.parts if p.reduction is not None]
     if not buckets:
         return ""
@@ -237,7 +237,8 @@ _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 def _chart(plan: Plan) -> str:
-    """Who runs when: a letter a task, then the microbatch; only the first replica when training."""
+    """When each device runs each task: a letter for the task, then the microbatch. In training only the first replica
+    is shown."""
     devices = plan.training.replicas[0] if plan.training and plan.training.replicas else plan.devices
     bars = timeline(plan, devices)
     if not bars:

@@ -1,8 +1,8 @@
-"""Colours and type of the drawings, for light and dark.
+"""Defines the colours and fonts of the drawings, for light and dark.
 
-Every class is told its colour outright and again in the dark query: programs that know neither variables nor
-queries (converters, old viewers) still draw the light picture. The background is part of the drawing, so
-that it stays readable on a page of either shade.
+Every class has a literal colour and another one in the dark query. Programs without CSS variables or queries
+(converters, old viewers) therefore draw the light picture. The background is part of the drawing, so that it is
+readable on a light or dark page.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _DARK = {
 
 
 def stylesheet() -> str:
-    """The style sheet of a drawing: light, and dark where the viewer asks for it."""
+    """The style sheet of a drawing: light, and dark if the viewer prefers it."""
     dark = _colours(_DARK, _TINTS_DARK, _POLICIES_DARK)
     return f"{_SHAPES}{_colours(_LIGHT, _TINTS_LIGHT, _POLICIES_LIGHT)}@media (prefers-color-scheme:dark){{{dark}}}"
 

@@ -1,7 +1,7 @@
-"""When each task would run: the plan's instruction lists, played through at their estimated durations.
+"""Estimates when each task runs, by simulating the plan's instruction lists with the estimated durations.
 
-The same rule as the executor's: a device goes through its list in order, a receive waits for its message,
-a send does not wait. Time is counted, never read.
+The rules are those of the executor: a device runs its list in order, a receive waits for its message, and a send does
+not wait. Time is computed and never read from a clock.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Bar:
 
 
 def timeline(plan: Plan, devices: Collection[str] | None = None) -> tuple[Bar, ...]:
-    """The runs of one step on `devices` (all by default), in order of start. What cannot run is left out."""
+    """The runs of one step on `devices` (all by default), in order of start. Tasks that cannot run are left out."""
     programs = [p for p in plan.programs if devices is None or p.device in devices]
     bars: list[Bar] = []
     arrivals: dict[tuple[int, int], float] = {}
@@ -41,13 +41,13 @@ def timeline(plan: Plan, devices: Collection[str] | None = None) -> tuple[Bar, .
 
 
 def duration_s(task: Task) -> float:
-    """The estimate of a task; by its operations where the plan holds none."""
+    """The estimated time of a task; if the plan has none, it is computed from the task's operations."""
     return max(task.seconds or task.flops / _FLOPS_PER_S, _LEAST_S)
 
 
 @dataclass
 class _Player:
-    """One device's place in its program, and its clock."""
+    """The position of a device in its program, and its clock."""
 
     plan: Plan
     program: Program
@@ -56,7 +56,7 @@ class _Player:
     now_s: float = 0.0
 
     def play(self, bars: list[Bar], arrivals: dict[tuple[int, int], float]) -> bool:
-        """Go on until a message is missing; True if anything was done."""
+        """Run instructions until a message is missing. Returns whether any instruction ran."""
         began = self.position
         while self.position < len(self.program.instructions):
             match self.program.instructions[self.position]:

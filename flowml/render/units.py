@@ -1,4 +1,4 @@
-"""Numbers as people read them: binary units for bytes, three significant digits for the rest."""
+"""Formats numbers for readers: binary units for bytes, three significant digits for others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def flops_text(flops: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """`0.0041 -> "4.1 ms"`; infinity and not-a-number are told as such."""
+    """`0.0041 -> "4.1 ms"`; infinity and not-a-number have names."""
     if seconds != seconds or seconds in (float("inf"), float("-inf")):
         return "unknown"
     if seconds >= 60:
@@ -31,7 +31,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def rate_text(bytes_per_s: float) -> str:
-    """`6.1e9 -> "6.1 GB/s"`; what is handed over by reference has no rate."""
+    """`6.1e9 -> "6.1 GB/s"`; arrays passed by reference have no rate."""
     if bytes_per_s == float("inf"):
         return "by reference"
     scaled, unit = _scale(bytes_per_s, _DECIMAL, 1000)
@@ -44,7 +44,7 @@ def plural(number: int, noun: str, many: str = "") -> str:
 
 
 def clip(text: str, length: int) -> str:
-    """One line of at most `length` characters that print; what is left out shows as an ellipsis."""
+    """One line of at most `length` printable characters; an ellipsis marks what is left out."""
     line = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
     return line if len(line) <= length else f"{line[: max(length - 1, 0)]}…"
 

@@ -1,6 +1,6 @@
-"""What a home computes: combine the contributions by their coefficients, then apply the optimizer.
+"""Builds the function of a home: it combines the contributions by their coefficients and applies the optimizer.
 
-One function becomes one XLA task: (parameters, state, coefficients, contributions) -> (parameters, state), all flat.
+The function becomes one XLA task: (parameters, state, coefficients, contributions) -> (parameters, state), all flat.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ Product = Callable[[Any, Any], Any]
 class Payload:
     """How the arrays of one contribution become the gradients of a store.
 
-    `products` has for a leaf that is sent as factors the function that forms it. With `weighted` every part ends with
-    the sum of weights that its gradients were multiplied by; `steps` says that gradients were divided by it before.
+    `products` maps each leaf that is sent as factors to the function that forms its gradient. With `weighted`,
+    gradients were multiplied by weights, and each part ends with the sum of these weights. With `steps`, gradients were
+    already divided by it.
     """
 
     parts: Sequence[Part]
@@ -38,7 +39,7 @@ class Payload:
         return sum(len(p.payload) for p in self.parts)
 
     def gradients(self, arrays: Sequence[Any]) -> tuple[list[Any], Any]:
-        """The gradient of every leaf, and the weight of them all (1 if they have none)."""
+        """The gradient of every leaf, and their common weight (1 if they have none)."""
         leaves: dict[int, Any] = {}
         weight: Any = jnp.float32(1)
         start = 0
@@ -61,7 +62,7 @@ class Payload:
         return arrays, weight
 
     def _product(self, part: Part, arrays: Sequence[Any]) -> tuple[Sequence[Any], Any]:
-        """The sum over microbatches: each sends its factors, and its weight if they are weighted."""
+        """The sum over microbatches. Each sends its factors, and also its weight if the gradients are weighted."""
         form = self.products[part.leaves[0]]
         width = 3 if self.weighted else 2
         pieces = [arrays[i : i + width] for i in range(0, len(arrays), width)]
@@ -75,7 +76,7 @@ class Payload:
 
 
 def added(arrays: Sequence[Any]) -> Any:
-    """The sum, in this order; of several in float32 at least."""
+    """The sum, added in this order. Several arrays are added in float32 or wider."""
     total = arrays[0] if len(arrays) == 1 else wide(arrays[0])
     for array in arrays[1:]:
         total = total + wide(array)
@@ -83,13 +84,15 @@ def added(arrays: Sequence[Any]) -> Any:
 
 
 def per(total: Any, weight: Any) -> Any:
-    """`total / weight`; nothing where nothing counts."""
+    """`total / weight`; `total` where the weight is 0."""
     return total / jnp.where(weight > 0, weight, 1).astype(total.dtype)
 
 
 def normalised(*arrays: Any, packed: bool) -> tuple[Any, ...]:
-    """Weighted sums and their weight as means and the number of steps they are of, one: sums of which are sums of the
-    gradients of steps."""
+    """Turn the weighted sums of a step into means, and their weight into 1 (0 if it is 0).
+
+    Sums of these results over steps are sums of the gradients of steps, with the number of steps.
+    """
     if packed:
         (row,) = arrays
         mean, weight = per(row[:-1], row[-1].real), row[-1].real
@@ -103,8 +106,8 @@ def apply_function(
 ) -> Callable[..., tuple[Any, ...]]:
     """(parameters, state, coefficients, contributions) -> (parameters, state).
 
-    `exact` contributions come alone and with weight one: multiplying by 1.0 would change nothing but
-    give the compiler another expression to contract, and with it another last bit.
+    An `exact` contribution is the only one and has weight 1. It is not multiplied by 1.0, because the compiler
+    could contract that expression and change the last bit of the result.
     """
     size = payload.size
     divides = payload.weighted and not payload.steps
@@ -132,6 +135,6 @@ def apply_function(
 
 
 def split(row: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
-    """The arrays of these shapes that were packed into a row, one after the other; what follows them is left."""
+    """The arrays of these shapes that are packed at the start of a row, one after the other."""
     ends = list(accumulate(map(math.prod, shapes)))
     return [row[e - math.prod(s) : e].reshape(s) for e, s in zip(ends, shapes, strict=True)]

@@ -1,7 +1,7 @@
-"""buckets: which parameters are reduced together, where replicas add up their gradients among themselves.
+"""Groups parameters into buckets, whose gradients replicas add up in one all-reduce.
 
-Every all-reduce costs a few messages however small it is, so small gradients share one. Those that the backward pass
-makes one after the other go together: the first bucket is on its way while the rest is computed.
+Even a small all-reduce costs a few messages, so small gradients share one. A bucket holds gradients that the backward
+pass makes one after the other, so the first bucket is sent while the rest is computed.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from flowml.policy.topology import DOUBLING_BYTES
 
 BUCKET_BYTES = DOUBLING_BYTES
-"""Up to here an all-reduce takes the time of its messages more than that of its bytes, so sharing one pays. A larger
-bucket would save less than its last gradient keeps the first waiting."""
+"""Largest bucket. Up to this size the number of messages dominates the time of an all-reduce, so sharing is faster. A
+larger bucket would save less time than its first gradient waits for its last one."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Leaves that stay together anyway. Bundles of one `kind` may share a bucket, those of None share none.
+    """Leaves that stay together in any case. Bundles of equal `kind` may share a bucket; with kind None they never do.
 
-    `ready` orders bundles by when the backward pass has finished them.
+    `ready` orders bundles by the time when the backward pass finishes them.
     """
 
     leaves: tuple[int, ...]
@@ -30,7 +30,7 @@ class Bundle:
 
 
 def pack(bundles: Iterable[Bundle], most_bytes: int = BUCKET_BYTES) -> list[tuple[int, ...]]:
-    """The leaves of each bucket; buckets in the order of their first leaf. What is larger than a bucket has its own."""
+    """The leaves of each bucket, in the order of their first leaf. A bundle that is too large has its own bucket."""
     full: list[tuple[int, ...]] = []
     open_: dict[Hashable, tuple[tuple[int, ...], int]] = {}
     for bundle in sorted(bundles, key=lambda b: b.ready):

@@ -1,10 +1,9 @@
-"""training: loss + optimizer + policies -> a training plan.
+"""Compiles a loss, an optimizer and policies to a training plan.
 
-The gradient of the loss is one more dataflow graph: it goes through the same passes as any function, is cut
-for one replica's devices, and that replica's programs are then repeated for every other. What is new are
-its ends. Parameters are not fed but *read* from stores; gradients are not fetched but *pushed* to them, each
-as soon as its last microbatch has added to it; and every store has a task of its own that combines what
-came in and applies the optimizer.
+The gradient of the loss is a dataflow graph. It goes through the same passes as any function and is placed on the
+devices of one replica; the programs of this replica are then repeated for the others. Only inputs and outputs differ.
+Parameters are *read* from stores instead of fed. Gradients are *pushed* to stores instead of fetched, each as soon as
+its last microbatch is added. Each store has a task that combines the contributions and applies the optimizer.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ from flowml.training.stores import StoreDraft, StorePlanner, value_of
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """What the user asked for. See `flowml.Trainer` for the meaning of each."""
+    """The user's settings. `flowml.Trainer` documents each."""
 
     loss: Callable[..., Any]
     optimizer: Any
@@ -93,7 +92,7 @@ class TrainingSpec:
 
 @dataclass(frozen=True)
 class TrainingCompiled:
-    """A training plan with the trees of parameters, optimizer state and batch, and what its fetch slots mean."""
+    """A training plan with the trees of parameters, optimizer state and batch, and the meaning of its fetch slots."""
 
     plan: Plan
     params_tree: Any
@@ -113,7 +112,7 @@ def compile_training(
 ) -> TrainingCompiled:
     """Compile a training step for `spec.replicas` copies of the model. `batch` is one global batch (or specs).
 
-    Raises PlacementError, PolicyError or ValueError before anything runs.
+    Runs nothing. Raises PlacementError, PolicyError or ValueError.
     """
     everyone = as_devices(devices)
     template = _template_devices(spec, everyone)
@@ -158,7 +157,7 @@ def compile_training(
 
 
 def _template_devices(spec: TrainingSpec, devices: Sequence[Device]) -> tuple[Device, ...]:
-    """The devices of the first replica; the others are equal blocks after it."""
+    """The devices of the first replica. The others are equal blocks after it."""
     share = len(devices) // spec.replicas
     if isinstance(spec.placement, Pipeline):
         wanted = spec.placement.stages
@@ -200,7 +199,7 @@ def _microbatch(batch: Any, replicas: int, microbatches: int) -> tuple[int, Any]
 
 @dataclass(frozen=True)
 class _Compiler:
-    """The passes of a training plan; `compile` is the list to read."""
+    """The passes of a training plan. `compile` runs them in order."""
 
     spec: TrainingSpec
     devices: tuple[Device, ...]
@@ -317,13 +316,13 @@ class _Compiler:
         )
 
     def _slots(self, graph: Graph) -> tuple[int, ...]:
-        """The fetch slot of each metric: one a value, however many leaves of aux it is."""
+        """The fetch slot of each metric. Leaves of aux with the same value share a slot."""
         fetched = graph.outputs[: self.step.fetched]
         numbers = {v: i for i, v in enumerate(dict.fromkeys(map(value_of, fetched)))}
         return tuple(numbers[value_of(v)] for v in fetched)
 
     def _blocks(self, stages: Sequence[str]) -> tuple[dict[str, str], ...]:
-        """For each replica, the template's devices -> its own."""
+        """For each replica, a mapping from the template's devices to its own."""
         width = len(self.template)
         names = [d.name for d in self.devices]
         return tuple(

@@ -1,8 +1,8 @@
-"""Move a gradient's outer product to the parameter's home, when its factors are smaller than the product.
+"""Moves a gradient's outer product to the parameter's home if its factors are smaller than the product.
 
-The gradient of `y = a @ w` is one `dot_general(a, delta)`. Sending a (B x m) and delta (B x n) and forming
-the m x n product at the home is the rule of Project Adam (Chilimbi et al., 2014) for fully connected
-layers: B(m + n) numbers instead of mn. Here it is a decision about where one node runs.
+The gradient of `y = a @ w` is one `dot_general(a, delta)`. Project Adam (Chilimbi et al., 2014) sends a (B x m) and
+delta (B x n) for fully connected layers and forms the m x n product at the home: B(m + n) numbers instead of mn. Here
+this only changes where one node runs.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def find_outer_product(graph: Graph, gradient: int) -> OuterProduct | None:
 
 
 def send_factors(graph: Graph, products: Sequence[OuterProduct]) -> tuple[Graph, dict[int, tuple[int, ...]]]:
-    """The graph that outputs factors in place of those gradients; gradient -> the values to send.
+    """The graph with factors as outputs instead of these gradients, and a mapping gradient -> the values to send.
 
-    Each operand leaves through a copy on the device of its product, so that it is there whatever else the
-    graph does with it; the product itself then has no reader left and dies.
+    Each operand is copied on the device of its product, so that it exists there independent of its other uses. The
+    product then has no reader and is removed.
     """
     values, avals = dict(graph.values), dict(graph.avals)
     nodes = list(graph.nodes)

@@ -1,9 +1,9 @@
-"""Slice an optax optimizer by layer, so that each home updates its own parameters and nothing else.
+"""Slices an optax optimizer by layer, so that each home updates only its own parameters.
 
-The whole update (`optimizer.update`, then `apply_updates`) is traced once over the full tree. What each new
-parameter depends on says which layers the optimizer couples: an elementwise rule couples none, clipping by
-the global norm couples all. Coupled leaves must live in one store; state that depends on no gradient (a step
-count) is kept by every store that reads it.
+The whole update (`optimizer.update`, then `apply_updates`) is traced once over the full tree. The dependencies of each
+new parameter show which layers the optimizer couples: an elementwise rule couples none, clipping by the global norm
+couples all. Coupled leaves must be in one store. Every store keeps the state that it reads and that depends on no
+gradient, such as a step count.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from flowml.plan import ArraySpec
 
 @dataclass(frozen=True)
 class OptimizerSlices:
-    """The traced update of a whole parameter tree, and how it comes apart.
+    """The traced update of a whole parameter tree, and its slices.
 
-    Inputs of `graph` are the gradients, the parameters and the state leaves, in that order; outputs the new
-    parameters and the new state leaves.
+    The inputs of `graph` are the gradients, the parameters and the state leaves, in that order. Its outputs are the
+    new parameters and the new state leaves.
     """
 
     graph: Graph
@@ -36,7 +36,7 @@ class OptimizerSlices:
     state_tree: Any
     state_specs: tuple[ArraySpec, ...]
     depends: tuple[int, ...]
-    """For each output the inputs that it depends on, as a set of bits."""
+    """For each output, the inputs that it depends on, as a bit set."""
 
     @property
     def groups(self) -> list[list[int]]:
@@ -61,7 +61,7 @@ class OptimizerSlices:
 
     @cached_property
     def _closures(self) -> tuple[int, ...]:
-        """Inputs behind each output, through the state: a state leaf stands for what its update depends on."""
+        """All inputs that each output depends on. A state leaf includes the inputs that its update depends on."""
         return tuple(map(self._closure, self.depends))
 
     def _closure(self, inputs: int) -> int:
@@ -76,13 +76,13 @@ class OptimizerSlices:
 
     @cached_property
     def _behind(self) -> tuple[int, ...]:
-        """For each output the parameter leaves whose gradient, value or own state it depends on."""
+        """For each output, the parameter leaves whose gradient, value or state it depends on."""
         every = (1 << self.count) - 1
         return tuple((inputs | inputs >> self.count) & every for inputs in self._closures)
 
     @cached_property
     def _state_by_leaf(self) -> tuple[dict[int, list[int]], list[int]]:
-        """State leaves by the first parameter that they depend on; and those that depend on none and none reads."""
+        """State leaves by the first parameter they depend on, and leaves that depend on none and no update reads."""
         read = 0
         for inputs in self._closures[: self.count]:
             read |= inputs >> 2 * self.count
@@ -96,7 +96,7 @@ class OptimizerSlices:
         return by_leaf, free
 
     def state_of(self, leaves: Sequence[int]) -> tuple[int, ...]:
-        """State leaves that a store of these parameters keeps: what it reads, and what only it can update."""
+        """State leaves that a store of these parameters keeps: those it reads, and those that only it can update."""
         by_leaf, free = self._state_by_leaf
         wanted, read = 0, 0
         for leaf in leaves:
@@ -106,7 +106,7 @@ class OptimizerSlices:
         return tuple(sorted({*free, *_bits(read), *mine}))
 
     def update(self, leaves: Sequence[int], state: Sequence[int]) -> Callable[..., tuple[Any, ...]]:
-        """A function of (gradients, parameters, state) of one store, flat, to its (parameters, state)."""
+        """The update of one store: a function of flat (gradients, parameters, state) to (parameters, state)."""
         outputs = tuple(self.graph.outputs[i] for i in (*leaves, *(self.count + s for s in state)))
         inputs = tuple(
             self.graph.inputs[i]
@@ -163,7 +163,7 @@ def _dependencies(graph: Graph) -> tuple[int, ...]:
 
 
 def _bits(mask: int) -> list[int]:
-    """The numbers in a set of bits, in order."""
+    """The numbers in a bit set, in order."""
     digits = bin(mask)[:1:-1]
     found: list[int] = []
     at = digits.find("1")

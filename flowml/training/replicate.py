@@ -1,4 +1,4 @@
-"""Repeat one replica's programs on the devices of the others. Tasks are shared; only names and numbers change."""
+"""Repeats one replica's programs on the devices of the others. Tasks are shared; only names and numbers change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flowml.plan import Message, Program, Recv, Send
 
 @dataclass(frozen=True)
 class Template:
-    """The programs and messages of the first replica, and its devices, one a stage."""
+    """The programs and messages of the first replica, and its devices, one for each stage."""
 
     programs: tuple[Program, ...]
     messages: tuple[Message, ...]
@@ -27,7 +27,7 @@ class Replicated:
 
 
 def replicate(template: Template, blocks: Sequence[Mapping[str, str]]) -> Replicated:
-    """The template once for each block (template device -> device). Programs come replica by replica."""
+    """Repeat the template for each block (template device -> device). Programs are in the order of replicas."""
     programs: list[Program] = []
     messages: list[Message] = []
     for block in blocks:

@@ -1,9 +1,9 @@
-"""The function of one microbatch: a loss becomes (loss, aux, gradients), ready to be added up.
+"""Builds the function of one microbatch, which turns a loss into (loss, aux, gradients) that can be added up.
 
-What is added up, over microbatches, steps or replicas, is added in float32 at least. Where the loss has a weight (the
-number of tokens that count, say) each microbatch's gradient counts by it: what travels is the sum of weighted
-gradients beside the sum of weights, and the home divides one by the other. So all that is added up equals the
-gradient of one weighted mean over everything, in whatever pieces it was computed.
+Sums over microbatches, steps or replicas are computed in float32 or wider. If the loss has a weight (such as the number
+of tokens that count), each microbatch's gradient is multiplied by it. Replicas send the sum of weighted gradients and
+the sum of weights, and the home divides the first by the second. The result is the gradient of one weighted mean over
+all examples, independent of how they are split.
 """
 
 from __future__ import annotations
@@ -20,35 +20,36 @@ from flowml.ir import _jax
 from flowml.policy import Policy
 
 RNG_WORDS = 3
-"""uint32 words of the key feed: seed, work item, microbatch."""
+"""The number of uint32 words in the key feed: seed, work item, microbatch."""
 
 Weight = str | Callable[[Any], Any]
-"""The name of a leaf of aux, or a function of the batch: how much a batch counts."""
+"""The weight of a batch: the name of a leaf of aux, or a function of the batch."""
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done to a gradient before it leaves: `wide` makes it float32 at least, `weighted` multiplies it."""
+    """How a gradient is treated before it is sent: `wide` casts it to float32 or wider, `weighted` multiplies it by
+    the weight of its microbatch."""
 
     wide: bool = False
     weighted: bool = False
 
     @staticmethod
     def of(policy: Policy, replicas: int, microbatches: int, *, weighted: bool) -> Treatment:
-        """Of a parameter under this policy."""
+        """The treatment of a parameter's gradient under this policy."""
         collective = policy.collective and replicas > 1
         added = microbatches > 1 or policy.every.push > 1 or collective
-        alone = not added and (replicas == 1 or not policy.clocked)  # applied as it is
+        alone = not added and (replicas == 1 or not policy.clocked)  # applied without a sum
         return Treatment(wide=added or (weighted and not alone), weighted=weighted and not alone)
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """How the loss and aux are read from fetch slots. The loss is in slot 0; what is fetched is summed up.
+    """How the loss and aux are read from fetch slots. The loss is in slot 0. Fetched values are added up.
 
-    `slots` are those of the leaves of aux (leaves of one value share a slot: it travels once), `dtypes` theirs; a leaf
-    that is `summed` stays a sum, others are averaged. `weight` is the slot of the weight: if there is one, the loss
-    and what is averaged were multiplied by it.
+    `slots` and `dtypes` are those of the leaves of aux; leaves with the same value share a slot, so that it is sent
+    once. A leaf that is `summed` stays a sum; the others are averaged. `weight` is the slot of the weight, if there is
+    one; the loss and the averaged leaves were then multiplied by it.
     """
 
     tree: Any = None
@@ -60,9 +61,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class StepFunction:
-    """`call(params, microbatch[, rng])` gives the loss, the leaves of aux, the weight if `weighted`; then the gradients
-    as they are sent, if that is in another way than they are; then the gradients. Each leaf is a copy of its own, so
-    that a node makes it."""
+    """The traced function of one microbatch, `call(params, microbatch[, rng])`.
+
+    It returns the loss, the leaves of aux and, if `weighted`, the weight; then the treated gradients, if they differ
+    from the plain ones; then the plain gradients. Each leaf is a separate copy, so that a node makes it.
+    """
 
     call: Callable[..., Any]
     aux_tree: Any
@@ -75,7 +78,7 @@ class StepFunction:
         return 1 + len(self.dtypes) + self.weighted
 
     def metrics(self, slots: Sequence[int]) -> Metrics:
-        """`slots` are those of everything that is fetched, in order."""
+        """The metrics for these slots, one for each fetched value, in order."""
         aux = tuple(slots[1 : 1 + len(self.dtypes)])
         return Metrics(self.aux_tree, aux, self.dtypes, self.summed, slots[-1] if self.weighted else None)
 
@@ -88,7 +91,8 @@ def loss_takes_rng(loss: Callable[..., Any]) -> bool:
 
 
 def item_key(seed: Any, item: Any, microbatch: Any, microbatches: int) -> jax.Array:
-    """The key that a work item's loss gets: `fold_in(key(seed), item)`, folded again per microbatch if several."""
+    """The key for the loss of a work item: `fold_in(key(seed), item)`. With several microbatches, the number of the
+    microbatch is folded in too."""
     key = jax.random.fold_in(jax.random.key(seed), item)
     return jax.random.fold_in(key, microbatch) if microbatches > 1 else key
 
@@ -103,8 +107,10 @@ def step_function(
     treatments: Sequence[Treatment],
     counts: bool,
 ) -> StepFunction:
-    """The function of one microbatch. `treatments` has one for each leaf of `params`; `counts` says whether several
-    microbatches or replicas share a step, so that the weight matters to the metrics too."""
+    """The function of one microbatch. `treatments` has one entry for each leaf of `params`.
+
+    `counts` says that several microbatches or replicas share a step, so that the weight also affects the metrics.
+    """
     _check_parameters(params)
     has_aux, aux_shape = _check_loss(loss, params, batch)
     leaves, aux_tree = jax.tree_util.tree_flatten_with_path(aux_shape)
@@ -137,17 +143,17 @@ def step_function(
 
 
 def wide(x: Any) -> Any:
-    """In float32 at least: a sum of many in bfloat16 loses what they agree on."""
+    """Cast to float32 if the dtype is narrower, because a sum of many bfloat16 values loses precision."""
     return x.astype(jnp.float32) if is_narrow(x.dtype) else x
 
 
 def is_narrow(dtype: Any) -> bool:
-    """Whether sums are not kept in this dtype: it has less than float32."""
+    """Whether a dtype is too narrow for sums: it is smaller than float32 or not floating."""
     return dtype.itemsize < 4 or not jnp.issubdtype(dtype, jnp.inexact)
 
 
 def scaled(x: Any, weight: Any) -> Any:
-    """`x` as often as it counts; where it counts nothing also its NaN is nothing (a mean over no tokens)."""
+    """`x * weight`, and 0 where the weight is 0, even if `x` is NaN (as a mean over no tokens is)."""
     x = wide(jnp.asarray(x))
     return jnp.where(weight > 0, x * weight.astype(x.dtype), jnp.zeros_like(x))
 
@@ -159,7 +165,7 @@ def _treated(gradient: Any, treatment: Treatment, weight: Any) -> Any:
 
 
 def weight_of(weight: Weight, aux: Any, batch: Any) -> Any:
-    """The weight of a batch, of which the loss gave `aux`."""
+    """The weight of a batch for which the loss returned `aux`."""
     if callable(weight):
         return weight(batch)
     leaves = jax.tree_util.tree_flatten_with_path(aux)[0]
@@ -167,7 +173,7 @@ def weight_of(weight: Weight, aux: Any, batch: Any) -> Any:
 
 
 def _weight_leaf(weight: Weight | None, names: Sequence[str], leaves: Sequence[Any]) -> int | None:
-    """The position among the leaves of aux of the one that `weight` names."""
+    """The position of the leaf of aux that `weight` names; None if it names none."""
     if weight is None or callable(weight):
         return None
     if weight not in names:

@@ -1,11 +1,11 @@
-"""stores: which parameters are kept together, what replicas send for them, and the task that applies it.
+"""Plans stores: which parameters are kept together, what replicas send for them, and the task that applies it.
 
-A store holds the parameters of one layer under one policy, together with whatever the optimizer couples to
-them. Its contribution comes in parts, one for each stage and kind of payload. The store's home runs a
-single XLA task: combine the contributions by their coefficients, then apply the optimizer.
+A store holds the parameters of one layer under one policy, and the parameters that the optimizer couples to them.
+Its contribution has one part for each stage and kind of payload. The store's home runs one XLA task, which combines
+the contributions by their coefficients and applies the optimizer.
 
-Where replicas add up their gradients among themselves a store is a bucket, of several layers if they are small. Each
-replica is home to a copy, and gets one contribution that stands for all.
+If replicas add up their gradients among themselves, a store is a bucket and may hold several small layers. Each
+replica is then the home of a copy and gets one contribution, which is the sum of all.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from flowml.training.step import Treatment
 
 @dataclass(frozen=True)
 class Contributions:
-    """For each parameter leaf the values sent for it, and the product to form from them at the home, if any.
+    """For each parameter leaf, the values sent for it, and the product that the home forms from them, if any.
 
-    `weights` has for each device the value that it sends beside weighted ones: the weight of the microbatch.
+    `weights` maps each device to the weight of the microbatch, a value that it sends with weighted gradients.
     """
 
     values: Mapping[int, tuple[int, ...]]
@@ -50,7 +50,7 @@ class Contributions:
 
 @dataclass(frozen=True)
 class PartDraft:
-    """A part before lowering: the stage that makes it, its leaves (positions in the store), its values, its weight."""
+    """A part before lowering: the stage that makes it, its leaves (positions in the store), values and weight."""
 
     stage: int
     leaves: tuple[int, ...]
@@ -77,8 +77,10 @@ class StoreDraft:
 
 @dataclass
 class StorePlanner:
-    """Plans and lowers the stores of one model. `policies` maps parameter paths to policies, `treatments` says for each
-    leaf what is done to its gradient before it is sent."""
+    """Plans and lowers the stores of one model.
+
+    `policies` maps parameter paths to policies. `treatments` has an entry for the gradient of each leaf.
+    """
 
     paths: tuple[str, ...]
     slices: OptimizerSlices
@@ -102,10 +104,10 @@ class StorePlanner:
             self._check_coupled(group)
 
     def _groups(self, alone: bool) -> list[tuple[int, ...]]:
-        """Leaves kept together: by layer and policy, then whatever the optimizer couples.
+        """Groups of leaves that share a store: those of one layer and policy, and those that the optimizer couples.
 
-        One replica on one device is `alone`: nothing leaves early, so one store a policy serves, applied as one
-        update.
+        `alone` means one replica on one device. No gradient is sent early then, so one store for each policy is
+        enough, and one update applies it.
         """
         parent = {i: i for i in range(len(self.paths))}
 
@@ -137,10 +139,10 @@ class StorePlanner:
             )
 
     def contributions(self, graph: Graph, fetched: int) -> tuple[Graph, Contributions]:
-        """Decide what is sent for each gradient: itself, as it was treated, or the factors of its outer product.
+        """Decide what is sent for each gradient: the treated gradient, or the factors of its outer product.
 
-        Outputs of the graph after those that are `fetched` are the treated gradients, if they differ, and the plain
-        ones; of these the graph keeps what is sent.
+        After the `fetched` outputs, the graph outputs the treated gradients, if they differ, and the plain gradients.
+        The new graph keeps only those that are sent.
         """
         metrics, gradients = graph.outputs[:fetched], tuple(map(value_of, graph.outputs[fetched:]))
         treated, raw = gradients[: len(self.paths)], gradients[-len(self.paths) :]
@@ -158,7 +160,7 @@ class StorePlanner:
         return replace(graph, outputs=outputs), Contributions(values, products)
 
     def share_weight(self, graph: Graph, contributions: Contributions, weight: int) -> tuple[Graph, Contributions]:
-        """Bring the weight of a microbatch, by a copy, to each device that sends weighted gradients."""
+        """Copy the weight of a microbatch to each device that sends weighted gradients."""
         weighted = [leaf for leaf, t in enumerate(self.treatments) if t.weighted]
         devices = dict.fromkeys(graph.producer[v].device for leaf in weighted for v in contributions.values[leaf])
         made = graph.producer[weight]
@@ -175,7 +177,7 @@ class StorePlanner:
         return graph, replace(contributions, weights=weights)
 
     def _product(self, graph: Graph, leaf: int, gradient: int, plain: int) -> OuterProduct | None:
-        """The product behind a gradient, if it is one and smaller than what is sent otherwise, `plain` bytes."""
+        """The outer product of a gradient, if it has one and the factors are smaller than `plain` bytes."""
         path = parameter_path(self.paths[leaf])
         product = find_outer_product(graph, gradient)
         if product is None:
@@ -203,13 +205,13 @@ class StorePlanner:
         )
 
     def _collective(self, policy: Policy) -> bool:
-        """Whether there is something to add up among replicas."""
+        """Whether replicas add up gradients among themselves."""
         return policy.collective and self.replicas > 1
 
     def _bundle(
         self, graph: Graph, group: tuple[int, ...], contributions: Contributions, made: Mapping[int, int]
     ) -> Bundle:
-        """What may share a bucket with it: leaves of one policy, made on one stage, of one dtype."""
+        """The bundle of a group. Groups of one policy, stage and dtype may share a bucket."""
         policy = self.policies[self.paths[group[0]]]
         values = [v for leaf in group for v in contributions.values[leaf]]
         nodes = [graph.producer[v] for v in values]
@@ -222,7 +224,7 @@ class StorePlanner:
         )
 
     def _names(self, groups: Sequence[Sequence[int]]) -> list[str]:
-        """The layers in each store; its parameters where policies part a layer among several stores."""
+        """The name of each store: its layers, or its parameters if several stores share a layer."""
         by_layer = [_joined([layer_of(self.paths[leaf]) for leaf in group]) for group in groups]
         by_path = [_joined([parameter_path(self.paths[leaf]) for leaf in group]) for group in groups]
         return [layer if by_layer.count(layer) == 1 else path for layer, path in zip(by_layer, by_path, strict=True)]
@@ -259,7 +261,7 @@ class StorePlanner:
         return StoreDraft(name, group, policy, tuple(parts), tuple(sorted(readers)))
 
     def lower_parts(self, graph: Graph, stores: Sequence[StoreDraft], table: ExecutableTable) -> list[PartBinding]:
-        """For each part the tasks that add two payloads, pack one and finish one, where that is ever done."""
+        """For each part, the tasks that add two payloads, pack a payload and finish a payload, where needed."""
         bindings: list[PartBinding] = []
         for s, store in enumerate(stores):
             for p, part in enumerate(store.parts):
@@ -393,13 +395,13 @@ class StorePlanner:
 
 
 def value_of(output: Operand) -> int:
-    """An output of the step function, each of which is a copy and so a value."""
+    """An output of the step function as a value; outputs are copies, so none is a literal."""
     assert isinstance(output, int)
     return output
 
 
 def _coefficients(specs: Sequence[ArraySpec]) -> str:
-    """The dtype of coefficients: float64 where parameters are, so that a third is one in their precision."""
+    """The dtype of coefficients: float64 if parameters have 64 bits, so that 1/3 has their precision."""
     return "float64" if any(s.dtype in ("float64", "complex128") for s in specs) else "float32"
 
 
@@ -409,13 +411,13 @@ def _joined(names: Sequence[str]) -> str:
 
 
 def _payload(graph: Graph, part: PartDraft) -> tuple[ArraySpec, ...]:
-    """The arrays in which a part leaves: its gradients and their weight as they are, or packed into one."""
+    """The arrays that are sent for a part: its gradients and their weight, separate or packed into one."""
     specs = tuple(_strong(graph.values[v]) for v in part.sent)
     return (ArraySpec((sum(math.prod(s.shape) for s in specs),), specs[0].dtype),) if part.packed else specs
 
 
 def _one_a_worker(devices: Sequence[str]) -> tuple[str, ...]:
-    """The devices, those of one worker replaced by its first: its replicas read one copy."""
+    """The devices, each replaced by the first one of its worker, because replicas on one worker share a copy."""
     first: dict[str, str] = {}
     return tuple(first.setdefault(d.partition("/")[0], d) for d in devices)
 
