@@ -12,13 +12,13 @@ from typing import Any
 
 from flowml.devices import Device
 from flowml.ir import _jax
-from flowml.ir.graph import Graph, Literal, Node
+from flowml.ir.graph import Graph, Node
 
 FREE = frozenset({"reshape", "squeeze", "expand_dims", "stop_gradient", "copy", "copy_p", "optimization_barrier"})
 _TRANSCENDENTAL = frozenset({"exp", "log", "tanh", "logistic", "erf", "sin", "cos", "pow", "rsqrt", "sqrt", "cbrt"})
 
 
-def node_flops(graph: Graph, node: Node) -> float:
+def node_flops(node: Node) -> float:
     """Floating point operations of one node."""
     return _equation_flops(node.equation)
 
@@ -33,7 +33,7 @@ def node_bytes(graph: Graph, node: Node) -> float:
 def node_seconds(graph: Graph, node: Node, device: Device) -> float:
     # XLA fuses elementwise chains, so most of their traffic never reaches memory; a quarter is a typical share.
     traffic = node_bytes(graph, node) * (1.0 if node.op in ("dot_general", "conv_general_dilated") else 0.25)
-    return max(node_flops(graph, node) / device.flops_per_s, traffic / device.bytes_per_s)
+    return max(node_flops(node) / device.flops_per_s, traffic / device.bytes_per_s)
 
 
 def _equation_flops(equation: Any) -> float:
@@ -65,7 +65,3 @@ def _repeats(equation: Any) -> int:
     if equation.primitive.name == "scan":
         return int(equation.params["length"])
     return 10 if equation.primitive.name == "while" else 1
-
-
-def literal_only(node: Node) -> bool:
-    return all(isinstance(i, Literal) for i in node.inputs)

@@ -7,7 +7,7 @@ primitive and parameters). Only tracing and lowering look into it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -82,10 +82,6 @@ class Graph:
                 found.setdefault(value, []).append(node)
         return {v: tuple(ns) for v, ns in found.items()}
 
-    @cached_property
-    def input_name(self) -> dict[int, str]:
-        return dict(zip(self.inputs, self.input_names, strict=True))
-
     @property
     def output_values(self) -> tuple[int, ...]:
         """Distinct values among the outputs, in order."""
@@ -105,6 +101,3 @@ class Graph:
             if parent is not None and parent.id not in seen:
                 seen.add(parent.id)
                 yield parent
-
-    def with_nodes(self, nodes: tuple[Node, ...]) -> Graph:
-        return replace(self, nodes=nodes)

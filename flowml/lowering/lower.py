@@ -91,7 +91,7 @@ def _lower_group(
 ) -> Task:
     if group.is_callback:
         kind = "python"
-        executable = table.store(cloudpickle.dumps(_callback(graph, group)))
+        executable = table.store(cloudpickle.dumps(_callback(group)))
     else:
         kind = "xla"
         try:
@@ -108,7 +108,7 @@ def _lower_group(
         donate=donate,
         layers=layers,
         nodes=len(group.nodes),
-        flops=sum(node_flops(graph, n) for n in group.nodes),
+        flops=sum(node_flops(n) for n in group.nodes),
         nbytes=sum(node_bytes(graph, n) for n in group.nodes),
         seconds=sum(seconds.get(n.id, 0.0) for n in group.nodes),
     )
@@ -154,7 +154,7 @@ def _name(group: TaskGroup, layers: Sequence[str]) -> str:
     return f"task{group.index}:{span}"
 
 
-def _callback(graph: Graph, group: TaskGroup) -> Callable[..., list[Any]]:
+def _callback(group: TaskGroup) -> Callable[..., list[Any]]:
     (node,) = group.nodes
     call = _jax.callback_function(node.equation)
     position = {v: i for i, v in enumerate(group.inputs)}

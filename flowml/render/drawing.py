@@ -150,12 +150,6 @@ def elbow(points: list[tuple[float, float]], radius: float = 10) -> str:
     return "".join(data)
 
 
-def swing(x1: float, y1: float, x2: float, y2: float) -> str:
-    """A smooth vertical-to-vertical curve."""
-    middle = (y1 + y2) / 2
-    return f"M{_n(x1)},{_n(y1)}C{_n(x1)},{_n(middle)} {_n(x2)},{_n(middle)} {_n(x2)},{_n(y2)}"
-
-
 def bracket(x1: float, y1: float, x2: float, y2: float, bulge: float) -> str:
     """A curve that leaves and returns on the left, around the shapes in between."""
     left = min(x1, x2) - bulge

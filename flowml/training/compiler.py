@@ -95,9 +95,7 @@ class TrainingCompiled:
     """A training plan with the trees of parameters, optimizer state and batch, and the meaning of its fetch slots."""
 
     plan: Plan
-    params_tree: Any
     state_tree: Any
-    batch_tree: Any
     metrics: Metrics
 
 
@@ -117,7 +115,7 @@ def compile_training(
     everyone = as_devices(devices)
     template = _template_devices(spec, everyone)
     item, microbatch = _microbatch(batch, spec.replicas, spec.microbatches)
-    leaves, params_tree = jax.tree_util.tree_flatten_with_path(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = tuple(_jax.path_name(p) for p, _ in leaves)
     policies = spec.resolve(paths)
     treatments = tuple(
@@ -152,8 +150,7 @@ def compile_training(
         batch=tuple(_jax.spec_of(x) for x in jax.tree_util.tree_leaves(microbatch)),
         batch_paths=tuple(_jax.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(microbatch)[0]),
     ).compile(traced.graph, traced.closed_over)
-    batch_tree = jax.tree_util.tree_structure(microbatch)
-    return TrainingCompiled(plan, params_tree, slices.state_tree, batch_tree, step.metrics(slots))
+    return TrainingCompiled(plan, slices.state_tree, step.metrics(slots))
 
 
 def _template_devices(spec: TrainingSpec, devices: Sequence[Device]) -> tuple[Device, ...]:

@@ -304,14 +304,13 @@ class StorePlanner:
         """Choose each store's home and export its apply task."""
         loads: dict[str, int] = {device: 0 for replica in replicas for device in replica}
         return tuple(
-            self._lower_store(graph, s, store, [b for b in bindings if b.store == s], table, replicas, loads)
+            self._lower_store(graph, store, [b for b in bindings if b.store == s], table, replicas, loads)
             for s, store in enumerate(stores)
         )
 
     def _lower_store(
         self,
         graph: Graph,
-        number: int,
         store: StoreDraft,
         bindings: Sequence[PartBinding],
         table: ExecutableTable,

@@ -72,7 +72,6 @@ class Join(_Wire, frozen=True):
 class Welcome(_Wire, frozen=True):
     worker: Name
     heartbeat_s: float
-    timeout_s: float
 
 
 class Refused(_Wire, frozen=True):
@@ -152,7 +151,6 @@ class LoadPlan(_Wire, frozen=True):
 class Loaded(_Wire, frozen=True):
     plan_id: Name
     worker: Name
-    compile_seconds: float
 
 
 class Unload(_Wire, frozen=True):

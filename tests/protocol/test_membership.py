@@ -69,7 +69,7 @@ def test_a_worker_is_named_welcomed_and_announced() -> None:
     assert actions[:3] == [
         Know("joining-9", "h:9"),
         Rename("joining-9", "worker:1"),
-        Send("worker:1", wire.Welcome(worker="worker:1", heartbeat_s=0.5, timeout_s=5.0)),
+        Send("worker:1", wire.Welcome(worker="worker:1", heartbeat_s=0.5)),
     ]
     assert set(views(actions)) == {"driver", "worker:0", "worker:1"}
     view = views(actions)["driver"]

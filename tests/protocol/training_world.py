@@ -120,7 +120,7 @@ class World:
         self.link.after(when, die)
 
     def is_dead(self, worker: str) -> bool:
-        return any(replica in self.dead for replica in self.places.replicas_on(worker))
+        return any(replica in self.dead for replica, _ in self.places.stages_on(worker))
 
 
 class Driver:

@@ -294,7 +294,7 @@ class Coordinator:
         return wire.Members(epoch=self._epoch, members=self.members, lost=tuple(lost.items()))
 
     def _welcome(self, name: str) -> wire.Welcome:
-        return wire.Welcome(worker=name, heartbeat_s=self._heartbeat_s, timeout_s=self._timeout_s)
+        return wire.Welcome(worker=name, heartbeat_s=self._heartbeat_s)
 
 
 def _named(device: wire.DeviceInfo, worker: str) -> wire.DeviceInfo:

@@ -43,8 +43,6 @@ class Rendezvous(Generic[V, W]):
         self._floor: dict[Hashable, int] = {}
         self._cancelled: dict[Hashable, set[int]] = {}
         self._closed = False
-        self.dropped = 0
-        """The number of values that arrived for a step that was given up or over."""
 
     def __len__(self) -> int:
         """The number of values that wait to be taken."""
@@ -52,7 +50,6 @@ class Rendezvous(Generic[V, W]):
 
     def put(self, key: Key, value: V) -> W | None:
         if self.is_over(key[0], key[1]):
-            self.dropped += 1
             return None
         if key in self._waiters:
             return self._waiters.pop(key)
@@ -103,7 +100,6 @@ class Rendezvous(Generic[V, W]):
     def _drop(self, stream: Hashable) -> tuple[W, ...]:
         for key in [k for k in self._values if k[0] == stream and self.is_over(stream, k[1])]:
             del self._values[key]
-            self.dropped += 1
         gone = [k for k in self._waiters if k[0] == stream and self.is_over(stream, k[1])]
         return tuple(self._waiters.pop(k) for k in gone)
 

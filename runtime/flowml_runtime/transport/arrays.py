@@ -90,17 +90,6 @@ def to_wire(array: Array, spec: ArraySpec) -> Buffer:
     return buffer if buffer.flags.c_contiguous else np.ascontiguousarray(buffer)
 
 
-def from_wire(buffer: Array, spec: ArraySpec) -> Array:
-    """The value of a wire buffer: key data is wrapped into a typed key, anything else is returned unchanged."""
-    if not spec.dtype.startswith("key<"):
-        return buffer
-    import jax
-
-    from flowml.ir._jax import key_implementation
-
-    return jax.random.wrap_key_data(buffer, impl=key_implementation(spec.dtype))
-
-
 def as_bytes(buffer: Buffer) -> Buffer:
     """A C-ordered buffer's bytes, without a copy."""
     return buffer.reshape(-1).view(np.uint8)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -267,7 +266,6 @@ class Worker:
                 self.unload(plan_id)
 
     def _load(self, plan_id: str, hosted: _Hosted) -> None:
-        began = time.perf_counter()
         try:
             data, parts = hosted.arriving.taken()
             plan = Plan.decode(data.tobytes(), f"plan {plan_id}")
@@ -288,7 +286,7 @@ class Worker:
                 plan_id=plan_id, worker=self.name, node="load", error=one_line(error)[:MAX_TEXT], traceback=trace
             )
         else:
-            answer = wire.Loaded(plan_id=plan_id, worker=self.name, compile_seconds=time.perf_counter() - began)
+            answer = wire.Loaded(plan_id=plan_id, worker=self.name)
         self._tell(hosted.driver, answer)
 
     def _install(self, plan_id: str, hosted: _Hosted, plan: Plan, programs: Mapping[str, LoadedProgram]) -> None:

@@ -205,10 +205,6 @@ class Home:
         self._terms = terms
         self._lost: set[int] = set()
         self._committed = -1
-        self.late = 0
-        """The number of parts that arrived after their clock was decided, or whose contribution it left out."""
-        self.duplicates = 0
-        """The number of repeated parts."""
         self._stores = {
             i: _Store(terms.stores[i], None if terms.stores[i].clocked else _Clocks(terms.replicas)) for i in stores
         }
@@ -261,7 +257,6 @@ class Home:
             replaced = self._release(gathering.parts.values())
             gathering = row[part.replica] = _Gathering(part.incarnation)
         if part.part in gathering.parts or gathering.incarnation != part.incarnation:
-            self.duplicates += 1
             return [*replaced, *self._release([part])]
         gathering.parts[part.part] = part
         if not store.is_complete(gathering):
@@ -289,14 +284,10 @@ class Home:
 
     def _too_late(self, store: _Store, part: ContributionReceived) -> bool:
         if store.terms.decided:
-            late = part.clock <= self._committed
-            self.late += late
-            return late
+            return part.clock <= self._committed
         if part.replica in self._lost:
             return True
-        again = part.clock < (store.floor if store.clocks is None else store.clocks[part.replica])
-        self.duplicates += again
-        return again
+        return part.clock < (store.floor if store.clocks is None else store.clocks[part.replica])
 
     def _apply_on_arrival(self, index: int, replica: int, clock: int) -> list[Action]:
         store = self._stores[index]
@@ -336,7 +327,6 @@ class Home:
         for earlier in [c for c in store.gathering if c < clock]:
             late += store.gathering.pop(earlier).values()
         late_parts = [part for gathering in late for part in gathering.parts.values()]
-        self.late += len(late_parts)
         store.floor = clock + 1
         return [*self._apply(index, taken), *self._release(late_parts), *self._finish(index)]
 

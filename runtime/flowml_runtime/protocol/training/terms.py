@@ -168,10 +168,6 @@ class Places:
         """The stores that live on this worker."""
         return self._stores_on.get(worker, ())
 
-    def replicas_on(self, worker: str) -> tuple[int, ...]:
-        """The replicas that cannot continue without this worker."""
-        return tuple(dict.fromkeys(replica for replica, _ in self.stages_on(worker)))
-
     @cached_property
     def _stages_on(self) -> dict[str, tuple[tuple[int, int], ...]]:
         found: dict[str, list[tuple[int, int]]] = {}

@@ -74,7 +74,7 @@ class StageRunner(EdgeServices):
         self._fetched: dict[int, list[Array]] = {}
         runs = sum(isinstance(i, RunInstruction) for i in loaded.program.instructions)
         self._delay_s = dict(run.start.delays).get(run.me, 0.0) / max(runs, 1)
-        self._thread = service.start(f"{loaded.name} run {run.number}", self._work, self._end)
+        service.start(f"{loaded.name} run {run.number}", self._work, self._end)
 
     # Called by the machine thread, which holds the run's lock.
 
