@@ -13,11 +13,13 @@ import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from flowml.data import Source, as_source, epoch_order
@@ -29,8 +31,10 @@ from flowml.plan import Plan
 from flowml.policy import Policy
 from flowml.training.compiler import TrainingCompiled, TrainingSpec, compile_training
 from flowml.training.step import Weight
+from flowml.training.variants import difference, placed_alike
 from flowml_runtime.cluster import Cluster, current_cluster
-from flowml_runtime.driver.fit import Fit, FitOptions, OnNonFinite
+from flowml_runtime.driver.feeding import batch_structs
+from flowml_runtime.driver.fit import Fit, FitOptions, OnNonFinite, Outcome
 from flowml_runtime.driver.history import Record
 from flowml_runtime.driver.probe import mean_warning
 from flowml_runtime.driver.session import LoadedPlan, Session
@@ -41,7 +45,7 @@ from flowml_runtime.protocol.training.terms import Terms
 Callback = Callable[[Record], Any]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Program:
     """A training step compiled for one cluster, shapes, dtypes and JAX settings. The first fit loads it."""
 
@@ -178,7 +182,8 @@ class Trainer:
             params: pytree of floating arrays.
             source: a pytree of arrays with one row per example, or an object with `len(source)` and
                 `source[indices]` -> batch pytree. Such an object stays in the caller's process, which sends its
-                batches to the workers; it may return the same buffer each time.
+                batches to the workers; it may return the same buffer each time. The shape of an example may change
+                from one work item to the next: the first of each shape compiles a program, for 32 shapes at most.
             batch_size: the examples of a global batch, a multiple of replicas x microbatches. An epoch skips the
                 examples at its end that do not fill a batch.
             epochs, steps: how long to train; give one of them.
@@ -191,7 +196,7 @@ class Trainer:
             progress: show a line of progress on stderr. The default is to show it if stderr is a terminal.
 
         Raises:
-            ValueError: if the batch size does not divide or the source is too small.
+            ValueError: if the batch size does not divide, the source is too small, or a batch does not fit the loss.
             WorkerLostError, WorkerError, DeadlineError: within seconds, if a worker fails.
             FlowmlError: if a fit of this trainer is already running.
         """
@@ -201,11 +206,13 @@ class Trainer:
         cluster = self._here()
         self._check_delays(cluster)
         with self._alone():
-            program = self._program(cluster, _structs(params, "parameter"), _batch_structs(data, batch_size))
+            order = epoch_order(data.examples, seed, 0, shuffle=shuffle)
+            structs, batch = _structs(params, "parameter"), self._first_batch(data, order, batch_size)
+            program = self._program(cluster, structs, batch)
             params = jax.tree_util.tree_map(_own, params)
             state = self._state(params, opt_state)
             handle = program.load()
-            self._look_at_loss(program, params, data, epoch_order(data.examples, seed, 0, shuffle=shuffle), batch_size)
+            self._look_at_loss(program, params, data, order, batch_size)
             options = FitOptions(
                 run=program.reserve(total),
                 total=total,
@@ -217,18 +224,11 @@ class Trainer:
                 on_nonfinite=self._on_nonfinite,
                 progress=progress,
             )
-            fit = Fit(cluster.session, handle, data, options, program.compiled)
+            variant = partial(self._variant, cluster, program, structs)
+            fit = Fit(cluster.session, handle, data, options, program.compiled, variant)
             leaves = jax.tree_util.tree_leaves
             outcome = fit.run(leaves(params), leaves(state), callbacks)
-        return TrainingResult(
-            params=_restored(params, outcome.params),
-            opt_state=_restored(state, outcome.state),
-            history=outcome.history,
-            ledger=outcome.ledger,
-            seconds=outcome.seconds,
-            plan=program.compiled.plan,
-            traffic=outcome.traffic,
-        )
+        return _result(params, state, outcome, _with_shapes(program.compiled.plan, fit.shapes))
 
     def _look_at_loss(self, program: _Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
         """Warn once if the average of the loss over replicas and microbatches differs from the loss of the batch."""
@@ -253,20 +253,43 @@ class Trainer:
         finally:
             self._fitting.release()
 
-    def _program(self, cluster: Cluster, params: Any, batch: Any) -> _Program:
-        """The program for these ShapeDtypeStructs and the cluster's current devices, compiled if it is new."""
+    def _first_batch(self, source: Source, order: np.ndarray, batch_size: int) -> Any:
+        """A global batch as ShapeDtypeStructs; its examples have the shape of those in the first work item."""
+        item = max(1, batch_size // self._spec.replicas)
+        leaves = source.arrays if source.arrays is not None else source.take(order[:item])
+        return batch_structs(source, leaves, batch_size)
+
+    def _variant(self, cluster: Cluster, base: _Program, params: Any, batch: Any) -> LoadedPlan:
+        """A plan for batches of another shape, whose programs can run steps of the base's plan."""
+        program = self._program(cluster, params, batch)
+        if difference(base.compiled, program.compiled):  # the shape has led to another placement, for one
+            program = self._program(cluster, params, batch, like=base)
+            differs = difference(base.compiled, program.compiled)
+            if differs:
+                shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree_util.tree_leaves(batch))
+                raise FlowmlError(
+                    f"batches of one fit may differ in shape, but one of {shapes} changes {differs}; give "
+                    "batches of one shape, policies that send plain gradients, and aux whose shapes do not depend on "
+                    "the batch's"
+                )
+        return program.load()
+
+    def _program(self, cluster: Cluster, params: Any, batch: Any, like: _Program | None = None) -> _Program:
+        """The program for these ShapeDtypeStructs and the cluster's current devices, compiled if it is new. If `like`
+        is given, it is placed as that is."""
         if jit_is_off():
             raise UnsupportedError("jax.disable_jit() is on, and workers run what is compiled; train without it")
         leaves, tree = jax.tree_util.tree_flatten((params, batch))
-        key = (cluster, cluster.devices, tuple((x.shape, str(x.dtype)) for x in leaves), tree, trace_context())
+        key = (cluster, cluster.devices, tuple((x.shape, str(x.dtype)) for x in leaves), tree, trace_context(), like)
         if key not in self._programs:
             platforms = tuple(dict.fromkeys(d.platform for d in cluster.devices))
             share = len(cluster.devices) // self._spec.replicas
             links = cluster.links_for(self._spec.placement, share)
+            spec, devices = self._spec, cluster.devices
+            if like is not None:
+                spec, devices = placed_alike(spec, like.compiled.plan, devices)
             try:
-                compiled = compile_training(
-                    self._spec, params, batch, cluster.devices, links=links, platforms=platforms
-                )
+                compiled = compile_training(spec, params, batch, devices, links=links, platforms=platforms)
             except PlacementError as error:
                 raise cluster.session.explained(error, "the training step") from None
             self._programs[key] = _Program(compiled, cluster.session)
@@ -339,10 +362,25 @@ def _structs(tree: Any, kind: str) -> Any:
     return jax.tree_util.tree_map_with_path(struct, tree)
 
 
-def _batch_structs(source: Source, batch_size: int) -> Any:
-    leaves = source.arrays if source.arrays is not None else source.take(np.zeros(1, np.int64))
-    structs = [jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)) for x in leaves]
-    return jax.tree_util.tree_unflatten(source.tree, structs)
+def _result(params: Any, state: Any, outcome: Outcome, plan: Plan) -> TrainingResult:
+    """The result of a fit that began with this optimizer state and these parameters."""
+    return TrainingResult(
+        params=_restored(params, outcome.params),
+        opt_state=_restored(state, outcome.state),
+        history=outcome.history,
+        ledger=outcome.ledger,
+        seconds=outcome.seconds,
+        plan=plan,
+        traffic=outcome.traffic,
+    )
+
+
+def _with_shapes(plan: Plan, shapes: Sequence[str]) -> Plan:
+    """The plan, with a note of the shapes of examples that it has had programs for, if they are several."""
+    if len(shapes) == 1:
+        return plan
+    note = f"This plan is for examples {shapes[0]}; the fit compiled others for {' and '.join(shapes[1:])}."
+    return msgspec.structs.replace(plan, notes=(*plan.notes, note))
 
 
 def _own(leaf: Any) -> jax.Array:

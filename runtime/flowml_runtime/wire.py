@@ -289,11 +289,15 @@ class Source(TrainingMessage, frozen=True):
 
 
 class Batch(TrainingMessage, frozen=True):
-    """The leaves of one fed work item for one device."""
+    """The leaves of one fed work item for one device, which may read none of them.
+
+    `variant` is the loaded plan whose programs run on a batch of this shape; "" is the plan of the fit.
+    """
 
     device: Name
     sequence: Count
     slots: tuple[Count, ...]
+    variant: Annotated[str, msgspec.Meta(max_length=256)] = ""
 
 
 class StoreValue(TrainingMessage, frozen=True):

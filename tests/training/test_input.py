@@ -240,7 +240,7 @@ def test_a_source_that_changes_its_mind(threads_cluster: fm.Cluster) -> None:
             return super().__getitem__(indices[:6])
 
     with pytest.raises(
-        ValueError, match=r"source\[indices\] gave shape \(6, 12\) for 'x' and 24 indices; it must give"
+        ValueError, match=r"source\[indices\] gave shape \(6, 12\) for 'x' and 24 indices; its first dimension"
     ):
         fit(threads_cluster, source=Shrinking())
     assert np.isfinite(fit(threads_cluster).history[0]["loss"])

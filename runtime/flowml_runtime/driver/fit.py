@@ -31,9 +31,10 @@ from flowml.errors import (
 )
 from flowml.ir._jax import key_implementation
 from flowml.placement.links import SHARED_MEMORY
-from flowml.plan import Feed, Training
+from flowml.plan import Training
 from flowml.training.compiler import TrainingCompiled
 from flowml_runtime import wire
+from flowml_runtime.driver.feeding import Feeding, Variant, whole
 from flowml_runtime.driver.history import History, Progress, Record
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.execution.programs import buffer_struct
@@ -79,8 +80,15 @@ class Fit:
     """Runs one fit over a loaded training plan."""
 
     def __init__(
-        self, session: Session, handle: LoadedPlan, source: Source, options: FitOptions, compiled: TrainingCompiled
+        self,
+        session: Session,
+        handle: LoadedPlan,
+        source: Source,
+        options: FitOptions,
+        compiled: TrainingCompiled,
+        variant: Callable[[Any], LoadedPlan],
     ) -> None:
+        """`variant` loads a plan for global batches of other shapes, given as `jax.ShapeDtypeStruct`s."""
         training = handle.plan.training
         if training is None:
             raise FlowmlError(f"plan {handle.plan.name!r} is not a training plan")
@@ -108,7 +116,8 @@ class Fit:
         self._payloads: dict[int, Sequence[Any]] = {}
         self._handles = count(1)
         self._values: dict[int, Sequence[Any]] = {}
-        self._slots = _slots_by_device(handle)
+        self._slots = Variant.of(handle).slots
+        self._feeding = Feeding(handle, source, variant)
         self._orders: dict[int, np.ndarray] = {}
         self._lost: protocol.WorkerLost | None = None
 
@@ -270,8 +279,8 @@ class Fit:
             arrays = [
                 lent[s] if s in lent else np.ascontiguousarray(self._source.arrays[s], specs[s].dtype) for s in order
             ]
-            whole = tuple(_whole(specs[s], a) for s, a in zip(order, arrays, strict=True))
-            message = wire.Source(**self._ids, slots=order, specs=whole)
+            wholes = tuple(whole(specs[s], a) for s, a in zip(order, arrays, strict=True))
+            message = wire.Source(**self._ids, slots=order, specs=wholes)
             self._session.endpoint.send(worker, message, arrays)
 
     def _when(self, worker: str) -> str:
@@ -302,28 +311,26 @@ class Fit:
             remote_traceback=failed.traceback or None,
         )
 
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """The shapes of the batches so far, one for each variant of the plan."""
+        return self._feeding.shapes
+
     def _feed(self, replica: int, item: wire.Item) -> None:
-        specs = self._training.batch_specs
-        leaves = self._source.take(self._order(item.epoch)[item.start : item.start + item.size])
-        for path, spec, leaf in zip(self._training.batch_paths, specs, leaves, strict=True):
-            if leaf.shape != (item.size, *spec.shape[1:]):
-                raise ValueError(
-                    f"source[indices] gave shape {leaf.shape} for {path or 'the batch'!r} and {item.size} indices; "
-                    f"it must give {(item.size, *spec.shape[1:])}, because a fit has programs of one shape; pad the "
-                    "examples to one, and mask what is padded: Trainer(weight=)"
-                )
+        """Send each stage of a replica the leaves that it reads, and word of the programs that run on them."""
+        variant, leaves = self._feeding.take(self._order(item.epoch)[item.start : item.start + item.size])
         for device in self._training.replicas[replica]:
-            slots = self._slots.get(device, ())
-            arrays = [np.ascontiguousarray(leaves[s], specs[s].dtype) for s in slots]
-            if slots:
-                message = wire.Batch(
-                    **self._ids,
-                    device=device,
-                    sequence=item.sequence,
-                    slots=slots,
-                    specs=tuple(_whole(specs[s], a) for s, a in zip(slots, arrays, strict=True)),
-                )
-                self._session.endpoint.send(worker_of(device), message, arrays)
+            slots = variant.slots.get(device, ())
+            arrays = [np.ascontiguousarray(leaves[s], variant.specs[s].dtype) for s in slots]
+            message = wire.Batch(
+                **self._ids,
+                device=device,
+                sequence=item.sequence,
+                slots=slots,
+                variant="" if variant.plan_id == self._handle.plan_id else variant.plan_id,
+                specs=tuple(whole(variant.specs[s], a) for s, a in zip(slots, arrays, strict=True)),
+            )
+            self._session.endpoint.send(worker_of(device), message, arrays)
 
     def _outcome(self, params: Sequence[Any], state: Sequence[Any], seconds: float) -> Outcome:
         final, states = list(params), list(state)
@@ -370,10 +377,6 @@ class IgnoreMessages:
     def on_lost(self, peer: str, reason: str) -> None: ...
 
 
-def _whole(spec: Any, array: np.ndarray) -> Any:
-    return type(spec)(array.shape, spec.dtype)
-
-
 def _as_buffer(value: Any) -> Any:
     if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
         return jax.random.key_data(value)
@@ -384,16 +387,3 @@ def _from_buffer(array: Any, dtype: str) -> Any:
     if not dtype.startswith("key<"):
         return array
     return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=key_implementation(dtype))
-
-
-def _slots_by_device(handle: LoadedPlan) -> dict[str, tuple[int, ...]]:
-    """The batch leaves that each device reads."""
-    training = handle.plan.training
-    assert training is not None
-    found: dict[str, tuple[int, ...]] = {}
-    for program in handle.plan.programs:
-        slots = {s for i in program.instructions if isinstance(i, Feed) for s in i.slots}
-        mine = tuple(sorted(s for s in slots if s < training.batch_leaves))
-        if mine:
-            found[program.device] = mine
-    return found

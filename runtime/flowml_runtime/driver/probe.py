@@ -35,7 +35,8 @@ def mean_warning(
     if spec.replicas * spec.microbatches == 1 or any(t.kind == "python" for t in plan.tasks):
         return None
     seconds = plan.estimate.single_device_seconds / batch
-    half = min(batch, MOST_EXAMPLES, int(MOST_SECONDS / max(seconds, 1e-9))) // 2
+    alike = batch if source.arrays is not None else batch // spec.replicas  # those of a work item have one shape
+    half = min(alike, MOST_EXAMPLES, int(MOST_SECONDS / max(seconds, 1e-9))) // 2
     if half < 1:
         return None
     leaves = source.take(order[: 2 * half])

@@ -95,17 +95,21 @@ class EdgeServices:
         self.recorder = recorder or Recorder()
         self.outbox = Lane(f"{loaded.name} send", ROOM)
         self.plan_id = plan_id
-        self.loaded = loaded
         self.device = loaded.name
         self.deadline_s = deadline_s
         self._mailbox = mailbox
         self._sender = sender
+        self._adopts = must_adopt(loaded.device)
+        self.bind(loaded)
+
+    def bind(self, loaded: LoadedProgram) -> None:
+        """Serve this program, which runs on the same device, from now on. No send of another may be under way."""
+        self.loaded = loaded
         self._messages: tuple[Message, ...] = loaded.plan.messages
         self._specs = [tuple(ArraySpec(t.shape, t.dtype) for t in m.transfers) for m in self._messages]
         self._large = [m.nbytes >= LARGE_BYTES for m in self._messages]
         self._workers = [m.destination.split("/", 1)[0] for m in self._messages]
         self._sources = [m.source.split("/", 1)[0] for m in self._messages]
-        self._adopts = must_adopt(loaded.device)
 
     def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
         try:

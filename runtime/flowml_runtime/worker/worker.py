@@ -82,6 +82,8 @@ class _Hosted:
     local: LocalStep | None = None
     devices: tuple[str, ...] = ()
     training: TrainingHandler | None = None
+    programs: Mapping[str, LoadedProgram] = field(default_factory=dict[str, LoadedProgram])
+    """Of a training plan, by device: steps of another plan of its driver may run them, see `variant`."""
     closed: bool = False
 
 
@@ -151,6 +153,16 @@ class Worker:
         """A direct way to run a plan from this process, if the whole plan is one program on this worker."""
         hosted = self._plans.get(plan_id)
         return hosted.local if hosted is not None else None
+
+    def variant(self, plan_id: str, device: str, driver: str) -> LoadedProgram:
+        """The program on `device` of a training plan that its driver loaded. Raises FlowmlError if there is none."""
+        hosted = self._plans.get(plan_id)
+        loaded = hosted.programs.get(device) if hosted is not None and hosted.driver == driver else None
+        if loaded is None:
+            raise FlowmlError(
+                f"{device} is to run the programs of plan {plan_id!r}, which {driver} has not loaded there; fit again"
+            )
+        return loaded
 
     def unload(self, plan_id: str) -> None:
         """Stop and remove a plan. Does not wait for a running task."""
@@ -293,7 +305,7 @@ class Worker:
         if plan.training is not None:
             handler = self.training_factory(self, plan_id, plan, programs, hosted.driver, hosted.deadline_s)
             with self._lock:
-                hosted.devices, hosted.training = tuple(programs), handler
+                hosted.devices, hosted.training, hosted.programs = tuple(programs), handler, programs
                 closed = hosted.closed
             if closed:
                 handler.close()

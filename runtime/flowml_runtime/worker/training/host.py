@@ -219,7 +219,7 @@ class _Fit:
                 arrays = self._take(handle)
                 for stage in self._stages.values():
                     if stage.device == batch.device:
-                        stage.give(batch.sequence, batch.slots, arrays)
+                        stage.give(batch, arrays)
             case _:
                 return False
         return True

@@ -3,6 +3,9 @@
 The executor's thread gets everything that a training step needs from the stage runner: its share of the batch, the
 parameters (as soon as the gate lets this clock read them), and a place to push gradients. When the machine decides that
 a step is no longer needed, the step ends at the next task boundary or in the middle of a wait.
+
+Fed batches may differ in shape. Each names the *variant* that runs on it: a loaded plan whose programs are for another
+shape, and whose stores are those of the fit's own plan. All stages of a replica hear of it with their batch.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from flowml_runtime.execution.lane import LARGE_BYTES, Lane
 from flowml_runtime.execution.mailbox import Cancelled
 from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction, aligned_copy
 from flowml_runtime.execution.services import EdgeServices, host_view
-from flowml_runtime.execution.step_program import StepFault, prepare, run_step
+from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare, run_step
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Send, Start, StepFinished
 from flowml_runtime.worker.training.finite import all_finite
@@ -57,9 +60,14 @@ class StageRunner(EdgeServices):
         self._reductions = reductions
         self._on_finished = host.on_finished
         self._on_fault = host.fail
-        self._program = prepare(loaded)
+        self._find_variant = partial(host.worker.variant, device=loaded.name, driver=run.driver)
+        self._programs: dict[str, tuple[LoadedProgram, StepProgram]] = {"": (loaded, prepare(loaded))}
+        """By variant."""
+        self._variant = ""
+        """The one that is bound."""
         self._starts: queue.SimpleQueue[Start | None] = queue.SimpleQueue()
-        self._batches: OrderedDict[int, dict[int, Array]] = OrderedDict()
+        self._batches: OrderedDict[int, tuple[str, dict[int, Array]]] = OrderedDict()
+        """By work item the variant, and the leaves."""
         self._adds = Lane(f"{loaded.name} add run {run.number}")
         """Adds gradients that are gathered over steps. The machine decides what counts without waiting for the sum."""
         self._gathered: dict[tuple[int, int], Accumulator[Gradients]] = {
@@ -90,10 +98,10 @@ class StageRunner(EdgeServices):
         for gathered in self._gathered.values():
             (gathered.adopt if counts else gathered.discard)(clock)
 
-    def give(self, sequence: int, slots: Sequence[int], arrays: Sequence[Array]) -> None:
+    def give(self, batch: wire.Batch, arrays: Sequence[Array]) -> None:
         """Store the leaves of a work item. Work items arrive in the order of grants, which is the order of clocks."""
-        self._batches.pop(sequence, None)  # the work item was given back and granted again
-        self._batches[sequence] = dict(zip(slots, arrays, strict=True))
+        self._batches.pop(batch.sequence, None)  # the work item was given back and granted again
+        self._batches[batch.sequence] = batch.variant, dict(zip(batch.slots, arrays, strict=True))
         self.run.changed.notify_all()
 
     def stop(self) -> None:
@@ -121,7 +129,7 @@ class StageRunner(EdgeServices):
         began = time.perf_counter()
         self._fetched = {}
         try:
-            run_step(self._program, self.run.step_of(clock), self)
+            run_step(self._choose(), self.run.step_of(clock), self)
             self._report(clock, time.perf_counter() - began)
         except Cancelled:
             return
@@ -131,6 +139,34 @@ class StageRunner(EdgeServices):
             self._on_fault(self.run.step_of(clock), "report", error)
         finally:
             self.outbox.flush()  # a home must get a stage's last contribution before it learns that the stage retired
+
+    def _choose(self) -> StepProgram:
+        """The program for the batch of this step. A fed batch is waited for here."""
+        if self.run.start.source == "fed":
+            try:
+                self._bind(self._await_batch(self._now.item))
+            except FlowmlError as error:
+                raise StepFault("feed") from error
+        return self._programs[self._variant][1]
+
+    def _await_batch(self, item: wire.Item) -> str:
+        """The variant of a fed work item, once it is here. Batches before it are of clocks that are over or skipped."""
+        with self.run.changed:
+            what = f"work item {item.sequence} from the driver"
+            step = self.run.step_of(self._now.clock)
+            self.run.wait_for(lambda: item.sequence in self._batches, self._in_vain, what, step)
+            while next(iter(self._batches)) != item.sequence:
+                self._batches.popitem(last=False)
+            return self._batches[item.sequence][0]
+
+    def _bind(self, variant: str) -> None:
+        if variant == self._variant:
+            return
+        if variant not in self._programs:
+            loaded = self._find_variant(variant)
+            self._programs[variant] = loaded, prepare(loaded)
+        self.bind(self._programs[variant][0])  # the step before this one has flushed the outbox
+        self._variant = variant
 
     def _report(self, clock: int, seconds: float) -> None:
         if not self._fetched:
@@ -182,11 +218,7 @@ class StageRunner(EdgeServices):
             indices = order[item.start + first : item.start + first + rows]
             return {s: aligned_copy(np.asarray(self.run.source[s])[indices]) for s in slots}
         with self.run.changed:
-            what = f"work item {item.sequence} from the driver"
-            self.run.wait_for(lambda: item.sequence in self._batches, self._in_vain, what, step)
-            batch = self._batches[item.sequence]
-            while next(iter(self._batches)) != item.sequence:  # batches of skipped clocks
-                self._batches.popitem(last=False)
+            _, batch = self._batches[item.sequence]
         return {s: aligned_copy(np.asarray(batch[s])[first : first + rows]) for s in slots}
 
     def _in_vain(self) -> bool:

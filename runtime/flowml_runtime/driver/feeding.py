@@ -1,0 +1,117 @@
+"""Reads batches from a source that stays with the driver, and finds the programs for the shape of each.
+
+A plan has programs for one shape of batch. The first work item of another shape has a *variant* loaded: a plan for that
+shape, whose stores are those of the fit's own. Stages run its programs on the batches that name it; all else that
+happens in a fit knows nothing of shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowml.data import Source
+from flowml.errors import FlowmlError
+from flowml.plan import ArraySpec, Feed
+from flowml_runtime.driver.session import LoadedPlan
+
+MAX_SHAPES = 32
+"""Of the batches of one fit. Each takes a compilation, and memory on every worker."""
+
+Shapes = tuple[tuple[tuple[int, ...], str], ...]
+"""Shape of an example and dtype, for each leaf."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A loaded plan for batches of one shape. `slots` are the batch leaves that each device reads."""
+
+    plan_id: str
+    specs: tuple[ArraySpec, ...]
+    slots: Mapping[str, tuple[int, ...]]
+
+    @staticmethod
+    def of(handle: LoadedPlan) -> Variant:
+        training = handle.plan.training
+        assert training is not None
+        found: dict[str, tuple[int, ...]] = {}
+        for program in handle.plan.programs:
+            slots = {s for i in program.instructions if isinstance(i, Feed) for s in i.slots}
+            mine = tuple(sorted(s for s in slots if s < training.batch_leaves))
+            if mine:
+                found[program.device] = mine
+        return Variant(handle.plan_id, training.batch_specs, found)
+
+
+class Feeding:
+    """The batches of one fit, each with its variant."""
+
+    def __init__(self, handle: LoadedPlan, source: Source, load: Callable[[Any], LoadedPlan]) -> None:
+        training = handle.plan.training
+        assert training is not None
+        self._source = source
+        self._load = load
+        self._rows = training.item_size * len(training.replicas)
+        self._paths = training.batch_paths
+        first = tuple((tuple(s.shape[1:]), s.dtype) for s in training.batch_specs)
+        self._variants: dict[Shapes, Variant] = {first: Variant.of(handle)}
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """What an example of each shape is, as text."""
+        return tuple(", ".join(_text(p, s) for p, s in zip(self._paths, k, strict=True)) for k in self._variants)
+
+    def take(self, indices: np.ndarray) -> tuple[Variant, Sequence[np.ndarray]]:
+        """The examples at `indices`, and the programs for them; for a new shape these are compiled and loaded here.
+
+        Raises ValueError for a batch that is none, and for a shape that the model or the fit cannot take.
+        """
+        leaves = self._source.take(indices)
+        for path, leaf in zip(self._paths, leaves, strict=True):
+            if leaf.shape[:1] != (len(indices),):
+                raise ValueError(
+                    f"source[indices] gave shape {leaf.shape} for {path or 'the batch'!r} and {len(indices)} indices; "
+                    f"its first dimension must be {len(indices)}, a row for each index"
+                )
+        structs = batch_structs(self._source, leaves, self._rows)
+        key: Shapes = tuple((x.shape[1:], str(x.dtype)) for x in jax.tree_util.tree_leaves(structs))
+        if key not in self._variants:
+            self._variants[key] = self._add(key, structs)
+        return self._variants[key], leaves
+
+    def _add(self, key: Shapes, structs: Any) -> Variant:
+        what = ", ".join(_text(p, s) for p, s in zip(self._paths, key, strict=True))
+        if len(self._variants) == MAX_SHAPES:
+            raise ValueError(
+                f"the source gave batches of {MAX_SHAPES} shapes, and now one with examples {what}; a program is "
+                "compiled for each, so pad examples to a few lengths, and mask what is padded: Trainer(weight=)"
+            )
+        try:
+            return Variant.of(self._load(structs))
+        except FlowmlError:
+            raise
+        except Exception as error:  # of the user's loss, of whatever kind
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(
+                f"the source gave a batch with examples {what}, after others with {self.shapes[0]}, and the loss does "
+                f"not take it ({type(error).__name__}: {reason}); give examples of one shape, or a loss that takes both"
+            ) from error
+
+
+def batch_structs(source: Source, leaves: Sequence[Any], rows: int) -> Any:
+    """A batch of `rows` examples such as these, as JAX sees it."""
+    structs = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), jax.dtypes.canonicalize_dtype(x.dtype)) for x in leaves]
+    return jax.tree_util.tree_unflatten(source.tree, structs)
+
+
+def whole(spec: ArraySpec, array: np.ndarray) -> ArraySpec:
+    """The spec of an array of several of these."""
+    return ArraySpec(array.shape, spec.dtype)
+
+
+def _text(path: str, shape: tuple[tuple[int, ...], str]) -> str:
+    return f"{path} {shape[1]}{list(shape[0])}".lstrip()
