@@ -328,7 +328,7 @@ def test_workers_that_join_by_address_come_go_and_end_with_the_coordinator() -> 
 def test_a_cluster_that_is_not_there_is_said_so() -> None:
     with pytest.raises(fm.ClusterError, match=r"127\.0\.0\.1:9 cannot be joined: .*Connection refused"):
         fm.Cluster.connect("127.0.0.1:9", token="t")
-    with pytest.raises(fm.ClusterError, match="'nonsense' is no address"):
+    with pytest.raises(fm.ClusterError, match="'nonsense' is not an address"):
         fm.Cluster.connect("nonsense", token="t")
 
 

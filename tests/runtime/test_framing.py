@@ -234,7 +234,7 @@ def test_an_error_names_the_message_and_its_edge() -> None:
         Assembler().feed(flipped(first, 40))
     assembler = Assembler()
     assembler.feed(pack(value(7, arrays), arrays).first)
-    with pytest.raises(FrameError, match=rf"20 bytes came where {PIECE_BYTES} were due, of {named}"):
+    with pytest.raises(FrameError, match=rf"20 bytes came instead of one of {PIECE_BYTES}, of {named}"):
         assembler.feed(rest)
     with pytest.raises(FrameError, match="checksum of frame 1 is wrong, of Leave"):
         unpack(pack(wire.Leave(worker="w")).sealed(0), None, 1)

@@ -331,7 +331,7 @@ def test_a_name_that_somebody_has_leaves_grpc(caplog: pytest.LogCaptureFixture) 
         finally:
             a.endpoint.close()
             b.endpoint.close()
-    assert "it comes by gRPC" in caplog.text
+    assert "they come by gRPC" in caplog.text
 
 
 def test_reserved_slots_are_used_and_their_descriptors_never_lost() -> None:

@@ -81,7 +81,7 @@ def test_without_the_token_a_stream_is_refused_before_its_body_is_read(
         ([frame(msgspec.structs.replace(HELLO, protocol=99))], "protocol 99"),
         ([frame(msgspec.structs.replace(HELLO, version="0.0.7"))], "flowml 0.0.7"),
         ([frame(HELLO), framed(b"\x81\xa4type\xa5Spawn")], "no message of this version"),
-        ([frame(HELLO), framed(wire.encode(wire.Leave(worker="b")), b"more")], "announces 0 bytes and brings 4"),
+        ([frame(HELLO), framed(wire.encode(wire.Leave(worker="b")), b"more")], "announces 0 bytes and holds 4"),
     ],
 )
 def test_what_no_flowml_sends_ends_the_stream_with_the_reason(
@@ -296,5 +296,5 @@ def test_who_cannot_be_reached_by_others_does_not_listen_everywhere(
 
     monkeypatch.setattr(socket.socket, "connect", no_route)
     monkeypatch.setattr(socket, "gethostname", lambda: "localhost")
-    with pytest.raises(ClusterError, match=r"cannot tell by which address .* listen on the address itself"):
+    with pytest.raises(ClusterError, match=r"cannot listen on .* is not known.* listen on the address itself"):
         LaunchedCluster(bind="0.0.0.0:0", tls=Authority(tmp_path / "ours").files(), token=TOKEN)

@@ -59,7 +59,7 @@ def test_a_step_that_its_worker_gives_up_unasked_fails_its_call() -> None:
         handle = network.session.load(never_sent())
         future = network.session.submit(handle, [X])
         network.workers[1].mailbox.cancel((handle.plan_id, 0, "worker:1/cpu:0"))
-        with pytest.raises(WorkerError, match=r"the step was given up .*worker:1, step 0"):
+        with pytest.raises(WorkerError, match=r"the step was cancelled .*worker:1, step 0"):
             future.result(timeout=5)
 
 

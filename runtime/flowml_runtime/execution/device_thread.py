@@ -64,7 +64,7 @@ class DeviceThread:
             owner, work = item
             with self._lock:
                 self._running = owner
-            with service.going_on(f"{self._name} could not go on with a step"):
+            with service.going_on(f"{self._name} could not continue a step"):
                 work()  # the work of one plan must not end the thread of all
             del item, owner, work  # else they keep arrays alive until the next work comes
             with self._lock:

@@ -193,7 +193,7 @@ class Executor:
                 continue
             except Cancelled:  # the driver may not know; it ignores the report if it cancelled the step itself
                 fault = StepFault("step")
-                fault.__cause__ = FlowmlError("the step was given up")
+                fault.__cause__ = FlowmlError("the step was cancelled")
             except StepFault as error:
                 fault = error
             except BaseException as error:  # a callback that raised KeyboardInterrupt

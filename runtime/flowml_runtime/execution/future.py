@@ -108,6 +108,6 @@ class Future(Generic[T]):
                 pass
         elif not self._done.acquire(timeout=max(timeout, 0.0)):
             raise DeadlineError(
-                f"{self.name} is not done after {timeout:g} s; it goes on, ask again or allow a longer timeout"
+                f"{self.name} is not done after {timeout:g} s; it continues: ask again or allow a longer timeout"
             )
         self._done.release()

@@ -81,7 +81,7 @@ class Lane:
             try:
                 job()
             except BaseException as error:
-                with service.going_on(f"{self._name}: what a job raised could not be reported"):
+                with service.going_on(f"{self._name}: the error of a job could not be reported"):
                     failed(error)
             del job, failed  # they hold arrays
             with self._changed:

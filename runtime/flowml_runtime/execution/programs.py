@@ -312,7 +312,7 @@ def _check_settings(plan: Plan) -> None:
         except (TypeError, ValueError) as error:
             raise FlowmlError(
                 f"plan {plan.name!r} brings JAX setting {setting[0]!r} with value {setting[1]!r}, which this worker "
-                f"does not take ({error}); compile the plan with the worker's versions of flowml and jax"
+                f"does not accept ({error}); compile the plan with the worker's versions of flowml and jax"
             ) from None
 
 
@@ -346,7 +346,9 @@ def _exported(plan: Plan, task: Task, parts: Parts) -> _Exported:
 def _check_arrays(task: Task, exported: jax.export.Exported) -> None:
     arrays = ((task.inputs, exported.in_avals), (task.outputs, exported.out_avals))
     if any(_flat(declared) != _flat([spec_of(a) for a in found]) for declared, found in arrays):
-        raise FlowmlError(f"the executable of task {task.name!r} is one of other arrays; compile the plan again")
+        raise FlowmlError(
+            f"the executable of task {task.name!r} has other arrays than the task; compile the plan again"
+        )
 
 
 def _flat(specs: Sequence[ArraySpec]) -> list[tuple[tuple[int, ...], str]]:

@@ -186,7 +186,7 @@ class LocalWorkers:
             received = hear(self._control) if self._control.fileno() in ready else b""
             *lines, buffer = (buffer + received).split(b"\n")
             for line in lines:
-                with service.going_on("a report of the process that starts workers could not be taken in"):
+                with service.going_on("a report of the process that starts workers could not be processed"):
                     self._take(_reports.decode(line))
             if not received:
                 break

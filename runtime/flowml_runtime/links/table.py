@@ -41,7 +41,7 @@ def links_mode(asked: str | None) -> str:
     """How a cluster gets its figures: as asked, else from $FLOWML_LINKS, else "measure". Raises ClusterError."""
     name, mode = ("links", asked) if asked is not None else (MODE_VARIABLE, os.environ.get(MODE_VARIABLE) or "measure")
     if mode not in MODES:
-        raise ClusterError(f"{name}={mode!r} is none; use {', '.join(map(repr, MODES))}")
+        raise ClusterError(f"{name}={mode!r} is not a mode; use {', '.join(map(repr, MODES))}")
     return mode
 
 

@@ -115,7 +115,7 @@ class CoordinatorHost:
                 event = self._events.get(timeout=max(0.0, next_tick - time.monotonic()))
                 if event is None:
                     return
-            with service.going_on("an event of membership could not be taken in"):
+            with service.going_on("a membership event could not be processed"):
                 if event is not None:
                     self._do(self._machine.step(event))
                 if time.monotonic() >= next_tick:

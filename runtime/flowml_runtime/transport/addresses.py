@@ -22,9 +22,9 @@ def advertised_host(bind: str) -> str:
     found = next((a for a in _own_addresses(family) if not is_loopback(a)), None)
     if found is None:
         raise ClusterError(
-            f"cannot tell by which address others reach this machine, to listen on {bind}: there is no route to other "
-            f"machines, and {socket.gethostname()!r} names none but loopback; listen on the address itself, as in "
-            "10.0.0.5:7070"
+            f"cannot listen on {bind}: the address by which others reach this machine is not known, because there is "
+            f"no route to other machines and {socket.gethostname()!r} resolves to loopback only; listen on the address "
+            "itself, as in 10.0.0.5:7070"
         )
     return f"[{found}]" if family == socket.AF_INET6 else found
 

@@ -50,7 +50,7 @@ def wire_layout(spec: ArraySpec) -> tuple[tuple[int, ...], np.dtype[Any], int]:
         shape, name = (*shape, KEY_WORDS[name[4:-1]]), "uint32"
     dtype = _DTYPES.get(name)
     if dtype is None:
-        raise ValueError(f"no array of dtype {spec.dtype!r} can be sent; known are {', '.join(_DTYPES)} and keys")
+        raise ValueError(f"arrays of dtype {spec.dtype!r} cannot be sent; use {', '.join(_DTYPES)} or keys")
     return shape, dtype, math.prod(shape) * dtype.itemsize
 
 

@@ -177,7 +177,7 @@ class Delivery:
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:  # no deadline: the thread sleeps until it has work or is closed
             call, arguments, nbytes = item
-            with service.going_on("a message could not be taken in"):
+            with service.going_on("a message could not be processed"):
                 call(*arguments)
             self._budget.release(nbytes)
             del item, call, arguments  # else they would keep arrays alive until the next message

@@ -163,7 +163,7 @@ class Assembler:
         rest = self._missing[-1]
         due = min(PIECE_BYTES, len(rest))
         if len(piece) != due:
-            raise FrameError(f"a piece of {len(piece)} bytes came where {due} were due, of {_called(self._message)}")
+            raise FrameError(f"a piece of {len(piece)} bytes came instead of one of {due}, of {_called(self._message)}")
         rest.data[:due] = piece
         self._missing[-1] = rest[due:]
         if not len(self._missing[-1]):
@@ -249,7 +249,7 @@ def _open(frame: memoryview, place: Callable[[int, ArraySpec], Buffer]) -> tuple
     message, inline = _header(frame)
     layout = _layout(message.specs)
     if len(inline) != layout.inline:
-        raise FrameError(f"a {type(message).__name__} announces {layout.inline} bytes and brings {len(inline)}")
+        raise FrameError(f"a {type(message).__name__} announces {layout.inline} bytes and holds {len(inline)}")
     room = _room(inline, layout)
     arrays: list[Buffer] = []
     for spec, nbytes, small, at in zip(message.specs, layout.sizes, layout.small, layout.offsets, strict=True):

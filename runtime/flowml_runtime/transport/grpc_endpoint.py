@@ -139,7 +139,7 @@ class GrpcEndpoint:
         try:
             return UnixServer(self.address, self._token, self._serve_local)
         except OSError as error:
-            _log.warning("no shared memory for what comes to %s: %s; it comes by gRPC", self.address, error.strerror)
+            _log.warning("no shared memory for messages to %s: %s; they come by gRPC", self.address, error.strerror)
             return None
 
     def start(self, on_message: OnMessage, on_lost: OnLost) -> None:
@@ -378,7 +378,7 @@ class GrpcEndpoint:
         except (grpc.RpcError, OSError):
             reason = "its connection broke"
         except BaseException as error:  # a callback of a user may call sys.exit()
-            _log.exception("a message from %s could not be taken in", peer.name if peer is not None else "a stranger")
+            _log.exception("a message from %s could not be processed", peer.name if peer else "an unknown peer")
             refusal = reason = f"a message from it failed here: {service.named(error)}"
             fault = True
         arrivals.end()

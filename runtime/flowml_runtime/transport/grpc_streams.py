@@ -202,7 +202,7 @@ def _why(call: Any, address: str, tls: TLS | None) -> str:
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return f"it has no room for another connection: {details}"
     if code is grpc.StatusCode.UNKNOWN:
-        return "it cannot take another connection in; its log says why"
+        return "it cannot accept another connection; its log says why"
     if code is grpc.StatusCode.CANCELLED:
         return "the connection was ended"
     if _UNREACHED.search(details):

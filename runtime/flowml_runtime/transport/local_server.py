@@ -123,7 +123,7 @@ class UnixServer:
                     return
                 time.sleep(service.SHORTAGE_S)  # connecting peers wait meanwhile
                 continue
-            with service.going_on("a connection could not be taken in"):
+            with service.going_on("a connection could not be accepted"):
                 self._admit(link)
 
     def _admit(self, link: socket.socket) -> None:
@@ -287,7 +287,7 @@ class _Reader:
         if not got:
             raise ConnectionError(BROKE)
         if flags & _TRUNCATED:
-            raise FrameError("descriptors that came are not all here: this process may have no more (ulimit -n)")
+            raise FrameError("some received descriptors are missing: this process has reached its limit (ulimit -n)")
         self._end += got
 
     def _look(self, view: memoryview) -> Any:

@@ -323,7 +323,7 @@ class UnixStream:
         poll = select.poll()
         poll.register(self._link, select.POLLIN | select.POLLRDHUP)
         if not poll.poll(TAKE_S * 1000):
-            self.reason = f"it has not taken the connection within {TAKE_S:g} s"
+            self.reason = f"it did not accept the connection within {TAKE_S:g} s"
             self.abort()
         poll.modify(self._link, select.POLLRDHUP)
         poll.poll()  # no deadline: the kernel tells of the end of the other side

@@ -52,12 +52,12 @@ class TLS:
             context.load_cert_chain(self.cert, self.key)
         except ssl.SSLError as error:
             raise ClusterError(
-                f"TLS files {self.cert} and {self.key} are no certificate and its key: {error}"
+                f"TLS files {self.cert} and {self.key} are not a certificate and its key: {error}"
             ) from None
         try:
             context.load_verify_locations(self.ca)
         except ssl.SSLError as error:
-            raise ClusterError(f"TLS file {self.ca} has no certificate of an authority: {error}") from None
+            raise ClusterError(f"TLS file {self.ca} does not hold an authority's certificate: {error}") from None
         return contents
 
 
@@ -85,7 +85,7 @@ def find_token(token: str | os.PathLike[str] | None) -> str:
     if token is None:
         named = os.environ.get(TOKEN_FILE_VARIABLE)
         if not named:
-            raise ClusterError(f"a cluster asks for its token: give token=, or a file in {TOKEN_FILE_VARIABLE}")
+            raise ClusterError(f"the cluster needs its token: give token=, or name its file in {TOKEN_FILE_VARIABLE}")
         return _read_token(Path(named))
     if not isinstance(token, str) or (os.sep in token and Path(token).exists()):
         return _read_token(Path(token))
@@ -110,7 +110,7 @@ def split_address(address: str) -> tuple[str, int]:
     """Host and port of "host:port". Raises ClusterError."""
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdecimal() and int(port) < 65536):
-        raise ClusterError(f"{address!r} is no address; give HOST:PORT, e.g. 127.0.0.1:7070")
+        raise ClusterError(f"{address!r} is not an address; give HOST:PORT, e.g. 127.0.0.1:7070")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 

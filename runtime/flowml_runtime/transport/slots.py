@@ -82,7 +82,7 @@ class SlotPool:
         """The receiver no longer uses a slot. Raises SlotError if the slot is not lent."""
         slot = self._lent.pop(number, None)
         if slot is None:
-            raise SlotError(f"shared memory slot {number} was given back, and is not lent")
+            raise SlotError(f"shared memory slot {number} was given back, but is not lent")
         self._idle.append(slot)
         self._idle.sort(key=lambda s: s.nbytes)
         idle = sum(s.nbytes for s in self._idle)
