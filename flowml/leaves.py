@@ -21,11 +21,11 @@ def why_no_array(value: Any, fix: str = "give a NumPy or JAX array (np.asarray o
     dtype = value.dtype
     if isinstance(dtype, np.dtype) and not dtype.isnative:
         return (
-            f"has dtype {dtype.str}, whose bytes are in the order of another kind of machine; give "
+            f"has dtype {dtype.str}, which has the byte order of other machines; give "
             f".astype({dtype.newbyteorder('=').name!r})"
         )
     if not any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_)):
-        return f"has dtype {dtype}, which is no number; encode it as numbers, such as indices, or leave it out"
+        return f"has dtype {dtype}, which is not numeric; encode it as numbers, such as indices, or leave it out"
     return ""
 
 

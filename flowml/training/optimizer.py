@@ -141,8 +141,8 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
             if "keyword-only argument" not in str(error) and "must be provided" not in str(error):
                 raise
             raise UnsupportedError(
-                f"the optimizer wants more than gradients, state and parameters ({error}), and a Trainer has no more "
-                "to give it; use one without such arguments, or a loop of your own with fm.dataflow"
+                f"the optimizer wants more than gradients, state and parameters ({error}), which a Trainer "
+                "does not pass; use an optimizer without such arguments, or write the loop with fm.dataflow"
             ) from None
         return optax.apply_updates(params, updates), state
 
