@@ -1,7 +1,7 @@
-"""How far the messages of a peer have been taken in, so that its loss is reported after its last message.
+"""Tracks which messages of a peer were processed, so that its loss is reported after its last message.
 
-A process that dies leaves what it has sent in the kernel and in shared memory. That is still read, and then the stream
-ends by itself. But the end of the connection in the other direction, or the coordinator, may report the loss first.
+The messages that a dead process has sent remain in the kernel and in shared memory. They are still read, and then the
+stream ends. But the end of the connection in the other direction, or the coordinator, may report the loss first.
 """
 
 from __future__ import annotations
@@ -12,37 +12,37 @@ import time
 from flowml_runtime.transport.endpoint import MAX_QUEUED_BYTES
 
 DRAIN_S = 1.0
-"""How long the loss of a peer is held back at most for what has arrived from it."""
+"""The longest time for which the report of a loss waits for messages that have arrived."""
 
 QUIET_S = 0.1
-"""A stream that brings nothing for this long has been read to its end."""
+"""A stream without a message for this long counts as read to its end."""
 
 
 class Arrivals:
-    """The incoming stream of a peer. Made on the thread that takes its messages in."""
+    """The state of a peer's incoming stream. Made on the thread that receives its messages."""
 
     __slots__ = ("_draining", "_ended", "_late_bytes", "_thread", "busy", "taken")
 
     def __init__(self) -> None:
         self.busy = False
-        """True while a message is taken in."""
+        """True while a message is processed."""
         self.taken = 0
-        """Messages taken in so far."""
+        """Number of messages processed so far."""
         self._thread = threading.current_thread()
         self._ended = threading.Event()
         self._draining = False
         self._late_bytes = 0
 
     def end(self) -> None:
-        """The stream has ended: all of its messages have been taken in."""
+        """The stream has ended: all its messages were processed."""
         self._ended.set()
 
     def begin_drain(self) -> None:
-        """The peer is lost. What it has sent before is taken in until `drain` is over."""
+        """The peer is lost. Its earlier messages are processed until `drain` returns."""
         self._draining = True
 
     def admits(self, nbytes: int) -> bool:
-        """Whether a message of a lost peer is taken in: no more than a sender may have in flight."""
+        """Whether a message of a lost peer is processed: no more bytes than a sender may have in flight."""
         if not self._draining or self._late_bytes > MAX_QUEUED_BYTES:
             return False
         self._late_bytes += nbytes
@@ -57,6 +57,6 @@ class Arrivals:
                 return
 
     def drain(self) -> None:
-        """Take in what the lost peer has sent, and nothing after that."""
+        """Wait until the lost peer's messages are processed, and refuse later ones."""
         self.settle()
         self._draining = False

@@ -64,7 +64,7 @@ class Sender(Protocol):
         ...
 
     def settle(self, peer: str) -> None:
-        """Wait until the messages that have arrived from `peer` are taken in, for a second at most."""
+        """Wait until the messages that have arrived from `peer` are processed, for at most a second."""
         ...
 
 
