@@ -85,11 +85,10 @@ def compile_function(
     static_argnums: int | Sequence[int] | None = None,
     static_argnames: str | Sequence[str] | None = None,
     platforms: Sequence[str] = ("cpu",),
-    name: str | None = None,
     links: Links | None = None,
 ) -> Compiled:
     """Like `compile`, but also returns the trees of the call. `links` are the known links between the devices."""
-    title = name or getattr(fn, "__name__", type(fn).__name__)
+    title = getattr(fn, "__name__", type(fn).__name__)
     call = bind(fn, args, kwargs, static_of(fn, static_argnums, static_argnames), title)
     return compile_call(fn, call, devices=devices, placement=placement, platforms=platforms, name=title, links=links)
 

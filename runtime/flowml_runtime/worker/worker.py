@@ -1,8 +1,8 @@
 """A worker receives messages, loads plans, and runs them on one thread per device.
 
 Messages arrive on the endpoint's receiving threads, which never wait here: a value goes to the mailbox or to an
-executor's queue, a plan to the loader thread. A training plan has its own handler, made by `training_factory`. It gets
-every message that a plan without training does not use.
+executor's queue, a plan to the loader thread. A training plan has its own handler, `TrainingHost`. It gets every
+message that a plan without training does not use.
 
     LoadPlan -> loader: compile -> Loaded | Failed        (to the peer that sent it, the plan's driver)
     Value    -> mailbox (edge) | executor (feed)
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -54,14 +54,10 @@ class TrainingHandler(Protocol):
     def close(self) -> None: ...
 
 
-TrainingFactory = Callable[["Worker", str, Plan, Mapping[str, LoadedProgram], str, float], TrainingHandler]
-"""(worker, plan id, plan, device -> its program, driver, deadline of each wait in seconds) -> handler"""
-
-
-def _default_training(
+def _training_handler(
     worker: Worker, plan_id: str, plan: Plan, programs: Mapping[str, LoadedProgram], driver: str, deadline_s: float
 ) -> TrainingHandler:
-    from flowml_runtime.worker.training.host import TrainingHost
+    from flowml_runtime.worker.training.host import TrainingHost  # which imports this module
 
     return TrainingHost(worker, plan_id, plan, programs, driver, deadline_s)
 
@@ -97,7 +93,6 @@ class Worker:
         endpoint: Sender,
         *,
         python: bool = False,
-        training_factory: TrainingFactory = _default_training,
         cache: ExecutableCache | None = None,
     ) -> None:
         """The workers of one process share one `cache`."""
@@ -105,7 +100,6 @@ class Worker:
         self.devices = dict(devices)
         self.endpoint = endpoint
         self.python = python
-        self.training_factory = training_factory
         self.mailbox = Mailbox()
         self.recorder = Recorder()
         self._prober = Prober(endpoint)
@@ -303,7 +297,7 @@ class Worker:
 
     def _install(self, plan_id: str, hosted: _Hosted, plan: Plan, programs: Mapping[str, LoadedProgram]) -> None:
         if plan.training is not None:
-            handler = self.training_factory(self, plan_id, plan, programs, hosted.driver, hosted.deadline_s)
+            handler = _training_handler(self, plan_id, plan, programs, hosted.driver, hosted.deadline_s)
             with self._lock:
                 hosted.devices, hosted.training, hosted.programs = tuple(programs), handler, programs
                 closed = hosted.closed
