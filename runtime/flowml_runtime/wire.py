@@ -202,6 +202,18 @@ class StepFailed(_Wire, frozen=True):
     traceback: Text = ""
 
 
+class StepCheck(_Wire, frozen=True):
+    """Driver to worker, about a step of which it has heard nothing for long: is it still under way on `device`?
+
+    The worker answers StepFailed if it is not; every result was sent before. For a training plan `step` is the run and
+    `device` the worker, which repeats its last StepFailed of that run.
+    """
+
+    plan_id: Name
+    step: Count
+    device: Name
+
+
 class Failed(_Wire, frozen=True):
     """Something outside a step failed on a worker (loading, training). It ends the work of that plan."""
 
@@ -454,9 +466,9 @@ class StopTraining(TrainingMessage, frozen=True):
 # fmt: off
 Wire = (
     Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
-    | Loaded | Unload | Value | Taken | StepFailed | Failed | Unreachable | Trace | Traced | StartTraining
-    | Source | Batch | StoreValue | Ask | Grant | Begin | Contribution | Arrived | Commit | Published | Applied
-    | Collective | Settled | Report | NonFinite | Traffic | Retired | StopTraining
+    | Loaded | Unload | Value | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
+    | StartTraining | Source | Batch | StoreValue | Ask | Grant | Begin | Contribution | Arrived | Commit | Published
+    | Applied | Collective | Settled | Report | NonFinite | Traffic | Retired | StopTraining
 )
 # fmt: on
 

@@ -159,11 +159,17 @@ class Fit:
 
     def _next(self) -> tuple[str, Any, Sequence[Any]]:
         """The next message. Raises ClusterError if no more can arrive."""
+        asked = time.monotonic()
         while True:
             gone = self._handle.steps.stopped
             try:
                 return self._inbox.get(timeout=_LOOK_UP_S)
             except queue.Empty:
+                if time.monotonic() - asked >= self._session.deadline_s:  # the report of a failure may have been lost
+                    asked = time.monotonic()
+                    for worker in self._handle.workers:
+                        check = wire.StepCheck(plan_id=self._handle.plan_id, step=self._options.run, device=worker)
+                        self._session.tell(worker, check)
                 if gone and self._lost is not None:  # it owed the driver nothing, but other workers wait for it
                     raise self._error(self._lost) from None
                 if gone:  # and no worker was reported lost

@@ -25,6 +25,7 @@ from flowml_runtime.driver.call_io import Feeder, Restorer
 from flowml_runtime.driver.loading import Loading
 from flowml_runtime.driver.residents import MAX_PROGRAMS, Residents
 from flowml_runtime.driver.steps import Steps, unloaded
+from flowml_runtime.execution.device_thread import Deadlines
 from flowml_runtime.execution.faults import cluster_closed, load_failed, step_error, step_failed, worker_lost
 from flowml_runtime.execution.forks import check_owner, is_foreign, this_process
 from flowml_runtime.execution.future import Future
@@ -40,6 +41,10 @@ IN_FLIGHT_BYTES = 512 * 2**20
 
 TELL_S = 1.0
 """How long sending a message about an ended step or plan may wait for room. Receiving threads send such messages."""
+
+
+CHECK_S = 60.0
+"""How often steps are looked at whose workers have sent nothing for long, or more often with short deadlines."""
 
 
 class PlanHandler(Protocol):
@@ -75,6 +80,8 @@ class LoadedPlan:
     plan: Plan
     workers: tuple[str, ...]
     ports: tuple[_FeedPort, ...] = field(repr=False)
+    sources: dict[int, str] = field(repr=False)
+    """The device that sends each fetched output."""
     steps: Steps = field(repr=False)
     prepare: Feeder = field(repr=False)
     restore: Restorer = field(repr=False)
@@ -115,6 +122,7 @@ class Session:
         """Lost worker -> reason."""
         self._in_flight = in_flight
         self._deadline_s = deadline_s
+        self._deadlines = Deadlines(f"{endpoint.name} deadlines")
         self._lock = threading.Lock()
         self._loading: dict[str, Loading] = {}
         self._plans: dict[str, LoadedPlan] = {}
@@ -124,6 +132,11 @@ class Session:
         self.max_programs = MAX_PROGRAMS
         """The number of dataflow plans that stay loaded; calls in flight may keep more."""
         self._closed = False
+
+    @property
+    def deadline_s(self) -> float:
+        """Bounds each wait of a step."""
+        return self._deadline_s
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -188,6 +201,9 @@ class Session:
         finally:
             with self._lock:
                 del self._loading[plan_id]
+        if plan.training is None:
+            every_s = min(self._deadline_s / 4, CHECK_S)
+            self._deadlines.watch(handle, lambda: self._ask_for_overdue(handle), every_s)
         return handle
 
     def reload(self, handle: LoadedPlan) -> LoadedPlan:
@@ -285,6 +301,7 @@ class Session:
             self._handlers.pop(handle.plan_id, None)
             if self._plans.pop(handle.plan_id, None) is None:
                 return
+        self._deadlines.forget(handle)
         handle.steps.stop(unloaded)
         handle.local = None  # it keeps the executable
         self._broadcast(handle.workers, wire.Unload(plan_id=handle.plan_id))
@@ -309,6 +326,7 @@ class Session:
         for handle in plans:
             handle.steps.stop(cluster_closed)
             self.unload(handle)
+        self._deadlines.close(TELL_S)
         self._residents.close()
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
@@ -373,6 +391,12 @@ class Session:
                     node="feed",
                 ) from None
 
+    def _ask_for_overdue(self, handle: LoadedPlan) -> None:
+        """A computation may take any time, but the report of its end may be lost: ask where an output is missing."""
+        for step, slots in handle.steps.overdue(self._deadline_s):
+            for device in dict.fromkeys(handle.sources[s] for s in slots):
+                self.tell(worker_of(device), wire.StepCheck(plan_id=handle.plan_id, step=step, device=device))
+
     def _on_plan_message(self, handle: LoadedPlan, message: wire.Wire, arrays: Sequence[Array]) -> None:
         if isinstance(message, wire.Value):
             handle.steps.collect(message.step, message.slots, arrays)
@@ -428,11 +452,11 @@ def _unreachable(message: wire.Unreachable) -> str:
 
 
 def _handle(plan_id: str, plan: Plan, workers: tuple[str, ...], in_flight: int, local: LocalStep | None) -> LoadedPlan:
-    slots = {s for p in plan.programs for i in p.instructions if isinstance(i, Fetch) for s in i.slots}
+    sources = {s: p.device for p in plan.programs for i in p.instructions if isinstance(i, Fetch) for s in i.slots}
     ports: list[_FeedPort] = []
     for program in plan.programs if plan.training is None else ():
         fed = feed_slots(program)
         ports.append(_FeedPort(worker_of(program.device), program.device, fed, tuple(plan.inputs[i] for i in fed)))
     nbytes = sum(s.nbytes for s in (*plan.inputs, *(o.spec for o in plan.outputs)))
-    steps = Steps(plan.name, len(slots), min(in_flight, max(2, IN_FLIGHT_BYTES // max(nbytes, 1))))
-    return LoadedPlan(plan_id, plan, workers, tuple(ports), steps, Feeder(plan), Restorer(plan), local)
+    steps = Steps(plan.name, len(sources), min(in_flight, max(2, IN_FLIGHT_BYTES // max(nbytes, 1))))
+    return LoadedPlan(plan_id, plan, workers, tuple(ports), sources, steps, Feeder(plan), Restorer(plan), local)

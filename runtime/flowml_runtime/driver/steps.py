@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -29,12 +30,14 @@ def unloaded(step: int) -> UnloadedError:
 
 
 class _InFlight:
-    __slots__ = ("future", "missing", "values")
+    __slots__ = ("future", "heard", "missing", "values")
 
     def __init__(self, future: Future[Any], slots: int) -> None:
         self.future = future
         self.missing = slots
         self.values: list[Any] = [None] * slots
+        self.heard = time.monotonic()
+        """When something was last heard of the step, or asked."""
 
 
 class Steps:
@@ -89,6 +92,15 @@ class Steps:
         with self._lock:
             return next((step for step, flying in self._flying.items() if flying.future is future), None)
 
+    def overdue(self, deadline_s: float) -> list[tuple[int, list[int]]]:
+        """The steps in flight without news for `deadline_s`, and their missing slots. Each now counts as asked for."""
+        now = time.monotonic()
+        with self._lock:
+            late = [(step, flying) for step, flying in self._flying.items() if now - flying.heard >= deadline_s]
+            for _, flying in late:
+                flying.heard = now
+            return [(step, [s for s, v in enumerate(f.values) if v is None]) for step, f in late]
+
     def skip(self) -> int:
         """Take the number of a step that is not tracked here. Raises like `begin`."""
         with self._lock:
@@ -112,6 +124,7 @@ class Steps:
             for slot, array in zip(slots, arrays, strict=True):
                 flying.values[slot] = array
             flying.missing -= len(slots)
+            flying.heard = time.monotonic()
             if flying.missing > 0:
                 return
             self._end(step)

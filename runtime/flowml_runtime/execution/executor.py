@@ -111,6 +111,8 @@ class Executor:
         self._lock = threading.Lock()
         self._unfinished = 0
         """Number of steps that were fed and have not ended."""
+        self._open: set[int] = set()
+        """Steps that were fed and whose results or failure have not all been sent."""
         self._feeds: deque[tuple[int, Sequence[Array]]] = deque()
         """The feeds of those that the device's thread has not begun."""
         self._stopped = False
@@ -129,6 +131,7 @@ class Executor:
             under_way = self._unfinished
             quick = self._proven and not self._feeds and (not under_way or (under_way == 1 and self._parked is None))
             self._unfinished += 1
+            self._open.add(step)
         # The previous step may have sent its result already, and end sooner than another thread could be woken.
         if quick and self._turn.acquire(timeout=ENDS_S if under_way else -1):
             self._begin(step, arrays, quick=True)
@@ -137,6 +140,10 @@ class Executor:
             if not self._stopped:
                 self._feeds.append((step, arrays))
         self._pump()
+
+    def has(self, step: int) -> bool:
+        """Whether this step was fed and something of it is still to be sent."""
+        return step in self._open
 
     def stop(self) -> None:
         """End after the running step and drop the others. Does not wait."""
@@ -178,6 +185,7 @@ class Executor:
         except BaseException as error:  # a feed that does not fit
             self._end(step, QUICK_S)
             self._report(step, "feed", error)
+            self._open.discard(step)
             return
         self._advance(StepRun(self._program, step, self._services), step, began, 0.0, quick=quick)
 
@@ -203,6 +211,7 @@ class Executor:
         self._end(step, ran_s + time.perf_counter() - since)
         if fault is not None:
             self._report(step, fault.node, fault.__cause__ or fault)
+        self._open.discard(step)
 
     def _report(self, step: int, node: str, error: BaseException) -> None:
         """Report a failed step. An exception of the report is logged, because others need this thread."""

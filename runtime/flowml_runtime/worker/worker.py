@@ -121,6 +121,8 @@ class Worker:
                 self._put(message, arrays)
             case wire.LoadPlan():
                 self._accept(peer, message, arrays)
+            case wire.StepCheck():
+                self._check_step(peer, message)
             case wire.Trace():
                 self._trace(peer, message)
             case wire.Probe() | wire.Probed():
@@ -225,6 +227,22 @@ class Worker:
             hosted = self._plans.get(value.plan_id)
             if hosted is not None:
                 self._tell(hosted.driver, step_failed(value.plan_id, value.step, self.name, value.device, error))
+
+    def _check_step(self, driver: str, message: wire.StepCheck) -> None:
+        """Tell the driver of a step that is not under way here any more."""
+        hosted = self._plans.get(message.plan_id)
+        if hosted is not None and hosted.driver != driver:
+            return
+        if hosted is not None and hosted.training is not None:
+            hosted.training.on_message(driver, message, ())
+            return
+        executor = hosted.executors.get(message.device) if hosted is not None else None
+        if executor is None or not executor.has(message.step):
+            lost = FlowmlError(
+                f"{message.device} does not run this step any more, but its result or the reason of its failure never came; see "
+                f"the log of {self.name}, and call again"
+            )
+            self._tell(driver, step_failed(message.plan_id, message.step, self.name, message.device, lost))
 
     def _on_plan_message(self, hosted: _Hosted, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
         if isinstance(message, wire.Failed) or (isinstance(message, wire.StepFailed) and message.kind != "cancelled"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,8 @@ class TrainingHost:
         self._driver = driver
         self._deadline_s = deadline_s
         self._fit: _Fit | None = None
+        self._failed: wire.StepFailed | None = None
+        """The last failure, to be told again if the driver asks."""
         self._inbox: queue.SimpleQueue[_Entry | protocol.StepFinished | None] = queue.SimpleQueue()
         self._thread = service.start(f"{worker.name} training", self._work, self._end)
 
@@ -72,6 +75,9 @@ class TrainingHost:
         fit = self._fit
         if isinstance(message, wire.Collective) and fit is not None and fit.run.number == message.run:
             fit.reductions.on_message(peer, message, arrays)
+        elif isinstance(message, wire.StepCheck):
+            if self._failed is not None and self._failed.step >= message.step:
+                self._tell(self._failed)
         elif isinstance(message, wire.TrainingMessage):
             self._inbox.put((peer, message, arrays))
 
@@ -92,10 +98,12 @@ class TrainingHost:
 
     def fail(self, step: int, node: str, error: BaseException) -> None:
         """Report a failure to the driver. The step tells it which run failed; that run may have ended already."""
-        try:
-            self.worker.endpoint.send(self._driver, step_failed(self._plan_id, step, self.worker.name, node, error))
-        except FlowmlError:
-            return
+        self._failed = step_failed(self._plan_id, step, self.worker.name, node, error)
+        self._tell(self._failed)
+
+    def _tell(self, failed: wire.StepFailed) -> None:
+        with suppress(FlowmlError):
+            self.worker.endpoint.send(self._driver, failed)
 
     def _work(self) -> None:
         while (entry := self._inbox.get()) is not None:  # no deadline: the thread sleeps until it has work or is closed
