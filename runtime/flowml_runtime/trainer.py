@@ -36,6 +36,7 @@ from flowml_runtime.cluster import Cluster, current_cluster
 from flowml_runtime.driver.feeding import batch_structs
 from flowml_runtime.driver.fit import Fit, FitOptions, OnNonFinite, Outcome
 from flowml_runtime.driver.history import Record
+from flowml_runtime.driver.interrupts import heeding_interrupts
 from flowml_runtime.driver.probe import mean_warning
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.driver.tables import layer_table
@@ -205,12 +206,13 @@ class Trainer:
         total = _total_steps(data, batch_size, epochs, steps)
         cluster = self._here()
         self._check_delays(cluster)
-        with self._alone():
+        with self._alone(), heeding_interrupts() as interrupts:
             order = epoch_order(data.examples, seed, 0, shuffle=shuffle)
             structs, batch = _structs(params, "parameter"), self._first_batch(data, order, batch_size)
             program = self._program(cluster, structs, batch)
             params = jax.tree_util.tree_map(_own, params)
             state = self._state(params, opt_state)
+            interrupts.check()
             handle = program.load()
             self._look_at_loss(program, params, data, order, batch_size)
             options = FitOptions(
@@ -225,7 +227,7 @@ class Trainer:
                 progress=progress,
             )
             variant = partial(self._variant, cluster, program, structs)
-            fit = Fit(cluster.session, handle, data, options, program.compiled, variant)
+            fit = Fit(cluster.session, handle, data, options, program.compiled, variant, interrupts)
             leaves = jax.tree_util.tree_leaves
             outcome = fit.run(leaves(params), leaves(state), callbacks)
         return _result(params, state, outcome, _with_shapes(program.compiled.plan, fit.shapes))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 import flowml as fm
 from flowml.errors import ClusterError, DeadlineError, WorkerError, WorkerLostError
+from flowml_runtime import wire
 from tests.conftest import wait_until
 from tests.training.reference import BATCH, assert_close, assert_same, data, mlp, mlp_loss, optax_loop, refuse_marked
 
@@ -101,17 +103,45 @@ def test_an_exception_in_a_callback_ends_the_fit(
     assert len(second.history) == 5
 
 
-def test_ctrl_c_while_the_workers_work(process_cluster: fm.Cluster) -> None:
-    """The signal comes while `fit` waits for a message, not while user code runs."""
+def test_ctrl_c_while_the_workers_work(process_cluster: fm.Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes once the workers have asked for work, while `fit` waits for a message."""
+    session, take, sent_at = process_cluster.session, process_cluster.session.on_message, list[float]()
+
+    def interrupt(peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None:
+        take(peer, message, arrays)
+        if isinstance(message, wire.Ask) and not sent_at:
+            sent_at.append(time.monotonic())
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    monkeypatch.setattr(session, "on_message", interrupt)
     trainer = piped(process_cluster, delays={"worker:0": 30.0})
-    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
-    timer.start()
-    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=5)
-    timer.join()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - sent_at[0] < 20
     assert works(piped(process_cluster))
+
+
+class Interrupting:
+    """Its finalizer is interrupted by a Ctrl-C, which Python cannot raise there."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def interrupted_loss(params: Any, batch: Any) -> Any:
+    Interrupting()
+    return mlp_loss(params, batch)
+
+
+def test_ctrl_c_in_a_finalizer_ends_the_fit(threads_cluster: fm.Cluster) -> None:
+    """As in JAX's callback of the garbage collector, which runs while it traces."""
+    before = sys.unraisablehook
+    trainer = fm.Trainer(interrupted_loss, SGD, cluster=threads_cluster)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=FOREVER)
+    assert sys.unraisablehook is before
+    result = trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=5)  # it is compiled by now, and finalizes nothing
+    assert_close(result.params, optax_loop(mlp_loss, mlp(), SGD, SOURCE, 5).params)
 
 
 def test_a_fit_that_waits_too_long_says_how_to_allow_more() -> None:

@@ -36,6 +36,7 @@ from flowml.training.compiler import TrainingCompiled
 from flowml_runtime import wire
 from flowml_runtime.driver.feeding import Feeding, Variant, whole
 from flowml_runtime.driver.history import History, Progress, Record
+from flowml_runtime.driver.interrupts import Interrupts
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol
@@ -87,12 +88,14 @@ class Fit:
         options: FitOptions,
         compiled: TrainingCompiled,
         variant: Callable[[Any], LoadedPlan],
+        interrupts: Interrupts,
     ) -> None:
         """`variant` loads a plan for global batches of other shapes, given as `jax.ShapeDtypeStruct`s."""
         training = handle.plan.training
         if training is None:
             raise FlowmlError(f"plan {handle.plan.name!r} is not a training plan")
         self._session = session
+        self._interrupts = interrupts
         self._handle = handle
         self._training: Training = training
         self._source = source
@@ -161,6 +164,7 @@ class Fit:
         """The next message. Raises ClusterError if no more can arrive."""
         asked = time.monotonic()
         while True:
+            self._interrupts.check()
             gone = self._handle.steps.stopped
             try:
                 return self._inbox.get(timeout=_LOOK_UP_S)

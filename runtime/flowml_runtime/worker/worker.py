@@ -239,8 +239,8 @@ class Worker:
         executor = hosted.executors.get(message.device) if hosted is not None else None
         if executor is None or not executor.has(message.step):
             lost = FlowmlError(
-                f"{message.device} does not run this step any more, but its result or the reason of its failure never came; see "
-                f"the log of {self.name}, and call again"
+                f"{message.device} does not run this step any more, but its result or the reason of its failure never "
+                f"came; see the log of {self.name}, and call again"
             )
             self._tell(driver, step_failed(message.plan_id, message.step, self.name, message.device, lost))
 
