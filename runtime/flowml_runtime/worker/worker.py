@@ -57,7 +57,7 @@ class TrainingHandler(Protocol):
 def _training_handler(
     worker: Worker, plan_id: str, plan: Plan, programs: Mapping[str, LoadedProgram], driver: str, deadline_s: float
 ) -> TrainingHandler:
-    from flowml_runtime.worker.training.host import TrainingHost  # which imports this module
+    from flowml_runtime.worker.training.host import TrainingHost  # imported only where something is trained
 
     return TrainingHost(worker, plan_id, plan, programs, driver, deadline_s)
 
