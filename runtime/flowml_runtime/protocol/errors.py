@@ -17,6 +17,10 @@ class EarlyLimitError(ProtocolError):
     """Peers sent more for a run that has not begun here than a worker can keep."""
 
 
+class InboxLimitError(ProtocolError):
+    """Peers sent more than the training thread of a worker has taken in, up to a limit."""
+
+
 def ensure(condition: object, what: str) -> None:
     """Raise InvariantError unless `condition` holds, also under `python -O`."""
     if not condition:

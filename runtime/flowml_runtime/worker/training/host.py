@@ -22,6 +22,7 @@ from flowml.plan import Plan
 from flowml_runtime import service, wire
 from flowml_runtime.execution.faults import step_failed
 from flowml_runtime.execution.programs import Array, LoadedProgram
+from flowml_runtime.protocol.errors import InboxLimitError
 from flowml_runtime.protocol.training import actions as protocol
 from flowml_runtime.protocol.training.story import entry
 from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
     from flowml_runtime.worker.worker import Worker
 
 _Entry = tuple[str, wire.TrainingMessage, Sequence[Array]]
+
+
+MAX_INBOX = 65536
+"""Messages that wait for the training thread. It takes a message in within microseconds and leaves XLA work to others,
+so that peers, which are a few clocks ahead at most, come nowhere near this unless the thread is stuck."""
 
 
 class TrainingHost:
@@ -79,7 +85,10 @@ class TrainingHost:
             if self._failed is not None and self._failed.step >= message.step:
                 self._tell(self._failed)
         elif isinstance(message, wire.TrainingMessage):
-            self._inbox.put((peer, message, arrays))
+            if self._inbox.qsize() < MAX_INBOX:
+                self._inbox.put((peer, message, arrays))
+            elif self._failed is None or self._failed.step < message.run:  # once a fit: each message is one too many
+                self.fail(message.run, "training", _too_many(self.worker.name, peer, message))
 
     def on_lost(self, peer: str, reason: str) -> None:
         """Tell the groups that add up gradients. The driver also learns of the loss, and ends the fit."""
@@ -185,6 +194,13 @@ class TrainingHost:
         fit, self._fit = self._fit, None
         if fit is not None:
             fit.stop()
+
+
+def _too_many(me: str, peer: str, message: wire.TrainingMessage) -> InboxLimitError:
+    return InboxLimitError(
+        f"{MAX_INBOX} messages wait for the training thread of {me}, and {type(message).__name__} from {peer} is one "
+        f"too many; see whether {me} is stuck, and start the fit again"
+    )
 
 
 class _Fit:
