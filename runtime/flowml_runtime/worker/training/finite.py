@@ -12,10 +12,22 @@ from typing import Any
 
 import numpy as np
 
+from flowml.plan import Part
+
 
 def all_finite(arrays: Sequence[Any]) -> bool:
     """Whether no array holds NaN or infinity. Reads each array once: a sum is finite only if all its terms are."""
     return all(_is_finite(np.asarray(a)) for a in arrays)
+
+
+def counted(arrays: Sequence[Any], part: Part, microbatches: int) -> Sequence[Any]:
+    """The arrays of a contribution that count: factors come as (a, delta, weight) for each microbatch, and those of a
+    microbatch of weight 0 (a mean over no tokens is NaN) are multiplied by nothing at the home."""
+    width = len(arrays) // microbatches
+    if not part.factors or width < 3:
+        return arrays
+    sets = [arrays[i : i + width] for i in range(0, len(arrays), width)]
+    return [array for one in sets if np.asarray(one[-1]) > 0 for array in one]
 
 
 def _is_finite(array: np.ndarray[Any, Any]) -> bool:

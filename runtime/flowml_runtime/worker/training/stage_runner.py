@@ -33,7 +33,7 @@ from flowml_runtime.execution.services import EdgeServices, host_view
 from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare, run_step
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Send, Start, StepFinished
-from flowml_runtime.worker.training.finite import all_finite
+from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.reductions import Given, Reductions
 from flowml_runtime.worker.training.run import Run
 
@@ -271,7 +271,9 @@ class StageRunner(EdgeServices):
     def _contribute(self, contribution: Send, gradients: Gradients) -> None:
         message: Any = contribution.message
         arrays = host_view(gradients.result(self.deadline_s), self.loaded.device)
-        if self.run.start.on_nonfinite != "apply" and not all_finite(arrays):
+        training = self.run.training
+        counts = counted(arrays, training.stores[message.store].parts[message.part], training.microbatches)
+        if self.run.start.on_nonfinite != "apply" and not all_finite(counts):
             self.run.refuse(message.store, message.clock, (self.replica,), f"which replica {self.replica} sends")
             message, arrays = msgspec.structs.replace(message, weight=0, empty=True, specs=()), ()
         for home in contribution.to:
