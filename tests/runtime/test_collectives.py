@@ -221,7 +221,7 @@ def test_members_that_reduce_different_things_are_told(groups: Groups) -> None:
 
 
 def chunk(**other: Any) -> wire.Collective:
-    values: dict[str, Any] = {"bucket": 0, "clock": 0, "piece": 0, "take": 0, **other}
+    values: dict[str, Any] = {"bucket": 0, "clock": 0, "piece": 0, "take": 1, **other}
     return wire.Collective(plan_id="plan", run=0, group=0, specs=(ArraySpec((4,), "float32"),), **values)
 
 
@@ -237,9 +237,9 @@ def alone() -> Iterator[Group]:
     ("peer", "message", "array", "text"),
     [
         ("c", chunk(), np.ones(4, np.float32), "c sent for bucket 0 at clock 0"),
-        ("b", chunk(piece=1), np.ones(4, np.float32), "rank 1 sent for bucket 0 at clock 0, piece 1, take 0"),
-        ("b", chunk(take=1), np.ones(4, np.float32), "rank 1 sent for bucket 0 at clock 0, piece 0, take 1"),
-        ("b", chunk(), np.ones(4, np.int32), "b sent int32 for bucket 0 at clock 0, piece 0, take 0"),
+        ("b", chunk(piece=1), np.ones(4, np.float32), "rank 1 sent for bucket 0 at clock 0, piece 1, take 1"),
+        ("b", chunk(take=0), np.ones(4, np.float32), "rank 1 sent for bucket 0 at clock 0, piece 0, take 0"),
+        ("b", chunk(), np.ones(4, np.int32), "b sent int32 for bucket 0 at clock 0, piece 0, take 1"),
         ("b", chunk(), np.ones((2, 2), np.float32), "b sent other than a chunk for bucket 0"),
     ],
 )

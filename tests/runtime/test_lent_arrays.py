@@ -66,7 +66,8 @@ def test_a_rank_sends_its_own_values_whenever_its_peers_come_in() -> None:
     """The peer's chunk is taken in before each line that an all-reduce of two ranks runs, one after the other."""
     own, others = np.full(64, 1, np.float32), np.full(64, 10, np.float32)
     spec = (ArraySpec((64,), "float32"),)
-    chunk = wire.Collective(plan_id="p", run=0, group=0, bucket=0, clock=0, piece=0, take=0, specs=spec)
+    (take,) = doubling(2).takes(0)
+    chunk = wire.Collective(plan_id="p", run=0, group=0, bucket=0, clock=0, piece=0, take=take, specs=spec)
 
     def all_reduce(line: int) -> int:
         sent: list[np.ndarray[Any, Any]] = []

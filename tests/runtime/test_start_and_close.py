@@ -23,7 +23,7 @@ def test_closing_does_not_wait_for_a_worker_that_is_stopped() -> None:
     os.kill(cluster.pids["worker:1"], signal.SIGSTOP)
     began = time.monotonic()
     cluster.close()
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 4.0  # not the time that a worker has to end by itself
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 

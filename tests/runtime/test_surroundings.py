@@ -14,6 +14,9 @@ import pytest
 from flowml_runtime.links.cache import RememberedLinks, links_file
 from tests.tools.conftest import COMMAND, environment
 
+# The children that these tests start change their own signals before exec, for which Python forks; JAX warns of that.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork")
+
 USE = """
 import os, sys, socket
 {before}

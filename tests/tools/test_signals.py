@@ -13,6 +13,9 @@ import pytest
 from tests.tools.conftest import COMMAND, environment
 from tests.tools.test_clusters import read_until
 
+# The children that these tests start change their own signals before exec, for which Python forks; JAX warns of that.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork")
+
 
 def start(folder: Path, *arguments: str, prepare: Callable[[], None]) -> subprocess.Popen[str]:
     return subprocess.Popen(

@@ -201,9 +201,10 @@ def test_an_exception_on_a_worker_brings_its_traceback(threads_cluster: fm.Clust
     assert len(trainer.fit(mlp(), source, batch_size=BATCH, steps=4, shuffle=False).history) == 4
 
 
-def test_nan_is_the_users_business(threads_cluster: fm.Cluster) -> None:
+def test_nan_is_applied_where_the_user_asks_for_it(threads_cluster: fm.Cluster) -> None:
     params = {**mlp(), "fc1": {"kernel": jnp.full((16, 16), jnp.nan), "bias": jnp.zeros(16)}}
-    result = piped(threads_cluster, replicas=2).fit(params, SOURCE, batch_size=BATCH, steps=4)
+    trainer = piped(threads_cluster, replicas=2, on_nonfinite="apply")
+    result = trainer.fit(params, SOURCE, batch_size=BATCH, steps=4)
     assert [np.isnan(r["loss"]) for r in result.history] == [True] * 4
     assert np.isnan(result.params["fc0"]["kernel"]).all()
 

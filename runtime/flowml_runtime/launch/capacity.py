@@ -6,6 +6,7 @@ figures do not fit. Plans need more.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 from contextlib import suppress
@@ -76,4 +77,6 @@ def check_room(workers: int, start_timeout_s: float, there: Room) -> None:
     if seconds > start_timeout_s:
         have = f"are {start_timeout_s:g} s on {there.cores} cores"
         fits = int(start_timeout_s * there.cores / CORE_S)
-        refuse(f"{seconds:.0f} s to start", have, fits, f", or allow more with start_timeout_s={2 * seconds:.0f}")
+        refuse(
+            f"{seconds:.2g} s to start", have, fits, f", or allow more with start_timeout_s={math.ceil(2 * seconds)}"
+        )
