@@ -130,7 +130,8 @@ def as_markdown(document: str) -> str:
 def members(value: Any) -> list[tuple[str, Any]]:
     """The public methods and properties of a class, or functions of a module, in source order."""
     if isinstance(value, types.ModuleType):
-        return [(n, v) for n, v in vars(value).items() if inspect.isfunction(v) and v.__module__ == value.__name__]
+        own = [(n, v) for n, v in vars(value).items() if getattr(v, "__module__", "") == value.__name__]
+        return [(n, v) for n, v in own if inspect.isfunction(v) and not n.startswith("_")]
     if not inspect.isclass(value) or issubclass(value, Exception):
         return []
     found: list[tuple[str, Any]] = []
