@@ -91,7 +91,7 @@ def signature_of(value: Any) -> str:
         signature = inspect.signature(value)
     except (TypeError, ValueError):
         return ""
-    parameters = [p.replace(annotation=_written(p.annotation)) for p in signature.parameters.values()]
+    parameters = [_plain(p.replace(annotation=_written(p.annotation))) for p in signature.parameters.values()]
     result = _written(signature.return_annotation)
     text = str(signature.replace(parameters=parameters, return_annotation=result)).removesuffix(" -> None")
     if len(text) < 90:
@@ -104,6 +104,13 @@ def signature_of(value: Any) -> str:
     return "(\n" + "".join(f"    {line},\n" for line in lines) + ")" + arrow
 
 
+def _plain(parameter: inspect.Parameter) -> inspect.Parameter:
+    default = parameter.default
+    if inspect.isroutine(default):  # a clock, for instance: its name says more than its repr
+        return parameter.replace(default=_Written(f"{default.__module__}.{default.__name__}"))
+    return parameter
+
+
 def _written(annotation: Any) -> Any:
     return _Written(annotation) if isinstance(annotation, str) else annotation
 
@@ -113,7 +120,7 @@ def as_markdown(document: str) -> str:
     out: list[str] = []
     in_section = False
     for line in document.splitlines():
-        if re.fullmatch(r"(Args|Returns|Raises):", line):
+        if re.fullmatch(r"(Args|Attributes|Returns|Raises):", line):
             in_section = True
             out += ["", line, ""]
         elif in_section and re.match(r"    \S", line):
