@@ -7,12 +7,12 @@ shape, dtype and weak type of each leaf, and the JAX settings in force.
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 import jax
@@ -134,7 +134,7 @@ class Dataflow(Generic[P, R]):
         static_argnames: str | Sequence[str] | None,
         now_s: Callable[[], float] = time.perf_counter,
     ) -> None:
-        functools.update_wrapper(self, fn)
+        update_wrapper(self, fn)
         self._fn = fn
         self._name = str(getattr(fn, "__name__", type(fn).__name__))
         self._cluster = cluster
@@ -173,11 +173,11 @@ class Dataflow(Generic[P, R]):
             trial = program.trial
             if trial is None or trial.over:
                 self._recent = self._remember(program, handle, given)
-                return self._finish(program, given, session.call(handle, given.leaves))
+                return _finish(program, given.call, session.call(handle, given.leaves))
             began_s = self._now_s()
             outputs = jax.block_until_ready(session.call(handle, given.leaves))
             trial.took(self._now_s() - began_s, on_one_device=program.on_one_device)
-            return self._finish(program, given, outputs)
+            return _finish(program, given.call, outputs)
 
         try:
             return self._loaded(given, run)
@@ -198,7 +198,8 @@ class Dataflow(Generic[P, R]):
             )
 
         def start(session: Session, program: _Program, handle: LoadedPlan) -> Future[R]:
-            return session.submit(handle, given.leaves).then(lambda flat: self._finish(program, given, flat))
+            finish_call = partial(_finish, program, given.call)  # without `self`: a future must not keep the program
+            return session.submit(handle, given.leaves).then(finish_call)
 
         return self._loaded(given, start)
 
@@ -213,9 +214,6 @@ class Dataflow(Generic[P, R]):
                 f"{self._name}.{method}() cannot be traced by another JAX transformation; call {self._name}()"
             )
         return given
-
-    def _finish(self, program: _Program, given: _Arguments, flat: Sequence[Any]) -> R:
-        return cast(R, finish(given.call, program.returned, tree_unflatten(program.out_tree, flat)))
 
     def _remember(self, program: _Program, handle: LoadedPlan, given: _Arguments) -> _Recent | None:
         leaves: Sequence[Any] = given.leaves
@@ -315,6 +313,10 @@ class Dataflow(Generic[P, R]):
                 where = f"args{keystr(path[1:])}" if path[0].idx == 0 else f"keyword {keystr(path[1:])}"
                 return TypeError(f"{self._name}: {where} {why_no_array(leaf, _PASS_ARRAYS)}")
         raise AssertionError("every leaf is an array")
+
+
+def _finish(program: _Program, call: Call, flat: Sequence[Any]) -> Any:
+    return finish(call, program.returned, tree_unflatten(program.out_tree, flat))
 
 
 def _release(programs: Mapping[ClusterLike, Mapping[Hashable, _Program]]) -> None:

@@ -2,20 +2,22 @@
 
 A `Future` is completed once, by the thread that receives the last result or the first fault. `finish`, which converts
 raw results to the caller's result, runs in the first thread that asks for the result, so that it does not delay the
-receiving threads.
+receiving threads. It is dropped then: a future that is kept keeps its result, and not the arguments of the call.
 """
 
 from __future__ import annotations
 
-import logging
+import math
 import threading
 from collections.abc import Callable
+from functools import partial
+from numbers import Real
 from typing import Any, Generic, TypeVar, cast
 
 from flowml.errors import DeadlineError
+from flowml_runtime import service
+from flowml_runtime.execution.callbacks import callbacks as threaded
 from flowml_runtime.execution.forks import check_owner, this_process
-
-_log = logging.getLogger("flowml")
 
 HEEDS_SIGNALS_S = 1.0
 """Waits are split into pieces of this length. A signal that arrives just before Python sleeps does not wake it, so that
@@ -38,12 +40,12 @@ class Future(Generic[T]):
         """`name` is how errors call the work, e.g. "step 3 of f"."""
         self.name = name
         self._owner = this_process()
-        self._finish = finish
+        self._finish: Callable[[Any], T] | None = finish
+        """None once it has run, or will never run because there is an error."""
         self._lock = threading.Lock()
         self._done = threading.Lock()  # a latch: held until completion
         self._done.acquire()  # no deadline: the lock is new
         self._completed = False
-        self._finished = False
         self._value: Any = None
         self._error: BaseException | None = None
         self._callbacks: list[Callable[[Future[T]], object]] = []
@@ -57,11 +59,11 @@ class Future(Generic[T]):
         self._wait(timeout)
         if self._error is not None:
             raise self._error
-        if not self._finished:
+        if self._finish is not None:
             with self._lock:
-                if not self._finished:
+                if self._finish is not None:
                     self._value = self._finish(self._value)
-                    self._finished = True
+                    self._finish = None
         return cast(T, self._value)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -70,7 +72,17 @@ class Future(Generic[T]):
         return self._error
 
     def add_done_callback(self, callback: Callable[[Future[T]], object]) -> None:
-        """Call `callback(self)` once done: now if it is done, else on a receiving thread, where it must not wait."""
+        """Call `callback(self)` once done: now if it is done, else on a thread for callbacks, where it may wait.
+
+        All callbacks of a process run on that thread, one after another. An exception of one is logged.
+        """
+        if self._completed:
+            callback(self)
+        else:
+            self.when_done(lambda _: threaded.put(partial(self._call, callback)))
+
+    def when_done(self, callback: Callable[[Future[T]], object]) -> None:
+        """For the runtime: like `add_done_callback`, but on the completing thread, where the callback must not wait."""
         with self._lock:
             if not self._completed:
                 self._callbacks.append(callback)
@@ -81,7 +93,7 @@ class Future(Generic[T]):
         """A future of the same call whose result is `finish(result)`."""
         # no deadline: `finish` runs once the call is done
         view: Future[U] = Future(self.name, lambda _: finish(self.result()))
-        self.add_done_callback(lambda _: view.complete(None, self._error))
+        self.when_done(lambda _: view.complete(None, self._error))
         return view
 
     def complete(self, value: Any, error: BaseException | None = None) -> bool:
@@ -91,23 +103,41 @@ class Future(Generic[T]):
                 return False
             self._value, self._error, self._completed = value, error, True
             callbacks, self._callbacks = self._callbacks, []
+            if error is not None:
+                self._finish = None
         self._done.release()
         for callback in callbacks:
-            try:
-                callback(self)
-            except BaseException:  # also SystemExit: it must not end the receiving thread
-                _log.exception("a done callback of %s failed", self.name)
+            self._call(callback)
         return True
 
+    def _call(self, callback: Callable[[Future[T]], object]) -> None:
+        with service.going_on(f"a done callback of {self.name} failed"):
+            callback(self)
+
     def _wait(self, timeout: float | None) -> None:
+        seconds = None if timeout is None else _seconds(timeout)
         if self._completed:
             return
         check_owner(self._owner, self.name)
-        if timeout is None:
+        if seconds is None:
             while not self._done.acquire(timeout=HEEDS_SIGNALS_S):
                 pass
-        elif not self._done.acquire(timeout=max(timeout, 0.0)):
+        elif not self._done.acquire(timeout=seconds):
             raise DeadlineError(
-                f"{self.name} is not done after {timeout:g} s; it continues: ask again or allow a longer timeout"
+                f"{self.name} is not done after {seconds:g} s; it continues: ask again or allow a longer timeout"
             )
         self._done.release()
+
+
+def _seconds(timeout: object) -> float:
+    """A timeout as threads wait for it. Raises TypeError unless it is a real number, ValueError for NaN."""
+    remedy = "give a number of seconds, or None to wait until the call is done"
+    if not isinstance(timeout, Real):
+        raise TypeError(f"timeout={timeout!r}: {remedy}")
+    try:
+        seconds = float(cast(float, timeout))
+    except OverflowError:  # an integer with hundreds of digits
+        seconds = math.inf
+    if math.isnan(seconds):
+        raise ValueError(f"timeout={timeout!r}: {remedy}")
+    return max(min(seconds, threading.TIMEOUT_MAX), 0.0)

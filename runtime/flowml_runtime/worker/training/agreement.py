@@ -64,8 +64,8 @@ class Agreement:
                 then()
                 return
             outcome = self._begin(store, version, digest(arrays), outcome)
-            outcome.add_done_callback(partial(self._report, store, clock))
-        outcome.add_done_callback(partial(self._call_if_equal, then))
+            outcome.when_done(partial(self._report, store, clock))
+        outcome.when_done(partial(self._call_if_equal, then))
 
     def _begin(self, store: int, version: int, mine: int, previous: Future[Digest] | None) -> Future[Digest]:
         """Exchange digests after the previous exchange has ended, because a bucket allows one all-reduce at a time."""
@@ -81,12 +81,12 @@ class Agreement:
             except FlowmlError as error:
                 outcome.complete(None, error)
             else:
-                digests.add_done_callback(lambda done: _hand_on(done, outcome))
+                digests.when_done(lambda done: _hand_on(done, outcome))
 
         if previous is None:
             exchange(None)
         else:
-            previous.add_done_callback(exchange)
+            previous.when_done(exchange)
         return outcome
 
     def _call_if_equal(self, then: Callable[[], None], done: Future[Digest]) -> None:

@@ -121,7 +121,7 @@ class Reductions:
         except FlowmlError as error:
             self._failed(given, error)
         else:
-            future.add_done_callback(lambda done: self._done(bucket, given, own, began, done))
+            future.when_done(lambda done: self._done(bucket, given, own, began, done))
 
     def on_message(self, peer: str, message: wire.Collective, arrays: Sequence[Array]) -> None:
         """Process a chunk. Does not wait."""
