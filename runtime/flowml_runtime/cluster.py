@@ -20,8 +20,9 @@ import uuid
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from flowml.devices import Device
 from flowml.errors import ClusterError
@@ -171,7 +172,7 @@ class Cluster:
         to messages to other machines, False to none. Raises ClusterError, with the end of the worker's log, if a
         worker does not start.
         """
-        _check_deadline(deadline_s)
+        deadline_s = _deadline(deadline_s)
         mode = links_mode(links)
         with ExitStack() as stack:
             launched = LaunchedCluster(
@@ -199,7 +200,7 @@ class Cluster:
         from flowml_runtime.launch.threads import start_workers
 
         check_startable()
-        _check_deadline(deadline_s)
+        deadline_s = _deadline(deadline_s)
         _check_counts(workers, devices_per_worker)
         share = len(cores()) / workers / devices_per_worker
         memory = memory_bytes() // (workers * devices_per_worker)
@@ -240,7 +241,7 @@ class Cluster:
         plans of this driver; `transport` and `checksum` are as in `local` and apply to its connections. Raises
         ClusterError if the cluster cannot be reached or refuses.
         """
-        _check_deadline(deadline_s)
+        deadline_s = _deadline(deadline_s)
         mode, shared = links_mode(links), _shares_memory(transport)
         with ExitStack() as stack:
             name = f"driver-{uuid.uuid4().hex[:12]}"
@@ -475,9 +476,11 @@ def _check_counts(workers: int, devices_per_worker: int) -> None:
             raise ClusterError(f"{name}={count} is too few; give 1 or more")
 
 
-def _check_deadline(deadline_s: float) -> None:
-    if not 0 < deadline_s <= wire.MAX_DEADLINE_S:
-        raise ClusterError(f"deadline_s={deadline_s}: give seconds above 0, at most {wire.MAX_DEADLINE_S:g}")
+def _deadline(deadline_s: Any) -> float:
+    """Any real number as the float that messages carry."""
+    if not (isinstance(deadline_s, Real) and 0 < cast(float, deadline_s) <= wire.MAX_DEADLINE_S):
+        raise ClusterError(f"deadline_s={deadline_s!r}: give seconds above 0, at most {wire.MAX_DEADLINE_S:g}")
+    return float(cast(float, deadline_s))
 
 
 def _shares_memory(transport: str) -> bool:

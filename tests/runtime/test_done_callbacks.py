@@ -127,3 +127,11 @@ def test_a_future_that_is_kept_keeps_neither_its_program_nor_its_arguments(proce
     gc.collect()
     assert (program(), argument()) == (None, None)
     assert future.done()
+
+
+def test_the_deadline_of_a_cluster_is_any_real_number_too() -> None:
+    with fm.Cluster.threads(workers=2, deadline_s=np.float32(20)) as cluster:
+        np.testing.assert_array_equal(fm.dataflow(across, cluster=cluster)(X), jnp.sin(X) * 2)
+    odd: Any = "x"
+    with pytest.raises(fm.ClusterError, match="deadline_s='x': give seconds above 0, at most"):
+        fm.Cluster.threads(workers=1, deadline_s=odd)
