@@ -46,7 +46,7 @@ def as_source(source: Any) -> Source:
         return source
     leaves, tree = ([], None) if hasattr(source, "__next__") else jax.tree_util.tree_flatten_with_path(source)
     arrays = [isinstance(x, np.ndarray | jax.Array) for _, x in leaves]
-    if leaves and (all(arrays) or (any(arrays) and _is_tree_of_arrays(source))):
+    if leaves and (all(arrays) or _is_tree_of_arrays(source, arrays)):
         return _array_source(leaves, tree)
     if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise TypeError(
@@ -55,13 +55,17 @@ def as_source(source: Any) -> Source:
     return _object_source(source)
 
 
-def _is_tree_of_arrays(source: Any) -> bool:
-    """Whether a container holds whole arrays: it is a mapping, or a sequence with an array among its elements.
+def _is_tree_of_arrays(source: Any, arrays: Sequence[bool]) -> bool:
+    """Whether a container holds whole arrays, as far as its leaves are arrays: it is a dict with an array or with a
+    name, or a sequence with an array among its elements.
 
-    Other sequences are sources of single records.
+    Other sequences, and dicts from numbers to records without arrays, are sources of single records.
     """
+    if isinstance(source, Mapping):
+        names: Any = source if isinstance(source, dict) else ()
+        return any(arrays) or any(isinstance(name, str) for name in names)
     elements: Any = source if isinstance(source, list | tuple) else ()
-    return isinstance(source, Mapping) or any(isinstance(x, np.ndarray | jax.Array) for x in elements)
+    return any(isinstance(x, np.ndarray | jax.Array) for x in elements)
 
 
 def _name(path: Any) -> str:

@@ -225,13 +225,18 @@ def _check_hashable(name: str, static: Mapping[str, Any]) -> None:
 
 
 def leaks(fn: Callable[..., Any]) -> dict[str, int]:
-    """The variables around a function that hold values of a trace, by their names."""
+    """The variables that a function names, and the fields of the object whose method it is, that hold values of a
+    trace, by their names."""
+    owner: Any = getattr(fn, "__self__", None)
+    fields: dict[str, Any] = getattr(owner, "__dict__", {})
+    variables = {f"field {n!r} of its {type(owner).__name__}": v for n, v in fields.items()}
     try:
         around = inspect.getclosurevars(inspect.unwrap(fn))
     except (TypeError, ValueError):
-        return {}
-    variables = {f"global {n!r}": v for n, v in around.globals.items()}
-    variables |= {f"closed-over {n!r}": v for n, v in around.nonlocals.items()}
+        pass
+    else:
+        variables |= {f"global {n!r}": v for n, v in around.globals.items()}
+        variables |= {f"closed-over {n!r}": v for n, v in around.nonlocals.items()}
     return {name: id(value) for name, value in variables.items() if _holds_tracer(value)}
 
 

@@ -73,7 +73,7 @@ class Quorum:
         """How many contributions complete a clock of `members` replicas: the count, or the share rounded up."""
         if self.counted:
             return min(int(self.count_or_fraction), members)
-        return math.ceil(self.count_or_fraction * members - _ROUNDING)
+        return max(1, math.ceil(self.count_or_fraction * members - _ROUNDING))
 
     def never_drops(self, members: int) -> bool:
         """Whether every one of `members` replicas is needed, so that none can come too late."""

@@ -26,6 +26,7 @@ from typing import Any, Self, cast
 
 from flowml.devices import Device
 from flowml.errors import ClusterError
+from flowml.numbers import whole_number
 from flowml.placement import AutoPlacement, Pipeline, Placement
 from flowml.placement.links import ASSUMED, SAME_PROCESS, Links
 from flowml_runtime import wire
@@ -107,9 +108,7 @@ class Cluster:
 
     @max_programs.setter
     def max_programs(self, most: int) -> None:
-        if most < 1:
-            raise ValueError(f"max_programs={most}: give at least 1")
-        self.session.max_programs = most
+        self.session.max_programs = whole_number("max_programs", most, least=1)
 
     @property
     def links(self) -> Links:

@@ -111,7 +111,9 @@ class Trainer:
         weight: the weight of a batch, for a loss that is a mean over something other than examples, such as the tokens
             that are not padding. Give the name of a leaf of aux (`"tokens"`, `"counts/tokens"`), or a function of
             the batch. The loss stays a mean; each microbatch and replica counts by its weight, so that a step equals
-            one on the whole batch.
+            one on the whole batch. Weights must be at least 0, which is not checked; one that is NaN or infinite is
+            treated like a gradient that is not finite. If all weights of a step are 0,
+            its gradient is 0 and its record has the loss NaN and 0 replicas.
         delays: worker name -> seconds added to each of its steps, to simulate slow workers in experiments.
         check_replicas: the number of steps between two checks that replicas hold the same bits of parameters and
             optimizer state. It concerns replicas that each apply sums of gradients (`all_reduce`, rings and the
@@ -145,6 +147,8 @@ class Trainer:
             raise TypeError(
                 f"optimizer must be an optax.GradientTransformation such as optax.adam(1e-3), got {optimizer!r}"
             )
+        if cluster is not None and not isinstance(cluster, Cluster):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"cluster={cluster!r} is of type {type(cluster).__name__}; give an fm.Cluster")
         self._spec = TrainingSpec(loss, optimizer, replicas, placement, microbatches, schedule, policies, weight)
         self._cluster = cluster
         self._delays = {worker: _seconds(worker, delay) for worker, delay in (delays or {}).items()}
@@ -201,7 +205,7 @@ class Trainer:
             WorkerLostError, WorkerError, DeadlineError: within seconds, if a worker fails.
             FlowmlError: if a fit of this trainer is already running.
         """
-        data = as_source(source)
+        data, callbacks = as_source(source), _callbacks(callbacks)
         batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
         total = _total_steps(data, batch_size, epochs, steps)
         cluster = self._here()
@@ -339,6 +343,12 @@ def _total_steps(source: Source, batch_size: int, epochs: int | None, steps: int
     if total < 1:
         raise ValueError(f"epochs={epochs}, steps={steps}: there is nothing to do; give at least 1")
     return total
+
+
+def _callbacks(given: Any) -> Sequence[Callback]:
+    if not isinstance(given, Sequence) or not all(callable(c) for c in given):
+        raise TypeError(f"callbacks={given!r}: give a list of functions that take a record, such as [print]")
+    return given
 
 
 def _seconds(worker: str, delay: Any) -> float:

@@ -77,3 +77,8 @@ def test_quorums_that_hold_are_not_remarked_upon() -> None:
     assert overruled({"a": Policy(), "b": policies.every(2)}, replicas=4) is None
     assert overruled({"a": policies.quorum(0.75), "b": Policy()}, replicas=2) is None, "neither drops"
     assert overruled({"a": Policy(), "b": policies.asynchronous(), "c": policies.all_reduce()}, replicas=4) is None
+
+
+@pytest.mark.parametrize("members", [1, 2, 1000])
+def test_a_small_share_is_at_least_one_replica(members: int) -> None:
+    assert Quorum(1e-12).need(members) == 1

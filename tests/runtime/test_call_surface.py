@@ -358,3 +358,30 @@ def test_each_shape_is_a_program_of_its_own_and_equals_jit(cluster: fm.Cluster) 
         x = jnp.linspace(0, 1, 3 * length).reshape(3, length)
         np.testing.assert_allclose(program(x), jax.jit(lambda v: (v * (v > 0.5)).sum(1))(x), rtol=1e-6)
     assert traced == [16, 24, 8]
+
+
+class Accumulator:
+    def __init__(self) -> None:
+        self.total: Any = 0
+        self.seen: list[Any] = []
+        self.calls = 0
+
+    def add(self, x: Any) -> Any:
+        self.total = self.total + jnp.sum(x)
+        return self.total
+
+    def record(self, x: Any) -> Any:
+        self.seen.append(x)
+        return x
+
+    def count(self, x: Any) -> Any:
+        self.calls += 1
+        return x * 2
+
+
+def test_a_value_left_in_the_object_of_a_method_is_named(threads_cluster: fm.Cluster) -> None:
+    with pytest.raises(UnsupportedError, match="add stores a value in field 'total' of its Accumulator"):
+        fm.dataflow(Accumulator().add, cluster=threads_cluster)(X)
+    with pytest.raises(UnsupportedError, match="record stores a value in field 'seen' of its Accumulator"):
+        fm.dataflow(Accumulator().record, cluster=threads_cluster)(X)
+    np.testing.assert_allclose(fm.dataflow(Accumulator().count, cluster=threads_cluster)(X), X * 2)

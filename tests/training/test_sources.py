@@ -118,3 +118,41 @@ def test_a_list_of_records_is_a_source(threads_cluster: fm.Cluster) -> None:
     records = [{"x": x, "y": y} for x, y in zip(SOURCE["x"], SOURCE["y"], strict=True)]
     with_labels = [{**r, "y": [float(v) for v in r["y"]]} for r in records]
     assert fm.data.as_source(with_labels).examples == len(records)
+
+
+@pytest.mark.parametrize(
+    ("source", "leaf"),
+    [
+        ({"x": SOURCE["x"].tolist()}, "x/0/0"),
+        ({"x": SOURCE["x"].tolist(), "y": SOURCE["y"].tolist()}, "x/0/0"),
+        ({"a": {"x": [1.0, 2.0]}}, "a/x/0"),
+    ],
+)
+def test_a_dict_without_arrays_names_its_leaf(source: Any, leaf: str) -> None:
+    with pytest.raises(TypeError, match=f"source leaf '{leaf}' is of type float, which is not an array; give a NumPy"):
+        fm.data.as_source(source)
+
+
+def test_a_dict_from_numbers_to_records_is_a_source() -> None:
+    assert fm.data.as_source({0: 1.0, 1: 2.0, 2: 3.0}).examples == 3
+
+
+@pytest.mark.parametrize("callbacks", [None, print, [3], 3])
+def test_callbacks_that_are_none(threads_cluster: fm.Cluster, callbacks: Any) -> None:
+    with pytest.raises(TypeError, match="give a list of functions that take a record"):
+        fit(threads_cluster, SOURCE, callbacks=callbacks)
+
+
+def test_a_cluster_that_is_none() -> None:
+    with pytest.raises(TypeError, match=r"cluster=3 is of type int; give an fm.Cluster"):
+        fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=3)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("most", [2.5, None, "x", True])
+def test_a_number_of_programs_that_is_none(threads_cluster: fm.Cluster, most: Any) -> None:
+    before = threads_cluster.max_programs
+    with pytest.raises(TypeError, match=r"max_programs=.* give a whole number of at least 1"):
+        threads_cluster.max_programs = most
+    with pytest.raises(ValueError, match="max_programs=0: give at least 1"):
+        threads_cluster.max_programs = 0
+    assert threads_cluster.max_programs == before

@@ -260,3 +260,35 @@ def test_a_loss_of_which_nothing_can_be_said_does_not_warn(threads_cluster: fm.C
 
 def test_a_single_piece_does_not_warn(threads_cluster: fm.Cluster) -> None:
     fm.Trainer(summed, optax.sgd(0.0), cluster=threads_cluster).fit(params(), SOURCE, batch_size=BATCH, steps=1)
+
+
+PIECES = {"replicas": {"replicas": 2}, "microbatches": {"microbatches": 2}}
+
+
+def weighted_by(cluster: fm.Cluster, weights: list[float], **options: Any) -> fm.TrainingResult:
+    """Two steps whose halves have these weights; the weight is a function of the batch."""
+    w = np.repeat(np.asarray(weights, np.float32), BATCH // 2)
+    source = {**{k: v[: len(w)] for k, v in SOURCE.items()}, "w": w}
+    trainer = fm.Trainer(masked_mean, optax.sgd(0.1), cluster=cluster, weight=lambda b: b["w"][0], **options)
+    return trainer.fit(params(), source, batch_size=BATCH, steps=len(weights) // 2, shuffle=False)
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf])
+def test_the_history_leaves_out_the_replica_whose_weight_is_refused(threads_cluster: fm.Cluster, weight: float) -> None:
+    with pytest.warns(fm.FlowmlWarning, match="of replica 1 at step 0"):
+        result = weighted_by(threads_cluster, [3.0, weight], replicas=2)
+    half = {k: v[: BATCH // 2] for k, v in SOURCE.items()}
+    value, gradient = jax.value_and_grad(masked_mean)(params(), half)
+    np.testing.assert_allclose(result.history[0]["loss"], value, rtol=1e-5)
+    assert result.history[0]["replicas"] == 1
+    assert_close(result.params, jax.tree.map(lambda p, g: p - 0.1 * g, params(), gradient))
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("name", ["server", "all-reduce", "factors"])
+def test_a_step_without_weight_has_no_replicas_in_its_record(
+    threads_cluster: fm.Cluster, name: str, pieces: str
+) -> None:
+    result = weighted_by(threads_cluster, [0.0, 0.0], policies=POLICIES[name], **PIECES[pieces])
+    assert np.isnan(result.history[0]["loss"]) and result.history[0]["replicas"] == 0
+    assert_close(result.params, params())

@@ -102,10 +102,11 @@ class History:
         if not first:
             return None
         whose = f"of replica {', '.join(map(str, replicas))}" if replicas else "of all replicas together"
+        weights = "" if self._metrics.weight is None else " (as it does if a weight is not finite)"
         return (
-            f"the gradient of layer {layer!r} {whose} at step {clock} holds NaN or infinity and is left out of the "
-            "update; result.ledger counts such gradients, Trainer(on_nonfinite='raise') ends the fit at the first, and "
-            "'apply' applies them"
+            f"the gradient of layer {layer!r} {whose} at step {clock} holds NaN or infinity{weights} and is left out "
+            "of the update; result.ledger counts such gradients, Trainer(on_nonfinite='raise') ends the fit at the "
+            "first, and 'apply' applies them"
         )
 
     def nonfinite_counts(self) -> dict[str, dict[int, int]]:
@@ -145,13 +146,13 @@ class History:
         for unit in units.values():
             self._shapes.update((slot, value.shape) for slot, value in unit.values.items())
         if self._leaves_out:
-            kept = [u for u in kept if np.isfinite(u.values[0])]
+            kept = [u for u in kept if np.isfinite(u.values[0]) and math.isfinite(self._weight([u]))]
         weight = self._weight(kept)
         record: Record = {
             "step": step,
             "epoch": step // self._clocks_per_epoch,
             "loss": float(self._total(kept, 0)) / weight if weight else math.nan,
-            "replicas": len(kept),
+            "replicas": len(kept) if weight else 0,  # a mean over nothing has no terms
         }
         if self._metrics.slots:
             record["aux"] = jax.tree_util.tree_unflatten(self._metrics.tree, self._aux(kept, weight))

@@ -51,7 +51,7 @@ def mean_warning(
     if None in found:
         return None
     (whole, _), (first, one), (second, other) = (f for f in found if f is not None)
-    mean = (first * one + second * other) / (one + other) if one + other else math.nan
+    mean = (first * one + second * other) / (one + other) if min(one, other) >= 0 and one + other else math.nan
     scale = max(abs(whole), abs(first), abs(second))
     close = _CLOSE_NARROW if _is_narrow([params, leaves]) else _CLOSE
     if not math.isfinite(whole) or not math.isfinite(mean) or abs(whole - mean) <= close * scale:
