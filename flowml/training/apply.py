@@ -85,7 +85,7 @@ def added(arrays: Sequence[Any]) -> Any:
 
 def per(total: Any, weight: Any) -> Any:
     """`total / weight`; `total` where the weight is 0."""
-    return total / jnp.where(weight > 0, weight, 1).astype(total.dtype)
+    return total / jnp.where(weight == 0, 1, weight).astype(total.dtype)
 
 
 def normalised(*arrays: Any, packed: bool) -> tuple[Any, ...]:

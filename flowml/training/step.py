@@ -132,7 +132,7 @@ def step_function(
             assert weight is not None
             count = wide(jnp.asarray(weight_of(weight, aux, batch)))
             metrics = [x if is_sum else scaled(x, count) for x, is_sum in zip(metrics, (False, *summed), strict=True)]
-            metrics.append(count)
+            metrics.append(jnp.where(count < 0, jnp.full_like(count, jnp.nan), count))  # refused, as its gradient is
         sent: list[Any] = []
         if any(t.weighted or (t.wide and is_narrow(g.dtype)) for t, g in zip(treatments, raw, strict=True)):
             sent = [jnp.copy(_treated(g, t, count)) for g, t in zip(raw, treatments, strict=True)]

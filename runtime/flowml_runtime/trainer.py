@@ -111,8 +111,8 @@ class Trainer:
         weight: the weight of a batch, for a loss that is a mean over something other than examples, such as the tokens
             that are not padding. Give the name of a leaf of aux (`"tokens"`, `"counts/tokens"`), or a function of
             the batch. The loss stays a mean; each microbatch and replica counts by its weight, so that a step equals
-            one on the whole batch. Weights must be at least 0, which is not checked; one that is NaN or infinite is
-            treated like a gradient that is not finite. If all weights of a step are 0,
+            one on the whole batch. Weights must be at least 0 and finite; where gradients are added up, any other
+            weight is treated like a gradient that is not finite. If all weights of a step are 0,
             its gradient is 0 and its record has the loss NaN and 0 replicas.
         delays: worker name -> seconds added to each of its steps, to simulate slow workers in experiments.
         check_replicas: the number of steps between two checks that replicas hold the same bits of parameters and

@@ -273,7 +273,7 @@ def weighted_by(cluster: fm.Cluster, weights: list[float], **options: Any) -> fm
     return trainer.fit(params(), source, batch_size=BATCH, steps=len(weights) // 2, shuffle=False)
 
 
-@pytest.mark.parametrize("weight", [np.nan, np.inf])
+@pytest.mark.parametrize("weight", [-1.0, np.nan, np.inf])
 def test_the_history_leaves_out_the_replica_whose_weight_is_refused(threads_cluster: fm.Cluster, weight: float) -> None:
     with pytest.warns(fm.FlowmlWarning, match="of replica 1 at step 0"):
         result = weighted_by(threads_cluster, [3.0, weight], replicas=2)
@@ -292,3 +292,13 @@ def test_a_step_without_weight_has_no_replicas_in_its_record(
     result = weighted_by(threads_cluster, [0.0, 0.0], policies=POLICIES[name], **PIECES[pieces])
     assert np.isnan(result.history[0]["loss"]) and result.history[0]["replicas"] == 0
     assert_close(result.params, params())
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_a_weight_below_0_is_refused(threads_cluster: fm.Cluster, pieces: str) -> None:
+    for name in ("server", "all-reduce", "factors"):
+        with pytest.warns(fm.FlowmlWarning, match=r"holds NaN or infinity \(as it does if a weight is below 0 or not"):
+            result = weighted_by(threads_cluster, [-1.0, -1.0], policies=POLICIES[name], **PIECES[pieces])
+        assert np.isnan(result.history[0]["loss"]) and result.history[0]["replicas"] == 0
+        assert result.ledger.nonfinite
+        assert_close(result.params, params())

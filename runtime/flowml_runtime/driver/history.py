@@ -102,7 +102,7 @@ class History:
         if not first:
             return None
         whose = f"of replica {', '.join(map(str, replicas))}" if replicas else "of all replicas together"
-        weights = "" if self._metrics.weight is None else " (as it does if a weight is not finite)"
+        weights = "" if self._metrics.weight is None else " (as it does if a weight is below 0 or not finite)"
         return (
             f"the gradient of layer {layer!r} {whose} at step {clock} holds NaN or infinity{weights} and is left out "
             "of the update; result.ledger counts such gradients, Trainer(on_nonfinite='raise') ends the fit at the "
