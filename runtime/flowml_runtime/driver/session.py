@@ -247,6 +247,7 @@ class Session:
         self.check_owner()
         buffers = handle.prepare(inputs, copy=copy)
         future = handle.steps.future(lambda fetched: handle.restore(fetched, buffers))
+        step: int | None = None
         try:
             with handle.order:  # numbered and fed under one lock: a device refuses a step older than its last one
                 step = handle.steps.begin(future)
@@ -254,9 +255,11 @@ class Session:
             return future
         except BaseException as error:  # a Ctrl-C comes at any line; the future finds what had begun by then
             begun = handle.steps.step_of(future)
-            if begun is None:
-                raise
             lost = isinstance(error, WorkerLostError)
+            if begun is None:
+                if lost and step is not None:  # the loss was reported meanwhile, and fails the step with the advice
+                    return future
+                raise
             told = self._lost(handle.plan, begun, error.worker or "a worker", str(error)) if lost else error
             self._fail_step(handle, begun, told)
             if lost or isinstance(error, DeadlineError):
