@@ -163,7 +163,7 @@ def _serve_tcp() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         print(server.getsockname()[1], flush=True)
         server.settimeout(PEER_TIMEOUT_S)
-        connection, _ = server.accept()  # no deadline here: the server socket has one
+        connection, _ = server.accept()  # no deadline: the server socket has one
     buffer = memoryview(bytearray(SIZE))
     with connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

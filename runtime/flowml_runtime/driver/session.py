@@ -184,7 +184,7 @@ class Session:
         try:
             if workers:
                 self._request(plan_id, loading)
-                loading.wait()  # no deadline here: the wait itself is bounded by LOAD_DEADLINE_S
+                loading.wait()  # no deadline: the wait itself is bounded by LOAD_DEADLINE_S
             only = self._local.get(workers[0]) if len(plan.programs) == 1 else None
             local = only.local_step(plan_id) if only is not None else None
             handle = _handle(plan_id, plan, workers, self._in_flight, local)
