@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from flowml import data as data
+    from flowml import sim as sim
     from flowml.compiler import compile as compile
     from flowml.devices import Device as Device
     from flowml.errors import ClusterError as ClusterError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from flowml.errors import PlacementError as PlacementError
     from flowml.errors import PlanError as PlanError
     from flowml.errors import PolicyError as PolicyError
+    from flowml.errors import SimulationError as SimulationError
+    from flowml.errors import TraceError as TraceError
     from flowml.errors import UnsupportedError as UnsupportedError
     from flowml.errors import WorkerError as WorkerError
     from flowml.errors import WorkerLostError as WorkerLostError
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "policies": "flowml.policy.named",
     "data": "flowml.data",
+    "sim": "flowml.sim",
     "compile": "flowml.compiler",
     "Device": "flowml.devices",
     "ClusterError": "flowml.errors",
@@ -63,6 +67,8 @@ _HOMES = {
     "PlacementError": "flowml.errors",
     "PlanError": "flowml.errors",
     "PolicyError": "flowml.errors",
+    "SimulationError": "flowml.errors",
+    "TraceError": "flowml.errors",
     "UnsupportedError": "flowml.errors",
     "WorkerError": "flowml.errors",
     "WorkerLostError": "flowml.errors",
@@ -90,7 +96,7 @@ _HOMES = {
     "TrainingResult": "flowml_runtime.trainer",
 }
 
-_MODULES = {"policies", "data"}
+_MODULES = {"policies", "data", "sim"}
 """Names that stand for a whole module."""
 
 _EXISTS = {
@@ -98,7 +104,7 @@ _EXISTS = {
     ("Deadline", "Coded", "Speculate"): "use fm.Quorum(0.75) or fm.Quorum(3)",
     ("Once",): "use every=k or fm.Every(k)",
     ("Delta", "Weights"): "use fm.Gradient() or fm.Factors()",
-    ("SimulatedCluster", "sim"): "use fm.Cluster.threads(workers=4), and Trainer(delays=…) for slow workers",
+    ("SimulatedCluster",): "use fm.Cluster.threads(workers=4), and Trainer(delays=…) for slow workers",
 }
 _PLANNED = {name: instead for names, instead in _EXISTS.items() for name in names}
 """Names of the design that this version does not have, and what to use instead."""

@@ -73,6 +73,14 @@ class ClusterError(FlowmlError):
     """A cluster could not be started, joined or reached, because of its version, token, address or TLS files."""
 
 
+class SimulationError(FlowmlError, ValueError):
+    """A model of a simulated machine or network makes no sense, or the models of a simulated cluster do not fit."""
+
+
+class TraceError(FlowmlError, ValueError):
+    """A recorded trace or table is damaged, cut short, or of another format. The text names the line and column."""
+
+
 class FlowmlWarning(UserWarning):
     """Something runs but may not be what was meant. The text says what, where, and the fix."""
 

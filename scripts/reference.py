@@ -10,7 +10,7 @@ import re
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ForwardRef
 
 import flowml as fm
 
@@ -21,6 +21,7 @@ SECTIONS = {
     "Programs and plans": ("dataflow", "compile", "Plan", "Estimate", "Transfer"),
     "Clusters": ("Cluster",),
     "Training": ("Trainer", "TrainingResult"),
+    "Simulation": ("sim",),
     "Policies": (),  # all names that no other section has, except errors
     "Errors": (),
 }
@@ -112,6 +113,8 @@ def _plain(parameter: inspect.Parameter) -> inspect.Parameter:
 
 
 def _written(annotation: Any) -> Any:
+    if isinstance(annotation, ForwardRef):  # the annotations of a named tuple
+        annotation = annotation.__forward_arg__
     return _Written(annotation) if isinstance(annotation, str) else annotation
 
 
@@ -135,7 +138,9 @@ def as_markdown(document: str) -> str:
 
 
 def members(value: Any) -> list[tuple[str, Any]]:
-    """The public methods and properties of a class, or functions of a module, in source order."""
+    """The public methods and properties of a class, or the names that a module hands on, else its functions."""
+    if isinstance(value, types.ModuleType) and hasattr(value, "__all__"):
+        return [(n, getattr(value, n)) for n in value.__all__ if callable(getattr(value, n))]
     if isinstance(value, types.ModuleType):
         own = [(n, v) for n, v in vars(value).items() if getattr(v, "__module__", "") == value.__name__]
         return [(n, v) for n, v in own if inspect.isfunction(v) and not n.startswith("_")]

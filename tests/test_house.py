@@ -109,7 +109,7 @@ def test_the_protocol_imports_only_what_it_may() -> None:
     assert offenders == {}
 
 
-@pytest.mark.parametrize("module", ["flowml", "flowml.plan", "flowml.policy", "flowml_tools.main"])
+@pytest.mark.parametrize("module", ["flowml", "flowml.plan", "flowml.policy", "flowml.sim", "flowml_tools.main"])
 def test_imports_without_jax(module: str) -> None:
     code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
@@ -133,7 +133,12 @@ def test_the_public_names_are_there_and_documented() -> None:
 
 @pytest.mark.parametrize(
     ("name", "instead"),
-    [("Gossip", "fm.ParameterServer()"), ("Coded", "fm.Quorum(0.75)"), ("Delta", "fm.Gradient()"), ("sim", "delays=")],
+    [
+        ("Gossip", "fm.ParameterServer()"),
+        ("Coded", "fm.Quorum(0.75)"),
+        ("Delta", "fm.Gradient()"),
+        ("SimulatedCluster", "delays="),
+    ],
 )
 def test_a_name_that_is_still_to_come_says_what_there_is(name: str, instead: str) -> None:
     import flowml as fm

@@ -1,0 +1,41 @@
+"""Checks the numbers from which a user makes the models of a simulation."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+from flowml.errors import SimulationError
+from flowml.numbers import whole
+
+
+def number(model: str, name: str, value: object, *, least: float = 0.0, open_at_least: bool = False) -> float:
+    """A finite float of at least `least`, or above it. Raises SimulationError, which names the model and argument."""
+    bound = f"above {least:g}" if open_at_least else f"of at least {least:g}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise SimulationError(f"{model}: {name}={value!r} is of type {type(value).__name__}; give a number {bound}")
+    found = float(value)
+    if not math.isfinite(found) or found < least or (open_at_least and found == least):
+        raise SimulationError(f"{model}: {name}={found:g} makes no sense; give a finite number {bound}")
+    return found
+
+
+def rate(model: str, name: str, value: object) -> float:
+    """Bytes per second, above 0. Infinite is allowed: bytes take no time."""
+    return math.inf if value == math.inf else number(model, name, value, open_at_least=True)
+
+
+def share(model: str, name: str, value: object) -> float:
+    """A float in (0, 1]."""
+    found = number(model, name, value, open_at_least=True)
+    if found > 1:
+        raise SimulationError(f"{model}: {name}={found:g} makes no sense; a share lies in (0, 1]")
+    return found
+
+
+def count(model: str, name: str, value: object, *, least: int = 0) -> int:
+    """An integer of at least `least`."""
+    found = whole(value)
+    if found is None or found < least:
+        raise SimulationError(f"{model}: {name}={value!r} makes no sense; give a whole number of at least {least}")
+    return found

@@ -1,0 +1,103 @@
+"""Reads tables of comma-separated values, such as recorded operations or links between regions.
+
+Every fault names the file, the line (from 1, which is the header) and the column.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+from flowml.errors import TraceError, one_line
+
+Row: TypeAlias = dict[str, Any]
+Column: TypeAlias = Callable[[str], Any]
+"""Reads one field. Raises ValueError, whose text says what is expected."""
+
+
+def integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("a whole number") from None
+
+
+def seconds(text: str) -> float:
+    """A finite number of at least 0."""
+    found = _float(text)
+    if not 0 <= found < math.inf:
+        raise ValueError("a finite number of at least 0")
+    return found
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    found = _float(text)
+    if not 0 < found < math.inf:
+        raise ValueError("a finite number above 0")
+    return found
+
+
+def word(text: str) -> str:
+    if not text.strip():
+        raise ValueError("a name")
+    return text.strip()
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("a number") from None
+
+
+class Numbered(NamedTuple):
+    """A row with its line in the file, for errors about its meaning."""
+
+    line: int
+    values: Row
+
+
+def read(text: str, name: str, columns: Mapping[str, Column]) -> Sequence[Numbered]:
+    """The rows of a table that has at least the given columns. Blank lines are left out; other columns are ignored.
+
+    Raises:
+        TraceError: if a column is missing, a line has too few or too many fields, or a field cannot be read.
+    """
+    lines = csv.reader(text.splitlines())
+    try:
+        header = [title.strip() for title in next(lines, [])]
+        _check_header(header, name, columns)
+        rows = [_row(fields, lines.line_num, header, name, columns) for fields in lines if fields]
+    except csv.Error as error:
+        raise TraceError(f"{name}, line {lines.line_num}: {error}; the file is damaged") from None
+    if not rows:
+        raise TraceError(f"{name}, line {lines.line_num + 1}: there is no row after the header; the file is cut short")
+    return rows
+
+
+def _check_header(header: Sequence[str], name: str, columns: Mapping[str, Column]) -> None:
+    for title in columns:
+        if title not in header:
+            there = ", ".join(map(one_line, header)) or "none"
+            raise TraceError(f"{name}, line 1: column {title!r} is missing; the columns there are {there}")
+
+
+def _row(fields: Sequence[str], line: int, header: Sequence[str], name: str, columns: Mapping[str, Column]) -> Numbered:
+    if len(fields) < len(header):
+        missing = header[len(fields)]
+        raise TraceError(f"{name}, line {line}: column {missing!r} is missing; the line is cut short or damaged")
+    if len(fields) > len(header):
+        raise TraceError(
+            f"{name}, line {line}: {len(fields)} fields in {len(header)} columns, so they cannot be told apart"
+        )
+    found: Row = {}
+    for title, field in zip(header, fields, strict=True):
+        if title in columns:
+            try:
+                found[title] = columns[title](field)
+            except ValueError as error:
+                raise TraceError(f"{name}, line {line}, column {title!r}: {one_line(field)!r} is not {error}") from None
+    return Numbered(line, found)
