@@ -8,16 +8,14 @@ structs: they are validated when decoded and never pickled.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import math
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
-import numpy as np
 
+from flowml.arrays import ArraySpec, Dimension, Index, Shape
 from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, named
 
@@ -30,49 +28,10 @@ FORMAT = 2
 DRIVER = "driver"
 """The name of the process that calls `f(x)` or `fit()` as the source or destination of a transfer."""
 
-Dimension = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
-Index = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
 Setting = tuple[
     Annotated[str, msgspec.Meta(max_length=64)], bool | int | Annotated[str, msgspec.Meta(max_length=64)] | None
 ]
 """A setting of JAX: its name and value."""
-Shape = Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=64)]
-"""The rank is at most NumPy's. Without a bound, multiplying the dimensions of a hostile shape would take hours."""
-
-
-class ArraySpec(msgspec.Struct, frozen=True):
-    """Shape and element type of one array.
-
-    `dtype` is a NumPy or ml_dtypes name (`"float32"`, `"bfloat16"`), or such as `"key<fry>"` for typed PRNG keys.
-    The buffer of keys holds their uint32 key data; `shape` is the shape of the key array.
-    """
-
-    shape: Shape
-    dtype: Annotated[str, msgspec.Meta(max_length=32)]
-    weak_type: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes of the array's buffer as it is sent."""
-        return math.prod(self.shape) * _item_bytes(self.dtype)
-
-
-KEY_WORDS: Mapping[str, int] = {"fry": 2, "rbg": 4, "urbg": 4}
-"""The number of uint32 words in a key of each PRNG implementation, by the short name in its dtype."""
-
-
-@functools.lru_cache(maxsize=256)
-def _item_bytes(dtype: str) -> int:
-    if dtype.startswith("key<"):
-        return 4 * KEY_WORDS[dtype[4:-1]]
-    if dtype == "float0":
-        return 1
-    try:
-        return np.dtype(dtype).itemsize
-    except TypeError:
-        import ml_dtypes
-
-        return np.dtype(getattr(ml_dtypes, dtype)).itemsize
 
 
 class Transfer(msgspec.Struct, frozen=True):
@@ -263,6 +222,31 @@ class Part(msgspec.Struct, frozen=True):
         return sum(s.nbytes for s in self.payload)
 
 
+class Applies(msgspec.Struct, frozen=True):
+    """The tasks with which a home applies contributions, as indices into Plan.tasks.
+
+    `apply` takes the parameters, the state, the coefficients and up to `width` contributions, each with the payloads of
+    all parts in order, and returns the new parameters and the new state. The coefficients are an array (2, width): the
+    first row multiplies the payloads, the second their weights if they are `weighted`. The places of missing
+    contributions are filled with any contribution, and have coefficient 0.
+
+    If a store may get more contributions at once, `fold` takes the accumulator, the coefficients and up to `width`
+    contributions, and returns the accumulator, which starts as zeros of the specs `accumulator`. `finish` takes the
+    parameters, the state and the accumulator.
+    """
+
+    width: Annotated[int, msgspec.Meta(ge=1)]
+    apply: Index
+    fold: Index | None = None
+    finish: Index | None = None
+    accumulator: tuple[ArraySpec, ...] = ()
+    weighted: bool = False
+
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        return tuple(t for t in (self.apply, self.fold, self.finish) if t is not None)
+
+
 class StoreSpec(msgspec.Struct, frozen=True):
     """Where a layer's parameters are stored and how its replicas are kept in step.
 
@@ -272,9 +256,6 @@ class StoreSpec(msgspec.Struct, frozen=True):
     replica, and `home` is the first of them; else `homes` is empty. `readers` are in the order of replicas, with equal
     numbers for each replica, and each reads its replica's copy.
 
-    `apply` is an index into Plan.tasks. The arguments of this task are the parameters, the state, the float32
-    coefficients (one for each contribution) and `arity` contributions, each with the payloads of all parts in order.
-    Its results are the new parameters and the new state. Missing contributions are zeros with coefficient 0.
     """
 
     name: str
@@ -292,8 +273,7 @@ class StoreSpec(msgspec.Struct, frozen=True):
     clocked: bool
     need: Annotated[int, msgspec.Meta(ge=1)]
     apply_mode: str
-    apply: Index
-    arity: Annotated[int, msgspec.Meta(ge=1)]
+    applies: Applies
     homes: tuple[str, ...] = ()
 
     @property

@@ -23,11 +23,12 @@ from jax._src.interpreters import partial_eval as pe
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax.extend import core as jex
 
+from flowml.arrays import KEY_WORDS, ArraySpec
 from flowml.errors import UnsupportedError
 from flowml.ir.forms import form_of
 from flowml.ir.scopes import as_text
 from flowml.ir.stablehlo import forbidden
-from flowml.plan import KEY_WORDS, ArraySpec, Setting
+from flowml.plan import Setting
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
 """Calls whose bodies are inlined into the graph. Custom rules are not needed after differentiation."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
+import jax
 
 from flowml.errors import UnsupportedError, one_line
 from flowml.ir import _jax
@@ -50,12 +51,23 @@ class ExecutableTable:
             return self.store(_jax.export(fn, inputs, self.platforms, self.known, form))
 
     def add_function(
-        self, name: str, fn: Callable[..., Any], inputs: Sequence[ArraySpec], outputs: Sequence[ArraySpec]
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        inputs: Sequence[ArraySpec],
+        outputs: Sequence[ArraySpec],
+        donate: tuple[int, ...] = (),
     ) -> int:
         """Add a task that is not part of the graph, such as accumulate or apply."""
         executable = self.export(fn, [_jax.struct_of(s) for s in inputs])
         touched = sum(s.nbytes for s in (*inputs, *outputs))
-        return self.add(Task(name, "xla", executable, tuple(inputs), tuple(outputs), nbytes=float(touched)))
+        return self.add(Task(name, "xla", executable, tuple(inputs), tuple(outputs), donate, nbytes=float(touched)))
+
+    def outputs(self, fn: Callable[..., Any], inputs: Sequence[ArraySpec]) -> tuple[ArraySpec, ...]:
+        """The specs of what a function of flat arrays returns."""
+        with _jax.under(self.settings):
+            found = jax.eval_shape(fn, *[_jax.struct_of(s) for s in inputs])
+        return tuple(map(_jax.spec_of, jax.tree_util.tree_leaves(found)))
 
 
 COMPILED_IN_BYTES = 2**20

@@ -26,10 +26,10 @@ from flowml.lowering.lower import ExecutableTable
 from flowml.lowering.program import PartBinding
 from flowml.lowering.schedule import positions
 from flowml.placement.links import Links, machines
-from flowml.plan import ArraySpec, Part, Reduction, StoreSpec
+from flowml.plan import Applies, ArraySpec, Part, Reduction, StoreSpec
 from flowml.policy import Factors, Policy, Tree, check_composition, overruled
 from flowml.policy.topology import schedule_name
-from flowml.training.apply import Payload, apply_function, normalised
+from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, pack
 from flowml.training.factors import OuterProduct, find_outer_product, product_function, send_factors
 from flowml.training.optimizer import OptimizerSlices
@@ -324,25 +324,11 @@ class StorePlanner:
             self._part(graph, d, b, store.policy, replicas) for d, b in zip(store.parts, bindings, strict=True)
         )
         collective = self._collective(store.policy)
-        arity = self.replicas if store.policy.clocked and not collective else 1
         candidates = [r[parts[0].stage] for r in replicas]
         homes = _one_a_worker(candidates) if collective else (min(candidates, key=lambda d: loads[d]),)
         for home in dict.fromkeys(homes):
             loads[home] += sum(s.nbytes for s in (*specs, *state_specs)) + 1
         every = store.policy.every.push
-        exact = arity == 1 and self.microbatches == 1 and every == 1 and not collective
-        apply = apply_function(
-            self.slices.update(store.leaves, state),
-            self._payload_of(store, parts, [s.shape for s in specs]),
-            leaves=len(specs),
-            states=len(state),
-            arity=arity,
-            exact=exact,
-        )
-        coefficients = ArraySpec((arity,), _coefficients(specs))
-        payloads = tuple(s for p in parts for s in p.payload) * arity
-        arguments = (*specs, *state_specs, coefficients, *payloads)
-        task = table.add_function(f"apply:{store.name}", apply, arguments, (*specs, *state_specs))
         return StoreSpec(
             name=store.name,
             paths=tuple(parameter_path(self.paths[leaf]) for leaf in store.leaves),
@@ -359,10 +345,44 @@ class StorePlanner:
             clocked=store.policy.clocked,
             need=store.policy.quorum.need(self.replicas),
             apply_mode=store.policy.apply,
-            apply=task,
-            arity=arity,
+            applies=self._applies(store, parts, specs, state, table),
             homes=homes if collective else (),
         )
+
+    def _applies(
+        self,
+        store: StoreDraft,
+        parts: Sequence[Part],
+        specs: Sequence[ArraySpec],
+        state: Sequence[int],
+        table: ExecutableTable,
+    ) -> Applies:
+        """Export the functions of the store's home."""
+        single = self._collective(store.policy) or not store.policy.clocked
+        most = 1 if single else self.replicas
+        home = HomeTasks(
+            self.slices.update(store.leaves, state),
+            self._payload_of(store, parts, [s.shape for s in specs]),
+            params=len(specs),
+            states=len(state),
+            exact=most == 1
+            and self.microbatches == 1
+            and store.policy.every.push == 1
+            and not self._collective(store.policy),
+        )
+        kept = (*specs, *(self.slices.state_specs[i] for i in state))
+        payload = tuple(s for p in parts for s in p.payload)
+        width = min(most, FOLD_WIDTH)
+        given = (ArraySpec((2, width), _coefficients(specs)), *payload * width)
+        apply = table.add_function(f"apply:{store.name}", home.apply, (*kept, *given), kept)
+        weighted = home.payload.weighted
+        if most <= width:
+            return Applies(width, apply, weighted=weighted)
+        total = tuple(map(_strong, table.outputs(partial(home.folded, None), given)))
+        donate = tuple(range(len(total)))
+        fold = table.add_function(f"fold:{store.name}", home.fold, (*total, *given), total, donate)
+        finish = table.add_function(f"finish:{store.name}", home.finish, (*kept, *total), kept)
+        return Applies(width, apply, fold, finish, total, weighted)
 
     def _part(
         self, graph: Graph, draft: PartDraft, binding: PartBinding, policy: Policy, replicas: Sequence[Sequence[str]]

@@ -14,7 +14,7 @@ import msgspec
 from flowml.devices import Device
 from flowml.ir.graph import Graph
 from flowml.placement import Pipeline
-from flowml.plan import ArraySpec, Fetch, Plan, Run, StoreSpec, Training
+from flowml.plan import Applies, ArraySpec, Fetch, Plan, Run, StoreSpec, Training
 from flowml.training.compiler import TrainingCompiled, TrainingSpec
 
 
@@ -48,7 +48,7 @@ def placed_alike(spec: TrainingSpec, plan: Plan, devices: Sequence[Device]) -> t
 def _essence(store: StoreSpec) -> StoreSpec:
     """The store without its tasks, whose numbers differ among plans."""
     parts = tuple(msgspec.structs.replace(p, accumulate=None, pack=None, finish=None) for p in store.parts)
-    return msgspec.structs.replace(store, apply=0, parts=parts)
+    return msgspec.structs.replace(store, applies=Applies(store.applies.width, 0), parts=parts)
 
 
 def _rest(training: Training) -> tuple[object, ...]:

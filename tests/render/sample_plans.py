@@ -13,6 +13,7 @@ from itertools import count
 from msgspec.structs import replace
 
 from flowml.plan import (
+    Applies,
     ArraySpec,
     Choice,
     Constant,
@@ -173,8 +174,7 @@ def _store(
         clocked=staleness != float("inf"),
         need=3 if name == "fc1" else 4,
         apply_mode=mode,
-        apply=4 + index,
-        arity=4,
+        applies=Applies(4, 4 + index),
     )
 
 

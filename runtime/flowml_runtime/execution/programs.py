@@ -99,7 +99,7 @@ def store_tasks(plan: Plan, device: str) -> tuple[int, ...]:
     if plan.training is None:
         return ()
     stores, replicas = plan.training.stores, plan.training.replicas
-    applied = [s.apply for s in stores if device in s.copies]
+    applied = [t for s in stores if device in s.copies for t in s.applies.tasks]
     gathered = [
         p.accumulate
         for s in stores
@@ -187,7 +187,7 @@ def load_programs(
     for program in mine:
         device = devices[program.device]
         needs |= {_Need(_run(program, i).task, d, device) for i, d in donations[program.device].items()}
-        needs |= {_Need(t, (), device) for t in homed[program.device]}
+        needs |= {_own(plan, t, device) for t in homed[program.device]}
     ready = _make_all(plan, needs, cache, python, parts)
     resident = {
         (p.device, index): constant_array(plan.constants[index], devices[p.device], parts.get(constant_key(index)))
@@ -211,7 +211,7 @@ def _assemble(
     resident: Mapping[tuple[str, int], jax.Array],
 ) -> LoadedProgram:
     runs = {i: ready[_Need(_run(program, i).task, donate, device)] for i, donate in donations.items()}
-    tasks = {t: ready[_Need(t, (), device)] for t in homed}
+    tasks = {t: ready[_own(plan, t, device)] for t in homed}
     return LoadedProgram(
         plan=plan,
         program=program,
@@ -221,6 +221,12 @@ def _assemble(
         constants={buffer: resident[program.device, index] for buffer, index in program.constants},
         keep=(*runs.values(), *tasks.values()),
     )
+
+
+def _own(plan: Plan, task: int, device: JaxDevice) -> _Need:
+    """A task that no instruction names. Only a fold may overwrite arguments: nothing else reads its accumulator."""
+    folds = plan.training is not None and any(s.applies.fold == task for s in plan.training.stores)
+    return _Need(task, _usable(plan.tasks[task], plan.tasks[task].donate) if folds else (), device)
 
 
 def _run(program: Program, position: int) -> Run:

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from flowml.plan import KEY_WORDS, ArraySpec
+from flowml.arrays import KEY_WORDS, ArraySpec
 
 Array = Any
 """np.ndarray or jax.Array"""

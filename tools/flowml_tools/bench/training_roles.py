@@ -135,7 +135,7 @@ def _applies(loaded: LoadedProgram) -> Callable[[], None]:
 
     training = loaded.plan.training
     assert training is not None
-    homed = [s.apply for s in training.stores if loaded.name in s.copies]
+    homed = [s.applies.apply for s in training.stores if loaded.name in s.copies]
     calls = [(loaded.tasks[t], [_example(s) for s in loaded.plan.tasks[t].inputs]) for t in homed]
     return lambda: jax.block_until_ready([task(*arrays) for task, arrays in calls])
 
