@@ -1,0 +1,138 @@
+"""Filters make what replicas send smaller: `flowml.Policy(filters=(top_k(0.01).with_error_feedback(), compress()))`.
+
+Each function here makes a frozen value that travels in the plan. `AnyFilter` lists all of them: a new filter is one
+class in this package and one name in that list. Filters are applied in order, each to what the one before has left
+(`chain`). Nothing here imports JAX; arithmetic that an accelerator can do takes its array namespace as `xp`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from flowml.policy.filters.base import Context, EncodingError, Filter, Form, State
+from flowml.policy.filters.chain import (
+    RESIDUAL,
+    Chain,
+    check_array,
+    check_chain,
+    compares,
+    decode,
+    encode,
+    feeds_back,
+    most_bytes,
+    nbytes,
+    wire_forms,
+)
+from flowml.policy.filters.dense import BLOCK, LowRank, Quantise
+from flowml.policy.filters.lossless import Compress, KeyCache
+from flowml.policy.filters.sparse import KKT, RandomK, RandomSkip, Significance, TopK
+
+AnyFilter = Significance | KKT | TopK | RandomK | RandomSkip | LowRank | Quantise | KeyCache | Compress
+
+
+def significance(threshold: float, decay: Literal["sqrt"] | None = "sqrt") -> Significance:
+    """Sends an element when its magnitude is more than `threshold` times that of its parameter; until then it adds up.
+
+    With `decay="sqrt"` the threshold falls with the number t of the step as 1 / √t (Hsieh et al., *Gaia*, NSDI 2017).
+    The others are always kept for later pushes, so this filter has error feedback by itself.
+    """
+    return Significance(threshold=threshold, decay=decay, feedback=True)
+
+
+def kkt(l1: float) -> KKT:
+    """Leaves out gradients that an L1 penalty of weight `l1` cancels: at most `l1` where the parameter is zero (Li et
+    al., *Parameter Server*, OSDI 2014)."""
+    return KKT(l1=l1)
+
+
+def top_k(share: float) -> TopK:
+    """Sends the elements of largest magnitude: a share of each array (a float in (0, 1]) or a number of them (an int).
+
+    Aji & Heafield, *Sparse communication*, 2017; Lin et al., *Deep gradient compression*, 2018.
+    """
+    return TopK(share=share)
+
+
+def random_k(share: float) -> RandomK:
+    """Sends elements chosen at random: a share of each array (a float in (0, 1]) or a number of them (an int).
+
+    They are divided by the share, so that the expectation of what arrives is what was sent; not so with error feedback.
+    """
+    return RandomK(share=share)
+
+
+def random_skip(share: float) -> RandomSkip:
+    """Sends each element with probability `share`, divided by it; with error feedback it is not divided."""
+    return RandomSkip(share=share)
+
+
+def low_rank(rank: int) -> LowRank:
+    """Sends two factors of `rank` columns instead of each matrix (Vogels et al., *PowerSGD*, 2019).
+
+    Arrays for which that is not smaller pass unchanged.
+    """
+    return LowRank(rank=rank)
+
+
+def quantise(bits: int, stochastic: bool = False, block: int = BLOCK) -> Quantise:
+    """Sends 8, 4, 2 or 1 bits for each element, and a scale for each `block` elements (0: for the whole array).
+
+    `stochastic` rounds up or down at random so that the expectation of what arrives is what was sent.
+    """
+    return Quantise(bits=bits, stochastic=stochastic, block=block)
+
+
+def sign() -> Quantise:
+    """Sends the sign of each element, and the mean magnitude of the array: `quantise(1, block=0)` (Bernstein et al.,
+    *signSGD*, 2018)."""
+    return Quantise(bits=1, block=0)
+
+
+def key_cache() -> KeyCache:
+    """Sends a digest instead of the positions of sent elements, where they are those of the last push."""
+    return KeyCache()
+
+
+def compress(level: int = 1) -> Compress:
+    """Compresses the bytes of what is sent with zlib. `level` is from 1, fast, to 9, small."""
+    return Compress(level=level)
+
+
+__all__ = [
+    "RESIDUAL",
+    "AnyFilter",
+    "Chain",
+    "Compress",
+    "Context",
+    "EncodingError",
+    "Filter",
+    "Form",
+    "KKT",
+    "KeyCache",
+    "LowRank",
+    "Quantise",
+    "RandomK",
+    "RandomSkip",
+    "Significance",
+    "State",
+    "TopK",
+    "check_array",
+    "check_chain",
+    "compares",
+    "compress",
+    "decode",
+    "encode",
+    "feeds_back",
+    "key_cache",
+    "kkt",
+    "low_rank",
+    "most_bytes",
+    "nbytes",
+    "quantise",
+    "random_k",
+    "random_skip",
+    "sign",
+    "significance",
+    "top_k",
+    "wire_forms",
+]

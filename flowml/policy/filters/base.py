@@ -1,0 +1,163 @@
+"""Defines what a filter is: a frozen value that makes an array smaller before it is sent, and rebuilds it afterwards.
+
+A filter is two pure functions and explicit state (as a transformation in optax):
+
+    encode(value, state, context) -> (parts, state)          on the sender
+    decode(parts, form) -> value                             on the receiver
+
+`value` is one array, and `parts` are one or more arrays. Each part has a *role*, which says what a later filter of the
+chain may do with it. `layout(form)` states the parts' forms before any value is known, so that a receiver can check
+every length. `chain` applies several filters in turn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import msgspec
+import numpy as np
+
+from flowml.errors import FlowmlError, PolicyError
+from flowml.numbers import whole
+
+Array = np.ndarray[Any, Any]
+State = Mapping[str, Array]
+"""The buffers of one filtered array, by name. They live between pushes."""
+
+Role = Literal["values", "keys", "codes"]
+"""`values` are real numbers, `keys` say which elements of an array are sent, `codes` are anything else."""
+
+
+class EncodingError(FlowmlError, ValueError):
+    """Received arrays are not what a filter can have made."""
+
+
+class Form(NamedTuple):
+    """Shape, dtype and role of an array that a filter takes or makes.
+
+    A form that is not `exact` is one-dimensional, and its shape is the largest possible.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    role: Role = "values"
+    exact: bool = True
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class Context(NamedTuple):
+    """What an encoder knows of a push besides its value.
+
+    Attributes:
+        seed: seeds everything random. Equal seeds give equal results.
+        clock: the number of the step, from 0.
+        weight: the number of gradients that the value is the sum of, or their total weight.
+        parameter: the parameter that the value is a gradient of, of the same shape.
+        feedback: whether what the chain loses now is sent later. Random filters then do not scale what they keep.
+    """
+
+    seed: tuple[int, ...] = (0,)
+    clock: int = 0
+    weight: float = 1.0
+    parameter: Array | None = None
+    feedback: bool = False
+
+    def rng(self) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed)))
+
+
+class Filter(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the filters. `feedback` keeps what the chain loses, and adds it to the next value.
+
+    Class attributes:
+        call: the name of the function in `flowml.filters` that makes it.
+        takes: the role of the arrays that it works on; None means any.
+        gives: the roles of its parts.
+        lossless: whether `decode` returns the value itself.
+        first: whether it needs an array as it is, and so must be the first filter.
+        compares: whether it compares values with parameters.
+    """
+
+    feedback: bool = False
+
+    call: ClassVar[str]
+    takes: ClassVar[Role | None] = "values"
+    gives: ClassVar[frozenset[Role]]
+    lossless: ClassVar[bool] = False
+    first: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.feedback and self.lossless:
+            raise PolicyError(f"{self.call}() loses nothing, so error feedback has no effect; leave it out")
+
+    def with_error_feedback(self) -> Self:
+        """The filter with error feedback: what the chain loses of a value is kept and added to the next one.
+
+        Seide et al., *1-bit stochastic gradient descent*, 2014; Karimireddy et al., *Error feedback fixes SignSGD and
+        other compression schemes*, 2019.
+        """
+        return msgspec.structs.replace(self, feedback=True)
+
+    def layout(self, form: Form) -> tuple[Form, ...] | None:
+        """The forms of the parts that it makes of an array of `form`. None: it leaves such an array as it is."""
+        raise NotImplementedError
+
+    def encode(self, value: Array, state: Array | None, context: Context) -> tuple[list[Array], Array | None]:
+        """The parts, and the state for the next push. `state` is None at the first."""
+        raise NotImplementedError
+
+    def decode(self, parts: Sequence[Array], form: Form) -> Array:
+        """The value, of exactly `form`. Raises EncodingError for parts that `encode` cannot have made."""
+        raise NotImplementedError
+
+    def recall(self, parts: Sequence[Array], form: Form, memory: Array | None) -> tuple[Array, Array | None]:
+        """Like `decode`, with a buffer of the receiver that lives between pushes. Most filters need none."""
+        return self.decode(parts, form), memory
+
+    def count(self, parts: Sequence[Array], form: Form) -> int:
+        """The length of the part after `parts`, for a part whose length only its values decide."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """The call that makes it, as in `top_k(0.01).with_error_feedback()`."""
+        values = [(f.name, getattr(self, f.name), f.required, f.default) for f in msgspec.structs.fields(self)]
+        given = [
+            repr(v) if needed else f"{n}={v!r}" for n, v, needed, usual in values if v != usual and n != "feedback"
+        ]
+        return f"{self.call}({', '.join(given)})" + (".with_error_feedback()" if self.feedback else "")
+
+
+def wide(value: Array) -> Array:
+    """The array in float32 or wider, so that sums and comparisons are not made in low precision."""
+    return value if value.dtype.kind == "f" and value.dtype.itemsize >= 4 else value.astype(np.float32)
+
+
+def share(call: str, value: object) -> int | float:
+    """A share in (0, 1], or a count of at least 1. Raises PolicyError for anything else."""
+    count = whole(value)
+    if count is not None:
+        if count < 1:
+            raise PolicyError(f"{call}({count}): a count of elements is at least 1; for a share give a float in (0, 1]")
+        return count
+    number = real(call, value, "a share in (0, 1] such as 0.01, or a count of elements")
+    if not 0 < number <= 1:
+        raise PolicyError(f"{call}({number}): a share lies in (0, 1]; for a count of elements give an int")
+    return number
+
+
+def real(call: str, value: object, what: str) -> float:
+    """A finite number as a float. Raises PolicyError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise PolicyError(f"{call}({value!r}): give {what}")
+    return float(value)
