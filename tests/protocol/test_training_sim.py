@@ -18,7 +18,7 @@ def check_ended(run: World) -> ledger.Summary:
     """Everything has come to rest, and every item that was handed out is accounted for."""
     assert run.driver.machine.over
     assert sorted(run.driver.final) == sorted(run.applied)
-    assert not any(node.payloads or node.executors for n, node in run.nodes.items() if not run.is_dead(n))
+    assert not any(node.payloads or node.stages for n, node in run.nodes.items() if not run.is_dead(n))
     summary = run.driver.machine.ledger.summary()
     assert summary.outstanding == 0
     assert summary.used + summary.dropped + summary.unseen == run.work.epochs * run.work.items_per_epoch
@@ -226,3 +226,7 @@ def test_one_seed_gives_one_story() -> None:
         check_all(run)
     assert stories[0].applied == stories[1].applied
     assert stories[0].commits == stories[1].commits
+    assert stories[0].clock.trace_hash == stories[1].clock.trace_hash
+    other = make(COMPOSITIONS["quorum"][0], replicas=4, speeds=(1, 2, 3, 9), seed=8)
+    check_all(other)
+    assert other.clock.trace_hash != stories[0].clock.trace_hash

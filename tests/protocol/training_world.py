@@ -1,71 +1,139 @@
-"""A second interpreter of the training machines: virtual time instead of threads, integers instead of arrays.
+"""Whole training runs in the simulator, with integers instead of arrays, and random delays.
 
-It carries out the actions of `TrainingWorker` and `TrainingDriver` over a link with delays, and executors walk a small
-pipeline program. It decides nothing: who is told what is the machines'. Gradients are integers in base 16: the gradient
-of work item q is 16**q, so each digit of a sum says how often that item is in it. Links keep the order between two
-workers and nothing else; contributions may come twice.
+Gradients are integers in base 16: the gradient of work item q is 16**q, so each digit of a sum says how often that item
+is in it. A value is (replica, clock, sum of gradients). Contributions may come twice.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flowml.plan import ArraySpec, Feed, Instruction, Part, Push, Read, Recv, Reduction, Run, Send
 from flowml.policy import Policy, check_composition
+from flowml.sim import Network
 from flowml_runtime import wire
-from flowml_runtime.protocol.rendezvous import Rendezvous
 from flowml_runtime.protocol.training import actions, driver, ledger
-from flowml_runtime.protocol.training.accumulator import Accumulator
-from flowml_runtime.protocol.training.terms import Places, ReplicaLost, StoreTerms, Terms
-from flowml_runtime.protocol.training.worker import TrainingWorker
+from flowml_runtime.protocol.training.terms import Places, StoreTerms, Terms
+from flowml_runtime.sim.heap import Clock
+from flowml_runtime.sim.node import Node
+from flowml_runtime.sim.program import At, Edge, Sizes, StageProgram
+from flowml_runtime.sim.world import Layout
+from flowml_runtime.sim.world import World as Simulation
 
 MICROBATCHES = 2
-DRIVER = "driver"
 PLAN = "plan"
 RUN = 100
-Parts = tuple[int, int, int]
+Value = tuple[int, int, int]
 """(replica, clock, sum of gradients)"""
+_FIRST: Value = (-1, -1, 0)
 
 
-class Link:
-    """Virtual time, and messages that keep their order between two ends only."""
+class Digits:
+    """The arithmetic of these runs, which also notes what is read, pushed and applied."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self.now = 0.0
+    computes = False
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._versions: dict[tuple[str, int], int] = {}
+
+    def begin(self, at: At, start: actions.Start) -> actions.Start:
+        return start
+
+    def perform(self, state: actions.Start, position: int, given: Any) -> Value | None:
+        world = self._world
+        match world.programs[state.replica, state.stage].instructions[position]:
+            case Read(store):
+                version, value = given
+                assert value == (-1, version, 0)
+                world.reads.append((store, state.clock, version))
+            case Push():
+                return state.replica, state.clock, 16**state.item.sequence
+            case Send():
+                return (state.replica, state.clock, 0)
+            case Recv():
+                assert given == (state.replica, state.clock, 0)
+            case _:
+                pass
+        return None
+
+    def report(self, state: actions.Start) -> None:
+        return None
+
+    def add(self, at: At, store: int, part: int, a: Value, b: Value) -> Value:
+        assert a[0] == b[0] == at[0]
+        return a[0], max(a[1], b[1]), a[2] + b[2]
+
+    def is_finite(self, store: int, part: int, value: Value) -> bool:
+        self._world.pushed[store].add(value[:2])
+        return True
+
+    def flight(self, *_: Any) -> None:
+        return None
+
+    def total(self, values: Sequence[Value]) -> Value:
+        assert len({clock for _, clock, _ in values}) == 1
+        assert sorted(who for who, *_ in values) == list(range(self._world.terms.replicas)), "each takes part once"
+        return 0, values[0][1], sum(value for *_, value in values)
+
+    def load(self, worker: str, store: int, value: Value) -> None:
+        assert value == _FIRST
+        self._versions[worker, store] = 0
+
+    def apply(self, worker: str, store: int, version: int, given: Sequence[tuple[Sequence[Value], float]]) -> None:
+        world = self._world
+        assert version == self._versions[worker, store] + 1
+        self._versions[worker, store] = version
+        made: list[tuple[int, int, int, float]] = []
+        for parts, factor in given:
+            assert len(set(parts)) == 1, f"the stages of one contribution do not agree on its steps: {parts}"
+            made.append((*parts[0], factor))
+        world.copies[store].add((version, *made))
+        if worker == world.places.homes[store][0]:
+            world.applied[store].append(made)
+
+    def current(self, worker: str, store: int) -> Value:
+        return -1, self._versions[worker, store], 0
+
+    def final(self, worker: str, store: int) -> Value:
+        return self.current(worker, store)
+
+    def hand(self, worker: str, message: wire.TrainingMessage, value: Any) -> None:
+        assert isinstance(message, wire.Batch)
+
+
+class Disturbed:
+    """Random delays between any two, and contributions that come twice."""
+
+    def __init__(self, rng: random.Random, twice: float) -> None:
         self._rng = rng
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
-        self._count = itertools.count()
-        self._last: dict[tuple[str, str], float] = defaultdict(float)
+        self._twice = twice
 
-    def after(self, delay: float, act: Callable[[], None]) -> None:
-        heapq.heappush(self._heap, (self.now + delay, next(self._count), act))
+    def delays(self, source: str, to: str, message: object) -> tuple[float, ...]:
+        again = isinstance(message, wire.Contribution) and self._rng.random() < self._twice
+        return tuple(self._rng.choice([0.01, 0.1, 1.0, 5.0]) * self._rng.random() for _ in range(1 + again))
 
-    def send(self, source: str, destination: str, act: Callable[[], None]) -> None:
-        delay = 0.0 if source == destination else self._rng.choice([0.01, 0.1, 1.0, 5.0]) * self._rng.random()
-        when = max(self._last[source, destination], self.now + delay)
-        self._last[source, destination] = when
-        heapq.heappush(self._heap, (when, next(self._count), act))
 
-    def run(self, limit: int = 300_000) -> None:
-        for _ in range(limit):
-            if not self._heap:
-                return
-            self.now, _, act = heapq.heappop(self._heap)
-            act()
-        raise AssertionError("the run does not end")
+class Speeds:
+    """Random compute times. `speeds` are by replica, each of which has `stages` workers in a row."""
+
+    def __init__(self, rng: random.Random, speeds: Sequence[float], stages: int) -> None:
+        self._rng, self._speeds, self._stages = rng, speeds, stages
+
+    def seconds(self, worker: int, step: int) -> float:
+        return 3 * self._rng.random() * self._speeds[worker // self._stages % len(self._speeds)]
 
 
 @dataclass
 class World:
-    """The driver, the workers by name, and what was seen of the run."""
+    """The driver, the simulated workers by name, and what was seen of the run."""
 
-    terms: Terms
-    places: Places
+    layout: Layout
     work: ledger.Work
     speeds: Sequence[float]
     seed: int
@@ -77,47 +145,46 @@ class World:
     """By item: the worker that settled it, its epoch, its fate."""
     commits: list[wire.Commit] = field(default_factory=list[wire.Commit])
     dead: set[int] = field(default_factory=set[int])
-    sums: dict[tuple[int, int, int], dict[int, int]] = field(default_factory=dict[Any, Any])
     copies: dict[int, set[tuple[Any, ...]]] = field(default_factory=lambda: defaultdict(set))
 
     def __post_init__(self) -> None:
-        self.rng = random.Random(self.seed)
-        self.link = Link(self.rng)
+        layout, self.rng, self.clock = self.layout, random.Random(self.seed), Clock()
+        self.terms, self.places, self.programs = layout.terms, layout.places, layout.programs
         self.applied = {i: [] for i in range(len(self.terms.stores))}
-        self.nodes = {name: Node(self, name) for name in self.places.workers}
         self.driver = Driver(self)
+        self.simulation = Simulation(
+            clock=self.clock,
+            layout=layout,
+            values=Digits(self),
+            times=Speeds(self.rng, self.speeds, self.terms.stages),
+            network=Network(latency_s=0.0, bytes_per_s=1e30),
+            to_driver=self.driver.receive,
+            numbers={name: n for n, name in enumerate(self.places.workers)},
+            tamper=Disturbed(self.rng, self.twice),
+            stepped=self._check,
+        )
+        self.nodes = self.simulation.nodes
 
-    def send(self, source: str, to: str, message: Any, value: Any = None) -> None:
-        node = self.driver if to == DRIVER else self.nodes[to]
-        self.link.send(source, to, lambda: node.receive(source, message, value))
-
-    def add_up(self, start: actions.Start, store: int, part: int, weight: int, value: int) -> None:
-        """An all-reduce: when the last replica has brought its part, every home gets the sum, sooner or later."""
-        given = self.sums.setdefault((store, part, start.clock), {})
-        assert start.replica not in given, "a replica takes part twice"
-        given[start.replica] = value
-        if len(given) == self.terms.replicas:
-            del self.sums[store, part, start.clock]
-            total = (0, start.clock, sum(given.values()))
-            ids: dict[str, Any] = {"plan_id": PLAN, "run": RUN, "replica": 0, "incarnation": 0, "base_version": 0}
-            ids |= {"store": store, "part": part, "clock": start.clock, "weight": weight * self.terms.replicas}
-            for home in self.places.homes[store]:
-                self.send(f"sum for {home}", home, wire.Contribution(**ids), total)
+    def _check(self, node: Node) -> None:
+        node.machine.validate()
+        node.mailbox.validate()
 
     def go(self) -> None:
-        self.link.after(0, lambda: self.driver.tell(driver.Begin()))
-        self.link.run()
+        self.clock.after(0, 0, self.driver.tell, driver.Begin())
+        self.clock.run(300_000)
 
     def lose(self, victim: int, when: float) -> None:
         """All workers of a replica fall silent; the others are told one after the other."""
+        self.clock.after(when, 0, self._die, victim)
 
-        def die() -> None:
-            self.dead.add(victim)
-            event = ReplicaLost(victim)
-            for each in (self.driver, *self.nodes.values()):
-                self.link.after(self.rng.random() * 3, lambda each=each: each.tell(event))
-
-        self.link.after(when, die)
+    def _die(self, victim: int) -> None:
+        self.dead.add(victim)
+        self.clock.after(self.rng.random() * 3, 0, self.driver.tell, driver.ReplicaLost(victim))
+        for name in self.nodes:
+            if self.is_dead(name):
+                self.simulation.silence(name)
+            else:
+                self.clock.after(self.rng.random() * 3, 0, self.simulation.tell_lost, name, victim)
 
     def is_dead(self, worker: str) -> bool:
         return any(replica in self.dead for replica, _ in self.places.stages_on(worker))
@@ -155,20 +222,21 @@ class Driver:
         match action:
             case actions.Send(to, message):
                 for name in to:
-                    world.send(DRIVER, name, message)
+                    world.simulation.deliver(name, message)  # pyright: ignore[reportArgumentType]
             case driver.SendStore(store, to):
                 for name in to:
-                    world.send(DRIVER, name, wire.StoreValue(plan_id=PLAN, run=RUN, store=store, version=0), "first")
+                    value = wire.StoreValue(plan_id=PLAN, run=RUN, store=store, version=0)
+                    world.simulation.deliver(name, value, _FIRST)
             case driver.Feed(who, item):
                 for name in dict.fromkeys(world.places.stages[who]):
                     batch = wire.Batch(plan_id=PLAN, run=RUN, device=name, sequence=item.sequence, slots=(0,))
-                    world.send(DRIVER, name, batch, item.sequence)
+                    world.simulation.deliver(name, batch, ())
             case driver.NoteFates(fates):
                 for item, fate in fates:
                     assert item.sequence not in world.fates, "an item was settled twice"
                     world.fates[item.sequence] = (self._peer, item.epoch, fate)
-            case driver.NoteCommit():
-                pass
+            case driver.NoteCommit(clock, excluded):
+                world.commits.append(wire.Commit(plan_id=PLAN, run=RUN, clock=clock, excluded=excluded))
             case driver.Keep(store, handle):
                 assert store not in self.final, "a final value came twice"
                 self.final[store] = self._payloads.pop(handle or 0)
@@ -180,220 +248,25 @@ class Driver:
                 raise AssertionError(action)
 
 
-class Node:
-    """One worker: carries out what its machine says."""
-
-    def __init__(self, world: World, name: str) -> None:
-        self.world, self.name = world, name
-        self.machine = TrainingWorker(name, DRIVER, world.terms.lasting(0), world.places)
-        self.executors: dict[tuple[int, int], Executor] = {}
-        self.payloads: dict[int, Any] = {}
-        self.shown: dict[int, int] = {}
-        self.batches: set[int] = set()
-        self.mailboxes: dict[tuple[int, int], Rendezvous[bool, bool]] = defaultdict(Rendezvous)
-        self._versions: dict[int, int] = {}
-        self._handles = itertools.count(1)
-
-    def receive(self, peer: str, message: Any, value: Any) -> None:
-        handle = None
-        if value is not None:
-            handle = next(self._handles)
-            self.payloads[handle] = value
-        self.tell(actions.Received(peer, message, handle))
-
-    def tell(self, event: actions.Event) -> None:
-        if self.world.is_dead(self.name):
-            return
-        wanted = self.machine.step(event)
-        self.machine.validate()
-        for action in wanted:
-            self._act(action)
-        for executor in list(self.executors.values()):
-            executor.walk()
-
-    def _act(self, action: actions.Action) -> None:
-        match action:
-            case actions.Open():
-                self.executors = {at: Executor(self, at) for at in self.world.places.stages_on(self.name)}
-            case actions.Close():
-                self.executors = {}
-            case actions.Start(who, stage):
-                self.executors[who, stage].start(action)
-            case actions.Abandon(who, stage, clock):
-                self.executors[who, stage].abandon(clock)
-            case actions.Count(who, stage, clock, counts):
-                self.executors[who, stage].settle(clock, counts)
-            case actions.Send(to, message):
-                if isinstance(message, wire.Commit):
-                    self.world.commits.append(message)
-                for name in to:
-                    self.world.send(self.name, name, message)
-            case actions.Hand(_, wire.Batch() as batch, handle):
-                self.batches.add(batch.sequence)
-                del self.payloads[handle or 0]
-            case actions.TellTraffic():
-                ids: dict[str, Any] = {"plan_id": PLAN, "run": RUN, "worker": self.name}
-                self.world.send(self.name, DRIVER, wire.Traffic(**ids, stores=()))
-            case _:
-                self._act_on_store(action)
-
-    def _act_on_store(self, action: actions.Action) -> None:
-        world, ids = self.world, {"plan_id": PLAN, "run": RUN}
-        match action:
-            case actions.Load(store, handle):
-                assert self.payloads.pop(handle) == "first"
-                self._versions[store] = 0
-            case actions.Show(store, version, handle):
-                assert self.payloads.pop(handle) == version
-                self.shown[store] = version
-            case actions.Apply(store, version, contributions):
-                made = [(*self._take(handles), factor) for handles, factor in contributions]
-                assert version == self._versions[store] + 1
-                self._versions[store] = version
-                world.copies[store].add((version, *made))
-                if self.name == world.places.homes[store][0]:
-                    world.applied[store].append(made)
-            case actions.Publish(store, version, floor, value, to):
-                assert version == self._versions[store]
-                for name in to:
-                    message = wire.Published(**ids, store=store, version=version, floor=floor)  # pyright: ignore
-                    world.send(self.name, name, message, version if value else None)
-            case actions.Return(store, version, value):
-                message = wire.StoreValue(**ids, store=store, version=version)  # pyright: ignore
-                world.send(self.name, DRIVER, message, "last" if value else None)
-            case actions.Release(handle):
-                del self.payloads[handle]
-            case _:
-                raise AssertionError(action)
-
-    def _take(self, handles: tuple[int, ...]) -> Parts:
-        parts = {self.payloads.pop(h) for h in handles}
-        assert len(parts) == 1, f"the stages of one contribution do not agree on its steps: {parts}"
-        return parts.pop()
-
-
-class Executor:
-    """Walks a small pipeline program of one stage, one instruction after the other."""
-
-    def __init__(self, node: Node, at: tuple[int, int]) -> None:
-        self.node, self.world, self.at = node, node.world, at
-        self.machine = node.machine.stage(at)
-        self.rendezvous = node.mailboxes[at]
-        self._sums: dict[tuple[int, int], Accumulator[int]] = {}
-        self._step: actions.Start | None = None
-        self._left: list[tuple[Any, ...]] = []
-        self._busy = False
-        self._base: dict[int, int] = {}
-        self._awaited: tuple[Any, ...] | None = None  # the key of a claim; () when its value has come
-
-    def start(self, step: actions.Start) -> None:
-        self.rendezvous.advance(self.at, step.clock)
-        self._step, self._left, self._base, self._awaited = step, self._program(), {}, None
-
-    def abandon(self, clock: int) -> None:
-        self.rendezvous.cancel_step(self.at, clock)
-
-    def settle(self, clock: int, counts: bool) -> None:
-        for each in self._sums.values():
-            (each.adopt if counts else each.discard)(clock)
-
-    def _program(self) -> list[tuple[Any, ...]]:
-        """forward, backward, and pushes after the gradient has gone upstream, so that stages drift apart."""
-        stage, last = self.at[1], self.world.terms.stages - 1
-        stores = enumerate(self.world.terms.stores)
-        mine = [(i, p) for i, s in stores for p, at in enumerate(s.stages) if at == stage]
-        return [
-            ("batch",),
-            *([("recv", "forward")] if stage else []),
-            *[("read", i) for i in dict.fromkeys(i for i, _ in mine)],
-            ("task",),
-            *([("send", stage + 1, "forward"), ("recv", "backward")] if stage < last else []),
-            ("task",),
-            *([("send", stage - 1, "backward")] if stage else []),
-            ("task",),
-            *[("push", i, p) for i, p in mine],
-        ]
-
-    def walk(self) -> None:
-        """Go on until something has to be waited for. Every instruction is a task boundary."""
-        while self._step is not None and not self._busy:
-            step = self._step
-            if not self._left or self.machine.should_abandon(step.clock):
-                self._step = None
-                self.node.tell(actions.StepFinished(RUN, *self.at, step.clock, step.cause))
-                return
-            if not self._execute(step, *self._left[0]):
-                return
-            self._left.pop(0)
-            self._awaited = None
-
-    def _execute(self, step: actions.Start, kind: str, *args: Any) -> bool:
-        """Whether the instruction is done; False: try again when something has happened."""
-        who = self.at[0]
-        match kind:
-            case "batch":
-                return step.item.sequence in self.node.batches
-            case "read":
-                if not self.machine.may_read(args[0], step.clock):
-                    return False
-                self._base[args[0]] = self.node.shown[args[0]]
-                self.world.reads.append((args[0], step.clock, self._base[args[0]]))
-            case "task":
-                self._busy = True
-                self.world.link.after(self.world.rng.random() * self.world.speeds[who], self._task_done)
-            case "send":
-                peer = self.world.places.stages[who][args[0]]
-                key = ((who, args[0]), step.clock, args[1])
-                self.world.link.send(self.node.name, peer, lambda: self._put(peer, key))
-            case "recv":
-                if self._awaited is None:
-                    self._awaited = (self.at, step.clock, args[0])
-                    return self.rendezvous.claim(self._awaited, True) is not None
-                return self._awaited == ()
-            case _:
-                self._push(step, *args)
-        return True
-
-    def _put(self, worker: str, key: tuple[Any, ...]) -> None:
-        node = self.world.nodes[worker]
-        if self.world.is_dead(worker):
-            return
-        waiter = node.mailboxes[key[0]].put(key, True)
-        node.mailboxes[key[0]].validate()
-        if waiter:
-            node.executors[key[0]].take(key)
-
-    def take(self, key: tuple[Any, ...]) -> None:
-        assert key == self._awaited
-        self._awaited = ()
-        self.walk()
-
-    def _task_done(self) -> None:
-        self._busy = False
-        if not self.world.is_dead(self.node.name):
-            self.walk()
-
-    def _push(self, step: actions.Start, store: int, part: int) -> None:
-        world, value, steps = self.world, 16**step.item.sequence, 1
-        pushes = self.machine.pushes(store, step.clock)
-        if world.terms.stores[store].every > 1:
-            gathered = self._sums.setdefault((store, part), Accumulator(lambda a, b: a + b))
-            if not pushes:
-                gathered.gather(step.clock, value)
-                return
-            total = gathered.push(step.clock, value)
-            value, steps = total.value, total.steps
-        weight = steps * MICROBATCHES
-        if world.terms.stores[store].collective:
-            world.pushed[store].add((0, step.clock))
-            world.add_up(step, store, part, weight, value)
-            return
-        world.pushed[store].add((step.replica, step.clock))
-        base = self._base[store]
-        contribution = self.node.machine.contribution(step, store, part, base_version=base, weight=weight)
-        for _ in range(1 + (world.rng.random() < world.twice)):
-            for home in contribution.to:
-                world.send(self.node.name, home, contribution.message, (step.replica, step.clock, value))
+def _program(name: str, at: At, terms: Terms) -> StageProgram:
+    """forward, backward, and pushes after the gradient has gone upstream, so that stages drift apart."""
+    (who, stage), last = at, terms.stages - 1
+    mine = [(i, p) for i, s in enumerate(terms.stores) for p, owner in enumerate(s.stages) if owner == stage]
+    up, down, first = 2 * stage - 1, 2 * stage + 1, 2 * stage  # messages: forward 0, 2, …; backward 1, 3, …
+    run = Run(task=0, inputs=(), outputs=())
+    instructions: list[Instruction] = [
+        Feed(slots=(), buffers=()),
+        *([Recv(message=first - 2, buffers=())] if stage else []),
+        *[Read(store=i, leaves=(), buffers=()) for i in dict.fromkeys(i for i, _ in mine)],
+        run,
+        *([Send(message=first, buffers=()), Recv(message=down, buffers=())] if stage < last else []),
+        run,
+        *([Send(message=up, buffers=())] if stage else []),
+        run,
+        *[Push(store=i, part=p, buffers=()) for i, p in mine],
+    ]
+    edges = {first: Edge((who, stage + 1), 0), up: Edge((who, stage - 1), 0)}
+    return StageProgram(name, tuple(instructions), tuple(isinstance(i, Run) / 3 for i in instructions), edges)
 
 
 def make(
@@ -419,9 +292,10 @@ def make(
     stores: list[StoreTerms] = []
     homes: list[tuple[str, ...]] = []
     readers: list[dict[str, tuple[str, ...]]] = []
+    parts: list[tuple[Part, ...]] = []
     for i, p in enumerate(rules):
-        home = i % stages
-        shared = (0, stages - 1) if i % 3 == 2 and stages > 1 else (home,)
+        shared = (0, stages - 1) if i % 3 == 2 and stages > 1 else (i % stages,)
+        home = shared[0]
         need, every = p.quorum.need(replicas), p.every.push
         stores.append(StoreTerms(shared, p.clocked, need, every, p.staleness, p.apply, p.collective))
         owners = range(replicas) if p.collective else [i % replicas if homes_on is None else homes_on]
@@ -430,8 +304,16 @@ def make(
         for name in homes[-1]:
             served = [r for r in range(replicas) if not p.collective or names[r, home] == name]
             readers[-1][name] = tuple(dict.fromkeys(names[r, s] for r in served for s in shared))
+        ranks = {s: tuple(dict.fromkeys(names[r, s] for r in range(replicas))) for s in shared}
+        sums = {s: Reduction(("ring", "doubling", "tree")[i % 3], w, tuple(range(len(w))), 2) for s, w in ranks.items()}
+        payload = (ArraySpec((8,), "float32"),)
+        parts.append(tuple(Part(s, (), payload, reduction=sums[s] if p.collective else None) for s in shared))
     items = items or replicas * 4
     terms = Terms(replicas, stages, MICROBATCHES, tuple(stores), clocks)
     by_stage = tuple(tuple(names[r, s] for s in range(stages)) for r in range(replicas))
+    places = Places(by_stage, tuple(homes), tuple(readers))
+    programs = {at: _program(names[at], at, terms) for at in grid}
+    sizes = Sizes((0,) * len(rules), tuple((32,) * len(p) for p in parts))
+    layout = Layout(terms, places, programs, parts, sizes, [str(i) for i in range(len(rules))])
     work = ledger.Work(replicas, items, item_size=8, total_clocks=clocks, aligned=terms.aligned)
-    return World(terms, Places(by_stage, tuple(homes), tuple(readers)), work, speeds, seed, twice)
+    return World(layout, work, speeds, seed, twice)

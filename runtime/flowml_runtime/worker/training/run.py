@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from flowml_runtime.execution.programs import Array
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.transport.endpoint import Sender
+from flowml_runtime.worker.training.counts import Counts
 from flowml_runtime.worker.training.finite import sentence
 
 Fault = Callable[[int, str, BaseException], None]
@@ -52,14 +52,14 @@ class Run:
     source: dict[int, Array] = field(default_factory=dict[int, Array])
     stopped: bool = False
     counting: threading.Lock = field(default_factory=threading.Lock)
-    """Guards `pushed`, because executors, lanes and groups count the bytes they send."""
-    pushed: Counter[tuple[int, str]] = field(default_factory=Counter[tuple[int, str]])
+    """Guards `counts`, because executors, lanes and groups count the bytes they send."""
 
     def __post_init__(self) -> None:
         if self.plan.training is None:
             raise FlowmlError(f"plan {self.plan.name!r} is not a training plan")
         self.training: Training = self.plan.training
         self.terms = Terms.of(self.training, self.start.total_clocks)
+        self.counts = Counts(len(self.training.stores))
 
     @property
     def number(self) -> int:
@@ -115,27 +115,20 @@ class Run:
 
     def count_push(self, store: int, part: int, nbytes: int, destination: str) -> None:
         with self.counting:
-            self.pushed[store, "count"] += part == 0  # a contribution counts once, however many parts it has
-            self.pushed[store, "bytes"] += nbytes
-            if destination != self.me:
-                self.pushed[store, "wire"] += nbytes
+            self.counts.push(store, part, nbytes, crosses=destination != self.me)
 
     def count_crossing(self, store: int, nbytes: int) -> None:
         """Count the bytes sent to other workers to add up a push, which is counted already."""
         with self.counting:
-            self.pushed[store, "wire"] += nbytes
+            self.counts.crossing(store, nbytes)
 
     def count_publish(self, store: int, nbytes: int, destination: str) -> None:
         if destination != self.me:
             with self.counting:
-                self.pushed[store, "published"] += nbytes
+                self.counts.publish(store, nbytes)
 
     def traffic(self, cause: int) -> wire.Traffic:
-        kinds = ("count", "bytes", "wire", "published")
         with self.counting:
-            rows = tuple(
-                (i, *(self.pushed[i, k] for k in kinds))  # pyright: ignore[reportArgumentType]
-                for i in range(len(self.training.stores))
-            )
+            rows = self.counts.rows()
         ids: dict[str, Any] = {"plan_id": self.plan_id, "run": self.number, "cause": cause}
-        return wire.Traffic(**ids, worker=self.me, stores=rows)  # pyright: ignore[reportArgumentType]
+        return wire.Traffic(**ids, worker=self.me, stores=rows)

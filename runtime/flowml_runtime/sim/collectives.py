@@ -1,0 +1,232 @@
+"""Adds up gradients over replicas in virtual time, as `worker.training.reductions` does between real workers.
+
+Chunks of a sum travel as the schedule's own machine (`protocol.collective`) says. For many workers, and without
+arithmetic, that is too many messages: then every worker has the sum at the time that the schedule takes on idle links
+after the last one has brought its part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from flowml.plan import Part
+from flowml.policy.topology import sent_bytes
+from flowml.sim import NetworkModel
+from flowml_runtime import wire
+from flowml_runtime.protocol import collective
+from flowml_runtime.protocol.training.actions import Start
+from flowml_runtime.sim.network import KINDS
+from flowml_runtime.sim.values import Chunk, Flight, Value
+
+if TYPE_CHECKING:
+    from flowml_runtime.sim.world import World
+
+MOST_MESSAGES = 4096
+"""The most messages of one sum that are simulated one by one."""
+
+_SUMMED = 3
+
+Key = tuple[int, int, int]
+"""(store, part, clock)"""
+
+
+class Machine:
+    """A flight without values."""
+
+    def __init__(self, schedule: collective.Schedule, rank: int, nbytes: int, name: str) -> None:
+        self._layout = collective.Layout.of(nbytes, 1, schedule.chunks)
+        self._machine = collective.AllReduce(schedule, rank, self._layout.pieces, name)
+
+    @property
+    def done(self) -> bool:
+        return self._machine.done
+
+    def started(self) -> list[Chunk]:
+        return self._chunks(self._machine.step(collective.Started()))
+
+    def received(self, peer: int, chunk: Chunk) -> list[Chunk]:
+        action = chunk.action
+        return self._chunks(self._machine.step(collective.Received(peer, action.piece, action.take, None)))
+
+    def total(self) -> Value:
+        return None
+
+    def _chunks(self, actions: Sequence[collective.Action]) -> list[Chunk]:
+        found: list[Chunk] = []
+        for action in actions:
+            if isinstance(action, collective.SendChunk):
+                first, end = self._layout.span(action.piece, action.chunk)
+                found.append(Chunk(action.peer, action, None, end - first))
+        return found
+
+
+@dataclass
+class _Sum:
+    """One all-reduce. `given` are the pushes of each worker's replicas that have arrived."""
+
+    workers: tuple[str, ...]
+    schedule: collective.Schedule
+    nbytes: int
+    weight: int = 0
+    given: dict[str, dict[int, Value]] = field(default_factory=dict[str, dict[int, Value]])
+    causes: dict[str, int] = field(default_factory=dict[str, int])
+    flights: dict[str, Flight] = field(default_factory=dict[str, Flight])
+    early: dict[str, list[tuple[int, Chunk]]] = field(default_factory=dict[str, list[tuple[int, Chunk]]])
+    there: int = 0
+    """The number of workers whose replicas have all pushed."""
+    finished: set[str] = field(default_factory=set[str])
+
+    def values(self) -> list[Value]:
+        """The pushes of all replicas: the workers in the order of ranks, and the replicas of each in order."""
+        return [self.given[w][r] for w in self.workers for r in sorted(self.given[w])]
+
+
+class Collectives:
+    """The sums of one run."""
+
+    def __init__(self, world: World, parts: Sequence[Sequence[Part]]) -> None:
+        self._world = world
+        self._parts = parts
+        self._sums: dict[Key, _Sum] = {}
+        self._replicas: dict[tuple[int, str], int] = {}
+        """(stage, worker) -> the number of replicas whose stage runs there."""
+        for stages in world.places.stages:
+            for stage, worker in enumerate(stages):
+                self._replicas[stage, worker] = self._replicas.get((stage, worker), 0) + 1
+
+    def push(self, worker: str, start: Start, store: int, part: int, weight: int, value: Value) -> None:
+        """A replica on `worker` has pushed its part. The last one there starts the sum on this worker."""
+        key = (store, part, start.clock)
+        sum_ = self._sums.get(key) or self._open(key)
+        mine = sum_.given.setdefault(worker, {})
+        mine[start.replica] = value
+        sum_.weight, sum_.causes[worker] = weight, start.cause
+        nbytes = self._world.sizes.parts[store][part]
+        self._world.nodes[worker].counts.push(store, part, nbytes, crosses=False)
+        if len(mine) < self._replicas[self._parts[store][part].stage, worker]:
+            return
+        sum_.there += 1
+        if len(sum_.workers) == 1 or self._is_simple(sum_):
+            if sum_.there == len(sum_.workers):
+                self._in_closed_form(key, sum_)
+            return
+        values = [mine[r] for r in sorted(mine)]
+        rank, name = sum_.workers.index(worker), f"part {part} of store {store} at clock {start.clock}"
+        flight = self._world.values.flight(sum_.schedule, rank, values) or Machine(sum_.schedule, rank, nbytes, name)
+        sum_.flights[worker] = flight
+        self._send(key, sum_, worker, flight.started())
+        for peer, chunk in sum_.early.pop(worker, ()):
+            self._take(key, sum_, worker, peer, chunk)
+        self._look(key, sum_, worker)
+
+    def _open(self, key: Key) -> _Sum:
+        store, part, _ = key
+        reduction = self._parts[store][part].reduction
+        assert reduction is not None
+        schedule = collective.named(reduction.schedule, reduction.hosts, reduction.fanout)
+        found = self._sums[key] = _Sum(reduction.workers, schedule, self._world.sizes.parts[store][part])
+        return found
+
+    def _is_simple(self, sum_: _Sum) -> bool:
+        ranks, chunks = len(sum_.workers), sum_.schedule.chunks
+        messages = ranks * (2 * ranks if sum_.schedule.name in ("ring", "direct") else 2 * math.log2(ranks) + chunks)
+        return not self._world.values.computes and messages > MOST_MESSAGES
+
+    def _in_closed_form(self, key: Key, sum_: _Sum) -> None:
+        world, ranks = self._world, len(sum_.workers)
+        crossing = 0
+        if ranks > 1:
+            crossing = round(sent_bytes(sum_.schedule.name, sum_.nbytes, ranks))
+        seconds = idle_seconds(sum_.schedule, [world.nodes[w].number for w in sum_.workers], sum_.nbytes, world.network)
+        total = world.values.total(sum_.values())
+        del self._sums[key]
+        for worker in sum_.workers:
+            world.nodes[worker].counts.crossing(key[0], crossing)
+            label = world.nodes[worker].number * KINDS + _SUMMED
+            world.clock.after(seconds, label, self._give, key, sum_, worker, total)
+
+    def _send(self, key: Key, sum_: _Sum, worker: str, chunks: Sequence[Chunk]) -> None:
+        rank = sum_.workers.index(worker)
+        for chunk in chunks:
+            to = sum_.workers[chunk.peer]
+            self._world.nodes[worker].counts.crossing(key[0], chunk.nbytes)
+            self._world.wires.send(worker, to, chunk.nbytes, self._receive, key, chunk, sum_, to, rank)
+
+    def _receive(self, key: Key, chunk: Chunk, sum_: _Sum, worker: str, peer: int) -> None:
+        if not self._world.nodes[worker].lives:
+            return
+        if worker not in sum_.flights:
+            sum_.early.setdefault(worker, []).append((peer, chunk))
+            return
+        self._take(key, sum_, worker, peer, chunk)
+        self._look(key, sum_, worker)
+
+    def _take(self, key: Key, sum_: _Sum, worker: str, peer: int, chunk: Chunk) -> None:
+        self._send(key, sum_, worker, sum_.flights[worker].received(peer, chunk))
+
+    def _look(self, key: Key, sum_: _Sum, worker: str) -> None:
+        """Give the homes of a worker the sum, if it is complete there."""
+        flight = sum_.flights[worker]
+        if not flight.done or worker in sum_.finished:
+            return
+        sum_.finished.add(worker)
+        if len(sum_.finished) == len(sum_.workers):
+            del self._sums[key]
+        total = flight.total()
+        self._give(key, sum_, worker, self._world.values.total(sum_.values()) if total is None else total)
+
+    def _give(self, key: Key, sum_: _Sum, worker: str, total: Value) -> None:
+        store, part, clock = key
+        world = self._world
+        node = world.nodes[worker]
+        own = sum_.given[worker]
+        message: Any = wire.Contribution(
+            **node.ids,
+            cause=sum_.causes[worker],
+            store=store,
+            part=part,
+            replica=0,
+            incarnation=0,
+            clock=clock,
+            base_version=0,  # a sum is never stale
+            weight=sum_.weight * world.terms.replicas,
+        )
+        message, value = world.checked_sum(node, message, total, own)
+        at, home = world.terms.stores[store].stages[part], world.terms.stores[store].stages[0]
+        homes = dict.fromkeys(stages[home] for stages in world.places.stages if stages[at] == worker)
+        for to in homes:
+            world.send(worker, to, message, value)
+
+
+def idle_seconds(schedule: collective.Schedule, ranks: Sequence[int], nbytes: int, network: NetworkModel) -> float:
+    """How long a sum takes on idle links after the last rank has begun, for workers with these numbers.
+
+    All rounds take as long as one over the slowest link from a rank to the next.
+    """
+    count = len(ranks)
+    if count == 1:
+        return 0.0
+    pairs = list(zip(ranks, (*ranks[1:], ranks[0]), strict=True))
+    latency = max(network.link(a, b).latency_s for a, b in pairs)
+    rate = min(network.link(a, b).bytes_per_s for a, b in pairs)
+    shared = min((s.bytes_per_s for a, b in pairs for s in network.shared(a, b)), default=math.inf)
+
+    def rounds(number: int, each: float, at_once: int = 1) -> float:
+        """`number` rounds, in each of which a rank sends `each` bytes to every one of `at_once` others."""
+        return number * (latency + max(each / rate, at_once * each / shared))
+
+    match schedule.name:
+        case "doubling":
+            extra = 2 if count & (count - 1) else 0
+            return rounds(count.bit_length() - 1 + extra, nbytes)
+        case "direct":
+            return rounds(2, nbytes / count, count - 1)
+        case "tree":
+            fanout = max(len(step.peers) for step in schedule.steps(0) if isinstance(step, collective.Take))
+            depth = math.ceil(math.log(count * (fanout - 1) + 1, fanout)) - 1 if fanout > 1 else count - 1
+            return rounds(2 * depth, nbytes, fanout)
+        case _:
+            return rounds(2 * (count - 1), nbytes / count)

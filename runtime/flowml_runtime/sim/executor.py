@@ -1,0 +1,222 @@
+"""Runs the steps of one stage of one replica in virtual time, as a `StageRunner` does with a thread.
+
+It walks the instructions of the plan. A task takes its share of the compute time of the step; all else takes no time
+here. The step waits where a value is missing, and goes on when something has happened on its worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from flowml.plan import Feed, Fetch, Free, Push, Read, Recv, Run, Send
+from flowml_runtime import wire
+from flowml_runtime.protocol.rendezvous import Cancelled
+from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
+from flowml_runtime.protocol.training.actions import Start, StepFinished
+from flowml_runtime.sim.network import DRIVER, KINDS
+from flowml_runtime.sim.program import At, StageProgram
+from flowml_runtime.sim.values import Value
+
+if TYPE_CHECKING:
+    from flowml_runtime.sim.node import Node
+
+_TASK = 2
+"""The kind of the event that a task is done; see `network.KINDS`."""
+
+
+class Executor:
+    """The steps of one stage. Its node calls `walk` when something has happened that the step may wait for."""
+
+    def __init__(self, node: Node, at: At, program: StageProgram) -> None:
+        self.at = at
+        self.waits = False
+        """Whether a step is under way that waits for something on its worker."""
+        self._node = node
+        self._world = node.world
+        self._program = program
+        self._machine = node.machine.stage(at)
+        self._label = node.number * KINDS + _TASK
+        self._gathered: dict[tuple[int, int], Accumulator[Value]] = {}
+        self._step: Start | None = None
+        self._position = 0
+        self._state: Any = None
+        self._seconds = 0.0
+        self._began = 0.0
+        self._computes = False
+        self._given: list[Value] | None = None
+        """What the Recv at this position waits for: empty until it is here."""
+        self._versions: dict[int, int] = {}
+        """Store -> the version that this step has read."""
+        self._abandoned = False
+
+    def start(self, step: Start) -> None:
+        """Begin a step. The next `walk` runs it."""
+        world = self._world
+        self._node.mailbox.advance(self.at, self._number(step))
+        self._step, self._position, self._given, self._abandoned = step, 0, None, False
+        self._seconds = world.seconds(self._node.number, step.clock)
+        self._state = world.values.begin(self.at, step)
+        self._began = world.clock.now
+        self.waits = True
+
+    def abandon(self, clock: int) -> None:
+        """Leave the step of `clock` at the next task boundary, and drop values that still arrive for it."""
+        self._node.mailbox.cancel_step(self.at, self._node.start.run + clock)
+        self._abandoned = True
+
+    def settle(self, clock: int, *, counts: bool) -> None:
+        for gathered in self._gathered.values():
+            (gathered.adopt if counts else gathered.discard)(clock)
+
+    def walk(self) -> None:
+        """Go on until the step is over, a task takes time, or something is missing."""
+        instructions = self._program.instructions
+        if self._position == 0 and self._lacks_batch():
+            return
+        while (step := self._step) is not None and not self._computes:
+            if self._position == len(instructions) or self._is_over(step):
+                self._finish(step)
+                return
+            instruction = instructions[self._position]
+            if not self._DO[type(instruction)](self, step, instruction):
+                return
+            self._position += 1
+
+    def _lacks_batch(self) -> bool:
+        node, step = self._node, self._step
+        return step is not None and node.start.source == "fed" and step.item.sequence not in node.batches
+
+    def _number(self, step: Start) -> int:
+        """The number of a step in the mailbox. It is unique over all fits of the plan."""
+        return self._node.start.run + step.clock
+
+    def _is_over(self, step: Start) -> bool:
+        return self._abandoned and self._machine.should_abandon(step.clock)
+
+    def _finish(self, step: Start) -> None:
+        self._step, self.waits = None, False
+        self._node.batches.discard(step.item.sequence)
+        if self._position == len(self._program.instructions):
+            self._report(step)
+        self._node.tell(StepFinished(self._node.start.run, step.replica, step.stage, step.clock, step.cause))
+
+    def _report(self, step: Start) -> None:
+        world = self._world
+        report = world.values.report(self._state)
+        if report is None:
+            return
+        slots, arrays = report
+        message = wire.Report(
+            **self._node.ids,
+            cause=step.cause,
+            replica=step.replica,
+            clock=step.clock,
+            item=step.item,
+            slots=slots,
+            seconds=world.clock.now - self._began,
+        )
+        self._node.send(DRIVER, message, arrays)
+
+    # The instructions. Each returns whether it is done; if not, it is tried again when something has happened.
+
+    def _read(self, step: Start, read: Read) -> bool:
+        if not self._machine.may_read(read.store, step.clock):
+            return False
+        shown = self._node.shown[read.store]
+        self._versions[read.store] = shown[0]
+        return self._perform(shown)
+
+    def _recv(self, step: Start, recv: Recv) -> bool:
+        given = self._given
+        if given is None:
+            self._given = given = []
+            key = (self.at, self._number(step), recv.message, recv.microbatch)
+            try:
+                there = self._node.mailbox.claim(key, given)
+            except Cancelled:
+                return False
+            if there is not None:
+                given.extend(there)
+        if not given:
+            return False
+        self._given = None
+        return self._perform(given[0])
+
+    def _run(self, step: Start, run: Run) -> bool:
+        world, program = self._world, self._program
+        seconds = self._seconds * program.shares[self._position] + world.delay(self._node.name) / program.runs
+        self._computes, self.waits = True, False
+        world.clock.after(seconds, self._label, self._computed)
+        return False
+
+    def _computed(self) -> None:
+        self._computes = False
+        step = self._step
+        if step is None or not self._node.lives:
+            return
+        self.waits = True
+        if not self._is_over(step):
+            self._perform(None)
+            self._position += 1
+        self.walk()
+
+    def _send(self, step: Start, send: Send) -> bool:
+        value = self._world.values.perform(self._state, self._position, None)
+        edge = self._program.edges[send.message]
+        key = (edge.to, self._number(step), send.message, send.microbatch)
+        self._world.send_edge(self._node.name, edge, key, value)
+        return True
+
+    def _push(self, step: Start, push: Push) -> bool:
+        world, node = self._world, self._node
+        store, part = push.store, push.part
+        own = world.values.perform(self._state, self._position, None)
+        total = self._gather(step, store, part, own)
+        if total is None:
+            return True
+        weight = total.steps * world.terms.microbatches
+        if world.terms.stores[store].collective:
+            world.collectives.push(node.name, step, store, part, weight, total.value)
+            return True
+        nbytes = world.sizes.parts[store][part]
+        base = self._versions.get(store, 0)
+        sent = node.machine.contribution(step, store, part, base_version=base, weight=weight)
+        node.counts.push(store, part, nbytes, crosses=sent.to[0] != node.name)
+        message, value = world.checked(node, sent.message, part, total.value)
+        for home in sent.to:
+            node.send(home, message, value, nbytes if value is not None else 0)
+        return True
+
+    def _gather(self, step: Start, store: int, part: int, own: Value) -> Sum[Value] | None:
+        """What the step pushes; None if it does not push, and leaves its gradient here."""
+        pushes = self._machine.pushes(store, step.clock)
+        if self._world.terms.stores[store].every == 1:
+            return Sum(own, 1) if pushes else None
+        gathered = self._gathered.get((store, part))
+        if gathered is None:
+            add = partial(self._world.values.add, self.at, store, part)
+            gathered = self._gathered[store, part] = Accumulator(add)
+        if pushes:
+            return gathered.push(step.clock, own)
+        gathered.gather(step.clock, own)
+        return None
+
+    def _perform(self, given: Any) -> bool:
+        self._world.values.perform(self._state, self._position, given)
+        return True
+
+    def _keep(self, step: Start, instruction: Feed | Fetch | Free) -> bool:
+        return self._perform(None)
+
+    _DO: ClassVar[dict[type, Callable[[Executor, Start, Any], bool]]] = {
+        Feed: _keep,
+        Read: _read,
+        Recv: _recv,
+        Run: _run,
+        Send: _send,
+        Push: _push,
+        Fetch: _keep,
+        Free: _keep,
+    }

@@ -1,0 +1,157 @@
+"""Carries messages in virtual time over the links of a network model.
+
+* A message without arrays takes the latency of its link and no bandwidth, because headers are small.
+* A message with arrays takes latency + bytes / rate on an idle link. The link of a pair, and whatever it shares with
+  other links (the uplink of a sender, the line between two sites), sends one message after the other. The downlink of a
+  receiver takes in one after the other, in the order in which they begin to arrive (incast).
+* Messages from one worker to another arrive in the order of sending, as on one connection.
+* Messages to oneself take no time. Messages to and from the driver take latency only: the driver stands for what each
+  worker has at hand, the data and the table of work items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from flowml.sim import NetworkModel
+from flowml_runtime.sim.heap import Act, Clock
+
+DRIVER = "driver"
+_DOWN = "down"
+"""The first word of the names of what a receiver shares, in a network model."""
+
+KINDS = 8
+"""A label is `KINDS` times the number of a worker, plus the kind of an event there."""
+_DELIVER, _LAND = 0, 1
+
+
+class Tamper(Protocol):
+    """Changes what the network does to a message, for simulated faults."""
+
+    def delays(self, source: str, to: str, message: object) -> tuple[float, ...]:
+        """The additional delay of each copy of the message that arrives: (0.0,) is none, () loses the message."""
+        ...
+
+
+class _Queue:
+    """A shared link. It is free from `free` on."""
+
+    __slots__ = ("free", "rate")
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self.free = 0.0
+
+
+class _Path:
+    """The link from one worker to another. `last` is the arrival of its last message, as far as it is known."""
+
+    __slots__ = ("down", "first", "followers", "last", "latency", "number", "own", "rate", "up")
+
+    def __init__(self, number: int, latency: float, own: _Queue, up: tuple[_Queue, ...], down: tuple[_Queue, ...]):
+        self.number = number
+        self.latency = latency
+        self.own = own
+        self.up = up
+        self.down = down
+        self.rate = min(q.rate for q in (own, *up, *down))
+        self.last = 0.0
+        self.first = 0.0
+        """When the last message begins to arrive, if the receiver's downlink decides when it has arrived."""
+        self.followers: list[tuple[float, Act, tuple[Any, ...]]] | None = None
+        """The messages after one whose arrival is not known yet, because the receiver's downlink decides it."""
+
+
+class Wires:
+    """All messages under way."""
+
+    def __init__(
+        self, clock: Clock, model: NetworkModel, numbers: Mapping[str, int], tamper: Tamper | None = None
+    ) -> None:
+        """`numbers` are those of the workers, by name."""
+        self._clock = clock
+        self._model = model
+        self._numbers = {DRIVER: -1, **numbers}
+        self._tamper = tamper
+        self._paths: dict[tuple[str, str], _Path] = {}
+        self._queues: dict[tuple[str | int, ...], _Queue] = {}
+
+    def send(self, source: str, to: str, nbytes: int, act: Act, *args: Any) -> float:
+        """Call `act(*args)` when a message arrives. Returns the time at which its sender begins to send it.
+
+        The second of `args` is the message.
+        """
+        path = self._paths.get((source, to)) or self._path(source, to)
+        if self._tamper is None or source == to:
+            return self._send(path, nbytes, 0.0, act, args)
+        begins = self._clock.now
+        for delay in self._tamper.delays(source, to, args[1]):
+            begins = self._send(path, nbytes, delay, act, args)
+        return begins
+
+    def _path(self, source: str, to: str) -> _Path:
+        a, b = self._numbers[source], self._numbers[to]
+        link = self._model.link(a, b)
+        own = _Queue(link.bytes_per_s)
+        up: tuple[_Queue, ...] = ()
+        down: tuple[_Queue, ...] = ()
+        if DRIVER in (source, to):
+            own.rate = float("inf")
+        elif a != b:
+            for shared in self._model.shared(a, b):
+                queue = self._queues.setdefault(shared.name, _Queue(shared.bytes_per_s))
+                if shared.name[0] == _DOWN:
+                    down = (*down, queue)
+                else:
+                    up = (*up, queue)
+        path = self._paths[source, to] = _Path(b, link.latency_s if a != b else 0.0, own, up, down)
+        return path
+
+    def _send(self, path: _Path, nbytes: int, delay: float, act: Act, args: tuple[Any, ...]) -> float:
+        now = begins = self._clock.now
+        arrives = now + path.latency + delay
+        if nbytes:
+            begins = max(now, path.own.free, *(q.free for q in path.up)) if path.up else max(now, path.own.free)
+            for queue in (path.own, *path.up):
+                queue.free = begins + nbytes / queue.rate
+            arrives = begins + path.latency + delay
+            if path.down:
+                self._begin_to_arrive(path, arrives, nbytes, act, args)
+                return begins
+            arrives += nbytes / path.rate
+        if path.followers is None:
+            self._deliver(path, arrives, act, args)
+        else:
+            path.followers.append((arrives, act, args))
+        return begins
+
+    def _begin_to_arrive(self, path: _Path, when: float, nbytes: int, act: Act, args: tuple[Any, ...]) -> None:
+        followers: list[tuple[float, Act, tuple[Any, ...]]] = []
+        path.followers = followers
+        path.first = max(when, path.first)
+        self._clock.at(path.first, path.number * KINDS + _LAND, self._land, path, nbytes, followers, act, args)
+
+    def _land(
+        self,
+        path: _Path,
+        nbytes: int,
+        followers: list[tuple[float, Act, tuple[Any, ...]]],
+        act: Act,
+        args: tuple[Any, ...],
+    ) -> None:
+        """The first byte of a message has arrived."""
+        begins = max(self._clock.now, *(q.free for q in path.down))
+        for queue in path.down:
+            queue.free = begins + nbytes / queue.rate
+        self._deliver(path, begins + nbytes / path.rate, act, args)
+        for when, then, given in followers:
+            self._deliver(path, when, then, given)
+        if path.followers is followers:
+            path.followers = None
+
+    def _deliver(self, path: _Path, when: float, act: Act, args: tuple[Any, ...]) -> None:
+        if when < path.last:
+            when = path.last
+        path.last = when
+        self._clock.at(when, path.number * KINDS + _DELIVER, act, *args)

@@ -1,0 +1,204 @@
+"""A worker in a simulation: carries out the actions of its machine, as `worker.training.host` does with threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+
+from flowml_runtime import wire
+from flowml_runtime.protocol.rendezvous import Rendezvous
+from flowml_runtime.protocol.training import actions as protocol
+from flowml_runtime.protocol.training.worker import TrainingWorker
+from flowml_runtime.sim.executor import Executor
+from flowml_runtime.sim.network import DRIVER
+from flowml_runtime.sim.program import At
+from flowml_runtime.sim.values import Value
+from flowml_runtime.worker.training.counts import Counts
+
+if TYPE_CHECKING:
+    from flowml_runtime.sim.world import World
+
+
+class _Ids(TypedDict):
+    plan_id: str
+    run: int
+
+
+NEVER = wire.StartTraining(plan_id="none", run=0, total_clocks=0, seed=0, shuffle=False, examples=0, source="shipped")
+"""What a worker has that no run has begun on."""
+
+
+class _News:
+    """A version of a store on its way to a reader. Until it is sent, a newer one may replace it."""
+
+    __slots__ = ("begins", "message", "value")
+
+    def __init__(self, message: wire.Published, value: Value) -> None:
+        self.message = message
+        self.value = value
+        self.begins = 0.0
+
+
+class Node:
+    """One worker. It lives until a fault ends it."""
+
+    def __init__(self, world: World, name: str, number: int) -> None:
+        self.world = world
+        self.name = name
+        self.number = number
+        self.lives = True
+        self.machine = TrainingWorker(name, DRIVER, world.terms.lasting(0), world.places)
+        self.mailbox: Rendezvous[list[Value], list[Value]] = Rendezvous()
+        self.ids: _Ids = {"plan_id": "", "run": 0}
+        self.start = NEVER
+        self.shown: dict[int, tuple[int, Value]] = {}
+        """Store -> (version, value) as read here."""
+        self.batches: set[int] = set()
+        """The work items whose data are here, if the driver feeds them."""
+        self.payloads: dict[int, Value] = {}
+        """The values of the machine's handles."""
+        self.stages: dict[At, Executor] = {}
+        self.counts = Counts(0)
+        self._handles = count(1)
+        self._news: dict[tuple[str, int], _News] = {}
+        """(reader, store) -> the version that is sent next, or was sent last."""
+
+    def receive(self, peer: str, message: Any, value: Value) -> None:
+        """A message has arrived. `value` stands for its arrays; None if it has none."""
+        if not self.lives:
+            return
+        handle = None
+        if value is not None:
+            handle = next(self._handles)
+            self.payloads[handle] = value
+        self.tell(protocol.Received(peer, message, handle))
+
+    def receive_news(self, peer: str, news: _News) -> None:
+        self.receive(peer, news.message, news.value)
+
+    def receive_edge(self, key: tuple[Any, ...], value: Value) -> None:
+        """A value from another stage has arrived."""
+        if self.lives:
+            waiter = self.mailbox.put(key, [value])
+            if waiter is not None:
+                waiter.append(value)
+                self._walk()
+
+    def tell(self, event: protocol.Event) -> None:
+        if not self.lives:
+            return
+        for action in self.machine.step(event):
+            self._ACT[type(action)](self, action)
+        self.world.stepped(self)
+        self._walk()
+
+    def send(self, to: str, message: wire.Wire, value: Value = None, nbytes: int = 0) -> None:
+        self.world.send(self.name, to, message, value, nbytes)
+
+    def _walk(self) -> None:
+        for stage in list(self.stages.values()):
+            if stage.waits:
+                stage.walk()
+
+    # The actions.
+
+    def _open(self, action: protocol.Open) -> None:
+        self.start = action.start
+        self.ids = {"plan_id": action.start.plan_id, "run": action.start.run}
+        places, programs = self.world.places, self.world.programs
+        self.counts = Counts(len(self.world.terms.stores))
+        self.shown.clear()
+        self._news.clear()
+        self.batches.clear()
+        self.stages = {at: Executor(self, at, programs[at]) for at in places.stages_on(self.name)}
+        for at in self.stages:
+            self.mailbox.advance(at, action.start.run)
+
+    def _close(self, action: protocol.Close) -> None:
+        self.stages = {}
+
+    def _send(self, action: protocol.Send) -> None:
+        for to in action.to:
+            self.world.send(self.name, to, action.message)
+
+    def _start(self, action: protocol.Start) -> None:
+        self.stages[action.replica, action.stage].start(action)
+
+    def _abandon(self, action: protocol.Abandon) -> None:
+        self.stages[action.replica, action.stage].abandon(action.clock)
+
+    def _count(self, action: protocol.Count) -> None:
+        self.stages[action.replica, action.stage].settle(action.clock, counts=action.counts)
+
+    def _show(self, action: protocol.Show) -> None:
+        self.shown[action.store] = action.version, self.payloads.pop(action.handle)
+
+    def _load(self, action: protocol.Load) -> None:
+        self.world.values.load(self.name, action.store, self.payloads.pop(action.handle))
+
+    def _apply(self, action: protocol.Apply) -> None:
+        pop = self.payloads.pop
+        given = [([pop(h) for h in handles], factor) for handles, factor in action.contributions]
+        self.world.values.apply(self.name, action.store, action.version, given)
+
+    def _publish(self, action: protocol.Publish) -> None:
+        """Send a version to its readers. As at a real home, a newer one replaces what a reader has not been sent."""
+        world, store, value = self.world, action.store, None
+        message = wire.Published(
+            **self.ids, cause=action.cause, store=store, version=action.version, floor=action.floor
+        )
+        nbytes = 0
+        if action.value:
+            value, nbytes = world.values.current(self.name, store), world.sizes.stores[store]
+        for reader in action.to:
+            waiting = self._news.get((reader, store))
+            if waiting is not None and waiting.begins > world.clock.now:
+                waiting.message = message
+                waiting.value = waiting.value if value is None else value
+                continue
+            news = _News(message, value)
+            news.begins = world.send_news(self, reader, news, nbytes)
+            if nbytes and reader != self.name:
+                self._news[reader, store] = news
+                self.counts.publish(store, nbytes)
+
+    def _return(self, action: protocol.Return) -> None:
+        world = self.world
+        self._tell_traffic(action)
+        message = wire.StoreValue(**self.ids, cause=action.cause, store=action.store, version=action.version)
+        self.send(DRIVER, message, world.values.final(self.name, action.store) if action.value else None)
+
+    def _tell_traffic(self, action: protocol.TellTraffic | protocol.Return) -> None:
+        rows = self.counts.rows()
+        self.send(DRIVER, wire.Traffic(**self.ids, cause=action.cause, worker=self.name, stores=rows))
+
+    def _hand(self, action: protocol.Hand) -> None:
+        value = None if action.handle is None else self.payloads.pop(action.handle)
+        if isinstance(action.message, wire.Batch):
+            self.batches.add(action.message.sequence)
+        self.world.values.hand(self.name, action.message, value)
+
+    def _fail(self, action: protocol.Fail) -> None:
+        self.world.fail(self, action.run, action.error)
+
+    def _release(self, action: protocol.Release) -> None:
+        self.payloads.pop(action.handle, None)
+
+    _ACT: ClassVar[dict[type, Callable[[Node, Any], None]]] = {
+        protocol.Open: _open,
+        protocol.Close: _close,
+        protocol.Send: _send,
+        protocol.Start: _start,
+        protocol.Abandon: _abandon,
+        protocol.Count: _count,
+        protocol.Show: _show,
+        protocol.Load: _load,
+        protocol.Apply: _apply,
+        protocol.Publish: _publish,
+        protocol.Return: _return,
+        protocol.TellTraffic: _tell_traffic,
+        protocol.Hand: _hand,
+        protocol.Fail: _fail,
+        protocol.Release: _release,
+    }

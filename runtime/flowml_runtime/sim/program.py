@@ -1,0 +1,79 @@
+"""The program of a stage as the simulator runs it: the plan's instructions, and the share of time of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flowml.plan import Instruction, Plan, Run, Send, Training
+
+At = tuple[int, int]
+"""(replica, stage)"""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A message of the plan: the stage that receives it, and its bytes."""
+
+    to: At
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class StageProgram:
+    """The instructions of one stage. `shares` has for each instruction its share of the compute time of a step."""
+
+    device: str
+    instructions: tuple[Instruction, ...]
+    shares: tuple[float, ...]
+    edges: Mapping[int, Edge]
+
+    @property
+    def runs(self) -> int:
+        """The number of tasks."""
+        return sum(isinstance(i, Run) for i in self.instructions)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The bytes of each store's value, and of each part of a contribution to it."""
+
+    stores: tuple[int, ...]
+    parts: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(training: Training) -> Sizes:
+        return Sizes(
+            tuple(s.nbytes for s in training.stores), tuple(tuple(p.nbytes for p in s.parts) for s in training.stores)
+        )
+
+
+def programs(plan: Plan, training: Training) -> dict[At, StageProgram]:
+    """The programs of all stages of a plan.
+
+    The compute time of a step is that of all tasks of a replica, over all of its stages, in proportion to the plan's
+    estimates.
+    """
+    at = {device: (r, s) for r, devices in enumerate(training.replicas) for s, device in enumerate(devices)}
+    own = {p.device: p for p in plan.programs}
+    edges = {n: Edge(at[m.destination], m.nbytes) for n, m in enumerate(plan.messages)}
+    found: dict[At, StageProgram] = {}
+    shares: dict[int, tuple[float, ...]] = {}
+    for devices in training.replicas:
+        for stage, device in enumerate(devices):
+            instructions = own[device].instructions
+            if stage not in shares:
+                shares |= _shares(plan, [own[d].instructions for d in devices])
+            sent = {i.message: edges[i.message] for i in instructions if isinstance(i, Send)}
+            found[at[device]] = StageProgram(device, instructions, shares[stage], sent)
+    return found
+
+
+def _shares(plan: Plan, stages: Sequence[Sequence[Instruction]]) -> dict[int, tuple[float, ...]]:
+    """For each stage of a replica, the share of each instruction; all of them together are 1."""
+    seconds = [[plan.tasks[i.task].seconds if isinstance(i, Run) else 0.0 for i in stage] for stage in stages]
+    total = sum(map(sum, seconds))
+    if total <= 0:  # no estimate: all tasks take the same time
+        seconds = [[float(isinstance(i, Run)) for i in stage] for stage in stages]
+        total = sum(map(sum, seconds))
+    return {s: tuple(x / total for x in row) for s, row in enumerate(seconds)}

@@ -1,0 +1,159 @@
+"""What arrays are in a simulation: nothing at all, real ones (`arithmetic`), or what a test counts with.
+
+The simulator passes values along with messages and never looks at them. `Values` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flowml_runtime import wire
+from flowml_runtime.protocol.collective import Schedule, SendChunk
+from flowml_runtime.protocol.training.actions import Start
+from flowml_runtime.sim.program import At
+
+Value = Any
+"""The arrays of one message. None stands for a message without arrays."""
+
+Report = tuple[tuple[int, ...], Sequence[Any]]
+"""The fetch slots of a step and their arrays."""
+
+
+class Flight(Protocol):
+    """One rank's part of a sum. It runs the schedule's machine on values."""
+
+    @property
+    def done(self) -> bool: ...
+
+    def started(self) -> Sequence[Chunk]:
+        """This rank's own values are there. Returns what to send."""
+        ...
+
+    def received(self, peer: int, chunk: Chunk) -> Sequence[Chunk]:
+        """A chunk has arrived from rank `peer`."""
+        ...
+
+    def total(self) -> Value:
+        """The sum, with the same bits on every rank. None if the flight has no values."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk for rank `peer`: `action` says which, and `value` holds its elements."""
+
+    peer: int
+    action: SendChunk
+    value: Any
+    nbytes: int
+
+
+class Values(Protocol):
+    """Computes the values of a run. `state` is what `begin` returned for a step of a stage."""
+
+    computes: bool
+    """Whether there are values at all."""
+
+    def begin(self, at: At, start: Start) -> Any:
+        """The state of a step that begins."""
+        ...
+
+    def perform(self, state: Any, position: int, given: Any) -> Value:
+        """Carry out the instruction at `position`. Returns what a Send or a Push sends.
+
+        `given` is the value that a Recv takes, or the (version, value) that a Read reads, else None.
+        """
+        ...
+
+    def report(self, state: Any) -> Report | None:
+        """What a step reports to the driver at its end."""
+        ...
+
+    def add(self, at: At, store: int, part: int, a: Value, b: Value) -> Value:
+        """The sum of two gradients of one part, for a push of several steps."""
+        ...
+
+    def is_finite(self, store: int, part: int, value: Value) -> bool:
+        """Whether a gradient may be applied."""
+        ...
+
+    def flight(self, schedule: Schedule, rank: int, values: Sequence[Value]) -> Flight | None:
+        """One rank's part of a sum of all replicas, with the values of its own. None if `total` makes the sum."""
+        ...
+
+    def total(self, values: Sequence[Value]) -> Value:
+        """The sum of the values of all replicas."""
+        ...
+
+    def load(self, worker: str, store: int, value: Value) -> None:
+        """Hold the first value of a store at a home."""
+        ...
+
+    def apply(self, worker: str, store: int, version: int, given: Sequence[tuple[Sequence[Value], float]]) -> None:
+        """Make the next version of a store from the parts of each contribution, and its coefficient."""
+        ...
+
+    def current(self, worker: str, store: int) -> Value:
+        """The value of a store to publish."""
+        ...
+
+    def final(self, worker: str, store: int) -> Value:
+        """The value of a store to return to the driver."""
+        ...
+
+    def hand(self, worker: str, message: wire.TrainingMessage, value: Value) -> None:
+        """A Source or a Batch has arrived."""
+        ...
+
+
+NO_ARRAYS: Value = ()
+"""The arrays of a message that would have some."""
+
+
+class Nothing:
+    """No arithmetic: messages carry no arrays, and stores keep their first values. Losses are NaN."""
+
+    computes = False
+
+    def __init__(self, slots: int) -> None:
+        """`slots` is the number of values that a step reports, over all stages; the last stage reports them."""
+        self._held: dict[int, Value] = {}
+        self._report = tuple(range(slots)), (float("nan"),) * slots
+
+    def begin(self, at: At, start: Start) -> None:
+        return None
+
+    def perform(self, state: None, position: int, given: Any) -> Value:
+        return NO_ARRAYS
+
+    def report(self, state: None) -> Report:
+        return self._report
+
+    def add(self, at: At, store: int, part: int, a: Value, b: Value) -> Value:
+        return NO_ARRAYS
+
+    def is_finite(self, store: int, part: int, value: Value) -> bool:
+        return True
+
+    def flight(self, schedule: Schedule, rank: int, values: Sequence[Value]) -> None:
+        return None
+
+    def total(self, values: Sequence[Value]) -> Value:
+        return NO_ARRAYS
+
+    def load(self, worker: str, store: int, value: Value) -> None:
+        self._held[store] = value
+
+    def apply(self, worker: str, store: int, version: int, given: Sequence[tuple[Sequence[Value], float]]) -> None:
+        return None
+
+    def current(self, worker: str, store: int) -> Value:
+        return NO_ARRAYS
+
+    def final(self, worker: str, store: int) -> Value:
+        return self._held[store]
+
+    def hand(self, worker: str, message: wire.TrainingMessage, value: Value) -> None:
+        return None

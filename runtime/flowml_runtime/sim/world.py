@@ -1,0 +1,156 @@
+"""A simulated run: the workers of a plan, the clock, and the messages between them and the driver.
+
+    World.deliver       the driver sends a message to a worker
+    World.to_driver     called with each message that arrives at the driver
+    World.clock         `step` lets the next event happen
+
+It interprets the actions of the same machines as the real host (`protocol.training`). All decisions are theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from flowml.errors import FlowmlError
+from flowml.plan import Part, Plan
+from flowml.sim import NetworkModel
+from flowml_runtime import wire
+from flowml_runtime.execution.faults import step_failed
+from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
+from flowml_runtime.sim.collectives import Collectives
+from flowml_runtime.sim.heap import Clock
+from flowml_runtime.sim.network import DRIVER, Tamper, Wires
+from flowml_runtime.sim.node import Node
+from flowml_runtime.sim.program import At, Edge, Sizes, StageProgram, programs
+from flowml_runtime.sim.values import Value, Values
+from flowml_runtime.worker.training.finite import sentence
+
+
+class ComputeTimes(Protocol):
+    """The compute time of each step of each worker, in seconds."""
+
+    def seconds(self, worker: int, step: int, /) -> float: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is simulated: the parts of a plan that the simulator needs."""
+
+    terms: Terms
+    places: Places
+    programs: Mapping[At, StageProgram]
+    parts: Sequence[Sequence[Part]]
+    """The parts of each store."""
+    sizes: Sizes
+    names: Sequence[str]
+    """The name of each store."""
+
+    @staticmethod
+    def of(plan: Plan) -> Layout:
+        """The layout of a training plan, without the number of clocks."""
+        training = plan.training
+        assert training is not None
+        stores = training.stores
+        return Layout(
+            Terms.of(training, 0),
+            Places.of(training),
+            programs(plan, training),
+            [s.parts for s in stores],
+            Sizes.of(training),
+            [s.name for s in stores],
+        )
+
+
+@dataclass
+class World:
+    """The workers of one plan. `tamper` and `stepped` are for faults and for tests."""
+
+    clock: Clock
+    layout: Layout
+    values: Values
+    times: ComputeTimes
+    network: NetworkModel
+    to_driver: Callable[[str, wire.Wire, Value], None]
+    numbers: Mapping[str, int]
+    """The number of each worker, for the models."""
+    tamper: Tamper | None = None
+    stepped: Callable[[Node], None] = lambda node: None
+    """Called after each event of a worker's machine."""
+    delays: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Seconds added to each step of a worker."""
+
+    def __post_init__(self) -> None:
+        layout = self.layout
+        self.terms, self.places, self.sizes = layout.terms, layout.places, layout.sizes
+        self.programs = layout.programs
+        self.wires = Wires(self.clock, self.network, self.numbers, self.tamper)
+        self.nodes = {name: Node(self, name, self.numbers[name]) for name in self.places.workers}
+        self.collectives = Collectives(self, layout.parts)
+
+    def deliver(self, worker: str, message: wire.TrainingMessage, value: Value = None) -> None:
+        """The driver sends a message to a worker."""
+        if isinstance(message, wire.StartTraining):
+            self.delays = dict(message.delays)
+        self.wires.send(DRIVER, worker, 0, self.nodes[worker].receive, DRIVER, message, value)
+
+    def send(self, source: str, to: str, message: wire.Wire, value: Value = None, nbytes: int = 0) -> None:
+        """A worker sends a message to another one, or to the driver. `nbytes` are those of its arrays."""
+        receive = self.to_driver if to == DRIVER else self.nodes[to].receive
+        self.wires.send(source, to, nbytes, receive, source, message, value)
+
+    def send_news(self, source: Node, to: str, news: Any, nbytes: int) -> float:
+        """Send a version of a store. Returns when its sending begins; until then it may be changed."""
+        return self.wires.send(source.name, to, nbytes, self.nodes[to].receive_news, source.name, news)
+
+    def send_edge(self, source: str, edge: Edge, key: tuple[Any, ...], value: Value) -> None:
+        """Send a value from one stage to another."""
+        to = self.places.stages[edge.to[0]][edge.to[1]]
+        self.wires.send(source, to, edge.nbytes, self.nodes[to].receive_edge, key, value)
+
+    def seconds(self, worker: int, clock: int) -> float:
+        """The compute time of a step."""
+        return self.times.seconds(worker, clock)
+
+    def delay(self, worker: str) -> float:
+        return self.delays.get(worker, 0.0)
+
+    def checked(self, node: Node, message: Any, part: int, value: Value) -> tuple[Any, Value]:
+        """A contribution and its value. If that is not finite and must not be applied, the contribution is empty."""
+        if self.values.is_finite(message.store, part, value) or node.start.on_nonfinite == "apply":
+            return message, value
+        whose = f"which replica {message.replica} sends"
+        self._refuse(node, message.store, message.clock, (message.replica,), whose)
+        return msgspec.structs.replace(message, weight=0, empty=True), None
+
+    def checked_sum(self, node: Node, message: Any, value: Value, own: Mapping[int, Value]) -> tuple[Any, Value]:
+        """The same for a sum over all replicas. `own` are the gradients of those on this worker."""
+        store, part = message.store, message.part
+        if self.values.is_finite(store, part, value) or node.start.on_nonfinite == "apply":
+            return message, value
+        bad = tuple(r for r in sorted(own) if not self.values.is_finite(store, part, own[r]))
+        whose = f"which replicas {', '.join(map(str, bad))} send" if bad else "added up over all replicas"
+        self._refuse(node, store, message.clock, bad, whose)
+        return msgspec.structs.replace(message, weight=0, empty=True), None
+
+    def _refuse(self, node: Node, store: int, clock: int, replicas: tuple[int, ...], whose: str) -> None:
+        if node.start.on_nonfinite == "raise":
+            error = FlowmlError(sentence(self.layout.names[store], whose))
+            self.fail(node, node.start.run + clock, error)
+            return
+        self.send(node.name, DRIVER, wire.NonFinite(**node.ids, store=store, clock=clock, replicas=replicas))
+
+    def fail(self, node: Node, step: int, error: BaseException) -> None:
+        """A worker reports a failure to the driver."""
+        self.send(node.name, DRIVER, step_failed(node.ids["plan_id"], step, node.name, "training", error))
+
+    def silence(self, worker: str) -> None:
+        """A worker stops: it does nothing more, and messages to it are lost."""
+        self.nodes[worker].lives = False
+
+    def tell_lost(self, worker: str, replica: int) -> None:
+        """Tell a worker that a replica is lost."""
+        self.nodes[worker].tell(ReplicaLost(replica))

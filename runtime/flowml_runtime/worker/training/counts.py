@@ -1,0 +1,33 @@
+"""Counts what a worker sends for each store in a run, for `wire.Traffic`. Both clocks count with it."""
+
+from __future__ import annotations
+
+Row = tuple[int, int, int, int, int]
+"""The fields of an element of `wire.Traffic.stores`."""
+
+_COUNT, _BYTES, _WIRE, _PUBLISHED = range(4)
+
+
+class Counts:
+    """Not thread-safe."""
+
+    def __init__(self, stores: int) -> None:
+        self._rows = [[0, 0, 0, 0] for _ in range(stores)]
+
+    def push(self, store: int, part: int, nbytes: int, *, crosses: bool) -> None:
+        """Count a part of a contribution. `crosses` means that it is sent to another worker."""
+        row = self._rows[store]
+        row[_COUNT] += part == 0  # a contribution counts once, however many parts it has
+        row[_BYTES] += nbytes
+        row[_WIRE] += nbytes * crosses
+
+    def crossing(self, store: int, nbytes: int) -> None:
+        """Count the bytes sent to other workers to add up a push, which is counted already."""
+        self._rows[store][_WIRE] += nbytes
+
+    def publish(self, store: int, nbytes: int) -> None:
+        """Count a version that is sent to another worker."""
+        self._rows[store][_PUBLISHED] += nbytes
+
+    def rows(self) -> tuple[Row, ...]:
+        return tuple((i, *row) for i, row in enumerate(self._rows))  # pyright: ignore[reportReturnType]
