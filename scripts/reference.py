@@ -5,10 +5,13 @@ The text comes from the code, so the page always agrees with it. Run `make refer
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 import re
 import sys
 import types
+import typing
 from pathlib import Path
 from typing import Any, ForwardRef
 
@@ -115,7 +118,18 @@ def _plain(parameter: inspect.Parameter) -> inspect.Parameter:
 def _written(annotation: Any) -> Any:
     if isinstance(annotation, ForwardRef):  # the annotations of a named tuple
         annotation = annotation.__forward_arg__
-    return _Written(annotation) if isinstance(annotation, str) else annotation
+    return _Written(annotation) if isinstance(annotation, str) else _without_limits(annotation)
+
+
+def _without_limits(annotation: Any) -> Any:
+    """A type without the limits that only the decoder of messages checks: `int` for `Annotated[int, Meta(ge=0)]`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _without_limits(arguments[0])
+    bare = tuple(map(_without_limits, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return functools.reduce(operator.or_, bare)
+    return tuple[bare] if origin is tuple else annotation
 
 
 def as_markdown(document: str) -> str:

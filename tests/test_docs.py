@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Generator
 from contextlib import closing, contextmanager
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,9 @@ ADDRESS = "127.0.0.1:7070"
 DEADLINE_S = 100
 _MARK = "<<< block at line "
 _TIME = re.compile(r"\b\d[\d.,]*\s?(?:ns|µs|ms|s)\b")
+_COST = re.compile(r"\b\d[\d.,]*\s?[kKMG]?i?(?:B|FLOP)\b")
+PINNED = f"jax=={version('jax')}" in (ROOT / "constraints.txt").read_text().split()
+"""Whether this is the JAX that made the pages. Another one traces other operations, whose work and memory differ."""
 
 
 class Block(NamedTuple):
@@ -91,8 +95,9 @@ def printed(output: str) -> dict[int, str]:
 
 
 def normal(text: str) -> list[str]:
-    """Lines without what differs between machines: times, and the widths of the columns that hold them."""
-    lines = (re.sub(r"\s+", " ", _TIME.sub("TIME", line)).strip() for line in text.strip().splitlines())
+    """Lines without what differs between machines and versions: times, costs, and the widths of their columns."""
+    text = _TIME.sub("TIME", text if PINNED else _COST.sub("COST", text))
+    lines = (re.sub(r"\s+", " ", line).strip() for line in text.strip().splitlines())
     return [line for line in lines if not line.startswith(("This plan is", "One device would be"))]
 
 
