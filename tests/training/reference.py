@@ -1,7 +1,7 @@
-"""What training must equal: the loop that everybody writes, and small models to train.
+"""What training must equal: the usual loop, and small models to train.
 
-`optax_loop` is one jitted step of value_and_grad, update and apply_updates over the batches that
-`flowml.data.epoch_order` gives.
+`optax_loop` takes value_and_grad, update and apply_updates over the batches that `flowml.data.epoch_order` gives. The
+gradient and the update are two executables, as in a plan: some versions of XLA round differently if one holds both.
 """
 
 from __future__ import annotations
@@ -98,11 +98,14 @@ def optax_loop(
     rows = batch_size // count
 
     @jax.jit
-    def step(params: Any, state: Any, shares: Any) -> tuple[Any, Any, Any]:
+    def gradient(params: Any, shares: Any) -> tuple[Any, Any]:
         found = [value_and_grad(params, *share) for share in shares]
-        value, gradients = jax.tree.map(lambda *xs: sum(xs[1:], xs[0]) / count if count > 1 else xs[0], *found)
+        return jax.tree.map(lambda *xs: sum(xs[1:], xs[0]) / count if count > 1 else xs[0], *found)
+
+    @jax.jit
+    def update(params: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
         updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
+        return optax.apply_updates(params, updates), state
 
     state = optimizer.init(params) if opt_state is None else opt_state
     examples = len(jax.tree.leaves(source)[0])
@@ -117,7 +120,8 @@ def optax_loop(
             key = jax.random.fold_in(jax.random.key(seed), number * items + i // microbatches)
             key = jax.random.fold_in(key, i % microbatches) if microbatches > 1 else key
             shares.append((share, key) if takes_key else (share,))
-        params, state, value = step(params, state, shares)
+        value, gradients = gradient(params, shares)
+        params, state = update(params, state, gradients)
         losses.append(float(value))
     return Reference(params, state, losses)
 
