@@ -1,0 +1,310 @@
+"""Defines mixing graphs: with what weights the replicas of a gossip topology average their parameters.
+
+After a round of gossip replica i holds the sum over j of W[i, j] x[j]. W is doubly stochastic: its entries are not
+negative, and each row and column adds up to 1. So the mean over replicas does not change, and if the graph is
+connected, all replicas approach it. How fast they do is the *spectral gap*: a round multiplies the distance to the mean
+by at most 1 - gap (Lian et al., D-PSGD, NeurIPS 2017).
+
+A replica computes its own row from the graph, so nothing of size n² exists. When replicas are lost, `renormalised`
+gives the rows of the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from flowml.errors import PolicyError
+from flowml.numbers import MOST
+
+Matrix = NDArray[np.float64]
+Weights = dict[int, float]
+"""Replica -> weight, for the nonzero entries of a row of W, in ascending order of replicas."""
+
+_TOLERANCE = 1e-6
+"""How far sums of a user's W may be from 1. Larger differences change the mean over replicas noticeably."""
+
+MAX_OWN = 4096
+"""A bound on the replicas of a user's W, which is kept whole."""
+
+_Seed = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
+
+
+class RingGraph(msgspec.Struct, frozen=True, tag="ring"):
+    """Each replica averages with the one before and the one after it, all with equal weights."""
+
+    def row(self, replica: int, members: int, turn: int = 0) -> Weights:
+        return _equal(replica, members, (-1, 1))
+
+
+class TorusGraph(msgspec.Struct, frozen=True, tag="torus"):
+    """Replicas are on a grid with joined borders, as square as possible. Each averages with its four neighbours."""
+
+    def row(self, replica: int, members: int, turn: int = 0) -> Weights:
+        height, width = grid(members)
+        y, x = divmod(replica, width)
+        near = [((y + 1) % height, x), ((y - 1) % height, x), (y, (x + 1) % width), (y, (x - 1) % width)]
+        return _shared(replica, [v * width + u for v, u in near])
+
+
+class ExponentialGraph(msgspec.Struct, frozen=True, tag="exponential"):
+    """Replica r averages with r + 1, r + 2, r + 4, …, all with equal weights.
+
+    Edges are directed: W is not symmetric. A few neighbours give a large gap (Assran et al., ICML 2019; Ying et al.,
+    NeurIPS 2021).
+    """
+
+    def row(self, replica: int, members: int, turn: int = 0) -> Weights:
+        return _equal(replica, members, [1 << k for k in range((members - 1).bit_length())])
+
+
+class CompleteGraph(msgspec.Struct, frozen=True, tag="complete"):
+    """Each replica averages with all others, which then hold the mean after one round."""
+
+    def row(self, replica: int, members: int, turn: int = 0) -> Weights:
+        return dict.fromkeys(range(members), 1 / members)
+
+
+class RandomPairs(msgspec.Struct, frozen=True, tag="pairs"):
+    """In each round every replica averages with one other, drawn from the seed and the round (as NoLoCo does).
+
+    If their number is odd, one replica has no partner in the round.
+    """
+
+    seed: _Seed = 0
+
+    def row(self, replica: int, members: int, turn: int = 0) -> Weights:
+        return _shared(replica, [partner(self.seed, turn, replica, members)], keep=0.5)
+
+
+class OwnMatrix(msgspec.Struct, frozen=True, tag="matrix"):
+    """The user's W, one tuple for each row. `own_matrix` checks it."""
+
+    rows: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        _check(np.asarray(self.rows, np.float64) if _is_square(self.rows) else None)
+
+    def row(self, replica: int, members: int, turn: int = 0) -> Weights:
+        return {j: w for j, w in enumerate(self.rows[replica]) if w}
+
+
+Graph = RingGraph | TorusGraph | ExponentialGraph | CompleteGraph | RandomPairs | OwnMatrix
+
+Name = Literal["ring", "torus", "exponential", "complete", "random_pairs"]
+
+_NAMED: Mapping[str, Graph] = {
+    "ring": RingGraph(),
+    "torus": TorusGraph(),
+    "exponential": ExponentialGraph(),
+    "complete": CompleteGraph(),
+    "random_pairs": RandomPairs(),
+}
+
+
+def as_graph(value: object) -> Graph:
+    """A graph from its name, from a square matrix, or from a graph. Raises PolicyError for anything else."""
+    if isinstance(value, Graph):
+        return value
+    if isinstance(value, str):
+        if value not in _NAMED:
+            known = ", ".join(map(repr, _NAMED))
+            raise PolicyError(f"graph={value!r} is not one; give {known}, or a doubly stochastic matrix")
+        return _NAMED[value]
+    return own_matrix(value)
+
+
+def own_matrix(value: object) -> OwnMatrix:
+    """A user's mixing matrix. Raises PolicyError if it is not square, doubly stochastic and mixing."""
+    try:
+        found = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        found = np.zeros(())
+    if found.ndim != 2:
+        raise PolicyError(
+            f"graph={value!r} is neither the name of a graph nor a matrix of numbers; give 'ring', or a square "
+            "doubly stochastic matrix"
+        )
+    return OwnMatrix(tuple(tuple(map(float, row)) for row in found))
+
+
+def check_members(graph: Graph, members: int) -> None:
+    """Raises PolicyError if `graph` is for another number of replicas."""
+    if isinstance(graph, OwnMatrix) and len(graph.rows) != members:
+        raise PolicyError(
+            f"the mixing matrix has {len(graph.rows)} rows, but there are {members} replicas; give one row and column "
+            "for each replica"
+        )
+
+
+def matrix(graph: Graph, members: int, turn: int = 0) -> Matrix:
+    """The whole W of a round."""
+    found = np.zeros((members, members))
+    for i in range(members):
+        for j, weight in graph.row(i, members, turn).items():
+            found[i, j] = weight
+    return found
+
+
+def changes(graph: Graph) -> bool:
+    """Whether W differs from round to round."""
+    return isinstance(graph, RandomPairs)
+
+
+def spectral_gap(weights: Matrix) -> float:
+    """1 - ‖W - 11ᵀ/n‖₂: a round multiplies the distance to the mean by at most 1 minus this.
+
+    For a symmetric W the norm is the largest modulus of an eigenvalue but the first.
+    """
+    members = len(weights)
+    if members == 1:
+        return 1.0
+    return float(max(0.0, 1 - np.linalg.norm(weights - 1 / members, 2)))
+
+
+def gap(graph: Graph, members: int) -> float:
+    """The spectral gap of a graph, for random pairs that of the mean over rounds. O(n log n) but for a user's W."""
+    if members == 1 or isinstance(graph, CompleteGraph):
+        return 1.0
+    if isinstance(graph, OwnMatrix):
+        return spectral_gap(np.asarray(graph.rows))
+    if isinstance(graph, RandomPairs):
+        # W is a projection, so the mean of WᵀW is the mean of W. A replica meets each other one with equal probability.
+        met = (members - members % 2) / members / (members - 1)
+        return 1 - math.sqrt(1 - met * members / 2)
+    first = np.zeros(members)
+    for j, weight in graph.row(0, members).items():
+        first[j] = weight
+    # W commutes with the shifts of its group, so its eigenvalues are the Fourier transform of its first row.
+    shape = grid(members) if isinstance(graph, TorusGraph) else (members,)
+    values = np.abs(np.fft.fftn(first.reshape(shape))).ravel()
+    return float(max(0.0, 1 - values[1:].max()))
+
+
+def renormalised(graph: Graph, replica: int, members: int, gone: Collection[int], turn: int = 0) -> Weights:
+    """The row of a living replica when those in `gone` are lost. The rows of the living are doubly stochastic again.
+
+    A path through lost replicas becomes an edge, with the weight with which a walk by W takes it (the stochastic
+    complement). So a ring closes around its gap, a symmetric W stays symmetric, and a connected graph stays connected.
+    """
+    start = graph.row(replica, members, turn)
+    found: Weights = {j: w for j, w in start.items() if j not in gone}
+    inner = _reached(graph, members, [j for j in start if j in gone], gone, turn)
+    if not inner:
+        return found
+    rows = [graph.row(j, members, turn) for j in inner]
+    place = {j: i for i, j in enumerate(inner)}
+    through = np.eye(len(inner))
+    for i, row in enumerate(rows):
+        for j, weight in row.items():
+            if j in place:
+                through[i, place[j]] -= weight
+    entered = np.array([start.get(j, 0.0) for j in inner])
+    visits = np.linalg.solve(through.T, entered)
+    for visited, row in zip(visits, rows, strict=True):
+        for j, weight in row.items():
+            if j not in gone:
+                found[j] = found.get(j, 0.0) + float(visited) * weight
+    return dict(sorted(found.items()))
+
+
+def partner(seed: int, turn: int, replica: int, members: int) -> int:
+    """The replica that `replica` averages with in round `turn`; itself if it has no partner."""
+    return int(_pairs(seed, turn, members)[replica])
+
+
+@lru_cache(maxsize=8)
+def _pairs(seed: int, turn: int, members: int) -> NDArray[np.int64]:
+    # RandomState has the same numbers in all versions of NumPy, so that all workers draw the same pairs.
+    words = [seed % 2**32, seed >> 32, turn % 2**32, turn >> 32]
+    order = np.random.RandomState(np.array(words, np.uint32)).permutation(members)
+    found = np.arange(members)
+    half = members // 2
+    found[order[:half]], found[order[half : 2 * half]] = order[half : 2 * half], order[:half]
+    return found
+
+
+def grid(members: int) -> tuple[int, int]:
+    """Height and width of the squarest grid of this many replicas."""
+    height = next(h for h in range(math.isqrt(members), 0, -1) if members % h == 0)
+    return height, members // height
+
+
+def _equal(replica: int, members: int, steps: Sequence[int]) -> Weights:
+    return _shared(replica, [(replica + step) % members for step in steps])
+
+
+def _shared(replica: int, others: Sequence[int], keep: float | None = None) -> Weights:
+    """Equal weights for the replica and the others. Entries for the same replica are added up."""
+    own = 1 / (len(others) + 1) if keep is None else keep
+    found: Weights = {replica: own}
+    for other in others:
+        found[other] = found.get(other, 0.0) + (1 - own) / len(others)
+    return dict(sorted(found.items()))
+
+
+def _reached(graph: Graph, members: int, first: Sequence[int], gone: Collection[int], turn: int) -> list[int]:
+    """The lost replicas that a walk reaches from `first` without a living one between."""
+    found, ahead = dict.fromkeys(first), list(first)
+    while ahead:
+        near = graph.row(ahead.pop(), members, turn)
+        fresh = [j for j in near if j in gone and j not in found]
+        found.update(dict.fromkeys(fresh))
+        ahead += fresh
+    return sorted(found)
+
+
+def _is_square(rows: Sequence[Sequence[float]]) -> bool:
+    return 0 < len(rows) <= MAX_OWN and all(len(row) == len(rows) for row in rows)
+
+
+def _check(weights: Matrix | None) -> None:
+    """Raise PolicyError unless W is a square, doubly stochastic matrix with a spectral gap."""
+    if weights is None:
+        raise PolicyError(
+            f"a mixing matrix is square, with one row and column for each of 1 to {MAX_OWN} replicas; this is not"
+        )
+    if not np.isfinite(weights).all() or weights.min() < 0:
+        i, j = np.argwhere(~(np.isfinite(weights) & (weights >= 0)))[0]
+        raise PolicyError(f"a mixing matrix has no negative entries, and W[{i}, {j}] is {weights[i, j]:g}")
+    for axis, what in ((1, "row"), (0, "column")):
+        sums = weights.sum(axis)
+        worst = int(np.argmax(np.abs(sums - 1)))
+        if abs(sums[worst] - 1) > _TOLERANCE:
+            raise PolicyError(
+                f"a mixing matrix is doubly stochastic, and {what} {worst} of W adds up to {sums[worst]:g} instead of "
+                "1, so gossip would change the mean over replicas; for a symmetric graph give each edge "
+                "1 / (1 + the larger degree of its ends) and each diagonal entry the rest"
+            )
+    levels = _levels(weights)
+    if levels.min() < 0:
+        raise PolicyError(
+            f"the graph of a mixing matrix is connected, and no path leads from replica 0 to replica "
+            f"{int(np.argmin(levels))}, so they would never agree; add edges"
+        )
+    here, there = np.nonzero(weights)
+    if np.gcd.reduce(levels[here] + 1 - levels[there]) != 1:  # the greatest common divisor of the lengths of cycles
+        raise PolicyError(
+            "this mixing matrix passes parameters around groups of replicas in turn, so they would never agree; give "
+            "the replicas diagonal entries above 0"
+        )
+
+
+def _levels(weights: Matrix) -> NDArray[np.int64]:
+    """The number of edges from replica 0 to each replica; -1 without a path.
+
+    In a graph of a doubly stochastic W there is also a path back.
+    """
+    found = np.full(len(weights), -1)
+    ahead, level = np.array([0]), 0
+    while ahead.size:
+        found[ahead] = level
+        level += 1
+        ahead = np.nonzero((weights[ahead] > 0).any(0) & (found < 0))[0]
+    return found
