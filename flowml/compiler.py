@@ -62,7 +62,10 @@ def compile(  # noqa: A001 - the public name
     Arguments are arrays or `jax.ShapeDtypeStruct`s. `platforms` are the platforms to lower for; this machine
     need not have them. Raises PlacementError or UnsupportedError.
     """
-    del donate_argnums, donate_argnames  # arguments are copied to the workers, so there is nothing to donate
+    if not callable(fn):
+        raise TypeError(f"compile() takes a function, got {type(fn).__name__}")
+    # Arguments are copied to the workers, so there is nothing to donate, and these are only checked.
+    static_of(fn, donate_argnums, donate_argnames, "donate")
     return compile_function(
         fn,
         args,

@@ -46,8 +46,16 @@ def worker_of(device: str) -> str:
 def as_devices(devices: Iterable[Device | str]) -> tuple[Device, ...]:
     """Devices from names: `"worker:0"` stands for `"worker:0/cpu:0"`.
 
-    Raises PlacementError if there are no devices or one is given twice.
+    Raises PlacementError if there are no devices, one is given twice, or something else is given.
     """
+    given: object = devices
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise PlacementError(f"devices={devices!r} is not a list of devices; give one such as ['worker:0', 'worker:1']")
+    devices = tuple(devices)
+    each: tuple[object, ...] = devices
+    for device in each:
+        if not isinstance(device, Device | str) or not device:
+            raise PlacementError(f"devices names {device!r}, which is no device; give names such as 'worker:0'")
     found = tuple(d if isinstance(d, Device) else Device(_full(d)) for d in devices)
     if not found:
         raise PlacementError("no devices given; name at least one, e.g. devices=['worker:0']")

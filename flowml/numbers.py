@@ -15,13 +15,14 @@ def whole(value: object) -> int | None:
     return int(value)
 
 
-def whole_number(name: str, value: object, *, least: int = 0) -> int:
+def whole_number(name: str, value: object, *, least: int = 0, most: int = MOST) -> int:
     """The argument `name` as an int. Raises TypeError if it is not an integer, ValueError if it is out of bounds."""
     number = whole(value)
     if number is None:
         raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; give a whole number of at least {least}")
     if number < least:
         raise ValueError(f"{name}={number}: give at least {least}")
-    if number > MOST:
-        raise ValueError(f"{name}={number}: give less than 2**53, which is as far as messages count")
+    if number > most:
+        limit = "less than 2**53, which is as far as messages count" if most == MOST else f"at most {most}"
+        raise ValueError(f"{name}={number}: give {limit}")
     return number

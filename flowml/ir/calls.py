@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from jax.tree_util import (
 
 from flowml.errors import UnsupportedError
 from flowml.ir.objects import Objects, is_object, is_static_leaf, static_leaves, takes_static_leaves
+from flowml.numbers import whole
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,21 @@ class Static:
 
 
 def static_of(
-    fn: Callable[..., Any], argnums: int | Sequence[int] | None, argnames: str | Sequence[str] | None
+    fn: Callable[..., Any],
+    argnums: int | Sequence[int] | None,
+    argnames: str | Sequence[str] | None,
+    kind: str = "static",
 ) -> Static:
     """The static arguments of `fn`. If only positions or names are given, the others are inferred, as by `jax.jit`.
 
-    Raises ValueError for a position or name that `fn` does not have, TypeError for a value of another type.
+    `kind` is "donate" for arguments that are given in the same way to be donated. Raises ValueError for a position or
+    name that `fn` does not have, TypeError for a value of another type.
     """
-    numbers: tuple[Any, ...] = (argnums,) if isinstance(argnums, int) else tuple(argnums or ())
-    names: tuple[Any, ...] = (argnames,) if isinstance(argnames, str) else tuple(argnames or ())
-    if not all(isinstance(n, int) for n in numbers) or not all(isinstance(n, str) for n in names):
-        raise TypeError(f"static_argnums takes positions and static_argnames names, got {argnums!r} and {argnames!r}")
+    numbers, names = _elements(argnums), _elements(argnames)
+    positions = tuple(n for n in map(whole, numbers) if n is not None)
+    if len(positions) < len(numbers) or not all(isinstance(n, str) for n in names):
+        raise TypeError(f"{kind}_argnums takes positions and {kind}_argnames names, got {argnums!r} and {argnames!r}")
+    numbers = positions
     try:
         parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):  # a builtin
@@ -63,16 +69,23 @@ def static_of(
     title = getattr(fn, "__name__", type(fn).__name__)
     for number in numbers:
         if not -len(placed) <= number < len(placed) and inspect.Parameter.VAR_POSITIONAL not in kinds:
-            raise ValueError(f"static_argnums={number}: {title} has {len(placed)} positional arguments")
+            raise ValueError(f"{kind}_argnums={number}: {title} has {len(placed)} positional arguments")
     for name in names:
         if name not in named and inspect.Parameter.VAR_KEYWORD not in kinds:
-            raise ValueError(f"static_argnames={name!r}: {title} has no such argument; it has {', '.join(named)}")
+            raise ValueError(f"{kind}_argnames={name!r}: {title} has no such argument; it has {', '.join(named)}")
     if not numbers:
         numbers = tuple(i for i, name in enumerate(placed) if name in names)
     elif not names:
         at = [n % len(placed) for n in numbers if -len(placed) <= n < len(placed)]
         names = tuple(placed[n] for n in at if placed[n] in named)
     return Static(numbers, frozenset(names))
+
+
+def _elements(given: Any) -> tuple[Any, ...]:
+    """The elements of a sequence, or the one value that is given instead."""
+    if given is None:
+        return ()
+    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else (given,)
 
 
 @dataclass

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from flowml.arguments import is_text
+
 _PIN = re.compile(r"fm\.device\((.*)\)", re.DOTALL)
 _EQUATION = re.compile(r"([A-Za-z.,\s]+)(?:->([A-Za-z.\s]*))?")
 _ESCAPE = "="
@@ -24,8 +26,10 @@ _ESCAPE = "="
 def layer(name: str) -> AbstractContextManager[Any]:
     """Label the operations traced inside the block. Labels nest with `/`, as in `jax.named_scope`.
 
-    Raises ValueError if the name is empty, starts with "@", or is not valid Unicode.
+    Raises ValueError if the name is empty, starts with "@", or is not valid Unicode, TypeError if it is not text.
     """
+    if not is_text(name):
+        raise TypeError(f"layer name {name!r} is of type {type(name).__name__}; give text, as in layer('encoder')")
     if not name or name.startswith("@"):
         raise ValueError(f"layer name {name!r} must not be empty or start with '@'; try layer('encoder')")
     if as_text(name) != name:
@@ -38,8 +42,8 @@ def device(name: str) -> AbstractContextManager[Any]:
 
     Raises ValueError if `name` cannot be the name of a device.
     """
-    if not name or any(c in name for c in "()@|"):
-        raise ValueError(f"device name {name!r} is not one; try device('worker:1') or device('worker:1/cpu:0')")
+    if not is_text(name) or not name or any(c in name for c in "()@|"):
+        raise ValueError(f"device name {name!r} is not valid; give device('worker:1') or device('worker:1/cpu:0')")
     return jax.named_scope(f"fm.device({name})")
 
 

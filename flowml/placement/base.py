@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
+from flowml.arguments import is_text, seconds
 from flowml.devices import Device, find_device
 from flowml.errors import PlacementError, named, one_line
 from flowml.ir.graph import Graph, Node
 from flowml.ir.label import matches
+from flowml.numbers import whole_number
 from flowml.placement.auto import choose
 from flowml.placement.links import Links
 from flowml.placement.memory import check_memory
@@ -33,8 +36,7 @@ class Pipeline:
     stages: int
 
     def __post_init__(self) -> None:
-        if self.stages < 1:
-            raise ValueError(f"Pipeline(stages={self.stages}): needs at least one stage")
+        object.__setattr__(self, "stages", whole_number("Pipeline: stages", self.stages, least=1))
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,11 @@ class AutoPlacement:
     def __post_init__(self) -> None:
         if self.objective not in ("latency", "throughput"):
             raise ValueError(f"AutoPlacement(objective={self.objective!r}): must be 'latency' or 'throughput'")
-        if self.time_limit_s is not None and not 0 < self.time_limit_s < float("inf"):
-            raise ValueError(
-                f"AutoPlacement(time_limit_s={self.time_limit_s!r}): give seconds above 0, or leave it out"
-            )
-        if self.memory_bytes is not None and self.memory_bytes < 1:
-            raise ValueError(f"AutoPlacement(memory_bytes={self.memory_bytes!r}): give at least 1, or leave it out")
+        if self.time_limit_s is not None:
+            object.__setattr__(self, "time_limit_s", seconds("AutoPlacement: time_limit_s", self.time_limit_s))
+        if self.memory_bytes is not None:
+            memory = whole_number("AutoPlacement: memory_bytes", self.memory_bytes, least=1)
+            object.__setattr__(self, "memory_bytes", memory)
 
 
 Rule = Callable[[Graph, Sequence[Device]], Mapping[int, Device | str]]
@@ -97,7 +98,7 @@ def place(graph: Graph, devices: Sequence[Device], placement: Placement, links: 
 
 
 def _apply_rule(graph: Graph, devices: Sequence[Device], placement: Placement, links: Links) -> Choices:
-    if placement == "auto":
+    if isinstance(placement, str) and placement == "auto":
         placement = AutoPlacement()
     if isinstance(placement, AutoPlacement):
         bound, over = placement.memory_bytes, _out_of_time(placement)
@@ -114,7 +115,7 @@ def _apply_rule(graph: Graph, devices: Sequence[Device], placement: Placement, l
     if callable(placement):
         return Choices(_by_callable(graph, devices, placement))
     raise PlacementError(
-        f"placement {placement!r} is not one; use 'auto', a mapping such as {{'conv*': 'worker:0'}}, "
+        f"placement={placement!r} is not a placement; give 'auto', a mapping such as {{'conv*': 'worker:0'}}, "
         "fm.Pipeline(stages=2), fm.AutoPlacement() or a callable (graph, devices) -> {node id: device}"
     )
 
@@ -151,8 +152,11 @@ def _by_pattern(graph: Graph, devices: Sequence[Device], patterns: Mapping[str, 
             with_part.setdefault(part, []).append(layer)
     chosen: dict[str, str] = {}
     default = ""
-    for pattern, name in patterns.items():
-        device = find_device(name, devices, f"placement pattern {pattern!r}").name
+    for pattern, wanted in patterns.items():
+        asked = f"placement pattern {pattern!r}"
+        if not is_text(pattern):
+            raise PlacementError(f"{asked} is of type {type(pattern).__name__}; patterns are text, such as 'conv*'")
+        device = find_device(_device_name(wanted, asked), devices, asked).name
         plain = not any(c in pattern for c in "*?[")
         hit = [k for k in (with_part.get(pattern.split("/")[0], ()) if plain else layers) if matches(k, pattern)]
         if fnmatchcase("", pattern):
@@ -168,12 +172,21 @@ def _by_pattern(graph: Graph, devices: Sequence[Device], patterns: Mapping[str, 
 def _by_callable(graph: Graph, devices: Sequence[Device], rule: Rule) -> dict[int, str]:
     known = {n.id for n in graph.nodes}
     assignment: dict[int, str] = {}
-    for node, device in rule(graph, devices).items():
+    placed, asked = rule(graph, devices), "the placement callable"
+    if not isinstance(placed, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlacementError(f"{asked} returns a {type(placed).__name__}; return a mapping from node ids to devices")
+    for node, device in placed.items():
         if node not in known:
-            raise PlacementError(f"the placement callable names node {node}, which the graph does not have")
-        name = device.name if isinstance(device, Device) else device
-        assignment[node] = find_device(name, devices, "the placement callable").name
+            raise PlacementError(f"{asked} names node {node!r}, which the graph does not have")
+        assignment[node] = find_device(_device_name(device, asked), devices, asked).name
     return assignment
+
+
+def _device_name(device: Any, asked_by: str) -> str:
+    name = device.name if isinstance(device, Device) else device
+    if not isinstance(name, str):
+        raise PlacementError(f"{asked_by} names {name!r}, which is no device; give a name such as 'worker:0'")
+    return name
 
 
 def _follow_data(graph: Graph, placed: Mapping[int, str], default: str) -> dict[int, str]:

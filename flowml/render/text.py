@@ -84,7 +84,7 @@ def compare_with_one_device(plan: Plan) -> str:
     if step > single:
         return (
             f"One device would be faster: {seconds_text(single)} instead of {seconds_text(step)} a step. "
-            "This plan pays when the model does not fit on one device."
+            "Use this plan if the model does not fit on one device."
         )
     return f"This plan is {single / step:.3g} times as fast as one device."
 
@@ -96,7 +96,7 @@ def _choices(choices: Sequence[Choice]) -> str:
         ("→" if c.chosen else "", c.name, seconds_text(c.step_seconds), bytes_text(c.peak_bytes), c.note)
         for c in choices
     ]
-    text = table("Weighed (→ chosen)", ("", "placement", "step", "peak memory", "note"), rows, "llrrl")
+    text = table("Placements compared (→ chosen)", ("", "placement", "step", "peak memory", "note"), rows, "llrrl")
     reason = why(choices)
     return f"{text}\n  {reason}" if reason else text
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flowml.arguments import choice, is_text
 from flowml.compiler import array_bytes, node_views
 from flowml.devices import Device, as_devices
 from flowml.errors import PlacementError
@@ -66,12 +67,15 @@ class TrainingSpec:
 
     def __post_init__(self) -> None:
         for name in ("replicas", "microbatches"):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
-        if self.replicas < 1 or self.microbatches < 1:
-            raise ValueError(f"replicas={self.replicas} and microbatches={self.microbatches} must be at least 1")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), least=1))
+        if not callable(self.loss):
+            raise TypeError(
+                f"loss={self.loss!r} is of type {type(self.loss).__name__}; give a function of (params, batch), or of "
+                "(params, batch, rng)"
+            )
         if isinstance(self.policies, Policy):
             object.__setattr__(self, "policies", {DEFAULT_PATTERN: self.policies})
-        if not isinstance(self.policies, Mapping | None):
+        if not isinstance(self.policies, Mapping | None) or not all(map(is_text, self.policies or ())):
             raise TypeError(
                 f"policies={self.policies!r} is a {type(self.policies).__name__}; give a mapping from patterns of "
                 'parameter paths to policies, such as {"*": fm.policies.every(4)}, or one fm.Policy for all'
@@ -81,8 +85,7 @@ class TrainingSpec:
                 f"weight={self.weight!r} is a {type(self.weight).__name__}; give the name of a leaf of aux, or a "
                 "function of the batch"
             )
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule {self.schedule!r} is not one; choose from {', '.join(SCHEDULES)}")
+        choice("schedule", self.schedule, SCHEDULES)
 
     def resolve(self, paths: Sequence[str]) -> dict[str, Policy]:
         """The policy of each parameter."""

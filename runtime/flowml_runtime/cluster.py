@@ -20,10 +20,10 @@ import uuid
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
+from flowml.arguments import choice, flag, seconds
 from flowml.devices import Device
 from flowml.errors import ClusterError
 from flowml.numbers import whole_number
@@ -54,6 +54,12 @@ _START_ANOTHER = "close this cluster and start another"
 
 _LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
 """What to do about a lost coordinator."""
+
+MAX_THREAD_WORKERS = 1024
+"""The most workers inside one process. Each has threads of its own."""
+
+MAX_DEVICES = 1024
+"""The most devices of one worker. Each has a thread of its own."""
 
 _BY_REFERENCE = Links(ASSUMED[SAME_PROCESS])
 _CORE_FLOPS_PER_S = Device("").flops_per_s
@@ -118,9 +124,11 @@ class Cluster:
     def measure_links(self) -> Links:
         """Measure every link now, and store the result for later programs. A pair of hosts takes well under a second.
 
-        A link that cannot be measured keeps its old values. A `threads` cluster has no links to measure.
+        A link that cannot be measured keeps its old values, with a warning. A `threads` cluster has no links to
+        measure. Raises WorkerLostError if all workers are lost.
         """
         check_owner(self._owner)
+        self.session.check_workers("no link can be measured")
         return _BY_REFERENCE if self._table is None else self._table.measure()
 
     def links_for(self, placement: Placement, devices: int | None = None) -> Links:
@@ -129,7 +137,7 @@ class Cluster:
         `devices` is the number of devices to choose from, by default all.
         """
         check_owner(self._owner)
-        rules = placement == "auto" or isinstance(placement, AutoPlacement | Pipeline)
+        rules = isinstance(placement, AutoPlacement | Pipeline) or (isinstance(placement, str) and placement == "auto")
         count = len(self.devices) if devices is None else devices
         return self._table.settled() if self._table is not None and rules and count > 1 else self.links
 
@@ -138,11 +146,13 @@ class Cluster:
         """Record what every device does during the block, and write it to `path` for Perfetto or chrome://tracing.
 
         Each device has one track for its tasks, one for what it sends on a separate thread, and one for what arrives.
-        Raises ClusterError if the workers do not answer, OSError if the file cannot be written.
+        Raises ClusterError if the workers do not answer, WorkerLostError if all are lost, OSError if the file cannot
+        be written.
         """
         from flowml_runtime.driver.tracing import Tracing
 
         check_owner(self._owner)
+        self.session.check_workers("no device can be traced")
         with Tracing(self.session, Path(path)):
             yield
 
@@ -171,8 +181,9 @@ class Cluster:
         to messages to other machines, False to none. Raises ClusterError, with the end of the worker's log, if a
         worker does not start.
         """
-        deadline_s = _deadline(deadline_s)
-        mode = links_mode(links)
+        with _refusing():
+            deadline_s = seconds("deadline_s", deadline_s)
+            mode = links_mode(links)
         with ExitStack() as stack:
             launched = LaunchedCluster(
                 workers=workers,
@@ -199,8 +210,10 @@ class Cluster:
         from flowml_runtime.launch.threads import start_workers
 
         check_startable()
-        deadline_s = _deadline(deadline_s)
-        _check_counts(workers, devices_per_worker)
+        with _refusing():
+            deadline_s = seconds("deadline_s", deadline_s)
+            workers = whole_number("workers", workers, least=1, most=MAX_THREAD_WORKERS)
+            devices_per_worker = whole_number("devices_per_worker", devices_per_worker, least=1, most=MAX_DEVICES)
         share = len(cores()) / workers / devices_per_worker
         memory = memory_bytes() // (workers * devices_per_worker)
         names = {w: [f"{w}/cpu:{d}" for d in range(devices_per_worker)] for w in _names(workers)}
@@ -240,8 +253,10 @@ class Cluster:
         plans of this driver; `transport` and `checksum` are as in `local` and apply to its connections. Raises
         ClusterError if the cluster cannot be reached or refuses.
         """
-        deadline_s = _deadline(deadline_s)
-        mode, shared = links_mode(links), _shares_memory(transport)
+        with _refusing():
+            deadline_s, timeout_s = seconds("deadline_s", deadline_s), seconds("timeout_s", timeout_s)
+            mode, shared = links_mode(links), _shares_memory(transport)
+            allow_python, checksum = flag("allow_python", allow_python), _maybe("checksum", checksum)
         with ExitStack() as stack:
             name = f"driver-{uuid.uuid4().hex[:12]}"
             remedy = f"start it again with `flowml worker {address}`"
@@ -388,9 +403,15 @@ class LaunchedCluster:
     ) -> None:
         """Returns when all workers have joined. If one does not, ends everything it started and raises ClusterError."""
         check_startable()
-        _check_counts(workers, devices_per_worker)
-        files, shared = TLS.of(tls), _shares_memory(transport)
-        self.token = token or new_token()
+        with _refusing():
+            workers = whole_number("workers", workers, least=1)
+            devices_per_worker = whole_number("devices_per_worker", devices_per_worker, least=1, most=MAX_DEVICES)
+            start_timeout_s = seconds("start_timeout_s", start_timeout_s)
+            allow_python, checksum = flag("allow_python", allow_python), _maybe("checksum", checksum)
+            files, shared, platform = TLS.of(tls), _shares_memory(transport), _nonempty("platform", platform)
+            if token is not None:
+                token = _nonempty("token", token)
+        self.token = new_token() if token is None else token
         check_exposure(bind, files, self.token, "listen on")
         reached_at = advertised_host(bind)
         self._owner = this_process()
@@ -469,23 +490,29 @@ def _names(workers: int) -> tuple[str, ...]:
     return tuple(f"worker:{i}" for i in range(workers))
 
 
-def _check_counts(workers: int, devices_per_worker: int) -> None:
-    for name, count in (("workers", workers), ("devices_per_worker", devices_per_worker)):
-        if count < 1:
-            raise ClusterError(f"{name}={count} is too few; give 1 or more")
+@contextmanager
+def _refusing() -> Generator[None]:
+    """Raise ClusterError for an argument that is refused."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ClusterError(str(error)) from None
 
 
-def _deadline(deadline_s: Any) -> float:
-    """Any real number as the float that messages carry."""
-    if not (isinstance(deadline_s, Real) and 0 < cast(float, deadline_s) <= wire.MAX_DEADLINE_S):
-        raise ClusterError(f"deadline_s={deadline_s!r}: give seconds above 0, at most {wire.MAX_DEADLINE_S:g}")
-    return float(cast(float, deadline_s))
+def _maybe(name: str, value: Any) -> bool | None:
+    return None if value is None else flag(name, value)
+
+
+def _nonempty(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():  # the error leaves the value out, which may be a secret
+        raise TypeError(
+            f"{name} is {'empty' if isinstance(value, str) else f'of type {type(value).__name__}'}; give text"
+        )
+    return value
 
 
 def _shares_memory(transport: str) -> bool:
-    if transport not in ("auto", "grpc"):
-        raise ClusterError(f'transport={transport!r} is unknown; use "auto" (shared memory where possible) or "grpc"')
-    return transport == "auto"
+    return choice("transport", transport, ("auto", "grpc")) == "auto"
 
 
 def _devices(members: tuple[wire.Member, ...]) -> tuple[Device, ...]:

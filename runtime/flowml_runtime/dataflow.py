@@ -132,8 +132,15 @@ class Dataflow(Generic[P, R]):
         placement: Any,
         static_argnums: int | Sequence[int] | None,
         static_argnames: str | Sequence[str] | None,
+        donate_argnums: int | Sequence[int] | None = None,
+        donate_argnames: str | Sequence[str] | None = None,
         now_s: Callable[[], float] = time.perf_counter,
     ) -> None:
+        if not callable(fn):
+            raise TypeError(f"dataflow() takes a function, got {type(fn).__name__}")
+        if isinstance(cluster, type) or not (cluster is None or hasattr(cluster, "links_for")):
+            raise TypeError(f"cluster={cluster!r} is of type {type(cluster).__name__}; give an fm.Cluster")
+        static_of(fn, donate_argnums, donate_argnames, "donate")
         update_wrapper(self, fn)
         self._fn = fn
         self._name = str(getattr(fn, "__name__", type(fn).__name__))
@@ -388,10 +395,9 @@ def dataflow(
         "placement": placement,
         "static_argnums": static_argnums,
         "static_argnames": static_argnames,
+        "donate_argnums": donate_argnums,
+        "donate_argnames": donate_argnames,
     }
-    del donate_argnums, donate_argnames
     if fn is None:
         return lambda function: Dataflow(function, **options)
-    if not callable(fn):
-        raise TypeError(f"dataflow() takes a function, got {type(fn).__name__}")
     return Dataflow(fn, **options)

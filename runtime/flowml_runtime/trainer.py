@@ -14,14 +14,14 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from numbers import Real
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
 
+from flowml.arguments import choice, flag, seconds
 from flowml.data import Source, as_source, epoch_order
 from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, UnsupportedError
 from flowml.ir._jax import jit_is_off, path_name, trace_context
@@ -120,8 +120,9 @@ class Trainer:
             like). A fit also ends with a check. 0 turns all checks off.
         on_nonfinite: what to do with a gradient that holds NaN or infinity. `"refuse"` leaves out what a replica sends
             for that layer and step, warns, and counts it in `result.ledger`; where replicas add gradients up, all of
-            them leave out the sum. A loss that is not finite is then left out of the history's mean too. `"raise"`
-            ends the fit. `"apply"` applies the gradient.
+            them leave out the sum. A loss that is not finite is left out of the history's mean and counted too, with
+            a warning if its gradients are finite, which are applied. `"raise"` ends the fit at the first such gradient
+            or loss with WorkerError. `"apply"` applies the gradient, and such a loss is in the mean.
 
     Raises:
         ValueError, PolicyError: if arguments contradict each other.
@@ -143,7 +144,8 @@ class Trainer:
         check_replicas: int = 100,
         on_nonfinite: OnNonFinite = "refuse",
     ) -> None:
-        if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        methods = (getattr(optimizer, "init", None), getattr(optimizer, "update", None))
+        if isinstance(optimizer, type) or not all(map(callable, methods)):
             raise TypeError(
                 f"optimizer must be an optax.GradientTransformation such as optax.adam(1e-3), got {optimizer!r}"
             )
@@ -151,12 +153,8 @@ class Trainer:
             raise TypeError(f"cluster={cluster!r} is of type {type(cluster).__name__}; give an fm.Cluster")
         self._spec = TrainingSpec(loss, optimizer, replicas, placement, microbatches, schedule, policies, weight)
         self._cluster = cluster
-        self._delays = {worker: _seconds(worker, delay) for worker, delay in (delays or {}).items()}
-        if on_nonfinite not in get_args(OnNonFinite):
-            raise ValueError(
-                f"on_nonfinite={on_nonfinite!r} is not one; choose from {', '.join(get_args(OnNonFinite))}"
-            )
-        self._on_nonfinite: OnNonFinite = on_nonfinite
+        self._delays = _delays(delays)
+        self._on_nonfinite: OnNonFinite = cast(OnNonFinite, choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite)))
         self._check_replicas = whole_number("check_replicas", check_replicas)
         self._programs: dict[Any, _Program] = {}
         self._fitting = threading.Lock()
@@ -207,6 +205,7 @@ class Trainer:
         """
         data, callbacks = as_source(source), _callbacks(callbacks)
         batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
+        shuffle, progress = flag("shuffle", shuffle), None if progress is None else flag("progress", progress)
         total = _total_steps(data, batch_size, epochs, steps)
         cluster = self._here()
         self._check_delays(cluster)
@@ -224,7 +223,7 @@ class Trainer:
                 total=total,
                 batch_size=batch_size,
                 seed=seed,
-                shuffle=bool(shuffle),
+                shuffle=shuffle,
                 delays=self._delays,
                 check_replicas=self._check_replicas,
                 on_nonfinite=self._on_nonfinite,
@@ -306,7 +305,7 @@ class Trainer:
         if opt_state is None:
             return jax.tree_util.tree_map(jnp.asarray, self._spec.optimizer.init(params))
         expected = jax.eval_shape(self._spec.optimizer.init, params)
-        given = jax.tree_util.tree_map(_own, opt_state)
+        given = _structs(opt_state, "opt_state leaf")
         got, want = jax.tree_util.tree_structure(given), jax.tree_util.tree_structure(expected)
         if got != want:
             raise ValueError(f"opt_state belongs to another optimizer: it has structure {got}, not {want}")
@@ -317,7 +316,7 @@ class Trainer:
                     f"opt_state belongs to other parameters: {path_name(path)!r} is {g.dtype}{list(g.shape)}, "
                     f"not {e.dtype}{list(e.shape)}"
                 )
-        return given
+        return jax.tree_util.tree_map(_own, opt_state)
 
     def _check_delays(self, cluster: Cluster) -> None:
         workers = dict.fromkeys(d.worker for d in cluster.devices)
@@ -346,16 +345,16 @@ def _total_steps(source: Source, batch_size: int, epochs: int | None, steps: int
 
 
 def _callbacks(given: Any) -> Sequence[Callback]:
-    if not isinstance(given, Sequence) or not all(callable(c) for c in given):
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not all(callable(c) for c in given):
         raise TypeError(f"callbacks={given!r}: give a list of functions that take a record, such as [print]")
     return given
 
 
-def _seconds(worker: str, delay: Any) -> float:
-    seconds = float(delay) if isinstance(delay, Real) else -1.0
-    if not 0 <= seconds < float("inf"):
-        raise ValueError(f"delays[{worker!r}] is {delay!r}; give the seconds to add to each of its steps")
-    return seconds
+def _delays(given: Any) -> dict[str, float]:
+    """The seconds by worker. Raises TypeError or ValueError for anything else."""
+    if not isinstance(given, Mapping | None):
+        raise TypeError(f"delays={given!r} is a {type(given).__name__}; give a mapping from worker names to seconds")
+    return {worker: seconds(f"delays[{worker!r}]", delay, zero=True) for worker, delay in (given or {}).items()}
 
 
 def _structs(tree: Any, kind: str) -> Any:
@@ -364,7 +363,7 @@ def _structs(tree: Any, kind: str) -> Any:
     def struct(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         try:
             dtype = jax.dtypes.canonicalize_dtype(jax.dtypes.result_type(leaf), allow_extended_dtype=True)
-        except TypeError:
+        except (TypeError, OverflowError):
             raise TypeError(
                 f"{kind} {path_name(path)!r} is of type {type(leaf).__name__}, which is no array; keep what is not "
                 "trained out of the tree (in equinox: eqx.partition(model, eqx.is_inexact_array))"

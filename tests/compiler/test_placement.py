@@ -64,7 +64,7 @@ def test_what_is_weighed_is_what_is_estimated() -> None:
 
 @pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf")])
 def test_a_search_time_that_is_none_is_refused(seconds: float) -> None:
-    with pytest.raises(ValueError, match=r"AutoPlacement\(time_limit_s=.*give seconds above 0"):
+    with pytest.raises(ValueError, match=r"AutoPlacement: time_limit_s=.*give seconds above 0"):
         fm.AutoPlacement(time_limit_s=seconds)
 
 
@@ -99,7 +99,7 @@ def test_a_callable_places_nodes_and_the_rest_follows_its_data() -> None:
         ),
         ({"nope*": "worker:0"}, r"placement pattern 'nope\*' matches no layer; layers are: l0, l1"),
         (fm.Pipeline(3), r"Pipeline\(stages=3\) needs 3 devices, there are 2"),
-        ("best", "placement 'best' is not one"),
+        ("best", "placement='best' is not a placement; give 'auto', a mapping"),
         (lambda graph, devices: {10**6: "worker:0"}, "which the graph does not have"),
         (lambda graph, devices: {graph.nodes[0].id: "worker:5"}, "the placement callable names device 'worker:5'"),
     ],

@@ -271,5 +271,18 @@ def test_links_and_transport_that_are_none_are_refused(monkeypatch: pytest.Monke
     with pytest.raises(ClusterError, match="FLOWML_LINKS='no' is not a mode"):
         fm.Cluster.connect("127.0.0.1:1", token=TOKEN)
     monkeypatch.delenv("FLOWML_LINKS")
-    with pytest.raises(ClusterError, match="transport='udp' is unknown"):
+    with pytest.raises(ClusterError, match="transport='udp' is unknown; give 'auto' or 'grpc'"):
         fm.Cluster.local(transport="udp")
+
+
+@pytest.mark.parametrize("measure", [lambda c: c.measure_links(), lambda c: c.trace("unused.json").__enter__()])
+def test_without_workers_it_is_said_why_nothing_can_be_measured(measure: Any) -> None:
+    with fm.Cluster.local(workers=1) as cluster:
+        os.kill(cluster.pids["worker:0"], 9)
+        wait_until(lambda: cluster.devices == (), "the loss of worker:0 is known")
+        with pytest.raises(
+            fm.WorkerLostError, match=r"^worker:0 was lost \(.*, so no .* can be .*; close this cluster"
+        ):
+            measure(cluster)
+    with pytest.raises(ClusterError, match="the cluster is closed; start another"):
+        measure(cluster)

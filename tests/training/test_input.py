@@ -47,16 +47,16 @@ LAYOUTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"replicas": 0},
         ValueError,
-        r"replicas=0 and microbatches=1 must be at least 1",
+        r"replicas=0: give at least 1",
     ),
-    ({"schedule": "zigzag"}, ValueError, r"schedule 'zigzag' is not one; choose from 1f1b, gpipe"),
+    ({"schedule": "zigzag"}, ValueError, r"schedule='zigzag' is unknown; give '1f1b' or 'gpipe'"),
     ({"placement": {"fc*": "worker:9"}}, PlacementError, r"worker:9"),
     (
         {"delays": {"worker:7": 0.1}},
         FlowmlError,
         r"delays names 'worker:7', which does not exist; there are worker:0, worker:1, worker:2, worker:3",
     ),
-    ({"delays": {"worker:0": -1.0}}, ValueError, r"delays\['worker:0'\] is -1.0; give the seconds"),
+    ({"delays": {"worker:0": -1.0}}, ValueError, r"delays\['worker:0'\]=-1.0: give seconds of at least 0"),
     ({"optimizer": "adam"}, TypeError, r"optimizer must be an optax.GradientTransformation .* got 'adam'"),
 ]
 

@@ -130,19 +130,20 @@ class Fit:
         progress = Progress(self._options.total, self._options.progress)
         began = time.monotonic()
 
-        def show(records: Sequence[Record]) -> None:
+        def show(records: Sequence[Record], *, over: bool = False) -> None:
             for record in records:
                 record["seconds"] = time.monotonic() - began
                 progress.show(record)
                 for callback in callbacks:
                     callback(record)
+            _warn(self._history.loss_warning(over=over), stacklevel=5)
 
         try:
             self._step(protocol.Begin(), params, state)
             while not self._machine.over:
                 self._step(self._event(*self._next()))
                 show(self._history.ready())
-            show(self._history.rest())
+            show(self._history.rest(), over=True)
             seconds = time.monotonic() - began
         finally:
             progress.close()
@@ -235,11 +236,9 @@ class Fit:
                 case protocol.Feed(replica, item):
                     self._feed(replica, item)
                 case protocol.Note(message, handle):
-                    self._history.report(message, self._taken(handle))
+                    self._note(message, self._taken(handle))
                 case protocol.NoteNonFinite(store, clock, replicas):
-                    warning = self._history.refused(self._training.stores[store].name, clock, replicas)
-                    if warning:
-                        warnings.warn(warning, FlowmlWarning, stacklevel=4)
+                    _warn(self._history.refused(self._training.stores[store].name, clock, replicas), stacklevel=5)
                 case protocol.NoteCommit(clock, excluded):
                     self._history.committed(clock, excluded)
                 case protocol.Keep(store, handle):
@@ -250,6 +249,13 @@ class Fit:
                     raise self._error(reason)
                 case protocol.NoteFates() | protocol.Over():
                     pass
+
+    def _note(self, report: wire.Report, arrays: Sequence[Any]) -> None:
+        """Enter a report in the history. Raises WorkerError if its loss is not finite and that ends the fit."""
+        wrong = self._history.why_not_finite(report, arrays) if self._options.on_nonfinite == "raise" else None
+        if wrong is not None:
+            raise WorkerError(f"training failed at step {report.clock}: {wrong}", step=report.clock, node="loss")
+        self._history.report(report, arrays)
 
     def _decide(self, event: protocol.Event) -> list[protocol.Action]:
         actions, recorder = self._machine.step(event), self._session.recorder
@@ -352,7 +358,11 @@ class Fit:
                 states[leaf] = _from_buffer(array, spec.dtype)
         self._machine.validate()
         summary = self._machine.ledger.summary(lambda epoch: self._order(epoch).tolist())
-        summary = replace(summary, nonfinite=self._history.nonfinite_counts())
+        summary = replace(
+            summary,
+            nonfinite=self._history.nonfinite_counts(),
+            nonfinite_losses=dict(self._history.nonfinite_losses),
+        )
         return Outcome(final, states, self._history.records, summary, seconds, self._bytes())
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -372,6 +382,11 @@ class Fit:
                 for name, amount in zip(names, counts, strict=True):
                     totals[self._training.stores[store].name][name] += amount
         return totals
+
+
+def _warn(warning: str | None, stacklevel: int) -> None:
+    if warning is not None:
+        warnings.warn(warning, FlowmlWarning, stacklevel=stacklevel)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Builds the history of a fit: it combines the reports of replicas into one record per step, in order of steps.
 
 If replicas share clocks, a step is a clock. If some replicas may be left out, a record contains only the reports of
-the replicas that the decision counts; a clock without its own decision uses the next decision. If each replica runs
+the replicas that the decision counts; a clock without its own decision uses the next decision. A counted replica may
+stop before its report; the record goes without it once MAX_AHEAD newer clocks are fully reported. If each replica runs
 independently, a step is as many reports as there are replicas, in order of arrival. In all cases a fit of n steps has
 n records. Reports are sums, and so is their weight if the loss has one, so that a record divides only once.
 """
@@ -26,6 +27,13 @@ from flowml_runtime.execution.streams import on_terminal
 
 Record = dict[str, Any]
 
+MAX_AHEAD = 8
+"""How many newer clocks may be fully reported while a record waits for the report of a replica that counts. A replica
+reports a clock before it starts the next one, so only a replica that has stopped falls so far behind."""
+
+NEWS_STEPS = 2
+"""How many steps later than its loss a gradient may be reported as left out."""
+
 
 @dataclass
 class _Unit:
@@ -47,7 +55,7 @@ class History:
     def __init__(
         self, training: Training, clocks_per_epoch: int, metrics: Metrics, *, leaves_out: bool = False
     ) -> None:
-        """`leaves_out`: gradients that are not finite are left out, and therefore such losses are left out too."""
+        """`leaves_out`: losses that are not finite are left out and counted, as such gradients are."""
         self._leaves_out = leaves_out
         self._replicas = len(training.replicas)
         self._microbatches = training.microbatches
@@ -64,6 +72,10 @@ class History:
         """Decided clock without a record -> the replicas whose work counts."""
         self.nonfinite: dict[str, Counter[int]] = {}
         self._sums: dict[tuple[str, int], set[int]] = {}
+        self.nonfinite_losses: Counter[int] = Counter()
+        """By replica, the losses that were left out of a record."""
+        self._left_out: tuple[int, int] | None = None
+        """(step, replica) of the first such loss, until there is a warning of it."""
         self._complete = 0
         self.records: list[Record] = []
 
@@ -109,6 +121,34 @@ class History:
             "first, and 'apply' applies them"
         )
 
+    def why_not_finite(self, report: wire.Report, arrays: Sequence[Any]) -> str | None:
+        """What is wrong with the loss of a report, or with its weight, as a sentence; None if both are finite."""
+        values = dict(zip(report.slots, arrays, strict=True))
+        for slot, what in ((0, "loss"), (self._metrics.weight, "weight")):
+            if slot in values and not np.isfinite(values[slot]):
+                return (
+                    f"the {what} of replica {report.replica} is {float(values[slot])}; lower the learning rate or look "
+                    "at the data of this step, or give Trainer(on_nonfinite='refuse') to leave such losses out of the "
+                    "history, and such gradients out of the update"
+                )
+        return None
+
+    def loss_warning(self, *, over: bool = False) -> str | None:
+        """One sentence for a warning, once, if a loss was left out although no gradient was.
+
+        It waits for a few more records, unless the fit is `over`, because a gradient may be reported after its loss.
+        """
+        if self._left_out is None or (not over and self.step <= self._left_out[0] + NEWS_STEPS):
+            return None
+        (step, replica), self._left_out = self._left_out, None
+        if self.nonfinite:
+            return None  # there was a warning of its gradient
+        return (
+            f"the loss of replica {replica} at step {step} is NaN or infinite although its gradients are finite; they "
+            "are applied, and the loss is left out of the record; result.ledger counts such losses, and "
+            "Trainer(on_nonfinite='raise') ends the fit at the first"
+        )
+
     def nonfinite_counts(self) -> dict[str, dict[int, int]]:
         """Counts by layer and replica. Sums that are not finite although every gradient was are under replica -1."""
         counts = {layer: dict(found) for layer, found in self.nonfinite.items()}
@@ -135,8 +175,15 @@ class History:
         units = self._open.get(self.step, {})
         if not self._drops:
             return len(units) == self._replicas
-        counted = self._counted.get(self.step)
-        return counted is not None and counted <= units.keys()
+        if self.step not in self._counted:
+            return False
+        ahead = len(self._open) >= MAX_AHEAD and sum(map(self._is_full, self._open)) >= MAX_AHEAD
+        return ahead or self._is_full(self.step)
+
+    def _is_full(self, step: int) -> bool:
+        """Whether a decision has been made, and every replica that it counts has reported."""
+        counted = self._counted.get(step)
+        return counted is not None and counted <= self._open.get(step, {}).keys()
 
     def _close(self) -> Record:
         step = self.step
@@ -146,7 +193,7 @@ class History:
         for unit in units.values():
             self._shapes.update((slot, value.shape) for slot, value in unit.values.items())
         if self._leaves_out:
-            kept = [u for u in kept if np.isfinite(u.values[0]) and math.isfinite(self._weight([u]))]
+            kept = self._finite(step, kept)
         weight = self._weight(kept)
         record: Record = {
             "step": step,
@@ -160,6 +207,18 @@ class History:
             self._partial = {k: u for k, u in self._partial.items() if k[1] > step}
         self.records.append(record)
         return record
+
+    def _finite(self, step: int, units: Sequence[_Unit]) -> list[_Unit]:
+        """The reports whose loss and weight are finite. Counts the others."""
+        finite: list[_Unit] = []
+        for unit in units:
+            if np.isfinite(unit.values[0]) and math.isfinite(self._weight([unit])):
+                finite.append(unit)
+                continue
+            if not self.nonfinite_losses:
+                self._left_out = step, unit.replica
+            self.nonfinite_losses[unit.replica] += 1
+        return finite
 
     def _weight(self, units: Sequence[_Unit]) -> float:
         """The divisor for the sums of these reports: their weight, or their number of microbatches."""

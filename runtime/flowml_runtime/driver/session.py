@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from flowml.devices import Device, find_device, worker_of
-from flowml.errors import DeadlineError, FlowmlError, PlacementError, WorkerLostError
+from flowml.errors import ClusterError, DeadlineError, FlowmlError, PlacementError, WorkerLostError
 from flowml.plan import ArraySpec, Fetch, Plan
 from flowml_runtime import wire
 from flowml_runtime.driver import loading as shipping
@@ -227,16 +227,37 @@ class Session:
 
     def explained(self, error: PlacementError, name: str) -> FlowmlError:
         """The error to raise for `error`. If `name` cannot be placed because workers were lost, it says so."""
-        there = {d.worker for d in self.devices}
-        with self._lock:
-            gone = {w: reason for w, reason in self._gone.items() if w not in there}
+        gone = self._missing()
         if not gone or (error.worker is not None and error.worker not in gone):
             return error
         if error.worker is not None:
             gone = {error.worker: gone[error.worker]}
+        left = f"without it {error}" if self.devices else "no worker is left to run it"
+        return self._error_of_missing(gone, f"{name!r} cannot be placed: {left}")
+
+    def check_workers(self, what: str) -> None:
+        """Raises WorkerLostError if all workers are lost, ClusterError if there are none or the cluster is closed.
+
+        `what` says what cannot be done without workers, as in "no link can be measured".
+        """
+        with self._lock:
+            self._check_open()
+        if self.devices:
+            return
+        gone = self._missing()
+        if gone:
+            raise self._error_of_missing(gone, what)
+        raise ClusterError(f"the cluster has no workers, so {what}; {self.remedy}")
+
+    def _missing(self) -> dict[str, str]:
+        """Lost workers that are not back, with the reasons."""
+        there = {d.worker for d in self.devices}
+        with self._lock:
+            return {w: reason for w, reason in self._gone.items() if w not in there}
+
+    def _error_of_missing(self, gone: Mapping[str, str], so: str) -> WorkerLostError:
         which = " and ".join(f"{w} was lost ({reason})" for w, reason in gone.items())
-        left = f"without it {error}" if there else "no worker is left to run it"
-        return WorkerLostError(f"{which}, so {name!r} cannot be placed: {left}; {self.remedy}", worker=next(iter(gone)))
+        return WorkerLostError(f"{which}, so {so}; {self.remedy}", worker=next(iter(gone)))
 
     def submit(self, handle: LoadedPlan, inputs: Sequence[Any], *, copy: bool = True) -> Future[list[Any]]:
         """Start one step with the plan's flat inputs. Waits while too many steps are in flight.

@@ -11,10 +11,11 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from itertools import product
 
-from flowml.errors import ClusterError, FlowmlError
+from flowml.errors import ClusterError, FlowmlError, FlowmlWarning
 from flowml.placement.links import ASSUMED, GRPC, SAME_PROCESS, SHARED_MEMORY, Link, Links
 from flowml.plan import DRIVER
 from flowml_runtime import wire
@@ -88,10 +89,14 @@ class LinkTable:
             return self._links()
 
     def measure(self) -> Links:
-        """Measure every link now, even if its figure is known, and store the figures."""
+        """Measure every link now, even if its figure is known, and store the figures. Warns of those that failed."""
         with self._lock:
-            self._measure(self._pairs())
-            return self._links()
+            failed = self._measure(self._pairs())
+            links = self._links()
+        if failed:
+            text = "; ".join(f"{a} -> {b}: {reason}" for (a, b), reason in failed.items())
+            warnings.warn(f"some links were not measured and keep their values: {text}", FlowmlWarning, stacklevel=3)
+        return links
 
     def contradicted(self, source: str, destination: str) -> None:
         """Traffic between two peers is far slower than the figure, which is not used until it is measured again.
@@ -160,22 +165,24 @@ class LinkTable:
             self._figures[key] = None if key in self._stale else self._remembered.find(*key)
         return self._figures[key]
 
-    def _measure(self, pairs: dict[_Key, tuple[str, str]]) -> None:
-        for key, link in self._measured(pairs):
-            self._figures[key] = link
-            self._stale.discard(key)
-            self._remembered.remember(key[0], key[1], link)
-
-    def _measured(self, pairs: dict[_Key, tuple[str, str]]) -> Iterator[tuple[_Key, Link]]:
+    def _measure(self, pairs: dict[_Key, tuple[str, str]]) -> dict[tuple[str, str], str]:
+        """Measure and store the figures of these links. Returns the pairs that failed, with the reasons."""
+        failed: dict[tuple[str, str], str] = {}
         deadline = time.monotonic() + ALL_S
         for key, (a, b) in pairs.items():
             if time.monotonic() > deadline:
-                return
+                failed[a, b] = f"the links before it took {ALL_S:g} s"
+                continue
             self._tried.add(key)
             try:
-                if a == DRIVER:
-                    yield key, self._prober.measure(b)
-                else:
-                    yield key, self._prober.ask(a, self._endpoint.name if b == DRIVER else b)
-            except FlowmlError:
-                continue  # the link stays assumed; a lost worker is reported by its plans
+                link = self._prober.measure(b) if a == DRIVER else self._prober.ask(a, self._name(b))
+            except FlowmlError as error:  # the link stays assumed; a lost worker is reported by its plans
+                failed[a, b] = str(error)
+                continue
+            self._figures[key] = link
+            self._stale.discard(key)
+            self._remembered.remember(key[0], key[1], link)
+        return failed
+
+    def _name(self, peer: str) -> str:
+        return self._endpoint.name if peer == DRIVER else peer

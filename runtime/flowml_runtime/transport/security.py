@@ -15,6 +15,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flowml.errors import ClusterError
 
@@ -30,16 +31,22 @@ class TLS:
     ca: Path
 
     @staticmethod
-    def of(given: TLS | Mapping[str, str | os.PathLike[str]] | None) -> TLS | None:
-        """From a mapping with "cert", "key" and "ca"; None for an empty one. Raises ClusterError for other names."""
+    def of(given: object) -> TLS | None:
+        """From a mapping with "cert", "key" and "ca"; None for an empty one. Raises ClusterError for anything else."""
         if given is None or isinstance(given, TLS):
             return given
-        if not given:
+        files: Mapping[str, Any] = given if isinstance(given, Mapping) else {"": None}
+        if not all(isinstance(path, str | os.PathLike) for path in files.values()):
+            raise ClusterError(
+                f"tls={given!r} is of type {type(given).__name__}; give the paths of three PEM files, "
+                "tls={'cert': ..., 'key': ..., 'ca': ...}"
+            )
+        if not files:
             return None
-        missing = [name for name in ("cert", "key", "ca") if name not in given]
-        if missing or len(given) != 3:
-            raise ClusterError(f"TLS takes cert, key and ca, and nothing else; given: {', '.join(given)}")
-        return TLS(*(Path(given[name]) for name in ("cert", "key", "ca")))
+        missing = [name for name in ("cert", "key", "ca") if name not in files]
+        if missing or len(files) != 3:
+            raise ClusterError(f"TLS takes cert, key and ca, and nothing else; given: {', '.join(map(str, files))}")
+        return TLS(*(Path(files[name]) for name in ("cert", "key", "ca")))
 
     def read(self) -> tuple[bytes, bytes, bytes]:
         """Contents of cert, key and ca. Raises ClusterError naming the file that cannot be read or used."""
@@ -80,13 +87,17 @@ def write_token(path: Path, token: str) -> None:
         file.write(token + "\n")
 
 
-def find_token(token: str | os.PathLike[str] | None) -> str:
+def find_token(token: object) -> str:
     """The token: as given, or read from the file that is given or named by FLOWML_TOKEN_FILE. Raises ClusterError."""
     if token is None:
         named = os.environ.get(TOKEN_FILE_VARIABLE)
         if not named:
             raise ClusterError(f"the cluster needs its token: give token=, or name its file in {TOKEN_FILE_VARIABLE}")
         return _read_token(Path(named))
+    if not isinstance(token, str | os.PathLike):
+        raise ClusterError(
+            f"token is of type {type(token).__name__}; give the token as text, or the path of the file that holds it"
+        )
     if not isinstance(token, str) or (os.sep in token and Path(token).exists()):
         return _read_token(Path(token))
     if not token.strip():
@@ -101,14 +112,16 @@ def _read_token(path: Path) -> str:
         token = path.read_text().strip()
     except OSError as error:
         raise ClusterError(f"cannot read the token file {path}: {error.strerror}") from None
+    except ValueError as error:  # a path with a null character, or a file that is not text
+        raise ClusterError(f"cannot read the token file {str(path)!r}: {error}") from None
     if not token:
         raise ClusterError(f"token file {path} is empty; use the one that `flowml launch` wrote")
     return token
 
 
-def split_address(address: str) -> tuple[str, int]:
+def split_address(address: object) -> tuple[str, int]:
     """Host and port of "host:port". Raises ClusterError."""
-    host, colon, port = address.rpartition(":")
+    host, colon, port = address.rpartition(":") if isinstance(address, str) else ("", "", "")
     if not (host and colon and port.isdecimal() and int(port) < 65536):
         raise ClusterError(f"{address!r} is not an address; give HOST:PORT, e.g. 127.0.0.1:7070")
     return host.removeprefix("[").removesuffix("]"), int(port)

@@ -129,6 +129,7 @@ class Summary:
     `unseen` of a replica is always 0, because an item that was not begun belongs to no replica. `seen` lists how many
     examples took part how many times; it is empty if it was not requested. `nonfinite` counts, by layer and replica,
     the gradients that were left out because they held NaN or infinity; replica -1 counts such sums of finite gradients.
+    `nonfinite_losses` counts, by replica, the losses that were left out of the history because they were not finite.
     """
 
     used: int
@@ -143,6 +144,7 @@ class Summary:
     replicas: tuple[Tally, ...]
     seen: tuple[tuple[int, int], ...] = ()
     nonfinite: Mapping[str, Mapping[int, int]] = field(default_factory=dict[str, Mapping[int, int]])
+    nonfinite_losses: Mapping[int, int] = field(default_factory=dict[int, int])
 
     def __str__(self) -> str:
         names = ("used", "dropped", "folded", "requeued", "unseen")
@@ -155,9 +157,14 @@ class Summary:
         if self.seen:
             lines.append("examples seen: " + ", ".join(f"{many} × {times}" for times, many in self.seen))
         for layer, counts in self.nonfinite.items():
-            whose = ", ".join(f"replica {r} × {n}" if r >= 0 else f"the sum × {n}" for r, n in sorted(counts.items()))
-            lines.append(f"not finite and left out of {layer}: {whose}")
+            lines.append(f"not finite and left out of {layer}: {_by_replica(counts)}")
+        if self.nonfinite_losses:
+            lines.append(f"losses not finite and left out of the history: {_by_replica(self.nonfinite_losses)}")
         return "\n".join(lines)
+
+
+def _by_replica(counts: Mapping[int, int]) -> str:
+    return ", ".join(f"replica {r} × {n}" if r >= 0 else f"the sum × {n}" for r, n in sorted(counts.items()))
 
 
 class WorkQueue:

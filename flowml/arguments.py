@@ -1,0 +1,48 @@
+"""Checks arguments of public functions that are flags, choices or seconds, so that each wrong one gets one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import cast
+
+import numpy as np
+
+MOST_S = 1e9
+"""The longest time that is accepted: 31 years."""
+
+
+def is_text(value: object) -> bool:
+    """Whether an argument is text, whatever its declared type is."""
+    return isinstance(value, str)
+
+
+def flag(name: str, value: object) -> bool:
+    """The argument `name` as a bool. Raises TypeError unless it is True or False, of Python or NumPy."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}; give True or False")
+    return bool(value)
+
+
+def choice(name: str, value: object, choices: Sequence[str]) -> str:
+    """The argument `name`, which must be one of `choices`. Raises ValueError for another value."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; give {' or '.join(map(repr, choices))}")
+    return value
+
+
+def seconds(name: str, value: object, *, zero: bool = False) -> float:
+    """The argument `name` as seconds: a real number above 0, or at least 0 if `zero`, and at most MOST_S.
+
+    Raises ValueError for anything else.
+    """
+    number = math.nan
+    if not isinstance(value, bool) and isinstance(value, Real):
+        try:
+            number = float(cast(float, value))
+        except OverflowError:
+            number = math.inf
+    if not (0 < number <= MOST_S or (zero and number == 0)):
+        raise ValueError(f"{name}={value!r}: give seconds {'of at least' if zero else 'above'} 0, at most {MOST_S:g}")
+    return number
