@@ -48,13 +48,11 @@ def as_devices(devices: Iterable[Device | str]) -> tuple[Device, ...]:
 
     Raises PlacementError if there are no devices, one is given twice, or something else is given.
     """
-    given: object = devices
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if isinstance(devices, str) or not isinstance(devices, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise PlacementError(f"devices={devices!r} is not a list of devices; give one such as ['worker:0', 'worker:1']")
     devices = tuple(devices)
-    each: tuple[object, ...] = devices
-    for device in each:
-        if not isinstance(device, Device | str) or not device:
+    for device in devices:
+        if not isinstance(device, Device | str) or not device:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PlacementError(f"devices names {device!r}, which is no device; give names such as 'worker:0'")
     found = tuple(d if isinstance(d, Device) else Device(_full(d)) for d in devices)
     if not found:
