@@ -25,6 +25,23 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
+def flag_or_none(name: str, value: object) -> bool | None:
+    """The argument `name` as a bool, or None. Raises TypeError for anything else."""
+    return None if value is None else flag(name, value)
+
+
+def text(name: str, value: object) -> str:
+    """The argument `name`, which must be text that is not blank. The error leaves the value out, which may be a secret.
+
+    Raises TypeError for anything else.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError(
+            f"{name} is {'empty' if isinstance(value, str) else f'of type {type(value).__name__}'}; give text"
+        )
+    return value
+
+
 def choice(name: str, value: object, choices: Sequence[str]) -> str:
     """The argument `name`, which must be one of `choices`. Raises ValueError for another value."""
     if not isinstance(value, str) or value not in choices:

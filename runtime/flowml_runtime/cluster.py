@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from flowml.arguments import choice, flag, seconds
+from flowml.arguments import choice, flag, flag_or_none, seconds, text
 from flowml.devices import Device
 from flowml.errors import ClusterError
 from flowml.numbers import whole_number
@@ -35,6 +35,7 @@ from flowml_runtime.execution.forks import check_owner, check_startable, is_fore
 from flowml_runtime.execution.future import wait_heeding_signals
 from flowml_runtime.launch.capacity import check_room, room
 from flowml_runtime.launch.local import LocalWorkers
+from flowml_runtime.launch.options import MAX_THREAD_WORKERS, counts, refusing
 from flowml_runtime.links.prober import Prober
 from flowml_runtime.links.table import LinkTable, links_mode
 from flowml_runtime.membership.coordinator import CoordinatorHost
@@ -54,12 +55,6 @@ _START_ANOTHER = "close this cluster and start another"
 
 _LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
 """What to do about a lost coordinator."""
-
-MAX_THREAD_WORKERS = 1024
-"""The most workers inside one process. Each has threads of its own."""
-
-MAX_DEVICES = 1024
-"""The most devices of one worker. Each has a thread of its own."""
 
 _BY_REFERENCE = Links(ASSUMED[SAME_PROCESS])
 _CORE_FLOPS_PER_S = Device("").flops_per_s
@@ -181,7 +176,7 @@ class Cluster:
         to messages to other machines, False to none. Raises ClusterError, with the end of the worker's log, if a
         worker does not start.
         """
-        with _refusing():
+        with refusing():
             deadline_s = seconds("deadline_s", deadline_s)
             mode = links_mode(links)
         with ExitStack() as stack:
@@ -210,10 +205,9 @@ class Cluster:
         from flowml_runtime.launch.threads import start_workers
 
         check_startable()
-        with _refusing():
+        with refusing():
             deadline_s = seconds("deadline_s", deadline_s)
-            workers = whole_number("workers", workers, least=1, most=MAX_THREAD_WORKERS)
-            devices_per_worker = whole_number("devices_per_worker", devices_per_worker, least=1, most=MAX_DEVICES)
+            workers, devices_per_worker = counts(workers, devices_per_worker, most=MAX_THREAD_WORKERS)
         share = len(cores()) / workers / devices_per_worker
         memory = memory_bytes() // (workers * devices_per_worker)
         names = {w: [f"{w}/cpu:{d}" for d in range(devices_per_worker)] for w in _names(workers)}
@@ -253,10 +247,10 @@ class Cluster:
         plans of this driver; `transport` and `checksum` are as in `local` and apply to its connections. Raises
         ClusterError if the cluster cannot be reached or refuses.
         """
-        with _refusing():
+        with refusing():
             deadline_s, timeout_s = seconds("deadline_s", deadline_s), seconds("timeout_s", timeout_s)
             mode, shared = links_mode(links), _shares_memory(transport)
-            allow_python, checksum = flag("allow_python", allow_python), _maybe("checksum", checksum)
+            allow_python, checksum = flag("allow_python", allow_python), flag_or_none("checksum", checksum)
         with ExitStack() as stack:
             name = f"driver-{uuid.uuid4().hex[:12]}"
             remedy = f"start it again with `flowml worker {address}`"
@@ -403,14 +397,13 @@ class LaunchedCluster:
     ) -> None:
         """Returns when all workers have joined. If one does not, ends everything it started and raises ClusterError."""
         check_startable()
-        with _refusing():
-            workers = whole_number("workers", workers, least=1)
-            devices_per_worker = whole_number("devices_per_worker", devices_per_worker, least=1, most=MAX_DEVICES)
+        with refusing():
+            workers, devices_per_worker = counts(workers, devices_per_worker)
             start_timeout_s = seconds("start_timeout_s", start_timeout_s)
-            allow_python, checksum = flag("allow_python", allow_python), _maybe("checksum", checksum)
-            files, shared, platform = TLS.of(tls), _shares_memory(transport), _nonempty("platform", platform)
+            allow_python, checksum = flag("allow_python", allow_python), flag_or_none("checksum", checksum)
+            files, shared, platform = TLS.of(tls), _shares_memory(transport), text("platform", platform)
             if token is not None:
-                token = _nonempty("token", token)
+                token = text("token", token)
         self.token = new_token() if token is None else token
         check_exposure(bind, files, self.token, "listen on")
         reached_at = advertised_host(bind)
@@ -488,27 +481,6 @@ def current_cluster() -> Cluster:
 
 def _names(workers: int) -> tuple[str, ...]:
     return tuple(f"worker:{i}" for i in range(workers))
-
-
-@contextmanager
-def _refusing() -> Generator[None]:
-    """Raise ClusterError for an argument that is refused."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise ClusterError(str(error)) from None
-
-
-def _maybe(name: str, value: Any) -> bool | None:
-    return None if value is None else flag(name, value)
-
-
-def _nonempty(name: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():  # the error leaves the value out, which may be a secret
-        raise TypeError(
-            f"{name} is {'empty' if isinstance(value, str) else f'of type {type(value).__name__}'}; give text"
-        )
-    return value
 
 
 def _shares_memory(transport: str) -> bool:
