@@ -8,8 +8,10 @@ floating point sums can have changed: a last bit may differ there, a branch take
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -25,6 +27,9 @@ from tests.zoo import Case
 SHAPES = ((), (1,), (3,), (2, 3), (3, 3), (0, 3), (2, 1, 3))
 DTYPES = (jnp.float32, jnp.float32, jnp.int32, jnp.uint8, jnp.bool_, jnp.bfloat16, jnp.complex64)
 Value = jax.Array
+
+LAST = Path(os.environ["XDG_CACHE_HOME"]) / "random-program.txt"
+"""Holds the program that is being checked. If XLA aborts the process, this file stays, and nothing else names it."""
 
 
 def is_float(x: Value) -> bool:
@@ -187,6 +192,7 @@ programs = st.builds(
 
 
 def check(program: Program, cluster: fm.Cluster, seed: int) -> None:
+    LAST.write_text(f"{program!r}, {seed}")
     inputs = program.inputs(seed)
     half = any(dtype == jnp.bfloat16 for _, dtype in program.arguments)
     case = Case("random program", lambda: (program, tuple(inputs)), tolerance=0.06 if half else 1e-5)
