@@ -17,12 +17,13 @@ import msgspec
 
 from flowml.arrays import ArraySpec, Dimension, Index, Shape
 from flowml.envelope import seal, unseal
-from flowml.errors import FlowmlError, PlanError, named
+from flowml.errors import FlowmlError, PlanError, PolicyError, named
+from flowml.policy import Policy
 
 if TYPE_CHECKING:
     from os import PathLike
 
-FORMAT = 2
+FORMAT = 3
 """Version of the serialised form. A plan of another format is refused with both numbers in the error."""
 
 DRIVER = "driver"
@@ -267,12 +268,7 @@ class StoreSpec(msgspec.Struct, frozen=True):
     home: str
     readers: tuple[str, ...]
     parts: tuple[Part, ...]
-    policy: str
-    staleness: float
-    every: Annotated[int, msgspec.Meta(ge=1)]
-    clocked: bool
-    need: Annotated[int, msgspec.Meta(ge=1)]
-    apply_mode: str
+    policy: Policy
     applies: Applies
     homes: tuple[str, ...] = ()
 
@@ -291,9 +287,14 @@ class StoreSpec(msgspec.Struct, frozen=True):
         return bool(self.homes)
 
     @property
+    def every(self) -> int:
+        """The number of steps between pushes."""
+        return self.policy.every.push
+
+    @property
     def decided(self) -> bool:
         """Whether the leader decides for each clock which contributions are applied."""
-        return self.clocked and not self.homes
+        return self.policy.clocked and not self.homes
 
     def read_from(self, homes: Container[str]) -> tuple[str, ...]:
         """The readers of the copies on these devices."""
@@ -447,7 +448,7 @@ class Plan(msgspec.Struct, frozen=True):
         body = unseal(data, FORMAT, origin)
         try:
             return _decoder.decode(body)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, PolicyError) as error:
             raise PlanError(f"{origin} is not valid: {error}; write it again with plan.save()") from None
 
     @staticmethod

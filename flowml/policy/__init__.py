@@ -11,23 +11,34 @@ from __future__ import annotations
 
 from flowml.policy.compose import DEFAULT_PATTERN, check_composition, overruled, resolve
 from flowml.policy.mathematics import can_read, coefficients, due
-from flowml.policy.spec import UNBOUNDED, Every, Factors, Gradient, Policy, Quorum
+from flowml.policy.quorum import Completion, Cut, Deadline, Decide, Drop, Fold, Late, Quorum, Requeue, Wait
+from flowml.policy.spec import UNBOUNDED, Every, Factors, Gradient, Payload, Policy
 from flowml.policy.topology import AllReduce, Hierarchy, ParameterServer, Ring, Topology, Tree
 
 __all__ = [
     "DEFAULT_PATTERN",
     "UNBOUNDED",
     "AllReduce",
+    "Completion",
+    "Cut",
+    "Deadline",
+    "Decide",
+    "Drop",
     "Every",
     "Factors",
+    "Fold",
     "Gradient",
     "Hierarchy",
+    "Late",
     "ParameterServer",
+    "Payload",
     "Policy",
     "Quorum",
+    "Requeue",
     "Ring",
     "Topology",
     "Tree",
+    "Wait",
     "can_read",
     "check_composition",
     "coefficients",

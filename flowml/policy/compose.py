@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from flowml.errors import PolicyError, named
+from flowml.policy.quorum import Quorum
 from flowml.policy.spec import Policy
 
 DEFAULT_PATTERN = "*"
@@ -103,7 +104,7 @@ def _named(names: list[str]) -> str:
 
 def _check_count(name: str, policy: Policy, replicas: int) -> None:
     quorum = policy.quorum
-    if quorum.counted and quorum.count_or_fraction > replicas:
+    if isinstance(quorum, Quorum) and quorum.counted and quorum.count_or_fraction > replicas:
         raise PolicyError(
             f"{name!r}: {quorum} asks for more replicas than there are ({replicas}), so no step could be complete; "
             f"give a count of at most {replicas}, a fraction such as 0.75, or more replicas"
@@ -130,6 +131,6 @@ def _first_match(policies: Mapping[str, Policy], path: str) -> tuple[str, Policy
 
 def _idle_quorum(name: str, policy: Policy, replicas: int) -> str:
     quorum = policy.quorum
-    if quorum.never_drops(replicas) and (quorum.counted or quorum.count_or_fraction != 1):
+    if quorum.never_drops(replicas) and not quorum.waits_for_all:
         return f"{name!r}: {quorum} of {replicas} can never drop"
     return ""

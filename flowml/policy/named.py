@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Literal, TypedDict, Unpack
 
 from flowml import policy as algebra
+from flowml.policy.quorum import LateName, late_of
 
 
 class _Common(TypedDict, total=False):
@@ -24,13 +25,13 @@ class _Pushing(_Common, total=False):
 
 class _Rhythm(_Common, total=False):
     staleness: float
-    quorum: algebra.Quorum | None
+    quorum: algebra.Completion | None
     payload: algebra.Gradient | algebra.Factors
 
 
 class _Sending(_Common, total=False):
     staleness: float
-    quorum: algebra.Quorum | None
+    quorum: algebra.Completion | None
     every: algebra.Every | int
 
 
@@ -44,7 +45,7 @@ class _Summing(TypedDict, total=False):
 
 
 class _Reading(_Pushing, total=False):
-    quorum: algebra.Quorum | None
+    quorum: algebra.Completion | None
 
 
 def synchronous(**overrides: Unpack[_Pushing]) -> algebra.Policy:
@@ -73,7 +74,7 @@ def factors(**overrides: Unpack[_Sending]) -> algebra.Policy:
 
 
 def quorum(
-    count_or_fraction: float, *, late: Literal["drop", "fold"] = "drop", **overrides: Unpack[_Waiting]
+    count_or_fraction: float, *, late: algebra.Late | LateName = "drop", **overrides: Unpack[_Waiting]
 ) -> algebra.Policy:
     """A share (0.75) or a number (3) of the replicas completes a clock; by default later contributions are dropped."""
-    return algebra.Policy(quorum=algebra.Quorum(count_or_fraction, late=late), **overrides)
+    return algebra.Policy(quorum=algebra.Quorum(count_or_fraction, late=late_of(late, "quorum")), **overrides)

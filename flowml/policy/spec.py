@@ -9,82 +9,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from numbers import Real
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import whole
+from flowml.policy.quorum import COMPLETIONS, Completion, Deadline, Drop, Fold, Quorum, late_name, number
 from flowml.policy.topology import TOPOLOGIES, ParameterServer, Topology
 from flowml.policy.topology import describe as describe_topology
 
 UNBOUNDED = math.inf
 """A staleness without bound: a read never waits."""
 
-_ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
 
-_SERVER = ParameterServer()
-
-
-@dataclass(frozen=True)
-class Gradient:
+class Gradient(msgspec.Struct, frozen=True, tag=True):
     """Replicas send gradients, summed over the microbatches and steps since their last push."""
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(msgspec.Struct, frozen=True, tag=True):
     """Replicas send the operands a and δ of the product aᵀδ, and the home forms the gradient.
 
     This sends less for a large dense layer and a small batch (Chilimbi et al., Project Adam, OSDI 2014).
     """
 
 
-@dataclass(frozen=True)
-class Quorum:
-    """How many contributions complete a clock, and what happens to later ones.
-
-    Args:
-        count_or_fraction: a float in (0, 1] is a share of the replicas, rounded up; an int ≥ 1 is a number of replicas.
-        of: `"replicas"`.
-        late: `"drop"` discards late contributions; `"fold"` applies each contribution on arrival and is available as
-            `Quorum(1, late="fold")`, with a staleness above 0.
-
-    Raises:
-        PolicyError: for a value that is out of range or not available yet.
-    """
-
-    count_or_fraction: float = 1.0
-    of: Literal["replicas"] = "replicas"
-    late: Literal["drop", "fold"] = "drop"
-    counted: bool = field(init=False, repr=False)  # makes Quorum(1), one replica, differ from Quorum(1.0), all
-
-    def __post_init__(self) -> None:
-        value = _number(self.count_or_fraction, "Quorum({!r}): give a fraction like 0.75 or a count like 3")
-        object.__setattr__(self, "count_or_fraction", value)
-        object.__setattr__(self, "counted", isinstance(value, int))
-        if isinstance(value, int) and value < 1:
-            raise PolicyError(f"Quorum({value}): a count of replicas is at least 1")
-        if isinstance(value, float) and not 0 < value <= 1:
-            raise PolicyError(f"Quorum({value}): a fraction lies in (0, 1]; for a number of replicas give an int")
-        _available("of", self.of, ("replicas",), "Quorum({})")
-        _available("late", self.late, ("drop", "fold"), "Quorum({})")
-
-    def need(self, members: int) -> int:
-        """How many contributions complete a clock of `members` replicas: the count, or the share rounded up."""
-        if self.counted:
-            return min(int(self.count_or_fraction), members)
-        return max(1, math.ceil(self.count_or_fraction * members - _ROUNDING))
-
-    def never_drops(self, members: int) -> bool:
-        """Whether every one of `members` replicas is needed, so that none can come too late."""
-        return self.need(members) >= members
-
-    def __str__(self) -> str:
-        return f"Quorum({self.count_or_fraction})"
+Payload = Gradient | Factors
 
 
-@dataclass(frozen=True)
-class Every:
+class Every(msgspec.Struct, frozen=True, tag=True):
     """Push and pull every `push` steps. Between pushes each replica adds up its gradients.
 
     Raises:
@@ -98,9 +51,9 @@ class Every:
         push = whole(self.push)
         if push is None or push < 1:
             raise PolicyError(f"Every(push={self.push!r}): the number of steps between pushes is an int of at least 1")
-        object.__setattr__(self, "push", push)
+        msgspec.structs.force_setattr(self, "push", push)
         if self.pull is None:
-            object.__setattr__(self, "pull", self.push)
+            msgspec.structs.force_setattr(self, "pull", push)
         if self.pull != self.push:
             raise PolicyError(
                 f"Every(push={self.push}, pull={self.pull}): pulling at another rhythm than pushing is not available "
@@ -108,8 +61,7 @@ class Every:
             )
 
 
-@dataclass(frozen=True, init=False)
-class Policy:
+class Policy(msgspec.Struct, frozen=True):
     """How the replicas of one layer are kept in step. `Policy()` is synchronous data parallelism.
 
     Attributes:
@@ -118,7 +70,7 @@ class Policy:
         staleness: how many clocks a read may be behind (0: synchronous, n: bounded, `UNBOUNDED`: no bound).
         quorum: what completes a clock. By default all replicas do if the staleness is 0; else each contribution is
             applied on arrival (Dean et al., Downpour; Ho et al., stale synchronous).
-        every: steps between pushes.
+        every: steps between pushes: a number, or `Every`.
         payload: what is sent.
         filters: transformations of the payload; none is available yet.
         apply: `"mean"` divides by the number of microbatch gradients that took part, `"sum"` only by the
@@ -128,45 +80,45 @@ class Policy:
         PolicyError: for a composition that is not sound, or a part that is not available yet.
     """
 
-    topology: Topology
-    staleness: float
-    quorum: Quorum
-    every: Every
-    payload: Gradient | Factors
-    filters: tuple[object, ...]
-    apply: Literal["mean", "sum"]
+    topology: Topology = ParameterServer()
+    staleness: int | float = 0
+    quorum: Completion = None  # pyright: ignore[reportAssignmentType]  the default depends on the staleness
+    every: Every = Every()
+    payload: Payload = Gradient()
+    filters: tuple[str, ...] = ()
+    apply: Literal["mean", "sum"] = "mean"
 
-    def __init__(
-        self,
-        topology: Topology = _SERVER,
-        staleness: float = 0,
-        quorum: Quorum | None = None,
-        every: Every | int = 1,
-        payload: Gradient | Factors = Gradient(),
-        filters: Sequence[object] = (),
-        apply: Literal["mean", "sum"] = "mean",
-    ) -> None:
-        bound = _staleness(staleness)
-        if quorum is None:
-            quorum = Quorum(1.0) if bound == 0 else Quorum(1, late="fold")
-        values = {
-            "topology": topology,
-            "staleness": bound,
-            "quorum": quorum,
-            "every": every if isinstance(every, Every) else Every(every),
-            "payload": payload,
-            "filters": _filters(filters),
-            "apply": apply,
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+    if TYPE_CHECKING:  # a policy normalises its values when it is made, so more is accepted than kept
+
+        def __init__(
+            self,
+            topology: Topology = ...,
+            staleness: float = 0,
+            quorum: Completion | None = None,
+            every: Every | int = 1,
+            payload: Payload = ...,
+            filters: Sequence[object] = (),
+            apply: Literal["mean", "sum"] = "mean",
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        bound = _staleness(self.staleness)
+        if self.quorum is None:  # pyright: ignore[reportUnnecessaryComparison]
+            self._set("quorum", Quorum() if bound == 0 else Quorum(1, late=Fold()))
+        self._set("staleness", bound)
+        if not isinstance(self.every, Every):  # pyright: ignore[reportUnnecessaryIsInstance]
+            self._set("every", Every(self.every))
+        self._set("filters", _filters(self.filters))
         _check_parts(self)
         _check_sound(self)
+
+    def _set(self, name: str, value: object) -> None:
+        msgspec.structs.force_setattr(self, name, value)
 
     @property
     def clocked(self) -> bool:
         """Whether the layer commits clock by clock. If False, each contribution is applied on arrival."""
-        return self.quorum.late != "fold"
+        return not (isinstance(self.quorum.late, Fold) and self.staleness > 0)
 
     @property
     def collective(self) -> bool:
@@ -183,8 +135,10 @@ class Policy:
             words.append(f"stale{bound}")
         if self.every.push > 1:
             words.append(f"every {self.every.push}")
-        if self.clocked and self.quorum != Quorum(1.0):
-            words.append(f"quorum {self.quorum.count_or_fraction} {self.quorum.late}")
+        if self.clocked and self.quorum != Quorum():
+            words.append(_completion(self.quorum))
+        elif not self.clocked and self.quorum != Quorum(1, late=Fold()):
+            words.append(f"by {_share(self.quorum)}")
         words = words or ["sync"]
         if self.collective:
             words.append(describe_topology(self.topology))
@@ -195,19 +149,23 @@ class Policy:
         return ", ".join(words)
 
 
-def _number(value: object, otherwise: str) -> int | float:
-    """A Python or NumPy number as an int or a float. Raises PolicyError for NaN, a bool or anything else."""
-    count = whole(value)
-    if count is not None:
-        return count
-    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
-        raise PolicyError(otherwise.format(value))
-    return float(value)
+def _share(quorum: Completion) -> int | float:
+    return quorum.share if isinstance(quorum, Deadline) else quorum.count_or_fraction
+
+
+def _completion(quorum: Completion) -> str:
+    """ "quorum 0.75 drop", "quorum 0.75 of samples requeue", "deadline 0.5 adaptive drop"."""
+    of = "" if quorum.of == "replicas" else f" of {quorum.of}"
+    late = "" if quorum.of == "microbatches" else f" {late_name(quorum.late)}"
+    if isinstance(quorum, Deadline):
+        limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
+        return f"deadline {quorum.share}{of} {quorum.grace}{limit}{late}"
+    return f"quorum {_share(quorum)}{of}{late}"
 
 
 def _staleness(staleness: object) -> float:
     """The bound as an int, or UNBOUNDED."""
-    value = _number(staleness, "staleness={!r}: give a number of clocks, or flowml.UNBOUNDED")
+    value = number(staleness, "staleness={!r}: give a number of clocks, or flowml.UNBOUNDED")
     if value < 0:
         raise PolicyError(f"staleness={value}: a read cannot be newer than now; 0 is synchronous")
     if value == UNBOUNDED:
@@ -235,7 +193,7 @@ def _check_parts(policy: Policy) -> None:
     """Check that each knob has an available value."""
     kinds: tuple[tuple[str, object, tuple[type, ...]], ...] = (
         ("topology", policy.topology, TOPOLOGIES),
-        ("quorum", policy.quorum, (Quorum,)),
+        ("quorum", policy.quorum, COMPLETIONS),
         ("payload", policy.payload, (Gradient, Factors)),
     )
     for name, value, types in kinds:
@@ -249,30 +207,65 @@ def _check_parts(policy: Policy) -> None:
 
 def _check_sound(policy: Policy) -> None:
     """Check that the knobs are sound together."""
-    quorum, stale = policy.quorum, policy.staleness
+    _check_available(policy)
     if policy.collective:
         _check_collective(policy)
-    folding = f"Quorum({quorum.count_or_fraction}, late='fold')"
+    elif policy.clocked:
+        _check_clocked(policy)
+    else:
+        _check_arriving(policy)
     if isinstance(policy.payload, Factors) and policy.every.push > 1:
         raise PolicyError(
             f"payload=Factors() with every={policy.every.push} is not sound: the factors of several steps cannot be "
             f"added up without forming the product they stand for; use every=1, or payload=Gradient()"
         )
-    if quorum.late == "fold" and stale == 0:
+
+
+def _check_available(policy: Policy) -> None:
+    quorum = policy.quorum
+    known = isinstance(quorum, Quorum) and quorum.of == "replicas"
+    late = isinstance(quorum.late, Drop) if policy.clocked else quorum == Quorum(1, late=Fold())
+    if not known or not late:
         raise PolicyError(
-            f"quorum={folding} with staleness=0 is not sound: folding a late contribution in applies a gradient of "
-            "older parameters, which staleness 0 rules out; give staleness=1 or more, or late='drop'"
+            f"quorum={quorum!r} is not available yet; give flowml.Quorum of='replicas' with late='drop', or "
+            "quorum=Quorum(1, late='fold') with a staleness above 0, which applies every contribution on arrival"
         )
-    if quorum.late == "fold" and quorum != Quorum(1, late="fold"):
-        raise PolicyError(
-            f"quorum={folding} is not available yet; give quorum=Quorum(1, late='fold'), "
-            f"which applies every contribution on arrival, or late='drop'"
-        )
-    if policy.clocked and stale == UNBOUNDED:
+
+
+def _check_clocked(policy: Policy) -> None:
+    """Check that the other knobs are sound with clocks that a quorum completes."""
+    quorum = policy.quorum
+    if policy.staleness == UNBOUNDED:
         raise PolicyError(
             f"quorum={quorum} with staleness=UNBOUNDED is not sound: replicas would run ahead of the clocks that "
             f"the quorum completes, and their contributions pile up without bound; give a finite staleness, or "
             f"leave quorum out"
+        )
+    if quorum.of == "microbatches" and isinstance(policy.payload, Factors):
+        raise PolicyError(
+            f"quorum={quorum} of microbatches with payload=Factors() is not sound: the factors of the microbatches "
+            "that were not computed would be missing from the message; use payload=Gradient(), or of='replicas'"
+        )
+    if quorum.of == "microbatches" and policy.every.push > 1:
+        raise PolicyError(
+            f"quorum={quorum} of microbatches with every={policy.every.push} is not available yet: a replica would "
+            "have to stop in the middle of a step that pushes nothing; use every=1, or of='replicas'"
+        )
+
+
+def _check_arriving(policy: Policy) -> None:
+    """Check that the other knobs are sound with contributions that are applied as they arrive."""
+    quorum = policy.quorum
+    if not isinstance(quorum, Quorum) or quorum.of != "replicas":
+        raise PolicyError(
+            f"quorum={quorum} with late='fold' and staleness={policy.staleness} is not sound: contributions are "
+            "applied as they arrive, without clocks that a deadline could end; give quorum=Quorum(k, late='fold'), "
+            "which applies each k of them, or late='drop'"
+        )
+    if isinstance(quorum.late, Fold) and quorum.late.decay != 1:
+        raise PolicyError(
+            f"late={quorum.late!r} with staleness={policy.staleness} is not sound: without clocks no contribution is "
+            "late; give late=Fold(), or staleness=0"
         )
 
 

@@ -7,7 +7,8 @@ their gradients among themselves. The schedules of these sums are named here and
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import whole
@@ -21,13 +22,11 @@ DOUBLING_BYTES_APART = 256 * 2**10
 a similar latency, so the limit is lower."""
 
 
-@dataclass(frozen=True)
-class ParameterServer:
+class ParameterServer(msgspec.Struct, frozen=True, tag=True):
     """Each layer has one home, which holds its parameters and optimizer state and applies the contributions."""
 
 
-@dataclass(frozen=True)
-class AllReduce:
+class AllReduce(msgspec.Struct, frozen=True, tag=True):
     """Every replica keeps a copy, and replicas add up their gradients among themselves.
 
     Small gradients use recursive doubling. Large gradients use reduce-scatter and all-gather: directly on one host,
@@ -35,13 +34,11 @@ class AllReduce:
     """
 
 
-@dataclass(frozen=True)
-class Ring:
+class Ring(msgspec.Struct, frozen=True, tag=True):
     """Like `AllReduce`, but always around a ring: each of N replicas sends 2 (N-1)/N of the gradient."""
 
 
-@dataclass(frozen=True)
-class Tree:
+class Tree(msgspec.Struct, frozen=True, tag=True):
     """Like `AllReduce`, but always up a tree to the first replica and down again; each node has `fanout` children."""
 
     fanout: int = 4
@@ -50,15 +47,14 @@ class Tree:
         fanout = whole(self.fanout)
         if fanout is None or fanout < 1:
             raise PolicyError(f"Tree(fanout={self.fanout!r}): the number of children is an int of at least 1")
-        object.__setattr__(self, "fanout", fanout)
+        msgspec.structs.force_setattr(self, "fanout", fanout)
 
 
-@dataclass(frozen=True)
-class Hierarchy:
+class Hierarchy(msgspec.Struct, frozen=True, tag=True):
     """Like `AllReduce`, but always adds up inside each host (`local`), then around a ring of hosts (`remote`)."""
 
-    local: AllReduce = field(default_factory=AllReduce)
-    remote: Ring = field(default_factory=Ring)
+    local: AllReduce = AllReduce()
+    remote: Ring = Ring()
 
     def __post_init__(self) -> None:
         for name, value, kind in (("local", self.local, AllReduce), ("remote", self.remote, Ring)):

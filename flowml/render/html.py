@@ -118,7 +118,7 @@ def _layers(stores: Sequence[StoreSpec]) -> str:
     rows = [
         (
             s.name,
-            s.policy,
+            s.policy.describe(),
             home_text(s),
             bytes_text(s.nbytes),
             push_text(s),

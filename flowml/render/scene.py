@@ -360,11 +360,11 @@ def _message_detail(message: Message, times: int) -> str:
 def _cylinder(index: int, store: StoreSpec) -> Cylinder:
     stage = min((p.stage for p in store.parts), default=0)
     every = f" every {store.every}" if store.every > 1 else ""
-    facts = (store.policy, f"push {push_text(store)}{every}", f"home {home_text(store)}")
+    facts = (store.policy.describe(), f"push {push_text(store)}{every}", f"home {home_text(store)}")
     detail = "\n".join(
         [
             f"{store.name}: {bytes_text(store.nbytes)} in {plural(len(store.leaves), 'leaf', 'leaves')}",
-            f"policy: {store.policy}",
+            f"policy: {store.policy.describe()}",
             f"home: {home_text(store)}",
             f"read by: {listed(store.readers, 8)}",
             f"one contribution: {push_text(store)}",
@@ -380,6 +380,6 @@ def policy_kind(store: StoreSpec) -> str:
         return "factors"
     if store.every > 1:
         return "periodic"
-    if store.staleness == float("inf"):
+    if store.policy.staleness == float("inf"):
         return "asynchronous"
-    return "bounded" if store.staleness > 0 else "synchronous"
+    return "bounded" if store.policy.staleness > 0 else "synchronous"

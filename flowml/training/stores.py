@@ -339,12 +339,7 @@ class StorePlanner:
             home=homes[0],
             readers=tuple(replica[stage] for replica in replicas for stage in store.readers),
             parts=parts,
-            policy=store.policy.describe(),
-            staleness=float(store.policy.staleness),
-            every=every,
-            clocked=store.policy.clocked,
-            need=store.policy.quorum.need(self.replicas),
-            apply_mode=store.policy.apply,
+            policy=store.policy,
             applies=self._applies(store, parts, specs, state, table),
             homes=homes if collective else (),
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from flowml import policies
@@ -57,10 +57,10 @@ def test_one_replica_is_not_all_replicas() -> None:
 
 def test_a_policy_is_a_value() -> None:
     policy = Policy(staleness=3, every=4)
-    assert dataclasses.replace(policy, every=2) == Policy(staleness=3, every=2)
+    assert msgspec.structs.replace(policy, every=2) == Policy(staleness=3, every=2)
     assert copy.deepcopy(policy) == policy == pickle.loads(pickle.dumps(policy))
     assert hash(policy) == hash(Policy(staleness=3, every=Every(4)))
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         policy.staleness = 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -76,8 +76,6 @@ make_quorum: Any = Quorum
         (lambda: make_policy(apply="prox"), "apply='mean' or apply='sum'"),
         (lambda: make_policy(payload="weights"), "flowml.Gradient.. or flowml.Factors"),
         (lambda: make_policy(quorum=0.75), "flowml.Quorum"),
-        (lambda: make_quorum(0.75, of="samples"), "'replicas'"),
-        (lambda: make_quorum(0.75, late="requeue"), "late='drop' or late='fold'"),
         (lambda: Every(push=4, pull=2), "leave pull out"),
         (lambda: make_policy(staleness=3, quorum=Quorum(2, late="fold")), "late='drop'"),
         (lambda: make_policy(topology=AllReduce(), staleness=1), "use staleness=0, or topology=flowml.ParameterServer"),
@@ -97,7 +95,6 @@ def test_what_is_not_available_yet_says_what_is(make: Callable[[], object], reas
     ("make", "text"),
     [
         (lambda: make_policy(apply="prox"), "apply='prox' is not available yet; give apply='mean' or apply='sum'"),
-        (lambda: make_quorum(0.75, of="samples"), "Quorum(of='samples') is not available yet; give of='replicas'"),
         (lambda: make_policy(filters=5), "filters=5 is not available yet; leave filters out"),
         (
             lambda: make_policy(topology="ring"),
@@ -121,7 +118,6 @@ def test_a_refusal_names_the_knob_the_value_and_the_fix(make: Callable[[], objec
         (lambda: make_policy(staleness=float("nan")), "staleness=nan"),
         (lambda: make_policy(staleness=True), "staleness=True"),
         (lambda: make_policy(staleness="none"), "staleness='none'"),
-        (lambda: make_policy(quorum=Quorum(1, late="fold")), "older parameters"),
         (lambda: make_policy(staleness=UNBOUNDED, quorum=Quorum(0.5)), "pile up"),
         (lambda: make_policy(every=0), "at least 1"),
         (lambda: make_policy(every=2.0), "push=2.0"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from flowml.policy import Policy, Quorum
 from flowml_runtime import wire
 from flowml_runtime.protocol import membership
 from flowml_runtime.protocol.errors import ProtocolError
@@ -197,7 +198,7 @@ class Run:
 
     def __init__(self) -> None:
         places = Places((("a",),), (("a",),), ({"a": ("a",)},))
-        self.machine = TrainingWorker("a", "driver", Terms(1, 1, 1, (StoreTerms(stages=(0,)),), 0), places)
+        self.machine = TrainingWorker("a", "driver", Terms(1, 1, 1, (StoreTerms((0,), Policy()),), 0), places)
         self._later = self.RUN
 
     def take(self, change: str) -> None:
@@ -264,7 +265,7 @@ ARRIVING: Table = {
 
 class Contribution:
     def __init__(self, *, decided: bool) -> None:
-        store = StoreTerms(stages=(0, 1), need=1) if decided else StoreTerms((0, 1), clocked=False, staleness=3)
+        store = StoreTerms((0, 1), Policy(quorum=Quorum(1))) if decided else StoreTerms((0, 1), Policy(staleness=3))
         self.machine = Home(Terms(2, 2, 1, (store,), 4), [0])
         self._handles = 0
         self._kept: set[int] = set()

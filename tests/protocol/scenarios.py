@@ -103,9 +103,7 @@ class Scenario:
         stores, homes, readers = [], [], []
         for p in rules:
             at = tuple(range(stages))
-            stores.append(
-                StoreTerms(at, p.clocked, p.quorum.need(replicas), p.every.push, p.staleness, p.apply, p.collective)
-            )
+            stores.append(StoreTerms(at, p, p.collective))
             homes.append(tuple(n[0] for n in names) if p.collective else names[0][:1])
             by_home = {h: names[int(h.split(".")[0])] if p.collective else sum(names, ()) for h in homes[-1]}
             readers.append(by_home)

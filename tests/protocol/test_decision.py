@@ -7,6 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flowml.policy import Policy, Quorum
 from flowml_runtime.protocol.training.decision import Arrived, Decision, Event, ReplicaRetired
 from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, StoreTerms, Terms
 
@@ -16,7 +17,7 @@ def decision(*stores: StoreTerms, replicas: int = 4, clocks: int = 6) -> Decisio
 
 
 def clocked(need: int, every: int = 1) -> StoreTerms:
-    return StoreTerms(stages=(0,), need=need, every=every)
+    return StoreTerms((0,), Policy(quorum=Quorum(need), every=every))
 
 
 def test_the_clock_is_complete_with_the_quorum_and_ignores_who_comes_later() -> None:

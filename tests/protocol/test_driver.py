@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from flowml.policy import AllReduce, Policy, Quorum
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.actions import Received, Release, Send
@@ -35,7 +36,7 @@ EVERYONE = ("a0", "a1", "b0", "b1")
 
 
 def driver(source: str = "fed", clocks: int = 2) -> TrainingDriver:
-    stores = (StoreTerms(stages=(0,), need=2, collective=True), StoreTerms(stages=(1,), need=2))
+    stores = (StoreTerms((0,), Policy(AllReduce()), collective=True), StoreTerms((1,), Policy(quorum=Quorum(2))))
     ids: dict[str, Any] = {**IDS, "seed": 0, "shuffle": False, "examples": 1, "source": source}
     start = wire.StartTraining(**ids, total_clocks=clocks)
     return TrainingDriver(start, Terms(2, 2, 1, stores, clocks), Work(2, 4, 8, clocks, aligned=True), PLACES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from flowml.policy import UNBOUNDED, AllReduce, Policy, Quorum
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.home import (
     Apply,
@@ -33,10 +34,10 @@ def part(
     return ContributionReceived(store, part, replica, life, clock, 0, weight, handle, weight == 0)
 
 
-CLOCKED = StoreTerms(stages=(0,), need=2)
-DROPPING = StoreTerms(stages=(0,), need=1)
-SUMMED = StoreTerms(stages=(0, 1), need=2, every=2, collective=True)
-ARRIVING = StoreTerms(stages=(0, 1), clocked=False, staleness=3)
+CLOCKED = StoreTerms((0,), Policy(quorum=Quorum(2)))
+DROPPING = StoreTerms((0,), Policy(quorum=Quorum(1)))
+SUMMED = StoreTerms((0, 1), Policy(AllReduce(), every=2), collective=True)
+ARRIVING = StoreTerms((0, 1), Policy(staleness=3))
 
 
 def test_loading_publishes_the_first_version() -> None:
@@ -58,7 +59,7 @@ def test_a_commit_applies_the_replicas_in_order_whatever_the_order_of_arrival() 
 
 
 def test_a_contribution_is_complete_with_all_its_parts() -> None:
-    machine = home(StoreTerms(stages=(0, 1), need=1))
+    machine = home(StoreTerms((0, 1), Policy(quorum=Quorum(1))))
     assert machine.step(part(0, 0, handle=1, part=1)) == []
     assert machine.step(part(0, 0, handle=2, part=0)) == [SendArrived(0, 0, 0)]
     assert machine.step(Committed(0, (1,)))[0] == Apply(0, 1, (((2, 1), 0.5),))
@@ -75,7 +76,7 @@ def test_late_work_is_released_before_and_after_the_commit_and_never_applied() -
 
 
 def test_the_weights_make_the_mean_unbiased() -> None:
-    machine = home(StoreTerms(stages=(0,), need=2, every=2))
+    machine = home(StoreTerms((0,), Policy(quorum=Quorum(2), every=2)))
     machine.step(part(0, 1, handle=1, weight=4))
     machine.step(part(1, 1, handle=2, weight=2))
     assert machine.step(Committed(1))[0] == Apply(0, 1, (((1,), 1 / 6), ((2,), 1 / 6)))
@@ -92,7 +93,7 @@ def test_empty_contributions_arrive_but_weigh_nothing() -> None:
 
 
 def test_a_commit_leaves_stores_alone_that_are_not_due() -> None:
-    machine = home(CLOCKED, StoreTerms(stages=(0,), need=2, every=3))
+    machine = home(CLOCKED, StoreTerms((0,), Policy(quorum=Quorum(2), every=3)))
     for replica in range(2):
         machine.step(part(replica, 0, handle=replica))
     assert {a.store for a in machine.step(Committed(0)) if isinstance(a, Publish)} == {0}
@@ -138,7 +139,7 @@ def test_parts_of_two_lives_are_never_mixed() -> None:
 
 
 def test_a_replica_retires_from_a_store_when_all_its_stages_there_have() -> None:
-    machine = home(ARRIVING, StoreTerms(stages=(1,), clocked=False))
+    machine = home(ARRIVING, StoreTerms((1,), Policy(staleness=UNBOUNDED)))
     assert machine.step(StageRetired(0, 1)) == [Publish(1, 0, 0, value=False)]
     assert machine.step(StageRetired(0, 0)) == [Publish(0, 0, 0, value=False)]
     machine.step(StageRetired(1, 0))
@@ -224,7 +225,7 @@ def test_a_sum_over_all_replicas_is_applied_when_it_is_complete_and_moves_all_cl
 
 
 def test_a_store_that_is_decided_upon_does_not_hear_of_sums() -> None:
-    machine = home(CLOCKED, StoreTerms(stages=(0,), collective=True))
+    machine = home(CLOCKED, StoreTerms((0,), Policy(AllReduce()), collective=True))
     assert machine.step(part(0, 0, handle=1)) == [SendArrived(0, 0, 0)]
     assert machine.step(part(0, 0, handle=2, store=1)) == [Apply(1, 1, (((2,), 0.5),)), Publish(1, 1, 1)]
     machine.step(part(1, 0, handle=3))

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 
+from flowml.policy import Policy, Quorum
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.home import (
     Apply,
@@ -31,7 +32,7 @@ def home(terms: StoreTerms) -> Home:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_the_others_are_applied(order: tuple[int, ...]) -> None:
-    machine = home(StoreTerms(stages=(0, 1), need=2))
+    machine = home(StoreTerms((0, 1), Policy(quorum=Quorum(2))))
     parts = [part(0, 0, 4, 1), part(1, 0, 4, 2), part(0, 1, 4, 3), part(1, 1, 0, 0)]
     told = [action for i in order for action in machine.step(parts[i])]
     machine.validate()
@@ -43,7 +44,7 @@ def test_the_others_are_applied(order: tuple[int, ...]) -> None:
 
 
 def test_nothing_is_left_of_the_clock_but_its_floor() -> None:
-    machine = home(StoreTerms(stages=(0, 1), need=2))
+    machine = home(StoreTerms((0, 1), Policy(quorum=Quorum(2))))
     for replica in range(2):
         machine.step(part(0, replica, 4, replica + 1))
         machine.step(part(1, replica, 0, 0))
@@ -51,7 +52,7 @@ def test_nothing_is_left_of_the_clock_but_its_floor() -> None:
 
 
 def test_full_parts_still_agree_on_their_weight() -> None:
-    machine = home(StoreTerms(stages=(0, 1, 1), need=2))
+    machine = home(StoreTerms((0, 1, 1), Policy(quorum=Quorum(2))))
     machine.step(part(0, 0, 4, 1))
     machine.step(part(1, 0, 0, 0))
     with pytest.raises(ProtocolError, match="has weight 3, another part of it 4"):

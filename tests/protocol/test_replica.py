@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flowml.policy import UNBOUNDED
+from flowml.policy import UNBOUNDED, Policy, Quorum
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.replica import (
@@ -27,10 +27,10 @@ from flowml_runtime.protocol.training.replica import (
 )
 from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
 
-SYNC = StoreTerms(stages=(0,), need=4)
-QUORUM = StoreTerms(stages=(0,), need=3)
-QUORUM_EVERY = StoreTerms(stages=(0,), need=3, every=4)
-ARRIVING = StoreTerms(stages=(0,), clocked=False, staleness=2)
+SYNC = StoreTerms((0,), Policy(quorum=Quorum(4)))
+QUORUM = StoreTerms((0,), Policy(quorum=Quorum(3)))
+QUORUM_EVERY = StoreTerms((0,), Policy(quorum=Quorum(3), every=4))
+ARRIVING = StoreTerms((0,), Policy(staleness=2))
 
 
 def item(number: int) -> wire.Item:
@@ -74,7 +74,7 @@ def test_a_replica_without_any_work_retires_at_once() -> None:
 
 
 def test_reads_wait_for_the_publication_that_the_policy_wants() -> None:
-    machine = leader(ARRIVING, StoreTerms(stages=(0,), clocked=False, staleness=0, every=4))
+    machine = leader(ARRIVING, StoreTerms((0,), Policy(every=4, staleness=3)))
     for store, clock in ((0, 2), (1, 7)):
         machine.step(Applied(store, clock, 0))  # what this replica has pushed is not what it waits for here
     assert not machine.may_read(0, 0)
@@ -89,7 +89,7 @@ def test_reads_wait_for_the_publication_that_the_policy_wants() -> None:
 
 
 def test_a_replica_reads_its_own_writes() -> None:
-    machine = leader(StoreTerms(stages=(0,), clocked=False, staleness=UNBOUNDED, every=2))
+    machine = leader(StoreTerms((0,), Policy(every=2, staleness=UNBOUNDED)))
     machine.step(StorePublished(0, 0, 0))
     assert machine.may_read(0, 1)
     assert not machine.may_read(0, 2)  # it pushed at clock 1
@@ -134,7 +134,7 @@ def test_a_step_may_be_committed_before_this_stage_has_finished_it() -> None:
 
 
 def test_a_decision_that_needs_everybody_leaves_nobody_out() -> None:
-    machine = leader(SYNC, StoreTerms(stages=(0,), need=4, every=3))
+    machine = leader(SYNC, StoreTerms((0,), Policy(quorum=Quorum(4), every=3)))
     actions = machine.step(StepFinished(0))
     assert actions[0] == AdoptAccumulator(0)
     assert machine.step(Committed(0)) == [Settle(item(0), "used")]
@@ -207,8 +207,8 @@ def test_work_for_clocks_that_are_over_is_given_back_before_retiring() -> None:
 
 
 def test_a_push_of_several_steps_waits_until_their_fates_are_known() -> None:
-    stale = StoreTerms(stages=(0,), need=3, staleness=3)
-    machine = leader(stale, StoreTerms(stages=(0,), need=3, every=2, staleness=3))
+    stale = StoreTerms((0,), Policy(quorum=Quorum(3), staleness=3))
+    machine = leader(stale, StoreTerms((0,), Policy(quorum=Quorum(3), every=2, staleness=3)))
     machine.step(Granted(((2, item(2)),)))
     assert machine.step(StepFinished(0)) == []
     released = machine.step(Committed(0, (3,)))
@@ -256,7 +256,7 @@ def test_the_other_stages_retire_after_their_last_step() -> None:
 
 
 def test_pushes_follow_the_rhythm_and_the_last_step() -> None:
-    machine = follower(StoreTerms(stages=(0,), clocked=False, every=2))
+    machine = follower(StoreTerms((0,), Policy(every=2, staleness=UNBOUNDED)))
     pushes: list[bool] = []
     for clock in range(3):
         machine.step(BeginReceived(clock, item(clock), last=clock == 2))

@@ -15,6 +15,7 @@ from typing import get_args
 
 import pytest
 
+from flowml.policy import Policy, Quorum
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.rendezvous import Cancelled
@@ -105,7 +106,7 @@ def test_what_the_table_lacks_is_refused(state: State, change: Change) -> None:
 @pytest.mark.parametrize("decided", ["before it begins", "before it starts", "while it runs", "after it has finished"])
 def test_the_machine_follows_the_table_whenever_the_commit_comes(fate: str, decided: str) -> None:
     """A stage that follows: one step runs, so that the next waits in line; the commit of that comes at any time."""
-    machine = Replica(Terms(4, 2, 1, (StoreTerms(stages=(1,), need=3),), 9), 0, 1)
+    machine = Replica(Terms(4, 2, 1, (StoreTerms((1,), Policy(quorum=Quorum(3))),), 9), 0, 1)
     items = [wire.Item(sequence=n, epoch=0, start=8 * n, size=8) for n in range(2)]
     machine.step(BeginReceived(0, items[0]))
     machine.step(Committed(0))

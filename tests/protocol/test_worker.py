@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from flowml.policy import AllReduce, Policy, Quorum
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import EarlyLimitError, ProtocolError
 from flowml_runtime.protocol.training import worker as module
@@ -61,9 +62,9 @@ def contribution(replica: int, clock: int, *, run: int = RUN) -> wire.Contributi
     return wire.Contribution(**ids, replica=replica, clock=clock, weight=1)
 
 
-SYNC = StoreTerms(stages=(0,), need=2)
-ARRIVING = StoreTerms(stages=(0,), clocked=False, staleness=2)
-SUMMED = StoreTerms(stages=(0,), need=2, collective=True)
+SYNC = StoreTerms((0,), Policy(quorum=Quorum(2)))
+ARRIVING = StoreTerms((0,), Policy(staleness=2))
+SUMMED = StoreTerms((0,), Policy(AllReduce()), collective=True)
 
 
 def loaded(me: str, *stores: StoreTerms) -> TrainingWorker:
@@ -138,7 +139,7 @@ def test_too_much_that_comes_early_is_a_typed_fault(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_commit_reaches_everyone_and_the_stages_before_the_home() -> None:
-    machine = loaded("a0", SYNC, StoreTerms(stages=(0,), need=2, every=2))
+    machine = loaded("a0", SYNC, StoreTerms((0,), Policy(quorum=Quorum(2), every=2)))
     machine.step(Received("driver", wire.Grant(**IDS, replica=0, items=((0, item(0)), (1, item(1))))))
     machine.step(Received("a0", contribution(0, 0), handle=1))
     machine.step(Received("a0", wire.Arrived(**IDS, store=0, replica=0, clock=0)))

@@ -296,8 +296,7 @@ def make(
     for i, p in enumerate(rules):
         shared = (0, stages - 1) if i % 3 == 2 and stages > 1 else (i % stages,)
         home = shared[0]
-        need, every = p.quorum.need(replicas), p.every.push
-        stores.append(StoreTerms(shared, p.clocked, need, every, p.staleness, p.apply, p.collective))
+        stores.append(StoreTerms(shared, p, p.collective))
         owners = range(replicas) if p.collective else [i % replicas if homes_on is None else homes_on]
         homes.append(tuple(dict.fromkeys(names[r, home] for r in owners)))
         readers.append({})

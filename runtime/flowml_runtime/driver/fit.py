@@ -109,7 +109,7 @@ class Fit:
             items_per_epoch=steps_per_epoch * replicas,
             item_size=training.item_size,
             total_clocks=options.total,
-            aligned=any(s.clocked for s in training.stores),
+            aligned=any(s.policy.clocked for s in training.stores),
         )
         terms, places = Terms.of(training, options.total), Places.of(training)
         self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places)

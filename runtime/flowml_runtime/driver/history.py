@@ -46,7 +46,7 @@ class _Unit:
 
 def drops(training: Training) -> bool:
     """Whether a decision may leave a replica out."""
-    return any(s.decided and s.need < len(training.replicas) for s in training.stores)
+    return any(s.decided and not s.policy.quorum.never_drops(len(training.replicas)) for s in training.stores)
 
 
 class History:
@@ -59,7 +59,7 @@ class History:
         self._leaves_out = leaves_out
         self._replicas = len(training.replicas)
         self._microbatches = training.microbatches
-        self._aligned = any(s.clocked for s in training.stores)
+        self._aligned = any(s.policy.clocked for s in training.stores)
         self._clocks_per_epoch = clocks_per_epoch
         self._slots = 1 + training.aux_leaves
         self._metrics = metrics

@@ -22,7 +22,7 @@ def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], *, steps: 
         rows.append(
             (
                 store.name,
-                store.policy,
+                store.policy.describe(),
                 home_text(store) if store.collective else store.home.split("/", 1)[0],
                 bytes_text(store.nbytes),
                 str(counts.get("pushes", 0)),

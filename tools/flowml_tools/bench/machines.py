@@ -11,7 +11,7 @@ import time
 from collections import deque
 from typing import Any
 
-from flowml.policy import Quorum
+from flowml.policy import Policy, Quorum
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.ledger import Work
@@ -37,7 +37,7 @@ def rows(repeats: int | None) -> list[Row]:
         for number in range(count):
             tell(f"machines: {name}, {number + 1} of {count}")
             began = time.process_time()
-            Run(REPLICAS, CLOCKS, quorum.need(REPLICAS)).go()
+            Run(REPLICAS, CLOCKS, Policy(quorum=quorum)).go()
             times.append(time.process_time() - began)
         title = f"{REPLICAS} replicas × {CLOCKS} clocks, {name}"
         found.append(Row(title, "s", Sample(tuple(times)), Peer("no peer"), GOAL))
@@ -47,9 +47,9 @@ def rows(repeats: int | None) -> list[Row]:
 class Run:
     """A driver and one worker per replica. All replicas share one store, whose home is the first worker."""
 
-    def __init__(self, replicas: int, clocks: int, need: int) -> None:
+    def __init__(self, replicas: int, clocks: int, policy: Policy) -> None:
         names = tuple(f"worker:{r}" for r in range(replicas))
-        terms = Terms(replicas, 1, 1, (StoreTerms(stages=(0,), need=need),), clocks)
+        terms = Terms(replicas, 1, 1, (StoreTerms((0,), policy),), clocks)
         places = Places(tuple((n,) for n in names), (names[:1],), ({names[0]: names},))
         ids: dict[str, Any] = {**IDS, "seed": 0, "shuffle": False, "examples": 1, "source": "shipped"}
         start = wire.StartTraining(**ids, total_clocks=clocks)

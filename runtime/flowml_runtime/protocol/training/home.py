@@ -338,7 +338,7 @@ class Home:
         if not full:
             return [*rest, Publish(index, store.version, store.floor, value=False)]
         store.version += 1
-        factors = coefficients(store.terms.apply, [g.weight for g in full], self._terms.microbatches)
+        factors = coefficients(store.terms.policy.apply, [g.weight for g in full], self._terms.microbatches)
         contributions = tuple((g.handles(), f) for g, f in zip(full, factors, strict=True))
         return [*rest, Apply(index, store.version, contributions), Publish(index, store.version, store.floor)]
 

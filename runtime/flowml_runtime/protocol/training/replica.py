@@ -246,7 +246,7 @@ class Replica:
     def may_read(self, store: int, clock: int) -> bool:
         """Whether the newest version of `store` published here is fresh enough for the step of `clock`."""
         news, terms = self._published.get(store), self._terms.stores[store]
-        if news is None or not can_read(clock, (news.floor,), terms.staleness, terms.every):
+        if news is None or not can_read(clock, (news.floor,), terms.policy.staleness, terms.every):
             return False
         pushed = clock // terms.every * terms.every
         if terms.clocked or not pushed:

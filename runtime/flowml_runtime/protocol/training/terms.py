@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, cast
 
 from flowml.devices import worker_of
 from flowml.plan import Training
-from flowml.policy import due
+from flowml.policy import Policy, due
 
 RETIRED = 2**53 - 1
 """The clock of a replica that is no longer waited for: the largest that a message can carry."""
@@ -28,12 +27,16 @@ class StoreTerms:
     """
 
     stages: tuple[int, ...]
-    clocked: bool = True
-    need: int = 1
-    every: int = 1
-    staleness: float = 0
-    apply: Literal["mean", "sum"] = "mean"
+    policy: Policy
     collective: bool = False
+
+    @property
+    def clocked(self) -> bool:
+        return self.policy.clocked
+
+    @property
+    def every(self) -> int:
+        return self.policy.every.push
 
     @property
     def decided(self) -> bool:
@@ -53,18 +56,7 @@ class Terms:
 
     @staticmethod
     def of(training: Training, total_clocks: int) -> Terms:
-        stores = tuple(
-            StoreTerms(
-                stages=tuple(p.stage for p in s.parts),
-                clocked=s.clocked,
-                need=s.need,
-                every=s.every,
-                staleness=s.staleness,
-                apply=cast("Literal['mean', 'sum']", s.apply_mode),
-                collective=s.collective,
-            )
-            for s in training.stores
-        )
+        stores = tuple(StoreTerms(tuple(p.stage for p in s.parts), s.policy, s.collective) for s in training.stores)
         stages = len(training.replicas[0])
         return Terms(len(training.replicas), stages, training.microbatches, stores, total_clocks)
 
@@ -85,7 +77,7 @@ class Terms:
     @cached_property
     def drops(self) -> bool:
         """Whether any decision may leave a live replica out."""
-        return any(s.decided and s.need < self.replicas for s in self.stores)
+        return any(s.decided and not s.policy.quorum.never_drops(self.replicas) for s in self.stores)
 
     @cached_property
     def accumulates(self) -> bool:
@@ -98,7 +90,7 @@ class Terms:
         needs: dict[int, int] = {}
         for store in self.stores:
             if store.decided:
-                needs[store.every] = max(needs.get(store.every, 1), store.need)
+                needs[store.every] = max(needs.get(store.every, 1), store.policy.quorum.need(self.replicas))
         return needs
 
     @property

@@ -1,0 +1,335 @@
+"""Defines what completes a clock: a quorum or a deadline, and what happens to later contributions.
+
+These values travel in the plan. The leader's state machine counts arrivals in an `Arrivals`, and asks `decide` after
+each one, and again at the time that the answer named. `decide` is a pure function, so it is tested alone.
+To add a way to complete a clock, write a class with `decide` and `late`, and add it to `Completion`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from flowml.errors import PolicyError
+from flowml.numbers import whole
+
+_ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
+
+Of = Literal["replicas", "samples", "microbatches"]
+
+
+class Drop(msgspec.Struct, frozen=True, tag=True):
+    """Late contributions are discarded."""
+
+
+class Fold(msgspec.Struct, frozen=True, tag=True):
+    """Late contributions join a later clock, multiplied by `decay` for each clock between.
+
+    `decay` 1 compensates fully for the loss of late gradients (Xu et al., Live Gradient Compensation, 2020).
+    """
+
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        value = number(self.decay, "Fold(decay={!r}): give a number in (0, 1]")
+        if not 0 < value <= 1:
+            raise PolicyError(f"Fold(decay={value}): a late contribution is multiplied by a number in (0, 1]")
+
+
+class Requeue(msgspec.Struct, frozen=True, tag=True):
+    """The work items of late contributions return to the queue, and other replicas do them in a later clock."""
+
+
+Late = Drop | Fold | Requeue
+
+LateName = Literal["drop", "fold", "requeue"]
+
+_LATE: dict[str, Callable[[], Late]] = {"drop": Drop, "fold": Fold, "requeue": Requeue}
+
+
+@dataclass(slots=True)
+class Arrivals:
+    """The complete contributions to one clock of one group of layers, as counted so far."""
+
+    members: int
+    """The number of replicas."""
+    full: int
+    """The number of microbatch gradients in a contribution that lacks none."""
+    rows: float
+    """The number of examples in a microbatch."""
+    began: float
+    """When the clock before was decided, in seconds."""
+    window_s: float | None = None
+    """The window learnt from the `spread` of earlier clocks; None before the first one."""
+    hopeful: int = 0
+    """The number of replicas that are not complete but still can become so."""
+    weight: int = 0
+    """The number of microbatch gradients in the complete contributions."""
+    times: dict[int, float] = field(default_factory=dict[int, float])
+    """The time at which each complete replica arrived, in the order of arrival."""
+
+    @property
+    def count(self) -> int:
+        return len(self.times)
+
+    def spread_s(self, count: int) -> float:
+        """The time from the first arrival to the one that made `count` complete."""
+        times = list(self.times.values())
+        return times[count - 1] - times[0]
+
+
+@dataclass(slots=True)
+class Spread:
+    """Learns how far apart the arrivals of a quorum usually are: their mean and four mean deviations.
+
+    This is the estimate of TCP's retransmission timer (Jacobson, Congestion avoidance and control, 1988). Only the
+    replicas of the quorum count, so that a straggler does not lengthen the wait for itself.
+    """
+
+    window_s: float | None = None
+    _mean: float = 0.0
+    _deviation: float = 0.0
+
+    def add(self, spread_s: float) -> None:
+        if self.window_s is None:
+            self._mean, self._deviation = spread_s, spread_s / 2
+        else:
+            self._deviation += (abs(spread_s - self._mean) - self._deviation) / 4
+            self._mean += (spread_s - self._mean) / 8
+        self.window_s = self._mean + 4 * self._deviation
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Do not decide yet. Ask again at `until` seconds, or at the next arrival."""
+
+    until: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The replicas that are not complete stop after their current microbatch, and send what they have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decide:
+    """The clock is complete with the arrivals so far.
+
+    `coefficients` maps replicas to coefficients, and takes precedence over the weights of `Policy.apply`; empty: none.
+    """
+
+    coefficients: tuple[tuple[int, float], ...] = ()
+
+
+Answer = Wait | Cut | Decide
+
+
+class Quorum(msgspec.Struct, frozen=True, tag=True):
+    """How many contributions complete a clock, and what happens to later ones.
+
+    Args:
+        count_or_fraction: a float in (0, 1] is a share of what `of` names, rounded up; an int ≥ 1 is a number of it.
+        of: `"replicas"`, or `"samples"`: the examples in the contributions, or `"microbatches"`: then the other
+            replicas stop after their current microbatch, and their gradients so far count too (Giladi et al.,
+            DropCompute, 2023).
+        late: `"drop"`, `"fold"` or `"requeue"`, or one of `Drop()`, `Fold(decay)`, `Requeue()`. With a staleness above
+            0, `"fold"` has no clocks: contributions are applied as soon as there are `count_or_fraction` of them.
+
+    Raises:
+        PolicyError: for a value that is out of range.
+    """
+
+    count_or_fraction: int | float = 1.0
+    of: Of = "replicas"
+    late: Late = Drop()
+    counted: bool = False
+    """Makes Quorum(1), one replica, differ from Quorum(1.0), all. Set by `count_or_fraction`."""
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self, count_or_fraction: float = 1.0, of: Of = "replicas", late: Late | LateName = ...
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        value = number(self.count_or_fraction, "Quorum({!r}): give a fraction like 0.75 or a count like 3")
+        msgspec.structs.force_setattr(self, "count_or_fraction", value)
+        msgspec.structs.force_setattr(self, "counted", isinstance(value, int))
+        msgspec.structs.force_setattr(self, "late", late_of(self.late, "Quorum"))
+        if isinstance(value, int) and value < 1:
+            raise PolicyError(f"Quorum({value}): a count of {self.of} is at least 1")
+        if isinstance(value, float) and not 0 < value <= 1:
+            raise PolicyError(f"Quorum({value}): a fraction lies in (0, 1]; for a number of {self.of} give an int")
+        check_of(self.of, "Quorum")
+        if self.of == "microbatches" and self.late != Drop():
+            raise PolicyError(
+                "Quorum(of='microbatches'): replicas stop early and are never late, so leave late= out; "
+                "or use of='replicas'"
+            )
+
+    def need(self, members: int) -> int:
+        """How many of `members` complete a clock: the count, or the share rounded up."""
+        if self.counted:
+            return min(int(self.count_or_fraction), members)
+        return max(1, math.ceil(self.count_or_fraction * members - _ROUNDING))
+
+    def never_drops(self, members: int) -> bool:
+        """Whether every one of `members` replicas is needed, so that none can come too late."""
+        return self.of == "microbatches" or (self.of == "replicas" and self.need(members) >= members)
+
+    @property
+    def waits_for_all(self) -> bool:
+        """Whether it is the default, which needs every replica whatever their number."""
+        return not self.counted and self.count_or_fraction == 1
+
+    def decide(self, arrivals: Arrivals, now: float) -> Answer:
+        """Decide when there is enough. Replicas that are gone are not waited for."""
+        if not arrivals.count:
+            return Wait()
+        if arrivals.hopeful and not self._reached(arrivals):
+            return Wait()
+        return Cut() if self.of == "microbatches" and arrivals.hopeful else Decide()
+
+    def _reached(self, arrivals: Arrivals) -> bool:
+        if self.of == "replicas":
+            return arrivals.count >= self.need(arrivals.members)
+        microbatches = arrivals.members * arrivals.full
+        if self.of == "microbatches":
+            return arrivals.weight >= self.need(microbatches)
+        samples = round(microbatches * arrivals.rows)
+        return arrivals.weight * arrivals.rows >= self.need(samples) - _ROUNDING
+
+    def __str__(self) -> str:
+        return f"Quorum({self.count_or_fraction})"
+
+
+class Deadline(msgspec.Struct, frozen=True, tag=True):
+    """A quorum that waits some more for the others: until a grace window has passed, or until a time limit.
+
+    Args:
+        share: the quorum, as in `Quorum`.
+        grace: seconds to wait for the others after the quorum, or `"adaptive"`: the wait is learnt from how far apart
+            the arrivals of the quorum were at earlier clocks (see `Spread`).
+        limit_s: the clock is decided at the latest so many seconds after the one before, with what has arrived.
+        of: `"replicas"`, or `"microbatches"`: then the others are not late but stop after their current microbatch, and
+            their gradients so far count. `Deadline(1.0, limit_s=s, of="microbatches")` is DropCompute (Giladi et al.,
+            2023).
+        late: as in `Quorum`.
+
+    Raises:
+        PolicyError: for a value that is out of range.
+    """
+
+    share: int | float = 1.0
+    grace: float | Literal["adaptive"] = "adaptive"
+    limit_s: float = math.inf
+    of: Literal["replicas", "microbatches"] = "replicas"
+    late: Late = Drop()
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            share: float = 1.0,
+            grace: float | Literal["adaptive"] = "adaptive",
+            limit_s: float = ...,
+            of: Literal["replicas", "microbatches"] = "replicas",
+            late: Late | LateName = ...,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        quorum = Quorum(self.share, late=self.late)  # checks both
+        msgspec.structs.force_setattr(self, "share", quorum.count_or_fraction)
+        msgspec.structs.force_setattr(self, "late", quorum.late)
+        check_of(self.of, "Deadline", ("replicas", "microbatches"))
+        if self.grace != "adaptive":
+            value = number(self.grace, "Deadline(grace={!r}): give seconds, or 'adaptive'")
+            if not 0 <= value < math.inf:
+                raise PolicyError(f"Deadline(grace={value}): the wait is a number of seconds from 0, or 'adaptive'")
+            msgspec.structs.force_setattr(self, "grace", float(value))
+        value = number(self.limit_s, "Deadline(limit_s={!r}): give seconds")
+        if value <= 0:
+            raise PolicyError(f"Deadline(limit_s={value}): the limit is a number of seconds above 0")
+        msgspec.structs.force_setattr(self, "limit_s", float(value))
+
+    @property
+    def quorum(self) -> Quorum:
+        return Quorum(self.share)
+
+    def need(self, members: int) -> int:
+        """How many of `members` replicas are always waited for, except at the time limit."""
+        return self.quorum.need(members)
+
+    def never_drops(self, members: int) -> bool:
+        """Whether no replica can come too late."""
+        return self.of == "microbatches" or (self.limit_s == math.inf and self.need(members) >= members)
+
+    @property
+    def waits_for_all(self) -> bool:
+        return self.quorum.waits_for_all and self.limit_s == math.inf
+
+    def decide(self, arrivals: Arrivals, now: float) -> Answer:
+        """Decide when all have arrived that can, or when the grace window or the time limit is over."""
+        if not arrivals.hopeful:
+            return Decide() if arrivals.count else Wait()
+        until = arrivals.began + self.limit_s
+        need = self.need(arrivals.members)
+        if arrivals.count >= need:
+            reached = list(arrivals.times.values())[need - 1]
+            until = min(until, reached + self._grace_s(arrivals, need))
+        if now < until:
+            return Wait(until)
+        if self.of == "microbatches":
+            return Cut()
+        return Decide() if arrivals.count else Wait()
+
+    def _grace_s(self, arrivals: Arrivals, need: int) -> float:
+        if self.grace != "adaptive":
+            return self.grace
+        return arrivals.spread_s(need) if arrivals.window_s is None else arrivals.window_s
+
+    def __str__(self) -> str:
+        return f"Deadline({self.share})"
+
+
+Completion = Quorum | Deadline
+
+COMPLETIONS = (Quorum, Deadline)
+
+
+def late_of(late: object, where: str) -> Late:
+    """The late rule that a user has given as a value or by name."""
+    if isinstance(late, Drop | Fold | Requeue):
+        return late
+    if isinstance(late, str) and late in _LATE:
+        return _LATE[late]()
+    raise PolicyError(
+        f"{where}(late={late!r}) is not known; give 'drop', 'fold' or 'requeue', or Drop(), Fold(decay) or Requeue()"
+    )
+
+
+def late_name(late: Late) -> str:
+    """A short text for tables: "drop", "fold", "fold 0.5", "requeue"."""
+    if isinstance(late, Fold) and late.decay != 1:
+        return f"fold {late.decay}"
+    return type(late).__name__.lower()
+
+
+def check_of(of: object, where: str, choices: tuple[str, ...] = ("replicas", "samples", "microbatches")) -> None:
+    if of not in choices:
+        raise PolicyError(f"{where}(of={of!r}) is not known; give of={' or of='.join(map(repr, choices))}")
+
+
+def number(value: object, otherwise: str) -> int | float:
+    """A Python or NumPy number as an int or a float. Raises PolicyError for NaN, a bool or anything else."""
+    count = whole(value)
+    if count is not None:
+        return count
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+        raise PolicyError(otherwise.format(value))
+    return float(value)
