@@ -328,7 +328,6 @@ class StorePlanner:
         homes = _one_a_worker(candidates) if collective else (min(candidates, key=lambda d: loads[d]),)
         for home in dict.fromkeys(homes):
             loads[home] += sum(s.nbytes for s in (*specs, *state_specs)) + 1
-        every = store.policy.every.push
         return StoreSpec(
             name=store.name,
             paths=tuple(parameter_path(self.paths[leaf]) for leaf in store.leaves),

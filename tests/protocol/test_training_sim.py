@@ -59,16 +59,17 @@ def check_reads(run: World) -> None:
     """No read misses a contribution that its staleness bound promises (all of a clock's where none can be late)."""
     for index, clock, version in run.reads:
         terms = run.terms.stores[index]
-        if terms.staleness == UNBOUNDED:
+        need = terms.policy.quorum.need(run.terms.replicas)
+        if terms.policy.staleness == UNBOUNDED:
             continue
-        oldest = clock // terms.every * terms.every - int(terms.staleness)
+        oldest = clock // terms.every * terms.every - int(terms.policy.staleness)
         inside = {(who, c) for v in run.applied[index][:version] for who, c, _, _ in v}
-        if run.terms.replicas == terms.need or not terms.clocked:
+        if run.terms.replicas == need or not terms.clocked:
             promised = {(who, c) for who, c in run.pushed[index] if c < oldest}
             assert promised <= inside, f"store {index} at clock {clock} lacks {promised - inside}"
         else:
             committed = [c for c in range(max(oldest, 0)) if due(c, terms.every, run.terms.last_clock)]
-            assert all(sum((who, c) in inside for who in range(run.terms.replicas)) >= terms.need for c in committed)
+            assert all(sum((who, c) in inside for who in range(run.terms.replicas)) >= need for c in committed)
 
 
 def check_copies(run: World) -> None:

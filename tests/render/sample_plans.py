@@ -39,6 +39,7 @@ from flowml.plan import (
     Training,
     Transfer,
 )
+from flowml.policy import UNBOUNDED, AllReduce, Factors, Policy, Quorum, Ring
 
 HOSTILE = """<script>alert('x')</script> "quoted" ]]> & {braces|} \\N \\L </style> <!--\nsecond line"""
 
@@ -135,10 +136,10 @@ _SIZES = {
 
 def _stores(replicas: tuple[tuple[str, str], ...]) -> tuple[StoreSpec, ...]:
     rules = {
-        "conv1": ("every 4 clocks, asynchronous", float("inf"), 4, "sum", 0),
-        "conv2": ("every 4 clocks, asynchronous", float("inf"), 4, "sum", 1),
-        "fc1": ("synchronous, 75% quorum, factors", 0.0, 1, "mean", 2),
-        "fc2": ("staleness 3", 3.0, 1, "mean", 3),
+        "conv1": (Policy(staleness=UNBOUNDED, every=4, apply="sum"), 0),
+        "conv2": (Policy(staleness=UNBOUNDED, every=4, apply="sum"), 1),
+        "fc1": (Policy(quorum=Quorum(0.75), payload=Factors()), 2),
+        "fc2": (Policy(staleness=3), 3),
     }
     leaves = count()
     state = count()
@@ -148,12 +149,12 @@ def _stores(replicas: tuple[tuple[str, str], ...]) -> tuple[StoreSpec, ...]:
 def _store(
     name: str,
     index: int,
-    rule: tuple[str, float, int, str, int],
+    rule: tuple[Policy, int],
     replicas: tuple[tuple[str, str], ...],
     leaves: Iterator[int],
     state: Iterator[int],
 ) -> StoreSpec:
-    policy, staleness, every, mode, home = rule
+    policy, home = rule
     specs = _SIZES[name]
     stage = 0 if name.startswith("conv") else 1
     rows = _ITEM // _MICROBATCHES
@@ -169,11 +170,6 @@ def _store(
         readers=tuple(r[stage] for r in replicas),
         parts=(Part(stage, (0, 1), payload, factors=name == "fc1"),),
         policy=policy,
-        staleness=staleness,
-        every=every,
-        clocked=staleness != float("inf"),
-        need=3 if name == "fc1" else 4,
-        apply_mode=mode,
         applies=Applies(4, 4 + index),
     )
 
@@ -284,7 +280,7 @@ def all_reduce_plan(replicas: int = 4) -> Plan:
     assert plan.training is not None
     grid = plan.training.replicas
     stores = list(plan.training.stores)
-    for index, schedule in ((0, "doubling"), (3, "ring")):
+    for index, schedule, topology in ((0, "doubling", AllReduce()), (3, "ring", Ring())):
         store = stores[index]
         (part,) = store.parts
         homes = tuple(r[part.stage] for r in grid)
@@ -292,7 +288,5 @@ def all_reduce_plan(replicas: int = 4) -> Plan:
         hosts = tuple(range(len(workers)))
         size = sum(s.nbytes for s in part.payload) // 4
         part = replace(part, payload=(f32(size),), reduction=Reduction(schedule, workers, hosts))
-        stores[index] = replace(
-            store, parts=(part,), home=homes[0], homes=homes, every=1, staleness=0.0, clocked=True, policy="sync"
-        )
+        stores[index] = replace(store, parts=(part,), home=homes[0], homes=homes, policy=Policy(topology))
     return replace(plan, training=replace(plan.training, stores=tuple(stores)))

@@ -65,7 +65,7 @@ def test_svg_is_well_formed_and_has_no_active_content(plan: Plan) -> None:
 
 def test_svg_shows_names_sizes_and_policies() -> None:
     text = " ".join(ElementTree.fromstring(draw_svg(PLANS["training"])).itertext())
-    for expected in ("worker:7/cpu:0", "backward conv2", "24.5 KiB × 4", "fc1", "staleness 3", "stage 1", "replica 3"):
+    for expected in ("worker:7/cpu:0", "backward conv2", "24.5 KiB × 4", "fc1", "async ≤3", "stage 1", "replica 3"):
         assert expected in text
     assert "push 164 KiB (gradient 1.53 MiB)" in text
 

@@ -55,7 +55,7 @@ def test_explain_names_the_choice_the_alternatives_and_the_reason() -> None:
 def test_explain_says_what_replicas_add_up() -> None:
     plan = sample_plans.all_reduce_plan()
     text = explain(plan)
-    assert re.search(r"\n  fc2 +sync +all 4 replicas", text)
+    assert re.search(r"\n  fc2 +sync, ring +all 4 replicas", text)
     stores = plan.training.stores if plan.training else ()
     doubling, ring = (stores[i].push_bytes for i in (0, 3))
     assert (
@@ -91,7 +91,7 @@ def test_explain_of_training_compares_what_is_pushed_with_the_gradient() -> None
     text = explain(sample_plans.training_plan())
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert "164 KiB (gradient 1.53 MiB)" in rows["fc1"]
-    assert "every 4 clocks, asynchronous" in rows["conv1"]
+    assert "async, every 4, sum" in rows["conv1"]
     assert "replica 3" in text
     assert "Each replica pushes 187 KiB a step; plain gradients would take 1.57 MiB." in text
     assert "of replica 0; the others send the same" in text
