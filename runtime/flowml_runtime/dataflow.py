@@ -25,6 +25,7 @@ from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
 from flowml.ir.calls import Call, Returned, bind, finish, static_of
 from flowml.leaves import why_no_array
 from flowml_runtime.driver.call_io import signature
+from flowml_runtime.driver.progress import shown
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.driver.steps import UnloadedError
 from flowml_runtime.driver.trial import Trial, trial_of
@@ -66,6 +67,8 @@ class _Program:
     returned: Returned
     handle: LoadedPlan | None = None
     trial: Trial | None = None
+    forget: Callable[[LoadedPlan], None] = lambda _: None
+    """Removes it from the programs of its function, unless it has been loaded again since."""
     on_one_device: bool = False
     """Whether this is the one-device program with which a trial compares a pipeline."""
 
@@ -214,6 +217,10 @@ class Dataflow(Generic[P, R]):
         """The plan for these arguments, which may be `jax.ShapeDtypeStruct`s. Compiles if necessary; runs nothing."""
         return self._program(self._current(), self._not_traced("plan", args, kwargs)).plan
 
+    def programs_on(self, cluster: ClusterLike) -> dict[Hashable, _Program]:
+        """The programs that are compiled for a cluster."""
+        return self._programs.get(cluster) or {}
+
     def _not_traced(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Arguments:
         given = self._sort(args, kwargs)
         if given is None:
@@ -261,6 +268,7 @@ class Dataflow(Generic[P, R]):
                 with self._lock:
                     known = program.handle
                     handle = program.handle = session.load(program.plan) if known is None else session.reload(known)
+                    handle.forget = partial(program.forget, handle)
             try:
                 return use(session, program, handle)
             except UnloadedError:  # it has just been unloaded to make room for another program
@@ -281,23 +289,26 @@ class Dataflow(Generic[P, R]):
             return found
         with self._lock:
             programs = self._programs.setdefault(cluster, {})
-            if key not in programs:
-                programs[key] = self._compile(cluster, placement, call)
-            return programs[key]
+            found = programs.get(key)
+            if found is None:
+                found = programs[key] = self._compile(cluster, placement, call)
+                found.forget = partial(_forget, weakref.ref(self), weakref.ref(cluster), key)
+            return found
 
     def _compile(self, cluster: ClusterLike, placement: Any, call: Call) -> _Program:
         from flowml.compiler import compile_call
 
         try:
-            compiled = compile_call(
-                self._fn,
-                call,
-                devices=cluster.devices,
-                placement=placement,
-                platforms=_platforms(cluster.devices),
-                name=self._name,
-                links=cluster.links_for(placement),
-            )
+            with shown(lambda: f"compiling {self._name}"):
+                compiled = compile_call(
+                    self._fn,
+                    call,
+                    devices=cluster.devices,
+                    placement=placement,
+                    platforms=_platforms(cluster.devices),
+                    name=self._name,
+                    links=cluster.links_for(placement),
+                )
         except PlacementError as error:
             raise cluster.session.explained(error, self._name) from None
         return _Program(compiled.plan, compiled.out_tree, call.returned, trial=trial_of(compiled.plan, placement))
@@ -320,6 +331,17 @@ class Dataflow(Generic[P, R]):
                 where = f"args{keystr(path[1:])}" if path[0].idx == 0 else f"keyword {keystr(path[1:])}"
                 return TypeError(f"{self._name}: {where} {why_no_array(leaf, _PASS_ARRAYS)}")
         raise AssertionError("every leaf is an array")
+
+
+def _forget(
+    function: weakref.ref[Dataflow[Any, Any]], cluster: weakref.ref[ClusterLike], key: Hashable, handle: LoadedPlan
+) -> None:
+    """Remove a program whose plan was unloaded. A handle must keep neither the function nor the cluster alive."""
+    owner, where = function(), cluster()
+    programs = owner.programs_on(where) if owner is not None and where is not None else {}
+    program = programs.get(key)
+    if program is not None and program.handle is handle:
+        programs.pop(key, None)
 
 
 def _finish(program: _Program, call: Call, flat: Sequence[Any]) -> Any:

@@ -30,20 +30,25 @@ from flowml.placement import Placement
 from flowml.plan import Plan
 from flowml.policy import Policy
 from flowml.training.compiler import TrainingCompiled, TrainingSpec, compile_training
-from flowml.training.step import Weight
+from flowml.training.step import Weight, name_of
 from flowml.training.variants import difference, placed_alike
 from flowml_runtime.cluster import Cluster, current_cluster
-from flowml_runtime.driver.feeding import batch_structs
+from flowml_runtime.driver.feeding import MAX_SHAPES, batch_structs
 from flowml_runtime.driver.fit import Fit, FitOptions, OnNonFinite, Outcome
 from flowml_runtime.driver.history import Record
 from flowml_runtime.driver.interrupts import heeding_interrupts
 from flowml_runtime.driver.probe import mean_warning
+from flowml_runtime.driver.progress import shown
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.driver.tables import layer_table
 from flowml_runtime.protocol.training.ledger import Summary
 from flowml_runtime.protocol.training.terms import Terms
 
 Callback = Callable[[Record], Any]
+
+MAX_PROGRAMS = 2 * MAX_SHAPES + 8
+"""How many programs a trainer keeps, and the workers for it: at least those of one fit. One more discards the one that
+was used longest ago."""
 
 
 @dataclass(eq=False)
@@ -286,7 +291,8 @@ class Trainer:
             raise UnsupportedError("jax.disable_jit() is on, and workers run what is compiled; train without it")
         leaves, tree = jax.tree_util.tree_flatten((params, batch))
         key = (cluster, cluster.devices, tuple((x.shape, str(x.dtype)) for x in leaves), tree, trace_context(), like)
-        if key not in self._programs:
+        program = self._programs.pop(key, None)
+        if program is None:
             platforms = tuple(dict.fromkeys(d.platform for d in cluster.devices))
             share = len(cluster.devices) // self._spec.replicas
             links = cluster.links_for(self._spec.placement, share)
@@ -294,11 +300,16 @@ class Trainer:
             if like is not None:
                 spec, devices = placed_alike(spec, like.compiled.plan, devices)
             try:
-                compiled = compile_training(spec, params, batch, devices, links=links, platforms=platforms)
+                with shown(partial(_compiling, name_of(spec.loss), batch)):
+                    compiled = compile_training(spec, params, batch, devices, links=links, platforms=platforms)
             except PlacementError as error:
                 raise cluster.session.explained(error, "the training step") from None
-            self._programs[key] = _Program(compiled, cluster.session)
-        return self._programs[key]
+            program = _Program(compiled, cluster.session)
+        self._programs[key] = program  # as the newest
+        if len(self._programs) > MAX_PROGRAMS:
+            oldest = next(iter(self._programs))
+            _discard({oldest: self._programs.pop(oldest)})
+        return program
 
     def _state(self, params: Any, opt_state: Any) -> Any:
         """The initial optimizer state. Raises ValueError if `opt_state` belongs to another optimizer or model."""
@@ -323,6 +334,11 @@ class Trainer:
         for worker in self._delays:
             if worker not in workers:
                 raise FlowmlError(f"delays names {worker!r}, which does not exist; there are {', '.join(workers)}")
+
+
+def _compiling(name: str, batch: Any) -> str:
+    shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree_util.tree_leaves(batch)[:4])
+    return f"compiling {name} for batches of {shapes}"
 
 
 def _discard(programs: Mapping[Any, _Program]) -> None:

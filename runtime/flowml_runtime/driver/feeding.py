@@ -87,8 +87,9 @@ class Feeding:
         what = ", ".join(_text(p, s) for p, s in zip(self._paths, key, strict=True))
         if len(self._variants) == MAX_SHAPES:
             raise ValueError(
-                f"the source gave batches of {MAX_SHAPES} shapes, and now one with examples {what}; a program is "
-                "compiled for each, so pad examples to a few lengths, and mask what is padded: Trainer(weight=)"
+                f"a fit takes batches of at most {MAX_SHAPES} shapes, because a program is compiled for each, and the "
+                f"source gave one more, with examples {what}; pad examples to a few lengths, such as powers of two, "
+                "and leave the padding out of the loss with a mask and Trainer(weight=)"
             )
         try:
             return Variant.of(self._load(structs))

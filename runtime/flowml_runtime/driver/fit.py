@@ -35,8 +35,9 @@ from flowml.plan import Training
 from flowml.training.compiler import TrainingCompiled
 from flowml_runtime import wire
 from flowml_runtime.driver.feeding import Feeding, Variant, whole
-from flowml_runtime.driver.history import History, Progress, Record
+from flowml_runtime.driver.history import History, Record
 from flowml_runtime.driver.interrupts import Interrupts
+from flowml_runtime.driver.progress import Progress
 from flowml_runtime.driver.session import LoadedPlan, Session
 from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol

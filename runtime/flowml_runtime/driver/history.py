@@ -10,8 +10,6 @@ n records. Reports are sums, and so is their weight if the loss has one, so that
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +21,6 @@ import numpy as np
 from flowml.plan import Training
 from flowml.training.step import Metrics
 from flowml_runtime import wire
-from flowml_runtime.execution.streams import on_terminal
 
 Record = dict[str, Any]
 
@@ -244,29 +241,3 @@ class History:
             else:
                 leaves.append(total if dtype.kind == "b" else np.asarray(total, dtype))
         return leaves
-
-
-class Progress:
-    """One line on stderr that is rewritten a few times a second, if stderr is a terminal."""
-
-    def __init__(self, total: int, wanted: bool | None) -> None:
-        self._total = total
-        self._shown = on_terminal() if wanted is None else wanted and sys.stderr is not None
-        self._next_s = time.monotonic() + 0.5
-        self._open = False
-
-    def show(self, record: Record) -> None:
-        now = time.monotonic()
-        if not self._shown or now < self._next_s:
-            return
-        self._next_s = now + 0.25
-        self._open = True
-        rate = (record["step"] + 1) / max(record["seconds"], 1e-9)
-        line = f"step {record['step'] + 1}/{self._total}  epoch {record['epoch']}  loss {record['loss']:.4f}"
-        sys.stderr.write(f"\r\x1b[K{line}  {rate:.1f} steps/s")
-        sys.stderr.flush()
-
-    def close(self) -> None:
-        if self._open:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()

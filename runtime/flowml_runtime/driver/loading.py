@@ -7,9 +7,7 @@ PlanPiece   large constants and executables, each only to the workers that use i
 
 from __future__ import annotations
 
-import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -19,8 +17,8 @@ from flowml.devices import worker_of
 from flowml.errors import DeadlineError, FlowmlError
 from flowml.plan import ArraySpec, Plan, Run
 from flowml_runtime import wire
+from flowml_runtime.driver.progress import shown
 from flowml_runtime.execution.programs import constant_key, executable_key, store_tasks
-from flowml_runtime.execution.streams import on_terminal
 
 LOAD_DEADLINE_S = 1800.0
 """How long all workers together may take to compile a plan."""
@@ -55,22 +53,16 @@ class Loading:
 
         Raises the first error, or DeadlineError after LOAD_DEADLINE_S.
         """
-        began = time.monotonic()
-        shown = False
-        while not self._over.wait(1.0):
-            seconds = time.monotonic() - began
-            if seconds > LOAD_DEADLINE_S:
+        with shown(self._progress):
+            if not self._over.wait(LOAD_DEADLINE_S):
                 waiting = ", ".join(sorted(self.missing))
                 raise DeadlineError(f"{waiting} did not compile plan {self.plan.name!r} within {LOAD_DEADLINE_S:g} s")
-            if on_terminal():
-                ready = len(self.workers) - len(self.missing)
-                text = f"flowml: compiling {self.plan.name}, {ready} of {len(self.workers)} workers ready"
-                print(f"\r{text}, {seconds:.0f} s ", end="", file=sys.stderr, flush=True)
-                shown = True
-        if shown:
-            print(f"\r{' ' * 79}\r", end="", file=sys.stderr, flush=True)
         if self.error is not None:
             raise self.error
+
+    def _progress(self) -> str:
+        ready = len(self.workers) - len(self.missing)
+        return f"compiling {self.plan.name}, {ready} of {len(self.workers)} workers ready"
 
 
 def messages(

@@ -1,13 +1,16 @@
 """Decides which plans stay on the workers. It unloads plans of deleted owners and the least recently used plans.
 
 A plan that was unloaded to make room is loaded again when it is called again. The driver keeps its executables, so that
-only the workers compile again. Calls in flight always finish first.
+only the workers compile again. It keeps as many unloaded plans as loaded ones. The owners of older ones forget them, and
+compile them from the start if they are called again. Calls in flight always finish first.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Generic, Protocol, TypeVar
@@ -27,6 +30,9 @@ class Resident(Protocol):
 
     @property
     def steps(self) -> Steps: ...
+    def forget(self) -> None:
+        """Make the owner forget the plan."""
+        ...
 
 
 T = TypeVar("T", bound=Resident)
@@ -38,6 +44,8 @@ class Residents(Generic[T]):
     def __init__(self, unload: Callable[[T], None]) -> None:
         self._unload = unload
         self._released: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+        self._unloaded: deque[weakref.ref[T]] = deque()
+        """Plans that were unloaded to make room, in this order."""
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -57,10 +65,15 @@ class Residents(Generic[T]):
         excess = len(oldest) - most
         for plan in oldest:
             if excess <= 0:
-                return
+                break
             if plan.steps.retire(unloaded):
                 self._unload(plan)
+                self._unloaded.append(weakref.ref(plan))
                 excess -= 1
+        while len(self._unloaded) > most + 1:
+            plan = self._unloaded.popleft()()
+            if plan is not None:
+                plan.forget()
 
     def close(self) -> None:
         with self._lock:

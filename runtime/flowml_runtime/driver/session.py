@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -85,6 +85,8 @@ class LoadedPlan:
     steps: Steps = field(repr=False)
     prepare: Feeder = field(repr=False)
     restore: Restorer = field(repr=False)
+    forget: Callable[[], None] = field(default=lambda: None, repr=False)
+    """Makes the owner forget the plan. Called some time after it was unloaded to make room."""
     local: LocalStep | None = field(default=None, repr=False)
     """A direct way to run the plan in this process, if there is one; None after the plan is unloaded."""
     order: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -387,7 +389,7 @@ class Session:
             plans = [p for p in self._plans.values() if peer in p.workers]
             handlers = list(self._handlers.values())
         for handle in plans:
-            self._stop(handle, lambda step, plan=handle.plan: self._lost(plan, step, peer, reason))
+            self._without(handle, peer, reason)
         for handler in handlers:
             handler.on_lost(peer, reason)
 
@@ -429,14 +431,24 @@ class Session:
         elif isinstance(message, wire.Failed):
             self._stop(handle, lambda step: load_failed(handle.plan, message))
         elif isinstance(message, wire.Unreachable):
-            self._stop(handle, lambda step: self._lost(handle.plan, step, message.peer, _unreachable(message)))
+            self._without(handle, message.peer, _unreachable(message))
 
     def _fail_step(self, handle: LoadedPlan, step: int, error: BaseException) -> None:
         if handle.steps.fail(step, error):
             self._cancel(handle, step)
 
-    def _stop(self, handle: LoadedPlan, error: Callable[[int], FlowmlError]) -> None:
-        for step in handle.steps.stop(error):
+    def _without(self, handle: LoadedPlan, peer: str, reason: str) -> None:
+        """A worker of the plan is lost. No step can begin, and those that miss an output of the worker fail.
+
+        The others may have all of its values already. The workers that still need one report their steps as failed.
+        """
+        slots = {slot for slot, device in handle.sources.items() if worker_of(device) == peer}
+        self._stop(handle, lambda step: self._lost(handle.plan, step, peer, reason), slots)
+
+    def _stop(
+        self, handle: LoadedPlan, error: Callable[[int], FlowmlError], slots: Collection[int] | None = None
+    ) -> None:
+        for step in handle.steps.stop(error, slots):
             self._cancel(handle, step)
 
     def _cancel(self, handle: LoadedPlan, step: int) -> None:
@@ -483,4 +495,4 @@ def _handle(plan_id: str, plan: Plan, workers: tuple[str, ...], in_flight: int, 
         ports.append(_FeedPort(worker_of(program.device), program.device, fed, tuple(plan.inputs[i] for i in fed)))
     nbytes = sum(s.nbytes for s in (*plan.inputs, *(o.spec for o in plan.outputs)))
     steps = Steps(plan.name, len(sources), min(in_flight, max(2, IN_FLIGHT_BYTES // max(nbytes, 1))))
-    return LoadedPlan(plan_id, plan, workers, tuple(ports), sources, steps, Feeder(plan), Restorer(plan), local)
+    return LoadedPlan(plan_id, plan, workers, tuple(ports), sources, steps, Feeder(plan), Restorer(plan), local=local)

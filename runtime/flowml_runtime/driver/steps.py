@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from flowml.errors import ClusterError
@@ -139,14 +139,17 @@ class Steps:
             self._end(step)
         return flying.future.complete(None, error)
 
-    def stop(self, error: Callable[[int], BaseException]) -> Iterable[int]:
-        """Fail every step in flight, and every later `begin`, with `error(step)`. Returns the failed steps."""
+    def stop(self, error: Callable[[int], BaseException], slots: Collection[int] | None = None) -> Iterable[int]:
+        """Fail the steps in flight, and every later `begin`, with `error(step)`. Returns the failed steps.
+
+        If `slots` is given, only steps that miss one of these outputs fail; the others may still end by themselves. The
+        first error counts, also for steps that a later call fails.
+        """
         with self._lock:
-            if self._stopped is None:
-                self._stopped = error
-                self._room.notify_all()
-            steps = list(self._flying)
-        return [s for s in steps if self.fail(s, error(s))]
+            reason = self._stopped = self._stopped or error
+            self._room.notify_all()
+            steps = [s for s, f in self._flying.items() if slots is None or any(f.values[k] is None for k in slots)]
+        return [s for s in steps if self.fail(s, reason(s))]
 
     def retire(self, error: Callable[[int], BaseException]) -> bool:
         """Make `begin` raise `error(step)` from now on. If steps are in flight, does nothing and returns False."""

@@ -45,8 +45,13 @@ class FedServices(StepServices, Protocol):
 
     def end(self, step: int) -> None: ...
     def expect(self) -> None: ...  # the awaited value, or the next feed, is due very soon
+    def lose(self, peer: str, reason: str) -> None: ...
+    def in_vain(self) -> bool:
+        """Whether the step is parked for something that a lost worker will not send."""
+        ...
+
     def expire(self, step: int, claim: Claim) -> None:
-        """End the wait for this claim and the step with a DeadlineError, unless the value is here already."""
+        """End the wait for this claim, and the step with an error, unless the value is here already."""
         ...
 
 
@@ -145,6 +150,17 @@ class Executor:
         """Whether this step was fed and something of it is still to be sent."""
         return step in self._open
 
+    def lose(self, peer: str, reason: str) -> None:
+        """A worker of the plan is lost, and its last message has arrived. Steps that need more of it fail."""
+        self._services.lose(peer, reason)
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """End a parked step that waits for a lost worker."""
+        parked = self._parked
+        if parked is not None and self._services.in_vain():
+            self._services.expire(parked[0], parked[2])
+
     def stop(self) -> None:
         """End after the running step and drop the others. Does not wait."""
         with self._lock:
@@ -236,6 +252,7 @@ class Executor:
 
         self._parked = step, time.monotonic(), claim
         if claim.then(resume):
+            self._give_up()  # the worker may have been lost before the step was parked
             if quick:
                 self._services.expect()
             return True

@@ -208,8 +208,10 @@ class DataflowServices(EdgeServices):
         self._claim: Claim | None = None
         """The claim for which the step was parked."""
         self._awaited = driver
-        """The peer whose message is expected next: the driver with a feed, or the sender for which a step is parked."""
+        """The peer whose message is expected next: the driver with a feed, or the peer for which a step is parked."""
         self._expired = -1
+        self._lost: dict[str, str] = {}
+        """Lost worker -> reason. All that it sent before has arrived."""
 
     def begin(self, arrays: Sequence[Array]) -> None:
         """Accept the feed of the step that runs next."""
@@ -227,6 +229,14 @@ class DataflowServices(EdgeServices):
         self._claim = None
         self.windows.finish(step)
         self._mailbox.finish((self.plan_id, step, self.device))
+
+    def lose(self, peer: str, reason: str) -> None:
+        """A worker of the plan is lost: steps that wait for something of it fail from now on."""
+        self._lost[peer] = reason
+
+    def in_vain(self) -> bool:
+        """Whether the step is parked for something that a lost worker will not send."""
+        return self._awaited in self._lost
 
     def expire(self, step: int, claim: Claim) -> None:
         if self._mailbox.expire((self.plan_id, step, self.device), claim):
@@ -250,8 +260,13 @@ class DataflowServices(EdgeServices):
             raise Parked(claim)
         self._claim = None
         if claim.cancelled:
-            raise self._late(step, message) if claim.expired else Cancelled(scope)
+            if claim.expired:
+                raise self._gone(self._sources[message]) or self._late(step, message)
+            raise Cancelled(scope)
         return self.adopt(claim.value)
+
+    def _gone(self, peer: str) -> WorkerLostError | None:
+        return WorkerLostError(self._lost[peer], worker=peer) if peer in self._lost else None
 
     def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None:
         if self._windowed[message]:
@@ -259,9 +274,10 @@ class DataflowServices(EdgeServices):
                 claim = self.windows.enter(message, step)
             except Cancelled:
                 if self._expired == step:
-                    raise self._stalled(step, message) from None
+                    raise (self._gone(self._workers[message]) or self._stalled(step, message)) from None
                 raise
             if claim is not None:
+                self._awaited = self._workers[message]
                 raise Parked(claim)
         super().send(step, message, microbatch, arrays)
 

@@ -142,6 +142,8 @@ class Worker:
                 # The peer may still run for others. Then only this worker knows that the peer's values will not come.
                 text = reason[:MAX_REASON]
                 self._tell(hosted.driver, wire.Unreachable(plan_id=plan_id, worker=self.name, peer=peer, reason=text))
+                for executor in list(hosted.executors.values()):
+                    executor.lose(peer, text)
             if hosted.training is not None:
                 hosted.training.on_lost(peer, reason)
 
