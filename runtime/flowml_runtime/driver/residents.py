@@ -1,7 +1,7 @@
 """Decides which plans stay on the workers. It unloads plans of deleted owners and the least recently used plans.
 
 A plan that was unloaded to make room is loaded again when it is called again. The driver keeps its executables, so that
-only the workers compile again. It keeps as many unloaded plans as loaded ones. The owners of older ones forget them, and
+only the workers compile again. It keeps as many unloaded plans as loaded ones. The owners of older ones forget them and
 compile them from the start if they are called again. Calls in flight always finish first.
 """
 
