@@ -20,6 +20,16 @@ WAIT_S = 30.0
 X = np.arange(4, dtype=np.float32)
 
 
+def stop(pid: int) -> None:
+    """Stop a process, and return when all of its threads stand still."""
+    os.kill(pid, signal.SIGSTOP)
+    threads = Path(f"/proc/{pid}/task")
+    wait_until(
+        lambda: all((t / "stat").read_text().rpartition(")")[2].split()[0] == "T" for t in threads.iterdir()),
+        f"{pid} stands still",
+    )
+
+
 def waits_for(path: str) -> Plan:
     """x -> x + 1 on worker 0 -> the same on worker 1, which first waits until the file `path` exists."""
 
@@ -47,7 +57,7 @@ def test_a_worker_that_has_sent_its_last_value_may_die(transport: str, tmp_path:
         handle = session.load(waits_for(str(gate)))
         first = session.submit(handle, [X])
         wait_until(lambda: os.path.exists(f"{gate}.begun"), "worker 1 has the value", WAIT_S)
-        os.kill(cluster.pids["worker:0"], signal.SIGSTOP)
+        stop(cluster.pids["worker:0"])
         second = session.submit(handle, [X + 1])  # worker 0 never runs it
         os.kill(cluster.pids["worker:0"], signal.SIGKILL)
         wait_until(lambda: len(cluster.devices) == 1, "the loss is known", WAIT_S)
@@ -69,7 +79,7 @@ def test_a_step_that_waits_for_a_lost_worker_fails_at_once(tmp_path: Path) -> No
         session = cluster.session
         handle = session.load(waits_for(str(gate)))
         session.submit(handle, [X]).result(timeout=WAIT_S)
-        os.kill(cluster.pids["worker:0"], signal.SIGSTOP)
+        stop(cluster.pids["worker:0"])
         futures = [session.submit(handle, [X]) for _ in range(3)]
         began = time.monotonic()
         os.kill(cluster.pids["worker:0"], signal.SIGKILL)
