@@ -13,7 +13,6 @@ import pytest
 
 import flowml as fm
 from flowml_runtime.driver import progress
-from flowml_runtime.driver.feeding import MAX_SHAPES
 
 
 class Terminal(io.StringIO):
@@ -75,12 +74,3 @@ def test_nothing_is_shown_without_a_terminal_or_of_short_work(capsys: pytest.Cap
     with progress.shown(lambda: "working"):
         pass
     assert capsys.readouterr().err == ""
-
-
-def test_too_many_shapes_are_one_sentence_with_a_fix(threads_cluster: fm.Cluster) -> None:
-    with pytest.raises(
-        ValueError,
-        match=rf"^a fit takes batches of at most {MAX_SHAPES} shapes, because a program is compiled for each, and the "
-        rf"source gave one more, with examples x float32\[{MAX_SHAPES + 1}, 3\]; pad examples to a few lengths",
-    ):
-        fit(threads_cluster, MAX_SHAPES + 1)
