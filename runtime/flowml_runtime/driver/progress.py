@@ -15,6 +15,9 @@ from flowml_runtime.execution.streams import on_terminal
 SLOW_S = 1.0
 """Work that takes less time shows no line. The line is written again as often."""
 
+JOIN_S = 5.0
+"""How long the end of the work waits for the line to be removed."""
+
 CLEAR = "\r\x1b[K"
 
 
@@ -42,7 +45,7 @@ def shown(text: Callable[[], str]) -> Generator[None]:
         yield
     finally:
         over.set()
-        thread.join(SLOW_S)
+        thread.join(JOIN_S)
 
 
 def _write(text: str) -> None:
