@@ -31,7 +31,8 @@ from flowml.placement import AutoPlacement, Pipeline, Placement
 from flowml.placement.links import ASSUMED, SAME_PROCESS, Links
 from flowml_runtime import wire
 from flowml_runtime.current import Blocks
-from flowml_runtime.execution.forks import check_owner, check_startable, is_foreign, this_process
+from flowml_runtime.environment.forks import check_owner, check_startable, is_foreign, this_process
+from flowml_runtime.environment.machine import cores, memory_bytes, share_cores
 from flowml_runtime.execution.future import wait_heeding_signals
 from flowml_runtime.launch.capacity import check_room, room
 from flowml_runtime.launch.local import LocalWorkers
@@ -45,7 +46,6 @@ from flowml_runtime.transport.endpoint import Endpoint, ThreadHub
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
 from flowml_runtime.transport.security import TLS, check_exposure, find_token, new_token, split_address
 from flowml_runtime.worker.config import WorkerConfig
-from flowml_runtime.worker.machine import cores, memory_bytes, share_cores
 
 TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
 """Paths of PEM files under "cert", "key" and "ca"."""

@@ -22,7 +22,7 @@ import pytest
 
 import flowml as fm
 from flowml_runtime.cluster import LaunchedCluster, current_cluster
-from flowml_runtime.worker.machine import share_cores
+from flowml_runtime.environment.machine import share_cores
 from tests.conftest import wait_until
 
 NoLeaks = Callable[[], AbstractContextManager[None]]

@@ -17,7 +17,7 @@ import pytest
 import trustme
 
 from flowml_runtime import wire
-from flowml_runtime.worker.allocator import VARIABLE
+from flowml_runtime.environment.allocator import VARIABLE
 from flowml_tools import run
 from tests.tools.conftest import environment
 
@@ -160,7 +160,7 @@ def test_how_arrays_travel_can_be_chosen_in_the_command(flowml, start_flowml, sc
 
 BEGINS_ANEW = """
 import os
-from flowml_runtime.worker import allocator
+from flowml_runtime.environment import allocator
 os.environ.pop(allocator.VARIABLE, None)  # as glibc does for interpreters with capabilities
 print("begun", flush=True)
 allocator.reexec()

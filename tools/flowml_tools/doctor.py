@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import flowml
-from flowml_runtime.execution.streams import on_terminal
+from flowml_runtime.environment.streams import on_terminal
 
 SUMMARY = "what this machine has, measured: cores, memory, links, versions"
 DESCRIPTION = "Measure what matters to flowml on this machine. Takes a few seconds; only the links are remembered."
@@ -107,7 +107,7 @@ def _versions() -> Iterator[Fact]:
 def _machine() -> Iterator[Fact]:
     import psutil
 
-    from flowml_runtime.worker.machine import cores, memory_bytes
+    from flowml_runtime.environment.machine import cores, memory_bytes
 
     yield Fact("machine", "system", platform.platform(), platform.platform())
     count = os.cpu_count() or 1

@@ -16,7 +16,7 @@ import traceback
 from types import FrameType
 from typing import NoReturn
 
-from flowml_runtime.execution.streams import open_standard_streams
+from flowml_runtime.environment.streams import open_standard_streams
 from flowml_tools import bench, doctor, launch, run, trace, viz, worker
 from flowml_tools.command import CommandError
 

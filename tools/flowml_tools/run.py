@@ -71,7 +71,7 @@ def cluster(arguments: argparse.Namespace) -> Cluster:
     if arguments.token_file is not None:
         raise CommandError("--token-file goes with --on HOST:PORT; a local cluster makes its own token")
     from flowml_runtime.cluster import Cluster
-    from flowml_runtime.worker.machine import cores
+    from flowml_runtime.environment.machine import cores
 
     return Cluster.local(
         arguments.workers or len(cores()),

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     token, secured = read_token(arguments.token_file), tls(arguments)
+    from flowml_runtime.environment import allocator
     from flowml_runtime.transport.security import check_exposure
-    from flowml_runtime.worker import allocator
 
     check_exposure(arguments.coordinator, secured, token, "connect to")
     allocator.reexec()  # after the arguments have been checked, and before JAX is imported

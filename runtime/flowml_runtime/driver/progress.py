@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from flowml_runtime import service
-from flowml_runtime.execution.streams import on_terminal
+from flowml_runtime.environment.streams import on_terminal
 
 SLOW_S = 1.0
 """Work that takes less time shows no line. The line is written again as often."""

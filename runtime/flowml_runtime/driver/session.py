@@ -25,9 +25,9 @@ from flowml_runtime.driver.call_io import Feeder, Restorer
 from flowml_runtime.driver.loading import Loading
 from flowml_runtime.driver.residents import MAX_PROGRAMS, Residents
 from flowml_runtime.driver.steps import Steps, unloaded
+from flowml_runtime.environment.forks import check_owner, is_foreign, this_process
 from flowml_runtime.execution.device_thread import Deadlines
 from flowml_runtime.execution.faults import cluster_closed, load_failed, step_error, step_failed, worker_lost
-from flowml_runtime.execution.forks import check_owner, is_foreign, this_process
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.inline import LocalStep
 from flowml_runtime.execution.programs import Array, feed_slots

@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar, cast
 
 from flowml.errors import DeadlineError
 from flowml_runtime import service
+from flowml_runtime.environment.forks import check_owner, this_process
 from flowml_runtime.execution.callbacks import callbacks as threaded
-from flowml_runtime.execution.forks import check_owner, this_process
 
 HEEDS_SIGNALS_S = 1.0
 """Waits are split into pieces of this length. A signal that arrives just before Python sleeps does not wake it, so that

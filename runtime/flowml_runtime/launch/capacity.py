@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowml.errors import ClusterError
-from flowml_runtime.worker.machine import available_memory_bytes, cores
+from flowml_runtime.environment.machine import available_memory_bytes, cores
 
 WORKER_BYTES = 12 * 2**20
 WORKER_THREADS = 20

@@ -25,9 +25,9 @@ import psutil
 
 from flowml.errors import ClusterError
 from flowml_runtime import service
-from flowml_runtime.execution.streams import open_standard_streams
+from flowml_runtime.environment import allocator
+from flowml_runtime.environment.streams import open_standard_streams
 from flowml_runtime.launch.spawning import Exited, Kill, Ready, Report, Request, Start, Started, hear
-from flowml_runtime.worker import allocator
 from flowml_runtime.worker.config import WorkerConfig
 
 TERM_S = 1.0

@@ -33,7 +33,7 @@ import numpy as np  # noqa: E402
 
 from flowml.errors import FlowmlError  # noqa: E402
 from flowml_runtime import service  # noqa: E402
-from flowml_runtime.execution.streams import open_standard_streams  # noqa: E402
+from flowml_runtime.environment.streams import open_standard_streams  # noqa: E402
 from flowml_runtime.launch.spawning import (  # noqa: E402
     Exited,
     Kill,

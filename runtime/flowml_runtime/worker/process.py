@@ -16,13 +16,13 @@ from typing import Any
 import jax
 
 from flowml_runtime import wire
+from flowml_runtime.environment.machine import cores, memory_bytes
 from flowml_runtime.execution.future import wait_heeding_signals
 from flowml_runtime.execution.programs import JaxDevice
 from flowml_runtime.membership.member import Membership, passing_name
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
 from flowml_runtime.transport.security import TLS
 from flowml_runtime.worker.config import WorkerConfig
-from flowml_runtime.worker.machine import cores, memory_bytes
 from flowml_runtime.worker.worker import Worker
 
 LOST_COORDINATOR = 1

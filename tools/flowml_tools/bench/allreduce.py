@@ -28,7 +28,7 @@ SIZES: tuple[tuple[str, int, int, Goal | None], ...] = (
 
 
 def rows(repeats: int | None) -> list[Row]:
-    from flowml_runtime.worker.machine import cores, share_cores
+    from flowml_runtime.environment.machine import cores, share_cores
 
     tell("allreduce: starting two processes of each kind")
     shares = share_cores(cores(), 2)

@@ -58,7 +58,7 @@ def _two_workers(repeats: int) -> list[Row]:
     import numpy as np
 
     import flowml as fm
-    from flowml_runtime.worker.machine import cores, share_cores
+    from flowml_runtime.environment.machine import cores, share_cores
     from flowml_tools.bench.functions import two_layers
 
     tell("dispatch: driver -> worker:0 -> worker:1 -> driver")

@@ -70,7 +70,7 @@ def _worker() -> Life:
 
 def _bare() -> Life:
     """A bare process on the cores of a worker, so that XLA's thread pools have the same size."""
-    from flowml_runtime.worker.machine import cores, share_cores
+    from flowml_runtime.environment.machine import cores, share_cores
 
     with peer("bare", cores=share_cores(cores(), 2)[0]) as process:
         process.read()

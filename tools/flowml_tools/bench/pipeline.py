@@ -31,7 +31,7 @@ STAGES, MICROBATCHES = 2, 8
 
 def rows(repeats: int | None) -> list[Row]:
     import flowml as fm
-    from flowml_runtime.worker.machine import cores, share_cores
+    from flowml_runtime.environment.machine import cores, share_cores
     from flowml_tools.bench import transformer
 
     tell("pipeline: starting two workers and the stages alone")

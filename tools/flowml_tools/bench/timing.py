@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from flowml_runtime.execution.streams import on_terminal
+from flowml_runtime.environment.streams import on_terminal
 from flowml_tools.bench.rows import Sample
 
 Probe = Callable[[], float]

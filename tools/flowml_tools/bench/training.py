@@ -58,7 +58,7 @@ class Losses:
 
 def rows(repeats: int | None) -> list[Row]:
     import flowml as fm
-    from flowml_runtime.worker.machine import cores, share_cores
+    from flowml_runtime.environment.machine import cores, share_cores
     from flowml_tools.bench import transformer
 
     tell("training: starting two workers and the peers")

@@ -31,7 +31,7 @@ def _edge(repeats: int) -> list[Row]:
     import numpy as np
 
     import flowml as fm
-    from flowml_runtime.worker.machine import cores, share_cores
+    from flowml_runtime.environment.machine import cores, share_cores
     from flowml_tools.bench.functions import carried, kept
 
     tell("transport: starting two workers and the peers")
@@ -68,7 +68,7 @@ def _chain(repeats: int) -> list[Row]:
     import numpy as np
 
     import flowml as fm
-    from flowml_runtime.worker.machine import cores, share_cores
+    from flowml_runtime.environment.machine import cores, share_cores
     from flowml_tools.bench.functions import two_layers
 
     tell("transport: 64 MiB driver -> worker:0 -> worker:1 -> driver")

@@ -19,7 +19,7 @@ WARM_UP = 4
 
 
 def rows(repeats: int | None) -> list[Row]:
-    from flowml_runtime.worker.machine import cores, share_cores
+    from flowml_runtime.environment.machine import cores, share_cores
 
     tell("transport: starting pairs of processes")
     shares = share_cores(cores(), 2)
