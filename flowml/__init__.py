@@ -38,15 +38,20 @@ if TYPE_CHECKING:
     from flowml.plan import Transfer as Transfer
     from flowml.policy import UNBOUNDED as UNBOUNDED
     from flowml.policy import AllReduce as AllReduce
+    from flowml.policy import Delta as Delta
     from flowml.policy import Every as Every
     from flowml.policy import Factors as Factors
     from flowml.policy import Gradient as Gradient
     from flowml.policy import Hierarchy as Hierarchy
+    from flowml.policy import Mix as Mix
+    from flowml.policy import Once as Once
+    from flowml.policy import Outer as Outer
     from flowml.policy import ParameterServer as ParameterServer
     from flowml.policy import Policy as Policy
     from flowml.policy import Quorum as Quorum
     from flowml.policy import Ring as Ring
     from flowml.policy import Tree as Tree
+    from flowml.policy import Weights as Weights
     from flowml.policy import named as policies  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from flowml_runtime.cluster import Cluster as Cluster
     from flowml_runtime.dataflow import dataflow as dataflow
@@ -79,15 +84,20 @@ _HOMES = {
     "Transfer": "flowml.plan",
     "UNBOUNDED": "flowml.policy",
     "AllReduce": "flowml.policy",
+    "Delta": "flowml.policy",
     "Every": "flowml.policy",
     "Factors": "flowml.policy",
     "Gradient": "flowml.policy",
     "Hierarchy": "flowml.policy",
+    "Mix": "flowml.policy",
+    "Once": "flowml.policy",
+    "Outer": "flowml.policy",
     "ParameterServer": "flowml.policy",
     "Policy": "flowml.policy",
     "Quorum": "flowml.policy",
     "Ring": "flowml.policy",
     "Tree": "flowml.policy",
+    "Weights": "flowml.policy",
     "device": "flowml.ir.scopes",
     "layer": "flowml.ir.scopes",
     "Cluster": "flowml_runtime.cluster",
@@ -102,8 +112,6 @@ _MODULES = {"policies", "data", "sim"}
 _EXISTS = {
     ("Gossip", "SharedMemory"): "use fm.ParameterServer() or fm.AllReduce()",
     ("Deadline", "Coded", "Speculate"): "use fm.Quorum(0.75) or fm.Quorum(3)",
-    ("Once",): "use every=k or fm.Every(k)",
-    ("Delta", "Weights"): "use fm.Gradient() or fm.Factors()",
     ("SimulatedCluster",): "use fm.Cluster.threads(workers=4), and Trainer(delays=…) for slow workers",
 }
 _PLANNED = {name: instead for names, instead in _EXISTS.items() for name in names}

@@ -248,6 +248,21 @@ class Applies(msgspec.Struct, frozen=True):
         return tuple(t for t in (self.apply, self.fold, self.finish) if t is not None)
 
 
+class Local(msgspec.Struct, frozen=True):
+    """The tasks with which a replica updates parameters of its own, and the optimizer state that it keeps for them.
+
+    `update`, `send` and `take` are indices into Plan.tasks; `flowml.training.local` describes them. Without `send` the
+    parameters are sent, and without `take` the global parameters are taken as they are. `state` are positions in the
+    flattened optimizer state.
+    """
+
+    update: Index
+    send: Index | None
+    take: Index | None
+    state: tuple[Index, ...]
+    state_specs: tuple[ArraySpec, ...]
+
+
 class StoreSpec(msgspec.Struct, frozen=True):
     """Where a layer's parameters are stored and how its replicas are kept in step.
 
@@ -256,7 +271,7 @@ class StoreSpec(msgspec.Struct, frozen=True):
     `home`, `homes` and `readers` are devices. If every replica keeps a copy, `homes` holds one device for each
     replica, and `home` is the first of them; else `homes` is empty. `readers` are in the order of replicas, with equal
     numbers for each replica, and each reads its replica's copy.
-
+    With `local` the readers update parameters of their own, and the one part is what they send of these.
     """
 
     name: str
@@ -271,6 +286,7 @@ class StoreSpec(msgspec.Struct, frozen=True):
     policy: Policy
     applies: Applies
     homes: tuple[str, ...] = ()
+    local: Local | None = None
 
     @property
     def nbytes(self) -> int:

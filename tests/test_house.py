@@ -136,7 +136,6 @@ def test_the_public_names_are_there_and_documented() -> None:
     [
         ("Gossip", "fm.ParameterServer()"),
         ("Coded", "fm.Quorum(0.75)"),
-        ("Delta", "fm.Gradient()"),
         ("SimulatedCluster", "delays="),
     ],
 )

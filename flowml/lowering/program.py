@@ -174,10 +174,10 @@ class _Emitter:
         """Emit a read of the store before a push, if the step has not read it yet.
 
         A gradient that does not depend on the parameters needs no read. Without this wait the device would run clocks
-        ahead of the store.
+        ahead of the store. What later tasks read is read here too, because a replica may update it when it pushes.
         """
         if not any(isinstance(i, Read) and i.store == store for i in self.code):
-            self.code.append(Read(store, (), ()))
+            self._read(store)
 
     def _contribute(self, group: TaskGroup, microbatch: int) -> None:
         for number, part in enumerate(self.bindings.parts):

@@ -10,19 +10,23 @@ unsound composition cannot be constructed. Nothing here imports JAX.
 from __future__ import annotations
 
 from flowml.policy.compose import DEFAULT_PATTERN, check_composition, overruled, resolve
-from flowml.policy.mathematics import can_read, coefficients, due
+from flowml.policy.mathematics import can_read, coefficients, due, window
 from flowml.policy.quorum import Completion, Cut, Deadline, Decide, Drop, Fold, Late, Quorum, Requeue, Wait
-from flowml.policy.spec import UNBOUNDED, Every, Factors, Gradient, Payload, Policy
+from flowml.policy.replicas import Delta, Mix, Outer, Weights
+from flowml.policy.rhythm import Every, Once
+from flowml.policy.spec import UNBOUNDED, Apply, Factors, Gradient, Payload, Policy
 from flowml.policy.topology import AllReduce, Hierarchy, ParameterServer, Ring, Topology, Tree
 
 __all__ = [
     "DEFAULT_PATTERN",
     "UNBOUNDED",
     "AllReduce",
+    "Apply",
     "Completion",
     "Cut",
     "Deadline",
     "Decide",
+    "Delta",
     "Drop",
     "Every",
     "Factors",
@@ -30,6 +34,9 @@ __all__ = [
     "Gradient",
     "Hierarchy",
     "Late",
+    "Mix",
+    "Once",
+    "Outer",
     "ParameterServer",
     "Payload",
     "Policy",
@@ -39,10 +46,12 @@ __all__ = [
     "Topology",
     "Tree",
     "Wait",
+    "Weights",
     "can_read",
     "check_composition",
     "coefficients",
     "due",
     "overruled",
     "resolve",
+    "window",
 ]

@@ -10,21 +10,28 @@ from collections.abc import Sequence
 from typing import Literal
 
 
-def can_read(my_clock: int, clocks: Sequence[float], staleness: float, every: int) -> bool:
+def window(clock: int, every: int, offset: int = 0) -> int:
+    """The first step after the last push before step `clock`; 0 before the first push."""
+    return max((clock - offset) // every * every + offset, 0)
+
+
+def can_read(
+    my_clock: int, clocks: Sequence[float], staleness: float, every: int, offset: int = 0, delay: int = 0
+) -> bool:
     """Whether a replica at step `my_clock` may read a version that contains the contributions of `clocks`.
 
     Contributions arrive every `every` steps, so all steps of such a window need the same version: it contains
     everything pushed up to `staleness` clocks before the window. Staleness 0 with every 1 is bulk synchronous; with
     unbounded staleness a read never waits (Ho et al., stale synchronous parallel, NeurIPS 2013). The clock of a
-    retired replica counts as infinite.
+    retired replica counts as infinite. With a `delay` what a replica has pushed is needed so many steps later.
     """
-    window = my_clock // every * every
-    return min(clocks) >= window - staleness
+    return min(clocks) >= window(max(my_clock - delay, 0), every, offset) - staleness
 
 
-def due(clock: int, every: int, last_clock: int) -> bool:
-    """Whether step `clock` ends with a push. Each `every`-th step does, and the last one, so that no work is lost."""
-    return (clock + 1) % every == 0 or clock == last_clock
+def due(clock: int, every: int, last_clock: int, offset: int = 0) -> bool:
+    """Whether step `clock` ends with a push. Each `every`-th step does, and the last one, so that no work is lost. With
+    an `offset` the first one is the `offset`-th."""
+    return (clock + 1 - offset) % every == 0 or clock == last_clock
 
 
 def coefficients(apply: Literal["mean", "sum"], weights: Sequence[int], microbatches: int) -> tuple[float, ...]:

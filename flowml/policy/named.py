@@ -6,7 +6,7 @@ The other fields can be given too: `asynchronous(staleness=3, every=4)`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from flowml import policy as algebra
 from flowml.policy.quorum import LateName, late_of
@@ -20,13 +20,13 @@ class _Common(TypedDict, total=False):
 
 class _Pushing(_Common, total=False):
     every: algebra.Every | int
-    payload: algebra.Gradient | algebra.Factors
+    payload: algebra.Payload
 
 
 class _Rhythm(_Common, total=False):
     staleness: float
     quorum: algebra.Completion | None
-    payload: algebra.Gradient | algebra.Factors
+    payload: algebra.Payload
 
 
 class _Sending(_Common, total=False):
@@ -45,6 +45,21 @@ class _Summing(TypedDict, total=False):
 
 
 class _Reading(_Pushing, total=False):
+    quorum: algebra.Completion | None
+
+
+class _Stale(TypedDict, total=False):
+    topology: algebra.Topology
+    staleness: float
+    quorum: algebra.Completion | None
+
+
+class _Averaging(_Stale, total=False):
+    apply: algebra.Apply
+
+
+class _Elastic(TypedDict, total=False):
+    staleness: float
     quorum: algebra.Completion | None
 
 
@@ -78,3 +93,53 @@ def quorum(
 ) -> algebra.Policy:
     """A share (0.75) or a number (3) of the replicas completes a clock; by default later contributions are dropped."""
     return algebra.Policy(quorum=algebra.Quorum(count_or_fraction, late=late_of(late, "quorum")), **overrides)
+
+
+def local_sgd(every: int, **overrides: Unpack[_Averaging]) -> algebra.Policy:
+    """Each replica updates parameters of its own, and every `every` steps all take the mean (Stich, *Local SGD
+    Converges Fast and Communicates Little*, ICLR 2019)."""
+    return algebra.Policy(every=every, payload=algebra.Delta(), **overrides)
+
+
+def diloco(
+    every: int, outer: Any = None, fragments: int = 1, delay: int = 0, alpha: float = 0.0, **overrides: Unpack[_Stale]
+) -> algebra.Policy:
+    """Local SGD whose mean change is the gradient of an outer optimizer at the home (Douillard et al., *DiLoCo*, 2023).
+
+    `fragments` groups of layers are synchronised in turn, their new values are taken `delay` steps later, and a replica
+    keeps the share `alpha` of its own values (Douillard et al., *Streaming DiLoCo*, 2025).
+
+    Args:
+        every: the number of steps between two synchronisations of a layer.
+        outer: an optax.GradientTransformation; by default SGD at rate 0.7 with Nesterov momentum 0.9.
+        fragments: fragment i of n takes its first value after `(i + 1) / n * every` steps.
+        delay: what a replica sends is computed so many steps before.
+        alpha: 0 takes the global values, 1 keeps a replica's own.
+    """
+    rhythm = algebra.Every(every, fragments=fragments, delay=delay, offset=-delay % every if 0 <= delay < every else 0)
+    return algebra.Policy(every=rhythm, payload=algebra.Delta(alpha), apply=algebra.Outer(outer), **overrides)
+
+
+def elastic_averaging(every: int, pull: float, **overrides: Unpack[_Elastic]) -> algebra.Policy:
+    """Each replica updates parameters of its own. Every `every` steps it and the home's centre move towards each other
+    by the share `pull` of their distance (Zhang, Choromanska & LeCun, *Deep learning with Elastic Averaging SGD*,
+    NeurIPS 2015). Replicas do not wait for each other; with `staleness=0` they do."""
+    settings: _Elastic = {"staleness": algebra.UNBOUNDED, **overrides}
+    return algebra.Policy(every=every, payload=algebra.Weights(), apply=algebra.Mix(pull), **settings)
+
+
+def average_once() -> algebra.Policy:
+    """Replicas train alone, and the result is the mean of their parameters (Zinkevich et al., *Parallelized Stochastic
+    Gradient Descent*, NeurIPS 2010)."""
+    return algebra.Policy(every=algebra.Once(), payload=algebra.Weights())
+
+
+def downpour(push: int, pull: int, optimizer: Any = None, **overrides: Unpack[_Stale]) -> algebra.Policy:
+    """Each replica updates parameters of its own, sends its change every `push` steps, and takes the home's parameters
+    every `pull` steps, without waiting (Dean et al., *Large Scale Distributed Deep Networks*, NeurIPS 2012).
+
+    The home applies each change as it is, or with `optimizer` (the paper uses Adagrad).
+    """
+    settings: _Stale = {"staleness": algebra.UNBOUNDED, **overrides}
+    apply: algebra.Apply = "sum" if optimizer is None else algebra.Outer(optimizer)
+    return algebra.Policy(every=algebra.Every(push, pull), payload=algebra.Delta(), apply=apply, **settings)

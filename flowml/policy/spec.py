@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from flowml.errors import PolicyError
-from flowml.numbers import whole
+from flowml.policy.mathematics import coefficients
 from flowml.policy.quorum import COMPLETIONS, Completion, Deadline, Drop, Fold, Quorum, late_name, number
+from flowml.policy.replicas import Delta, LocalPayload, Mix, Outer, Weights, check_replicas
+from flowml.policy.rhythm import Every
 from flowml.policy.topology import TOPOLOGIES, ParameterServer, Topology
 from flowml.policy.topology import describe as describe_topology
 
@@ -34,31 +36,9 @@ class Factors(msgspec.Struct, frozen=True, tag=True):
     """
 
 
-Payload = Gradient | Factors
+Payload = Gradient | Factors | Delta | Weights
 
-
-class Every(msgspec.Struct, frozen=True, tag=True):
-    """Push and pull every `push` steps. Between pushes each replica adds up its gradients.
-
-    Raises:
-        PolicyError: for a `push` below 1, or a `pull` that differs from it.
-    """
-
-    push: int = 1
-    pull: int | None = None
-
-    def __post_init__(self) -> None:
-        push = whole(self.push)
-        if push is None or push < 1:
-            raise PolicyError(f"Every(push={self.push!r}): the number of steps between pushes is an int of at least 1")
-        msgspec.structs.force_setattr(self, "push", push)
-        if self.pull is None:
-            msgspec.structs.force_setattr(self, "pull", push)
-        if self.pull != self.push:
-            raise PolicyError(
-                f"Every(push={self.push}, pull={self.pull}): pulling at another rhythm than pushing is not available "
-                f"yet; leave pull out"
-            )
+Apply = Literal["mean", "sum"] | Outer | Mix
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -74,7 +54,7 @@ class Policy(msgspec.Struct, frozen=True):
         payload: what is sent.
         filters: transformations of the payload; none is available yet.
         apply: `"mean"` divides by the number of microbatch gradients that took part, `"sum"` only by the
-            microbatches of one step.
+            microbatches of one step; `Outer(optimizer)` gives the mean to an optimizer of the home; `Mix(pull)`.
 
     Raises:
         PolicyError: for a composition that is not sound, or a part that is not available yet.
@@ -86,7 +66,7 @@ class Policy(msgspec.Struct, frozen=True):
     every: Every = Every()
     payload: Payload = Gradient()
     filters: tuple[str, ...] = ()
-    apply: Literal["mean", "sum"] = "mean"
+    apply: Apply = "mean"
 
     if TYPE_CHECKING:  # a policy normalises its values when it is made, so more is accepted than kept
 
@@ -98,7 +78,7 @@ class Policy(msgspec.Struct, frozen=True):
             every: Every | int = 1,
             payload: Payload = ...,
             filters: Sequence[object] = (),
-            apply: Literal["mean", "sum"] = "mean",
+            apply: Apply = "mean",
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -121,6 +101,21 @@ class Policy(msgspec.Struct, frozen=True):
         return not (isinstance(self.quorum.late, Fold) and self.staleness > 0)
 
     @property
+    def local(self) -> bool:
+        """Whether each replica updates parameters of its own."""
+        return isinstance(self.payload, LocalPayload)
+
+    def coefficients(self, weights: Sequence[int], microbatches: int) -> tuple[float, ...]:
+        """The coefficient of each contribution, by their weights; see `mathematics.coefficients`."""
+        kind: Literal["mean", "sum"] = "sum" if self.apply == "sum" else "mean"
+        return coefficients(kind, weights, 1 if self.local else microbatches)
+
+    @property
+    def travelling(self) -> Policy:
+        """The policy without its outer optimizer, which is compiled and does not travel in a plan."""
+        return msgspec.structs.replace(self, apply=Outer()) if isinstance(self.apply, Outer) else self
+
+    @property
     def collective(self) -> bool:
         """Whether replicas add up their gradients among themselves."""
         return not isinstance(self.topology, ParameterServer)
@@ -133,8 +128,8 @@ class Policy(msgspec.Struct, frozen=True):
             words.append(f"async{bound}")
         elif self.staleness:
             words.append(f"stale{bound}")
-        if self.every.push > 1:
-            words.append(f"every {self.every.push}")
+        if self.every.describe():
+            words.append(self.every.describe())
         if self.clocked and self.quorum != Quorum():
             words.append(_completion(self.quorum))
         elif not self.clocked and self.quorum != Quorum(1, late=Fold()):
@@ -142,10 +137,12 @@ class Policy(msgspec.Struct, frozen=True):
         words = words or ["sync"]
         if self.collective:
             words.append(describe_topology(self.topology))
-        if isinstance(self.payload, Factors):
-            words.append("factors")
-        if self.apply == "sum":
-            words.append("sum")
+        if not isinstance(self.payload, Gradient):
+            words.append(type(self.payload).__name__.lower())
+        if isinstance(self.payload, LocalPayload) and self.payload.alpha:
+            words.append(f"keep {self.payload.alpha:g}")
+        if self.apply != "mean":
+            words.append(self.apply if isinstance(self.apply, str) else type(self.apply).__name__.lower())
         return ", ".join(words)
 
 
@@ -194,7 +191,7 @@ def _check_parts(policy: Policy) -> None:
     kinds: tuple[tuple[str, object, tuple[type, ...]], ...] = (
         ("topology", policy.topology, TOPOLOGIES),
         ("quorum", policy.quorum, COMPLETIONS),
-        ("payload", policy.payload, (Gradient, Factors)),
+        ("payload", policy.payload, (Gradient, Factors, Delta, Weights)),
     )
     for name, value, types in kinds:
         if type(value) not in types:
@@ -202,12 +199,14 @@ def _check_parts(policy: Policy) -> None:
             raise PolicyError(f"{name}={value!r} is not available yet; give {name}={known}")
     if policy.filters:
         raise PolicyError(f"filters={policy.filters!r} is not available yet; leave filters out")
-    _available("apply", policy.apply, ("mean", "sum"))
+    if not isinstance(policy.apply, Outer | Mix):
+        _available("apply", policy.apply, ("mean", "sum"))
 
 
 def _check_sound(policy: Policy) -> None:
     """Check that the knobs are sound together."""
     _check_available(policy)
+    check_replicas(policy)
     if policy.collective:
         _check_collective(policy)
     elif policy.clocked:

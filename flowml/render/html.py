@@ -122,7 +122,7 @@ def _layers(stores: Sequence[StoreSpec]) -> str:
             home_text(s),
             bytes_text(s.nbytes),
             push_text(s),
-            str(s.every),
+            s.policy.every.between,
             ", ".join(str(p) for p in sorted({part.stage for part in s.parts})),
         )
         for s in stores

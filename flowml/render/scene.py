@@ -359,7 +359,7 @@ def _message_detail(message: Message, times: int) -> str:
 
 def _cylinder(index: int, store: StoreSpec) -> Cylinder:
     stage = min((p.stage for p in store.parts), default=0)
-    every = f" every {store.every}" if store.every > 1 else ""
+    every = f" {store.policy.every.describe()}" if store.every > 1 else ""
     facts = (store.policy.describe(), f"push {push_text(store)}{every}", f"home {home_text(store)}")
     detail = "\n".join(
         [

@@ -194,7 +194,7 @@ def _stores(stores: Sequence[StoreSpec]) -> str:
             home_text(s),
             bytes_text(s.nbytes),
             push_text(s),
-            str(s.every),
+            s.policy.every.between,
             ",".join(str(stage) for stage in sorted({p.stage for p in s.parts})),
         )
         for s in stores

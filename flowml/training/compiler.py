@@ -37,7 +37,7 @@ from flowml.placement.estimate import estimate
 from flowml.placement.links import Links, links_used
 from flowml.plan import ArraySpec, Constant, Plan, StoreSpec, Training
 from flowml.policy import DEFAULT_PATTERN, Policy, resolve
-from flowml.training.optimizer import OptimizerSlices, slice_optimizer
+from flowml.training.local import Optimizers, fragmented
 from flowml.training.replicate import Template, replicate
 from flowml.training.step import (
     RNG_WORDS,
@@ -90,15 +90,16 @@ class TrainingSpec:
     def resolve(self, paths: Sequence[str]) -> dict[str, Policy]:
         """The policy of each parameter."""
         assert not isinstance(self.policies, Policy)
-        return {path: policy for path, (_, policy) in resolve(self.policies or {}, paths).items()}
+        return fragmented({path: policy for path, (_, policy) in resolve(self.policies or {}, paths).items()})
 
 
 @dataclass(frozen=True)
 class TrainingCompiled:
-    """A training plan with the trees of parameters, optimizer state and batch, and the meaning of its fetch slots."""
+    """A training plan, the optimizers of homes whose state follows that of the Trainer's own, and the meaning of the
+    fetch slots."""
 
     plan: Plan
-    state_tree: Any
+    outer: tuple[Any, ...]
     metrics: Metrics
 
 
@@ -136,7 +137,7 @@ def compile_training(
     rng = jax.ShapeDtypeStruct((RNG_WORDS,), jnp.uint32)
     takes_rng = loss_takes_rng(spec.loss)
     traced = trace(step.call, (params, microbatch, *([rng] if takes_rng else [])), {}, name=name_of(spec.loss))
-    slices = slice_optimizer(spec.optimizer, params)
+    optimizers = Optimizers.of(spec.optimizer, tuple(policies[p] for p in paths), params)
     plan, slots = _Compiler(
         spec=spec,
         devices=everyone,
@@ -144,7 +145,7 @@ def compile_training(
         links=links or Links(),
         platforms=tuple(platforms),
         paths=paths,
-        slices=slices,
+        optimizers=optimizers,
         item=item,
         takes_rng=takes_rng,
         step=step,
@@ -153,7 +154,7 @@ def compile_training(
         batch=tuple(_jax.spec_of(x) for x in jax.tree_util.tree_leaves(microbatch)),
         batch_paths=tuple(_jax.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(microbatch)[0]),
     ).compile(traced.graph, traced.closed_over)
-    return TrainingCompiled(plan, slices.state_tree, step.metrics(slots))
+    return TrainingCompiled(plan, optimizers.outer_optimizers, step.metrics(slots))
 
 
 def _template_devices(spec: TrainingSpec, devices: Sequence[Device]) -> tuple[Device, ...]:
@@ -207,7 +208,7 @@ class _Compiler:
     links: Links
     platforms: tuple[str, ...]
     paths: tuple[str, ...]
-    slices: OptimizerSlices
+    optimizers: Optimizers
     item: int
     takes_rng: bool
     step: StepFunction
@@ -226,7 +227,7 @@ class _Compiler:
         layers = tuple(layer_of(p) for p in self.paths)
         graph = label(graph, parameters, ("",) * self.step.fetched + layers * 2, closed_over)
         planner = StorePlanner(
-            self.paths, self.slices, self.policies, self.treatments, spec.replicas, spec.microbatches, self.links
+            self.paths, self.optimizers, self.policies, self.treatments, spec.replicas, spec.microbatches, self.links
         )
         graph, contributions = planner.contributions(graph, self.step.fetched)
         graph = simplify(graph)
@@ -248,7 +249,7 @@ class _Compiler:
         verify_schedule(graph, tasks)
         slots = self._slots(graph)
         routing = route(graph, tasks)
-        wide = graph.is_wide or self.slices.graph.is_wide
+        wide = graph.is_wide or self.optimizers.is_wide
         table = ExecutableTable(self.platforms, _jax.settings(wide=wide))
         pushed = {v for s in stores for p in s.parts for v in p.sent}
         numbers = lower_groups(graph, tasks, table, seconds, frozenset({*graph.output_values, *pushed}))

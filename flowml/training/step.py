@@ -38,8 +38,8 @@ class Treatment:
     def of(policy: Policy, replicas: int, microbatches: int, *, weighted: bool) -> Treatment:
         """The treatment of a parameter's gradient under this policy."""
         collective = policy.collective and replicas > 1
-        added = microbatches > 1 or policy.every.push > 1 or collective
-        alone = not added and (replicas == 1 or not policy.clocked)  # applied without a sum
+        added = microbatches > 1 or (policy.every.push > 1 and not policy.local) or collective
+        alone = not added and (replicas == 1 or not policy.clocked or policy.local)  # applied without a sum
         return Treatment(wide=added or (weighted and not alone), weighted=weighted and not alone)
 
 

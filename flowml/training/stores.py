@@ -26,13 +26,13 @@ from flowml.lowering.lower import ExecutableTable
 from flowml.lowering.program import PartBinding
 from flowml.lowering.schedule import positions
 from flowml.placement.links import Links, machines
-from flowml.plan import Applies, ArraySpec, Part, Reduction, StoreSpec
+from flowml.plan import Applies, ArraySpec, Local, Part, Reduction, StoreSpec
 from flowml.policy import Factors, Policy, Tree, check_composition, overruled
 from flowml.policy.topology import schedule_name
 from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, pack
 from flowml.training.factors import OuterProduct, find_outer_product, product_function, send_factors
-from flowml.training.optimizer import OptimizerSlices
+from flowml.training.local import HomeUpdate, Optimizers, local_tasks
 from flowml.training.step import Treatment
 
 
@@ -83,7 +83,7 @@ class StorePlanner:
     """
 
     paths: tuple[str, ...]
-    slices: OptimizerSlices
+    optimizers: Optimizers
     policies: Mapping[str, Policy]
     treatments: Sequence[Treatment]
     replicas: int
@@ -100,8 +100,12 @@ class StorePlanner:
         if warning:
             self.notes.append(warning)
             warnings.warn(warning, FlowmlWarning, stacklevel=2)
-        for group in self.slices.groups:
+        for group in self._coupled:
             self._check_coupled(group)
+
+    @property
+    def _coupled(self) -> list[list[int]]:
+        return self.optimizers.coupled([self.policies[path] for path in self.paths])
 
     def _groups(self, alone: bool) -> list[tuple[int, ...]]:
         """Groups of leaves that share a store: those of one layer and policy, and those that the optimizer couples.
@@ -120,7 +124,7 @@ class StorePlanner:
         for i, path in enumerate(self.paths):
             layer = "" if alone else layer_of(path)
             parent[find(i)] = find(first.setdefault((layer, self.policies[path]), i))
-        for group in self.slices.groups:
+        for group in self._coupled:
             for leaf in group:
                 parent[find(leaf)] = find(group[0])
         found: dict[int, list[int]] = {}
@@ -197,12 +201,34 @@ class StorePlanner:
         """Group leaves into stores and their contributions into parts by stage, on a placed graph."""
         stage_of = {name: i for i, name in enumerate(stages)}
         groups = self._groups(alone=self.replicas == 1 and len(stages) == 1)
+        groups = [part for group in groups for part in self._by_stage(graph, group, contributions)]
         made = positions(graph)
         groups = pack(self._bundle(graph, group, contributions, made) for group in groups)
         names = self._names(groups)
         return tuple(
             self._draft(graph, name, group, contributions, stage_of) for name, group in zip(names, groups, strict=True)
         )
+
+    def _by_stage(
+        self, graph: Graph, group: tuple[int, ...], contributions: Contributions
+    ) -> Sequence[tuple[int, ...]]:
+        """The leaves of a group that one stage can update by itself, if replicas update parameters of their own."""
+        policy = self.policies[self.paths[group[0]]]
+        if not policy.local:
+            return [group]
+        users: dict[frozenset[str], list[int]] = {}
+        for leaf in group:
+            readers = {n.device for n in graph.consumers.get(graph.inputs[leaf], ())}
+            made = {graph.producer[v].device for v in contributions.values[leaf]}
+            users.setdefault(frozenset(readers | made), []).append(leaf)
+        coupled = any(len(set(found) & set(group)) > 1 for found in self._coupled) and len(users) > 1
+        if coupled or any(len(devices) > 1 for devices in users):
+            paths = ", ".join(repr(parameter_path(self.paths[leaf])) for leaf in group[:3])
+            raise PolicyError(
+                f"{paths} ({policy.describe()}): a replica updates these parameters together, and several of its "
+                "devices use them; place them on one device, or give them payload=fm.Gradient()"
+            )
+        return [tuple(found) for found in users.values()]
 
     def _collective(self, policy: Policy) -> bool:
         """Whether replicas add up gradients among themselves."""
@@ -265,13 +291,18 @@ class StorePlanner:
         bindings: list[PartBinding] = []
         for s, store in enumerate(stores):
             for p, part in enumerate(store.parts):
-                adds = not part.factors and (self.microbatches > 1 or store.policy.every.push > 1)
+                gathers = store.policy.every.push > 1 and not store.policy.local
+                adds = not part.factors and (self.microbatches > 1 or gathers)
                 number = self._accumulate(graph, store.name, part, table) if adds else None
                 packing = self._pack(graph, store.name, part, table) if part.packed else None
-                steps = part.weight is not None and not part.factors and store.policy.apply == "sum"
+                steps = part.weight is not None and not part.factors and self._adds_steps(store)
                 finish = self._finish(graph, store.name, part, table) if steps else None
                 bindings.append(PartBinding(s, p, part.sent, number, packing, finish))
         return bindings
+
+    def _adds_steps(self, store: StoreDraft) -> bool:
+        """Whether the mean gradients of steps are added up, so that each is divided by its weight before it is sent."""
+        return store.policy.apply == "sum" and not store.policy.local
 
     def _pack(self, graph: Graph, name: str, part: PartDraft, table: ExecutableTable) -> int:
         def together(*arrays: Any) -> tuple[Any, ...]:
@@ -318,63 +349,70 @@ class StorePlanner:
         loads: dict[str, int],
     ) -> StoreSpec:
         specs = tuple(_strong(graph.values[graph.inputs[leaf]]) for leaf in store.leaves)
-        state = self.slices.state_of(store.leaves)
-        state_specs = tuple(self.slices.state_specs[i] for i in state)
         parts = tuple(
             self._part(graph, d, b, store.policy, replicas) for d, b in zip(store.parts, bindings, strict=True)
         )
+        given = self._payload_of(store, parts, [s.shape for s in specs])
+        local: Local | None = None
+        if store.policy.local:
+            own, one = self.optimizers.own, self.microbatches == 1
+            dtype = _coefficients(specs)
+            local = local_tasks(store.name, store.policy, specs, store.leaves, own, given, table, dtype, exact=one)
+            parts = (Part(parts[0].stage, parts[0].leaves, specs),)
+            given = Payload(parts, given.shapes, {}, weighted=False, steps=False)
         collective = self._collective(store.policy)
+        update = self.optimizers.at_home(store.policy, store.leaves, self.replicas)
         candidates = [r[parts[0].stage] for r in replicas]
         homes = _one_a_worker(candidates) if collective else (min(candidates, key=lambda d: loads[d]),)
         for home in dict.fromkeys(homes):
-            loads[home] += sum(s.nbytes for s in (*specs, *state_specs)) + 1
+            loads[home] += sum(s.nbytes for s in (*specs, *update.state_specs)) + 1
         return StoreSpec(
             name=store.name,
             paths=tuple(parameter_path(self.paths[leaf]) for leaf in store.leaves),
             leaves=store.leaves,
-            state=state,
+            state=update.state,
             specs=specs,
-            state_specs=state_specs,
+            state_specs=update.state_specs,
             home=homes[0],
             readers=tuple(replica[stage] for replica in replicas for stage in store.readers),
             parts=parts,
-            policy=store.policy,
-            applies=self._applies(store, parts, specs, state, table),
+            policy=store.policy.travelling,
+            applies=self._applies(store, given, specs, update, table),
             homes=homes if collective else (),
+            local=local,
         )
 
     def _applies(
         self,
         store: StoreDraft,
-        parts: Sequence[Part],
+        given: Payload,
         specs: Sequence[ArraySpec],
-        state: Sequence[int],
+        update: HomeUpdate,
         table: ExecutableTable,
     ) -> Applies:
-        """Export the functions of the store's home."""
+        """Export the functions of the store's home, which is `given` these payloads."""
         single = self._collective(store.policy) or not store.policy.clocked
         most = 1 if single else self.replicas
         home = HomeTasks(
-            self.slices.update(store.leaves, state),
-            self._payload_of(store, parts, [s.shape for s in specs]),
+            update.update,
+            given,
             params=len(specs),
-            states=len(state),
+            states=len(update.state),
             exact=most == 1
-            and self.microbatches == 1
-            and store.policy.every.push == 1
+            and ((self.microbatches == 1 and store.policy.every.push == 1) or store.policy.local)
             and not self._collective(store.policy),
         )
-        kept = (*specs, *(self.slices.state_specs[i] for i in state))
-        payload = tuple(s for p in parts for s in p.payload)
+        kept = (*specs, *update.state_specs)
+        payload = tuple(s for p in given.parts for s in p.payload)
         width = min(most, FOLD_WIDTH)
-        given = (ArraySpec((2, width), _coefficients(specs)), *payload * width)
-        apply = table.add_function(f"apply:{store.name}", home.apply, (*kept, *given), kept)
+        arguments = (ArraySpec((2, width), _coefficients(specs)), *payload * width)
+        apply = table.add_function(f"apply:{store.name}", home.apply, (*kept, *arguments), kept)
         weighted = home.payload.weighted
         if most <= width:
             return Applies(width, apply, weighted=weighted)
-        total = tuple(map(_strong, table.outputs(partial(home.folded, None), given)))
+        total = tuple(map(_strong, table.outputs(partial(home.folded, None), arguments)))
         donate = tuple(range(len(total)))
-        fold = table.add_function(f"fold:{store.name}", home.fold, (*total, *given), total, donate)
+        fold = table.add_function(f"fold:{store.name}", home.fold, (*total, *arguments), total, donate)
         finish = table.add_function(f"finish:{store.name}", home.finish, (*kept, *total), kept)
         return Applies(width, apply, fold, finish, total, weighted)
 
@@ -404,7 +442,7 @@ class StorePlanner:
             if part.factors and graph is not None
         }
         weighted = self.treatments[store.leaves[0]].weighted
-        return Payload(parts, shapes, products, weighted, weighted and store.policy.apply == "sum")
+        return Payload(parts, shapes, products, weighted, weighted and self._adds_steps(store))
 
 
 def value_of(output: Operand) -> int:

@@ -48,7 +48,8 @@ def placed_alike(spec: TrainingSpec, plan: Plan, devices: Sequence[Device]) -> t
 def _essence(store: StoreSpec) -> StoreSpec:
     """The store without its tasks, whose numbers differ among plans."""
     parts = tuple(msgspec.structs.replace(p, accumulate=None, pack=None, finish=None) for p in store.parts)
-    return msgspec.structs.replace(store, applies=Applies(store.applies.width, 0), parts=parts)
+    local = store.local and msgspec.structs.replace(store.local, update=0, send=None, take=None)
+    return msgspec.structs.replace(store, applies=Applies(store.applies.width, 0), parts=parts, local=local)
 
 
 def _rest(training: Training) -> tuple[object, ...]:

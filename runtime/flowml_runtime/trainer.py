@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,13 @@ class _Program:
         whole_number("the number of work items of all fits of this Trainer", end * len(training.replicas))
         self.next_step = end
         return first
+
+
+class OptimizerState(NamedTuple):
+    """The optimizer state of a fit with layers that have an outer optimizer: the Trainer's, and each outer one's."""
+
+    own: Any
+    outer: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -219,7 +226,7 @@ class Trainer:
             structs, batch = _structs(params, "parameter"), self._first_batch(data, order, batch_size)
             program = self._program(cluster, structs, batch)
             params = jax.tree_util.tree_map(_own, params)
-            state = self._state(params, opt_state)
+            state = self._state(params, opt_state, program.compiled.outer)
             interrupts.check()
             handle = program.load()
             self._look_at_loss(program, params, data, order, batch_size)
@@ -311,11 +318,17 @@ class Trainer:
             _discard({oldest: self._programs.pop(oldest)})
         return program
 
-    def _state(self, params: Any, opt_state: Any) -> Any:
-        """The initial optimizer state. Raises ValueError if `opt_state` belongs to another optimizer or model."""
+    def _state(self, params: Any, opt_state: Any, outer: Sequence[Any]) -> Any:
+        """The initial optimizer state, with that of the outer optimizers if there are any. Raises ValueError if
+        `opt_state` belongs to another optimizer or model."""
+
+        def init(params: Any) -> Any:
+            own = self._spec.optimizer.init(params)
+            return OptimizerState(own, tuple(o.init(params) for o in outer)) if outer else own
+
         if opt_state is None:
-            return jax.tree_util.tree_map(jnp.asarray, self._spec.optimizer.init(params))
-        expected = jax.eval_shape(self._spec.optimizer.init, params)
+            return jax.tree_util.tree_map(jnp.asarray, init(params))
+        expected = jax.eval_shape(init, params)
         given = _structs(opt_state, "opt_state leaf")
         got, want = jax.tree_util.tree_structure(given), jax.tree_util.tree_structure(expected)
         if got != want:

@@ -320,6 +320,14 @@ class StoreValue(TrainingMessage, frozen=True):
     version: Count
 
 
+class OwnState(TrainingMessage, frozen=True):
+    """The optimizer state for a store whose parameters replicas update themselves: the first one of all replicas here,
+    or, to the driver, the last one of `replica`."""
+
+    store: Count
+    replica: Count = 0
+
+
 class Ask(TrainingMessage, frozen=True):
     """A replica asks for work ahead of time: an item for each of `clocks`. It did not begin the `returned` items."""
 
@@ -467,8 +475,8 @@ class StopTraining(TrainingMessage, frozen=True):
 Wire = (
     Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
     | Loaded | Unload | Value | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
-    | StartTraining | Source | Batch | StoreValue | Ask | Grant | Begin | Contribution | Arrived | Commit | Published
-    | Applied | Collective | Settled | Report | NonFinite | Traffic | Retired | StopTraining
+    | StartTraining | Source | Batch | StoreValue | OwnState | Ask | Grant | Begin | Contribution | Arrived | Commit
+    | Published | Applied | Collective | Settled | Report | NonFinite | Traffic | Retired | StopTraining
 )
 # fmt: on
 

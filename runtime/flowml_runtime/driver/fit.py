@@ -31,7 +31,7 @@ from flowml.errors import (
 )
 from flowml.ir._jax import key_implementation
 from flowml.placement.links import SHARED_MEMORY
-from flowml.plan import Training
+from flowml.plan import ArraySpec, Training
 from flowml.training.compiler import TrainingCompiled
 from flowml_runtime import wire
 from flowml_runtime.driver.feeding import Feeding, Variant, whole
@@ -120,6 +120,7 @@ class Fit:
         self._payloads: dict[int, Sequence[Any]] = {}
         self._handles = count(1)
         self._values: dict[int, Sequence[Any]] = {}
+        self._own_states: dict[int, Sequence[Any]] = {}
         self._slots = Variant.of(handle).slots
         self._feeding = Feeding(handle, source, variant)
         self._orders: dict[int, np.ndarray] = {}
@@ -244,6 +245,8 @@ class Fit:
                     self._history.committed(clock, excluded)
                 case protocol.Keep(store, handle):
                     self._values[store] = self._taken(handle)
+                case protocol.KeepState(store, handle):
+                    self._own_states[store] = self._taken(handle)
                 case Release(handle):
                     self._payloads.pop(handle, None)
                 case protocol.Fail(reason):
@@ -272,13 +275,21 @@ class Fit:
 
     def _send_store(self, action: protocol.SendStore, params: Sequence[Any], state: Sequence[Any]) -> None:
         store = self._training.stores[action.store]
-        arrays = [np.asarray(params[i]) for i in store.leaves]
-        specs = (*store.specs, *store.state_specs)
-        for i, spec in zip(store.state, store.state_specs, strict=True):
-            arrays.append(np.asarray(_as_buffer(state[i]), buffer_struct(spec).dtype))
-        message = wire.StoreValue(**self._ids, cause=action.cause, store=action.store, version=0, specs=specs)
+        ids: dict[str, Any] = {**self._ids, "cause": action.cause, "store": action.store}
+
+        def buffers(positions: Sequence[int], specs: Sequence[ArraySpec]) -> list[np.ndarray]:
+            pairs = zip(positions, specs, strict=True)
+            return [np.asarray(_as_buffer(state[i]), buffer_struct(spec).dtype) for i, spec in pairs]
+
+        arrays = [*(np.asarray(params[i]) for i in store.leaves), *buffers(store.state, store.state_specs)]
+        message = wire.StoreValue(**ids, version=0, specs=(*store.specs, *store.state_specs))
         for worker in action.to:
             self._session.endpoint.send(worker, message, arrays)
+        if store.local is not None:
+            own = wire.OwnState(**ids, specs=store.local.state_specs)
+            arrays = buffers(store.local.state, store.local.state_specs)
+            for worker in dict.fromkeys(map(worker_of, store.readers)):
+                self._session.endpoint.send(worker, own, arrays)
 
     def _ship(self) -> None:
         """Send each worker the whole leaves that its stages read, once."""
@@ -356,6 +367,11 @@ class Fit:
             for leaf, array in zip(store.leaves, arrays[: len(store.leaves)], strict=True):
                 final[leaf] = array
             for leaf, spec, array in zip(store.state, store.state_specs, arrays[len(store.leaves) :], strict=True):
+                states[leaf] = _from_buffer(array, spec.dtype)
+        for index, arrays in self._own_states.items():
+            local = self._training.stores[index].local
+            assert local is not None
+            for leaf, spec, array in zip(local.state, local.state_specs, arrays, strict=True):
                 states[leaf] = _from_buffer(array, spec.dtype)
         self._machine.validate()
         summary = self._machine.ledger.summary(lambda epoch: self._order(epoch).tolist())

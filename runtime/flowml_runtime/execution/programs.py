@@ -95,7 +95,8 @@ def feed_slots(program: Program) -> tuple[int, ...]:
 
 
 def store_tasks(plan: Plan, device: str) -> tuple[int, ...]:
-    """The tasks that no instruction names: those with which stores on `device` apply, and its stages accumulate."""
+    """The tasks that no instruction names: those with which stores on `device` apply, and its stages accumulate
+    gradients and update local parameters."""
     if plan.training is None:
         return ()
     stores, replicas = plan.training.stores, plan.training.replicas
@@ -106,7 +107,14 @@ def store_tasks(plan: Plan, device: str) -> tuple[int, ...]:
         for p in s.parts
         if p.accumulate is not None and s.every > 1 and any(r[p.stage] == device for r in replicas)
     ]
-    return tuple(dict.fromkeys((*applied, *gathered)))
+    local = [
+        task
+        for s in stores
+        if s.local is not None and any(r[s.parts[0].stage] == device for r in replicas)
+        for task in (s.local.update, s.local.send, s.local.take)
+        if task is not None
+    ]
+    return tuple(dict.fromkeys((*applied, *gathered, *local)))
 
 
 class _Compiled:

@@ -8,6 +8,8 @@
     NonFinite       which replicas' gradients were left out because they hold NaN or infinity, for the summary.
     StoreValue      a home has finished a store. The value of the store's first home counts, once; other homes hold
                     copies of it.
+    OwnState        the last optimizer state of a store whose parameters replicas update themselves. That of replica 0
+                    counts.
     Traffic         the bytes that a worker has sent for each store. The newest message counts.
     Retired         a stage pushes nothing more.
 
@@ -21,7 +23,7 @@ What the caller must do:
 1. Give one event at a time, messages from one worker in the order in which it sent them.
 2. Carry the actions out in the order of the list.
 3. Give Stop when the fit ends for any reason, and no event after it.
-4. Keep the arrays of a handle until one action names it: Note, Keep or Release.
+4. Keep the arrays of a handle until one action names it: Note, Keep, KeepState or Release.
 """
 
 from __future__ import annotations
@@ -137,6 +139,15 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepState:
+    """This is the last optimizer state of a store whose parameters replicas update themselves."""
+
+    store: int
+    handle: Handle | None
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
 class Fail:
     """The fit cannot continue, because a worker has failed or is lost."""
 
@@ -152,7 +163,19 @@ class Over:
 
 
 Action = (
-    Send | SendStore | SendSource | Feed | Note | NoteFates | NoteCommit | NoteNonFinite | Keep | Release | Fail | Over
+    Send
+    | SendStore
+    | SendSource
+    | Feed
+    | Note
+    | NoteFates
+    | NoteCommit
+    | NoteNonFinite
+    | Keep
+    | KeepState
+    | Release
+    | Fail
+    | Over
 )
 
 
@@ -249,6 +272,8 @@ class TrainingDriver:
                 return [NoteNonFinite(store, clock, replicas, cause)]
             case wire.StoreValue():
                 return self._finish(event.peer, message, event.handle)
+            case wire.OwnState(store=store, replica=0):
+                return [KeepState(store, event.handle, cause)]
             case wire.Traffic():
                 self.traffic[event.peer] = message
                 return []

@@ -37,7 +37,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from flowml.policy import coefficients, due
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, StoreTerms, Terms
 
@@ -274,7 +273,7 @@ class Home:
             )
         if (part.weight == 0) != part.empty:
             raise ProtocolError(f"{_where(part)} has weight {part.weight}; it is 0 exactly for an empty contribution")
-        if store.terms.clocked and not due(part.clock, store.terms.every, self._terms.last_clock):
+        if store.terms.clocked and not store.terms.policy.every.due(part.clock, self._terms.last_clock):
             raise ProtocolError(f"{_where(part)}: nothing is due at that clock")
         other = store.gathering.get(part.clock, {}).get(part.replica)
         if other and other.incarnation == part.incarnation:
@@ -311,7 +310,7 @@ class Home:
         self._committed = clock
         actions: list[Action] = []
         for index, store in self._stores.items():
-            if store.terms.decided and due(clock, store.terms.every, self._terms.last_clock):
+            if store.terms.decided and store.terms.policy.every.due(clock, self._terms.last_clock):
                 actions += self._commit_store(index, clock, excluded)
         return actions
 
@@ -338,7 +337,7 @@ class Home:
         if not full:
             return [*rest, Publish(index, store.version, store.floor, value=False)]
         store.version += 1
-        factors = coefficients(store.terms.policy.apply, [g.weight for g in full], self._terms.microbatches)
+        factors = store.terms.policy.coefficients([g.weight for g in full], self._terms.microbatches)
         contributions = tuple((g.handles(), f) for g, f in zip(full, factors, strict=True))
         return [*rest, Apply(index, store.version, contributions), Publish(index, store.version, store.floor)]
 

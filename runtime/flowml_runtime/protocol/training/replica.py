@@ -37,7 +37,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from flowml.policy import can_read, due
+from flowml.policy import can_read, window
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.items import Items
@@ -246,9 +246,12 @@ class Replica:
     def may_read(self, store: int, clock: int) -> bool:
         """Whether the newest version of `store` published here is fresh enough for the step of `clock`."""
         news, terms = self._published.get(store), self._terms.stores[store]
-        if news is None or not can_read(clock, (news.floor,), terms.policy.staleness, terms.every):
+        if news is None:
             return False
-        pushed = clock // terms.every * terms.every
+        every = terms.policy.every
+        if not can_read(clock, (news.floor,), terms.policy.staleness, every.push, every.offset, every.delay):
+            return False
+        pushed = window(max(clock - every.delay, 0), every.push, every.offset)
         if terms.clocked or not pushed:
             return True
         own = self._applied.get(store)
@@ -268,7 +271,12 @@ class Replica:
         step = self._running
         if step is None or step.clock != clock:
             raise ProtocolError(f"clock {clock} does not run on replica {self._me}")
-        return step.last or due(clock, self._terms.stores[store].every, self._terms.last_clock)
+        return step.last or self._terms.stores[store].policy.every.due(clock, self._terms.last_clock)
+
+    def ends(self, clock: int) -> bool:
+        """Whether the running step of `clock` is the last one of this replica."""
+        step = self._running
+        return step is not None and step.clock == clock and (step.last or clock == self._terms.last_clock)
 
     def step(self, event: Event) -> list[Action]:
         actions = self._take(event)

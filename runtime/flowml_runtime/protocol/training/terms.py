@@ -13,7 +13,7 @@ from functools import cached_property
 
 from flowml.devices import worker_of
 from flowml.plan import Training
-from flowml.policy import Policy, due
+from flowml.policy import Every, Policy
 
 RETIRED = 2**53 - 1
 """The clock of a replica that is no longer waited for: the largest that a message can carry."""
@@ -85,12 +85,13 @@ class Terms:
         return any(s.every > 1 for s in self.stores)
 
     @cached_property
-    def _needs(self) -> dict[int, int]:
-        """For each `every` of the stores with decisions, the largest number of replicas that such a store needs."""
-        needs: dict[int, int] = {}
+    def _needs(self) -> dict[Every, int]:
+        """For each rhythm of the stores with decisions, the largest number of replicas that such a store needs."""
+        needs: dict[Every, int] = {}
         for store in self.stores:
             if store.decided:
-                needs[store.every] = max(needs.get(store.every, 1), store.policy.quorum.need(self.replicas))
+                rhythm = store.policy.every
+                needs[rhythm] = max(needs.get(rhythm, 1), store.policy.quorum.need(self.replicas))
         return needs
 
     @property
@@ -105,7 +106,7 @@ class Terms:
 
     def need(self, clock: int) -> int:
         """The number of replicas that the decision at `clock` needs; 0 if there is no decision."""
-        return max((n for every, n in self._needs.items() if due(clock, every, self.last_clock)), default=0)
+        return max((n for every, n in self._needs.items() if every.due(clock, self.last_clock)), default=0)
 
     def droppable(self, clock: int) -> bool:
         """Whether the decision at `clock` may leave a live replica out."""
@@ -114,15 +115,15 @@ class Terms:
     def due_stores(self, clock: int) -> tuple[int, ...]:
         """The stores that the decision at `clock` covers."""
         found = enumerate(self.stores)
-        return tuple(i for i, s in found if s.decided and due(clock, s.every, self.last_clock))
+        return tuple(i for i, s in found if s.decided and s.policy.every.due(clock, self.last_clock))
 
     def flushes(self, clock: int, last: bool) -> bool:
         """Whether a store that gathers several steps pushes at `clock`."""
-        return any(every > 1 and (last or due(clock, every, self.last_clock)) for every in self._rhythms)
+        return any(e.push > 1 and (last or e.due(clock, self.last_clock)) for e in self._rhythms)
 
     @cached_property
-    def _rhythms(self) -> frozenset[int]:
-        return frozenset(s.every for s in self.stores)
+    def _rhythms(self) -> frozenset[Every]:
+        return frozenset(s.policy.every for s in self.stores)
 
 
 @dataclass(frozen=True)

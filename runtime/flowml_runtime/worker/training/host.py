@@ -239,6 +239,8 @@ class _Fit:
                 self.run.stores[store] = StoreView(version, self._payloads.pop(handle))
             case protocol.Hand(_, wire.Source(slots=slots), handle):
                 self.run.source.update(zip(slots, self._take(handle), strict=True))
+            case protocol.Hand(_, wire.OwnState(store=store), handle):
+                self.run.states[store] = self._take(handle)
             case protocol.Hand(_, wire.Batch() as batch, handle):
                 arrays = self._take(handle)
                 for stage in self._stages.values():

@@ -50,6 +50,8 @@ class Run:
     changed: threading.Condition
     stores: dict[int, StoreView] = field(default_factory=dict[int, StoreView])
     source: dict[int, Array] = field(default_factory=dict[int, Array])
+    states: dict[int, Sequence[Array]] = field(default_factory=dict[int, Sequence[Array]])
+    """The first optimizer state of the stores whose parameters replicas update themselves."""
     stopped: bool = False
     counting: threading.Lock = field(default_factory=threading.Lock)
     """Guards `counts`, because executors, lanes and groups count the bytes they send."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from flowml.data import epoch_order
 from flowml.errors import FlowmlError, WorkerLostError
-from flowml.plan import ArraySpec
+from flowml.plan import ArraySpec, StoreSpec
 from flowml.plan import Run as RunInstruction
 from flowml_runtime import service, wire
 from flowml_runtime.execution.future import Future
@@ -34,6 +34,7 @@ from flowml_runtime.execution.step_program import StepFault, StepProgram, prepar
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Send, Start, StepFinished
 from flowml_runtime.worker.training.finite import all_finite, counted
+from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.reductions import Given, Reductions
 from flowml_runtime.worker.training.run import Run
 
@@ -76,6 +77,12 @@ class StageRunner(EdgeServices):
             for p, part in enumerate(store.parts)
             if store.every > 1 and part.stage == stage and part.accumulate is not None
         }
+        self._own = {
+            s: OwnValues(store, run.training, loaded.tasks, self._coefficient_dtype(store))
+            for s, store in enumerate(run.training.stores)
+            if store.local is not None and store.parts[0].stage == stage
+        }
+        """By store the values that this replica updates itself."""
         self._now = Start(*at, -1, wire.Item(sequence=0, epoch=0, start=0, size=0), 0)
         """The current step, or the last one."""
         self._read_versions: dict[int, int] = {}
@@ -130,6 +137,7 @@ class StageRunner(EdgeServices):
         self._fetched = {}
         try:
             run_step(self._choose(), self.run.step_of(clock), self)
+            self._return_states(clock)
             self._report(clock, time.perf_counter() - began)
         except Cancelled:
             return
@@ -167,6 +175,16 @@ class StageRunner(EdgeServices):
             self._programs[variant] = loaded, prepare(loaded)
         self.bind(self._programs[variant][0])  # the step before this one has flushed the outbox
         self._variant = variant
+
+    def _return_states(self, clock: int) -> None:
+        """After the last step, send the driver the own optimizer state. That of replica 0 stands for all."""
+        if self.replica or not self.machine.ends(clock):
+            return
+        ids: dict[str, Any] = {"plan_id": self.plan_id, "run": self.run.number, "cause": self._now.cause}
+        for store, own in self._own.items():
+            assert own.spec.local is not None
+            message = wire.OwnState(**ids, store=store, replica=self.replica, specs=own.spec.local.state_specs)
+            self.run.send(self.run.driver, message, host_view(own.state, self.loaded.device))
 
     def _report(self, clock: int, seconds: float) -> None:
         if not self._fetched:
@@ -225,6 +243,17 @@ class StageRunner(EdgeServices):
         return self.machine.should_abandon(self._now.clock)
 
     def read(self, step: int, store: int, leaves: Sequence[int]) -> Sequence[Array]:
+        own = self._own.get(store)
+        if own is None:
+            values = self._published(step, store)
+        else:
+            if own.takes(self._now.clock):
+                self._take(step, store, own)
+            values = own.params
+        return self.adopt([values[i] for i in leaves])
+
+    def _published(self, step: int, store: int) -> Sequence[Array]:
+        """The newest published parameters, once they are fresh enough for this step."""
         name = self.run.training.stores[store].name
         with self.run.changed:
             self.run.wait_for(
@@ -235,19 +264,26 @@ class StageRunner(EdgeServices):
             )
             view = self.run.stores[store]
             self._read_versions[store] = view.version
-        return self.adopt([view.values[i] for i in leaves])
+        return view.values
+
+    def _take(self, step: int, store: int, own: OwnValues) -> None:
+        values = self.adopt(self._published(step, store))
+        with self.run.changed:
+            what = f"optimizer state of {own.spec.name!r} from the driver"
+            self.run.wait_for(lambda: store in self.run.states, self._in_vain, what, step)
+            if not own.params:
+                own.state = self.adopt(self.run.states[store])
+        own.take(self._now.clock, values)
 
     def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None:
         spec = self.run.training.stores[store]
-        gathered = self._gathered.get((store, part))
-        own = _known(arrays)
-        with self.run.changed:
-            if not self.machine.pushes(store, self._now.clock):
-                if gathered is not None:
-                    gathered.gather(self._now.clock, own)
-                return
-            total = gathered.push(self._now.clock, own) if gathered else Sum(own, 1)
-        weight = total.steps * self.run.training.microbatches
+        if store in self._own:
+            total = self._update(step, store, self._own[store], arrays)
+        else:
+            total = self._gather(store, part, _known(arrays))
+        if total is None:
+            return
+        weight = 1 if spec.local else total.steps * self.run.training.microbatches
         if spec.collective:
             given = Given(store, part, self.replica, self._now.clock, weight, self._now.cause)
             send, to = partial(self._reduce, given, total.value), self.run.me
@@ -267,6 +303,37 @@ class StageRunner(EdgeServices):
             send()
         else:  # the backward pass continues meanwhile
             self.outbox.put(send, lambda error: self.send_failed(step, f"store {spec.name}", error))
+
+    def _gather(self, store: int, part: int, gradients: Gradients) -> Sum[Gradients] | None:
+        """The sum that this step pushes; None if it pushes none, and its gradients wait for a later one."""
+        gathered, clock = self._gathered.get((store, part)), self._now.clock
+        with self.run.changed:
+            if self.machine.pushes(store, clock):
+                return gathered.push(clock, gradients) if gathered else Sum(gradients, 1)
+            if gathered is not None:
+                gathered.gather(clock, gradients)
+        return None
+
+    def _update(self, step: int, store: int, own: OwnValues, gradients: Sequence[Array]) -> Sum[Gradients] | None:
+        """Update the own parameters of a store. Returns what this step pushes of them; None if it pushes nothing."""
+        clock = self._now.clock
+        if self.run.start.on_nonfinite == "apply" or all_finite(host_view(gradients, self.loaded.device)):
+            with self.recorder.record(self.device, "update", f"store {own.spec.name}", step):
+                own.update(gradients)
+        else:
+            self.run.refuse(store, clock, (self.replica,), f"which replica {self.replica} computes")
+        with self.run.changed:
+            if not self.machine.pushes(store, clock):
+                return None
+        sent = own.sent()
+        if own.mixes:
+            own.take(clock, self.adopt(self._published(step, store)))
+        return Sum(_known(sent), 1)
+
+    def _coefficient_dtype(self, store: StoreSpec) -> str:
+        assert store.local is not None
+        position = len(store.specs) + len(store.local.state_specs)
+        return self.run.plan.tasks[store.local.update].inputs[position].dtype
 
     def _contribute(self, contribution: Send, gradients: Gradients) -> None:
         message: Any = contribution.message

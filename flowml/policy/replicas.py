@@ -1,0 +1,147 @@
+"""Defines the payloads and applies of replicas that have parameters of their own, and which compositions are sound.
+
+With `Delta` or `Weights` each replica keeps a copy of the layer's parameters and of the optimizer's state, and updates
+it at every step with its own gradient. The home keeps the global parameters, which it computes from what replicas send.
+"""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from flowml.errors import PolicyError
+
+if TYPE_CHECKING:
+    from flowml.policy.spec import Policy
+
+
+class Delta(msgspec.Struct, frozen=True, tag=True):
+    """Replicas update local parameters, and send the parameters they started from minus their local ones.
+
+    `alpha` is the share of its own value that a replica keeps when it takes the global one: 0 takes the global value,
+    1 keeps its own (Douillard et al., Streaming DiLoCo, 2025).
+    """
+
+    alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_alpha(self)
+
+
+class Weights(msgspec.Struct, frozen=True, tag=True):
+    """Replicas update local parameters, and send these. `alpha` is as in `Delta`."""
+
+    alpha: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_alpha(self)
+
+
+class Outer(msgspec.Struct, frozen=True, tag=True):
+    """The home applies what replicas send with an optimizer of its own, as if its mean were a gradient.
+
+    Args:
+        optimizer: any optax.GradientTransformation; by default SGD at rate 0.7 with Nesterov momentum 0.9 (Douillard et
+            al., DiLoCo, 2023).
+    """
+
+    optimizer: Any = None
+
+
+class Mix(msgspec.Struct, frozen=True, tag=True):
+    """Replicas and the home pull each other: both move by `pull` times their distance (Zhang et al., Deep learning with
+    Elastic Averaging SGD, NeurIPS 2015)."""
+
+    pull: float
+
+    def __post_init__(self) -> None:
+        value = _share(self.pull)
+        if value is None or value == 0:
+            raise PolicyError(f"Mix(pull={self.pull!r}): it is a share of a distance; give a number in (0, 1]")
+        msgspec.structs.force_setattr(self, "pull", value)
+
+
+LocalPayload = Delta | Weights
+
+
+def _share(value: object) -> float | None:
+    """A number from 0 to 1 as a float; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return float(value) if 0 <= float(value) <= 1 else None
+
+
+def _check_alpha(payload: LocalPayload) -> None:
+    value = _share(payload.alpha)
+    if value is None:
+        raise PolicyError(
+            f"{type(payload).__name__}(alpha={payload.alpha!r}): it is the share of its own value that a replica "
+            "keeps; give a number from 0 to 1"
+        )
+    msgspec.structs.force_setattr(payload, "alpha", value)
+
+
+def check_replicas(policy: Policy) -> None:
+    """Check that the other knobs of a policy are sound with its payload, its apply and its rhythm."""
+    if isinstance(policy.payload, LocalPayload):
+        _check_local(policy)
+    elif policy.every.delay:
+        raise PolicyError(
+            f"delay={policy.every.delay} with payload={policy.payload!r} is not sound: a replica computes on while it "
+            "waits only if it updates its own parameters; leave delay out, or use payload=Delta()"
+        )
+    if isinstance(policy.apply, Mix) and not isinstance(policy.payload, Weights):
+        raise PolicyError(
+            f"apply={policy.apply!r} with payload={policy.payload!r} is not sound: replicas and home pull each other's "
+            "parameters, so these have to be sent; use payload=Weights(), or apply='mean'"
+        )
+    pull = policy.every.pull or policy.every.push
+    if pull > policy.every.push and policy.staleness < pull - 1:
+        raise PolicyError(
+            f"every={policy.every!r} with staleness={policy.staleness} is not sound: a value that is taken every "
+            f"{pull} steps is up to {pull - 1} clocks old; give staleness={pull - 1} or more, or leave pull out"
+        )
+
+
+def _check_local(policy: Policy) -> None:
+    payload = f"payload={policy.payload!r}"
+    if policy.collective:
+        raise PolicyError(
+            f"topology={policy.topology!r} with {payload} is not available yet: the home keeps the global parameters; "
+            "use topology=flowml.ParameterServer(), or payload=Gradient()"
+        )
+    if policy.clocked and not policy.quorum.waits_for_all:
+        raise PolicyError(
+            f"quorum={policy.quorum} with {payload} is not available yet: a replica that is left out would lose all "
+            "steps since its last push, which were counted as used; leave quorum out, or give staleness=1 or more, "
+            "which applies each push on arrival"
+        )
+    if isinstance(policy.payload, Weights):
+        _check_weights(policy, payload)
+
+
+def _check_weights(policy: Policy, payload: str) -> None:
+    if isinstance(policy.apply, Mix):
+        if policy.payload != Weights() or policy.every.delay or policy.every.pull != policy.every.push:
+            raise PolicyError(
+                f"apply={policy.apply!r} with {payload} and every={policy.every!r} is not sound: a replica is pulled "
+                "to the centre when it pushes, and never takes a value; leave alpha, delay and pull out"
+            )
+        return
+    if policy.apply != "mean":
+        raise PolicyError(
+            f"apply={policy.apply!r} with {payload} is not sound: parameters can be averaged, but not added up or used "
+            "as a gradient; use payload=Delta(), or apply='mean'"
+        )
+    if not policy.clocked:
+        raise PolicyError(
+            f"staleness={policy.staleness} with {payload} is not sound: without clocks each replica's parameters would "
+            "replace the global ones; use apply=Mix(0.1), payload=Delta(), or staleness=0"
+        )
+    if policy.every.pull != policy.every.push:
+        raise PolicyError(
+            f"every={policy.every!r} with {payload} is not sound: what a replica takes between two pushes would "
+            "replace its steps since the last one; leave pull out, or use payload=Delta()"
+        )

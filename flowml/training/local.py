@@ -1,0 +1,192 @@
+"""Builds the tasks of replicas that update parameters of their own (`Delta`, `Weights`), and of the homes they send to.
+
+A stage keeps three buffers for each of its local stores between steps: its parameters, its optimizer state, and the
+parameters that it *started* from, which are the global ones that it took last. Their tasks are
+
+    update   (parameters, state, coefficients, gradients) -> (parameters, state)    at the end of each step
+    send     (started, parameters) -> what is sent, where this is not the parameters themselves
+    take     (global, parameters, started) -> (parameters, started), where a replica does not just take the global ones
+
+The update is the optimizer of the Trainer, sliced as for a home. The home has an optimizer of its own or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from flowml.errors import PolicyError, named
+from flowml.ir.label import layer_of
+from flowml.lowering.lower import ExecutableTable
+from flowml.plan import ArraySpec, Local
+from flowml.policy import Delta, Mix, Outer, Policy, Weights
+from flowml.training.apply import HomeTasks, Payload
+from flowml.training.optimizer import OptimizerSlices, slice_optimizer
+from flowml.training.step import wide
+
+
+def fragmented(policies: Mapping[str, Policy]) -> dict[str, Policy]:
+    """The policies of parameters, where each of a policy with fragments has the rhythm of its layer's fragment."""
+    found = dict(policies)
+    for policy in dict.fromkeys(p for p in policies.values() if p.every.fragments > 1):
+        mine = [path for path, p in policies.items() if p == policy]
+        layers = list(dict.fromkeys(layer_of(path) for path in mine))
+        count = policy.every.fragments
+        if len(layers) < count:
+            raise PolicyError(
+                f"{policy.describe()}: there are {len(layers)} layers ({named(layers)}) for {count} fragments, and "
+                f"each needs one at least; give fragments={len(layers)} or less"
+            )
+        for path in mine:
+            number = layers.index(layer_of(path)) * count // len(layers)
+            found[path] = msgspec.structs.replace(policy, every=policy.every.fragment(number))
+    return found
+
+
+def _optimizer(outer: Outer) -> Any:
+    import optax
+
+    return optax.sgd(0.7, momentum=0.9, nesterov=True) if outer.optimizer is None else outer.optimizer
+
+
+@dataclass(frozen=True)
+class Optimizers:
+    """The slices of the Trainer's optimizer, and those of the homes' own ones.
+
+    The state of all optimizers is one flat list: that of the Trainer's, then that of each outer one. `first` says where
+    an outer one's begins.
+    """
+
+    own: OptimizerSlices
+    outer: Mapping[Outer, OptimizerSlices]
+    first: Mapping[Outer, int]
+
+    @property
+    def outer_optimizers(self) -> tuple[Any, ...]:
+        return tuple(map(_optimizer, self.outer))
+
+    @property
+    def is_wide(self) -> bool:
+        return any(slices.graph.is_wide for slices in (self.own, *self.outer.values()))
+
+    @staticmethod
+    def of(optimizer: Any, policies: Sequence[Policy], params: Any) -> Optimizers:
+        own = slice_optimizer(optimizer, params)
+        outers = dict.fromkeys(p.apply for p in policies if isinstance(p.apply, Outer))
+        outer = {o: slice_optimizer(_optimizer(o), params) for o in outers}
+        first, at = dict[Outer, int](), len(own.state_specs)
+        for o, slices in outer.items():
+            first[o], at = at, at + len(slices.state_specs)
+        return Optimizers(own, outer, first)
+
+    def coupled(self, policies: Sequence[Policy]) -> list[list[int]]:
+        """The leaves that an optimizer couples, where `policies` are those of the leaves."""
+        found = self.own.groups
+        for outer, slices in self.outer.items():
+            groups = ([leaf for leaf in group if policies[leaf].apply == outer] for group in slices.groups)
+            found += [group for group in groups if group]
+        return found
+
+    def at_home(self, policy: Policy, leaves: Sequence[int], replicas: int) -> HomeUpdate:
+        """How the home of these leaves updates them."""
+        if isinstance(policy.apply, Outer):
+            return _sliced(self.outer[policy.apply], leaves, self.first[policy.apply])
+        if not policy.local:
+            return _sliced(self.own, leaves, 0)
+        return HomeUpdate(_averaging(policy, len(leaves), replicas if policy.clocked else 1), (), ())
+
+
+@dataclass(frozen=True)
+class HomeUpdate:
+    """(mean contribution, parameters, state) -> (parameters, state), flat, and the state that the home keeps."""
+
+    update: Callable[..., tuple[Any, ...]]
+    state: tuple[int, ...]
+    state_specs: tuple[ArraySpec, ...]
+
+
+def _sliced(slices: OptimizerSlices, leaves: Sequence[int], first: int) -> HomeUpdate:
+    state = slices.state_of(leaves)
+    specs = tuple(slices.state_specs[i] for i in state)
+    return HomeUpdate(slices.update(leaves, state), tuple(first + i for i in state), specs)
+
+
+def _averaging(policy: Policy, leaves: int, together: int) -> Callable[..., tuple[Any, ...]]:
+    """The update of a home without an optimizer, from the mean (or sum) of what `together` replicas send at once."""
+
+    def update(*arrays: Any) -> tuple[Any, ...]:
+        pairs = zip(arrays[:leaves], arrays[leaves:], strict=True)
+        if isinstance(policy.apply, Mix):
+            return tuple(
+                p + (wide(mean) - wide(p)).astype(p.dtype) * (policy.apply.pull * together) for mean, p in pairs
+            )
+        if isinstance(policy.payload, Weights):
+            return tuple(arrays[:leaves])
+        return tuple((wide(p) - wide(delta)).astype(p.dtype) for delta, p in pairs)
+
+    return update
+
+
+def local_tasks(
+    name: str,
+    policy: Policy,
+    specs: tuple[ArraySpec, ...],
+    leaves: Sequence[int],
+    slices: OptimizerSlices,
+    gradients: Payload,
+    table: ExecutableTable,
+    dtype: str,
+    *,
+    exact: bool,
+) -> Local:
+    """Export the tasks of one store. `gradients` is what a step of one replica computes for it, `dtype` that of its
+    coefficient; `exact` is as in `HomeTasks`."""
+    state = slices.state_of(leaves)
+    state_specs = tuple(slices.state_specs[i] for i in state)
+    update = HomeTasks(slices.update(leaves, state), gradients, len(specs), len(state), exact).apply
+    payload = tuple(s for p in gradients.parts for s in p.payload)
+    arguments = (*specs, *state_specs, ArraySpec((2, 1), dtype), *payload)
+    send, take = _send(policy), _take(policy)
+    return Local(
+        update=table.add_function(f"update:{name}", update, arguments, (*specs, *state_specs)),
+        send=send and table.add_function(f"send:{name}", send, specs * 2, specs),
+        take=take and table.add_function(f"take:{name}", take, specs * 3, specs * 2),
+        state=state,
+        state_specs=state_specs,
+    )
+
+
+Function = Callable[..., tuple[Any, ...]]
+
+
+def _send(policy: Policy) -> Function | None:
+    """(started, parameters) -> delta."""
+
+    def delta(*arrays: Any) -> tuple[Any, ...]:
+        half = len(arrays) // 2
+        return tuple((wide(s) - wide(p)).astype(p.dtype) for s, p in zip(arrays[:half], arrays[half:], strict=True))
+
+    return delta if isinstance(policy.payload, Delta) else None
+
+
+def _take(policy: Policy) -> Function | None:
+    """(global, parameters, started) -> (parameters, started)."""
+    payload = policy.payload
+    if not isinstance(payload, Delta | Weights):
+        return None
+    alpha = 1 - policy.apply.pull if isinstance(policy.apply, Mix) else payload.alpha
+    apart = policy.every.pull != policy.every.push
+    """A value may then be taken between two pushes. The steps since the last push stay to be sent."""
+
+    def take(*arrays: Any) -> tuple[Any, ...]:
+        third = len(arrays) // 3
+        taken, own, started = (arrays[i : i + third] for i in range(0, len(arrays), third))
+        mixed = [(p * alpha + g * (1 - alpha)).astype(p.dtype) for g, p in zip(taken, own, strict=True)]
+        if not apart:
+            return (*mixed, *taken)
+        return (*mixed, *(m + (s - p) for m, s, p in zip(mixed, started, own, strict=True)))
+
+    return take if alpha or apart else None

@@ -1,0 +1,64 @@
+"""Holds a replica's own parameters and optimizer state of one store on one stage, between the steps of a run.
+
+A step reads the own parameters, and at its end updates them with its gradients. The stage runner decides when to send
+and when to take global parameters; `flowml.training.local` describes the tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from flowml.plan import StoreSpec, Training
+from flowml.policy import Mix
+from flowml_runtime.execution.programs import Array, TaskFunction, aligned_copy
+
+
+class OwnValues:
+    """The buffers of one store. The executor's thread uses them, and no other."""
+
+    def __init__(self, spec: StoreSpec, training: Training, tasks: Mapping[int, TaskFunction], dtype: str) -> None:
+        """`dtype` is that of the coefficients, which divide by the number of microbatches."""
+        assert spec.local is not None
+        self.spec = spec
+        self.params: Sequence[Array] = ()
+        self.state: Sequence[Array] = ()
+        self._started: Sequence[Array] = ()
+        self._taken = -1
+        self._update = tasks[spec.local.update]
+        self._send = None if spec.local.send is None else tasks[spec.local.send]
+        self._take = None if spec.local.take is None else tasks[spec.local.take]
+        self._coefficients = aligned_copy(np.full((2, 1), 1 / training.microbatches, dtype))
+        self._mixes = isinstance(spec.policy.apply, Mix)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the replica is pulled to the global parameters when it pushes, and never takes them later."""
+        return self._mixes
+
+    def takes(self, clock: int) -> bool:
+        """Whether the step of `clock` begins with a take."""
+        return self._taken < 0 or (not self._mixes and self.spec.policy.every.taken(clock) > self._taken)
+
+    def take(self, clock: int, values: Sequence[Array]) -> None:
+        """Take the global parameters, or a mixture of them and the own ones."""
+        if self._take is None or self._taken < 0:
+            self.params = self._started = values
+        else:
+            results = self._take(*values, *self.params, *self._started)
+            self.params, self._started = results[: len(values)], results[len(values) :]
+        self._taken = self.spec.policy.every.taken(clock)
+
+    def update(self, gradients: Sequence[Array]) -> None:
+        """Do one step of the optimizer with the sum of the gradients of all microbatches."""
+        results = self._update(*self.params, *self.state, self._coefficients, *gradients)
+        self.params, self.state = results[: len(self.params)], results[len(self.params) :]
+
+    def sent(self) -> Sequence[Array]:
+        """What a push sends. The next one sends only what has changed since, if nothing is taken before."""
+        if self._send is None:
+            return self.params
+        delta = self._send(*self._started, *self.params)
+        self._started = self.params
+        return delta
