@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from flowml.policy import Delta as Delta
     from flowml.policy import Every as Every
     from flowml.policy import Factors as Factors
+    from flowml.policy import Gossip as Gossip
     from flowml.policy import Gradient as Gradient
     from flowml.policy import Hierarchy as Hierarchy
     from flowml.policy import Mix as Mix
@@ -87,6 +88,7 @@ _HOMES = {
     "Delta": "flowml.policy",
     "Every": "flowml.policy",
     "Factors": "flowml.policy",
+    "Gossip": "flowml.policy",
     "Gradient": "flowml.policy",
     "Hierarchy": "flowml.policy",
     "Mix": "flowml.policy",
@@ -110,7 +112,7 @@ _MODULES = {"policies", "data", "sim"}
 """Names that stand for a whole module."""
 
 _EXISTS = {
-    ("Gossip", "SharedMemory"): "use fm.ParameterServer() or fm.AllReduce()",
+    ("SharedMemory",): "use fm.ParameterServer() or fm.AllReduce()",
     ("Deadline", "Coded", "Speculate"): "use fm.Quorum(0.75) or fm.Quorum(3)",
     ("SimulatedCluster",): "use fm.Cluster.threads(workers=4), and Trainer(delays=…) for slow workers",
 }

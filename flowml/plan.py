@@ -253,7 +253,8 @@ class Local(msgspec.Struct, frozen=True):
 
     `update`, `send` and `take` are indices into Plan.tasks; `flowml.training.local` describes them. Without `send` the
     parameters are sent, and without `take` the global parameters are taken as they are. `state` are positions in the
-    flattened optimizer state.
+    flattened optimizer state. With a gossip topology, `fold` adds what a neighbour sends to an `accumulator`, and `mix`
+    ends a round. The last `outer` leaves of the state are those of an outer optimizer.
     """
 
     update: Index
@@ -261,6 +262,10 @@ class Local(msgspec.Struct, frozen=True):
     take: Index | None
     state: tuple[Index, ...]
     state_specs: tuple[ArraySpec, ...]
+    fold: Index | None = None
+    mix: Index | None = None
+    accumulator: tuple[ArraySpec, ...] = ()
+    outer: Index = 0
 
 
 class StoreSpec(msgspec.Struct, frozen=True):

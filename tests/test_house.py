@@ -134,7 +134,7 @@ def test_the_public_names_are_there_and_documented() -> None:
 @pytest.mark.parametrize(
     ("name", "instead"),
     [
-        ("Gossip", "fm.ParameterServer()"),
+        ("SharedMemory", "fm.ParameterServer()"),
         ("Coded", "fm.Quorum(0.75)"),
         ("SimulatedCluster", "delays="),
     ],

@@ -15,7 +15,7 @@ from flowml.policy.quorum import Completion, Cut, Deadline, Decide, Drop, Fold, 
 from flowml.policy.replicas import Delta, Mix, Outer, Weights
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.spec import UNBOUNDED, Apply, Factors, Gradient, Payload, Policy
-from flowml.policy.topology import AllReduce, Hierarchy, ParameterServer, Ring, Topology, Tree
+from flowml.policy.topology import AllReduce, Gossip, Hierarchy, ParameterServer, Ring, Topology, Tree
 
 __all__ = [
     "DEFAULT_PATTERN",
@@ -31,6 +31,7 @@ __all__ = [
     "Every",
     "Factors",
     "Fold",
+    "Gossip",
     "Gradient",
     "Hierarchy",
     "Late",

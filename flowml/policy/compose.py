@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from flowml.errors import PolicyError, named
+from flowml.policy.graphs import check_members
 from flowml.policy.quorum import Quorum
 from flowml.policy.spec import Policy
+from flowml.policy.topology import Gossip
 
 DEFAULT_PATTERN = "*"
 """The pattern that `resolve` reports for a parameter without a match, whose policy is `Policy()`."""
@@ -57,6 +59,15 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
             f"it would count; give {arriving[0]!r} staleness=0 or a quorum= that drops too, or let {name!r} wait for "
             f"all {replicas} replicas with quorum=Quorum(1.0)"
         )
+    gossiping = {name: p.topology for name, p in policies.items() if isinstance(p.topology, Gossip)}
+    for name, topology in gossiping.items():
+        check_members(topology.graph, replicas)
+        if dropping:
+            raise PolicyError(
+                f"{next(iter(dropping))!r} with {name!r} ({policies[name].describe()}) is not sound: a replica that "
+                f"skips a step which the first one has dropped is missing from the round of its neighbours; let "
+                f"{next(iter(dropping))!r} wait for all {replicas} replicas with quorum=Quorum(1.0)"
+            )
     collective = [name for name, p in policies.items() if p.collective]
     if dropping and collective:
         name, policy = next(iter(dropping.items()))

@@ -157,6 +157,24 @@ def changes(graph: Graph) -> bool:
     return isinstance(graph, RandomPairs)
 
 
+def readers(graph: Graph, replica: int, members: int, turn: int = 0) -> tuple[int, ...]:
+    """The other replicas that average with this one in a round: those whose rows have it."""
+    if isinstance(graph, ExponentialGraph):
+        found = {(replica - (1 << k)) % members for k in range((members - 1).bit_length())}
+    elif isinstance(graph, OwnMatrix):
+        found = {i for i, row in enumerate(graph.rows) if row[replica]}
+    else:  # W is symmetric
+        found = set(graph.row(replica, members, turn))
+    return tuple(sorted(found - {replica}))
+
+
+def name_of(graph: Graph) -> str:
+    """A short name for tables."""
+    if isinstance(graph, OwnMatrix):
+        return f"{len(graph.rows)}x{len(graph.rows)} matrix"
+    return next(name for name, known in _NAMED.items() if type(known) is type(graph)).replace("_", " ")
+
+
 def spectral_gap(weights: Matrix) -> float:
     """1 - ‖W - 11ᵀ/n‖₂: a round multiplies the distance to the mean by at most 1 minus this.
 

@@ -143,3 +143,24 @@ def downpour(push: int, pull: int, optimizer: Any = None, **overrides: Unpack[_S
     settings: _Stale = {"staleness": algebra.UNBOUNDED, **overrides}
     apply: algebra.Apply = "sum" if optimizer is None else algebra.Outer(optimizer)
     return algebra.Policy(every=algebra.Every(push, pull), payload=algebra.Delta(), apply=apply, **settings)
+
+
+def gossip(graph: object = "ring", every: int = 1) -> algebra.Policy:
+    """Each replica updates parameters of its own. Every `every` steps it averages them with those of its neighbours in
+    `graph` (Lian et al., *Can Decentralized Algorithms Outperform Centralized Algorithms?*, NeurIPS 2017).
+
+    `graph` is a name, such as `"ring"`, or a doubly stochastic matrix; see `flowml.Gossip`. The result is the mean over
+    replicas.
+    """
+    return algebra.Policy(topology=algebra.Gossip(graph, every))
+
+
+def no_loco(every: int, outer: Any = None, pull: float = 1.0, graph: object = "random_pairs") -> algebra.Policy:
+    """Each replica updates parameters of its own. Every `every` steps it takes the mean change of itself and one other,
+    drawn at random, plus `pull` times its distance from their mean, as the gradient of an outer optimizer (Kolehmainen
+    et al., *NoLoCo*, 2025).
+
+    `outer` is an optax.GradientTransformation; by default SGD at rate 0.7 with Nesterov momentum 0.9. The result is the
+    mean over replicas.
+    """
+    return algebra.Policy(topology=algebra.Gossip(graph, every, pull), apply=algebra.Outer(outer))

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from flowml.errors import PolicyError
+from flowml.policy.quorum import Quorum
+from flowml.policy.rhythm import ONCE
+from flowml.policy.topology import Gossip
 
 if TYPE_CHECKING:
     from flowml.policy.spec import Policy
@@ -85,7 +88,9 @@ def _check_alpha(payload: LocalPayload) -> None:
 
 def check_replicas(policy: Policy) -> None:
     """Check that the other knobs of a policy are sound with its payload, its apply and its rhythm."""
-    if isinstance(policy.payload, LocalPayload):
+    if isinstance(policy.topology, Gossip):
+        _check_gossip(policy)
+    elif isinstance(policy.payload, LocalPayload):
         _check_local(policy)
     elif policy.every.delay:
         raise PolicyError(
@@ -102,6 +107,27 @@ def check_replicas(policy: Policy) -> None:
         raise PolicyError(
             f"every={policy.every!r} with staleness={policy.staleness} is not sound: a value that is taken every "
             f"{pull} steps is up to {pull - 1} clocks old; give staleness={pull - 1} or more, or leave pull out"
+        )
+
+
+def _check_gossip(policy: Policy) -> None:
+    """Check that replicas can average their parameters with their neighbours in rounds that all take part in."""
+    topology = f"topology={policy.topology!r}"
+    if policy.quorum != Quorum() or policy.staleness:
+        raise PolicyError(
+            f"{topology} with quorum={policy.quorum} and staleness={policy.staleness} is not sound: the weights of a "
+            "replica's average add up to 1 only with all of its neighbours, so none may be left out of a round; leave "
+            "quorum and staleness out"
+        )
+    if policy.payload != Weights() or not (policy.apply == "mean" or isinstance(policy.apply, Outer)):
+        raise PolicyError(
+            f"{topology} with payload={policy.payload!r} and apply={policy.apply!r} is not sound: replicas average "
+            "parameters with the weights of the graph; leave payload and apply out, or give apply=Outer(optimizer)"
+        )
+    if policy.every.push != ONCE:
+        raise PolicyError(
+            f"{topology} with every={policy.every!r} is not sound: the home gets the parameters once, at the end; give "
+            "the steps between two rounds as every=k"
         )
 
 

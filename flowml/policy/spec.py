@@ -17,8 +17,8 @@ from flowml.errors import PolicyError
 from flowml.policy.mathematics import coefficients
 from flowml.policy.quorum import COMPLETIONS, Completion, Deadline, Drop, Fold, Quorum, late_name, number
 from flowml.policy.replicas import Delta, LocalPayload, Mix, Outer, Weights, check_replicas
-from flowml.policy.rhythm import Every
-from flowml.policy.topology import TOPOLOGIES, ParameterServer, Topology
+from flowml.policy.rhythm import Every, Once
+from flowml.policy.topology import TOPOLOGIES, Gossip, ParameterServer, Topology
 from flowml.policy.topology import describe as describe_topology
 
 UNBOUNDED = math.inf
@@ -90,7 +90,22 @@ class Policy(msgspec.Struct, frozen=True):
             self._set("every", Every(self.every))
         self._set("filters", _filters(self.filters))
         _check_parts(self)
+        if isinstance(self.topology, Gossip):
+            self._gossip(self.topology)
         _check_sound(self)
+
+    def _gossip(self, topology: Gossip) -> None:
+        """Replicas exchange their parameters every k steps, and the home gets them once, at the end of the run."""
+        if self.payload == Gradient():
+            self._set("payload", Weights())
+        if self.every == Every(self.every.push) and self.every != Once():
+            if topology.every > 1 and self.every.push > 1:
+                raise PolicyError(
+                    f"topology={topology!r} with every={self.every.push} says twice how often replicas average; give "
+                    "one of them"
+                )
+            self._set("topology", Gossip(topology.graph, topology.every * self.every.push, topology.pull))
+            self._set("every", Once())
 
     def _set(self, name: str, value: object) -> None:
         msgspec.structs.force_setattr(self, name, value)
@@ -118,7 +133,7 @@ class Policy(msgspec.Struct, frozen=True):
     @property
     def collective(self) -> bool:
         """Whether replicas add up their gradients among themselves."""
-        return not isinstance(self.topology, ParameterServer)
+        return not isinstance(self.topology, ParameterServer | Gossip)
 
     def describe(self) -> str:
         """A short text for tables: `"sync"`, `"every 4"`, `"async ≤3, factors"`, `"sync, ring"`."""
@@ -128,12 +143,15 @@ class Policy(msgspec.Struct, frozen=True):
             words.append(f"async{bound}")
         elif self.staleness:
             words.append(f"stale{bound}")
-        if self.every.describe():
+        if self.every.describe() and not isinstance(self.topology, Gossip):
             words.append(self.every.describe())
         if self.clocked and self.quorum != Quorum():
             words.append(_completion(self.quorum))
         elif not self.clocked and self.quorum != Quorum(1, late=Fold()):
             words.append(f"by {_share(self.quorum)}")
+        if isinstance(self.topology, Gossip):
+            outer = ["outer"] if isinstance(self.apply, Outer) else []
+            return ", ".join([*words, describe_topology(self.topology), *outer])
         words = words or ["sync"]
         if self.collective:
             words.append(describe_topology(self.topology))

@@ -1,17 +1,22 @@
 """Defines topologies, which say how contributions travel, and chooses the schedule of an all-reduce.
 
-`ParameterServer` has one home for each layer. With all other topologies each replica keeps a copy, and replicas add up
-their gradients among themselves. The schedules of these sums are named here and implemented in the runtime.
+`ParameterServer` has one home for each layer. With `Gossip` each replica has parameters of its own, and averages them
+with its neighbours. With all other topologies each replica keeps a copy, and replicas add up their gradients among
+themselves. The schedules of these sums are named here and implemented in the runtime.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import whole
+from flowml.policy.graphs import Graph, RingGraph, Weights, as_graph, name_of, readers
 
 DOUBLING_BYTES = 2 * 2**20
 """Largest gradient on one host for which fewer hops are faster than fewer bytes. The measured limit is 3 to 8 MiB for
@@ -64,9 +69,53 @@ class Hierarchy(msgspec.Struct, frozen=True, tag=True):
                 )
 
 
-Topology = ParameterServer | AllReduce | Ring | Tree | Hierarchy
+class Gossip(msgspec.Struct, frozen=True, tag=True):
+    """Replicas have parameters of their own, and average them with those of their neighbours in a graph.
 
-TOPOLOGIES = (ParameterServer, AllReduce, Ring, Tree, Hierarchy)
+    Args:
+        graph: `"ring"`, `"torus"`, `"exponential"`, `"complete"`, `"random_pairs"`, a doubly stochastic matrix with a
+            row for each replica, or a graph of `flowml.policy.graphs`.
+        every: the number of steps between two rounds. In `Policy(topology=Gossip(...), every=k)` k is meant.
+        pull: with `apply=Outer(optimizer)`, how much of a replica's distance from the average of its neighbours is
+            added to the gradient of the outer optimizer.
+    """
+
+    graph: Graph = RingGraph()
+    every: int = 1
+    pull: float = 1.0
+
+    if TYPE_CHECKING:
+
+        def __init__(self, graph: object = ..., every: int = 1, pull: float = 1.0) -> None: ...
+
+    def __post_init__(self) -> None:
+        every = whole(self.every)
+        if every is None or every < 1:
+            raise PolicyError(
+                f"Gossip(every={self.every!r}): the number of steps between rounds is an int of at least 1"
+            )
+        msgspec.structs.force_setattr(self, "every", every)
+        msgspec.structs.force_setattr(self, "graph", as_graph(self.graph))
+        if isinstance(self.pull, bool) or not isinstance(self.pull, Real) or not 0 <= self.pull < math.inf:
+            raise PolicyError(f"Gossip(pull={self.pull!r}): it multiplies a distance; give a number of at least 0")
+        msgspec.structs.force_setattr(self, "pull", float(self.pull))
+
+    def due(self, clock: int) -> bool:
+        """Whether the step of `clock` ends with a round."""
+        return (clock + 1) % self.every == 0
+
+    def weights(self, replica: int, members: int, clock: int) -> Weights:
+        """The weight of each replica's parameters in the average of `replica` in the round of `clock`."""
+        return self.graph.row(replica, members, clock // self.every)
+
+    def readers(self, replica: int, members: int, clock: int) -> tuple[int, ...]:
+        """The replicas that get the parameters of `replica` in the round of `clock`."""
+        return readers(self.graph, replica, members, clock // self.every)
+
+
+Topology = ParameterServer | AllReduce | Ring | Tree | Hierarchy | Gossip
+
+TOPOLOGIES = (ParameterServer, AllReduce, Ring, Tree, Hierarchy, Gossip)
 
 
 def choose(nbytes: int, hosts: Sequence[Hashable]) -> str:
@@ -94,5 +143,8 @@ def sent_bytes(schedule: str, nbytes: float, ranks: int) -> float:
 
 def describe(topology: Topology) -> str:
     """A short name for tables; "" for the default topology."""
+    if isinstance(topology, Gossip):
+        often = f" every {topology.every}" if topology.every > 1 else ""
+        return f"gossip {name_of(topology.graph)}{often}"
     names = {ParameterServer: "", AllReduce: "all-reduce", Ring: "ring", Hierarchy: "hierarchy"}
     return f"tree {topology.fanout}" if isinstance(topology, Tree) else names[type(topology)]

@@ -6,6 +6,9 @@ parameters that it *started* from, which are the global ones that it took last. 
     update   (parameters, state, coefficients, gradients) -> (parameters, state)    at the end of each step
     send     (started, parameters) -> what is sent, where this is not the parameters themselves
     take     (global, parameters, started) -> (parameters, started), where a replica does not just take the global ones
+    fold     (average, what a replica sends, weight) -> average, with a gossip topology
+    mix      (average, parameters after the step, parameters before it) -> parameters, with a gossip topology; with an
+             outer optimizer "before" is the beginning of the round, both parameters are sent, and it keeps a state
 
 The update is the optimizer of the Trainer, sliced as for a home. The home has an optimizer of its own or none.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -22,7 +26,7 @@ from flowml.errors import PolicyError, named
 from flowml.ir.label import layer_of
 from flowml.lowering.lower import ExecutableTable
 from flowml.plan import ArraySpec, Local
-from flowml.policy import Delta, Mix, Outer, Policy, Weights
+from flowml.policy import Delta, Gossip, Mix, Outer, Policy, Weights
 from flowml.training.apply import HomeTasks, Payload
 from flowml.training.optimizer import OptimizerSlices, slice_optimizer
 from flowml.training.step import wide
@@ -92,11 +96,17 @@ class Optimizers:
 
     def at_home(self, policy: Policy, leaves: Sequence[int], replicas: int) -> HomeUpdate:
         """How the home of these leaves updates them."""
-        if isinstance(policy.apply, Outer):
+        if isinstance(policy.apply, Outer) and not isinstance(policy.topology, Gossip):
             return _sliced(self.outer[policy.apply], leaves, self.first[policy.apply])
         if not policy.local:
             return _sliced(self.own, leaves, 0)
         return HomeUpdate(_averaging(policy, len(leaves), replicas if policy.clocked else 1), (), ())
+
+    def at_replica(self, policy: Policy, leaves: Sequence[int]) -> HomeUpdate | None:
+        """The outer optimizer that each replica has itself, because a gossip topology has no home in its rounds."""
+        if not isinstance(policy.apply, Outer) or not isinstance(policy.topology, Gossip):
+            return None
+        return _sliced(self.outer[policy.apply], leaves, self.first[policy.apply])
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,7 @@ def local_tasks(
     policy: Policy,
     specs: tuple[ArraySpec, ...],
     leaves: Sequence[int],
-    slices: OptimizerSlices,
+    optimizers: Optimizers,
     gradients: Payload,
     table: ExecutableTable,
     dtype: str,
@@ -144,18 +154,48 @@ def local_tasks(
 ) -> Local:
     """Export the tasks of one store. `gradients` is what a step of one replica computes for it, `dtype` that of its
     coefficient; `exact` is as in `HomeTasks`."""
-    state = slices.state_of(leaves)
-    state_specs = tuple(slices.state_specs[i] for i in state)
-    update = HomeTasks(slices.update(leaves, state), gradients, len(specs), len(state), exact).apply
+    own, outer = _sliced(optimizers.own, leaves, 0), optimizers.at_replica(policy, leaves)
+    update = HomeTasks(own.update, gradients, len(specs), len(own.state), exact).apply
+    state_specs = own.state_specs
     payload = tuple(s for p in gradients.parts for s in p.payload)
     arguments = (*specs, *state_specs, ArraySpec((2, 1), dtype), *payload)
     send, take = _send(policy), _take(policy)
-    return Local(
+    local = Local(
         update=table.add_function(f"update:{name}", update, arguments, (*specs, *state_specs)),
         send=send and table.add_function(f"send:{name}", send, specs * 2, specs),
         take=take and table.add_function(f"take:{name}", take, specs * 3, specs * 2),
-        state=state,
+        state=own.state,
         state_specs=state_specs,
+    )
+    return (
+        _gossiping(local, name, policy.topology, specs, outer, table, dtype)
+        if isinstance(policy.topology, Gossip)
+        else local
+    )
+
+
+def _gossiping(
+    local: Local,
+    name: str,
+    topology: Gossip,
+    specs: tuple[ArraySpec, ...],
+    outer: HomeUpdate | None,
+    table: ExecutableTable,
+    dtype: str,
+) -> Local:
+    """Add the tasks of rounds, and the state of the outer optimizer."""
+    sent = specs * (1 if outer is None else 2)
+    wides = tuple(table.outputs(lambda *arrays: tuple(map(wide, arrays)), sent))
+    kept = () if outer is None else outer.state_specs
+    mix = _mix if outer is None else partial(_outer_mix, outer.update, len(specs), topology.pull)
+    return msgspec.structs.replace(
+        local,
+        state=(*local.state, *(() if outer is None else outer.state)),
+        state_specs=(*local.state_specs, *kept),
+        fold=table.add_function(f"fold:{name}", _fold, (*wides, *sent, ArraySpec((), dtype)), wides),
+        mix=table.add_function(f"mix:{name}", mix, (*wides, *specs * 2, *kept), (*specs, *kept)),
+        accumulator=wides,
+        outer=len(kept),
     )
 
 
@@ -170,6 +210,32 @@ def _send(policy: Policy) -> Function | None:
         return tuple((wide(s) - wide(p)).astype(p.dtype) for s, p in zip(arrays[:half], arrays[half:], strict=True))
 
     return delta if isinstance(policy.payload, Delta) else None
+
+
+def _fold(*arrays: Any) -> tuple[Any, ...]:
+    """(accumulator, parameters of a replica, its weight) -> accumulator."""
+    half, weight = len(arrays) // 2, arrays[-1]
+    pairs = zip(arrays[:half], arrays[half:-1], strict=True)
+    return tuple(total + wide(x) * weight.astype(total.dtype) for total, x in pairs)
+
+
+def _mix(*arrays: Any) -> tuple[Any, ...]:
+    """(average of the parameters at the beginning of the step, own ones after it, own ones before it) -> parameters."""
+    third = len(arrays) // 3
+    average, after, before = (arrays[i : i + third] for i in range(0, len(arrays), third))
+    triples = zip(average, after, before, strict=True)
+    return tuple((m + (wide(x) - wide(b))).astype(x.dtype) for m, x, b in triples)
+
+
+def _outer_mix(update: Callable[..., tuple[Any, ...]], leaves: int, pull: float, *arrays: Any) -> tuple[Any, ...]:
+    """(averages of the parameters at the beginning of the round and now, own ones now, own ones then, state)
+    -> (parameters, state)."""
+    parts = [arrays[i * leaves : (i + 1) * leaves] for i in range(4)]
+    gradients = [
+        (mean_then - mean_now + pull * (wide(then) - mean_then)).astype(then.dtype)
+        for mean_then, mean_now, _, then in zip(*parts, strict=True)
+    ]
+    return update(*gradients, *parts[3], *arrays[4 * leaves :])
 
 
 def _take(policy: Policy) -> Function | None:

@@ -355,9 +355,9 @@ class StorePlanner:
         given = self._payload_of(store, parts, [s.shape for s in specs])
         local: Local | None = None
         if store.policy.local:
-            own, one = self.optimizers.own, self.microbatches == 1
+            every, one = self.optimizers, self.microbatches == 1
             dtype = _coefficients(specs)
-            local = local_tasks(store.name, store.policy, specs, store.leaves, own, given, table, dtype, exact=one)
+            local = local_tasks(store.name, store.policy, specs, store.leaves, every, given, table, dtype, exact=one)
             parts = (Part(parts[0].stage, parts[0].leaves, specs),)
             given = Payload(parts, given.shapes, {}, weighted=False, steps=False)
         collective = self._collective(store.policy)

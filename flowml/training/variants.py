@@ -48,7 +48,7 @@ def placed_alike(spec: TrainingSpec, plan: Plan, devices: Sequence[Device]) -> t
 def _essence(store: StoreSpec) -> StoreSpec:
     """The store without its tasks, whose numbers differ among plans."""
     parts = tuple(msgspec.structs.replace(p, accumulate=None, pack=None, finish=None) for p in store.parts)
-    local = store.local and msgspec.structs.replace(store.local, update=0, send=None, take=None)
+    local = store.local and msgspec.structs.replace(store.local, update=0, send=None, take=None, fold=None, mix=None)
     return msgspec.structs.replace(store, applies=Applies(store.applies.width, 0), parts=parts, local=local)
 
 

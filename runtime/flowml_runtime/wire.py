@@ -132,14 +132,19 @@ class Contradicted(_Wire, frozen=True):
     bytes_per_s: Annotated[float, msgspec.Meta(ge=0, le=1e15)]
 
 
-class LoadPlan(_Wire, frozen=True):
+class PlanMessage(_Wire, frozen=True, kw_only=True):
+    """Base of the messages about a loaded plan, or about the trace of that name."""
+
+    plan_id: Name
+
+
+class LoadPlan(PlanMessage, frozen=True):
     """A piece of a plan to load, as one uint8 array: first the plan itself (part ""), then its large parts, in order.
 
     The part has `nbytes` in all, and this piece begins at `start`. After the `last` piece the worker compiles
     everything, then answers Loaded. `deadline_s` limits each wait of the plan's steps.
     """
 
-    plan_id: Name
     peers: tuple[Name, ...] = ()
     deadline_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_S)] = DEADLINE_S
     part: Annotated[str, msgspec.Meta(max_length=256)] = ""
@@ -148,16 +153,15 @@ class LoadPlan(_Wire, frozen=True):
     last: bool = True
 
 
-class Loaded(_Wire, frozen=True):
-    plan_id: Name
+class Loaded(PlanMessage, frozen=True):
     worker: Name
 
 
-class Unload(_Wire, frozen=True):
-    plan_id: Name
+class Unload(PlanMessage, frozen=True):
+    pass
 
 
-class Value(_Wire, frozen=True):
+class Value(PlanMessage, frozen=True):
     """Arrays for a Recv. The key in the rendezvous is (plan, step, kind, index, microbatch, device).
 
     `kind` is "edge" (index: message of the plan), "feed" (driver to device; index 0; one for each step and device,
@@ -165,7 +169,6 @@ class Value(_Wire, frozen=True):
     `slots`: which outputs these are).
     """
 
-    plan_id: Name
     step: Count
     kind: Literal["edge", "feed", "fetch"]
     index: Count
@@ -174,13 +177,12 @@ class Value(_Wire, frozen=True):
     slots: tuple[Count, ...] = ()
 
 
-class Taken(_Wire, frozen=True):
+class Taken(PlanMessage, frozen=True):
     """Consumer to producer of an edge, on `device`: the consumer has taken this step's value of message `index`.
 
     It is sent only for edges of large values, whose producer may be only a few steps ahead.
     """
 
-    plan_id: Name
     step: Count
     index: Count
     device: Name
@@ -190,10 +192,9 @@ FaultKind = Literal["error", "deadline", "cancelled", "lost", "diverged"]
 """Which error a fault becomes for the caller."""
 
 
-class StepFailed(_Wire, frozen=True):
+class StepFailed(PlanMessage, frozen=True):
     """A step cannot finish. Worker to driver: the cause. Driver to workers: they stop waiting for the step."""
 
-    plan_id: Name
     step: Count
     worker: Name
     node: Text
@@ -202,51 +203,43 @@ class StepFailed(_Wire, frozen=True):
     traceback: Text = ""
 
 
-class StepCheck(_Wire, frozen=True):
+class StepCheck(PlanMessage, frozen=True):
     """Driver to worker, about a step of which it has heard nothing for long: is it still under way on `device`?
 
     The worker answers StepFailed if it is not; every result was sent before. For a training plan `step` is the run and
     `device` the worker, which repeats its last StepFailed of that run.
     """
 
-    plan_id: Name
     step: Count
     device: Name
 
 
-class Failed(_Wire, frozen=True):
+class Failed(PlanMessage, frozen=True):
     """Something outside a step failed on a worker (loading, training). It ends the work of that plan."""
 
-    plan_id: Name
     worker: Name
     node: Text
     error: Text
     traceback: Text = ""
 
 
-class Unreachable(_Wire, frozen=True):
+class Unreachable(PlanMessage, frozen=True):
     """A worker to the driver of a plan: its connection to another worker of that plan has ended permanently."""
 
-    plan_id: Name
     worker: Name
     peer: Name
     reason: Text
 
 
-class Trace(_Wire, frozen=True):
-    """Start recording what the worker's devices do; with `on` false, stop and answer the recording as `Traced`.
+class Trace(PlanMessage, frozen=True):
+    """Start recording what the worker's devices do; with `on` false, stop and answer the recording as `Traced`."""
 
-    `plan_id` names the trace, so that the answer can be matched with the request.
-    """
-
-    plan_id: Name
     on: bool
 
 
-class Traced(_Wire, frozen=True):
+class Traced(PlanMessage, frozen=True):
     """The answer to Trace. The spans follow, encoded, as one uint8 array; `now_ns` is the worker's `clock`."""
 
-    plan_id: Name
     worker: Name
     clock: Text
     now_ns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -264,13 +257,12 @@ class Item(msgspec.Struct, frozen=True):
     size: Count
 
 
-class TrainingMessage(_Wire, frozen=True, kw_only=True):
+class TrainingMessage(PlanMessage, frozen=True, kw_only=True):
     """Base of the messages of a run. `cause` is the sender's number of the event that caused this message.
 
     With the sender's name it identifies the event that a trace links to this one (`protocol.training.story`).
     """
 
-    plan_id: Name
     run: Count
     cause: Count = 0
 
@@ -326,6 +318,15 @@ class OwnState(TrainingMessage, frozen=True):
 
     store: Count
     replica: Count = 0
+
+
+class Gossip(TrainingMessage, frozen=True):
+    """The parameters of a store that replica `source` had before the step of `clock`, for its neighbour `replica`."""
+
+    store: Count
+    replica: Count
+    source: Count
+    clock: Count
 
 
 class Ask(TrainingMessage, frozen=True):
@@ -475,8 +476,8 @@ class StopTraining(TrainingMessage, frozen=True):
 Wire = (
     Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
     | Loaded | Unload | Value | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
-    | StartTraining | Source | Batch | StoreValue | OwnState | Ask | Grant | Begin | Contribution | Arrived | Commit
-    | Published | Applied | Collective | Settled | Report | NonFinite | Traffic | Retired | StopTraining
+    | StartTraining | Source | Batch | StoreValue | OwnState | Gossip | Ask | Grant | Begin | Contribution | Arrived
+    | Commit | Published | Applied | Collective | Settled | Report | NonFinite | Traffic | Retired | StopTraining
 )
 # fmt: on
 

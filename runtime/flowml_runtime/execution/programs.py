@@ -111,7 +111,7 @@ def store_tasks(plan: Plan, device: str) -> tuple[int, ...]:
         task
         for s in stores
         if s.local is not None and any(r[s.parts[0].stage] == device for r in replicas)
-        for task in (s.local.update, s.local.send, s.local.take)
+        for task in (s.local.update, s.local.send, s.local.take, s.local.fold, s.local.mix)
         if task is not None
     ]
     return tuple(dict.fromkeys((*applied, *gathered, *local)))

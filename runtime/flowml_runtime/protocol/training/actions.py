@@ -160,7 +160,7 @@ class TellTraffic:
 
 @dataclass(frozen=True, slots=True)
 class Hand:
-    """Give a Source, a Batch, an OwnState or a Collective to the executors."""
+    """Give a Source, a Batch, an OwnState, a Gossip or a Collective to the executors."""
 
     peer: str
     message: wire.TrainingMessage

@@ -34,7 +34,9 @@ def entry(
     """Describe an event of `me` and the resulting actions. None if it only passed values on."""
     cause = ""
     if isinstance(event, actions.Received):
-        if isinstance(event.message, wire.Batch | wire.Source | wire.OwnState | wire.Collective | wire.Traffic):
+        if isinstance(
+            event.message, wire.Batch | wire.Source | wire.OwnState | wire.Gossip | wire.Collective | wire.Traffic
+        ):
             return None
         cause = f"{event.peer}#{run}.{event.message.cause}" if event.message.cause else ""
     elif isinstance(event, actions.StepFinished):

@@ -241,6 +241,8 @@ class _Fit:
                 self.run.source.update(zip(slots, self._take(handle), strict=True))
             case protocol.Hand(_, wire.OwnState(store=store), handle):
                 self.run.states[store] = self._take(handle)
+            case protocol.Hand(_, wire.Gossip() as told, handle):
+                self.run.told[told.store, told.replica, told.source, told.clock] = self._take(handle)
             case protocol.Hand(_, wire.Batch() as batch, handle):
                 arrays = self._take(handle)
                 for stage in self._stages.values():

@@ -24,12 +24,15 @@ class OwnValues:
         self.spec = spec
         self.params: Sequence[Array] = ()
         self.state: Sequence[Array] = ()
-        self._started: Sequence[Array] = ()
+        self.started: Sequence[Array] = ()
+        """The global parameters that it took last, or those at the beginning of a round of gossip."""
         self._taken = -1
         self._update = tasks[spec.local.update]
         self._send = None if spec.local.send is None else tasks[spec.local.send]
         self._take = None if spec.local.take is None else tasks[spec.local.take]
         self._coefficients = aligned_copy(np.full((2, 1), 1 / training.microbatches, dtype))
+        self._own = len(spec.local.state) - spec.local.outer
+        """The leaves of state that are not those of an outer optimizer."""
         self._mixes = isinstance(spec.policy.apply, Mix)
 
     @property
@@ -44,21 +47,22 @@ class OwnValues:
     def take(self, clock: int, values: Sequence[Array]) -> None:
         """Take the global parameters, or a mixture of them and the own ones."""
         if self._take is None or self._taken < 0:
-            self.params = self._started = values
+            self.params = self.started = values
         else:
-            results = self._take(*values, *self.params, *self._started)
-            self.params, self._started = results[: len(values)], results[len(values) :]
+            results = self._take(*values, *self.params, *self.started)
+            self.params, self.started = results[: len(values)], results[len(values) :]
         self._taken = self.spec.policy.every.taken(clock)
 
     def update(self, gradients: Sequence[Array]) -> None:
         """Do one step of the optimizer with the sum of the gradients of all microbatches."""
-        results = self._update(*self.params, *self.state, self._coefficients, *gradients)
-        self.params, self.state = results[: len(self.params)], results[len(self.params) :]
+        own, outer = self.state[: self._own], self.state[self._own :]
+        results = self._update(*self.params, *own, self._coefficients, *gradients)
+        self.params, self.state = results[: len(self.params)], (*results[len(self.params) :], *outer)
 
     def sent(self) -> Sequence[Array]:
         """What a push sends. The next one sends only what has changed since, if nothing is taken before."""
         if self._send is None:
             return self.params
-        delta = self._send(*self._started, *self.params)
-        self._started = self.params
+        delta = self._send(*self.started, *self.params)
+        self.started = self.params
         return delta

@@ -52,6 +52,10 @@ class Run:
     source: dict[int, Array] = field(default_factory=dict[int, Array])
     states: dict[int, Sequence[Array]] = field(default_factory=dict[int, Sequence[Array]])
     """The first optimizer state of the stores whose parameters replicas update themselves."""
+    told: dict[tuple[int, int, int, int], Sequence[Array]] = field(
+        default_factory=dict[tuple[int, int, int, int], Sequence[Array]]
+    )
+    """(store, replica here, neighbour, clock) -> the neighbour's parameters before that step."""
     stopped: bool = False
     counting: threading.Lock = field(default_factory=threading.Lock)
     """Guards `counts`, because executors, lanes and groups count the bytes they send."""

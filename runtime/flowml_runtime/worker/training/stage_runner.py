@@ -24,6 +24,7 @@ from flowml.data import epoch_order
 from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import ArraySpec, StoreSpec
 from flowml.plan import Run as RunInstruction
+from flowml.policy import Gossip
 from flowml_runtime import service, wire
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.lane import LARGE_BYTES, Lane
@@ -34,6 +35,7 @@ from flowml_runtime.execution.step_program import StepFault, StepProgram, prepar
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Send, Start, StepFinished
 from flowml_runtime.worker.training.finite import all_finite, counted
+from flowml_runtime.worker.training.neighbours import Neighbours
 from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.reductions import Given, Reductions
 from flowml_runtime.worker.training.run import Run
@@ -83,6 +85,11 @@ class StageRunner(EdgeServices):
             if store.local is not None and store.parts[0].stage == stage
         }
         """By store the values that this replica updates itself."""
+        self._neighbours = {
+            s: Neighbours(run, s, at[0], loaded, self.adopt, self._coefficient_dtype(own.spec))
+            for s, own in self._own.items()
+            if isinstance(own.spec.policy.topology, Gossip)
+        }
         self._now = Start(*at, -1, wire.Item(sequence=0, epoch=0, start=0, size=0), 0)
         """The current step, or the last one."""
         self._read_versions: dict[int, int] = {}
@@ -250,6 +257,8 @@ class StageRunner(EdgeServices):
             if own.takes(self._now.clock):
                 self._take(step, store, own)
             values = own.params
+            if store in self._neighbours:
+                self._neighbours[store].begin(self._now.clock, own, self._now.cause)
         return self.adopt([values[i] for i in leaves])
 
     def _published(self, step: int, store: int) -> Sequence[Array]:
@@ -316,12 +325,14 @@ class StageRunner(EdgeServices):
 
     def _update(self, step: int, store: int, own: OwnValues, gradients: Sequence[Array]) -> Sum[Gradients] | None:
         """Update the own parameters of a store. Returns what this step pushes of them; None if it pushes nothing."""
-        clock = self._now.clock
+        clock, before = self._now.clock, own.params
         if self.run.start.on_nonfinite == "apply" or all_finite(host_view(gradients, self.loaded.device)):
             with self.recorder.record(self.device, "update", f"store {own.spec.name}", step):
                 own.update(gradients)
         else:
             self.run.refuse(store, clock, (self.replica,), f"which replica {self.replica} computes")
+        if store in self._neighbours:
+            self._neighbours[store].end(clock, own, before, self._now.cause, self._in_vain)
         with self.run.changed:
             if not self.machine.pushes(store, clock):
                 return None
