@@ -2,11 +2,15 @@
 
 Machines: `Constant`, `ShiftedExponential`, `LogNormal`, `Pareto`, `Empirical` and `Recorded` say how long one step of a
 replica computes; `Straggler` slows some of them down. Networks: `Network` has equal links, `Sites` has regions with the
-links of a table. All are frozen values that check themselves, and none reads a clock. Nothing here imports JAX.
+links of a table. `Churn` says when machines leave and return. `Recording` replays the recorded operations of a training
+job and says what stragglers cost it.
+
+All are frozen values that check themselves, and none reads a clock. Nothing here imports JAX.
 """
 
 from __future__ import annotations
 
+from flowml.sim.churn import Change, Churn
 from flowml.sim.machines import (
     ComputeModel,
     ComputeTimes,
@@ -19,9 +23,12 @@ from flowml.sim.machines import (
     Straggler,
 )
 from flowml.sim.networks import DRIVER, Link, Network, NetworkModel, Regions, Shared, Sites
+from flowml.sim.recording import Operation, Recording
 
 __all__ = [
     "DRIVER",
+    "Change",
+    "Churn",
     "ComputeModel",
     "ComputeTimes",
     "Constant",
@@ -30,8 +37,10 @@ __all__ = [
     "LogNormal",
     "Network",
     "NetworkModel",
+    "Operation",
     "Pareto",
     "Recorded",
+    "Recording",
     "Regions",
     "Shared",
     "ShiftedExponential",

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from os import PathLike
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from flowml.errors import SimulationError
 from flowml.sim import checks
 from flowml.sim.draws import Counters, Floats, normal, uniform
+from flowml.sim.recording import Recording
+from flowml.sim.traces import read_compute_times
 
 _TIME = 0
 """The streams of a compute time: this one and the next."""
@@ -128,25 +131,43 @@ class Empirical(ComputeModel):
 
 @dataclass(frozen=True)
 class Recorded(ComputeModel):
-    """Times of a recorded run: `times_s[worker][step]`, or a mapping from the number of a worker to its times.
+    """Times of a recorded run.
 
     A worker beyond the recorded ones takes the times of a recorded one (its number modulo theirs). After its last
     recorded step a worker starts again with its first.
+
+    Args:
+        trace: the path of a trace that flowml wrote (JSON) or of a recorded job (CSV or Parquet), a `Recording`, or the
+            times as `trace[worker][step]`; a mapping has the number of a worker as its key.
+
+    Attributes:
+        times_s: the seconds of each worker and step.
+
+    Raises:
+        SimulationError: for times that make no sense.
+        TraceError: if a file is damaged or cut short.
     """
 
-    times_s: Sequence[Sequence[float]] | Mapping[int, Sequence[float]]
+    trace: str | PathLike[str] | Recording | Sequence[Sequence[float]] | Mapping[int, Sequence[float]] = field(
+        repr=False, compare=False
+    )
+    times_s: tuple[tuple[float, ...], ...] = field(init=False)
     _flat: Floats = field(init=False, repr=False, compare=False)
     _starts: NDArray[np.int64] = field(init=False, repr=False, compare=False)
     _lengths: NDArray[np.int64] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        given = self.times_s
-        if isinstance(given, Mapping):
+        given = self.trace
+        if isinstance(given, str | PathLike):
+            given = read_compute_times(given)
+        elif isinstance(given, Recording):
+            given = given.compute_times()
+        elif isinstance(given, Mapping):
             if sorted(given) != list(range(len(given))):
                 raise SimulationError(f"Recorded: the workers {sorted(given)} are not numbered from 0 without a gap")
             given = [given[worker] for worker in range(len(given))]
         rows = tuple(
-            tuple(checks.number("Recorded", f"times_s[{w}][{s}]", time) for s, time in enumerate(row))
+            tuple(checks.number("Recorded", f"trace[{w}][{s}]", time) for s, time in enumerate(row))
             for w, row in enumerate(given)
         )
         empty = [w for w, row in enumerate(rows) if not row]

@@ -138,7 +138,7 @@ class Regions:
         Raises:
             TraceError: if a line cannot be read or a pair is there twice; the text names the line and column.
         """
-        return Regions.parse(Path(path).read_text(), Path(path).name, delay=delay)
+        return Regions.parse(tables.text_of(Path(path)), Path(path).name, delay=delay)
 
     @staticmethod
     def parse(text: str, name: str = "regions", *, delay: Delay = "round trip") -> Regions:

@@ -1,4 +1,4 @@
-"""Reads tables of comma-separated values, such as recorded operations or links between regions.
+"""Reads files of recorded data: JSON, and tables of comma-separated values.
 
 Every fault names the file, the line (from 1, which is the header) and the column.
 """
@@ -6,8 +6,10 @@ Every fault names the file, the line (from 1, which is the header) and the colum
 from __future__ import annotations
 
 import csv
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from flowml.errors import TraceError, one_line
@@ -60,7 +62,28 @@ class Numbered(NamedTuple):
     values: Row
 
 
-def read(text: str, name: str, columns: Mapping[str, Column]) -> Sequence[Numbered]:
+def text_of(file: Path) -> str:
+    """The text of a file. Raises TraceError if it cannot be read."""
+    try:
+        return file.read_text()
+    except OSError as error:
+        raise TraceError(f"{file.name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise TraceError(f"{file.name}, line {line}: the bytes there are not text; the file is damaged") from None
+
+
+def json_of(file: Path) -> Any:
+    """The content of a JSON file. Raises TraceError, which names the line and column."""
+    try:
+        return json.loads(text_of(file))
+    except json.JSONDecodeError as error:
+        raise TraceError(
+            f"{file.name}, line {error.lineno}, column {error.colno}: {error.msg}; the file is damaged or cut short"
+        ) from None
+
+
+def read(text: str, name: str, columns: Mapping[str, Column]) -> list[Numbered]:
     """The rows of a table that has at least the given columns. Blank lines are left out; other columns are ignored.
 
     Raises:
@@ -69,12 +92,20 @@ def read(text: str, name: str, columns: Mapping[str, Column]) -> Sequence[Number
     lines = csv.reader(text.splitlines())
     try:
         header = [title.strip() for title in next(lines, [])]
-        _check_header(header, name, columns)
-        rows = [_row(fields, lines.line_num, header, name, columns) for fields in lines if fields]
+        fields = [(lines.line_num, line) for line in lines if line]
     except csv.Error as error:
         raise TraceError(f"{name}, line {lines.line_num}: {error}; the file is damaged") from None
+    return check(header, fields, name, columns)
+
+
+def check(
+    header: Sequence[str], lines: Iterable[tuple[int, Sequence[str]]], name: str, columns: Mapping[str, Column]
+) -> list[Numbered]:
+    """Like `read`, from fields with the numbers of their lines."""
+    _check_header(header, name, columns)
+    rows = [_row(fields, line, header, name, columns) for line, fields in lines]
     if not rows:
-        raise TraceError(f"{name}, line {lines.line_num + 1}: there is no row after the header; the file is cut short")
+        raise TraceError(f"{name}, line 2: there is no row after the header; the file is cut short")
     return rows
 
 

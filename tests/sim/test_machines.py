@@ -176,7 +176,7 @@ NONSENSE: dict[str, tuple[Callable[[], object], str]] = {
     "bad sample": (lambda: fm.sim.Empirical([1, -2]), r"samples_s\[1\]=-2"),
     "no records": (lambda: fm.sim.Recorded([]), "there is no time of any worker"),
     "no record of one": (lambda: fm.sim.Recorded([[1.0], []]), "there is no time of worker 1"),
-    "bad record": (lambda: fm.sim.Recorded([[1.0, math.nan]]), r"times_s\[0\]\[1\]=nan"),
+    "bad record": (lambda: fm.sim.Recorded([[1.0, math.nan]]), r"trace\[0\]\[1\]=nan"),
     "gap": (lambda: fm.sim.Recorded({0: [1.0], 2: [1.0]}), "not numbered from 0 without a gap"),
     "share 0": (lambda: fm.sim.Straggler(fm.sim.Constant(1), 2, share=0), "share=0 makes no sense"),
     "share 1.5": (lambda: fm.sim.Straggler(fm.sim.Constant(1), 2, share=1.5), r"a share lies in \(0, 1\]"),
