@@ -63,11 +63,16 @@ def schedule(
     """Tasks and their order. `seconds` estimates each node; `milestones` are sets of values that are needed early."""
     groups = _group(graph, milestones)
     durations = [sum(seconds.get(n.id, 0.0) for n in g.nodes) + 1e-5 for g in groups]
+    return Schedule(groups, task_order(groups, durations, microbatches, kind), microbatches)
+
+
+def task_order(
+    groups: Sequence[TaskGroup], durations: Sequence[float], microbatches: int, kind: str
+) -> dict[str, tuple[tuple[int, int], ...]]:
+    """For each device its (task, microbatch) pairs in the order of execution. `durations` are those of the groups."""
     if microbatches == 1 or kind == "gpipe":
-        order = _in_level_order(groups, microbatches)
-    else:
-        order = _one_forward_one_backward(groups, _dependencies(groups), durations, microbatches)
-    return Schedule(groups, order, microbatches)
+        return _in_level_order(groups, microbatches)
+    return _one_forward_one_backward(groups, _dependencies(groups), durations, microbatches)
 
 
 def _levels(graph: Graph) -> dict[int, int]:
