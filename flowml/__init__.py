@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from flowml.policy import named as policies  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from flowml_runtime.cluster import Cluster as Cluster
     from flowml_runtime.dataflow import dataflow as dataflow
+    from flowml_runtime.sim.cluster import SimulatedCluster as SimulatedCluster
     from flowml_runtime.trainer import Trainer as Trainer
     from flowml_runtime.trainer import TrainingResult as TrainingResult
 
@@ -104,6 +105,7 @@ _HOMES = {
     "layer": "flowml.ir.scopes",
     "Cluster": "flowml_runtime.cluster",
     "dataflow": "flowml_runtime.dataflow",
+    "SimulatedCluster": "flowml_runtime.sim.cluster",
     "Trainer": "flowml_runtime.trainer",
     "TrainingResult": "flowml_runtime.trainer",
 }
@@ -114,7 +116,6 @@ _MODULES = {"policies", "data", "sim"}
 _EXISTS = {
     ("SharedMemory",): "use fm.ParameterServer() or fm.AllReduce()",
     ("Deadline", "Coded", "Speculate"): "use fm.Quorum(0.75) or fm.Quorum(3)",
-    ("SimulatedCluster",): "use fm.Cluster.threads(workers=4), and Trainer(delays=…) for slow workers",
 }
 _PLANNED = {name: instead for names, instead in _EXISTS.items() for name in names}
 """Names of the design that this version does not have, and what to use instead."""

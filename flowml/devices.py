@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ def as_devices(devices: Iterable[Device | str]) -> tuple[Device, ...]:
     if not found:
         raise PlacementError("no devices given; name at least one, e.g. devices=['worker:0']")
     names = [d.name for d in found]
-    twice = {n for n in names if names.count(n) > 1}
+    twice = [n for n, times in Counter(names).items() if times > 1]
     if twice:
         raise PlacementError(f"device {sorted(twice)[0]!r} is given twice; name each device once")
     return found

@@ -136,7 +136,6 @@ def test_the_public_names_are_there_and_documented() -> None:
     [
         ("SharedMemory", "fm.ParameterServer()"),
         ("Coded", "fm.Quorum(0.75)"),
-        ("SimulatedCluster", "delays="),
     ],
 )
 def test_a_name_that_is_still_to_come_says_what_there_is(name: str, instead: str) -> None:

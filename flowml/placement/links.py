@@ -45,10 +45,14 @@ ASSUMED: Mapping[str, Link] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Links:
-    """The link of every ordered pair of devices. `pairs` is keyed by names of workers (or "driver") or of devices."""
+    """The link of every ordered pair of devices. `pairs` is keyed by names of workers (or "driver") or of devices.
+
+    `apart` says that each worker is known to be a machine of its own.
+    """
 
     default: Link = ASSUMED[""]
     pairs: Mapping[tuple[str, str], Link] = field(default_factory=dict[tuple[str, str], Link])
+    apart: bool = False
 
     def between(self, source: str, destination: str) -> Link:
         """The link from device to device: their own, else that of their workers, else the default."""
@@ -64,7 +68,13 @@ def machines(links: Links, workers: Sequence[str]) -> tuple[int, ...]:
     Workers without known links share one machine. Workers that use gRPC count as separate machines even on one
     machine, because their links cost as much.
     """
+    if links.apart:
+        return tuple(range(len(workers)))
     return tuple(next(i for i, a in enumerate(workers) if a == b or links.between(a, b).way != GRPC) for b in workers)
+
+
+_MOST_PAIRS = 64
+"""Homes that add up gradients, above which only the links from each to the next are listed."""
 
 
 def links_used(links: Links, messages: Iterable[Message], stores: Iterable[StoreSpec] = ()) -> tuple[PlanLink, ...]:
@@ -73,6 +83,13 @@ def links_used(links: Links, messages: Iterable[Message], stores: Iterable[Store
     for store in stores:
         for home in dict.fromkeys(store.copies):
             edges += [edge for reader in store.read_from((home,)) for edge in ((reader, home), (home, reader))]
-        edges += permutations(dict.fromkeys(store.homes), 2)
+        edges += _summing(tuple(dict.fromkeys(store.homes)))
     used = [(a, b, links.between(a, b)) for a, b in dict.fromkeys(edges) if a != b]
     return tuple(PlanLink(a, b, link.latency_s, link.bytes_per_s, link.way, link.measured) for a, b, link in used)
+
+
+def _summing(homes: Sequence[str]) -> Iterable[tuple[str, str]]:
+    """The pairs of homes whose links count where they add up gradients."""
+    if len(homes) <= _MOST_PAIRS:
+        return permutations(homes, 2)
+    return zip(homes, (*homes[1:], homes[0]), strict=True)

@@ -30,7 +30,7 @@ from flowml.numbers import whole_number
 from flowml.placement import AutoPlacement, Pipeline, Placement
 from flowml.placement.links import ASSUMED, SAME_PROCESS, Links
 from flowml_runtime import wire
-from flowml_runtime.current import Blocks
+from flowml_runtime.current import blocks
 from flowml_runtime.environment.forks import check_owner, check_startable, is_foreign, this_process
 from flowml_runtime.environment.machine import cores, memory_bytes, share_cores
 from flowml_runtime.execution.future import wait_heeding_signals
@@ -58,7 +58,6 @@ _LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it
 
 _BY_REFERENCE = Links(ASSUMED[SAME_PROCESS])
 _CORE_FLOPS_PER_S = Device("").flops_per_s
-_blocks: Blocks[Cluster] = Blocks()
 
 
 @dataclass(frozen=True)
@@ -323,11 +322,11 @@ class Cluster:
         check_owner(self._owner)
         if self._closed:
             raise ClusterError("this cluster is closed; start another")
-        _blocks.enter(self)
+        blocks.enter(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        _blocks.leave(self)
+        blocks.leave(self)
         self.close()
 
     def __repr__(self) -> str:
@@ -474,9 +473,12 @@ class LaunchedCluster:
 def current_cluster() -> Cluster:
     """The cluster of the innermost `with` block of this thread or task, else that of the process; see `current`.
 
-    Raises ClusterError if there is none.
+    Raises ClusterError if there is none, or if it is simulated.
     """
-    return _blocks.current()
+    found = blocks.current()
+    if not isinstance(found, Cluster):
+        raise ClusterError(f"{found!r} runs fm.Trainer only; use `with fm.Cluster.threads():`, or give cluster=")
+    return found
 
 
 def _names(workers: int) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from flowml.errors import ClusterError
 
@@ -73,3 +73,7 @@ class Blocks(Generic[T]):
         while block is not None and block not in opened:
             block = block.outer
         return block
+
+
+blocks: Blocks[Any] = Blocks()
+"""The open blocks of clusters, real and simulated."""

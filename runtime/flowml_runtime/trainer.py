@@ -32,17 +32,20 @@ from flowml.policy import Policy
 from flowml.training.compiler import TrainingCompiled, TrainingSpec, compile_training
 from flowml.training.step import Weight, name_of
 from flowml.training.variants import difference, placed_alike
-from flowml_runtime.cluster import Cluster, current_cluster
+from flowml_runtime.cluster import Cluster
+from flowml_runtime.current import blocks
 from flowml_runtime.driver.feeding import MAX_SHAPES, batch_structs
 from flowml_runtime.driver.fit import Fit, FitOptions, OnNonFinite, Outcome
 from flowml_runtime.driver.history import Record
 from flowml_runtime.driver.interrupts import heeding_interrupts
 from flowml_runtime.driver.probe import mean_warning
 from flowml_runtime.driver.progress import shown
-from flowml_runtime.driver.session import LoadedPlan, Session
+from flowml_runtime.driver.session import LoadedPlan
 from flowml_runtime.driver.tables import layer_table
+from flowml_runtime.driver.training_session import TrainingCluster, TrainingSession
 from flowml_runtime.protocol.training.ledger import Summary
 from flowml_runtime.protocol.training.terms import Terms
+from flowml_runtime.sim.cluster import SimulatedCluster
 
 Callback = Callable[[Record], Any]
 
@@ -56,7 +59,7 @@ class _Program:
     """A training step compiled for one cluster, shapes, dtypes and JAX settings. The first fit loads it."""
 
     compiled: TrainingCompiled
-    session: Session
+    session: TrainingSession
     handle: LoadedPlan | None = None
     next_step: int = 0
 
@@ -90,6 +93,8 @@ class TrainingResult:
 
     `history` is a list of dicts with the keys "step", "epoch", "loss", "seconds" (since the start), "replicas" (whose
     loss is in the mean), and "aux" if the loss returns it. `traffic` counts bytes by layer; `table()` formats it.
+    On a `SimulatedCluster` all seconds are virtual, `virtual_seconds` is their number, `events` that of the events, and
+    `trace_hash` is the same for two runs that did the same at the same times; else these three are None.
     """
 
     params: Any
@@ -99,6 +104,9 @@ class TrainingResult:
     seconds: float
     plan: Plan = field(repr=False)
     traffic: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
+    virtual_seconds: float | None = None
+    trace_hash: str | None = None
+    events: int | None = None
 
     def table(self) -> str:
         """One line per layer: policy, home, pushes, and their bytes compared with plain gradients every step."""
@@ -113,7 +121,7 @@ class Trainer:
             the examples of the batch, because it is evaluated on shares of a batch and averaged. With `rng`, the key
             of a work item is `fold_in(key(seed), item)`; with several microbatches their index is folded in too.
         optimizer: any `optax.GradientTransformation`.
-        cluster: defaults to the cluster of the current `with` block.
+        cluster: defaults to the cluster of the current `with` block. It may be a `flowml.SimulatedCluster`.
         replicas: the number of copies of the model. Each replica gets an equal share of the global batch.
         placement: how one replica is partitioned; see `flowml.dataflow`. Device names are those of replica 0.
         microbatches: the number of pieces into which the pipeline splits a replica's share of a batch.
@@ -145,7 +153,7 @@ class Trainer:
         loss: Callable[..., Any],
         optimizer: Any,
         *,
-        cluster: Cluster | None = None,
+        cluster: Cluster | SimulatedCluster | None = None,
         replicas: int = 1,
         placement: Placement = "auto",
         microbatches: int = 1,
@@ -161,7 +169,7 @@ class Trainer:
             raise TypeError(
                 f"optimizer must be an optax.GradientTransformation such as optax.adam(1e-3), got {optimizer!r}"
             )
-        if cluster is not None and not isinstance(cluster, Cluster):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(cluster, Cluster | SimulatedCluster | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"cluster={cluster!r} is of type {type(cluster).__name__}; give an fm.Cluster")
         self._spec = TrainingSpec(loss, optimizer, replicas, placement, microbatches, schedule, policies, weight)
         self._cluster = cluster
@@ -249,14 +257,14 @@ class Trainer:
 
     def _look_at_loss(self, program: _Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
         """Warn once if the average of the loss over replicas and microbatches differs from the loss of the batch."""
-        if not self._looked:
+        if not self._looked and program.session.arithmetic:
             self._looked = True
             warning = mean_warning(self._spec, program.compiled.plan, params, source, order, batch_size)
             if warning:
                 warnings.warn(warning, FlowmlWarning, stacklevel=3)
 
-    def _here(self) -> Cluster:
-        cluster = self._cluster if self._cluster is not None else current_cluster()
+    def _here(self) -> TrainingCluster:
+        cluster: TrainingCluster = self._cluster if self._cluster is not None else blocks.current()
         cluster.session.check_owner()
         return cluster
 
@@ -276,7 +284,7 @@ class Trainer:
         leaves = source.arrays if source.arrays is not None else source.take(order[:item])
         return batch_structs(source, leaves, batch_size)
 
-    def _variant(self, cluster: Cluster, base: _Program, params: Any, batch: Any) -> LoadedPlan:
+    def _variant(self, cluster: TrainingCluster, base: _Program, params: Any, batch: Any) -> LoadedPlan:
         """A plan for batches of another shape, whose programs can run steps of the base's plan."""
         program = self._program(cluster, params, batch)
         if difference(base.compiled, program.compiled):  # the shape has led to another placement, for one
@@ -291,7 +299,7 @@ class Trainer:
                 )
         return program.load()
 
-    def _program(self, cluster: Cluster, params: Any, batch: Any, like: _Program | None = None) -> _Program:
+    def _program(self, cluster: TrainingCluster, params: Any, batch: Any, like: _Program | None = None) -> _Program:
         """The program for these ShapeDtypeStructs and the cluster's current devices, compiled if it is new. If `like`
         is given, it is placed as that is."""
         if jit_is_off():
@@ -342,7 +350,7 @@ class Trainer:
                 )
         return jax.tree_util.tree_map(_own, opt_state)
 
-    def _check_delays(self, cluster: Cluster) -> None:
+    def _check_delays(self, cluster: TrainingCluster) -> None:
         workers = dict.fromkeys(d.worker for d in cluster.devices)
         for worker in self._delays:
             if worker not in workers:
@@ -404,6 +412,7 @@ def _structs(tree: Any, kind: str) -> Any:
 
 def _result(params: Any, state: Any, outcome: Outcome, plan: Plan) -> TrainingResult:
     """The result of a fit that began with this optimizer state and these parameters."""
+    simulated = outcome.simulated
     return TrainingResult(
         params=_restored(params, outcome.params),
         opt_state=_restored(state, outcome.state),
@@ -412,6 +421,9 @@ def _result(params: Any, state: Any, outcome: Outcome, plan: Plan) -> TrainingRe
         seconds=outcome.seconds,
         plan=plan,
         traffic=outcome.traffic,
+        virtual_seconds=simulated.virtual_seconds if simulated else None,
+        trace_hash=simulated.trace_hash if simulated else None,
+        events=simulated.events if simulated else None,
     )
 
 

@@ -33,12 +33,14 @@ from flowml.ir._jax import key_implementation
 from flowml.placement.links import SHARED_MEMORY
 from flowml.plan import ArraySpec, Training
 from flowml.training.compiler import TrainingCompiled
+from flowml.training.step import Metrics
 from flowml_runtime import wire
 from flowml_runtime.driver.feeding import Feeding, Variant, whole
 from flowml_runtime.driver.history import History, Record
 from flowml_runtime.driver.interrupts import Interrupts
 from flowml_runtime.driver.progress import Progress
-from flowml_runtime.driver.session import LoadedPlan, Session
+from flowml_runtime.driver.session import LoadedPlan
+from flowml_runtime.driver.training_session import Simulated, TrainingSession
 from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol
 from flowml_runtime.protocol.training.actions import Received, Release, Send
@@ -48,9 +50,6 @@ from flowml_runtime.protocol.training.terms import Places, Terms
 from flowml_runtime.transport.arrays import own_copy
 
 OnNonFinite = Literal["refuse", "raise", "apply"]
-
-_LOOK_UP_S = 1.0
-"""How often a fit that receives no messages checks that its cluster still exists."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ class Outcome:
     ledger: Summary
     seconds: float
     traffic: Mapping[str, Mapping[str, int]]
+    simulated: Simulated | None
 
 
 class Fit:
@@ -83,7 +83,7 @@ class Fit:
 
     def __init__(
         self,
-        session: Session,
+        session: TrainingSession,
         handle: LoadedPlan,
         source: Source,
         options: FitOptions,
@@ -114,8 +114,12 @@ class Fit:
         )
         terms, places = Terms.of(training, options.total), Places.of(training)
         self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places)
+        computed = session.arithmetic  # else reports have no values, and every loss is NaN
         self._history = History(
-            training, work.clocks_per_epoch, compiled.metrics, leaves_out=options.on_nonfinite == "refuse"
+            training,
+            work.clocks_per_epoch,
+            compiled.metrics if computed else Metrics(),
+            leaves_out=options.on_nonfinite == "refuse" and computed,
         )
         self._payloads: dict[int, Sequence[Any]] = {}
         self._handles = count(1)
@@ -130,11 +134,11 @@ class Fit:
         """Train to the end. If the fit ends early for any reason, the workers are told to stop."""
         self._session.register(self._handle.plan_id, self)
         progress = Progress(self._options.total, self._options.progress)
-        began = time.monotonic()
+        began = self._session.time.now()
 
         def show(records: Sequence[Record], *, over: bool = False) -> None:
             for record in records:
-                record["seconds"] = time.monotonic() - began
+                record["seconds"] = self._session.time.now() - began
                 progress.show(record)
                 for callback in callbacks:
                     callback(record)
@@ -146,7 +150,7 @@ class Fit:
                 self._step(self._event(*self._next()))
                 show(self._history.ready())
             show(self._history.rest(), over=True)
-            seconds = time.monotonic() - began
+            seconds = self._session.time.now() - began
         finally:
             progress.close()
             self._stop()
@@ -170,7 +174,7 @@ class Fit:
             self._interrupts.check()
             gone = self._handle.steps.stopped
             try:
-                return self._inbox.get(timeout=_LOOK_UP_S)
+                return self._session.time.next(self._inbox)
             except queue.Empty:
                 if time.monotonic() - asked >= self._session.deadline_s:  # the report of a failure may have been lost
                     asked = time.monotonic()
@@ -204,7 +208,7 @@ class Fit:
             seed=options.seed,
             shuffle=options.shuffle,
             examples=self._source.examples,
-            source="shipped" if self._source.arrays is not None else "fed",
+            source="fed" if self._source.arrays is None and self._session.arithmetic else "shipped",
             delays=tuple(options.delays.items()),
             check_replicas=options.check_replicas,
             on_nonfinite=options.on_nonfinite,
@@ -293,6 +297,8 @@ class Fit:
 
     def _ship(self) -> None:
         """Send each worker the whole leaves that its stages read, once."""
+        if not self._session.arithmetic:
+            return
         assert self._source.arrays is not None
         specs = self._training.batch_specs
         by_worker: dict[str, set[int]] = {}
@@ -380,7 +386,9 @@ class Fit:
             nonfinite=self._history.nonfinite_counts(),
             nonfinite_losses=dict(self._history.nonfinite_losses),
         )
-        return Outcome(final, states, self._history.records, summary, seconds, self._bytes())
+        return Outcome(
+            final, states, self._history.records, summary, seconds, self._bytes(), self._session.time.simulated()
+        )
 
     def _order(self, epoch: int) -> np.ndarray:
         """The order of an epoch. Two orders are kept, because independent replicas may be in different epochs."""

@@ -23,6 +23,7 @@ from flowml_runtime import wire
 from flowml_runtime.driver import loading as shipping
 from flowml_runtime.driver.call_io import Feeder, Restorer
 from flowml_runtime.driver.loading import Loading
+from flowml_runtime.driver.real_time import RealTime
 from flowml_runtime.driver.residents import MAX_PROGRAMS, Residents
 from flowml_runtime.driver.steps import Steps, unloaded
 from flowml_runtime.environment.forks import check_owner, is_foreign, this_process
@@ -41,8 +42,6 @@ IN_FLIGHT_BYTES = 512 * 2**20
 
 TELL_S = 1.0
 """How long sending a message about an ended step or plan may wait for room. Receiving threads send such messages."""
-
-
 CHECK_S = 60.0
 """How often steps are looked at whose workers have sent nothing for long, or more often with short deadlines."""
 
@@ -117,6 +116,8 @@ class Session:
         self._owner = this_process()
         self.endpoint = endpoint
         self.remedy = remedy
+        self.arithmetic = True
+        self.time = RealTime()
         self.recorder = Recorder()
         """Records the decisions of the driver's state machines while a trace is taken."""
         self._devices = tuple(devices)
@@ -189,7 +190,7 @@ class Session:
                 loading.wait()  # no deadline: the wait itself is bounded by LOAD_DEADLINE_S
             only = self._local.get(workers[0]) if len(plan.programs) == 1 else None
             local = only.local_step(plan_id) if only is not None else None
-            handle = _handle(plan_id, plan, workers, self._in_flight, local)
+            handle = loaded(plan_id, plan, workers, self._in_flight, local)
             with self._lock:
                 self._check_open()
                 self._plans[plan_id] = handle
@@ -487,7 +488,8 @@ def _unreachable(message: wire.Unreachable) -> str:
     return f"{message.worker} cannot reach it: {message.reason}"
 
 
-def _handle(plan_id: str, plan: Plan, workers: tuple[str, ...], in_flight: int, local: LocalStep | None) -> LoadedPlan:
+def loaded(plan_id: str, plan: Plan, workers: tuple[str, ...], in_flight: int, local: LocalStep | None) -> LoadedPlan:
+    """The handle of a plan that `workers` have loaded."""
     sources = {s: p.device for p in plan.programs for i in p.instructions if isinstance(i, Fetch) for s in i.slots}
     ports: list[_FeedPort] = []
     for program in plan.programs if plan.training is None else ():

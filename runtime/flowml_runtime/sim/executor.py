@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowml.plan import Feed, Fetch, Free, Push, Read, Recv, Run, Send
 from flowml_runtime import wire
+from flowml_runtime.execution.step_program import StepFault
 from flowml_runtime.protocol.rendezvous import Cancelled
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Start, StepFinished
 from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At, StageProgram
 from flowml_runtime.sim.values import Value
+from flowml_runtime.worker.training.own_values import OwnRhythm
 
 if TYPE_CHECKING:
     from flowml_runtime.sim.node import Node
@@ -49,6 +51,12 @@ class Executor:
         """What the Recv at this position waits for: empty until it is here."""
         self._versions: dict[int, int] = {}
         """Store -> the version that this step has read."""
+        self._own = {
+            store: OwnRhythm(self._world.terms.stores[store].policy)
+            for store in self._world.layout.local
+            if self._world.terms.stores[store].stages[0] == at[1]
+        }
+        """The stores whose parameters this replica updates itself."""
         self._abandoned = False
 
     def start(self, step: Start) -> None:
@@ -75,7 +83,7 @@ class Executor:
         instructions = self._program.instructions
         if self._position == 0 and self._lacks_batch():
             return
-        while (step := self._step) is not None and not self._computes:
+        while (step := self._step) is not None and not self._computes and self._node.lives:
             if self._position == len(instructions) or self._is_over(step):
                 self._finish(step)
                 return
@@ -99,8 +107,17 @@ class Executor:
         self._step, self.waits = None, False
         self._node.batches.discard(step.item.sequence)
         if self._position == len(self._program.instructions):
+            self._return_states(step)
             self._report(step)
         self._node.tell(StepFinished(self._node.start.run, step.replica, step.stage, step.clock, step.cause))
+
+    def _return_states(self, step: Start) -> None:
+        """After the last step, send the driver the own optimizer state. That of replica 0 stands for all."""
+        if step.replica or not self._own or not self._machine.ends(step.clock):
+            return
+        for store in self._own:
+            message = wire.OwnState(**self._node.ids, cause=step.cause, store=store, replica=0)
+            self._node.send(DRIVER, message, self._world.values.own_state(self.at, store))
 
     def _report(self, step: Start) -> None:
         world = self._world
@@ -122,11 +139,23 @@ class Executor:
     # The instructions. Each returns whether it is done; if not, it is tried again when something has happened.
 
     def _read(self, step: Start, read: Read) -> bool:
-        if not self._machine.may_read(read.store, step.clock):
+        own = self._own.get(read.store)
+        if own is not None and not own.takes(step.clock):
+            return self._perform(step)
+        shown = self._shown(step, read.store)
+        if shown is None or (own is not None and read.store not in self._node.states):
             return False
-        shown = self._node.shown[read.store]
-        self._versions[read.store] = shown[0]
-        return self._perform(shown)
+        if own is not None:
+            own.took(step.clock)
+        return self._perform(step, shown)
+
+    def _shown(self, step: Start, store: int) -> tuple[int, Value] | None:
+        """The newest version of a store, once it is fresh enough for this step."""
+        if not self._machine.may_read(store, step.clock):
+            return None
+        shown = self._node.shown[store]
+        self._versions[store] = shown[0]
+        return shown
 
     def _recv(self, step: Start, recv: Recv) -> bool:
         given = self._given
@@ -142,7 +171,7 @@ class Executor:
         if not given:
             return False
         self._given = None
-        return self._perform(given[0])
+        return self._perform(step, given[0])
 
     def _run(self, step: Start, run: Run) -> bool:
         world, program = self._world, self._program
@@ -158,12 +187,12 @@ class Executor:
             return
         self.waits = True
         if not self._is_over(step):
-            self._perform(None)
+            self._perform(step)
             self._position += 1
         self.walk()
 
     def _send(self, step: Start, send: Send) -> bool:
-        value = self._world.values.perform(self._state, self._position, None)
+        value = self._value(step)
         edge = self._program.edges[send.message]
         key = (edge.to, self._number(step), send.message, send.microbatch)
         self._world.send_edge(self._node.name, edge, key, value)
@@ -172,11 +201,17 @@ class Executor:
     def _push(self, step: Start, push: Push) -> bool:
         world, node = self._world, self._node
         store, part = push.store, push.part
-        own = world.values.perform(self._state, self._position, None)
-        total = self._gather(step, store, part, own)
+        rhythm = self._own.get(store)
+        if rhythm is None:
+            total = self._gather(step, store, part, self._value(step))
+        else:
+            mixed = self._shown(step, store) if rhythm.mixes and self._machine.pushes(store, step.clock) else (0, None)
+            if mixed is None:
+                return False
+            total = self._update(step, store, mixed[1])
         if total is None:
             return True
-        weight = total.steps * world.terms.microbatches
+        weight = 1 if rhythm is not None else total.steps * world.terms.microbatches
         if world.terms.stores[store].collective:
             world.collectives.push(node.name, step, store, part, weight, total.value)
             return True
@@ -188,6 +223,19 @@ class Executor:
         for home in sent.to:
             node.send(home, message, value, nbytes if value is not None else 0)
         return True
+
+    def _update(self, step: Start, store: int, mixed: Value) -> Sum[Value] | None:
+        """Update the own parameters of a store. Returns what the step pushes of them; None if it pushes nothing."""
+        world, node = self._world, self._node
+        gradient = self._value(step)
+        if node.start.on_nonfinite == "apply" or world.values.is_finite(store, 0, gradient):
+            world.values.update(self.at, store, gradient)
+        else:
+            whose = f"which replica {step.replica} computes"
+            world.refuse(node, store, step.clock, (step.replica,), whose)
+        if not self._machine.pushes(store, step.clock):
+            return None
+        return Sum(world.values.own(self.at, store, step.clock, mixed), 1)
 
     def _gather(self, step: Start, store: int, part: int, own: Value) -> Sum[Value] | None:
         """What the step pushes; None if it does not push, and leaves its gradient here."""
@@ -203,12 +251,20 @@ class Executor:
         gathered.gather(step.clock, own)
         return None
 
-    def _perform(self, given: Any) -> bool:
-        self._world.values.perform(self._state, self._position, given)
+    def _perform(self, step: Start, given: Any = None) -> bool:
+        self._value(step, given)
         return True
 
+    def _value(self, step: Start, given: Any = None) -> Value:
+        """Carry out the arithmetic of the instruction."""
+        try:
+            return self._world.values.perform(self._state, self._position, given)
+        except StepFault as fault:
+            self._world.fail(self._node, self._number(step), fault.__cause__ or fault, fault.node)
+            return None
+
     def _keep(self, step: Start, instruction: Feed | Fetch | Free) -> bool:
-        return self._perform(None)
+        return self._perform(step)
 
     _DO: ClassVar[dict[type, Callable[[Executor, Start, Any], bool]]] = {
         Feed: _keep,

@@ -56,6 +56,8 @@ class Node:
         """Store -> (version, value) as read here."""
         self.batches: set[int] = set()
         """The work items whose data are here, if the driver feeds them."""
+        self.states: set[int] = set()
+        """The stores whose own optimizer state is here, if replicas update their parameters themselves."""
         self.payloads: dict[int, Value] = {}
         """The values of the machine's handles."""
         self.stages: dict[At, Executor] = {}
@@ -111,6 +113,7 @@ class Node:
         self.shown.clear()
         self._news.clear()
         self.batches.clear()
+        self.states.clear()
         self.stages = {at: Executor(self, at, programs[at]) for at in places.stages_on(self.name)}
         for at in self.stages:
             self.mailbox.advance(at, action.start.run)
@@ -177,6 +180,8 @@ class Node:
         value = None if action.handle is None else self.payloads.pop(action.handle)
         if isinstance(action.message, wire.Batch):
             self.batches.add(action.message.sequence)
+        elif isinstance(action.message, wire.OwnState):
+            self.states.add(action.message.store)
         self.world.values.hand(self.name, action.message, value)
 
     def _fail(self, action: protocol.Fail) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from flowml.plan import Instruction, Plan, Run, Send, Training
+from flowml.plan import Instruction, Plan, Push, Run, Send, Training
 
 At = tuple[int, int]
 """(replica, stage)"""
@@ -70,10 +70,21 @@ def programs(plan: Plan, training: Training) -> dict[At, StageProgram]:
 
 
 def _shares(plan: Plan, stages: Sequence[Sequence[Instruction]]) -> dict[int, tuple[float, ...]]:
-    """For each stage of a replica, the share of each instruction; all of them together are 1."""
-    seconds = [[plan.tasks[i.task].seconds if isinstance(i, Run) else 0.0 for i in stage] for stage in stages]
+    """For each stage of a replica, the share of each instruction; all of them together are 1.
+
+    Tasks after the last push and send of a stage have no share: they make only what is reported, such as the loss.
+    """
+    counted = [_counted(stage) for stage in stages]
+    seconds = [[plan.tasks[i.task].seconds if isinstance(i, Run) else 0.0 for i in row] for row in counted]
     total = sum(map(sum, seconds))
     if total <= 0:  # no estimate: all tasks take the same time
-        seconds = [[float(isinstance(i, Run)) for i in stage] for stage in stages]
-        total = sum(map(sum, seconds))
-    return {s: tuple(x / total for x in row) for s, row in enumerate(seconds)}
+        seconds = [[float(isinstance(i, Run)) for i in row] for row in counted]
+        total = sum(map(sum, seconds)) or 1.0
+    padded = [row + [0.0] * (len(stage) - len(row)) for row, stage in zip(seconds, stages, strict=True)]
+    return {s: tuple(x / total for x in row) for s, row in enumerate(padded)}
+
+
+def _counted(instructions: Sequence[Instruction]) -> Sequence[Instruction]:
+    """The instructions up to the last one that sends; all if none does."""
+    last = max((n for n, i in enumerate(instructions) if isinstance(i, Push | Send)), default=len(instructions) - 1)
+    return instructions[: last + 1]

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from flowml_runtime import wire
 from flowml_runtime.protocol.collective import Schedule, SendChunk
 from flowml_runtime.protocol.training.actions import Start
@@ -75,6 +77,18 @@ class Values(Protocol):
         """The sum of two gradients of one part, for a push of several steps."""
         ...
 
+    def update(self, at: At, store: int, gradient: Value) -> None:
+        """Update the parameters that a replica keeps itself. A Read with something `given` takes that before."""
+        ...
+
+    def own(self, at: At, store: int, clock: int, mixed: Value) -> Value:
+        """What a replica sends of such parameters. It is pulled to the global ones, `mixed`, if they are given."""
+        ...
+
+    def own_state(self, at: At, store: int) -> Value:
+        """The optimizer state for such parameters."""
+        ...
+
     def is_finite(self, store: int, part: int, value: Value) -> bool:
         """Whether a gradient may be applied."""
         ...
@@ -104,10 +118,11 @@ class Values(Protocol):
         ...
 
     def hand(self, worker: str, message: wire.TrainingMessage, value: Value) -> None:
-        """A Source or a Batch has arrived."""
+        """A Source, a Batch or an OwnState has arrived."""
         ...
 
 
+_NAN = np.array(np.nan, np.float32)
 NO_ARRAYS: Value = ()
 """The arrays of a message that would have some."""
 
@@ -117,22 +132,32 @@ class Nothing:
 
     computes = False
 
-    def __init__(self, slots: int) -> None:
-        """`slots` is the number of values that a step reports, over all stages; the last stage reports them."""
+    def __init__(self, slots: Sequence[tuple[int, ...]]) -> None:
+        """`slots` are those that each stage fetches."""
         self._held: dict[int, Value] = {}
-        self._report = tuple(range(slots)), (float("nan"),) * slots
+        self._states: dict[int, Value] = {}
+        self._reports = tuple((found, (_NAN,) * len(found)) if found else None for found in slots)
 
-    def begin(self, at: At, start: Start) -> None:
-        return None
+    def begin(self, at: At, start: Start) -> int:
+        return at[1]
 
-    def perform(self, state: None, position: int, given: Any) -> Value:
+    def perform(self, state: int, position: int, given: Any) -> Value:
         return NO_ARRAYS
 
-    def report(self, state: None) -> Report:
-        return self._report
+    def report(self, state: int) -> Report | None:
+        return self._reports[state]
 
     def add(self, at: At, store: int, part: int, a: Value, b: Value) -> Value:
         return NO_ARRAYS
+
+    def update(self, at: At, store: int, gradient: Value) -> None:
+        return None
+
+    def own(self, at: At, store: int, clock: int, mixed: Value) -> Value:
+        return NO_ARRAYS
+
+    def own_state(self, at: At, store: int) -> Value:
+        return self._states.get(store, NO_ARRAYS)
 
     def is_finite(self, store: int, part: int, value: Value) -> bool:
         return True
@@ -156,4 +181,5 @@ class Nothing:
         return self._held[store]
 
     def hand(self, worker: str, message: wire.TrainingMessage, value: Value) -> None:
-        return None
+        if isinstance(message, wire.OwnState):
+            self._states[message.store] = value

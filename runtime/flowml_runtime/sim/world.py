@@ -10,7 +10,7 @@ It interprets the actions of the same machines as the real host (`protocol.train
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import msgspec
@@ -48,6 +48,8 @@ class Layout:
     sizes: Sizes
     names: Sequence[str]
     """The name of each store."""
+    local: frozenset[int] = frozenset()
+    """The stores whose parameters replicas update themselves."""
 
     @staticmethod
     def of(plan: Plan) -> Layout:
@@ -62,7 +64,12 @@ class Layout:
             [s.parts for s in stores],
             Sizes.of(training),
             [s.name for s in stores],
+            frozenset(i for i, s in enumerate(stores) if s.local is not None),
         )
+
+    def lasting(self, total_clocks: int) -> Layout:
+        """The layout for a run of so many clocks."""
+        return replace(self, terms=self.terms.lasting(total_clocks))
 
 
 @dataclass
@@ -77,6 +84,7 @@ class World:
     to_driver: Callable[[str, wire.Wire, Value], None]
     numbers: Mapping[str, int]
     """The number of each worker, for the models."""
+    run: int = 0
     tamper: Tamper | None = None
     stepped: Callable[[Node], None] = lambda node: None
     """Called after each event of a worker's machine."""
@@ -93,8 +101,6 @@ class World:
 
     def deliver(self, worker: str, message: wire.TrainingMessage, value: Value = None) -> None:
         """The driver sends a message to a worker."""
-        if isinstance(message, wire.StartTraining):
-            self.delays = dict(message.delays)
         self.wires.send(DRIVER, worker, 0, self.nodes[worker].receive, DRIVER, message, value)
 
     def send(self, source: str, to: str, message: wire.Wire, value: Value = None, nbytes: int = 0) -> None:
@@ -123,7 +129,7 @@ class World:
         if self.values.is_finite(message.store, part, value) or node.start.on_nonfinite == "apply":
             return message, value
         whose = f"which replica {message.replica} sends"
-        self._refuse(node, message.store, message.clock, (message.replica,), whose)
+        self.refuse(node, message.store, message.clock, (message.replica,), whose)
         return msgspec.structs.replace(message, weight=0, empty=True), None
 
     def checked_sum(self, node: Node, message: Any, value: Value, own: Mapping[int, Value]) -> tuple[Any, Value]:
@@ -133,19 +139,21 @@ class World:
             return message, value
         bad = tuple(r for r in sorted(own) if not self.values.is_finite(store, part, own[r]))
         whose = f"which replicas {', '.join(map(str, bad))} send" if bad else "added up over all replicas"
-        self._refuse(node, store, message.clock, bad, whose)
+        self.refuse(node, store, message.clock, bad, whose)
         return msgspec.structs.replace(message, weight=0, empty=True), None
 
-    def _refuse(self, node: Node, store: int, clock: int, replicas: tuple[int, ...], whose: str) -> None:
+    def refuse(self, node: Node, store: int, clock: int, replicas: tuple[int, ...], whose: str) -> None:
+        """A gradient is not finite: report that it is left out, or end the fit."""
         if node.start.on_nonfinite == "raise":
             error = FlowmlError(sentence(self.layout.names[store], whose))
             self.fail(node, node.start.run + clock, error)
             return
         self.send(node.name, DRIVER, wire.NonFinite(**node.ids, store=store, clock=clock, replicas=replicas))
 
-    def fail(self, node: Node, step: int, error: BaseException) -> None:
-        """A worker reports a failure to the driver."""
-        self.send(node.name, DRIVER, step_failed(node.ids["plan_id"], step, node.name, "training", error))
+    def fail(self, node: Node, step: int, error: BaseException, what: str = "training") -> None:
+        """A worker reports a failure to the driver, which ends the fit, and does nothing more."""
+        self.send(node.name, DRIVER, step_failed(node.ids["plan_id"], step, node.name, what, error))
+        node.lives = False
 
     def silence(self, worker: str) -> None:
         """A worker stops: it does nothing more, and messages to it are lost."""

@@ -80,7 +80,7 @@ class GroupId:
     group: int = 0
 
 
-class _Flight:
+class Flight:
     """One all-reduce of a bucket on this rank. `lock` guards its machine and its values."""
 
     def __init__(
@@ -236,14 +236,14 @@ class Group:
         self._pick = pick
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
-        self._flights: dict[Slot, _Flight] = {}
+        self._flights: dict[Slot, Flight] = {}
         self._latest: dict[int, int] = {}
         """Bucket -> the clock of its newest all-reduce that has begun here."""
         self._early: dict[int, list[tuple[str, wire.Collective, Sequence[Array]]]] = {}
         self._lost: dict[str, str] = {}
         self._broken: FlowmlError | None = None
         self._pool = BufferPool()
-        self._inbox: queue.SimpleQueue[tuple[_Flight, Started | Received] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Flight, Started | Received] | None] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._threads = [
             service.start(
@@ -277,17 +277,17 @@ class Group:
         WorkerLostError or DeadlineError, naming the bucket and the missing member. Raises UnsupportedError for a dtype
         that cannot be added, ProtocolError for a bucket that has a running all-reduce.
         """
-        source = _flat(arrays)
+        source = flat(arrays)
         shapes = [np.shape(a) for a in arrays]
         accumulator(source.dtype)
         name = f"bucket {bucket} at clock {clock}"
-        future: Future[Sums] = Future(f"the all-reduce of {name}", lambda total: _parts(total, shapes))
+        future: Future[Sums] = Future(f"the all-reduce of {name}", lambda total: parts_of(total, shapes))
         schedule = schedule or self._pick(source.nbytes, self._hosts)
         if not source.size or schedule.ranks == 1:
             future.complete(source)
             return future
         deadline = time.monotonic() + self._deadline_s
-        flight = _Flight(name, (bucket, clock), source, schedule, self.rank, future, deadline)
+        flight = Flight(name, (bucket, clock), source, schedule, self.rank, future, deadline)
         early = self._register(flight)
         self._start(flight)
         try:
@@ -329,7 +329,7 @@ class Group:
             if thread is not threading.current_thread():
                 thread.join(_JOIN_S)
 
-    def _register(self, flight: _Flight) -> list[tuple[str, wire.Collective, Sequence[Array]]]:
+    def _register(self, flight: Flight) -> list[tuple[str, wire.Collective, Sequence[Array]]]:
         """Let the flight receive messages. Returns the messages that arrived before."""
         bucket, clock = flight.key
         with self._lock:
@@ -352,13 +352,13 @@ class Group:
             raise ProtocolError(f"{peer} is too far ahead: bucket {message.bucket} at clock {message.clock} from it")
         kept.append((peer, message, arrays))
 
-    def _start(self, flight: _Flight) -> None:
+    def _start(self, flight: Flight) -> None:
         if flight.inline:
             self._step(flight, Started())
         else:
             self._inbox.put((flight, Started()))
 
-    def _hand(self, flight: _Flight, peer: str, message: wire.Collective, arrays: Sequence[Array]) -> None:
+    def _hand(self, flight: Flight, peer: str, message: wire.Collective, arrays: Sequence[Array]) -> None:
         rank = self._ranks.get(peer)
         if rank is None or (message.bucket, message.clock) != flight.key:
             raise ProtocolError(f"{peer} sent for bucket {message.bucket} at clock {message.clock}, not {flight.name}")
@@ -385,7 +385,7 @@ class Group:
                     missing = [self._members[r] for r in flight.machine.waits_for()]
                 self._fail(flight, self._deadline_error(flight.name, missing))
 
-    def _step(self, flight: _Flight, event: Started | Received) -> None:
+    def _step(self, flight: Flight, event: Started | Received) -> None:
         """Process an event. The lock is held while values are read or written, and released before sending."""
         try:
             with flight.lock:
@@ -405,7 +405,7 @@ class Group:
             _log.exception("%s could not be added up", flight.name)
             self._fail(flight, FlowmlError(f"{flight.name} could not be added up: {type(error).__name__}: {error}"))
 
-    def _send_chunk(self, flight: _Flight, action: SendChunk, values: Buffer) -> None:
+    def _send_chunk(self, flight: Flight, action: SendChunk, values: Buffer) -> None:
         bucket, clock = flight.key
         message = wire.Collective(
             plan_id=self._identity.plan_id,
@@ -421,11 +421,11 @@ class Group:
             self._sent[bucket] += values.nbytes
         self._send(self._members[action.peer], message, (values,))
 
-    def _drop(self, flight: _Flight) -> None:
+    def _drop(self, flight: Flight) -> None:
         with self._lock:
             self._flights.pop(flight.key, None)
 
-    def _fail(self, flight: _Flight, error: FlowmlError) -> None:
+    def _fail(self, flight: Flight, error: FlowmlError) -> None:
         """End a flight with an error. Its partial sums are dropped."""
         self._drop(flight)
         flight.future.complete(None, error)
@@ -453,7 +453,7 @@ class Group:
         )
 
 
-def _flat(arrays: Sequence[Array]) -> Buffer:
+def flat(arrays: Sequence[Array]) -> Buffer:
     """The arrays concatenated to one row. A single array becomes a view."""
     flat = [np.asarray(a).reshape(-1) for a in arrays]
     if len({a.dtype for a in flat}) != 1:
@@ -464,7 +464,7 @@ def _flat(arrays: Sequence[Array]) -> Buffer:
     return np.concatenate(flat, out=row)
 
 
-def _parts(total: Buffer, shapes: Sequence[tuple[int, ...]]) -> Sums:
+def parts_of(total: Buffer, shapes: Sequence[tuple[int, ...]]) -> Sums:
     """The arrays in a concatenated row, as views."""
     parts: Sums = []
     at = 0

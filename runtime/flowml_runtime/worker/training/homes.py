@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import numpy as np
 
 from flowml.devices import worker_of
-from flowml.errors import FlowmlError
-from flowml.plan import ArraySpec, StoreSpec
+from flowml.plan import StoreSpec
 from flowml_runtime import wire
 from flowml_runtime.execution.lane import Lane
-from flowml_runtime.execution.programs import Array, LoadedProgram, aligned_copy, buffer_struct
+from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import host_view
 from flowml_runtime.protocol.training.actions import Apply, Load, Publish, Return
 from flowml_runtime.protocol.training.terms import RETIRED
-from flowml_runtime.transport.arrays import aligned_empty
 from flowml_runtime.worker.training.agreement import Agreement
+from flowml_runtime.worker.training.applying import Given, applied
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
 from flowml_runtime.worker.training.run import Fault, Run
 
@@ -44,9 +42,6 @@ class _Held:
     clock: int = 0
     """The floor of the newest publication. If all replicas share one clock, the next contribution has this clock."""
 
-
-Given = tuple[list[Array], float]
-"""The payloads of a contribution's parts, and its coefficient."""
 
 _Job = tuple[int, Callable[[], None]]
 """(store, the work to do for it)"""
@@ -131,38 +126,11 @@ class Homes:
         held = self._held[store]
         recorder, step = self._run.recorder, self._run.step_of(version)
         with recorder.record(f"{held.home} home", "apply", f"store {held.spec.name}", step):
-            results = self._applied(held, given)
+            results = applied(held.program, held.spec, held.params, held.state, given)
             if recorder.on:
                 jax.block_until_ready(results)  # otherwise the recorder would not see the end of the task
         split = len(held.spec.specs)
         held.params, held.state = list(results[:split]), list(results[split:])
-
-    def _applied(self, held: _Held, given: Sequence[Given]) -> Sequence[Array]:
-        """The new parameters and state. Contributions are added in the given order."""
-        applies, tasks = held.spec.applies, held.program.tasks
-        if len(given) <= applies.width:
-            return tasks[applies.apply](*held.params, *held.state, *self._arguments(held.spec, given))
-        if applies.fold is None or applies.finish is None:
-            raise FlowmlError(f"{len(given)} contributions at once, but the plan has no task that folds more than one")
-        total: Sequence[Array] = [_zeros(s) for s in applies.accumulator]
-        for first in range(0, len(given), applies.width):
-            some = given[first : first + applies.width]
-            total = tasks[applies.fold](*total, *self._arguments(held.spec, some))
-        return tasks[applies.finish](*held.params, *held.state, *total)
-
-    def _arguments(self, spec: StoreSpec, given: Sequence[Given]) -> list[Array]:
-        """The coefficients, and the contributions. The first one fills the places of those that are missing.
-
-        Where gradients carry weights, only the ratios of coefficients count.
-        """
-        applies = spec.applies
-        dtype = self._run.plan.tasks[applies.apply].inputs[len(spec.specs) + len(spec.state_specs)].dtype
-        rows = np.zeros((2, applies.width), dtype)
-        unit = given[0][1] if applies.weighted else 1
-        for i, (_, coefficient) in enumerate(given):
-            rows[:, i] = coefficient / unit
-        payloads = [arrays for arrays, _ in given] + [given[0][0]] * (applies.width - len(given))
-        return [aligned_copy(rows), *(array for arrays in payloads for array in arrays)]
 
     def _publish(self, action: Publish) -> None:
         """Give the parameters to the publisher, which lends them to readers, so no apply may overwrite them.
@@ -216,10 +184,3 @@ class Homes:
     def _send_published(self, worker: str, message: wire.Published, arrays: Arrays, timeout_s: float | None) -> None:
         self._run.send(worker, message, arrays, timeout_s)
         self._run.count_publish(message.store, sum(s.nbytes for s in message.specs), worker)
-
-
-def _zeros(spec: ArraySpec) -> Array:
-    struct = buffer_struct(spec)
-    zeros = aligned_empty(spec.nbytes).view(struct.dtype).reshape(struct.shape)
-    zeros[...] = 0
-    return zeros

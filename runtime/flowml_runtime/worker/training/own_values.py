@@ -11,47 +11,60 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from flowml.plan import StoreSpec, Training
-from flowml.policy import Mix
+from flowml.policy import Mix, Policy
 from flowml_runtime.execution.programs import Array, TaskFunction, aligned_copy
 
 
-class OwnValues:
+class OwnRhythm:
+    """When a replica takes the global parameters of a store whose values it updates itself."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.every = policy.every
+        self.mixes = isinstance(policy.apply, Mix)
+        """Whether the replica is pulled to the global parameters when it pushes, and never takes them later."""
+        self._taken = -1
+
+    @property
+    def began(self) -> bool:
+        """Whether it has taken any."""
+        return self._taken >= 0
+
+    def takes(self, clock: int) -> bool:
+        """Whether the step of `clock` begins with a take."""
+        return self._taken < 0 or (not self.mixes and self.every.taken(clock) > self._taken)
+
+    def took(self, clock: int) -> None:
+        """The step of `clock` has taken them."""
+        self._taken = self.every.taken(clock)
+
+
+class OwnValues(OwnRhythm):
     """The buffers of one store. The executor's thread uses them, and no other."""
 
     def __init__(self, spec: StoreSpec, training: Training, tasks: Mapping[int, TaskFunction], dtype: str) -> None:
         """`dtype` is that of the coefficients, which divide by the number of microbatches."""
         assert spec.local is not None
+        super().__init__(spec.policy)
         self.spec = spec
         self.params: Sequence[Array] = ()
         self.state: Sequence[Array] = ()
         self.started: Sequence[Array] = ()
         """The global parameters that it took last, or those at the beginning of a round of gossip."""
-        self._taken = -1
         self._update = tasks[spec.local.update]
         self._send = None if spec.local.send is None else tasks[spec.local.send]
         self._take = None if spec.local.take is None else tasks[spec.local.take]
         self._coefficients = aligned_copy(np.full((2, 1), 1 / training.microbatches, dtype))
         self._own = len(spec.local.state) - spec.local.outer
         """The leaves of state that are not those of an outer optimizer."""
-        self._mixes = isinstance(spec.policy.apply, Mix)
-
-    @property
-    def mixes(self) -> bool:
-        """Whether the replica is pulled to the global parameters when it pushes, and never takes them later."""
-        return self._mixes
-
-    def takes(self, clock: int) -> bool:
-        """Whether the step of `clock` begins with a take."""
-        return self._taken < 0 or (not self._mixes and self.spec.policy.every.taken(clock) > self._taken)
 
     def take(self, clock: int, values: Sequence[Array]) -> None:
         """Take the global parameters, or a mixture of them and the own ones."""
-        if self._take is None or self._taken < 0:
+        if self._take is None or not self.began:
             self.params = self.started = values
         else:
             results = self._take(*values, *self.params, *self.started)
             self.params, self.started = results[: len(values)], results[len(values) :]
-        self._taken = self.spec.policy.every.taken(clock)
+        self.took(clock)
 
     def update(self, gradients: Sequence[Array]) -> None:
         """Do one step of the optimizer with the sum of the gradients of all microbatches."""

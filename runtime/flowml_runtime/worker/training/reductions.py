@@ -114,7 +114,7 @@ class Reductions:
                 if len(waiting) < len(bucket.replicas):
                     return
                 own = self._waiting.pop(key)
-            arrays = [_sum([np.asarray(own[r][i]) for r in bucket.replicas]) for i in range(len(arrays))]
+            arrays = [sum_of([np.asarray(own[r][i]) for r in bucket.replicas]) for i in range(len(arrays))]
         began = now_ns()
         try:
             future = bucket.group.all_reduce(bucket.number, given.clock, arrays, bucket.schedule)
@@ -200,7 +200,7 @@ class Reductions:
         self._on_fault(self._run.step_of(given.clock), f"store {name}", error)
 
 
-def _sum(arrays: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+def sum_of(arrays: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """The sum of the arrays, added in this order."""
     flat = [a.reshape(-1) for a in arrays]
     total = aligned_empty(flat[0].nbytes).view(flat[0].dtype)

@@ -14,13 +14,12 @@ import queue
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
-from flowml.data import epoch_order
 from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import ArraySpec, StoreSpec
 from flowml.plan import Run as RunInstruction
@@ -29,11 +28,12 @@ from flowml_runtime import service, wire
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.lane import LARGE_BYTES, Lane
 from flowml_runtime.execution.mailbox import Cancelled
-from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction, aligned_copy
+from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction
 from flowml_runtime.execution.services import EdgeServices, host_view
 from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare, run_step
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Send, Start, StepFinished
+from flowml_runtime.worker.training.examples import key_words, of_batch, of_source
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.neighbours import Neighbours
 from flowml_runtime.worker.training.own_values import OwnValues
@@ -197,7 +197,7 @@ class StageRunner(EdgeServices):
         if not self._fetched:
             return
         slots = tuple(sorted(self._fetched))
-        values = [_over_microbatches(self._fetched[s]) for s in slots]
+        values = [over_microbatches(self._fetched[s]) for s in slots]
         message = wire.Report(
             plan_id=self.plan_id,
             run=self.run.number,
@@ -228,8 +228,7 @@ class StageRunner(EdgeServices):
         rows = training.item_size // training.microbatches
         found = self._rows(leaves, item, microbatch * rows, rows, step) if leaves else {}
         if training.batch_leaves in slots:
-            words = [self.run.start.seed % 2**32, item.sequence % 2**32, microbatch]
-            found[training.batch_leaves] = np.array(words, np.uint32)
+            found[training.batch_leaves] = key_words(self.run.start.seed, item, microbatch)
         return [found[s] for s in slots]
 
     def _rows(self, slots: Sequence[int], item: wire.Item, first: int, rows: int, step: int) -> dict[int, Any]:
@@ -239,12 +238,10 @@ class StageRunner(EdgeServices):
                 self.run.wait_for(
                     lambda: all(s in self.run.source for s in slots), self._in_vain, "the data source", step
                 )
-            order = _order(start.examples, start.seed, item.epoch, start.shuffle)
-            indices = order[item.start + first : item.start + first + rows]
-            return {s: aligned_copy(np.asarray(self.run.source[s])[indices]) for s in slots}
+            return of_source(start, self.run.source, slots, item, first, rows)
         with self.run.changed:
             _, batch = self._batches[item.sequence]
-        return {s: aligned_copy(np.asarray(batch[s])[first : first + rows]) for s in slots}
+        return of_batch(batch, slots, first, rows)
 
     def _in_vain(self) -> bool:
         return self.machine.should_abandon(self._now.clock)
@@ -395,12 +392,7 @@ def _known(arrays: Sequence[Array]) -> Gradients:
     return known
 
 
-@lru_cache(maxsize=4)
-def _order(examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    return epoch_order(examples, seed, epoch, shuffle=shuffle)
-
-
-def _over_microbatches(values: Sequence[Array]) -> np.ndarray:
+def over_microbatches(values: Sequence[Array]) -> np.ndarray:
     """The sum: floats in float32 or wider, counts in 64 bits. The driver, which gets all replicas' sums, divides."""
     arrays = [np.asarray(v) for v in values]
     kind, dtype = arrays[0].dtype.kind, arrays[0].dtype

@@ -1,0 +1,25 @@
+"""The time of a fit on real workers. A simulated cluster has another (`sim.session`)."""
+
+from __future__ import annotations
+
+import queue
+import time
+from typing import TypeVar
+
+T = TypeVar("T")
+
+LOOK_UP_S = 1.0
+"""How often a fit that receives no messages checks that its cluster still exists."""
+
+
+class RealTime:
+    """Implements `training_session.Time`."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def next(self, inbox: queue.SimpleQueue[T]) -> T:
+        return inbox.get(timeout=LOOK_UP_S)
+
+    def simulated(self) -> None:
+        return None

@@ -1,0 +1,88 @@
+"""What a fit needs of a cluster: that of real workers (`session.Session`), or a simulated one (`sim.session`)."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from flowml.devices import Device
+from flowml.errors import FlowmlError, PlacementError
+from flowml.placement import Placement
+from flowml.placement.links import Links
+from flowml.plan import Plan
+from flowml_runtime import wire
+from flowml_runtime.driver.session import LoadedPlan, PlanHandler
+from flowml_runtime.execution.recorder import Recorder
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """The clock of a simulated fit at its end: virtual seconds, the hash of all events, and their number."""
+
+    virtual_seconds: float
+    trace_hash: str
+    events: int
+
+
+class FitEndpoint(Protocol):
+    """Sends the driver's messages."""
+
+    name: str
+
+    def send(self, peer: str, message: wire.Wire, arrays: Sequence[Any] = ()) -> None: ...
+    def way(self, peer: str) -> str: ...
+
+
+class Time(Protocol):
+    """The time of a fit, real or virtual."""
+
+    def now(self) -> float:
+        """The time in seconds, from some beginning."""
+        ...
+
+    def next(self, inbox: queue.SimpleQueue[T]) -> T:
+        """The next message of a fit. Raises queue.Empty if none comes for about a second."""
+        ...
+
+    def simulated(self) -> Simulated | None:
+        """The clock of the last fit, if it was simulated."""
+        ...
+
+
+class TrainingSession(Protocol):
+    """The driver's side of a cluster, as far as training uses it."""
+
+    remedy: str
+    recorder: Recorder
+    arithmetic: bool
+    """Whether workers compute. A simulation may keep clocks and bytes only."""
+
+    @property
+    def time(self) -> Time: ...
+    @property
+    def endpoint(self) -> FitEndpoint: ...
+    @property
+    def deadline_s(self) -> float: ...
+
+    def check_owner(self) -> None: ...
+    def load(self, plan: Plan) -> LoadedPlan: ...
+    def reload(self, handle: LoadedPlan) -> LoadedPlan: ...
+    def release(self, handle: LoadedPlan) -> None: ...
+    def explained(self, error: PlacementError, name: str) -> FlowmlError: ...
+    def register(self, plan_id: str, handler: PlanHandler) -> None: ...
+    def tell(self, worker: str, message: wire.Wire) -> None: ...
+
+
+class TrainingCluster(Protocol):
+    """A cluster, as far as training uses it."""
+
+    @property
+    def session(self) -> TrainingSession: ...
+    @property
+    def devices(self) -> tuple[Device, ...]: ...
+
+    def links_for(self, placement: Placement, devices: int | None = None) -> Links: ...

@@ -1,0 +1,279 @@
+"""Real arithmetic at virtual time: the plan's tasks run on this machine whenever a simulated worker runs them.
+
+The tasks, the sums and the applies are those of real workers, in the same order, so a fit has the losses and parameters
+of a real one wherever the policy leaves no choice to timing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowml.devices import worker_of
+from flowml.errors import SimulationError
+from flowml.plan import Plan, StoreSpec
+from flowml_runtime import wire
+from flowml_runtime.execution.future import Future
+from flowml_runtime.execution.programs import Array, ExecutableCache, LoadedProgram, load_programs
+from flowml_runtime.execution.recorder import Recorder
+from flowml_runtime.execution.services import host_view
+from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare
+from flowml_runtime.protocol import collective
+from flowml_runtime.protocol.training.actions import Start
+from flowml_runtime.sim.program import At
+from flowml_runtime.sim.values import Chunk, Report, Value
+from flowml_runtime.transport.buffers import BufferPool
+from flowml_runtime.worker.training.applying import applied
+from flowml_runtime.worker.training.collectives import Flight, flat, parts_of
+from flowml_runtime.worker.training.examples import key_words, of_batch, of_source
+from flowml_runtime.worker.training.finite import all_finite, counted
+from flowml_runtime.worker.training.own_values import OwnValues
+from flowml_runtime.worker.training.reductions import sum_of
+from flowml_runtime.worker.training.stage_runner import over_microbatches
+
+Arrays = Sequence[Array]
+
+
+class Compiled:
+    """The compiled programs of a plan. All simulated devices share those of one real device."""
+
+    def __init__(self, plan: Plan, cache: ExecutableCache) -> None:
+        assert plan.training is not None
+        self.training = plan.training
+        device = jax.local_devices()[0]
+        self.loaded: Mapping[str, LoadedProgram] = load_programs(
+            plan, {p.device: device for p in plan.programs}, cache, python=True
+        )
+        self.programs: Mapping[str, StepProgram] = {name: prepare(p) for name, p in self.loaded.items()}
+
+    def values(self, start: wire.StartTraining) -> Arithmetic:
+        """The values of one fit."""
+        return Arithmetic(self, start)
+
+
+@dataclass
+class _Held:
+    """A store at one of its homes."""
+
+    spec: StoreSpec
+    program: LoadedProgram
+    params: list[Array]
+    state: list[Array]
+
+
+@dataclass
+class _Step:
+    """A step of one stage: its buffers, and the services that its operations call."""
+
+    at: At
+    start: Start
+    program: StepProgram
+    buffers: list[Any]
+    feeds: Callable[[_Step, Sequence[int], int], Arrays]
+    reads: Callable[[_Step, int], Arrays]
+    recorder: Recorder
+    given: Any = None
+    """What a Read or a Recv takes."""
+    sent: Arrays = ()
+    fetched: dict[int, list[Array]] = field(default_factory=dict[int, list[Array]])
+
+    def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Arrays:
+        return self.feeds(self, slots, microbatch)
+
+    def read(self, step: int, store: int, leaves: Sequence[int]) -> Arrays:
+        values = self.reads(self, store)
+        return [values[i] for i in leaves]
+
+    def receive(self, step: int, message: int, microbatch: int) -> Arrays:
+        return self.given
+
+    def send(self, step: int, message: int, microbatch: int, arrays: Arrays) -> None:
+        self.sent = arrays
+
+    def push(self, step: int, store: int, part: int, arrays: Arrays) -> None:
+        self.sent = arrays
+
+    def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Arrays) -> None:
+        for slot, array in zip(slots, arrays, strict=True):
+            self.fetched.setdefault(slot, []).append(array)
+
+    def way(self, message: int) -> str:
+        return ""
+
+    def should_abandon(self, step: int) -> bool:
+        return False
+
+
+class Arithmetic:
+    """The values of one fit. It implements `Values`."""
+
+    computes = True
+
+    def __init__(self, compiled: Compiled, start: wire.StartTraining) -> None:
+        self._compiled = compiled
+        self._training = compiled.training
+        self._start = start
+        self._held: dict[tuple[str, int], _Held] = {}
+        self._source: dict[str, dict[int, Array]] = {}
+        """Worker -> the whole leaves of the data."""
+        self._batches: dict[tuple[str, int], dict[int, Array]] = {}
+        """(device, work item) -> its leaves, if the driver feeds them."""
+        self._states: dict[tuple[str, int], Arrays] = {}
+        """(worker, store) -> the first optimizer state of parameters that replicas update themselves."""
+        self._own: dict[tuple[At, int], OwnValues] = {}
+        self._recorder = Recorder()
+        self._pool = BufferPool()
+        self._zero = {
+            (worker_of(device), i): device for i, store in enumerate(self._training.stores) for device in store.copies
+        }
+
+    def begin(self, at: At, start: Start) -> _Step:
+        program = self._compiled.programs[self._device(at)]
+        return _Step(at, start, program, list(program.buffers), self._feed, self._read, self._recorder)
+
+    def perform(self, state: _Step, position: int, given: Any) -> Value:
+        state.given = given
+        operation = state.program.operations[position]
+        try:
+            operation(state.buffers, state.start.clock, state)
+        except Exception as error:
+            raise StepFault(state.program.nodes[position]) from error
+        sent, state.given, state.sent = state.sent, None, ()
+        return host_view(sent, self._compiled.loaded[state.program.device].device)
+
+    def report(self, state: _Step) -> Report | None:
+        self._batches.pop((state.program.device, state.start.item.sequence), None)
+        if not state.fetched:
+            return None
+        slots = tuple(sorted(state.fetched))
+        return slots, [over_microbatches(state.fetched[s]) for s in slots]
+
+    def add(self, at: At, store: int, part: int, a: Value, b: Value) -> Value:
+        task = self._training.stores[store].parts[part].accumulate
+        assert task is not None
+        return list(self._compiled.loaded[self._device(at)].tasks[task](*a, *b))
+
+    def _read(self, step: _Step, store: int) -> Arrays:
+        given = None if step.given is None else step.given[1]
+        spec = self._training.stores[store]
+        if spec.local is None:
+            assert given is not None
+            return given
+        own = self._own.get((step.at, store))
+        if own is None:
+            loaded = self._compiled.loaded[step.program.device]
+            position = len(spec.specs) + len(spec.local.state_specs)
+            dtype = loaded.plan.tasks[spec.local.update].inputs[position].dtype
+            own = self._own[step.at, store] = OwnValues(spec, self._training, loaded.tasks, dtype)
+            own.state = self._states[worker_of(step.program.device), store]
+        if given is not None:
+            own.take(step.start.clock, given)
+        return own.params
+
+    def update(self, at: At, store: int, gradient: Value) -> None:
+        self._own[at, store].update(gradient)
+
+    def own(self, at: At, store: int, clock: int, mixed: Value) -> Value:
+        own = self._own[at, store]
+        sent = own.sent()
+        if mixed is not None:
+            own.take(clock, mixed)
+        return host_view(sent, self._compiled.loaded[self._device(at)].device)
+
+    def own_state(self, at: At, store: int) -> Value:
+        return host_view(self._own[at, store].state, self._compiled.loaded[self._device(at)].device)
+
+    def is_finite(self, store: int, part: int, value: Value) -> bool:
+        spec = self._training.stores[store].parts[part]
+        return all_finite(counted([np.asarray(a) for a in value], spec, self._training.microbatches))
+
+    def flight(self, schedule: collective.Schedule, rank: int, values: Sequence[Value]) -> _Sum:
+        return _Sum(schedule, rank, self.total(values), self._pool)
+
+    def total(self, values: Sequence[Value]) -> Arrays:
+        """The sum over the replicas of one worker."""
+        if len(values) == 1:
+            return values[0]
+        return [sum_of([np.asarray(v[i]) for v in values]) for i in range(len(values[0]))]
+
+    def load(self, worker: str, store: int, value: Value) -> None:
+        spec = self._training.stores[store]
+        split = len(spec.specs)
+        program = self._compiled.loaded[self._zero[worker, store]]
+        self._held[worker, store] = _Held(spec, program, list(value[:split]), list(value[split:]))
+
+    def apply(self, worker: str, store: int, version: int, given: Sequence[tuple[Sequence[Value], float]]) -> None:
+        held = self._held[worker, store]
+        contributions = [([a for part in parts for a in part], coefficient) for parts, coefficient in given]
+        results = applied(held.program, held.spec, held.params, held.state, contributions)
+        split = len(held.spec.specs)
+        held.params, held.state = list(results[:split]), list(results[split:])
+
+    def current(self, worker: str, store: int) -> Value:
+        held = self._held[worker, store]
+        return host_view(held.params, held.program.device)
+
+    def final(self, worker: str, store: int) -> Value:
+        held = self._held[worker, store]
+        return host_view([*held.params, *held.state], held.program.device)
+
+    def hand(self, worker: str, message: wire.TrainingMessage, value: Value) -> None:
+        leaves = () if value is None else value
+        if isinstance(message, wire.Source):
+            self._source.setdefault(worker, {}).update(zip(message.slots, leaves, strict=True))
+        elif isinstance(message, wire.OwnState):
+            self._states[worker, message.store] = leaves
+        elif isinstance(message, wire.Batch):
+            if message.variant:
+                raise SimulationError(
+                    "a source gave batches of several shapes, and simulated workers run one; pad them to one shape"
+                )
+            self._batches[message.device, message.sequence] = dict(zip(message.slots, leaves, strict=True))
+
+    def _device(self, at: At) -> str:
+        return self._training.replicas[at[0]][at[1]]
+
+    def _feed(self, step: _Step, slots: Sequence[int], microbatch: int) -> Arrays:
+        training, item, device = self._training, step.start.item, step.program.device
+        leaves = [s for s in slots if s < training.batch_leaves]
+        count = training.item_size // training.microbatches
+        found: dict[int, Array] = {}
+        if leaves and self._start.source == "shipped":
+            found = of_source(self._start, self._source[worker_of(device)], leaves, item, microbatch * count, count)
+        elif leaves:
+            found = of_batch(self._batches[device, item.sequence], leaves, microbatch * count, count)
+        if training.batch_leaves in slots:
+            found[training.batch_leaves] = key_words(self._start.seed, item, microbatch)
+        return [found[s] for s in slots]
+
+
+class _Sum:
+    """One rank's part of a sum, with values."""
+
+    def __init__(self, schedule: collective.Schedule, rank: int, arrays: Arrays, pool: BufferPool) -> None:
+        self._shapes = [np.shape(a) for a in arrays]
+        self._pool = pool
+        future: Future[Any] = Future("a sum", list)
+        self._flight = Flight("a sum", (0, 0), flat(arrays), schedule, rank, future, math.inf)
+
+    @property
+    def done(self) -> bool:
+        return self._flight.machine.done
+
+    def started(self) -> list[Chunk]:
+        return self._carry_out(collective.Started())
+
+    def received(self, peer: int, chunk: Chunk) -> list[Chunk]:
+        return self._carry_out(collective.Received(peer, chunk.action.piece, chunk.action.take, chunk.value))
+
+    def _carry_out(self, event: collective.Event) -> list[Chunk]:
+        chunks, _ = self._flight.carry_out(self._flight.machine.step(event), self._pool)
+        return [Chunk(action.peer, action, values, values.nbytes) for action, values in chunks]
+
+    def total(self) -> Arrays:
+        return parts_of(self._flight.result(self._pool), self._shapes)

@@ -1,0 +1,105 @@
+"""`SimulatedCluster` stands in for a `Cluster` in training: the same code under a virtual clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from flowml.devices import Device
+from flowml.errors import SimulationError
+from flowml.numbers import whole_number
+from flowml.placement import Placement
+from flowml.placement.links import GRPC, Link, Links
+from flowml.sim import ComputeModel, NetworkModel
+from flowml_runtime.current import blocks
+from flowml_runtime.sim.session import Models, SimulatedSession
+
+
+class SimulatedCluster:
+    """Workers that exist only in a simulation, for `fm.Trainer`. A `with` block makes it the current cluster.
+
+    The workers' and the driver's state machines are those of real clusters. Only the time that things take is that of
+    models, so that a fit on thousands of machines runs on one. With the same arguments and seed a fit repeats exactly.
+
+    Args:
+        workers: the number of workers, each with one device.
+        compute: how long one step of a replica computes, such as `fm.sim.LogNormal(mean_s=0.1, sigma=0.3)`. A pipeline
+            divides it among its stages in proportion to the plan's estimates.
+        network: the links, such as `fm.sim.Network(latency_s=1e-4, bytes_per_s=60e6)`.
+        seed: seeds the models.
+        arithmetic: False keeps clocks and bytes only: losses are NaN and parameters stay as they were.
+
+    Raises:
+        SimulationError: if the models make no sense, or do not fit the number of workers.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        compute: ComputeModel,
+        network: NetworkModel,
+        *,
+        seed: int = 0,
+        arithmetic: bool = True,
+    ) -> None:
+        workers = whole_number("workers", workers, least=1)
+        for name, value, kind in (("compute", compute, ComputeModel), ("network", network, NetworkModel)):
+            if not isinstance(value, kind):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise SimulationError(
+                    f"SimulatedCluster({name}={value!r}) is of type {type(value).__name__}; give a model of flowml.sim"
+                )
+        network.check(workers)
+        self._network = network
+        self._devices = tuple(Device(f"worker:{i}/cpu:0") for i in range(workers))
+        self._arithmetic = bool(arithmetic)
+        models = Models(workers, compute, network, whole_number("seed", seed))
+        self._session = SimulatedSession(models, arithmetic=self._arithmetic)
+
+    @property
+    def session(self) -> SimulatedSession:
+        return self._session
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """One device for each worker."""
+        return self._devices
+
+    @property
+    def links(self) -> Links:
+        """The links between workers, which count as machines of their own."""
+        return _ModelLinks(apart=True, network=self._network)
+
+    def links_for(self, placement: Placement, devices: int | None = None) -> Links:
+        """The links to compile with."""
+        return self.links
+
+    def close(self) -> None:
+        """Nothing has to be closed."""
+
+    def __enter__(self) -> Self:
+        blocks.enter(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        blocks.leave(self)
+
+    def __repr__(self) -> str:
+        off = "" if self._arithmetic else ", no arithmetic"
+        return f"<SimulatedCluster of {len(self._devices)} workers{off}>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ModelLinks(Links):
+    """The links of a network model."""
+
+    network: NetworkModel
+
+    def between(self, source: str, destination: str) -> Link:
+        link = self.network.link(_number(source), _number(destination))
+        return Link(link.latency_s, link.bytes_per_s, GRPC)
+
+
+def _number(device: str) -> int:
+    """The number of a device's worker in a network model."""
+    worker = device.partition("/")[0]
+    return int(worker.rpartition(":")[2]) if ":" in worker else -1

@@ -1,0 +1,173 @@
+"""The driver's side of a simulated cluster. A fit uses it like that of real workers: its messages go to a `World`.
+
+The clock stands still while the driver works. `next` lets events happen until one of them is a message to the driver.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, TypeVar
+
+from flowml.devices import worker_of
+from flowml.errors import FlowmlError, PlacementError, SimulationError
+from flowml.placement.links import SAME_PROCESS
+from flowml.plan import Fetch, Plan
+from flowml.policy import Gossip
+from flowml.sim import ComputeModel, ComputeTimes, NetworkModel
+from flowml_runtime import wire
+from flowml_runtime.driver.session import LoadedPlan, PlanHandler, loaded
+from flowml_runtime.driver.training_session import Simulated
+from flowml_runtime.execution.programs import ExecutableCache
+from flowml_runtime.execution.recorder import Recorder
+from flowml_runtime.sim.arithmetic import Compiled
+from flowml_runtime.sim.heap import Clock
+from flowml_runtime.sim.network import DRIVER
+from flowml_runtime.sim.values import NO_ARRAYS, Nothing, Values
+from flowml_runtime.sim.world import Layout, World
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a simulated cluster consists of."""
+
+    workers: int
+    compute: ComputeModel
+    network: NetworkModel
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A plan that simulated workers have loaded. `values` makes the values of one fit."""
+
+    handle: LoadedPlan
+    layout: Layout
+    values: Callable[[wire.StartTraining], Values]
+
+
+class SimulatedSession:
+    """Runs training plans in virtual time. Not thread-safe; one fit at a time."""
+
+    def __init__(self, models: Models, *, arithmetic: bool) -> None:
+        self.name = DRIVER
+        self.remedy = "leave out the fault that ended the worker"
+        self.recorder = Recorder()
+        self.arithmetic = arithmetic
+        self.deadline_s = wire.DEADLINE_S
+        self._models = models
+        self._numbers = {f"worker:{i}": i for i in range(models.workers)}
+        self._plans: dict[str, _Loaded] = {}
+        self._handlers: dict[str, PlanHandler] = {}
+        self._ids = count()
+        self._cache = ExecutableCache()
+        self._world: World | None = None
+        """The run of the newest fit."""
+
+    @property
+    def time(self) -> SimulatedSession:
+        return self
+
+    @property
+    def endpoint(self) -> SimulatedSession:
+        return self
+
+    def check_owner(self) -> None:
+        """A simulation has no processes, so a fork may go on with its copy."""
+
+    def load(self, plan: Plan) -> LoadedPlan:
+        """Load a plan on the simulated workers. Raises SimulationError for a policy that they do not have."""
+        for store in plan.training.stores if plan.training else ():
+            if isinstance(store.policy.topology, Gossip):
+                raise SimulationError(
+                    f"layer {store.name!r} has policy {store.policy.describe()}, and simulated workers do not exchange "
+                    "parameters with neighbours yet; use fm.policies.local_sgd or diloco, or a real cluster"
+                )
+        workers = tuple(dict.fromkeys(worker_of(p.device) for p in plan.programs))
+        handle = loaded(f"simulated-{next(self._ids)}", plan, workers, 1, None)
+        self._plans[handle.plan_id] = _Loaded(handle, Layout.of(plan), self._values(plan))
+        return handle
+
+    def reload(self, handle: LoadedPlan) -> LoadedPlan:
+        return handle
+
+    def release(self, handle: LoadedPlan) -> None:
+        self._plans.pop(handle.plan_id, None)
+        self._handlers.pop(handle.plan_id, None)
+
+    def explained(self, error: PlacementError, name: str) -> FlowmlError:
+        return error
+
+    def register(self, plan_id: str, handler: PlanHandler) -> None:
+        self._handlers[plan_id] = handler
+
+    def tell(self, worker: str, message: wire.Wire) -> None:
+        """Messages about steps that are overdue are not needed here."""
+
+    # The endpoint.
+
+    def send(self, peer: str, message: wire.Wire, arrays: Sequence[Any] = ()) -> None:
+        """Send a message of the driver. A StartTraining begins a run, with a clock at 0."""
+        if not isinstance(message, wire.TrainingMessage):
+            raise SimulationError(f"a simulated worker has no use for {type(message).__name__}")
+        if isinstance(message, wire.StartTraining) and (self._world is None or self._world.run != message.run):
+            self._begin(message)
+        if self._world is not None:
+            self._world.deliver(peer, message, arrays or (NO_ARRAYS if message.specs else None))
+
+    def way(self, peer: str) -> str:
+        return SAME_PROCESS
+
+    def _begin(self, start: wire.StartTraining) -> None:
+        own, models = self._plans[start.plan_id], self._models
+        self._world = World(
+            clock=Clock(),
+            layout=own.layout.lasting(start.total_clocks),
+            values=own.values(start),
+            times=ComputeTimes(models.compute, models.seed, models.workers),
+            network=models.network,
+            to_driver=self._handlers[start.plan_id].on_message,
+            numbers=self._numbers,
+            run=start.run,
+            delays=dict(start.delays),
+        )
+
+    def _values(self, plan: Plan) -> Callable[[wire.StartTraining], Values]:
+        if self.arithmetic:
+            return Compiled(plan, self._cache).values
+        training = plan.training
+        assert training is not None
+        programs = {p.device: p for p in plan.programs}
+        fetched = [
+            tuple(s for i in programs[device].instructions if isinstance(i, Fetch) for s in i.slots)
+            for device in training.replicas[0]
+        ]
+        slots = [tuple(sorted(set(found))) for found in fetched]
+        return lambda start: Nothing(slots)
+
+    # The clock.
+
+    def now(self) -> float:
+        return self._world.clock.now if self._world else 0.0
+
+    def next(self, inbox: queue.SimpleQueue[T]) -> T:
+        """The next message of a fit. Lets events happen until there is one."""
+        world = self._world
+        if world is None:
+            raise SimulationError("no fit has begun on this simulated cluster")
+        step = world.clock.step
+        while inbox.empty():
+            if not step():
+                raise SimulationError(
+                    f"the simulation has come to rest at {world.clock.now:g} s before the end of the fit: nothing is "
+                    "under way that could complete a clock; see whether faults lose what a policy waits for"
+                )
+        return inbox.get_nowait()
+
+    def simulated(self) -> Simulated | None:
+        world = self._world
+        return None if world is None else Simulated(world.clock.now, world.clock.trace_hash, world.clock.events)
