@@ -136,7 +136,7 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
 
     def update(gradients: Any, params: Any, state: Any) -> tuple[Any, Any]:
         try:
-            updates, state = optimizer.update(gradients, state, params)
+            updated = optimizer.update(gradients, state, params)
         except (TypeError, ValueError) as error:
             if "keyword-only argument" not in str(error) and "must be provided" not in str(error):
                 raise
@@ -144,6 +144,12 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
                 f"the optimizer wants more than gradients, state and parameters ({error}), which a Trainer "
                 "does not pass; use an optimizer without such arguments, or write the loop with fm.dataflow"
             ) from None
+        if not isinstance(updated, tuple) or len(updated) != 2:
+            raise TypeError(
+                f"the optimizer's update returns a {type(updated).__name__} instead of the tuple (updates, state); "
+                "give an optax.GradientTransformation"
+            )
+        updates, state = updated
         return optax.apply_updates(params, updates), state
 
     graph = drop_dead(trace(update, (params, params, state), {}, name="the optimizer").graph)

@@ -86,7 +86,11 @@ class StepFunction:
 def loss_takes_rng(loss: Callable[..., Any]) -> bool:
     """Whether a loss is `loss(params, batch, rng)` rather than `loss(params, batch)`."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    positional = [p for p in inspect.signature(loss).parameters.values() if p.kind in kinds]
+    try:
+        parameters = inspect.signature(loss).parameters.values()
+    except ValueError:  # a builtin
+        return False
+    positional = [p for p in parameters if p.kind in kinds]
     return len(positional) >= 3 and (positional[2].default is inspect.Parameter.empty or positional[2].name == "rng")
 
 

@@ -247,7 +247,7 @@ class Dataflow(Generic[P, R]):
         leaves, tree = tree_flatten((call.args, call.kwargs))
         try:
             signatures = tuple([signature(leaf) for leaf in leaves])
-        except TypeError:
+        except (TypeError, ValueError, OverflowError):
             raise self._not_an_array(call) from None
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return None
@@ -323,12 +323,14 @@ class Dataflow(Generic[P, R]):
         cluster.session.check_owner()
         return cluster
 
-    def _not_an_array(self, call: Call) -> TypeError:
+    def _not_an_array(self, call: Call) -> TypeError | OverflowError:
         for path, leaf in tree_flatten_with_path((call.args, call.kwargs))[0]:
             try:
                 signature(leaf)
-            except TypeError:
+            except (TypeError, ValueError, OverflowError) as error:
                 where = f"args{keystr(path[1:])}" if path[0].idx == 0 else f"keyword {keystr(path[1:])}"
+                if isinstance(error, OverflowError):
+                    return OverflowError(f"{self._name}: {where}: {error}; give a number that fits, or an array")
                 return TypeError(f"{self._name}: {where} {why_no_array(leaf, _PASS_ARRAYS)}")
         raise AssertionError("every leaf is an array")
 

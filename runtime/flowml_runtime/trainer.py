@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
+from jax.core import Tracer
 
 from flowml.arguments import choice, flag, seconds
 from flowml.data import Source, as_source, epoch_order
 from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, UnsupportedError
 from flowml.ir._jax import jit_is_off, path_name, trace_context
+from flowml.leaves import why_no_array
 from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.plan import Plan
@@ -227,6 +229,7 @@ class Trainer:
         batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
         shuffle, progress = flag("shuffle", shuffle), None if progress is None else flag("progress", progress)
         total = _total_steps(data, batch_size, epochs, steps)
+        _check_values(params, "parameter")
         cluster = self._here()
         self._check_delays(cluster)
         with self._alone(), heeding_interrupts() as interrupts:
@@ -337,6 +340,7 @@ class Trainer:
         if opt_state is None:
             return jax.tree_util.tree_map(jnp.asarray, init(params))
         expected = jax.eval_shape(init, params)
+        _check_values(opt_state, "opt_state leaf")
         given = _structs(opt_state, "opt_state leaf")
         got, want = jax.tree_util.tree_structure(given), jax.tree_util.tree_structure(expected)
         if got != want:
@@ -394,20 +398,34 @@ def _delays(given: Any) -> dict[str, float]:
     return {worker: seconds(f"delays[{worker!r}]", delay, zero=True) for worker, delay in (given or {}).items()}
 
 
+_NOT_TRAINED = "keep what is not trained out of the tree (in equinox: eqx.partition(model, eqx.is_inexact_array))"
+
+
 def _structs(tree: Any, kind: str) -> Any:
     """Shapes and dtypes as JAX sees the leaves. Raises TypeError for a leaf that is no array."""
 
     def struct(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         try:
+            if isinstance(leaf, jax.Ref):
+                raise TypeError
             dtype = jax.dtypes.canonicalize_dtype(jax.dtypes.result_type(leaf), allow_extended_dtype=True)
         except (TypeError, OverflowError):
-            raise TypeError(
-                f"{kind} {path_name(path)!r} is of type {type(leaf).__name__}, which is no array; keep what is not "
-                "trained out of the tree (in equinox: eqx.partition(model, eqx.is_inexact_array))"
-            ) from None
+            raise TypeError(f"{kind} {path_name(path)!r} {why_no_array(leaf, _NOT_TRAINED)}") from None
         return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
 
     return jax.tree_util.tree_map_with_path(struct, tree)
+
+
+def _check_values(tree: Any, kind: str) -> None:
+    """Raise TypeError for a leaf without values: a struct, or a value that another transformation traces."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, Tracer):
+            raise TypeError(
+                f"{kind} {path_name(path)!r} is traced by another JAX transformation, and fit() needs its values; call "
+                "fit() outside of jit, grad and vmap"
+            )
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"{kind} {path_name(path)!r} is a jax.ShapeDtypeStruct without values; give an array")
 
 
 def _result(params: Any, state: Any, outcome: Outcome, plan: Plan) -> TrainingResult:

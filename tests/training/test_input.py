@@ -157,7 +157,7 @@ def test_parameters(threads_cluster: fm.Cluster) -> None:
         fit(threads_cluster, params={**mlp(), "fc0": {**mlp()["fc0"], "steps": jnp.arange(3)}})
     with pytest.raises(ValueError, match=r"parameter 'key' has dtype key<fry>; parameters must be floating"):
         fit(threads_cluster, params={**mlp(), "key": jax.random.key(0)})
-    with pytest.raises(TypeError, match=r"parameter 'fc0/name' is of type str, which is no array"):
+    with pytest.raises(TypeError, match=r"parameter 'fc0/name' is of type str, which is not an array; keep what"):
         fit(threads_cluster, params={**mlp(), "fc0": {**mlp()["fc0"], "name": "first"}})
     with pytest.raises(ValueError, match=r"params has no arrays"):
         fit(threads_cluster, params={})

@@ -42,7 +42,7 @@ def signature(leaf: Any) -> Signature:
     if isinstance(leaf, jax.Ref):
         raise TypeError("a Ref is no array")
     aval: Any = jax.api_util.shaped_abstractify(leaf)
-    return aval.shape, aval.dtype, aval.weak_type
+    return aval.shape, _no_time(aval.dtype), aval.weak_type
 
 
 @functools.lru_cache
@@ -50,7 +50,14 @@ def _jax_dtype(dtype: np.dtype[Any], x64: bool) -> Any:
     """The dtype that JAX gives a NumPy array, cached by the setting `x64`. Raises TypeError if it holds no numbers."""
     del x64  # it is part of the cache key
     aval: Any = jax.api_util.shaped_abstractify(np.empty((), dtype))
-    return aval.dtype
+    return _no_time(aval.dtype)
+
+
+def _no_time(dtype: Any) -> Any:
+    """The dtype. Raises TypeError for dates and durations, which JAX takes as arguments but cannot compute with."""
+    if isinstance(dtype, np.dtype) and dtype.kind in "mM":
+        raise TypeError("dates and durations are no numbers")
+    return dtype
 
 
 class Feeder:

@@ -53,6 +53,7 @@ class Tracing:
         """Worker -> what to add to its clock to get the driver's clock."""
 
     def __enter__(self) -> Tracing:
+        self._path.touch()  # raises now, and not after the work, if the file cannot be written
         self._session.register(self._id, self)
         try:
             self._session.recorder.start()

@@ -76,6 +76,10 @@ class Future(Generic[T]):
 
         All callbacks of a process run on that thread, one after another. An exception of one is logged.
         """
+        if not callable(callback):
+            raise TypeError(
+                f"callback={callback!r} is of type {type(callback).__name__}; give a function of the future"
+            )
         if self._completed:
             callback(self)
         else:
