@@ -364,6 +364,7 @@ class _Driver:
             self._cluster.session.on_message(peer, message, arrays)
 
     def on_lost(self, peer: str, reason: str) -> None:
+        self.prober.on_lost(peer, reason)
         if self._cluster is not None:
             self._cluster.session.on_lost(peer, reason)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -286,3 +287,11 @@ def test_without_workers_it_is_said_why_nothing_can_be_measured(measure: Any) ->
             measure(cluster)
     with pytest.raises(ClusterError, match="the cluster is closed; start another"):
         measure(cluster)
+
+
+def test_measuring_a_stopped_worker_ends_when_it_is_lost() -> None:
+    with fm.Cluster.local(workers=2) as cluster:
+        cluster.measure_links()
+        os.kill(cluster.pids["worker:1"], signal.SIGSTOP)
+        with pytest.warns(fm.FlowmlWarning, match=r"some links were not measured .*worker:1 was lost: no heartbeat"):
+            cluster.measure_links()

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from flowml.errors import DeadlineError, FlowmlError
+from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
 from flowml.placement.links import Link
 from flowml.plan import ArraySpec
 from flowml_runtime import service, wire
@@ -51,6 +51,8 @@ class Prober:
         self._changed = threading.Condition()
         self._answers: dict[tuple[str, int], wire.Probed | None] = {}
         """(peer, number) -> the answer, or None, for every probe whose answer is awaited."""
+        self._lost: dict[tuple[str, int], str] = {}
+        """The reason, for the awaited answers of lost peers."""
         self._inbox: queue.Queue[tuple[str, wire.Probe] | None] = queue.Queue(MAX_WAITING)
         self._measuring = threading.Lock()
         self._answering: threading.Thread | None = None
@@ -70,6 +72,14 @@ class Prober:
             self._inbox.put_nowait((peer, message))
             if self._answering is None:
                 self._answering = service.start("flowml-probe", self._answer, self._fail)
+
+    def on_lost(self, peer: str, reason: str) -> None:
+        """A peer is lost: end the waits for its answers."""
+        with self._changed:
+            for key in self._answers:
+                if key[0] == peer:
+                    self._lost[key] = reason
+            self._changed.notify_all()
 
     def measure(self, peer: str, nbytes: int = wire.MAX_PROBE_BYTES) -> Link:
         """The link from here to `peer`. Raises FlowmlError if the peer is lost or does not answer in time."""
@@ -134,11 +144,16 @@ class Prober:
         try:
             self._endpoint.send(peer, probe, arrays)
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._answers[key] is not None, deadline_s)
-                answer = self._answers[key]
+                self._changed.wait_for(
+                    lambda: self._closed or self._answers[key] is not None or key in self._lost, deadline_s
+                )
+                answer, lost = self._answers[key], self._lost.get(key)
         finally:
             with self._changed:
                 del self._answers[key]
+                self._lost.pop(key, None)
+        if answer is None and lost is not None:
+            raise WorkerLostError(f"{peer} was lost: {lost}", worker=peer)
         if answer is None:
             raise DeadlineError(f"{peer} did not answer a probe of its link within {deadline_s:g} s")
         return answer

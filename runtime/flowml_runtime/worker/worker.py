@@ -134,6 +134,7 @@ class Worker:
 
     def on_lost(self, peer: str, reason: str) -> None:
         """A peer is lost. End the plans it drove, and tell the drivers of the other plans it took part in."""
+        self._prober.on_lost(peer, reason)
         for plan_id, hosted in list(self._plans.items()):
             if hosted.driver == peer:
                 self.unload(plan_id)
