@@ -44,14 +44,19 @@ if TYPE_CHECKING:
     from flowml.policy import Gossip as Gossip
     from flowml.policy import Gradient as Gradient
     from flowml.policy import Hierarchy as Hierarchy
+    from flowml.policy import Mean as Mean
     from flowml.policy import Mix as Mix
     from flowml.policy import Once as Once
     from flowml.policy import Outer as Outer
     from flowml.policy import ParameterServer as ParameterServer
     from flowml.policy import Policy as Policy
+    from flowml.policy import Prox as Prox
     from flowml.policy import Quorum as Quorum
     from flowml.policy import Ring as Ring
+    from flowml.policy import StalenessScaled as StalenessScaled
+    from flowml.policy import Sum as Sum
     from flowml.policy import Tree as Tree
+    from flowml.policy import Vote as Vote
     from flowml.policy import Weights as Weights
     from flowml.policy import named as policies  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from flowml_runtime.cluster import Cluster as Cluster
@@ -92,14 +97,19 @@ _HOMES = {
     "Gossip": "flowml.policy",
     "Gradient": "flowml.policy",
     "Hierarchy": "flowml.policy",
+    "Mean": "flowml.policy",
     "Mix": "flowml.policy",
     "Once": "flowml.policy",
     "Outer": "flowml.policy",
     "ParameterServer": "flowml.policy",
     "Policy": "flowml.policy",
+    "Prox": "flowml.policy",
     "Quorum": "flowml.policy",
     "Ring": "flowml.policy",
+    "StalenessScaled": "flowml.policy",
+    "Sum": "flowml.policy",
     "Tree": "flowml.policy",
+    "Vote": "flowml.policy",
     "Weights": "flowml.policy",
     "device": "flowml.ir.scopes",
     "layer": "flowml.ir.scopes",

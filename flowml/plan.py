@@ -18,6 +18,7 @@ import msgspec
 from flowml.arrays import ArraySpec, Dimension, Index, Shape
 from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, PolicyError, named
+from flowml.home import Applies, Buffer, Local
 from flowml.policy import Policy
 
 if TYPE_CHECKING:
@@ -223,55 +224,10 @@ class Part(msgspec.Struct, frozen=True):
         return sum(s.nbytes for s in self.payload)
 
 
-class Applies(msgspec.Struct, frozen=True):
-    """The tasks with which a home applies contributions, as indices into Plan.tasks.
-
-    `apply` takes the parameters, the state, the coefficients and up to `width` contributions, each with the payloads of
-    all parts in order, and returns the new parameters and the new state. The coefficients are an array (2, width): the
-    first row multiplies the payloads, the second their weights if they are `weighted`. The places of missing
-    contributions are filled with any contribution, and have coefficient 0.
-
-    If a store may get more contributions at once, `fold` takes the accumulator, the coefficients and up to `width`
-    contributions, and returns the accumulator, which starts as zeros of the specs `accumulator`. `finish` takes the
-    parameters, the state and the accumulator.
-    """
-
-    width: Annotated[int, msgspec.Meta(ge=1)]
-    apply: Index
-    fold: Index | None = None
-    finish: Index | None = None
-    accumulator: tuple[ArraySpec, ...] = ()
-    weighted: bool = False
-
-    @property
-    def tasks(self) -> tuple[int, ...]:
-        return tuple(t for t in (self.apply, self.fold, self.finish) if t is not None)
-
-
-class Local(msgspec.Struct, frozen=True):
-    """The tasks with which a replica updates parameters of its own, and the optimizer state that it keeps for them.
-
-    `update`, `send` and `take` are indices into Plan.tasks; `flowml.training.local` describes them. Without `send` the
-    parameters are sent, and without `take` the global parameters are taken as they are. `state` are positions in the
-    flattened optimizer state. With a gossip topology, `fold` adds what a neighbour sends to an `accumulator`, and `mix`
-    ends a round. The last `outer` leaves of the state are those of an outer optimizer.
-    """
-
-    update: Index
-    send: Index | None
-    take: Index | None
-    state: tuple[Index, ...]
-    state_specs: tuple[ArraySpec, ...]
-    fold: Index | None = None
-    mix: Index | None = None
-    accumulator: tuple[ArraySpec, ...] = ()
-    outer: Index = 0
-
-
 class StoreSpec(msgspec.Struct, frozen=True):
     """Where a layer's parameters are stored and how its replicas are kept in step.
 
-    `leaves` are positions in the flattened parameters, `state` positions in the flattened optimizer state.
+    `buffers` are the parameters, then the optimizer state.
 
     `home`, `homes` and `readers` are devices. If every replica keeps a copy, `homes` holds one device for each
     replica, and `home` is the first of them; else `homes` is empty. `readers` are in the order of replicas, with equal
@@ -280,11 +236,7 @@ class StoreSpec(msgspec.Struct, frozen=True):
     """
 
     name: str
-    paths: tuple[str, ...]
-    leaves: tuple[Index, ...]
-    state: tuple[Index, ...]
-    specs: tuple[ArraySpec, ...]
-    state_specs: tuple[ArraySpec, ...]
+    buffers: tuple[Buffer, ...]
     home: str
     readers: tuple[str, ...]
     parts: tuple[Part, ...]
@@ -292,6 +244,29 @@ class StoreSpec(msgspec.Struct, frozen=True):
     applies: Applies
     homes: tuple[str, ...] = ()
     local: Local | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The names of the parameters."""
+        return tuple(b.name for b in self.buffers if b.kind == "parameter")
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """The positions of the parameters in the flattened parameters."""
+        return tuple(b.index for b in self.buffers if b.kind == "parameter")
+
+    @property
+    def specs(self) -> tuple[ArraySpec, ...]:
+        return tuple(b.spec for b in self.buffers if b.kind == "parameter")
+
+    @property
+    def state(self) -> tuple[int, ...]:
+        """The positions of the optimizer state in the flattened state of all optimizers."""
+        return tuple(b.index for b in self.buffers if b.kind == "state")
+
+    @property
+    def state_specs(self) -> tuple[ArraySpec, ...]:
+        return tuple(b.spec for b in self.buffers if b.kind == "state")
 
     @property
     def nbytes(self) -> int:

@@ -9,12 +9,13 @@ unsound composition cannot be constructed. Nothing here imports JAX.
 
 from __future__ import annotations
 
+from flowml.policy.apply import Apply, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote
 from flowml.policy.compose import DEFAULT_PATTERN, check_composition, overruled, resolve
 from flowml.policy.mathematics import can_read, coefficients, due, window
 from flowml.policy.quorum import Completion, Cut, Deadline, Decide, Drop, Fold, Late, Quorum, Requeue, Wait
-from flowml.policy.replicas import Delta, Mix, Outer, Weights
+from flowml.policy.replicas import Delta, Weights
 from flowml.policy.rhythm import Every, Once
-from flowml.policy.spec import UNBOUNDED, Apply, Factors, Gradient, Payload, Policy
+from flowml.policy.spec import UNBOUNDED, Factors, Gradient, Payload, Policy
 from flowml.policy.topology import AllReduce, Gossip, Hierarchy, ParameterServer, Ring, Topology, Tree
 
 __all__ = [
@@ -35,17 +36,22 @@ __all__ = [
     "Gradient",
     "Hierarchy",
     "Late",
+    "Mean",
     "Mix",
     "Once",
     "Outer",
     "ParameterServer",
     "Payload",
     "Policy",
+    "Prox",
     "Quorum",
     "Requeue",
     "Ring",
+    "StalenessScaled",
+    "Sum",
     "Topology",
     "Tree",
+    "Vote",
     "Wait",
     "Weights",
     "can_read",

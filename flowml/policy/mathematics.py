@@ -7,7 +7,8 @@ store is the number of steps of replica r whose contribution its home has: it is
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+
+from flowml.policy.apply import Apply
 
 
 def window(clock: int, every: int, offset: int = 0) -> int:
@@ -34,14 +35,14 @@ def due(clock: int, every: int, last_clock: int, offset: int = 0) -> bool:
     return (clock + 1 - offset) % every == 0 or clock == last_clock
 
 
-def coefficients(apply: Literal["mean", "sum"], weights: Sequence[int], microbatches: int) -> tuple[float, ...]:
+def coefficients(apply: Apply, weights: Sequence[int], microbatches: int) -> tuple[float, ...]:
     """The coefficient of each payload, where payload i is the sum of `weights[i]` microbatch gradients.
 
-    `"mean"` is the mean over all microbatch gradients that take part, so the update is unbiased if the quorum
-    drops some. `"sum"` adds the mean gradients of the steps, as if each were applied alone. A payload of weight 0
-    has coefficient 0.
+    A kind that averages takes the mean over all microbatch gradients that take part, so the update is unbiased if the
+    quorum drops some. The others add the mean gradients of the steps, as if each were applied alone. A payload of
+    weight 0 has coefficient 0.
     """
     if min(weights, default=1) < 0 or microbatches < 1:
         raise ValueError(f"weights {tuple(weights)} and microbatches {microbatches} must count gradients")
-    each = 1 / max(sum(weights), 1) if apply == "mean" else 1 / microbatches
+    each = 1 / max(sum(weights), 1) if apply.averages else 1 / microbatches
     return tuple(each if w else 0.0 for w in weights)

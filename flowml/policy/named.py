@@ -15,7 +15,7 @@ from flowml.policy.quorum import LateName, late_of
 class _Common(TypedDict, total=False):
     topology: algebra.Topology
     filters: Sequence[object]
-    apply: Literal["mean", "sum"]
+    apply: algebra.Apply | Literal["mean", "sum"]
 
 
 class _Pushing(_Common, total=False):
@@ -41,7 +41,7 @@ class _Waiting(_Pushing, total=False):
 
 class _Summing(TypedDict, total=False):
     every: algebra.Every | int
-    apply: Literal["mean", "sum"]
+    apply: algebra.Apply | Literal["mean", "sum"]
 
 
 class _Reading(_Pushing, total=False):
@@ -141,7 +141,7 @@ def downpour(push: int, pull: int, optimizer: Any = None, **overrides: Unpack[_S
     The home applies each change as it is, or with `optimizer` (the paper uses Adagrad).
     """
     settings: _Stale = {"staleness": algebra.UNBOUNDED, **overrides}
-    apply: algebra.Apply = "sum" if optimizer is None else algebra.Outer(optimizer)
+    apply: algebra.Apply = algebra.Sum() if optimizer is None else algebra.Outer(optimizer)
     return algebra.Policy(every=algebra.Every(push, pull), payload=algebra.Delta(), apply=apply, **settings)
 
 

@@ -1,4 +1,4 @@
-"""Defines the payloads and applies of replicas that have parameters of their own, and which compositions are sound.
+"""Defines the payloads of replicas that have parameters of their own, and which compositions are sound.
 
 With `Delta` or `Weights` each replica keeps a copy of the layer's parameters and of the optimizer's state, and updates
 it at every step with its own gradient. The home keeps the global parameters, which it computes from what replicas send.
@@ -7,11 +7,12 @@ it at every step with its own gradient. The home keeps the global parameters, wh
 from __future__ import annotations
 
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from flowml.errors import PolicyError
+from flowml.policy.apply import Mean, Mix, Outer, base_of
 from flowml.policy.quorum import Quorum
 from flowml.policy.rhythm import ONCE
 from flowml.policy.topology import Gossip
@@ -40,30 +41,6 @@ class Weights(msgspec.Struct, frozen=True, tag=True):
 
     def __post_init__(self) -> None:
         _check_alpha(self)
-
-
-class Outer(msgspec.Struct, frozen=True, tag=True):
-    """The home applies what replicas send with an optimizer of its own, as if its mean were a gradient.
-
-    Args:
-        optimizer: any optax.GradientTransformation; by default SGD at rate 0.7 with Nesterov momentum 0.9 (Douillard et
-            al., DiLoCo, 2023).
-    """
-
-    optimizer: Any = None
-
-
-class Mix(msgspec.Struct, frozen=True, tag=True):
-    """Replicas and the home pull each other: both move by `pull` times their distance (Zhang et al., Deep learning with
-    Elastic Averaging SGD, NeurIPS 2015)."""
-
-    pull: float
-
-    def __post_init__(self) -> None:
-        value = _share(self.pull)
-        if value is None or value == 0:
-            raise PolicyError(f"Mix(pull={self.pull!r}): it is a share of a distance; give a number in (0, 1]")
-        msgspec.structs.force_setattr(self, "pull", value)
 
 
 LocalPayload = Delta | Weights
@@ -97,11 +74,6 @@ def check_replicas(policy: Policy) -> None:
             f"delay={policy.every.delay} with payload={policy.payload!r} is not sound: a replica computes on while it "
             "waits only if it updates its own parameters; leave delay out, or use payload=Delta()"
         )
-    if isinstance(policy.apply, Mix) and not isinstance(policy.payload, Weights):
-        raise PolicyError(
-            f"apply={policy.apply!r} with payload={policy.payload!r} is not sound: replicas and home pull each other's "
-            "parameters, so these have to be sent; use payload=Weights(), or apply='mean'"
-        )
     pull = policy.every.pull or policy.every.push
     if pull > policy.every.push and policy.staleness < pull - 1:
         raise PolicyError(
@@ -119,7 +91,7 @@ def _check_gossip(policy: Policy) -> None:
             "replica's average add up to 1 only with all of its neighbours, so none may be left out of a round; leave "
             "quorum and staleness out"
         )
-    if policy.payload != Weights() or not (policy.apply == "mean" or isinstance(policy.apply, Outer)):
+    if policy.payload != Weights() or not isinstance(policy.apply, Mean | Outer):
         raise PolicyError(
             f"{topology} with payload={policy.payload!r} and apply={policy.apply!r} is not sound: replicas average "
             "parameters with the weights of the graph; leave payload and apply out, or give apply=Outer(optimizer)"
@@ -149,18 +121,13 @@ def _check_local(policy: Policy) -> None:
 
 
 def _check_weights(policy: Policy, payload: str) -> None:
-    if isinstance(policy.apply, Mix):
+    if isinstance(base_of(policy.apply), Mix):
         if policy.payload != Weights() or policy.every.delay or policy.every.pull != policy.every.push:
             raise PolicyError(
                 f"apply={policy.apply!r} with {payload} and every={policy.every!r} is not sound: a replica is pulled "
                 "to the centre when it pushes, and never takes a value; leave alpha, delay and pull out"
             )
         return
-    if policy.apply != "mean":
-        raise PolicyError(
-            f"apply={policy.apply!r} with {payload} is not sound: parameters can be averaged, but not added up or used "
-            "as a gradient; use payload=Delta(), or apply='mean'"
-        )
     if not policy.clocked:
         raise PolicyError(
             f"staleness={policy.staleness} with {payload} is not sound: without clocks each replica's parameters would "

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from flowml.errors import PolicyError
+from flowml.policy.apply import Apply, Mean, Outer, as_apply, travelling, unsound
 from flowml.policy.mathematics import coefficients
 from flowml.policy.quorum import COMPLETIONS, Completion, Deadline, Drop, Fold, Quorum, late_name, number
-from flowml.policy.replicas import Delta, LocalPayload, Mix, Outer, Weights, check_replicas
+from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.topology import TOPOLOGIES, Gossip, ParameterServer, Topology
 from flowml.policy.topology import describe as describe_topology
@@ -38,8 +39,6 @@ class Factors(msgspec.Struct, frozen=True, tag=True):
 
 Payload = Gradient | Factors | Delta | Weights
 
-Apply = Literal["mean", "sum"] | Outer | Mix
-
 
 class Policy(msgspec.Struct, frozen=True):
     """How the replicas of one layer are kept in step. `Policy()` is synchronous data parallelism.
@@ -54,7 +53,8 @@ class Policy(msgspec.Struct, frozen=True):
         payload: what is sent.
         filters: transformations of the payload; none is available yet.
         apply: `"mean"` divides by the number of microbatch gradients that took part, `"sum"` only by the
-            microbatches of one step; `Outer(optimizer)` gives the mean to an optimizer of the home; `Mix(pull)`.
+            microbatches of one step; `Outer(optimizer)` gives the mean to an optimizer of the home; others are in
+            `flowml.policy.apply`.
 
     Raises:
         PolicyError: for a composition that is not sound, or a part that is not available yet.
@@ -66,7 +66,7 @@ class Policy(msgspec.Struct, frozen=True):
     every: Every = Every()
     payload: Payload = Gradient()
     filters: tuple[str, ...] = ()
-    apply: Apply = "mean"
+    apply: Apply = Mean()
 
     if TYPE_CHECKING:  # a policy normalises its values when it is made, so more is accepted than kept
 
@@ -78,7 +78,7 @@ class Policy(msgspec.Struct, frozen=True):
             every: Every | int = 1,
             payload: Payload = ...,
             filters: Sequence[object] = (),
-            apply: Apply = "mean",
+            apply: Apply | Literal["mean", "sum"] = ...,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -89,6 +89,7 @@ class Policy(msgspec.Struct, frozen=True):
         if not isinstance(self.every, Every):  # pyright: ignore[reportUnnecessaryIsInstance]
             self._set("every", Every(self.every))
         self._set("filters", _filters(self.filters))
+        self._set("apply", as_apply(self.apply))
         _check_parts(self)
         if isinstance(self.topology, Gossip):
             self._gossip(self.topology)
@@ -122,13 +123,12 @@ class Policy(msgspec.Struct, frozen=True):
 
     def coefficients(self, weights: Sequence[int], microbatches: int) -> tuple[float, ...]:
         """The coefficient of each contribution, by their weights; see `mathematics.coefficients`."""
-        kind: Literal["mean", "sum"] = "sum" if self.apply == "sum" else "mean"
-        return coefficients(kind, weights, 1 if self.local else microbatches)
+        return coefficients(self.apply, weights, 1 if self.local else microbatches)
 
     @property
     def travelling(self) -> Policy:
         """The policy without its outer optimizer, which is compiled and does not travel in a plan."""
-        return msgspec.structs.replace(self, apply=Outer()) if isinstance(self.apply, Outer) else self
+        return msgspec.structs.replace(self, apply=travelling(self.apply))
 
     @property
     def collective(self) -> bool:
@@ -159,8 +159,8 @@ class Policy(msgspec.Struct, frozen=True):
             words.append(type(self.payload).__name__.lower())
         if isinstance(self.payload, LocalPayload) and self.payload.alpha:
             words.append(f"keep {self.payload.alpha:g}")
-        if self.apply != "mean":
-            words.append(self.apply if isinstance(self.apply, str) else type(self.apply).__name__.lower())
+        if self.apply.describe():
+            words.append(self.apply.describe())
         return ", ".join(words)
 
 
@@ -197,13 +197,6 @@ def _filters(filters: Sequence[object]) -> tuple[object, ...]:
         raise PolicyError(f"filters={filters!r} is not available yet; leave filters out") from None
 
 
-def _available(knob: str, value: object, choices: tuple[str, ...], where: str = "{}") -> None:
-    """Raise PolicyError unless `value` is one of `choices`; `where` formats the knob, as in `"Quorum({})"`."""
-    if value not in choices:
-        known = " or ".join(f"{knob}={c!r}" for c in choices)
-        raise PolicyError(f"{where.format(f'{knob}={value!r}')} is not available yet; give {known}")
-
-
 def _check_parts(policy: Policy) -> None:
     """Check that each knob has an available value."""
     kinds: tuple[tuple[str, object, tuple[type, ...]], ...] = (
@@ -217,14 +210,15 @@ def _check_parts(policy: Policy) -> None:
             raise PolicyError(f"{name}={value!r} is not available yet; give {name}={known}")
     if policy.filters:
         raise PolicyError(f"filters={policy.filters!r} is not available yet; leave filters out")
-    if not isinstance(policy.apply, Outer | Mix):
-        _available("apply", policy.apply, ("mean", "sum"))
 
 
 def _check_sound(policy: Policy) -> None:
     """Check that the knobs are sound together."""
     _check_available(policy)
     check_replicas(policy)
+    reason = unsound(policy.apply, type(policy.payload).__name__, collective=policy.collective)
+    if reason is not None and not isinstance(policy.topology, Gossip):  # whose averages are no applies of a home
+        raise PolicyError(f"apply={policy.apply!r} with payload={policy.payload!r} is not sound: {reason}")
     if policy.collective:
         _check_collective(policy)
     elif policy.clocked:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from flowml.plan import Part
 from flowml.training.step import scaled, wide
+from flowml.training.updates import ballot, elected
 
 Product = Callable[[Any, Any], Any]
 
@@ -117,6 +118,8 @@ class HomeTasks:
     A coefficient multiplies a gradient, and a share multiplies its weight if it has one; the sum of gradients is then
     divided by the sum of weights. An `exact` contribution is the only one and is not multiplied: the compiler could
     contract a multiplication by 1.0 with the update, which changes the last bit of the result.
+
+    With `voted` rows, each contribution also votes for so many rows of each leaf; the sum keeps those that win.
     """
 
     update: Callable[..., tuple[Any, ...]]
@@ -124,10 +127,11 @@ class HomeTasks:
     params: int
     states: int
     exact: bool
+    voted: int = 0
 
     def fold(self, *arrays: Any) -> tuple[Any, ...]:
         """(accumulator, coefficients, contributions) -> accumulator."""
-        size = self.params + self._divides
+        size = self.params + len(self._voting) + self._divides
         return tuple(self.folded(list(arrays[:size]), *arrays[size:]))
 
     def finish(self, *arrays: Any) -> tuple[Any, ...]:
@@ -144,6 +148,11 @@ class HomeTasks:
     def _divides(self) -> bool:
         return self.payload.weighted and not self.payload.steps
 
+    @property
+    def _voting(self) -> list[int]:
+        """The leaves whose rows are voted on."""
+        return [i for i, shape in enumerate(self.payload.shapes) if self.voted and shape]
+
     def folded(self, accumulator: list[Any] | None, coefficients: Any, *payloads: Any) -> list[Any]:
         """Row 0 of `coefficients` has a coefficient for each contribution, row 1 a share. After the first, those with
         coefficient 0 are skipped: they only fill the list of arguments."""
@@ -153,6 +162,7 @@ class HomeTasks:
             terms, weight = self.payload.gradients(payloads[i * size : (i + 1) * size])
             if not self.exact:
                 terms = [g * coefficient.astype(g.dtype) for g in map(wide, terms)]
+            terms = [*terms, *(ballot(terms[leaf], self.voted) for leaf in self._voting)]
             if self._divides:
                 terms.append(weight * share.astype(weight.dtype))
             if accumulator is None:
@@ -165,10 +175,12 @@ class HomeTasks:
         return accumulator
 
     def _finished(self, kept: Sequence[Any], accumulator: Sequence[Any]) -> tuple[Any, ...]:
+        total = list(accumulator[: self.params])
+        for leaf, votes in zip(self._voting, accumulator[self.params :], strict=False):
+            total[leaf] = elected(total[leaf], votes, self.voted)
         if self._divides:
-            *sums, weight = accumulator
-            accumulator = [per(g, weight) for g in sums]
-        gradients = [g.astype(p.dtype) for g, p in zip(accumulator, kept[: self.params], strict=True)]
+            total = [per(g, accumulator[-1]) for g in total]
+        gradients = [g.astype(p.dtype) for g, p in zip(total, kept[: self.params], strict=True)]
         return self.update(*gradients, *kept)
 
 

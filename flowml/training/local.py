@@ -16,20 +16,24 @@ The update is the optimizer of the Trainer, sliced as for a home. The home has a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import jax
 import msgspec
 
 from flowml.errors import PolicyError, named
+from flowml.home import Buffer, Local
 from flowml.ir.label import layer_of
 from flowml.lowering.lower import ExecutableTable
-from flowml.plan import ArraySpec, Local
-from flowml.policy import Delta, Gossip, Mix, Outer, Policy, Weights
+from flowml.plan import ArraySpec
+from flowml.policy import Delta, Gossip, Mix, Outer, Policy, Prox, Weights
+from flowml.policy.apply import base_of
 from flowml.training.apply import HomeTasks, Payload
 from flowml.training.optimizer import OptimizerSlices, slice_optimizer
 from flowml.training.step import wide
+from flowml.training.updates import proximal
 
 
 def fragmented(policies: Mapping[str, Policy]) -> dict[str, Policy]:
@@ -50,10 +54,14 @@ def fragmented(policies: Mapping[str, Policy]) -> dict[str, Policy]:
     return found
 
 
-def _optimizer(outer: Outer) -> Any:
+def _optimizer(outer: Outer, mine: Sequence[bool], params: Any) -> Any:
+    """The optimizer of the leaves that are `mine`. It sees no others, which it could couple."""
     import optax
 
-    return optax.sgd(0.7, momentum=0.9, nesterov=True) if outer.optimizer is None else outer.optimizer
+    found = optax.sgd(0.7, momentum=0.9, nesterov=True) if outer.optimizer is None else outer.optimizer
+    if all(mine):
+        return found
+    return optax.masked(found, jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(params), mine))
 
 
 @dataclass(frozen=True)
@@ -67,10 +75,18 @@ class Optimizers:
     own: OptimizerSlices
     outer: Mapping[Outer, OptimizerSlices]
     first: Mapping[Outer, int]
+    outer_optimizers: tuple[Any, ...]
 
     @property
-    def outer_optimizers(self) -> tuple[Any, ...]:
-        return tuple(map(_optimizer, self.outer))
+    def paths(self) -> tuple[str, ...]:
+        """The name of each leaf of the state, unique unless two outer optimizers have leaves of one name."""
+        outer = (f"outer/{path}" for slices in self.outer.values() for path in slices.state_paths)
+        return (*(f"optimizer/{path}" for path in self.own.state_paths), *outer)
+
+    def buffers(self, update: HomeUpdate) -> tuple[Buffer, ...]:
+        """The state that a home keeps for an update."""
+        kept = zip(update.state, update.state_specs, strict=True)
+        return tuple(Buffer(self.paths[i], spec, "state", i) for i, spec in kept)
 
     @property
     def is_wide(self) -> bool:
@@ -79,28 +95,35 @@ class Optimizers:
     @staticmethod
     def of(optimizer: Any, policies: Sequence[Policy], params: Any) -> Optimizers:
         own = slice_optimizer(optimizer, params)
-        outers = dict.fromkeys(p.apply for p in policies if isinstance(p.apply, Outer))
-        outer = {o: slice_optimizer(_optimizer(o), params) for o in outers}
+        kinds = [base_of(p.apply) for p in policies]
+        outers = [kind for kind in dict.fromkeys(kinds) if isinstance(kind, Outer)]
+        made = {o: _optimizer(o, [kind == o for kind in kinds], params) for o in outers}
+        outer = {o: slice_optimizer(optimizer, params) for o, optimizer in made.items()}
         first, at = dict[Outer, int](), len(own.state_specs)
         for o, slices in outer.items():
             first[o], at = at, at + len(slices.state_specs)
-        return Optimizers(own, outer, first)
+        return Optimizers(own, outer, first, tuple(made.values()))
 
     def coupled(self, policies: Sequence[Policy]) -> list[list[int]]:
         """The leaves that an optimizer couples, where `policies` are those of the leaves."""
         found = self.own.groups
         for outer, slices in self.outer.items():
-            groups = ([leaf for leaf in group if policies[leaf].apply == outer] for group in slices.groups)
+            groups = ([leaf for leaf in group if base_of(policies[leaf].apply) == outer] for group in slices.groups)
             found += [group for group in groups if group]
         return found
 
     def at_home(self, policy: Policy, leaves: Sequence[int], replicas: int) -> HomeUpdate:
         """How the home of these leaves updates them."""
-        if isinstance(policy.apply, Outer) and not isinstance(policy.topology, Gossip):
-            return _sliced(self.outer[policy.apply], leaves, self.first[policy.apply])
-        if not policy.local:
-            return _sliced(self.own, leaves, 0)
-        return HomeUpdate(_averaging(policy, len(leaves), replicas if policy.clocked else 1), (), ())
+        kind = base_of(policy.apply)
+        if isinstance(kind, Outer) and not isinstance(policy.topology, Gossip):
+            found = _sliced(self.outer[kind], leaves, self.first[kind])
+        elif not policy.local:
+            found = _sliced(self.own, leaves, 0)
+        else:
+            found = HomeUpdate(_averaging(policy, len(leaves), replicas if policy.clocked else 1), (), ())
+        if not isinstance(policy.apply, Prox):
+            return found
+        return replace(found, update=proximal(policy.apply, found.update, len(leaves)))
 
     def at_replica(self, policy: Policy, leaves: Sequence[int]) -> HomeUpdate | None:
         """The outer optimizer that each replica has itself, because a gossip topology has no home in its rounds."""
@@ -129,10 +152,9 @@ def _averaging(policy: Policy, leaves: int, together: int) -> Callable[..., tupl
 
     def update(*arrays: Any) -> tuple[Any, ...]:
         pairs = zip(arrays[:leaves], arrays[leaves:], strict=True)
-        if isinstance(policy.apply, Mix):
-            return tuple(
-                p + (wide(mean) - wide(p)).astype(p.dtype) * (policy.apply.pull * together) for mean, p in pairs
-            )
+        kind = base_of(policy.apply)
+        if isinstance(kind, Mix):
+            return tuple(p + (wide(mean) - wide(p)).astype(p.dtype) * (kind.pull * together) for mean, p in pairs)
         if isinstance(policy.payload, Weights):
             return tuple(arrays[:leaves])
         return tuple((wide(p) - wide(delta)).astype(p.dtype) for delta, p in pairs)
@@ -243,7 +265,8 @@ def _take(policy: Policy) -> Function | None:
     payload = policy.payload
     if not isinstance(payload, Delta | Weights):
         return None
-    alpha = 1 - policy.apply.pull if isinstance(policy.apply, Mix) else payload.alpha
+    kind = base_of(policy.apply)
+    alpha = 1 - kind.pull if isinstance(kind, Mix) else payload.alpha
     apart = policy.every.pull != policy.every.push
     """A value may then be taken between two pushes. The steps since the last push stay to be sent."""
 

@@ -35,6 +35,8 @@ class OptimizerSlices:
     count: int
     state_tree: Any
     state_specs: tuple[ArraySpec, ...]
+    state_paths: tuple[str, ...]
+    param_specs: tuple[ArraySpec, ...]
     depends: tuple[int, ...]
     """For each output, the inputs that it depends on, as a bit set."""
 
@@ -105,6 +107,15 @@ class OptimizerSlices:
         mine = (s for leaf in leaves for s in by_leaf.get(leaf, ()) if not self._behind[self.count + s] & ~wanted)
         return tuple(sorted({*free, *_bits(read), *mine}))
 
+    def remembers_gradients(self, leaves: Sequence[int]) -> bool:
+        """Whether the state of these parameters holds earlier gradients or their squares."""
+        shapes = {self.param_specs[leaf].shape for leaf in leaves}
+        gradients = (1 << self.count) - 1
+        return any(
+            self.depends[self.count + s] & gradients and self.state_specs[s].shape in shapes
+            for s in self.state_of(leaves)
+        )
+
     def update(self, leaves: Sequence[int], state: Sequence[int]) -> Callable[..., tuple[Any, ...]]:
         """The update of one store: a function of flat (gradients, parameters, state) to (parameters, state)."""
         outputs = tuple(self.graph.outputs[i] for i in (*leaves, *(self.count + s for s in state)))
@@ -153,9 +164,17 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
         return optax.apply_updates(params, updates), state
 
     graph = drop_dead(trace(update, (params, params, state), {}, name="the optimizer").graph)
-    leaves, tree = jax.tree_util.tree_flatten(state)
-    count = len(jax.tree_util.tree_leaves(params))
-    return OptimizerSlices(graph, count, tree, tuple(_jax.spec_of(x) for x in leaves), _dependencies(graph))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    specs = tuple(_jax.spec_of(x) for x in jax.tree_util.tree_leaves(params))
+    return OptimizerSlices(
+        graph,
+        len(specs),
+        tree,
+        state_specs=tuple(_jax.spec_of(x) for _, x in leaves),
+        state_paths=tuple(_jax.path_name(path) for path, _ in leaves),
+        param_specs=specs,
+        depends=_dependencies(graph),
+    )
 
 
 def _dependencies(graph: Graph) -> tuple[int, ...]:

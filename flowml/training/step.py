@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from flowml.ir import _jax
 from flowml.policy import Policy
+from flowml.policy.apply import most_at_once
 
 RNG_WORDS = 3
 """The number of uint32 words in the key feed: seed, work item, microbatch."""
@@ -39,7 +40,7 @@ class Treatment:
         """The treatment of a parameter's gradient under this policy."""
         collective = policy.collective and replicas > 1
         added = microbatches > 1 or (policy.every.push > 1 and not policy.local) or collective
-        alone = not added and (replicas == 1 or not policy.clocked or policy.local)  # applied without a sum
+        alone = not added and (policy.local or most_at_once(policy, replicas) == 1)  # applied without a sum
         return Treatment(wide=added or (weighted and not alone), weighted=weighted and not alone)
 
 

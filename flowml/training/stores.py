@@ -19,15 +19,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from flowml.errors import FlowmlWarning, PolicyError
+from flowml.errors import FlowmlWarning, PolicyError, named
+from flowml.home import Applies, Buffer, Local
 from flowml.ir.graph import Graph, Operand
 from flowml.ir.label import layer_of, parameter_path
 from flowml.lowering.lower import ExecutableTable
 from flowml.lowering.program import PartBinding
 from flowml.lowering.schedule import positions
 from flowml.placement.links import Links, machines
-from flowml.plan import Applies, ArraySpec, Local, Part, Reduction, StoreSpec
+from flowml.plan import ArraySpec, Part, Reduction, StoreSpec
 from flowml.policy import Factors, Policy, Tree, check_composition, overruled
+from flowml.policy.apply import Vote, base_of, most_at_once, scales
 from flowml.policy.topology import schedule_name
 from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, pack
@@ -102,6 +104,20 @@ class StorePlanner:
             warnings.warn(warning, FlowmlWarning, stacklevel=2)
         for group in self._coupled:
             self._check_coupled(group)
+        self.notes.extend(self._scaled_but_remembered(policies))
+
+    def _scaled_but_remembered(self, policies: Mapping[str, Policy]) -> list[str]:
+        """Warn of layers whose stale gradients are scaled, but which an optimizer remembers."""
+        remembers = self.optimizers.own.remembers_gradients
+        found = [n for leaf, (n, p) in enumerate(policies.items()) if scales(p.apply) and remembers([leaf])]
+        if not found:
+            return []
+        warning = (
+            f"{named(found)}: stale gradients are scaled, but the optimizer remembers gradients, so a stale one acts "
+            "again (momentum) or its scaling is divided out (squares); use optax.sgd without momentum, or apply='mean'"
+        )
+        warnings.warn(warning, FlowmlWarning, stacklevel=2)
+        return [warning]
 
     @property
     def _coupled(self) -> list[list[int]]:
@@ -302,7 +318,7 @@ class StorePlanner:
 
     def _adds_steps(self, store: StoreDraft) -> bool:
         """Whether the mean gradients of steps are added up, so that each is divided by its weight before it is sent."""
-        return store.policy.apply == "sum" and not store.policy.local
+        return not store.policy.apply.averages and not store.policy.local
 
     def _pack(self, graph: Graph, name: str, part: PartDraft, table: ExecutableTable) -> int:
         def together(*arrays: Any) -> tuple[Any, ...]:
@@ -368,11 +384,7 @@ class StorePlanner:
             loads[home] += sum(s.nbytes for s in (*specs, *update.state_specs)) + 1
         return StoreSpec(
             name=store.name,
-            paths=tuple(parameter_path(self.paths[leaf]) for leaf in store.leaves),
-            leaves=store.leaves,
-            state=update.state,
-            specs=specs,
-            state_specs=update.state_specs,
+            buffers=self._buffers(store, specs, update),
             home=homes[0],
             readers=tuple(replica[stage] for replica in replicas for stage in store.readers),
             parts=parts,
@@ -381,6 +393,11 @@ class StorePlanner:
             homes=homes if collective else (),
             local=local,
         )
+
+    def _buffers(self, store: StoreDraft, specs: Sequence[ArraySpec], update: HomeUpdate) -> tuple[Buffer, ...]:
+        named_leaves = zip(store.leaves, specs, strict=True)
+        parameters = (Buffer(parameter_path(self.paths[i]), s, "parameter", i) for i, s in named_leaves)
+        return (*parameters, *self.optimizers.buffers(update))
 
     def _applies(
         self,
@@ -391,20 +408,20 @@ class StorePlanner:
         table: ExecutableTable,
     ) -> Applies:
         """Export the functions of the store's home, which is `given` these payloads."""
-        single = self._collective(store.policy) or not store.policy.clocked
-        most = 1 if single else self.replicas
+        policy, kind = store.policy, base_of(store.policy.apply)
+        most = most_at_once(policy, self.replicas)
+        whole = policy.local or self.microbatches == policy.every.push == 1
         home = HomeTasks(
             update.update,
             given,
             params=len(specs),
             states=len(update.state),
-            exact=most == 1
-            and ((self.microbatches == 1 and store.policy.every.push == 1) or store.policy.local)
-            and not self._collective(store.policy),
+            exact=most == 1 and whole and not self._collective(policy) and not scales(policy.apply),
+            voted=kind.rows if isinstance(kind, Vote) else 0,
         )
         kept = (*specs, *update.state_specs)
         payload = tuple(s for p in given.parts for s in p.payload)
-        width = min(most, FOLD_WIDTH)
+        width = int(min(most, self.replicas, FOLD_WIDTH))
         arguments = (ArraySpec((2, width), _coefficients(specs)), *payload * width)
         apply = table.add_function(f"apply:{store.name}", home.apply, (*kept, *arguments), kept)
         weighted = home.payload.weighted

@@ -12,9 +12,10 @@ from dataclasses import replace
 import msgspec
 
 from flowml.devices import Device
+from flowml.home import Applies
 from flowml.ir.graph import Graph
 from flowml.placement import Pipeline
-from flowml.plan import Applies, ArraySpec, Fetch, Plan, Run, StoreSpec, Training
+from flowml.plan import ArraySpec, Fetch, Plan, Run, StoreSpec, Training
 from flowml.training.compiler import TrainingCompiled, TrainingSpec
 
 

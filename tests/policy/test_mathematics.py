@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowml.policy import UNBOUNDED, Quorum, can_read, coefficients, due
+from flowml.policy import UNBOUNDED, Mean, Quorum, Sum, can_read, coefficients, due
 
 
 @pytest.mark.parametrize(
@@ -60,16 +60,16 @@ def test_the_last_step_pushes_whatever_the_rhythm() -> None:
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(1, 8))
 def test_the_mean_is_over_all_gradients_that_take_part(weights: list[int], microbatches: int) -> None:
-    mean = coefficients("mean", weights, microbatches)
+    mean = coefficients(Mean(), weights, microbatches)
     assert sum(w * c for w, c in zip(weights, mean, strict=True)) == pytest.approx(1.0 if sum(weights) else 0.0)
     assert all(c == 0 for w, c in zip(weights, mean, strict=True) if w == 0)
     assert len({c for c in mean if c}) <= 1
 
 
 def test_the_sum_adds_the_mean_gradient_of_each_step() -> None:
-    assert coefficients("sum", [8, 4, 0], microbatches=4) == (0.25, 0.25, 0.0)
+    assert coefficients(Sum(), [8, 4, 0], microbatches=4) == (0.25, 0.25, 0.0)
 
 
 def test_negative_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="count gradients"):
-        coefficients("mean", [1, -1], 1)
+        coefficients(Mean(), [1, -1], 1)

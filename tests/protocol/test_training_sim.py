@@ -50,7 +50,7 @@ def check_weights(run: World) -> None:
     for index, versions in run.applied.items():
         for version in versions:
             assert [who for who, *_ in version] == sorted(who for who, *_ in version)
-            if run.terms.stores[index].policy.apply == "mean":
+            if run.terms.stores[index].policy.apply.averages:
                 gradients = MICROBATCHES * format(sum(v for _, _, v, _ in version), "x").count("1")
                 assert all(factor == pytest.approx(1 / gradients) for *_, factor in version)
 

@@ -12,8 +12,8 @@ from itertools import count
 
 from msgspec.structs import replace
 
+from flowml.home import Applies, Buffer
 from flowml.plan import (
-    Applies,
     ArraySpec,
     Choice,
     Constant,
@@ -161,11 +161,13 @@ def _store(
     payload = (f32(_MICROBATCHES, rows, 784), f32(_MICROBATCHES, rows, 512), f32(512)) if name == "fc1" else specs
     return StoreSpec(
         name=name,
-        paths=(f"{name}/kernel", f"{name}/bias"),
-        leaves=tuple(next(leaves) for _ in specs),
-        state=tuple(next(state) for _ in range(4)),
-        specs=specs,
-        state_specs=specs + specs,
+        buffers=(
+            *(
+                Buffer(f"{name}/{n}", s, "parameter", next(leaves))
+                for n, s in zip(("kernel", "bias"), specs, strict=True)
+            ),
+            *(Buffer(f"optimizer/{i}/{name}", s, "state", next(state)) for i, s in enumerate(specs + specs)),
+        ),
         home=replicas[home][stage],
         readers=tuple(r[stage] for r in replicas),
         parts=(Part(stage, (0, 1), payload, factors=name == "fc1"),),

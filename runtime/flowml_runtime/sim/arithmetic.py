@@ -28,7 +28,7 @@ from flowml_runtime.protocol.training.actions import Start
 from flowml_runtime.sim.program import At
 from flowml_runtime.sim.values import Chunk, Report, Value
 from flowml_runtime.transport.buffers import BufferPool
-from flowml_runtime.worker.training.applying import applied
+from flowml_runtime.worker.training.applying import applied, given_of
 from flowml_runtime.worker.training.collectives import Flight, flat, parts_of
 from flowml_runtime.worker.training.examples import key_words, of_batch, of_source
 from flowml_runtime.worker.training.finite import all_finite, counted
@@ -207,10 +207,18 @@ class Arithmetic:
         program = self._compiled.loaded[self._zero[worker, store]]
         self._held[worker, store] = _Held(spec, program, list(value[:split]), list(value[split:]))
 
-    def apply(self, worker: str, store: int, version: int, given: Sequence[tuple[Sequence[Value], float]]) -> None:
+    def apply(
+        self,
+        worker: str,
+        store: int,
+        version: int,
+        given: Sequence[tuple[Sequence[Value], float]],
+        staleness: Sequence[int],
+    ) -> None:
         held = self._held[worker, store]
         contributions = [([a for part in parts for a in part], coefficient) for parts, coefficient in given]
-        results = applied(held.program, held.spec, held.params, held.state, contributions)
+        taken = given_of(held.spec, contributions, staleness)
+        results = applied(held.program, held.spec, [*held.params, *held.state], taken)
         split = len(held.spec.specs)
         held.params, held.state = list(results[:split]), list(results[split:])
 

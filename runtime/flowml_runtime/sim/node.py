@@ -143,7 +143,7 @@ class Node:
     def _apply(self, action: protocol.Apply) -> None:
         pop = self.payloads.pop
         given = [([pop(h) for h in handles], factor) for handles, factor in action.contributions]
-        self.world.values.apply(self.name, action.store, action.version, given)
+        self.world.values.apply(self.name, action.store, action.version, given, action.staleness)
 
     def _publish(self, action: protocol.Publish) -> None:
         """Send a version to its readers. As at a real home, a newer one replaces what a reader has not been sent."""

@@ -105,8 +105,16 @@ class Values(Protocol):
         """Hold the first value of a store at a home."""
         ...
 
-    def apply(self, worker: str, store: int, version: int, given: Sequence[tuple[Sequence[Value], float]]) -> None:
-        """Make the next version of a store from the parts of each contribution, and its coefficient."""
+    def apply(
+        self,
+        worker: str,
+        store: int,
+        version: int,
+        given: Sequence[tuple[Sequence[Value], float]],
+        staleness: Sequence[int],
+    ) -> None:
+        """Make the next version of a store from the parts of each contribution, its coefficient, and its staleness as
+        in `home.Apply`."""
         ...
 
     def current(self, worker: str, store: int) -> Value:
@@ -171,7 +179,14 @@ class Nothing:
     def load(self, worker: str, store: int, value: Value) -> None:
         self._held[store] = value
 
-    def apply(self, worker: str, store: int, version: int, given: Sequence[tuple[Sequence[Value], float]]) -> None:
+    def apply(
+        self,
+        worker: str,
+        store: int,
+        version: int,
+        given: Sequence[tuple[Sequence[Value], float]],
+        staleness: Sequence[int],
+    ) -> None:
         return None
 
     def current(self, worker: str, store: int) -> Value:

@@ -124,6 +124,7 @@ class Apply:
     version: int
     contributions: tuple[tuple[tuple[Handle, ...], float], ...]
     cause: int
+    staleness: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from flowml.policy.apply import scales
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, StoreTerms, Terms
 
@@ -79,12 +80,14 @@ class StageRetired:
 class Apply:
     """Make version `version` of the store from the payloads of each replica's parts and their coefficient.
 
-    The host may free the handles afterwards.
+    `staleness` has, for each contribution, the number of versions between the one that it is based on and the newest;
+    it is empty if the policy does not ask for it. The host may free the handles afterwards.
     """
 
     store: int
     version: int
     contributions: tuple[tuple[tuple[Handle, ...], float], ...]
+    staleness: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,11 @@ class _Gathering:
     def weight(self) -> int:
         """The weight of each part; 0 if one part is empty."""
         return min(p.weight for p in self.parts.values())
+
+    @property
+    def base_version(self) -> int:
+        """The oldest version that a stage read."""
+        return min(p.base_version for p in self.parts.values())
 
     def handles(self) -> tuple[Handle, ...]:
         return tuple(self.parts[p].handle for p in sorted(self.parts) if not self.parts[p].empty)
@@ -336,10 +344,13 @@ class Home:
         rest = self._release(part for g in gathered if not g.weight for part in g.parts.values())
         if not full:
             return [*rest, Publish(index, store.version, store.floor, value=False)]
+        asks = scales(store.terms.policy.apply)
+        staleness = tuple(store.version - g.base_version for g in full) if asks else ()
         store.version += 1
         factors = store.terms.policy.coefficients([g.weight for g in full], self._terms.microbatches)
         contributions = tuple((g.handles(), f) for g, f in zip(full, factors, strict=True))
-        return [*rest, Apply(index, store.version, contributions), Publish(index, store.version, store.floor)]
+        apply = Apply(index, store.version, contributions, staleness)
+        return [*rest, apply, Publish(index, store.version, store.floor)]
 
     def _retire(self, replica: int, stages: Iterable[int]) -> list[Action]:
         actions: list[Action] = []

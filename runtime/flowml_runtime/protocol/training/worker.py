@@ -423,8 +423,8 @@ class _Fit:
                 case home.SendApplied(store, who, clock, version):
                     message = wire.Applied(**ids, store=store, replica=who, clock=clock, version=version)
                     actions.append(Send(tuple(dict.fromkeys(places.stages[who])), message))
-                case home.Apply(store, version, contributions):
-                    actions.append(Apply(store, version, contributions, cause))
+                case home.Apply(store, version, contributions, staleness):
+                    actions.append(Apply(store, version, contributions, cause, staleness))
                 case home.Publish(store, version, floor, value):
                     actions.append(Publish(store, version, floor, value, places.readers[store][self._me], cause))
                 case home.Release(handle):

@@ -22,14 +22,14 @@ from flowml_runtime.execution.services import host_view
 from flowml_runtime.protocol.training.actions import Apply, Load, Publish, Return
 from flowml_runtime.protocol.training.terms import RETIRED
 from flowml_runtime.worker.training.agreement import Agreement
-from flowml_runtime.worker.training.applying import Given, applied
+from flowml_runtime.worker.training.applying import Given, applied, given_of
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
 from flowml_runtime.worker.training.run import Fault, Run
 
 
 @dataclass
 class _Held:
-    """A store's value on device `home`: parameters and optimizer state.
+    """A store's value on device `home`. `values` are its buffers, of which the first `params` are the parameters.
 
     After it is loaded, only its lane accesses it.
     """
@@ -37,8 +37,8 @@ class _Held:
     spec: StoreSpec
     home: str
     program: LoadedProgram
-    params: list[Array]
-    state: list[Array]
+    values: list[Array]
+    params: int
     clock: int = 0
     """The floor of the newest publication. If all replicas share one clock, the next contribution has this clock."""
 
@@ -82,9 +82,8 @@ class Homes:
                 case Load():
                     self._load(action)
                     continue
-                case Apply(store, version, contributions):
-                    given = [([a for h in handles for a in self._payloads.pop(h)], c) for handles, c in contributions]
-                    job = partial(self._apply, store, version, given)
+                case Apply(store, version):
+                    job = partial(self._apply, store, version, self._given(action))
                 case Publish():
                     job = partial(self._publish, action)
                 case Return():
@@ -97,8 +96,13 @@ class Homes:
         """Load a store's first value: parameters, then optimizer state."""
         spec, arrays = self._specs[action.store], self._payloads.pop(action.handle)
         home = self._homes[action.store]
-        split = len(spec.specs)
-        self._held[action.store] = _Held(spec, home, self._programs[home], list(arrays[:split]), list(arrays[split:]))
+        self._held[action.store] = _Held(spec, home, self._programs[home], list(arrays), len(spec.leaves))
+
+    def _given(self, action: Apply) -> list[Given]:
+        """The contributions of an apply, in the order of replicas."""
+        pop = self._payloads.pop
+        arrays = [([a for h in handles for a in pop(h)], coefficient) for handles, coefficient in action.contributions]
+        return given_of(self._specs[action.store], arrays, action.staleness)
 
     def close(self) -> None:
         """Drop the queued work, and end the threads after their current job. Does not wait. Idempotent."""
@@ -126,11 +130,10 @@ class Homes:
         held = self._held[store]
         recorder, step = self._run.recorder, self._run.step_of(version)
         with recorder.record(f"{held.home} home", "apply", f"store {held.spec.name}", step):
-            results = applied(held.program, held.spec, held.params, held.state, given)
+            results = applied(held.program, held.spec, held.values, given)
             if recorder.on:
                 jax.block_until_ready(results)  # otherwise the recorder would not see the end of the task
-        split = len(held.spec.specs)
-        held.params, held.state = list(results[:split]), list(results[split:])
+        held.values = list(results)
 
     def _publish(self, action: Publish) -> None:
         """Give the parameters to the publisher, which lends them to readers, so no apply may overwrite them.
@@ -140,7 +143,7 @@ class Homes:
         held = self._held[action.store]
         held.clock = held.clock if action.floor == RETIRED else action.floor
         specs = held.spec.specs if action.value else ()
-        values = host_view(held.params, held.program.device) if action.value else ()
+        values = host_view(held.values[: held.params], held.program.device) if action.value else ()
         message = wire.Published(
             plan_id=self._run.plan_id,
             run=self._run.number,
@@ -159,7 +162,7 @@ class Homes:
         self, store: int, version: int, then: Callable[[], None] = lambda: None, *, last: bool = False
     ) -> None:
         held = self._held[store]
-        arrays = [*held.params, *held.state]
+        arrays = held.values
         self._agreement.compare(store, version, max(held.clock - 1, 0), arrays, then, last=last)
 
     def _return(self, action: Return) -> None:
@@ -172,7 +175,7 @@ class Homes:
             version=action.version,
             specs=(*held.spec.specs, *held.spec.state_specs) if action.value else (),
         )
-        values = host_view([*held.params, *held.state], held.program.device) if action.value else ()
+        values = host_view(held.values[: len(message.specs)], held.program.device) if action.value else ()
 
         def tell() -> None:
             # Stages may have retired, and reported their traffic, before the last version was published.

@@ -12,6 +12,7 @@ import numpy as np
 
 from flowml.plan import StoreSpec, Training
 from flowml.policy import Mix, Policy
+from flowml.policy.apply import base_of
 from flowml_runtime.execution.programs import Array, TaskFunction, aligned_copy
 
 
@@ -20,7 +21,7 @@ class OwnRhythm:
 
     def __init__(self, policy: Policy) -> None:
         self.every = policy.every
-        self.mixes = isinstance(policy.apply, Mix)
+        self.mixes = isinstance(base_of(policy.apply), Mix)
         """Whether the replica is pulled to the global parameters when it pushes, and never takes them later."""
         self._taken = -1
 

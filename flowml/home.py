@@ -1,0 +1,67 @@
+"""Defines what a training plan says about a store's home: the buffers that stay there, and the tasks that use them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from flowml.arrays import ArraySpec, Index
+
+
+class Applies(msgspec.Struct, frozen=True):
+    """The tasks with which a home applies contributions, as indices into Plan.tasks.
+
+    `apply` takes the parameters, the state, the coefficients and up to `width` contributions, each with the payloads of
+    all parts in order, and returns the new parameters and the new state. The coefficients are an array (2, width): the
+    first row multiplies the payloads, the second their weights if they are `weighted`. The places of missing
+    contributions are filled with any contribution, and have coefficient 0.
+
+    If a store may get more contributions at once, `fold` takes the accumulator, the coefficients and up to `width`
+    contributions, and returns the accumulator, which starts as zeros of the specs `accumulator`. `finish` takes the
+    parameters, the state and the accumulator.
+    """
+
+    width: Annotated[int, msgspec.Meta(ge=1)]
+    apply: Index
+    fold: Index | None = None
+    finish: Index | None = None
+    accumulator: tuple[ArraySpec, ...] = ()
+    weighted: bool = False
+
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        return tuple(t for t in (self.apply, self.fold, self.finish) if t is not None)
+
+
+class Buffer(msgspec.Struct, frozen=True):
+    """An array that stays at a home between steps. Its name is unique among the buffers of its store.
+
+    Its first value is leaf `index` of the flattened parameters, or of the flattened state of all optimizers: the
+    trainer's first, then those of the homes.
+    """
+
+    name: str
+    spec: ArraySpec
+    kind: Literal["parameter", "state"]
+    index: Index
+
+
+class Local(msgspec.Struct, frozen=True):
+    """The tasks with which a replica updates parameters of its own, and the optimizer state that it keeps for them.
+
+    `update`, `send` and `take` are indices into Plan.tasks; `flowml.training.local` describes them. Without `send` the
+    parameters are sent, and without `take` the global parameters are taken as they are. `state` are positions in the
+    flattened optimizer state. With a gossip topology, `fold` adds what a neighbour sends to an `accumulator`, and `mix`
+    ends a round. The last `outer` leaves of the state are those of an outer optimizer.
+    """
+
+    update: Index
+    send: Index | None
+    take: Index | None
+    state: tuple[Index, ...]
+    state_specs: tuple[ArraySpec, ...]
+    fold: Index | None = None
+    mix: Index | None = None
+    accumulator: tuple[ArraySpec, ...] = ()
+    outer: Index = 0

@@ -1,0 +1,279 @@
+"""Defines how a home applies contributions: which coefficients they get, and what their sum does to the parameters.
+
+Each kind is a value that travels in the plan. It says whether contributions are averaged or added, and by what a stale
+one is scaled; `mathematics.coefficients` computes with that. What the sum does to the parameters is compiled into the
+tasks of the home (`flowml.training.updates`). To add a kind, write a class here, add it to `Apply`, and give it a rule
+there.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from flowml.errors import PolicyError
+from flowml.numbers import whole
+from flowml.policy.quorum import Fold
+
+if TYPE_CHECKING:
+    from flowml.policy.spec import Policy
+
+
+class Mean(msgspec.Struct, frozen=True, tag=True):
+    """Apply the mean of the contributions: `"mean"`. Each counts by the number of microbatch gradients in it."""
+
+    averages = True
+
+    def scale(self, staleness: int) -> float:
+        return 1.0
+
+    def describe(self) -> str:
+        return ""
+
+
+class Sum(msgspec.Struct, frozen=True, tag=True):
+    """Apply the sum of the mean gradients of the steps, as if each were applied alone: `"sum"`."""
+
+    averages = False
+
+    def scale(self, staleness: int) -> float:
+        return 1.0
+
+    def describe(self) -> str:
+        return "sum"
+
+
+class StalenessScaled(msgspec.Struct, frozen=True, tag=True):
+    """Like the mean, but a contribution that missed σ versions counts `rate / σ` (Gupta et al., Rudra, 2016).
+
+    σ is the number of versions between the one that the replica read and the one that the contribution makes, so a
+    fresh contribution has σ = 1 and counts `rate`.
+
+    Raises:
+        PolicyError: for a rate that is not a positive number.
+    """
+
+    rate: float = 1.0
+
+    averages = True
+
+    def __post_init__(self) -> None:
+        _check(self, "rate", 0 < _number(self.rate) < math.inf, "a contribution is multiplied by a number above 0")
+
+    def scale(self, staleness: int) -> float:
+        return self.rate / max(staleness, 1)
+
+    def describe(self) -> str:
+        return "÷ staleness" if self.rate == 1 else f"{self.rate:g} ÷ staleness"
+
+
+class Outer(msgspec.Struct, frozen=True, tag=True):
+    """Give the mean to an optimizer of the home's own, which has its state there (Douillard et al., DiLoCo, 2023).
+
+    With gradients it takes the place of the trainer's optimizer for these layers. With deltas, which point from the new
+    to the old parameters as a gradient does, the trainer's optimizer makes the local steps.
+
+    Args:
+        optimizer: an `optax.GradientTransformation`, by default `sgd(0.7, momentum=0.9, nesterov=True)`. The plan holds
+            its compiled update, so it does not travel with the policy.
+    """
+
+    optimizer: Any = None
+
+    averages = True
+
+    def __post_init__(self) -> None:
+        if self.optimizer is not None and not (hasattr(self.optimizer, "init") and hasattr(self.optimizer, "update")):
+            raise PolicyError(
+                f"Outer({self.optimizer!r}) has no optimizer; give an optax.GradientTransformation, as optax.sgd(0.7)"
+            )
+
+    def scale(self, staleness: int) -> float:
+        return 1.0
+
+    def describe(self) -> str:
+        return "outer"
+
+
+class Mix(msgspec.Struct, frozen=True, tag=True):
+    """Replicas and the home pull each other: both move by `pull` times their distance (Zhang et al., Deep learning with
+    Elastic Averaging SGD, NeurIPS 2015). With k contributions at once the home moves by k · pull towards their mean.
+
+    Raises:
+        PolicyError: for a pull outside (0, 1].
+    """
+
+    pull: float
+
+    averages = True
+
+    def __post_init__(self) -> None:
+        _check(self, "pull", 0 < _number(self.pull) <= 1, "it is a share of a distance; give a number in (0, 1]")
+
+    def scale(self, staleness: int) -> float:
+        return 1.0
+
+    def describe(self) -> str:
+        return f"mix {self.pull:g}"
+
+
+class Vote(msgspec.Struct, frozen=True, tag=True):
+    """Apply only the rows that win a vote: each contribution votes for its `rows` largest rows, and 2 · `rows` win.
+
+    A row is what one index of a parameter's first dimension selects, such as a feature's histogram. Its size is its
+    sum of squares. Rows with equal votes win by the size of their sum (Meng et al., PV-tree, NeurIPS 2016).
+
+    Raises:
+        PolicyError: for a number of rows below 1.
+    """
+
+    rows: int
+
+    averages = True
+
+    def __post_init__(self) -> None:
+        rows = whole(self.rows)
+        _check(self, "rows", rows is not None and rows > 0, "the number of rows to vote for is an int of at least 1")
+
+    def scale(self, staleness: int) -> float:
+        return 1.0
+
+    def describe(self) -> str:
+        return f"vote {self.rows}"
+
+
+Base = Mean | Sum | StalenessScaled | Outer | Mix | Vote
+
+
+class Prox(msgspec.Struct, frozen=True, tag=True):
+    """Apply as `after` does, then take the proximal step of l1 · |x| + l2 / 2 · x² inside a box, number by number.
+
+    The new value is the x between `low` and `high` that minimises ½ (x - updated)² + l1 · |x| + l2 / 2 · x². Both
+    factors are those of one step, so multiply a penalty by the learning rate (Parikh and Boyd, Proximal Algorithms,
+    2014).
+
+    Raises:
+        PolicyError: for a negative factor, an empty box, or no effect at all.
+    """
+
+    l1: float = 0.0
+    l2: float = 0.0
+    low: float = -math.inf
+    high: float = math.inf
+    after: Base = Mean()
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            l1: float = 0.0,
+            l2: float = 0.0,
+            low: float = -math.inf,
+            high: float = math.inf,
+            after: Base | Literal["mean", "sum"] = ...,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "after", as_apply(self.after, "after", BASES))
+        for name in ("l1", "l2"):
+            _check(
+                self, name, 0 <= _number(getattr(self, name)) < math.inf, "a penalty is multiplied by a number from 0"
+            )
+        if not _number(self.low) <= _number(self.high):
+            raise PolicyError(f"Prox(low={self.low!r}, high={self.high!r}): no number lies in this box")
+        if not self.l1 and not self.l2 and self.low == -math.inf and self.high == math.inf:
+            raise PolicyError("Prox() changes nothing; give l1=, l2=, low= or high=")
+
+    @property
+    def averages(self) -> bool:
+        return self.after.averages
+
+    def scale(self, staleness: int) -> float:
+        return self.after.scale(staleness)
+
+    def describe(self) -> str:
+        found = [self.after.describe()]
+        found += [f"{name} {value:g}" for name, value in (("l1", self.l1), ("l2", self.l2)) if value]
+        if (self.low, self.high) != (-math.inf, math.inf):
+            found.append(f"box {self.low:g}..{self.high:g}")
+        return " ".join(filter(None, found))
+
+
+Apply = Base | Prox
+
+BASES = (Mean, Sum, StalenessScaled, Outer, Mix, Vote)
+APPLIES = (*BASES, Prox)
+_NAMED: dict[object, Mean | Sum] = {"mean": Mean(), "sum": Sum()}
+
+
+def as_apply(value: object, knob: str = "apply", kinds: tuple[type, ...] = APPLIES) -> Any:
+    """The kind that a user gives by its name or as a value. Raises PolicyError for anything else."""
+    found = _NAMED.get(value, value) if isinstance(value, str) else value
+    if type(found) not in kinds:
+        others = ", ".join(f"flowml.{k.__name__}" for k in kinds if k not in (Mean, Sum))
+        raise PolicyError(f"{knob}={value!r} is not available; give {knob}='mean', {knob}='sum', or one of {others}")
+    return found
+
+
+def base_of(apply: Apply) -> Base:
+    """The kind that decides the update, which `Prox` follows."""
+    return apply.after if isinstance(apply, Prox) else apply
+
+
+def scales(apply: Apply) -> bool:
+    """Whether contributions count by their staleness."""
+    return isinstance(base_of(apply), StalenessScaled)
+
+
+def travelling(apply: Apply) -> Apply:
+    """The kind without its optimizer, which the plan holds as compiled updates."""
+    if not isinstance(base_of(apply), Outer):
+        return apply
+    return msgspec.structs.replace(apply, after=Outer()) if isinstance(apply, Prox) else Outer()
+
+
+def most_at_once(policy: Policy, replicas: int) -> float:
+    """The most contributions of `replicas` that a home applies at once; infinite if late ones join a later clock."""
+    if policy.collective or replicas == 1:
+        return 1
+    if not policy.clocked:
+        return policy.quorum.need(replicas)
+    return math.inf if isinstance(policy.quorum.late, Fold) else replicas
+
+
+def unsound(apply: Apply, payload: str, *, collective: bool) -> str | None:
+    """Why a kind is not sound with a payload of this name and the way it travels, and the nearest that is sound."""
+    base = base_of(apply)
+    if isinstance(base, Mix) and payload != "Weights":
+        return (
+            "replicas and home pull each other's parameters, so these have to be sent; use payload=Weights(), or "
+            "apply='mean'"
+        )
+    if payload == "Weights" and not isinstance(base, Mean | Mix):
+        return (
+            "parameters can be averaged, but not added up, scaled, or used as a gradient; use payload=Delta(), or "
+            "apply='mean'"
+        )
+    if isinstance(base, Vote) and payload == "Delta":
+        return "a vote leaves out rows of a gradient; use payload=Gradient(), or apply='mean'"
+    if collective and isinstance(base, StalenessScaled):
+        return "a sum over all replicas is never stale; use apply='mean'"
+    if collective and isinstance(base, Vote):
+        return (
+            "a vote needs each contribution, and a home gets only their sum; use topology=ParameterServer(), or "
+            "apply='mean'"
+        )
+    return None
+
+
+def _number(value: object) -> float:
+    """A number of the user's as a float; NaN, which no range holds, for anything else."""
+    return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+
+
+def _check(kind: object, name: str, sound: bool, reason: str) -> None:
+    if not sound:
+        raise PolicyError(f"{type(kind).__name__}({name}={getattr(kind, name)!r}): {reason}")

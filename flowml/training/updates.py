@@ -1,0 +1,50 @@
+"""Computes what `Prox` and `Vote` add to the update of a home."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from flowml.policy.apply import Prox
+
+
+def proximal(prox: Prox, update: Callable[..., tuple[Any, ...]], leaves: int) -> Callable[..., tuple[Any, ...]]:
+    """The update, followed by the proximal step of its first `leaves` results, which are the parameters."""
+
+    def updated(*arrays: Any) -> tuple[Any, ...]:
+        results = update(*arrays)
+        return (*(proximal_step(prox, p) for p in results[:leaves]), *results[leaves:])
+
+    return updated
+
+
+def proximal_step(prox: Prox, x: Any) -> Any:
+    """The number z in the box that minimises ½ (z - x)² + l1 · |z| + l2 / 2 · z², for each number of an array.
+
+    The function is convex, so its minimum in the box is the nearest point to its minimum without the box.
+    """
+    if prox.l1:
+        x = jnp.sign(x) * jnp.maximum(jnp.abs(x) - prox.l1, 0)
+    return jnp.clip(x / (1 + prox.l2) if prox.l2 else x, prox.low, prox.high)
+
+
+def ballot(leaf: Any, rows: int) -> Any:
+    """The vote of one contribution: 1 for each of its `rows` largest rows, 0 for the others."""
+    return _largest(_sizes(leaf), rows).astype(jnp.float32)
+
+
+def elected(total: Any, votes: Any, rows: int) -> Any:
+    """The sum, with 0 in all rows but the 2 · `rows` that have the most votes. Equal votes: the larger sum wins."""
+    order = jnp.lexsort((-_sizes(total), -votes))
+    won = jnp.zeros(votes.shape, bool).at[order[: 2 * rows]].set(True)
+    return jnp.where(won.reshape(-1, *[1] * (total.ndim - 1)), total, jnp.zeros_like(total))
+
+
+def _sizes(leaf: Any) -> Any:
+    return jnp.sum(jnp.square(jnp.abs(leaf)), axis=tuple(range(1, leaf.ndim)))
+
+
+def _largest(sizes: Any, rows: int) -> Any:
+    return jnp.zeros(sizes.shape, bool).at[jnp.argsort(-sizes, stable=True)[:rows]].set(True)
