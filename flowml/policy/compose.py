@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from flowml.errors import PolicyError, named
 from flowml.policy.graphs import check_members
 from flowml.policy.quorum import Quorum
+from flowml.policy.replicas import check_pull
 from flowml.policy.spec import Policy
 from flowml.policy.topology import Gossip
 
@@ -48,6 +49,7 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
         raise PolicyError(f"replicas={replicas}: training needs at least one replica")
     for name, policy in policies.items():
         _check_count(name, policy, replicas)
+        check_pull(name, policy, replicas)
     clocked = {name: p for name, p in policies.items() if p.clocked}
     dropping = {name: p for name, p in clocked.items() if not p.quorum.never_drops(replicas)}
     arriving = [name for name, p in policies.items() if not p.clocked]

@@ -46,6 +46,15 @@ class Weights(msgspec.Struct, frozen=True, tag=True):
 LocalPayload = Delta | Weights
 
 
+def check_pull(name: str, policy: Policy, replicas: int) -> None:
+    """Check that this number of replicas do not pull a centre too far together."""
+    if isinstance(policy.apply, Mix) and policy.clocked and policy.apply.pull * replicas > 1:
+        raise PolicyError(
+            f"{name!r}: {policy.apply!r} of {replicas} replicas at once is not sound: together they pull the centre "
+            f"beyond their mean; give pull={1 / replicas:.2g} or less, or staleness=1 or more"
+        )
+
+
 def _share(value: object) -> float | None:
     """A number from 0 to 1 as a float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -23,6 +23,7 @@ from flowml.policy import (
     Policy,
     Quorum,
     Weights,
+    check_composition,
     named,
     window,
 )
@@ -129,3 +130,10 @@ def test_an_unsound_composition_says_why_and_what_to_use(make: Callable[[], obje
 
 def test_an_outer_optimizer_takes_gradients_too() -> None:
     assert Policy(payload=Gradient(), apply=Outer()).describe() == "sync, outer"
+
+
+def test_replicas_that_pull_a_centre_together_do_not_pull_it_beyond_their_mean() -> None:
+    check_composition({"fc": named.elastic_averaging(4, 0.5, staleness=0)}, 2)
+    check_composition({"fc": named.elastic_averaging(4, 0.5)}, 8)
+    with pytest.raises(PolicyError, match=r"'fc': .*give pull=0.33 or less"):
+        check_composition({"fc": named.elastic_averaging(4, 0.5, staleness=0)}, 3)

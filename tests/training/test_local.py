@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 import flowml as fm
 from flowml.data import epoch_order
 from flowml.training.compiler import TrainingSpec, compile_training
-from tests.training.reference import BATCH, EXAMPLES, FEATURES, assert_close, data, mlp, mlp_loss, optax_loop
+from tests.training.reference import BATCH, EXAMPLES, FEATURES, assert_close, data, mlp, mlp_loss, optax_loop, predict
 
 SOURCE = data()
 STEPS = 13
@@ -349,3 +349,72 @@ def test_more_fragments_than_layers_are_refused(threads_cluster: fm.Cluster) -> 
     trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads_cluster, policies=fm.policies.diloco(8, fragments=4))
     with pytest.raises(fm.PolicyError, match=r"3 layers .* for 4 fragments"):
         trainer.plan(mlp(), SOURCE)
+
+
+def test_a_step_of_weighted_microbatches_is_one_weighted_mean(threads_cluster: fm.Cluster) -> None:
+    def weight(batch: Any) -> Any:
+        return jnp.sum(batch["x"][:, 0] > 0)
+
+    def weighted(params: Any, batch: Any) -> Any:
+        rows = (batch["x"][:, 0] > 0).astype(jnp.float32)
+        losses = jnp.mean((predict(params, batch["x"]) - batch["y"]) ** 2, axis=1)
+        return jnp.sum(losses * rows) / jnp.maximum(jnp.sum(rows), 1)
+
+    inner = optax.adam(1e-2)
+    trainer = fm.Trainer(
+        weighted,
+        inner,
+        cluster=threads_cluster,
+        replicas=2,
+        microbatches=2,
+        weight=weight,
+        policies=fm.policies.local_sgd(4),
+    )
+    result = trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=STEPS)
+    expected = replica_loop(weighted, mlp(), inner, shares, STEPS, dict.fromkeys(mlp(), fm.Every(4)))
+    assert_close(result.params, expected.params)
+
+
+def test_dtypes_stay_as_they_are(threads_cluster: fm.Cluster) -> None:
+    begin = mlp(dtype=jnp.bfloat16)
+    for policy in (fm.policies.diloco(2, alpha=0.5), fm.policies.elastic_averaging(2, 0.25, staleness=0)):
+        trainer = fm.Trainer(mlp_loss, optax.adam(1e-2), cluster=threads_cluster, replicas=2, policies=policy)
+        result = trainer.fit(begin, SOURCE, batch_size=BATCH, steps=6)
+        assert jax.tree.map(lambda x: x.dtype, result.params) == jax.tree.map(lambda x: x.dtype, begin)
+        assert mlp_loss(result.params, SOURCE) < mlp_loss(begin, SOURCE)
+
+
+def test_more_replicas_than_one_task_folds() -> None:
+    replicas, inner, outer = 12, optax.sgd(0.1), optax.sgd(0.7, momentum=0.9, nesterov=True)
+    with fm.Cluster.threads(workers=replicas) as cluster:
+        trainer = fm.Trainer(mlp_loss, inner, cluster=cluster, replicas=replicas, policies=fm.policies.diloco(3))
+        result = trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=7)
+    every = dict.fromkeys(mlp(), fm.Every(3))
+    expected = replica_loop(mlp_loss, mlp(), inner, lambda step: shares(step, replicas), 7, every, outer=outer)
+    assert_close(result.params, expected.params)
+
+
+def test_batches_of_several_shapes_update_the_same_parameters(threads_cluster: fm.Cluster) -> None:
+    class Growing:
+        """Examples whose number of columns is 12, or 6 in every other work item."""
+
+        def __len__(self) -> int:
+            return EXAMPLES
+
+        def __getitem__(self, indices: Any) -> Any:
+            columns = 12 if indices[0] // 12 % 2 == 0 else 6
+            return {"x": SOURCE["x"][indices][:, :columns], "y": SOURCE["y"][indices]}
+
+    def loss(params: Any, batch: Any) -> Any:
+        x = batch["x"]
+        return mlp_loss(params, {"x": jnp.pad(x, ((0, 0), (0, 12 - x.shape[1]))), "y": batch["y"]})
+
+    source, inner = Growing(), optax.sgd(0.1)
+    trainer = fm.Trainer(loss, inner, cluster=threads_cluster, replicas=2, policies=fm.policies.local_sgd(2))
+    result = trainer.fit(mlp(), source, batch_size=BATCH, steps=4, shuffle=False)
+
+    def ordered(step: int) -> list[Any]:
+        return [source[np.arange(12) + step * BATCH + 12 * r] for r in range(2)]
+
+    expected = replica_loop(loss, mlp(), inner, ordered, 4, dict.fromkeys(mlp(), fm.Every(2)))
+    assert_close(result.params, expected.params)
