@@ -65,6 +65,10 @@ class SimulatedSession:
         self._handlers: dict[str, PlanHandler] = {}
         self._ids = count()
         self._cache = ExecutableCache()
+        self._begun: tuple[str, int] | None = None
+        """The plan and the run of `_world`. The workers of a run get one StartTraining each."""
+        self._passed = 0.0
+        """The seconds of the runs before that of `_world`."""
         self._world: World | None = None
         """The run of the newest fit."""
 
@@ -114,7 +118,7 @@ class SimulatedSession:
         """Send a message of the driver. A StartTraining begins a run, with a clock at 0."""
         if not isinstance(message, wire.TrainingMessage):
             raise SimulationError(f"a simulated worker has no use for {type(message).__name__}")
-        if isinstance(message, wire.StartTraining) and (self._world is None or self._world.run != message.run):
+        if isinstance(message, wire.StartTraining) and (message.plan_id, message.run) != self._begun:
             self._begin(message)
         if self._world is not None:
             self._world.deliver(peer, message, arrays or (NO_ARRAYS if message.specs else None))
@@ -124,6 +128,8 @@ class SimulatedSession:
 
     def _begin(self, start: wire.StartTraining) -> None:
         own, models = self._plans[start.plan_id], self._models
+        self._passed = self.now()
+        self._begun = (start.plan_id, start.run)
         self._world = World(
             clock=Clock(),
             layout=own.layout.lasting(start.total_clocks),
@@ -152,7 +158,8 @@ class SimulatedSession:
     # The clock.
 
     def now(self) -> float:
-        return self._world.clock.now if self._world else 0.0
+        """Seconds since the first fit began. The clock of each run begins at 0, so that a run repeats exactly."""
+        return self._passed + (self._world.clock.now if self._world else 0.0)
 
     def next(self, inbox: queue.SimpleQueue[T]) -> T:
         """The next message of a fit. Lets events happen until there is one."""

@@ -1,0 +1,106 @@
+"""Trains in virtual time on spot machines, which a cloud takes back and returns.
+
+A record says how many machines there were in each interval. In each interval the model trains on those that are up, as
+many replicas as machines, and goes on from the parameters and optimizer state of the interval before. A change of
+machines costs the time of a restart. The comparison is a fixed number of machines that nobody takes away.
+
+    python examples/spot.py [--trace RECORD.json] [--interval 10]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import flowml as fm
+
+RECORD = {"metadata": {"gap_seconds": 300}, "data": [5, 16, 16, 8, 8, 0, 16, 16, 11, 11, 16, 16]}
+"""Twelve intervals like those that Wu et al. recorded in a region of AWS (Can't Be Late, NSDI 2024)."""
+
+COMPUTE = fm.sim.LogNormal(mean_s=0.2, sigma=0.2)
+NETWORK = fm.sim.Network(latency_s=5e-4, bytes_per_s=1.25e9, downlink_bytes_per_s=1.25e9)
+RESTART_S = 2.0
+EXAMPLES_EACH = 8
+"""Examples of one step of one replica."""
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    return jnp.mean((jnp.tanh(batch["x"] @ params["hidden"]) @ params["output"] - batch["y"]) ** 2)
+
+
+def problem() -> tuple[Any, Mapping[str, np.ndarray]]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"hidden": jax.random.normal(keys[0], (32, 128)) / 6, "output": jax.random.normal(keys[1], (128, 4)) / 11}
+    x = np.asarray(jax.random.normal(keys[2], (4096, 32)))
+    return params, {"x": x, "y": np.tanh(x @ np.asarray(jax.random.normal(keys[3], (32, 4))) / 6)}
+
+
+class Run:
+    """Training that goes on where it stopped, on another number of machines."""
+
+    def __init__(self) -> None:
+        self.params, self.source = problem()
+        self.opt_state: Any = None
+        self.examples = 0
+        self.trainers: dict[int, fm.Trainer] = {}
+
+    def train(self, machines: int, seconds: float) -> None:
+        """Train as many steps as fit into the time, judging by the first steps with this many machines."""
+        trainer = self.trainers.setdefault(machines, self._trainer(machines))
+        options = {"batch_size": EXAMPLES_EACH * machines, "opt_state": self.opt_state, "progress": False}
+        probe = trainer.fit(self.params, self.source, steps=4, **options)
+        steps = max(1, int(seconds / (probe.seconds / 4)))
+        result = trainer.fit(self.params, self.source, steps=steps, seed=self.examples, **options)
+        self.params, self.opt_state = result.params, result.opt_state
+        self.examples += EXAMPLES_EACH * machines * steps
+
+    @staticmethod
+    def _trainer(machines: int) -> fm.Trainer:
+        cluster = fm.SimulatedCluster(machines, COMPUTE, NETWORK)
+        return fm.Trainer(loss, optax.adam(1e-2), cluster=cluster, replicas=machines, policies=fm.policies.all_reduce())
+
+
+def on_spot_machines(churn: fm.sim.Churn, machines: int, intervals: int, interval_s: float) -> Run:
+    run, before = Run(), 0
+    for interval in range(intervals):
+        up = len(churn.up(interval * interval_s, machines))
+        lost_s = RESTART_S if up != before and run.examples else 0.0
+        if up and interval_s > lost_s:
+            run.train(up, interval_s - lost_s)
+        print(f"  {interval * interval_s:6.0f} s {up:3} machines {run.examples:8} examples, loss {value(run):.4f}")
+        before = up
+    return run
+
+
+def value(run: Run) -> float:
+    return float(loss(run.params, run.source))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", metavar="RECORD.json", help="a record of spot machines (default: one of an hour)")
+    parser.add_argument("--counts", choices=("available", "preempted"), default="available", help="what it counts")
+    parser.add_argument("--interval", type=float, default=10.0, help="virtual seconds of an interval (default: 10)")
+    parser.add_argument("--intervals", type=int, default=12, help="how many intervals to train (default: 12)")
+    arguments = parser.parse_args()
+    record = json.loads(Path(arguments.trace).read_text()) if arguments.trace else RECORD
+    machines = max(record["data"])
+    churn = fm.sim.Churn.from_spot(record, counts=arguments.counts, gap_s=arguments.interval)
+    print(f"up to {machines} spot machines")
+    spot = on_spot_machines(churn, machines, arguments.intervals, arguments.interval)
+    fixed = Run()
+    fixed.train(machines // 2, arguments.intervals * arguments.interval)
+    print(f"{machines // 2} machines all the time: {fixed.examples} examples, loss {value(fixed):.4f}")
+    print(f"examples on spot machines: {spot.examples / fixed.examples:.2f} times as many")
+
+
+if __name__ == "__main__":
+    main()
