@@ -213,6 +213,11 @@ def _check_whole(rows: Sequence[_Row], name: str) -> None:
                 )
 
 
+_BUSY = ("run", "push", "send", "fetch")
+"""Spans in which a device works. A task starts without waiting for its result, so its time shows in the span that
+first needs the result. In all other spans (feed, read, receive) the device waits for others."""
+
+
 def read_compute_times(path: str | PathLike[str]) -> tuple[tuple[float, ...], ...]:
     """The seconds that each replica computed in each step, from a trace of flowml (`cluster.trace`) or of a job.
 
@@ -226,8 +231,8 @@ def read_compute_times(path: str | PathLike[str]) -> tuple[tuple[float, ...], ..
     try:
         events = content["traceEvents"]
         workers = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
-        spans = [e for e in events if e.get("cat") == "run"]
-        times = _times_by_worker(workers, spans)
+        lanes = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+        times = _times_by_worker(workers, lanes, [e for e in events if e.get("cat") in _BUSY])
     except (KeyError, TypeError, AttributeError, ValueError):
         raise TraceError(f"{file.name} is not a trace that flowml wrote") from None
     if not times:
@@ -235,16 +240,23 @@ def read_compute_times(path: str | PathLike[str]) -> tuple[tuple[float, ...], ..
     return times
 
 
-def _times_by_worker(workers: Mapping[int, str], spans: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, ...], ...]:
-    """Sums up the tasks of each step. A task that comes again in a step belongs to the next program with that step."""
-    programs: dict[tuple[Any, ...], int] = defaultdict(int)
+def _times_by_worker(
+    workers: Mapping[int, str], lanes: Mapping[tuple[int, int], str], spans: Iterable[Mapping[str, Any]]
+) -> tuple[tuple[float, ...], ...]:
+    """Sums up the busy time of each step. A task that comes again in a step begins the next program with that step."""
+    tasks: dict[tuple[Any, ...], int] = defaultdict(int)
+    program: dict[str, int] = defaultdict(int)
     totals: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
-    for span in spans:
-        step = int(span["args"]["step"])
-        task = (span["pid"], span["tid"], span["name"], step, span["args"]["microbatch"])
-        own, key = totals[workers[span["pid"]]], (programs[task], step)
+    for span in sorted(spans, key=lambda s: s["ts"]):
+        device, arguments = lanes[span["pid"], span["tid"]], span["args"]
+        if " " in device:  # a home, or what sends large values while the device goes on
+            continue
+        if span["cat"] == "run":
+            task = (device, span["name"], arguments["step"], arguments["microbatch"])
+            program[device] = tasks[task]
+            tasks[task] += 1
+        own, key = totals[workers[span["pid"]]], (program[device], int(arguments["step"]))
         own[key] = own.get(key, 0.0) + float(span["dur"]) / 1e6
-        programs[task] += 1
     return tuple(tuple(s for _, s in sorted(totals[w].items())) for w in sorted(totals, key=_number))
 
 

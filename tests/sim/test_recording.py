@@ -334,7 +334,7 @@ def test_the_published_what_ifs_agree_in_each_step(published: tuple[fm.sim.Recor
 
 
 def test_times_of_a_trace_of_flowml(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
-    """A trace has one time per worker and step, which is the sum of what its tasks took."""
+    """A trace has one time per worker and step: that of its tasks and of handing their results on."""
     f = fm.dataflow(lambda x: (x @ x).sum(), cluster=threads_cluster, placement={"*": "worker:1"})
     x = np.ones((64, 64), np.float32)
     f(x)
@@ -344,5 +344,39 @@ def test_times_of_a_trace_of_flowml(threads_cluster: fm.Cluster, tmp_path: Path)
     times = fm.sim.Recorded(tmp_path / "t.json").times_s
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert [len(row) for row in times] == [5]
-    assert times[0] == pytest.approx([e["dur"] / 1e6 for e in events if e.get("cat") == "run"])
+    busy = [(e["args"]["step"], e["dur"] / 1e6) for e in events if e.get("cat") in ("run", "fetch")]
+    steps = sorted({step for step, _ in busy})
+    assert times[0] == pytest.approx([sum(s for at, s in busy if at == step) for step in steps])
     assert fm.sim.Recorded(tmp_path / "t.json").seconds(0, 0, 7) == times[0][2]
+
+
+def test_a_task_runs_on_in_the_push_that_needs_its_result_and_waits_do_not_count(tmp_path: Path) -> None:
+    """Two programs whose steps have the same numbers, on two workers; times in the file are in microseconds."""
+    lanes = ["worker:0/cpu:0", "worker:0/cpu:0 home", "worker:10/cpu:0", "worker:2/cpu:0"]
+    events: list[dict[str, Any]] = []
+    for pid, lane in enumerate(lanes):
+        worker = lane.partition("/")[0]
+        events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": worker}})
+        events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": 0, "args": {"name": lane}})
+
+    def span(pid: int, kind: str, name: str, step: int, at: float, dur: float) -> None:
+        arguments = {"step": step, "microbatch": 0}
+        events.append(
+            {"ph": "X", "pid": pid, "tid": 0, "name": name, "cat": kind, "ts": at, "dur": dur, "args": arguments}
+        )
+
+    for program in range(2):
+        for step in range(3):
+            at = 1e5 * program + 1e4 * step
+            span(0, "read", "store 0", step, at, 3000)
+            span(0, "run", "task0", step, at + 3000, 100)
+            span(0, "push", "store 0", step, at + 3100, 2000 + step)
+            span(0, "push", "store 0", step, at + 6000, 1000 * program)
+            span(1, "apply", "store 0", step, at + 6000, 500)
+            span(2, "run", "task0", step, at, 700)
+            span(3, "run", "task0", step, at, 400)
+    (tmp_path / "t.json").write_text(json.dumps({"traceEvents": events}))
+    times = fm.sim.Recorded(tmp_path / "t.json").times_s
+    first = [2.1e-3, 2.101e-3, 2.102e-3]
+    assert times[0] == pytest.approx([*first, *(t + 1e-3 for t in first)])
+    assert times[1:] == (pytest.approx((4e-4,) * 6), pytest.approx((7e-4,) * 6)), "worker 2 comes before worker 10"
