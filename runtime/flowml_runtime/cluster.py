@@ -172,8 +172,7 @@ class Cluster:
         before the first automatic placement, and stores the result; "remembered" uses stored results and measures only
         on request; "assume" uses assumed values. The default is the environment variable FLOWML_LINKS, else "measure".
         `checksum=True` adds a checksum to every message, and a message with a wrong one is refused; None adds it only
-        to messages to other machines, False to none. Raises ClusterError, with the end of the worker's log, if a
-        worker does not start.
+        between machines, False never. Raises ClusterError, with the end of its log, if a worker does not start.
         """
         with refusing():
             deadline_s = seconds("deadline_s", deadline_s)
