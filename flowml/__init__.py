@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from flowml.policy import Tree as Tree
     from flowml.policy import Vote as Vote
     from flowml.policy import Weights as Weights
+    from flowml.policy import filters as filters
     from flowml.policy import named as policies  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from flowml_runtime.cluster import Cluster as Cluster
     from flowml_runtime.dataflow import dataflow as dataflow
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "policies": "flowml.policy.named",
+    "filters": "flowml.policy.filters",
     "data": "flowml.data",
     "sim": "flowml.sim",
     "compile": "flowml.compiler",
@@ -120,7 +122,7 @@ _HOMES = {
     "TrainingResult": "flowml_runtime.trainer",
 }
 
-_MODULES = {"policies", "data", "sim"}
+_MODULES = {"policies", "filters", "data", "sim"}
 """Names that stand for a whole module."""
 
 _EXISTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -37,15 +37,20 @@ KEY_WORDS: Mapping[str, int] = {"fry": 2, "rbg": 4, "urbg": 4}
 """The number of uint32 words in a key of each PRNG implementation, by the short name in its dtype."""
 
 
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The dtype of NumPy or ml_dtypes with this name."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, name))
+
+
 @functools.lru_cache(maxsize=256)
 def _item_bytes(dtype: str) -> int:
     if dtype.startswith("key<"):
         return 4 * KEY_WORDS[dtype[4:-1]]
     if dtype == "float0":
         return 1
-    try:
-        return np.dtype(dtype).itemsize
-    except TypeError:
-        import ml_dtypes
-
-        return np.dtype(getattr(ml_dtypes, dtype)).itemsize
+    return dtype_of(dtype).itemsize

@@ -20,6 +20,7 @@ from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, PolicyError, named
 from flowml.home import Applies, Buffer, Local
 from flowml.policy import Policy
+from flowml.policy.filters import sent_size
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -299,14 +300,13 @@ class StoreSpec(msgspec.Struct, frozen=True):
         return tuple(reader for i in mine for reader in self.readers[i * share : (i + 1) * share])
 
     @property
-    def gradient_bytes(self) -> int:
-        """Size of the plain gradient in bytes."""
-        return self.nbytes
-
-    @property
     def push_bytes(self) -> int:
-        """Size of one contribution from one replica in bytes."""
-        return sum(p.nbytes for p in self.parts)
+        """Size of one contribution from one replica in bytes, or the largest possible if it varies."""
+        return sum(map(self.part_bytes, self.parts))
+
+    def part_bytes(self, part: Part) -> int:
+        """Size of a part as it is sent, or the largest possible if it varies."""
+        return sent_size(self.policy.filters, part.payload, len(part.leaves))[0]
 
 
 class Training(msgspec.Struct, frozen=True):

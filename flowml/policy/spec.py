@@ -15,6 +15,7 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.policy.apply import Apply, Mean, Outer, as_apply, travelling, unsound
+from flowml.policy.filters import KKT, AnyFilter, Filter, check_chain
 from flowml.policy.mathematics import coefficients
 from flowml.policy.quorum import COMPLETIONS, Completion, Deadline, Drop, Fold, Quorum, late_name, number
 from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
@@ -51,7 +52,7 @@ class Policy(msgspec.Struct, frozen=True):
             applied on arrival (Dean et al., Downpour; Ho et al., stale synchronous).
         every: steps between pushes: a number, or `Every`.
         payload: what is sent.
-        filters: transformations of the payload; none is available yet.
+        filters: what makes the payload smaller before it is sent (`flowml.filters`), applied in order.
         apply: `"mean"` divides by the number of microbatch gradients that took part, `"sum"` only by the
             microbatches of one step; `Outer(optimizer)` gives the mean to an optimizer of the home; others are in
             `flowml.policy.apply`.
@@ -65,7 +66,7 @@ class Policy(msgspec.Struct, frozen=True):
     quorum: Completion = None  # pyright: ignore[reportAssignmentType]  the default depends on the staleness
     every: Every = Every()
     payload: Payload = Gradient()
-    filters: tuple[str, ...] = ()
+    filters: tuple[AnyFilter, ...] = ()
     apply: Apply = Mean()
 
     if TYPE_CHECKING:  # a policy normalises its values when it is made, so more is accepted than kept
@@ -161,6 +162,7 @@ class Policy(msgspec.Struct, frozen=True):
             words.append(f"keep {self.payload.alpha:g}")
         if self.apply.describe():
             words.append(self.apply.describe())
+        words += map(str, self.filters)
         return ", ".join(words)
 
 
@@ -190,11 +192,13 @@ def _staleness(staleness: object) -> float:
     return int(value)
 
 
-def _filters(filters: Sequence[object]) -> tuple[object, ...]:
+def _filters(filters: Sequence[object]) -> tuple[Filter, ...]:
     try:
-        return tuple(filters)
+        return check_chain(tuple(filters))
     except TypeError:
-        raise PolicyError(f"filters={filters!r} is not available yet; leave filters out") from None
+        raise PolicyError(
+            f"filters={filters}: give a tuple of filters, such as (flowml.filters.top_k(0.01),)"
+        ) from None
 
 
 def _check_parts(policy: Policy) -> None:
@@ -208,8 +212,6 @@ def _check_parts(policy: Policy) -> None:
         if type(value) not in types:
             known = " or ".join(f"flowml.{t.__name__}()" for t in types)
             raise PolicyError(f"{name}={value!r} is not available yet; give {name}={known}")
-    if policy.filters:
-        raise PolicyError(f"filters={policy.filters!r} is not available yet; leave filters out")
 
 
 def _check_sound(policy: Policy) -> None:
@@ -229,6 +231,39 @@ def _check_sound(policy: Policy) -> None:
         raise PolicyError(
             f"payload=Factors() with every={policy.every.push} is not sound: the factors of several steps cannot be "
             f"added up without forming the product they stand for; use every=1, or payload=Gradient()"
+        )
+    if policy.filters:
+        _check_filtered(policy)
+
+
+def _check_filtered(policy: Policy) -> None:
+    """Check that what travels can be filtered."""
+    filtered = f"filters=({', '.join(map(str, policy.filters))},)"
+    if policy.collective:
+        raise PolicyError(
+            f"topology={policy.topology!r} with {filtered} is not sound: replicas add up raw arrays among themselves, "
+            "and the sum of filtered ones has no meaning; leave filters out, or use topology=flowml.ParameterServer()"
+        )
+    if not isinstance(policy.topology, ParameterServer):
+        raise PolicyError(
+            f"topology={policy.topology!r} with {filtered} is not available yet: neighbours average whole parameters; "
+            "leave filters out, or use topology=flowml.ParameterServer()"
+        )
+    if isinstance(policy.payload, Factors):
+        raise PolicyError(
+            f"payload=Factors() with {filtered} is not available yet: filters act on gradients, and what is left out "
+            "of a factor is missing from the whole product; leave filters out, or use payload=flowml.Gradient()"
+        )
+    lossy = [f for f in policy.filters if not f.lossless]
+    if isinstance(policy.payload, Weights) and lossy:
+        raise PolicyError(
+            f"payload={policy.payload!r} with {filtered} is not sound: a parameter that a filter leaves out would be "
+            "averaged as 0; use payload=flowml.Delta(), or lossless filters such as compress()"
+        )
+    if not isinstance(policy.payload, Gradient) and any(isinstance(f, KKT) for f in lossy):
+        raise PolicyError(
+            f"payload={policy.payload!r} with {filtered} is not sound: the condition of kkt() is on gradients; use "
+            "significance(), or payload=flowml.Gradient()"
         )
 
 

@@ -222,7 +222,7 @@ class _Grid:
 
     def _pushed(self, stage: int) -> float:
         stores = self.plan.training.stores if self.plan.training else ()
-        return sum(p.nbytes / s.every for s in stores for p in s.parts if p.stage == stage)
+        return sum(s.part_bytes(p) / s.every for s in stores for p in s.parts if p.stage == stage)
 
     def _arrow(self, arrow: Arrow) -> None:
         source, target = self.placed[arrow.source], self.placed[arrow.target]

@@ -99,4 +99,4 @@ def _push(plan: Plan, index: int, part: int) -> str:
     store = plan.training.stores[index]
     what = "factors" if store.parts[part].factors else "gradient"
     where = "the sum of all replicas" if store.collective else "its home"
-    return f"{clip(store.name, _NAME)} → {where}  {what}, {bytes_text(store.parts[part].nbytes)}"
+    return f"{clip(store.name, _NAME)} → {where}  {what}, {bytes_text(store.part_bytes(store.parts[part]))}"

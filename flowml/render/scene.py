@@ -27,6 +27,7 @@ from flowml.plan import (
     StoreSpec,
     Task,
 )
+from flowml.policy.filters import sent_size
 from flowml.render.units import bytes_text, flops_text, listed, plural, seconds_text
 
 FEED, TASK, PYTHON, FETCH = "feed", "task", "python", "fetch"
@@ -154,10 +155,16 @@ def input_names(plan: Plan, slots: Iterable[int]) -> tuple[str, ...]:
     return tuple((names[s] or f"{spare} {s}") if s < len(names) else f"{spare} {s}" for s in slots)
 
 
+def varies(store: StoreSpec) -> bool:
+    """Whether filters make the size of a contribution depend on its values."""
+    return any(not sent_size(store.policy.filters, p.payload, len(p.leaves))[1] for p in store.parts)
+
+
 def push_text(store: StoreSpec) -> str:
     """The size of one contribution, and of the plain gradient if it differs."""
-    pushed, plain = store.push_bytes, store.gradient_bytes
-    return bytes_text(pushed) if pushed == plain else f"{bytes_text(pushed)} (gradient {bytes_text(plain)})"
+    pushed, plain = store.push_bytes, store.nbytes
+    text = f"at most {bytes_text(pushed)}" if varies(store) else bytes_text(pushed)
+    return text if pushed == plain else f"{text} (gradient {bytes_text(plain)})"
 
 
 def home_text(store: StoreSpec) -> str:

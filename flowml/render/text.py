@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from flowml.plan import ArraySpec, Choice, Estimate, Plan, PlanLink, StoreSpec, Training, Transfer
 from flowml.policy.topology import sent_bytes
 from flowml.render.program_text import device_lists
-from flowml.render.scene import headline, home_text, push_text, spec_text
+from flowml.render.scene import headline, home_text, push_text, spec_text, varies
 from flowml.render.timeline import timeline
 from flowml.render.units import bytes_text, clip, flops_text, plural, rate_text, seconds_text
 
@@ -204,12 +204,13 @@ def _stores(stores: Sequence[StoreSpec]) -> str:
 
 
 def _pushed(stores: Sequence[StoreSpec]) -> str:
-    """The bytes that one replica pushes in a step, and what `every` and factors save."""
+    """The bytes that one replica pushes in a step, and what `every`, factors and filters save."""
     pushed = sum(s.push_bytes / s.every for s in stores)
-    plain = sum(s.gradient_bytes for s in stores)
-    if not stores or pushed >= plain:
+    plain = sum(s.nbytes for s in stores)
+    most = "at most " if any(map(varies, stores)) else ""
+    if not stores or (pushed >= plain and not most):
         return f"  Each replica pushes {bytes_text(plain)} a step, its plain gradients."
-    return f"  Each replica pushes {bytes_text(pushed)} a step; plain gradients would take {bytes_text(plain)}."
+    return f"  Each replica pushes {most}{bytes_text(pushed)} a step; plain gradients would take {bytes_text(plain)}."
 
 
 def _reduced(stores: Sequence[StoreSpec]) -> str:

@@ -30,6 +30,7 @@ from flowml.placement.links import Links, machines
 from flowml.plan import ArraySpec, Part, Reduction, StoreSpec
 from flowml.policy import Factors, Policy, Tree, check_composition, overruled
 from flowml.policy.apply import Vote, base_of, most_at_once, scales
+from flowml.policy.filters import Form, check_array
 from flowml.policy.topology import schedule_name
 from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, pack
@@ -176,6 +177,8 @@ class StorePlanner:
         self.products = products
         graph, sent = send_factors(graph, tuple(products.values())) if products else (graph, {})
         values = {leaf: sent[raw[leaf]] if leaf in products else (v,) for leaf, v in enumerate(treated)}
+        for path, value in zip(self.paths, treated, strict=True):
+            check_array(self.policies[path].filters, Form.of(graph.values[value]), parameter_path(path))
         outputs = (*metrics, *(v for found in values.values() for v in found))
         return replace(graph, outputs=outputs), Contributions(values, products)
 

@@ -72,7 +72,6 @@ make_quorum: Any = Quorum
     ("make", "reason"),
     [
         (lambda: make_policy(topology="ring"), "flowml.ParameterServer"),
-        (lambda: make_policy(filters=("top_k",)), "leave filters out"),
         (lambda: make_policy(payload="weights"), "flowml.Gradient.. or flowml.Factors"),
         (lambda: make_policy(quorum=0.75), "flowml.Quorum"),
         (lambda: make_policy(staleness=3, quorum=Quorum(2, late="fold")), "late='drop'"),
@@ -97,7 +96,7 @@ def test_what_is_not_available_yet_says_what_is(make: Callable[[], object], reas
             "apply='prox' is not available; give apply='mean', apply='sum', or one of flowml.StalenessScaled, "
             "flowml.Outer, flowml.Mix, flowml.Vote, flowml.Prox",
         ),
-        (lambda: make_policy(filters=5), "filters=5 is not available yet; leave filters out"),
+        (lambda: make_policy(filters=5), "filters=5: give a tuple of filters, such as (flowml.filters.top_k(0.01),)"),
         (
             lambda: make_policy(topology="ring"),
             "topology='ring' is not available yet; give topology=flowml.ParameterServer() or flowml.AllReduce() or "

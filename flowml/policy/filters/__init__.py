@@ -9,20 +9,24 @@ from __future__ import annotations
 
 from typing import Literal
 
-from flowml.policy.filters.base import Context, EncodingError, Filter, Form, State
-from flowml.policy.filters.chain import (
-    RESIDUAL,
-    Chain,
-    check_array,
-    check_chain,
-    compares,
-    decode,
-    encode,
-    feeds_back,
-    most_bytes,
-    nbytes,
-    wire_forms,
-)
+from flowml.policy.filters.base import Context as Context
+from flowml.policy.filters.base import EncodingError as EncodingError
+from flowml.policy.filters.base import Filter as Filter
+from flowml.policy.filters.base import Form as Form
+from flowml.policy.filters.base import State as State
+from flowml.policy.filters.chain import RESIDUAL as RESIDUAL
+from flowml.policy.filters.chain import Chain as Chain
+from flowml.policy.filters.chain import check_array as check_array
+from flowml.policy.filters.chain import check_chain as check_chain
+from flowml.policy.filters.chain import compares as compares
+from flowml.policy.filters.chain import decode as decode
+from flowml.policy.filters.chain import encode as encode
+from flowml.policy.filters.chain import feeds_back as feeds_back
+from flowml.policy.filters.chain import most_bytes as most_bytes
+from flowml.policy.filters.chain import nbytes as nbytes
+from flowml.policy.filters.chain import remembers as remembers
+from flowml.policy.filters.chain import sent_size as sent_size
+from flowml.policy.filters.chain import wire_forms as wire_forms
 from flowml.policy.filters.dense import BLOCK, LowRank, Quantise
 from flowml.policy.filters.lossless import Compress, KeyCache
 from flowml.policy.filters.sparse import KKT, RandomK, RandomSkip, Significance, TopK
@@ -99,40 +103,15 @@ def compress(level: int = 1) -> Compress:
 
 
 __all__ = [
-    "RESIDUAL",
-    "AnyFilter",
-    "Chain",
-    "Compress",
-    "Context",
-    "EncodingError",
-    "Filter",
-    "Form",
-    "KKT",
-    "KeyCache",
-    "LowRank",
-    "Quantise",
-    "RandomK",
-    "RandomSkip",
-    "Significance",
-    "State",
-    "TopK",
-    "check_array",
-    "check_chain",
-    "compares",
-    "compress",
-    "decode",
-    "encode",
-    "feeds_back",
-    "key_cache",
+    "significance",
     "kkt",
-    "low_rank",
-    "most_bytes",
-    "nbytes",
-    "quantise",
+    "top_k",
     "random_k",
     "random_skip",
+    "low_rank",
+    "quantise",
     "sign",
-    "significance",
-    "top_k",
-    "wire_forms",
+    "key_cache",
+    "compress",
 ]
+"""The names of `flowml.filters`. The rest is for the compiler and the runtime."""

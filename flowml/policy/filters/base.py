@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import msgspec
 import numpy as np
 
+from flowml.arrays import ArraySpec, dtype_of
 from flowml.errors import FlowmlError, PolicyError
 from flowml.numbers import whole
 
@@ -45,6 +46,10 @@ class Form(NamedTuple):
     dtype: np.dtype[Any]
     role: Role = "values"
     exact: bool = True
+
+    @staticmethod
+    def of(spec: ArraySpec) -> Form:
+        return Form(spec.shape, dtype_of(spec.dtype))
 
     @property
     def size(self) -> int:
@@ -86,6 +91,7 @@ class Filter(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown
         lossless: whether `decode` returns the value itself.
         first: whether it needs an array as it is, and so must be the first filter.
         compares: whether it compares values with parameters.
+        remembers: whether its parts have a meaning only together with those of earlier pushes.
     """
 
     feedback: bool = False
@@ -96,6 +102,7 @@ class Filter(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown
     lossless: ClassVar[bool] = False
     first: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.feedback and self.lossless:

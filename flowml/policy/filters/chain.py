@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flowml.arrays import ArraySpec
 from flowml.errors import PolicyError
 from flowml.policy.filters.base import Array, Context, EncodingError, Filter, Form, State, wide
 
@@ -59,6 +60,15 @@ def most_bytes(chain: Chain, form: Form) -> int:
     return sum(f.nbytes for f in wire_forms(chain, form))
 
 
+def sent_size(chain: Chain, payload: Sequence[ArraySpec], filtered: int) -> tuple[int, bool]:
+    """The bytes of arrays of which the first `filtered` are filtered, or the most possible, and whether it is exact."""
+    if not chain:
+        return sum(spec.nbytes for spec in payload), True
+    forms = [x for spec in payload[:filtered] for x in wire_forms(chain, Form.of(spec))]
+    rest = sum(spec.nbytes for spec in payload[filtered:])
+    return sum(x.nbytes for x in forms) + rest, all(x.exact for x in forms)
+
+
 def feeds_back(chain: Chain) -> bool:
     """Whether the chain keeps what it loses."""
     return any(f.feedback for f in chain)
@@ -67,6 +77,11 @@ def feeds_back(chain: Chain) -> bool:
 def compares(chain: Chain) -> bool:
     """Whether the chain needs the parameters that values are gradients of."""
     return any(f.compares for f in chain)
+
+
+def remembers(chain: Chain) -> bool:
+    """Whether a receiver has to decode every push, because later ones refer to it."""
+    return any(f.remembers for f in chain)
 
 
 def encode(chain: Chain, value: Array, state: State, context: Context) -> tuple[list[Array], State]:

@@ -138,20 +138,19 @@ def dequantised(codes: Any, scales: Any, bits: int, block: int, xp: Any = np) ->
 def pack(codes: Array, bits: int) -> Array:
     """Codes of `bits` bits, packed into bytes from the lowest bits up."""
     each = 8 // bits
-    if each == 1:
-        return codes
-    padded = np.zeros(-(-codes.size // each) * each, _CODES)
-    padded[: codes.size] = codes
-    shifted = padded.reshape(-1, each) << np.arange(0, 8, bits, dtype=_CODES)
-    return np.bitwise_or.reduce(shifted, axis=1)
+    padded = codes if codes.size % each == 0 else np.pad(codes, (0, -codes.size % each))
+    packed = padded[::each].copy()
+    for i in range(1, each):
+        packed |= padded[i::each] << np.uint8(bits * i)
+    return packed
 
 
 def unpack(packed: Array, bits: int, size: int) -> Array:
     each = 8 // bits
-    if each == 1:
-        return packed
-    spread = packed[:, None] >> np.arange(0, 8, bits, dtype=_CODES)
-    return (spread & np.uint8(2**bits - 1)).reshape(-1)[:size]
+    codes = np.empty(packed.size * each, _CODES)
+    for i in range(each):
+        codes[i::each] = (packed >> np.uint8(bits * i)) & np.uint8(2**bits - 1)
+    return codes[:size]
 
 
 def power_step(matrix: Any, basis: Any, xp: Any = np) -> tuple[Any, Any, Any]:

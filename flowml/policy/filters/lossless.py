@@ -26,6 +26,7 @@ class KeyCache(Filter, frozen=True):
     takes: ClassVar[Role | None] = "keys"
     gives: ClassVar[frozenset[Role]] = frozenset({"codes"})
     lossless: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     def layout(self, form: Form) -> tuple[Form, ...] | None:
         return Form((1,), _DIGEST, "codes"), Form(form.shape, form.dtype, "codes", exact=False)

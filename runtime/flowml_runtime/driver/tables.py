@@ -18,7 +18,7 @@ def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], *, steps: 
     for store in training.stores:
         counts = traffic.get(store.name, {})
         pushed = counts.get("pushed_bytes", 0)
-        plain = store.gradient_bytes * len(training.replicas) * steps
+        plain = store.nbytes * len(training.replicas) * steps
         rows.append(
             (
                 store.name,

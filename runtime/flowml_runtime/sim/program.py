@@ -44,7 +44,7 @@ class Sizes:
     @staticmethod
     def of(training: Training) -> Sizes:
         return Sizes(
-            tuple(s.nbytes for s in training.stores), tuple(tuple(p.nbytes for p in s.parts) for s in training.stores)
+            tuple(s.nbytes for s in training.stores), tuple(tuple(map(s.part_bytes, s.parts)) for s in training.stores)
         )
 
 

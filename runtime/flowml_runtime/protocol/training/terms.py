@@ -14,6 +14,7 @@ from functools import cached_property
 from flowml.devices import worker_of
 from flowml.plan import Training
 from flowml.policy import Every, Policy
+from flowml.policy.filters import feeds_back
 
 RETIRED = 2**53 - 1
 """The clock of a replica that is no longer waited for: the largest that a message can carry."""
@@ -37,6 +38,11 @@ class StoreTerms:
     @property
     def every(self) -> int:
         return self.policy.every.push
+
+    @property
+    def keeps(self) -> bool:
+        """Whether gradients of one step may wait for the push of a later one."""
+        return self.every > 1 or feeds_back(self.policy.filters)
 
     @property
     def decided(self) -> bool:
@@ -81,8 +87,8 @@ class Terms:
 
     @cached_property
     def accumulates(self) -> bool:
-        """Whether any store gathers the gradients of several steps."""
-        return any(s.every > 1 for s in self.stores)
+        """Whether any store keeps gradients of one step for the push of a later one."""
+        return any(s.keeps for s in self.stores)
 
     @cached_property
     def _needs(self) -> dict[Every, int]:
@@ -118,12 +124,12 @@ class Terms:
         return tuple(i for i, s in found if s.decided and s.policy.every.due(clock, self.last_clock))
 
     def flushes(self, clock: int, last: bool) -> bool:
-        """Whether a store that gathers several steps pushes at `clock`."""
-        return any(e.push > 1 and (last or e.due(clock, self.last_clock)) for e in self._rhythms)
+        """Whether a store pushes at `clock` what it may have kept of earlier steps."""
+        return any(last or every.due(clock, self.last_clock) for every in self._kept_rhythms)
 
     @cached_property
-    def _rhythms(self) -> frozenset[Every]:
-        return frozenset(s.policy.every for s in self.stores)
+    def _kept_rhythms(self) -> frozenset[Every]:
+        return frozenset(s.policy.every for s in self.stores if s.keeps)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from flowml_runtime import wire
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import host_view
-from flowml_runtime.protocol.training.actions import Apply, Load, Publish, Return
+from flowml_runtime.protocol.training.actions import Apply, Load, Publish, Release, Return
 from flowml_runtime.protocol.training.terms import RETIRED
 from flowml_runtime.worker.training.agreement import Agreement
-from flowml_runtime.worker.training.applying import Given, applied, given_of
+from flowml_runtime.worker.training.applying import applied, given_of
+from flowml_runtime.worker.training.filtered import Decoder
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
 from flowml_runtime.worker.training.run import Fault, Run
 
@@ -43,6 +44,9 @@ class _Held:
     """The floor of the newest publication. If all replicas share one clock, the next contribution has this clock."""
 
 
+_Sent = tuple[wire.Contribution | None, Sequence[Array]]
+"""The arrays of a part as they came, with their message if they are filtered."""
+
 _Job = tuple[int, Callable[[], None]]
 """(store, the work to do for it)"""
 
@@ -55,6 +59,7 @@ class Homes:
         run: Run,
         programs: Mapping[str, LoadedProgram],
         payloads: dict[int, Sequence[Array]],
+        contributions: dict[int, wire.Contribution],
         agreement: Agreement,
         on_fault: Fault,
     ) -> None:
@@ -62,10 +67,12 @@ class Homes:
         self._agreement = agreement
         self._programs = programs
         self._payloads = payloads
+        self._contributions = contributions
         self._on_fault = on_fault
         self._specs = run.training.stores
         self._homes = {i: home for i, s in enumerate(self._specs) for home in s.copies if worker_of(home) == run.me}
         self._held: dict[int, _Held] = {}
+        self._decoder = Decoder(self._specs)
         self._lanes = {home: Lane(f"{home} home run {run.number}") for home in dict.fromkeys(self._homes.values())}
         self._publisher = Publisher(
             f"{run.me} run {run.number}", self._send_published, partial(self._fail, run.number, "publish")
@@ -73,7 +80,7 @@ class Homes:
         self._failed = False
         """Whether an apply or publication failed. Then no later one may run."""
 
-    def carry_out(self, actions: Iterable[Load | Apply | Publish | Return]) -> None:
+    def carry_out(self, actions: Iterable[Load | Apply | Publish | Return | Release]) -> None:
         """Queue the actions that one event has caused."""
         jobs: dict[str, list[_Job]] = {}
         """Grouped by device, so that each lane is woken once."""
@@ -82,27 +89,30 @@ class Homes:
                 case Load():
                     self._load(action)
                     continue
-                case Apply(store, version):
-                    job = partial(self._apply, store, version, self._given(action))
-                case Publish():
+                case Release(handle):
+                    message = self._contributions.get(handle)
+                    if message is None or not self._decoder.remembers(message.store):
+                        continue
+                    store, job = message.store, partial(self._remember, self._sent(handle))
+                case Apply(store, _, contributions):
+                    sent = [([self._sent(h) for h in handles], c) for handles, c in contributions]
+                    job = partial(self._apply, action, sent)
+                case Publish(store):
                     job = partial(self._publish, action)
-                case Return():
+                case Return(store):
                     job = partial(self._return, action)
-            jobs.setdefault(self._homes[action.store], []).append((action.store, job))
+            jobs.setdefault(self._homes[store], []).append((store, job))
         for home, ordered in jobs.items():
             self._lanes[home].put(partial(self._do, ordered), partial(self._fail, self._run.number, "a home"))
+
+    def _sent(self, handle: int) -> _Sent:
+        return self._contributions.pop(handle, None), self._payloads.pop(handle)
 
     def _load(self, action: Load) -> None:
         """Load a store's first value: parameters, then optimizer state."""
         spec, arrays = self._specs[action.store], self._payloads.pop(action.handle)
         home = self._homes[action.store]
         self._held[action.store] = _Held(spec, home, self._programs[home], list(arrays), len(spec.leaves))
-
-    def _given(self, action: Apply) -> list[Given]:
-        """The contributions of an apply, in the order of replicas."""
-        pop = self._payloads.pop
-        arrays = [([a for h in handles for a in pop(h)], coefficient) for handles, coefficient in action.contributions]
-        return given_of(self._specs[action.store], arrays, action.staleness)
 
     def close(self) -> None:
         """Drop the queued work, and end the threads after their current job. Does not wait. Idempotent."""
@@ -126,9 +136,21 @@ class Homes:
         if not self._run.stopped:
             self._on_fault(step, node, error)
 
-    def _apply(self, store: int, version: int, given: Sequence[Given]) -> None:
-        held = self._held[store]
-        recorder, step = self._run.recorder, self._run.step_of(version)
+    def _decoded(self, sent: _Sent) -> Sequence[Array]:
+        """The gradients of a part."""
+        message, arrays = sent
+        return arrays if message is None else self._decoder.decode(message, arrays)
+
+    def _remember(self, sent: _Sent) -> None:
+        """Decode a part that is not applied, because later ones refer to it."""
+        self._decoded(sent)
+
+    def _apply(self, action: Apply, sent: Sequence[tuple[Sequence[_Sent], float]]) -> None:
+        """Apply what was sent, in the order of replicas."""
+        held = self._held[action.store]
+        recorder, step = self._run.recorder, self._run.step_of(action.version)
+        arrays = [([a for part in parts for a in self._decoded(part)], coefficient) for parts, coefficient in sent]
+        given = given_of(held.spec, arrays, action.staleness)
         with recorder.record(f"{held.home} home", "apply", f"store {held.spec.name}", step):
             results = applied(held.program, held.spec, held.values, given)
             if recorder.on:

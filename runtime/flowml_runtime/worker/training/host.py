@@ -66,6 +66,8 @@ class TrainingHost:
         self.machine = TrainingWorker(worker.name, driver, Terms.of(training, 0), Places.of(training))
         self.payloads: dict[int, Sequence[Array]] = {}
         """The arrays of the machine's handles."""
+        self.contributions: dict[int, wire.Contribution] = {}
+        """The messages of those handles whose arrays are filtered."""
         self._handles = count(1)
         self._plan_id = plan_id
         self._plan = plan
@@ -132,7 +134,13 @@ class TrainingHost:
             return protocol.Received(peer, message)
         handle = next(self._handles)
         self.payloads[handle] = arrays
+        if isinstance(message, wire.Contribution) and self._filtered(message.store):
+            self.contributions[handle] = message
         return protocol.Received(peer, message, handle)
+
+    def _filtered(self, store: int) -> bool:
+        stores = self._plan.training.stores if self._plan.training else ()
+        return store < len(stores) and bool(stores[store].policy.filters)
 
     def _step(self, event: protocol.Event) -> None:
         with self.changed:
@@ -172,7 +180,8 @@ class TrainingHost:
         elif isinstance(action, protocol.Fail):
             self.fail(action.run, "training", action.error)
         elif isinstance(action, protocol.Release):
-            self.payloads.pop(action.handle, None)
+            self.payloads.pop(action.handle, None)  # the homes take those that they still have to decode
+            self.contributions.pop(action.handle, None)
         elif self._fit is not None:
             self._fit.later(action)
 
@@ -211,7 +220,7 @@ class _Fit:
         self.reductions = Reductions(run, host.fail)
         self._payloads = host.payloads
         agreement = Agreement(run, self.reductions.group, host.fail)
-        self._homes = Homes(run, host.programs, host.payloads, agreement, host.fail)
+        self._homes = Homes(run, host.programs, host.payloads, host.contributions, agreement, host.fail)
         self._stages = {
             (r, s): StageRunner(run, host, (r, s), host.programs[run.training.replicas[r][s]], self.reductions)
             for r, s in Places.of(run.training).stages_on(run.me)
@@ -255,7 +264,9 @@ class _Fit:
     def stores(self, actions: Sequence[protocol.Action]) -> None:
         """Queue the actions on the stores here. Does not wait: the threads of their devices carry them out in order."""
         mine = [
-            a for a in actions if isinstance(a, protocol.Load | protocol.Apply | protocol.Publish | protocol.Return)
+            a
+            for a in actions
+            if isinstance(a, protocol.Load | protocol.Apply | protocol.Publish | protocol.Return | protocol.Release)
         ]
         if mine:
             self._homes.carry_out(mine)

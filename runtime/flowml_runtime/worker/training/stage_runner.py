@@ -34,6 +34,7 @@ from flowml_runtime.execution.step_program import StepFault, StepProgram, prepar
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Send, Start, StepFinished
 from flowml_runtime.worker.training.examples import key_words, of_batch, of_source
+from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.neighbours import Neighbours
 from flowml_runtime.worker.training.own_values import OwnValues
@@ -90,6 +91,9 @@ class StageRunner(EdgeServices):
             for s, own in self._own.items()
             if isinstance(own.spec.policy.topology, Gossip)
         }
+        self._encoder = Encoder(run.training.stores, self.replica, run.start.seed)
+        self._compared: dict[int, Sequence[Array]] = {}
+        """By store the parameters of this step, where filters compare gradients with them."""
         self._now = Start(*at, -1, wire.Item(sequence=0, epoch=0, start=0, size=0), 0)
         """The current step, or the last one."""
         self._read_versions: dict[int, int] = {}
@@ -111,6 +115,7 @@ class StageRunner(EdgeServices):
     def settle(self, clock: int, *, counts: bool) -> None:
         for gathered in self._gathered.values():
             (gathered.adopt if counts else gathered.discard)(clock)
+        self._encoder.settle(clock, counts=counts)
 
     def give(self, batch: wire.Batch, arrays: Sequence[Array]) -> None:
         """Store the leaves of a work item. Work items arrive in the order of grants, which is the order of clocks."""
@@ -270,6 +275,8 @@ class StageRunner(EdgeServices):
             )
             view = self.run.stores[store]
             self._read_versions[store] = view.version
+            if self._encoder.compares(store):
+                self._compared[store] = view.values
         return view.values
 
     def _take(self, step: int, store: int, own: OwnValues) -> None:
@@ -291,8 +298,9 @@ class StageRunner(EdgeServices):
             return
         weight = 1 if spec.local else total.steps * self.run.training.microbatches
         if spec.collective:
+            self.run.count_push(store, part, spec.parts[part].nbytes, self.run.me)
             given = Given(store, part, self.replica, self._now.clock, weight, self._now.cause)
-            send, to = partial(self._reduce, given, total.value), self.run.me
+            send = partial(self._reduce, given, total.value)
         else:
             contribution = self._worker.contribution(
                 self._now,
@@ -302,12 +310,10 @@ class StageRunner(EdgeServices):
                 weight=weight,
                 specs=spec.parts[part].payload,
             )
-            send, to = partial(self._contribute, contribution, total.value), contribution.to[0]
-        nbytes = spec.parts[part].nbytes
-        self.run.count_push(store, part, nbytes, to)
-        if nbytes < LARGE_BYTES:
+            send = partial(self._contribute, contribution, total.value, self._compared.get(store))
+        if spec.parts[part].nbytes < LARGE_BYTES:
             send()
-        else:  # the backward pass continues meanwhile
+        else:  # the backward pass continues meanwhile, also while filters encode
             self.outbox.put(send, lambda error: self.send_failed(step, f"store {spec.name}", error))
 
     def _gather(self, store: int, part: int, gradients: Gradients) -> Sum[Gradients] | None:
@@ -343,7 +349,7 @@ class StageRunner(EdgeServices):
         position = len(store.specs) + len(store.local.state_specs)
         return self.run.plan.tasks[store.local.update].inputs[position].dtype
 
-    def _contribute(self, contribution: Send, gradients: Gradients) -> None:
+    def _contribute(self, contribution: Send, gradients: Gradients, parameters: Sequence[Array] | None) -> None:
         message: Any = contribution.message
         arrays = host_view(gradients.result(self.deadline_s), self.loaded.device)
         training = self.run.training
@@ -351,7 +357,11 @@ class StageRunner(EdgeServices):
         if self.run.start.on_nonfinite != "apply" and not all_finite(counts):
             self.run.refuse(message.store, message.clock, (self.replica,), f"which replica {self.replica} sends")
             message, arrays = msgspec.structs.replace(message, weight=0, empty=True, specs=()), ()
+        elif self._encoder.filters(message.store):
+            message, arrays = self._encoder.encode(message, arrays, parameters)
+        nbytes = sum(spec.nbytes for spec in message.specs)
         for home in contribution.to:
+            self.run.count_push(message.store, message.part, nbytes, home)
             self.run.send(home, message, arrays)
 
     def _reduce(self, given: Given, gradients: Gradients) -> None:

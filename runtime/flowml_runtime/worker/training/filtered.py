@@ -1,0 +1,129 @@
+"""Encodes the pushes of a stage by the filters of their policies, and decodes them at a home.
+
+    stage: gradients -> Encoder.encode -> wire arrays -> Contribution -> Decoder.decode -> gradients: home
+
+The filters are pure functions (`flowml.policy.filters`). What they keep between pushes are buffers that live here: the
+residuals of error feedback, the basis of a low-rank approximation, and cached keys.
+
+* A push that a decision leaves out takes nothing from a residual: `settle` restores the residual of before. The
+  gradient of the dropped step stays dropped, as without filters. The next push starts only when the fate of the last
+  one is known (`protocol.training.terms`).
+* A home decodes a contribution before it applies it. Cached keys are those of the last contribution that was sent, so
+  where keys are cached the home also decodes contributions that it does not apply.
+* The weight that ends a weighted part is not filtered.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+
+from flowml.errors import FlowmlError
+from flowml.plan import ArraySpec, StoreSpec
+from flowml.policy import filters
+from flowml_runtime import wire
+from flowml_runtime.execution.programs import Array
+from flowml_runtime.transport.arrays import Buffer
+
+Key = tuple[int, ...]
+"""Names a filtered array: (store, part, array) on a stage, (store, part, array, replica, incarnation) at a home."""
+
+
+class Encoder:
+    """Encodes the pushes of one stage of one replica."""
+
+    def __init__(self, stores: Sequence[StoreSpec], replica: int, seed: int) -> None:
+        self.buffers: dict[Key, filters.State] = {}
+        self._stores = stores
+        self._seed = (seed, replica)
+        self._before: dict[int, dict[Key, Buffer | None]] = {}
+        """By clock the residuals from before its pushes, until its fate is known."""
+        self._lock = threading.Lock()
+        """Guards the buffers: a step sends small pushes itself, and a thread beside it large ones."""
+
+    def filters(self, store: int) -> bool:
+        """Whether the pushes to a store are filtered."""
+        return bool(self._stores[store].policy.filters)
+
+    def compares(self, store: int) -> bool:
+        """Whether the filters of a store need its parameters."""
+        return filters.compares(self._stores[store].policy.filters)
+
+    def encode(
+        self, message: wire.Contribution, arrays: Sequence[Array], parameters: Sequence[Array] | None
+    ) -> tuple[wire.Contribution, Sequence[Array]]:
+        """The message and the arrays to send. `parameters` are those of the store, where the filters compare."""
+        store = self._stores[message.store]
+        leaves = store.parts[message.part].leaves
+        weight = [np.asarray(a) for a in arrays[len(leaves) :]]
+        context = filters.Context(clock=message.clock, weight=float(weight[0]) if weight else message.weight)
+        sent: list[Buffer] = []
+        for i, leaf in enumerate(leaves):
+            key = (message.store, message.part, i)
+            parameter = None if parameters is None else np.asarray(parameters[leaf])
+            about = context._replace(seed=(*self._seed, *key, message.clock), parameter=parameter)
+            sent += self._encode(store.policy.filters, key, np.asarray(arrays[i]), about)
+        sent += weight
+        specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in sent)
+        return msgspec.structs.replace(message, specs=specs), sent
+
+    def _encode(self, chain: filters.Chain, key: Key, value: Buffer, context: filters.Context) -> Sequence[Buffer]:
+        with self._lock:
+            before = self.buffers.get(key, {})
+        sent, after = filters.encode(chain, value, before, context)
+        with self._lock:
+            self.buffers[key] = after
+            if filters.feeds_back(chain):
+                self._before.setdefault(context.clock, {})[key] = before.get(filters.RESIDUAL)
+        return sent
+
+    def settle(self, clock: int, *, counts: bool) -> None:
+        """The fate of a step is known, and it has ended. No effect if it pushed nothing that is kept."""
+        with self._lock:
+            for key, residual in self._before.pop(clock, {}).items():
+                if not counts:
+                    others = {n: a for n, a in self.buffers[key].items() if n != filters.RESIDUAL}
+                    self.buffers[key] = others if residual is None else {**others, filters.RESIDUAL: residual}
+
+
+class Decoder:
+    """Decodes the contributions to the stores of one worker.
+
+    One thread at a time decodes those of a store, in the order in which each replica sent them.
+    """
+
+    def __init__(self, stores: Sequence[StoreSpec]) -> None:
+        self.buffers: dict[Key, filters.State] = {}
+        self._stores = stores
+
+    def remembers(self, store: int) -> bool:
+        """Whether what a contribution means depends on the ones before it, applied or not."""
+        return filters.remembers(self._stores[store].policy.filters)
+
+    def decode(self, message: wire.Contribution, arrays: Sequence[Array]) -> list[Array]:
+        """The arrays of the part. Raises FlowmlError if its filters cannot have made those that came."""
+        store = self._stores[message.store]
+        part = store.parts[message.part]
+        left = iter([np.asarray(a) for a in arrays])
+        found: list[Array] = []
+        try:
+            for i, spec in enumerate(part.payload[: len(part.leaves)]):
+                key = (message.store, message.part, i, message.replica, message.incarnation)
+                form, before = filters.Form.of(spec), self.buffers.get(key, {})
+                value, self.buffers[key] = filters.decode(store.policy.filters, left, form, before)
+                found.append(value)
+        except filters.EncodingError as error:
+            raise FlowmlError(
+                f"replica {message.replica} sent for layer {store.name!r} at clock {message.clock} what its filters "
+                f"cannot have made: {error}; see whether all workers run the same version of flowml"
+            ) from None
+        found += left
+        if len(found) != len(part.payload):
+            raise FlowmlError(
+                f"replica {message.replica} sent {len(found)} arrays for layer {store.name!r} at clock "
+                f"{message.clock}, where {len(part.payload)} are expected"
+            )
+        return found
