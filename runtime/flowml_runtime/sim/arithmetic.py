@@ -17,6 +17,7 @@ import numpy as np
 from flowml.devices import worker_of
 from flowml.errors import SimulationError
 from flowml.plan import Plan, StoreSpec
+from flowml.policy.filters import compares
 from flowml_runtime import wire
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.programs import Array, ExecutableCache, LoadedProgram, load_programs
@@ -31,6 +32,7 @@ from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.worker.training.applying import applied, given_of
 from flowml_runtime.worker.training.collectives import Flight, flat, parts_of
 from flowml_runtime.worker.training.examples import key_words, of_batch, of_source
+from flowml_runtime.worker.training.filtered import Decoder, Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.reductions import sum_of
@@ -126,6 +128,10 @@ class Arithmetic:
         self._states: dict[tuple[str, int], Arrays] = {}
         """(worker, store) -> the first optimizer state of parameters that replicas update themselves."""
         self._own: dict[tuple[At, int], OwnValues] = {}
+        self._encoders: dict[At, Encoder] = {}
+        self._decoder = Decoder(self._training.stores)
+        self._compared: dict[tuple[At, int], Arrays] = {}
+        """The parameters that a stage has taken last, where filters compare gradients with them."""
         self._recorder = Recorder()
         self._pool = BufferPool()
         self._zero = {
@@ -161,6 +167,8 @@ class Arithmetic:
     def _read(self, step: _Step, store: int) -> Arrays:
         given = None if step.given is None else step.given[1]
         spec = self._training.stores[store]
+        if given is not None and compares(spec.policy.filters):
+            self._compared[step.at, store] = given
         if spec.local is None:
             assert given is not None
             return given
@@ -191,6 +199,17 @@ class Arithmetic:
     def is_finite(self, store: int, part: int, value: Value) -> bool:
         spec = self._training.stores[store].parts[part]
         return all_finite(counted([np.asarray(a) for a in value], spec, self._training.microbatches))
+
+    def filtered(self, at: At, message: wire.Contribution, value: Value) -> tuple[Value, int]:
+        encoder = self._encoders.get(at)
+        if encoder is None:
+            encoder = self._encoders[at] = Encoder(self._training.stores, at[0], self._start.seed)
+        sent, arrays = encoder.encode(message, value, self._compared.get((at, message.store)))
+        return self._decoder.decode(sent, arrays), sum(spec.nbytes for spec in sent.specs)
+
+    def settle(self, at: At, clock: int, counts: bool) -> None:
+        if at in self._encoders:
+            self._encoders[at].settle(clock, counts=counts)
 
     def flight(self, schedule: collective.Schedule, rank: int, values: Sequence[Value]) -> _Sum:
         return _Sum(schedule, rank, self.total(values), self._pool)

@@ -77,6 +77,8 @@ class Executor:
     def settle(self, clock: int, *, counts: bool) -> None:
         for gathered in self._gathered.values():
             (gathered.adopt if counts else gathered.discard)(clock)
+        if self._world.values.computes:
+            self._world.values.settle(self.at, clock, counts)
 
     def walk(self) -> None:
         """Go on until the step is over, a task takes time, or something is missing."""
@@ -215,13 +217,13 @@ class Executor:
         if world.terms.stores[store].collective:
             world.collectives.push(node.name, step, store, part, weight, total.value)
             return True
-        nbytes = world.sizes.parts[store][part]
         base = self._versions.get(store, 0)
         sent = node.machine.contribution(step, store, part, base_version=base, weight=weight)
-        node.counts.push(store, part, nbytes, crosses=sent.to[0] != node.name)
         message, value = world.checked(node, sent.message, part, total.value)
+        value, nbytes = world.filtered(self.at, message, value)
+        node.counts.push(store, part, nbytes, crosses=sent.to[0] != node.name)
         for home in sent.to:
-            node.send(home, message, value, nbytes if value is not None else 0)
+            node.send(home, message, value, nbytes)
         return True
 
     def _update(self, step: Start, store: int, mixed: Value) -> Sum[Value] | None:

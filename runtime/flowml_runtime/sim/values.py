@@ -93,6 +93,15 @@ class Values(Protocol):
         """Whether a gradient may be applied."""
         ...
 
+    def filtered(self, at: At, message: wire.Contribution, value: Value) -> tuple[Value, int]:
+        """What the home decodes of a gradient that the filters of its policy have encoded, and the bytes that are
+        sent."""
+        ...
+
+    def settle(self, at: At, clock: int, counts: bool) -> None:
+        """The fate of a step is known. A filtered push that does not count returns to what the filters keep."""
+        ...
+
     def flight(self, schedule: Schedule, rank: int, values: Sequence[Value]) -> Flight | None:
         """One rank's part of a sum of all replicas, with the values of its own. None if `total` makes the sum."""
         ...
@@ -169,6 +178,12 @@ class Nothing:
 
     def is_finite(self, store: int, part: int, value: Value) -> bool:
         return True
+
+    def filtered(self, at: At, message: wire.Contribution, value: Value) -> tuple[Value, int]:
+        return value, 0
+
+    def settle(self, at: At, clock: int, counts: bool) -> None:
+        return None
 
     def flight(self, schedule: Schedule, rank: int, values: Sequence[Value]) -> None:
         return None

@@ -132,6 +132,18 @@ class World:
         self.refuse(node, message.store, message.clock, (message.replica,), whose)
         return msgspec.structs.replace(message, weight=0, empty=True), None
 
+    def filtered(self, at: At, message: Any, value: Value) -> tuple[Value, int]:
+        """What the home decodes of a contribution, and the bytes that are sent: at most, if there is no arithmetic."""
+        if value is None:
+            return None, 0
+        if self.filters(message.store):
+            return self.values.filtered(at, message, value)
+        return value, self.sizes.parts[message.store][message.part]
+
+    def filters(self, store: int) -> bool:
+        """Whether values are filtered on their way to a store."""
+        return self.values.computes and bool(self.terms.stores[store].policy.filters)
+
     def checked_sum(self, node: Node, message: Any, value: Value, own: Mapping[int, Value]) -> tuple[Any, Value]:
         """The same for a sum over all replicas. `own` are the gradients of those on this worker."""
         store, part = message.store, message.part
