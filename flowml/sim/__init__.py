@@ -11,6 +11,7 @@ All are frozen values that check themselves, and none reads a clock. Nothing her
 from __future__ import annotations
 
 from flowml.sim.churn import Change, Churn
+from flowml.sim.faults import Crash, Disorder, Fault, Partition
 from flowml.sim.machines import (
     ComputeModel,
     ComputeTimes,
@@ -32,6 +33,10 @@ __all__ = [
     "ComputeModel",
     "ComputeTimes",
     "Constant",
+    "Crash",
+    "Disorder",
+    "Fault",
+    "Partition",
     "Empirical",
     "Link",
     "LogNormal",

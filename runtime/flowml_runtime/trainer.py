@@ -256,7 +256,7 @@ class Trainer:
             fit = Fit(cluster.session, handle, data, options, program.compiled, variant, interrupts)
             leaves = jax.tree_util.tree_leaves
             outcome = fit.run(leaves(params), leaves(state), callbacks)
-        return _result(params, state, outcome, _with_shapes(program.compiled.plan, fit.shapes))
+        return _told(cluster, _result(params, state, outcome, _with_shapes(program.compiled.plan, fit.shapes)))
 
     def _look_at_loss(self, program: _Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
         """Warn once if the average of the loss over replicas and microbatches differs from the loss of the batch."""
@@ -443,6 +443,13 @@ def _result(params: Any, state: Any, outcome: Outcome, plan: Plan) -> TrainingRe
         trace_hash=simulated.trace_hash if simulated else None,
         events=simulated.events if simulated else None,
     )
+
+
+def _told(cluster: TrainingCluster, result: TrainingResult) -> TrainingResult:
+    """The result, after a simulated cluster has heard of it."""
+    if isinstance(cluster, SimulatedCluster):
+        cluster.on_result(result)
+    return result
 
 
 def _with_shapes(plan: Plan, shapes: Sequence[str]) -> Plan:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from flowml.devices import Device
 from flowml.errors import SimulationError
 from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.placement.links import GRPC, Link, Links
-from flowml.sim import ComputeModel, NetworkModel
+from flowml.sim import ComputeModel, Crash, Fault, NetworkModel, Partition
 from flowml_runtime.current import blocks
 from flowml_runtime.sim.session import Models, SimulatedSession
 
@@ -28,6 +29,8 @@ class SimulatedCluster:
         network: the links, such as `fm.sim.Network(latency_s=1e-4, bytes_per_s=60e6)`.
         seed: seeds the models.
         arithmetic: False keeps clocks and bytes only: losses are NaN and parameters stay as they were.
+        faults: `fm.sim.Crash`, `fm.sim.Partition` and `fm.sim.Disorder`. Their times count from the start of each fit.
+            A crash ends a fit like the loss of a real worker does.
 
     Raises:
         SimulationError: if the models make no sense, or do not fit the number of workers.
@@ -41,6 +44,7 @@ class SimulatedCluster:
         *,
         seed: int = 0,
         arithmetic: bool = True,
+        faults: Sequence[Fault] = (),
     ) -> None:
         workers = whole_number("workers", workers, least=1)
         for name, value, kind in (("compute", compute, ComputeModel), ("network", network, NetworkModel)):
@@ -49,11 +53,14 @@ class SimulatedCluster:
                     f"SimulatedCluster({name}={value!r}) is of type {type(value).__name__}; give a model of flowml.sim"
                 )
         network.check(workers)
+        _check_faults(faults, workers)
         self._network = network
         self._devices = tuple(Device(f"worker:{i}/cpu:0") for i in range(workers))
         self._arithmetic = bool(arithmetic)
-        models = Models(workers, compute, network, whole_number("seed", seed))
+        models = Models(workers, compute, network, whole_number("seed", seed), tuple(faults))
         self._session = SimulatedSession(models, arithmetic=self._arithmetic)
+        self.on_result: Callable[[Any], None] = lambda result: None
+        """Called with the result of each fit."""
 
     @property
     def session(self) -> SimulatedSession:
@@ -86,6 +93,16 @@ class SimulatedCluster:
     def __repr__(self) -> str:
         off = "" if self._arithmetic else ", no arithmetic"
         return f"<SimulatedCluster of {len(self._devices)} workers{off}>"
+
+
+def _check_faults(faults: Sequence[Fault], workers: int) -> None:
+    for fault in faults:
+        if not isinstance(fault, Fault):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SimulationError(f"faults has {fault!r}, which is none; give fm.sim.Crash, Partition or Disorder")
+        named = (fault.worker,) if isinstance(fault, Crash) else fault.workers if isinstance(fault, Partition) else ()
+        for worker in named:
+            if worker >= workers:
+                raise SimulationError(f"{fault} names worker {worker}, and the cluster has workers 0 to {workers - 1}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,10 +39,14 @@ class Executor:
         self._world = node.world
         self._program = program
         self._machine = node.machine.stage(at)
+        self._instructions = self._world.instructions(program)
         self._label = node.number * KINDS + _TASK
         self._gathered: dict[tuple[int, int], Accumulator[Value]] = {}
         self._step: Start | None = None
+        self._next = 0
+        """The next of `_instructions`."""
         self._position = 0
+        """The position in the program of the instruction that is carried out."""
         self._state: Any = None
         self._seconds = 0.0
         self._began = 0.0
@@ -63,7 +67,7 @@ class Executor:
         """Begin a step. The next `walk` runs it."""
         world = self._world
         self._node.mailbox.advance(self.at, self._number(step))
-        self._step, self._position, self._given, self._abandoned = step, 0, None, False
+        self._step, self._next, self._given, self._abandoned = step, 0, None, False
         self._seconds = world.seconds(self._node.number, step.clock)
         self._state = world.values.begin(self.at, step)
         self._began = world.clock.now
@@ -82,17 +86,17 @@ class Executor:
 
     def walk(self) -> None:
         """Go on until the step is over, a task takes time, or something is missing."""
-        instructions = self._program.instructions
-        if self._position == 0 and self._lacks_batch():
+        instructions = self._instructions
+        if self._next == 0 and self._lacks_batch():
             return
         while (step := self._step) is not None and not self._computes and self._node.lives:
-            if self._position == len(instructions) or self._is_over(step):
+            if self._next == len(instructions) or self._is_over(step):
                 self._finish(step)
                 return
-            instruction = instructions[self._position]
-            if not self._DO[type(instruction)](self, step, instruction):
+            self._position, do, instruction = instructions[self._next]
+            if not do(self, step, instruction):
                 return
-            self._position += 1
+            self._next += 1
 
     def _lacks_batch(self) -> bool:
         node, step = self._node, self._step
@@ -108,7 +112,7 @@ class Executor:
     def _finish(self, step: Start) -> None:
         self._step, self.waits = None, False
         self._node.batches.discard(step.item.sequence)
-        if self._position == len(self._program.instructions):
+        if self._next == len(self._instructions):
             self._return_states(step)
             self._report(step)
         self._node.tell(StepFinished(self._node.start.run, step.replica, step.stage, step.clock, step.cause))
@@ -177,7 +181,10 @@ class Executor:
 
     def _run(self, step: Start, run: Run) -> bool:
         world, program = self._world, self._program
-        seconds = self._seconds * program.shares[self._position] + world.delay(self._node.name) / program.runs
+        share = program.shares[self._position]
+        if not share:
+            return self._perform(step)
+        seconds = self._seconds * share + world.delay(self._node.name) / program.runs
         self._computes, self.waits = True, False
         world.clock.after(seconds, self._label, self._computed)
         return False
@@ -190,7 +197,7 @@ class Executor:
         self.waits = True
         if not self._is_over(step):
             self._perform(step)
-            self._position += 1
+            self._next += 1
         self.walk()
 
     def _send(self, step: Start, send: Send) -> bool:
@@ -268,7 +275,7 @@ class Executor:
     def _keep(self, step: Start, instruction: Feed | Fetch | Free) -> bool:
         return self._perform(step)
 
-    _DO: ClassVar[dict[type, Callable[[Executor, Start, Any], bool]]] = {
+    DO: ClassVar[dict[type, Callable[[Executor, Start, Any], bool]]] = {
         Feed: _keep,
         Read: _read,
         Recv: _recv,

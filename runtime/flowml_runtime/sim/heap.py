@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 Act = Callable[..., None]
+_Group = list[tuple[int, Act, tuple[Any, ...]]]
+"""Events of one time, in order: (label, function, arguments). A broadcast is one entry of the heap."""
 
 _FLUSH = 8192
 """Numbers that are gathered before they are hashed."""
@@ -26,8 +28,14 @@ class Clock:
         """The time of the event that happens now, in seconds."""
         self.events = 0
         """The number of events so far."""
-        self._heap: list[tuple[float, int, int, Act, tuple[Any, ...]]] = []
+        self._heap: list[tuple[float, int, _Group]] = []
         self._scheduled = 0
+        self._last = -1.0
+        self._open: _Group = []
+        """The group that was scheduled last, for the time `_last`. A next event of that time joins it."""
+        self._group: _Group = []
+        """The group that happens now, and the next of it."""
+        self._next = 0
         self._trace = array("d")
         self._hash = hashlib.blake2b(digest_size=16)
 
@@ -35,8 +43,12 @@ class Clock:
         """Call `act(*args)` at the time `when`, which is not before now."""
         if not when >= self.now:
             raise ValueError(f"an event at {when} s is scheduled at {self.now} s; a delay is at least 0 and no NaN")
+        if when == self._last:
+            self._open.append((label, act, args))
+            return
+        self._last, self._open = when, [(label, act, args)]
         self._scheduled += 1
-        heapq.heappush(self._heap, (when, self._scheduled, label, act, args))
+        heapq.heappush(self._heap, (when, self._scheduled, self._open))
 
     def after(self, delay: float, label: int, act: Act, *args: Any) -> None:
         """Call `act(*args)` in `delay` seconds."""
@@ -44,9 +56,13 @@ class Clock:
 
     def step(self) -> bool:
         """Let the next event happen. False if there is none."""
-        if not self._heap:
-            return False
-        self.now, _, label, act, args = heapq.heappop(self._heap)
+        if self._next == len(self._group):
+            if not self._heap:
+                return False
+            self.now, _, self._group = heapq.heappop(self._heap)
+            self._next = 0
+        label, act, args = self._group[self._next]
+        self._next += 1
         self.events += 1
         trace = self._trace
         trace.append(self.now)

@@ -99,7 +99,7 @@ class Node:
         self.world.send(self.name, to, message, value, nbytes)
 
     def _walk(self) -> None:
-        for stage in list(self.stages.values()):
+        for stage in self.stages.values():
             if stage.waits:
                 stage.walk()
 

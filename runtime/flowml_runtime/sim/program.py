@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from flowml.plan import Instruction, Plan, Push, Run, Send, Training
+from flowml.plan import Instruction, Plan, Push, Read, Recv, Run, Send, Training
 
 At = tuple[int, int]
 """(replica, stage)"""
@@ -28,10 +29,18 @@ class StageProgram:
     shares: tuple[float, ...]
     edges: Mapping[int, Edge]
 
-    @property
+    @cached_property
     def runs(self) -> int:
-        """The number of tasks."""
-        return sum(isinstance(i, Run) for i in self.instructions)
+        """The number of tasks that take time."""
+        return sum(share > 0 for share in self.shares)
+
+    def matter(self, computes: bool) -> tuple[int, ...]:
+        """The positions of the instructions that matter: without arithmetic, those that take time, wait or send."""
+        if computes:
+            return tuple(range(len(self.instructions)))
+        kinds = Read, Recv, Send, Push
+        pairs = enumerate(zip(self.instructions, self.shares, strict=True))
+        return tuple(n for n, (i, share) in pairs if share or isinstance(i, kinds))
 
 
 @dataclass(frozen=True)

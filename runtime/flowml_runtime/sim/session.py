@@ -5,6 +5,7 @@ The clock stands still while the driver works. `next` lets events happen until o
 
 from __future__ import annotations
 
+import gc
 import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,19 +17,22 @@ from flowml.errors import FlowmlError, PlacementError, SimulationError
 from flowml.placement.links import SAME_PROCESS
 from flowml.plan import Fetch, Plan
 from flowml.policy import Gossip
-from flowml.sim import ComputeModel, ComputeTimes, NetworkModel
+from flowml.sim import ComputeModel, ComputeTimes, Crash, Fault, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.driver.session import LoadedPlan, PlanHandler, loaded
 from flowml_runtime.driver.training_session import Simulated
 from flowml_runtime.execution.programs import ExecutableCache
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.sim.arithmetic import Compiled
+from flowml_runtime.sim.faults import NetworkFaults
 from flowml_runtime.sim.heap import Clock
-from flowml_runtime.sim.network import DRIVER
+from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.values import NO_ARRAYS, Nothing, Values
 from flowml_runtime.sim.world import Layout, World
 
 T = TypeVar("T")
+_CRASH = 4
+"""The kind of the event that a worker stops; see `network.KINDS`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Models:
     compute: ComputeModel
     network: NetworkModel
     seed: int
+    faults: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class SimulatedSession:
         self._plans: dict[str, _Loaded] = {}
         self._handlers: dict[str, PlanHandler] = {}
         self._ids = count()
+        self._paused = False
+        """Whether the collector of cyclic garbage is off until the end of the fit."""
         self._cache = ExecutableCache()
         self._begun: tuple[str, int] | None = None
         """The plan and the run of `_world`. The workers of a run get one StartTraining each."""
@@ -107,7 +114,11 @@ class SimulatedSession:
         return error
 
     def register(self, plan_id: str, handler: PlanHandler) -> None:
+        """Pass every later message of this plan to `handler`. A fit does so before it begins, and another after it."""
         self._handlers[plan_id] = handler
+        if self._paused:
+            self._paused = False
+            gc.enable()
 
     def tell(self, worker: str, message: wire.Wire) -> None:
         """Messages about steps that are overdue are not needed here."""
@@ -130,8 +141,13 @@ class SimulatedSession:
         own, models = self._plans[start.plan_id], self._models
         self._passed = self.now()
         self._begun = (start.plan_id, start.run)
+        if gc.isenabled() and not self.arithmetic:  # it would look at the state of all workers again and again
+            self._paused = True
+            gc.disable()
+        clock, network = Clock(), [f for f in models.faults if not isinstance(f, Crash)]
         self._world = World(
-            clock=Clock(),
+            clock=clock,
+            tamper=NetworkFaults(clock, network, models.seed) if network else None,
             layout=own.layout.lasting(start.total_clocks),
             values=own.values(start),
             times=ComputeTimes(models.compute, models.seed, models.workers),
@@ -141,6 +157,13 @@ class SimulatedSession:
             run=start.run,
             delays=dict(start.delays),
         )
+        for fault in models.faults:
+            worker = f"worker:{fault.worker}" if isinstance(fault, Crash) else ""
+            if isinstance(fault, Crash) and worker in self._world.nodes:
+                label = fault.worker * KINDS + _CRASH
+                clock.at(fault.at_s, label, self._world.silence, worker)
+                reason = f"it stopped at {fault.at_s:g} s"
+                clock.at(fault.at_s + fault.noticed_s, label, self._handlers[start.plan_id].on_lost, worker, reason)
 
     def _values(self, plan: Plan) -> Callable[[wire.StartTraining], Values]:
         if self.arithmetic:

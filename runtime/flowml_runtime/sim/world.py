@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import msgspec
 
 from flowml.errors import FlowmlError
-from flowml.plan import Part, Plan
+from flowml.plan import Instruction, Part, Plan
 from flowml.sim import NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.execution.faults import step_failed
 from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
 from flowml_runtime.sim.collectives import Collectives
+from flowml_runtime.sim.executor import Executor
 from flowml_runtime.sim.heap import Clock
 from flowml_runtime.sim.network import DRIVER, Tamper, Wires
 from flowml_runtime.sim.node import Node
@@ -97,6 +98,8 @@ class World:
         self.programs = layout.programs
         self.wires = Wires(self.clock, self.network, self.numbers, self.tamper)
         self.nodes = {name: Node(self, name, self.numbers[name]) for name in self.places.workers}
+        self._bound: dict[tuple[Instruction, ...], Sequence[tuple[int, Any, Instruction]]] = {}
+        """Stages of replicas that have the same instructions share them."""
         self.collectives = Collectives(self, layout.parts)
 
     def deliver(self, worker: str, message: wire.TrainingMessage, value: Value = None) -> None:
@@ -116,6 +119,16 @@ class World:
         """Send a value from one stage to another."""
         to = self.places.stages[edge.to[0]][edge.to[1]]
         self.wires.send(source, to, edge.nbytes, self.nodes[to].receive_edge, key, value)
+
+    def instructions(self, program: StageProgram) -> Sequence[tuple[int, Any, Instruction]]:
+        """What an executor does with the instructions that matter: their position, a function of it, and they."""
+        found = self._bound.get(program.instructions)
+        if found is None:
+            matter = program.matter(self.values.computes)
+            given = [program.instructions[n] for n in matter]
+            found = [(n, Executor.DO[type(i)], i) for n, i in zip(matter, given, strict=True)]
+            self._bound[program.instructions] = found
+        return found
 
     def seconds(self, worker: int, clock: int) -> float:
         """The compute time of a step."""

@@ -14,7 +14,17 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flowml_tools.bench import allreduce, dispatch, foreign_environment, machines, memory, pipeline, training, transport
+from flowml_tools.bench import (
+    allreduce,
+    dispatch,
+    foreign_environment,
+    machines,
+    memory,
+    pipeline,
+    simulator,
+    training,
+    transport,
+)
 from flowml_tools.bench.rows import BenchError, Row
 from flowml_tools.bench.table import render
 from flowml_tools.bench.timing import hush
@@ -23,7 +33,7 @@ from flowml_tools.command import CommandError, positive
 SUMMARY = "side-by-side measurements, peers included where installed"
 BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (dispatch, transport, allreduce, training, pipeline, memory, machines)
+    for module in (dispatch, transport, allreduce, training, pipeline, memory, machines, simulator)
 }
 DESCRIPTION = (
     "Measure flowml side by side with its peers on this machine, in turn. Takes several minutes.\n\n"

@@ -14,7 +14,7 @@ from typing import Literal
 
 from flowml.errors import FlowmlError
 
-Unit = Literal["s", "bytes/s", "bytes"]
+Unit = Literal["s", "bytes/s", "bytes", "1/s"]
 
 
 class BenchError(FlowmlError):

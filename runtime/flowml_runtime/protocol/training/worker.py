@@ -409,8 +409,10 @@ class _Fit:
     def _decide(self, event: decision.Event) -> list[Action]:
         if self._decision is None:
             return []
-        told, ids = (*self._places.workers, *((self._driver,) if self._terms.drops else ())), self._ids
-        commits = self._decision.step(event)
+        commits, ids = self._decision.step(event), self._ids
+        if not commits:
+            return []
+        told = (*self._places.workers, *((self._driver,) if self._terms.drops else ()))
         return [Send(told, wire.Commit(**ids, clock=c.clock, excluded=c.excluded)) for c in commits]
 
     def _at_home(self, event: home.Event) -> list[Action]:

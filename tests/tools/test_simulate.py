@@ -1,0 +1,66 @@
+"""`flowml simulate`: a script under virtual time, from the command line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys
+import jax.numpy as jnp, numpy as np, optax
+import flowml as fm
+
+def loss(params, batch):
+    return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
+
+trainer = fm.Trainer(loss, optax.sgd(0.1), replicas=4, policies=fm.policies.quorum(0.75))
+source = {"x": np.ones((64, 4), np.float32), "y": np.ones(64, np.float32)}
+result = trainer.fit({"w": jnp.zeros(4)}, source, batch_size=16, steps=int(sys.argv[1]))
+print("loss", result.history[-1]["loss"])
+"""
+
+
+def flowml(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flowml_tools.main", "simulate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def test_a_script_trains_in_virtual_time_and_its_fits_are_described(script: str) -> None:
+    models = ("--workers", "4", "--compute", "constant:0.1", "--network", "1e-3,1e9", "--no-arithmetic")
+    ended = flowml(*models, script, "20")
+    assert ended.returncode == 0, ended.stderr
+    first, *rest = ended.stdout.splitlines()
+    found = re.fullmatch(r"20 steps of 4 replicas on 4 workers: (\S+) s of virtual time, (\S+) s a step; .*", first)
+    assert found, first
+    assert float(found[1]) == pytest.approx(20 * 0.102, rel=0.01)
+    assert any(line.startswith("w ") and "quorum 0.75" in line for line in rest)
+    assert any(line.startswith("work items of 4 examples: 6") for line in rest)
+    assert rest[-1] == "loss nan"
+    assert flowml(*models, script, "20").stdout == ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--compute", "weibull:1,2"), "names no model; there are constant, exponential, lognormal, pareto"),
+        (("--compute", "lognormal:0.1"), "'0.1' is not 2 numbers, such as 0.1,0.3"),
+        (("--compute", "constant:-1"), "Constant"),
+        (("--compute", "constant:1", "--network", "fast"), "'fast' is not 2 numbers"),
+    ],
+)
+def test_wrong_models_are_one_line(script: str, arguments: tuple[str, ...], text: str) -> None:
+    ended = flowml("--workers", "4", *arguments, script, "1")
+    assert ended.returncode in (1, 2)
+    assert text in ended.stderr
+    assert "Traceback" not in ended.stderr
