@@ -10,9 +10,22 @@ unsound composition cannot be constructed. Nothing here imports JAX.
 from __future__ import annotations
 
 from flowml.policy.apply import Apply, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote
-from flowml.policy.compose import DEFAULT_PATTERN, check_composition, overruled, resolve
+from flowml.policy.compose import DEFAULT_PATTERN, check_composition, resolve
 from flowml.policy.mathematics import can_read, coefficients, due, window
-from flowml.policy.quorum import Completion, Cut, Deadline, Decide, Drop, Fold, Late, Quorum, Requeue, Wait
+from flowml.policy.quorum import (
+    Arrivals,
+    Completion,
+    Cut,
+    Deadline,
+    Decide,
+    Drop,
+    Fold,
+    Late,
+    Quorum,
+    Requeue,
+    Spread,
+    Wait,
+)
 from flowml.policy.replicas import Delta, Weights
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.spec import UNBOUNDED, Factors, Gradient, Payload, Policy
@@ -23,6 +36,7 @@ __all__ = [
     "UNBOUNDED",
     "AllReduce",
     "Apply",
+    "Arrivals",
     "Completion",
     "Cut",
     "Deadline",
@@ -47,6 +61,7 @@ __all__ = [
     "Quorum",
     "Requeue",
     "Ring",
+    "Spread",
     "StalenessScaled",
     "Sum",
     "Topology",
@@ -58,7 +73,6 @@ __all__ = [
     "check_composition",
     "coefficients",
     "due",
-    "overruled",
     "resolve",
     "window",
 ]

@@ -34,16 +34,14 @@ def resolve(policies: Mapping[str, Policy], paths: Iterable[str]) -> dict[str, t
 
 
 def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[str, ...]:
-    """Check that the policies of one model are sound together for `replicas` replicas.
+    """Check that the policies of one model are sound for `replicas` replicas.
 
+    Layers whose quorum, late rule or rhythm differ are decided alone, so their policies do not restrict each other.
     Returns notes for the user on policies that are sound but may not be what was meant. `policies` maps any name
     (a pattern, a store) to its policy.
 
     Raises:
-        PolicyError: for a quorum of more replicas than there are, or if a layer that drops late contributions shares a
-            model with a layer that applies contributions on arrival or adds them up over all replicas. A work item
-            is used or dropped as a whole. A contribution that was applied on arrival can no longer be dropped, and a
-            sum over all replicas needs every contribution.
+        PolicyError: for a quorum of more replicas than there are.
     """
     if replicas < 1:
         raise PolicyError(f"replicas={replicas}: training needs at least one replica")
@@ -52,15 +50,6 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
         check_pull(name, policy, replicas)
     clocked = {name: p for name, p in policies.items() if p.clocked}
     dropping = {name: p for name, p in clocked.items() if not p.quorum.never_drops(replicas)}
-    arriving = [name for name, p in policies.items() if not p.clocked]
-    if dropping and arriving:
-        name, policy = next(iter(dropping.items()))
-        raise PolicyError(
-            f"{name!r} ({policy.describe()}) with {arriving[0]!r} ({policies[arriving[0]].describe()}) is not sound: "
-            f"a work item that {name!r} drops as late would already have been applied to {arriving[0]!r}, so half of "
-            f"it would count; give {arriving[0]!r} staleness=0 or a quorum= that drops too, or let {name!r} wait for "
-            f"all {replicas} replicas with quorum=Quorum(1.0)"
-        )
     gossiping = {name: p.topology for name, p in policies.items() if isinstance(p.topology, Gossip)}
     for name, topology in gossiping.items():
         check_members(topology.graph, replicas)
@@ -71,48 +60,10 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
                 f"{next(iter(dropping))!r} wait for all {replicas} replicas with quorum=Quorum(1.0)"
             )
     collective = [name for name, p in policies.items() if p.collective]
-    if dropping and collective:
-        name, policy = next(iter(dropping.items()))
-        raise PolicyError(
-            f"{name!r} ({policy.describe()}) with {collective[0]!r} ({policies[collective[0]].describe()}) is not "
-            f"sound: a work item that {name!r} drops as late would be missing from the sum over all replicas that "
-            f"{collective[0]!r} waits for; give {collective[0]!r} topology=flowml.ParameterServer(), or let {name!r} "
-            f"wait for all {replicas} replicas with quorum=Quorum(1.0)"
-        )
     notes = [_idle_quorum(name, p, replicas) for name, p in clocked.items()]
     if collective and replicas == 1:
         notes.append(f"{collective[0]!r} ({policies[collective[0]].describe()}): one replica has nothing to add up")
-    if dropping and len({p.every.push for p in clocked.values()}) > 1:
-        notes.append(
-            "layers push at different rhythms under a quorum that drops: a replica that misses the last push of the "
-            "run leaves out what it had gathered since its last one for the slower layers"
-        )
     return tuple(dict.fromkeys(n for n in notes if n))
-
-
-def overruled(policies: Mapping[str, Policy], replicas: int) -> str | None:
-    """One sentence that names the layers whose quorum has no effect; None if there are none.
-
-    One decision on a work item covers all layers, and it needs as many replicas as the strictest layer.
-    """
-    decided = {name: p for name, p in policies.items() if p.clocked and not p.collective}
-    needs = {name: p.quorum.need(replicas) for name, p in decided.items()}
-    most = max(needs.values(), default=0)
-    looser = [name for name, need in needs.items() if need < most]
-    if not looser:
-        return None
-    strict = [name for name, need in needs.items() if need == most]
-    drops = "nothing is dropped" if most == replicas else f"no more than {replicas - most} are dropped"
-    return (
-        f"{_named(looser)} ({decided[looser[0]].describe()}) cannot drop late replicas where "
-        f"{_named(strict)} ({decided[strict[0]].describe()}) needs {most} of {replicas}: a work item is used or "
-        f"dropped for all layers at once, so {drops} at the clocks that both push; give these layers the same quorum"
-    )
-
-
-def _named(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:3]))
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _check_count(name: str, policy: Policy, replicas: int) -> None:

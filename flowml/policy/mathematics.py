@@ -35,14 +35,15 @@ def due(clock: int, every: int, last_clock: int, offset: int = 0) -> bool:
     return (clock + 1 - offset) % every == 0 or clock == last_clock
 
 
-def coefficients(apply: Apply, weights: Sequence[int], microbatches: int) -> tuple[float, ...]:
+def coefficients(apply: Apply, weights: Sequence[int], microbatches: int, absent: int = 0) -> tuple[float, ...]:
     """The coefficient of each payload, where payload i is the sum of `weights[i]` microbatch gradients.
 
     A kind that averages takes the mean over all microbatch gradients that take part, so the update is unbiased if the
-    quorum drops some. The others add the mean gradients of the steps, as if each were applied alone. A payload of
-    weight 0 has coefficient 0.
+    quorum drops some. It also divides by `absent`, the weight of contributions that belong to the mean but are not here
+    (below 0 for some that are here and do not). The others add the mean gradients of the steps, as if each were applied
+    alone. A payload of weight 0 has coefficient 0.
     """
     if min(weights, default=1) < 0 or microbatches < 1:
         raise ValueError(f"weights {tuple(weights)} and microbatches {microbatches} must count gradients")
-    each = 1 / max(sum(weights), 1) if apply.averages else 1 / microbatches
+    each = 1 / max(sum(weights) + absent, 1) if apply.averages else 1 / microbatches
     return tuple(each if w else 0.0 for w in weights)

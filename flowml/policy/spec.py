@@ -17,7 +17,7 @@ from flowml.errors import PolicyError
 from flowml.policy.apply import Apply, Mean, Outer, as_apply, travelling, unsound
 from flowml.policy.filters import KKT, AnyFilter, Filter, check_chain
 from flowml.policy.mathematics import coefficients
-from flowml.policy.quorum import COMPLETIONS, Completion, Deadline, Drop, Fold, Quorum, late_name, number
+from flowml.policy.quorum import COMPLETIONS, Completion, Deadline, Fold, Quorum, late_name, number
 from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.topology import TOPOLOGIES, Gossip, ParameterServer, Topology
@@ -122,9 +122,9 @@ class Policy(msgspec.Struct, frozen=True):
         """Whether each replica updates parameters of its own."""
         return isinstance(self.payload, LocalPayload)
 
-    def coefficients(self, weights: Sequence[int], microbatches: int) -> tuple[float, ...]:
+    def coefficients(self, weights: Sequence[int], microbatches: int, absent: int = 0) -> tuple[float, ...]:
         """The coefficient of each contribution, by their weights; see `mathematics.coefficients`."""
-        return coefficients(self.apply, weights, 1 if self.local else microbatches)
+        return coefficients(self.apply, weights, 1 if self.local else microbatches, absent)
 
     @property
     def travelling(self) -> Policy:
@@ -216,7 +216,6 @@ def _check_parts(policy: Policy) -> None:
 
 def _check_sound(policy: Policy) -> None:
     """Check that the knobs are sound together."""
-    _check_available(policy)
     check_replicas(policy)
     reason = unsound(policy.apply, type(policy.payload).__name__, collective=policy.collective)
     if reason is not None and not isinstance(policy.topology, Gossip):  # whose averages are no applies of a home
@@ -264,17 +263,6 @@ def _check_filtered(policy: Policy) -> None:
         raise PolicyError(
             f"payload={policy.payload!r} with {filtered} is not sound: the condition of kkt() is on gradients; use "
             "significance(), or payload=flowml.Gradient()"
-        )
-
-
-def _check_available(policy: Policy) -> None:
-    quorum = policy.quorum
-    known = isinstance(quorum, Quorum) and quorum.of == "replicas"
-    late = isinstance(quorum.late, Drop) if policy.clocked else quorum == Quorum(1, late=Fold())
-    if not known or not late:
-        raise PolicyError(
-            f"quorum={quorum!r} is not available yet; give flowml.Quorum of='replicas' with late='drop', or "
-            "quorum=Quorum(1, late='fold') with a staleness above 0, which applies every contribution on arrival"
         )
 
 

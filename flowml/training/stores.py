@@ -11,7 +11,6 @@ replica is then the home of a copy and gets one contribution, which is the sum o
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from flowml.errors import FlowmlWarning, PolicyError, named
+from flowml.errors import PolicyError, named
 from flowml.home import Applies, Buffer, Local
 from flowml.ir.graph import Graph, Operand
 from flowml.ir.label import layer_of, parameter_path
@@ -28,7 +27,7 @@ from flowml.lowering.program import PartBinding
 from flowml.lowering.schedule import positions
 from flowml.placement.links import Links, machines
 from flowml.plan import ArraySpec, Part, Reduction, StoreSpec
-from flowml.policy import Factors, Policy, Tree, check_composition, overruled
+from flowml.policy import Factors, Policy, Tree, check_composition
 from flowml.policy.apply import Vote, base_of, most_at_once, scales
 from flowml.policy.filters import Form, check_array
 from flowml.policy.topology import schedule_name
@@ -99,10 +98,6 @@ class StorePlanner:
     def __post_init__(self) -> None:
         policies = {parameter_path(p): q for p, q in self.policies.items()}
         self.notes.extend(check_composition(policies, self.replicas))
-        warning = overruled(policies, self.replicas)
-        if warning:
-            self.notes.append(warning)
-            warnings.warn(warning, FlowmlWarning, stacklevel=2)
         for group in self._coupled:
             self._check_coupled(group)
         self.notes.extend(self._scaled_but_remembered(policies))

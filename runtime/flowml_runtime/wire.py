@@ -371,18 +371,37 @@ class Contribution(TrainingMessage, frozen=True):
 
 
 class Arrived(TrainingMessage, frozen=True):
-    """Home to the leader of the decision: `replica`'s contribution to `store` at `clock` is complete."""
+    """Home to the leader of the store's group: `replica`'s contribution to `store` at `clock` is complete.
+
+    `weight` is the number of microbatch gradients in it.
+    """
 
     store: Count
     replica: Count
     clock: Count
+    weight: Count = 1
 
 
 class Commit(TrainingMessage, frozen=True):
-    """The decision for `clock`: it is complete with the work of all replicas except `excluded`, which are few."""
+    """The decision of a group for `clock`: it is complete with the work of all replicas except `excluded`.
+
+    `coefficients` maps replicas to the coefficients of their contributions, if weights do not determine them. `folded`
+    are late contributions to earlier clocks that are included now, as (replica, clock).
+    """
 
     clock: Count
     excluded: tuple[Count, ...] = ()
+    group: Count = 0
+    coefficients: tuple[tuple[Count, float], ...] = ()
+    folded: tuple[tuple[Count, Count], ...] = ()
+
+
+class CutShort(TrainingMessage, frozen=True):
+    """From a group's leader: stages that still run `clock` stop after their current microbatch and push what they
+    have."""
+
+    group: Count
+    clock: Count
 
 
 class Published(TrainingMessage, frozen=True):
@@ -420,10 +439,14 @@ class Collective(TrainingMessage, frozen=True):
 
 
 class Settled(TrainingMessage, frozen=True):
-    """The fate of work items, for the ledger: (item, fate). Each item is reported exactly once in a run."""
+    """The fate of work items, for the ledger: (item, fate). Each grant of an item is settled exactly once.
+
+    `missing` are the groups of stores for which these items do not count, although they count for others.
+    """
 
     replica: Count
     fates: tuple[tuple[Item, Literal["used", "dropped", "folded", "requeued"]], ...]
+    missing: tuple[Count, ...] = ()
 
 
 class Report(TrainingMessage, frozen=True):
@@ -477,7 +500,8 @@ Wire = (
     Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
     | Loaded | Unload | Value | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | Gossip | Ask | Grant | Begin | Contribution | Arrived
-    | Commit | Published | Applied | Collective | Settled | Report | NonFinite | Traffic | Retired | StopTraining
+    | Commit | CutShort | Published | Applied | Collective | Settled | Report | NonFinite | Traffic | Retired
+    | StopTraining
 )
 # fmt: on
 

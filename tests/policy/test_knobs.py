@@ -1,4 +1,4 @@
-"""Values out of range are refused in every knob; NumPy's numbers are numbers; overruled quorums are named."""
+"""Values out of range are refused in every knob; NumPy's numbers are numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flowml.errors import PolicyError
-from flowml.policy import Every, Policy, Quorum, Tree, check_composition, overruled
+from flowml.policy import Every, Policy, Quorum, Tree, check_composition
 from flowml.policy import named as policies
 
 NAN = float("nan")
@@ -60,23 +60,6 @@ def test_a_quorum_of_more_replicas_than_there_are_is_refused() -> None:
     with pytest.raises(PolicyError, match=r"'fc': Quorum\(9\) asks for more replicas than there are \(2\)"):
         check_composition({"conv": Policy(), "fc": policies.quorum(9)}, replicas=2)
     check_composition({"fc": policies.quorum(2)}, replicas=2)
-
-
-def test_a_quorum_that_a_synchronous_layer_overrules_is_named() -> None:
-    sentence = overruled({"conv": policies.quorum(0.75), "fc": Policy()}, replicas=4)
-    assert sentence is not None
-    assert "'conv' (quorum 0.75 drop) cannot drop late replicas where 'fc' (sync) needs 4 of 4" in sentence
-    assert "nothing is dropped" in sentence
-    looser = overruled({"a": policies.quorum(2), "b": policies.quorum(3)}, replicas=4)
-    assert looser is not None
-    assert "no more than 1 are dropped" in looser
-
-
-def test_quorums_that_hold_are_not_remarked_upon() -> None:
-    assert overruled({"a": policies.quorum(0.75), "b": policies.quorum(3)}, replicas=4) is None
-    assert overruled({"a": Policy(), "b": policies.every(2)}, replicas=4) is None
-    assert overruled({"a": policies.quorum(0.75), "b": Policy()}, replicas=2) is None, "neither drops"
-    assert overruled({"a": Policy(), "b": policies.asynchronous(), "c": policies.all_reduce()}, replicas=4) is None
 
 
 @pytest.mark.parametrize("members", [1, 2, 1000])

@@ -35,8 +35,10 @@ PLACES = Places((("a0", "a1"), ("b0", "b1")), (("a0", "b0"), ("a1",)), ({}, {}))
 EVERYONE = ("a0", "a1", "b0", "b1")
 
 
-def driver(source: str = "fed", clocks: int = 2) -> TrainingDriver:
-    stores = (StoreTerms((0,), Policy(AllReduce()), collective=True), StoreTerms((1,), Policy(quorum=Quorum(2))))
+MIXED = (StoreTerms((0,), Policy(AllReduce()), collective=True), StoreTerms((1,), Policy(quorum=Quorum(2))))
+
+
+def driver(source: str = "fed", clocks: int = 2, stores: tuple[StoreTerms, ...] = MIXED) -> TrainingDriver:
     ids: dict[str, Any] = {**IDS, "seed": 0, "shuffle": False, "examples": 1, "source": source}
     start = wire.StartTraining(**ids, total_clocks=clocks)
     return TrainingDriver(start, Terms(2, 2, 1, stores, clocks), Work(2, 4, 8, clocks, aligned=True), PLACES)
@@ -67,7 +69,7 @@ def test_work_is_granted_to_the_first_stage_and_its_data_goes_first(source: str)
     assert granted == Send(("b0",), wire.Grant(**IDS, cause=1, replica=1, items=((0, items[0]), (1, items[1]))))
     assert fed == ([Feed(1, item, 1) for item in items] if source == "fed" else [])
     fates: tuple[tuple[wire.Item, Any], ...] = ((items[0], "used"),)
-    assert machine.step(Received("b0", wire.Settled(**IDS, replica=1, fates=fates))) == [NoteFates(fates, 2)]
+    assert machine.step(Received("b0", wire.Settled(**IDS, replica=1, fates=fates))) == [NoteFates(fates, (), 2)]
     assert machine.ledger.outstanding == 1
 
 
@@ -146,6 +148,23 @@ def test_what_is_not_for_a_driver_is_refused() -> None:
 
 
 def test_whose_work_counts_goes_to_the_history() -> None:
-    machine = driver()
+    machine = driver(stores=(StoreTerms((0,), Policy(quorum=Quorum(1))), StoreTerms((1,), Policy(quorum=Quorum(1)))))
     commit = wire.Commit(**IDS, clock=0, excluded=(1,))
     assert machine.step(Received("a0", commit)) == [NoteCommit(0, (1,), 1)]
+    assert machine.step(Received("a0", commit)) == []
+
+
+def test_work_counts_if_one_of_the_groups_uses_it() -> None:
+    rules = Policy(quorum=Quorum(1)), Policy(quorum=Quorum(0.6)), Policy(quorum=Quorum(1), every=2)
+    machine = driver(stores=tuple(StoreTerms((0,), rule) for rule in rules), clocks=3)
+
+    def told(clock: int, group: int, *excluded: int) -> list[tuple[int, tuple[int, ...]]]:
+        commit = wire.Commit(**IDS, clock=clock, group=group, excluded=excluded)
+        found = machine.step(Received("a0", commit))
+        return [(a.clock, a.excluded) for a in found if isinstance(a, NoteCommit)]
+
+    assert told(0, 0, 1) == []
+    assert told(1, 0, 0) == []
+    assert told(0, 1) == [(0, ())]
+    assert told(1, 1, 0) == []
+    assert told(1, 2, 0) == [(1, (0,))]

@@ -36,7 +36,7 @@ def test_the_others_are_applied(order: tuple[int, ...]) -> None:
     parts = [part(0, 0, 4, 1), part(1, 0, 4, 2), part(0, 1, 4, 3), part(1, 1, 0, 0)]
     told = [action for i in order for action in machine.step(parts[i])]
     machine.validate()
-    assert sorted(told, key=str) == [SendArrived(0, 0, 0), SendArrived(0, 1, 0)]
+    assert sorted(told, key=str) == [SendArrived(0, 0, 0, 4), SendArrived(0, 1, 0, 0)]
     released, applied, published = machine.step(Committed(0, ()))
     assert released == Release(3)
     assert applied == Apply(0, 1, (((1, 2), 0.25),))

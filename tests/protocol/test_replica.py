@@ -7,19 +7,18 @@ import pytest
 from flowml.policy import UNBOUNDED, Policy, Quorum
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.training.accounts import Settle
 from flowml_runtime.protocol.training.replica import (
     Abandon,
-    AdoptAccumulator,
     Applied,
     Ask,
     Begin,
     BeginReceived,
-    DiscardAccumulator,
+    Count,
     Granted,
     LeaderRetired,
     Replica,
     Retire,
-    Settle,
     Start,
     Started,
     StepFinished,
@@ -35,6 +34,11 @@ ARRIVING = StoreTerms((0,), Policy(staleness=2))
 
 def item(number: int) -> wire.Item:
     return wire.Item(sequence=number, epoch=0, start=8 * number, size=8)
+
+
+def counted(clock: int, *, counts: bool, store: int = 0) -> Count:
+    """Whether the gradients of a clock count for the only store that gathers several steps."""
+    return Count(clock, counts, (store,))
 
 
 def leader(*stores: StoreTerms, clocks: int = 20, replicas: int = 4) -> Replica:
@@ -90,6 +94,9 @@ def test_reads_wait_for_the_publication_that_the_policy_wants() -> None:
 
 def test_a_replica_reads_its_own_writes() -> None:
     machine = leader(StoreTerms((0,), Policy(every=2, staleness=UNBOUNDED)))
+    machine.step(Granted(((2, item(2)),)))
+    for clock in range(2):
+        machine.step(StepFinished(clock))
     machine.step(StorePublished(0, 0, 0))
     assert machine.may_read(0, 1)
     assert not machine.may_read(0, 2)  # it pushed at clock 1
@@ -128,16 +135,21 @@ def test_a_step_that_finished_before_it_was_decided_can_still_be_late() -> None:
 
 
 def test_a_step_may_be_committed_before_this_stage_has_finished_it() -> None:
-    machine = leader(QUORUM, QUORUM_EVERY)
+    machine = leader(QUORUM)
     assert machine.step(Committed(0, (3,))) == [Settle(item(0), "used")]
-    assert machine.step(StepFinished(0))[0] == AdoptAccumulator(0)
+    mixed = leader(QUORUM, QUORUM_EVERY)
+    assert mixed.step(Committed(0, (3,))) == []  # the push of clock 3 may still leave its gradient out
+    assert mixed.step(StepFinished(0))[0] == counted(0, counts=True, store=1)
 
 
 def test_a_decision_that_needs_everybody_leaves_nobody_out() -> None:
     machine = leader(SYNC, StoreTerms((0,), Policy(quorum=Quorum(4), every=3)))
     actions = machine.step(StepFinished(0))
-    assert actions[0] == AdoptAccumulator(0)
-    assert machine.step(Committed(0)) == [Settle(item(0), "used")]
+    assert actions[0] == counted(0, counts=True, store=1)
+    assert machine.step(Committed(0)) == []
+    machine.step(Granted(((2, item(2)),)))
+    machine.step(StepFinished(1))
+    assert machine.step(Committed(2, group=1)) == [Settle(item(0), "used")]
 
 
 def test_a_step_without_a_decision_is_finished_though_the_others_are_ahead() -> None:
@@ -146,7 +158,7 @@ def test_a_step_without_a_decision_is_finished_though_the_others_are_ahead() -> 
     assert machine.step(Committed(3, (0,))) == []
     assert not machine.should_abandon(0)
     actions = machine.step(StepFinished(0))
-    assert actions == [AdoptAccumulator(0), Ask((4, 5), (item(1), item(2)))]
+    assert actions == [counted(0, counts=True), Ask((4, 5), (item(1), item(2)))]
     joined = machine.step(Granted(((4, item(4)), (5, item(5)))))
     assert joined[0] == Begin(4, item(4), False)
     machine.validate()
@@ -166,12 +178,12 @@ def test_a_late_push_loses_its_own_item_and_keeps_what_was_gathered() -> None:
         machine.step(Granted(((clock + 2, item(clock + 2)),)))
         machine.step(StepFinished(clock))
     late = machine.step(Committed(3, (0,)))
-    assert late == [Abandon(3), Settle(item(3), "dropped"), DiscardAccumulator(3)]
+    assert late == [Abandon(3), Settle(item(3), "dropped"), counted(3, counts=False)]
     for clock in range(4, 8):
         machine.step(Granted(((clock + 2, item(clock + 2)),)))
         machine.step(StepFinished(clock))
     carried = machine.step(Committed(7, (3,)))
-    assert carried == [*(Settle(item(c), "used") for c in (0, 1, 2, 4, 5, 6, 7)), AdoptAccumulator(7)]
+    assert carried == [*(Settle(item(c), "used") for c in (0, 1, 2, 4, 5, 6, 7)), counted(7, counts=True)]
 
 
 def leader_of(store: StoreTerms, clocks: int = 2) -> Replica:
@@ -184,9 +196,9 @@ def leader_of(store: StoreTerms, clocks: int = 2) -> Replica:
 
 def test_what_no_commit_carries_is_dropped_at_the_end() -> None:
     machine = leader_of(QUORUM_EVERY)
-    assert machine.step(StepFinished(0))[0] == AdoptAccumulator(0)
+    assert machine.step(StepFinished(0))[0] == counted(0, counts=True)
     assert machine.step(Committed(1, (0,))) == [Abandon(1), Settle(item(1), "dropped")]
-    assert machine.step(StepFinished(1)) == [DiscardAccumulator(1), Settle(item(0), "dropped"), Retire()]
+    assert machine.step(StepFinished(1)) == [counted(1, counts=False), Settle(item(0), "dropped"), Retire()]
     machine.validate()
 
 
@@ -212,7 +224,7 @@ def test_a_push_of_several_steps_waits_until_their_fates_are_known() -> None:
     machine.step(Granted(((2, item(2)),)))
     assert machine.step(StepFinished(0)) == []
     released = machine.step(Committed(0, (3,)))
-    assert released[:3] == [Settle(item(0), "used"), AdoptAccumulator(0), Begin(1, item(1), False)]
+    assert released[:2] == [counted(0, counts=True, store=1), Begin(1, item(1), False)]
 
 
 def test_the_other_stages_follow_in_order() -> None:

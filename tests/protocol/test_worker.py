@@ -139,7 +139,7 @@ def test_too_much_that_comes_early_is_a_typed_fault(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_commit_reaches_everyone_and_the_stages_before_the_home() -> None:
-    machine = loaded("a0", SYNC, StoreTerms((0,), Policy(quorum=Quorum(2), every=2)))
+    machine = loaded("a0", SYNC)
     machine.step(Received("driver", wire.Grant(**IDS, replica=0, items=((0, item(0)), (1, item(1))))))
     machine.step(Received("a0", contribution(0, 0), handle=1))
     machine.step(Received("a0", wire.Arrived(**IDS, store=0, replica=0, clock=0)))

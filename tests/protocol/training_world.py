@@ -143,6 +143,8 @@ class World:
     reads: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
     fates: dict[int, tuple[str, int, str]] = field(default_factory=dict[int, tuple[str, int, str]])
     """By item: the worker that settled it, its epoch, its fate."""
+    missing: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
+    """By item: the groups that do not use it, although others do."""
     commits: list[wire.Commit] = field(default_factory=list[wire.Commit])
     dead: set[int] = field(default_factory=set[int])
     copies: dict[int, set[tuple[Any, ...]]] = field(default_factory=lambda: defaultdict(set))
@@ -231,10 +233,12 @@ class Driver:
                 for name in dict.fromkeys(world.places.stages[who]):
                     batch = wire.Batch(plan_id=PLAN, run=RUN, device=name, sequence=item.sequence, slots=(0,))
                     world.simulation.deliver(name, batch, ())
-            case driver.NoteFates(fates):
+            case driver.NoteFates(fates, missing):
                 for item, fate in fates:
-                    assert item.sequence not in world.fates, "an item was settled twice"
+                    before = world.fates.get(item.sequence)
+                    assert before is None or before[2] == "requeued", "an item was settled twice"
                     world.fates[item.sequence] = (self._peer, item.epoch, fate)
+                    world.missing[item.sequence] = missing
             case driver.NoteCommit(clock, excluded):
                 world.commits.append(wire.Commit(plan_id=PLAN, run=RUN, clock=clock, excluded=excluded))
             case driver.Keep(store, handle):

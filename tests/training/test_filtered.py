@@ -64,7 +64,7 @@ def test_pushes_that_count_and_what_is_kept_add_up(chain: Any, fates: list[bool]
         sent, arrays = encoder.encode(message(clock), [gradient(clock)], [PARAMETER])
         assert [(s.shape, s.dtype) for s in sent.specs] == [(a.shape, a.dtype.name) for a in arrays]
         (decoded,) = decoder.decode(sent, arrays)  # a home decodes what it drops, if keys are cached
-        encoder.settle(clock, counts=counts)
+        encoder.settle(clock, (0,), counts=counts)
         if counts:
             given += gradient(clock)
             arrived += decoded

@@ -40,6 +40,7 @@ from flowml_runtime.driver.history import History, Record
 from flowml_runtime.driver.interrupts import Interrupts
 from flowml_runtime.driver.progress import Progress
 from flowml_runtime.driver.session import LoadedPlan
+from flowml_runtime.driver.tables import group_names
 from flowml_runtime.driver.training_session import Simulated, TrainingSession
 from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol
@@ -104,15 +105,16 @@ class Fit:
         self._ids: dict[str, Any] = {"plan_id": handle.plan_id, "run": options.run}
         self._inbox: queue.SimpleQueue[tuple[str, Any, Sequence[Any]]] = queue.SimpleQueue()
         replicas = len(training.replicas)
+        terms, places = Terms.of(training, options.total), Places.of(training)
         steps_per_epoch = source.examples // options.batch_size
         work = Work(
             replicas=replicas,
             items_per_epoch=steps_per_epoch * replicas,
             item_size=training.item_size,
             total_clocks=options.total,
-            aligned=any(s.policy.clocked for s in training.stores),
+            aligned=terms.aligned,
+            groups=tuple(group_names(training, terms)),
         )
-        terms, places = Terms.of(training, options.total), Places.of(training)
         self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places)
         computed = session.arithmetic  # else reports have no values, and every loss is NaN
         self._history = History(

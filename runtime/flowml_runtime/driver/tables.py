@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from flowml.plan import Plan
+from flowml.plan import Plan, Training
 from flowml.render.scene import home_text
 from flowml.render.units import bytes_text
+from flowml_runtime.protocol.training.terms import Terms
 
 
 def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], *, steps: int) -> str:
@@ -35,3 +36,15 @@ def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], *, steps: 
     widths = [max(len(r[i]) for r in rows) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def group_names(training: Training, terms: Terms) -> list[str]:
+    """A name for each group of stores that decides alone: its layers and policy. Empty if there is only one group."""
+    if len(terms.groups) < 2:
+        return []
+    found: list[str] = []
+    for group in terms.groups:
+        layers = [training.stores[store].name for store in group.stores]
+        shown = ", ".join(layers[:2]) + (f" and {len(layers) - 2} more" if len(layers) > 2 else "")
+        found.append(f"{shown} ({training.stores[group.stores[0]].policy.describe()})")
+    return found

@@ -207,9 +207,9 @@ class Arithmetic:
         sent, arrays = encoder.encode(message, value, self._compared.get((at, message.store)))
         return self._decoder.decode(sent, arrays), sum(spec.nbytes for spec in sent.specs)
 
-    def settle(self, at: At, clock: int, counts: bool) -> None:
+    def settle(self, at: At, clock: int, stores: Sequence[int], counts: bool) -> None:
         if at in self._encoders:
-            self._encoders[at].settle(clock, counts=counts)
+            self._encoders[at].settle(clock, stores, counts=counts)
 
     def flight(self, schedule: collective.Schedule, rank: int, values: Sequence[Value]) -> _Sum:
         return _Sum(schedule, rank, self.total(values), self._pool)

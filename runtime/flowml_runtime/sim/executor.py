@@ -6,7 +6,7 @@ here. The step waits where a value is missing, and goes on when something has ha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -78,11 +78,12 @@ class Executor:
         self._node.mailbox.cancel_step(self.at, self._node.start.run + clock)
         self._abandoned = True
 
-    def settle(self, clock: int, *, counts: bool) -> None:
-        for gathered in self._gathered.values():
-            (gathered.adopt if counts else gathered.discard)(clock)
+    def settle(self, clock: int, stores: Sequence[int], *, counts: bool) -> None:
+        for (store, _), gathered in self._gathered.items():
+            if store in stores:
+                (gathered.adopt if counts else gathered.discard)(clock)
         if self._world.values.computes:
-            self._world.values.settle(self.at, clock, counts)
+            self._world.values.settle(self.at, clock, stores, counts)
 
     def walk(self) -> None:
         """Go on until the step is over, a task takes time, or something is missing."""

@@ -11,7 +11,7 @@ from flowml_runtime.protocol.rendezvous import Rendezvous
 from flowml_runtime.protocol.training import actions as protocol
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.sim.executor import Executor
-from flowml_runtime.sim.network import DRIVER
+from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At
 from flowml_runtime.sim.values import Value
 from flowml_runtime.worker.training.counts import Counts
@@ -38,6 +38,10 @@ class _News:
         self.message = message
         self.value = value
         self.begins = 0.0
+
+
+_WAKE = 3
+"""The kind of the event that a Wake asked for; see `network.KINDS`."""
 
 
 class Node:
@@ -90,7 +94,7 @@ class Node:
     def tell(self, event: protocol.Event) -> None:
         if not self.lives:
             return
-        for action in self.machine.step(event):
+        for action in self.machine.step(event, self.world.clock.now):
             self._ACT[type(action)](self, action)
         self.world.stepped(self)
         self._walk()
@@ -132,7 +136,11 @@ class Node:
         self.stages[action.replica, action.stage].abandon(action.clock)
 
     def _count(self, action: protocol.Count) -> None:
-        self.stages[action.replica, action.stage].settle(action.clock, counts=action.counts)
+        self.stages[action.replica, action.stage].settle(action.clock, action.stores, counts=action.counts)
+
+    def _wake(self, action: protocol.Wake) -> None:
+        world = self.world
+        world.clock.at(action.at, self.number * KINDS + _WAKE, self.tell, protocol.Tick(action.run))
 
     def _show(self, action: protocol.Show) -> None:
         self.shown[action.store] = action.version, self.payloads.pop(action.handle)
@@ -197,6 +205,7 @@ class Node:
         protocol.Start: _start,
         protocol.Abandon: _abandon,
         protocol.Count: _count,
+        protocol.Wake: _wake,
         protocol.Show: _show,
         protocol.Load: _load,
         protocol.Apply: _apply,

@@ -98,7 +98,7 @@ class Values(Protocol):
         sent."""
         ...
 
-    def settle(self, at: At, clock: int, counts: bool) -> None:
+    def settle(self, at: At, clock: int, stores: Sequence[int], counts: bool) -> None:
         """The fate of a step is known. A filtered push that does not count returns to what the filters keep."""
         ...
 
@@ -182,7 +182,7 @@ class Nothing:
     def filtered(self, at: At, message: wire.Contribution, value: Value) -> tuple[Value, int]:
         return value, 0
 
-    def settle(self, at: At, clock: int, counts: bool) -> None:
+    def settle(self, at: At, clock: int, stores: Sequence[int], counts: bool) -> None:
         return None
 
     def flight(self, schedule: Schedule, rank: int, values: Sequence[Value]) -> None:

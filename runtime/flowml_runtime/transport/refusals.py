@@ -26,6 +26,7 @@ _FREQUENT = (
     wire.Contribution,
     wire.Arrived,
     wire.Commit,
+    wire.CutShort,
     wire.Published,
     wire.Collective,
     wire.Settled,

@@ -35,7 +35,14 @@ class StepFinished:
     cause: int
 
 
-Event = Received | StepFinished | ReplicaLost
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The time that a Wake of this run named has come."""
+
+    run: int
+
+
+Event = Received | StepFinished | ReplicaLost | Tick
 
 
 # Actions. `cause` is the number of the event that caused them.
@@ -88,12 +95,25 @@ class Abandon:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """Say whether the gradients that the step of `clock` left in this stage's accumulators count; see `accumulator`."""
+    """Say whether the gradients that the step of `clock` left in this stage's accumulators count; see `accumulator`.
+
+    `stores` are those that gather several steps.
+    """
 
     replica: int
     stage: int
     clock: int
     counts: bool
+    stores: tuple[int, ...]
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Give the machine a Tick for this run at time `at`, in seconds, or soon after."""
+
+    run: int
+    at: float
     cause: int
 
 
@@ -193,6 +213,7 @@ Action = (
     | Start
     | Abandon
     | Count
+    | Wake
     | Show
     | Load
     | Apply

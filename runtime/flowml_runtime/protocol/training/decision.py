@@ -1,15 +1,16 @@
-"""The leader's state machine decides for each clock which replicas' work completes the clock.
+"""A leader's state machine decides, for one group of stores, which replicas' work completes each clock.
 
-One decision covers all clocked stores except those whose gradients replicas add up together, so that a work item is
-used or late as a whole. One worker, the home of the first such store, makes the decisions, in the order of clocks:
+The stores of a group share a quorum, a late rule and a rhythm, and one decision covers them all. The home of the
+group's first store makes the decisions, in the order of clocks. The policy says when: `quorum.decide` is asked
+after each arrival, and at the time that it named. This machine counts:
 
-* The decision at clock c is about the stores that are due at c. If none is due, there is no decision.
-* A replica is complete at c when the homes of all those stores have reported that they have every part of its
+* The decision at clock c is about the stores of the group. If they are not due at c, there is no decision.
+* A replica is complete at c when the homes of all these stores have reported that they have every part of its
   contribution. An empty contribution counts, because it says that there is nothing to wait for.
-* The decision is made as soon as `need(c)` replicas are complete, and includes all replicas that are complete then.
-* A retired or lost replica is not waited for: the need is capped at the number of replicas that are complete or can
-  still become complete. Contributions that a lost replica has completed count.
-* An arrival for a decided clock is late and changes nothing.
+* The decision includes all replicas that are complete when it is made.
+* A retired or lost replica is not waited for. Contributions that a lost replica has completed count.
+* An arrival for a decided clock is late. If the group folds late contributions, the next decision includes it,
+  unless it was included already. Otherwise it changes nothing.
 
 Arrivals are counted, so that the cost of one does not depend on the number of replicas. A commit names the replicas
 that it excludes, which are few or none.
@@ -17,25 +18,29 @@ that it excludes, which are few or none.
 What the caller must do:
 
 1. Report each arrival, in any order. Repetitions are harmless.
-2. Send every Commit to all workers, in the order of the list.
-3. Report that a replica has retired only after the decision about its last arrival.
+2. Send every Commit and Cut to all workers, in the order of the list.
+3. Give a Tick at the time of each Wake or later. Times never go back.
+4. Report that a replica has retired only after the decision about its last arrival.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+from flowml.policy import Arrivals, Cut, Decide, Spread, Wait, window
 from flowml_runtime.protocol.errors import ProtocolError, ensure
-from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, Terms
+from flowml_runtime.protocol.training.terms import Committed, Group, ReplicaLost, Terms, Tick
 
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A home has every part of `replica`'s contribution to `store` at `clock`."""
+    """A home has every part of `replica`'s contribution to `store` at `clock`, of `weight` microbatch gradients."""
 
     store: int
     replica: int
     clock: int
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,97 +50,182 @@ class ReplicaRetired:
     replica: int
 
 
-Event = Arrived | ReplicaRetired | ReplicaLost
+@dataclass(frozen=True, slots=True)
+class CutShort:
+    """The replicas that still run `clock` stop after their current microbatch."""
+
+    group: int
+    clock: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Give a Tick at this time, in seconds."""
+
+    at: float
+
+
+Event = Arrived | ReplicaRetired | ReplicaLost | Tick
+Action = Committed | CutShort | Wake
 
 
 @dataclass(slots=True)
-class _Tally:
-    """The arrivals for one clock: the stores of each replica, and the replicas that are complete."""
+class _Clock:
+    """The arrivals for one clock: the stores of each replica that is not complete yet, and the complete ones."""
 
-    due: frozenset[int]
+    arrivals: Arrivals
     stores: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
-    complete: set[int] = field(default_factory=set[int])
 
 
 class Decision:
-    """Decides the clocks of a run. Used only if some store needs decisions."""
+    """Decides the clocks of one group. `began` is the time in seconds at which the run begins."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, group: Group, began: float = 0.0) -> None:
         self._terms = terms
+        self._group = group
         self._gone: set[int] = set()
-        self._tallies: dict[int, _Tally] = {}
+        self._clocks: dict[int, _Clock] = {}
         self._clock = -1
-        self._need = 0
+        self._began = began
+        self._spread = Spread()
         self._hopeless = 0
         """The number of replicas that are lost or retired, and not complete at the next clock to decide."""
-        self._open_next()
+        self._cut = False
+        self._wake = -math.inf
+        """The time of the last Wake."""
+        self._owed: dict[int, dict[int, set[int]]] = {}
+        """If late contributions are folded in: replica -> excluded clock -> the stores that have it."""
+        self._late: list[tuple[int, int]] = []
+        """Late contributions that are complete, as (replica, clock)."""
+        self._open_next(began)
 
     @property
     def clock(self) -> int:
         """The next clock to decide; `total_clocks` when all are decided."""
         return self._clock
 
-    def step(self, event: Event) -> list[Committed]:
-        """Process one event. Returns the resulting commits, each of which must be sent to all workers."""
-        if isinstance(event, Arrived):
-            if event.clock < self._clock or not self._arrive(event):
-                return []
-        elif event.replica not in self._gone:
-            self._gone.add(event.replica)
-            self._hopeless += event.replica not in self._complete()
-        return self._decide()
+    def step(self, event: Event, now: float = 0.0) -> list[Action]:
+        """Process one event at time `now`, in seconds."""
+        match event:
+            case Arrived():
+                if event.store not in self._group.stores or not 0 <= event.replica < self._terms.replicas:
+                    raise ProtocolError(
+                        f"replica {event.replica} arrived at store {event.store} at clock {event.clock}, where it is "
+                        "not due"
+                    )
+                if event.clock < self._clock:
+                    self._arrive_late(event)
+                    return []
+                if not self._arrive(event, now):
+                    return []
+            case Tick():
+                self._wake = -math.inf
+            case _:
+                if event.replica not in self._gone:
+                    self._gone.add(event.replica)
+                    self._hopeless += event.replica not in self._complete()
+        return self._decide(now)
 
-    def _arrive(self, event: Arrived) -> bool:
+    @property
+    def _now(self) -> _Clock:
+        return self._at(self._clock)
+
+    def _at(self, clock: int) -> _Clock:
+        found = self._clocks.get(clock)
+        if found is None:
+            steps = clock - window(clock, self._group.every.push, self._group.every.offset) + 1
+            arrivals = Arrivals(self._terms.replicas, steps * self._terms.microbatches, self._terms.rows, self._began)
+            found = self._clocks[clock] = _Clock(arrivals)
+        return found
+
+    def _complete(self) -> dict[int, float]:
+        """The replicas that are complete at the next clock to decide."""
+        found = self._clocks.get(self._clock)
+        return found.arrivals.times if found else {}
+
+    def _arrive(self, event: Arrived, now: float) -> bool:
         """Whether the replica has become complete at the next clock to decide."""
-        tally = self._tallies.get(event.clock)
-        if tally is None:
-            tally = self._tallies[event.clock] = _Tally(frozenset(self._terms.due_stores(event.clock)))
-        if event.store not in tally.due or not 0 <= event.replica < self._terms.replicas:
-            raise ProtocolError(
-                f"replica {event.replica} arrived at store {event.store} at clock {event.clock}, where it is not due"
-            )
-        stores = tally.stores.setdefault(event.replica, set())
-        stores.add(event.store)
-        if len(stores) < len(tally.due) or event.replica in tally.complete:
+        if not self._group.every.due(event.clock, self._terms.last_clock):
+            raise ProtocolError(f"replica {event.replica} arrived at clock {event.clock}, at which nothing is due")
+        clock = self._at(event.clock)
+        if event.replica in clock.arrivals.times:
             return False
-        tally.complete.add(event.replica)
+        stores = clock.stores.setdefault(event.replica, set())
+        stores.add(event.store)
+        if len(stores) < len(self._group.stores):
+            return False
+        del clock.stores[event.replica]
+        clock.arrivals.times[event.replica] = now
+        clock.arrivals.weight += event.weight
         if event.clock > self._clock:
             return False
         self._hopeless -= event.replica in self._gone
         return True
 
-    def _decide(self) -> list[Committed]:
-        commits: list[Committed] = []
-        while self._is_decided():
-            commits.append(Committed(self._clock, self._excluded()))
-            self._open_next()
-        return commits
+    def _arrive_late(self, event: Arrived) -> None:
+        owed = self._owed.get(event.replica, {})
+        stores = owed.get(event.clock)
+        if stores is None:
+            return
+        stores.add(event.store)
+        if len(stores) == len(self._group.stores):
+            self._late.append((event.replica, event.clock))
+            for clock in [c for c in owed if c <= event.clock]:  # a replica finishes its clocks in order
+                del owed[clock]
 
-    def _is_decided(self) -> bool:
-        complete = len(self._complete())
-        return complete > 0 and complete >= min(self._need, self._terms.replicas - self._hopeless)
+    def _decide(self, now: float) -> list[Action]:
+        found: list[Action] = []
+        while self._clock < self._terms.total_clocks:
+            arrivals = self._now.arrivals
+            arrivals.began, arrivals.window_s = self._began, self._spread.window_s
+            arrivals.hopeful = self._terms.replicas - arrivals.count - self._hopeless
+            match self._group.quorum.decide(arrivals, now):
+                case Wait(until):
+                    if until < math.inf and until != self._wake:
+                        self._wake = until
+                        found.append(Wake(until))
+                    return found
+                case Cut():
+                    if not self._cut:
+                        self._cut = True
+                        found.append(CutShort(self._group.number, self._clock))
+                    return found
+                case Decide(coefficients):
+                    found.append(self._commit(arrivals, coefficients))
+                    self._open_next(now)
+        return found
 
-    def _complete(self) -> set[int]:
-        tally = self._tallies.get(self._clock)
-        return tally.complete if tally else set()
+    def _commit(self, arrivals: Arrivals, coefficients: tuple[tuple[int, float], ...]) -> Committed:
+        replicas, complete = self._terms.replicas, arrivals.times
+        excluded = () if len(complete) == replicas else tuple(r for r in range(replicas) if r not in complete)
+        if self._group.folds:
+            for replica in excluded:
+                stores = self._now.stores.get(replica, set())
+                self._owed.setdefault(replica, {})[self._clock] = stores
+        need = min(self._group.quorum.need(replicas), len(complete))
+        self._spread.add(arrivals.spread_s(need))
+        folded, self._late = tuple(sorted(self._late)), []
+        return Committed(self._clock, excluded, self._group.number, coefficients, folded)
 
-    def _excluded(self) -> tuple[int, ...]:
-        complete, replicas = self._complete(), self._terms.replicas
-        return () if len(complete) == replicas else tuple(r for r in range(replicas) if r not in complete)
-
-    def _open_next(self) -> None:
-        self._tallies.pop(self._clock, None)
+    def _open_next(self, now: float) -> None:
+        self._clocks.pop(self._clock, None)
         self._clock += 1
-        while self._clock < self._terms.total_clocks and not self._terms.need(self._clock):
+        last = self._terms.last_clock
+        while self._clock < self._terms.total_clocks and not self._group.every.due(self._clock, last):
             self._clock += 1
-        self._need = self._terms.need(self._clock)
-        self._hopeless = len(self._gone - self._complete()) if self._gone else 0
+        self._began, self._cut, self._wake = now, False, -math.inf
+        self._hopeless = len(self._gone - self._complete().keys()) if self._gone else 0
 
     def validate(self) -> None:
         """Check that no decided clock is kept, that counts are right, and that every possible decision is made."""
-        for clock, tally in self._tallies.items():
-            ensure(self._clock <= clock < self._terms.total_clocks, f"clock {clock} is kept, which is over")
-            complete = {r for r, stores in tally.stores.items() if len(stores) == len(tally.due)}
-            ensure(complete == tally.complete, f"replicas {complete ^ tally.complete} are counted wrongly")
-        ensure(self._hopeless == len(self._gone - self._complete()), "replicas that are gone are counted wrongly")
-        ensure(self._clock >= self._terms.total_clocks or not self._is_decided(), f"clock {self._clock} is not decided")
+        for clock, kept in self._clocks.items():
+            ensure(self._clock <= clock, f"clock {clock} is kept, which is over")
+            missing = [s for s in kept.stores.values() if len(s) == len(self._group.stores)]
+            ensure(not missing, f"a complete replica is not counted at clock {clock}")
+            ensure(not kept.stores.keys() & kept.arrivals.times.keys(), f"a replica is counted twice at clock {clock}")
+        if self._clock >= self._terms.total_clocks:
+            return
+        complete = self._complete()
+        ensure(self._hopeless == len(self._gone - complete.keys()), "replicas that are gone are counted wrongly")
+        if len(complete) == self._terms.replicas - self._hopeless and complete:
+            raise ProtocolError(f"clock {self._clock} is not decided, although all have arrived that can")

@@ -4,7 +4,8 @@
                     if the driver feeds the workers.
     Settled         the fate of items, for the ledger and the history.
     Report          the loss of a step, for the history.
-    Commit          which reports of a clock count, for the history. Sent only if a decision may leave a replica out.
+    Commit          which reports of a clock count, for the history: those of replicas that some group of stores due at
+                    that clock includes. Sent only if a decision may leave a replica out.
     NonFinite       which replicas' gradients were left out because they hold NaN or infinity, for the summary.
     StoreValue      a home has finished a store. The value of the store's first home counts, once; other homes hold
                     copies of it.
@@ -107,6 +108,7 @@ class NoteFates:
     """The fate of work items, for a simulation or a test. The ledger already has it."""
 
     fates: tuple[tuple[wire.Item, Fate], ...]
+    missing: tuple[int, ...]
     cause: int
 
 
@@ -195,6 +197,7 @@ class TrainingDriver:
         self._places = places
         self._to_retire = {(r, s) for r, stages in enumerate(places.stages) for s in range(len(stages))}
         self._to_finish = {(store, home) for store, homes in enumerate(places.homes) for home in homes}
+        self._commits = _Commits(terms)
         self._ended = False
 
     @property
@@ -261,13 +264,14 @@ class TrainingDriver:
         match message:
             case wire.Ask():
                 return self._grant(message)
-            case wire.Settled(replica=replica, fates=fates):
-                self.ledger.step(Settled(replica, fates))
-                return [NoteFates(fates, cause)]
+            case wire.Settled(replica=replica, fates=fates, missing=missing):
+                self.ledger.step(Settled(replica, fates, missing))
+                return [NoteFates(fates, missing, cause)]
             case wire.Report():
                 return [Note(message, event.handle, cause)]
-            case wire.Commit(clock=clock, excluded=excluded):
-                return [NoteCommit(clock, excluded, cause)]
+            case wire.Commit(clock=clock, excluded=excluded, group=group):
+                counted = self._commits.take(group, clock, excluded)
+                return [NoteCommit(decided, without, cause) for decided, without in counted]
             case wire.NonFinite(store=store, clock=clock, replicas=replicas):
                 return [NoteNonFinite(store, clock, replicas, cause)]
             case wire.StoreValue():
@@ -307,3 +311,34 @@ class TrainingDriver:
         self._to_retire.difference_update(retired)
         self._to_finish.difference_update(finished)
         return [Over(self.number)] if self.over else []
+
+
+class _Commits:
+    """Joins the decisions of all groups, in the order of clocks."""
+
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
+        self._decided = [-1] * len(terms.groups)
+        self._without: dict[int, frozenset[int]] = {}
+        """Clock -> the replicas that every decision about it so far leaves out."""
+        self._next = 0
+
+    def take(self, group: int, clock: int, excluded: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+        """The clocks that all groups have decided now, and the replicas that each of these groups leaves out."""
+        if not group < len(self._decided):
+            raise ProtocolError(f"group {group} has a commit, but there are {len(self._decided)} groups")
+        if clock <= self._decided[group]:
+            return []
+        self._decided[group] = clock
+        mine = frozenset(excluded)
+        self._without[clock] = self._without.get(clock, mine) & mine
+        found: list[tuple[int, tuple[int, ...]]] = []
+        while self._next <= max(self._decided):
+            due = self._terms.due_groups(self._next)
+            if any(self._decided[g.number] < self._next for g in due):
+                break
+            without = self._without.pop(self._next, frozenset[int]())
+            if due:
+                found.append((self._next, () if self._terms.sums else tuple(sorted(without))))
+            self._next += 1
+        return found

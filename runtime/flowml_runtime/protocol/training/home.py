@@ -7,9 +7,12 @@
   to the bit. All others of that clock are late: they are released and never applied.
 * The *floor* of a store limits how far its readers may go: the store holds everything that the replicas that count have
   sent before that clock. After the commit of clock c the floor is c + 1, because late contributions are not waited for.
-* A store that is not clocked applies each contribution when it is complete, and tells the replica which version holds
-  it, so that a replica can wait for its own writes. The floor is the least over all replicas of one more than the
-  clock of the newest complete contribution.
+* A late contribution is kept if the store's group folds late contributions in. Its completion is reported like that of
+  any other, and it is applied with the commit that names it, multiplied by the decay for each clock that it is late.
+* A store that is not clocked applies contributions when as many are complete as its quorum says, or as soon as a reader
+  may wait for one of them. It tells a replica which version it may wait for: the one that holds its contribution, or
+  the newest one if the contribution waits for others. The floor is the least over all replicas of one more than the
+  clock of the newest contribution that is applied.
 * A collective store has a home on every worker that reads it. Each home gets the sum of all replicas' contributions of
   a clock, under the name of replica 0. It applies the sum when it is complete, and moves the floor. So all homes
   do the same, and no decision is needed.
@@ -37,6 +40,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from flowml.policy import Fold
 from flowml.policy.apply import scales
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, StoreTerms, Terms
@@ -117,6 +121,7 @@ class SendArrived:
     store: int
     replica: int
     clock: int
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +174,11 @@ class _Clocks:
     def __getitem__(self, replica: int) -> int:
         return self._of[replica]
 
+    @property
+    def active(self) -> int:
+        """The number of replicas that are not retired."""
+        return len(self._of) - self._at.get(RETIRED, 0)
+
     def raise_to(self, clock: int, replica: int) -> None:
         before, self._of[replica] = self._of[replica], clock
         self._at[clock] = self._at.get(clock, 0) + 1
@@ -191,6 +201,12 @@ class _Store:
     version: int = -1  # not loaded
     gathering: dict[int, dict[int, _Gathering]] = field(default_factory=dict[int, dict[int, _Gathering]])
     """Clock -> replica -> its contribution."""
+    committed: int = -1
+    """The newest clock that the store's group has decided."""
+    owed: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
+    """If late contributions are folded in: replica -> the clocks without it, for which it may still contribute."""
+    batch: dict[tuple[int, int], _Gathering] = field(default_factory=dict[tuple[int, int], _Gathering])
+    """If the store is not clocked: (replica, clock) -> a complete contribution that waits for the quorum of others."""
     retired: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
     finished: bool = False
 
@@ -211,7 +227,6 @@ class Home:
     def __init__(self, terms: Terms, stores: Iterable[int]) -> None:
         self._terms = terms
         self._lost: set[int] = set()
-        self._committed = -1
         self._stores = {
             i: _Store(terms.stores[i], None if terms.stores[i].clocked else _Clocks(terms.replicas)) for i in stores
         }
@@ -225,15 +240,15 @@ class Home:
 
     def handles(self) -> list[Handle]:
         """The payloads that are kept and may still be applied."""
-        rows = [row for store in self._stores.values() for row in store.gathering.values()]
+        rows = [row for store in self._stores.values() for row in (*store.gathering.values(), store.batch)]
         return [handle for row in rows for gathering in row.values() for handle in gathering.handles()]
 
     def step(self, event: Event) -> list[Action]:
         match event:
             case ContributionReceived():
                 return self._receive(event)
-            case Committed(clock, excluded):
-                return self._commit(clock, excluded)
+            case Committed():
+                return self._commit(event)
             case StoreLoaded(store, version):
                 return self._load(store, version)
             case StageRetired(replica, stage):
@@ -269,8 +284,8 @@ class Home:
         if not store.is_complete(gathering):
             return replaced
         if store.terms.decided:
-            return [*replaced, SendArrived(part.store, part.replica, part.clock)]
-        return [*replaced, *self._apply_on_arrival(part.store, part.replica, part.clock)]
+            return [*replaced, SendArrived(part.store, part.replica, part.clock, gathering.weight)]
+        return [*replaced, *self._take_arrival(part.store, part.replica, part.clock)]
 
     def _check(self, store: _Store, part: ContributionReceived) -> None:
         if part.part >= len(store.terms.stages) or part.replica >= self._terms.replicas:
@@ -291,64 +306,102 @@ class Home:
 
     def _too_late(self, store: _Store, part: ContributionReceived) -> bool:
         if store.terms.decided:
-            return part.clock <= self._committed
-        if part.replica in self._lost:
+            return part.clock <= store.committed and part.clock not in store.owed.get(part.replica, ())
+        if part.replica in self._lost or (part.replica, part.clock) in store.batch:
             return True
         return part.clock < (store.floor if store.clocks is None else store.clocks[part.replica])
 
-    def _apply_on_arrival(self, index: int, replica: int, clock: int) -> list[Action]:
+    def _take_arrival(self, index: int, replica: int, clock: int) -> list[Action]:
+        """Apply a complete contribution to a store without decisions, or keep it until there are enough."""
         store = self._stores[index]
         gathering = store.pop(clock, replica)
-        ensure(gathering is not None, f"the contribution of replica {replica} at clock {clock} is not there")
-        actions: list[Action] = []
+        if gathering is None:
+            raise ProtocolError(f"the contribution of replica {replica} at clock {clock} is not there")
         if store.clocks is None:
             store.floor = clock + 1
-        else:
-            store.clocks.raise_to(clock + 1, replica)
-            store.floor = store.clocks.floor
-        if gathering is not None:
-            actions += self._apply(index, [gathering])
-        if store.clocks is not None:
-            actions.append(SendApplied(index, replica, clock, store.version))
-        return [*actions, *self._finish(index)]
+            return [*self._apply(index, [(gathering, 1.0)]), *self._finish(index)]
+        store.batch[replica, clock] = gathering
+        applied = self._apply_batch(index, store.clocks) if self._is_enough(store, store.clocks) else []
+        return [*applied, SendApplied(index, replica, clock, store.version), *self._finish(index)]
 
-    def _commit(self, clock: int, excluded: tuple[int, ...]) -> list[Action]:
-        if clock <= self._committed:
-            return []
-        self._committed = clock
+    def _is_enough(self, store: _Store, clocks: _Clocks) -> bool:
+        """Whether the kept contributions may be applied: there is a quorum of them, or a reader may wait for them."""
+        newest = max(clock + 1 for _, clock in store.batch)
+        need = store.terms.policy.quorum.need(self._terms.replicas)
+        return len(store.batch) >= min(need, clocks.active) or newest - clocks.floor >= store.terms.policy.staleness
+
+    def _apply_batch(self, index: int, clocks: _Clocks) -> list[Action]:
+        """Apply what is kept."""
+        store = self._stores[index]
+        batch, store.batch = sorted(store.batch.items()), {}
+        for (replica, clock), _ in batch:
+            if clocks[replica] < RETIRED:
+                clocks.raise_to(max(clocks[replica], clock + 1), replica)
+        store.floor = clocks.floor
+        return self._apply(index, [(gathering, 1.0) for _, gathering in batch])
+
+    def _commit(self, event: Committed) -> list[Action]:
         actions: list[Action] = []
-        for index, store in self._stores.items():
-            if store.terms.decided and store.terms.policy.every.due(clock, self._terms.last_clock):
-                actions += self._commit_store(index, clock, excluded)
+        for index in self._terms.groups[event.group].stores:
+            store = self._stores.get(index)
+            if store is not None and event.clock > store.committed:
+                store.committed = event.clock
+                actions += self._commit_store(index, event)
         return actions
 
-    def _commit_store(self, index: int, clock: int, excluded: tuple[int, ...]) -> list[Action]:
-        store = self._stores[index]
+    def _commit_store(self, index: int, event: Committed) -> list[Action]:
+        store, clock, excluded = self._stores[index], event.clock, event.excluded
+        late_rule = store.terms.policy.quorum.late
         row = store.gathering.pop(clock, {})
-        late = [row.pop(replica) for replica in excluded if replica in row]
-        taken = [row[replica] for replica in sorted(row)]
-        if len(taken) < self._terms.replicas - len(excluded) or not all(map(store.is_complete, taken)):
+        late = {replica: row.pop(replica) for replica in excluded if replica in row}
+        taken = [(replica, row[replica]) for replica in sorted(row)]
+        if len(taken) < self._terms.replicas - len(excluded) or not all(store.is_complete(g) for _, g in taken):
             there = {replica for replica, gathering in row.items() if store.is_complete(gathering)}
             missing = next(r for r in range(self._terms.replicas) if r not in there and r not in excluded)
             raise ProtocolError(f"clock {clock} is committed with replica {missing}, which store {index} lacks")
-        for earlier in [c for c in store.gathering if c < clock]:
-            late += store.gathering.pop(earlier).values()
-        late_parts = [part for gathering in late for part in gathering.parts.values()]
         store.floor = clock + 1
-        return [*self._apply(index, taken), *self._release(late_parts), *self._finish(index)]
+        given = dict(event.coefficients)
+        chosen = [(gathering, given.get(replica, 0.0) if given else 1.0) for replica, gathering in taken]
+        if not isinstance(late_rule, Fold):
+            actions = self._apply(index, chosen, exact=bool(given))
+            return [*actions, *self._release(_parts(late.values())), *self._finish(index)]
+        if late:
+            store.gathering[clock] = late
+        for replica in excluded:
+            store.owed.setdefault(replica, set()).add(clock)
+        for replica, earlier in event.folded:
+            gathering = store.pop(earlier, replica)
+            if gathering is None or not store.is_complete(gathering):
+                raise ProtocolError(f"the late contribution of replica {replica} at clock {earlier} is not there")
+            chosen.append((gathering, late_rule.decay ** (clock - earlier)))
+            owed = store.owed.get(replica, set())
+            store.owed[replica] = {c for c in owed if c > earlier}
+        absent = sum(replica not in self._lost for replica in excluded)
+        return [*self._apply(index, chosen, absent=absent - len(event.folded)), *self._finish(index)]
 
-    def _apply(self, index: int, gathered: list[_Gathering]) -> list[Action]:
-        """Apply the contributions that have weight, and publish. The caller has set the floor."""
+    def _apply(
+        self, index: int, chosen: list[tuple[_Gathering, float]], *, absent: int = 0, exact: bool = False
+    ) -> list[Action]:
+        """Apply the contributions that have weight, and publish. The caller has set the floor.
+
+        Each comes with a factor of its coefficient, or with the coefficient itself if `exact`. `absent` is the number
+        of contributions that a mean also divides by, although they are not here.
+        """
         store = self._stores[index]
-        full = [g for g in gathered if g.weight]
-        rest = self._release(part for g in gathered if not g.weight for part in g.parts.values())
+        full = [(g, factor) for g, factor in chosen if g.weight]
+        rest = self._release(_parts(g for g, _ in chosen if not g.weight))
         if not full:
             return [*rest, Publish(index, store.version, store.floor, value=False)]
         asks = scales(store.terms.policy.apply)
-        staleness = tuple(store.version - g.base_version for g in full) if asks else ()
+        staleness = tuple(store.version - g.base_version for g, _ in full) if asks else ()
         store.version += 1
-        factors = store.terms.policy.coefficients([g.weight for g in full], self._terms.microbatches)
-        contributions = tuple((g.handles(), f) for g, f in zip(full, factors, strict=True))
+        factors = [factor for _, factor in full]
+        if not exact:
+            most = max(g.weight for g, _ in full)
+            weights = [g.weight for g, _ in full]
+            each = store.terms.policy.coefficients(weights, self._terms.microbatches, absent * most)
+            factors = [c * factor for c, factor in zip(each, factors, strict=True)]
+        contributions = tuple((g.handles(), c) for (g, _), c in zip(full, factors, strict=True))
         apply = Apply(index, store.version, contributions, staleness)
         return [*rest, apply, Publish(index, store.version, store.floor)]
 
@@ -364,7 +417,9 @@ class Home:
             del store.retired[replica]
             store.clocks.raise_to(RETIRED, replica)
             store.floor = store.clocks.floor
-            if store.version >= 0:
+            if store.batch and self._is_enough(store, store.clocks):
+                actions += self._apply_batch(index, store.clocks)
+            elif store.version >= 0:
                 actions.append(Publish(index, store.version, store.floor, value=False))
             actions += self._finish(index)
         return actions
@@ -385,13 +440,15 @@ class Home:
         if store.terms.collective:
             done = store.floor > self._terms.last_clock
         elif store.terms.clocked:
-            done = self._committed == self._terms.last_clock
+            done = store.committed == self._terms.last_clock
         else:
             done = store.floor == RETIRED
         if not done or store.finished or store.version < 0:
             return []
         store.finished = True
-        return [Finished(index)]
+        late = [gathering for row in store.gathering.values() for gathering in row.values()]
+        store.gathering, store.owed = {}, {}
+        return [*self._release(_parts(late)), Finished(index)]
 
     def _release(self, parts: Iterable[ContributionReceived]) -> list[Action]:
         return [Release(p.handle) for p in parts if not p.empty]
@@ -408,7 +465,9 @@ class Home:
                 ensure(store.floor == store.clocks.floor, f"{where} has the floor of other clocks")
             for clock, row in store.gathering.items():
                 ensure(row, f"{where} keeps nothing for clock {clock}")
-                ensure(not store.terms.decided or clock > self._committed, f"{where} keeps clock {clock}, is decided")
+                for replica in row if store.terms.decided and clock <= store.committed else ():
+                    owes = clock in store.owed.get(replica, ())
+                    ensure(owes, f"{where} keeps clock {clock} of replica {replica}, which is decided")
                 for replica, gathering in row.items():
                     self._validate_gathering(store, gathering, f"{where}, replica {replica}, clock {clock}")
 
@@ -419,6 +478,10 @@ class Home:
         ensure(all(p.incarnation == gathering.incarnation for p in parts), f"{where}: parts are of two lives")
         complete = store.is_complete(gathering)
         ensure(store.terms.decided or not complete, f"{where}: a complete contribution was not applied on arrival")
+
+
+def _parts(gathered: Iterable[_Gathering]) -> list[ContributionReceived]:
+    return [part for gathering in gathered for part in gathering.parts.values()]
 
 
 def _where(part: ContributionReceived) -> str:

@@ -1,4 +1,4 @@
-"""Keeps the work items of a replica in its first stage: requested, held, given back, and begun but not settled."""
+"""Keeps the work items of a replica in its first stage: requested, held, or given back. `accounts` has those begun."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ class Items:
         self._asked: deque[tuple[int, ...]] = deque()
         self._held: dict[int, wire.Item] = {}
         self._returned: list[wire.Item] = []
-        self.unsettled: dict[int, wire.Item] = {}
 
     def grant(self, items: Iterable[tuple[int, wire.Item]], exhausted: bool) -> None:
         if not self._asked:
@@ -73,16 +72,15 @@ class Items:
         return None if last and not self._exhausted else (self._next, item, last)
 
     def take(self, clock: int) -> None:
-        self.unsettled[clock] = self._held.pop(clock)
+        del self._held[clock]
         self._next = clock + 1
 
     def is_over(self) -> bool:
         """Whether there is nothing left to run, now or later."""
         return self.opened and not self._asked and not self._held and not self._exists(self._next)
 
-    def validate(self, begun: int) -> None:
-        ensure(all(c <= begun for c in self.unsettled), "an item is unsettled that was not begun")
+    def validate(self) -> None:
         ensure(all(c >= self._next for c in self._held), "an item is held for a clock that is over")
         ensure(len(self._held) <= LOOK_AHEAD, "too many items are held")
-        items = [*self._held.values(), *self._returned, *self.unsettled.values()]
+        items = [*self._held.values(), *self._returned]
         ensure(len(items) == len({i.sequence for i in items}), "an item is in two places")

@@ -58,10 +58,11 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """The fate of items of a replica."""
+    """The fate of items of a replica. `missing` are the groups that do not use them, although others do."""
 
     replica: int
     fates: tuple[tuple[wire.Item, Fate], ...]
+    missing: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ class Work:
     item_size: int
     total_clocks: int
     aligned: bool
+    groups: tuple[str, ...] = ()
+    """The names of the groups of layers that decide alone what they use."""
 
     def __post_init__(self) -> None:
         if self.items_per_epoch < self.replicas:
@@ -126,6 +129,9 @@ class Tally:
 class Summary:
     """The summary of a run. `epochs` and `replicas` hold one Tally each, in order; the totals count items.
 
+    An item is used if some layer uses it. `groups` has a Tally for each group of layers that decides alone, by its
+    name; it is empty if there is only one.
+
     `unseen` of a replica is always 0, because an item that was not begun belongs to no replica. `seen` lists how many
     examples took part how many times; it is empty if it was not requested. `nonfinite` counts, by layer and replica,
     the gradients that were left out because they held NaN or infinity; replica -1 counts such sums of finite gradients.
@@ -143,6 +149,7 @@ class Summary:
     epochs: tuple[Tally, ...]
     replicas: tuple[Tally, ...]
     seen: tuple[tuple[int, int], ...] = ()
+    groups: Mapping[str, Tally] = field(default_factory=dict[str, Tally])
     nonfinite: Mapping[str, Mapping[int, int]] = field(default_factory=dict[str, Mapping[int, int]])
     nonfinite_losses: Mapping[int, int] = field(default_factory=dict[int, int])
 
@@ -150,10 +157,12 @@ class Summary:
         names = ("used", "dropped", "folded", "requeued", "unseen")
         rows = [(f"epoch {i}", t) for i, t in enumerate(self.epochs)]
         rows += [(f"replica {i}", t) for i, t in enumerate(self.replicas)]
-        lines = [f"{f'items of {self.item_size}':<14}" + "".join(f"{n:>10}" for n in names)]
+        rows += list(self.groups.items())
+        width = max(14, *(len(label) + 2 for label, _ in rows))
+        lines = [f"{f'items of {self.item_size}':<{width}}" + "".join(f"{n:>10}" for n in names)]
         for label, tally in rows:
-            lines.append(f"{label:<14}" + "".join(f"{getattr(tally, n):>10}" for n in names))
-        lines.append(f"{'total':<14}" + "".join(f"{getattr(self, n):>10}" for n in names))
+            lines.append(f"{label:<{width}}" + "".join(f"{getattr(tally, n):>10}" for n in names))
+        lines.append(f"{'total':<{width}}" + "".join(f"{getattr(self, n):>10}" for n in names))
         if self.seen:
             lines.append("examples seen: " + ", ".join(f"{many} × {times}" for times, many in self.seen))
         for layer, counts in self.nonfinite.items():
@@ -174,6 +183,7 @@ class WorkQueue:
         self._work = work
         self._fresh: Counter[int] = Counter()  # epoch -> items drawn for the first time
         self._back: dict[int, deque[wire.Item]] = {}
+        self._requeued: deque[wire.Item] = deque()
         self._reserved: list[dict[int, wire.Item]] = [{} for _ in range(work.replicas)]
         self._rows = 0
         self._epoch = 0  # the epoch that is being drained, if not aligned
@@ -195,7 +205,12 @@ class WorkQueue:
         """Whether no item is left. An aligned run ends by its clocks instead."""
         if self._work.aligned:
             return False
-        return all(self._left(e) == 0 for e in range(self._epoch, self._work.epochs))
+        return not self._requeued and all(self._left(e) == 0 for e in range(self._epoch, self._work.epochs))
+
+    def requeue(self, item: wire.Item) -> None:
+        """Draw this item before any other, because a replica was too late with it."""
+        self._requeued.append(item)
+        self._epoch = min(self._epoch, item.epoch)
 
     def give_back(self, item: wire.Item) -> None:
         self._back.setdefault(item.epoch, deque()).append(item)
@@ -228,7 +243,9 @@ class WorkQueue:
             self.give_back(reserved.pop(oldest))
 
     def _draw(self, epoch: int) -> wire.Item | None:
-        """The next item: first the epoch's order, then the items that came back."""
+        """The next item: first those that were late, then the epoch's order, then the items that came back."""
+        if self._requeued:
+            return self._requeued.popleft()
         index = self._fresh[epoch]
         if index < self._size(epoch):
             self._fresh[epoch] += 1
@@ -267,6 +284,7 @@ class Ledger:
         self._outstanding: dict[int, tuple[int, wire.Item]] = {}
         self._epochs: defaultdict[int, _Account] = defaultdict(_Account)  # only epochs begun: there may be millions
         self._replicas = [_Account() for _ in range(work.replicas)]
+        self._groups = [_Account() for _ in work.groups]
         self._over: dict[int, State] = {}
         """Sequence number -> the fate of an item that does not come back."""
         self._newest = [-1] * work.replicas
@@ -281,8 +299,8 @@ class Ledger:
         match event:
             case Asked(replica, clocks, returned):
                 return self._answer(replica, clocks, returned)
-            case Settled(replica, fates):
-                self._settle(replica, fates)
+            case Settled(replica, fates, missing):
+                self._settle(replica, fates, missing)
             case ReplicaLost(replica):
                 self._lose(replica)
         return []
@@ -306,20 +324,24 @@ class Ledger:
         self._granted += len(items)
         return [Grant(replica, tuple(items), exhausted=len(items) < len(clocks) or self._queue.drained)]
 
-    def _settle(self, replica: int, fates: Iterable[tuple[wire.Item, Fate]]) -> None:
+    def _settle(self, replica: int, fates: Iterable[tuple[wire.Item, Fate]], missing: tuple[int, ...] = ()) -> None:
         if replica in self._lost:
             return
         for item, fate in fates:
-            self._account(replica, item, fate)
+            self._account(replica, item, fate, missing)
 
-    def _account(self, replica: int, item: wire.Item, fate: Change) -> None:
+    def _account(self, replica: int, item: wire.Item, fate: Change, missing: tuple[int, ...] = ()) -> None:
         if self._outstanding.get(item.sequence) != (replica, item):
             raise ProtocolError(f"replica {replica} says that item {item.sequence} was {fate}, but does not have it")
         del self._outstanding[item.sequence]
         self._epochs[item.epoch].fates[fate] += 1
         self._replicas[replica].fates[fate] += 1
+        for group, account in enumerate(self._groups):
+            account.fates["dropped" if group in missing else fate] += 1
         after = ITEMS["granted", fate]
-        if after == "waiting":
+        if fate == "requeued":
+            self._queue.requeue(item)
+        elif after == "waiting":
             self._queue.give_back(item)
         else:
             self._over[item.sequence] = after
@@ -350,6 +372,7 @@ class Ledger:
             epochs=epochs,
             replicas=tuple(a.tally() for a in self._replicas),
             seen=self._seen(order) if order else (),
+            groups={name: a.tally() for name, a in zip(self._work.groups, self._groups, strict=True)},
         )
 
     def _seen(self, order: Callable[[int], Sequence[int]]) -> tuple[tuple[int, int], ...]:

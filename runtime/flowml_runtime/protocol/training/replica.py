@@ -4,19 +4,20 @@ The first stage leads: it gets work items, begins clocks, tells the other stages
 the ledger. The others follow its Begins in order. All stages get every Commit, so that each one can determine the fate
 of a step, with the same result. `STEPS` is the life of one step as a table. Its rules are:
 
-* The step of a clock that has a decision is used if the commit includes this replica, and dropped if not.
-  A decision that needs every replica cannot leave this one out, so the step counts as used at once.
-* The step of a clock without a decision is always finished and used: its gradient joins the next push.
+* A group of stores has a decision at each clock at which it is due (see `decision`). A step that no group includes,
+  and that counts for no store anyway (see `Terms.counts_anyway`), is dropped. Every other step is used, if only for a
+  part of the stores.
 * A step that is dropped while it runs is abandoned at the next task boundary. A Commit may overtake the
   Begin of its clock; that step then never starts.
-* After a step the leader continues with the next clock, or with the one after the newest commit if that is later.
+* After a step the leader continues with the next clock, but skips clocks that every group due there has decided. It
+  skips none if replicas add up the gradients of some store among themselves, because each sum needs every replica.
   It returns the items of clocks that it skips. It asks for items before it needs them (`items`).
 * Fates take effect in the order of clocks. A step that pushes the gradients of several steps starts only when
   the fate of all earlier ones is known, so that every stage pushes the same steps. If such a push is late,
   only its own clock's gradient is dropped; the gradients gathered before go with the next push (see `accumulator`).
-* An item is settled as used by the first commit at or after its clock that includes the replica, because the push of
-  that clock contains it. Without decisions it is settled when its step has finished. Items that no commit has included
-  by the end of the run are dropped.
+  If the group folds late contributions in, the late push goes as it is.
+* An item is settled when the fate of its gradients in every group is known; `Account` says how.
+* A Cut tells a step that still runs to stop after its current microbatch, and to push the gradients so far.
 * A replica reads its own writes in stores that apply on arrival (Ho et al., stale synchronous parallel): it waits for
   the version that holds its last push. So a single replica is serial, and a slow home slows its replicas down instead
   of accumulating their pushes.
@@ -34,16 +35,15 @@ What the caller must do:
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from flowml.policy import can_read, window
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training.accounts import Accounts, Settle
 from flowml_runtime.protocol.training.items import Items
 from flowml_runtime.protocol.training.terms import Committed, Terms
-
-Fate = Literal["used", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +94,13 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
+class CutReceived:
+    """The step of `clock` stops after its current microbatch, if it still runs."""
+
+    clock: int
+
+
+@dataclass(frozen=True, slots=True)
 class LeaderRetired:
     """The leading stage begins no more clocks."""
 
@@ -132,25 +139,12 @@ class Abandon:
 
 
 @dataclass(frozen=True, slots=True)
-class AdoptAccumulator:
-    """The gradients of `clock` count: see `accumulator`."""
+class Count:
+    """Whether the gradients of `clock` count for these stores, which gather several steps: see `accumulator`."""
 
     clock: int
-
-
-@dataclass(frozen=True, slots=True)
-class DiscardAccumulator:
-    """The gradients of `clock` do not count: see `accumulator`."""
-
-    clock: int
-
-
-@dataclass(frozen=True, slots=True)
-class Settle:
-    """Tell the ledger the fate of an item."""
-
-    item: wire.Item
-    fate: Fate
+    counts: bool
+    stores: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +152,18 @@ class Retire:
     """This stage pushes nothing more: tell the homes. The leading stage also tells all other stages."""
 
 
-Event = Started | Granted | BeginReceived | StepFinished | Committed | StorePublished | Applied | LeaderRetired
-Action = Ask | Begin | Start | Abandon | AdoptAccumulator | DiscardAccumulator | Settle | Retire
+Event = (
+    Started
+    | Granted
+    | BeginReceived
+    | StepFinished
+    | Committed
+    | CutReceived
+    | StorePublished
+    | Applied
+    | LeaderRetired
+)
+Action = Ask | Begin | Start | Abandon | Count | Settle | Retire
 
 
 State = Literal[
@@ -188,10 +192,11 @@ STEPS: dict[tuple[State, Change], State] = {
     ("finished", "include"): "used",
     ("finished", "exclude"): "dropped",
 }
-"""The life of a step. Its stage starts and finishes it, and the commit of its clock includes or excludes it.
+"""The life of a step. Its stage starts and finishes it. Commits include it if one of them does, and exclude it when
+each group that is due at its clock has left it out.
 
-A step begins as "queued". It begins as "queued, used" if the commit cannot leave it out or has already included it, and
-as "skipped" if the commit has already excluded it.
+A step begins as "queued". It begins as "queued, used" if it counts anyway or a commit has already included it, and
+as "skipped" if the commits have already excluded it.
 """
 UNDECIDED = frozenset[State]({"queued", "running", "finished"})
 WAITING = frozenset[State]({"queued", "queued, used"})
@@ -207,6 +212,11 @@ class _Step:
     item: wire.Item
     last: bool
     state: State
+    undecided: set[int] = field(default_factory=set[int])
+    """The groups whose decision about it is still to come."""
+    lost: set[int] = field(default_factory=set[int])
+    """The groups that have left it out."""
+    cut: bool = False
 
     def take(self, change: Change) -> None:
         after = STEPS.get((self.state, change))
@@ -224,8 +234,12 @@ class Replica:
         self._leads = stage == 0
         self._published: dict[int, StorePublished] = {}
         self._applied: dict[int, Applied] = {}
-        self._committed = -1
-        self._included: set[int] = set()  # clocks whose commit includes this replica and came before their Begin
+        self._committed = [-1] * len(terms.groups)
+        """The newest clock that each group has decided."""
+        self._pushed: dict[int, int] = {}
+        """For each store that applies on arrival, the newest clock at which this stage has pushed."""
+        self._included: set[tuple[int, int]] = set()
+        """(group, clock) of the commits that include this replica and came before their Begin."""
         self._steps: deque[_Step] = deque()
         self._begun = -1
         self._last_begun = False
@@ -233,6 +247,7 @@ class Replica:
         self._leader_retired = False
         self._retired = False
         self._work = Items(terms)
+        self._accounts = Accounts(terms, replica)
 
     @property
     def retired(self) -> bool:
@@ -241,7 +256,7 @@ class Replica:
     @property
     def committed(self) -> int:
         """The clock of the newest commit received; -1 before the first."""
-        return self._committed
+        return max(self._committed, default=-1)
 
     def may_read(self, store: int, clock: int) -> bool:
         """Whether the newest version of `store` published here is fresh enough for the step of `clock`."""
@@ -252,7 +267,10 @@ class Replica:
         if not can_read(clock, (news.floor,), terms.policy.staleness, every.push, every.offset, every.delay):
             return False
         pushed = window(max(clock - every.delay, 0), every.push, every.offset)
-        if terms.clocked or not pushed:
+        if terms.clocked:
+            return True
+        pushed = min(pushed, self._pushed.get(store, -1) + 1)
+        if not pushed:
             return True
         own = self._applied.get(store)
         return own is not None and own.clock + 1 >= pushed and own.version <= news.version
@@ -265,6 +283,10 @@ class Replica:
     def should_abandon(self, clock: int) -> bool:
         """Whether the running step of `clock` can stop, because it will not count."""
         return self._running is not None and self._running.clock == clock and self._running.state == "abandoned"
+
+    def should_cut(self, clock: int) -> bool:
+        """Whether the running step of `clock` stops after its current microbatch, and pushes what it has."""
+        return self._running is not None and self._running.clock == clock and self._running.cut
 
     def pushes(self, store: int, clock: int) -> bool:
         """Whether the running step of `clock` ends with a push to `store`."""
@@ -290,8 +312,11 @@ class Replica:
         match event:
             case StepFinished(clock):
                 return self._finish(clock)
-            case Committed(clock, excluded):
-                return self._commit(clock, self._me not in excluded)
+            case Committed():
+                return self._commit(event)
+            case CutReceived(clock):
+                for step in self._steps:
+                    step.cut |= step.clock == clock
             case StorePublished(store, version, _):
                 known = self._published.get(store)
                 if known is not None and version < known.version:
@@ -314,15 +339,25 @@ class Replica:
         if clock <= self._begun or self._last_begun:
             raise ProtocolError(f"replica {self._me} begins clock {clock} after clock {self._begun}")
         self._begun, self._last_begun = clock, last
-        state: State = "queued"
-        if not self._terms.droppable(clock) or clock in self._included:
-            state = "queued, used"
-        elif clock <= self._committed:
-            state = "skipped"
-        self._steps.append(_Step(clock, item, last, state))
+        step = _Step(clock, item, last, "queued")
+        included = False
+        for group in self._terms.due_groups(clock) if self._terms.drops else ():
+            if not group.drops or group.folds:
+                continue
+            if (group.number, clock) in self._included:
+                included = True
+            elif clock <= self._committed[group.number]:
+                step.lost.add(group.number)
+            else:
+                step.undecided.add(group.number)
+        if included or self._terms.counts_anyway(clock):
+            step.state = "queued, used"
+        elif not step.undecided:
+            step.state = "skipped"
+        self._steps.append(step)
         if self._included:
-            self._included = {c for c in self._included if c > clock}
-        return [Abandon(clock)] if state == "skipped" else []
+            self._included = {(g, c) for g, c in self._included if c > clock}
+        return [Abandon(clock)] if step.state == "skipped" else []
 
     def _finish(self, clock: int) -> list[Action]:
         step = self._running
@@ -330,53 +365,84 @@ class Replica:
             raise ProtocolError(f"replica {self._me} finished clock {clock}, which does not run")
         step.take("finish")
         self._running = None
-        if self._leads and not self._terms.decides:
-            return [Settle(self._work.unsettled.pop(clock), "used")]
-        return []
+        if self._terms.arrives:
+            for store, terms in enumerate(self._terms.stores):
+                if not terms.clocked and (step.last or terms.policy.every.due(clock, self._terms.last_clock)):
+                    self._pushed[store] = clock
+        return list(self._accounts.finish(clock)) if self._leads else []
 
-    def _commit(self, clock: int, included: bool) -> list[Action]:
-        if clock <= self._committed:
+    def _commit(self, event: Committed) -> list[Action]:
+        group, clock = event.group, event.clock
+        if clock <= self._committed[group]:
             return []
-        self._committed = clock
+        self._committed[group] = clock
+        included = self._me not in event.excluded
         if included and clock > self._begun:
             if self._leads:
                 raise ProtocolError(f"clock {clock} is committed with replica {self._me}, which has not begun it")
-            self._included.add(clock)
+            if self._terms.groups[group].drops:
+                self._included.add((group, clock))
         actions: list[Action] = []
         for step in self._steps:
-            if step.clock == clock and step.state in UNDECIDED:
-                step.take("include" if included else "exclude")
-                actions += [] if included else [Abandon(clock)]
-        return [*actions, *self._settle(clock, included)]
+            if step.clock == clock and group in step.undecided:
+                actions += self._decide(step, group, included)
+        settled = self._accounts.commit(event) if self._leads else []
+        return [*actions, *settled]
 
-    def _settle(self, clock: int, included: bool) -> list[Action]:
-        """Settle items by the commit of `clock`: it uses all items up to its clock, or drops that of its clock."""
-        unsettled = self._work.unsettled
+    def _decide(self, step: _Step, group: int, included: bool) -> list[Action]:
+        step.undecided.discard(group)
+        if not included:
+            step.lost.add(group)
+        if step.state not in UNDECIDED:
+            return []
         if included:
-            return [Settle(unsettled.pop(c), "used") for c in sorted(unsettled) if c <= clock]
-        return [Settle(unsettled.pop(clock), "dropped")] if clock in unsettled else []
+            step.take("include")
+        elif not step.undecided:
+            step.take("exclude")
+            return [Abandon(step.clock)]
+        return []
 
     def _resolve(self) -> list[Action]:
         """Put known fates into effect, in the order of clocks."""
         actions: list[Action] = []
-        while self._steps and self._steps[0].state in OVER:
+        while self._steps and self._steps[0].state in OVER and not self._steps[0].undecided:
             step = self._steps.popleft()
-            if self._terms.accumulates and step.state != "skipped":
-                used = step.state == "used"
-                actions.append(AdoptAccumulator(step.clock) if used else DiscardAccumulator(step.clock))
+            if step.state != "skipped":
+                actions += self._counts(step)
         return actions
+
+    def _counts(self, step: _Step) -> list[Action]:
+        """Say of each store that gathers several steps whether the gradients of this step count for it."""
+        used: list[int] = []
+        lost: list[int] = []
+        for group, stores in self._terms.accumulating.items():
+            dropped = step.state == "dropped" or group in step.lost
+            (lost if dropped else used).extend(stores)
+        found = [Count(step.clock, True, tuple(sorted(used)))] if used else []
+        return [*found, *([Count(step.clock, False, tuple(sorted(lost)))] if lost else [])]
 
     def _advance(self) -> list[Action]:
         """Start, begin, ask and retire, as far as the rules allow."""
         actions: list[Action] = []
         if self._leads and self._work.opened and self._running is None and not self._retired:
-            self._work.skip_to(max(self._begun, self._committed) + 1)
+            self._work.skip_to(self._next_clock())
             actions += self._begin_next()
             wanted = self._work.ask()
             actions += [Ask(wanted, self._work.give_back())] if wanted else []
         if not self._leads:
             actions += self._start_queued()
         return [*actions, *self._retire()]
+
+    def _next_clock(self) -> int:
+        """The clock after the newest one that has begun, without those that every group due there has decided."""
+        clock, newest = self._begun + 1, self.committed
+        if self._terms.sums:
+            return clock
+        if self._terms.arrives:  # the step of the last clock pushes what it has gathered
+            newest = min(newest, self._terms.last_clock - 1)
+        while clock <= newest and all(clock <= self._committed[g.number] for g in self._terms.due_groups(clock)):
+            clock += 1
+        return clock
 
     def _may_start(self, clock: int, last: bool) -> bool:
         """Whether the step of `clock` may start: if it pushes gathered gradients, all earlier fates must be known."""
@@ -390,6 +456,7 @@ class Replica:
         if not self._may_start(clock, last):
             return []
         self._work.take(clock)
+        self._accounts.open(clock, item, self._committed)
         self._begin(clock, item, last)
         return [Begin(clock, item, last), *self._start(self._steps[-1])]
 
@@ -410,7 +477,7 @@ class Replica:
         if self._retired or self._running is not None or any(s.state in WAITING for s in self._steps):
             return []
         if self._leads:
-            if not self._work.is_over() or any(self._terms.need(c) for c in self._work.unsettled):
+            if not self._work.is_over() or self._accounts.waits(self._committed):
                 return []
             self._retired = True
             return [*self._close(), Retire()]
@@ -420,10 +487,9 @@ class Replica:
         return [Retire()]
 
     def _close(self) -> list[Action]:
-        """Drop the items that no commit has included, and give back those that were never begun."""
-        unsettled, returned = self._work.unsettled, self._work.give_back()
-        settled: list[Action] = [Settle(unsettled.pop(c), "dropped") for c in sorted(unsettled)]
-        return [*settled, *([Ask((), returned)] if returned else [])]
+        """Settle the items whose fate no commit will change, and give back those that were never begun."""
+        returned = self._work.give_back()
+        return [*self._accounts.close(), *([Ask((), returned)] if returned else [])]
 
     def validate(self) -> None:
         """Check that steps are in order, that at most one runs, and that it is the newest that started."""
@@ -434,6 +500,7 @@ class Replica:
         ensure(active == ([self._running] if self._running else []), "other steps run than the one that should")
         started = [s.state not in WAITING for s in self._steps if s.state != "skipped"]
         ensure(started == sorted(started, reverse=True), "a step started before an earlier one")
-        ensure(all(c > self._begun for c in self._included), "the commit of a clock that has begun is kept")
-        ensure(not (self._retired and (self._running or self._work.unsettled)), "a stage retired with work left")
-        self._work.validate(self._begun)
+        ensure(all(c > self._begun for _, c in self._included), "the commit of a clock that has begun is kept")
+        ensure(not (self._retired and (self._running or self._accounts.clocks)), "a stage retired with work left")
+        self._work.validate()
+        ensure(all(c <= self._begun for c in self._accounts.clocks), "an item is unsettled that was not begun")

@@ -65,8 +65,9 @@ def said(message: wire.Wire | wire.TrainingMessage) -> str:
             return f"replica {replica} gets {given}{', the last there is' if exhausted else ''}"
         case wire.Begin(replica=replica, clock=clock, item=item):
             return f"replica {replica} begins clock {clock} with item {item.sequence}"
-        case wire.Settled(replica=replica, fates=fates):
-            return ", ".join(f"item {i.sequence} of replica {replica} is {fate}" for i, fate in fates)
+        case wire.Settled(replica=replica, fates=fates, missing=missing):
+            without = f" without {_many('group', missing)}" if missing else ""
+            return ", ".join(f"item {i.sequence} of replica {replica} is {fate}{without}" for i, fate in fates)
         case wire.Retired(replica=replica, stage=stage):
             return f"stage {stage} of replica {replica} has retired"
         case wire.Report(replica=replica, clock=clock):
@@ -81,10 +82,13 @@ def _said_of_store(message: wire.Wire | wire.TrainingMessage) -> str:
             return f"replica {replica} gives part {part} of store {store} at clock {clock}"
         case wire.Arrived(store=store, replica=replica, clock=clock):
             return f"replica {replica} is complete at store {store} at clock {clock}"
-        case wire.Commit(clock=clock, excluded=excluded):
-            return f"clock {clock} is committed " + (
-                f"without {_many('replica', excluded)}" if excluded else "with all"
-            )
+        case wire.Commit(clock=clock, excluded=excluded, group=group, folded=folded):
+            of = f" for group {group}" if group else ""
+            late = "".join(f" and clock {c} of replica {r}" for r, c in folded)
+            whose = f"without {_many('replica', excluded)}" if excluded else "with all"
+            return f"clock {clock} is committed{of} {whose}{late}"
+        case wire.CutShort(group=group, clock=clock):
+            return f"clock {clock} is cut short for group {group}"
         case wire.Published(store=store, version=version, floor=floor):
             return f"store {store} is at version {version}, {_floor(floor)}"
         case wire.Applied(store=store, replica=replica, clock=clock, version=version):
@@ -100,6 +104,8 @@ def happened(event: actions.Event | driver.Event) -> str:
     match event:
         case actions.Received(peer, message):
             return f"hears from {peer}: {said(message)}"
+        case actions.Tick():
+            return "has waited long enough"
         case actions.StepFinished(_, replica, stage, clock):
             return f"has finished clock {clock} on stage {stage} of replica {replica}"
         case ReplicaLost(replica):
@@ -123,9 +129,12 @@ def wants(action: actions.Action | driver.Action) -> str:
             return f"starts clock {clock} on stage {stage} of replica {replica} with item {item.sequence}"
         case actions.Abandon(replica, stage, clock):
             return f"abandons clock {clock} on stage {stage} of replica {replica}"
-        case actions.Count(replica, stage, clock, counts):
+        case actions.Count(replica, stage, clock, counts, stores):
             fate = "counts" if counts else "does not count"
-            return f"{fate} what clock {clock} has gathered on stage {stage} of replica {replica}"
+            where = f"stage {stage} of replica {replica} for {_many('store', stores)}"
+            return f"{fate} what clock {clock} has gathered on {where}"
+        case actions.Wake(_, at):
+            return f"waits until {at:g} s at most"
         case actions.Fail(run, error):
             return f"cannot go on with run {run}: {error}"
         case actions.Open():

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from flowml.devices import worker_of
 from flowml.plan import Training
-from flowml.policy import Every, Policy
+from flowml.policy import Completion, Every, Fold, Policy
 from flowml.policy.filters import feeds_back
 
 RETIRED = 2**53 - 1
@@ -50,21 +50,43 @@ class StoreTerms:
         return self.clocked and not self.collective
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The stores that share a quorum, a late rule and a rhythm. One decision for each clock covers all of them."""
+
+    number: int
+    quorum: Completion
+    every: Every
+    stores: tuple[int, ...]
+    drops: bool
+    """Whether a decision may leave a live replica out."""
+
+    @property
+    def folds(self) -> bool:
+        """Whether late contributions join a later clock."""
+        return isinstance(self.quorum.late, Fold)
+
+
 @dataclass(frozen=True)
 class Terms:
-    """A training run in numbers. `total_clocks` counts the clocks of each replica, if any store is clocked."""
+    """A training run in numbers. `total_clocks` counts the clocks of each replica, if any store is clocked.
+
+    `rows` is the number of examples in a microbatch.
+    """
 
     replicas: int
     stages: int
     microbatches: int
     stores: tuple[StoreTerms, ...]
     total_clocks: int
+    rows: float = 1
 
     @staticmethod
     def of(training: Training, total_clocks: int) -> Terms:
         stores = tuple(StoreTerms(tuple(p.stage for p in s.parts), s.policy, s.collective) for s in training.stores)
         stages = len(training.replicas[0])
-        return Terms(len(training.replicas), stages, training.microbatches, stores, total_clocks)
+        rows = training.item_size / training.microbatches
+        return Terms(len(training.replicas), stages, training.microbatches, stores, total_clocks, rows)
 
     def lasting(self, total_clocks: int) -> Terms:
         """The same terms for a run of `total_clocks`."""
@@ -76,29 +98,54 @@ class Terms:
         return any(s.clocked for s in self.stores)
 
     @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of stores with decisions, in the order of their first stores."""
+        found: dict[tuple[Completion, Every], list[int]] = {}
+        for number, store in enumerate(self.stores):
+            if store.decided:
+                found.setdefault((store.policy.quorum, store.policy.every), []).append(number)
+        return tuple(
+            Group(number, quorum, every, tuple(stores), not quorum.never_drops(self.replicas))
+            for number, ((quorum, every), stores) in enumerate(found.items())
+        )
+
+    @cached_property
+    def group_of(self) -> dict[int, int]:
+        """The group of each store that has decisions."""
+        return {store: group.number for group in self.groups for store in group.stores}
+
+    @property
     def decides(self) -> bool:
         """Whether any clock has a decision."""
-        return any(s.decided for s in self.stores)
+        return bool(self.groups)
 
     @cached_property
     def drops(self) -> bool:
         """Whether any decision may leave a live replica out."""
-        return any(s.decided and not s.policy.quorum.never_drops(self.replicas) for s in self.stores)
+        return any(group.drops for group in self.groups)
 
     @cached_property
-    def accumulates(self) -> bool:
-        """Whether any store keeps gradients of one step for the push of a later one."""
-        return any(s.keeps for s in self.stores)
+    def sums(self) -> bool:
+        """Whether replicas add up the gradients of some store, so that each of them must run every clock."""
+        return any(s.collective for s in self.stores)
 
     @cached_property
-    def _needs(self) -> dict[Every, int]:
-        """For each rhythm of the stores with decisions, the largest number of replicas that such a store needs."""
-        needs: dict[Every, int] = {}
-        for store in self.stores:
-            if store.decided:
-                rhythm = store.policy.every
-                needs[rhythm] = max(needs.get(rhythm, 1), store.policy.quorum.need(self.replicas))
-        return needs
+    def arrives(self) -> bool:
+        """Whether some store applies contributions as they arrive."""
+        return any(not s.clocked for s in self.stores)
+
+    @cached_property
+    def _undecided(self) -> bool:
+        return any(not s.decided for s in self.stores)
+
+    @cached_property
+    def accumulating(self) -> dict[int, tuple[int, ...]]:
+        """The stores that keep gradients of one step for a later push, by their group; -1 stands for no group."""
+        found: dict[int, list[int]] = {}
+        for number, store in enumerate(self.stores):
+            if store.keeps:
+                found.setdefault(self.group_of.get(number, -1), []).append(number)
+        return {group: tuple(stores) for group, stores in found.items()}
 
     @property
     def most_clocks(self) -> int:
@@ -110,18 +157,19 @@ class Terms:
         """The last clock of an aligned run; -1 if each replica has its own."""
         return self.total_clocks - 1 if self.aligned else -1
 
-    def need(self, clock: int) -> int:
-        """The number of replicas that the decision at `clock` needs; 0 if there is no decision."""
-        return max((n for every, n in self._needs.items() if every.due(clock, self.last_clock)), default=0)
+    def due_groups(self, clock: int) -> tuple[Group, ...]:
+        """The groups that have a decision at `clock`."""
+        return tuple(g for g in self.groups if g.every.due(clock, self.last_clock))
 
-    def droppable(self, clock: int) -> bool:
-        """Whether the decision at `clock` may leave a live replica out."""
-        return 0 < self.need(clock) < self.replicas
+    def counts_anyway(self, clock: int) -> bool:
+        """Whether the step of `clock` counts for some store, whatever is decided about it.
 
-    def due_stores(self, clock: int) -> tuple[int, ...]:
-        """The stores that the decision at `clock` covers."""
-        found = enumerate(self.stores)
-        return tuple(i for i, s in found if s.decided and s.policy.every.due(clock, self.last_clock))
+        It does for stores without decisions, for a group that gathers it for a later push, and for one that waits for
+        every replica or folds late contributions in.
+        """
+        if self._undecided:
+            return True
+        return any(not g.drops or g.folds or not g.every.due(clock, self.last_clock) for g in self.groups)
 
     def flushes(self, clock: int, last: bool) -> bool:
         """Whether a store pushes at `clock` what it may have kept of earlier steps."""
@@ -190,10 +238,22 @@ def _workers(devices: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The decision for `clock`: it includes the work of every replica except those in `excluded`."""
+    """The decision of a group for `clock`: it includes the work of every replica except those in `excluded`.
+
+    `coefficients` maps replicas to the coefficients of their contributions; empty if weights determine them. `folded`
+    are contributions to earlier clocks, as (replica, clock), which were late and are included now.
+    """
 
     clock: int
     excluded: tuple[int, ...] = ()
+    group: int = 0
+    coefficients: tuple[tuple[int, float], ...] = ()
+    folded: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The time has come that a Wake named."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ of the stores that live here, and the `Decision` if this worker leads. A message
     Grant           work items, for the first stage of a replica.
     Begin           the first stage has begun a clock, for the other stages of the replica.
     Contribution    a part of a replica's contribution to a store, for the home here.
-    Arrived         a contribution is complete, for the leader: the first home of the first store that is decided upon.
-    Commit          a clock is decided. The stages here get it before the home here, because a replica must know that
-                    its step counts before it sees the version that contains the step.
+    Arrived         a contribution is complete, for the leader of its group: the first home of the group's first store.
+    Commit          a group has decided a clock. The stages here get it before the home here, because a replica must
+                    know that its step counts before it sees the version that contains the step.
+    CutShort        the stages that still run a clock stop after their current microbatch.
     Published       a new version, for all stages here. A version that is not newer than the one read here comes from
                     another copy of the store, and is ignored.
     Applied         the version that contains a push of a replica here, for its stages.
@@ -34,7 +35,8 @@ What the caller must do:
 3. Answer each Start with one StepFinished, after everything that the step sends.
 4. Keep the arrays of a handle until an action names it: Load, Show, Apply, Release or Hand. That happens once.
 5. Ask the `stage` what it may read and when to give up, and send what `contribution` returns.
-6. On Fail tell the driver, which ends the run. The message that caused it has had no other effect.
+6. Give the time in seconds with each event; times never go back. Give a Tick at the time of each Wake.
+7. On Fail tell the driver, which ends the run. The message that caused it has had no other effect.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from flowml.plan import ArraySpec
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import EarlyLimitError, ProtocolError, ensure
 from flowml_runtime.protocol.training import decision, home, replica
+from flowml_runtime.protocol.training.accounts import Settle
 from flowml_runtime.protocol.training.actions import (
     Abandon,
     Action,
@@ -66,8 +69,11 @@ from flowml_runtime.protocol.training.actions import (
     Start,
     StepFinished,
     TellTraffic,
+    Tick,
+    Wake,
 )
 from flowml_runtime.protocol.training.terms import Committed, Places, ReplicaLost, Terms
+from flowml_runtime.protocol.training.terms import Tick as TimeCame
 
 MAX_EARLY = 4096
 """The most messages that are kept for runs that have not begun here. Peers can be ahead by only a few steps."""
@@ -99,20 +105,26 @@ class TrainingWorker:
         """Lost replicas. They stay lost: later runs do not wait for them either."""
         self.number = 0
         """The number of the newest event."""
+        self._now = 0.0
+        """The time of the newest event, in seconds."""
 
-    def step(self, event: Event) -> list[Action]:
-        """Process one event. Returns Fail for an event that breaks the protocol, and for too many early messages."""
+    def step(self, event: Event, now: float = 0.0) -> list[Action]:
+        """Process one event at time `now`, in seconds.
+
+        Returns Fail for an event that breaks the protocol, and for too many early messages.
+        """
         self.number += 1
+        self._now = now
         if isinstance(event, Received):
             return self._take(self.number, event)
         fit = self._fit
         if isinstance(event, ReplicaLost):
             self._lost.append(event)
-            return fit.lose(self.number, event) if fit else []
+            return fit.at(self.number, self._now).lose(event) if fit else []
         if fit is None or event.run != fit.run:
             return []
         try:
-            return fit.finish(self.number, event)
+            return fit.at(self.number, self._now).handle(event)
         except ProtocolError as error:
             return [Fail(event.run, error, self.number)]
 
@@ -164,7 +176,7 @@ class TrainingWorker:
             if isinstance(message, wire.StopTraining):
                 return self._end(number, message)
         if fit is not None and message.run == fit.run:
-            return fit.take(number, event)
+            return fit.at(number, self._now).take(event)
         if message.run > self.newest:
             self._early.keep(number, event)
             return []
@@ -173,17 +185,18 @@ class TrainingWorker:
     def _begin(self, number: int, start: wire.StartTraining) -> list[Action]:
         if start.run <= self.newest:
             return []
-        closed = self._fit.close(number) if self._fit else []
+        closed = self._fit.at(number, self._now).close() if self._fit else []
         self.newest = start.run
-        self._fit = _Fit(self._me, self._driver, start, self._rules.lasting(start.total_clocks), self._places)
-        begun = [*self._fit.begin(number), *(a for event in self._lost for a in self._fit.lose(number, event))]
+        terms = self._rules.lasting(start.total_clocks)
+        self._fit = fit = _Fit(self._me, self._driver, start, terms, self._places, self._now).at(number, self._now)
+        begun = [*fit.begin(), *(a for event in self._lost for a in fit.lose(event))]
         return [*closed, Open(start, number), *begun, *self._retake()]
 
     def _end(self, number: int, stop: wire.StopTraining) -> list[Action]:
         self.newest = max(self.newest, stop.run)
         closed: list[Action] = []
         if self._fit is not None and stop.run >= self._fit.run:
-            closed = self._fit.close(number)
+            closed = self._fit.at(number, self._now).close()
             self._fit = None
         return [*closed, *self._retake()]
 
@@ -232,7 +245,9 @@ class _Ids(TypedDict):
 class _Fit:
     """One run on one worker: its machines, and the routing of messages to them."""
 
-    def __init__(self, me: str, driver: str, start: wire.StartTraining, terms: Terms, places: Places) -> None:
+    def __init__(
+        self, me: str, driver: str, start: wire.StartTraining, terms: Terms, places: Places, began: float
+    ) -> None:
         self.run = start.run
         self.plan_id = start.plan_id
         self.stages = {at: replica.Replica(terms, *at) for at in places.stages_on(me)}
@@ -241,9 +256,15 @@ class _Fit:
         self._terms = terms
         self._places = places
         self._home = home.Home(terms, places.stores_on(me))
-        decided = [i for i, store in enumerate(terms.stores) if store.decided]
-        self._leader = places.homes[decided[0]][:1] if decided else ()
-        self._decision = decision.Decision(terms) if self._leader == (me,) else None
+        self._leaders = tuple(places.homes[group.stores[0]][0] for group in terms.groups)
+        """The leader of each group."""
+        self._decisions = {
+            group.number: decision.Decision(terms, group, began)
+            for group in terms.groups
+            if self._leaders[group.number] == me
+        }
+        """The decisions that this worker makes, by group."""
+        self._now = began
         self._shown: dict[int, tuple[int, int]] = {}
         """(version, floor) of each store that is read here."""
         self._ids: _Ids = {"plan_id": start.plan_id, "run": start.run, "cause": 0}
@@ -254,6 +275,7 @@ class _Fit:
             wire.Contribution: self._contributed,
             wire.Arrived: self._arrived,
             wire.Commit: self._committed,
+            wire.CutShort: self._cut,
             wire.Published: self._published,
             wire.Applied: self._applied,
             wire.Retired: self._retired,
@@ -265,34 +287,37 @@ class _Fit:
             wire.Collective: self._handed,
         }
 
-    def begin(self, cause: int) -> list[Action]:
+    def at(self, cause: int, now: float) -> _Fit:
+        """Note the number of the event that is processed, and its time."""
         self._ids["cause"] = cause
+        self._now = now
+        return self
+
+    def begin(self) -> list[Action]:
         return [a for at in self.stages for a in self._at_stage(at, replica.Started())]
 
-    def close(self, cause: int) -> list[Action]:
+    def close(self) -> list[Action]:
         """End the run here, and drop everything that its home has gathered."""
-        return [Close(self.run, cause), *(Release(handle, cause) for handle in self._home.handles())]
+        return [Close(self.run, self._cause), *(Release(handle, self._cause) for handle in self._home.handles())]
 
-    def take(self, cause: int, event: Received) -> list[Action]:
-        self._ids["cause"] = cause
+    def take(self, event: Received) -> list[Action]:
         route = self._routes.get(type(event.message))
         if route is None:
             raise ProtocolError(f"a worker has no use for {type(event.message).__name__} during training")
         return route(event.message, event)
 
-    def finish(self, cause: int, event: StepFinished) -> list[Action]:
-        self._ids["cause"] = cause
+    def handle(self, event: StepFinished | Tick) -> list[Action]:
+        if isinstance(event, Tick):
+            return self._decide(self._decisions, TimeCame())
         return self._at_stage((event.replica, event.stage), replica.StepFinished(event.clock))
 
-    def lose(self, cause: int, event: ReplicaLost) -> list[Action]:
+    def lose(self, event: ReplicaLost) -> list[Action]:
         """Make the home and the leader here stop waiting for a lost replica."""
-        self._ids["cause"] = cause
-        return [*self._decide(event), *self._at_home(event)]
+        return [*self._decide(self._decisions, event), *self._at_home(event)]
 
     def validate(self) -> None:
-        for machine in (*self.stages.values(), self._home, self._decision):
-            if machine is not None:
-                machine.validate()
+        for machine in (*self.stages.values(), self._home, *self._decisions.values()):
+            machine.validate()
 
     @property
     def _cause(self) -> int:
@@ -322,11 +347,20 @@ class _Fit:
         return self._at_home(part)
 
     def _arrived(self, message: wire.Arrived, _: Received) -> list[Action]:
-        return self._decide(decision.Arrived(message.store, message.replica, message.clock))
+        group = self._terms.group_of.get(message.store)
+        if group not in self._decisions:
+            raise ProtocolError(f"{self._me} hears of an arrival at store {message.store}, on which it does not decide")
+        event = decision.Arrived(message.store, message.replica, message.clock, message.weight)
+        return self._decide((group,), event)
 
     def _committed(self, message: wire.Commit, _: Received) -> list[Action]:
-        event = Committed(message.clock, message.excluded)
+        if message.group >= len(self._terms.groups):
+            raise ProtocolError(f"group {message.group} has a commit, but there are {len(self._terms.groups)} groups")
+        event = Committed(message.clock, message.excluded, message.group, message.coefficients, message.folded)
         return [*self._at_stages(self.stages, event), *self._at_home(event)]
+
+    def _cut(self, message: wire.CutShort, _: Received) -> list[Action]:
+        return self._at_stages(self.stages, replica.CutReceived(message.clock))
 
     def _published(self, message: wire.Published, event: Received) -> list[Action]:
         store, news, handle = message.store, (message.version, message.floor), event.handle
@@ -343,7 +377,7 @@ class _Fit:
     def _retired(self, message: wire.Retired, _: Received) -> list[Action]:
         actions = self._at_home(home.StageRetired(message.replica, message.stage))
         if message.stage == 0:
-            actions += self._decide(decision.ReplicaRetired(message.replica))
+            actions += self._decide(self._decisions, decision.ReplicaRetired(message.replica))
             actions += self._at_stages(self._of(message.replica, following=True), replica.LeaderRetired())
         return actions
 
@@ -374,9 +408,8 @@ class _Fit:
                     actions.append(Start(*at, clock, item, self._cause))
                 case replica.Abandon(clock):
                     actions.append(Abandon(*at, clock, self._cause))
-                case replica.AdoptAccumulator(clock) | replica.DiscardAccumulator(clock):
-                    counts = isinstance(action, replica.AdoptAccumulator)
-                    actions.append(Count(*at, clock, counts, self._cause))
+                case replica.Count(clock, counts, stores):
+                    actions.append(Count(*at, clock, counts, stores, self._cause))
                 case replica.Retire():
                     actions += self._retire(at)
                 case replica.Begin() if len(self._places.stages[at[0]]) == 1:
@@ -385,7 +418,7 @@ class _Fit:
                     actions.append(self._tell(at[0], action))
         return actions
 
-    def _tell(self, who: int, action: replica.Ask | replica.Begin | replica.Settle) -> Send:
+    def _tell(self, who: int, action: replica.Ask | replica.Begin | Settle) -> Send:
         ids: dict[str, Any] = {**self._ids, "replica": who}
         match action:
             case replica.Ask(clocks, returned):
@@ -393,35 +426,52 @@ class _Fit:
             case replica.Begin(clock, item, last):
                 others = tuple(dict.fromkeys(self._places.stages[who][1:]))
                 return Send(others, wire.Begin(**ids, clock=clock, item=item, last=last))
-            case replica.Settle(item, fate):
-                return Send((self._driver,), wire.Settled(**ids, fates=((item, fate),)))
+            case Settle(item, fate, missing):
+                return Send((self._driver,), wire.Settled(**ids, fates=((item, fate),), missing=missing))
 
     def _retire(self, at: At) -> list[Action]:
         """Tell all that wait for this stage. The driver gets the traffic first, because Retired may end the run."""
         stores = zip(self._terms.stores, self._places.homes, strict=True)
         told = [homes[0] for store, homes in stores if not store.clocked and at[1] in store.stages]
         if at[1] == 0:
-            told += [*self._places.stages[at[0]][1:], *self._leader]
+            told += [*self._places.stages[at[0]][1:], *self._leaders]
         message = wire.Retired(**self._ids, replica=at[0], stage=at[1])
         others: list[Action] = [Send(tuple(dict.fromkeys(told)), message)] if told else []
         return [*others, TellTraffic(self._cause), Send((self._driver,), message)]
 
-    def _decide(self, event: decision.Event) -> list[Action]:
-        if self._decision is None:
-            return []
-        commits, ids = self._decision.step(event), self._ids
-        if not commits:
-            return []
-        told = (*self._places.workers, *((self._driver,) if self._terms.drops else ()))
-        return [Send(told, wire.Commit(**ids, clock=c.clock, excluded=c.excluded)) for c in commits]
+    def _decide(self, groups: Iterable[int], event: decision.Event) -> list[Action]:
+        """Process an event in the decisions of these groups, which are made here."""
+        actions: list[Action] = []
+        for group in groups:
+            for made in self._decisions[group].step(event, self._now):
+                match made:
+                    case decision.Wake(at):
+                        actions.append(Wake(self.run, at, self._cause))
+                    case decision.CutShort(_, clock):
+                        cut = wire.CutShort(**self._ids, group=group, clock=clock)
+                        actions.append(Send(self._places.workers, cut))
+                    case Committed(clock, excluded, _, coefficients, folded):
+                        commit = wire.Commit(
+                            **self._ids,
+                            clock=clock,
+                            excluded=excluded,
+                            group=group,
+                            coefficients=coefficients,
+                            folded=folded,
+                        )
+                        told = (self._driver,) if self._terms.drops else ()
+                        actions.append(Send((*self._places.workers, *told), commit))
+        return actions
 
     def _at_home(self, event: home.Event) -> list[Action]:
         cause, ids, places = self._cause, self._ids, self._places
         actions: list[Action] = []
         for action in self._home.step(event):
             match action:
-                case home.SendArrived(store, who, clock):
-                    actions.append(Send(self._leader, wire.Arrived(**ids, store=store, replica=who, clock=clock)))
+                case home.SendArrived(store, who, clock, weight):
+                    leader = self._leaders[self._terms.group_of[store]]
+                    arrived = wire.Arrived(**ids, store=store, replica=who, clock=clock, weight=weight)
+                    actions.append(Send((leader,), arrived))
                 case home.SendApplied(store, who, clock, version):
                     message = wire.Applied(**ids, store=store, replica=who, clock=clock, version=version)
                     actions.append(Send(tuple(dict.fromkeys(places.stages[who])), message))

@@ -80,10 +80,14 @@ class Encoder:
                 self._before.setdefault(context.clock, {})[key] = before.get(filters.RESIDUAL)
         return sent
 
-    def settle(self, clock: int, *, counts: bool) -> None:
-        """The fate of a step is known, and it has ended. No effect if it pushed nothing that is kept."""
+    def settle(self, clock: int, stores: Sequence[int], *, counts: bool) -> None:
+        """The fate of a step for these stores is known, and it has ended. No effect if it pushed nothing that is kept."""
         with self._lock:
-            for key, residual in self._before.pop(clock, {}).items():
+            kept = self._before.get(clock, {})
+            for key in [k for k in kept if k[0] in stores]:
+                residual = kept.pop(key)
+                if not kept:
+                    del self._before[clock]
                 if not counts:
                     others = {n: a for n, a in self.buffers[key].items() if n != filters.RESIDUAL}
                     self.buffers[key] = others if residual is None else {**others, filters.RESIDUAL: residual}

@@ -10,8 +10,10 @@ group that adds them up.
 
 from __future__ import annotations
 
+import heapq
 import queue
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import count
@@ -77,6 +79,8 @@ class TrainingHost:
         self._failed: wire.StepFailed | None = None
         """The last failure, to be told again if the driver asks."""
         self._inbox: queue.SimpleQueue[_Entry | protocol.StepFinished | None] = queue.SimpleQueue()
+        self._wakes: list[tuple[float, int]] = []
+        """(time, run) of the Wakes that have not been answered, as a heap."""
         self._thread = service.start(f"{worker.name} training", self._work, self._end)
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
@@ -117,14 +121,22 @@ class TrainingHost:
             self.worker.endpoint.send(self._driver, failed)
 
     def _work(self) -> None:
-        while (entry := self._inbox.get()) is not None:  # no deadline: the thread sleeps until it has work or is closed
+        while (entry := self._next()) is not None:
             try:
-                self._step(entry if isinstance(entry, protocol.StepFinished) else self._received(*entry))
+                self._step(self._received(*entry) if isinstance(entry, tuple) else entry)
             except BaseException as error:  # the user's optimizer may call sys.exit()
-                run = entry.run if isinstance(entry, protocol.StepFinished) else entry[1].run
+                run = entry[1].run if isinstance(entry, tuple) else entry.run
                 self.fail(run, "training", error)
             del entry  # otherwise it would keep arrays alive until the next entry
         self._close()
+
+    def _next(self) -> _Entry | protocol.StepFinished | protocol.Tick | None:
+        """The next message or event, or the Tick for a Wake whose time has come. None when the host is closed."""
+        if not self._wakes:
+            return self._inbox.get()  # no deadline: the thread sleeps until it has work or is closed
+        with suppress(queue.Empty):
+            return self._inbox.get(timeout=max(self._wakes[0][0] - time.monotonic(), 0.0))
+        return protocol.Tick(heapq.heappop(self._wakes)[1])
 
     def _end(self, reason: str) -> None:
         self.fail(self.machine.newest, "training", FlowmlError(reason))
@@ -144,7 +156,7 @@ class TrainingHost:
 
     def _step(self, event: protocol.Event) -> None:
         with self.changed:
-            actions = self.machine.step(event)
+            actions = self.machine.step(event, time.monotonic())
             self._record(event, actions)
             later = [action for action in actions if not self._at_once(action)]
             self.changed.notify_all()
@@ -156,7 +168,7 @@ class TrainingHost:
     def _record(self, event: protocol.Event, actions: Sequence[protocol.Action]) -> None:
         recorder = self.worker.recorder
         if recorder.on and not isinstance(event, ReplicaLost):
-            run = event.run if isinstance(event, protocol.StepFinished) else event.message.run
+            run = event.message.run if isinstance(event, protocol.Received) else event.run
             told = entry(self.worker.name, run, self.machine.number, event, actions)
             if told is not None:
                 recorder.tell(told)
@@ -179,6 +191,8 @@ class TrainingHost:
             self._close()
         elif isinstance(action, protocol.Fail):
             self.fail(action.run, "training", action.error)
+        elif isinstance(action, protocol.Wake):
+            heapq.heappush(self._wakes, (action.at, action.run))
         elif isinstance(action, protocol.Release):
             self.payloads.pop(action.handle, None)  # the homes take those that they still have to decode
             self.contributions.pop(action.handle, None)
@@ -242,8 +256,8 @@ class _Fit:
                 self._stages[replica, stage].start(action)
             case protocol.Abandon(replica, stage, clock):
                 self._stages[replica, stage].abandon(clock)
-            case protocol.Count(replica, stage, clock, counts):
-                self._stages[replica, stage].settle(clock, counts=counts)
+            case protocol.Count(replica, stage, clock, counts, stores):
+                self._stages[replica, stage].settle(clock, stores, counts=counts)
             case protocol.Show(store, version, handle):
                 self.run.stores[store] = StoreView(version, self._payloads.pop(handle))
             case protocol.Hand(_, wire.Source(slots=slots), handle):

@@ -112,10 +112,11 @@ class StageRunner(EdgeServices):
         self._mailbox.cancel((self.plan_id, self.run.step_of(clock), self.device))
         self.run.changed.notify_all()
 
-    def settle(self, clock: int, *, counts: bool) -> None:
-        for gathered in self._gathered.values():
-            (gathered.adopt if counts else gathered.discard)(clock)
-        self._encoder.settle(clock, counts=counts)
+    def settle(self, clock: int, stores: Sequence[int], *, counts: bool) -> None:
+        for (store, _), gathered in self._gathered.items():
+            if store in stores:
+                (gathered.adopt if counts else gathered.discard)(clock)
+        self._encoder.settle(clock, stores, counts=counts)
 
     def give(self, batch: wire.Batch, arrays: Sequence[Array]) -> None:
         """Store the leaves of a work item. Work items arrive in the order of grants, which is the order of clocks."""

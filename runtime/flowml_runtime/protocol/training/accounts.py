@@ -1,0 +1,127 @@
+"""Follows the items of a replica from their steps to their fates, in the replica's first stage.
+
+Each group of stores decides alone which contributions count, so an item may count for one group and be late for
+another. An account closes when the fate of the item's gradients is known in every group:
+
+* A group that is due at the item's clock counts it if the commit of that clock includes this replica.
+* A group that gathers several steps counts it with the first commit at or after its clock that includes this replica,
+  because the push of that clock contains it.
+* A late contribution is folded in when a commit names it. Otherwise it is lost for its group.
+* Stores without decisions count every step that has finished.
+
+An item is settled as used if some store counts it; `missing` names the groups that have lost it. Otherwise it is
+settled as folded if a later commit of some group contains it, as requeued if the late rule of a group that has lost
+it says so, and as dropped in any other case. At the end of a run, a group that has not counted an item has lost it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from flowml.policy import Requeue
+from flowml_runtime import wire
+from flowml_runtime.protocol.training.terms import Committed, Terms
+
+Fate = Literal["used", "dropped", "folded", "requeued"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """Tell the ledger the fate of an item, and the groups for which it does not count although it is used."""
+
+    item: wire.Item
+    fate: Fate
+    missing: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class _Account:
+    item: wire.Item
+    open: set[int]
+    """The groups in which its fate is unknown."""
+    counted: bool = False
+    folded: bool = False
+    lost: set[int] = field(default_factory=set[int])
+
+
+class Accounts:
+    """The items of one replica that have begun and are not settled."""
+
+    def __init__(self, terms: Terms, replica: int) -> None:
+        self._terms = terms
+        self._me = replica
+        self._groups = frozenset(range(len(terms.groups)))
+        self._anyway = len(terms.group_of) < len(terms.stores)
+        """Whether some store has no decisions."""
+        self._accounts: dict[int, _Account] = {}
+
+    @property
+    def clocks(self) -> tuple[int, ...]:
+        """The clocks of the items that are not settled, in order."""
+        return tuple(self._accounts)
+
+    def open(self, clock: int, item: wire.Item, committed: Sequence[int]) -> None:
+        """The step of `clock` begins. `committed` is the newest clock of each group."""
+        late = {g.number for g in self._terms.due_groups(clock) if clock <= committed[g.number] and not g.folds}
+        self._accounts[clock] = _Account(item, set(self._groups - late), counted=self._anyway, lost=late)
+
+    def finish(self, clock: int) -> list[Settle]:
+        """The step of `clock` has finished. Without decisions, that settles its item."""
+        return [] if self._groups else self._settle([clock])
+
+    def commit(self, event: Committed) -> list[Settle]:
+        group = self._terms.groups[event.group]
+        if self._me in event.excluded:
+            account = self._accounts.get(event.clock)
+            if account is not None and not group.folds:
+                account.open.discard(group.number)
+                account.lost.add(group.number)
+        else:
+            self._count(group.number, event.clock, folded=False)
+        for replica, clock in event.folded:
+            if replica == self._me:
+                self._count(group.number, clock, folded=True)
+        return self._settle([c for c in self._accounts if c <= event.clock])
+
+    def waits(self, committed: Sequence[int]) -> bool:
+        """Whether a commit that is still to come may settle an item. `committed` is the newest clock of each group."""
+        last = self._terms.last_clock
+        return any(committed[g] < last for account in self._accounts.values() for g in account.open)
+
+    def close(self) -> list[Settle]:
+        """Settle all items at the end of the run."""
+        for account in self._accounts.values():
+            account.lost |= account.open
+            account.open.clear()
+        return self._settle(list(self._accounts))
+
+    def _count(self, group: int, newest: int, *, folded: bool) -> None:
+        """A commit contains the push of `newest`, with all gradients since the push before that is still late."""
+        every, last = self._terms.groups[group].every, self._terms.last_clock
+        mine = [c for c, account in self._accounts.items() if c <= newest and group in account.open]
+        late = max((c for c in mine if c < newest and every.due(c, last)), default=-1)
+        for clock in mine:
+            if clock > late:
+                account = self._accounts[clock]
+                account.open.discard(group)
+                account.counted |= not folded
+                account.folded |= folded
+
+    def _settle(self, clocks: Sequence[int]) -> list[Settle]:
+        found: list[Settle] = []
+        for clock in sorted(clocks):
+            account = self._accounts[clock]
+            if not account.open:
+                del self._accounts[clock]
+                found.append(self._fate(account))
+        return found
+
+    def _fate(self, account: _Account) -> Settle:
+        if account.counted:
+            return Settle(account.item, "used", tuple(sorted(account.lost)))
+        if account.folded:
+            return Settle(account.item, "folded", tuple(sorted(account.lost)))
+        requeues = any(isinstance(self._terms.groups[g].quorum.late, Requeue) for g in account.lost)
+        return Settle(account.item, "requeued" if requeues else "dropped")
