@@ -38,9 +38,12 @@ if TYPE_CHECKING:
     from flowml.plan import Transfer as Transfer
     from flowml.policy import UNBOUNDED as UNBOUNDED
     from flowml.policy import AllReduce as AllReduce
+    from flowml.policy import Deadline as Deadline
     from flowml.policy import Delta as Delta
+    from flowml.policy import Drop as Drop
     from flowml.policy import Every as Every
     from flowml.policy import Factors as Factors
+    from flowml.policy import Fold as Fold
     from flowml.policy import Gossip as Gossip
     from flowml.policy import Gradient as Gradient
     from flowml.policy import Hierarchy as Hierarchy
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     from flowml.policy import Policy as Policy
     from flowml.policy import Prox as Prox
     from flowml.policy import Quorum as Quorum
+    from flowml.policy import Requeue as Requeue
     from flowml.policy import Ring as Ring
     from flowml.policy import StalenessScaled as StalenessScaled
     from flowml.policy import Sum as Sum
@@ -94,6 +98,10 @@ _HOMES = {
     "UNBOUNDED": "flowml.policy",
     "AllReduce": "flowml.policy",
     "Delta": "flowml.policy",
+    "Requeue": "flowml.policy",
+    "Fold": "flowml.policy",
+    "Drop": "flowml.policy",
+    "Deadline": "flowml.policy",
     "Every": "flowml.policy",
     "Factors": "flowml.policy",
     "Gossip": "flowml.policy",
@@ -127,7 +135,7 @@ _MODULES = {"policies", "filters", "data", "sim"}
 
 _EXISTS = {
     ("SharedMemory",): "use fm.ParameterServer() or fm.AllReduce()",
-    ("Deadline", "Coded", "Speculate"): "use fm.Quorum(0.75) or fm.Quorum(3)",
+    ("Coded", "Speculate"): "use fm.Quorum(0.75) or fm.Quorum(3)",
 }
 _PLANNED = {name: instead for names, instead in _EXISTS.items() for name in names}
 """Names of the design that this version does not have, and what to use instead."""

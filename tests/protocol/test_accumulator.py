@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flowml_runtime.protocol.errors import ProtocolError
@@ -41,7 +41,6 @@ def test_clocks_do_not_go_back() -> None:
         sums.push(3, (3,))
 
 
-@settings(derandomize=True)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30))
 def test_every_step_that_counts_arrives_once_and_in_order(steps: list[tuple[bool, bool]]) -> None:
     sums, waiting, arrived = Accumulator(joined), list[int](), list[int]()

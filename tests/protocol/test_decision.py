@@ -88,7 +88,7 @@ def test_the_loss_of_the_last_one_missing_completes_the_clock() -> None:
     assert machine.step(ReplicaLost(1)) == []
 
 
-@settings(derandomize=True, deadline=None)
+@settings(deadline=None)
 @given(st.integers(1, 4), st.randoms(use_true_random=False), st.sets(st.integers(0, 3)))
 def test_every_clock_is_decided_once_with_enough_replicas(need: int, rng: random.Random, lost: set[int]) -> None:
     machine = decision(clocked(need), clocked(need))

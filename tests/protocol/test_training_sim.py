@@ -199,7 +199,7 @@ COMPOSITIONS: dict[str, list[Policy]] = {
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     replicas=st.integers(1, 4),
     stages=st.integers(1, 3),
@@ -229,7 +229,7 @@ def test_every_composition_ends_and_keeps_its_promises(
 
 
 @pytest.mark.parametrize("name", ["sync", "every", "rhythms", "quorum every", "bounded", "mixed", "stale quorum every"])
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None)
 @given(victim=st.integers(1, 3), when=st.floats(0, 60), seed=st.integers(0, 2**32))
 def test_the_rest_goes_on_without_a_lost_replica(name: str, victim: int, when: float, seed: int) -> None:
     rules = COMPOSITIONS[name]

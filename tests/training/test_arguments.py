@@ -164,15 +164,7 @@ def test_a_gradient_that_ignores_the_parameters_trains(
         assert len(result.history) == 12
 
 
-def test_a_quorum_beside_a_synchronous_layer_warns_once_a_plan(threads_cluster: fm.Cluster) -> None:
-    mixed = trainer(threads_cluster, replicas=4, policies={"fc0*": fm.policies.quorum(0.75)})
-    with pytest.warns(
-        fm.FlowmlWarning, match=r"'fc0/bias', 'fc0/kernel' \(quorum 0.75 drop\) cannot drop late"
-    ) as caught:
-        result = mixed.fit(mlp(), SOURCE, batch_size=BATCH, steps=2)
-    assert len(caught) == 1
-    mixed.fit(mlp(), SOURCE, batch_size=BATCH, steps=2)
-    assert any("give these layers the same quorum" in note for note in result.plan.notes)
+def test_a_quorum_of_more_replicas_than_there_are_is_refused(threads_cluster: fm.Cluster) -> None:
     with pytest.raises(fm.PolicyError, match=r"Quorum\(9\) asks for more replicas than there are \(2\)"):
         trainer(threads_cluster, replicas=2, policies=fm.policies.quorum(9)).fit(
             mlp(), SOURCE, batch_size=BATCH, steps=2

@@ -112,7 +112,6 @@ class Executor:
 
     def _finish(self, step: Start) -> None:
         self._step, self.waits = None, False
-        self._node.batches.discard(step.item.sequence)
         if self._next == len(self._instructions):
             self._return_states(step)
             self._report(step)

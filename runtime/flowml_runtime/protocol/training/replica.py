@@ -9,8 +9,8 @@ of a step, with the same result. `STEPS` is the life of one step as a table. Its
   part of the stores.
 * A step that is dropped while it runs is abandoned at the next task boundary. A Commit may overtake the
   Begin of its clock; that step then never starts.
-* After a step the leader continues with the next clock, but skips clocks that every group due there has decided. It
-  skips none if replicas add up the gradients of some store among themselves, because each sum needs every replica.
+* After a step the leader continues with the next clock, but skips clocks that every group due there has decided,
+  unless some other store needs each replica there (see `Terms.may_skip`).
   It returns the items of clocks that it skips. It asks for items before it needs them (`items`).
 * Fates take effect in the order of clocks. A step that pushes the gradients of several steps starts only when
   the fate of all earlier ones is known, so that every stage pushes the same steps. If such a push is late,
@@ -435,12 +435,10 @@ class Replica:
 
     def _next_clock(self) -> int:
         """The clock after the newest one that has begun, without those that every group due there has decided."""
-        clock, newest = self._begun + 1, self.committed
-        if self._terms.sums:
-            return clock
-        if self._terms.arrives:  # the step of the last clock pushes what it has gathered
-            newest = min(newest, self._terms.last_clock - 1)
-        while clock <= newest and all(clock <= self._committed[g.number] for g in self._terms.due_groups(clock)):
+        clock, newest, terms = self._begun + 1, self.committed, self._terms
+        while clock <= newest and terms.may_skip(clock):
+            if any(clock > self._committed[g.number] for g in terms.due_groups(clock)):
+                break
             clock += 1
         return clock
 

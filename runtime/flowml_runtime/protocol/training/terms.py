@@ -13,7 +13,7 @@ from functools import cached_property
 
 from flowml.devices import worker_of
 from flowml.plan import Training
-from flowml.policy import Completion, Every, Fold, Policy
+from flowml.policy import UNBOUNDED, Completion, Every, Fold, Policy
 from flowml.policy.filters import feeds_back
 
 RETIRED = 2**53 - 1
@@ -160,6 +160,21 @@ class Terms:
     def due_groups(self, clock: int) -> tuple[Group, ...]:
         """The groups that have a decision at `clock`."""
         return tuple(g for g in self.groups if g.every.due(clock, self.last_clock))
+
+    def may_skip(self, clock: int) -> bool:
+        """Whether a replica may leave out `clock`, if all its groups have decided it.
+
+        It may not if replicas add up the gradients of some store, or if a store that applies contributions as they
+        arrive needs its push: readers within a bound wait for it, and the last push takes all gathered gradients along.
+        """
+        if self.sums or (self.arrives and clock == self.last_clock):
+            return False
+        return not any(rhythm.due(clock, self.last_clock) for rhythm in self._awaited)
+
+    @cached_property
+    def _awaited(self) -> frozenset[Every]:
+        """The rhythms of the stores that apply contributions as they arrive, with a bound on the staleness."""
+        return frozenset(s.policy.every for s in self.stores if not s.clocked and s.policy.staleness < UNBOUNDED)
 
     def counts_anyway(self, clock: int) -> bool:
         """Whether the step of `clock` counts for some store, whatever is decided about it.
