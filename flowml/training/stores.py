@@ -11,6 +11,7 @@ replica is then the home of a copy and gets one contribution, which is the sum o
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from flowml.errors import PolicyError, named
+from flowml.errors import FlowmlWarning, PolicyError, named
 from flowml.home import Applies, Buffer, Local
 from flowml.ir.graph import Graph, Operand
 from flowml.ir.label import layer_of, parameter_path

@@ -85,7 +85,14 @@ class Digits:
         assert value == _FIRST
         self._versions[worker, store] = 0
 
-    def apply(self, worker: str, store: int, version: int, given: Sequence[tuple[Sequence[Value], float]]) -> None:
+    def apply(
+        self,
+        worker: str,
+        store: int,
+        version: int,
+        given: Sequence[tuple[Sequence[Value], float]],
+        staleness: Sequence[int] = (),
+    ) -> None:
         world = self._world
         assert version == self._versions[worker, store] + 1
         self._versions[worker, store] = version
