@@ -15,7 +15,6 @@ from flowml.policy.mathematics import can_read, coefficients, due, window
 from flowml.policy.quorum import (
     Arrivals,
     Completion,
-    Cut,
     Deadline,
     Decide,
     Drop,
@@ -38,7 +37,6 @@ __all__ = [
     "Apply",
     "Arrivals",
     "Completion",
-    "Cut",
     "Deadline",
     "Decide",
     "Delta",

@@ -20,7 +20,7 @@ from flowml.numbers import whole
 
 _ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
 
-Of = Literal["replicas", "samples", "microbatches"]
+Of = Literal["replicas", "samples"]
 
 
 class Drop(msgspec.Struct, frozen=True, tag=True):
@@ -112,11 +112,6 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """The replicas that are not complete stop after their current microbatch, and send what they have."""
-
-
-@dataclass(frozen=True, slots=True)
 class Decide:
     """The clock is complete with the arrivals so far.
 
@@ -126,7 +121,7 @@ class Decide:
     coefficients: tuple[tuple[int, float], ...] = ()
 
 
-Answer = Wait | Cut | Decide
+Answer = Wait | Decide
 
 
 class Quorum(msgspec.Struct, frozen=True, tag=True):
@@ -134,9 +129,7 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
 
     Args:
         count_or_fraction: a float in (0, 1] is a share of what `of` names, rounded up; an int ≥ 1 is a number of it.
-        of: `"replicas"`, or `"samples"`: the examples in the contributions, or `"microbatches"`: then the other
-            replicas stop after their current microbatch, and their gradients so far count too (Giladi et al.,
-            DropCompute, 2023).
+        of: `"replicas"`, or `"samples"`: the examples in the contributions.
         late: `"drop"`, `"fold"` or `"requeue"`, or one of `Drop()`, `Fold(decay)`, `Requeue()`. With a staleness above
             0, `"fold"` has no clocks: contributions are applied as soon as there are `count_or_fraction` of them.
 
@@ -165,12 +158,7 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
             raise PolicyError(f"Quorum({value}): a count of {self.of} is at least 1")
         if isinstance(value, float) and not 0 < value <= 1:
             raise PolicyError(f"Quorum({value}): a fraction lies in (0, 1]; for a number of {self.of} give an int")
-        check_of(self.of, "Quorum")
-        if self.of == "microbatches" and self.late != Drop():
-            raise PolicyError(
-                "Quorum(of='microbatches'): replicas stop early and are never late, so leave late= out; "
-                "or use of='replicas'"
-            )
+        _check_of(self.of)
 
     def need(self, members: int) -> int:
         """How many of `members` complete a clock: the count, or the share rounded up."""
@@ -180,7 +168,7 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
 
     def never_drops(self, members: int) -> bool:
         """Whether every one of `members` replicas is needed, so that none can come too late."""
-        return self.of == "microbatches" or (self.of == "replicas" and self.need(members) >= members)
+        return self.of == "replicas" and self.need(members) >= members
 
     @property
     def waits_for_all(self) -> bool:
@@ -191,17 +179,12 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
         """Decide when there is enough. Replicas that are gone are not waited for."""
         if not arrivals.count:
             return Wait()
-        if arrivals.hopeful and not self._reached(arrivals):
-            return Wait()
-        return Cut() if self.of == "microbatches" and arrivals.hopeful else Decide()
+        return Decide() if not arrivals.hopeful or self._reached(arrivals) else Wait()
 
     def _reached(self, arrivals: Arrivals) -> bool:
         if self.of == "replicas":
             return arrivals.count >= self.need(arrivals.members)
-        microbatches = arrivals.members * arrivals.full
-        if self.of == "microbatches":
-            return arrivals.weight >= self.need(microbatches)
-        samples = round(microbatches * arrivals.rows)
+        samples = round(arrivals.members * arrivals.full * arrivals.rows)
         return arrivals.weight * arrivals.rows >= self.need(samples) - _ROUNDING
 
     def __str__(self) -> str:
@@ -216,9 +199,6 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
         grace: seconds to wait for the others after the quorum, or `"adaptive"`: the wait is learnt from how far apart
             the arrivals of the quorum were at earlier clocks (see `Spread`).
         limit_s: the clock is decided at the latest so many seconds after the one before, with what has arrived.
-        of: `"replicas"`, or `"microbatches"`: then the others are not late but stop after their current microbatch, and
-            their gradients so far count. `Deadline(1.0, limit_s=s, of="microbatches")` is DropCompute (Giladi et al.,
-            2023).
         late: as in `Quorum`.
 
     Raises:
@@ -228,7 +208,6 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
     share: int | float = 1.0
     grace: float | Literal["adaptive"] = "adaptive"
     limit_s: float = math.inf
-    of: Literal["replicas", "microbatches"] = "replicas"
     late: Late = Drop()
 
     if TYPE_CHECKING:
@@ -238,7 +217,6 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
             share: float = 1.0,
             grace: float | Literal["adaptive"] = "adaptive",
             limit_s: float = ...,
-            of: Literal["replicas", "microbatches"] = "replicas",
             late: Late | LateName = ...,
         ) -> None: ...
 
@@ -246,7 +224,6 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
         quorum = Quorum(self.share, late=self.late)  # checks both
         msgspec.structs.force_setattr(self, "share", quorum.count_or_fraction)
         msgspec.structs.force_setattr(self, "late", quorum.late)
-        check_of(self.of, "Deadline", ("replicas", "microbatches"))
         if self.grace != "adaptive":
             value = number(self.grace, "Deadline(grace={!r}): give seconds, or 'adaptive'")
             if not 0 <= value < math.inf:
@@ -267,7 +244,7 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
 
     def never_drops(self, members: int) -> bool:
         """Whether no replica can come too late."""
-        return self.of == "microbatches" or (self.limit_s == math.inf and self.need(members) >= members)
+        return self.limit_s == math.inf and self.need(members) >= members
 
     @property
     def waits_for_all(self) -> bool:
@@ -284,8 +261,6 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
             until = min(until, reached + self._grace_s(arrivals, need))
         if now < until:
             return Wait(until)
-        if self.of == "microbatches":
-            return Cut()
         return Decide() if arrivals.count else Wait()
 
     def _grace_s(self, arrivals: Arrivals, need: int) -> float:
@@ -320,9 +295,11 @@ def late_name(late: Late) -> str:
     return type(late).__name__.lower()
 
 
-def check_of(of: object, where: str, choices: tuple[str, ...] = ("replicas", "samples", "microbatches")) -> None:
-    if of not in choices:
-        raise PolicyError(f"{where}(of={of!r}) is not known; give of={' or of='.join(map(repr, choices))}")
+def _check_of(of: object) -> None:
+    if of == "microbatches":
+        raise PolicyError("Quorum(of='microbatches') is not available yet; give of='replicas' or of='samples'")
+    if of not in ("replicas", "samples"):
+        raise PolicyError(f"Quorum(of={of!r}) is not known; give of='replicas' or of='samples'")
 
 
 def number(value: object, otherwise: str) -> int | float:

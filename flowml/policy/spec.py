@@ -172,12 +172,12 @@ def _share(quorum: Completion) -> int | float:
 
 def _completion(quorum: Completion) -> str:
     """ "quorum 0.75 drop", "quorum 0.75 of samples requeue", "deadline 0.5 adaptive drop"."""
-    of = "" if quorum.of == "replicas" else f" of {quorum.of}"
-    late = "" if quorum.of == "microbatches" else f" {late_name(quorum.late)}"
+    late = late_name(quorum.late)
     if isinstance(quorum, Deadline):
         limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
-        return f"deadline {quorum.share}{of} {quorum.grace}{limit}{late}"
-    return f"quorum {_share(quorum)}{of}{late}"
+        return f"deadline {quorum.share} {quorum.grace}{limit} {late}"
+    of = "" if quorum.of == "replicas" else f" of {quorum.of}"
+    return f"quorum {quorum.count_or_fraction}{of} {late}"
 
 
 def _staleness(staleness: object) -> float:
@@ -275,22 +275,12 @@ def _check_clocked(policy: Policy) -> None:
             f"the quorum completes, and their contributions pile up without bound; give a finite staleness, or "
             f"leave quorum out"
         )
-    if quorum.of == "microbatches" and isinstance(policy.payload, Factors):
-        raise PolicyError(
-            f"quorum={quorum} of microbatches with payload=Factors() is not sound: the factors of the microbatches "
-            "that were not computed would be missing from the message; use payload=Gradient(), or of='replicas'"
-        )
-    if quorum.of == "microbatches" and policy.every.push > 1:
-        raise PolicyError(
-            f"quorum={quorum} of microbatches with every={policy.every.push} is not available yet: a replica would "
-            "have to stop in the middle of a step that pushes nothing; use every=1, or of='replicas'"
-        )
 
 
 def _check_arriving(policy: Policy) -> None:
     """Check that the other knobs are sound with contributions that are applied as they arrive."""
     quorum = policy.quorum
-    if not isinstance(quorum, Quorum) or quorum.of != "replicas":
+    if isinstance(quorum, Deadline) or quorum.of != "replicas":
         raise PolicyError(
             f"quorum={quorum} with late='fold' and staleness={policy.staleness} is not sound: contributions are "
             "applied as they arrive, without clocks that a deadline could end; give quorum=Quorum(k, late='fold'), "

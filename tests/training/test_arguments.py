@@ -88,7 +88,7 @@ def test_one_policy_is_that_of_all_parameters(threads_cluster: fm.Cluster) -> No
     all_of_them = trainer(threads_cluster, replicas=2, policies={"*": fm.policies.every(2)})
     results = [t.fit(mlp(), SOURCE, batch_size=BATCH, steps=4) for t in (one, all_of_them)]
     assert_same(results[0].params, results[1].params)
-    assert results[0].plan.training.stores[0].policy == "every 2"
+    assert results[0].plan.training.stores[0].policy.describe() == "every 2"
 
 
 def test_the_start_message_of_every_accepted_fit_survives_the_wire() -> None:

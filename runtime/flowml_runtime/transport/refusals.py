@@ -26,7 +26,6 @@ _FREQUENT = (
     wire.Contribution,
     wire.Arrived,
     wire.Commit,
-    wire.CutShort,
     wire.Published,
     wire.Collective,
     wire.Settled,

@@ -18,7 +18,7 @@ that it excludes, which are few or none.
 What the caller must do:
 
 1. Report each arrival, in any order. Repetitions are harmless.
-2. Send every Commit and Cut to all workers, in the order of the list.
+2. Send every Commit to all workers, in the order of the list.
 3. Give a Tick at the time of each Wake or later. Times never go back.
 4. Report that a replica has retired only after the decision about its last arrival.
 """
@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from flowml.policy import Arrivals, Cut, Decide, Spread, Wait, window
+from flowml.policy import Arrivals, Decide, Spread, Wait, window
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.terms import Committed, Group, ReplicaLost, Terms, Tick
 
@@ -51,14 +51,6 @@ class ReplicaRetired:
 
 
 @dataclass(frozen=True, slots=True)
-class CutShort:
-    """The replicas that still run `clock` stop after their current microbatch."""
-
-    group: int
-    clock: int
-
-
-@dataclass(frozen=True, slots=True)
 class Wake:
     """Give a Tick at this time, in seconds."""
 
@@ -66,7 +58,7 @@ class Wake:
 
 
 Event = Arrived | ReplicaRetired | ReplicaLost | Tick
-Action = Committed | CutShort | Wake
+Action = Committed | Wake
 
 
 @dataclass(slots=True)
@@ -90,7 +82,6 @@ class Decision:
         self._spread = Spread()
         self._hopeless = 0
         """The number of replicas that are lost or retired, and not complete at the next clock to decide."""
-        self._cut = False
         self._wake = -math.inf
         """The time of the last Wake."""
         self._owed: dict[int, dict[int, set[int]]] = {}
@@ -185,11 +176,6 @@ class Decision:
                         self._wake = until
                         found.append(Wake(until))
                     return found
-                case Cut():
-                    if not self._cut:
-                        self._cut = True
-                        found.append(CutShort(self._group.number, self._clock))
-                    return found
                 case Decide(coefficients):
                     found.append(self._commit(arrivals, coefficients))
                     self._open_next(now)
@@ -213,7 +199,7 @@ class Decision:
         last = self._terms.last_clock
         while self._clock < self._terms.total_clocks and not self._group.every.due(self._clock, last):
             self._clock += 1
-        self._began, self._cut, self._wake = now, False, -math.inf
+        self._began, self._wake = now, -math.inf
         self._hopeless = len(self._gone - self._complete().keys()) if self._gone else 0
 
     def validate(self) -> None:

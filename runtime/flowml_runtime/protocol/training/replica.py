@@ -17,7 +17,6 @@ of a step, with the same result. `STEPS` is the life of one step as a table. Its
   only its own clock's gradient is dropped; the gradients gathered before go with the next push (see `accumulator`).
   If the group folds late contributions in, the late push goes as it is.
 * An item is settled when the fate of its gradients in every group is known; `Account` says how.
-* A Cut tells a step that still runs to stop after its current microbatch, and to push the gradients so far.
 * A replica reads its own writes in stores that apply on arrival (Ho et al., stale synchronous parallel): it waits for
   the version that holds its last push. So a single replica is serial, and a slow home slows its replicas down instead
   of accumulating their pushes.
@@ -94,13 +93,6 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
-class CutReceived:
-    """The step of `clock` stops after its current microbatch, if it still runs."""
-
-    clock: int
-
-
-@dataclass(frozen=True, slots=True)
 class LeaderRetired:
     """The leading stage begins no more clocks."""
 
@@ -152,17 +144,7 @@ class Retire:
     """This stage pushes nothing more: tell the homes. The leading stage also tells all other stages."""
 
 
-Event = (
-    Started
-    | Granted
-    | BeginReceived
-    | StepFinished
-    | Committed
-    | CutReceived
-    | StorePublished
-    | Applied
-    | LeaderRetired
-)
+Event = Started | Granted | BeginReceived | StepFinished | Committed | StorePublished | Applied | LeaderRetired
 Action = Ask | Begin | Start | Abandon | Count | Settle | Retire
 
 
@@ -216,7 +198,6 @@ class _Step:
     """The groups whose decision about it is still to come."""
     lost: set[int] = field(default_factory=set[int])
     """The groups that have left it out."""
-    cut: bool = False
 
     def take(self, change: Change) -> None:
         after = STEPS.get((self.state, change))
@@ -284,10 +265,6 @@ class Replica:
         """Whether the running step of `clock` can stop, because it will not count."""
         return self._running is not None and self._running.clock == clock and self._running.state == "abandoned"
 
-    def should_cut(self, clock: int) -> bool:
-        """Whether the running step of `clock` stops after its current microbatch, and pushes what it has."""
-        return self._running is not None and self._running.clock == clock and self._running.cut
-
     def pushes(self, store: int, clock: int) -> bool:
         """Whether the running step of `clock` ends with a push to `store`."""
         step = self._running
@@ -314,9 +291,6 @@ class Replica:
                 return self._finish(clock)
             case Committed():
                 return self._commit(event)
-            case CutReceived(clock):
-                for step in self._steps:
-                    step.cut |= step.clock == clock
             case StorePublished(store, version, _):
                 known = self._published.get(store)
                 if known is not None and version < known.version:
@@ -365,10 +339,9 @@ class Replica:
             raise ProtocolError(f"replica {self._me} finished clock {clock}, which does not run")
         step.take("finish")
         self._running = None
-        if self._terms.arrives:
-            for store, terms in enumerate(self._terms.stores):
-                if not terms.clocked and (step.last or terms.policy.every.due(clock, self._terms.last_clock)):
-                    self._pushed[store] = clock
+        for store, terms in enumerate(self._terms.stores) if self._terms.arrives else ():
+            if not terms.clocked and (step.last or terms.policy.every.due(clock, self._terms.last_clock)):
+                self._pushed[store] = clock
         return list(self._accounts.finish(clock)) if self._leads else []
 
     def _commit(self, event: Committed) -> list[Action]:
@@ -377,11 +350,10 @@ class Replica:
             return []
         self._committed[group] = clock
         included = self._me not in event.excluded
-        if included and clock > self._begun:
+        if included and clock > self._begun and self._terms.groups[group].drops:
             if self._leads:
                 raise ProtocolError(f"clock {clock} is committed with replica {self._me}, which has not begun it")
-            if self._terms.groups[group].drops:
-                self._included.add((group, clock))
+            self._included.add((group, clock))
         actions: list[Action] = []
         for step in self._steps:
             if step.clock == clock and group in step.undecided:

@@ -87,8 +87,6 @@ def _said_of_store(message: wire.Wire | wire.TrainingMessage) -> str:
             late = "".join(f" and clock {c} of replica {r}" for r, c in folded)
             whose = f"without {_many('replica', excluded)}" if excluded else "with all"
             return f"clock {clock} is committed{of} {whose}{late}"
-        case wire.CutShort(group=group, clock=clock):
-            return f"clock {clock} is cut short for group {group}"
         case wire.Published(store=store, version=version, floor=floor):
             return f"store {store} is at version {version}, {_floor(floor)}"
         case wire.Applied(store=store, replica=replica, clock=clock, version=version):

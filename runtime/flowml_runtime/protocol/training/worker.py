@@ -12,7 +12,6 @@ of the stores that live here, and the `Decision` if this worker leads. A message
     Arrived         a contribution is complete, for the leader of its group: the first home of the group's first store.
     Commit          a group has decided a clock. The stages here get it before the home here, because a replica must
                     know that its step counts before it sees the version that contains the step.
-    CutShort        the stages that still run a clock stop after their current microbatch.
     Published       a new version, for all stages here. A version that is not newer than the one read here comes from
                     another copy of the store, and is ignored.
     Applied         the version that contains a push of a replica here, for its stages.
@@ -275,7 +274,6 @@ class _Fit:
             wire.Contribution: self._contributed,
             wire.Arrived: self._arrived,
             wire.Commit: self._committed,
-            wire.CutShort: self._cut,
             wire.Published: self._published,
             wire.Applied: self._applied,
             wire.Retired: self._retired,
@@ -358,9 +356,6 @@ class _Fit:
             raise ProtocolError(f"group {message.group} has a commit, but there are {len(self._terms.groups)} groups")
         event = Committed(message.clock, message.excluded, message.group, message.coefficients, message.folded)
         return [*self._at_stages(self.stages, event), *self._at_home(event)]
-
-    def _cut(self, message: wire.CutShort, _: Received) -> list[Action]:
-        return self._at_stages(self.stages, replica.CutReceived(message.clock))
 
     def _published(self, message: wire.Published, event: Received) -> list[Action]:
         store, news, handle = message.store, (message.version, message.floor), event.handle
@@ -447,9 +442,6 @@ class _Fit:
                 match made:
                     case decision.Wake(at):
                         actions.append(Wake(self.run, at, self._cause))
-                    case decision.CutShort(_, clock):
-                        cut = wire.CutShort(**self._ids, group=group, clock=clock)
-                        actions.append(Send(self._places.workers, cut))
                     case Committed(clock, excluded, _, coefficients, folded):
                         commit = wire.Commit(
                             **self._ids,

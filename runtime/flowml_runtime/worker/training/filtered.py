@@ -81,7 +81,7 @@ class Encoder:
         return sent
 
     def settle(self, clock: int, stores: Sequence[int], *, counts: bool) -> None:
-        """The fate of a step for these stores is known, and it has ended. No effect if it pushed nothing that is kept."""
+        """The fate of an ended step for these stores is known. No effect if it pushed nothing that is kept."""
         with self._lock:
             kept = self._before.get(clock, {})
             for key in [k for k in kept if k[0] in stores]:

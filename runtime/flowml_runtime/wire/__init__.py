@@ -1,0 +1,278 @@
+"""Defines the messages between peers, as frozen types that are validated when they are decoded.
+
+One msgspec tagged union, `Wire`, contains all message types. A message is a small msgpack header. The arrays that it
+announces in `specs` follow as raw bytes, so a decoder knows every length before it reads the payload, and nothing is
+unpickled. The types hold ids and clocks only: no array, handle or socket.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from flowml_runtime.wire.base import DEADLINE_S as DEADLINE_S
+from flowml_runtime.wire.base import MAX_ARRAYS as MAX_ARRAYS
+from flowml_runtime.wire.base import MAX_DEADLINE_S as MAX_DEADLINE_S
+from flowml_runtime.wire.base import MAX_HEADER_BYTES as MAX_HEADER_BYTES
+from flowml_runtime.wire.base import MAX_PAYLOAD_BYTES as MAX_PAYLOAD_BYTES
+from flowml_runtime.wire.base import MAX_PROBE_BYTES as MAX_PROBE_BYTES
+from flowml_runtime.wire.base import PROTOCOL as PROTOCOL
+from flowml_runtime.wire.base import Count as Count
+from flowml_runtime.wire.base import Message as Message
+from flowml_runtime.wire.base import Name as Name
+from flowml_runtime.wire.base import PlanMessage as PlanMessage
+from flowml_runtime.wire.base import Specs as Specs
+from flowml_runtime.wire.base import Text as Text
+from flowml_runtime.wire.training import Applied as Applied
+from flowml_runtime.wire.training import Arrived as Arrived
+from flowml_runtime.wire.training import Ask as Ask
+from flowml_runtime.wire.training import Batch as Batch
+from flowml_runtime.wire.training import Begin as Begin
+from flowml_runtime.wire.training import Collective as Collective
+from flowml_runtime.wire.training import Commit as Commit
+from flowml_runtime.wire.training import Contribution as Contribution
+from flowml_runtime.wire.training import Gossip as Gossip
+from flowml_runtime.wire.training import Grant as Grant
+from flowml_runtime.wire.training import Item as Item
+from flowml_runtime.wire.training import NonFinite as NonFinite
+from flowml_runtime.wire.training import OwnState as OwnState
+from flowml_runtime.wire.training import Published as Published
+from flowml_runtime.wire.training import Report as Report
+from flowml_runtime.wire.training import Retired as Retired
+from flowml_runtime.wire.training import Settled as Settled
+from flowml_runtime.wire.training import Source as Source
+from flowml_runtime.wire.training import StartTraining as StartTraining
+from flowml_runtime.wire.training import StopTraining as StopTraining
+from flowml_runtime.wire.training import StoreValue as StoreValue
+from flowml_runtime.wire.training import Traffic as Traffic
+from flowml_runtime.wire.training import TrainingMessage as TrainingMessage
+
+# Membership.
+
+
+class Hello(Message, frozen=True):
+    """First message of every stream: the sender's name, its incarnation and its flowml version."""
+
+    peer: Name
+    incarnation: Count
+    protocol: Count
+    version: Name
+
+
+class DeviceInfo(msgspec.Struct, frozen=True):
+    name: Name  # "worker:1/cpu:0"
+    platform: Name
+    memory_bytes: Count
+    cores: float
+
+
+class Join(Message, frozen=True):
+    """A worker asks to join. `worker` is the name that it asks for; "" lets the coordinator choose."""
+
+    worker: Annotated[str, msgspec.Meta(max_length=256)]
+    address: Name
+    incarnation: Count
+    protocol: Count
+    version: Name
+    devices: tuple[DeviceInfo, ...]
+    python: bool = False
+
+
+class Welcome(Message, frozen=True):
+    worker: Name
+    heartbeat_s: float
+
+
+class Refused(Message, frozen=True):
+    reason: Text
+
+
+class Heartbeat(Message, frozen=True):
+    worker: Name
+    incarnation: Count
+
+
+class Member(msgspec.Struct, frozen=True):
+    worker: Name
+    address: Name
+    incarnation: Count
+    devices: tuple[DeviceInfo, ...]
+    python: bool = False
+
+
+class Members(Message, frozen=True):
+    """The coordinator's view, sent to all members when it changes. `lost` holds lost workers and the reasons."""
+
+    epoch: Count
+    members: tuple[Member, ...]
+    lost: tuple[tuple[Name, Text], ...] = ()
+
+
+class Leave(Message, frozen=True):
+    worker: Name
+    reason: Text = ""
+
+
+class Probe(Message, frozen=True):
+    """A message that measures a link, answered by `Probed`. It may carry one array, of which only the time counts.
+
+    With `peer`, the receiver measures its link to that peer with messages of up to `nbytes` and answers the figures.
+    """
+
+    number: Count
+    peer: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    nbytes: Annotated[int, msgspec.Meta(ge=0, le=MAX_PROBE_BYTES)] = 0
+
+
+class Probed(Message, frozen=True):
+    """The answer to Probe `number`. If the probe asked for a link, it holds the figures, or `error` says why not."""
+
+    number: Count
+    way: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    latency_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_DEADLINE_S)] = 0.0
+    bytes_per_s: Annotated[float, msgspec.Meta(ge=0, le=1e15)] = 0.0
+    error: Text = ""
+
+
+class Contradicted(Message, frozen=True):
+    """To the driver of a plan: large sends to `peer` were far slower than the plan's figure. The best had this rate."""
+
+    peer: Name
+    bytes_per_s: Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+
+
+class LoadPlan(PlanMessage, frozen=True):
+    """A piece of a plan to load, as one uint8 array: first the plan itself (part ""), then its large parts, in order.
+
+    The part has `nbytes` in all, and this piece begins at `start`. After the `last` piece the worker compiles
+    everything, then answers Loaded. `deadline_s` limits each wait of the plan's steps.
+    """
+
+    peers: tuple[Name, ...] = ()
+    deadline_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_S)] = DEADLINE_S
+    part: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    start: Count = 0
+    nbytes: Count = 0
+    last: bool = True
+
+
+class Loaded(PlanMessage, frozen=True):
+    worker: Name
+
+
+class Unload(PlanMessage, frozen=True):
+    pass
+
+
+class Value(PlanMessage, frozen=True):
+    """Arrays for a Recv. The key in the rendezvous is (plan, step, kind, index, microbatch, device).
+
+    `kind` is "edge" (index: message of the plan), "feed" (driver to device; index 0; one for each step and device,
+    even if empty, because it starts the step) or "fetch" (device to driver; index: device number in the plan;
+    `slots`: which outputs these are).
+    """
+
+    step: Count
+    kind: Literal["edge", "feed", "fetch"]
+    index: Count
+    device: Name
+    microbatch: Count = 0
+    slots: tuple[Count, ...] = ()
+
+
+class Taken(PlanMessage, frozen=True):
+    """Consumer to producer of an edge, on `device`: the consumer has taken this step's value of message `index`.
+
+    It is sent only for edges of large values, whose producer may be only a few steps ahead.
+    """
+
+    step: Count
+    index: Count
+    device: Name
+
+
+FaultKind = Literal["error", "deadline", "cancelled", "lost", "diverged"]
+"""Which error a fault becomes for the caller."""
+
+
+class StepFailed(PlanMessage, frozen=True):
+    """A step cannot finish. Worker to driver: the cause. Driver to workers: they stop waiting for the step."""
+
+    step: Count
+    worker: Name
+    node: Text
+    kind: FaultKind
+    error: Text
+    traceback: Text = ""
+
+
+class StepCheck(PlanMessage, frozen=True):
+    """Driver to worker, about a step of which it has heard nothing for long: is it still under way on `device`?
+
+    The worker answers StepFailed if it is not; every result was sent before. For a training plan `step` is the run and
+    `device` the worker, which repeats its last StepFailed of that run.
+    """
+
+    step: Count
+    device: Name
+
+
+class Failed(PlanMessage, frozen=True):
+    """Something outside a step failed on a worker (loading, training). It ends the work of that plan."""
+
+    worker: Name
+    node: Text
+    error: Text
+    traceback: Text = ""
+
+
+class Unreachable(PlanMessage, frozen=True):
+    """A worker to the driver of a plan: its connection to another worker of that plan has ended permanently."""
+
+    worker: Name
+    peer: Name
+    reason: Text
+
+
+class Trace(PlanMessage, frozen=True):
+    """Start recording what the worker's devices do; with `on` false, stop and answer the recording as `Traced`."""
+
+    on: bool
+
+
+class Traced(PlanMessage, frozen=True):
+    """The answer to Trace. The spans follow, encoded, as one uint8 array; `now_ns` is the worker's `clock`."""
+
+    worker: Name
+    clock: Text
+    now_ns: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+# fmt: off
+Wire = (
+    Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
+    | Loaded | Unload | Value | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
+    | StartTraining | Source | Batch | StoreValue | OwnState | Gossip | Ask | Grant | Begin | Contribution | Arrived
+    | Commit | Published | Applied | Collective | Settled | Report | NonFinite | Traffic | Retired
+    | StopTraining
+)
+# fmt: on
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Wire)
+
+
+def encode(message: Wire) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(data: bytes | memoryview) -> Wire:
+    """Raises msgspec.DecodeError (ValidationError) for anything that is not a well-formed message."""
+    if len(data) > MAX_HEADER_BYTES:
+        raise msgspec.ValidationError(f"header of {len(data)} bytes exceeds {MAX_HEADER_BYTES}")
+    message = _decoder.decode(data)
+    limit = MAX_PROBE_BYTES if isinstance(message, Probe) else MAX_PAYLOAD_BYTES
+    if sum(s.nbytes for s in message.specs) > limit:
+        raise msgspec.ValidationError(f"payload exceeds {limit} bytes")
+    return message

@@ -1,0 +1,250 @@
+"""Defines the messages of training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from flowml_runtime.wire.base import Count, Name, PlanMessage
+
+# Training. A clock is a step of one replica; a store homes the parameters of one layer group.
+
+
+class Item(msgspec.Struct, frozen=True):
+    """A work item: `size` examples from `start` in the order of epoch `epoch`. `sequence` is never reused."""
+
+    sequence: Count
+    epoch: Count
+    start: Count
+    size: Count
+
+
+class TrainingMessage(PlanMessage, frozen=True, kw_only=True):
+    """Base of the messages of a run. `cause` is the sender's number of the event that caused this message.
+
+    With the sender's name it identifies the event that a trace links to this one (`protocol.training.story`).
+    """
+
+    run: Count
+    cause: Count = 0
+
+
+class StartTraining(TrainingMessage, frozen=True):
+    """Begin a fit with a loaded training plan. Store values and the source follow in separate messages.
+
+    `run` is the number of the fit's first step among all steps of the plan, so it is unique for each fit.
+    `source` is "shipped" (arrays follow in `Source`) or "fed" (the driver sends each Batch). `delays` are artificial:
+    (worker, seconds added to each of its steps). Replicas compare their copies every `check_replicas` steps and at the
+    end; 0: never. `on_nonfinite` says how gradients with NaN or infinity are treated.
+    """
+
+    total_clocks: Count
+    seed: Count
+    shuffle: bool
+    examples: Count
+    source: Literal["shipped", "fed"]
+    delays: tuple[tuple[Name, float], ...] = ()
+    check_replicas: Count = 0
+    on_nonfinite: Literal["refuse", "raise", "apply"] = "refuse"
+
+
+class Source(TrainingMessage, frozen=True):
+    """Whole leaves of an array source for the stages on this worker; `slots` are the batch leaves."""
+
+    slots: tuple[Count, ...]
+
+
+class Batch(TrainingMessage, frozen=True):
+    """The leaves of one fed work item for one device, which may read none of them.
+
+    `variant` is the loaded plan whose programs run on a batch of this shape; "" is the plan of the fit.
+    """
+
+    device: Name
+    sequence: Count
+    slots: tuple[Count, ...]
+    variant: Annotated[str, msgspec.Meta(max_length=256)] = ""
+
+
+class StoreValue(TrainingMessage, frozen=True):
+    """A store's parameters and optimizer state. The driver sends it to the homes. At the end every home sends one back,
+    and that of the first home holds the values."""
+
+    store: Count
+    version: Count
+
+
+class OwnState(TrainingMessage, frozen=True):
+    """The optimizer state for a store whose parameters replicas update themselves: the first one of all replicas here,
+    or, to the driver, the last one of `replica`."""
+
+    store: Count
+    replica: Count = 0
+
+
+class Gossip(TrainingMessage, frozen=True):
+    """The parameters of a store that replica `source` had before the step of `clock`, for its neighbour `replica`."""
+
+    store: Count
+    replica: Count
+    source: Count
+    clock: Count
+
+
+class Ask(TrainingMessage, frozen=True):
+    """A replica asks for work ahead of time: an item for each of `clocks`. It did not begin the `returned` items."""
+
+    replica: Count
+    clocks: tuple[Count, ...]
+    returned: tuple[Item, ...] = ()
+
+
+class Grant(TrainingMessage, frozen=True):
+    """The answer to Ask: (clock, item). A clock without an item gets no work."""
+
+    replica: Count
+    items: tuple[tuple[Count, Item], ...]
+    exhausted: bool = False
+
+
+class Begin(TrainingMessage, frozen=True):
+    """The replica's first stage tells the others to begin `clock` with `item` and to abandon any earlier clock."""
+
+    replica: Count
+    clock: Count
+    item: Item
+    last: bool = False
+
+
+class Contribution(TrainingMessage, frozen=True):
+    """Part of what one replica sends for one store at one clock. `weight` is the number of summed microbatch gradients.
+
+    `empty` says that the replica contributes nothing at this clock, so that the home does not wait for it.
+    """
+
+    store: Count
+    part: Count
+    replica: Count
+    incarnation: Count
+    clock: Count
+    base_version: Count
+    weight: Count
+    empty: bool = False
+
+
+class Arrived(TrainingMessage, frozen=True):
+    """Home to the leader of the store's group: `replica`'s contribution to `store` at `clock` is complete.
+
+    `weight` is the number of microbatch gradients in it.
+    """
+
+    store: Count
+    replica: Count
+    clock: Count
+    weight: Count = 1
+
+
+class Commit(TrainingMessage, frozen=True):
+    """The decision of a group for `clock`: it is complete with the work of all replicas except `excluded`.
+
+    `coefficients` maps replicas to the coefficients of their contributions, if weights do not determine them. `folded`
+    are late contributions to earlier clocks that are included now, as (replica, clock).
+    """
+
+    clock: Count
+    excluded: tuple[Count, ...] = ()
+    group: Count = 0
+    coefficients: tuple[tuple[Count, float], ...] = ()
+    folded: tuple[tuple[Count, Count], ...] = ()
+
+
+class Published(TrainingMessage, frozen=True):
+    """A store's new version, pushed to its readers. It includes what every active replica sent before `floor`.
+
+    Without `specs` only the floor changed.
+    """
+
+    store: Count
+    version: Count
+    floor: Count
+
+
+class Applied(TrainingMessage, frozen=True):
+    """Home to the stages of `replica`, which read their own writes: `version` includes its contribution of `clock`."""
+
+    store: Count
+    replica: Count
+    clock: Count
+    version: Count
+
+
+class Collective(TrainingMessage, frozen=True):
+    """A chunk of a bucket that the replicas of a group reduce together; `specs` describes one array.
+
+    `clock` is the clock of the gradients, `piece` the part of the bucket, and `take` the step of the receiver's
+    schedule that uses the chunk.
+    """
+
+    group: Count
+    bucket: Count
+    clock: Count
+    piece: Count
+    take: Count
+
+
+class Settled(TrainingMessage, frozen=True):
+    """The fate of work items, for the ledger: (item, fate). Each grant of an item is settled exactly once.
+
+    `missing` are the groups of stores for which these items do not count, although they count for others.
+    """
+
+    replica: Count
+    fates: tuple[tuple[Item, Literal["used", "dropped", "folded", "requeued"]], ...]
+    missing: tuple[Count, ...] = ()
+
+
+class Report(TrainingMessage, frozen=True):
+    """Loss (slot 0) and aux leaves of one replica's step, summed over its microbatches, sent by the stage that computes
+    them."""
+
+    replica: Count
+    clock: Count
+    item: Item
+    slots: tuple[Count, ...]
+    seconds: float
+
+
+class NonFinite(TrainingMessage, frozen=True):
+    """Contributions to `store` at `clock` held NaN or infinity and were left out: those of these replicas. Where the
+    contributions of all replicas are summed, the sum was left out, and these of the sender's replicas caused it."""
+
+    store: Count
+    clock: Count
+    replicas: tuple[Count, ...]
+
+
+class Traffic(TrainingMessage, frozen=True):
+    """What this worker sent for each store in the run, counted when it is sent.
+
+    `stores`: (store, contributions pushed, their bytes, bytes of those that crossed to another worker,
+    bytes of published parameters that crossed).
+    """
+
+    worker: Name
+    stores: tuple[tuple[Count, Count, Count, Count, Count], ...]
+
+
+class Retired(TrainingMessage, frozen=True):
+    """This stage of a replica pushes nothing more. From stage 0 it means that the replica has no more work.
+
+    Each stage sends it to the driver and to the homes that apply its contributions on arrival, on the link that carried
+    the contributions. Stage 0 sends it to the other stages and to the leader of the decision too.
+    """
+
+    replica: Count
+    stage: Count = 0
+
+
+class StopTraining(TrainingMessage, frozen=True):
+    """End the run."""
