@@ -7,16 +7,15 @@ import pytest
 from flowml.policy import UNBOUNDED, Policy, Quorum
 from flowml.policy.filters import quantise, significance, top_k
 from flowml_runtime import wire
+from flowml_runtime.protocol.training.accounts import Settle
 from flowml_runtime.protocol.training.replica import (
     Abandon,
     Action,
-    AdoptAccumulator,
     Ask,
     Begin,
-    DiscardAccumulator,
+    Count,
     Granted,
     Replica,
-    Settle,
     Start,
     Started,
     StepFinished,
@@ -45,14 +44,14 @@ def starts(actions: list[Action]) -> list[int]:
 @pytest.mark.parametrize("filters", [FEEDBACK, (significance(0.1),)], ids=str)
 def test_a_step_waits_for_the_fate_of_a_push_that_may_be_dropped(filters: tuple[object, ...]) -> None:
     policy = Policy(quorum=Quorum(0.75), staleness=1, filters=filters)
-    for excluded, fate, settled in (((), AdoptAccumulator, "used"), ((0,), DiscardAccumulator, "dropped")):
+    for excluded, counts, settled in (((), True, "used"), ((0,), False, "dropped")):
         machine, after = finished(policy)
         assert starts(after) == []
         decided = machine.step(Committed(0, excluded))
         assert decided[: 3 if excluded else 2] == [
             *([Abandon(0)] if excluded else []),
             Settle(item(0), settled),
-            fate(0),
+            Count(0, counts, (0,)),
         ]
         assert decided[-2 if isinstance(decided[-1], Ask) else -1] == Start(1, item(1), False)
         assert Begin(1, item(1), False) in decided
