@@ -71,7 +71,10 @@ def test_a_number_that_no_message_carries_is_refused_and_the_next_fit_runs(
         (lambda c: trainer(c, microbatches="2"), r"microbatches='2' is of type str; give a whole number"),
         (lambda c: trainer(c, replicas=True), r"replicas=True is of type bool"),
         (lambda c: trainer(c, replicas=2**53), r"replicas=9007199254740992: give less than 2\*\*53"),
-        (lambda c: trainer(c, delays={"worker:0": float("nan")}), r"delays\['worker:0'\]=nan: give seconds of at least 0"),
+        (
+            lambda c: trainer(c, delays={"worker:0": float("nan")}),
+            r"delays\['worker:0'\]=nan: give seconds of at least 0",
+        ),
         (lambda c: trainer(c, delays={"worker:0": "1"}), r"delays\['worker:0'\]='1': give seconds of at least 0"),
         (lambda c: trainer(c, policies=[fm.Policy()]), r"policies=\[.*\] is a list; give a mapping"),
     ],
