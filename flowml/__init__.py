@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from flowml.plan import Transfer as Transfer
     from flowml.policy import UNBOUNDED as UNBOUNDED
     from flowml.policy import AllReduce as AllReduce
+    from flowml.policy import Coded as Coded
     from flowml.policy import Deadline as Deadline
     from flowml.policy import Delta as Delta
     from flowml.policy import Drop as Drop
@@ -97,6 +98,7 @@ _HOMES = {
     "Transfer": "flowml.plan",
     "UNBOUNDED": "flowml.policy",
     "AllReduce": "flowml.policy",
+    "Coded": "flowml.policy",
     "Delta": "flowml.policy",
     "Requeue": "flowml.policy",
     "Fold": "flowml.policy",
@@ -135,7 +137,7 @@ _MODULES = {"policies", "filters", "data", "sim"}
 
 _EXISTS = {
     ("SharedMemory",): "use fm.ParameterServer() or fm.AllReduce()",
-    ("Coded", "Speculate"): "use fm.Quorum(0.75) or fm.Quorum(3)",
+    ("Speculate",): "use fm.Quorum(0.75) or fm.Quorum(3)",
 }
 _PLANNED = {name: instead for names, instead in _EXISTS.items() for name in names}
 """Names of the design that this version does not have, and what to use instead."""

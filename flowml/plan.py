@@ -19,7 +19,7 @@ from flowml.arrays import ArraySpec, Dimension, Index, Shape
 from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, PolicyError, named
 from flowml.home import Applies, Buffer, Local
-from flowml.policy import Policy
+from flowml.policy import Code, Policy
 from flowml.policy.filters import sent_size
 
 if TYPE_CHECKING:
@@ -312,8 +312,9 @@ class StoreSpec(msgspec.Struct, frozen=True):
 class Training(msgspec.Struct, frozen=True):
     """What a training plan adds: replicas (each a tuple of devices, one for each stage), stores and data slots.
 
-    Feed slots below `batch_leaves` are leaves of a microbatch. Slot `batch_leaves` is the uint32 pair
-    (seed, item) if the loss takes a key. Fetch slot 0 is the loss; the others are the leaves of `aux`.
+    Feed slots below `batch_leaves` are leaves of a microbatch. The next one is the uint32 triple
+    (seed, item, microbatch) if the loss takes a key, and the one after it the coefficient of the microbatch if there is
+    a code. Fetch slot 0 is the loss; the others are the leaves of `aux`. See also `flowml.training.pieces`.
     """
 
     replicas: tuple[tuple[str, ...], ...]
@@ -326,6 +327,7 @@ class Training(msgspec.Struct, frozen=True):
     takes_rng: bool
     schedule: str
     aux_leaves: Index = 0
+    code: Code | None = None
 
 
 class Partition(msgspec.Struct, frozen=True):

@@ -135,7 +135,7 @@ def test_the_public_names_are_there_and_documented() -> None:
     ("name", "instead"),
     [
         ("SharedMemory", "fm.ParameterServer()"),
-        ("Coded", "fm.Quorum(0.75)"),
+        ("Speculate", "fm.Quorum(0.75)"),
     ],
 )
 def test_a_name_that_is_still_to_come_says_what_there_is(name: str, instead: str) -> None:

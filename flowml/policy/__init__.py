@@ -10,10 +10,12 @@ unsound composition cannot be constructed. Nothing here imports JAX.
 from __future__ import annotations
 
 from flowml.policy.apply import Apply, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote
-from flowml.policy.compose import DEFAULT_PATTERN, check_composition, resolve
+from flowml.policy.codes import Code
+from flowml.policy.compose import DEFAULT_PATTERN, check_composition, coded_by, resolve
 from flowml.policy.mathematics import can_read, coefficients, due, window
 from flowml.policy.quorum import (
     Arrivals,
+    Coded,
     Completion,
     Deadline,
     Decide,
@@ -36,6 +38,8 @@ __all__ = [
     "AllReduce",
     "Apply",
     "Arrivals",
+    "Code",
+    "Coded",
     "Completion",
     "Deadline",
     "Decide",
@@ -69,6 +73,7 @@ __all__ = [
     "Weights",
     "can_read",
     "check_composition",
+    "coded_by",
     "coefficients",
     "due",
     "resolve",

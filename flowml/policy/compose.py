@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from flowml.errors import PolicyError, named
+from flowml.policy.codes import Code
 from flowml.policy.graphs import check_members
-from flowml.policy.quorum import Quorum
+from flowml.policy.quorum import Coded, Quorum
 from flowml.policy.replicas import check_pull
 from flowml.policy.spec import Policy
 from flowml.policy.topology import Gossip
@@ -48,6 +49,7 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
     for name, policy in policies.items():
         _check_count(name, policy, replicas)
         check_pull(name, policy, replicas)
+    coded_by(policies.values(), replicas)
     clocked = {name: p for name, p in policies.items() if p.clocked}
     dropping = {name: p for name, p in clocked.items() if not p.quorum.never_drops(replicas)}
     gossiping = {name: p.topology for name, p in policies.items() if isinstance(p.topology, Gossip)}
@@ -64,6 +66,26 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
     if collective and replicas == 1:
         notes.append(f"{collective[0]!r} ({policies[collective[0]].describe()}): one replica has nothing to add up")
     return tuple(dict.fromkeys(n for n in notes if n))
+
+
+def coded_by(policies: Iterable[Policy], replicas: int) -> Code | None:
+    """The code that says what each of the replicas computes; None if the layers have none.
+
+    Raises:
+        PolicyError: if layers have different codes, or some have one and others none, or if there is no such code.
+    """
+    quorums = {p.quorum for p in policies}
+    coded = sorted((q for q in quorums if isinstance(q, Coded)), key=str)
+    if not coded:
+        return None
+    if len(quorums) > 1:
+        other = next(q for q in quorums if q != coded[0])
+        raise PolicyError(
+            f"quorum={coded[0]} of one layer with quorum={other} of another is not sound: a code says which examples "
+            "a replica computes, and in what combination it sends their gradients, for the whole model; give all "
+            "layers the same code"
+        )
+    return coded[0].among(replicas)
 
 
 def _check_count(name: str, policy: Policy, replicas: int) -> None:

@@ -44,6 +44,11 @@ class _Summing(TypedDict, total=False):
     apply: algebra.Apply | Literal["mean", "sum"]
 
 
+class _Coded(TypedDict, total=False):
+    topology: algebra.Topology
+    filters: Sequence[object]
+
+
 class _Reading(_Pushing, total=False):
     quorum: algebra.Completion | None
 
@@ -164,3 +169,20 @@ def no_loco(every: int, outer: Any = None, pull: float = 1.0, graph: object = "r
     mean over replicas.
     """
     return algebra.Policy(topology=algebra.Gossip(graph, every, pull), apply=algebra.Outer(outer))
+
+
+def coded(
+    stragglers: int, code: Literal["fractional", "cyclic"] = "fractional", **overrides: Unpack[_Coded]
+) -> algebra.Policy:
+    """Each replica computes `stragglers + 1` shares of the batch, and the gradient of the whole batch is decoded
+    without the slowest `stragglers` replicas (Tandon et al., *Gradient Coding*, ICML 2017)."""
+    return algebra.Policy(quorum=algebra.Coded(stragglers, code), **overrides)
+
+
+def coded_reduce(children: int, levels: int, stragglers: int, **overrides: Unpack[_Coded]) -> algebra.Policy:
+    """A tree of replicas in which each parent has `children`, of which it needs all but `stragglers` (Reisizadeh et
+    al., *CodedReduce*, 2019). Replicas compute less than with `coded` for as many stragglers in all.
+
+    Replicas send to the layer's home, which decodes the whole tree.
+    """
+    return algebra.Policy(quorum=algebra.Coded(stragglers, "tree", children, levels), **overrides)

@@ -17,6 +17,7 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import whole
+from flowml.policy.codes import Code, CyclicRepetition, FractionalRepetition, TreeCode
 
 _ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
 
@@ -272,9 +273,91 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
         return f"Deadline({self.share})"
 
 
-Completion = Quorum | Deadline
+class Coded(msgspec.Struct, frozen=True, tag=True):
+    """The gradient of the whole batch, from any large enough set of replicas, because each computes several shares.
 
-COMPLETIONS = (Quorum, Deadline)
+    See `flowml.policy.codes` for the methods. No work is dropped when a replica is late.
+
+    Args:
+        stragglers: how many replicas may be late, whichever they are; of a tree, how many children of each parent.
+        code: `"fractional"`, whose result has the same bits whoever is late and whose `stragglers + 1` must divide the
+            number of replicas; `"cyclic"`, which works for any number of replicas; or `"tree"`.
+        children, levels: the form of the tree.
+
+    Raises:
+        PolicyError: for a code that does not exist.
+    """
+
+    stragglers: int
+    code: Literal["fractional", "cyclic", "tree"] = "fractional"
+    children: int = 0
+    levels: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("stragglers", "children", "levels"):
+            value = whole(getattr(self, name))
+            if value is None or value < 0:
+                raise PolicyError(f"Coded({name}={getattr(self, name)!r}): give a whole number of at least 0")
+            msgspec.structs.force_setattr(self, name, value)
+        if self.code not in ("fractional", "cyclic", "tree"):
+            raise PolicyError(f"Coded(code={self.code!r}) is not known; give 'fractional', 'cyclic' or 'tree'")
+        if self.code == "tree":
+            TreeCode(self.children, self.levels, self.stragglers)
+        elif self.children or self.levels:
+            raise PolicyError(
+                f"Coded(code={self.code!r}) has no tree; leave children and levels out, or give code='tree'"
+            )
+
+    @property
+    def of(self) -> Of:
+        return "replicas"
+
+    @property
+    def late(self) -> Late:
+        """What a late replica has sent is not needed."""
+        return Drop()
+
+    def among(self, members: int) -> Code:
+        """The code for so many replicas. Raises PolicyError if there is none."""
+        if self.code == "tree":
+            tree = TreeCode(self.children, self.levels, self.stragglers)
+            if tree.workers != members:
+                raise PolicyError(
+                    f"a tree of {self.levels} levels with {self.children} children of each parent has {tree.workers} "
+                    f"replicas, there are {members}; give replicas={tree.workers}, or another tree"
+                )
+            return tree
+        kind = FractionalRepetition if self.code == "fractional" else CyclicRepetition
+        return kind(members, self.stragglers)
+
+    def need(self, members: int) -> int:
+        """How many replicas are enough if the late ones are spread as the code allows."""
+        return members - self.among(members).tolerates
+
+    def never_drops(self, members: int) -> bool:
+        return self.stragglers == 0
+
+    @property
+    def waits_for_all(self) -> bool:
+        return False
+
+    def decide(self, arrivals: Arrivals, now: float) -> Answer:
+        """Decide as soon as the replicas that have arrived can be decoded."""
+        code = self.among(arrivals.members)
+        found = code.decode(arrivals.times)
+        if found is None:
+            return Wait()
+        each = float(code.load) / arrivals.full  # 1 / the number of microbatches in the batch
+        return Decide(tuple(sorted((replica, a * each) for replica, a in found.items())))
+
+    def __str__(self) -> str:
+        form = f", children={self.children}, levels={self.levels}" if self.code == "tree" else ""
+        return f"Coded({self.stragglers}, {self.code!r}{form})"
+
+
+Completion = Quorum | Deadline | Coded
+
+COMPLETIONS = (Quorum, Deadline, Coded)
 
 
 def late_of(late: object, where: str) -> Late:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from flowml.errors import PolicyError
-from flowml.policy.apply import Apply, Mean, Outer, as_apply, travelling, unsound
+from flowml.policy.apply import Apply, Mean, Outer, Sum, Vote, as_apply, base_of, travelling, unsound
 from flowml.policy.filters import KKT, AnyFilter, Filter, check_chain
 from flowml.policy.mathematics import coefficients
-from flowml.policy.quorum import COMPLETIONS, Completion, Deadline, Fold, Quorum, late_name, number
+from flowml.policy.quorum import COMPLETIONS, Coded, Completion, Deadline, Fold, Quorum, late_name, number
 from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.topology import TOPOLOGIES, Gossip, ParameterServer, Topology
@@ -167,11 +167,16 @@ class Policy(msgspec.Struct, frozen=True):
 
 
 def _share(quorum: Completion) -> int | float:
+    if isinstance(quorum, Coded):
+        return quorum.stragglers
     return quorum.share if isinstance(quorum, Deadline) else quorum.count_or_fraction
 
 
 def _completion(quorum: Completion) -> str:
-    """ "quorum 0.75 drop", "quorum 0.75 of samples requeue", "deadline 0.5 adaptive drop"."""
+    """ "quorum 0.75 drop", "quorum 0.75 of samples requeue", "deadline 0.5 adaptive drop", "coded 1 cyclic"."""
+    if isinstance(quorum, Coded):
+        form = f" {quorum.children}x{quorum.levels}" if quorum.code == "tree" else ""
+        return f"coded {quorum.stragglers} {quorum.code}{form}"
     late = late_name(quorum.late)
     if isinstance(quorum, Deadline):
         limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
@@ -269,12 +274,49 @@ def _check_filtered(policy: Policy) -> None:
 def _check_clocked(policy: Policy) -> None:
     """Check that the other knobs are sound with clocks that a quorum completes."""
     quorum = policy.quorum
+    if isinstance(quorum, Coded):
+        _check_coded(policy)
     if policy.staleness == UNBOUNDED:
         raise PolicyError(
             f"quorum={quorum} with staleness=UNBOUNDED is not sound: replicas would run ahead of the clocks that "
             f"the quorum completes, and their contributions pile up without bound; give a finite staleness, or "
             f"leave quorum out"
         )
+
+
+def _check_coded(policy: Policy) -> None:
+    """Check that what replicas send stays a sum that a code can decode."""
+    if policy.staleness:
+        why = "the gradients that a code combines must be of the same parameters; leave staleness out"
+    elif policy.every.push > 1:
+        why = (
+            "a replica that was late would add the gradients of a step that is decoded already to its next push; "
+            "use every=1"
+        )
+    elif isinstance(policy.payload, Factors):
+        why = (
+            "the factors of a sum of gradients are not the sum of their factors, so they cannot be decoded; use "
+            "payload=Gradient()"
+        )
+    elif any(not f.lossless for f in policy.filters):
+        why = (
+            "a filter that changes what each replica sends on its own breaks the sums that a code decodes; use "
+            "lossless filters such as compress()"
+        )
+    elif isinstance(base_of(policy.apply), Sum | Vote):
+        why = "a code decodes the gradient of the whole batch, not those of steps or replicas; use apply='mean'"
+    else:
+        return
+    given = {
+        "staleness": policy.staleness,
+        "every": policy.every.push,
+        "payload": policy.payload,
+        "filters": policy.filters,
+        "apply": policy.apply,
+    }
+    plain = {"staleness": 0, "every": 1, "payload": Gradient(), "filters": (), "apply": Mean()}
+    changed = ", ".join(f"{k}={v!r}" for k, v in given.items() if v != plain[k])
+    raise PolicyError(f"quorum={policy.quorum} with {changed} is not sound: {why}")
 
 
 def _check_arriving(policy: Policy) -> None:

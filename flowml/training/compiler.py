@@ -8,6 +8,7 @@ its last microbatch is added. Each store has a task that combines the contributi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ from flowml.placement import Pipeline, Placement, place
 from flowml.placement.estimate import estimate
 from flowml.placement.links import Links, links_used
 from flowml.plan import ArraySpec, Constant, Plan, StoreSpec, Training
-from flowml.policy import DEFAULT_PATTERN, Policy, resolve
+from flowml.policy import DEFAULT_PATTERN, Code, Policy, coded_by, resolve
 from flowml.training.local import Optimizers, fragmented
 from flowml.training.replicate import Template, replicate
 from flowml.training.step import (
@@ -49,7 +50,7 @@ from flowml.training.step import (
     name_of,
     step_function,
 )
-from flowml.training.stores import StoreDraft, StorePlanner, value_of
+from flowml.training.stores import StoreDraft, StorePlanner, coefficient_dtype, value_of
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,14 @@ def compile_training(
     """
     everyone = as_devices(devices)
     template = _template_devices(spec, everyone)
-    item, microbatch = _microbatch(batch, spec.replicas, spec.microbatches)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = tuple(_jax.path_name(p) for p, _ in leaves)
     policies = spec.resolve(paths)
+    code = coded_by(policies.values(), spec.replicas)
+    microbatches = spec.microbatches * (len(code.row(0)) if code else 1)
+    item, microbatch = _microbatch(batch, spec.replicas, spec.microbatches, code)
     treatments = tuple(
-        Treatment.of(policies[p], spec.replicas, spec.microbatches, weighted=spec.weight is not None) for p in paths
+        Treatment.of(policies[p], spec.replicas, microbatches, weighted=spec.weight is not None) for p in paths
     )
     step = step_function(
         spec.loss,
@@ -136,7 +139,10 @@ def compile_training(
     )
     rng = jax.ShapeDtypeStruct((RNG_WORDS,), jnp.uint32)
     takes_rng = loss_takes_rng(spec.loss)
-    traced = trace(step.call, (params, microbatch, *([rng] if takes_rng else [])), {}, name=name_of(spec.loss))
+    fed = {"rng": rng} if takes_rng else {}
+    if code is not None:
+        fed["coefficient"] = jax.ShapeDtypeStruct((), coefficient_dtype([x.dtype for _, x in leaves]))
+    traced = trace(step.call, (params, microbatch, *fed.values()), {}, name=name_of(spec.loss))
     optimizers = Optimizers.of(spec.optimizer, tuple(policies[p] for p in paths), params)
     plan, slots = _Compiler(
         spec=spec,
@@ -147,7 +153,9 @@ def compile_training(
         paths=paths,
         optimizers=optimizers,
         item=item,
-        takes_rng=takes_rng,
+        microbatches=microbatches,
+        fed={name: _jax.spec_of(struct) for name, struct in fed.items()},
+        code=code,
         step=step,
         policies=policies,
         treatments=treatments,
@@ -175,7 +183,7 @@ def _template_devices(spec: TrainingSpec, devices: Sequence[Device]) -> tuple[De
     return tuple(devices[:share])
 
 
-def _microbatch(batch: Any, replicas: int, microbatches: int) -> tuple[int, Any]:
+def _microbatch(batch: Any, replicas: int, microbatches: int, code: Code | None) -> tuple[int, Any]:
     """The size of a work item, and the specs of one microbatch. Raises ValueError if the batch does not divide."""
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
     if not leaves:
@@ -187,12 +195,14 @@ def _microbatch(batch: Any, replicas: int, microbatches: int) -> tuple[int, Any]
         )
     size = next(iter(sizes.values()))
     pieces = replicas * microbatches
+    if code is not None:
+        pieces = math.lcm(replicas, code.partitions * microbatches)
     if not size or size % pieces:
+        what = f"{replicas} replicas" if code is None else f"{code.partitions} partitions of a code"
         raise ValueError(
-            f"batch_size {size} does not divide into {replicas} replicas x {microbatches} microbatches; "
-            f"use a multiple of {pieces}"
+            f"batch_size {size} does not divide into {what} x {microbatches} microbatches; use a multiple of {pieces}"
         )
-    rows = size // pieces
+    rows = size // ((code.partitions if code else replicas) * microbatches)
     return size // replicas, jax.tree_util.tree_map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch
     )
@@ -210,7 +220,10 @@ class _Compiler:
     paths: tuple[str, ...]
     optimizers: Optimizers
     item: int
-    takes_rng: bool
+    microbatches: int
+    fed: Mapping[str, ArraySpec]
+    """What a microbatch is fed beside the batch, by name."""
+    code: Code | None
     step: StepFunction
     policies: Mapping[str, Policy]
     treatments: tuple[Treatment, ...]
@@ -227,7 +240,7 @@ class _Compiler:
         layers = tuple(layer_of(p) for p in self.paths)
         graph = label(graph, parameters, ("",) * self.step.fetched + layers * 2, closed_over)
         planner = StorePlanner(
-            self.paths, self.optimizers, self.policies, self.treatments, spec.replicas, spec.microbatches, self.links
+            self.paths, self.optimizers, self.policies, self.treatments, spec.replicas, self.microbatches, self.links
         )
         graph, contributions = planner.contributions(graph, self.step.fetched)
         graph = simplify(graph)
@@ -245,7 +258,7 @@ class _Compiler:
         stores = planner.stores(graph, contributions, stages)
         alone = spec.replicas == 1 and len(stages) == 1
         milestones = [] if alone else [p.sent for s in stores for p in s.parts]
-        tasks = schedule(graph, seconds, milestones=milestones, microbatches=spec.microbatches, kind=spec.schedule)
+        tasks = schedule(graph, seconds, milestones=milestones, microbatches=self.microbatches, kind=spec.schedule)
         verify_schedule(graph, tasks)
         slots = self._slots(graph)
         routing = route(graph, tasks)
@@ -258,9 +271,9 @@ class _Compiler:
         programs = emit(graph, tasks, routing, numbers, self._bind(graph, stores, parts), feed_first=False)
         whole = replicate(Template(programs, routing.messages, stages), self._blocks(stages))
         specs = planner.lower_stores(graph, stores, parts, table, whole.replicas)
-        rng = (ArraySpec((RNG_WORDS,), "uint32"),) if self.takes_rng else ()
-        single = spec.replicas * spec.microbatches * sum(node_seconds(graph, n, self.template[0]) for n in graph.nodes)
-        fed = {"inputs": (*self.batch, *rng), "constants": tuple(c.spec for c in constants)}
+        batch = (self.code.partitions if self.code else spec.replicas) * spec.microbatches
+        single = batch * sum(node_seconds(graph, n, self.template[0]) for n in graph.nodes)
+        fed = {"inputs": (*self.batch, *self.fed.values()), "constants": tuple(c.spec for c in constants)}
         plan = Plan(
             name=name_of(spec.loss),
             devices=tuple(p.device for p in whole.programs),
@@ -269,7 +282,7 @@ class _Compiler:
             messages=whole.messages,
             executables=table.executables,
             inputs=fed["inputs"],
-            input_names=(*self.batch_paths, *(["rng"] if self.takes_rng else [])),
+            input_names=(*self.batch_paths, *self.fed),
             outputs=(),
             constants=constants,
             estimate=estimate(whole.programs, table.tasks, whole.messages, by_name, self.links, single, fed, specs),
@@ -290,14 +303,15 @@ class _Compiler:
         return Training(
             replicas=replicas,
             stores=stores,
-            microbatches=self.spec.microbatches,
+            microbatches=self.microbatches,
             item_size=self.item,
             batch_leaves=len(self.batch),
             batch_specs=self.batch,
             batch_paths=self.batch_paths,
-            takes_rng=self.takes_rng,
+            takes_rng="rng" in self.fed,
             schedule=self.spec.schedule,
             aux_leaves=aux_leaves,
+            code=self.code,
         )
 
     def _weight(self, graph: Graph) -> int:

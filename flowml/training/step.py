@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from flowml.ir import _jax
-from flowml.policy import Policy
+from flowml.policy import Coded, Policy
 from flowml.policy.apply import most_at_once
 
 RNG_WORDS = 3
@@ -30,14 +30,17 @@ Weight = str | Callable[[Any], Any]
 @dataclass(frozen=True)
 class Treatment:
     """How a gradient is treated before it is sent: `wide` casts it to float32 or wider, `weighted` multiplies it by
-    the weight of its microbatch."""
+    the weight of its microbatch, `coded` by the coefficient of its microbatch."""
 
     wide: bool = False
     weighted: bool = False
+    coded: bool = False
 
     @staticmethod
     def of(policy: Policy, replicas: int, microbatches: int, *, weighted: bool) -> Treatment:
         """The treatment of a parameter's gradient under this policy."""
+        if isinstance(policy.quorum, Coded):
+            return Treatment(wide=True, weighted=weighted, coded=True)
         collective = policy.collective and replicas > 1
         added = microbatches > 1 or (policy.every.push > 1 and not policy.local) or collective
         alone = not added and (policy.local or most_at_once(policy, replicas) == 1)  # applied without a sum
@@ -62,7 +65,7 @@ class Metrics:
 
 @dataclass(frozen=True)
 class StepFunction:
-    """The traced function of one microbatch, `call(params, microbatch[, rng])`.
+    """The traced function of one microbatch, `call(params, microbatch[, rng][, coefficient])`.
 
     It returns the loss, the leaves of aux and, if `weighted`, the weight; then the treated gradients, if they differ
     from the plain ones; then the plain gradients. Each leaf is a separate copy, so that a node makes it.
@@ -114,7 +117,8 @@ def step_function(
 ) -> StepFunction:
     """The function of one microbatch. `treatments` has one entry for each leaf of `params`.
 
-    `counts` says that several microbatches or replicas share a step, so that the weight also affects the metrics.
+    `counts` says that several microbatches or replicas share a step, so that the weight also affects the metrics. If
+    gradients are coded, the floating metrics are multiplied by the coefficient too, so that they can be decoded.
     """
     _check_parameters(params)
     has_aux, aux_shape = _check_loss(loss, params, batch)
@@ -125,9 +129,11 @@ def step_function(
     weighted = weight is not None and (counts or any(t.weighted for t in treatments))
     summed = tuple(i == named or not jnp.issubdtype(x.dtype, jnp.inexact) for i, (_, x) in enumerate(leaves))
     gradient = jax.value_and_grad(loss, has_aux=has_aux)
+    coded = any(t.coded for t in treatments)
 
-    def step(params: Any, batch: Any, *rng: Any) -> Any:
-        keys = [item_key(rng[0][0], rng[0][1], rng[0][2], microbatches)] if rng else []
+    def step(params: Any, batch: Any, *rest: Any) -> Any:
+        coefficient = rest[-1] if coded else None
+        keys = [item_key(rest[0][0], rest[0][1], rest[0][2], microbatches)] if len(rest) > coded else []
         value, gradients = gradient(params, batch, *keys)
         scalar, aux = value if has_aux else (value, None)
         metrics = [scalar, *jax.tree_util.tree_leaves(aux)]
@@ -138,10 +144,11 @@ def step_function(
             count = wide(jnp.asarray(weight_of(weight, aux, batch)))
             metrics = [x if is_sum else scaled(x, count) for x, is_sum in zip(metrics, (False, *summed), strict=True)]
             metrics.append(jnp.where(count < 0, jnp.full_like(count, jnp.nan), count))  # refused, as its gradient is
+        metrics = [multiplied(jnp.asarray(x), coefficient) for x in metrics]
         sent: list[Any] = []
-        if any(t.weighted or (t.wide and is_narrow(g.dtype)) for t, g in zip(treatments, raw, strict=True)):
-            sent = [jnp.copy(_treated(g, t, count)) for g, t in zip(raw, treatments, strict=True)]
-        return [jnp.copy(jnp.asarray(x)) for x in metrics], sent, raw
+        if coded or any(t.weighted or (t.wide and is_narrow(g.dtype)) for t, g in zip(treatments, raw, strict=True)):
+            sent = [jnp.copy(_treated(g, t, count, coefficient)) for g, t in zip(raw, treatments, strict=True)]
+        return [jnp.copy(x) for x in metrics], sent, raw
 
     dtypes = tuple(_jax.spec_of(x).dtype for _, x in leaves)
     return StepFunction(step, aux_tree, dtypes, summed, weighted)
@@ -163,10 +170,17 @@ def scaled(x: Any, weight: Any) -> Any:
     return jnp.where(weight > 0, x * weight.astype(x.dtype), jnp.zeros_like(x))
 
 
-def _treated(gradient: Any, treatment: Treatment, weight: Any) -> Any:
+def multiplied(x: Any, coefficient: Any) -> Any:
+    """`x * coefficient` for floating arrays. Counts are multiplied where they are added up, in 64 bits."""
+    if coefficient is None or not jnp.issubdtype(x.dtype, jnp.inexact):
+        return x
+    return wide(x) * coefficient.astype(wide(x).dtype)
+
+
+def _treated(gradient: Any, treatment: Treatment, weight: Any, coefficient: Any) -> Any:
     if treatment.weighted:
-        return scaled(gradient, weight)
-    return wide(gradient) if treatment.wide else gradient
+        return multiplied(scaled(gradient, weight), coefficient)
+    return multiplied(wide(gradient) if treatment.wide else gradient, coefficient)
 
 
 def weight_of(weight: Weight, aux: Any, batch: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -371,7 +371,7 @@ class StorePlanner:
         local: Local | None = None
         if store.policy.local:
             every, one = self.optimizers, self.microbatches == 1
-            dtype = _coefficients(specs)
+            dtype = coefficient_dtype(s.dtype for s in specs)
             local = local_tasks(store.name, store.policy, specs, store.leaves, every, given, table, dtype, exact=one)
             parts = (Part(parts[0].stage, parts[0].leaves, specs),)
             given = Payload(parts, given.shapes, {}, weighted=False, steps=False)
@@ -421,7 +421,7 @@ class StorePlanner:
         kept = (*specs, *update.state_specs)
         payload = tuple(s for p in given.parts for s in p.payload)
         width = int(min(most, self.replicas, FOLD_WIDTH))
-        arguments = (ArraySpec((2, width), _coefficients(specs)), *payload * width)
+        arguments = (ArraySpec((2, width), coefficient_dtype(s.dtype for s in specs)), *payload * width)
         apply = table.add_function(f"apply:{store.name}", home.apply, (*kept, *arguments), kept)
         weighted = home.payload.weighted
         if most <= width:
@@ -467,9 +467,9 @@ def value_of(output: Operand) -> int:
     return output
 
 
-def _coefficients(specs: Sequence[ArraySpec]) -> str:
+def coefficient_dtype(dtypes: Iterable[Any]) -> str:
     """The dtype of coefficients: float64 if parameters have 64 bits, so that 1/3 has their precision."""
-    return "float64" if any(s.dtype in ("float64", "complex128") for s in specs) else "float32"
+    return "float64" if any(str(d) in ("float64", "complex128") for d in dtypes) else "float32"
 
 
 def _joined(names: Sequence[str]) -> str:

@@ -54,7 +54,8 @@ def _essence(store: StoreSpec) -> StoreSpec:
 
 
 def _rest(training: Training) -> tuple[object, ...]:
-    return training.microbatches, training.item_size, training.batch_paths, training.takes_rng, training.schedule
+    divided = training.microbatches, training.item_size, training.code
+    return *divided, training.batch_paths, training.takes_rng, training.schedule
 
 
 def _fetched(plan: Plan) -> dict[int, ArraySpec]:

@@ -150,7 +150,7 @@ def test_what_is_not_for_a_driver_is_refused() -> None:
 def test_whose_work_counts_goes_to_the_history() -> None:
     machine = driver(stores=(StoreTerms((0,), Policy(quorum=Quorum(1))), StoreTerms((1,), Policy(quorum=Quorum(1)))))
     commit = wire.Commit(**IDS, clock=0, excluded=(1,))
-    assert machine.step(Received("a0", commit)) == [NoteCommit(0, (1,), 1)]
+    assert machine.step(Received("a0", commit)) == [NoteCommit(0, (1,), (), 1)]
     assert machine.step(Received("a0", commit)) == []
 
 

@@ -33,6 +33,7 @@ from flowml.ir._jax import key_implementation
 from flowml.placement.links import SHARED_MEMORY
 from flowml.plan import ArraySpec, Training
 from flowml.training.compiler import TrainingCompiled
+from flowml.training.pieces import pieces
 from flowml.training.step import Metrics
 from flowml_runtime import wire
 from flowml_runtime.driver.feeding import Feeding, Variant, whole
@@ -113,6 +114,7 @@ class Fit:
             item_size=training.item_size,
             total_clocks=options.total,
             aligned=terms.aligned,
+            coded=training.code is not None,
             groups=tuple(group_names(training, terms)),
         )
         self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places)
@@ -247,8 +249,8 @@ class Fit:
                     self._note(message, self._taken(handle))
                 case protocol.NoteNonFinite(store, clock, replicas):
                     _warn(self._history.refused(self._training.stores[store].name, clock, replicas), stacklevel=5)
-                case protocol.NoteCommit(clock, excluded):
-                    self._history.committed(clock, excluded)
+                case protocol.NoteCommit(clock, excluded, coefficients):
+                    self._history.committed(clock, excluded, coefficients)
                 case protocol.Keep(store, handle):
                     self._values[store] = self._taken(handle)
                 case protocol.KeepState(store, handle):
@@ -354,7 +356,9 @@ class Fit:
 
     def _feed(self, replica: int, item: wire.Item) -> None:
         """Send each stage of a replica the leaves that it reads, and word of the programs that run on them."""
-        variant, leaves = self._feeding.take(self._order(item.epoch)[item.start : item.start + item.size])
+        order = self._order(item.epoch)
+        mine = pieces(self._training, replica, item.sequence, item.start)
+        variant, leaves = self._feeding.take(np.concatenate([order[p.start : p.start + p.size] for p in mine]))
         for device in self._training.replicas[replica]:
             slots = variant.slots.get(device, ())
             arrays = [np.ascontiguousarray(leaves[s], variant.specs[s].dtype) for s in slots]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,8 @@ class _Unit:
     replica: int
     item: wire.Item
     values: dict[int, np.ndarray] = field(default_factory=dict[int, np.ndarray])
+    coefficient: float | None = None
+    """What the values are multiplied by before they are added up; None without a code."""
 
 
 def drops(training: Training) -> bool:
@@ -56,6 +58,8 @@ class History:
         self._leaves_out = leaves_out
         self._replicas = len(training.replicas)
         self._microbatches = training.microbatches
+        self._coded_microbatches = float(training.microbatches / training.code.load) if training.code else 0.0
+        """The microbatches of a global batch that is coded; 0 without a code."""
         self._aligned = any(s.policy.clocked for s in training.stores)
         self._clocks_per_epoch = clocks_per_epoch
         self._slots = 1 + training.aux_leaves
@@ -67,6 +71,8 @@ class History:
         self._decided = -1
         self._counted: dict[int, frozenset[int]] = {}
         """Decided clock without a record -> the replicas whose work counts."""
+        self._coefficients: dict[int, Mapping[int, float]] = {}
+        """The same -> with a code, the coefficients of these replicas, which decode the mean over microbatches."""
         self.nonfinite: dict[str, Counter[int]] = {}
         self._sums: dict[tuple[str, int], set[int]] = {}
         self.nonfinite_losses: Counter[int] = Counter()
@@ -94,9 +100,15 @@ class History:
         if step >= self.step:
             self._open.setdefault(step, {})[place] = unit
 
-    def committed(self, clock: int, excluded: Collection[int]) -> None:
-        """Process the decision at `clock`: it leaves these replicas out, at all clocks since the previous decision."""
+    def committed(self, clock: int, excluded: Collection[int], coefficients: Sequence[tuple[int, float]] = ()) -> None:
+        """Process the decision at `clock`: it leaves these replicas out, at all clocks since the previous decision.
+
+        With a code it counts those that have a coefficient.
+        """
         counted = frozenset(range(self._replicas)).difference(excluded)
+        if coefficients:
+            self._coefficients[clock] = dict(coefficients)
+            counted = frozenset(self._coefficients[clock])
         for earlier in range(self._decided + 1, clock + 1):
             self._counted[earlier] = counted
         self._decided = max(self._decided, clock)
@@ -189,8 +201,13 @@ class History:
         kept = sorted((u for place, u in units.items() if place in used), key=lambda u: u.item.sequence)
         for unit in units.values():
             self._shapes.update((slot, value.shape) for slot, value in unit.values.items())
+        coefficients = self._coefficients.pop(step, {})
+        for unit in kept if coefficients else ():
+            unit.coefficient = coefficients[unit.replica] * self._coded_microbatches
         if self._leaves_out:
             kept = self._finite(step, kept)
+        if len(kept) < len(coefficients):
+            kept = []  # without one of its replicas a code decodes nothing
         weight = self._weight(kept)
         record: Record = {
             "step": step,
@@ -220,11 +237,14 @@ class History:
     def _weight(self, units: Sequence[_Unit]) -> float:
         """The divisor for the sums of these reports: their weight, or their number of microbatches."""
         slot = self._metrics.weight
-        return float(self._total(units, slot)) if slot is not None else float(len(units) * self._microbatches)
+        if slot is not None:
+            return float(self._total(units, slot))
+        return self._coded_microbatches * bool(units) or float(len(units) * self._microbatches)
 
     def _total(self, units: Sequence[_Unit], slot: int) -> np.ndarray:
         """The sum of a slot over reports, added in their order and in 64 bits."""
-        values = [u.values[slot] for u in units] or [np.zeros(self._shapes.get(slot, ()))]
+        values: list[Any] = [v if c is None else v * c for v, c in ((u.values[slot], u.coefficient) for u in units)]
+        values = values or [np.zeros(self._shapes.get(slot, ()))]
         wide = np.result_type(values[0].dtype, np.float64) if values[0].dtype.kind in "fc" else values[0].dtype
         return np.sum(values, axis=0, dtype=wide)
 
@@ -232,8 +252,9 @@ class History:
         metrics = self._metrics
         leaves: list[np.ndarray] = []
         for slot, name, is_sum in zip(metrics.slots, metrics.dtypes, metrics.summed, strict=True):
-            total = self._total(units, slot)
-            dtype = np.dtype(name)
+            total, dtype = self._total(units, slot), np.dtype(name)
+            if self._coded_microbatches and dtype.kind in "biu":
+                total = np.rint(total).astype(np.int64)  # a decoded count is whole but for rounding errors
             if not is_sum:
                 leaves.append(np.asarray(total / (weight or math.nan), dtype))
             elif dtype.kind in "iu" and np.any(total != total.astype(dtype)):

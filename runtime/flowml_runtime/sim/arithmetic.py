@@ -18,6 +18,7 @@ from flowml.devices import worker_of
 from flowml.errors import SimulationError
 from flowml.plan import Plan, StoreSpec
 from flowml.policy.filters import compares
+from flowml.training.pieces import Piece, pieces
 from flowml_runtime import wire
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.programs import Array, ExecutableCache, LoadedProgram, load_programs
@@ -31,7 +32,7 @@ from flowml_runtime.sim.values import Chunk, Report, Value
 from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.worker.training.applying import applied, given_of
 from flowml_runtime.worker.training.collectives import Flight, flat, parts_of
-from flowml_runtime.worker.training.examples import key_words, of_batch, of_source
+from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source
 from flowml_runtime.worker.training.filtered import Decoder, Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.own_values import OwnValues
@@ -46,6 +47,7 @@ class Compiled:
 
     def __init__(self, plan: Plan, cache: ExecutableCache) -> None:
         assert plan.training is not None
+        self.plan = plan
         self.training = plan.training
         device = jax.local_devices()[0]
         self.loaded: Mapping[str, LoadedProgram] = load_programs(
@@ -118,7 +120,7 @@ class Arithmetic:
 
     def __init__(self, compiled: Compiled, start: wire.StartTraining) -> None:
         self._compiled = compiled
-        self._training = compiled.training
+        self._plan, self._training = compiled.plan, compiled.training
         self._start = start
         self._held: dict[tuple[str, int], _Held] = {}
         self._source: dict[str, dict[int, Array]] = {}
@@ -157,7 +159,8 @@ class Arithmetic:
         if not state.fetched:
             return None
         slots = tuple(sorted(state.fetched))
-        return slots, [over_microbatches(state.fetched[s]) for s in slots]
+        coded = () if self._training.code is None else self._pieces(state)
+        return slots, [over_microbatches(state.fetched[s], coded) for s in slots]
 
     def add(self, at: At, store: int, part: int, a: Value, b: Value) -> Value:
         task = self._training.stores[store].parts[part].accumulate
@@ -266,17 +269,18 @@ class Arithmetic:
         return self._training.replicas[at[0]][at[1]]
 
     def _feed(self, step: _Step, slots: Sequence[int], microbatch: int) -> Arrays:
-        training, item, device = self._training, step.start.item, step.program.device
-        leaves = [s for s in slots if s < training.batch_leaves]
-        count = training.item_size // training.microbatches
-        found: dict[int, Array] = {}
+        item, device, piece = step.start.item, step.program.device, self._pieces(step)[microbatch]
+        leaves = [s for s in slots if s < self._training.batch_leaves]
+        found = beside_batch(self._plan, slots, self._start.seed, piece)
         if leaves and self._start.source == "shipped":
-            found = of_source(self._start, self._source[worker_of(device)], leaves, item, microbatch * count, count)
+            found |= of_source(self._start, self._source[worker_of(device)], leaves, item.epoch, piece)
         elif leaves:
-            found = of_batch(self._batches[device, item.sequence], leaves, microbatch * count, count)
-        if training.batch_leaves in slots:
-            found[training.batch_leaves] = key_words(self._start.seed, item, microbatch)
+            found |= of_batch(self._batches[device, item.sequence], leaves, microbatch, piece)
         return [found[s] for s in slots]
+
+    def _pieces(self, step: _Step) -> tuple[Piece, ...]:
+        item = step.start.item
+        return pieces(self._training, step.start.replica, item.sequence, item.start)
 
 
 class _Sum:

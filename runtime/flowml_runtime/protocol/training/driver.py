@@ -114,10 +114,11 @@ class NoteFates:
 
 @dataclass(frozen=True, slots=True)
 class NoteCommit:
-    """Enter in the history which replicas' work of a clock counts."""
+    """Enter in the history which replicas' work of a clock counts, and with a code with which coefficients."""
 
     clock: int
     excluded: tuple[int, ...]
+    coefficients: tuple[tuple[int, float], ...]
     cause: int
 
 
@@ -269,9 +270,9 @@ class TrainingDriver:
                 return [NoteFates(fates, missing, cause)]
             case wire.Report():
                 return [Note(message, event.handle, cause)]
-            case wire.Commit(clock=clock, excluded=excluded, group=group):
-                counted = self._commits.take(group, clock, excluded)
-                return [NoteCommit(decided, without, cause) for decided, without in counted]
+            case wire.Commit(clock=clock, excluded=excluded, group=group, coefficients=given):
+                counted = self._commits.take(group, clock, excluded)  # one clock at a time with a code
+                return [NoteCommit(decided, without, given, cause) for decided, without in counted]
             case wire.NonFinite(store=store, clock=clock, replicas=replicas):
                 return [NoteNonFinite(store, clock, replicas, cause)]
             case wire.StoreValue():
@@ -310,7 +311,10 @@ class TrainingDriver:
             return []
         self._to_retire.difference_update(retired)
         self._to_finish.difference_update(finished)
-        return [Over(self.number)] if self.over else []
+        if not self.over:
+            return []
+        self.ledger.close()
+        return [Over(self.number)]
 
 
 class _Commits:

@@ -37,7 +37,7 @@ What the caller must do:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from flowml.policy import Fold
@@ -360,10 +360,10 @@ class Home:
             missing = next(r for r in range(self._terms.replicas) if r not in there and r not in excluded)
             raise ProtocolError(f"clock {clock} is committed with replica {missing}, which store {index} lacks")
         store.floor = clock + 1
-        given = dict(event.coefficients)
-        chosen = [(gathering, given.get(replica, 0.0) if given else 1.0) for replica, gathering in taken]
+        chosen = [(gathering, 1.0) for _, gathering in taken]
         if not isinstance(late_rule, Fold):
-            actions = self._apply(index, chosen, exact=bool(given))
+            given = dict(event.coefficients)
+            actions = self._decode(index, dict(taken), given) if given else self._apply(index, chosen)
             return [*actions, *self._release(_parts(late.values())), *self._finish(index)]
         if late:
             store.gathering[clock] = late
@@ -378,6 +378,16 @@ class Home:
             store.owed[replica] = {c for c in owed if c > earlier}
         absent = sum(replica not in self._lost for replica in excluded)
         return [*self._apply(index, chosen, absent=absent - len(event.folded)), *self._finish(index)]
+
+    def _decode(self, index: int, row: Mapping[int, _Gathering], coefficients: Mapping[int, float]) -> list[Action]:
+        """Apply the contributions that a code needs with its coefficients: all of them, or none if one is empty."""
+        unknown = coefficients.keys() - row.keys()
+        if unknown:
+            raise ProtocolError(f"replica {min(unknown)} has a coefficient, but is not in the commit")
+        whole = all(row[replica].weight for replica in coefficients)
+        used = [(row[replica], a) for replica, a in sorted(coefficients.items()) if whole]
+        rest = self._release(_parts(g for replica, g in row.items() if not whole or replica not in coefficients))
+        return [*rest, *self._apply(index, used, exact=True)]
 
     def _apply(
         self, index: int, chosen: list[tuple[_Gathering, float]], *, absent: int = 0, exact: bool = False

@@ -6,6 +6,8 @@ A work item is `item_size` examples from one epoch's order. The machine counts i
   epoch. So with full synchrony replica r gets exactly item c·R + r at clock c. A row is drawn when a replica
   first asks for its clock. An item that its replica has skipped, or got and never began, goes to the tail of
   its epoch's queue. An epoch has a fixed number of rows; the items left at its end are unseen.
+* With a code a clock uses the whole row, whichever replicas are late, because others compute their items too. So an
+  item never returns to the queue, and every item of a clock that is over counts as used.
 * Otherwise the next item goes to the next replica that asks, until all epochs are drained. Fast replicas take more.
 
 Every granted item comes back exactly once: settled as used, dropped or folded in later, or given back (`returned`
@@ -86,6 +88,7 @@ class Work:
     item_size: int
     total_clocks: int
     aligned: bool
+    coded: bool = False
     groups: tuple[str, ...] = ()
     """The names of the groups of layers that decide alone what they use."""
 
@@ -216,6 +219,11 @@ class WorkQueue:
         self._back.setdefault(item.epoch, deque()).append(item)
         self._epoch = min(self._epoch, item.epoch)
 
+    def skipped(self, replica: int, clock: int) -> list[wire.Item]:
+        """Take the items that were drawn for clocks of `replica` before `clock`, which it will never ask for."""
+        reserved = self._reserved[replica]
+        return [reserved.pop(c) for c in sorted(reserved) if c < clock]
+
     def leave(self, replica: int) -> None:
         """Draw no more items for a lost replica, and give those already drawn to others."""
         self._gone.add(replica)
@@ -317,12 +325,26 @@ class Ledger:
         self._newest[replica] = clocks[-1]
         items: list[tuple[int, wire.Item]] = []
         for clock in clocks:
+            if self._work.coded:
+                self._use_skipped(replica, clock)
             item = self._queue.take(replica, clock)
             if item is not None:
                 self._outstanding[item.sequence] = (replica, item)
                 items.append((clock, item))
         self._granted += len(items)
         return [Grant(replica, tuple(items), exhausted=len(items) < len(clocks) or self._queue.drained)]
+
+    def close(self) -> None:
+        """The run has ended well. With a code, late replicas may not have asked for their last clocks."""
+        for replica in range(self._work.replicas if self._work.coded else 0):
+            self._use_skipped(replica, self._work.total_clocks)
+
+    def _use_skipped(self, replica: int, clock: int) -> None:
+        """The replica is at `clock`: the items of its earlier clocks were used without it."""
+        for item in self._queue.skipped(replica, clock):
+            self._granted += 1
+            self._outstanding[item.sequence] = (replica, item)
+            self._account(replica, item, "used")
 
     def _settle(self, replica: int, fates: Iterable[tuple[wire.Item, Fate]], missing: tuple[int, ...] = ()) -> None:
         if replica in self._lost:
@@ -333,6 +355,8 @@ class Ledger:
     def _account(self, replica: int, item: wire.Item, fate: Change, missing: tuple[int, ...] = ()) -> None:
         if self._outstanding.get(item.sequence) != (replica, item):
             raise ProtocolError(f"replica {replica} says that item {item.sequence} was {fate}, but does not have it")
+        if self._work.coded:
+            fate = "used"
         del self._outstanding[item.sequence]
         self._epochs[item.epoch].fates[fate] += 1
         self._replicas[replica].fates[fate] += 1

@@ -85,7 +85,8 @@ class Terms:
     def of(training: Training, total_clocks: int) -> Terms:
         stores = tuple(StoreTerms(tuple(p.stage for p in s.parts), s.policy, s.collective) for s in training.stores)
         stages = len(training.replicas[0])
-        rows = training.item_size / training.microbatches
+        share = float(training.code.load) if training.code else 1 / len(training.replicas)
+        rows = training.item_size * len(training.replicas) * share / training.microbatches
         return Terms(len(training.replicas), stages, training.microbatches, stores, total_clocks, rows)
 
     def lasting(self, total_clocks: int) -> Terms:

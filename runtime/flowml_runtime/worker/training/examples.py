@@ -9,27 +9,38 @@ from typing import Any
 import numpy as np
 
 from flowml.data import epoch_order
+from flowml.plan import Plan
+from flowml.training.pieces import Piece
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array, aligned_copy
 
 
 def of_source(
-    start: wire.StartTraining, leaves: Mapping[int, Array], slots: Sequence[int], item: wire.Item, first: int, rows: int
+    start: wire.StartTraining, leaves: Mapping[int, Array], slots: Sequence[int], epoch: int, piece: Piece
 ) -> dict[int, Array]:
-    """Rows of a work item, out of whole leaves."""
-    order = _order(start.examples, start.seed, item.epoch, start.shuffle)
-    indices = order[item.start + first : item.start + first + rows]
+    """The examples of a microbatch, out of whole leaves."""
+    order = _order(start.examples, start.seed, epoch, start.shuffle)
+    indices = order[piece.start : piece.start + piece.size]
     return {s: aligned_copy(np.asarray(leaves[s])[indices]) for s in slots}
 
 
-def of_batch(leaves: Mapping[int, Array], slots: Sequence[int], first: int, rows: int) -> dict[int, Array]:
-    """Rows of a work item, out of its own leaves."""
-    return {s: aligned_copy(np.asarray(leaves[s])[first : first + rows]) for s in slots}
+def of_batch(leaves: Mapping[int, Array], slots: Sequence[int], microbatch: int, piece: Piece) -> dict[int, Array]:
+    """The examples of a microbatch, out of leaves that hold those of all microbatches of the step."""
+    first = microbatch * piece.size
+    return {s: aligned_copy(np.asarray(leaves[s])[first : first + piece.size]) for s in slots}
 
 
-def key_words(seed: int, item: wire.Item, microbatch: int) -> np.ndarray[Any, Any]:
-    """The feed from which the loss makes its key."""
-    return np.array([seed % 2**32, item.sequence % 2**32, microbatch], np.uint32)
+def beside_batch(plan: Plan, slots: Sequence[int], seed: int, piece: Piece) -> dict[int, Array]:
+    """The feeds of a microbatch that are no leaves of the batch: the words of the loss's key, and the coefficient."""
+    training = plan.training
+    assert training is not None
+    found: dict[int, Array] = {}
+    for slot in (s for s in slots if s >= training.batch_leaves):
+        if training.takes_rng and slot == training.batch_leaves:
+            found[slot] = np.array([seed % 2**32, piece.sequence % 2**32, piece.microbatch], np.uint32)
+        else:
+            found[slot] = np.array(piece.coefficient, plan.inputs[slot].dtype)
+    return found
 
 
 @lru_cache(maxsize=4)

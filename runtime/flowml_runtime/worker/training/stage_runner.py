@@ -24,6 +24,7 @@ from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import ArraySpec, StoreSpec
 from flowml.plan import Run as RunInstruction
 from flowml.policy import Gossip
+from flowml.training.pieces import Piece, pieces
 from flowml_runtime import service, wire
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.lane import LARGE_BYTES, Lane
@@ -33,7 +34,7 @@ from flowml_runtime.execution.services import EdgeServices, host_view
 from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare, run_step
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Send, Start, StepFinished
-from flowml_runtime.worker.training.examples import key_words, of_batch, of_source
+from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source
 from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.neighbours import Neighbours
@@ -96,6 +97,8 @@ class StageRunner(EdgeServices):
         """By store the parameters of this step, where filters compare gradients with them."""
         self._now = Start(*at, -1, wire.Item(sequence=0, epoch=0, start=0, size=0), 0)
         """The current step, or the last one."""
+        self._pieces: tuple[Piece, ...] = ()
+        """Its examples, by microbatch."""
         self._read_versions: dict[int, int] = {}
         self._fetched: dict[int, list[Array]] = {}
         runs = sum(isinstance(i, RunInstruction) for i in loaded.program.instructions)
@@ -140,6 +143,7 @@ class StageRunner(EdgeServices):
         # no deadline: the thread sleeps until it has work or is closed
         while (start := self._starts.get()) is not None:
             self._now = start
+            self._pieces = pieces(self.run.training, self.replica, start.item.sequence, start.item.start)
             if not self.run.stopped:
                 self._step(start.clock)
                 self._mailbox.finish((self.plan_id, self.run.step_of(start.clock), self.device))
@@ -203,7 +207,8 @@ class StageRunner(EdgeServices):
         if not self._fetched:
             return
         slots = tuple(sorted(self._fetched))
-        values = [over_microbatches(self._fetched[s]) for s in slots]
+        coded = self.run.training.code is not None
+        values = [over_microbatches(self._fetched[s], self._pieces if coded else ()) for s in slots]
         message = wire.Report(
             plan_id=self.plan_id,
             run=self.run.number,
@@ -229,25 +234,22 @@ class StageRunner(EdgeServices):
             self._on_fault(step, node, error)
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
-        training, item = self.run.training, self._now.item
-        leaves = [s for s in slots if s < training.batch_leaves]
-        rows = training.item_size // training.microbatches
-        found = self._rows(leaves, item, microbatch * rows, rows, step) if leaves else {}
-        if training.batch_leaves in slots:
-            found[training.batch_leaves] = key_words(self.run.start.seed, item, microbatch)
+        leaves = [s for s in slots if s < self.run.training.batch_leaves]
+        found = beside_batch(self.run.plan, slots, self.run.start.seed, self._pieces[microbatch])
+        found |= self._examples(leaves, microbatch, step) if leaves else {}
         return [found[s] for s in slots]
 
-    def _rows(self, slots: Sequence[int], item: wire.Item, first: int, rows: int, step: int) -> dict[int, Any]:
-        start = self.run.start
+    def _examples(self, slots: Sequence[int], microbatch: int, step: int) -> dict[int, Any]:
+        start, item, piece = self.run.start, self._now.item, self._pieces[microbatch]
         if start.source == "shipped":
             with self.run.changed:
                 self.run.wait_for(
                     lambda: all(s in self.run.source for s in slots), self._in_vain, "the data source", step
                 )
-            return of_source(start, self.run.source, slots, item, first, rows)
+            return of_source(start, self.run.source, slots, item.epoch, piece)
         with self.run.changed:
             _, batch = self._batches[item.sequence]
-        return of_batch(batch, slots, first, rows)
+        return of_batch(batch, slots, microbatch, piece)
 
     def _in_vain(self) -> bool:
         return self.machine.should_abandon(self._now.clock)
@@ -403,9 +405,15 @@ def _known(arrays: Sequence[Array]) -> Gradients:
     return known
 
 
-def over_microbatches(values: Sequence[Array]) -> np.ndarray:
-    """The sum: floats in float32 or wider, counts in 64 bits. The driver, which gets all replicas' sums, divides."""
+def over_microbatches(values: Sequence[Array], coded: Sequence[Piece] = ()) -> np.ndarray:
+    """The sum: floats in float32 or wider, counts in 64 bits. The driver, which gets all replicas' sums, divides.
+
+    With a code the step has multiplied floats by their coefficients, and counts are multiplied here.
+    """
     arrays = [np.asarray(v) for v in values]
     kind, dtype = arrays[0].dtype.kind, arrays[0].dtype
+    if coded and kind in "biu":
+        scaled = [piece.coefficient * a for piece, a in zip(coded, arrays, strict=True)]
+        return np.asarray(np.sum(scaled, axis=0, dtype=np.float64))
     wide = {"b": np.int64, "i": np.int64, "u": np.uint64}.get(kind, np.float32 if dtype.itemsize < 4 else dtype)
     return np.sum([a.astype(wide, copy=False) for a in arrays], axis=0, dtype=wide)

@@ -1,0 +1,43 @@
+"""Says which examples a replica computes in each microbatch of a step.
+
+Without a code they are its work item, cut into microbatches. With a code they are several partitions of the global
+batch, which is made of the work items of all replicas, and each partition is cut into microbatches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flowml.plan import Training
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The examples of a microbatch: `size` from `start` in the order of the epoch.
+
+    The loss's key is made of `sequence` and `microbatch`. The gradient is multiplied by `coefficient`.
+    """
+
+    start: int
+    size: int
+    sequence: int
+    microbatch: int
+    coefficient: float = 1.0
+
+
+def pieces(training: Training, replica: int, sequence: int, start: int) -> tuple[Piece, ...]:
+    """What `replica` computes in the step of the work item `sequence`, which begins at `start`, by microbatch."""
+    count, code, replicas = training.microbatches, training.code, len(training.replicas)
+    if code is None:
+        size = training.item_size // count
+        return tuple(Piece(start + m * size, size, sequence, m) for m in range(count))
+    row = code.row(replica)
+    each = count // len(row)  # microbatches of a partition
+    batch, place = divmod(sequence, replicas)
+    share = replicas * training.item_size // code.partitions
+    first, size = start - place * training.item_size, share // each
+    return tuple(
+        Piece(first + j * share + m * size, size, batch * code.partitions + j, m, coefficient)
+        for j, coefficient in row
+        for m in range(each)
+    )
