@@ -100,6 +100,38 @@ def quorum(
     return algebra.Policy(quorum=algebra.Quorum(count_or_fraction, late=late_of(late, "quorum")), **overrides)
 
 
+def backup_workers(n: int, **overrides: Unpack[_Waiting]) -> algebra.Policy:
+    """The first `n` replicas complete a clock, the others are spares (Chen et al., Revisiting Distributed Synchronous
+    SGD, 2016)."""
+    return algebra.Policy(quorum=algebra.Quorum(n), **overrides)
+
+
+def deadline(
+    share: float, grace: float | Literal["adaptive"] = "adaptive", **overrides: Unpack[_Waiting]
+) -> algebra.Policy:
+    """A share of the replicas completes a clock, after a grace time for the others: seconds, or learnt."""
+    return algebra.Policy(quorum=algebra.Deadline(share, grace), **overrides)
+
+
+def compensate(share: float = 0.75, **overrides: Unpack[_Pushing]) -> algebra.Policy:
+    """Late gradients join a later clock (Xu et al., Live Gradient Compensation, 2020). All replicas count alike."""
+    return algebra.Policy(quorum=algebra.Quorum(share, late="fold"), **overrides)
+
+
+def softsync(n: float, *, scale: bool = True, **overrides: Unpack[_Sending]) -> algebra.Policy:
+    """A home applies 1/n of the replicas' gradients at a time, so their staleness is about `n`; `scale` divides each by
+    its staleness (Gupta et al., Rudra, 2016)."""
+    overrides.setdefault("staleness", algebra.UNBOUNDED)
+    overrides.setdefault("quorum", algebra.Quorum(1 / n, late="fold"))
+    overrides.setdefault("apply", algebra.StalenessScaled() if scale else "mean")
+    return algebra.Policy(**overrides)
+
+
+def double_buffer(**overrides: Unpack[_Pushing]) -> algebra.Policy:
+    """A step computes with parameters that are one clock old while the newest are exchanged; no work is lost."""
+    return algebra.Policy(staleness=1, quorum=algebra.Quorum(), **overrides)
+
+
 def local_sgd(every: int, **overrides: Unpack[_Averaging]) -> algebra.Policy:
     """Each replica updates parameters of its own, and every `every` steps all take the mean (Stich, *Local SGD
     Converges Fast and Communicates Little*, ICLR 2019)."""
