@@ -136,8 +136,9 @@ class Terms:
         return any(not s.clocked for s in self.stores)
 
     @cached_property
-    def _undecided(self) -> bool:
-        return any(not s.decided for s in self.stores)
+    def _counts_always(self) -> bool:
+        """Whether every step counts for some store: one without decisions, or of a group that leaves no replica out."""
+        return any(not s.decided for s in self.stores) or any(not g.drops or g.folds for g in self.groups)
 
     @cached_property
     def accumulating(self) -> dict[int, tuple[int, ...]]:
@@ -158,8 +159,15 @@ class Terms:
         """The last clock of an aligned run; -1 if each replica has its own."""
         return self.total_clocks - 1 if self.aligned else -1
 
+    @cached_property
+    def _at_every_clock(self) -> bool:
+        """Whether every group has a decision at every clock, which then needs no search."""
+        return all(group.every == Every() for group in self.groups)
+
     def due_groups(self, clock: int) -> tuple[Group, ...]:
         """The groups that have a decision at `clock`."""
+        if self._at_every_clock:
+            return self.groups
         return tuple(g for g in self.groups if g.every.due(clock, self.last_clock))
 
     def may_skip(self, clock: int) -> bool:
@@ -183,9 +191,9 @@ class Terms:
         It does for stores without decisions, for a group that gathers it for a later push, and for one that waits for
         every replica or folds late contributions in.
         """
-        if self._undecided:
-            return True
-        return any(not g.drops or g.folds or not g.every.due(clock, self.last_clock) for g in self.groups)
+        if self._at_every_clock:
+            return self._counts_always
+        return self._counts_always or any(not g.every.due(clock, self.last_clock) for g in self.groups)
 
     def flushes(self, clock: int, last: bool) -> bool:
         """Whether a store pushes at `clock` what it may have kept of earlier steps."""
