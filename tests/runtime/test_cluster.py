@@ -179,7 +179,7 @@ def test_a_start_that_takes_too_long_is_given_up(no_leaks: NoLeaks) -> None:
 
 def test_counts_are_checked() -> None:
     for make in (fm.Cluster.local, fm.Cluster.threads, LaunchedCluster):
-        with pytest.raises(fm.ClusterError, match="workers=0 is too few"):
+        with pytest.raises(fm.ClusterError, match="workers=0: give at least 1"):
             make(workers=0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from flowml.policy import Policy, Quorum
 from flowml_tools.bench.machines import Run
 from flowml_tools.bench.rows import Goal, Peer, Row, Sample
 from flowml_tools.bench.table import render
@@ -15,7 +16,7 @@ EVENTS_A_STEP = 8
 @pytest.mark.parametrize("share", [1.0, 0.75])
 def test_the_events_of_a_run_grow_with_replicas_times_clocks(share: float) -> None:
     for replicas, clocks in ((4, 10), (40, 10), (40, 30)):
-        events = Run(replicas, clocks, int(share * replicas)).go()
+        events = Run(replicas, clocks, Policy(quorum=Quorum(share))).go()
         assert (EVENTS_A_STEP - 1) * replicas * clocks <= events <= EVENTS_A_STEP * replicas * (clocks + 2)
 
 

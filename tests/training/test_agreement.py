@@ -45,7 +45,7 @@ def flipping_a_bit() -> Callable[[Record], None]:
             found.extend(h for h in homes if h._run.me == FAULTY and not h._run.stopped)
             assert found
         for held in [held for homes in found for held in homes._held.values()]:
-            memory = np.asarray(held.params[-1])
+            memory = np.asarray(held.values[held.params - 1])
             ctypes.cast(memory.ctypes.data, ctypes.POINTER(ctypes.c_uint8))[0] ^= 1
 
     return on_step

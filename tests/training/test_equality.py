@@ -158,7 +158,7 @@ def test_an_equinox_model(threads_cluster: fm.Cluster) -> None:
     assert_same(result.params, expected.params)
     assert_same(result.opt_state, expected.opt_state)
     eqx.combine(result.params, static)(jnp.zeros(12))
-    with pytest.raises(TypeError, match=r"parameter 'activation' is of type .* which is no array; .*eqx.partition"):
+    with pytest.raises(TypeError, match=r"parameter 'activation' is of type .* which is not an array; .*eqx.partition"):
         fm.Trainer(loss, optimizer, cluster=threads_cluster).fit(model, SOURCE, batch_size=BATCH, steps=1)
 
 
