@@ -36,15 +36,15 @@ from flowml.training.step import Weight, name_of
 from flowml.training.variants import difference, placed_alike
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.current import blocks
-from flowml_runtime.driver.feeding import MAX_SHAPES, batch_structs
-from flowml_runtime.driver.fit import Fit, FitOptions, OnNonFinite, Outcome
-from flowml_runtime.driver.history import Record
 from flowml_runtime.driver.interrupts import heeding_interrupts
-from flowml_runtime.driver.probe import mean_warning
 from flowml_runtime.driver.progress import shown
 from flowml_runtime.driver.session import LoadedPlan
-from flowml_runtime.driver.tables import layer_table
-from flowml_runtime.driver.training_session import TrainingCluster, TrainingSession
+from flowml_runtime.driver.training.feeding import MAX_SHAPES, batch_structs
+from flowml_runtime.driver.training.fit import Fit, FitOptions, OnNonFinite, Outcome
+from flowml_runtime.driver.training.history import Record
+from flowml_runtime.driver.training.probe import mean_warning
+from flowml_runtime.driver.training.tables import layer_table
+from flowml_runtime.driver.training.training_session import TrainingCluster, TrainingSession
 from flowml_runtime.protocol.training.ledger import Summary
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.sim.cluster import SimulatedCluster

@@ -25,7 +25,7 @@ from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.transport.endpoint import Endpoint, ThreadHub
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
-from flowml_runtime.worker.training.collectives import Group, GroupId, add
+from flowml_runtime.worker.training.exchange.collectives import Group, GroupId, add
 
 WAIT_S = 20.0
 TOKEN = "a token for tests"
@@ -163,7 +163,7 @@ def test_a_lost_member_fails_what_needs_it_and_what_comes_after(groups: Groups) 
 OTHER_PROCESS = """
 import sys
 import numpy as np
-from flowml_runtime.worker.training.collectives import Group, GroupId
+from flowml_runtime.worker.training.exchange.collectives import Group, GroupId
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 
 token, first = sys.argv[1:]

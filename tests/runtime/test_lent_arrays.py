@@ -16,8 +16,8 @@ from flowml.plan import ArraySpec
 from flowml_runtime import wire
 from flowml_runtime.protocol.collective import Schedule, direct, doubling, hierarchical, ring, tree
 from flowml_runtime.transport.endpoint import ThreadHub
-from flowml_runtime.worker.training import collectives
-from flowml_runtime.worker.training.collectives import Group, GroupId
+from flowml_runtime.worker.training.exchange import collectives
+from flowml_runtime.worker.training.exchange.collectives import Group, GroupId
 
 WAIT_S = 60.0
 LOCKED_S = 0.05

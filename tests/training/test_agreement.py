@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import flowml as fm
-from flowml_runtime.worker.training.agreement import digest
+from flowml_runtime.worker.training.exchange.agreement import digest
 from flowml_runtime.worker.training.homes import Homes
 from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
 

@@ -14,7 +14,7 @@ import flowml as fm
 from flowml.plan import Training
 from flowml.training.step import Metrics
 from flowml_runtime import wire
-from flowml_runtime.driver.history import History
+from flowml_runtime.driver.training.history import History
 from tests.training.reference import data, mlp, mlp_loss
 
 REPLICAS = 3

@@ -6,7 +6,7 @@ from typing import Any
 
 import flowml as fm
 from flowml.training.step import Metrics
-from flowml_runtime.driver.history import MAX_AHEAD, History
+from flowml_runtime.driver.training.history import MAX_AHEAD, History
 from tests.training.test_history import REPLICAS, report, training
 
 

@@ -16,8 +16,8 @@ import pytest
 
 import flowml as fm
 from flowml.errors import FlowmlError, WorkerLostError
-from flowml_runtime.driver import feeding
 from flowml_runtime.driver.session import LoadedPlan, Session
+from flowml_runtime.driver.training import feeding
 from tests.training.reference import assert_close
 
 LENGTHS = (6, 6, 10, 4, 10, 6)

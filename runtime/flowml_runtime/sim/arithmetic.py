@@ -31,12 +31,12 @@ from flowml_runtime.sim.program import At
 from flowml_runtime.sim.values import Chunk, Report, Value
 from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.worker.training.applying import applied, given_of
-from flowml_runtime.worker.training.collectives import Flight, flat, parts_of
 from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source
+from flowml_runtime.worker.training.exchange.collectives import Flight, flat, parts_of
+from flowml_runtime.worker.training.exchange.reductions import sum_of
 from flowml_runtime.worker.training.filtered import Decoder, Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.own_values import OwnValues
-from flowml_runtime.worker.training.reductions import sum_of
 from flowml_runtime.worker.training.stage_runner import over_microbatches
 
 Arrays = Sequence[Array]

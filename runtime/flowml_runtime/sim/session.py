@@ -20,7 +20,7 @@ from flowml.policy import Gossip
 from flowml.sim import ComputeModel, ComputeTimes, Crash, Fault, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.driver.session import LoadedPlan, PlanHandler, loaded
-from flowml_runtime.driver.training_session import Simulated
+from flowml_runtime.driver.training.training_session import Simulated
 from flowml_runtime.execution.programs import ExecutableCache
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.sim.arithmetic import Compiled

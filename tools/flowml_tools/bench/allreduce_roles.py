@@ -26,7 +26,7 @@ def reduce(rank: str, meeting: str) -> None:
 
     from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
     from flowml_runtime.worker.process import SWITCH_INTERVAL_S
-    from flowml_runtime.worker.training.collectives import Group, GroupId
+    from flowml_runtime.worker.training.exchange.collectives import Group, GroupId
 
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     members = ["worker:0", "worker:1"]

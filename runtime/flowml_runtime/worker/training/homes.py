@@ -21,8 +21,8 @@ from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import host_view
 from flowml_runtime.protocol.training.actions import Apply, Load, Publish, Release, Return
 from flowml_runtime.protocol.training.terms import RETIRED
-from flowml_runtime.worker.training.agreement import Agreement
 from flowml_runtime.worker.training.applying import applied, given_of
+from flowml_runtime.worker.training.exchange.agreement import Agreement
 from flowml_runtime.worker.training.filtered import Decoder
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
 from flowml_runtime.worker.training.run import Fault, Run

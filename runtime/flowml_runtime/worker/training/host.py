@@ -29,9 +29,9 @@ from flowml_runtime.protocol.training import actions as protocol
 from flowml_runtime.protocol.training.story import entry
 from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
-from flowml_runtime.worker.training.agreement import Agreement
+from flowml_runtime.worker.training.exchange.agreement import Agreement
+from flowml_runtime.worker.training.exchange.reductions import Reductions
 from flowml_runtime.worker.training.homes import Homes
-from flowml_runtime.worker.training.reductions import Reductions
 from flowml_runtime.worker.training.run import Run, StoreView
 from flowml_runtime.worker.training.stage_runner import StageRunner
 

@@ -35,11 +35,11 @@ from flowml_runtime.execution.step_program import StepFault, StepProgram, prepar
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Send, Start, StepFinished
 from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source
+from flowml_runtime.worker.training.exchange.neighbours import Neighbours
+from flowml_runtime.worker.training.exchange.reductions import Given, Reductions
 from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
-from flowml_runtime.worker.training.neighbours import Neighbours
 from flowml_runtime.worker.training.own_values import OwnValues
-from flowml_runtime.worker.training.reductions import Given, Reductions
 from flowml_runtime.worker.training.run import Run
 
 if TYPE_CHECKING:

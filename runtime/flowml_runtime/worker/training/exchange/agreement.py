@@ -20,7 +20,7 @@ from flowml.devices import worker_of
 from flowml.errors import DivergedError, FlowmlError, WorkerLostError, one_line
 from flowml_runtime.execution.future import Future
 from flowml_runtime.transport.arrays import as_bytes
-from flowml_runtime.worker.training.collectives import Group
+from flowml_runtime.worker.training.exchange.collectives import Group
 from flowml_runtime.worker.training.run import Fault, Run
 
 Digest = np.ndarray[Any, np.dtype[np.uint64]]

@@ -26,7 +26,7 @@ from flowml_runtime.execution.recorder import Span, now_ns
 from flowml_runtime.protocol.collective import Schedule, named
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.transport.arrays import aligned_empty
-from flowml_runtime.worker.training.collectives import Group, GroupId, accumulator, add
+from flowml_runtime.worker.training.exchange.collectives import Group, GroupId, accumulator, add
 from flowml_runtime.worker.training.finite import all_finite
 from flowml_runtime.worker.training.run import Fault, Run
 

@@ -36,13 +36,13 @@ from flowml.training.compiler import TrainingCompiled
 from flowml.training.pieces import pieces
 from flowml.training.step import Metrics
 from flowml_runtime import wire
-from flowml_runtime.driver.feeding import Feeding, Variant, whole
-from flowml_runtime.driver.history import History, Record
 from flowml_runtime.driver.interrupts import Interrupts
 from flowml_runtime.driver.progress import Progress
 from flowml_runtime.driver.session import LoadedPlan
-from flowml_runtime.driver.tables import group_names
-from flowml_runtime.driver.training_session import Simulated, TrainingSession
+from flowml_runtime.driver.training.feeding import Feeding, Variant, whole
+from flowml_runtime.driver.training.history import History, Record
+from flowml_runtime.driver.training.tables import group_names
+from flowml_runtime.driver.training.training_session import Simulated, TrainingSession
 from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol
 from flowml_runtime.protocol.training.actions import Received, Release, Send
