@@ -41,23 +41,11 @@ Row = tuple[tuple[int, float], ...]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_WORKERS)]
 
 
-class FractionalRepetition(msgspec.Struct, frozen=True, tag="fractional"):
-    """s + 1 replicas compute each share of the batch, and one of them is enough. All coefficients are 0 or 1.
-
-    The result has the same bits, whichever replicas are late. s + 1 must divide n.
-    """
+class _Repetition(msgspec.Struct, frozen=True):
+    """What the two codes have in common in which each share of the batch goes to s + 1 replicas."""
 
     workers: _Count
     stragglers: _Count
-
-    def __post_init__(self) -> None:
-        _check_counts("fractional", self.workers, self.stragglers)
-        if self.workers % (self.stragglers + 1):
-            raise PolicyError(
-                f"the fractional code for {self.stragglers} stragglers gives each share of a batch to "
-                f"{self.stragglers + 1} replicas, which does not divide {self.workers} replicas; use a multiple of "
-                f"{self.stragglers + 1} replicas, or code='cyclic'"
-            )
 
     @property
     def partitions(self) -> int:
@@ -72,6 +60,22 @@ class FractionalRepetition(msgspec.Struct, frozen=True, tag="fractional"):
     def tolerates(self) -> int:
         """The number of late replicas that it survives, whichever they are."""
         return self.stragglers
+
+
+class FractionalRepetition(_Repetition, frozen=True, tag="fractional"):
+    """s + 1 replicas compute each share of the batch, and one of them is enough. All coefficients are 0 or 1.
+
+    The result has the same bits, whichever replicas are late. s + 1 must divide n.
+    """
+
+    def __post_init__(self) -> None:
+        _check_counts("fractional", self.workers, self.stragglers)
+        if self.workers % (self.stragglers + 1):
+            raise PolicyError(
+                f"the fractional code for {self.stragglers} stragglers gives each share of a batch to "
+                f"{self.stragglers + 1} replicas, which does not divide {self.workers} replicas; use a multiple of "
+                f"{self.stragglers + 1} replicas, or code='cyclic'"
+            )
 
     def row(self, worker: int) -> Row:
         first = worker - worker % (self.stragglers + 1)
@@ -86,32 +90,15 @@ class FractionalRepetition(msgspec.Struct, frozen=True, tag="fractional"):
         return dict.fromkeys(chosen.values(), 1.0) if enough else None
 
 
-class CyclicRepetition(msgspec.Struct, frozen=True, tag="cyclic"):
+class CyclicRepetition(_Repetition, frozen=True, tag="cyclic"):
     """Replica r computes partitions r … r + s, modulo n, with coefficients for which any n - s replicas are enough.
 
     Rounding errors grow with n and s: with 12 replicas by a factor of 10 to 100, and with 84 replicas and 20 stragglers
     by 10⁴. If coefficients with an error below `TOLERANCE` do not exist, more replicas are waited for.
     """
 
-    workers: _Count
-    stragglers: _Count
-
     def __post_init__(self) -> None:
         _check_counts("cyclic", self.workers, self.stragglers)
-
-    @property
-    def partitions(self) -> int:
-        return self.workers
-
-    @property
-    def load(self) -> Fraction:
-        """The share of the batch that each replica computes."""
-        return Fraction(self.stragglers + 1, self.workers)
-
-    @property
-    def tolerates(self) -> int:
-        """The number of late replicas that it survives, whichever they are."""
-        return self.stragglers
 
     def row(self, worker: int) -> Row:
         whole = _cyclic_matrix(self.workers, self.stragglers)[worker]

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
 from flowml import policy as algebra
-from flowml.policy.quorum import LateName, late_of
+from flowml.errors import PolicyError
+from flowml.policy.quorum import LateName, late_of, number
 
 
 class _Common(TypedDict, total=False):
@@ -120,7 +121,11 @@ def compensate(share: float = 0.75, **overrides: Unpack[_Pushing]) -> algebra.Po
 
 def softsync(n: float, *, scale: bool = True, **overrides: Unpack[_Sending]) -> algebra.Policy:
     """A home applies 1/n of the replicas' gradients at a time, so their staleness is about `n`; `scale` divides each by
-    its staleness (Gupta et al., Rudra, 2016)."""
+    its staleness (Gupta et al., Rudra, 2016). Raises PolicyError for an `n` below 1."""
+    if number(n, "softsync({!r}): give a number of at least 1") < 1:
+        raise PolicyError(
+            f"softsync({n}): give a number of at least 1; 1 applies the gradients of all replicas at once"
+        )
     overrides.setdefault("staleness", algebra.UNBOUNDED)
     overrides.setdefault("quorum", algebra.Quorum(1 / n, late="fold"))
     overrides.setdefault("apply", algebra.StalenessScaled() if scale else "mean")

@@ -32,6 +32,12 @@ NAN = float("nan")
         lambda: Every(2.0),  # pyright: ignore[reportArgumentType]
         lambda: Every(True),
         lambda: policies.every(0),
+        lambda: policies.softsync(0),
+        lambda: policies.softsync(NAN),
+        lambda: policies.softsync("2"),  # pyright: ignore[reportArgumentType]
+        lambda: policies.deadline(2.0),
+        lambda: policies.deadline(0.5, grace=-1),
+        lambda: policies.backup_workers(0),
         lambda: policies.asynchronous(staleness=-1),
         lambda: policies.asynchronous(staleness=NAN),
         lambda: policies.asynchronous(staleness=1.5),

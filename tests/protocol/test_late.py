@@ -115,6 +115,17 @@ def test_a_late_contribution_is_folded_in_with_its_decay_and_counts_once() -> No
     machine.validate()
 
 
+def test_a_late_contribution_alone_does_not_count_for_all() -> None:
+    """Those on time held NaN and came empty: the late one is still one of two."""
+    machine = home(Policy(quorum=Quorum(1, late="fold")))
+    machine.step(part(0, 0, 1))
+    machine.step(Committed(0, (1,)))
+    machine.step(part(1, 0, 2))
+    for replica in range(2):
+        machine.step(ContributionReceived(0, 0, replica, 0, 1, 0, 0, 0, empty=True))
+    assert applied(machine.step(Committed(1, folded=((1, 0),)))) == [(2, 0.25)]
+
+
 def test_the_leader_names_late_contributions_in_the_next_commit() -> None:
     machine = decision(Policy(quorum=Quorum(2, late="fold")), replicas=3)
     machine.step(Arrived(0, 0, 0))

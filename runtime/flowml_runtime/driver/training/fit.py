@@ -238,7 +238,7 @@ class Fit:
             match action:
                 case Send(to, message):
                     for worker in to:
-                        self._session.endpoint.send(worker, message)
+                        self._send(worker, message)
                 case protocol.SendStore():
                     self._send_store(action, params, state)
                 case protocol.SendSource():
@@ -292,12 +292,12 @@ class Fit:
         arrays = [*(np.asarray(params[i]) for i in store.leaves), *buffers(store.state, store.state_specs)]
         message = wire.StoreValue(**ids, version=0, specs=(*store.specs, *store.state_specs))
         for worker in action.to:
-            self._session.endpoint.send(worker, message, arrays)
+            self._send(worker, message, arrays)
         if store.local is not None:
             own = wire.OwnState(**ids, specs=store.local.state_specs)
             arrays = buffers(store.local.state, store.local.state_specs)
             for worker in dict.fromkeys(map(worker_of, store.readers)):
-                self._session.endpoint.send(worker, own, arrays)
+                self._send(worker, own, arrays)
 
     def _ship(self) -> None:
         """Send each worker the whole leaves that its stages read, once."""
@@ -319,7 +319,7 @@ class Fit:
             ]
             wholes = tuple(whole(specs[s], a) for s, a in zip(order, arrays, strict=True))
             message = wire.Source(**self._ids, slots=order, specs=wholes)
-            self._session.endpoint.send(worker, message, arrays)
+            self._send(worker, message, arrays)
 
     def _when(self, worker: str) -> str:
         """When a worker was lost, in words. After the last record, a lost worker means a lost part of the result."""
@@ -327,6 +327,13 @@ class Fit:
             return f"during training at step {self._history.step}"
         names = ", ".join(repr(self._training.stores[i].name) for i in self._machine.unfinished(worker))
         return f"after the last step, before it had sent its part of the result ({names or 'what it trained'})"
+
+    def _send(self, worker: str, message: wire.Wire, arrays: Sequence[Any] = ()) -> None:
+        """Send to a worker. Raises the error of a lost worker if it is lost, although that was not reported yet."""
+        try:
+            self._session.endpoint.send(worker, message, arrays)
+        except WorkerLostError as error:
+            raise self._error(protocol.WorkerLost(worker, str(error))) from error
 
     def _error(self, failed: wire.StepFailed | protocol.WorkerLost) -> FlowmlError:
         if isinstance(failed, protocol.WorkerLost):
@@ -370,7 +377,7 @@ class Fit:
                 variant="" if variant.plan_id == self._handle.plan_id else variant.plan_id,
                 specs=tuple(whole(variant.specs[s], a) for s, a in zip(slots, arrays, strict=True)),
             )
-            self._session.endpoint.send(worker_of(device), message, arrays)
+            self._send(worker_of(device), message, arrays)
 
     def _outcome(self, params: Sequence[Any], state: Sequence[Any], seconds: float) -> Outcome:
         final, states = list(params), list(state)

@@ -376,8 +376,8 @@ class Home:
             chosen.append((gathering, late_rule.decay ** (clock - earlier)))
             owed = store.owed.get(replica, set())
             store.owed[replica] = {c for c in owed if c > earlier}
-        absent = sum(replica not in self._lost for replica in excluded)
-        return [*self._apply(index, chosen, absent=absent - len(event.folded)), *self._finish(index)]
+        living = len(taken) + sum(replica not in self._lost for replica in excluded)
+        return [*self._apply(index, chosen, living=living), *self._finish(index)]
 
     def _decode(self, index: int, row: Mapping[int, _Gathering], coefficients: Mapping[int, float]) -> list[Action]:
         """Apply the contributions that a code needs with its coefficients: all of them, or none if one is empty."""
@@ -390,12 +390,12 @@ class Home:
         return [*rest, *self._apply(index, used, exact=True)]
 
     def _apply(
-        self, index: int, chosen: list[tuple[_Gathering, float]], *, absent: int = 0, exact: bool = False
+        self, index: int, chosen: list[tuple[_Gathering, float]], *, living: int | None = None, exact: bool = False
     ) -> list[Action]:
         """Apply the contributions that have weight, and publish. The caller has set the floor.
 
-        Each comes with a factor of its coefficient, or with the coefficient itself if `exact`. `absent` is the number
-        of contributions that a mean also divides by, although they are not here.
+        Each comes with a factor of its coefficient, or with the coefficient itself if `exact`. A mean is one over the
+        contributions that are here, or over those of `living` replicas.
         """
         store = self._stores[index]
         full = [(g, factor) for g, factor in chosen if g.weight]
@@ -409,7 +409,8 @@ class Home:
         if not exact:
             most = max(g.weight for g, _ in full)
             weights = [g.weight for g, _ in full]
-            each = store.terms.policy.coefficients(weights, self._terms.microbatches, absent * most)
+            absent = 0 if living is None else (living - len(full)) * most
+            each = store.terms.policy.coefficients(weights, self._terms.microbatches, absent)
             factors = [c * factor for c, factor in zip(each, factors, strict=True)]
         contributions = tuple((g.handles(), c) for (g, _), c in zip(full, factors, strict=True))
         apply = Apply(index, store.version, contributions, staleness)
