@@ -60,6 +60,11 @@ class _Stale(TypedDict, total=False):
     quorum: algebra.Completion | None
 
 
+class _Dense(TypedDict, total=False):
+    staleness: float
+    quorum: algebra.Completion | None
+
+
 class _Averaging(_Stale, total=False):
     apply: algebra.Apply
 
@@ -160,6 +165,30 @@ def diloco(
     """
     rhythm = algebra.Every(every, fragments=fragments, delay=delay, offset=-delay % every if 0 <= delay < every else 0)
     return algebra.Policy(every=rhythm, payload=algebra.Delta(alpha), apply=algebra.Outer(outer), **overrides)
+
+
+def sparse_loco(
+    every: int,
+    share: float = 1 / 32,
+    bits: int = 2,
+    outer: Any = None,
+    decay: float = 0.95,
+    **overrides: Unpack[_Dense],
+) -> algebra.Policy:
+    """Local SGD that sends `share` of each mean change, its largest elements, in `bits` bits; what it leaves out is kept,
+    multiplied by `decay`, and added to the next change (Sarfi et al., *SparseLoCo*, 2025).
+
+    Args:
+        every: the number of local steps between two pushes.
+        share: a share of each array, or a number of elements.
+        bits: 8, 4, 2 or 1 for each element that is sent.
+        outer: an optax.GradientTransformation that gets the mean change; by default SGD at rate 1 without momentum, for
+            which the feedback stands in.
+        decay: the share of what was left out that is kept.
+    """
+    chain = (algebra.filters.top_k(share).with_error_feedback(decay), algebra.filters.quantise(bits))
+    apply: algebra.Apply = algebra.Mean() if outer is None else algebra.Outer(outer)
+    return algebra.Policy(every=every, payload=algebra.Delta(), filters=chain, apply=apply, **overrides)
 
 
 def elastic_averaging(every: int, pull: float, **overrides: Unpack[_Elastic]) -> algebra.Policy:

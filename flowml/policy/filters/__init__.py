@@ -40,7 +40,7 @@ def significance(threshold: float, decay: Literal["sqrt"] | None = "sqrt") -> Si
     With `decay="sqrt"` the threshold falls with the number t of the step as 1 / √t (Hsieh et al., *Gaia*, NSDI 2017).
     The others are always kept for later pushes, so this filter has error feedback by itself.
     """
-    return Significance(threshold=threshold, decay=decay, feedback=True)
+    return Significance(threshold=threshold, decay=decay, feedback=1.0)
 
 
 def kkt(l1: float) -> KKT:

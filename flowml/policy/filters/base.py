@@ -82,7 +82,7 @@ class Context(NamedTuple):
 
 
 class Filter(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of the filters. `feedback` keeps what the chain loses, and adds it to the next value.
+    """Base of the filters. `feedback` is the share of what the chain loses that is added to the next value; 0: none.
 
     Class attributes:
         call: the name of the function in `flowml.filters` that makes it.
@@ -94,7 +94,7 @@ class Filter(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown
         remembers: whether its parts have a meaning only together with those of earlier pushes.
     """
 
-    feedback: bool = False
+    feedback: float = 0.0
 
     call: ClassVar[str]
     takes: ClassVar[Role | None] = "values"
@@ -108,13 +108,21 @@ class Filter(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown
         if self.feedback and self.lossless:
             raise PolicyError(f"{self.call}() loses nothing, so error feedback has no effect; leave it out")
 
-    def with_error_feedback(self) -> Self:
+    def with_error_feedback(self, decay: float = 1.0) -> Self:
         """The filter with error feedback: what the chain loses of a value is kept and added to the next one.
+
+        With a `decay` below 1 it is multiplied by `decay` before, so that old losses are forgotten (Sarfi et al.,
+        *SparseLoCo*, 2025). Raises PolicyError for a decay outside (0, 1].
 
         Seide et al., *1-bit stochastic gradient descent*, 2014; Karimireddy et al., *Error feedback fixes SignSGD and
         other compression schemes*, 2019.
         """
-        return msgspec.structs.replace(self, feedback=True)
+        share = real(f"{self.call}(…).with_error_feedback", decay, "the share of a loss that is kept, in (0, 1]")
+        if not 0 < share <= 1:
+            raise PolicyError(
+                f"{self.call}(…).with_error_feedback({share}): what is kept is a share in (0, 1] of a loss"
+            )
+        return msgspec.structs.replace(self, feedback=share)
 
     def layout(self, form: Form) -> tuple[Form, ...] | None:
         """The forms of the parts that it makes of an array of `form`. None: it leaves such an array as it is."""
@@ -142,7 +150,8 @@ class Filter(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown
         given = [
             repr(v) if needed else f"{n}={v!r}" for n, v, needed, usual in values if v != usual and n != "feedback"
         ]
-        return f"{self.call}({', '.join(given)})" + (".with_error_feedback()" if self.feedback else "")
+        decay = f"{self.feedback:g}" if self.feedback < 1 else ""
+        return f"{self.call}({', '.join(given)})" + (f".with_error_feedback({decay})" if self.feedback else "")
 
 
 def wide(value: Array) -> Array:

@@ -5,7 +5,8 @@ no filter applies is sent. So a chain makes a tree of parts, whose leaves are th
 receiver find the same tree from the filters and the form of the array, and the receiver checks each wire array by it.
 
 With error feedback the sender adds what it has lost so far to the value, and keeps the difference between the sum and
-what the receiver will decode. So decoded values and the residual always add up to the values.
+what the receiver will decode. So decoded values and the residual always add up to the values, unless the feedback
+decays.
 """
 
 from __future__ import annotations
@@ -89,12 +90,14 @@ def encode(chain: Chain, value: Array, state: State, context: Context) -> tuple[
 
     Changes no array. Wire arrays may be `value` itself, and buffers.
     """
-    form, feedback = Form(value.shape, value.dtype), feeds_back(chain)
-    if not feedback or _head(chain, 0, form) is None:
+    form, share = Form(value.shape, value.dtype), next((f.feedback for f in chain if f.feedback), 0.0)
+    if not share or _head(chain, 0, form) is None:
         wire, after, _ = _encode(chain, 0, value, form, "", state, context, rebuilds=False)
         return wire, after
     total = wide(value)
-    total = total + state[RESIDUAL] if RESIDUAL in state else total
+    if RESIDUAL in state:
+        kept = state[RESIDUAL]
+        total = total + (kept if share == 1 else kept * total.dtype.type(share))
     context = context._replace(feedback=True)
     wire, after, decoded = _encode(chain, 0, total.astype(form.dtype, copy=False), form, "", state, context, True)
     return wire, {**after, RESIDUAL: total - wide(decoded)}
