@@ -175,7 +175,7 @@ def sparse_loco(
     decay: float = 0.95,
     **overrides: Unpack[_Dense],
 ) -> algebra.Policy:
-    """Local SGD that sends `share` of each mean change, its largest elements, in `bits` bits; what it leaves out is kept,
+    """Local SGD that sends `share` of each change, its largest elements, in `bits` bits; what it leaves out is kept,
     multiplied by `decay`, and added to the next change (Sarfi et al., *SparseLoCo*, 2025).
 
     Args:
