@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from flowml import policy as algebra
 from flowml.errors import PolicyError
+from flowml.policy import filters
 from flowml.policy.quorum import LateName, late_of, number
 
 
@@ -186,7 +187,7 @@ def sparse_loco(
             which the feedback stands in.
         decay: the share of what was left out that is kept.
     """
-    chain = (algebra.filters.top_k(share).with_error_feedback(decay), algebra.filters.quantise(bits))
+    chain = (filters.top_k(share).with_error_feedback(decay), filters.quantise(bits))
     apply: algebra.Apply = algebra.Mean() if outer is None else algebra.Outer(outer)
     return algebra.Policy(every=every, payload=algebra.Delta(), filters=chain, apply=apply, **overrides)
 
