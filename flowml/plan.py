@@ -9,7 +9,7 @@ structs: they are validated when decoded and never pickled.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -160,6 +160,12 @@ class Free(msgspec.Struct, frozen=True, tag="free"):
 
 
 Instruction = Feed | Read | Recv | Run | Send | Push | Fetch | Free
+
+
+def until_last_message(instructions: Sequence[Instruction]) -> Sequence[Instruction]:
+    """The instructions up to the last one that sends; all if none does. Those after it make only what is reported."""
+    last = max((n for n, i in enumerate(instructions) if isinstance(i, Push | Send)), default=len(instructions) - 1)
+    return instructions[: last + 1]
 
 
 class Program(msgspec.Struct, frozen=True):

@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 from jax.core import Tracer
 
-from flowml.arguments import choice, flag, seconds
+from flowml.arguments import choice, flag
 from flowml.data import Source, as_source, epoch_order
 from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, UnsupportedError
 from flowml.ir._jax import jit_is_off, path_name, trace_context
@@ -39,6 +39,7 @@ from flowml_runtime.current import blocks
 from flowml_runtime.driver.interrupts import heeding_interrupts
 from flowml_runtime.driver.progress import shown
 from flowml_runtime.driver.session import LoadedPlan
+from flowml_runtime.driver.training.delays import Delays, delays_of, rows_of, workers_of
 from flowml_runtime.driver.training.feeding import MAX_SHAPES, batch_structs
 from flowml_runtime.driver.training.fit import Fit, FitOptions, OnNonFinite, Outcome
 from flowml_runtime.driver.training.history import Record
@@ -136,7 +137,8 @@ class Trainer:
             one on the whole batch. Weights must be at least 0 and finite; where gradients are added up, any other
             weight is treated like a gradient that is not finite. If all weights of a step are 0,
             its gradient is 0 and its record has the loss NaN and 0 replicas.
-        delays: worker name -> seconds added to each of its steps, to simulate slow workers in experiments.
+        delays: worker name -> seconds added to each of its steps, to make workers slow in experiments; or a model of
+            `flowml.sim`, which is drawn for each worker and step with the seed of the fit.
         check_replicas: the number of steps between two checks that replicas hold the same bits of parameters and
             optimizer state. It concerns replicas that each apply sums of gradients (`all_reduce`, rings and the
             like). A fit also ends with a check. 0 turns all checks off.
@@ -162,7 +164,7 @@ class Trainer:
         schedule: str = "1f1b",
         policies: Mapping[str, Policy] | Policy | None = None,
         weight: Weight | None = None,
-        delays: Mapping[str, float] | None = None,
+        delays: Delays | None = None,
         check_replicas: int = 100,
         on_nonfinite: OnNonFinite = "refuse",
     ) -> None:
@@ -175,7 +177,7 @@ class Trainer:
             raise TypeError(f"cluster={cluster!r} is of type {type(cluster).__name__}; give an fm.Cluster")
         self._spec = TrainingSpec(loss, optimizer, replicas, placement, microbatches, schedule, policies, weight)
         self._cluster = cluster
-        self._delays = _delays(delays)
+        self._delays = delays_of(delays)
         self._on_nonfinite: OnNonFinite = cast(OnNonFinite, choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite)))
         self._check_replicas = whole_number("check_replicas", check_replicas)
         self._programs: dict[Any, _Program] = {}
@@ -231,7 +233,7 @@ class Trainer:
         total = _total_steps(data, batch_size, epochs, steps)
         _check_values(params, "parameter")
         cluster = self._here()
-        self._check_delays(cluster)
+        workers = workers_of(cluster.devices, self._delays)
         with self._alone(), heeding_interrupts() as interrupts:
             order = epoch_order(data.examples, seed, 0, shuffle=shuffle)
             structs, batch = _structs(params, "parameter"), self._first_batch(data, order, batch_size)
@@ -241,13 +243,14 @@ class Trainer:
             interrupts.check()
             handle = program.load()
             self._look_at_loss(program, params, data, order, batch_size)
+            run = program.reserve(total)
             options = FitOptions(
-                run=program.reserve(total),
+                run=run,
                 total=total,
                 batch_size=batch_size,
                 seed=seed,
                 shuffle=shuffle,
-                delays=self._delays,
+                delays=rows_of(self._delays, workers, seed, program.next_step - run),
                 check_replicas=self._check_replicas,
                 on_nonfinite=self._on_nonfinite,
                 progress=progress,
@@ -354,12 +357,6 @@ class Trainer:
                 )
         return jax.tree_util.tree_map(_own, opt_state)
 
-    def _check_delays(self, cluster: TrainingCluster) -> None:
-        workers = dict.fromkeys(d.worker for d in cluster.devices)
-        for worker in self._delays:
-            if worker not in workers:
-                raise FlowmlError(f"delays names {worker!r}, which does not exist; there are {', '.join(workers)}")
-
 
 def _compiling(name: str, batch: Any) -> str:
     shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree_util.tree_leaves(batch)[:4])
@@ -389,13 +386,6 @@ def _callbacks(given: Any) -> Sequence[Callback]:
     if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not all(callable(c) for c in given):
         raise TypeError(f"callbacks={given!r}: give a list of functions that take a record, such as [print]")
     return given
-
-
-def _delays(given: Any) -> dict[str, float]:
-    """The seconds by worker. Raises TypeError or ValueError for anything else."""
-    if not isinstance(given, Mapping | None):
-        raise TypeError(f"delays={given!r} is a {type(given).__name__}; give a mapping from worker names to seconds")
-    return {worker: seconds(f"delays[{worker!r}]", delay, zero=True) for worker, delay in (given or {}).items()}
 
 
 _NOT_TRAINED = "keep what is not trained out of the tree (in equinox: eqx.partition(model, eqx.is_inexact_array))"

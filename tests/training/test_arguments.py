@@ -104,7 +104,7 @@ def test_the_start_message_of_every_accepted_fit_survives_the_wire() -> None:
             shuffle=True,
             examples=MOST,
             source="fed",
-            delays=(("worker:0", 0.5),),
+            delays=(("worker:0", (0.5,)),),
         )
         assert wire.decode(wire.encode(start)) == start
 

@@ -184,7 +184,7 @@ class Executor:
         share = program.shares[self._position]
         if not share:
             return self._perform(step)
-        seconds = self._seconds * share + world.delay(self._node.name) / program.runs
+        seconds = self._seconds * share + world.delay(self._node.name, step.clock) / program.runs
         self._computes, self.waits = True, False
         world.clock.after(seconds, self._label, self._computed)
         return False

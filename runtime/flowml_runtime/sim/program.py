@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from flowml.plan import Instruction, Plan, Push, Read, Recv, Run, Send, Training
+from flowml.plan import Instruction, Plan, Push, Read, Recv, Run, Send, Training, until_last_message
 
 At = tuple[int, int]
 """(replica, stage)"""
@@ -83,7 +83,7 @@ def _shares(plan: Plan, stages: Sequence[Sequence[Instruction]]) -> dict[int, tu
 
     Tasks after the last push and send of a stage have no share: they make only what is reported, such as the loss.
     """
-    counted = [_counted(stage) for stage in stages]
+    counted = [until_last_message(stage) for stage in stages]
     seconds = [[plan.tasks[i.task].seconds if isinstance(i, Run) else 0.0 for i in row] for row in counted]
     total = sum(map(sum, seconds))
     if total <= 0:  # no estimate: all tasks take the same time
@@ -91,9 +91,3 @@ def _shares(plan: Plan, stages: Sequence[Sequence[Instruction]]) -> dict[int, tu
         total = sum(map(sum, seconds)) or 1.0
     padded = [row + [0.0] * (len(stage) - len(row)) for row, stage in zip(seconds, stages, strict=True)]
     return {s: tuple(x / total for x in row) for s, row in enumerate(padded)}
-
-
-def _counted(instructions: Sequence[Instruction]) -> Sequence[Instruction]:
-    """The instructions up to the last one that sends; all if none does."""
-    last = max((n for n, i in enumerate(instructions) if isinstance(i, Push | Send)), default=len(instructions) - 1)
-    return instructions[: last + 1]

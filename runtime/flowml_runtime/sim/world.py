@@ -89,8 +89,8 @@ class World:
     tamper: Tamper | None = None
     stepped: Callable[[Node], None] = lambda node: None
     """Called after each event of a worker's machine."""
-    delays: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Seconds added to each step of a worker."""
+    delays: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
+    """Seconds added to the steps of a worker, as in `wire.StartTraining`."""
 
     def __post_init__(self) -> None:
         layout = self.layout
@@ -134,8 +134,10 @@ class World:
         """The compute time of a step."""
         return self.times.seconds(worker, clock)
 
-    def delay(self, worker: str) -> float:
-        return self.delays.get(worker, 0.0)
+    def delay(self, worker: str, clock: int) -> float:
+        """The artificial delay of a step."""
+        row = self.delays.get(worker)
+        return row[clock % len(row)] if row else 0.0
 
     def checked(self, node: Node, message: Any, part: int, value: Value) -> tuple[Any, Value]:
         """A contribution and its value. If that is not finite and must not be applied, the contribution is empty."""

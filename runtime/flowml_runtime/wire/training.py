@@ -35,8 +35,9 @@ class StartTraining(TrainingMessage, frozen=True):
 
     `run` is the number of the fit's first step among all steps of the plan, so it is unique for each fit.
     `source` is "shipped" (arrays follow in `Source`) or "fed" (the driver sends each Batch). `delays` are artificial:
-    (worker, seconds added to each of its steps). Replicas compare their copies every `check_replicas` steps and at the
-    end; 0: never. `on_nonfinite` says how gradients with NaN or infinity are treated.
+    (worker, seconds added to its steps: to that of clock n element n, modulo their number). Replicas compare their
+    copies every `check_replicas` steps and at the end; 0: never. `on_nonfinite` says how
+    gradients with NaN or infinity are treated.
     """
 
     total_clocks: Count
@@ -44,7 +45,7 @@ class StartTraining(TrainingMessage, frozen=True):
     shuffle: bool
     examples: Count
     source: Literal["shipped", "fed"]
-    delays: tuple[tuple[Name, float], ...] = ()
+    delays: tuple[tuple[Name, tuple[float, ...]], ...] = ()
     check_replicas: Count = 0
     on_nonfinite: Literal["refuse", "raise", "apply"] = "refuse"
 

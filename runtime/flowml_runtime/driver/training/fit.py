@@ -39,6 +39,7 @@ from flowml_runtime import wire
 from flowml_runtime.driver.interrupts import Interrupts
 from flowml_runtime.driver.progress import Progress
 from flowml_runtime.driver.session import LoadedPlan
+from flowml_runtime.driver.training.delays import Rows
 from flowml_runtime.driver.training.feeding import Feeding, Variant, whole
 from flowml_runtime.driver.training.history import History, Record
 from flowml_runtime.driver.training.tables import group_names
@@ -63,7 +64,7 @@ class FitOptions:
     batch_size: int
     seed: int
     shuffle: bool
-    delays: Mapping[str, float]
+    delays: Rows
     check_replicas: int
     on_nonfinite: OnNonFinite
     progress: bool | None
@@ -213,7 +214,7 @@ class Fit:
             shuffle=options.shuffle,
             examples=self._source.examples,
             source="fed" if self._source.arrays is None and self._session.arithmetic else "shipped",
-            delays=tuple(options.delays.items()),
+            delays=options.delays,
             check_replicas=options.check_replicas,
             on_nonfinite=options.on_nonfinite,
         )

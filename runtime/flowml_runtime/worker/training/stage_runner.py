@@ -13,15 +13,16 @@ from __future__ import annotations
 import queue
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from flowml.errors import FlowmlError, WorkerLostError
-from flowml.plan import ArraySpec, StoreSpec
+from flowml.plan import ArraySpec, StoreSpec, until_last_message
 from flowml.plan import Run as RunInstruction
 from flowml.policy import Gossip
 from flowml.training.pieces import Piece, pieces
@@ -101,8 +102,12 @@ class StageRunner(EdgeServices):
         """Its examples, by microbatch."""
         self._read_versions: dict[int, int] = {}
         self._fetched: dict[int, list[Array]] = {}
-        runs = sum(isinstance(i, RunInstruction) for i in loaded.program.instructions)
-        self._delay_s = dict(run.start.delays).get(run.me, 0.0) / max(runs, 1)
+        self._delays = dict(run.start.delays).get(run.me, ())
+        """`Trainer(delays=)` for this worker."""
+        self._paced = sum(isinstance(i, RunInstruction) for i in until_last_message(loaded.program.instructions))
+        """The number of tasks of a step that share its delay."""
+        self._pauses: Iterator[float] = iter(())
+        """Those of the tasks of this step that come next."""
         service.start(f"{loaded.name} run {run.number}", self._work, self._end)
 
     # Called by the machine thread, which holds the run's lock.
@@ -152,6 +157,8 @@ class StageRunner(EdgeServices):
     def _step(self, clock: int) -> None:
         began = time.perf_counter()
         self._fetched = {}
+        if self._delays:
+            self._pauses = repeat(self._delays[clock % len(self._delays)] / max(self._paced, 1), self._paced)
         try:
             run_step(self._choose(), self.run.step_of(clock), self)
             self._return_states(clock)
@@ -225,8 +232,9 @@ class StageRunner(EdgeServices):
     # Services: called by the step on the executor's thread.
 
     def should_abandon(self, step: int) -> bool:
-        if self._delay_s:
-            time.sleep(self._delay_s)  # Trainer(delays=)
+        pause_s = next(self._pauses, 0.0)
+        if pause_s:
+            time.sleep(pause_s)
         return self.run.stopped or self.machine.should_abandon(self._now.clock)
 
     def send_failed(self, step: int, node: str, error: BaseException) -> None:
