@@ -214,7 +214,7 @@ class Scenario:
                 self._send(name, to, message)
             case driver.SendStore(store, to):
                 self._send(name, to, wire.StoreValue(**IDS, store=store, version=0), arrays=True)
-            case actions.Start(replica, stage):
+            case actions.Start(_, replica, stage):
                 self._running[replica, stage] = _Running(action)
             case actions.Abandon(replica, stage, clock):
                 running = self._running.get((replica, stage))

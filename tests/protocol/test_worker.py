@@ -85,8 +85,8 @@ def test_a_grant_begins_a_clock_on_all_stages_of_the_replica() -> None:
     first, second = worker("b0", SYNC), worker("b1", SYNC)
     granted = first.step(Received("driver", wire.Grant(**IDS, replica=1, items=((0, item(0)), (1, item(1))))))
     told = wire.Begin(**IDS, cause=2, replica=1, clock=0, item=item(0))
-    assert granted[:2] == [Send(("b1",), told), Start(1, 0, 0, item(0), 2)]
-    assert second.step(Received("b0", told)) == [Start(1, 1, 0, item(0), 2)]
+    assert granted[:2] == [Send(("b1",), told), Start(RUN, 1, 0, 0, item(0), 2)]
+    assert second.step(Received("b0", told)) == [Start(RUN, 1, 1, 0, item(0), 2)]
     assert second.step(StepFinished(RUN, 1, 1, 0, 2)) == []
     assert second.step(StepFinished(RUN + 1, 1, 1, 0, 2)) == []  # of another run
 
@@ -98,7 +98,7 @@ def test_what_comes_before_its_run_waits_for_it_in_order() -> None:
         assert machine.step(Received("b0", message)) == []
     opened, started = begin(machine)
     assert isinstance(opened, Open)
-    assert started == Start(1, 1, 0, item(0), 1)  # caused by the first of them
+    assert started == Start(RUN, 1, 1, 0, item(0), 1)  # caused by the first of them
     machine.validate()
 
 
@@ -221,11 +221,22 @@ def test_a_replica_that_is_lost_is_not_waited_for_also_by_a_run_that_begins_late
 
 def test_a_contribution_goes_to_the_home_and_names_the_step_that_caused_it() -> None:
     machine = worker("b0", SYNC)
-    sent = machine.contribution(Start(1, 0, 3, item(3), 17), 0, 0, base_version=2, weight=4)
+    sent = machine.contribution(Start(RUN, 1, 0, 3, item(3), 17), 0, 0, base_version=2, weight=4)
     message = wire.Contribution(
         **IDS, cause=17, store=0, part=0, replica=1, incarnation=0, clock=3, base_version=2, weight=4
     )
     assert sent == Send(("a0",), message)
+
+
+def test_a_contribution_of_a_step_that_ends_after_its_run_belongs_to_that_run() -> None:
+    machine = worker("b0", SYNC)
+    begin(machine, RUN + 4)
+    sent = machine.contribution(Start(RUN, 1, 0, 1, item(1), 17), 0, 0, base_version=1, weight=4)
+    assert isinstance(sent.message, wire.Contribution)
+    assert sent.message.run == RUN
+    home = loaded("a0", SYNC)
+    begin(home, RUN + 4)
+    assert home.step(Received("b0", sent.message, handle=5)) == [Release(5, home.number)]
 
 
 def test_what_the_protocol_rules_out_fails_the_run_and_keeps_nothing() -> None:

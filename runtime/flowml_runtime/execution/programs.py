@@ -311,11 +311,16 @@ def _make_all(
             reason = str(error).strip().partition("\n")[0]
             raise FlowmlError(f"task {task.name!r} cannot be compiled: {type(error).__name__}: {reason}") from error
 
-    unique = {(plan.tasks[n.task].executable, n.donate, n.device): n for n in ordered}
+    def key(need: _Need) -> tuple[object, ...]:
+        """Tasks of one key are made once. One Python function may be declared to return several shapes."""
+        task = plan.tasks[need.task]
+        return task.executable, need.donate, need.device, task.outputs if task.kind == "python" else ()
+
+    unique = {key(n): n for n in ordered}
     workers = max(1, min(len(unique), os.cpu_count() or 1))
     with ThreadPoolExecutor(workers, thread_name_prefix="flowml-compile") as pool:
         made = dict(zip(unique, pool.map(make, unique.values()), strict=True))
-    return {n: made[plan.tasks[n.task].executable, n.donate, n.device] for n in ordered}
+    return {n: made[key(n)] for n in ordered}
 
 
 def _check_settings(plan: Plan) -> None:

@@ -96,7 +96,7 @@ class Run:
             match action:
                 case actions.Send(to, message):
                     self._send(me, to, message)
-                case actions.Start(replica, stage, clock, _, cause):
+                case actions.Start(_, replica, stage, clock, _, cause):
                     push = self._workers[me].contribution(action, 0, 0, base_version=0, weight=1)
                     self._send(me, push.to, push.message, arrays=True)
                     self._queue.append((me, actions.StepFinished(0, replica, stage, clock, cause)))

@@ -76,6 +76,7 @@ class Send:
 class Start:
     """Run the step of `clock` on this stage."""
 
+    run: int
     replica: int
     stage: int
     clock: int

@@ -123,7 +123,7 @@ def wants(action: actions.Action | driver.Action) -> str:
     match action:
         case actions.Send(to, message):
             return f"tells {', '.join(to)}: {said(message)}"
-        case actions.Start(replica, stage, clock, item):
+        case actions.Start(_, replica, stage, clock, item):
             return f"starts clock {clock} on stage {stage} of replica {replica} with item {item.sequence}"
         case actions.Abandon(replica, stage, clock):
             return f"abandons clock {clock} on stage {stage} of replica {replica}"

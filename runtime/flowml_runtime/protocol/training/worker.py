@@ -97,6 +97,7 @@ class TrainingWorker:
         self._rules = rules
         self._places = places
         self._fit: _Fit | None = None
+        self._plan_id = ""
         self.newest = -1
         """The newest run that has begun, or was stopped before it began."""
         self._early = _Early(me, driver)
@@ -136,12 +137,13 @@ class TrainingWorker:
     def contribution(
         self, start: Start, store: int, part: int, *, base_version: int, weight: int, specs: tuple[ArraySpec, ...] = ()
     ) -> Send:
-        """The message with which the step of `start` sends its part of a store. The step has read `base_version`."""
-        if self._fit is None:
-            raise ProtocolError(f"a contribution to store {store} is made while no run is under way")
+        """The message with which the step of `start` sends its part of a store. The step has read `base_version`.
+
+        A step may end after its run. Its message is then still one of that run, which every receiver drops.
+        """
         message = wire.Contribution(
-            plan_id=self._fit.plan_id,
-            run=self._fit.run,
+            plan_id=self._plan_id,
+            run=start.run,
             cause=start.cause,
             store=store,
             part=part,
@@ -185,7 +187,7 @@ class TrainingWorker:
         if start.run <= self.newest:
             return []
         closed = self._fit.at(number, self._now).close() if self._fit else []
-        self.newest = start.run
+        self.newest, self._plan_id = start.run, start.plan_id
         terms = self._rules.lasting(start.total_clocks)
         self._fit = fit = _Fit(self._me, self._driver, start, terms, self._places, self._now).at(number, self._now)
         begun = [*fit.begin(), *(a for event in self._lost for a in fit.lose(event))]
@@ -400,7 +402,7 @@ class _Fit:
         for action in machine.step(event):
             match action:
                 case replica.Start(clock, item):
-                    actions.append(Start(*at, clock, item, self._cause))
+                    actions.append(Start(self.run, *at, clock, item, self._cause))
                 case replica.Abandon(clock):
                     actions.append(Abandon(*at, clock, self._cause))
                 case replica.Count(clock, counts, stores):

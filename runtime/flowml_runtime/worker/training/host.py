@@ -252,7 +252,7 @@ class _Fit:
     def at_once(self, action: protocol.Action) -> bool:
         """Carry out an action that changes what executors read; the caller holds the lock. False for any other."""
         match action:
-            case protocol.Start(replica, stage):
+            case protocol.Start(_, replica, stage):
                 self._stages[replica, stage].start(action)
             case protocol.Abandon(replica, stage, clock):
                 self._stages[replica, stage].abandon(clock)

@@ -96,7 +96,7 @@ class StageRunner(EdgeServices):
         self._encoder = Encoder(run.training.stores, self.replica, run.start.seed)
         self._compared: dict[int, Sequence[Array]] = {}
         """By store the parameters of this step, where filters compare gradients with them."""
-        self._now = Start(*at, -1, wire.Item(sequence=0, epoch=0, start=0, size=0), 0)
+        self._now = Start(run.number, *at, -1, wire.Item(sequence=0, epoch=0, start=0, size=0), 0)
         """The current step, or the last one."""
         self._pieces: tuple[Piece, ...] = ()
         """Its examples, by microbatch."""
