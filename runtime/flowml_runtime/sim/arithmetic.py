@@ -32,6 +32,7 @@ from flowml_runtime.sim.values import Chunk, Report, Value
 from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.worker.training.applying import applied, given_of
 from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source
+from flowml_runtime.worker.training.exchange.averaging import Averaging
 from flowml_runtime.worker.training.exchange.collectives import Flight, flat, parts_of
 from flowml_runtime.worker.training.exchange.reductions import sum_of
 from flowml_runtime.worker.training.filtered import Decoder, Encoder
@@ -130,6 +131,9 @@ class Arithmetic:
         self._states: dict[tuple[str, int], Arrays] = {}
         """(worker, store) -> the first optimizer state of parameters that replicas update themselves."""
         self._own: dict[tuple[At, int], OwnValues] = {}
+        self._before: dict[tuple[At, int], Arrays] = {}
+        """Such parameters before the update of the newest step."""
+        self._averaging: dict[tuple[At, int], Averaging] = {}
         self._encoders: dict[At, Encoder] = {}
         self._decoder = Decoder(self._training.stores)
         self._compared: dict[tuple[At, int], Arrays] = {}
@@ -187,7 +191,25 @@ class Arithmetic:
         return own.params
 
     def update(self, at: At, store: int, gradient: Value) -> None:
-        self._own[at, store].update(gradient)
+        own = self._own[at, store]
+        self._before[at, store] = own.params
+        own.update(gradient)
+
+    def told(self, at: At, store: int) -> Value:
+        loaded = self._compiled.loaded[self._device(at)]
+        return host_view(self._averaging_of(at, store).sent(self._own[at, store]), loaded.device)
+
+    def mix(self, at: At, store: int, weights: Mapping[int, float], theirs: Mapping[int, Value]) -> None:
+        own, averaging, before = self._own[at, store], self._averaging_of(at, store), self._before[at, store]
+        mine = averaging.sent(own) if averaging.outer else before
+        averaging.mix(own, before, weights, {**theirs, at[0]: mine})
+
+    def _averaging_of(self, at: At, store: int) -> Averaging:
+        found = self._averaging.get((at, store))
+        if found is None:
+            own, loaded = self._own[at, store], self._compiled.loaded[self._device(at)]
+            found = self._averaging[at, store] = Averaging(own.spec, loaded, own.dtype)
+        return found
 
     def own(self, at: At, store: int, clock: int, mixed: Value) -> Value:
         own = self._own[at, store]

@@ -11,11 +11,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowml.plan import Feed, Fetch, Free, Push, Read, Recv, Run, Send
+from flowml.policy import Gossip
 from flowml_runtime import wire
 from flowml_runtime.execution.step_program import StepFault
 from flowml_runtime.protocol.rendezvous import Cancelled
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Start, StepFinished
+from flowml_runtime.sim.neighbours import Neighbours
 from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At, StageProgram
 from flowml_runtime.sim.values import Value
@@ -61,13 +63,20 @@ class Executor:
             if self._world.terms.stores[store].stages[0] == at[1]
         }
         """The stores whose parameters this replica updates itself."""
+        self._neighbours = {
+            store: Neighbours(node, at, store, topology)
+            for store in self._own
+            if isinstance(topology := self._world.terms.stores[store].policy.topology, Gossip)
+        }
+        self._updated = -1
+        """The own store that this step has updated last."""
         self._abandoned = False
 
     def start(self, step: Start) -> None:
         """Begin a step. The next `walk` runs it."""
         world = self._world
         self._node.mailbox.advance(self.at, self._number(step))
-        self._step, self._next, self._given, self._abandoned = step, 0, None, False
+        self._step, self._next, self._given, self._abandoned, self._updated = step, 0, None, False, -1
         self._seconds = world.seconds(self._node.number, step.clock)
         self._state = world.values.begin(self.at, step)
         self._began = world.clock.now
@@ -146,14 +155,19 @@ class Executor:
 
     def _read(self, step: Start, read: Read) -> bool:
         own = self._own.get(read.store)
-        if own is not None and not own.takes(step.clock):
-            return self._perform(step)
-        shown = self._shown(step, read.store)
-        if shown is None or (own is not None and read.store not in self._node.states):
-            return False
-        if own is not None:
+        if own is None:
+            shown = self._shown(step, read.store)
+            return shown is not None and self._perform(step, shown)
+        shown = None
+        if own.takes(step.clock):
+            shown = self._shown(step, read.store)
+            if shown is None or read.store not in self._node.states:
+                return False
             own.took(step.clock)
-        return self._perform(step, shown)
+        self._perform(step, shown)
+        if read.store in self._neighbours:
+            self._neighbours[read.store].begin(step)
+        return True
 
     def _shown(self, step: Start, store: int) -> tuple[int, Value] | None:
         """The newest version of a store, once it is fresh enough for this step."""
@@ -217,7 +231,12 @@ class Executor:
             mixed = self._shown(step, store) if rhythm.mixes and self._machine.pushes(store, step.clock) else (0, None)
             if mixed is None:
                 return False
-            total = self._update(step, store, mixed[1])
+            if self._updated != store:  # once, although the push may be tried again
+                self._update(step, store)
+            if store in self._neighbours and not self._neighbours[store].end(step):
+                return False
+            pushes = self._machine.pushes(store, step.clock)
+            total = Sum(world.values.own(self.at, store, step.clock, mixed[1]), 1) if pushes else None
         if total is None:
             return True
         weight = 1 if rhythm is not None else total.steps * world.terms.microbatches
@@ -233,8 +252,8 @@ class Executor:
             node.send(home, message, value, nbytes)
         return True
 
-    def _update(self, step: Start, store: int, mixed: Value) -> Sum[Value] | None:
-        """Update the own parameters of a store. Returns what the step pushes of them; None if it pushes nothing."""
+    def _update(self, step: Start, store: int) -> None:
+        """Update the own parameters of a store."""
         world, node = self._world, self._node
         gradient = self._value(step)
         if node.start.on_nonfinite == "apply" or world.values.is_finite(store, 0, gradient):
@@ -242,9 +261,9 @@ class Executor:
         else:
             whose = f"which replica {step.replica} computes"
             world.refuse(node, store, step.clock, (step.replica,), whose)
-        if not self._machine.pushes(store, step.clock):
-            return None
-        return Sum(world.values.own(self.at, store, step.clock, mixed), 1)
+        self._updated = store
+        if store in self._neighbours:
+            self._neighbours[store].updated(step)
 
     def _gather(self, step: Start, store: int, part: int, own: Value) -> Sum[Value] | None:
         """What the step pushes; None if it does not push, and leaves its gradient here."""

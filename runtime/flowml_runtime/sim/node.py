@@ -63,6 +63,8 @@ class Node:
         """The work items whose data are here, if the driver feeds them."""
         self.states: set[int] = set()
         """The stores whose own optimizer state is here, if replicas update their parameters themselves."""
+        self.told: dict[tuple[int, int, int, int], Value] = {}
+        """(store, replica, source, clock) -> what a replica here has got from a neighbour."""
         self.payloads: dict[int, Value] = {}
         """The values of the machine's handles."""
         self.stages: dict[At, Executor] = {}
@@ -119,6 +121,7 @@ class Node:
         self._news.clear()
         self.batches.clear()
         self.states.clear()
+        self.told.clear()
         self.stages = {at: Executor(self, at, programs[at]) for at in places.stages_on(self.name)}
         for at in self.stages:
             self.mailbox.advance(at, action.start.run)
@@ -191,6 +194,10 @@ class Node:
             self.batches.add(action.message.sequence)
         elif isinstance(action.message, wire.OwnState):
             self.states.add(action.message.store)
+        elif isinstance(action.message, wire.Gossip):
+            told = action.message
+            self.told[told.store, told.replica, told.source, told.clock] = value
+            return
         self.world.values.hand(self.name, action.message, value)
 
     def _fail(self, action: protocol.Fail) -> None:

@@ -16,7 +16,6 @@ from flowml.devices import worker_of
 from flowml.errors import FlowmlError, PlacementError, SimulationError
 from flowml.placement.links import SAME_PROCESS
 from flowml.plan import Fetch, Plan
-from flowml.policy import Gossip
 from flowml.sim import ComputeModel, ComputeTimes, Crash, Fault, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.driver.session import LoadedPlan, PlanHandler, loaded
@@ -91,13 +90,7 @@ class SimulatedSession:
         """A simulation has no processes, so a fork may go on with its copy."""
 
     def load(self, plan: Plan) -> LoadedPlan:
-        """Load a plan on the simulated workers. Raises SimulationError for a policy that they do not have."""
-        for store in plan.training.stores if plan.training else ():
-            if isinstance(store.policy.topology, Gossip):
-                raise SimulationError(
-                    f"layer {store.name!r} has policy {store.policy.describe()}, and simulated workers do not exchange "
-                    "parameters with neighbours yet; use fm.policies.local_sgd or diloco, or a real cluster"
-                )
+        """Load a plan on the simulated workers."""
         workers = tuple(dict.fromkeys(worker_of(p.device) for p in plan.programs))
         handle = loaded(f"simulated-{next(self._ids)}", plan, workers, 1, None)
         self._plans[handle.plan_id] = _Loaded(handle, Layout.of(plan), self._values(plan))

@@ -5,7 +5,7 @@ The simulator passes values along with messages and never looks at them. `Values
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,6 +79,14 @@ class Values(Protocol):
 
     def update(self, at: At, store: int, gradient: Value) -> None:
         """Update the parameters that a replica keeps itself. A Read with something `given` takes that before."""
+        ...
+
+    def told(self, at: At, store: int) -> Value:
+        """What a replica sends its neighbours of such parameters."""
+        ...
+
+    def mix(self, at: At, store: int, weights: Mapping[int, float], theirs: Mapping[int, Value]) -> None:
+        """Average such parameters with those of the neighbours. `weights` are by replica, the own one included."""
         ...
 
     def own(self, at: At, store: int, clock: int, mixed: Value) -> Value:
@@ -168,6 +176,12 @@ class Nothing:
         return NO_ARRAYS
 
     def update(self, at: At, store: int, gradient: Value) -> None:
+        return None
+
+    def told(self, at: At, store: int) -> Value:
+        return NO_ARRAYS
+
+    def mix(self, at: At, store: int, weights: Mapping[int, float], theirs: Mapping[int, Value]) -> None:
         return None
 
     def own(self, at: At, store: int, clock: int, mixed: Value) -> Value:

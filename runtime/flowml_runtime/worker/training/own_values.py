@@ -47,6 +47,7 @@ class OwnValues(OwnRhythm):
         assert spec.local is not None
         super().__init__(spec.policy)
         self.spec = spec
+        self.dtype = dtype
         self.params: Sequence[Array] = ()
         self.state: Sequence[Array] = ()
         self.started: Sequence[Array] = ()

@@ -3,9 +3,7 @@
 In a round replica i gets x_i <- sum over j of W[i, j] x_j + (what its step has added to x_i), where all x are those
 before the step (Lian et al., D-PSGD, NeurIPS 2017). They are sent when the step begins, so that they travel while it
 computes. A replica waits for its neighbours at the end of the step, and so is never more than a round ahead of them.
-
-With an outer optimizer it sends its parameters at the beginning of the round, y, and at its end, x. With their averages
-Y and X the gradient of the optimizer, which updates y, is Y - X + pull (y - Y) (Kolehmainen et al., NoLoCo, 2025).
+With an outer optimizer it sends at the end of the step instead (`averaging`).
 """
 
 from __future__ import annotations
@@ -13,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from flowml.devices import worker_of
 from flowml.plan import StoreSpec
-from flowml.policy import Gossip, Outer
+from flowml.policy import Gossip
 from flowml_runtime import wire
-from flowml_runtime.execution.programs import Array, LoadedProgram, aligned_copy, buffer_struct
+from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import host_view
+from flowml_runtime.worker.training.exchange.averaging import Averaging
 from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.run import Run
 
@@ -32,26 +29,21 @@ class Neighbours:
 
     def __init__(self, run: Run, store: int, replica: int, loaded: LoadedProgram, adopt: Adopt, dtype: str) -> None:
         spec = run.training.stores[store]
-        assert isinstance(spec.policy.topology, Gossip) and spec.local is not None
+        assert isinstance(spec.policy.topology, Gossip)
         self._run = run
         self._store = store
         self._replica = replica
         self._gossip = spec.policy.topology
         self._spec: StoreSpec = spec
-        self._local = spec.local
-        self._fold = loaded.tasks[_known(spec.local.fold)]
-        self._mix = loaded.tasks[_known(spec.local.mix)]
+        self._averaging = Averaging(spec, loaded, dtype)
         self._adopt = adopt
-        self._dtype = dtype
         self._device = loaded.device
-        self._outer = isinstance(spec.policy.apply, Outer)
-        """Whether the average goes to an outer optimizer."""
         self._workers = [worker_of(stages[spec.parts[0].stage]) for stages in run.training.replicas]
         self._told = -1
 
     def begin(self, clock: int, own: OwnValues, cause: int) -> None:
         """The step of `clock` begins. Sends what its round needs, if that is known already."""
-        if self._told < clock and self._gossip.due(clock) and not self._outer:
+        if self._told < clock and self._gossip.due(clock) and not self._averaging.outer:
             self._told = clock
             self._tell(clock, own.params, cause)
 
@@ -60,25 +52,15 @@ class Neighbours:
         if not self._gossip.due(clock):
             return
         mine = before
-        if self._outer:
-            before, mine = own.started, (*own.started, *own.params)
+        if self._averaging.outer:
+            mine = self._averaging.sent(own)
             self._tell(clock, mine, cause)
         weights = self._gossip.weights(self._replica, len(self._workers), clock)
         theirs = self._wait(clock, [j for j in weights if j != self._replica], in_vain)
-        total: Sequence[Array] = [
-            aligned_copy(np.zeros(struct.shape, struct.dtype)) for struct in map(buffer_struct, self._local.accumulator)
-        ]
-        for other, weight in weights.items():  # in the order of replicas, so that two runs agree to the bit
-            sent = mine if other == self._replica else theirs[other]
-            total = self._fold(*total, *sent, aligned_copy(np.array(weight, self._dtype)))
-        kept = len(own.state) - self._local.outer
-        results = self._mix(*total, *own.params, *before, *own.state[kept:])
-        own.params = results[: len(before)]
-        if self._outer:
-            own.started, own.state = own.params, (*own.state[:kept], *results[len(before) :])
+        self._averaging.mix(own, before, weights, {**theirs, self._replica: mine})
 
     def _tell(self, clock: int, values: Sequence[Array], cause: int) -> None:
-        run, specs = self._run, self._spec.specs * (2 if self._outer else 1)
+        run, specs = self._run, self._spec.specs * (2 if self._averaging.outer else 1)
         ids: dict[str, Any] = {"plan_id": run.plan_id, "run": run.number, "cause": cause, "store": self._store}
         arrays = host_view(values, self._device)
         for other in self._gossip.readers(self._replica, len(self._workers), clock):
@@ -95,8 +77,3 @@ class Neighbours:
             what = f"parameters of {self._spec.name!r} from its neighbours, replicas {names}"
             run.wait_for(lambda: all(key in told for key in keys.values()), in_vain, what, run.step_of(clock))
             return {j: self._adopt(told.pop(key)) for j, key in keys.items()}
-
-
-def _known(task: int | None) -> int:
-    assert task is not None
-    return task
