@@ -47,3 +47,13 @@ def coefficients(apply: Apply, weights: Sequence[int], microbatches: int, absent
         raise ValueError(f"weights {tuple(weights)} and microbatches {microbatches} must count gradients")
     each = 1 / max(sum(weights) + absent, 1) if apply.averages else 1 / microbatches
     return tuple(each if w else 0.0 for w in weights)
+
+
+def shares(apply: Apply, weights: Sequence[int], absent: int = 0) -> tuple[float, ...]:
+    """The coefficient of each payload that is one replica's change or parameters after `weights[i]` microbatches.
+
+    A kind that averages weighs each by its microbatches, so that a replica counts by the examples that it has seen. The
+    others add the changes as they are. `absent` is as in `coefficients`.
+    """
+    total = max(sum(weights) + absent, 1)
+    return tuple((w / total if apply.averages else 1.0) if w else 0.0 for w in weights)

@@ -61,6 +61,11 @@ class _Stale(TypedDict, total=False):
     quorum: algebra.Completion | None
 
 
+class _Decoupled(TypedDict, total=False):
+    staleness: float
+    filters: Sequence[object]
+
+
 class _Dense(TypedDict, total=False):
     staleness: float
     quorum: algebra.Completion | None
@@ -166,6 +171,37 @@ def diloco(
     """
     rhythm = algebra.Every(every, fragments=fragments, delay=delay, offset=-delay % every if 0 <= delay < every else 0)
     return algebra.Policy(every=rhythm, payload=algebra.Delta(alpha), apply=algebra.Outer(outer), **overrides)
+
+
+def decoupled_diloco(
+    every: int,
+    quorum: float,
+    grace: float | Literal["adaptive"] = "adaptive",
+    outer: Any = None,
+    fragments: int = 1,
+    late: algebra.Late | LateName = "fold",
+    **overrides: Unpack[_Decoupled],
+) -> algebra.Policy:
+    """DiLoCo that does not wait for slow replicas: a share or number of them completes a round, after a grace time for
+    the others, and each counts by the examples that it has seen (Douillard et al., *Decoupled DiLoCo*, 2026).
+
+    A late replica takes the new global parameters. With `late="fold"`, as in the paper, its steps count in a later
+    round; with `"drop"` they are lost, and the ledger says so.
+
+    Args:
+        every: the number of local steps between two pushes of a layer.
+        quorum: the least share (0.75) or number (3) of replicas.
+        grace: seconds to wait for the others, or learnt from how far apart the quorum arrives.
+        outer: an optax.GradientTransformation; by default SGD at rate 0.7 with Nesterov momentum 0.9.
+        fragments: groups of layers that are synchronised in turn, each with its own quorum.
+    """
+    return algebra.Policy(
+        every=algebra.Every(every, fragments=fragments),
+        quorum=algebra.Deadline(quorum, grace, late=late_of(late, "decoupled_diloco")),
+        payload=algebra.Delta(),
+        apply=algebra.Outer(outer),
+        **overrides,
+    )
 
 
 def sparse_loco(

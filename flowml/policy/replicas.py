@@ -13,7 +13,7 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.policy.apply import Mean, Mix, Outer, base_of
-from flowml.policy.quorum import Quorum
+from flowml.policy.quorum import Coded, Fold, Quorum
 from flowml.policy.rhythm import ONCE
 from flowml.policy.topology import Gossip
 
@@ -120,13 +120,37 @@ def _check_local(policy: Policy) -> None:
             "use topology=flowml.ParameterServer(), or payload=Gradient()"
         )
     if policy.clocked and not policy.quorum.waits_for_all:
-        raise PolicyError(
-            f"quorum={policy.quorum} with {payload} is not available yet: a replica that is left out would lose all "
-            "steps since its last push, which were counted as used; leave quorum out, or give staleness=1 or more, "
-            "which applies each push on arrival"
-        )
+        _check_dropping(policy, payload)
     if isinstance(policy.payload, Weights):
         _check_weights(policy, payload)
+
+
+def _check_dropping(policy: Policy, payload: str) -> None:
+    """Check that a replica's own steps have a fate if its push is late."""
+    quorum = f"quorum={policy.quorum}"
+    if isinstance(policy.quorum, Coded):
+        raise PolicyError(
+            f"{quorum} with {payload} is not sound: a code decodes sums of gradients of the same parameters, and each "
+            "replica has its own; use payload=Gradient(), or quorum=Quorum(0.75)"
+        )
+    if isinstance(base_of(policy.apply), Mix):
+        raise PolicyError(
+            f"{quorum} with apply={policy.apply!r} is not sound: a late replica moves towards the centre, which does "
+            "not move towards it; leave quorum out, or give staleness=1 or more, where each pull counts on arrival"
+        )
+    if not isinstance(policy.quorum.late, Fold):
+        return
+    if isinstance(policy.payload, Weights):
+        raise PolicyError(
+            f"{quorum} with late={policy.quorum.late!r} and {payload} is not sound: parameters of an earlier round are "
+            "no change that a later average could take in; use payload=Delta(), or late='drop'"
+        )
+    if policy.every.delay or policy.payload.alpha:
+        raise PolicyError(
+            f"{quorum} with late={policy.quorum.late!r}, {payload} and every={policy.every!r} is not available yet: "
+            "what a late replica still has to send cannot be told apart from the share of its own value that it keeps; "
+            "leave alpha and delay out, or give late='drop'"
+        )
 
 
 def _check_weights(policy: Policy, payload: str) -> None:

@@ -16,7 +16,7 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.policy.apply import Apply, Mean, Outer, Sum, Vote, as_apply, base_of, travelling, unsound
 from flowml.policy.filters import KKT, AnyFilter, Filter, check_chain
-from flowml.policy.mathematics import coefficients
+from flowml.policy.mathematics import coefficients, shares
 from flowml.policy.quorum import COMPLETIONS, Coded, Completion, Deadline, Fold, Quorum, late_name, number
 from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
 from flowml.policy.rhythm import Every, Once
@@ -122,9 +122,19 @@ class Policy(msgspec.Struct, frozen=True):
         """Whether each replica updates parameters of its own."""
         return isinstance(self.payload, LocalPayload)
 
+    @property
+    def owes(self) -> bool:
+        """Whether steps that were not pushed stay to be sent when a replica takes the global parameters.
+
+        It may take them between two pushes, or after it was too slow for a push and skipped it.
+        """
+        return self.every.pull != self.every.push or (self.clocked and isinstance(self.quorum.late, Fold))
+
     def coefficients(self, weights: Sequence[int], microbatches: int, absent: int = 0) -> tuple[float, ...]:
-        """The coefficient of each contribution, by their weights; see `mathematics.coefficients`."""
-        return coefficients(self.apply, weights, 1 if self.local else microbatches, absent)
+        """The coefficient of each contribution, by their weights; see `mathematics.coefficients` and `shares`."""
+        if self.local:
+            return shares(self.apply, weights, absent)
+        return coefficients(self.apply, weights, microbatches, absent)
 
     @property
     def travelling(self) -> Policy:

@@ -267,15 +267,13 @@ def _take(policy: Policy) -> Function | None:
         return None
     kind = base_of(policy.apply)
     alpha = 1 - kind.pull if isinstance(kind, Mix) else payload.alpha
-    apart = policy.every.pull != policy.every.push
-    """A value may then be taken between two pushes. The steps since the last push stay to be sent."""
 
     def take(*arrays: Any) -> tuple[Any, ...]:
         third = len(arrays) // 3
         taken, own, started = (arrays[i : i + third] for i in range(0, len(arrays), third))
         mixed = [(p * alpha + g * (1 - alpha)).astype(p.dtype) for g, p in zip(taken, own, strict=True)]
-        if not apart:
+        if not policy.owes:
             return (*mixed, *taken)
         return (*mixed, *(m + (s - p) for m, s, p in zip(mixed, started, own, strict=True)))
 
-    return take if alpha or apart else None
+    return take if alpha or policy.owes else None

@@ -232,14 +232,14 @@ class Executor:
             if mixed is None:
                 return False
             if self._updated != store:  # once, although the push may be tried again
-                self._update(step, store)
+                self._update(step, store, rhythm)
             if store in self._neighbours and not self._neighbours[store].end(step):
                 return False
             pushes = self._machine.pushes(store, step.clock)
-            total = Sum(world.values.own(self.at, store, step.clock, mixed[1]), 1) if pushes else None
+            total = Sum(world.values.own(self.at, store, step.clock, mixed[1]), rhythm.pushed()) if pushes else None
         if total is None:
             return True
-        weight = 1 if rhythm is not None else total.steps * world.terms.microbatches
+        weight = total.steps * world.terms.microbatches
         if world.terms.stores[store].collective:
             world.collectives.push(node.name, step, store, part, weight, total.value)
             return True
@@ -252,10 +252,11 @@ class Executor:
             node.send(home, message, value, nbytes)
         return True
 
-    def _update(self, step: Start, store: int) -> None:
+    def _update(self, step: Start, store: int, own: OwnRhythm) -> None:
         """Update the own parameters of a store."""
         world, node = self._world, self._node
         gradient = self._value(step)
+        own.steps += 1
         if node.start.on_nonfinite == "apply" or world.values.is_finite(store, 0, gradient):
             world.values.update(self.at, store, gradient)
         else:

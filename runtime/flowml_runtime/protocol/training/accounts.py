@@ -6,6 +6,8 @@ another. An account closes when the fate of the item's gradients is known in eve
 * A group that is due at the item's clock counts it if the commit of that clock includes this replica.
 * A group that gathers several steps counts it with the first commit at or after its clock that includes this replica,
   because the push of that clock contains it.
+* A group whose replicas update parameters of their own, and that folds nothing in, loses all steps since a replica's
+  last push if its commit leaves the replica out, because the replica then takes the global parameters.
 * A late contribution is folded in when a commit names it. Otherwise it is lost for its group.
 * Stores without decisions count every step that has finished.
 
@@ -22,7 +24,7 @@ from typing import Literal
 
 from flowml.policy import Requeue
 from flowml_runtime import wire
-from flowml_runtime.protocol.training.terms import Committed, Terms
+from flowml_runtime.protocol.training.terms import Committed, Group, Terms
 
 Fate = Literal["used", "dropped", "folded", "requeued"]
 
@@ -64,7 +66,9 @@ class Accounts:
 
     def open(self, clock: int, item: wire.Item, committed: Sequence[int]) -> None:
         """The step of `clock` begins. `committed` is the newest clock of each group."""
-        late = {g.number for g in self._terms.due_groups(clock) if clock <= committed[g.number] and not g.folds}
+        decided = [g for g in self._terms.groups if clock <= committed[g.number]]
+        due = {g.number for g in self._terms.due_groups(clock)} if decided else ()
+        late = {g.number for g in decided if g.discards or (g.number in due and not g.folds)}
         self._accounts[clock] = _Account(item, set(self._groups - late), counted=self._anyway, lost=late)
 
     def finish(self, clock: int) -> list[Settle]:
@@ -74,10 +78,7 @@ class Accounts:
     def commit(self, event: Committed) -> list[Settle]:
         group = self._terms.groups[event.group]
         if self._me in event.excluded:
-            account = self._accounts.get(event.clock)
-            if account is not None and not group.folds:
-                account.open.discard(group.number)
-                account.lost.add(group.number)
+            self._lose(group, event.clock)
         else:
             self._count(group.number, event.clock, folded=False)
         for replica, clock in event.folded:
@@ -96,6 +97,14 @@ class Accounts:
             account.lost |= account.open
             account.open.clear()
         return self._settle(list(self._accounts))
+
+    def _lose(self, group: Group, clock: int) -> None:
+        """The commit of `clock` leaves this replica out."""
+        lost = [c for c in self._accounts if c == clock or (c < clock and group.discards)] if not group.folds else []
+        for account in map(self._accounts.__getitem__, lost):
+            if group.number in account.open:
+                account.open.discard(group.number)
+                account.lost.add(group.number)
 
     def _count(self, group: int, newest: int, *, folded: bool) -> None:
         """A commit contains the push of `newest`, with all gradients since the push before that is still late."""

@@ -376,7 +376,11 @@ class Home:
             chosen.append((gathering, late_rule.decay ** (clock - earlier)))
             owed = store.owed.get(replica, set())
             store.owed[replica] = {c for c in owed if c > earlier}
-        living = len(taken) + sum(replica not in self._lost for replica in excluded)
+        living: int | None = len(taken) + sum(replica not in self._lost for replica in excluded)
+        if store.terms.policy.local:
+            living = (
+                None  # the mean is one over the steps that are here: a late change counts by its steps when it comes
+            )
         return [*self._apply(index, chosen, living=living), *self._finish(index)]
 
     def _decode(self, index: int, row: Mapping[int, _Gathering], coefficients: Mapping[int, float]) -> list[Action]:

@@ -60,6 +60,9 @@ class Group:
     stores: tuple[int, ...]
     drops: bool
     """Whether a decision may leave a live replica out."""
+    discards: bool = False
+    """Whether a replica that is left out loses all steps since its last push, which are in its own parameters: it takes
+    the global ones instead."""
 
     @property
     def folds(self) -> bool:
@@ -101,13 +104,16 @@ class Terms:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The groups of stores with decisions, in the order of their first stores."""
-        found: dict[tuple[Completion, Every], list[int]] = {}
+        found: dict[tuple[Completion, Every, bool], list[int]] = {}
         for number, store in enumerate(self.stores):
             if store.decided:
-                found.setdefault((store.policy.quorum, store.policy.every), []).append(number)
+                quorum = store.policy.quorum
+                drops = not quorum.never_drops(self.replicas)
+                discards = drops and store.policy.local and not isinstance(quorum.late, Fold)
+                found.setdefault((quorum, store.policy.every, discards), []).append(number)
         return tuple(
-            Group(number, quorum, every, tuple(stores), not quorum.never_drops(self.replicas))
-            for number, ((quorum, every), stores) in enumerate(found.items())
+            Group(number, quorum, every, tuple(stores), not quorum.never_drops(self.replicas), discards)
+            for number, ((quorum, every, discards), stores) in enumerate(found.items())
         )
 
     @cached_property

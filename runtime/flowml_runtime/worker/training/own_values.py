@@ -23,7 +23,10 @@ class OwnRhythm:
         self.every = policy.every
         self.mixes = isinstance(base_of(policy.apply), Mix)
         """Whether the replica is pulled to the global parameters when it pushes, and never takes them later."""
+        self.steps = 0
+        """The number of steps in what the next push sends."""
         self._taken = -1
+        self._owes = policy.owes
 
     @property
     def began(self) -> bool:
@@ -37,6 +40,13 @@ class OwnRhythm:
     def took(self, clock: int) -> None:
         """The step of `clock` has taken them."""
         self._taken = self.every.taken(clock)
+        if not self._owes:
+            self.steps = min(self.steps, self.every.delay)
+
+    def pushed(self) -> int:
+        """A push sends the steps since the last one. Returns their number."""
+        steps, self.steps = self.steps, 0
+        return steps
 
 
 class OwnValues(OwnRhythm):

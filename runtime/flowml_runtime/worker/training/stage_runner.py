@@ -307,7 +307,7 @@ class StageRunner(EdgeServices):
             total = self._gather(store, part, _known(arrays))
         if total is None:
             return
-        weight = 1 if spec.local else total.steps * self.run.training.microbatches
+        weight = total.steps * self.run.training.microbatches
         if spec.collective:
             self.run.count_push(store, part, spec.parts[part].nbytes, self.run.me)
             given = Given(store, part, self.replica, self._now.clock, weight, self._now.cause)
@@ -340,6 +340,7 @@ class StageRunner(EdgeServices):
     def _update(self, step: int, store: int, own: OwnValues, gradients: Sequence[Array]) -> Sum[Gradients] | None:
         """Update the own parameters of a store. Returns what this step pushes of them; None if it pushes nothing."""
         clock, before = self._now.clock, own.params
+        own.steps += 1
         if self.run.start.on_nonfinite == "apply" or all_finite(host_view(gradients, self.loaded.device)):
             with self.recorder.record(self.device, "update", f"store {own.spec.name}", step):
                 own.update(gradients)
@@ -350,10 +351,10 @@ class StageRunner(EdgeServices):
         with self.run.changed:
             if not self.machine.pushes(store, clock):
                 return None
-        sent = own.sent()
+        sent = Sum(_known(own.sent()), own.pushed())
         if own.mixes:
             own.take(clock, self.adopt(self._published(step, store)))
-        return Sum(_known(sent), 1)
+        return sent
 
     def _coefficient_dtype(self, store: StoreSpec) -> str:
         assert store.local is not None
