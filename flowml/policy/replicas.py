@@ -145,7 +145,7 @@ def _check_dropping(policy: Policy, payload: str) -> None:
             f"{quorum} with late={policy.quorum.late!r} and {payload} is not sound: parameters of an earlier round are "
             "no change that a later average could take in; use payload=Delta(), or late='drop'"
         )
-    if policy.every.delay or policy.payload.alpha:
+    if policy.every.delay or (isinstance(policy.payload, Delta) and policy.payload.alpha):
         raise PolicyError(
             f"{quorum} with late={policy.quorum.late!r}, {payload} and every={policy.every!r} is not available yet: "
             "what a late replica still has to send cannot be told apart from the share of its own value that it keeps; "
