@@ -36,13 +36,13 @@ What the caller must do:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from flowml.policy import Fold
 from flowml.policy.apply import scales
 from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training.clocks import Clocks
 from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, StoreTerms, Terms
 
 Handle = int
@@ -163,39 +163,10 @@ class _Gathering:
         return tuple(self.parts[p].handle for p in sorted(self.parts) if not self.parts[p].empty)
 
 
-class _Clocks:
-    """The clock of each replica and the least of all, which is found without reading all."""
-
-    def __init__(self, replicas: int) -> None:
-        self._of = [0] * replicas
-        self._at = {0: replicas}  # how many replicas are at each clock
-        self.floor = 0
-
-    def __getitem__(self, replica: int) -> int:
-        return self._of[replica]
-
-    @property
-    def active(self) -> int:
-        """The number of replicas that are not retired."""
-        return len(self._of) - self._at.get(RETIRED, 0)
-
-    def raise_to(self, clock: int, replica: int) -> None:
-        before, self._of[replica] = self._of[replica], clock
-        self._at[clock] = self._at.get(clock, 0) + 1
-        self._at[before] -= 1
-        if not self._at[before]:
-            del self._at[before]
-            self.floor = min(self._at)
-
-    def validate(self) -> None:
-        ensure(self.floor == min(self._of), "the least clock is wrong")
-        ensure(self._at == Counter(self._of), "clocks are counted wrongly")
-
-
 @dataclass(slots=True)
 class _Store:
     terms: StoreTerms
-    clocks: _Clocks | None
+    clocks: Clocks | None
     """The clocks of a store that applies on arrival. Other stores have one clock for all replicas, `floor`."""
     floor: int = 0
     version: int = -1  # not loaded
@@ -228,7 +199,7 @@ class Home:
         self._terms = terms
         self._lost: set[int] = set()
         self._stores = {
-            i: _Store(terms.stores[i], None if terms.stores[i].clocked else _Clocks(terms.replicas)) for i in stores
+            i: _Store(terms.stores[i], None if terms.stores[i].clocked else Clocks(terms.replicas)) for i in stores
         }
 
     def version(self, store: int) -> int:
@@ -324,13 +295,13 @@ class Home:
         applied = self._apply_batch(index, store.clocks) if self._is_enough(store, store.clocks) else []
         return [*applied, SendApplied(index, replica, clock, store.version), *self._finish(index)]
 
-    def _is_enough(self, store: _Store, clocks: _Clocks) -> bool:
+    def _is_enough(self, store: _Store, clocks: Clocks) -> bool:
         """Whether the kept contributions may be applied: there is a quorum of them, or a reader may wait for them."""
         newest = max(clock + 1 for _, clock in store.batch)
         need = store.terms.policy.quorum.need(self._terms.replicas)
         return len(store.batch) >= min(need, clocks.active) or newest - clocks.floor >= store.terms.policy.staleness
 
-    def _apply_batch(self, index: int, clocks: _Clocks) -> list[Action]:
+    def _apply_batch(self, index: int, clocks: Clocks) -> list[Action]:
         """Apply what is kept."""
         store = self._stores[index]
         batch, store.batch = sorted(store.batch.items()), {}

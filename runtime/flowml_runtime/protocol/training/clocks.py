@@ -1,0 +1,37 @@
+"""Counts how far each replica of a store is, so that the least clock is found without reading all."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from flowml_runtime.protocol.errors import ensure
+from flowml_runtime.protocol.training.terms import RETIRED
+
+
+class Clocks:
+    """The clock of each replica and the least of all, which is found without reading all."""
+
+    def __init__(self, replicas: int) -> None:
+        self._of = [0] * replicas
+        self._at = {0: replicas}  # how many replicas are at each clock
+        self.floor = 0
+
+    def __getitem__(self, replica: int) -> int:
+        return self._of[replica]
+
+    @property
+    def active(self) -> int:
+        """The number of replicas that are not retired."""
+        return len(self._of) - self._at.get(RETIRED, 0)
+
+    def raise_to(self, clock: int, replica: int) -> None:
+        before, self._of[replica] = self._of[replica], clock
+        self._at[clock] = self._at.get(clock, 0) + 1
+        self._at[before] -= 1
+        if not self._at[before]:
+            del self._at[before]
+            self.floor = min(self._at)
+
+    def validate(self) -> None:
+        ensure(self.floor == min(self._of), "the least clock is wrong")
+        ensure(self._at == Counter(self._of), "clocks are counted wrongly")
