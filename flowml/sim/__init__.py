@@ -1,9 +1,9 @@
 """Models of simulated machines and networks, for `SimulatedCluster`.
 
 Machines: `Constant`, `ShiftedExponential`, `LogNormal`, `Pareto`, `Empirical` and `Recorded` say how long one step of a
-replica computes; `Straggler` slows some of them down. Networks: `Network` has equal links, `Sites` has regions with the
-links of a table. `Churn` says when machines leave and return. `Recording` replays the recorded operations of a training
-job and says what stragglers cost it.
+replica computes; `Straggler` slows some of them down. `Homes` says how long an apply takes. Networks: `Network` has
+equal links, `Sites` has regions with the links of a table. `Churn` says when machines leave and return. `Recording`
+replays the recorded operations of a training job and says what stragglers cost it.
 
 All are frozen values that check themselves, and none reads a clock. Nothing here imports JAX.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from flowml.sim.churn import Change, Churn
 from flowml.sim.faults import Crash, Disorder, Fault, Partition
+from flowml.sim.homes import AT_ONCE, Homes
 from flowml.sim.machines import (
     ComputeModel,
     ComputeTimes,
@@ -27,6 +28,7 @@ from flowml.sim.networks import DRIVER, Link, Network, NetworkModel, Regions, Sh
 from flowml.sim.recording import Operation, Recording
 
 __all__ = [
+    "AT_ONCE",
     "DRIVER",
     "Change",
     "Churn",
@@ -38,6 +40,7 @@ __all__ = [
     "Fault",
     "Partition",
     "Empirical",
+    "Homes",
     "Link",
     "LogNormal",
     "Network",

@@ -11,7 +11,7 @@ from flowml.errors import SimulationError
 from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.placement.links import GRPC, Link, Links
-from flowml.sim import ComputeModel, Crash, Fault, NetworkModel, Partition
+from flowml.sim import AT_ONCE, ComputeModel, Crash, Fault, Homes, NetworkModel, Partition
 from flowml_runtime.current import blocks
 from flowml_runtime.sim.session import Models, SimulatedSession
 
@@ -27,6 +27,7 @@ class SimulatedCluster:
         compute: how long one step of a replica computes, such as `fm.sim.LogNormal(mean_s=0.1, sigma=0.3)`. A pipeline
             divides it among its stages in proportion to the plan's estimates.
         network: the links, such as `fm.sim.Network(latency_s=1e-4, bytes_per_s=60e6)`.
+        homes: how long an apply takes, such as `fm.sim.Homes(apply_s=1e-3)`. By default it takes no time.
         seed: seeds the models.
         arithmetic: False keeps clocks and bytes only: losses are NaN and parameters stay as they were.
         faults: `fm.sim.Crash`, `fm.sim.Partition` and `fm.sim.Disorder`. Their times count from the start of each fit.
@@ -42,12 +43,14 @@ class SimulatedCluster:
         compute: ComputeModel,
         network: NetworkModel,
         *,
+        homes: Homes = AT_ONCE,
         seed: int = 0,
         arithmetic: bool = True,
         faults: Sequence[Fault] = (),
     ) -> None:
         workers = whole_number("workers", workers, least=1)
-        for name, value, kind in (("compute", compute, ComputeModel), ("network", network, NetworkModel)):
+        kinds = ("compute", compute, ComputeModel), ("network", network, NetworkModel), ("homes", homes, Homes)
+        for name, value, kind in kinds:
             if not isinstance(value, kind):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise SimulationError(
                     f"SimulatedCluster({name}={value!r}) is of type {type(value).__name__}; give a model of flowml.sim"
@@ -57,7 +60,7 @@ class SimulatedCluster:
         self._network = network
         self._devices = tuple(Device(f"worker:{i}/cpu:0") for i in range(workers))
         self._arithmetic = bool(arithmetic)
-        models = Models(workers, compute, network, whole_number("seed", seed), tuple(faults))
+        models = Models(workers, compute, network, whole_number("seed", seed), tuple(faults), homes)
         self._session = SimulatedSession(models, arithmetic=self._arithmetic)
         self.on_result: Callable[[Any], None] = lambda result: None
         """Called with the result of each fit."""

@@ -43,6 +43,9 @@ class _News:
 _WAKE = 3
 """The kind of the event that a Wake asked for; see `network.KINDS`."""
 
+_TURN = 5
+"""The kind of the event that work of a home is done."""
+
 
 class Node:
     """One worker. It lives until a fault ends it."""
@@ -70,6 +73,10 @@ class Node:
         self.stages: dict[At, Executor] = {}
         self.counts = Counts(0)
         self._handles = count(1)
+        self._turns = 0
+        """The work of the homes here that is not done yet."""
+        self._free = 0.0
+        """When all of it is done."""
         self._news: dict[tuple[str, int], _News] = {}
         """(reader, store) -> the version that is sent next, or was sent last."""
 
@@ -155,9 +162,29 @@ class Node:
     def _apply(self, action: protocol.Apply) -> None:
         pop = self.payloads.pop
         given = [([pop(h) for h in handles], factor) for handles, factor in action.contributions]
-        self.world.values.apply(self.name, action.store, action.version, given, action.staleness)
+        world, store = self.world, action.store
+        seconds = world.homes.seconds(len(given) * sum(world.sizes.parts[store]))
+        self._in_turn(seconds, world.values.apply, self.name, store, action.version, given, action.staleness)
+
+    def _in_turn(self, seconds: float, work: Callable[..., None], *args: Any) -> None:
+        """Do work of a home that takes so long after all that was given before, as on the lane of its device."""
+        clock = self.world.clock
+        if not seconds and not self._turns:
+            work(*args)
+            return
+        self._turns += 1
+        self._free = max(self._free, clock.now) + seconds
+        clock.at(self._free, self.number * KINDS + _TURN, self._turn, work, args)
+
+    def _turn(self, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+        self._turns -= 1
+        if self.lives:
+            work(*args)
 
     def _publish(self, action: protocol.Publish) -> None:
+        self._in_turn(0.0, self._send_version, action)
+
+    def _send_version(self, action: protocol.Publish) -> None:
         """Send a version to its readers. As at a real home, a newer one replaces what a reader has not been sent."""
         world, store, value = self.world, action.store, None
         message = wire.Published(
@@ -179,6 +206,9 @@ class Node:
                 self.counts.publish(store, nbytes)
 
     def _return(self, action: protocol.Return) -> None:
+        self._in_turn(0.0, self._send_back, action)
+
+    def _send_back(self, action: protocol.Return) -> None:
         world = self.world
         self._tell_traffic(action)
         message = wire.StoreValue(**self.ids, cause=action.cause, store=action.store, version=action.version)

@@ -16,7 +16,7 @@ from flowml.devices import worker_of
 from flowml.errors import FlowmlError, PlacementError, SimulationError
 from flowml.placement.links import SAME_PROCESS
 from flowml.plan import Fetch, Plan
-from flowml.sim import ComputeModel, ComputeTimes, Crash, Fault, NetworkModel
+from flowml.sim import AT_ONCE, ComputeModel, ComputeTimes, Crash, Fault, Homes, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.driver.session import LoadedPlan, PlanHandler, loaded
 from flowml_runtime.driver.training.training_session import Simulated
@@ -43,6 +43,7 @@ class Models:
     network: NetworkModel
     seed: int
     faults: tuple[Fault, ...] = ()
+    homes: Homes = AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class SimulatedSession:
             values=own.values(start),
             times=ComputeTimes(models.compute, models.seed, models.workers),
             network=models.network,
+            homes=models.homes,
             to_driver=self._handlers[start.plan_id].on_message,
             numbers=self._numbers,
             run=start.run,

@@ -17,7 +17,7 @@ import msgspec
 
 from flowml.errors import FlowmlError
 from flowml.plan import Instruction, Part, Plan
-from flowml.sim import NetworkModel
+from flowml.sim import AT_ONCE, Homes, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.execution.faults import step_failed
 from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
@@ -89,6 +89,7 @@ class World:
     tamper: Tamper | None = None
     stepped: Callable[[Node], None] = lambda node: None
     """Called after each event of a worker's machine."""
+    homes: Homes = AT_ONCE
     delays: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     """Seconds added to the steps of a worker, as in `wire.StartTraining`."""
 
