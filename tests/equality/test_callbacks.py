@@ -24,4 +24,4 @@ def test_one_function_serves_callbacks_of_several_shapes_and_dtypes(threads_clus
         return jax.tree.map(doubled, tree)
 
     tree = {"a": jnp.ones((3, 2)), "b": jnp.ones(2), "c": jnp.arange(2), "d": jnp.ones(2, jnp.bfloat16)}
-    assert_same(fm.dataflow(step, cluster=threads_cluster)(tree), jax.jit(step)(tree))
+    assert_same(fm.dataflow(step, cluster=threads_cluster, placement=fm.Pipeline(1))(tree), jax.jit(step)(tree))
