@@ -274,8 +274,10 @@ def test_the_programs_default_timeout_of_sockets_ends_nothing(transport: str) ->
 SHORTAGE = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+import flowml as fm
 from flowml_runtime.cluster import LaunchedCluster
 cluster = LaunchedCluster(workers=1, transport=sys.argv[1])
+assert fm.dataflow(lambda x: x + 1, cluster=cluster)(0) == 1  # the connections stand in both directions
 print(cluster.address, cluster.token, flush=True)
 sys.stdin.readline()
 held = []
