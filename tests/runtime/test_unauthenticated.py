@@ -277,7 +277,8 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
 import flowml as fm
 from flowml_runtime.cluster import LaunchedCluster
 cluster = LaunchedCluster(workers=1, transport=sys.argv[1])
-assert fm.dataflow(lambda x: x + 1, cluster=cluster)(0) == 1  # the connections stand in both directions
+with fm.Cluster.connect(cluster.address, cluster.token, transport=sys.argv[1]) as joined:
+    assert fm.dataflow(lambda x: x + 1, cluster=joined)(0) == 1  # the worker has joined in full
 print(cluster.address, cluster.token, flush=True)
 sys.stdin.readline()
 held = []
