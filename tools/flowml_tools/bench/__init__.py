@@ -17,6 +17,7 @@ from pathlib import Path
 from flowml_tools.bench import (
     allreduce,
     dispatch,
+    fidelity,
     foreign_environment,
     machines,
     memory,
@@ -33,7 +34,7 @@ from flowml_tools.command import CommandError, positive
 SUMMARY = "side-by-side measurements, peers included where installed"
 BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (dispatch, transport, allreduce, training, pipeline, memory, machines, simulator)
+    for module in (dispatch, transport, allreduce, training, pipeline, memory, machines, simulator, fidelity)
 }
 DESCRIPTION = (
     "Measure flowml side by side with its peers on this machine, in turn. Takes several minutes.\n\n"
@@ -69,7 +70,8 @@ def main(arguments: argparse.Namespace) -> int:
             raise BenchError(f"{name}: {error}") from None
         finally:
             hush()
-        print(render(name, results[name]), flush=True)
+        shown = fidelity.render if BENCHMARKS[name] is fidelity else render
+        print(shown(name, results[name]), flush=True)
         if output:
             output.write_text(report(results))
     return 0

@@ -14,7 +14,7 @@ from typing import Literal
 
 from flowml.errors import FlowmlError
 
-Unit = Literal["s", "bytes/s", "bytes", "1/s"]
+Unit = Literal["s", "bytes/s", "bytes", "1/s", "share"]
 
 
 class BenchError(FlowmlError):
@@ -85,6 +85,8 @@ class Row:
     ours: Sample
     peer: Peer
     goal: Goal | None = None
+    group: tuple[str, ...] = ()
+    """What the row is about, for a benchmark that arranges its rows in a table of its own."""
 
     @property
     def ratio(self) -> float | None:

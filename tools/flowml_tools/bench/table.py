@@ -12,6 +12,7 @@ _SCALES: dict[Unit, tuple[tuple[float, str], ...]] = {
     "s": ((1e-6, "µs"), (1e-3, "ms"), (1.0, "s")),
     "bytes/s": ((1e6, "MB/s"), (1e9, "GB/s")),
     "1/s": ((1.0, "/s"), (1e3, "k/s")),
+    "share": ((1e-2, "%"),),
     "bytes": ((2.0**10, "KiB"), (2.0**20, "MiB"), (2.0**30, "GiB")),
 }
 _SIGNS = {"at most": "≤", "at least": "≥"}
