@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from flowml.policy import Quorum as Quorum
     from flowml.policy import Requeue as Requeue
     from flowml.policy import Ring as Ring
+    from flowml.policy import SharedMemory as SharedMemory
     from flowml.policy import StalenessScaled as StalenessScaled
     from flowml.policy import Sum as Sum
     from flowml.policy import Tree as Tree
@@ -118,6 +119,7 @@ _HOMES = {
     "Prox": "flowml.policy",
     "Quorum": "flowml.policy",
     "Ring": "flowml.policy",
+    "SharedMemory": "flowml.policy",
     "StalenessScaled": "flowml.policy",
     "Sum": "flowml.policy",
     "Tree": "flowml.policy",
@@ -136,7 +138,6 @@ _MODULES = {"policies", "filters", "data", "sim"}
 """Names that stand for a whole module."""
 
 _EXISTS = {
-    ("SharedMemory",): "use fm.ParameterServer() or fm.AllReduce()",
     ("Speculate",): "use fm.Quorum(0.75) or fm.Quorum(3)",
 }
 _PLANNED = {name: instead for names, instead in _EXISTS.items() for name in names}

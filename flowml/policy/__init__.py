@@ -30,7 +30,7 @@ from flowml.policy.quorum import (
 from flowml.policy.replicas import Delta, Weights
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.spec import UNBOUNDED, Factors, Gradient, Payload, Policy
-from flowml.policy.topology import AllReduce, Gossip, Hierarchy, ParameterServer, Ring, Topology, Tree
+from flowml.policy.topology import AllReduce, Gossip, Hierarchy, ParameterServer, Ring, SharedMemory, Topology, Tree
 
 __all__ = [
     "DEFAULT_PATTERN",
@@ -63,6 +63,7 @@ __all__ = [
     "Quorum",
     "Requeue",
     "Ring",
+    "SharedMemory",
     "Spread",
     "StalenessScaled",
     "Sum",

@@ -274,6 +274,13 @@ def no_loco(every: int, outer: Any = None, pull: float = 1.0, graph: object = "r
     return algebra.Policy(topology=algebra.Gossip(graph, every, pull), apply=algebra.Outer(outer))
 
 
+def hogwild(every: algebra.Every | int = 1, apply: algebra.Apply | Literal["mean", "sum"] = "sum") -> algebra.Policy:
+    """The replicas are devices of one worker, and update the parameters that they share at once, without waiting (Recht
+    et al., *Hogwild*, NeurIPS 2011). With `every` an update holds the gradients of several steps, as in Viebke et al.,
+    *CHAOS*, 2017, where each layer is published later."""
+    return algebra.Policy(topology=algebra.SharedMemory(), every=every, apply=apply)
+
+
 def coded(
     stragglers: int, code: Literal["fractional", "cyclic"] = "fractional", **overrides: Unpack[_Coded]
 ) -> algebra.Policy:

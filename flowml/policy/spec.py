@@ -20,7 +20,7 @@ from flowml.policy.mathematics import coefficients, shares
 from flowml.policy.quorum import COMPLETIONS, Coded, Completion, Deadline, Fold, Quorum, late_name, number
 from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
 from flowml.policy.rhythm import Every, Once
-from flowml.policy.topology import TOPOLOGIES, Gossip, ParameterServer, Topology
+from flowml.policy.topology import TOPOLOGIES, Gossip, ParameterServer, SharedMemory, Topology
 from flowml.policy.topology import describe as describe_topology
 
 UNBOUNDED = math.inf
@@ -92,9 +92,18 @@ class Policy(msgspec.Struct, frozen=True):
         self._set("filters", _filters(self.filters))
         self._set("apply", as_apply(self.apply))
         _check_parts(self)
+        if self.shared:
+            self._share()
         if isinstance(self.topology, Gossip):
             self._gossip(self.topology)
         _check_sound(self)
+
+    def _share(self) -> None:
+        """Replicas see each update at once, so none is late and no read waits."""
+        if self.quorum == Quorum():
+            self._set("quorum", Quorum(1, late=Fold()))
+        if self.staleness == 0:
+            self._set("staleness", UNBOUNDED)
 
     def _gossip(self, topology: Gossip) -> None:
         """Replicas exchange their parameters every k steps, and the home gets them once, at the end of the run."""
@@ -123,6 +132,11 @@ class Policy(msgspec.Struct, frozen=True):
         return isinstance(self.payload, LocalPayload)
 
     @property
+    def shared(self) -> bool:
+        """Whether the replicas, all on one worker, update one copy of the parameters themselves."""
+        return isinstance(self.topology, SharedMemory)
+
+    @property
     def owes(self) -> bool:
         """Whether steps that were not pushed stay to be sent when a replica takes the global parameters.
 
@@ -144,7 +158,7 @@ class Policy(msgspec.Struct, frozen=True):
     @property
     def collective(self) -> bool:
         """Whether replicas add up their gradients among themselves."""
-        return not isinstance(self.topology, ParameterServer | Gossip)
+        return not isinstance(self.topology, ParameterServer | Gossip | SharedMemory)
 
     def describe(self) -> str:
         """A short text for tables: `"sync"`, `"every 4"`, `"async ≤3, factors"`, `"sync, ring"`."""
@@ -163,8 +177,8 @@ class Policy(msgspec.Struct, frozen=True):
         if isinstance(self.topology, Gossip):
             outer = ["outer"] if isinstance(self.apply, Outer) else []
             return ", ".join([*words, describe_topology(self.topology), *outer])
-        words = words or ["sync"]
-        if self.collective:
+        words = [w for w in words if w != "async" or not self.shared] or ([] if self.shared else ["sync"])
+        if self.collective or self.shared:
             words.append(describe_topology(self.topology))
         if not isinstance(self.payload, Gradient):
             words.append(type(self.payload).__name__.lower())
@@ -232,6 +246,8 @@ def _check_parts(policy: Policy) -> None:
 def _check_sound(policy: Policy) -> None:
     """Check that the knobs are sound together."""
     check_replicas(policy)
+    if policy.shared:
+        _check_shared(policy)
     reason = unsound(policy.apply, type(policy.payload).__name__, collective=policy.collective)
     if reason is not None and not isinstance(policy.topology, Gossip):  # whose averages are no applies of a home
         raise PolicyError(f"apply={policy.apply!r} with payload={policy.payload!r} is not sound: {reason}")
@@ -258,6 +274,11 @@ def _check_filtered(policy: Policy) -> None:
             f"topology={policy.topology!r} with {filtered} is not sound: replicas add up raw arrays among themselves, "
             "and the sum of filtered ones has no meaning; leave filters out, or use topology=flowml.ParameterServer()"
         )
+    if policy.shared:
+        raise PolicyError(
+            f"topology=SharedMemory() with {filtered} is not sound: nothing is sent that a filter could make smaller; "
+            "leave filters out, or use topology=flowml.ParameterServer()"
+        )
     if not isinstance(policy.topology, ParameterServer):
         raise PolicyError(
             f"topology={policy.topology!r} with {filtered} is not available yet: neighbours average whole parameters; "
@@ -278,6 +299,26 @@ def _check_filtered(policy: Policy) -> None:
         raise PolicyError(
             f"payload={policy.payload!r} with {filtered} is not sound: the condition of kkt() is on gradients; use "
             "significance(), or payload=flowml.Gradient()"
+        )
+
+
+def _check_shared(policy: Policy) -> None:
+    """Check that the other knobs are sound with replicas that update one copy of the parameters themselves."""
+    if policy.quorum != Quorum(1, late=Fold()) or policy.staleness != UNBOUNDED:
+        raise PolicyError(
+            f"topology=SharedMemory() with quorum={policy.quorum} and staleness={policy.staleness} is not sound: each "
+            "update is made at once and seen by the next read, so no replica waits for another and none is late; leave "
+            "quorum and staleness out, or use topology=flowml.ParameterServer()"
+        )
+    if not isinstance(policy.payload, Gradient):
+        raise PolicyError(
+            f"topology=SharedMemory() with payload={policy.payload!r} is not sound: replicas share the parameters, and "
+            "send nothing; use payload=Gradient(), or topology=flowml.ParameterServer()"
+        )
+    if policy.every.pull != policy.every.push:
+        raise PolicyError(
+            f"topology=SharedMemory() with every={policy.every!r} is not sound: each step reads the shared parameters; "
+            "leave pull out"
         )
 
 

@@ -1,8 +1,9 @@
 """Defines topologies, which say how contributions travel, and chooses the schedule of an all-reduce.
 
-`ParameterServer` has one home for each layer. With `Gossip` each replica has parameters of its own, and averages them
-with its neighbours. With all other topologies each replica keeps a copy, and replicas add up their gradients among
-themselves. The schedules of these sums are named here and implemented in the runtime.
+`ParameterServer` has one home for each layer. With `SharedMemory` the replicas are on one worker, and share it. With
+`Gossip` each replica has parameters of its own, and averages them with its neighbours. With all other topologies each
+replica keeps a copy, and replicas add up their gradients among themselves. The schedules of these sums are named here
+and implemented in the runtime.
 """
 
 from __future__ import annotations
@@ -113,9 +114,17 @@ class Gossip(msgspec.Struct, frozen=True, tag=True):
         return readers(self.graph, replica, members, clock // self.every)
 
 
-Topology = ParameterServer | AllReduce | Ring | Tree | Hierarchy | Gossip
+class SharedMemory(msgspec.Struct, frozen=True, tag=True):
+    """The replicas are devices of one worker, and share the parameters: each updates them itself, at once.
 
-TOPOLOGIES = (ParameterServer, AllReduce, Ring, Tree, Hierarchy, Gossip)
+    No message is sent, and no replica waits for another (Recht et al., *Hogwild*, NeurIPS 2011). A layer is replaced as
+    a whole, so that no update is lost and no reader sees half of one (Viebke et al., *CHAOS*, 2017).
+    """
+
+
+Topology = ParameterServer | AllReduce | Ring | Tree | Hierarchy | Gossip | SharedMemory
+
+TOPOLOGIES = (ParameterServer, AllReduce, Ring, Tree, Hierarchy, Gossip, SharedMemory)
 
 
 def choose(nbytes: int, hosts: Sequence[Hashable]) -> str:
@@ -146,5 +155,11 @@ def describe(topology: Topology) -> str:
     if isinstance(topology, Gossip):
         often = f" every {topology.every}" if topology.every > 1 else ""
         return f"gossip {name_of(topology.graph)}{often}"
-    names = {ParameterServer: "", AllReduce: "all-reduce", Ring: "ring", Hierarchy: "hierarchy"}
+    names = {
+        ParameterServer: "",
+        SharedMemory: "shared memory",
+        AllReduce: "all-reduce",
+        Ring: "ring",
+        Hierarchy: "hierarchy",
+    }
     return f"tree {topology.fanout}" if isinstance(topology, Tree) else names[type(topology)]

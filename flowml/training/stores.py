@@ -36,6 +36,7 @@ from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, pack
 from flowml.training.factors import OuterProduct, find_outer_product, product_function, send_factors
 from flowml.training.local import HomeUpdate, Optimizers, local_tasks
+from flowml.training.shared import check_shared
 from flowml.training.step import Treatment
 
 
@@ -229,7 +230,7 @@ class StorePlanner:
     ) -> Sequence[tuple[int, ...]]:
         """The leaves of a group that one stage can update by itself, if replicas update parameters of their own."""
         policy = self.policies[self.paths[group[0]]]
-        if not policy.local:
+        if not (policy.local or policy.shared):
             return [group]
         users: dict[frozenset[str], list[int]] = {}
         for leaf in group:
@@ -239,9 +240,10 @@ class StorePlanner:
         coupled = any(len(set(found) & set(group)) > 1 for found in self._coupled) and len(users) > 1
         if coupled or any(len(devices) > 1 for devices in users):
             paths = ", ".join(repr(parameter_path(self.paths[leaf])) for leaf in group[:3])
+            other = "payload=fm.Gradient()" if policy.local else "topology=fm.ParameterServer()"
             raise PolicyError(
                 f"{paths} ({policy.describe()}): a replica updates these parameters together, and several of its "
-                "devices use them; place them on one device, or give them payload=fm.Gradient()"
+                f"devices use them; place them on one device, or give them {other}"
             )
         return [tuple(found) for found in users.values()]
 
@@ -378,6 +380,7 @@ class StorePlanner:
         collective = self._collective(store.policy)
         update = self.optimizers.at_home(store.policy, store.leaves, self.replicas)
         candidates = [r[parts[0].stage] for r in replicas]
+        check_shared(store.name, store.policy, candidates)
         homes = _one_a_worker(candidates) if collective else (min(candidates, key=lambda d: loads[d]),)
         for home in dict.fromkeys(homes):
             loads[home] += sum(s.nbytes for s in (*specs, *update.state_specs)) + 1

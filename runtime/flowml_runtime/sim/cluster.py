@@ -23,11 +23,13 @@ class SimulatedCluster:
     models, so that a fit on thousands of machines runs on one. With the same arguments and seed a fit repeats exactly.
 
     Args:
-        workers: the number of workers, each with one device.
+        workers: the number of workers.
         compute: how long one step of a replica computes, such as `fm.sim.LogNormal(mean_s=0.1, sigma=0.3)`. A pipeline
             divides it among its stages in proportion to the plan's estimates.
         network: the links, such as `fm.sim.Network(latency_s=1e-4, bytes_per_s=60e6)`.
         homes: how long an apply takes, such as `fm.sim.Homes(apply_s=1e-3)`. By default it takes no time.
+        devices_per_worker: the devices of each worker, which share its memory and its links. Device d of worker w has
+            the compute times of machine w · devices_per_worker + d.
         seed: seeds the models.
         arithmetic: False keeps clocks and bytes only: losses are NaN and parameters stay as they were.
         faults: `fm.sim.Crash`, `fm.sim.Partition` and `fm.sim.Disorder`. Their times count from the start of each fit.
@@ -44,6 +46,7 @@ class SimulatedCluster:
         network: NetworkModel,
         *,
         homes: Homes = AT_ONCE,
+        devices_per_worker: int = 1,
         seed: int = 0,
         arithmetic: bool = True,
         faults: Sequence[Fault] = (),
@@ -58,9 +61,11 @@ class SimulatedCluster:
         network.check(workers)
         _check_faults(faults, workers)
         self._network = network
-        self._devices = tuple(Device(f"worker:{i}/cpu:0") for i in range(workers))
+        self._workers = workers
+        each = whole_number("devices_per_worker", devices_per_worker, least=1)
+        self._devices = tuple(Device(f"worker:{i}/cpu:{d}") for i in range(workers) for d in range(each))
         self._arithmetic = bool(arithmetic)
-        models = Models(workers, compute, network, whole_number("seed", seed), tuple(faults), homes)
+        models = Models(workers, compute, network, whole_number("seed", seed), tuple(faults), homes, each)
         self._session = SimulatedSession(models, arithmetic=self._arithmetic)
         self.on_result: Callable[[Any], None] = lambda result: None
         """Called with the result of each fit."""
@@ -71,7 +76,7 @@ class SimulatedCluster:
 
     @property
     def devices(self) -> tuple[Device, ...]:
-        """One device for each worker."""
+        """The devices, in the order of workers."""
         return self._devices
 
     @property
@@ -95,7 +100,7 @@ class SimulatedCluster:
 
     def __repr__(self) -> str:
         off = "" if self._arithmetic else ", no arithmetic"
-        return f"<SimulatedCluster of {len(self._devices)} workers{off}>"
+        return f"<SimulatedCluster of {self._workers} workers{off}>"
 
 
 def _check_faults(faults: Sequence[Fault], workers: int) -> None:

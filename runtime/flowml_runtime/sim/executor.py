@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from flowml.plan import Feed, Fetch, Free, Push, Read, Recv, Run, Send
 from flowml.policy import Gossip
+from flowml.policy.apply import scales
 from flowml_runtime import wire
 from flowml_runtime.execution.step_program import StepFault
 from flowml_runtime.protocol.rendezvous import Cancelled
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
-from flowml_runtime.protocol.training.actions import Start, StepFinished
+from flowml_runtime.protocol.training.actions import Start, StepFinished, Updated
 from flowml_runtime.sim.neighbours import Neighbours
 from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At, StageProgram
@@ -42,6 +43,7 @@ class Executor:
         self._program = program
         self._machine = node.machine.stage(at)
         self._instructions = self._world.instructions(program)
+        self._machine_number = self._world.machine(node.number, program.device)
         self._label = node.number * KINDS + _TASK
         self._gathered: dict[tuple[int, int], Accumulator[Value]] = {}
         self._step: Start | None = None
@@ -77,7 +79,7 @@ class Executor:
         world = self._world
         self._node.mailbox.advance(self.at, self._number(step))
         self._step, self._next, self._given, self._abandoned, self._updated = step, 0, None, False, -1
-        self._seconds = world.seconds(self._node.number, step.clock)
+        self._seconds = world.seconds(self._machine_number, step.clock)
         self._state = world.values.begin(self.at, step)
         self._began = world.clock.now
         self.waits = True
@@ -154,6 +156,8 @@ class Executor:
     # The instructions. Each returns whether it is done; if not, it is tried again when something has happened.
 
     def _read(self, step: Start, read: Read) -> bool:
+        if self._world.terms.stores[read.store].shared:
+            return self._read_shared(step, read.store)
         own = self._own.get(read.store)
         if own is None:
             shown = self._shown(step, read.store)
@@ -168,6 +172,25 @@ class Executor:
         if read.store in self._neighbours:
             self._neighbours[read.store].begin(step)
         return True
+
+    def _read_shared(self, step: Start, store: int) -> bool:
+        """Read the newest value of a store that the replicas here share, once its first one is there."""
+        if self._shown(step, store) is None:
+            return False
+        version = self._versions[store] = self._node.shared.get(store, 0)
+        return self._perform(step, (version, self._world.values.current(self._node.name, store)))
+
+    def _share(self, step: Start, store: int, message: Any, value: Value) -> None:
+        """Update a store that the replicas here share, and tell the machine, which counts."""
+        world, node = self._world, self._node
+        policy, before = world.terms.stores[store].policy, node.shared.get(store, 0)
+        if not message.empty:
+            given = policy.coefficients([message.weight], world.terms.microbatches)
+            staleness = (before - message.base_version,) if scales(policy.apply) else ()
+            node.shared[store] = before + 1
+            world.values.apply(node.name, store, before + 1, [([value], *given)], staleness)
+        node.counts.push(store, message.part, 0, crosses=False)
+        node.note(Updated(node.start.run, step.replica, store, step.clock, not message.empty))
 
     def _shown(self, step: Start, store: int) -> tuple[int, Value] | None:
         """The newest version of a store, once it is fresh enough for this step."""
@@ -246,6 +269,9 @@ class Executor:
         base = self._versions.get(store, 0)
         sent = node.machine.contribution(step, store, part, base_version=base, weight=weight)
         message, value = world.checked(node, sent.message, part, total.value)
+        if world.terms.stores[store].shared:
+            self._share(step, store, message, value)
+            return True
         value, nbytes = world.filtered(self.at, message, value)
         node.counts.push(store, part, nbytes, crosses=sent.to[0] != node.name)
         for home in sent.to:

@@ -68,6 +68,8 @@ class Node:
         """The stores whose own optimizer state is here, if replicas update their parameters themselves."""
         self.told: dict[tuple[int, int, int, int], Value] = {}
         """(store, replica, source, clock) -> what a replica here has got from a neighbour."""
+        self.shared: dict[int, int] = {}
+        """Store -> its version, where the replicas here update it themselves."""
         self.payloads: dict[int, Value] = {}
         """The values of the machine's handles."""
         self.stages: dict[At, Executor] = {}
@@ -109,6 +111,12 @@ class Node:
         self.world.stepped(self)
         self._walk()
 
+    def note(self, event: protocol.Updated) -> None:
+        """Tell the machine of an event that lets no step go on. A step may call it."""
+        for action in self.machine.step(event, self.world.clock.now):
+            self._ACT[type(action)](self, action)
+        self.world.stepped(self)
+
     def send(self, to: str, message: wire.Wire, value: Value = None, nbytes: int = 0) -> None:
         self.world.send(self.name, to, message, value, nbytes)
 
@@ -128,6 +136,7 @@ class Node:
         self._news.clear()
         self.batches.clear()
         self.states.clear()
+        self.shared.clear()
         self.told.clear()
         self.stages = {at: Executor(self, at, programs[at]) for at in places.stages_on(self.name)}
         for at in self.stages:

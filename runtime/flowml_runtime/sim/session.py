@@ -44,6 +44,8 @@ class Models:
     seed: int
     faults: tuple[Fault, ...] = ()
     homes: Homes = AT_ONCE
+    devices: int = 1
+    """The devices of each worker."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class SimulatedSession:
             tamper=NetworkFaults(clock, network, models.seed) if network else None,
             layout=own.layout.lasting(start.total_clocks),
             values=own.values(start),
-            times=ComputeTimes(models.compute, models.seed, models.workers),
+            times=ComputeTimes(models.compute, models.seed, models.workers * models.devices),
+            devices=models.devices,
             network=models.network,
             homes=models.homes,
             to_driver=self._handlers[start.plan_id].on_message,

@@ -85,6 +85,8 @@ class World:
     to_driver: Callable[[str, wire.Wire, Value], None]
     numbers: Mapping[str, int]
     """The number of each worker, for the models."""
+    devices: int = 1
+    """The devices of each worker. Each is a machine of its own for the compute times."""
     run: int = 0
     tamper: Tamper | None = None
     stepped: Callable[[Node], None] = lambda node: None
@@ -130,6 +132,10 @@ class World:
             found = [(n, Executor.DO[type(i)], i) for n, i in zip(matter, given, strict=True)]
             self._bound[program.instructions] = found
         return found
+
+    def machine(self, worker: int, device: str) -> int:
+        """The number of a worker's device among the machines of the compute times."""
+        return worker * self.devices + (int(device.rpartition(":")[2]) if self.devices > 1 else 0)
 
     def seconds(self, worker: int, clock: int) -> float:
         """The compute time of a step."""

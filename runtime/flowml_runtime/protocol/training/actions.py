@@ -36,13 +36,24 @@ class StepFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class Updated:
+    """A step has updated a store that the replicas here share, unless its gradient was not `applied`."""
+
+    run: int
+    replica: int
+    store: int
+    clock: int
+    applied: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """The time that a Wake of this run named has come."""
 
     run: int
 
 
-Event = Received | StepFinished | ReplicaLost | Tick
+Event = Received | StepFinished | Updated | ReplicaLost | Tick
 
 
 # Actions. `cause` is the number of the event that caused them.

@@ -13,6 +13,7 @@
   may wait for one of them. It tells a replica which version it may wait for: the one that holds its contribution, or
   the newest one if the contribution waits for others. The floor is the least over all replicas of one more than the
   clock of the newest contribution that is applied.
+* Replicas update a shared store themselves, and its home counts the updates (`Updated`). A repeated one is an error.
 * A collective store has a home on every worker that reads it. Each home gets the sum of all replicas' contributions of
   a clock, under the name of replica 0. It applies the sum when it is complete, and moves the floor. So all homes
   do the same, and no decision is needed.
@@ -70,6 +71,16 @@ class ContributionReceived:
     weight: int
     handle: Handle
     empty: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """A replica has updated a store that it shares, unless its gradient was not `applied`."""
+
+    store: int
+    replica: int
+    clock: int
+    applied: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +149,7 @@ class Finished:
     store: int
 
 
-Event = StoreLoaded | ContributionReceived | Committed | StageRetired | ReplicaLost
+Event = StoreLoaded | ContributionReceived | Updated | Committed | StageRetired | ReplicaLost
 Action = Apply | Publish | SendApplied | SendArrived | Release | Finished
 
 
@@ -222,6 +233,8 @@ class Home:
                 return self._commit(event)
             case StoreLoaded(store, version):
                 return self._load(store, version)
+            case Updated():
+                return self._count(event)
             case StageRetired(replica, stage):
                 return self._retire(replica, (stage,))
             case ReplicaLost(replica):
@@ -233,6 +246,16 @@ class Home:
             raise ProtocolError(f"store {index} is loaded twice")
         store.version = version
         return [Publish(index, version, store.floor), *self._finish(index)]
+
+    def _count(self, update: Updated) -> list[Action]:
+        """Count an update that a replica has made itself, once."""
+        store = self._stores[update.store]
+        if store.clocks is None or update.clock < store.clocks[update.replica]:
+            raise ProtocolError(f"replica {update.replica} updates store {update.store} twice at clock {update.clock}")
+        store.clocks.raise_to(update.clock + 1, update.replica)
+        store.floor = store.clocks.floor
+        store.version += update.applied
+        return []
 
     def _receive(self, part: ContributionReceived) -> list[Action]:
         store = self._stores.get(part.store)

@@ -242,8 +242,8 @@ class Replica:
     def may_read(self, store: int, clock: int) -> bool:
         """Whether the newest version of `store` published here is fresh enough for the step of `clock`."""
         news, terms = self._published.get(store), self._terms.stores[store]
-        if news is None:
-            return False
+        if news is None or terms.shared:
+            return news is not None
         every = terms.policy.every
         if not can_read(clock, (news.floor,), terms.policy.staleness, every.push, every.offset, every.delay):
             return False

@@ -106,6 +106,8 @@ def happened(event: actions.Event | driver.Event) -> str:
             return "has waited long enough"
         case actions.StepFinished(_, replica, stage, clock):
             return f"has finished clock {clock} on stage {stage} of replica {replica}"
+        case actions.Updated(_, replica, store, clock):
+            return f"sees that replica {replica} has updated store {store} at clock {clock}"
         case ReplicaLost(replica):
             return f"hears that replica {replica} is lost"
         case driver.WorkerLost(worker, reason):

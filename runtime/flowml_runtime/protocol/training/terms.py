@@ -36,6 +36,11 @@ class StoreTerms:
         return self.policy.clocked
 
     @property
+    def shared(self) -> bool:
+        """Whether replicas update the store themselves. Its home then only counts the updates."""
+        return self.policy.shared
+
+    @property
     def every(self) -> int:
         return self.policy.every.push
 

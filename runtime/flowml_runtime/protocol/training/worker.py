@@ -69,6 +69,7 @@ from flowml_runtime.protocol.training.actions import (
     StepFinished,
     TellTraffic,
     Tick,
+    Updated,
     Wake,
 )
 from flowml_runtime.protocol.training.terms import Committed, Places, ReplicaLost, Terms
@@ -306,9 +307,11 @@ class _Fit:
             raise ProtocolError(f"a worker has no use for {type(event.message).__name__} during training")
         return route(event.message, event)
 
-    def handle(self, event: StepFinished | Tick) -> list[Action]:
+    def handle(self, event: StepFinished | Updated | Tick) -> list[Action]:
         if isinstance(event, Tick):
             return self._decide(self._decisions, TimeCame())
+        if isinstance(event, Updated):
+            return self._at_home(home.Updated(event.store, event.replica, event.clock, event.applied))
         return self._at_stage((event.replica, event.stage), replica.StepFinished(event.clock))
 
     def lose(self, event: ReplicaLost) -> list[Action]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 
 import numpy as np
 
 from flowml.errors import FlowmlError
 from flowml.plan import ArraySpec, StoreSpec
+from flowml.policy.apply import scales
 from flowml_runtime.execution.programs import Array, LoadedProgram, aligned_copy, buffer_struct
 from flowml_runtime.transport.arrays import aligned_empty
 
@@ -20,6 +22,39 @@ class Given:
     arrays: list[Array]
     coefficient: float
     scale: float
+
+
+@dataclass
+class Held:
+    """A store's value on device `home`. `values` are its buffers, of which the first `params` are the parameters.
+
+    After it is loaded, only the lane of its device accesses it, unless replicas share it: then each updates it, under
+    the lock, and reads it without.
+    """
+
+    spec: StoreSpec
+    home: str
+    program: LoadedProgram
+    values: list[Array]
+    params: int
+    clock: int = 0
+    """The floor of the newest publication. If all replicas share one clock, the next contribution has this clock."""
+    version: int = 0
+    """The number of updates, if replicas share it."""
+    lock: Lock = field(default_factory=Lock)
+
+    def update(self, arrays: Sequence[Array], weight: int, microbatches: int, base_version: int) -> None:
+        """Apply the gradients of one replica, and replace the values by the new ones."""
+        with self.lock:
+            given = alone(self.spec, arrays, weight, microbatches, self.version - base_version)
+            self.values = list(applied(self.program, self.spec, self.values, given))
+            self.version += 1
+
+
+def alone(spec: StoreSpec, arrays: Sequence[Array], weight: int, microbatches: int, staleness: int) -> Sequence[Given]:
+    """The contribution of one replica, which is applied alone."""
+    (coefficient,) = spec.policy.coefficients([weight], microbatches)
+    return given_of(spec, [(list(arrays), coefficient)], [staleness] if scales(spec.policy.apply) else ())
 
 
 def given_of(

@@ -8,41 +8,22 @@ store run in order, because they all go through one lane.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 
 from flowml.devices import worker_of
-from flowml.plan import StoreSpec
 from flowml_runtime import wire
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import host_view
 from flowml_runtime.protocol.training.actions import Apply, Load, Publish, Release, Return
 from flowml_runtime.protocol.training.terms import RETIRED
-from flowml_runtime.worker.training.applying import applied, given_of
+from flowml_runtime.worker.training.applying import Held, applied, given_of
 from flowml_runtime.worker.training.exchange.agreement import Agreement
 from flowml_runtime.worker.training.filtered import Decoder
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
 from flowml_runtime.worker.training.run import Fault, Run
-
-
-@dataclass
-class _Held:
-    """A store's value on device `home`. `values` are its buffers, of which the first `params` are the parameters.
-
-    After it is loaded, only its lane accesses it.
-    """
-
-    spec: StoreSpec
-    home: str
-    program: LoadedProgram
-    values: list[Array]
-    params: int
-    clock: int = 0
-    """The floor of the newest publication. If all replicas share one clock, the next contribution has this clock."""
-
 
 _Sent = tuple[wire.Contribution | None, Sequence[Array]]
 """The arrays of a part as they came, with their message if they are filtered."""
@@ -71,7 +52,7 @@ class Homes:
         self._on_fault = on_fault
         self._specs = run.training.stores
         self._homes = {i: home for i, s in enumerate(self._specs) for home in s.copies if worker_of(home) == run.me}
-        self._held: dict[int, _Held] = {}
+        self._held: dict[int, Held] = {}
         self._decoder = Decoder(self._specs)
         self._lanes = {home: Lane(f"{home} home run {run.number}") for home in dict.fromkeys(self._homes.values())}
         self._publisher = Publisher(
@@ -112,7 +93,9 @@ class Homes:
         """Load a store's first value: parameters, then optimizer state."""
         spec, arrays = self._specs[action.store], self._payloads.pop(action.handle)
         home = self._homes[action.store]
-        self._held[action.store] = _Held(spec, home, self._programs[home], list(arrays), len(spec.leaves))
+        held = self._held[action.store] = Held(spec, home, self._programs[home], list(arrays), len(spec.leaves))
+        if spec.policy.shared:
+            self._run.shared[action.store] = held
 
     def close(self) -> None:
         """Drop the queued work, and end the threads after their current job. Does not wait. Idempotent."""

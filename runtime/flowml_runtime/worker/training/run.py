@@ -20,6 +20,7 @@ from flowml_runtime.execution.programs import Array
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.transport.endpoint import Sender
+from flowml_runtime.worker.training.applying import Held
 from flowml_runtime.worker.training.counts import Counts
 from flowml_runtime.worker.training.finite import sentence
 
@@ -56,6 +57,8 @@ class Run:
         default_factory=dict[tuple[int, int, int, int], Sequence[Array]]
     )
     """(store, replica here, neighbour, clock) -> the neighbour's parameters before that step."""
+    shared: dict[int, Held] = field(default_factory=dict[int, Held])
+    """The stores that the replicas here update themselves."""
     stopped: bool = False
     counting: threading.Lock = field(default_factory=threading.Lock)
     """Guards `counts`, because executors, lanes and groups count the bytes they send."""

@@ -34,7 +34,7 @@ from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction
 from flowml_runtime.execution.services import EdgeServices, host_view
 from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare, run_step
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
-from flowml_runtime.protocol.training.actions import Send, Start, StepFinished
+from flowml_runtime.protocol.training.actions import Send, Start, StepFinished, Updated
 from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source
 from flowml_runtime.worker.training.exchange.neighbours import Neighbours
 from flowml_runtime.worker.training.exchange.reductions import Given, Reductions
@@ -64,7 +64,7 @@ class StageRunner(EdgeServices):
         self.machine = host.machine.stage(at)
         self._worker = host.machine
         self._reductions = reductions
-        self._on_finished = host.on_finished
+        self._on_event = host.on_event
         self._on_fault = host.fail
         self._find_variant = partial(host.worker.variant, device=loaded.name, driver=run.driver)
         self._programs: dict[str, tuple[LoadedProgram, StepProgram]] = {"": (loaded, prepare(loaded))}
@@ -88,6 +88,7 @@ class StageRunner(EdgeServices):
             if store.local is not None and store.parts[0].stage == stage
         }
         """By store the values that this replica updates itself."""
+        self._shared = frozenset(s for s, store in enumerate(run.training.stores) if store.policy.shared)
         self._neighbours = {
             s: Neighbours(run, s, at[0], loaded, self.adopt, self._coefficient_dtype(own.spec))
             for s, own in self._own.items()
@@ -152,7 +153,7 @@ class StageRunner(EdgeServices):
             if not self.run.stopped:
                 self._step(start.clock)
                 self._mailbox.finish((self.plan_id, self.run.step_of(start.clock), self.device))
-            self._on_finished(StepFinished(self.run.number, start.replica, start.stage, start.clock, start.cause))
+            self._on_event(StepFinished(self.run.number, start.replica, start.stage, start.clock, start.cause))
 
     def _step(self, clock: int) -> None:
         began = time.perf_counter()
@@ -264,7 +265,12 @@ class StageRunner(EdgeServices):
 
     def read(self, step: int, store: int, leaves: Sequence[int]) -> Sequence[Array]:
         own = self._own.get(store)
-        if own is None:
+        if store in self._shared:
+            self._published(step, store)  # waits until its first value is here
+            held = self.run.shared[store]
+            self._read_versions[store] = held.version
+            values = host_view(held.values[: held.params], held.program.device)
+        elif own is None:
             values = self._published(step, store)
         else:
             if own.takes(self._now.clock):
@@ -308,6 +314,9 @@ class StageRunner(EdgeServices):
         if total is None:
             return
         weight = total.steps * self.run.training.microbatches
+        if store in self._shared:
+            self._share(store, part, weight, total.value)
+            return
         if spec.collective:
             self.run.count_push(store, part, spec.parts[part].nbytes, self.run.me)
             given = Given(store, part, self.replica, self._now.clock, weight, self._now.cause)
@@ -326,6 +335,22 @@ class StageRunner(EdgeServices):
             send()
         else:  # the backward pass continues meanwhile, also while filters encode
             self.outbox.put(send, lambda error: self.send_failed(step, f"store {spec.name}", error))
+
+    def _share(self, store: int, part: int, weight: int, gradients: Gradients) -> None:
+        """Update a store that the replicas here share, and tell the machine, which counts."""
+        run, training, clock = self.run, self.run.training, self._now.clock
+        arrays = host_view(gradients.result(self.deadline_s), self.loaded.device)
+        counts = counted(arrays, training.stores[store].parts[part], training.microbatches)
+        finite = run.start.on_nonfinite == "apply" or all_finite(counts)
+        if finite:
+            with self.recorder.record(
+                self.device, "update", f"store {training.stores[store].name}", run.step_of(clock)
+            ):
+                run.shared[store].update(arrays, weight, training.microbatches, self._read_versions[store])
+        else:
+            run.refuse(store, clock, (self.replica,), f"which replica {self.replica} computes")
+        run.count_push(store, part, 0, run.me)
+        self._on_event(Updated(run.number, self.replica, store, clock, finite))
 
     def _gather(self, store: int, part: int, gradients: Gradients) -> Sum[Gradients] | None:
         """The sum that this step pushes; None if it pushes none, and its gradients wait for a later one."""
