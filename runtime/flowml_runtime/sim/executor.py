@@ -185,10 +185,10 @@ class Executor:
         world, node = self._world, self._node
         policy, before = world.terms.stores[store].policy, node.shared.get(store, 0)
         if not message.empty:
-            given = policy.coefficients([message.weight], world.terms.microbatches)
+            (coefficient,) = policy.coefficients([message.weight], world.terms.microbatches)
             staleness = (before - message.base_version,) if scales(policy.apply) else ()
             node.shared[store] = before + 1
-            world.values.apply(node.name, store, before + 1, [([value], *given)], staleness)
+            world.values.apply(node.name, store, before + 1, [([value], coefficient)], staleness)
         node.counts.push(store, message.part, 0, crosses=False)
         node.note(Updated(node.start.run, step.replica, store, step.clock, not message.empty))
 
