@@ -134,7 +134,6 @@ def test_the_public_names_are_there_and_documented() -> None:
 @pytest.mark.parametrize(
     ("name", "instead"),
     [
-        ("SharedMemory", "fm.ParameterServer()"),
         ("Speculate", "fm.Quorum(0.75)"),
     ],
 )
