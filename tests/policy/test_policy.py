@@ -99,7 +99,7 @@ def test_what_is_not_available_yet_says_what_is(make: Callable[[], object], reas
         (
             lambda: make_policy(topology="ring"),
             "topology='ring' is not available yet; give topology=flowml.ParameterServer() or flowml.AllReduce() or "
-            "flowml.Ring() or flowml.Tree() or flowml.Hierarchy() or flowml.Gossip()",
+            "flowml.Ring() or flowml.Tree() or flowml.Hierarchy() or flowml.Gossip() or flowml.SharedMemory()",
         ),
     ],
 )
