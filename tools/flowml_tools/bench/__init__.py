@@ -23,6 +23,7 @@ from flowml_tools.bench import (
     memory,
     pipeline,
     simulator,
+    stragglers,
     training,
     transport,
 )
@@ -34,7 +35,18 @@ from flowml_tools.command import CommandError, positive
 SUMMARY = "side-by-side measurements, peers included where installed"
 BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (dispatch, transport, allreduce, training, pipeline, memory, machines, simulator, fidelity)
+    for module in (
+        dispatch,
+        transport,
+        allreduce,
+        training,
+        pipeline,
+        memory,
+        machines,
+        simulator,
+        stragglers,
+        fidelity,
+    )
 }
 DESCRIPTION = (
     "Measure flowml side by side with its peers on this machine, in turn. Takes several minutes.\n\n"
