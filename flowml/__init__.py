@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from flowml.policy import Requeue as Requeue
     from flowml.policy import Ring as Ring
     from flowml.policy import SharedMemory as SharedMemory
+    from flowml.policy import Speculate as Speculate
     from flowml.policy import StalenessScaled as StalenessScaled
     from flowml.policy import Sum as Sum
     from flowml.policy import Tree as Tree
@@ -100,6 +101,7 @@ _HOMES = {
     "UNBOUNDED": "flowml.policy",
     "AllReduce": "flowml.policy",
     "Coded": "flowml.policy",
+    "Speculate": "flowml.policy",
     "Delta": "flowml.policy",
     "Requeue": "flowml.policy",
     "Fold": "flowml.policy",
@@ -137,19 +139,11 @@ _HOMES = {
 _MODULES = {"policies", "filters", "data", "sim"}
 """Names that stand for a whole module."""
 
-_EXISTS = {
-    ("Speculate",): "use fm.Quorum(0.75) or fm.Quorum(3)",
-}
-_PLANNED = {name: instead for names, instead in _EXISTS.items() for name in names}
-"""Names of the design that this version does not have, and what to use instead."""
-
 __all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
-    if name in _PLANNED:
-        raise AttributeError(f"flowml {__version__} does not have flowml.{name} yet; {_PLANNED[name]}")
     if home is None:
         raise AttributeError(f"module 'flowml' has no attribute {name!r}")
     module = importlib.import_module(home)

@@ -19,7 +19,7 @@ from flowml.arrays import ArraySpec, Dimension, Index, Shape
 from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, PolicyError, named
 from flowml.home import Applies, Buffer, Local
-from flowml.policy import Code, Policy
+from flowml.policy import Code, Policy, Speculate
 from flowml.policy.filters import sent_size
 
 if TYPE_CHECKING:
@@ -334,6 +334,17 @@ class Training(msgspec.Struct, frozen=True):
     schedule: str
     aux_leaves: Index = 0
     code: Code | None = None
+
+    @property
+    def speculation(self) -> Speculate | None:
+        """How the batch is cut into portions, if it is."""
+        quorum = self.stores[0].policy.quorum if self.stores else None
+        return quorum if isinstance(quorum, Speculate) else None
+
+    @property
+    def items(self) -> int:
+        """The number of work items in a global batch: one for each replica, or its portions."""
+        return len(self.replicas) * (self.speculation.portions if self.speculation else 1)
 
 
 class Partition(msgspec.Struct, frozen=True):

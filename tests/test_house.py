@@ -131,19 +131,9 @@ def test_the_public_names_are_there_and_documented() -> None:
     assert bare == []
 
 
-@pytest.mark.parametrize(
-    ("name", "instead"),
-    [
-        ("Speculate", "fm.Quorum(0.75)"),
-    ],
-)
-def test_a_name_that_is_still_to_come_says_what_there_is(name: str, instead: str) -> None:
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
     import flowml as fm
 
-    with pytest.raises(AttributeError, match=f"does not have flowml.{name} yet; use .*{re.escape(instead)}") as caught:
-        getattr(fm, name)
-    assert "\n" not in str(caught.value)
-    assert not hasattr(fm, name)
     with pytest.raises(AttributeError, match="has no attribute 'Ringg'"):
         _ = fm.Ringg
 

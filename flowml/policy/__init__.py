@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from flowml.policy.apply import Apply, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote
 from flowml.policy.codes import Code
-from flowml.policy.compose import DEFAULT_PATTERN, check_composition, coded_by, resolve
+from flowml.policy.compose import DEFAULT_PATTERN, check_composition, coded_by, resolve, speculated_by
 from flowml.policy.mathematics import can_read, coefficients, due, window
 from flowml.policy.quorum import (
     Arrivals,
@@ -24,6 +24,7 @@ from flowml.policy.quorum import (
     Late,
     Quorum,
     Requeue,
+    Speculate,
     Spread,
     Wait,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "Requeue",
     "Ring",
     "SharedMemory",
+    "Speculate",
     "Spread",
     "StalenessScaled",
     "Sum",
@@ -78,5 +80,6 @@ __all__ = [
     "coefficients",
     "due",
     "resolve",
+    "speculated_by",
     "window",
 ]

@@ -237,11 +237,12 @@ def travelling(apply: Apply) -> Apply:
 
 def most_at_once(policy: Policy, replicas: int) -> float:
     """The most contributions of `replicas` that a home applies at once; infinite if late ones join a later clock."""
-    if policy.collective or replicas == 1:
+    members = policy.members(replicas)
+    if policy.collective or members == 1:
         return 1
     if not policy.clocked:
         return policy.quorum.need(replicas)
-    return math.inf if isinstance(policy.quorum.late, Fold) else replicas
+    return math.inf if isinstance(policy.quorum.late, Fold) else members
 
 
 def unsound(apply: Apply, payload: str, *, collective: bool) -> str | None:

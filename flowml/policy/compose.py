@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from flowml.errors import PolicyError, named
 from flowml.policy.codes import Code
 from flowml.policy.graphs import check_members
-from flowml.policy.quorum import Coded, Quorum
+from flowml.policy.quorum import Coded, Completion, Quorum, Speculate
 from flowml.policy.replicas import check_pull
 from flowml.policy.spec import Policy
 from flowml.policy.topology import Gossip
@@ -50,6 +51,7 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
         _check_count(name, policy, replicas)
         check_pull(name, policy, replicas)
     coded_by(policies.values(), replicas)
+    speculated_by(policies.values())
     clocked = {name: p for name, p in policies.items() if p.clocked}
     dropping = {name: p for name, p in clocked.items() if not p.quorum.never_drops(replicas)}
     gossiping = {name: p.topology for name, p in policies.items() if isinstance(p.topology, Gossip)}
@@ -74,18 +76,41 @@ def coded_by(policies: Iterable[Policy], replicas: int) -> Code | None:
     Raises:
         PolicyError: if layers have different codes, or some have one and others none, or if there is no such code.
     """
+    coded = _alike(
+        policies,
+        Coded,
+        "a code says which examples a replica computes, and in what combination it sends their gradients, for the "
+        "whole model; give all layers the same code",
+    )
+    return coded.among(replicas) if coded else None
+
+
+def speculated_by(policies: Iterable[Policy]) -> Speculate | None:
+    """How the batch is cut into portions, of which some are computed twice; None if it is not.
+
+    Raises:
+        PolicyError: if layers differ in that.
+    """
+    return _alike(
+        policies,
+        Speculate,
+        "a portion of the batch is computed once, or twice, for the whole model; give all layers the same",
+    )
+
+
+_Kind = TypeVar("_Kind", bound=Completion)
+
+
+def _alike(policies: Iterable[Policy], kind: type[_Kind], why: str) -> _Kind | None:
+    """The quorum of a kind that all layers must share; None if no layer has one of that kind."""
     quorums = {p.quorum for p in policies}
-    coded = sorted((q for q in quorums if isinstance(q, Coded)), key=str)
-    if not coded:
+    found = sorted((q for q in quorums if isinstance(q, kind)), key=str)
+    if not found:
         return None
     if len(quorums) > 1:
-        other = next(q for q in quorums if q != coded[0])
-        raise PolicyError(
-            f"quorum={coded[0]} of one layer with quorum={other} of another is not sound: a code says which examples "
-            "a replica computes, and in what combination it sends their gradients, for the whole model; give all "
-            "layers the same code"
-        )
-    return coded[0].among(replicas)
+        other = next(q for q in quorums if q != found[0])
+        raise PolicyError(f"quorum={found[0]} of one layer with quorum={other} of another is not sound: {why}")
+    return found[0]
 
 
 def _check_count(name: str, policy: Policy, replicas: int) -> None:
@@ -117,6 +142,8 @@ def _first_match(policies: Mapping[str, Policy], path: str) -> tuple[str, Policy
 
 def _idle_quorum(name: str, policy: Policy, replicas: int) -> str:
     quorum = policy.quorum
+    if isinstance(quorum, Speculate):
+        return f"{name!r}: one replica has no other to take its portions" if replicas == 1 else ""
     if quorum.never_drops(replicas) and not quorum.waits_for_all:
         return f"{name!r}: {quorum} of {replicas} can never drop"
     return ""

@@ -296,3 +296,10 @@ def coded_reduce(children: int, levels: int, stragglers: int, **overrides: Unpac
     Replicas send to the layer's home, which decodes the whole tree.
     """
     return algebra.Policy(quorum=algebra.Coded(stragglers, "tree", children, levels), **overrides)
+
+
+def speculate(portions: int = 4, *, after: float = 1.0, copies: int = 1, **overrides: Unpack[_Coded]) -> algebra.Policy:
+    """The batch is cut into `portions` for each replica, an idle replica takes the next, and near the end copies of
+    those that take long; the first result counts (Dean et al., *Large Scale Distributed Deep Networks*, NeurIPS 2012,
+    Sandblaster). See `flowml.Speculate`."""
+    return algebra.Policy(quorum=algebra.Speculate(portions, after, copies), **overrides)

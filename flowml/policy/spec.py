@@ -17,7 +17,7 @@ from flowml.errors import PolicyError
 from flowml.policy.apply import Apply, Mean, Outer, Sum, Vote, as_apply, base_of, travelling, unsound
 from flowml.policy.filters import KKT, AnyFilter, Filter, check_chain
 from flowml.policy.mathematics import coefficients, shares
-from flowml.policy.quorum import COMPLETIONS, Coded, Completion, Deadline, Fold, Quorum, late_name, number
+from flowml.policy.quorum import COMPLETIONS, Coded, Completion, Deadline, Fold, Quorum, Speculate, late_name, number
 from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.topology import TOPOLOGIES, Gossip, ParameterServer, SharedMemory, Topology
@@ -126,6 +126,10 @@ class Policy(msgspec.Struct, frozen=True):
         """Whether the layer commits clock by clock. If False, each contribution is applied on arrival."""
         return not (isinstance(self.quorum.late, Fold) and self.staleness > 0)
 
+    def members(self, replicas: int) -> int:
+        """How many contributions a clock may have: one of each replica, or of each portion of the batch."""
+        return replicas * (self.quorum.portions if isinstance(self.quorum, Speculate) else 1)
+
     @property
     def local(self) -> bool:
         """Whether each replica updates parameters of its own."""
@@ -191,16 +195,18 @@ class Policy(msgspec.Struct, frozen=True):
 
 
 def _share(quorum: Completion) -> int | float:
-    if isinstance(quorum, Coded):
-        return quorum.stragglers
+    if isinstance(quorum, Coded | Speculate):
+        return 1.0
     return quorum.share if isinstance(quorum, Deadline) else quorum.count_or_fraction
 
 
 def _completion(quorum: Completion) -> str:
-    """ "quorum 0.75 drop", "quorum 0.75 of samples requeue", "deadline 0.5 adaptive drop", "coded 1 cyclic"."""
+    """ "quorum 0.75 drop", "quorum 0.75 of samples requeue", "deadline 0.5 adaptive drop", "coded 1 cyclic", …"""
     if isinstance(quorum, Coded):
         form = f" {quorum.children}x{quorum.levels}" if quorum.code == "tree" else ""
         return f"coded {quorum.stragglers} {quorum.code}{form}"
+    if isinstance(quorum, Speculate):
+        return f"speculate {quorum.portions}"
     late = late_name(quorum.late)
     if isinstance(quorum, Deadline):
         limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
@@ -245,6 +251,8 @@ def _check_parts(policy: Policy) -> None:
 
 def _check_sound(policy: Policy) -> None:
     """Check that the knobs are sound together."""
+    if isinstance(policy.quorum, Speculate):
+        _check_speculating(policy)
     check_replicas(policy)
     if policy.shared:
         _check_shared(policy)
@@ -358,16 +366,50 @@ def _check_coded(policy: Policy) -> None:
         why = "a code decodes the gradient of the whole batch, not those of steps or replicas; use apply='mean'"
     else:
         return
+    raise PolicyError(f"quorum={policy.quorum} with {_changed(policy)} is not sound: {why}")
+
+
+def _check_speculating(policy: Policy) -> None:
+    """Check that the portions of a batch can be computed by any replica, and twice."""
+    if not isinstance(policy.topology, ParameterServer):
+        why = "a home takes the first result of each portion; use topology=flowml.ParameterServer()"
+    elif policy.staleness:
+        why = "the portions of a batch must be of the same parameters, whoever computes them; leave staleness out"
+    elif policy.every != Every():
+        why = "a replica that keeps gradients for a later push keeps those of portions that others count; use every=1"
+    elif policy.local:
+        why = "a copy of a portion would start from other parameters than the portion; use payload=Gradient()"
+    elif any(not f.lossless for f in policy.filters):
+        why = (
+            "what a filter leaves out depends on the replica, and which replica counts depends on who is first; use "
+            "lossless filters such as compress()"
+        )
+    elif isinstance(base_of(policy.apply), Sum | Vote):
+        why = "portions are parts of one batch, not steps or replicas; use apply='mean'"
+    else:
+        return
+    raise PolicyError(f"quorum={policy.quorum} with {_changed(policy)} is not sound: {why}")
+
+
+def _changed(policy: Policy) -> str:
+    """The knobs that differ from their defaults, as text."""
     given = {
+        "topology": policy.topology,
         "staleness": policy.staleness,
         "every": policy.every.push,
         "payload": policy.payload,
         "filters": policy.filters,
         "apply": policy.apply,
     }
-    plain = {"staleness": 0, "every": 1, "payload": Gradient(), "filters": (), "apply": Mean()}
-    changed = ", ".join(f"{k}={v!r}" for k, v in given.items() if v != plain[k])
-    raise PolicyError(f"quorum={policy.quorum} with {changed} is not sound: {why}")
+    plain = {
+        "topology": ParameterServer(),
+        "staleness": 0,
+        "every": 1,
+        "payload": Gradient(),
+        "filters": (),
+        "apply": Mean(),
+    }
+    return ", ".join(f"{k}={v!r}" for k, v in given.items() if v != plain[k])
 
 
 def _check_arriving(policy: Policy) -> None:

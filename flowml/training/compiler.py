@@ -37,7 +37,7 @@ from flowml.placement import Pipeline, Placement, place
 from flowml.placement.estimate import estimate
 from flowml.placement.links import Links, links_used
 from flowml.plan import ArraySpec, Constant, Plan, StoreSpec, Training
-from flowml.policy import DEFAULT_PATTERN, Code, Policy, coded_by, resolve
+from flowml.policy import DEFAULT_PATTERN, Code, Policy, coded_by, resolve, speculated_by
 from flowml.training.local import Optimizers, fragmented
 from flowml.training.replicate import Template, replicate
 from flowml.training.step import (
@@ -122,9 +122,10 @@ def compile_training(
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = tuple(_jax.path_name(p) for p, _ in leaves)
     policies = spec.resolve(paths)
-    code = coded_by(policies.values(), spec.replicas)
+    code, speculation = coded_by(policies.values(), spec.replicas), speculated_by(policies.values())
+    items = spec.replicas * (speculation.portions if speculation else 1)
     microbatches = spec.microbatches * (len(code.row(0)) if code else 1)
-    item, microbatch = _microbatch(batch, spec.replicas, spec.microbatches, code)
+    item, microbatch = _microbatch(batch, spec.replicas, items, spec.microbatches, code)
     treatments = tuple(
         Treatment.of(policies[p], spec.replicas, microbatches, weighted=spec.weight is not None) for p in paths
     )
@@ -135,7 +136,7 @@ def compile_training(
         microbatches=spec.microbatches,
         weight=spec.weight,
         treatments=treatments,
-        counts=spec.replicas * spec.microbatches > 1,
+        counts=items * spec.microbatches > 1,
     )
     rng = jax.ShapeDtypeStruct((RNG_WORDS,), jnp.uint32)
     takes_rng = loss_takes_rng(spec.loss)
@@ -153,6 +154,7 @@ def compile_training(
         paths=paths,
         optimizers=optimizers,
         item=item,
+        items=items,
         microbatches=microbatches,
         fed={name: _jax.spec_of(struct) for name, struct in fed.items()},
         code=code,
@@ -183,7 +185,7 @@ def _template_devices(spec: TrainingSpec, devices: Sequence[Device]) -> tuple[De
     return tuple(devices[:share])
 
 
-def _microbatch(batch: Any, replicas: int, microbatches: int, code: Code | None) -> tuple[int, Any]:
+def _microbatch(batch: Any, replicas: int, items: int, microbatches: int, code: Code | None) -> tuple[int, Any]:
     """The size of a work item, and the specs of one microbatch. Raises ValueError if the batch does not divide."""
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
     if not leaves:
@@ -194,18 +196,17 @@ def _microbatch(batch: Any, replicas: int, microbatches: int, code: Code | None)
             f"the arrays of a batch differ in their first dimension: {sizes}; each needs one row an example"
         )
     size = next(iter(sizes.values()))
-    pieces = replicas * microbatches
+    pieces = items * microbatches
     if code is not None:
         pieces = math.lcm(replicas, code.partitions * microbatches)
     if not size or size % pieces:
         what = f"{replicas} replicas" if code is None else f"{code.partitions} partitions of a code"
+        what += f" x {items // replicas} portions" if items > replicas else ""
         raise ValueError(
             f"batch_size {size} does not divide into {what} x {microbatches} microbatches; use a multiple of {pieces}"
         )
-    rows = size // ((code.partitions if code else replicas) * microbatches)
-    return size // replicas, jax.tree_util.tree_map(
-        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch
-    )
+    rows = size // ((code.partitions if code else items) * microbatches)
+    return size // items, jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), batch)
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,9 @@ class _Compiler:
     paths: tuple[str, ...]
     optimizers: Optimizers
     item: int
+    """The number of examples of a work item."""
+    items: int
+    """The number of work items in a global batch."""
     microbatches: int
     fed: Mapping[str, ArraySpec]
     """What a microbatch is fed beside the batch, by name."""
@@ -256,7 +260,7 @@ class _Compiler:
         seconds = {n.id: node_seconds(graph, n, by_name[n.device]) for n in graph.nodes}
         stages = tuple(d.name for d in self.template if any(n.device == d.name for n in graph.nodes))
         stores = planner.stores(graph, contributions, stages)
-        alone = spec.replicas == 1 and len(stages) == 1
+        alone = self.items == 1 and len(stages) == 1
         milestones = [] if alone else [p.sent for s in stores for p in s.parts]
         tasks = schedule(graph, seconds, milestones=milestones, microbatches=self.microbatches, kind=spec.schedule)
         verify_schedule(graph, tasks)
@@ -271,7 +275,7 @@ class _Compiler:
         programs = emit(graph, tasks, routing, numbers, self._bind(graph, stores, parts), feed_first=False)
         whole = replicate(Template(programs, routing.messages, stages), self._blocks(stages))
         specs = planner.lower_stores(graph, stores, parts, table, whole.replicas)
-        batch = (self.code.partitions if self.code else spec.replicas) * spec.microbatches
+        batch = (self.code.partitions if self.code else self.items) * spec.microbatches
         single = batch * sum(node_seconds(graph, n, self.template[0]) for n in graph.nodes)
         fed = {"inputs": (*self.batch, *self.fed.values()), "constants": tuple(c.spec for c in constants)}
         plan = Plan(

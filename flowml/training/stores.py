@@ -423,7 +423,7 @@ class StorePlanner:
         )
         kept = (*specs, *update.state_specs)
         payload = tuple(s for p in given.parts for s in p.payload)
-        width = int(min(most, self.replicas, FOLD_WIDTH))
+        width = int(min(most, policy.members(self.replicas), FOLD_WIDTH))
         arguments = (ArraySpec((2, width), coefficient_dtype(s.dtype for s in specs)), *payload * width)
         apply = table.add_function(f"apply:{store.name}", home.apply, (*kept, *arguments), kept)
         weighted = home.payload.weighted

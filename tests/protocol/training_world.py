@@ -53,7 +53,7 @@ class Digits:
                 assert value == (-1, version, 0)
                 world.reads.append((store, state.clock, version))
             case Push():
-                return state.replica, state.clock, 16**state.item.sequence
+                return *world.terms.place(state.replica, state.clock, state.item.sequence), 16**state.item.sequence
             case Send():
                 return (state.replica, state.clock, 0)
             case Recv():
@@ -152,6 +152,7 @@ class World:
     """By item: the worker that settled it, its epoch, its fate."""
     missing: dict[int, tuple[int, ...]] = field(default_factory=dict[int, tuple[int, ...]])
     """By item: the groups that do not use it, although others do."""
+    duplicates: list[wire.Item] = field(default_factory=list[wire.Item])
     commits: list[wire.Commit] = field(default_factory=list[wire.Commit])
     dead: set[int] = field(default_factory=set[int])
     copies: dict[int, set[tuple[Any, ...]]] = field(default_factory=lambda: defaultdict(set))
@@ -242,6 +243,9 @@ class Driver:
                     world.simulation.deliver(name, batch, ())
             case driver.NoteFates(fates, missing):
                 for item, fate in fates:
+                    if fate == "duplicate":
+                        world.duplicates.append(item)
+                        continue
                     before = world.fates.get(item.sequence)
                     assert before is None or before[2] == "requeued", "an item was settled twice"
                     world.fates[item.sequence] = (self._peer, item.epoch, fate)
@@ -325,5 +329,14 @@ def make(
     programs = {at: _program(names[at], at, terms) for at in grid}
     sizes = Sizes((0,) * len(rules), tuple((32,) * len(p) for p in parts))
     layout = Layout(terms, places, programs, parts, sizes, [str(i) for i in range(len(rules))])
-    work = ledger.Work(replicas, items, item_size=8, total_clocks=clocks, aligned=terms.aligned)
+    speculation = terms.speculation
+    work = ledger.Work(
+        replicas,
+        items if speculation is None else items // replicas * terms.members,
+        item_size=8,
+        total_clocks=clocks,
+        aligned=terms.aligned,
+        portions=terms.members // replicas,
+        copies=speculation.copies if speculation else None,
+    )
     return World(layout, work, speeds, seed, twice)

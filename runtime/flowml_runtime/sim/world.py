@@ -138,8 +138,8 @@ class World:
         return worker * self.devices + (int(device.rpartition(":")[2]) if self.devices > 1 else 0)
 
     def seconds(self, worker: int, clock: int) -> float:
-        """The compute time of a step."""
-        return self.times.seconds(worker, clock)
+        """The compute time of a step, or of one of the portions that make the step of a replica."""
+        return self.times.seconds(worker, clock) * self.terms.replicas / self.terms.members
 
     def delay(self, worker: str, clock: int) -> float:
         """The artificial delay of a step."""

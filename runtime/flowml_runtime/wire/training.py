@@ -12,12 +12,16 @@ from flowml_runtime.wire.base import Count, Name, PlanMessage
 
 
 class Item(msgspec.Struct, frozen=True):
-    """A work item: `size` examples from `start` in the order of epoch `epoch`. `sequence` is never reused."""
+    """A work item: `size` examples from `start` in the order of epoch `epoch`. `sequence` is never reused.
+
+    Several replicas may compute an item. `copy` is 0 for the first, and counts the others.
+    """
 
     sequence: Count
     epoch: Count
     start: Count
     size: Count
+    copy: Count = 0
 
 
 class TrainingMessage(PlanMessage, frozen=True, kw_only=True):
@@ -94,11 +98,15 @@ class Gossip(TrainingMessage, frozen=True):
 
 
 class Ask(TrainingMessage, frozen=True):
-    """A replica asks for work ahead of time: an item for each of `clocks`. It did not begin the `returned` items."""
+    """A replica asks for work ahead of time: an item for each of `clocks`. It did not begin the `returned` items.
+
+    `copy`: it asks for an item of this clock that another replica computes already.
+    """
 
     replica: Count
     clocks: tuple[Count, ...]
     returned: tuple[Item, ...] = ()
+    copy: Count | None = None
 
 
 class Grant(TrainingMessage, frozen=True):
@@ -121,7 +129,8 @@ class Begin(TrainingMessage, frozen=True):
 class Contribution(TrainingMessage, frozen=True):
     """Part of what one replica sends for one store at one clock. `weight` is the number of summed microbatch gradients.
 
-    `empty` says that the replica contributes nothing at this clock, so that the home does not wait for it.
+    `empty` says that the replica contributes nothing at this clock, so that the home does not wait for it. If batches
+    are cut into portions, `replica` is the number of the portion, and `copy` that of its work item.
     """
 
     store: Count
@@ -132,25 +141,28 @@ class Contribution(TrainingMessage, frozen=True):
     base_version: Count
     weight: Count
     empty: bool = False
+    copy: Count = 0
 
 
 class Arrived(TrainingMessage, frozen=True):
     """Home to the leader of the store's group: `replica`'s contribution to `store` at `clock` is complete.
 
-    `weight` is the number of microbatch gradients in it.
+    `weight` is the number of microbatch gradients in it, and `copy` is that of the part that came last.
     """
 
     store: Count
     replica: Count
     clock: Count
     weight: Count = 1
+    copy: Count = 0
 
 
 class Commit(TrainingMessage, frozen=True):
     """The decision of a group for `clock`: it is complete with the work of all replicas except `excluded`.
 
     `coefficients` maps replicas to the coefficients of their contributions, if weights do not determine them. `folded`
-    are late contributions to earlier clocks that are included now, as (replica, clock).
+    are late contributions to earlier clocks that are included now, as (replica, clock). `copies` maps portions to the
+    copies of them that came first; the others came first as they were granted first.
     """
 
     clock: Count
@@ -158,6 +170,7 @@ class Commit(TrainingMessage, frozen=True):
     group: Count = 0
     coefficients: tuple[tuple[Count, float], ...] = ()
     folded: tuple[tuple[Count, Count], ...] = ()
+    copies: tuple[tuple[Count, Count], ...] = ()
 
 
 class Published(TrainingMessage, frozen=True):
@@ -201,7 +214,7 @@ class Settled(TrainingMessage, frozen=True):
     """
 
     replica: Count
-    fates: tuple[tuple[Item, Literal["used", "dropped", "folded", "requeued"]], ...]
+    fates: tuple[tuple[Item, Literal["used", "dropped", "folded", "requeued", "duplicate"]], ...]
     missing: tuple[Count, ...] = ()
 
 

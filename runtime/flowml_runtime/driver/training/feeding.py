@@ -55,7 +55,7 @@ class Feeding:
         assert training is not None
         self._source = source
         self._load = load
-        self._rows = training.item_size * len(training.replicas)
+        self._rows = training.item_size * training.items
         self._paths = training.batch_paths
         first = tuple((tuple(s.shape[1:]), s.dtype) for s in training.batch_specs)
         self._variants: dict[Shapes, Variant] = {first: Variant.of(handle)}

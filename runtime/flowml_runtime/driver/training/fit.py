@@ -111,12 +111,14 @@ class Fit:
         steps_per_epoch = source.examples // options.batch_size
         work = Work(
             replicas=replicas,
-            items_per_epoch=steps_per_epoch * replicas,
+            items_per_epoch=steps_per_epoch * training.items,
             item_size=training.item_size,
             total_clocks=options.total,
             aligned=terms.aligned,
             coded=training.code is not None,
             groups=tuple(group_names(training, terms)),
+            portions=training.items // replicas,
+            copies=training.speculation.copies if training.speculation else None,
         )
         self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places)
         computed = session.arithmetic  # else reports have no values, and every loss is NaN

@@ -3,7 +3,8 @@
 If replicas share clocks, a step is a clock. If some replicas may be left out, a record contains only the reports of
 the replicas that the decision counts; a clock without its own decision uses the next decision. A counted replica may
 stop before its report; the record goes without it once MAX_AHEAD newer clocks are fully reported. If each replica runs
-independently, a step is as many reports as there are replicas, in order of arrival. In all cases a fit of n steps has
+independently, a step is as many reports as there are replicas, in order of arrival. If batches are cut into portions, a
+step is the first report of each portion. In all cases a fit of n steps has
 n records. Reports are sums, and so is their weight if the loss has one, so that a record divides only once.
 """
 
@@ -38,6 +39,7 @@ class _Unit:
 
     replica: int
     item: wire.Item
+    step: int
     values: dict[int, np.ndarray] = field(default_factory=dict[int, np.ndarray])
     coefficient: float | None = None
     """What the values are multiplied by before they are added up; None without a code."""
@@ -56,7 +58,8 @@ class History:
     ) -> None:
         """`leaves_out`: losses that are not finite are left out and counted, as such gradients are."""
         self._leaves_out = leaves_out
-        self._replicas = len(training.replicas)
+        self._members = training.items
+        self._portions = training.speculation is not None
         self._microbatches = training.microbatches
         self._coded_microbatches = float(training.microbatches / training.code.load) if training.code else 0.0
         """The microbatches of a global batch that is coded; 0 without a code."""
@@ -89,23 +92,26 @@ class History:
 
     def report(self, report: wire.Report, arrays: Sequence[Any]) -> None:
         key = (report.replica, report.clock)
-        unit = self._partial.setdefault(key, _Unit(report.replica, report.item))
+        step, place = report.clock, report.replica
+        if self._portions:
+            step, place = divmod(report.item.sequence, self._members)
+        unit = self._partial.setdefault(key, _Unit(report.replica, report.item, step))
         unit.values.update((slot, np.asarray(a)) for slot, a in zip(report.slots, arrays, strict=True))
         if len(unit.values) < self._slots:
             return
         del self._partial[key]
-        step = report.clock if self._aligned else self._complete // self._replicas
-        place = report.replica if self._aligned else self._complete % self._replicas
+        if not self._aligned:
+            step, place = divmod(self._complete, self._members)
         self._complete += 1
         if step >= self.step:
-            self._open.setdefault(step, {})[place] = unit
+            self._open.setdefault(step, {}).setdefault(place, unit)
 
     def committed(self, clock: int, excluded: Collection[int], coefficients: Sequence[tuple[int, float]] = ()) -> None:
         """Process the decision at `clock`: it leaves these replicas out, at all clocks since the previous decision.
 
         With a code it counts those that have a coefficient.
         """
-        counted = frozenset(range(self._replicas)).difference(excluded)
+        counted = frozenset(range(self._members)).difference(excluded)
         if coefficients:
             self._coefficients[clock] = dict(coefficients)
             counted = frozenset(self._coefficients[clock])
@@ -183,7 +189,7 @@ class History:
     def _is_complete(self) -> bool:
         units = self._open.get(self.step, {})
         if not self._drops:
-            return len(units) == self._replicas
+            return len(units) == self._members
         if self.step not in self._counted:
             return False
         ahead = len(self._open) >= MAX_AHEAD and sum(map(self._is_full, self._open)) >= MAX_AHEAD
@@ -213,12 +219,12 @@ class History:
             "step": step,
             "epoch": step // self._clocks_per_epoch,
             "loss": float(self._total(kept, 0)) / weight if weight else math.nan,
-            "replicas": len(kept) if weight else 0,  # a mean over nothing has no terms
+            "replicas": len({u.replica for u in kept}) if weight else 0,  # a mean over nothing has no terms
         }
         if self._metrics.slots:
             record["aux"] = jax.tree_util.tree_unflatten(self._metrics.tree, self._aux(kept, weight))
         if self._aligned:
-            self._partial = {k: u for k, u in self._partial.items() if k[1] > step}
+            self._partial = {k: u for k, u in self._partial.items() if u.step > step}
         self.records.append(record)
         return record
 

@@ -26,7 +26,7 @@ from flowml.policy import Requeue
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.terms import Committed, Group, Terms
 
-Fate = Literal["used", "dropped", "folded", "requeued"]
+Fate = Literal["used", "dropped", "folded", "requeued", "duplicate"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ after each arrival, and at the time that it named. This machine counts:
 * The decision at clock c is about the stores of the group. If they are not due at c, there is no decision.
 * A replica is complete at c when the homes of all these stores have reported that they have every part of its
   contribution. An empty contribution counts, because it says that there is nothing to wait for.
+* If batches are cut into portions, the members of a clock are its portions instead of the replicas. A portion is
+  complete with the first contribution of any replica that computes it, and a commit names the copies that were first.
 * The decision includes all replicas that are complete when it is made.
 * A retired or lost replica is not waited for. Contributions that a lost replica has completed count.
 * An arrival for a decided clock is late. If the group folds late contributions, the next decision includes it,
@@ -41,6 +43,7 @@ class Arrived:
     replica: int
     clock: int
     weight: int = 1
+    copy: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class _Clock:
 
     arrivals: Arrivals
     stores: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
+    copies: dict[int, int] = field(default_factory=dict[int, int])
+    """Portion -> the copy of it that is complete, if that is not the first grant."""
 
 
 class Decision:
@@ -99,7 +104,7 @@ class Decision:
         """Process one event at time `now`, in seconds."""
         match event:
             case Arrived():
-                if event.store not in self._group.stores or not 0 <= event.replica < self._terms.replicas:
+                if event.store not in self._group.stores or not 0 <= event.replica < self._terms.members:
                     raise ProtocolError(
                         f"replica {event.replica} arrived at store {event.store} at clock {event.clock}, where it is "
                         "not due"
@@ -111,6 +116,8 @@ class Decision:
                     return []
             case Tick():
                 self._wake = -math.inf
+            case _ if self._terms.speculation:
+                return []  # others compute the portions of a replica that is gone
             case _:
                 if event.replica not in self._gone:
                     self._gone.add(event.replica)
@@ -125,7 +132,7 @@ class Decision:
         found = self._clocks.get(clock)
         if found is None:
             steps = clock - window(clock, self._group.every.push, self._group.every.offset) + 1
-            arrivals = Arrivals(self._terms.replicas, steps * self._terms.microbatches, self._terms.rows, self._began)
+            arrivals = Arrivals(self._terms.members, steps * self._terms.microbatches, self._terms.rows, self._began)
             found = self._clocks[clock] = _Clock(arrivals)
         return found
 
@@ -147,6 +154,8 @@ class Decision:
             return False
         del clock.stores[event.replica]
         clock.arrivals.times[event.replica] = now
+        if event.copy:
+            clock.copies[event.replica] = event.copy
         clock.arrivals.weight += event.weight
         if event.clock > self._clock:
             return False
@@ -169,7 +178,7 @@ class Decision:
         while self._clock < self._terms.total_clocks:
             arrivals = self._now.arrivals
             arrivals.began, arrivals.window_s = self._began, self._spread.window_s
-            arrivals.hopeful = self._terms.replicas - arrivals.count - self._hopeless
+            arrivals.hopeful = self._terms.members - arrivals.count - self._hopeless
             match self._group.quorum.decide(arrivals, now):
                 case Wait(until):
                     if until < math.inf and until != self._wake:
@@ -182,7 +191,7 @@ class Decision:
         return found
 
     def _commit(self, arrivals: Arrivals, coefficients: tuple[tuple[int, float], ...]) -> Committed:
-        replicas, complete = self._terms.replicas, arrivals.times
+        replicas, complete = self._terms.members, arrivals.times
         excluded = () if len(complete) == replicas else tuple(r for r in range(replicas) if r not in complete)
         if self._group.folds:
             for replica in excluded:
@@ -191,7 +200,8 @@ class Decision:
         need = min(self._group.quorum.need(replicas), len(complete))
         self._spread.add(arrivals.spread_s(need))
         folded, self._late = tuple(sorted(self._late)), []
-        return Committed(self._clock, excluded, self._group.number, coefficients, folded)
+        copies = tuple(sorted(self._now.copies.items()))
+        return Committed(self._clock, excluded, self._group.number, coefficients, folded, copies)
 
     def _open_next(self, now: float) -> None:
         self._clocks.pop(self._clock, None)
@@ -213,5 +223,5 @@ class Decision:
             return
         complete = self._complete()
         ensure(self._hopeless == len(self._gone - complete.keys()), "replicas that are gone are counted wrongly")
-        if len(complete) == self._terms.replicas - self._hopeless and complete:
+        if len(complete) == self._terms.members - self._hopeless and complete:
             raise ProtocolError(f"clock {self._clock} is not decided, although all have arrived that can")

@@ -289,7 +289,7 @@ class TrainingDriver:
 
     def _grant(self, ask: wire.Ask) -> list[Action]:
         actions: list[Action] = []
-        for grant in self.ledger.step(Asked(ask.replica, ask.clocks, ask.returned)):
+        for grant in self.ledger.step(Asked(ask.replica, ask.clocks, ask.returned, ask.copy)):
             if self._start.source == "fed":
                 actions += [Feed(grant.replica, item, self.number) for _, item in grant.items]
             answer = wire.Grant(**self._ids(), replica=grant.replica, items=grant.items, exhausted=grant.exhausted)

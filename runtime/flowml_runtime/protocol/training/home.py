@@ -4,7 +4,7 @@
   equal weights, because all stages send the same steps. If one part is empty, the whole contribution counts nothing.
 * A clocked store tells the leader when a contribution is complete, and applies nothing until the clock is
   committed. Then it applies the contributions that the commit names, in the order of replicas, so that two runs agree
-  to the bit. All others of that clock are late: they are released and never applied.
+  to the bit. All others of that clock are late: they are released, never applied.
 * The *floor* of a store limits how far its readers may go: the store holds everything that the replicas that count have
   sent before that clock. After the commit of clock c the floor is c + 1, because late contributions are not waited for.
 * A late contribution is kept if the store's group folds late contributions in. Its completion is reported like that of
@@ -19,10 +19,10 @@
   do the same, and no decision is needed.
 * Each apply raises the version by one, and each change of version or floor is published. A commit whose
   contributions are all empty moves only the floor.
-* The first complete contribution for (store, replica, clock) counts. A repeated part is ignored, and so is a part
-  of an older life of the replica. A part of a younger life replaces the parts of an older one.
-* Stages retire one by one, each after its last contribution on the same ordered link, so that no contribution is
-  lost in transit. A replica that is retired from a store no longer delays its readers.
+* The first complete contribution for (store, replica, clock) counts. A part that is repeated, or of another copy, or of
+  an older life of the replica, is ignored. A part of a younger life replaces the parts of an older one.
+* Stages retire one by one, each after its last contribution on the same ordered link, so that none is lost in transit.
+  A replica that is retired from a store no longer delays its readers.
 * A store is finished when nothing more can change it: after the last commit or sum, or, if it is not clocked, when
   every replica is retired from it. Only then may its value be taken as the result.
 
@@ -71,6 +71,7 @@ class ContributionReceived:
     weight: int
     handle: Handle
     empty: bool = False
+    copy: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ class SendArrived:
     replica: int
     clock: int
     weight: int = 1
+    copy: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,11 +280,11 @@ class Home:
         if not store.is_complete(gathering):
             return replaced
         if store.terms.decided:
-            return [*replaced, SendArrived(part.store, part.replica, part.clock, gathering.weight)]
+            return [*replaced, SendArrived(part.store, part.replica, part.clock, gathering.weight, part.copy)]
         return [*replaced, *self._take_arrival(part.store, part.replica, part.clock)]
 
     def _check(self, store: _Store, part: ContributionReceived) -> None:
-        if part.part >= len(store.terms.stages) or part.replica >= self._terms.replicas:
+        if part.part >= len(store.terms.stages) or part.replica >= self._terms.members:
             raise ProtocolError(f"{_where(part)} does not exist in this plan")
         if part.base_version > store.version:
             raise ProtocolError(
@@ -349,9 +351,9 @@ class Home:
         row = store.gathering.pop(clock, {})
         late = {replica: row.pop(replica) for replica in excluded if replica in row}
         taken = [(replica, row[replica]) for replica in sorted(row)]
-        if len(taken) < self._terms.replicas - len(excluded) or not all(store.is_complete(g) for _, g in taken):
+        if len(taken) < self._terms.members - len(excluded) or not all(store.is_complete(g) for _, g in taken):
             there = {replica for replica, gathering in row.items() if store.is_complete(gathering)}
-            missing = next(r for r in range(self._terms.replicas) if r not in there and r not in excluded)
+            missing = next(r for r in range(self._terms.members) if r not in there and r not in excluded)
             raise ProtocolError(f"clock {clock} is committed with replica {missing}, which store {index} lacks")
         store.floor = clock + 1
         chosen = [(gathering, 1.0) for _, gathering in taken]
@@ -368,8 +370,7 @@ class Home:
             if gathering is None or not store.is_complete(gathering):
                 raise ProtocolError(f"the late contribution of replica {replica} at clock {earlier} is not there")
             chosen.append((gathering, late_rule.decay ** (clock - earlier)))
-            owed = store.owed.get(replica, set())
-            store.owed[replica] = {c for c in owed if c > earlier}
+            store.owed[replica] = {c for c in store.owed.get(replica, ()) if c > earlier}
         living: int | None = len(taken) + sum(replica not in self._lost for replica in excluded)
         if store.terms.policy.local:
             living = (

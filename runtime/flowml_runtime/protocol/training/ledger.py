@@ -8,6 +8,8 @@ A work item is `item_size` examples from one epoch's order. The machine counts i
   its epoch's queue. An epoch has a fixed number of rows; the items left at its end are unseen.
 * With a code a clock uses the whole row, whichever replicas are late, because others compute their items too. So an
   item never returns to the queue, and every item of a clock that is over counts as used.
+* If batches are cut into portions, items are portions, and `speculation` decides which one a replica gets. A replica
+  may get a copy of an item that another one has. One grant of each item is settled as used, all others as duplicates.
 * Otherwise the next item goes to the next replica that asks, until all epochs are drained. Fast replicas take more.
 
 Every granted item comes back exactly once: settled as used, dropped or folded in later, or given back (`returned`
@@ -31,9 +33,10 @@ from typing import Literal
 from flowml.errors import FlowmlError
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training.speculation import PortionQueue
 from flowml_runtime.protocol.training.terms import ReplicaLost
 
-Fate = Literal["used", "dropped", "folded", "requeued"]
+Fate = Literal["used", "dropped", "folded", "requeued", "duplicate"]
 
 State = Literal["waiting", "granted", "used", "dropped", "folded"]
 Change = Literal["granted", "returned"] | Fate
@@ -46,16 +49,23 @@ ITEMS: dict[tuple[State, Change], State] = {
     ("granted", "requeued"): "waiting",
     ("granted", "returned"): "waiting",
 }
-"""The life of a work item. It begins as "waiting", and may be granted, and come back, any number of times."""
+"""The life of a work item. It begins as "waiting", and may be granted, and come back, any number of times.
+
+A grant that comes back as a "duplicate" does not change the item, because another grant of it counts.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A replica asks for an item for each of `clocks`, and gives back those that it never began."""
+    """A replica asks for an item for each of `clocks`, and gives back those that it never began.
+
+    `copy`: it asks for an item of this clock that another replica has.
+    """
 
     replica: int
     clocks: tuple[int, ...]
     returned: tuple[wire.Item, ...] = ()
+    copy: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +101,10 @@ class Work:
     coded: bool = False
     groups: tuple[str, ...] = ()
     """The names of the groups of layers that decide alone what they use."""
+    portions: int = 1
+    """The items of a clock for each replica."""
+    copies: int | None = None
+    """The most copies of an item, if idle replicas take the next item of a clock, or a copy; see `speculation`."""
 
     def __post_init__(self) -> None:
         if self.items_per_epoch < self.replicas:
@@ -100,9 +114,14 @@ class Work:
             )
 
     @property
+    def row(self) -> int:
+        """The items of a clock."""
+        return self.replicas * self.portions
+
+    @property
     def clocks_per_epoch(self) -> int:
         """The clocks of an epoch, in which each replica gets one item. Up to R - 1 items of an epoch are left over."""
-        return self.items_per_epoch // self.replicas
+        return self.items_per_epoch // self.row
 
     @property
     def epochs(self) -> int:
@@ -113,7 +132,7 @@ class Work:
     def total_items(self) -> int:
         """The items of a run that is not aligned: all of whole epochs, then one per replica and remaining clock."""
         whole, rest = divmod(self.total_clocks, self.clocks_per_epoch)
-        return whole * self.items_per_epoch + rest * self.replicas
+        return whole * self.items_per_epoch + rest * self.row
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +145,7 @@ class Tally:
     requeued: int = 0
     returned: int = 0
     unseen: int = 0
+    duplicate: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +153,7 @@ class Summary:
     """The summary of a run. `epochs` and `replicas` hold one Tally each, in order; the totals count items.
 
     An item is used if some layer uses it. `groups` has a Tally for each group of layers that decides alone, by its
-    name; it is empty if there is only one.
+    name; it is empty if there is only one. `duplicate` counts grants of items of which another grant is used.
 
     `unseen` of a replica is always 0, because an item that was not begun belongs to no replica. `seen` lists how many
     examples took part how many times; it is empty if it was not requested. `nonfinite` counts, by layer and replica,
@@ -155,9 +175,10 @@ class Summary:
     groups: Mapping[str, Tally] = field(default_factory=dict[str, Tally])
     nonfinite: Mapping[str, Mapping[int, int]] = field(default_factory=dict[str, Mapping[int, int]])
     nonfinite_losses: Mapping[int, int] = field(default_factory=dict[int, int])
+    duplicate: int = 0
 
     def __str__(self) -> str:
-        names = ("used", "dropped", "folded", "requeued", "unseen")
+        names = ("used", "dropped", "folded", "requeued", *(["duplicate"] if self.duplicate else []), "unseen")
         rows = [(f"epoch {i}", t) for i, t in enumerate(self.epochs)]
         rows += [(f"replica {i}", t) for i, t in enumerate(self.replicas)]
         rows += list(self.groups.items())
@@ -278,18 +299,20 @@ class _Account:
     fates: Counter[str] = field(default_factory=Counter[str])
 
     def tally(self, unseen: int = 0) -> Tally:
-        counts = {n: self.fates[n] for n in ("used", "dropped", "folded", "requeued", "returned")}
+        counts = {n: self.fates[n] for n in ("used", "dropped", "folded", "requeued", "returned", "duplicate")}
         return Tally(**counts, unseen=unseen)
 
 
 class Ledger:
-    """Grants the items of a WorkQueue and records their fates."""
+    """Grants the items of a WorkQueue, or the portions of a PortionQueue, and records their fates."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
         self._queue = WorkQueue(work)
+        self._portions = None if work.copies is None else PortionQueue(work)
         self._granted = 0
-        self._outstanding: dict[int, tuple[int, wire.Item]] = {}
+        self._outstanding: dict[tuple[int, int], tuple[int, wire.Item]] = {}
+        """(sequence number, copy) -> the replica that has it, and the item."""
         self._epochs: defaultdict[int, _Account] = defaultdict(_Account)  # only epochs begun: there may be millions
         self._replicas = [_Account() for _ in range(work.replicas)]
         self._groups = [_Account() for _ in work.groups]
@@ -305,15 +328,17 @@ class Ledger:
 
     def step(self, event: Event) -> list[Grant]:
         match event:
-            case Asked(replica, clocks, returned):
-                return self._answer(replica, clocks, returned)
+            case Asked(replica, clocks, returned, copy):
+                return self._answer(replica, clocks, returned, copy)
             case Settled(replica, fates, missing):
                 self._settle(replica, fates, missing)
             case ReplicaLost(replica):
                 self._lose(replica)
         return []
 
-    def _answer(self, replica: int, clocks: Sequence[int], returned: Iterable[wire.Item]) -> list[Grant]:
+    def _answer(
+        self, replica: int, clocks: Sequence[int], returned: Iterable[wire.Item], copy: int | None
+    ) -> list[Grant]:
         if replica in self._lost:
             return []
         for item in returned:
@@ -327,15 +352,26 @@ class Ledger:
         for clock in clocks:
             if self._work.coded:
                 self._use_skipped(replica, clock)
-            item = self._queue.take(replica, clock)
+            item = self._next(replica, clock, copy)
             if item is not None:
-                self._outstanding[item.sequence] = (replica, item)
+                self._outstanding[item.sequence, item.copy] = (replica, item)
                 items.append((clock, item))
         self._granted += len(items)
-        return [Grant(replica, tuple(items), exhausted=len(items) < len(clocks) or self._queue.drained)]
+        short = len(items) < len(clocks)
+        drained = copy is None and short if self._portions else short or self._queue.drained
+        return [Grant(replica, tuple(items), exhausted=drained)]
+
+    def _next(self, replica: int, clock: int, copy: int | None) -> wire.Item | None:
+        if self._portions is None:
+            return self._queue.take(replica, clock)
+        return self._portions.take(replica) if copy is None else self._portions.copy(replica, copy)
 
     def close(self) -> None:
-        """The run has ended well. With a code, late replicas may not have asked for their last clocks."""
+        """The run has ended well. With a code, late replicas may not have asked for their last clocks. Of portions that
+        lost replicas had, what they have sent counts where no other grant does."""
+        for replica, item in list(self._outstanding.values()) if self._portions else ():
+            if replica in self._lost:
+                self._account(replica, item, "duplicate" if item.sequence in self._over else "used")
         for replica in range(self._work.replicas if self._work.coded else 0):
             self._use_skipped(replica, self._work.total_clocks)
 
@@ -343,7 +379,7 @@ class Ledger:
         """The replica is at `clock`: the items of its earlier clocks were used without it."""
         for item in self._queue.skipped(replica, clock):
             self._granted += 1
-            self._outstanding[item.sequence] = (replica, item)
+            self._outstanding[item.sequence, item.copy] = (replica, item)
             self._account(replica, item, "used")
 
     def _settle(self, replica: int, fates: Iterable[tuple[wire.Item, Fate]], missing: tuple[int, ...] = ()) -> None:
@@ -353,28 +389,36 @@ class Ledger:
             self._account(replica, item, fate, missing)
 
     def _account(self, replica: int, item: wire.Item, fate: Change, missing: tuple[int, ...] = ()) -> None:
-        if self._outstanding.get(item.sequence) != (replica, item):
+        if self._outstanding.get((item.sequence, item.copy)) != (replica, item):
             raise ProtocolError(f"replica {replica} says that item {item.sequence} was {fate}, but does not have it")
         if self._work.coded:
             fate = "used"
-        del self._outstanding[item.sequence]
+        del self._outstanding[item.sequence, item.copy]
         self._epochs[item.epoch].fates[fate] += 1
         self._replicas[replica].fates[fate] += 1
         for group, account in enumerate(self._groups):
             account.fates["dropped" if group in missing else fate] += 1
+        if fate == "duplicate":
+            return
         after = ITEMS["granted", fate]
-        if fate == "requeued":
+        if after != "waiting":
+            self._over[item.sequence] = after
+        if self._portions is not None:
+            if after == "used":
+                self._portions.over(item.sequence)
+        elif fate == "requeued":
             self._queue.requeue(item)
         elif after == "waiting":
             self._queue.give_back(item)
-        else:
-            self._over[item.sequence] = after
 
     def _lose(self, replica: int) -> None:
         mine = [item for owner, item in self._outstanding.values() if owner == replica]
-        self._settle(replica, [(item, "dropped") for item in mine])
+        if self._portions is None:
+            self._settle(replica, [(item, "dropped") for item in mine])
+            self._queue.leave(replica)
+        else:
+            self._portions.leave(replica)  # which grants them again; `close` settles them
         self._lost.add(replica)
-        self._queue.leave(replica)
 
     def summary(self, order: Callable[[int], Sequence[int]] | None = None) -> Summary:
         """The summary so far. With `order`, which returns an epoch's examples in order, it also has `seen`."""
@@ -391,6 +435,7 @@ class Ledger:
             requeued=total["requeued"],
             returned=total["returned"],
             unseen=sum(t.unseen for t in epochs),
+            duplicate=total["duplicate"],
             outstanding=len(self._outstanding),
             item_size=self._work.item_size,
             epochs=epochs,
@@ -425,4 +470,7 @@ class Ledger:
         ensure(self._granted == totals.total() + len(self._outstanding), "an item was neither settled nor given back")
         settled = totals["used"] + totals["dropped"] + totals["folded"]
         ensure(settled == len(self._over), "an item was settled twice")
-        ensure(not set(self._over) & set(self._outstanding), "an item is settled and outstanding")
+        twice = self._portions is None and any(sequence in self._over for sequence, _ in self._outstanding)
+        ensure(not twice, "an item is settled and outstanding")
+        if self._portions is not None:
+            self._portions.validate()

@@ -42,7 +42,7 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.accounts import Accounts, Settle
 from flowml_runtime.protocol.training.items import Items
-from flowml_runtime.protocol.training.terms import Committed, Terms
+from flowml_runtime.protocol.training.terms import Committed, Terms, Tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,7 @@ class Ask:
 
     clocks: tuple[int, ...]
     returned: tuple[wire.Item, ...] = ()
+    copy: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +278,10 @@ class Replica:
         step = self._running
         return step is not None and step.clock == clock and (step.last or clock == self._terms.last_clock)
 
-    def step(self, event: Event) -> list[Action]:
+    def step(self, event: Event | Tick, now: float = 0.0) -> list[Action]:
+        """Process one event. The time is of no importance here."""
+        if isinstance(event, Tick):
+            return []
         actions = self._take(event)
         if isinstance(event, StorePublished | Applied):
             return actions  # these events change only what may be read

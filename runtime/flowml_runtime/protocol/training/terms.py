@@ -13,7 +13,7 @@ from functools import cached_property
 
 from flowml.devices import worker_of
 from flowml.plan import Training
-from flowml.policy import UNBOUNDED, Completion, Every, Fold, Policy
+from flowml.policy import UNBOUNDED, Completion, Every, Fold, Policy, Speculate
 from flowml.policy.filters import feeds_back
 
 RETIRED = 2**53 - 1
@@ -97,6 +97,24 @@ class Terms:
         rows = training.item_size * len(training.replicas) * share / training.microbatches
         return Terms(len(training.replicas), stages, training.microbatches, stores, total_clocks, rows)
 
+    @cached_property
+    def speculation(self) -> Speculate | None:
+        """How batches are cut into portions, if they are."""
+        quorum = self.stores[0].policy.quorum if self.stores else None
+        return quorum if isinstance(quorum, Speculate) else None
+
+    @cached_property
+    def members(self) -> int:
+        """How many contributions a clock may have: one of each replica, or of each portion of the batch."""
+        return self.replicas * (self.speculation.portions if self.speculation else 1)
+
+    def place(self, replica: int, clock: int, item: int) -> tuple[int, int]:
+        """The member and the clock of what a step of `replica` contributes: those of its portion, if there are any."""
+        if self.speculation is None:
+            return replica, clock
+        batch, portion = divmod(item, self.members)
+        return portion, batch
+
     def lasting(self, total_clocks: int) -> Terms:
         """The same terms for a run of `total_clocks`."""
         return replace(self, total_clocks=total_clocks)
@@ -162,7 +180,9 @@ class Terms:
 
     @property
     def most_clocks(self) -> int:
-        """The most clocks that one replica can run. If replicas share no clocks, one may do all the work."""
+        """The most steps that one replica can run. One may do all the work if replicas share no clocks, or portions."""
+        if self.speculation:
+            return self.total_clocks * self.members
         return self.total_clocks if self.aligned else self.total_clocks * self.replicas
 
     @property
@@ -276,7 +296,8 @@ class Committed:
     """The decision of a group for `clock`: it includes the work of every replica except those in `excluded`.
 
     `coefficients` maps replicas to the coefficients of their contributions; empty if weights determine them. `folded`
-    are contributions to earlier clocks, as (replica, clock), which were late and are included now.
+    are contributions to earlier clocks, as (replica, clock), which were late and are included now. `copies` maps
+    portions to the copies that came first, where that was not the first grant.
     """
 
     clock: int
@@ -284,6 +305,7 @@ class Committed:
     group: int = 0
     coefficients: tuple[tuple[int, float], ...] = ()
     folded: tuple[tuple[int, int], ...] = ()
+    copies: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

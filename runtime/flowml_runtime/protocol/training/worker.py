@@ -72,6 +72,7 @@ from flowml_runtime.protocol.training.actions import (
     Updated,
     Wake,
 )
+from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.terms import Committed, Places, ReplicaLost, Terms
 from flowml_runtime.protocol.training.terms import Tick as TimeCame
 
@@ -86,6 +87,8 @@ _LIFE = 0
 
 At = tuple[int, int]
 """(replica, stage)"""
+
+Stage = replica.Replica | Portions
 
 
 class TrainingWorker:
@@ -129,7 +132,7 @@ class TrainingWorker:
         except ProtocolError as error:
             return [Fail(event.run, error, self.number)]
 
-    def stage(self, at: At) -> replica.Replica:
+    def stage(self, at: At) -> Stage:
         """The machine of a stage that runs here. Executors ask it what they may read and when to give up."""
         if self._fit is None:
             raise ProtocolError(f"stage {at[1]} of replica {at[0]} is asked for while no run is under way")
@@ -142,15 +145,17 @@ class TrainingWorker:
 
         A step may end after its run. Its message is then still one of that run, which every receiver drops.
         """
+        member, clock = self._rules.place(start.replica, start.clock, start.item.sequence)
         message = wire.Contribution(
             plan_id=self._plan_id,
             run=start.run,
             cause=start.cause,
             store=store,
             part=part,
-            replica=start.replica,
+            replica=member,
             incarnation=_LIFE,
-            clock=start.clock,
+            clock=clock,
+            copy=start.item.copy,
             base_version=base_version,
             weight=weight,
             specs=specs,
@@ -252,7 +257,8 @@ class _Fit:
     ) -> None:
         self.run = start.run
         self.plan_id = start.plan_id
-        self.stages = {at: replica.Replica(terms, *at) for at in places.stages_on(me)}
+        kind = replica.Replica if terms.speculation is None else Portions
+        self.stages: dict[At, Stage] = {at: kind(terms, *at) for at in places.stages_on(me)}
         self._me = me
         self._driver = driver
         self._terms = terms
@@ -309,7 +315,7 @@ class _Fit:
 
     def handle(self, event: StepFinished | Updated | Tick) -> list[Action]:
         if isinstance(event, Tick):
-            return self._decide(self._decisions, TimeCame())
+            return [*self._decide(self._decisions, TimeCame()), *self._at_stages(self.stages, TimeCame())]
         if isinstance(event, Updated):
             return self._at_home(home.Updated(event.store, event.replica, event.clock, event.applied))
         return self._at_stage((event.replica, event.stage), replica.StepFinished(event.clock))
@@ -346,6 +352,7 @@ class _Fit:
             message.weight,
             event.handle or 0,
             message.empty,
+            message.copy,
         )
         return self._at_home(part)
 
@@ -353,13 +360,15 @@ class _Fit:
         group = self._terms.group_of.get(message.store)
         if group not in self._decisions:
             raise ProtocolError(f"{self._me} hears of an arrival at store {message.store}, on which it does not decide")
-        event = decision.Arrived(message.store, message.replica, message.clock, message.weight)
+        event = decision.Arrived(message.store, message.replica, message.clock, message.weight, message.copy)
         return self._decide((group,), event)
 
     def _committed(self, message: wire.Commit, _: Received) -> list[Action]:
         if message.group >= len(self._terms.groups):
             raise ProtocolError(f"group {message.group} has a commit, but there are {len(self._terms.groups)} groups")
-        event = Committed(message.clock, message.excluded, message.group, message.coefficients, message.folded)
+        event = Committed(
+            message.clock, message.excluded, message.group, message.coefficients, message.folded, message.copies
+        )
         return [*self._at_stages(self.stages, event), *self._at_home(event)]
 
     def _published(self, message: wire.Published, event: Received) -> list[Action]:
@@ -394,16 +403,18 @@ class _Fit:
         """The stages of a replica that run here, without the replica's first stage if `following`."""
         return [at for at in self.stages if at[0] == number and not (following and at[1] == 0)]
 
-    def _at_stages(self, stages: Iterable[At], event: replica.Event) -> list[Action]:
+    def _at_stages(self, stages: Iterable[At], event: replica.Event | TimeCame) -> list[Action]:
         return [action for at in stages for action in self._at_stage(at, event)]
 
-    def _at_stage(self, at: At, event: replica.Event) -> list[Action]:
+    def _at_stage(self, at: At, event: replica.Event | TimeCame) -> list[Action]:
         machine = self.stages.get(at)
         if machine is None:
             raise ProtocolError(f"{self._me} is told of stage {at[1]} of replica {at[0]}, which does not run here")
         actions: list[Action] = []
-        for action in machine.step(event):
+        for action in machine.step(event, self._now):
             match action:
+                case decision.Wake(when):
+                    actions.append(Wake(self.run, when, self._cause))
                 case replica.Start(clock, item):
                     actions.append(Start(self.run, *at, clock, item, self._cause))
                 case replica.Abandon(clock):
@@ -421,8 +432,8 @@ class _Fit:
     def _tell(self, who: int, action: replica.Ask | replica.Begin | Settle) -> Send:
         ids: dict[str, Any] = {**self._ids, "replica": who}
         match action:
-            case replica.Ask(clocks, returned):
-                return Send((self._driver,), wire.Ask(**ids, clocks=clocks, returned=returned))
+            case replica.Ask(clocks, returned, copy):
+                return Send((self._driver,), wire.Ask(**ids, clocks=clocks, returned=returned, copy=copy))
             case replica.Begin(clock, item, last):
                 others = tuple(dict.fromkeys(self._places.stages[who][1:]))
                 return Send(others, wire.Begin(**ids, clock=clock, item=item, last=last))
@@ -447,7 +458,7 @@ class _Fit:
                 match made:
                     case decision.Wake(at):
                         actions.append(Wake(self.run, at, self._cause))
-                    case Committed(clock, excluded, _, coefficients, folded):
+                    case Committed(clock, excluded, _, coefficients, folded, copies):
                         commit = wire.Commit(
                             **self._ids,
                             clock=clock,
@@ -455,6 +466,7 @@ class _Fit:
                             group=group,
                             coefficients=coefficients,
                             folded=folded,
+                            copies=copies,
                         )
                         told = (self._driver,) if self._terms.drops else ()
                         actions.append(Send((*self._places.workers, *told), commit))
@@ -465,9 +477,9 @@ class _Fit:
         actions: list[Action] = []
         for action in self._home.step(event):
             match action:
-                case home.SendArrived(store, who, clock, weight):
+                case home.SendArrived(store, who, clock, weight, copy):
                     leader = self._leaders[self._terms.group_of[store]]
-                    arrived = wire.Arrived(**ids, store=store, replica=who, clock=clock, weight=weight)
+                    arrived = wire.Arrived(**ids, store=store, replica=who, clock=clock, weight=weight, copy=copy)
                     actions.append(Send((leader,), arrived))
                 case home.SendApplied(store, who, clock, version):
                     message = wire.Applied(**ids, store=store, replica=who, clock=clock, version=version)

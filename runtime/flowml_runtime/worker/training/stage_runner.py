@@ -188,8 +188,10 @@ class StageRunner(EdgeServices):
             what = f"work item {item.sequence} from the driver"
             step = self.run.step_of(self._now.clock)
             self.run.wait_for(lambda: item.sequence in self._batches, self._in_vain, what, step)
-            while next(iter(self._batches)) != item.sequence:
-                self._batches.popitem(last=False)
+            ahead = self.run.training.speculation is not None  # a portion of the next batch may be held meanwhile
+            for before in list(self._batches)[: list(self._batches).index(item.sequence)]:
+                if not ahead or before < item.sequence:
+                    del self._batches[before]
             return self._batches[item.sequence][0]
 
     def _bind(self, variant: str) -> None:

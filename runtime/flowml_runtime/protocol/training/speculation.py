@@ -1,0 +1,114 @@
+"""Decides which portion of a batch a replica computes, and of which portion it computes a copy.
+
+Portions are granted in the order of the epoch, so a batch is granted before the next one. A replica asks for one at a
+time, when it has finished the one before; a portion of a later batch it holds until the batch before it is complete.
+While it waits, it may ask for a copy: it gets one of a portion of that batch, of those with the fewest copies the one
+that was granted first. A portion that only lost replicas had is granted again.
+
+Which result of a portion counts is decided elsewhere (`decision`). Here a portion is finished when one of its replicas
+asks for more work, so that it is not copied any more, and over when the ledger knows which grant counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from flowml_runtime import wire
+from flowml_runtime.protocol.errors import ensure
+
+if TYPE_CHECKING:
+    from flowml_runtime.protocol.training.ledger import Work
+
+
+@dataclass(slots=True)
+class _Open:
+    """A portion that is granted and not over. `holders` are the replicas with a grant of it that are not lost."""
+
+    item: wire.Item
+    copies: int = 0
+    holders: set[int] = field(default_factory=set[int])
+
+
+class PortionQueue:
+    """The portions of the batches of a run."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._next = 0
+        """The number of the next portion."""
+        self._open: dict[int, _Open] = {}
+        self._unfinished: dict[int, None] = {}
+        """The portions that a replica computes or holds, in the order of grants."""
+        self._doing: list[set[int]] = [set() for _ in range(work.replicas)]
+        """The unfinished portions of each replica."""
+        self._orphans: dict[int, None] = {}
+        """The portions that only lost replicas had."""
+
+    def take(self, replica: int) -> wire.Item | None:
+        """The next portion, for a replica that has finished all it had."""
+        self._finish(replica, self._doing[replica])
+        if self._orphans:
+            return self._grant(replica, next(iter(self._orphans)))
+        if self._next >= self._work.total_clocks * self._work.row:
+            return None
+        sequence, size = self._next, self._work.item_size
+        epoch, index = divmod(sequence, self._work.items_per_epoch)
+        self._next += 1
+        item = wire.Item(sequence, epoch, index * size, size)
+        self._open[sequence] = _Open(item, holders={replica})
+        self._unfinished[sequence] = None
+        self._doing[replica].add(sequence)
+        return item
+
+    def copy(self, replica: int, batch: int) -> wire.Item | None:
+        """A copy of a portion of `batch`, for a replica that has finished all it had of this batch."""
+        self._finish(replica, [s for s in self._doing[replica] if s // self._work.row <= batch])
+        orphan = next((s for s in self._orphans if s // self._work.row == batch), None)
+        if orphan is not None:
+            return self._grant(replica, orphan)
+        found = [
+            s
+            for s in self._unfinished
+            if s // self._work.row == batch and self._open[s].copies < (self._work.copies or 0)
+        ]
+        return self._grant(replica, min(found, key=lambda s: self._open[s].copies)) if found else None
+
+    def over(self, sequence: int) -> None:
+        """A grant of the portion counts."""
+        self._open.pop(sequence, None)
+        self._unfinished.pop(sequence, None)
+        self._orphans.pop(sequence, None)
+
+    def leave(self, replica: int) -> None:
+        """A replica is lost, and what it has sent may be lost too."""
+        self._doing[replica].clear()
+        for sequence, portion in self._open.items():
+            if replica in portion.holders:
+                portion.holders.discard(replica)
+                if not portion.holders:
+                    self._unfinished.pop(sequence, None)
+                    self._orphans[sequence] = None
+
+    def _grant(self, replica: int, sequence: int) -> wire.Item:
+        """The next copy of a portion."""
+        portion = self._open[sequence]
+        self._orphans.pop(sequence, None)
+        self._unfinished[sequence] = None
+        self._doing[replica].add(sequence)
+        portion.copies += 1
+        portion.holders.add(replica)
+        first = portion.item
+        return wire.Item(first.sequence, first.epoch, first.start, first.size, portion.copies)
+
+    def _finish(self, replica: int, sequences: Iterable[int]) -> None:
+        for sequence in list(sequences):
+            self._doing[replica].discard(sequence)
+            self._unfinished.pop(sequence, None)
+
+    def validate(self) -> None:
+        """Check that each open portion has a replica or waits for one, and that no other is kept."""
+        ensure(all(p.holders or s in self._orphans for s, p in self._open.items()), "a portion has no replica")
+        ensure({*self._unfinished, *self._orphans} <= self._open.keys(), "a portion is kept that is over")
+        ensure(not self._unfinished.keys() & self._orphans.keys(), "a portion is computed and waits for a replica")
