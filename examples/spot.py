@@ -91,9 +91,9 @@ def main() -> None:
     parser.add_argument("--interval", type=float, default=10.0, help="virtual seconds of an interval (default: 10)")
     parser.add_argument("--intervals", type=int, default=12, help="how many intervals to train (default: 12)")
     arguments = parser.parse_args()
-    record = json.loads(Path(arguments.trace).read_text()) if arguments.trace else RECORD
-    machines = max(record["data"])
-    churn = fm.sim.Churn.from_spot(record, counts=arguments.counts, gap_s=arguments.interval)
+    given = arguments.trace or RECORD
+    churn = fm.sim.Churn.from_spot(given, counts=arguments.counts, gap_s=arguments.interval)  # checks the record
+    machines = max((json.loads(Path(given).read_text()) if arguments.trace else RECORD)["data"])
     print(f"up to {machines} spot machines")
     spot = on_spot_machines(churn, machines, arguments.intervals, arguments.interval)
     fixed = Run()

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
+from typing import Any
+
+import numpy as np
 
 from flowml.errors import SimulationError
 from flowml.numbers import whole
+
+LEAST_RATE = 1e-3
+"""The lowest rate of a link, so that the time of a message never overflows."""
 
 
 def number(model: str, name: str, value: object, *, least: float = 0.0, open_at_least: bool = False) -> float:
@@ -14,15 +21,32 @@ def number(model: str, name: str, value: object, *, least: float = 0.0, open_at_
     bound = f"above {least:g}" if open_at_least else f"of at least {least:g}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise SimulationError(f"{model}: {name}={value!r} is of type {type(value).__name__}; give a number {bound}")
-    found = float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # an integer beyond all floats
+        found = math.inf
     if not math.isfinite(found) or found < least or (open_at_least and found == least):
         raise SimulationError(f"{model}: {name}={found:g} makes no sense; give a finite number {bound}")
     return found
 
 
 def rate(model: str, name: str, value: object) -> float:
-    """Bytes per second, above 0. Infinite is allowed: bytes take no time."""
-    return math.inf if value == math.inf else number(model, name, value, open_at_least=True)
+    """Bytes per second, at least LEAST_RATE. Infinite is allowed: bytes take no time."""
+    if isinstance(value, Real) and value == math.inf:
+        return math.inf
+    found = number(model, name, value, open_at_least=True)
+    if found < LEAST_RATE:
+        raise SimulationError(f"{model}: {name}={found:g} makes no sense; give at least {LEAST_RATE:g} bytes a second")
+    return found
+
+
+def sequence(model: str, name: str, value: object, of: str) -> Sequence[Any]:
+    """A sequence that is no text. `of` says what its elements are."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        raise SimulationError(f"{model}: {name} is of type {type(value).__name__}; give a list of {of}")
+    return value
 
 
 def share(model: str, name: str, value: object) -> float:

@@ -41,14 +41,8 @@ class Churn:
     changes: Sequence[Change | tuple[float, int, bool]]
 
     def __post_init__(self) -> None:
-        changes = sorted(
-            Change(
-                checks.number("Churn", f"changes[{i}] time_s", time_s),
-                checks.count("Churn", f"changes[{i}] worker", worker),
-                bool(up),
-            )
-            for i, (time_s, worker, up) in enumerate(self.changes)
-        )
+        given = checks.sequence("Churn", "changes", self.changes, "(time_s, worker, up)")
+        changes = sorted(_change(i, change) for i, change in enumerate(given))
         down: set[int] = set()
         for time_s, worker, up in changes:
             if up == (worker not in down):
@@ -155,3 +149,14 @@ def _series(content: Any, name: str) -> tuple[list[int], float]:
     if not counts:
         raise TraceError(f"{name}: data has no number; give one for each interval")
     return counts, seconds
+
+
+def _change(position: int, given: object) -> Change:
+    name = f"changes[{position}]"
+    fields = checks.sequence("Churn", name, given, "time_s, worker and up")
+    if len(fields) != 3:
+        raise SimulationError(f"Churn: {name} has {len(fields)} fields; give time_s, worker and up")
+    time_s, worker, up = fields
+    return Change(
+        checks.number("Churn", f"{name} time_s", time_s), checks.count("Churn", f"{name} worker", worker), bool(up)
+    )

@@ -33,7 +33,10 @@ class Partition:
     end_s: float
 
     def __post_init__(self) -> None:
-        found = tuple(checks.count("Partition", f"workers[{i}]", w) for i, w in enumerate(self.workers))
+        given = checks.sequence("Partition", "workers", self.workers, "numbers of workers")
+        found = tuple(checks.count("Partition", f"workers[{i}]", w) for i, w in enumerate(given))
+        if not found:
+            raise SimulationError("Partition: workers is empty, so nothing is parted; give the workers of one side")
         object.__setattr__(self, "workers", found)
         for name in ("start_s", "end_s"):
             object.__setattr__(self, name, checks.number("Partition", name, getattr(self, name)))
@@ -66,6 +69,10 @@ class Disorder:
             if value >= 1:
                 raise SimulationError(f"Disorder: {name}={value} is a share of the messages; give a number in [0, 1)")
             object.__setattr__(self, name, value)
+        if self.end_s != math.inf:
+            object.__setattr__(self, "end_s", checks.number("Disorder", "end_s", self.end_s))
+        if self.end_s <= self.start_s:
+            raise SimulationError(f"Disorder: end_s={self.end_s} is not after start_s={self.start_s}")
 
 
 Fault = Crash | Partition | Disorder

@@ -17,7 +17,7 @@ from os import PathLike
 import numpy as np
 from numpy.typing import NDArray
 
-from flowml.errors import SimulationError
+from flowml.errors import SimulationError, one_line
 from flowml.sim import checks
 from flowml.sim.draws import Counters, Floats, normal, uniform
 from flowml.sim.recording import Recording
@@ -42,6 +42,19 @@ class ComputeModel(ABC):
     def seconds(self, seed: int, worker: int, step: int) -> float:
         """The seconds of one step of one worker. Equal to the element of `draw` to the bit."""
         return float(self.draw(seed, worker, step))
+
+    def check(self, workers: int) -> None:
+        """Raise SimulationError if a cluster of so many workers does not fit this model."""
+        return
+
+    def drawn(self, seed: int, workers: Counters, steps: Counters) -> Floats:
+        """Like `draw`. Raises SimulationError if a time that the model draws is none."""
+        with np.errstate(all="ignore"):  # the error below says more
+            times = self.draw(seed, workers, steps)
+        if not np.all((times >= 0) & (times < math.inf)):
+            wrong = times[~((times >= 0) & (times < math.inf))].flat[0]
+            raise SimulationError(f"{one_line(repr(self))} draws a step of {wrong:g} s; give a model of finite times")
+        return times
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,8 @@ class Empirical(ComputeModel):
     _sorted: Floats = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        samples = tuple(checks.number("Empirical", f"samples_s[{i}]", s) for i, s in enumerate(self.samples_s))
+        given = checks.sequence("Empirical", "samples_s", self.samples_s, "measured times")
+        samples = tuple(checks.number("Empirical", f"samples_s[{i}]", s) for i, s in enumerate(given))
         if not samples:
             raise SimulationError("Empirical: samples_s is empty; give at least one measured time")
         object.__setattr__(self, "samples_s", samples)
@@ -166,9 +180,13 @@ class Recorded(ComputeModel):
             if sorted(given) != list(range(len(given))):
                 raise SimulationError(f"Recorded: the workers {sorted(given)} are not numbered from 0 without a gap")
             given = [given[worker] for worker in range(len(given))]
+        given = checks.sequence("Recorded", "trace", given, "the times of each worker")
+        each = [
+            checks.sequence("Recorded", f"trace[{w}]", row, "the times of its steps") for w, row in enumerate(given)
+        ]
         rows = tuple(
             tuple(checks.number("Recorded", f"trace[{w}][{s}]", time) for s, time in enumerate(row))
-            for w, row in enumerate(given)
+            for w, row in enumerate(each)
         )
         empty = [w for w, row in enumerate(rows) if not row]
         if empty or not rows:
@@ -233,6 +251,14 @@ class Straggler(ComputeModel):
         times = self.base.draw(seed, workers, steps)
         return np.where(self.is_slow(seed, workers, steps), times * self.factor, times)
 
+    def check(self, workers: int) -> None:
+        self.base.check(workers)
+        beyond = [w for w in self.workers or () if w >= workers]
+        if beyond:
+            raise SimulationError(
+                f"Straggler: workers names worker {beyond[0]}, and the cluster has workers 0 to {workers - 1}"
+            )
+
     def is_slow(self, seed: int, workers: Counters, steps: Counters) -> NDArray[np.bool_]:
         """Whether this model (not `base`) slows each worker and step down."""
         stream, slow = self._stream(), self._who(seed, workers)
@@ -286,5 +312,5 @@ class ComputeTimes:
         if row is None:
             if len(self._rows) == self.KEPT:
                 del self._rows[next(iter(self._rows))]
-            row = self._rows[step] = self._model.draw(self._seed, self._workers, step).tolist()
+            row = self._rows[step] = self._model.drawn(self._seed, self._workers, step).tolist()
         return row[worker]

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from flowml.errors import SimulationError, TraceError, one_line
 from flowml.sim import checks, tables
@@ -98,6 +98,15 @@ class Network(NetworkModel):
         return None
 
 
+_MAPPING = "give a mapping {(region, region): (latency_s, bytes_per_s)}"
+
+
+def _pair(what: str, value: object) -> Sequence[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise SimulationError(f"Regions: {one_line(repr(value))} is no pair of {what}; {_MAPPING}")
+    return value
+
+
 Delay: TypeAlias = Literal["round trip", "one way"]
 
 
@@ -114,7 +123,10 @@ class Regions:
 
     def __post_init__(self) -> None:
         found: dict[tuple[str, str], Link] = {}
-        for (a, b), (latency_s, bytes_per_s) in self.links.items():
+        if not isinstance(self.links, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SimulationError(f"Regions: links is of type {type(self.links).__name__}; {_MAPPING}")
+        for pair, link in self.links.items():
+            (a, b), (latency_s, bytes_per_s) = _pair("two regions", pair), _pair("latency and rate", link)
             where = f"Regions[{a!r}, {b!r}]"
             found[a, b] = Link(
                 checks.number(where, "latency_s", latency_s), checks.rate(where, "bytes_per_s", bytes_per_s)
@@ -145,6 +157,8 @@ class Regions:
         """Like `read`, from the text of a file that errors call `name`."""
         if delay not in ("round trip", "one way"):
             raise SimulationError(f"Regions: delay={delay!r} is neither 'round trip' nor 'one way'")
+        if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SimulationError(f"Regions: the text of {name} is of type {type(text).__name__}; give a str")
         columns = {
             "a": tables.word,
             "b": tables.word,
@@ -191,6 +205,8 @@ class Sites(NetworkModel):
 
     def __post_init__(self) -> None:
         regions, sites = _regions(self.table), _sites(self.members)
+        if not isinstance(self.local, Network):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SimulationError(f"Sites: local={self.local!r} is not an fm.sim.Network")
         object.__setattr__(self, "regions", regions)
         object.__setattr__(self, "sites", sites)
         if self.driver is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from flowml.arguments import flag
 from flowml.devices import Device
 from flowml.errors import SimulationError
 from flowml.numbers import whole_number
@@ -59,12 +60,13 @@ class SimulatedCluster:
                     f"SimulatedCluster({name}={value!r}) is of type {type(value).__name__}; give a model of flowml.sim"
                 )
         network.check(workers)
+        compute.check(workers)
         _check_faults(faults, workers)
         self._network = network
         self._workers = workers
         each = whole_number("devices_per_worker", devices_per_worker, least=1)
         self._devices = tuple(Device(f"worker:{i}/cpu:{d}") for i in range(workers) for d in range(each))
-        self._arithmetic = bool(arithmetic)
+        self._arithmetic = flag("arithmetic", arithmetic)
         models = Models(workers, compute, network, whole_number("seed", seed), tuple(faults), homes, each)
         self._session = SimulatedSession(models, arithmetic=self._arithmetic)
         self.on_result: Callable[[Any], None] = lambda result: None
@@ -104,6 +106,8 @@ class SimulatedCluster:
 
 
 def _check_faults(faults: Sequence[Fault], workers: int) -> None:
+    if not isinstance(faults, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SimulationError(f"faults={faults!r} is no list; give one of fm.sim.Crash, Partition and Disorder")
     for fault in faults:
         if not isinstance(fault, Fault):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise SimulationError(f"faults has {fault!r}, which is none; give fm.sim.Crash, Partition or Disorder")

@@ -39,7 +39,10 @@ def delays_of(given: Any) -> Delays:
 def workers_of(devices: Sequence[Device], delays: Delays) -> tuple[str, ...]:
     """The workers of devices, in order. Raises FlowmlError if the delays name another worker."""
     workers = tuple(dict.fromkeys(d.worker for d in devices))
-    for worker in () if isinstance(delays, ComputeModel) else delays:
+    if isinstance(delays, ComputeModel):
+        delays.check(len(workers))
+        return workers
+    for worker in delays:
         if worker not in workers:
             raise FlowmlError(f"delays names {worker!r}, which does not exist; there are {', '.join(workers)}")
     return workers
@@ -49,6 +52,6 @@ def rows_of(delays: Delays, workers: Sequence[str], seed: int, clocks: int) -> R
     """The delays of workers in a fit. A model draws for worker number i, which is at position i."""
     if isinstance(delays, ComputeModel):
         numbers = np.arange(len(workers))[:, None]
-        drawn = delays.draw(seed, numbers, np.arange(min(clocks, DRAWN)))
+        drawn = delays.drawn(seed, numbers, np.arange(min(clocks, DRAWN)))
         return tuple((worker, tuple(row)) for worker, row in zip(workers, drawn.tolist(), strict=True))
     return tuple((worker, (delay,)) for worker, delay in delays.items())
