@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from flowml.policy import UNBOUNDED as UNBOUNDED
     from flowml.policy import AllReduce as AllReduce
     from flowml.policy import Coded as Coded
+    from flowml.policy import Consensus as Consensus
     from flowml.policy import Deadline as Deadline
     from flowml.policy import Delta as Delta
     from flowml.policy import Drop as Drop
@@ -101,6 +102,7 @@ _HOMES = {
     "UNBOUNDED": "flowml.policy",
     "AllReduce": "flowml.policy",
     "Coded": "flowml.policy",
+    "Consensus": "flowml.policy",
     "Speculate": "flowml.policy",
     "Delta": "flowml.policy",
     "Requeue": "flowml.policy",

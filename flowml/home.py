@@ -53,7 +53,8 @@ class Local(msgspec.Struct, frozen=True):
     `update`, `send` and `take` are indices into Plan.tasks; `flowml.training.local` describes them. Without `send` the
     parameters are sent, and without `take` the global parameters are taken as they are. `state` are positions in the
     flattened optimizer state. With a gossip topology, `fold` adds what a neighbour sends to an `accumulator`, and `mix`
-    ends a round. The last `outer` leaves of the state are those of an outer optimizer.
+    ends a round. With `dual` the replica also keeps dual variables and its last report.
+    The last `outer` leaves of the state are those of an outer optimizer.
     """
 
     update: Index
@@ -65,3 +66,4 @@ class Local(msgspec.Struct, frozen=True):
     mix: Index | None = None
     accumulator: tuple[ArraySpec, ...] = ()
     outer: Index = 0
+    dual: bool = False

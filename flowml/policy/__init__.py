@@ -9,7 +9,7 @@ unsound composition cannot be constructed. Nothing here imports JAX.
 
 from __future__ import annotations
 
-from flowml.policy.apply import Apply, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote
+from flowml.policy.apply import Apply, Consensus, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote
 from flowml.policy.codes import Code
 from flowml.policy.compose import DEFAULT_PATTERN, check_composition, coded_by, resolve, speculated_by
 from flowml.policy.mathematics import can_read, coefficients, due, window
@@ -42,6 +42,7 @@ __all__ = [
     "Code",
     "Coded",
     "Completion",
+    "Consensus",
     "Deadline",
     "Decide",
     "Delta",

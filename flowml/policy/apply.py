@@ -120,6 +120,32 @@ class Mix(msgspec.Struct, frozen=True, tag=True):
         return f"mix {self.pull:g}"
 
 
+class Consensus(msgspec.Struct, frozen=True, tag=True):
+    """The consensus step of ADMM: the home keeps the mean of what replicas reported last, each its parameters plus its
+    dual variables (Boyd et al., *Distributed Optimization and ADMM*, 2011; Zhang and Kwok, *Asynchronous Distributed
+    ADMM*, ICML 2014). `Prox` says what penalty the global parameters have.
+
+    A replica's steps minimise its own loss plus rho / 2 · |x - z + u|². Here z are the global parameters, and u its
+    dual variables: after each round u grows by x - z.
+
+    Raises:
+        PolicyError: for a rho that is not a positive number.
+    """
+
+    rho: float
+
+    averages = False
+
+    def __post_init__(self) -> None:
+        _check(self, "rho", 0 < _number(self.rho) < math.inf, "a distance is multiplied by a number above 0")
+
+    def scale(self, staleness: int) -> float:
+        return 1.0
+
+    def describe(self) -> str:
+        return f"consensus {self.rho:g}"
+
+
 class Vote(msgspec.Struct, frozen=True, tag=True):
     """Apply only the rows that win a vote: each contribution votes for its `rows` largest rows, and 2 · `rows` win.
 
@@ -145,7 +171,7 @@ class Vote(msgspec.Struct, frozen=True, tag=True):
         return f"vote {self.rows}"
 
 
-Base = Mean | Sum | StalenessScaled | Outer | Mix | Vote
+Base = Mean | Sum | StalenessScaled | Outer | Mix | Consensus | Vote
 
 
 class Prox(msgspec.Struct, frozen=True, tag=True):
@@ -204,7 +230,7 @@ class Prox(msgspec.Struct, frozen=True, tag=True):
 
 Apply = Base | Prox
 
-BASES = (Mean, Sum, StalenessScaled, Outer, Mix, Vote)
+BASES = (Mean, Sum, StalenessScaled, Outer, Mix, Consensus, Vote)
 APPLIES = (*BASES, Prox)
 _NAMED: dict[object, Mean | Sum] = {"mean": Mean(), "sum": Sum()}
 
@@ -252,6 +278,11 @@ def unsound(apply: Apply, payload: str, *, collective: bool) -> str | None:
         return (
             "replicas and home pull each other's parameters, so these have to be sent; use payload=Weights(), or "
             "apply='mean'"
+        )
+    if isinstance(base, Consensus) and payload != "Delta":
+        return (
+            "each replica has parameters and dual variables of its own, and sends their change; use payload=Delta(), "
+            "or apply='mean'"
         )
     if payload == "Weights" and not isinstance(base, Mean | Mix):
         return (

@@ -5,6 +5,7 @@ The other fields can be given too: `asynchronous(staleness=3, every=4)`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -251,6 +252,35 @@ def downpour(push: int, pull: int, optimizer: Any = None, **overrides: Unpack[_S
     settings: _Stale = {"staleness": algebra.UNBOUNDED, **overrides}
     apply: algebra.Apply = algebra.Sum() if optimizer is None else algebra.Outer(optimizer)
     return algebra.Policy(every=algebra.Every(push, pull), payload=algebra.Delta(), apply=apply, **settings)
+
+
+def admm(
+    rho: float,
+    every: int,
+    quorum: float = 1.0,
+    staleness: float = 0,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> algebra.Policy:
+    """Consensus ADMM: the mean loss of the replicas' own examples plus l1 · |z| + l2 / 2 · z² in a box (Boyd et al.,
+    2011). With a `staleness` above 0 it is asynchronous (Zhang and Kwok, *Asynchronous Distributed ADMM*, ICML 2014).
+
+    For each replica to have the same examples in every step, train with a batch of all examples and `shuffle=False`.
+
+    Args:
+        rho: the weight of a replica's distance from the consensus.
+        every: the number of optimizer steps with which a replica minimises, between two reports.
+        quorum: the number or share of reports at which the consensus is updated.
+        staleness: how many steps a replica may be ahead of the slowest.
+        l1, l2, low, high: the penalties and the box of the global parameters.
+    """
+    apply: algebra.Apply = algebra.Consensus(rho)
+    if l1 or l2 or low > -math.inf or high < math.inf:
+        apply = algebra.Prox(l1 / rho, l2 / rho, low, high, apply)
+    completion = algebra.Quorum(quorum, late="fold") if staleness else algebra.Quorum(quorum)
+    return algebra.Policy(every=every, staleness=staleness, quorum=completion, payload=algebra.Delta(), apply=apply)
 
 
 def gossip(graph: object = "ring", every: int = 1) -> algebra.Policy:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flowml.errors import PolicyError
-from flowml.policy.apply import Mean, Mix, Outer, base_of
+from flowml.policy.apply import Consensus, Mean, Mix, Outer, base_of
 from flowml.policy.quorum import Coded, Fold, Quorum
 from flowml.policy.rhythm import ONCE
 from flowml.policy.topology import Gossip
@@ -121,8 +121,30 @@ def _check_local(policy: Policy) -> None:
         )
     if policy.clocked and not policy.quorum.waits_for_all:
         _check_dropping(policy, payload)
+    if isinstance(base_of(policy.apply), Consensus):
+        _check_consensus(policy, payload)
     if isinstance(policy.payload, Weights):
         _check_weights(policy, payload)
+
+
+def _check_consensus(policy: Policy, payload: str) -> None:
+    """Check that the home's mean is that of each replica's last report."""
+    apply = f"apply={policy.apply!r}"
+    if policy.clocked and not policy.quorum.waits_for_all:
+        raise PolicyError(
+            f"{apply} with quorum={policy.quorum} is not sound: a report that is dropped would never be in the mean "
+            "of the last reports; give Quorum(count, late='fold') with staleness=1 or more"
+        )
+    if policy.payload != Delta() or policy.every.delay or policy.every.pull != policy.every.push:
+        raise PolicyError(
+            f"{apply} with {payload} and every={policy.every!r} is not sound: a replica takes the global parameters as "
+            "they are, after each of its reports; leave alpha, delay and pull out"
+        )
+    if any(not f.lossless for f in policy.filters):
+        raise PolicyError(
+            f"{apply} with filters={policy.filters} is not available yet: what a filter loses would be missing from "
+            "the mean of the last reports; use lossless filters such as compress()"
+        )
 
 
 def _check_dropping(policy: Policy, payload: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from flowml.errors import PolicyError
-from flowml.policy.apply import Apply, Mean, Outer, Sum, Vote, as_apply, base_of, travelling, unsound
+from flowml.policy.apply import Apply, Consensus, Mean, Outer, Sum, Vote, as_apply, base_of, travelling, unsound
 from flowml.policy.filters import KKT, AnyFilter, Filter, check_chain
 from flowml.policy.mathematics import coefficients, shares
 from flowml.policy.quorum import COMPLETIONS, Coded, Completion, Deadline, Fold, Quorum, Speculate, late_name, number
@@ -129,6 +129,11 @@ class Policy(msgspec.Struct, frozen=True):
     def members(self, replicas: int) -> int:
         """How many contributions a clock may have: one of each replica, or of each portion of the batch."""
         return replicas * (self.quorum.portions if isinstance(self.quorum, Speculate) else 1)
+
+    @property
+    def aligns(self) -> bool:
+        """Whether each replica runs every clock, with its own share of the batch, as ADMM needs."""
+        return self.clocked or isinstance(base_of(self.apply), Consensus)
 
     @property
     def local(self) -> bool:

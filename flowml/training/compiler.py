@@ -144,7 +144,7 @@ def compile_training(
     if code is not None:
         fed["coefficient"] = jax.ShapeDtypeStruct((), coefficient_dtype([x.dtype for _, x in leaves]))
     traced = trace(step.call, (params, microbatch, *fed.values()), {}, name=name_of(spec.loss))
-    optimizers = Optimizers.of(spec.optimizer, tuple(policies[p] for p in paths), params)
+    optimizers = Optimizers.of(spec.optimizer, tuple(policies[p] for p in paths), params, spec.replicas)
     plan, slots = _Compiler(
         spec=spec,
         devices=everyone,

@@ -10,6 +10,13 @@ parameters that it *started* from, which are the global ones that it took last. 
     mix      (average, parameters after the step, parameters before it) -> parameters, with a gossip topology; with an
              outer optimizer "before" is the beginning of the round, both parameters are sent, and it keeps a state
 
+With a consensus of ADMM a stage also keeps dual variables u and its last report, and "started" is z - u, which a
+step is pulled to:
+
+    update   (parameters, state, coefficients, gradients, started) -> (parameters, state)
+    send     (started, parameters, last report) -> (what is sent, u, report)
+    take     (global, u) -> started
+
 The update is the optimizer of the Trainer, sliced as for a home. The home has an optimizer of its own or none.
 """
 
@@ -28,7 +35,7 @@ from flowml.home import Buffer, Local
 from flowml.ir.label import layer_of
 from flowml.lowering.lower import ExecutableTable
 from flowml.plan import ArraySpec
-from flowml.policy import Delta, Gossip, Mix, Outer, Policy, Prox, Weights
+from flowml.policy import Consensus, Delta, Gossip, Mix, Outer, Policy, Prox, Weights
 from flowml.policy.apply import base_of
 from flowml.training.apply import HomeTasks, Payload
 from flowml.training.optimizer import OptimizerSlices, slice_optimizer
@@ -54,10 +61,33 @@ def fragmented(policies: Mapping[str, Policy]) -> dict[str, Policy]:
     return found
 
 
-def _optimizer(outer: Outer, mine: Sequence[bool], params: Any) -> Any:
+@dataclass(frozen=True)
+class Restarting:
+    """An optimizer whose state belongs to one fit: the next one begins with that of `init`."""
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+
+
+def _consensus(replicas: int) -> Any:
+    """Keeps the mean of the replicas' last reports, from the sum of their changes; the update leads to the mean."""
+    import optax
+
+    def update(change: Any, mean: Any, params: Any = None) -> tuple[Any, Any]:
+        after = jax.tree_util.tree_map(lambda m, d: (wide(m) - wide(d) / replicas).astype(m.dtype), mean, change)
+        return jax.tree_util.tree_map(lambda m, p: m - p, after, params), after
+
+    return optax.GradientTransformation(lambda params: jax.tree_util.tree_map(lambda p: p + 0, params), update)
+
+
+def _optimizer(outer: Outer | Consensus, mine: Sequence[bool], params: Any, replicas: int) -> Any:
     """The optimizer of the leaves that are `mine`. It sees no others, which it could couple."""
     import optax
 
+    if isinstance(outer, Consensus):
+        kept = _consensus(replicas)
+        found = kept if all(mine) else optax.masked(kept, jax.tree.unflatten(jax.tree.structure(params), mine))
+        return Restarting(found.init, found.update)
     found = optax.sgd(0.7, momentum=0.9, nesterov=True) if outer.optimizer is None else outer.optimizer
     if all(mine):
         return found
@@ -73,8 +103,8 @@ class Optimizers:
     """
 
     own: OptimizerSlices
-    outer: Mapping[Outer, OptimizerSlices]
-    first: Mapping[Outer, int]
+    outer: Mapping[Outer | Consensus, OptimizerSlices]
+    first: Mapping[Outer | Consensus, int]
     outer_optimizers: tuple[Any, ...]
 
     @property
@@ -93,13 +123,13 @@ class Optimizers:
         return any(slices.graph.is_wide for slices in (self.own, *self.outer.values()))
 
     @staticmethod
-    def of(optimizer: Any, policies: Sequence[Policy], params: Any) -> Optimizers:
+    def of(optimizer: Any, policies: Sequence[Policy], params: Any, replicas: int) -> Optimizers:
         own = slice_optimizer(optimizer, params)
         kinds = [base_of(p.apply) for p in policies]
-        outers = [kind for kind in dict.fromkeys(kinds) if isinstance(kind, Outer)]
-        made = {o: _optimizer(o, [kind == o for kind in kinds], params) for o in outers}
+        outers = [kind for kind in dict.fromkeys(kinds) if isinstance(kind, Outer | Consensus)]
+        made = {o: _optimizer(o, [kind == o for kind in kinds], params, replicas) for o in outers}
         outer = {o: slice_optimizer(optimizer, params) for o, optimizer in made.items()}
-        first, at = dict[Outer, int](), len(own.state_specs)
+        first, at = dict[Outer | Consensus, int](), len(own.state_specs)
         for o, slices in outer.items():
             first[o], at = at, at + len(slices.state_specs)
         return Optimizers(own, outer, first, tuple(made.values()))
@@ -115,7 +145,7 @@ class Optimizers:
     def at_home(self, policy: Policy, leaves: Sequence[int], replicas: int) -> HomeUpdate:
         """How the home of these leaves updates them."""
         kind = base_of(policy.apply)
-        if isinstance(kind, Outer) and not isinstance(policy.topology, Gossip):
+        if isinstance(kind, Outer | Consensus) and not isinstance(policy.topology, Gossip):
             found = _sliced(self.outer[kind], leaves, self.first[kind])
         elif not policy.local:
             found = _sliced(self.own, leaves, 0)
@@ -177,10 +207,21 @@ def local_tasks(
     """Export the tasks of one store. `gradients` is what a step of one replica computes for it, `dtype` that of its
     coefficient; `exact` is as in `HomeTasks`."""
     own, outer = _sliced(optimizers.own, leaves, 0), optimizers.at_replica(policy, leaves)
-    update = HomeTasks(own.update, gradients, len(specs), len(own.state), exact).apply
+    home = HomeTasks(own.update, gradients, len(specs), len(own.state), exact)
+    kind = base_of(policy.apply)
+    update = partial(_pulled, home, kind.rho) if isinstance(kind, Consensus) else home.apply
     state_specs = own.state_specs
     payload = tuple(s for p in gradients.parts for s in p.payload)
     arguments = (*specs, *state_specs, ArraySpec((2, 1), dtype), *payload)
+    if isinstance(kind, Consensus):
+        return Local(
+            update=table.add_function(f"update:{name}", update, (*arguments, *specs), (*specs, *state_specs)),
+            send=table.add_function(f"send:{name}", _report, specs * 3, specs * 3),
+            take=table.add_function(f"take:{name}", _anchor, specs * 2, specs),
+            state=own.state,
+            state_specs=state_specs,
+            dual=True,
+        )
     send, take = _send(policy), _take(policy)
     local = Local(
         update=table.add_function(f"update:{name}", update, arguments, (*specs, *state_specs)),
@@ -222,6 +263,34 @@ def _gossiping(
 
 
 Function = Callable[..., tuple[Any, ...]]
+
+
+def _pulled(home: HomeTasks, rho: float, *arrays: Any) -> tuple[Any, ...]:
+    """(parameters, state, coefficients, gradients, started) -> (parameters, state), pulled to "started"."""
+    count = home.params
+    anchors = arrays[-count:]
+
+    def update(*given: Any) -> tuple[Any, ...]:
+        triples = zip(given[:count], given[count : 2 * count], anchors, strict=True)
+        gradients = (g + (rho * (wide(x) - wide(c))).astype(g.dtype) for g, x, c in triples)
+        return home.update(*gradients, *given[count:])
+
+    return replace(home, update=update).apply(*arrays[:-count])
+
+
+def _report(*arrays: Any) -> tuple[Any, ...]:
+    """(started, parameters, last report) -> (its change, dual variables, report), where a report is their sum."""
+    third = len(arrays) // 3
+    started, own, last = (arrays[i : i + third] for i in range(0, len(arrays), third))
+    duals = [x - c for c, x in zip(started, own, strict=True)]
+    reports = [x + u for x, u in zip(own, duals, strict=True)]
+    return (*(before - now for before, now in zip(last, reports, strict=True)), *duals, *reports)
+
+
+def _anchor(*arrays: Any) -> tuple[Any, ...]:
+    """(global parameters, dual variables) -> what a step is pulled to."""
+    half = len(arrays) // 2
+    return tuple(z - u for z, u in zip(arrays[:half], arrays[half:], strict=True))
 
 
 def _send(policy: Policy) -> Function | None:

@@ -32,6 +32,7 @@ from flowml.placement import Placement
 from flowml.plan import Plan
 from flowml.policy import Policy
 from flowml.training.compiler import TrainingCompiled, TrainingSpec, compile_training
+from flowml.training.local import Restarting
 from flowml.training.step import Weight, name_of
 from flowml.training.variants import difference, placed_alike
 from flowml_runtime.cluster import Cluster
@@ -355,6 +356,11 @@ class Trainer:
                     f"opt_state belongs to other parameters: {path_name(path)!r} is {g.dtype}{list(g.shape)}, "
                     f"not {e.dtype}{list(e.shape)}"
                 )
+        if isinstance(opt_state, OptimizerState):
+            begun = [
+                o.init(params) if isinstance(o, Restarting) else s for o, s in zip(outer, opt_state.outer, strict=True)
+            ]
+            opt_state = OptimizerState(opt_state.own, tuple(begun))
         return jax.tree_util.tree_map(_own, opt_state)
 
 

@@ -63,7 +63,7 @@ class History:
         self._microbatches = training.microbatches
         self._coded_microbatches = float(training.microbatches / training.code.load) if training.code else 0.0
         """The microbatches of a global batch that is coded; 0 without a code."""
-        self._aligned = any(s.policy.clocked for s in training.stores)
+        self._aligned = any(s.policy.aligns for s in training.stores)
         self._clocks_per_epoch = clocks_per_epoch
         self._slots = 1 + training.aux_leaves
         self._metrics = metrics

@@ -122,7 +122,7 @@ class Terms:
     @cached_property
     def aligned(self) -> bool:
         """Whether all replicas run the same clocks. Otherwise each runs as many as it can."""
-        return any(s.clocked for s in self.stores)
+        return any(s.policy.aligns for s in self.stores)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:

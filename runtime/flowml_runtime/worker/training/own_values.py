@@ -62,6 +62,8 @@ class OwnValues(OwnRhythm):
         self.state: Sequence[Array] = ()
         self.started: Sequence[Array] = ()
         """The global parameters that it took last, or those at the beginning of a round of gossip."""
+        self.kept: Sequence[Array] = ()
+        """The dual variables and the last report of ADMM."""
         self._update = tasks[spec.local.update]
         self._send = None if spec.local.send is None else tasks[spec.local.send]
         self._take = None if spec.local.take is None else tasks[spec.local.take]
@@ -71,23 +73,38 @@ class OwnValues(OwnRhythm):
 
     def take(self, clock: int, values: Sequence[Array]) -> None:
         """Take the global parameters, or a mixture of them and the own ones."""
-        if self._take is None or not self.began:
+        if self.spec.local is not None and self.spec.local.dual:
+            self._anchor(values)
+        elif self._take is None or not self.began:
             self.params = self.started = values
         else:
             results = self._take(*values, *self.params, *self.started)
             self.params, self.started = results[: len(values)], results[len(values) :]
         self.took(clock)
 
+    def _anchor(self, values: Sequence[Array]) -> None:
+        """Take the global parameters as what steps are pulled to. The first are also the own ones, without duals."""
+        if not self.began:
+            self.params = self.started = values
+            self.kept = (*(np.zeros_like(np.asarray(v)) for v in values), *values)
+        elif self._take is not None:
+            self.started = self._take(*values, *self.kept[: len(values)])
+
     def update(self, gradients: Sequence[Array]) -> None:
         """Do one step of the optimizer with the sum of the gradients of all microbatches."""
         own, outer = self.state[: self._own], self.state[self._own :]
-        results = self._update(*self.params, *own, self._coefficients, *gradients)
+        results = self._update(*self.params, *own, self._coefficients, *gradients, *(self.started if self.kept else ()))
         self.params, self.state = results[: len(self.params)], (*results[len(self.params) :], *outer)
 
     def sent(self) -> Sequence[Array]:
         """What a push sends. The next one sends only what has changed since, if nothing is taken before."""
         if self._send is None:
             return self.params
+        if self.kept:
+            count = len(self.params)
+            results = self._send(*self.started, *self.params, *self.kept[count:])
+            self.kept = results[count:]
+            return results[:count]
         delta = self._send(*self.started, *self.params)
         self.started = self.params
         return delta
