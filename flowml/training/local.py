@@ -73,8 +73,8 @@ def _consensus(replicas: int) -> Any:
     """Keeps the mean of the replicas' last reports, from the sum of their changes; the update leads to the mean."""
     import optax
 
-    def update(change: Any, mean: Any, params: Any = None) -> tuple[Any, Any]:
-        after = jax.tree_util.tree_map(lambda m, d: (wide(m) - wide(d) / replicas).astype(m.dtype), mean, change)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        after = jax.tree_util.tree_map(lambda m, d: (wide(m) - wide(d) / replicas).astype(m.dtype), state, updates)
         return jax.tree_util.tree_map(lambda m, p: m - p, after, params), after
 
     return optax.GradientTransformation(lambda params: jax.tree_util.tree_map(lambda p: p + 0, params), update)
