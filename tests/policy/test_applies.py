@@ -14,9 +14,9 @@ import flowml as fm
 from flowml import policies
 from flowml.errors import PolicyError
 from flowml.policy import Policy, coefficients
-from flowml.policy.apply import APPLIES, Apply, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote, unsound
+from flowml.policy.apply import APPLIES, Apply, Consensus, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote, unsound
 
-KINDS: list[Any] = [Mean(), Sum(), StalenessScaled(0.5), Outer(), Mix(0.25), Vote(3), Prox(l1=0.1, after="sum")]
+KINDS: list[Any] = [Mean(), Sum(), StalenessScaled(0.5), Outer(), Mix(0.25), Consensus(1.0), Vote(3), Prox(0.1)]
 make: Any = Policy
 """What a user may type, whatever the checker says."""
 
