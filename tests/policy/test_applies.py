@@ -16,7 +16,8 @@ from flowml.errors import PolicyError
 from flowml.policy import Policy, coefficients
 from flowml.policy.apply import APPLIES, Apply, Consensus, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote, unsound
 
-KINDS: list[Any] = [Mean(), Sum(), StalenessScaled(0.5), Outer(), Mix(0.25), Consensus(1.0), Vote(3), Prox(0.1)]
+PROX = Prox(l1=0.1, after="sum")
+KINDS: list[Any] = [Mean(), Sum(), StalenessScaled(0.5), Outer(), Mix(0.25), Consensus(1.0), Vote(3), PROX]
 make: Any = Policy
 """What a user may type, whatever the checker says."""
 
@@ -88,7 +89,7 @@ def test_the_table_of_what_is_sound(kind: Any, payload: Any, collective: bool) -
     allowed = {
         "Gradient": (Mean, Sum, StalenessScaled, Outer, Vote),
         "Factors": (Mean, Sum, StalenessScaled, Outer, Vote),
-        "Delta": (Mean, Sum, StalenessScaled, Outer),
+        "Delta": (Mean, Sum, StalenessScaled, Outer, Consensus),
         "Weights": (Mean, Mix),
     }[payload]
     sound = isinstance(base, allowed) and not (collective and isinstance(base, StalenessScaled | Vote))
