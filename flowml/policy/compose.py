@@ -53,16 +53,9 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
     coded_by(policies.values(), replicas)
     speculated_by(policies.values())
     clocked = {name: p for name, p in policies.items() if p.clocked}
-    dropping = {name: p for name, p in clocked.items() if not p.quorum.never_drops(replicas)}
-    gossiping = {name: p.topology for name, p in policies.items() if isinstance(p.topology, Gossip)}
-    for name, topology in gossiping.items():
-        check_members(topology.graph, replicas)
-        if dropping:
-            raise PolicyError(
-                f"{next(iter(dropping))!r} with {name!r} ({policies[name].describe()}) is not sound: a replica that "
-                f"skips a step which the first one has dropped is missing from the round of its neighbours; let "
-                f"{next(iter(dropping))!r} wait for all {replicas} replicas with quorum=Quorum(1.0)"
-            )
+    for policy in policies.values():
+        if isinstance(policy.topology, Gossip):
+            check_members(policy.topology.graph, replicas)
     collective = [name for name, p in policies.items() if p.collective]
     notes = [_idle_quorum(name, p, replicas) for name, p in clocked.items()]
     if collective and replicas == 1:

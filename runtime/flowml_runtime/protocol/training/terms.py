@@ -13,7 +13,7 @@ from functools import cached_property
 
 from flowml.devices import worker_of
 from flowml.plan import Training
-from flowml.policy import UNBOUNDED, Completion, Every, Fold, Policy, Speculate
+from flowml.policy import UNBOUNDED, Completion, Every, Fold, Gossip, Policy, Speculate
 from flowml.policy.filters import feeds_back
 
 RETIRED = 2**53 - 1
@@ -204,12 +204,20 @@ class Terms:
     def may_skip(self, clock: int) -> bool:
         """Whether a replica may leave out `clock`, if all its groups have decided it.
 
-        It may not if replicas add up the gradients of some store, or if a store that applies contributions as they
-        arrive needs its push: readers within a bound wait for it, and the last push takes all gathered gradients along.
+        It may not if neighbours wait for its parameters, if replicas add up the gradients of some store, or if a store
+        that applies contributions as they arrive needs its push: readers within a bound wait for it, and the last push
+        takes all gathered gradients along.
         """
         if self.sums or (self.arrives and clock == self.last_clock):
             return False
+        if any(gossip.due(clock) for gossip in self._gossip):
+            return False
         return not any(rhythm.due(clock, self.last_clock) for rhythm in self._awaited)
+
+    @cached_property
+    def _gossip(self) -> frozenset[Gossip]:
+        """How replicas average parameters with their neighbours, which takes all of them in each round."""
+        return frozenset(s.policy.topology for s in self.stores if isinstance(s.policy.topology, Gossip))
 
     @cached_property
     def _awaited(self) -> frozenset[Every]:
