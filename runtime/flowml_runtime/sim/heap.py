@@ -13,8 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 Act = Callable[..., None]
-_Group = list[tuple[int, Act, tuple[Any, ...]]]
-"""Events of one time, in order: (label, function, arguments). A broadcast is one entry of the heap."""
+_Event = tuple[int, Act, tuple[Any, ...]]
+"""(label, function, arguments)"""
+_Group = list[_Event]
+"""Events of one time, in order. A broadcast is one entry of the heap."""
 
 _FLUSH = 8192
 """Numbers that are gathered before they are hashed."""
@@ -41,43 +43,47 @@ class Clock:
 
     def at(self, when: float, label: int, act: Act, *args: Any) -> None:
         """Call `act(*args)` at the time `when`, which is not before now."""
+        self.put(when, (label, act, args))
+
+    def put(self, when: float, event: _Event) -> None:
+        """Let an event happen at the time `when`, which is not before now."""
+        if when == self._last:
+            self._open.append(event)
+            return
         if not when >= self.now:
             raise ValueError(f"an event at {when} s is scheduled at {self.now} s; a delay is at least 0 and no NaN")
-        if when == self._last:
-            self._open.append((label, act, args))
-            return
-        self._last, self._open = when, [(label, act, args)]
+        self._last, self._open = when, [event]
         self._scheduled += 1
         heapq.heappush(self._heap, (when, self._scheduled, self._open))
 
     def after(self, delay: float, label: int, act: Act, *args: Any) -> None:
         """Call `act(*args)` in `delay` seconds."""
-        self.at(self.now + delay, label, act, *args)
+        self.put(self.now + delay, (label, act, args))
 
-    def step(self) -> bool:
-        """Let the next event happen. False if there is none."""
-        if self._next == len(self._group):
-            if not self._heap:
-                return False
-            self.now, _, self._group = heapq.heappop(self._heap)
-            self._next = 0
-        label, act, args = self._group[self._next]
-        self._next += 1
-        self.events += 1
-        trace = self._trace
-        trace.append(self.now)
-        trace.append(label)
-        if len(trace) >= _FLUSH:
-            self._flush()
-        act(*args)
+    def go_on(self, idle: Callable[[], bool]) -> bool:
+        """Let events happen as long as `idle` returns True. Returns False if there are no more events before."""
+        group, trace = self._group, self._trace
+        while idle():
+            if self._next == len(group):
+                if not self._heap:
+                    return False
+                if len(trace) >= _FLUSH:
+                    self._flush()
+                self.now, _, group = heapq.heappop(self._heap)
+                self._group, self._next = group, 0
+            label, act, args = group[self._next]
+            self._next += 1
+            self.events += 1
+            trace.append(self.now)
+            trace.append(label)
+            act(*args)
         return True
 
     def run(self, limit: int) -> None:
         """Let all events happen. Raises RuntimeError if they do not end after `limit` events."""
-        for _ in range(limit):
-            if not self.step():
-                return
-        raise RuntimeError(f"the simulation does not end: {limit} events have happened by {self.now} s")
+        most = self.events + limit
+        if self.go_on(lambda: self.events < most) and (self._heap or self._next < len(self._group)):
+            raise RuntimeError(f"the simulation does not end: {limit} events have happened by {self.now} s")
 
     @property
     def trace_hash(self) -> str:

@@ -84,6 +84,9 @@ class Wires:
         """
         path = self._paths.get((source, to)) or self._path(source, to)
         if self._tamper is None or source == to:
+            if not nbytes and path.followers is None:
+                self._deliver(path, self._clock.now + path.latency, act, args)
+                return self._clock.now
             return self._send(path, nbytes, 0.0, act, args)
         begins = self._clock.now
         for delay in self._tamper.delays(source, to, args[1]):
@@ -154,4 +157,4 @@ class Wires:
         if when < path.last:
             when = path.last
         path.last = when
-        self._clock.at(when, path.number * KINDS + _DELIVER, act, *args)
+        self._clock.put(when, (path.number * KINDS + _DELIVER, act, args))

@@ -187,13 +187,11 @@ class SimulatedSession:
         world = self._world
         if world is None:
             raise SimulationError("no fit has begun on this simulated cluster")
-        step = world.clock.step
-        while inbox.empty():
-            if not step():
-                raise SimulationError(
-                    f"the simulation has come to rest at {world.clock.now:g} s before the end of the fit: nothing is "
-                    "under way that could complete a clock; see whether faults lose what a policy waits for"
-                )
+        if not world.clock.go_on(inbox.empty):
+            raise SimulationError(
+                f"the simulation has come to rest at {world.clock.now:g} s before the end of the fit: nothing is "
+                "under way that could complete a clock; see whether faults lose what a policy waits for"
+            )
         return inbox.get_nowait()
 
     def simulated(self) -> Simulated | None:

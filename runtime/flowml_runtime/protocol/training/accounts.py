@@ -77,7 +77,7 @@ class Accounts:
 
     def commit(self, event: Committed) -> list[Settle]:
         group = self._terms.groups[event.group]
-        if self._me in event.excluded:
+        if event.leaves_out(self._me):
             self._lose(group, event.clock)
         else:
             self._count(group.number, event.clock, folded=False)

@@ -7,6 +7,7 @@ which stages and holds which stores. All machines of a run compute the same answ
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -301,7 +302,7 @@ def _workers(devices: Iterable[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """The decision of a group for `clock`: it includes the work of every replica except those in `excluded`.
+    """The decision of a group for `clock`: it includes the work of every replica except those in `excluded`, in order.
 
     `coefficients` maps replicas to the coefficients of their contributions; empty if weights determine them. `folded`
     are contributions to earlier clocks, as (replica, clock), which were late and are included now. `copies` maps
@@ -314,6 +315,11 @@ class Committed:
     coefficients: tuple[tuple[int, float], ...] = ()
     folded: tuple[tuple[int, int], ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
+
+    def leaves_out(self, replica: int) -> bool:
+        """Whether it excludes the replica. A search by halves, because thousands may ask about thousands."""
+        place = bisect_left(self.excluded, replica)
+        return place < len(self.excluded) and self.excluded[place] == replica
 
 
 @dataclass(frozen=True, slots=True)
