@@ -41,7 +41,7 @@ What the caller must do:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 from flowml.plan import ArraySpec
 from flowml_runtime import wire
@@ -119,7 +119,7 @@ class TrainingWorker:
         """
         self.number += 1
         self._now = now
-        if isinstance(event, Received):
+        if type(event) is Received:
             return self._take(self.number, event)
         fit = self._fit
         if isinstance(event, ReplicaLost):
@@ -178,9 +178,10 @@ class TrainingWorker:
     def _receive(self, number: int, event: Received) -> list[Action]:
         message, fit = event.message, self._fit
         if event.peer == self._driver:
-            if isinstance(message, wire.StartTraining):
+            kind = type(message)
+            if kind is wire.StartTraining:
                 return self._begin(number, message)
-            if isinstance(message, wire.StopTraining):
+            if kind is wire.StopTraining:
                 return self._end(number, message)
         if fit is not None and message.run == fit.run:
             return fit.at(number, self._now).take(event)
@@ -277,22 +278,6 @@ class _Fit:
         """(version, floor) of each store that is read here."""
         self._ids: _Ids = {"plan_id": start.plan_id, "run": start.run, "cause": 0}
         """The common fields of every message of this worker."""
-        self._routes: dict[type[wire.TrainingMessage], Callable[[Any, Received], list[Action]]] = {
-            wire.Grant: self._granted,
-            wire.Begin: self._begun,
-            wire.Contribution: self._contributed,
-            wire.Arrived: self._arrived,
-            wire.Commit: self._committed,
-            wire.Published: self._published,
-            wire.Applied: self._applied,
-            wire.Retired: self._retired,
-            wire.StoreValue: self._loaded,
-            wire.Source: self._handed,
-            wire.OwnState: self._handed,
-            wire.Gossip: self._handed,
-            wire.Batch: self._handed,
-            wire.Collective: self._handed,
-        }
 
     def at(self, cause: int, now: float) -> _Fit:
         """Note the number of the event that is processed, and its time."""
@@ -308,10 +293,10 @@ class _Fit:
         return [Close(self.run, self._cause), *(Release(handle, self._cause) for handle in self._home.handles())]
 
     def take(self, event: Received) -> list[Action]:
-        route = self._routes.get(type(event.message))
+        route = self._ROUTES.get(type(event.message))
         if route is None:
             raise ProtocolError(f"a worker has no use for {type(event.message).__name__} during training")
-        return route(event.message, event)
+        return route(self, event.message, event)
 
     def handle(self, event: StepFinished | Updated | Tick) -> list[Action]:
         if isinstance(event, Tick):
@@ -396,6 +381,23 @@ class _Fit:
 
     def _handed(self, message: wire.TrainingMessage, event: Received) -> list[Action]:
         return [Hand(event.peer, message, event.handle, self._cause)]
+
+    _ROUTES: ClassVar[dict[type, Callable[[_Fit, Any, Received], list[Action]]]] = {
+        wire.Grant: _granted,
+        wire.Begin: _begun,
+        wire.Contribution: _contributed,
+        wire.Arrived: _arrived,
+        wire.Commit: _committed,
+        wire.Published: _published,
+        wire.Applied: _applied,
+        wire.Retired: _retired,
+        wire.StoreValue: _loaded,
+        wire.Source: _handed,
+        wire.OwnState: _handed,
+        wire.Gossip: _handed,
+        wire.Batch: _handed,
+        wire.Collective: _handed,
+    }
 
     # The actions of the machines here, as actions of the worker.
 
