@@ -141,10 +141,8 @@ def test_too_much_that_comes_early_is_a_typed_fault(monkeypatch: pytest.MonkeyPa
 def test_a_commit_reaches_everyone_and_the_stages_before_the_home() -> None:
     machine = loaded("a0", SYNC)
     machine.step(Received("driver", wire.Grant(**IDS, replica=0, items=((0, item(0)), (1, item(1))))))
-    machine.step(Received("a0", contribution(0, 0), handle=1))
-    machine.step(Received("a0", wire.Arrived(**IDS, store=0, replica=0, clock=0)))
-    machine.step(Received("b0", contribution(1, 0), handle=2))
-    (sent,) = machine.step(Received("a0", wire.Arrived(**IDS, store=0, replica=1, clock=0)))
+    assert machine.step(Received("a0", contribution(0, 0), handle=1)) == []
+    (sent,) = machine.step(Received("b0", contribution(1, 0), handle=2))
     number = machine.number
     commit = wire.Commit(**IDS, cause=number, clock=0)
     assert sent == Send(EVERYONE, commit)
@@ -212,8 +210,7 @@ def test_a_replica_that_is_lost_is_not_waited_for_also_by_a_run_that_begins_late
     assert machine.step(ReplicaLost(1)) == []
     begin(machine)
     machine.step(Received("driver", wire.StoreValue(**IDS, store=0, version=0), handle=7))
-    machine.step(Received("a0", contribution(0, 0), handle=8))
-    (sent,) = machine.step(Received("a0", wire.Arrived(**IDS, store=0, replica=0, clock=0)))
+    (sent,) = machine.step(Received("a0", contribution(0, 0), handle=8))
     assert isinstance(sent, Send)
     assert isinstance(sent.message, wire.Commit)
     assert sent.message.excluded == (1,)

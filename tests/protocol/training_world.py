@@ -11,7 +11,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from flowml.plan import ArraySpec, Feed, Instruction, Part, Push, Read, Recv, Reduction, Run, Send
 from flowml.policy import Policy, check_composition
@@ -156,6 +156,7 @@ class World:
     commits: list[wire.Commit] = field(default_factory=list[wire.Commit])
     dead: set[int] = field(default_factory=set[int])
     copies: dict[int, set[tuple[Any, ...]]] = field(default_factory=lambda: defaultdict(set))
+    source: Literal["fed", "shipped"] = "fed"
 
     def __post_init__(self) -> None:
         layout, self.rng, self.clock = self.layout, random.Random(self.seed), Clock()
@@ -206,7 +207,7 @@ class Driver:
     def __init__(self, world: World) -> None:
         self.world = world
         ids: dict[str, Any] = {"total_clocks": world.terms.total_clocks, "seed": 0, "shuffle": False, "examples": 1}
-        start = wire.StartTraining(plan_id=PLAN, run=RUN, source="fed", **ids)
+        start = wire.StartTraining(plan_id=PLAN, run=RUN, source=world.source, **ids)
         self.machine = driver.TrainingDriver(start, world.terms, world.work, world.places)
         self.final: dict[int, Any] = {}
         self._peer = ""
@@ -237,6 +238,8 @@ class Driver:
                 for name in to:
                     value = wire.StoreValue(plan_id=PLAN, run=RUN, store=store, version=0)
                     world.simulation.deliver(name, value, _FIRST)
+            case driver.SendSource():
+                pass  # the values of items need no data
             case driver.Feed(who, item):
                 for name in dict.fromkeys(world.places.stages[who]):
                     batch = wire.Batch(plan_id=PLAN, run=RUN, device=name, sequence=item.sequence, slots=(0,))
@@ -296,6 +299,7 @@ def make(
     twice: float = 0.0,
     homes_on: int | None = None,
     workers: int | None = None,
+    source: Literal["fed", "shipped"] = "fed",
 ) -> World:
     """A run with one store a policy; every third store is shared by the first and last stage, as tied weights are.
 
@@ -339,4 +343,4 @@ def make(
         portions=terms.members // replicas,
         copies=speculation.copies if speculation else None,
     )
-    return World(layout, work, speeds, seed, twice)
+    return World(layout, work, speeds, seed, twice, source=source)

@@ -18,7 +18,7 @@ it says so, and as dropped in any other case. At the end of a run, a group that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,6 +36,15 @@ class Settle:
     item: wire.Item
     fate: Fate
     missing: tuple[int, ...] = ()
+
+
+def joined(actions: Iterable[object]) -> Iterable[tuple[tuple[int, ...], list[tuple[wire.Item, Fate]]]]:
+    """The items that are settled by these actions and their fates, by the groups that do without them."""
+    found: dict[tuple[int, ...], list[tuple[wire.Item, Fate]]] = {}
+    for action in actions:
+        if type(action) is Settle:
+            found.setdefault(action.missing, []).append((action.item, action.fate))
+    return found.items()
 
 
 @dataclass(slots=True)

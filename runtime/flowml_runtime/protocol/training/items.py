@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
+from flowml.policy import Requeue
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.terms import Terms
@@ -12,14 +13,34 @@ from flowml_runtime.protocol.training.terms import Terms
 LOOK_AHEAD = 2
 """The number of clocks for which a replica holds items: one to run, and one to know that the first is not the last."""
 
+MOST_AHEAD = 8
+"""The most clocks for which a replica asks at once, in a long run."""
+
+
+def batch(terms: Terms, *, fed: bool) -> int:
+    """The number of clocks for which a replica holds items after it has asked. It asks again when it has less than
+    LOOK_AHEAD, so that a long run has fewer messages.
+
+    It is LOOK_AHEAD if items are costly to hold: if their data come with them, if a late item goes to the next replica
+    that asks, if replicas share the items by their speed, and in a short run.
+    """
+    requeues = any(isinstance(g.quorum.late, Requeue) for g in terms.groups)
+    if fed or requeues or not terms.aligned:
+        return LOOK_AHEAD
+    return max(LOOK_AHEAD, min(MOST_AHEAD, terms.total_clocks // MOST_AHEAD))
+
 
 class Items:
     """The items of one replica."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, ahead: int) -> None:
+        """`ahead`: see `batch`."""
         self._terms = terms
+        self._ahead = ahead
         self.opened = False
         self._next = 0
+        self._newest = -1
+        """The newest clock that was asked for."""
         self._exhausted = False
         self._asked: deque[tuple[int, ...]] = deque()
         self._held: dict[int, wire.Item] = {}
@@ -46,11 +67,12 @@ class Items:
 
     def ask(self) -> tuple[int, ...]:
         """The clocks for which to ask for items now."""
-        under_way = {c for clocks in self._asked for c in clocks}
-        window = range(self._next, self._next + LOOK_AHEAD)
-        wanted = tuple(c for c in window if c not in self._held and c not in under_way and self._exists(c))
-        if wanted:
-            self._asked.append(wanted)
+        first = max(self._next, self._newest + 1)
+        if first >= self._next + LOOK_AHEAD or not self._exists(first):
+            return ()
+        wanted = tuple(c for c in range(first, self._next + self._ahead) if self._exists(c))
+        self._newest = wanted[-1]
+        self._asked.append(wanted)
         return wanted
 
     def give_back(self) -> tuple[wire.Item, ...]:
@@ -81,6 +103,6 @@ class Items:
 
     def validate(self) -> None:
         ensure(all(c >= self._next for c in self._held), "an item is held for a clock that is over")
-        ensure(len(self._held) <= LOOK_AHEAD, "too many items are held")
+        ensure(len(self._held) <= self._ahead, "too many items are held")
         items = [*self._held.values(), *self._returned]
         ensure(len(items) == len({i.sequence for i in items}), "an item is in two places")

@@ -16,7 +16,8 @@ of a step, with the same result. `STEPS` is the life of one step as a table. Its
   the fate of all earlier ones is known, so that every stage pushes the same steps. If such a push is late,
   only its own clock's gradient is dropped; the gradients gathered before go with the next push (see `accumulator`).
   If the group folds late contributions in, the late push goes as it is.
-* An item is settled when the fate of its gradients in every group is known; `Account` says how.
+* An item is settled when the fate of its gradients in every group is known; `Account` says how. A replica that asks for
+  several items at once tells their fates when it asks, or when it retires.
 * A replica reads its own writes in stores that apply on arrival (Ho et al., stale synchronous parallel): it waits for
   the version that holds its last push. So a single replica is serial, and a slow home slows its replicas down instead
   of accumulating their pushes.
@@ -41,7 +42,7 @@ from flowml.policy import can_read, window
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.accounts import Accounts, Settle
-from flowml_runtime.protocol.training.items import Items
+from flowml_runtime.protocol.training.items import LOOK_AHEAD, Items
 from flowml_runtime.protocol.training.terms import Committed, Terms, Tick
 
 
@@ -210,7 +211,8 @@ class _Step:
 class Replica:
     """One stage of one replica. Stage 0 leads."""
 
-    def __init__(self, terms: Terms, replica: int, stage: int) -> None:
+    def __init__(self, terms: Terms, replica: int, stage: int, ahead: int = LOOK_AHEAD) -> None:
+        """`ahead`: the number of clocks for which the first stage holds items (`items.batch`)."""
         self._terms = terms
         self._me = replica
         self._leads = stage == 0
@@ -228,7 +230,10 @@ class Replica:
         self._running: _Step | None = None
         self._leader_retired = False
         self._retired = False
-        self._work = Items(terms)
+        self._work = Items(terms, ahead)
+        self._waits_to_tell = ahead > LOOK_AHEAD
+        self._fates: list[Settle] = []
+        """The fates of items that go with the next Ask."""
         self._accounts = Accounts(terms, replica)
 
     @property
@@ -346,7 +351,7 @@ class Replica:
         for store, terms in enumerate(self._terms.stores) if self._terms.arrives else ():
             if not terms.clocked and (step.last or terms.policy.every.due(clock, self._terms.last_clock)):
                 self._pushed[store] = clock
-        return list(self._accounts.finish(clock)) if self._leads else []
+        return [*self._settle(self._accounts.finish(clock))] if self._leads else []
 
     def _commit(self, event: Committed) -> list[Action]:
         group, clock = event.group, event.clock
@@ -362,8 +367,15 @@ class Replica:
         for step in self._steps:
             if step.clock == clock and group in step.undecided:
                 actions += self._decide(step, group, included)
-        settled = self._accounts.commit(event) if self._leads else []
+        settled = self._settle(self._accounts.commit(event)) if self._leads else []
         return [*actions, *settled]
+
+    def _settle(self, fates: list[Settle]) -> list[Settle]:
+        """The fates to tell now. Those of a replica that asks for several items at once wait until it asks."""
+        if not self._waits_to_tell:
+            return fates
+        self._fates += fates
+        return []
 
     def _decide(self, step: _Step, group: int, included: bool) -> list[Action]:
         step.undecided.discard(group)
@@ -404,7 +416,8 @@ class Replica:
             self._work.skip_to(self._next_clock())
             actions += self._begin_next()
             wanted = self._work.ask()
-            actions += [Ask(wanted, self._work.give_back())] if wanted else []
+            if wanted:
+                actions += [*self._told_fates(), Ask(wanted, self._work.give_back())]
         if not self._leads:
             actions += self._start_queued()
         return [*actions, *self._retire()]
@@ -463,7 +476,11 @@ class Replica:
     def _close(self) -> list[Action]:
         """Settle the items whose fate no commit will change, and give back those that were never begun."""
         returned = self._work.give_back()
-        return [*self._accounts.close(), *([Ask((), returned)] if returned else [])]
+        return [*self._told_fates(), *self._accounts.close(), *([Ask((), returned)] if returned else [])]
+
+    def _told_fates(self) -> list[Settle]:
+        fates, self._fates = self._fates, []
+        return fates
 
     def validate(self) -> None:
         """Check that steps are in order, that at most one runs, and that it is the newest that started."""

@@ -10,6 +10,7 @@ of the stores that live here, and the `Decision` if this worker leads. A message
     Begin           the first stage has begun a clock, for the other stages of the replica.
     Contribution    a part of a replica's contribution to a store, for the home here.
     Arrived         a contribution is complete, for the leader of its group: the first home of the group's first store.
+                    The home here tells the leader here without a message.
     Commit          a group has decided a clock. The stages here get it before the home here, because a replica must
                     know that its step counts before it sees the version that contains the step.
     Published       a new version, for all stages here. A version that is not newer than the one read here comes from
@@ -47,7 +48,7 @@ from flowml.plan import ArraySpec
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import EarlyLimitError, ProtocolError, ensure
 from flowml_runtime.protocol.training import decision, home, replica
-from flowml_runtime.protocol.training.accounts import Settle
+from flowml_runtime.protocol.training.accounts import Settle, joined
 from flowml_runtime.protocol.training.actions import (
     Abandon,
     Action,
@@ -72,6 +73,7 @@ from flowml_runtime.protocol.training.actions import (
     Updated,
     Wake,
 )
+from flowml_runtime.protocol.training.items import batch
 from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.terms import Committed, Places, ReplicaLost, Terms
 from flowml_runtime.protocol.training.terms import Tick as TimeCame
@@ -119,7 +121,7 @@ class TrainingWorker:
         """
         self.number += 1
         self._now = now
-        if type(event) is Received:
+        if isinstance(event, Received):
             return self._take(self.number, event)
         fit = self._fit
         if isinstance(event, ReplicaLost):
@@ -178,10 +180,9 @@ class TrainingWorker:
     def _receive(self, number: int, event: Received) -> list[Action]:
         message, fit = event.message, self._fit
         if event.peer == self._driver:
-            kind = type(message)
-            if kind is wire.StartTraining:
+            if isinstance(message, wire.StartTraining):
                 return self._begin(number, message)
-            if kind is wire.StopTraining:
+            if isinstance(message, wire.StopTraining):
                 return self._end(number, message)
         if fit is not None and message.run == fit.run:
             return fit.at(number, self._now).take(event)
@@ -258,8 +259,11 @@ class _Fit:
     ) -> None:
         self.run = start.run
         self.plan_id = start.plan_id
-        kind = replica.Replica if terms.speculation is None else Portions
-        self.stages: dict[At, Stage] = {at: kind(terms, *at) for at in places.stages_on(me)}
+        ahead = batch(terms, fed=start.source == "fed")
+        self.stages: dict[At, Stage] = {
+            at: replica.Replica(terms, *at, ahead) if terms.speculation is None else Portions(terms, *at)
+            for at in places.stages_on(me)
+        }
         self._me = me
         self._driver = driver
         self._terms = terms
@@ -392,11 +396,7 @@ class _Fit:
         wire.Applied: _applied,
         wire.Retired: _retired,
         wire.StoreValue: _loaded,
-        wire.Source: _handed,
-        wire.OwnState: _handed,
-        wire.Gossip: _handed,
-        wire.Batch: _handed,
-        wire.Collective: _handed,
+        **dict.fromkeys((wire.Source, wire.OwnState, wire.Gossip, wire.Batch, wire.Collective), _handed),
     }
 
     # The actions of the machines here, as actions of the worker.
@@ -412,35 +412,34 @@ class _Fit:
         machine = self.stages.get(at)
         if machine is None:
             raise ProtocolError(f"{self._me} is told of stage {at[1]} of replica {at[0]}, which does not run here")
-        actions: list[Action] = []
-        for action in machine.step(event, self._now):
+        actions, made = list[Action](), machine.step(event, self._now)
+        settled = joined(made) if made else ()
+        for action in made:
             match action:
-                case decision.Wake(when):
-                    actions.append(Wake(self.run, when, self._cause))
+                case Settle():
+                    ids: dict[str, Any] = {**self._ids, "replica": at[0]}
+                    told = (wire.Settled(**ids, fates=tuple(f), missing=missing) for missing, f in settled)
+                    actions += [Send((self._driver,), message) for message in told]
+                    settled = ()  # the first tells them all
                 case replica.Start(clock, item):
                     actions.append(Start(self.run, *at, clock, item, self._cause))
+                case replica.Ask(clocks, returned, copy):
+                    ask = wire.Ask(**self._ids, replica=at[0], clocks=clocks, returned=returned, copy=copy)
+                    actions.append(Send((self._driver,), ask))
+                case replica.Begin(clock, item, last):
+                    others = tuple(dict.fromkeys(self._places.stages[at[0]][1:]))
+                    if others:
+                        begin = wire.Begin(**self._ids, replica=at[0], clock=clock, item=item, last=last)
+                        actions.append(Send(others, begin))
                 case replica.Abandon(clock):
                     actions.append(Abandon(*at, clock, self._cause))
                 case replica.Count(clock, counts, stores):
                     actions.append(Count(*at, clock, counts, stores, self._cause))
+                case decision.Wake(when):
+                    actions.append(Wake(self.run, when, self._cause))
                 case replica.Retire():
                     actions += self._retire(at)
-                case replica.Begin() if len(self._places.stages[at[0]]) == 1:
-                    pass  # there is no other stage to tell
-                case _:
-                    actions.append(self._tell(at[0], action))
         return actions
-
-    def _tell(self, who: int, action: replica.Ask | replica.Begin | Settle) -> Send:
-        ids: dict[str, Any] = {**self._ids, "replica": who}
-        match action:
-            case replica.Ask(clocks, returned, copy):
-                return Send((self._driver,), wire.Ask(**ids, clocks=clocks, returned=returned, copy=copy))
-            case replica.Begin(clock, item, last):
-                others = tuple(dict.fromkeys(self._places.stages[who][1:]))
-                return Send(others, wire.Begin(**ids, clock=clock, item=item, last=last))
-            case Settle(item, fate, missing):
-                return Send((self._driver,), wire.Settled(**ids, fates=((item, fate),), missing=missing))
 
     def _retire(self, at: At) -> list[Action]:
         """Tell all that wait for this stage. The driver gets the traffic first, because Retired may end the run."""
@@ -480,9 +479,12 @@ class _Fit:
         for action in self._home.step(event):
             match action:
                 case home.SendArrived(store, who, clock, weight, copy):
-                    leader = self._leaders[self._terms.group_of[store]]
+                    group = self._terms.group_of[store]
+                    if group in self._decisions:
+                        actions += self._decide((group,), decision.Arrived(store, who, clock, weight, copy))
+                        continue
                     arrived = wire.Arrived(**ids, store=store, replica=who, clock=clock, weight=weight, copy=copy)
-                    actions.append(Send((leader,), arrived))
+                    actions.append(Send((self._leaders[group],), arrived))
                 case home.SendApplied(store, who, clock, version):
                     message = wire.Applied(**ids, store=store, replica=who, clock=clock, version=version)
                     actions.append(Send(tuple(dict.fromkeys(places.stages[who])), message))
