@@ -13,6 +13,7 @@ import numpy as np
 from flowml.errors import SimulationError, TraceError
 from flowml.sim import checks, tables
 from flowml.sim.draws import uniform
+from flowml.sim.faults import Crash
 
 Counts: TypeAlias = Literal["available", "preempted"]
 _PICKS = 0
@@ -58,6 +59,14 @@ class Churn:
             if at_s <= time_s:
                 down ^= {worker}
         return tuple(w for w in range(workers) if w not in down)
+
+    def crashes(self, workers: int) -> tuple[Crash, ...]:
+        """The first departure of each worker, of so many. A fit ends with the first one, so none returns to it."""
+        first: dict[int, float] = {}
+        for time_s, worker, up in self.changes:
+            if not up and worker < workers:
+                first.setdefault(worker, time_s)
+        return tuple(Crash(worker, time_s) for worker, time_s in first.items())
 
     def window(self, start_s: float, end_s: float) -> Churn:
         """The part from `start_s` up to `end_s`, whose times begin at 0. Who is down at its start is so from 0 on."""

@@ -81,7 +81,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "one fault": (
         lambda: fm.SimulatedCluster(2, S.Constant(1), NETWORK, faults=S.Crash(0, 1)),  # pyright: ignore[reportArgumentType]
-        r"faults=Crash\(.*\) is no list; give one of fm\.sim\.Crash, Partition and Disorder",
+        r"faults=Crash\(.*\) is no list; give one of fm\.sim\.Crash, Partition, Disorder and Churn",
     ),
 }
 

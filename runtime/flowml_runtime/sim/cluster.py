@@ -12,7 +12,7 @@ from flowml.errors import SimulationError
 from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.placement.links import GRPC, Link, Links
-from flowml.sim import AT_ONCE, ComputeModel, Crash, Fault, Homes, NetworkModel, Partition
+from flowml.sim import AT_ONCE, Churn, ComputeModel, Crash, Fault, Homes, NetworkModel, Partition
 from flowml_runtime.current import blocks
 from flowml_runtime.sim.session import Models, SimulatedSession
 
@@ -34,7 +34,8 @@ class SimulatedCluster:
         seed: seeds the models.
         arithmetic: False keeps clocks and bytes only: losses are NaN and parameters stay as they were.
         faults: `fm.sim.Crash`, `fm.sim.Partition` and `fm.sim.Disorder`. Their times count from the start of each fit.
-            A crash ends a fit like the loss of a real worker does.
+            A crash ends a fit like the loss of a real worker does, and so does a worker that leaves in an
+            `fm.sim.Churn`.
 
     Raises:
         SimulationError: if the models make no sense, or do not fit the number of workers.
@@ -50,7 +51,7 @@ class SimulatedCluster:
         devices_per_worker: int = 1,
         seed: int = 0,
         arithmetic: bool = True,
-        faults: Sequence[Fault] = (),
+        faults: Sequence[Fault | Churn] = (),
     ) -> None:
         workers = whole_number("workers", workers, least=1)
         kinds = ("compute", compute, ComputeModel), ("network", network, NetworkModel), ("homes", homes, Homes)
@@ -61,13 +62,13 @@ class SimulatedCluster:
                 )
         network.check(workers)
         compute.check(workers)
-        _check_faults(faults, workers)
+        found = _faults(faults, workers)
         self._network = network
         self._workers = workers
         each = whole_number("devices_per_worker", devices_per_worker, least=1)
         self._devices = tuple(Device(f"worker:{i}/cpu:{d}") for i in range(workers) for d in range(each))
         self._arithmetic = flag("arithmetic", arithmetic)
-        models = Models(workers, compute, network, whole_number("seed", seed), tuple(faults), homes, each)
+        models = Models(workers, compute, network, whole_number("seed", seed), found, homes, each)
         self._session = SimulatedSession(models, arithmetic=self._arithmetic)
         self.on_result: Callable[[Any], None] = lambda result: None
         """Called with the result of each fit."""
@@ -105,16 +106,21 @@ class SimulatedCluster:
         return f"<SimulatedCluster of {self._workers} workers{off}>"
 
 
-def _check_faults(faults: Sequence[Fault], workers: int) -> None:
+def _faults(faults: Sequence[Fault | Churn], workers: int) -> tuple[Fault, ...]:
+    """The faults, checked. Each departure in a Churn is a crash."""
     if not isinstance(faults, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise SimulationError(f"faults={faults!r} is no list; give one of fm.sim.Crash, Partition and Disorder")
-    for fault in faults:
+        raise SimulationError(f"faults={faults!r} is no list; give one of fm.sim.Crash, Partition, Disorder and Churn")
+    found = [f for fault in faults for f in (fault.crashes(workers) if isinstance(fault, Churn) else (fault,))]
+    for fault in found:
         if not isinstance(fault, Fault):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise SimulationError(f"faults has {fault!r}, which is none; give fm.sim.Crash, Partition or Disorder")
+            raise SimulationError(
+                f"faults has {fault!r}, which is none; give fm.sim.Crash, Partition, Disorder or Churn"
+            )
         named = (fault.worker,) if isinstance(fault, Crash) else fault.workers if isinstance(fault, Partition) else ()
         for worker in named:
             if worker >= workers:
                 raise SimulationError(f"{fault} names worker {worker}, and the cluster has workers 0 to {workers - 1}")
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
