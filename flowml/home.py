@@ -1,4 +1,5 @@
-"""Defines what a training plan says about a store's home: the buffers that stay there, and the tasks that use them."""
+"""Defines what a training plan says about a store's home: the buffers that stay there, the tasks that use them, and how
+replicas add up what they send there."""
 
 from __future__ import annotations
 
@@ -53,8 +54,8 @@ class Local(msgspec.Struct, frozen=True):
     `update`, `send` and `take` are indices into Plan.tasks; `flowml.training.local` describes them. Without `send` the
     parameters are sent, and without `take` the global parameters are taken as they are. `state` are positions in the
     flattened optimizer state. With a gossip topology, `fold` adds what a neighbour sends to an `accumulator`, and `mix`
-    ends a round. With `dual` the replica also keeps dual variables and its last report.
-    The last `outer` leaves of the state are those of an outer optimizer.
+    ends a round, or adds what the others have sent. With `dual` the replica also keeps dual variables and its last
+    report. The last `outer` leaves of the state are those of an outer optimizer.
     """
 
     update: Index
@@ -67,3 +68,27 @@ class Local(msgspec.Struct, frozen=True):
     accumulator: tuple[ArraySpec, ...] = ()
     outer: Index = 0
     dual: bool = False
+
+
+class Reduction(msgspec.Struct, frozen=True):
+    """How the workers of a stage add up a part among themselves. Each worker is one rank.
+
+    `schedule` is "doubling", "direct", "ring", "hierarchical", "tree" (with `fanout`) or "gather". `workers` are in
+    the order of ranks; `hosts` holds the number of each worker's machine.
+    """
+
+    schedule: Annotated[str, msgspec.Meta(max_length=32)]
+    workers: tuple[str, ...]
+    hosts: tuple[Index, ...]
+    fanout: Index = 0
+
+
+class Site(msgspec.Struct, frozen=True):
+    """Replicas of which the first, their leader, stands for all where sites exchange what they have.
+
+    They add up each part by one of `reductions`, as many as the store has parts. With the schedule "gather" only the
+    leader gets the sum. One replica alone has none.
+    """
+
+    replicas: tuple[Index, ...]
+    reductions: tuple[Reduction, ...] = ()

@@ -18,7 +18,7 @@ import msgspec
 from flowml.arrays import ArraySpec, Dimension, Index, Shape
 from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, PolicyError, named
-from flowml.home import Applies, Buffer, Local
+from flowml.home import Applies, Buffer, Local, Reduction, Site
 from flowml.policy import Code, Policy, Speculate
 from flowml.policy.filters import sent_size
 
@@ -192,19 +192,6 @@ class Output(msgspec.Struct, frozen=True):
     index: Index
 
 
-class Reduction(msgspec.Struct, frozen=True):
-    """How the workers of a stage add up a part among themselves. Each worker is one rank.
-
-    `schedule` is "doubling", "direct", "ring", "hierarchical" or "tree" (with `fanout`). `workers` are in the order
-    of ranks; `hosts` holds the number of each worker's machine.
-    """
-
-    schedule: Annotated[str, msgspec.Meta(max_length=32)]
-    workers: tuple[str, ...]
-    hosts: tuple[Index, ...]
-    fanout: Index = 0
-
-
 class Part(msgspec.Struct, frozen=True):
     """The share of a store's contribution that one stage computes. `leaves` are positions within the store.
 
@@ -240,6 +227,7 @@ class StoreSpec(msgspec.Struct, frozen=True):
     replica, and `home` is the first of them; else `homes` is empty. `readers` are in the order of replicas, with equal
     numbers for each replica, and each reads its replica's copy.
     With `local` the readers update parameters of their own, and the one part is what they send of these.
+    With `sites` only the leader of each site takes part. The others get its values.
     """
 
     name: str
@@ -251,6 +239,7 @@ class StoreSpec(msgspec.Struct, frozen=True):
     applies: Applies
     homes: tuple[str, ...] = ()
     local: Local | None = None
+    sites: tuple[Site, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -305,6 +294,20 @@ class StoreSpec(msgspec.Struct, frozen=True):
         mine = [i for i, home in enumerate(self.copies) if home in homes]
         return tuple(reader for i in mine for reader in self.readers[i * share : (i + 1) * share])
 
+    def site_of(self, replica: int) -> Site | None:
+        """The site of a replica; None if the store has no sites."""
+        return next((site for site in self.sites if replica in site.replicas), None)
+
+    @property
+    def leaders(self) -> tuple[int, ...]:
+        """The leader of each site; () if the store has none."""
+        return tuple(site.replicas[0] for site in self.sites)
+
+    def read_by(self, replica: int, replicas: int) -> tuple[str, ...]:
+        """The readers of one of so many replicas."""
+        share = len(self.readers) // replicas
+        return self.readers[replica * share : (replica + 1) * share]
+
     @property
     def push_bytes(self) -> int:
         """Size of one contribution from one replica in bytes, or the largest possible if it varies."""
@@ -312,7 +315,7 @@ class StoreSpec(msgspec.Struct, frozen=True):
 
     def part_bytes(self, part: Part) -> int:
         """Size of a part as it is sent, or the largest possible if it varies."""
-        return sent_size(self.policy.filters, part.payload, len(part.leaves))[0]
+        return sent_size(self.policy.home_filters, part.payload, len(part.leaves))[0]
 
 
 class Training(msgspec.Struct, frozen=True):

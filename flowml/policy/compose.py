@@ -48,13 +48,13 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
     if replicas < 1:
         raise PolicyError(f"replicas={replicas}: training needs at least one replica")
     for name, policy in policies.items():
-        _check_count(name, policy, replicas)
+        check_count(name, policy, replicas)
         check_pull(name, policy, replicas)
     coded_by(policies.values(), replicas)
     speculated_by(policies.values())
     clocked = {name: p for name, p in policies.items() if p.clocked}
     for policy in policies.values():
-        if isinstance(policy.topology, Gossip):
+        if isinstance(policy.topology, Gossip):  # one among sites is checked once machines are known
             check_members(policy.topology.graph, replicas)
     collective = [name for name, p in policies.items() if p.collective]
     notes = [_idle_quorum(name, p, replicas) for name, p in clocked.items()]
@@ -106,12 +106,13 @@ def _alike(policies: Iterable[Policy], kind: type[_Kind], why: str) -> _Kind | N
     return found[0]
 
 
-def _check_count(name: str, policy: Policy, replicas: int) -> None:
+def check_count(name: str, policy: Policy, replicas: int, what: str = "replicas") -> None:
+    """Check that a quorum can be met by so many replicas, or sites."""
     quorum = policy.quorum
     if isinstance(quorum, Quorum) and quorum.counted and quorum.count_or_fraction > replicas:
         raise PolicyError(
-            f"{name!r}: {quorum} asks for more replicas than there are ({replicas}), so no step could be complete; "
-            f"give a count of at most {replicas}, a fraction such as 0.75, or more replicas"
+            f"{name!r}: {quorum} asks for more {what} than there are ({replicas}), so no step could be complete; "
+            f"give a count of at most {replicas}, a fraction such as 0.75, or more {what}"
         )
 
 

@@ -134,12 +134,12 @@ def own_matrix(value: object) -> OwnMatrix:
     return OwnMatrix(tuple(tuple(map(float, row)) for row in found))
 
 
-def check_members(graph: Graph, members: int) -> None:
-    """Raises PolicyError if `graph` is for another number of replicas."""
+def check_members(graph: Graph, members: int, what: str = "replicas") -> None:
+    """Raises PolicyError if `graph` is for another number of replicas, or sites."""
     if isinstance(graph, OwnMatrix) and len(graph.rows) != members:
         raise PolicyError(
-            f"the mixing matrix has {len(graph.rows)} rows, but there are {members} replicas; give one row and column "
-            "for each replica"
+            f"the mixing matrix has {len(graph.rows)} rows, but there are {members} {what}; give one row and column "
+            f"for each of the {what}"
         )
 
 

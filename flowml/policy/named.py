@@ -311,6 +311,27 @@ def hogwild(every: algebra.Every | int = 1, apply: algebra.Apply | Literal["mean
     return algebra.Policy(topology=algebra.SharedMemory(), every=every, apply=apply)
 
 
+def gaia(
+    threshold: float,
+    local: algebra.Topology | None = None,
+    sites: object = None,
+    staleness: int = 1,
+    every: int = 1,
+    apply: algebra.Apply | Literal["mean", "sum"] = "mean",
+) -> algebra.Policy:
+    """Replicas of a site keep in step by `local`, an all-reduce by default. Sites send each other the elements whose
+    accumulated change is larger than `threshold` / √t of the parameter at step t, and keep the rest for later (Hsieh et
+    al., *Gaia: Geo-Distributed Machine Learning Approaching LAN Speeds*, NSDI 2017).
+
+    A site may be `staleness` clocks ahead of the changes of the slowest one. `sites` is as in `flowml.Hierarchy`. Gaia
+    adds up the steps of all sites, which is `apply="sum"`; by default each site counts with its share of the replicas.
+    """
+    inside = algebra.AllReduce() if local is None else local
+    topology = algebra.Hierarchy(inside, algebra.Gossip("complete", every), sites)
+    significant = (filters.significance(threshold),)
+    return algebra.Policy(topology, staleness, payload=algebra.Delta(), filters=significant, apply=apply)
+
+
 def coded(
     stragglers: int, code: Literal["fractional", "cyclic"] = "fractional", **overrides: Unpack[_Coded]
 ) -> algebra.Policy:

@@ -6,13 +6,15 @@ it at every step with its own gradient. The home keeps the global parameters, wh
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from flowml.errors import PolicyError
-from flowml.policy.apply import Consensus, Mean, Mix, Outer, base_of
+from flowml.policy.apply import Consensus, Mean, Mix, Outer, Sum, Vote, base_of
+from flowml.policy.graphs import CompleteGraph
 from flowml.policy.quorum import Coded, Fold, Quorum
 from flowml.policy.rhythm import ONCE
 from flowml.policy.topology import Gossip
@@ -74,7 +76,9 @@ def _check_alpha(payload: LocalPayload) -> None:
 
 def check_replicas(policy: Policy) -> None:
     """Check that the other knobs of a policy are sound with its payload, its apply and its rhythm."""
-    if isinstance(policy.topology, Gossip):
+    if policy.sited:
+        _check_sited(policy)
+    if isinstance(policy.remote, Gossip):
         _check_gossip(policy)
     elif isinstance(policy.payload, LocalPayload):
         _check_local(policy)
@@ -94,6 +98,9 @@ def check_replicas(policy: Policy) -> None:
 def _check_gossip(policy: Policy) -> None:
     """Check that replicas can average their parameters with their neighbours in rounds that all take part in."""
     topology = f"topology={policy.topology!r}"
+    if policy.mirrored and policy.quorum == Quorum():
+        _check_mirrored(policy)
+        return
     if policy.quorum != Quorum() or policy.staleness:
         raise PolicyError(
             f"{topology} with quorum={policy.quorum} and staleness={policy.staleness} is not sound: the weights of a "
@@ -112,12 +119,77 @@ def _check_gossip(policy: Policy) -> None:
         )
 
 
+def _check_mirrored(policy: Policy) -> None:
+    """Check that sites which send each other the changes of their parameters end with equal ones."""
+    topology, remote = f"topology={policy.topology!r} with payload={policy.payload!r}", policy.remote
+    assert isinstance(remote, Gossip)
+    if not isinstance(remote.graph, CompleteGraph):
+        raise PolicyError(
+            f"{topology} is not sound: a change reaches only the neighbours of its sender, and those it does not reach "
+            "would never have it; give graph='complete', or payload=flowml.Weights()"
+        )
+    if policy.payload != Delta() or not isinstance(policy.apply, Mean | Sum):
+        raise PolicyError(
+            f"{topology} and apply={policy.apply!r} is not sound: the changes of others are added to the own "
+            "parameters; leave alpha out, and give apply='mean' or 'sum'"
+        )
+    lost = [f for f in policy.filters if not f.lossless]
+    if lost and lost[0].feedback != 1:
+        raise PolicyError(
+            f"{topology} and filters=({', '.join(map(str, policy.filters))},) is not sound: what {lost[0]} leaves out "
+            "would never reach the others, so that their parameters drift apart; give "
+            f"{lost[0].with_error_feedback()}"
+        )
+    if policy.staleness == math.inf:
+        raise PolicyError(
+            f"{topology} with staleness=UNBOUNDED is not sound: what a fast sender sends would pile up without bound "
+            "at the others; give the number of clocks by which one may be ahead"
+        )
+    if policy.every.push != ONCE:
+        raise PolicyError(
+            f"{topology} with every={policy.every!r} is not sound: the home gets the parameters once, at the end; give "
+            "the steps between two exchanges as every=k"
+        )
+
+
+def _check_sited(policy: Policy) -> None:
+    """Check that a site can take part as one replica. Its replicas need each other's gradients at every step."""
+    topology = f"topology={policy.topology!r}"
+    quorum = policy.quorum
+    if not isinstance(quorum, Quorum) or quorum.of != "replicas":
+        raise PolicyError(
+            f"{topology} with quorum={quorum} is not available yet: the contribution of a site is a sum over its "
+            "replicas; give a Quorum of sites, or leave quorum out"
+        )
+    if isinstance(policy.payload, LocalPayload) and policy.clocked and not quorum.waits_for_all:
+        raise PolicyError(
+            f"{topology} with quorum={quorum} and payload={policy.payload!r} is not available yet: the replicas of a "
+            "late site would have to take different values; leave quorum out, or give staleness=1 or more"
+        )
+    if not (quorum.waits_for_all or isinstance(quorum.late, Fold)):
+        raise PolicyError(
+            f"{topology} with quorum={quorum} is not sound: a replica whose site is left out would stop its step, for "
+            "which the others of its site wait; give late='fold', or leave quorum out"
+        )
+    if type(policy.payload).__name__ == "Factors":
+        raise PolicyError(
+            f"{topology} with payload=Factors() is not sound: the factors of different replicas cannot be added up "
+            "without forming the products they stand for; use payload=Gradient()"
+        )
+    if isinstance(base_of(policy.apply), Mix | Vote | Consensus):
+        raise PolicyError(
+            f"{topology} with apply={policy.apply!r} is not available yet: it is about each replica, and a site takes "
+            "part as one; use apply='mean', or topology=flowml.ParameterServer()"
+        )
+
+
 def _check_local(policy: Policy) -> None:
     payload = f"payload={policy.payload!r}"
     if policy.collective:
         raise PolicyError(
             f"topology={policy.topology!r} with {payload} is not available yet: the home keeps the global parameters; "
-            "use topology=flowml.ParameterServer(), or payload=Gradient()"
+            "use topology=flowml.ParameterServer(), a Hierarchy with remote=flowml.ParameterServer(), or "
+            "payload=Gradient()"
         )
     if policy.clocked and not policy.quorum.waits_for_all:
         _check_dropping(policy, payload)

@@ -20,7 +20,16 @@ from flowml.policy.mathematics import coefficients, shares
 from flowml.policy.quorum import COMPLETIONS, Coded, Completion, Deadline, Fold, Quorum, Speculate, late_name, number
 from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
 from flowml.policy.rhythm import Every, Once
-from flowml.policy.topology import TOPOLOGIES, Gossip, ParameterServer, SharedMemory, Topology
+from flowml.policy.topology import (
+    TOPOLOGIES,
+    Gossip,
+    Hierarchy,
+    ParameterServer,
+    SharedMemory,
+    Topology,
+    is_sited,
+    remote_of,
+)
 from flowml.policy.topology import describe as describe_topology
 
 UNBOUNDED = math.inf
@@ -47,6 +56,7 @@ class Policy(msgspec.Struct, frozen=True):
     Attributes:
         topology: how contributions travel. With `ParameterServer()` replicas send them to the layer's home. With
             `AllReduce()`, `Ring()`, `Tree()` or `Hierarchy()` all replicas add up each gradient together.
+            `Hierarchy(local, remote)` keeps sites in step inside by one topology, and between each other by another.
         staleness: how many clocks a read may be behind (0: synchronous, n: bounded, `UNBOUNDED`: no bound).
         quorum: what completes a clock. By default all replicas do if the staleness is 0; else each contribution is
             applied on arrival (Dean et al., Downpour; Ho et al., stale synchronous).
@@ -94,8 +104,8 @@ class Policy(msgspec.Struct, frozen=True):
         _check_parts(self)
         if self.shared:
             self._share()
-        if isinstance(self.topology, Gossip):
-            self._gossip(self.topology)
+        if isinstance(self.remote, Gossip):
+            self._gossip(self.remote)
         _check_sound(self)
 
     def _share(self) -> None:
@@ -115,8 +125,14 @@ class Policy(msgspec.Struct, frozen=True):
                     f"topology={topology!r} with every={self.every.push} says twice how often replicas average; give "
                     "one of them"
                 )
-            self._set("topology", Gossip(topology.graph, topology.every * self.every.push, topology.pull))
+            often = Gossip(topology.graph, topology.every * self.every.push, topology.pull)
+            nested = self.topology
+            self._set(
+                "topology", Hierarchy(nested.local, often, nested.sites) if isinstance(nested, Hierarchy) else often
+            )
             self._set("every", Once())
+        if self.quorum == Quorum(1, late=Fold()):  # the home gets the parameters once, from all
+            self._set("quorum", Quorum())
 
     def _set(self, name: str, value: object) -> None:
         msgspec.structs.force_setattr(self, name, value)
@@ -155,9 +171,10 @@ class Policy(msgspec.Struct, frozen=True):
 
     def coefficients(self, weights: Sequence[int], microbatches: int, absent: int = 0) -> tuple[float, ...]:
         """The coefficient of each contribution, by their weights; see `mathematics.coefficients` and `shares`."""
+        apply = Mean() if isinstance(self.remote, Gossip) else self.apply  # the home gets parameters, once
         if self.local:
-            return shares(self.apply, weights, absent)
-        return coefficients(self.apply, weights, microbatches, absent)
+            return shares(apply, weights, absent)
+        return coefficients(apply, weights, microbatches, absent)
 
     @property
     def travelling(self) -> Policy:
@@ -165,9 +182,34 @@ class Policy(msgspec.Struct, frozen=True):
         return msgspec.structs.replace(self, apply=travelling(self.apply))
 
     @property
+    def remote(self) -> Topology:
+        """The topology between sites, or between replicas if there are none."""
+        return remote_of(self.topology)
+
+    @property
+    def sited(self) -> bool:
+        """Whether one replica of each site stands for the others."""
+        return is_sited(self.topology)
+
+    @property
     def collective(self) -> bool:
-        """Whether replicas add up their gradients among themselves."""
-        return not isinstance(self.topology, ParameterServer | Gossip | SharedMemory)
+        """Whether replicas, or sites, add up their gradients among themselves."""
+        return not isinstance(self.remote, ParameterServer | Gossip | SharedMemory)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether gradients of different replicas are added up before they reach a home."""
+        return self.collective or self.sited
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether each site, or replica, sends all others the changes of its parameters, and adds theirs to its own."""
+        return isinstance(self.remote, Gossip) and isinstance(self.payload, Delta)
+
+    @property
+    def home_filters(self) -> tuple[AnyFilter, ...]:
+        """The filters on the way to the home. Those of a gossip are on the way to neighbours."""
+        return () if isinstance(self.remote, Gossip) else self.filters
 
     def describe(self) -> str:
         """A short text for tables: `"sync"`, `"every 4"`, `"async ≤3, factors"`, `"sync, ring"`."""
@@ -177,17 +219,19 @@ class Policy(msgspec.Struct, frozen=True):
             words.append(f"async{bound}")
         elif self.staleness:
             words.append(f"stale{bound}")
-        if self.every.describe() and not isinstance(self.topology, Gossip):
+        if self.every.describe() and not isinstance(self.remote, Gossip):
             words.append(self.every.describe())
         if self.clocked and self.quorum != Quorum():
             words.append(_completion(self.quorum))
         elif not self.clocked and self.quorum != Quorum(1, late=Fold()):
             words.append(f"by {_share(self.quorum)}")
-        if isinstance(self.topology, Gossip):
+        if isinstance(self.remote, Gossip):
+            if self.mirrored:
+                words += ["deltas", *map(str, self.filters)]
             outer = ["outer"] if isinstance(self.apply, Outer) else []
             return ", ".join([*words, describe_topology(self.topology), *outer])
         words = [w for w in words if w != "async" or not self.shared] or ([] if self.shared else ["sync"])
-        if self.collective or self.shared:
+        if self.adds_up or self.shared:
             words.append(describe_topology(self.topology))
         if not isinstance(self.payload, Gradient):
             words.append(type(self.payload).__name__.lower())
@@ -262,10 +306,12 @@ def _check_sound(policy: Policy) -> None:
     if policy.shared:
         _check_shared(policy)
     reason = unsound(policy.apply, type(policy.payload).__name__, collective=policy.collective)
-    if reason is not None and not isinstance(policy.topology, Gossip):  # whose averages are no applies of a home
+    if reason is not None and not isinstance(policy.remote, Gossip):  # whose averages are no applies of a home
         raise PolicyError(f"apply={policy.apply!r} with payload={policy.payload!r} is not sound: {reason}")
     if policy.collective:
         _check_collective(policy)
+    elif isinstance(policy.remote, Gossip):
+        pass  # `check_replicas` has checked it
     elif policy.clocked:
         _check_clocked(policy)
     else:
@@ -292,10 +338,10 @@ def _check_filtered(policy: Policy) -> None:
             f"topology=SharedMemory() with {filtered} is not sound: nothing is sent that a filter could make smaller; "
             "leave filters out, or use topology=flowml.ParameterServer()"
         )
-    if not isinstance(policy.topology, ParameterServer):
+    if isinstance(policy.remote, Gossip) and not policy.mirrored:
         raise PolicyError(
             f"topology={policy.topology!r} with {filtered} is not available yet: neighbours average whole parameters; "
-            "leave filters out, or use topology=flowml.ParameterServer()"
+            "leave filters out, or give payload=flowml.Delta() with graph='complete'"
         )
     if isinstance(policy.payload, Factors):
         raise PolicyError(

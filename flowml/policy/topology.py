@@ -2,14 +2,16 @@
 
 `ParameterServer` has one home for each layer. With `SharedMemory` the replicas are on one worker, and share it. With
 `Gossip` each replica has parameters of its own, and averages them with its neighbours. With all other topologies each
-replica keeps a copy, and replicas add up their gradients among themselves. The schedules of these sums are named here
-and implemented in the runtime.
+replica keeps a copy, and replicas add up their gradients among themselves. A `Hierarchy` nests two: one inside each
+site, one between sites. The schedules of these sums are named here and implemented in the runtime.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Hashable, Sequence
+from itertools import pairwise
 from numbers import Real
 from typing import TYPE_CHECKING
 
@@ -56,20 +58,6 @@ class Tree(msgspec.Struct, frozen=True, tag=True):
         msgspec.structs.force_setattr(self, "fanout", fanout)
 
 
-class Hierarchy(msgspec.Struct, frozen=True, tag=True):
-    """Like `AllReduce`, but always adds up inside each host (`local`), then around a ring of hosts (`remote`)."""
-
-    local: AllReduce = AllReduce()
-    remote: Ring = Ring()
-
-    def __post_init__(self) -> None:
-        for name, value, kind in (("local", self.local, AllReduce), ("remote", self.remote, Ring)):
-            if type(value) is not kind:
-                raise PolicyError(
-                    f"Hierarchy({name}={value!r}) is not available yet; give {name}=flowml.{kind.__name__}()"
-                )
-
-
 class Gossip(msgspec.Struct, frozen=True, tag=True):
     """Replicas have parameters of their own, and average them with those of their neighbours in a graph.
 
@@ -114,6 +102,109 @@ class Gossip(msgspec.Struct, frozen=True, tag=True):
         return readers(self.graph, replica, members, clock // self.every)
 
 
+class Hierarchy(msgspec.Struct, frozen=True, tag=True):
+    """Replicas form sites. Each site keeps in step inside by `local`, and sites keep in step by `remote`.
+
+    The replicas of a site add up the gradients of each step by `local`. The site then takes part in `remote` as one
+    replica would, through its leader, the replica with the lowest number. All other knobs of the policy (`every`,
+    `payload`, `filters`, `staleness`, `apply`) are about the way between sites.
+
+    Args:
+        local: `ParameterServer()`: replicas send gradients to the leader, which sends back parameters. `AllReduce()`,
+            `Ring()`, `Tree()`, or a `Hierarchy` of these: they add up gradients among themselves.
+        remote: `ParameterServer()`: leaders send to the layer's home. `AllReduce()`, `Ring()`, `Tree()`: leaders add up
+            gradients among themselves, and each applies the sum for its site. `Gossip(graph)`: leaders average
+            parameters with, or send changes to, their neighbours.
+        sites: the number of sites, of neighbouring replicas in numbers as equal as possible; or the replicas of each
+            site, as `((0, 1), (2, 3, 4))`. By default the replicas of one machine are a site.
+    """
+
+    local: Local = AllReduce()
+    remote: Remote = Ring()
+    sites: int | tuple[tuple[int, ...], ...] | None = None
+
+    if TYPE_CHECKING:
+
+        def __init__(self, local: Topology = ..., remote: Topology = ..., sites: object = ...) -> None: ...
+
+    def __post_init__(self) -> None:
+        _check_local(self.local)
+        _check_remote(self.remote)
+        msgspec.structs.force_setattr(self, "sites", _sites(self.sites))
+
+    def split(self, hosts: Sequence[Hashable]) -> tuple[tuple[int, ...], ...]:
+        """The replicas of each site, where `hosts` is the machine of each replica.
+
+        Raises:
+            PolicyError: if these replicas cannot form the sites.
+        """
+        replicas = len(hosts)
+        if self.sites is None:
+            return tuple(tuple(r for r in range(replicas) if hosts[r] == host) for host in dict.fromkeys(hosts))
+        if isinstance(self.sites, int):
+            if self.sites > replicas:
+                raise PolicyError(
+                    f"Hierarchy(sites={self.sites}) with {replicas} replicas: each site needs one replica at least; "
+                    f"give sites={replicas} or less, or more replicas"
+                )
+            ends = [replicas * n // self.sites for n in range(self.sites + 1)]
+            return tuple(tuple(range(first, end)) for first, end in pairwise(ends))
+        if sorted(r for site in self.sites for r in site) != list(range(replicas)):
+            raise PolicyError(
+                f"Hierarchy(sites={self.sites}) with {replicas} replicas: each of the replicas 0 to {replicas - 1} "
+                "belongs to one site; give their numbers, or the number of sites"
+            )
+        return self.sites
+
+
+Local = ParameterServer | AllReduce | Ring | Tree | Hierarchy
+Remote = ParameterServer | AllReduce | Ring | Tree | Gossip
+
+
+def _check_local(local: Topology) -> None:
+    """Check that the replicas of a site hold equal parameters, so that one of them can stand for all."""
+    if isinstance(local, Hierarchy):
+        if local.local != AllReduce() or local.remote != Ring():
+            raise PolicyError(
+                f"Hierarchy(local={local!r}): inside a site, a hierarchy is a way to add up gradients; give "
+                "local=flowml.Hierarchy(), which adds up inside each machine and then between them"
+            )
+    elif type(local) not in (ParameterServer, AllReduce, Ring, Tree):
+        raise PolicyError(
+            f"Hierarchy(local={local!r}) is not sound: a site takes part in the exchange of sites as one replica, so "
+            "its replicas hold equal parameters; give local=flowml.AllReduce(), or local=flowml.ParameterServer()"
+        )
+
+
+def _check_remote(remote: Topology) -> None:
+    if type(remote) not in (ParameterServer, AllReduce, Ring, Tree, Gossip):
+        raise PolicyError(
+            f"Hierarchy(remote={remote!r}): between sites give flowml.ParameterServer(), flowml.Ring(), "
+            "flowml.AllReduce(), flowml.Tree() or flowml.Gossip(); a hierarchy of more levels is nested in `local`"
+        )
+
+
+def _sites(sites: object) -> int | tuple[tuple[int, ...], ...] | None:
+    if sites is None:
+        return None
+    count = whole(sites)
+    if count is not None:
+        if count < 1:
+            raise PolicyError(f"Hierarchy(sites={count}): the number of sites is an int of at least 1")
+        return count
+    try:
+        found = tuple(tuple(sorted(operator.index(r) for r in site)) for site in sites)  # pyright: ignore
+    except TypeError:
+        found = ()
+    members = [r for site in found for r in site]
+    if not found or not all(found) or len(set(members)) < len(members) or min(members) < 0:
+        raise PolicyError(
+            f"Hierarchy(sites={sites!r}): give the number of sites, or the numbers of the replicas of each, such as "
+            "((0, 1), (2, 3)), where each replica belongs to one site and no site is empty"
+        )
+    return tuple(sorted(found))
+
+
 class SharedMemory(msgspec.Struct, frozen=True, tag=True):
     """The replicas are devices of one worker, and share the parameters: each updates them itself, at once.
 
@@ -127,6 +218,16 @@ Topology = ParameterServer | AllReduce | Ring | Tree | Hierarchy | Gossip | Shar
 TOPOLOGIES = (ParameterServer, AllReduce, Ring, Tree, Hierarchy, Gossip, SharedMemory)
 
 
+def is_sited(topology: Topology) -> bool:
+    """Whether one replica of each site stands for the others. One sum over all replicas needs no sites."""
+    return isinstance(topology, Hierarchy) and (topology.local != AllReduce() or topology.remote != Ring())
+
+
+def remote_of(topology: Topology) -> Topology:
+    """The topology between sites, or between replicas if there are none."""
+    return topology.remote if isinstance(topology, Hierarchy) and is_sited(topology) else topology
+
+
 def choose(nbytes: int, hosts: Sequence[Hashable]) -> str:
     """The name of the schedule for `nbytes`, where `hosts` is the machine of each rank."""
     different = len(set(hosts))
@@ -136,14 +237,18 @@ def choose(nbytes: int, hosts: Sequence[Hashable]) -> str:
 
 
 def schedule_name(topology: Topology, nbytes: int, hosts: Sequence[Hashable]) -> str:
-    """The name of the schedule that an all-reduce topology uses."""
+    """The name of the schedule with which replicas add up gradients. A parameter server only gathers them."""
     if isinstance(topology, AllReduce):
         return choose(nbytes, hosts)
+    if isinstance(topology, ParameterServer):
+        return "gather"
     return "ring" if isinstance(topology, Ring) else "tree" if isinstance(topology, Tree) else "hierarchical"
 
 
 def sent_bytes(schedule: str, nbytes: float, ranks: int) -> float:
     """The bytes that a rank sends for a gradient of `nbytes`, as the mean over all ranks."""
+    if schedule == "gather":
+        return (ranks - 1) / ranks * nbytes
     if schedule != "doubling":  # N-1 sends add up the gradient, N-1 sends distribute the sum
         return 2 * (ranks - 1) / ranks * nbytes
     power = 1 << (ranks.bit_length() - 1)
@@ -155,11 +260,9 @@ def describe(topology: Topology) -> str:
     if isinstance(topology, Gossip):
         often = f" every {topology.every}" if topology.every > 1 else ""
         return f"gossip {name_of(topology.graph)}{often}"
-    names = {
-        ParameterServer: "",
-        SharedMemory: "shared memory",
-        AllReduce: "all-reduce",
-        Ring: "ring",
-        Hierarchy: "hierarchy",
-    }
+    if isinstance(topology, Hierarchy):
+        if not is_sited(topology):
+            return "hierarchy"
+        return f"{describe(topology.local) or 'server'} in sites, {describe(topology.remote) or 'server'} between"
+    names = {ParameterServer: "", SharedMemory: "shared memory", AllReduce: "all-reduce", Ring: "ring"}
     return f"tree {topology.fanout}" if isinstance(topology, Tree) else names[type(topology)]

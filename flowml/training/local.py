@@ -9,6 +9,8 @@ parameters that it *started* from, which are the global ones that it took last. 
     fold     (average, what a replica sends, weight) -> average, with a gossip topology
     mix      (average, parameters after the step, parameters before it) -> parameters, with a gossip topology; with an
              outer optimizer "before" is the beginning of the round, both parameters are sent, and it keeps a state
+    mix      (sum of what others have sent, parameters after the step, before it, started, share of the step that is
+             done) -> (parameters, started), with a gossip of deltas
 
 With a consensus of ADMM a stage also keeps dual variables u and its last report, and "started" is z - u, which a
 step is pulled to:
@@ -145,7 +147,7 @@ class Optimizers:
     def at_home(self, policy: Policy, leaves: Sequence[int], replicas: int) -> HomeUpdate:
         """How the home of these leaves updates them."""
         kind = base_of(policy.apply)
-        if isinstance(kind, Outer | Consensus) and not isinstance(policy.topology, Gossip):
+        if isinstance(kind, Outer | Consensus) and not isinstance(policy.remote, Gossip):
             found = _sliced(self.outer[kind], leaves, self.first[kind])
         elif not policy.local:
             found = _sliced(self.own, leaves, 0)
@@ -157,7 +159,7 @@ class Optimizers:
 
     def at_replica(self, policy: Policy, leaves: Sequence[int]) -> HomeUpdate | None:
         """The outer optimizer that each replica has itself, because a gossip topology has no home in its rounds."""
-        if not isinstance(policy.apply, Outer) or not isinstance(policy.topology, Gossip):
+        if not isinstance(policy.apply, Outer) or not isinstance(policy.remote, Gossip):
             return None
         return _sliced(self.outer[policy.apply], leaves, self.first[policy.apply])
 
@@ -185,7 +187,7 @@ def _averaging(policy: Policy, leaves: int, together: int) -> Callable[..., tupl
         kind = base_of(policy.apply)
         if isinstance(kind, Mix):
             return tuple(p + (wide(mean) - wide(p)).astype(p.dtype) * (kind.pull * together) for mean, p in pairs)
-        if isinstance(policy.payload, Weights):
+        if isinstance(policy.payload, Weights) or isinstance(policy.remote, Gossip):
             return tuple(arrays[:leaves])
         return tuple((wide(p) - wide(delta)).astype(p.dtype) for delta, p in pairs)
 
@@ -230,17 +232,13 @@ def local_tasks(
         state=own.state,
         state_specs=state_specs,
     )
-    return (
-        _gossiping(local, name, policy.topology, specs, outer, table, dtype)
-        if isinstance(policy.topology, Gossip)
-        else local
-    )
+    return _gossiping(local, name, policy, specs, outer, table, dtype) if isinstance(policy.remote, Gossip) else local
 
 
 def _gossiping(
     local: Local,
     name: str,
-    topology: Gossip,
+    policy: Policy,
     specs: tuple[ArraySpec, ...],
     outer: HomeUpdate | None,
     table: ExecutableTable,
@@ -250,12 +248,18 @@ def _gossiping(
     sent = specs * (1 if outer is None else 2)
     wides = tuple(table.outputs(lambda *arrays: tuple(map(wide, arrays)), sent))
     kept = () if outer is None else outer.state_specs
+    add = table.add_function(f"fold:{name}", _fold, (*wides, *sent, ArraySpec((), dtype)), wides)
+    if policy.mirrored:
+        joined = table.add_function(f"join:{name}", _join, (*wides, *specs * 3, ArraySpec((), dtype)), specs * 2)
+        return msgspec.structs.replace(local, fold=add, mix=joined, accumulator=wides)
+    topology = policy.remote
+    assert isinstance(topology, Gossip)
     mix = _mix if outer is None else partial(_outer_mix, outer.update, len(specs), topology.pull)
     return msgspec.structs.replace(
         local,
         state=(*local.state, *(() if outer is None else outer.state)),
         state_specs=(*local.state_specs, *kept),
-        fold=table.add_function(f"fold:{name}", _fold, (*wides, *sent, ArraySpec((), dtype)), wides),
+        fold=add,
         mix=table.add_function(f"mix:{name}", mix, (*wides, *specs * 2, *kept), (*specs, *kept)),
         accumulator=wides,
         outer=len(kept),
@@ -308,6 +312,23 @@ def _fold(*arrays: Any) -> tuple[Any, ...]:
     half, weight = len(arrays) // 2, arrays[-1]
     pairs = zip(arrays[:half], arrays[half:-1], strict=True)
     return tuple(total + wide(x) * weight.astype(total.dtype) for total, x in pairs)
+
+
+def _join(*arrays: Any) -> tuple[Any, ...]:
+    """(sum of the deltas of others, own parameters after the step, before it, started, the share of the step that is
+    done) -> (parameters, started).
+
+    What the own steps have changed since the last delta, started - parameters, is not changed by those of others.
+    """
+    leaves, share = len(arrays) // 4, arrays[-1]
+    parts = [arrays[i * leaves : (i + 1) * leaves] for i in range(4)]
+    params: list[Any] = []
+    begun: list[Any] = []
+    for total, after, before, started in zip(*parts, strict=True):
+        own = wide(before) + (wide(after) - wide(before)) * share.astype(total.dtype)
+        params.append((own - total).astype(after.dtype))
+        begun.append((wide(started) - total).astype(after.dtype))
+    return (*params, *begun)
 
 
 def _mix(*arrays: Any) -> tuple[Any, ...]:

@@ -41,8 +41,8 @@ class Treatment:
         """The treatment of a parameter's gradient under this policy."""
         if isinstance(policy.quorum, Coded):
             return Treatment(wide=True, weighted=weighted, coded=True)
-        collective = policy.collective and replicas > 1
-        added = microbatches > 1 or (policy.every.push > 1 and not policy.local) or collective
+        together = policy.adds_up and replicas > 1
+        added = microbatches > 1 or (policy.every.push > 1 and not policy.local) or together
         alone = not added and (policy.local or most_at_once(policy, replicas) == 1)  # applied without a sum
         return Treatment(wide=added or (weighted and not alone), weighted=weighted and not alone)
 

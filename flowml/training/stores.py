@@ -26,15 +26,15 @@ from flowml.ir.label import layer_of, parameter_path
 from flowml.lowering.lower import ExecutableTable
 from flowml.lowering.program import PartBinding
 from flowml.lowering.schedule import positions
-from flowml.placement.links import Links, machines
-from flowml.plan import ArraySpec, Part, Reduction, StoreSpec
-from flowml.policy import Factors, Policy, Tree, check_composition
+from flowml.placement.links import Links
+from flowml.plan import ArraySpec, Part, StoreSpec
+from flowml.policy import Factors, Policy, check_composition
 from flowml.policy.apply import Vote, base_of, most_at_once, scales
 from flowml.policy.filters import Form, check_array
-from flowml.policy.topology import schedule_name
 from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, pack
 from flowml.training.factors import OuterProduct, find_outer_product, product_function, send_factors
+from flowml.training.groups import reduction_of, sites_of, split
 from flowml.training.local import HomeUpdate, Optimizers, local_tasks
 from flowml.training.shared import check_shared
 from flowml.training.step import Treatment
@@ -369,17 +369,20 @@ class StorePlanner:
         parts = tuple(
             self._part(graph, d, b, store.policy, replicas) for d, b in zip(store.parts, bindings, strict=True)
         )
+        sites = sites_of(store.name, store.policy, parts, replicas, self.links)
+        leaders = {r: site.replicas[0] for site in sites for r in site.replicas}
         given = self._payload_of(store, parts, [s.shape for s in specs])
         local: Local | None = None
         if store.policy.local:
-            every, one = self.optimizers, self.microbatches == 1
+            every = self.optimizers
+            one = self.microbatches == 1 and not (store.policy.adds_up and self.replicas > 1)
             dtype = coefficient_dtype(s.dtype for s in specs)
             local = local_tasks(store.name, store.policy, specs, store.leaves, every, given, table, dtype, exact=one)
             parts = (Part(parts[0].stage, parts[0].leaves, specs),)
             given = Payload(parts, given.shapes, {}, weighted=False, steps=False)
         collective = self._collective(store.policy)
-        update = self.optimizers.at_home(store.policy, store.leaves, self.replicas)
-        candidates = [r[parts[0].stage] for r in replicas]
+        update = self.optimizers.at_home(store.policy, store.leaves, len(sites) or self.replicas)
+        candidates = [replicas[leaders.get(r, r)][parts[0].stage] for r in range(self.replicas)]
         check_shared(store.name, store.policy, candidates)
         homes = _one_a_worker(candidates) if collective else (min(candidates, key=lambda d: loads[d]),)
         for home in dict.fromkeys(homes):
@@ -391,9 +394,10 @@ class StorePlanner:
             readers=tuple(replica[stage] for replica in replicas for stage in store.readers),
             parts=parts,
             policy=store.policy.travelling,
-            applies=self._applies(store, given, specs, update, table),
+            applies=self._applies(store, given, specs, update, table, len(sites) or self.replicas),
             homes=homes if collective else (),
             local=local,
+            sites=sites,
         )
 
     def _buffers(self, store: StoreDraft, specs: Sequence[ArraySpec], update: HomeUpdate) -> tuple[Buffer, ...]:
@@ -408,22 +412,23 @@ class StorePlanner:
         specs: Sequence[ArraySpec],
         update: HomeUpdate,
         table: ExecutableTable,
+        senders: int,
     ) -> Applies:
-        """Export the functions of the store's home, which is `given` these payloads."""
+        """Export the functions of the store's home, which is `given` these payloads by so many senders."""
         policy, kind = store.policy, base_of(store.policy.apply)
-        most = most_at_once(policy, self.replicas)
+        most = most_at_once(policy, senders)
         whole = policy.local or self.microbatches == policy.every.push == 1
         home = HomeTasks(
             update.update,
             given,
             params=len(specs),
             states=len(update.state),
-            exact=most == 1 and whole and not self._collective(policy) and not scales(policy.apply),
+            exact=most == 1 and whole and not (policy.adds_up and self.replicas > 1) and not scales(policy.apply),
             voted=kind.rows if isinstance(kind, Vote) else 0,
         )
         kept = (*specs, *update.state_specs)
         payload = tuple(s for p in given.parts for s in p.payload)
-        width = int(min(most, policy.members(self.replicas), FOLD_WIDTH))
+        width = int(min(most, policy.members(senders), FOLD_WIDTH))
         arguments = (ArraySpec((2, width), coefficient_dtype(s.dtype for s in specs)), *payload * width)
         apply = table.add_function(f"apply:{store.name}", home.apply, (*kept, *arguments), kept)
         weighted = home.payload.weighted
@@ -442,16 +447,12 @@ class StorePlanner:
         payload = specs * self.microbatches if draft.factors else specs
         reduction = None
         if self._collective(policy):
-            nbytes = sum(s.nbytes for s in payload)
-            reduction = self._reduction(policy, nbytes, [replica[draft.stage] for replica in replicas])
+            nbytes, devices = sum(s.nbytes for s in payload), [replica[draft.stage] for replica in replicas]
+            if policy.sited:
+                devices = [devices[site[0]] for site in split(policy.topology, replicas, self.links)]
+            reduction = reduction_of(policy.remote, nbytes, devices, self.links)
         tasks = binding.accumulate, reduction, binding.pack, binding.finish
         return Part(draft.stage, draft.leaves, payload, draft.factors, *tasks)
-
-    def _reduction(self, policy: Policy, nbytes: int, devices: Sequence[str]) -> Reduction:
-        workers = tuple(dict.fromkeys(d.partition("/")[0] for d in devices))
-        hosts = machines(self.links, workers)
-        fanout = policy.topology.fanout if isinstance(policy.topology, Tree) else 0
-        return Reduction(schedule_name(policy.topology, nbytes, hosts), workers, hosts, fanout)
 
     def _payload_of(self, store: StoreDraft, parts: Sequence[Part], shapes: Sequence[tuple[int, ...]]) -> Payload:
         graph = self.product_graph

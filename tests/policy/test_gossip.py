@@ -56,7 +56,7 @@ def test_gossip_travels() -> None:
 UNSOUND: list[tuple[dict[str, Any], str]] = [
     ({"quorum": fm.Quorum(0.75)}, "none may be left out of a round"),
     ({"staleness": 2}, "none may be left out of a round"),
-    ({"payload": fm.Delta()}, "replicas average parameters"),
+    ({"payload": fm.Delta()}, "reaches only the neighbours"),
     ({"payload": fm.Factors()}, "replicas average parameters"),
     ({"apply": "sum"}, "replicas average parameters"),
     ({"every": fm.Every(4, delay=1)}, "give the steps between two rounds as every=k"),

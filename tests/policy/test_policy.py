@@ -77,8 +77,6 @@ make_quorum: Any = Quorum
         (lambda: make_policy(topology=AllReduce(), staleness=1), "use staleness=0, or topology=flowml.ParameterServer"),
         (lambda: make_policy(topology=Ring(), staleness=UNBOUNDED), "staleness=inf"),
         (lambda: make_policy(topology=Ring(), staleness=1, quorum=Quorum(1.0)), "before the next is read"),
-        (lambda: Hierarchy(local=Ring()), "give local=flowml.AllReduce"),  # pyright: ignore[reportArgumentType]
-        (lambda: Hierarchy(remote=Tree()), "give remote=flowml.Ring"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_what_is_not_available_yet_says_what_is(make: Callable[[], object], reason: str) -> None:

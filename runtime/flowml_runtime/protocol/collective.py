@@ -9,7 +9,7 @@ A *chunk* is the unit that one index of a schedule names. A large bucket is cut 
 schedule's chunks. Pieces follow the schedule independently, `window` at a time, so that one is copied while another is
 added, and both stay in the caches.
 
-Three families suffice:
+There are four families:
 
     hierarchical  each rank of a host owns a shard. The host's other ranks send it to the owner, which adds them up.
                   Owners of a shard on different hosts reduce it around a ring. Then every owner sends its shard to the
@@ -18,9 +18,10 @@ Three families suffice:
     doubling      log2 N exchanges of the whole bucket with ranks 1, 2, 4, … away. Ranks beyond the largest power of
                   two send their values before and get the sum after (Rabenseifner, 2004).
     tree          up to rank 0 and down again, with `fanout` children per rank.
+    gather        every rank sends its values to rank 0, which adds them up. Only rank 0 has the sum.
 
 Additions follow rank numbers, never arrival. Each place adds in the order of ranks, and the path of a chunk is fixed.
-So a sum repeats to the bit, and every rank holds the same bits.
+So a sum repeats to the bit, and every rank that gets it holds the same bits.
 """
 
 from __future__ import annotations
@@ -241,6 +242,16 @@ def tree(ranks: int, fanout: int) -> Schedule:
     return Schedule("tree", 1, ranks, rounds)
 
 
+@lru_cache(maxsize=256)
+def gather(ranks: int) -> Schedule:
+    """Rank 0 gets the sum, and no other rank."""
+
+    def rounds(rank: int) -> Iterable[Round]:
+        yield Round(((0, 0),), (), add=True) if rank else Round((), ((0, tuple(range(1, ranks))),), add=True)
+
+    return Schedule("gather", 1, ranks, rounds)
+
+
 def named(name: str, hosts: Sequence[Hashable], fanout: int = 0) -> Schedule:
     """The schedule with that name for ranks on `hosts`, the machine of each rank. Raises ValueError if unknown."""
     match name:
@@ -252,6 +263,8 @@ def named(name: str, hosts: Sequence[Hashable], fanout: int = 0) -> Schedule:
             return ring(len(hosts))
         case "tree":
             return tree(len(hosts), fanout)
+        case "gather":
+            return gather(len(hosts))
         case "hierarchical":
             return hierarchical(tuple(hosts))
         case _:

@@ -31,14 +31,13 @@ from flowml_runtime.sim.program import At
 from flowml_runtime.sim.values import Chunk, Report, Value
 from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.worker.training.applying import applied, given_of
-from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source
+from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source, over_microbatches
 from flowml_runtime.worker.training.exchange.averaging import Averaging
 from flowml_runtime.worker.training.exchange.collectives import Flight, flat, parts_of
 from flowml_runtime.worker.training.exchange.reductions import sum_of
 from flowml_runtime.worker.training.filtered import Decoder, Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.own_values import OwnValues
-from flowml_runtime.worker.training.stage_runner import over_microbatches
 
 Arrays = Sequence[Array]
 
@@ -174,7 +173,7 @@ class Arithmetic:
     def _read(self, step: _Step, store: int) -> Arrays:
         given = None if step.given is None else step.given[1]
         spec = self._training.stores[store]
-        if given is not None and compares(spec.policy.filters):
+        if given is not None and compares(spec.policy.home_filters):
             self._compared[step.at, store] = given
         if spec.local is None:
             assert given is not None
@@ -184,7 +183,7 @@ class Arithmetic:
             loaded = self._compiled.loaded[step.program.device]
             position = len(spec.specs) + len(spec.local.state_specs)
             dtype = loaded.plan.tasks[spec.local.update].inputs[position].dtype
-            own = self._own[step.at, store] = OwnValues(spec, self._training, loaded.tasks, dtype)
+            own = self._own[step.at, store] = OwnValues(spec, self._training, loaded.tasks, dtype, step.at[0])
             own.state = self._states[worker_of(step.program.device), store]
         if given is not None:
             own.take(step.start.clock, given)

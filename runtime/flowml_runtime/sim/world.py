@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from flowml.errors import FlowmlError
+from flowml.errors import FlowmlError, SimulationError
 from flowml.plan import Instruction, Part, Plan
 from flowml.sim import AT_ONCE, Homes, NetworkModel
 from flowml_runtime import wire
@@ -58,6 +58,12 @@ class Layout:
         training = plan.training
         assert training is not None
         stores = training.stores
+        for store in stores:
+            if store.sites or store.policy.mirrored:
+                raise SimulationError(
+                    f"layer {store.name!r} ({store.policy.describe()}): hierarchies and gossip of deltas are not "
+                    "simulated yet; run it on fm.Cluster.threads, or give another topology"
+                )
         return Layout(
             Terms.of(training, 0),
             Places.of(training),
@@ -164,7 +170,7 @@ class World:
 
     def filters(self, store: int) -> bool:
         """Whether values are filtered on their way to a store."""
-        return self.values.computes and bool(self.terms.stores[store].policy.filters)
+        return self.values.computes and bool(self.terms.stores[store].policy.home_filters)
 
     def checked_sum(self, node: Node, message: Any, value: Value, own: Mapping[int, Value]) -> tuple[Any, Value]:
         """The same for a sum over all replicas. `own` are the gradients of those on this worker."""

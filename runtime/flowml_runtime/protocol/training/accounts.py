@@ -86,12 +86,13 @@ class Accounts:
 
     def commit(self, event: Committed) -> list[Settle]:
         group = self._terms.groups[event.group]
-        if event.leaves_out(self._me):
+        sender = group.sender_of(self._me)
+        if event.leaves_out(sender):
             self._lose(group, event.clock)
         else:
             self._count(group.number, event.clock, folded=False)
         for replica, clock in event.folded:
-            if replica == self._me:
+            if replica == sender:
                 self._count(group.number, clock, folded=True)
         return self._settle([c for c in self._accounts if c <= event.clock])
 

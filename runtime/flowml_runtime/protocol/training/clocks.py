@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 from flowml_runtime.protocol.errors import ensure
 from flowml_runtime.protocol.training.terms import RETIRED
@@ -11,9 +12,11 @@ from flowml_runtime.protocol.training.terms import RETIRED
 class Clocks:
     """The clock of each replica and the least of all, which is found without reading all."""
 
-    def __init__(self, replicas: int) -> None:
-        self._of = [0] * replicas
-        self._at = {0: replicas}  # how many replicas are at each clock
+    def __init__(self, replicas: int, senders: Collection[int]) -> None:
+        """Replicas other than the `senders` are not waited for."""
+        waited = frozenset(senders)
+        self._of = [0 if replica in waited else RETIRED for replica in range(replicas)]
+        self._at = dict(Counter(self._of))  # how many replicas are at each clock
         self.floor = 0
 
     def __getitem__(self, replica: int) -> int:

@@ -80,6 +80,7 @@ class Decision:
     def __init__(self, terms: Terms, group: Group, began: float = 0.0) -> None:
         self._terms = terms
         self._group = group
+        self._senders = frozenset(group.senders)
         self._gone: set[int] = set()
         self._clocks: dict[int, _Clock] = {}
         self._clock = -1
@@ -104,7 +105,7 @@ class Decision:
         """Process one event at time `now`, in seconds."""
         match event:
             case Arrived():
-                if event.store not in self._group.stores or not 0 <= event.replica < self._terms.members:
+                if event.store not in self._group.stores or event.replica not in self._senders:
                     raise ProtocolError(
                         f"replica {event.replica} arrived at store {event.store} at clock {event.clock}, where it is "
                         "not due"
@@ -119,7 +120,7 @@ class Decision:
             case _ if self._terms.speculation:
                 return []  # others compute the portions of a replica that is gone
             case _:
-                if event.replica not in self._gone:
+                if event.replica in self._senders and event.replica not in self._gone:
                     self._gone.add(event.replica)
                     self._hopeless += event.replica not in self._complete()
         return self._decide(now)
@@ -132,7 +133,7 @@ class Decision:
         found = self._clocks.get(clock)
         if found is None:
             steps = clock - window(clock, self._group.every.push, self._group.every.offset) + 1
-            arrivals = Arrivals(self._terms.members, steps * self._terms.microbatches, self._terms.rows, self._began)
+            arrivals = Arrivals(len(self._senders), steps * self._terms.microbatches, self._terms.rows, self._began)
             found = self._clocks[clock] = _Clock(arrivals)
         return found
 
@@ -178,7 +179,7 @@ class Decision:
         while self._clock < self._terms.total_clocks:
             arrivals = self._now.arrivals
             arrivals.began, arrivals.window_s = self._began, self._spread.window_s
-            arrivals.hopeful = self._terms.members - arrivals.count - self._hopeless
+            arrivals.hopeful = len(self._senders) - arrivals.count - self._hopeless
             match self._group.quorum.decide(arrivals, now):
                 case Wait(until):
                     if until < math.inf and until != self._wake:
@@ -191,8 +192,8 @@ class Decision:
         return found
 
     def _commit(self, arrivals: Arrivals, coefficients: tuple[tuple[int, float], ...]) -> Committed:
-        replicas, complete = self._terms.members, arrivals.times
-        excluded = () if len(complete) == replicas else tuple(r for r in range(replicas) if r not in complete)
+        replicas, complete = len(self._senders), arrivals.times
+        excluded = () if len(complete) == replicas else tuple(r for r in self._group.senders if r not in complete)
         if self._group.folds:
             for replica in excluded:
                 stores = self._now.stores.get(replica, set())
@@ -223,5 +224,5 @@ class Decision:
             return
         complete = self._complete()
         ensure(self._hopeless == len(self._gone - complete.keys()), "replicas that are gone are counted wrongly")
-        if len(complete) == self._terms.members - self._hopeless and complete:
+        if len(complete) == len(self._senders) - self._hopeless and complete:
             raise ProtocolError(f"clock {self._clock} is not decided, although all have arrived that can")

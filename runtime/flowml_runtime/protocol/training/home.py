@@ -179,6 +179,7 @@ class _Gathering:
 @dataclass(slots=True)
 class _Store:
     terms: StoreTerms
+    senders: tuple[int, ...]  # the replicas, or portions, that are counted
     clocks: Clocks | None
     """The clocks of a store that applies on arrival. Other stores have one clock for all replicas, `floor`."""
     floor: int = 0
@@ -212,7 +213,8 @@ class Home:
         self._terms = terms
         self._lost: set[int] = set()
         self._stores = {
-            i: _Store(terms.stores[i], None if terms.stores[i].clocked else Clocks(terms.replicas)) for i in stores
+            i: _Store(s, senders, None if s.clocked else Clocks(terms.replicas, senders))
+            for i, s, senders in ((i, terms.stores[i], terms.stores[i].senders(terms.members)) for i in stores)
         }
 
     def version(self, store: int) -> int:
@@ -323,7 +325,7 @@ class Home:
     def _is_enough(self, store: _Store, clocks: Clocks) -> bool:
         """Whether the kept contributions may be applied: there is a quorum of them, or a reader may wait for them."""
         newest = max(clock + 1 for _, clock in store.batch)
-        need = store.terms.policy.quorum.need(self._terms.replicas)
+        need = store.terms.policy.quorum.need(len(store.senders))
         return len(store.batch) >= min(need, clocks.active) or newest - clocks.floor >= store.terms.policy.staleness
 
     def _apply_batch(self, index: int, clocks: Clocks) -> list[Action]:
@@ -351,9 +353,9 @@ class Home:
         row = store.gathering.pop(clock, {})
         late = {replica: row.pop(replica) for replica in excluded if replica in row}
         taken = [(replica, row[replica]) for replica in sorted(row)]
-        if len(taken) < self._terms.members - len(excluded) or not all(store.is_complete(g) for _, g in taken):
+        if len(taken) < len(store.senders) - len(excluded) or not all(store.is_complete(g) for _, g in taken):
             there = {replica for replica, gathering in row.items() if store.is_complete(gathering)}
-            missing = next(r for r in range(self._terms.members) if r not in there and r not in excluded)
+            missing = next(r for r in store.senders if r not in there and r not in excluded)
             raise ProtocolError(f"clock {clock} is committed with replica {missing}, which store {index} lacks")
         store.floor = clock + 1
         chosen = [(gathering, 1.0) for _, gathering in taken]

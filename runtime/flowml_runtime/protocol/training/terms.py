@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from flowml.devices import worker_of
-from flowml.plan import Training
+from flowml.plan import StoreSpec, Training
 from flowml.policy import UNBOUNDED, Completion, Every, Fold, Gossip, Policy, Speculate
 from flowml.policy.filters import feeds_back
 
@@ -25,12 +25,18 @@ RETIRED = 2**53 - 1
 class StoreTerms:
     """One store: its synchronization policy, and for each part of a contribution the stage that sends it.
 
-    `collective`: the store has several homes, and each contribution is the sum over all replicas.
+    `collective`: the store has several homes, and each contribution is the sum over all replicas. `sites`: the replicas
+    of each site, of which the first sends the contribution; empty if every replica sends its own.
     """
 
     stages: tuple[int, ...]
     policy: Policy
     collective: bool = False
+    sites: tuple[tuple[int, ...], ...] = ()
+
+    def senders(self, members: int) -> tuple[int, ...]:
+        """Which of so many replicas, or portions, are counted, in order."""
+        return tuple(site[0] for site in self.sites) or tuple(range(members))
 
     @property
     def clocked(self) -> bool:
@@ -48,7 +54,7 @@ class StoreTerms:
     @property
     def keeps(self) -> bool:
         """Whether gradients of one step may wait for the push of a later one."""
-        return self.every > 1 or feeds_back(self.policy.filters)
+        return self.every > 1 or feeds_back(self.policy.home_filters)
 
     @property
     def decided(self) -> bool:
@@ -66,9 +72,17 @@ class Group:
     stores: tuple[int, ...]
     drops: bool
     """Whether a decision may leave a live replica out."""
+    senders: tuple[int, ...]
+    """The replicas whose contributions are counted."""
     discards: bool = False
     """Whether a replica that is left out loses all steps since its last push, which are in its own parameters: it takes
     the global ones instead."""
+    sites: tuple[tuple[int, ...], ...] = ()
+    """As in `StoreTerms`."""
+
+    def sender_of(self, replica: int) -> int:
+        """The replica whose contributions contain the work of this one."""
+        return next((site[0] for site in self.sites if replica in site), replica)
 
     @property
     def folds(self) -> bool:
@@ -92,7 +106,10 @@ class Terms:
 
     @staticmethod
     def of(training: Training, total_clocks: int) -> Terms:
-        stores = tuple(StoreTerms(tuple(p.stage for p in s.parts), s.policy, s.collective) for s in training.stores)
+        stores = tuple(
+            StoreTerms(tuple(p.stage for p in s.parts), s.policy, s.collective, tuple(x.replicas for x in s.sites))
+            for s in training.stores
+        )
         stages = len(training.replicas[0])
         share = float(training.code.load) if training.code else 1 / len(training.replicas)
         rows = training.item_size * len(training.replicas) * share / training.microbatches
@@ -123,22 +140,24 @@ class Terms:
     @cached_property
     def aligned(self) -> bool:
         """Whether all replicas run the same clocks. Otherwise each runs as many as it can."""
-        return any(s.policy.aligns for s in self.stores)
+        return any(s.policy.aligns or s.sites for s in self.stores)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The groups of stores with decisions, in the order of their first stores."""
-        found: dict[tuple[Completion, Every, bool], list[int]] = {}
+        found: dict[tuple[Completion, Every, bool, tuple[tuple[int, ...], ...]], list[int]] = {}
         for number, store in enumerate(self.stores):
             if store.decided:
                 quorum = store.policy.quorum
-                drops = not quorum.never_drops(self.replicas)
+                drops = not quorum.never_drops(len(store.sites) or self.replicas)
                 discards = drops and store.policy.local and not isinstance(quorum.late, Fold)
-                found.setdefault((quorum, store.policy.every, discards), []).append(number)
-        return tuple(
-            Group(number, quorum, every, tuple(stores), not quorum.never_drops(self.replicas), discards)
-            for number, ((quorum, every, discards), stores) in enumerate(found.items())
-        )
+                found.setdefault((quorum, store.policy.every, discards, store.sites), []).append(number)
+        groups: list[Group] = []
+        for number, ((quorum, every, discards, sites), stores) in enumerate(found.items()):
+            senders = self.stores[stores[0]].senders(self.members)
+            drops = not quorum.never_drops(len(sites) or self.replicas)
+            groups.append(Group(number, quorum, every, tuple(stores), drops, senders, discards, sites))
+        return tuple(groups)
 
     @cached_property
     def group_of(self) -> dict[int, int]:
@@ -158,7 +177,7 @@ class Terms:
     @cached_property
     def sums(self) -> bool:
         """Whether replicas add up the gradients of some store, so that each of them must run every clock."""
-        return any(s.collective for s in self.stores)
+        return any(s.collective or s.sites for s in self.stores)
 
     @cached_property
     def arrives(self) -> bool:
@@ -211,14 +230,14 @@ class Terms:
         """
         if self.sums or (self.arrives and clock == self.last_clock):
             return False
-        if any(gossip.due(clock) for gossip in self._gossip):
+        if any(gossip.due(clock) or clock == self.last_clock for gossip in self._gossip):
             return False
         return not any(rhythm.due(clock, self.last_clock) for rhythm in self._awaited)
 
     @cached_property
     def _gossip(self) -> frozenset[Gossip]:
         """How replicas average parameters with their neighbours, which takes all of them in each round."""
-        return frozenset(s.policy.topology for s in self.stores if isinstance(s.policy.topology, Gossip))
+        return frozenset(remote for s in self.stores if isinstance(remote := s.policy.remote, Gossip))
 
     @cached_property
     def _awaited(self) -> frozenset[Every]:
@@ -260,7 +279,7 @@ class Places:
     def of(training: Training) -> Places:
         homes = tuple(_workers(s.copies) for s in training.stores)
         readers = tuple(
-            {home: _workers(s.read_from([c for c in s.copies if worker_of(c) == home])) for home in homes[i]}
+            {home: _workers(_told(s, home, len(training.replicas))) for home in homes[i]}
             for i, s in enumerate(training.stores)
         )
         return Places(tuple(tuple(map(worker_of, devices)) for devices in training.replicas), homes, readers)
@@ -294,6 +313,13 @@ class Places:
             for worker in homes:
                 found.setdefault(worker, []).append(store)
         return {worker: tuple(stores) for worker, stores in found.items()}
+
+
+def _told(store: StoreSpec, home: str, replicas: int) -> Iterable[str]:
+    """The readers to which a home publishes. Where sites share one home, their leaders tell the others."""
+    if store.sites and not store.collective:
+        return (reader for leader in store.leaders for reader in store.read_by(leader, replicas))
+    return store.read_from([copy for copy in store.copies if worker_of(copy) == home])
 
 
 def _workers(devices: Iterable[str]) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""Takes the examples of a microbatch out of a source or a batch, and makes the words of its key. Both clocks use it."""
+"""Takes the examples of a microbatch out of a source or a batch, makes the words of its key, and adds up what the
+microbatches of a step report. Both clocks use it."""
 
 from __future__ import annotations
 
@@ -46,3 +47,17 @@ def beside_batch(plan: Plan, slots: Sequence[int], seed: int, piece: Piece) -> d
 @lru_cache(maxsize=4)
 def _order(examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray[Any, Any]:
     return epoch_order(examples, seed, epoch, shuffle=shuffle)
+
+
+def over_microbatches(values: Sequence[Array], coded: Sequence[Piece] = ()) -> np.ndarray:
+    """The sum: floats in float32 or wider, counts in 64 bits. The driver, which gets all replicas' sums, divides.
+
+    With a code the step has multiplied floats by their coefficients, and counts are multiplied here.
+    """
+    arrays = [np.asarray(v) for v in values]
+    kind, dtype = arrays[0].dtype.kind, arrays[0].dtype
+    if coded and kind in "biu":
+        scaled = [piece.coefficient * a for piece, a in zip(coded, arrays, strict=True)]
+        return np.asarray(np.sum(scaled, axis=0, dtype=np.float64))
+    wide = {"b": np.int64, "i": np.int64, "u": np.uint64}.get(kind, np.float32 if dtype.itemsize < 4 else dtype)
+    return np.sum([a.astype(wide, copy=False) for a in arrays], axis=0, dtype=wide)

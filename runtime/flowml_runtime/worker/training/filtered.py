@@ -46,11 +46,11 @@ class Encoder:
 
     def filters(self, store: int) -> bool:
         """Whether the pushes to a store are filtered."""
-        return bool(self._stores[store].policy.filters)
+        return bool(self._stores[store].policy.home_filters)
 
     def compares(self, store: int) -> bool:
         """Whether the filters of a store need its parameters."""
-        return filters.compares(self._stores[store].policy.filters)
+        return filters.compares(self._stores[store].policy.home_filters)
 
     def encode(
         self, message: wire.Contribution, arrays: Sequence[Array], parameters: Sequence[Array] | None
@@ -65,7 +65,7 @@ class Encoder:
             key = (message.store, message.part, i)
             parameter = None if parameters is None else np.asarray(parameters[leaf])
             about = context._replace(seed=(*self._seed, *key, message.clock), parameter=parameter)
-            sent += self._encode(store.policy.filters, key, np.asarray(arrays[i]), about)
+            sent += self._encode(store.policy.home_filters, key, np.asarray(arrays[i]), about)
         sent += weight
         specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in sent)
         return msgspec.structs.replace(message, specs=specs), sent
@@ -105,7 +105,7 @@ class Decoder:
 
     def remembers(self, store: int) -> bool:
         """Whether what a contribution means depends on the ones before it, applied or not."""
-        return filters.remembers(self._stores[store].policy.filters)
+        return filters.remembers(self._stores[store].policy.home_filters)
 
     def decode(self, message: wire.Contribution, arrays: Sequence[Array]) -> list[Array]:
         """The arrays of the part. Raises FlowmlError if its filters cannot have made those that came."""
@@ -117,7 +117,7 @@ class Decoder:
             for i, spec in enumerate(part.payload[: len(part.leaves)]):
                 key = (message.store, message.part, i, message.replica, message.incarnation)
                 form, before = filters.Form.of(spec), self.buffers.get(key, {})
-                value, self.buffers[key] = filters.decode(store.policy.filters, left, form, before)
+                value, self.buffers[key] = filters.decode(store.policy.home_filters, left, form, before)
                 found.append(value)
         except filters.EncodingError as error:
             raise FlowmlError(

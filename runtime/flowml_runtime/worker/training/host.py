@@ -152,7 +152,7 @@ class TrainingHost:
 
     def _filtered(self, store: int) -> bool:
         stores = self._plan.training.stores if self._plan.training else ()
-        return store < len(stores) and bool(stores[store].policy.filters)
+        return store < len(stores) and bool(stores[store].policy.home_filters)
 
     def _step(self, event: protocol.Event) -> None:
         with self.changed:

@@ -52,8 +52,10 @@ class OwnRhythm:
 class OwnValues(OwnRhythm):
     """The buffers of one store. The executor's thread uses them, and no other."""
 
-    def __init__(self, spec: StoreSpec, training: Training, tasks: Mapping[int, TaskFunction], dtype: str) -> None:
-        """`dtype` is that of the coefficients, which divide by the number of microbatches."""
+    def __init__(
+        self, spec: StoreSpec, training: Training, tasks: Mapping[int, TaskFunction], dtype: str, replica: int
+    ) -> None:
+        """`dtype` is that of the coefficients, which divide by the number of microbatches of the replica's site."""
         assert spec.local is not None
         super().__init__(spec.policy)
         self.spec = spec
@@ -67,7 +69,9 @@ class OwnValues(OwnRhythm):
         self._update = tasks[spec.local.update]
         self._send = None if spec.local.send is None else tasks[spec.local.send]
         self._take = None if spec.local.take is None else tasks[spec.local.take]
-        self._coefficients = aligned_copy(np.full((2, 1), 1 / training.microbatches, dtype))
+        site = spec.site_of(replica)
+        added = training.microbatches * (len(site.replicas) if site else 1)
+        self._coefficients = aligned_copy(np.full((2, 1), 1 / added, dtype))
         self._own = len(spec.local.state) - spec.local.outer
         """The leaves of state that are not those of an outer optimizer."""
 

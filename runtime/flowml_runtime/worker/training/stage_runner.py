@@ -13,13 +13,12 @@ from __future__ import annotations
 import queue
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 
 from flowml.errors import FlowmlError, WorkerLostError
 from flowml.plan import ArraySpec, StoreSpec, until_last_message
@@ -35,9 +34,11 @@ from flowml_runtime.execution.services import EdgeServices, host_view
 from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare, run_step
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Send, Start, StepFinished, Updated
-from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source
+from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source, over_microbatches
+from flowml_runtime.worker.training.exchange.mirrors import Mirrors
 from flowml_runtime.worker.training.exchange.neighbours import Neighbours
 from flowml_runtime.worker.training.exchange.reductions import Given, Reductions
+from flowml_runtime.worker.training.exchange.sites import Member
 from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.own_values import OwnValues
@@ -83,17 +84,27 @@ class StageRunner(EdgeServices):
             if store.every > 1 and part.stage == stage and part.accumulate is not None
         }
         self._own = {
-            s: OwnValues(store, run.training, loaded.tasks, self._coefficient_dtype(store))
+            s: OwnValues(store, run.training, loaded.tasks, self._coefficient_dtype(store), self.replica)
             for s, store in enumerate(run.training.stores)
             if store.local is not None and store.parts[0].stage == stage
         }
         """By store the values that this replica updates itself."""
         self._shared = frozenset(s for s, store in enumerate(run.training.stores) if store.policy.shared)
-        self._neighbours = {
-            s: Neighbours(run, s, at[0], loaded, self.adopt, self._coefficient_dtype(own.spec))
-            for s, own in self._own.items()
-            if isinstance(own.spec.policy.topology, Gossip)
+        self._members = {
+            s: Member(run, s, stage, self.replica, site)
+            for s, store in enumerate(run.training.stores)
+            if (site := store.site_of(self.replica)) and len(site.replicas) > 1
         }
+        """By store the place of this replica in its site, if others are there."""
+        self._neighbours = {
+            s: (Mirrors if own.spec.policy.mirrored else Neighbours)(
+                run, s, at[0], loaded, self.adopt, self._coefficient_dtype(own.spec)
+            )
+            for s, own in self._own.items()
+            if isinstance(own.spec.policy.remote, Gossip) and self._leads(s)
+        }
+        self._inside: list[tuple[int, int, int]] = []
+        """(store, part, steps) of the sums of sites that this step waits for."""
         self._encoder = Encoder(run.training.stores, self.replica, run.start.seed)
         self._compared: dict[int, Sequence[Array]] = {}
         """By store the parameters of this step, where filters compare gradients with them."""
@@ -157,11 +168,12 @@ class StageRunner(EdgeServices):
 
     def _step(self, clock: int) -> None:
         began = time.perf_counter()
-        self._fetched = {}
+        self._fetched, self._inside = {}, []
         if self._delays:
             self._pauses = repeat(self._delays[clock % len(self._delays)] / max(self._paced, 1), self._paced)
         try:
             run_step(self._choose(), self.run.step_of(clock), self)
+            self._end_sums(self.run.step_of(clock))
             self._return_states(clock)
             self._report(clock, time.perf_counter() - began)
         except Cancelled:
@@ -266,7 +278,7 @@ class StageRunner(EdgeServices):
         return self.machine.should_abandon(self._now.clock)
 
     def read(self, step: int, store: int, leaves: Sequence[int]) -> Sequence[Array]:
-        own = self._own.get(store)
+        own, member, clock = self._own.get(store), self._members.get(store), self._now.clock
         if store in self._shared:
             self._published(step, store)  # waits until its first value is here
             held = self.run.shared[store]
@@ -274,28 +286,33 @@ class StageRunner(EdgeServices):
             values = host_view(held.values[: held.params], held.program.device)
         elif own is None:
             values = self._published(step, store)
+        elif member is not None and member.served and not member.leads:
+            values = own.params = self.adopt(member.hear(clock, self._in_vain))
         else:
-            if own.takes(self._now.clock):
+            if own.takes(clock):
                 self._take(step, store, own)
             values = own.params
+            if member is not None and member.served:
+                member.tell(clock, host_view(values, self.loaded.device), self._now.cause)
             if store in self._neighbours:
-                self._neighbours[store].begin(self._now.clock, own, self._now.cause)
+                self._neighbours[store].begin(clock, own, self._now.cause)
         return self.adopt([values[i] for i in leaves])
 
     def _published(self, step: int, store: int) -> Sequence[Array]:
-        """The newest published parameters, once they are fresh enough for this step."""
-        name = self.run.training.stores[store].name
+        """The newest published parameters, once they are fresh enough for this step. A site gets them by its leader."""
+        spec = self.run.training.stores[store]
+        member = None if spec.collective else self._members.get(store)  # else the leader's home publishes to its site
+        if member is not None and not member.leads:
+            return member.hear(self._now.clock, self._in_vain)
         with self.run.changed:
-            self.run.wait_for(
-                lambda: self.machine.may_read(store, self._now.clock),
-                self._in_vain,
-                f"parameters of {name!r} to be published",
-                step,
-            )
+            fresh = partial(self.machine.may_read, store, self._now.clock)
+            self.run.wait_for(fresh, self._in_vain, f"parameters of {spec.name!r} to be published", step)
             view = self.run.stores[store]
             self._read_versions[store] = view.version
             if self._encoder.compares(store):
                 self._compared[store] = view.values
+        if member is not None and not member.served:
+            member.tell(self._now.clock, view.values, self._now.cause, view.version)
         return view.values
 
     def _take(self, step: int, store: int, own: OwnValues) -> None:
@@ -308,13 +325,43 @@ class StageRunner(EdgeServices):
         own.take(self._now.clock, values)
 
     def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None:
-        spec = self.run.training.stores[store]
-        if store in self._own:
-            total = self._update(step, store, self._own[store], arrays)
-        else:
+        own, inside = self._own.get(store), store in self._members
+        if own is None:
             total = self._gather(store, part, _known(arrays))
+        else:
+            total = Sum(_known(arrays), 1) if inside else self._update(step, store, own, arrays)
         if total is None:
             return
+        if inside:
+            self._add_inside(step, store, part, total)
+        else:
+            self._leave(step, store, part, total)
+
+    def _leads(self, store: int) -> bool:
+        """Whether this replica stands for its site, or for itself."""
+        return store not in self._members or self._members[store].leads
+
+    def _add_inside(self, step: int, store: int, part: int, total: Sum[Gradients]) -> None:
+        """Add up what the replicas of the site push. `_end_sums` waits for the sum where it is needed."""
+        self._inside.append((store, part, total.steps))
+        weight = total.steps * self.run.training.microbatches
+        given = Given(store, part, self.replica, self._now.clock, weight, self._now.cause)
+        self._by_size(step, store, part, partial(self._reduce, self._reductions.push_inside, given, total.value))
+
+    def _end_sums(self, step: int) -> None:
+        """Do what needs the sums of the gradients of sites: updates of own parameters, and the pushes of leaders."""
+        for store, part, steps in self._inside:
+            member, own, clock = self._members[store], self._own.get(store), self._now.clock
+            if not member.leads and (own is None or member.served):
+                continue
+            found = self.adopt(member.total(part, clock, self._in_vain))
+            total = Sum(_known(found), steps) if own is None else self._update(step, store, own, found)
+            if total is not None and member.leads:
+                self._leave(step, store, part, total)
+
+    def _leave(self, step: int, store: int, part: int, total: Sum[Gradients]) -> None:
+        """Send what this replica, or its site, contributes."""
+        spec = self.run.training.stores[store]
         weight = total.steps * self.run.training.microbatches
         if store in self._shared:
             self._share(store, part, weight, total.value)
@@ -322,17 +369,21 @@ class StageRunner(EdgeServices):
         if spec.collective:
             self.run.count_push(store, part, spec.parts[part].nbytes, self.run.me)
             given = Given(store, part, self.replica, self._now.clock, weight, self._now.cause)
-            send = partial(self._reduce, given, total.value)
+            send = partial(self._reduce, self._reductions.push, given, total.value)
         else:
             contribution = self._worker.contribution(
                 self._now,
                 store,
                 part,
                 base_version=self._read_versions.get(store, 0),
-                weight=weight,
+                weight=weight * (self._members[store].weight if store in self._members else 1),
                 specs=spec.parts[part].payload,
             )
             send = partial(self._contribute, contribution, total.value, self._compared.get(store))
+        self._by_size(step, store, part, send)
+
+    def _by_size(self, step: int, store: int, part: int, send: Callable[[], None]) -> None:
+        spec = self.run.training.stores[store]
         if spec.parts[part].nbytes < LARGE_BYTES:
             send()
         else:  # the backward pass continues meanwhile, also while filters encode
@@ -371,17 +422,24 @@ class StageRunner(EdgeServices):
         if self.run.start.on_nonfinite == "apply" or all_finite(host_view(gradients, self.loaded.device)):
             with self.recorder.record(self.device, "update", f"store {own.spec.name}", step):
                 own.update(gradients)
-        else:
+        elif self._leads(store):
             self.run.refuse(store, clock, (self.replica,), f"which replica {self.replica} computes")
-        if store in self._neighbours:
-            self._neighbours[store].end(clock, own, before, self._now.cause, self._in_vain)
+        self._exchange(store, own, before)
         with self.run.changed:
             if not self.machine.pushes(store, clock):
                 return None
-        sent = Sum(_known(own.sent()), own.pushed())
+        sent = Sum(_known(own.params if own.spec.policy.mirrored else own.sent()), own.pushed())
         if own.mixes:
             own.take(clock, self.adopt(self._published(step, store)))
         return sent
+
+    def _exchange(self, store: int, own: OwnValues, before: Sequence[Array]) -> None:
+        """Exchange own parameters with neighbours, if the topology is a gossip. A site gets them by its leader."""
+        clock, cause = self._now.clock, self._now.cause
+        if store in self._neighbours:
+            self._neighbours[store].end(clock, own, before, cause, self._in_vain)
+        if store in self._members:
+            self._members[store].pass_on(clock, own, self.adopt, cause, self._in_vain)
 
     def _coefficient_dtype(self, store: StoreSpec) -> str:
         assert store.local is not None
@@ -403,8 +461,8 @@ class StageRunner(EdgeServices):
             self.run.count_push(message.store, message.part, nbytes, home)
             self.run.send(home, message, arrays)
 
-    def _reduce(self, given: Given, gradients: Gradients) -> None:
-        self._reductions.push(given, host_view(gradients.result(self.deadline_s), self.loaded.device))
+    def _reduce(self, push: Callable[..., None], given: Given, gradients: Gradients) -> None:
+        push(given, host_view(gradients.result(self.deadline_s), self.loaded.device))
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
         for slot, array in zip(slots, arrays, strict=True):
@@ -439,17 +497,3 @@ def _known(arrays: Sequence[Array]) -> Gradients:
     known: Gradients = Future("a gradient", _same)
     known.complete(list(arrays))
     return known
-
-
-def over_microbatches(values: Sequence[Array], coded: Sequence[Piece] = ()) -> np.ndarray:
-    """The sum: floats in float32 or wider, counts in 64 bits. The driver, which gets all replicas' sums, divides.
-
-    With a code the step has multiplied floats by their coefficients, and counts are multiplied here.
-    """
-    arrays = [np.asarray(v) for v in values]
-    kind, dtype = arrays[0].dtype.kind, arrays[0].dtype
-    if coded and kind in "biu":
-        scaled = [piece.coefficient * a for piece, a in zip(coded, arrays, strict=True)]
-        return np.asarray(np.sum(scaled, axis=0, dtype=np.float64))
-    wide = {"b": np.int64, "i": np.int64, "u": np.uint64}.get(kind, np.float32 if dtype.itemsize < 4 else dtype)
-    return np.sum([a.astype(wide, copy=False) for a in arrays], axis=0, dtype=wide)

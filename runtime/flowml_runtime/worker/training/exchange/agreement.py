@@ -30,7 +30,7 @@ class Agreement:
     """The checks of one worker in one run. The lanes of stores call it."""
 
     def __init__(self, run: Run, groups: Callable[[int], Group], on_fault: Fault) -> None:
-        """`groups` returns the group of a stage."""
+        """`groups` returns the group that adds up the gradients of a store."""
         self._run = run
         self._groups = groups
         self._on_fault = on_fault
@@ -73,7 +73,7 @@ class Agreement:
         self._checks[store] = (version, outcome)
 
         def exchange(_: object) -> None:
-            group = self._groups(self._run.training.stores[store].parts[0].stage)
+            group = self._groups(store)
             row = np.zeros(group.size, np.uint64)
             row[group.rank] = mine
             try:

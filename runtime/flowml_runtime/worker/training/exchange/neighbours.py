@@ -29,16 +29,20 @@ class Neighbours:
 
     def __init__(self, run: Run, store: int, replica: int, loaded: LoadedProgram, adopt: Adopt, dtype: str) -> None:
         spec = run.training.stores[store]
-        assert isinstance(spec.policy.topology, Gossip)
+        assert isinstance(spec.policy.remote, Gossip)
         self._run = run
         self._store = store
-        self._replica = replica
-        self._gossip = spec.policy.topology
+        self._senders = spec.leaders or tuple(range(len(run.training.replicas)))
+        """The replicas that take part in rounds: one of each site."""
+        self._replica = self._senders.index(replica)
+        """Its number among them."""
+        self._gossip = spec.policy.remote
         self._spec: StoreSpec = spec
         self._averaging = Averaging(spec, loaded, dtype)
         self._adopt = adopt
         self._device = loaded.device
-        self._workers = [worker_of(stages[spec.parts[0].stage]) for stages in run.training.replicas]
+        stages = [run.training.replicas[r] for r in self._senders]
+        self._workers = [worker_of(devices[spec.parts[0].stage]) for devices in stages]
         self._told = -1
 
     def begin(self, clock: int, own: OwnValues, cause: int) -> None:
@@ -64,15 +68,18 @@ class Neighbours:
         ids: dict[str, Any] = {"plan_id": run.plan_id, "run": run.number, "cause": cause, "store": self._store}
         arrays = host_view(values, self._device)
         for other in self._gossip.readers(self._replica, len(self._workers), clock):
-            message = wire.Gossip(**ids, replica=other, source=self._replica, clock=clock, specs=specs)
+            message = wire.Gossip(
+                **ids, replica=self._senders[other], source=self._senders[self._replica], clock=clock, specs=specs
+            )
             run.send(self._workers[other], message, arrays)
             if self._workers[other] != run.me:
                 run.count_crossing(self._store, sum(s.nbytes for s in specs))
 
     def _wait(self, clock: int, others: Sequence[int], in_vain: Callable[[], bool]) -> Mapping[int, Sequence[Array]]:
         run, told = self._run, self._run.told
-        keys = {j: (self._store, self._replica, j, clock) for j in others}
-        names = ", ".join(map(str, others))
+        me = self._senders[self._replica]
+        keys = {j: (self._store, me, self._senders[j], clock) for j in others}
+        names = ", ".join(str(self._senders[j]) for j in others)
         with run.changed:
             what = f"parameters of {self._spec.name!r} from its neighbours, replicas {names}"
             run.wait_for(lambda: all(key in told for key in keys.values()), in_vain, what, run.step_of(clock))

@@ -2,15 +2,18 @@
 to their homes.
 
     seat -> sum over this worker's replicas -> all-reduce among the stage's workers -> Contribution to the home here
+    seat -> sum over the site's replicas here -> all-reduce among the site's workers -> Run.told, for the seats here
 
-The workers of a stage form a group. Each part of a store is one of its buckets. The sum stands for all replicas and has
-the same bits at every home, because replicas of a worker are added in their order, and workers in the order of ranks.
+The workers of a stage, or of a site, form a group. Each part of a store is one of its buckets. The sum stands for all
+of them and has the same bits everywhere, because replicas of a worker are added in their order, and workers in the
+order of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import msgspec
@@ -18,7 +21,7 @@ import numpy as np
 
 from flowml.devices import worker_of
 from flowml.errors import FlowmlError, WorkerLostError
-from flowml.plan import Part
+from flowml.plan import Part, Reduction
 from flowml_runtime import wire
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.programs import Array
@@ -48,14 +51,17 @@ class Given:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """One part of a collective store on this worker. `homes` are the workers that apply the sum for its replicas."""
+    """One part of a collective store, or of a site's sum, on this worker.
+
+    `homes` are the workers that apply the sum for its replicas. A sum of a site has none: the replicas here get it.
+    """
 
     number: int
     part: Part
     schedule: Schedule
     group: Group
     replicas: tuple[int, ...]
-    homes: tuple[str, ...]
+    homes: tuple[str, ...] = ()
 
 
 class Reductions:
@@ -64,50 +70,72 @@ class Reductions:
     def __init__(self, run: Run, on_fault: Fault) -> None:
         self._run = run
         self._on_fault = on_fault
-        self._waiting: dict[tuple[int, int, int], dict[int, Sequence[Array]]] = {}
-        """(store, part, clock) -> the pushes that have arrived from this worker's replicas."""
+        self._waiting: dict[tuple[int, int], dict[int, Sequence[Array]]] = {}
+        """(bucket, clock) -> the pushes that have arrived from this worker's replicas."""
+        self._numbers: dict[tuple[int, tuple[str, ...]], int] = {}
+        """(stage, workers) -> the number of their group, which is the same on all workers."""
         self._groups: dict[int, Group] = {}
-        self._buckets = self._open()
+        self._buckets: dict[tuple[int, int], _Bucket] = {}
+        """(store, part) -> the bucket of the sum that homes apply."""
+        self._inside: dict[tuple[int, int, int], _Bucket] = {}
+        """(store, part, replica) -> the bucket of its site."""
+        self._open()
 
-    def _open(self) -> dict[tuple[int, int], _Bucket]:
+    def _open(self) -> None:
         """Make a bucket for each part that replicas here push. Its number is the same on all workers."""
-        run, replicas = self._run, self._run.training.replicas
-        parts = [(s, p) for s, store in enumerate(run.training.stores) for p in range(len(store.parts))]
-        found: dict[tuple[int, int], _Bucket] = {}
-        for number, (s, p) in enumerate(parts):
-            store = run.training.stores[s]
-            part = store.parts[p]
-            if part.reduction is None or run.me not in part.reduction.workers:
-                continue
-            here = tuple(r for r, devices in enumerate(replicas) if worker_of(devices[part.stage]) == run.me)
-            homes = tuple(dict.fromkeys(worker_of(store.homes[r]) for r in here))
-            schedule = named(part.reduction.schedule, part.reduction.hosts, part.reduction.fanout)
-            found[s, p] = _Bucket(number, part, schedule, self._group(part), here, homes)
-        return found
+        run, number = self._run, count()
+        for s, store in enumerate(run.training.stores):
+            for p, part in enumerate(store.parts):
+                senders = store.leaders or range(len(run.training.replicas))
+                bucket = self._bucket(next(number), part, part.reduction, senders)
+                if bucket is not None:
+                    homes = tuple(dict.fromkeys(worker_of(store.homes[r]) for r in bucket.replicas))
+                    self._buckets[s, p] = replace(bucket, homes=homes)
+        number = count(next(number) + len(run.training.stores))  # the numbers between are of `Agreement`
+        for s, store in enumerate(run.training.stores):
+            for p, part in enumerate(store.parts):
+                for site in store.sites:
+                    how = site.reductions[p] if site.reductions else None
+                    bucket = self._bucket(next(number), part, how, site.replicas)
+                    if bucket is not None:
+                        self._inside.update({(s, p, replica): bucket for replica in bucket.replicas})
 
-    def _group(self, part: Part) -> Group:
-        assert part.reduction is not None
-        if part.stage not in self._groups:
-            run, reduction = self._run, part.reduction
-            identity = GroupId(run.plan_id, run.number, part.stage)
-            self._groups[part.stage] = Group(
-                identity, run.me, reduction.workers, run.sender.send, hosts=reduction.hosts, deadline_s=run.deadline_s
+    def _bucket(self, number: int, part: Part, reduction: Reduction | None, replicas: Iterable[int]) -> _Bucket | None:
+        """The bucket of those of these replicas that are here; None if it has no part here."""
+        if reduction is None:
+            return None
+        run = self._run
+        group = self._numbers.setdefault((part.stage, reduction.workers), len(self._numbers))
+        if run.me not in reduction.workers:
+            return None
+        if group not in self._groups:
+            identity, send = GroupId(run.plan_id, run.number, group), run.sender.send
+            self._groups[group] = Group(
+                identity, run.me, reduction.workers, send, hosts=reduction.hosts, deadline_s=run.deadline_s
             )
-        return self._groups[part.stage]
+        here = tuple(r for r in replicas if worker_of(run.training.replicas[r][part.stage]) == run.me)
+        schedule = named(reduction.schedule, reduction.hosts, reduction.fanout)
+        return _Bucket(number, part, schedule, self._groups[group], here)
 
-    def group(self, stage: int) -> Group:
-        """The group of a stage whose gradients are added up here."""
-        return self._groups[stage]
+    def group(self, store: int) -> Group:
+        """The group that adds up the gradients of a store for its homes."""
+        return self._buckets[store, 0].group
 
     def push(self, given: Given, arrays: Sequence[Array]) -> None:
-        """Add the push of a replica. The push of this worker's last replica starts the all-reduce.
+        """Add the push of a replica for the homes. The push of this worker's last replica starts the all-reduce.
 
         The arrays must not change any more. May wait until they are computed.
         """
-        bucket = self._buckets[given.store, given.part]
+        self._push(self._buckets[given.store, given.part], given, arrays)
+
+    def push_inside(self, given: Given, arrays: Sequence[Array]) -> None:
+        """The same for the sum of its site."""
+        self._push(self._inside[given.store, given.part, given.replica], given, arrays)
+
+    def _push(self, bucket: _Bucket, given: Given, arrays: Sequence[Array]) -> None:
         own = {given.replica: arrays}
         if len(bucket.replicas) > 1:
-            key = (given.store, given.part, given.clock)
+            key = (bucket.number, given.clock)
             with self._run.changed:
                 waiting = self._waiting.setdefault(key, {})
                 waiting[given.replica] = arrays
@@ -149,6 +177,9 @@ class Reductions:
         if error is not None:
             self._failed(given, error)
             return
+        if not bucket.homes:
+            self._tell_site(bucket, given, done.result())
+            return
         run, replicas = self._run, len(self._run.training.replicas)
         message = wire.Contribution(
             plan_id=run.plan_id,
@@ -179,6 +210,15 @@ class Reductions:
         for home in bucket.homes:
             run.send(home, message, sums)
 
+    def _tell_site(self, bucket: _Bucket, given: Given, total: Sequence[Array]) -> None:
+        """Give the sum of a site to its replicas here."""
+        run = self._run
+        run.count_crossing(given.store, bucket.group.take_sent_bytes(bucket.number))
+        with run.changed:
+            for replica in bucket.replicas:
+                run.told[given.store, replica, summed(given.part), given.clock] = total
+            run.changed.notify_all()
+
     def _is_sound(self, given: Given, own: Mapping[int, Sequence[Array]], sums: Sequence[Array]) -> bool:
         """Whether a sum may be applied. It has the same bits on all workers, so all workers decide the same.
 
@@ -198,6 +238,11 @@ class Reductions:
             return
         name = self._run.training.stores[given.store].name
         self._on_fault(self._run.step_of(given.clock), f"store {name}", error)
+
+
+def summed(part: int) -> int:
+    """What stands in `Run.told` for the source of the sum of a site."""
+    return -1 - part
 
 
 def sum_of(arrays: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
