@@ -73,6 +73,9 @@ class Digits:
         self._world.pushed[store].add(value[:2])
         return True
 
+    def kept(self, at: At) -> dict[int, float]:
+        return {}
+
     def flight(self, *_: Any) -> None:
         return None
 

@@ -47,7 +47,7 @@ def loop(share: float, bits: int, decay: float, replicas: int = 2) -> Any:
             kept[r] = jax.tree.map(np.subtract, total, changes[r])
         shared = jax.tree.map(lambda s, *c: s - sum(c) / replicas, shared, *changes)
         own = [shared for _ in range(replicas)]
-    return shared
+    return shared, kept
 
 
 def fit(cluster: Any, policy: fm.Policy, **options: Any) -> fm.TrainingResult:
@@ -58,12 +58,17 @@ def fit(cluster: Any, policy: fm.Policy, **options: Any) -> fm.TrainingResult:
 @pytest.mark.parametrize(("share", "bits", "decay"), [(0.1, 2, 0.95), (0.25, 4, 1.0)])
 def test_it_equals_the_loop_on_both_clocks(threads_cluster: fm.Cluster, share: float, bits: int, decay: float) -> None:
     policy = fm.policies.sparse_loco(EVERY, share, bits, decay=decay)
-    expected = loop(share, bits, decay)
+    expected, kept = loop(share, bits, decay)
     real = fit(threads_cluster, policy)
     assert_close(real.params, expected)
     virtual = fit(fm.SimulatedCluster(2, fm.sim.Constant(0.1), fm.sim.Network(1e-3, 1e9)), policy)
     assert_close(virtual.params, expected)
     assert virtual.traffic == real.traffic
+    for layer in mlp():
+        norm = np.sqrt(sum(np.sum(np.square(leaf)) for one in kept for leaf in one[layer].values()))
+        for ledger in (real.ledger, virtual.ledger):
+            np.testing.assert_allclose(ledger.kept[layer], norm, rtol=1e-4)
+            assert f"kept by error feedback of {layer} and not sent: a norm of" in str(ledger)
     for layer, leaves in mlp().items():
         chain = policy.filters
         forms = [fm.filters.Form(leaf.shape, np.dtype(np.float32)) for leaf in leaves.values()]

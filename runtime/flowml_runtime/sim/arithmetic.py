@@ -235,6 +235,9 @@ class Arithmetic:
         if at in self._encoders:
             self._encoders[at].settle(clock, stores, counts=counts)
 
+    def kept(self, at: At) -> Mapping[int, float]:
+        return self._encoders[at].kept() if at in self._encoders else {}
+
     def flight(self, schedule: collective.Schedule, rank: int, values: Sequence[Value]) -> _Sum:
         return _Sum(schedule, rank, self.total(values), self._pool)
 

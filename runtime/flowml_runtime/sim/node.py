@@ -15,6 +15,7 @@ from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At
 from flowml_runtime.sim.values import Value
 from flowml_runtime.worker.training.counts import Counts
+from flowml_runtime.worker.training.filtered import added
 
 if TYPE_CHECKING:
     from flowml_runtime.sim.world import World
@@ -225,7 +226,8 @@ class Node:
 
     def _tell_traffic(self, action: protocol.TellTraffic | protocol.Return) -> None:
         rows = self.counts.rows()
-        self.send(DRIVER, wire.Traffic(**self.ids, cause=action.cause, worker=self.name, stores=rows))
+        kept = added(map(self.world.values.kept, self.stages))
+        self.send(DRIVER, wire.Traffic(**self.ids, cause=action.cause, worker=self.name, stores=rows, kept=kept))
 
     def _hand(self, action: protocol.Hand) -> None:
         value = None if action.handle is None else self.payloads.pop(action.handle)

@@ -110,6 +110,10 @@ class Values(Protocol):
         """The fate of a step is known. A filtered push that does not count returns to what the filters keep."""
         ...
 
+    def kept(self, at: At) -> Mapping[int, float]:
+        """By store the sum of squares of what the filters of a stage have not sent yet."""
+        ...
+
     def flight(self, schedule: Schedule, rank: int, values: Sequence[Value]) -> Flight | None:
         """One rank's part of a sum of all replicas, with the values of its own. None if `total` makes the sum."""
         ...
@@ -198,6 +202,9 @@ class Nothing:
 
     def settle(self, at: At, clock: int, stores: Sequence[int], counts: bool) -> None:
         return None
+
+    def kept(self, at: At) -> Mapping[int, float]:
+        return {}
 
     def flight(self, schedule: Schedule, rank: int, values: Sequence[Value]) -> None:
         return None

@@ -243,10 +243,12 @@ class Traffic(TrainingMessage, frozen=True):
 
     `stores`: (store, contributions pushed, their bytes, bytes of those that crossed to another worker,
     bytes of published parameters that crossed).
+    `kept`: (store, the sum of squares of what error feedback here has not sent yet), where that is not 0.
     """
 
     worker: Name
     stores: tuple[tuple[Count, Count, Count, Count, Count], ...]
+    kept: tuple[tuple[Count, float], ...] = ()
 
 
 class Retired(TrainingMessage, frozen=True):

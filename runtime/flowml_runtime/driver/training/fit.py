@@ -6,6 +6,7 @@ the thread that called `fit`, and Ctrl-C ends the fit there.
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 import warnings
@@ -401,6 +402,7 @@ class Fit:
             summary,
             nonfinite=self._history.nonfinite_counts(),
             nonfinite_losses=dict(self._history.nonfinite_losses),
+            kept=self._kept(),
         )
         return Outcome(
             final, states, self._history.records, summary, seconds, self._bytes(), self._session.time.simulated()
@@ -413,6 +415,13 @@ class Fit:
             order = epoch_order(self._source.examples, options.seed, epoch, shuffle=options.shuffle)
             self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
         return self._orders[epoch]
+
+    def _kept(self) -> dict[str, float]:
+        """By layer the norm of what error feedback has not sent."""
+        squares: dict[int, float] = {}
+        for store, found in (pair for traffic in self._machine.traffic.values() for pair in traffic.kept):
+            squares[store] = squares.get(store, 0.0) + found
+        return {self._training.stores[store].name: math.sqrt(squares[store]) for store in sorted(squares)}
 
     def _bytes(self) -> dict[str, dict[str, int]]:
         """Bytes by store, summed over all workers."""

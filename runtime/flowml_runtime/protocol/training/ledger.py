@@ -159,6 +159,7 @@ class Summary:
     examples took part how many times; it is empty if it was not requested. `nonfinite` counts, by layer and replica,
     the gradients that were left out because they held NaN or infinity; replica -1 counts such sums of finite gradients.
     `nonfinite_losses` counts, by replica, the losses that were left out of the history because they were not finite.
+    `kept` has by layer the Euclidean norm of what the error feedback of all replicas had not sent at the end.
     """
 
     used: int
@@ -175,6 +176,7 @@ class Summary:
     groups: Mapping[str, Tally] = field(default_factory=dict[str, Tally])
     nonfinite: Mapping[str, Mapping[int, int]] = field(default_factory=dict[str, Mapping[int, int]])
     nonfinite_losses: Mapping[int, int] = field(default_factory=dict[int, int])
+    kept: Mapping[str, float] = field(default_factory=dict[str, float])
     duplicate: int = 0
 
     def __str__(self) -> str:
@@ -193,6 +195,8 @@ class Summary:
             lines.append(f"not finite and left out of {layer}: {_by_replica(counts)}")
         if self.nonfinite_losses:
             lines.append(f"losses not finite and left out of the history: {_by_replica(self.nonfinite_losses)}")
+        for layer, norm in self.kept.items():
+            lines.append(f"kept by error feedback of {layer} and not sent: a norm of {norm:.3g}")
         return "\n".join(lines)
 
 

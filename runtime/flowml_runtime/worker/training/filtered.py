@@ -16,7 +16,7 @@ residuals of error feedback, the basis of a low-rank approximation, and cached k
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -27,6 +27,8 @@ from flowml.policy import filters
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.transport.arrays import Buffer
+
+Kept = Mapping[int, float]
 
 Key = tuple[int, ...]
 """Names a filtered array: (store, part, array) on a stage, (store, part, array, replica, incarnation) at a home."""
@@ -91,6 +93,24 @@ class Encoder:
                 if not counts:
                     others = {n: a for n, a in self.buffers[key].items() if n != filters.RESIDUAL}
                     self.buffers[key] = others if residual is None else {**others, filters.RESIDUAL: residual}
+
+    def kept(self) -> Kept:
+        """By store the sum of squares of what error feedback has not sent yet."""
+        with self._lock:
+            buffers = list(self.buffers.items())
+        found = [(key[0], state[filters.RESIDUAL]) for key, state in buffers if filters.RESIDUAL in state]
+        total: dict[int, float] = {}
+        for store, residual in found:
+            total[store] = total.get(store, 0.0) + float(np.sum(np.square(residual, dtype=np.float64)))
+        return total
+
+
+def added(kept: Iterable[Kept]) -> tuple[tuple[int, float], ...]:
+    """What several stages have not sent yet, for `wire.Traffic`."""
+    total: dict[int, float] = {}
+    for store, squares in (pair for one in kept for pair in one.items()):
+        total[store] = total.get(store, 0.0) + squares
+    return tuple((store, squares) for store, squares in sorted(total.items()) if squares)
 
 
 class Decoder:

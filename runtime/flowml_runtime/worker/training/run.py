@@ -22,6 +22,7 @@ from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.transport.endpoint import Sender
 from flowml_runtime.worker.training.applying import Held
 from flowml_runtime.worker.training.counts import Counts
+from flowml_runtime.worker.training.filtered import Encoder, added
 from flowml_runtime.worker.training.finite import sentence
 
 Fault = Callable[[int, str, BaseException], None]
@@ -59,6 +60,8 @@ class Run:
     """(store, replica here, neighbour, clock) -> the neighbour's parameters before that step."""
     shared: dict[int, Held] = field(default_factory=dict[int, Held])
     """The stores that the replicas here update themselves."""
+    encoders: list[Encoder] = field(default_factory=list[Encoder])
+    """Those of the stages here."""
     stopped: bool = False
     counting: threading.Lock = field(default_factory=threading.Lock)
     """Guards `counts`, because executors, lanes and groups count the bytes they send."""
@@ -139,5 +142,6 @@ class Run:
     def traffic(self, cause: int) -> wire.Traffic:
         with self.counting:
             rows = self.counts.rows()
+            kept = added(encoder.kept() for encoder in self.encoders)
         ids: dict[str, Any] = {"plan_id": self.plan_id, "run": self.number, "cause": cause}
-        return wire.Traffic(**ids, worker=self.me, stores=rows)
+        return wire.Traffic(**ids, worker=self.me, stores=rows, kept=kept)

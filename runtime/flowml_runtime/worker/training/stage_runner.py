@@ -106,6 +106,7 @@ class StageRunner(EdgeServices):
         self._inside: list[tuple[int, int, int]] = []
         """(store, part, steps) of the sums of sites that this step waits for."""
         self._encoder = Encoder(run.training.stores, self.replica, run.start.seed)
+        run.encoders.append(self._encoder)
         self._compared: dict[int, Sequence[Array]] = {}
         """By store the parameters of this step, where filters compare gradients with them."""
         self._now = Start(run.number, *at, -1, wire.Item(sequence=0, epoch=0, start=0, size=0), 0)
