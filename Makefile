@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 SOURCES := flowml runtime tools tests examples scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types unit wheel reference peers pins clean
+.PHONY: help demo test lint format types unit wheel faults reference peers pins clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,9 @@ unit: $(STAMP)  ## unit and integration tests; PYTEST_ARGS="-k name" chooses
 
 wheel: $(STAMP)  ## build the wheel and use it in an environment of its own
 	@$(PY) scripts/check_wheel.py
+
+faults: $(STAMP)  ## 100,000 random training runs with faults, checked; FAULTS_ARGS="--seed 7" repeats one
+	@$(VENV)/bin/flowml faults $(or $(FAULTS_ARGS),--seeds 100000)
 
 reference: $(STAMP)  ## write docs/reference.md from the docstrings
 	@$(PY) scripts/reference.py

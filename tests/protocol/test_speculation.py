@@ -27,7 +27,8 @@ from flowml_runtime.protocol.training.replica import (
     StorePublished,
 )
 from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, StoreTerms, Terms, Tick
-from tests.protocol.training_world import World, make
+from flowml_tools.faults.layout import make
+from flowml_tools.faults.world import World
 
 WORK = Work(2, 8, item_size=4, total_clocks=2, aligned=True, portions=2, copies=1)
 
@@ -153,7 +154,7 @@ def check(run: World) -> Summary:
     assert run.driver.machine.over
     assert (summary.used, summary.outstanding) == (run.terms.total_clocks * members, 0)
     assert summary.dropped == summary.folded == summary.requeued == 0
-    assert len({(i.sequence, i.copy) for i in run.duplicates}) == len(run.duplicates)
+    assert len({(i.sequence, i.copy) for i in run.driver.duplicates}) == len(run.driver.duplicates)
     return summary
 
 
@@ -200,4 +201,4 @@ def test_each_portion_counts_once_at_any_speeds(
         run.lose(replicas - 1, seed % 17)
     run.go()
     summary = check(run)
-    assert lost or summary.duplicate == len(run.duplicates)
+    assert lost or summary.duplicate == len(run.driver.duplicates)

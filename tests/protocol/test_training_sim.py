@@ -9,88 +9,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flowml import policies
-from flowml.policy import UNBOUNDED, Deadline, Fold, Policy, Quorum, due
+from flowml.policy import UNBOUNDED, Deadline, Fold, Policy, Quorum
 from flowml_runtime.protocol.training import ledger
-from tests.protocol.training_world import MICROBATCHES, World, make
-
-
-def check_ended(run: World) -> ledger.Summary:
-    """Everything has come to rest, and every item that was handed out is accounted for."""
-    assert run.driver.machine.over
-    assert sorted(run.driver.final) == sorted(run.applied)
-    assert not any(node.payloads or node.stages for n, node in run.nodes.items() if not run.is_dead(n))
-    summary = run.driver.machine.ledger.summary()
-    assert summary.outstanding == 0
-    settled = summary.used + summary.dropped + summary.folded
-    assert settled + summary.unseen == run.work.epochs * run.work.items_per_epoch
-    return summary
-
-
-def times_applied(run: World, index: int) -> dict[int, int]:
-    """How often each item is in the store, from the digits of the sum of all that was applied to it."""
-    digits = format(sum(value for version in run.applied[index] for _, _, value, _ in version), "x")[::-1]
-    assert len(digits) <= run.work.epochs * run.work.items_per_epoch
-    return {q: int(d, 16) for q, d in enumerate(digits) if d != "0"}
-
-
-def check_items(run: World) -> None:
-    """A store contains each item that its group uses exactly once, and no other item."""
-    counted = {q for q, (_, _, fate) in run.fates.items() if fate in ("used", "folded")}
-    for index in run.applied:
-        applied = times_applied(run, index)
-        assert set(applied.values()) <= {1}, "an item was applied twice"
-        group = run.terms.group_of.get(index, -1)
-        expected = {q for q in counted if group not in run.missing[q]}
-        assert set(applied) == expected, f"store {index} lacks {expected - set(applied)}, has {set(applied) - expected}"
-
-
-def check_weights(run: World) -> None:
-    """The mean is over exactly the microbatch gradients that the version contains."""
-    for index, versions in run.applied.items():
-        policy = run.terms.stores[index].policy
-        folds = policy.clocked and isinstance(policy.quorum.late, Fold)
-        for version in versions:
-            newest = max(clock for _, clock, _, _ in version)
-            on_time = [who for who, clock, _, _ in version if not folds or clock == newest]
-            assert on_time == sorted(on_time)
-            if policy.apply.averages and not folds:
-                gradients = MICROBATCHES * format(sum(v for _, _, v, _ in version), "x").count("1")
-                assert all(factor == pytest.approx(1 / gradients) for *_, factor in version)
-
-
-def check_reads(run: World) -> None:
-    """No read misses a contribution that its staleness bound promises (all of a clock's where none can be late)."""
-    for index, clock, version in run.reads:
-        terms = run.terms.stores[index]
-        need = terms.policy.quorum.need(run.terms.replicas)
-        if terms.policy.quorum in (Quorum(0.6, of="samples"), Deadline(1.0, limit_s=1.5)):
-            need = 1
-        if terms.policy.staleness == UNBOUNDED:
-            continue
-        oldest = clock // terms.every * terms.every - int(terms.policy.staleness)
-        inside = {(who, c) for v in run.applied[index][:version] for who, c, _, _ in v}
-        if run.terms.replicas == need or not terms.clocked:
-            promised = {(who, c) for who, c in run.pushed[index] if c < oldest}
-            assert promised <= inside, f"store {index} at clock {clock} lacks {promised - inside}"
-        else:
-            committed = [c for c in range(max(oldest, 0)) if due(c, terms.every, run.terms.last_clock)]
-            assert all(sum((who, c) in inside for who in range(run.terms.replicas)) >= need for c in committed)
-
-
-def check_copies(run: World) -> None:
-    """Every home of a store has made the same versions of it, from the same contributions."""
-    for index, versions in run.applied.items():
-        assert sorted(run.copies[index]) == [(i + 1, *made) for i, made in enumerate(versions)]
+from flowml_tools.faults.campaign import check_rest
+from flowml_tools.faults.checker import check
+from flowml_tools.faults.layout import MICROBATCHES, make
+from flowml_tools.faults.world import World
 
 
 def check_all(run: World) -> ledger.Summary:
+    """The run ends, comes to rest, and keeps its promises."""
     run.go()
-    summary = check_ended(run)
-    check_items(run)
-    check_weights(run)
-    check_reads(run)
-    check_copies(run)
-    return summary
+    check_rest(run)
+    assert check(run.history) == []
+    assert run.history.summary is not None
+    return run.history.summary
 
 
 def test_full_synchrony_applies_exactly_the_reference_sum_of_every_row() -> None:
@@ -116,8 +49,8 @@ def test_pushing_every_k_applies_sums_over_windows_and_the_last_one_is_short() -
 def test_a_quorum_leaves_the_slow_replica_behind_and_loses_only_its_items() -> None:
     run = make([policies.quorum(0.75)] * 3, replicas=4, clocks=40, items=80, speeds=(1, 1, 1, 12), twice=0.2)
     summary = check_all(run)
-    assert len(run.commits) == 40
-    assert all(len(c.excluded) <= 1 for c in run.commits)
+    assert len(run.driver.commits) == 40
+    assert all(len(c.excluded) <= 1 for c in run.driver.commits)
     slow = summary.replicas[3]
     assert slow.used < 20
     assert slow.dropped > 5
@@ -146,7 +79,7 @@ def test_a_sum_counts_steps_not_replicas() -> None:
 def test_a_sum_of_all_replicas_is_one_contribution_and_needs_no_decision() -> None:
     run = make([policies.all_reduce(every=2)], replicas=3, stages=1, clocks=5, items=15, speeds=(1, 5, 2))
     assert check_all(run).used == 15
-    assert run.commits == []
+    assert run.driver.commits == []
     expected = [sum(16 ** (3 * c + r) for c in window for r in range(3)) for window in ((0, 1), (2, 3), (4,))]
     assert run.applied[0] == [
         [(0, clock, value, pytest.approx(1 / (3 * steps * MICROBATCHES)))]
@@ -235,13 +168,7 @@ def test_the_rest_goes_on_without_a_lost_replica(name: str, victim: int, when: f
     rules = COMPOSITIONS[name]
     run = make(rules, replicas=4, clocks=12, seed=seed, homes_on=0)
     run.lose(victim, when)
-    run.go()
-    check_ended(run)
-    theirs = {q for q, (who, _, fate) in run.fates.items() if not run.is_dead(who) and fate == "used"}
-    for index in run.applied:
-        applied = times_applied(run, index)
-        assert set(applied.values()) <= {1}
-        assert theirs <= set(applied)
+    check_all(run)
 
 
 def test_one_seed_gives_one_story() -> None:
@@ -249,7 +176,7 @@ def test_one_seed_gives_one_story() -> None:
     for run in stories:
         check_all(run)
     assert stories[0].applied == stories[1].applied
-    assert stories[0].commits == stories[1].commits
+    assert stories[0].driver.commits == stories[1].driver.commits
     assert stories[0].clock.trace_hash == stories[1].clock.trace_hash
     other = make(COMPOSITIONS["quorum"], replicas=4, speeds=(1, 2, 3, 9), seed=8)
     check_all(other)

@@ -40,6 +40,8 @@ class Executor:
         """Whether a step is under way that waits for something on its worker."""
         self._node = node
         self._world = node.world
+        self._counts = node.counts
+        """Those of its run, which a step may outlive."""
         self._program = program
         self._machine = node.machine.stage(at)
         self._instructions = self._world.instructions(program)
@@ -116,7 +118,7 @@ class Executor:
 
     def _number(self, step: Start) -> int:
         """The number of a step in the mailbox. It is unique over all fits of the plan."""
-        return self._node.start.run + step.clock
+        return step.run + step.clock
 
     def _is_over(self, step: Start) -> bool:
         return self._abandoned and self._machine.should_abandon(step.clock)
@@ -126,7 +128,7 @@ class Executor:
         if self._next == len(self._instructions):
             self._return_states(step)
             self._report(step)
-        self._node.tell(StepFinished(self._node.start.run, step.replica, step.stage, step.clock, step.cause))
+        self._node.tell(StepFinished(step.run, step.replica, step.stage, step.clock, step.cause))
 
     def _return_states(self, step: Start) -> None:
         """After the last step, send the driver the own optimizer state. That of replica 0 stands for all."""
@@ -273,7 +275,7 @@ class Executor:
             self._share(step, store, message, value)
             return True
         value, nbytes = world.filtered(self.at, message, value)
-        node.counts.push(store, part, nbytes, crosses=sent.to[0] != node.name)
+        self._counts.push(store, part, nbytes, crosses=sent.to[0] != node.name)
         for home in sent.to:
             node.send(home, message, value, nbytes)
         return True

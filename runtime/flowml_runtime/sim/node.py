@@ -107,16 +107,18 @@ class Node:
     def tell(self, event: protocol.Event) -> None:
         if not self.lives:
             return
-        for action in self.machine.step(event, self.world.clock.now):
+        wanted = self.machine.step(event, self.world.clock.now)
+        for action in wanted:
             self._ACT[type(action)](self, action)
-        self.world.stepped(self)
+        self.world.stepped(self, event, wanted)
         self._walk()
 
     def note(self, event: protocol.Updated) -> None:
         """Tell the machine of an event that lets no step go on. A step may call it."""
-        for action in self.machine.step(event, self.world.clock.now):
+        wanted = self.machine.step(event, self.world.clock.now)
+        for action in wanted:
             self._ACT[type(action)](self, action)
-        self.world.stepped(self)
+        self.world.stepped(self, event, wanted)
 
     def send(self, to: str, message: wire.Wire, value: Value = None, nbytes: int = 0) -> None:
         self.world.send(self.name, to, message, value, nbytes)

@@ -167,13 +167,13 @@ class Nothing:
         self._states: dict[int, Value] = {}
         self._reports = tuple((found, (_NAN,) * len(found)) if found else None for found in slots)
 
-    def begin(self, at: At, start: Start) -> int:
+    def begin(self, at: At, start: Start) -> Any:
         return at[1]
 
-    def perform(self, state: int, position: int, given: Any) -> Value:
+    def perform(self, state: Any, position: int, given: Any) -> Value:
         return NO_ARRAYS
 
-    def report(self, state: int) -> Report | None:
+    def report(self, state: Any) -> Report | None:
         return self._reports[state]
 
     def add(self, at: At, store: int, part: int, a: Value, b: Value) -> Value:

@@ -20,6 +20,7 @@ from flowml.plan import Instruction, Part, Plan
 from flowml.sim import AT_ONCE, Homes, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.execution.faults import step_failed
+from flowml_runtime.protocol.training import actions
 from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
 from flowml_runtime.sim.collectives import Collectives
 from flowml_runtime.sim.executor import Executor
@@ -95,8 +96,8 @@ class World:
     """The devices of each worker. Each is a machine of its own for the compute times."""
     run: int = 0
     tamper: Tamper | None = None
-    stepped: Callable[[Node], None] = lambda node: None
-    """Called after each event of a worker's machine."""
+    stepped: Callable[[Node, actions.Event, Sequence[actions.Action]], None] = lambda node, event, wanted: None
+    """Called after each event of a worker's machine, when the wanted actions have been carried out."""
     homes: Homes = AT_ONCE
     delays: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     """Seconds added to the steps of a worker, as in `wire.StartTraining`."""

@@ -210,6 +210,8 @@ class WorkQueue:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._fresh: Counter[int] = Counter()  # epoch -> items drawn for the first time
+        self.drawn = 0
+        """The number of items that were drawn for the first time."""
         self._back: dict[int, deque[wire.Item]] = {}
         self._requeued: deque[wire.Item] = deque()
         self._reserved: list[dict[int, wire.Item]] = [{} for _ in range(work.replicas)]
@@ -234,6 +236,12 @@ class WorkQueue:
         if self._work.aligned:
             return False
         return not self._requeued and all(self._left(e) == 0 for e in range(self._epoch, self._work.epochs))
+
+    @property
+    def kept(self) -> int:
+        """The number of items that were drawn, and that no replica has."""
+        back = sum(map(len, self._back.values()))
+        return len(self._requeued) + back + sum(map(len, self._reserved))
 
     def requeue(self, item: wire.Item) -> None:
         """Draw this item before any other, because a replica was too late with it."""
@@ -282,6 +290,7 @@ class WorkQueue:
         index = self._fresh[epoch]
         if index < self._size(epoch):
             self._fresh[epoch] += 1
+            self.drawn += 1
             sequence = epoch * self._work.items_per_epoch + index
             return wire.Item(
                 sequence=sequence, epoch=epoch, start=index * self._work.item_size, size=self._work.item_size
@@ -463,7 +472,8 @@ class Ledger:
         return tuple(sorted(Counter(times[e] for e in everything).items()))
 
     def validate(self) -> None:
-        """Check that each granted item is settled, outstanding or given back, and that none is settled twice."""
+        """Check that each granted item is settled, outstanding or given back, that none is settled twice, and that
+        those given back wait to be granted again."""
         totals = Counter[str]()
         for account in self._epochs.values():
             totals.update(account.fates)
@@ -478,3 +488,6 @@ class Ledger:
         ensure(not twice, "an item is settled and outstanding")
         if self._portions is not None:
             self._portions.validate()
+        else:
+            somewhere = settled + len(self._outstanding) + self._queue.kept
+            ensure(self._queue.drawn == somewhere, "an item that was given back is lost, or there twice")

@@ -21,7 +21,8 @@ of a step, with the same result. `STEPS` is the life of one step as a table. Its
 * A replica reads its own writes in stores that apply on arrival (Ho et al., stale synchronous parallel): it waits for
   the version that holds its last push. So a single replica is serial, and a slow home slows its replicas down instead
   of accumulating their pushes.
-* A replica without more work retires, stage by stage, each after its last push.
+* A replica without more work retires, stage by stage, each after its last push, and after it has the last version of
+  each sum that it takes part in: until then its worker passes on what others send of the sum.
 
 What the caller must do:
 
@@ -215,6 +216,7 @@ class Replica:
         """`ahead`: the number of clocks for which the first stage holds items (`items.batch`)."""
         self._terms = terms
         self._me = replica
+        self._stage = stage
         self._leads = stage == 0
         self._published: dict[int, StorePublished] = {}
         self._applied: dict[int, Applied] = {}
@@ -288,8 +290,8 @@ class Replica:
         if isinstance(event, Tick):
             return []
         actions = self._take(event)
-        if isinstance(event, StorePublished | Applied):
-            return actions  # these events change only what may be read
+        if isinstance(event, StorePublished | Applied):  # these events change what may be read, and end sums
+            return [*actions, *self._retire()] if self._terms.sums else actions
         actions += self._resolve()
         actions += self._advance()
         return actions
@@ -463,6 +465,8 @@ class Replica:
     def _retire(self) -> list[Action]:
         if self._retired or self._running is not None or any(s.state in WAITING for s in self._steps):
             return []
+        if not all(self._has_last(store) for store in self._terms.summed_at[self._stage]):
+            return []
         if self._leads:
             if not self._work.is_over() or self._accounts.waits(self._committed):
                 return []
@@ -472,6 +476,11 @@ class Replica:
             return []
         self._retired = True
         return [Retire()]
+
+    def _has_last(self, store: int) -> bool:
+        """Whether the last version of a sum over all replicas is here, so that this worker passes on no more of it."""
+        news = self._published.get(store)
+        return news is not None and news.floor > self._terms.last_clock
 
     def _close(self) -> list[Action]:
         """Settle the items whose fate no commit will change, and give back those that were never begun."""

@@ -180,6 +180,12 @@ class Terms:
         return any(s.collective or s.sites for s in self.stores)
 
     @cached_property
+    def summed_at(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage, the stores of which it adds a part up with the other replicas."""
+        sums = [(number, store) for number, store in enumerate(self.stores) if store.collective]
+        return tuple(tuple(n for n, s in sums if stage in s.stages) for stage in range(self.stages))
+
+    @cached_property
     def arrives(self) -> bool:
         """Whether some store applies contributions as they arrive."""
         return any(not s.clocked for s in self.stores)

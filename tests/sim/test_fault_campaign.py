@@ -1,0 +1,101 @@
+"""Thousands of random runs with faults keep every promise, and each planted bug is found by few of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from flowml_tools.faults.campaign import campaign, run
+from flowml_tools.faults.cases import Case
+from flowml_tools.faults.checker import check
+from tests.conftest import EXAMPLES_SEED
+from tests.sim.bugs import BUGS, planted
+
+SEEDS = 10_000
+TIME_S = 75.0
+"""The time for them all. A machine that has two idle cores takes less."""
+WITHIN = 1000
+"""The seeds within which a bug is found."""
+
+
+def flowml(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flowml_tools.main", "faults", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=115, check=False)
+
+
+def test_ten_thousand_random_runs_with_faults_keep_every_promise(capsys: pytest.CaptureFixture[str]) -> None:
+    first = EXAMPLES_SEED % 10**6 * SEEDS  # fresh ones in every run, unless FLOWML_TEST_SEED is given
+    limits = ("--first", str(first), "--seeds", str(SEEDS), "--jobs", str(min(2, os.cpu_count() or 1)))
+    ended = flowml(*limits, "--time", str(TIME_S))
+    with capsys.disabled():
+        print(f"\n{ended.stdout.splitlines()[-1] if ended.stdout else ''} (seeds from {first})")
+    assert ended.returncode == 0, f"{ended.stdout[-20_000:]}\n{ended.stderr[-2000:]}"
+    assert int(ended.stdout.split()[0]) >= WITHIN
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(bug: str) -> None:
+    with planted(bug):
+        found = next((f for f in campaign(range(WITHIN)) if f is not None), None)
+    assert found is not None
+    assert found.violations
+    assert run(found.case) is None, "without the bug the same case keeps every promise"
+
+
+def test_a_seed_repeats_to_the_event() -> None:
+    for seed in range(20):
+        first, second = Case.of(seed).world(), Case.of(seed).world()
+        for world in (first, second):
+            world.go()
+        assert first.clock.trace_hash == second.clock.trace_hash
+        assert first.history.story() == second.history.story()
+
+
+def test_a_finding_says_what_broke_and_how_to_see_it_again() -> None:
+    with planted("a late contribution is forgotten"):
+        found = next(f for f in campaign(range(WITHIN)) if f is not None)
+        again = run(Case.of(found.case.seed))
+    assert again == found
+    first, *rest = found.report(events=5).splitlines()
+    assert first == (
+        f"seed {found.case.seed} breaks a promise; run it again with: flowml faults --seed {found.case.seed}"
+    )
+    assert rest[-6] == "last events:"
+    assert all(" s  worker:" in line or " s  driver " in line for line in rest[-5:])
+    assert any("is wrong about late work" in line for line in rest)
+
+
+def test_the_command_repeats_one_seed() -> None:
+    ended = flowml("--seed", "12", "--events", "3")
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines[0] == "seed 12 keeps every promise; run it again with: flowml faults --seed 12"
+    assert lines[-4] == "last events:"
+    assert ended.stdout == flowml("--seed", "12", "--events", "3").stdout
+
+
+@pytest.mark.parametrize("arguments", [("--seed", "-1"), ("--first", "x"), ("--seeds", "0"), ("--time", "0")])
+def test_a_wrong_call_is_one_line(arguments: tuple[str, ...]) -> None:
+    ended = flowml(*arguments)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_history_that_was_changed_is_found_out() -> None:
+    """The checker sees what no machine reports: a fact that is missing, or there twice."""
+    world = Case.of(3).world()
+    world.go()
+    assert check(world.history) == []
+    facts = world.history.facts
+    made = [f for f in facts if type(f).__name__ == "Made"]
+    sent = [f for f in facts if type(f).__name__ == "Sent"]
+    for changed, text in (
+        ([f for f in facts if f is not made[0]], "lacks items"),
+        ([*facts, made[0]], "2 times in store"),
+        ([f for f in facts if f is not sent[0]], "bytes of gradients"),
+    ):
+        world.history.facts = changed
+        assert any(text in v for v in check(world.history)), text

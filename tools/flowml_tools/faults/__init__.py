@@ -1,0 +1,76 @@
+"""`flowml faults` runs random training runs with faults, under virtual time, and checks that each keeps its promises.
+
+cases       a seed determines policies, groups of layers, machines, network and faults
+layout      a run of given policies, without a model
+world       the real machines of driver and workers, joined by the simulator, and a record of all that happens
+values      integers in place of arrays, which show what a version contains
+history     the record; `timeline` puts it in order, and `checker` finds violations in it
+campaign    many seeds, and what to print of one that fails
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+from flowml_tools.command import count, positive, seconds
+
+SUMMARY = "random training runs with faults, under virtual time, checked for broken promises"
+DESCRIPTION = """\
+Each seed is a small training run: random policies, groups of layers, machines and networks, with crashes, partitions,
+stalls, interrupted fits, and lost, repeated and reordered messages. The driver's and the workers' state machines are
+those of real runs. Their invariants are checked after every event, and the history of the run at its end: staleness
+bounds, contributions lost or applied twice, coefficients, the ledger, copies, and bytes.
+
+A seed that breaks a promise is printed with its case, what it broke, its last events, and the command that repeats it.
+"""
+SEEDS = 10_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=_seed, metavar="N", help="run only this seed, and print its events")
+    parser.add_argument("--seeds", type=positive, default=SEEDS, metavar="N", help=f"the number of seeds ({SEEDS})")
+    parser.add_argument("--first", type=_seed, default=0, metavar="N", help="the first seed (0)")
+    parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
+    parser.add_argument("--time", type=seconds, default=None, metavar="SECONDS", help="stop then (no limit)")
+    parser.add_argument("--events", type=positive, default=30, metavar="N", help="the last events to print (30)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from flowml_tools.faults.campaign import campaign
+
+    if arguments.seed is not None:
+        return _one(arguments.seed, arguments.events)
+    began, done, failed = time.monotonic(), 0, 0
+    seeds = range(arguments.first, arguments.first + arguments.seeds)
+    for finding in campaign(seeds, arguments.time or float("inf"), arguments.jobs):
+        done += 1
+        if finding is not None:
+            failed += 1
+            print(f"{finding.report(arguments.events)}\n", flush=True)
+        if sys.stderr.isatty() and done % 100 == 0:
+            print(f"\r{done} seeds, {failed} failed", end="", file=sys.stderr, flush=True)
+    print(f"{count(done, 'seed')} in {time.monotonic() - began:.0f} s: {failed or 'none'} broke a promise")
+    return 1 if failed else 0
+
+
+def _one(seed: int, events: int) -> int:
+    from flowml_tools.faults.campaign import run
+    from flowml_tools.faults.cases import Case
+
+    outcome = run(Case.of(seed), always=True)
+    assert outcome is not None
+    print(outcome.report(events))
+    return 1 if outcome.violations else 0
+
+
+def _seed(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0")
+    return value

@@ -1,0 +1,95 @@
+"""Runs the cases of many seeds, and says of each whether it kept every promise.
+
+The invariants of all machines are checked after every event, and the history of the run at its end. A `Finding` prints
+the command that repeats it, and the last events before it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+from flowml_runtime.protocol.errors import ensure
+from flowml_tools.faults.cases import Case
+from flowml_tools.faults.checker import check
+from flowml_tools.faults.world import World
+
+COMMAND = "flowml faults --seed"
+_CHUNK = 50
+"""The seeds that a process runs at a time."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a run of a case broke. `story` has its events in sentences."""
+
+    case: Case
+    violations: tuple[str, ...]
+    story: tuple[str, ...]
+
+    def report(self, events: int = 30) -> str:
+        """What was run, what broke, the last events, and how to repeat it."""
+        broken = [f"  {text}" for text in self.violations[:10]]
+        told = "breaks a promise" if broken else "keeps every promise"
+        lines = (
+            f"seed {self.case.seed} {told}; run it again with: {COMMAND} {self.case.seed}",
+            str(self.case),
+            *(["broken:", *broken] if broken else []),
+            "last events:",
+            *self.story[-events:],
+        )
+        return "\n".join(lines)
+
+
+def run(case: Case, *, always: bool = False) -> Finding | None:
+    """Run one case. Returns what it broke; None if nothing, unless `always`."""
+    world = case.world()
+    found: list[str] = []
+    try:
+        world.go()
+        check_rest(world)
+    except Exception as error:  # a fault that is looked for may show as any error
+        found.append(f"{type(error).__name__}: {error}")
+    for history in world.histories.values():
+        try:
+            found += check(history)
+        except Exception as error:  # a history that a fault cut short may say too little
+            found.append(f"the history cannot be checked: {type(error).__name__}: {error}")
+    return Finding(case, tuple(found), world.history.story()) if found or always else None
+
+
+def campaign(seeds: Sequence[int], seconds: float = float("inf"), jobs: int = 1) -> Iterator[Finding | None]:
+    """Run the cases of these seeds, in order, in so many processes, and stop when the time is over."""
+    end = time.monotonic() + seconds
+    if jobs == 1:
+        for seed in seeds:
+            if time.monotonic() > end:
+                return
+            yield run(Case.of(seed))
+        return
+    chunks = [seeds[i : i + _CHUNK] for i in range(0, len(seeds), _CHUNK)]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        try:
+            for found in pool.map(_run_all, chunks, [time.time() + seconds] * len(chunks)):
+                yield from found
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _run_all(seeds: Iterable[int], end: float) -> list[Finding | None]:
+    """Run these seeds, unless it is too late, in seconds since the epoch."""
+    return [run(Case.of(seed)) for seed in seeds if time.time() < end]
+
+
+def check_rest(world: World) -> None:
+    """The run has ended, and nothing is left of it on workers that live."""
+    machine = world.driver.machine
+    ensure(machine.over, "the run has come to rest before its end")
+    ensure(sorted(world.driver.final) == list(range(len(world.terms.stores))), "the value of a store has not come")
+    for name, node in world.nodes.items():
+        if not world.is_dead(name):
+            ensure(not node.payloads, f"{name} keeps payloads {sorted(node.payloads)}")
+            ensure(not node.stages, f"{name} keeps stages {sorted(node.stages)}")

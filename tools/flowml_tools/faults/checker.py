@@ -1,0 +1,351 @@
+"""Checks a history against the promises of training, without the machines that made it.
+
+    decisions   each due clock of each group has one decision, in order, about exactly the replicas that had arrived,
+                and only once the quorum was reached; each late contribution that is kept joins the next decision
+    applies     each version follows the one before, from exactly the contributions that the decisions name, or that
+                arrived; none is applied twice or lost; the coefficients are those of the policy; copies are equal
+    reads       no step reads, and no contribution is based on, a version older than the staleness bound allows, or one
+                without the own contributions where those are applied at once
+    publications  versions and floors that a home publishes, and versions that a worker reads, never go back
+    payloads    each payload is applied, read, or freed, once
+    items       the ledger adds up, and a store contains each item that its group used once, and no other
+    bytes       workers report the bytes that they have sent
+
+Every rule computes what must hold from the policy, in the plainest way, and not as the machines do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+from flowml.policy import UNBOUNDED, Coded, Deadline, Quorum, Sum, window
+from flowml.policy.apply import base_of, scales
+from flowml_runtime import wire
+from flowml_runtime.protocol.training import actions, driver
+from flowml_runtime.protocol.training.terms import Group, ReplicaLost
+from flowml_tools.faults.history import DRIVER, History, Made, Read, Sent
+from flowml_tools.faults.timeline import Commit, Timeline
+
+_CLOSE = 1e-9
+
+
+def check(history: History) -> list[str]:
+    """The violations in a history, as sentences. A run that was interrupted is checked as far as it came."""
+    seen = Timeline.of(history)
+    rules = (_decisions, _applies, _reads, _publications, _payloads, _items, _bytes)
+    return [text for rule in rules for text in rule(seen)]
+
+
+def _decisions(seen: Timeline) -> Iterator[str]:
+    terms = seen.terms
+    for group in terms.groups:
+        due = [c for c in range(terms.total_clocks) if group.every.due(c, terms.last_clock)]
+        commits = seen.commits[group.number]
+        clocks = [c.message.clock for c in commits]
+        if clocks != (due if seen.whole else due[: len(clocks)]):
+            yield f"group {group.number} has decided clocks {clocks}, and {due} are due"
+        began = seen.began.get(seen.leader(group), 0.0)
+        owed: set[tuple[int, int]] = set()
+        for commit in commits:
+            yield from _decision(seen, group, commit, began)
+            began = commit.at
+            if group.folds:
+                ready = {k for k in owed if seen.has_arrived(group, *k, commit.place)}
+                if set(commit.message.folded) != ready:
+                    missing = sorted(ready.symmetric_difference(commit.message.folded))
+                    yield f"clock {commit.message.clock} of group {group.number} is wrong about late work {missing}"
+                owed = {(r, c) for r, c in owed - ready if not any(r == q and c <= d for q, d in ready)}
+                owed |= {(r, commit.message.clock) for r in commit.message.excluded}
+            elif commit.message.folded:
+                yield f"group {group.number} folds work in, which its policy does not allow"
+
+
+def _decision(seen: Timeline, group: Group, commit: Commit, began: float) -> Iterator[str]:
+    terms, message, place = seen.terms, commit.message, commit.place
+    everyone = range(terms.members)
+    there = [r for r in everyone if seen.has_arrived(group, r, message.clock, place)]
+    where = f"clock {message.clock} of group {group.number}"
+    if message.excluded != tuple(r for r in everyone if r not in there):
+        yield f"{where} is committed without {message.excluded}, and with {there} arrived"
+    gone = seen.gone_at(seen.leader(group), place)
+    if not there:
+        yield f"{where} is committed with nothing"
+    elif any(r not in there and r not in gone for r in everyone) and not _reached(seen, group, commit, there, began):
+        yield f"{where} is committed with {there} before its quorum {group.quorum}"
+
+
+def _reached(seen: Timeline, group: Group, commit: Commit, there: list[int], began: float) -> bool:
+    quorum, terms = group.quorum, seen.terms
+    if isinstance(quorum, Coded):
+        return bool(commit.message.coefficients)
+    if isinstance(quorum, Deadline):
+        if commit.at >= began + quorum.limit_s - _CLOSE:
+            return True
+    elif isinstance(quorum, Quorum) and quorum.of == "samples":
+        steps = commit.message.clock - window(commit.message.clock, group.every.push, group.every.offset) + 1
+        full = terms.members * steps * terms.microbatches
+        weight = sum(seen.arrival_weight(group, r, commit.message.clock) for r in there)
+        share = quorum.count_or_fraction
+        return weight * terms.rows >= (share if quorum.counted else share * full * terms.rows) - _CLOSE
+    return len(there) >= quorum.need(terms.members)
+
+
+Chosen = tuple[int, int, float]
+"""(replica, clock, coefficient)"""
+
+
+def _applies(seen: Timeline) -> Iterator[str]:
+    for store, terms in enumerate(seen.terms.stores):
+        for home in seen.places.homes[store]:
+            made = seen.applies.get((home, store), [])
+            for number, apply in enumerate(made):
+                if apply.action.version != number + 1:
+                    yield f"store {store} at {home} makes version {apply.action.version} after version {number}"
+            found = [[(*k, f) for k, f in zip(a.keys, a.factors, strict=True)] for a in made]
+            keys = Counter(k for a in made for k in a.keys)
+            twice = [k for k, n in keys.items() if n > 1]
+            if twice:
+                yield f"store {store} at {home} applies the contribution of {_named(twice[0])} twice"
+            if terms.decided and not isinstance(terms.policy.quorum, Coded):
+                yield from _compared(seen, home, store, found, seen.expected(home, store))
+            elif terms.collective:
+                yield from _compared(seen, home, store, found, _sums(seen, home, store))
+            elif not terms.clocked:
+                yield from _arrivals(seen, home, store)
+            for apply in made:
+                yield from _stale(seen, home, store, apply.action, apply.keys)
+
+
+def _compared(
+    seen: Timeline, home: str, store: int, found: list[list[Chosen]], expected: list[list[Chosen]]
+) -> Iterator[str]:
+    where = f"store {store} at {home}"
+    if len(found) > len(expected) or (seen.whole and len(found) < len(expected)):
+        yield f"{where} has {len(found)} versions, and {len(expected)} are due"
+    for version, (mine, due) in enumerate(zip(found, expected, strict=False), 1):
+        if [m[:2] for m in mine] != [d[:2] for d in due]:
+            yield f"version {version} of {where} is made of {_list(mine)} in place of {_list(due)}"
+        elif not all(math.isclose(m[2], d[2], rel_tol=_CLOSE) for m, d in zip(mine, due, strict=True)):
+            weights = [round(m[2], 6) for m in mine], [round(d[2], 6) for d in due]
+            yield f"version {version} of {where} has coefficients {weights[0]} in place of {weights[1]}"
+
+
+def _sums(seen: Timeline, home: str, store: int) -> list[list[Chosen]]:
+    """Each clock at which a sum over all replicas is due is one version."""
+    terms, policy = seen.terms, seen.terms.stores[store].policy
+    clocks = [c for c in range(terms.total_clocks) if policy.every.due(c, terms.last_clock)]
+    weights = [seen.weight(home, store, 0, c) for c in clocks]
+    sums = isinstance(base_of(policy.apply), Sum)
+    return [
+        [(0, clock, 1 / terms.microbatches if sums else 1 / weight)]
+        for clock, weight in zip(clocks, weights, strict=True)
+        if weight
+    ]
+
+
+def _arrivals(seen: Timeline, home: str, store: int) -> Iterator[str]:
+    """Contributions that are applied as they arrive: each once, in batches, with the mean or sum of the batch."""
+    terms, policy = seen.terms, seen.terms.stores[store].policy
+    where = f"store {store} at {home}"
+    made = seen.applies.get((home, store), [])
+    applied = {k for a in made for k in a.keys}
+    for replica, clock in seen.complete(home, store):
+        if seen.whole and (replica, clock) not in applied and replica not in seen.lost:
+            yield f"{where} has lost the contribution of {_named((replica, clock))}"
+    need = policy.quorum.need(terms.replicas)
+    for apply in made:
+        weights = [seen.weight(home, store, *k) for k in apply.keys]
+        factor = 1 / sum(weights) if policy.apply.averages else 1 / terms.microbatches
+        if not all(math.isclose(f, factor, rel_tol=_CLOSE) for f in apply.factors):
+            yield f"version {apply.action.version} of {where} has coefficients {apply.factors} in place of {factor}"
+        living = terms.replicas - len(seen.leaving_at(home, apply.place))
+        if policy.staleness == UNBOUNDED and len(apply.keys) < min(need, living):
+            yield f"version {apply.action.version} of {where} is made of {len(apply.keys)} contributions before {need}"
+
+
+def _stale(
+    seen: Timeline, home: str, store: int, action: actions.Apply, keys: tuple[tuple[int, int], ...]
+) -> Iterator[str]:
+    if scales(seen.terms.stores[store].policy.apply):
+        due = tuple(action.version - 1 - seen.base(home, store, *k) for k in keys)
+        if action.staleness != due:
+            yield f"version {action.version} of store {store} is told of staleness {action.staleness}, and it is {due}"
+
+
+def _reads(seen: Timeline) -> Iterator[str]:
+    for fact in seen.facts:
+        if isinstance(fact, Read):
+            yield from _read(seen, fact.store, fact.replica, fact.clock, fact.version, "reads")
+    for store, terms in enumerate(seen.terms.stores):
+        if terms.collective:
+            continue
+        for replica, clock in seen.complete(seen.places.homes[store][0], store):
+            for base in seen.bases(seen.places.homes[store][0], store, replica, clock):
+                yield from _read(seen, store, replica, clock, base, "contributes from")
+
+
+def _read(seen: Timeline, store: int, replica: int, clock: int, version: int, what: str) -> Iterator[str]:
+    terms, policy = seen.terms.stores[store], seen.terms.stores[store].policy
+    own = window(max(clock - policy.every.delay, 0), policy.every.push, policy.every.offset)
+    before = own - policy.staleness
+    where = f"replica {replica} at clock {clock} {what} version {version} of store {store}"
+    if terms.decided or terms.collective:
+        least = seen.version_before(store, int(before)) if policy.staleness < UNBOUNDED else 0
+        if version < least:
+            yield f"{where}, and staleness {policy.staleness} allows {least} at the oldest"
+        return
+    inside = seen.inside(store, version)
+    at_once = policy.quorum.need(seen.terms.replicas) == 1
+    for who, sent in seen.complete(seen.places.homes[store][0], store):
+        if (who, sent) in inside or who in seen.lost:
+            continue
+        if sent < before:
+            yield f"{where}, which lacks what {_named((who, sent))} sent, within staleness {policy.staleness}"
+        elif who == replica and sent < own and at_once:
+            yield f"{where}, which lacks its own contribution of clock {sent}"
+
+
+def _publications(seen: Timeline) -> Iterator[str]:
+    newest: dict[tuple[str, int], tuple[int, int]] = {}
+    shown: dict[tuple[str, int], int] = {}
+    made: Counter[tuple[str, int]] = Counter()
+    for turn in seen.turns:
+        for action in turn.wanted:
+            match action:
+                case actions.Apply(store):
+                    made[turn.who, store] += 1
+                case actions.Publish(store, version, floor):
+                    key = turn.who, store
+                    before = newest.get(key, (0, 0))
+                    if version < before[0] or floor < before[1]:
+                        yield f"{turn.who} publishes version {version} of store {store}, floor {floor}, after {before}"
+                    if version != made[key]:
+                        yield f"{turn.who} publishes version {version} of store {store}, and has made {made[key]}"
+                    newest[key] = version, floor
+                case actions.Show(store, version):
+                    if version < shown.get((turn.who, store), 0):
+                        yield f"{turn.who} reads version {version} of store {store} after a newer one"
+                    shown[turn.who, store] = version
+                case _:
+                    pass
+
+
+def _payloads(seen: Timeline) -> Iterator[str]:
+    given: Counter[tuple[str, int]] = Counter()
+    ended: Counter[tuple[str, int]] = Counter()
+    for turn in seen.turns:
+        if isinstance(turn.event, actions.Received) and turn.event.handle is not None:
+            given[turn.who, turn.event.handle] += 1
+        for action in turn.wanted:
+            match action:
+                case actions.Apply(contributions=contributions):
+                    ended.update((turn.who, h) for handles, _ in contributions for h in handles)
+                case actions.Show(handle=h) | actions.Load(handle=h) | actions.Release(handle=h):
+                    ended[turn.who, h] += 1
+                case (
+                    actions.Hand(handle=h) | driver.Keep(handle=h) | driver.Note(handle=h) | driver.KeepState(handle=h)
+                ):
+                    if h is not None:
+                        ended[turn.who, h] += 1
+                case _:
+                    pass
+    for (who, handle), times in ended.items():
+        if times > given[who, handle]:
+            yield f"{who} names payload {handle} {times} times"
+    dead = {w for r in seen.lost for w in seen.places.stages[r]}
+    left = [k for k in given if seen.whole and not ended[k] and k[0] not in dead]
+    if left:
+        yield f"{left[0][0]} never names payload {left[0][1]}, and {len(left) - 1} others are left too"
+
+
+def _items(seen: Timeline) -> Iterator[str]:
+    granted: dict[tuple[int, int], int] = {}
+    fates: dict[int, tuple[str, tuple[int, ...], int]] = {}
+    counts: Counter[str] = Counter()
+    for turn in seen.turns:
+        if turn.who != DRIVER:
+            continue
+        match turn.event:
+            case actions.Received(message=wire.Settled() as told) if told.replica not in seen.lost_at(turn):
+                for item, fate in told.fates:
+                    counts[fate] += 1
+                    if granted.pop((item.sequence, item.copy), None) != told.replica:
+                        yield f"item {item.sequence} is {fate} at replica {told.replica}, which does not have it"
+                    if fate != "duplicate":
+                        fates[item.sequence] = fate, told.missing, told.replica
+            case actions.Received(message=wire.Ask() as told) if told.replica not in seen.lost_at(turn):
+                for item in told.returned:
+                    counts["returned"] += 1
+                    if granted.pop((item.sequence, item.copy), None) != told.replica:
+                        yield f"item {item.sequence} is returned by replica {told.replica}, which does not have it"
+            case ReplicaLost(replica):
+                for item in [i for i, r in granted.items() if r == replica]:
+                    counts["dropped"] += 1
+                    del granted[item]
+            case _:
+                pass
+        for action in turn.wanted:
+            if isinstance(action, actions.Send) and isinstance(action.message, wire.Grant):
+                for _, item in action.message.items:
+                    key = item.sequence, item.copy
+                    if key in granted or (not item.copy and fates.get(key[0], ("requeued",))[0] != "requeued"):
+                        yield f"item {item.sequence} is granted again"
+                    granted[key] = action.message.replica
+    if seen.summary is not None and not seen.coded:
+        yield from _ledger(seen, granted, counts)
+        yield from _contents(seen, fates)
+
+
+def _ledger(seen: Timeline, granted: dict[tuple[int, int], int], counts: Counter[str]) -> Iterator[str]:
+    summary, work = seen.summary, seen.work
+    assert summary is not None
+    if granted:
+        yield f"items {sorted(granted)} were granted and never settled"
+    told = {n: getattr(summary, n) for n in ("used", "dropped", "folded", "requeued", "returned", "duplicate")}
+    if told != {n: counts[n] for n in told}:
+        yield f"the ledger says {told}, and workers settled {dict(counts)}"
+    total = summary.used + summary.dropped + summary.folded + summary.unseen
+    if total != work.epochs * work.items_per_epoch:
+        yield f"the ledger has {total} items in all, and the epochs have {work.epochs * work.items_per_epoch}"
+
+
+def _contents(seen: Timeline, fates: dict[int, tuple[str, tuple[int, ...], int]]) -> Iterator[str]:
+    """The items in each store are those that its group used. What a lost replica said last may have been in vain."""
+    made = [f for f in seen.facts if isinstance(f, Made)]
+    for store in range(len(seen.terms.stores)) if made or not seen.whole else ():
+        group = seen.terms.group_of.get(store, -1)
+        due = {
+            q
+            for q, (fate, missing, replica) in fates.items()
+            if fate in ("used", "folded") and group not in missing and replica not in seen.lost
+        }
+        for home in seen.places.homes[store]:
+            total = sum(i for f in made if (f.home, f.store) == (home, store) for _, _, i in f.contributions)
+            digits = {q: int(d, 16) for q, d in enumerate(reversed(f"{total:x}")) if d != "0"}
+            twice = [q for q, times in digits.items() if times > 1]
+            if twice:
+                yield f"item {twice[0]} is {digits[twice[0]]} times in store {store} at {home}"
+            lacks, more = sorted(due - digits.keys()), sorted(digits.keys() - due)
+            if lacks or (more and not seen.lost):  # a lost replica cannot say what became of its items
+                yield f"store {store} at {home} lacks items {lacks} and has items {more} that do not count"
+
+
+def _bytes(seen: Timeline) -> Iterator[str]:
+    if not seen.whole or seen.lost or not seen.counted:
+        return
+    for store in range(len(seen.terms.stores)):
+        sent = [f for f in seen.facts if isinstance(f, Sent) and f.store == store]
+        real = sum(f.nbytes for f in sent if not f.published), sum(f.nbytes for f in sent if f.published)
+        told = seen.traffic.get(store, (0, 0))
+        if told != real:
+            yield f"workers report {told} bytes of gradients and parameters of store {store}, and sent {real}"
+
+
+def _named(key: tuple[int, int]) -> str:
+    return f"replica {key[0]} at clock {key[1]}"
+
+
+def _list(chosen: list[Chosen]) -> str:
+    return ", ".join(f"replica {r} at clock {c}" for r, c, _ in chosen) or "nothing"

@@ -1,0 +1,81 @@
+"""The history of a training run: what happened to its machines, in the order of time, and what it was about.
+
+Both clocks step the same machines, so one form of history serves both: an entry has an event of one machine and the
+actions that it wanted. A simulation also notes what steps read, what versions contain, and what it sent. `checker`
+finds violations of the promises in a history; it decides nothing and calls no machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from flowml_runtime.protocol.training import actions, driver
+from flowml_runtime.protocol.training.ledger import Summary, Work
+from flowml_runtime.protocol.training.story import entry
+from flowml_runtime.protocol.training.terms import Places, Terms
+
+DRIVER = "driver"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One event of the machine of `who`, and what the machine wanted."""
+
+    at: float
+    who: str
+    number: int
+    event: actions.Event | driver.Event
+    wanted: Sequence[actions.Action | driver.Action]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A step of `replica` at `clock` has read a version of a store."""
+
+    store: int
+    replica: int
+    clock: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A home has made a version from these contributions: (replica, clock, items). Digit q of `items`, in base 16, says
+    how often work item q is in it."""
+
+    home: str
+    store: int
+    version: int
+    contributions: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """`nbytes` of a store have been given to the network: gradients, or parameters if `published`."""
+
+    store: int
+    nbytes: int
+    published: bool
+
+
+Fact = Turn | Read | Made | Sent
+
+
+@dataclass
+class History:
+    """One run. `summary` is that of the ledger if the run has ended well, and `traffic` what workers said they sent:
+    store -> bytes of gradients and of parameters that crossed between workers."""
+
+    run: int
+    terms: Terms
+    places: Places
+    work: Work
+    facts: list[Fact] = field(default_factory=list[Fact])
+    summary: Summary | None = None
+    traffic: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
+
+    def story(self) -> tuple[str, ...]:
+        """The events in sentences, without those that only passed values on."""
+        turns = ((f, entry(f.who, self.run, f.number, f.event, f.wanted)) for f in self.facts if isinstance(f, Turn))
+        return tuple(f"{turn.at:8.3f} s  {turn.who} {told.text}" for turn, told in turns if told is not None)

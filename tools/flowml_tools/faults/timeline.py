@@ -1,0 +1,270 @@
+"""What a history says about decisions, contributions and versions, put in order for the rules of `checker`.
+
+A *place* is a position in the history. Contributions are taken from the messages that reached a home: the first part
+with a number counts, as a repeated one changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from flowml.policy import Fold, Sum
+from flowml.policy.apply import base_of
+from flowml_runtime import wire
+from flowml_runtime.protocol.training import actions
+from flowml_runtime.protocol.training.terms import Group, ReplicaLost
+from flowml_tools.faults.history import DRIVER, Fact, History, Sent, Turn
+
+Key = tuple[int, int]
+"""(replica, clock)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A decision, where and when it was made."""
+
+    place: int
+    at: float
+    message: wire.Commit
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A version that a home was to make, from whose contributions and with which coefficients."""
+
+    place: int
+    action: actions.Apply
+    keys: tuple[Key, ...]
+    factors: tuple[float, ...]
+
+
+@dataclass
+class Timeline:
+    """The facts of a history by what they are about."""
+
+    history: History
+    commits: dict[int, list[Commit]] = field(default_factory=lambda: defaultdict(list))
+    """By group."""
+    applies: dict[tuple[str, int], list[Applied]] = field(default_factory=lambda: defaultdict(list))
+    """By home and store."""
+    began: dict[str, float] = field(default_factory=dict[str, float])
+    """When each worker began the run."""
+    _arrived: dict[tuple[int, int, int, int], tuple[int, int]] = field(default_factory=dict)
+    """(group, replica, clock, store) -> the place of the first report, and its weight."""
+    _parts: dict[tuple[str, int], dict[Key, dict[int, wire.Contribution]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
+    )
+    """(home, store) -> contribution -> its parts."""
+    _gone: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    """By worker: the replicas that it knew to be lost or retired, and from which place on."""
+    _leaving: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    """As `_gone`, with replicas of which any stage has retired."""
+    _lost: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        history = self.history
+        self.terms, self.places, self.work = history.terms, history.places, history.work
+        self.summary, self.traffic, self.facts = history.summary, history.traffic, history.facts
+        self.whole = history.summary is not None
+        """Whether the run has ended well."""
+        self.coded = self.work.coded
+        self.counted = any(isinstance(f, Sent) for f in self.facts)
+
+    @staticmethod
+    def of(history: History) -> Timeline:
+        found = Timeline(history)
+        handles: dict[tuple[str, int], wire.Contribution] = {}
+        for place, fact in enumerate(history.facts):
+            if not isinstance(fact, Turn):
+                continue
+            if isinstance(fact.event, actions.Received):
+                found._hear(place, fact, fact.event, handles)
+            elif isinstance(fact.event, ReplicaLost):
+                for known in (found._gone, found._leaving, found._lost):
+                    known[fact.who].append((place, fact.event.replica))
+            for action in fact.wanted:
+                found._want(place, fact, action, handles)
+        return found
+
+    def _hear(
+        self, place: int, turn: Turn, event: actions.Received, handles: dict[tuple[str, int], wire.Contribution]
+    ) -> None:
+        match event.message:
+            case wire.Contribution() as told:
+                parts = self._parts[turn.who, told.store][told.replica, told.clock]
+                parts.setdefault(told.part, told)
+                self._arrive_here(place, turn.who, told)
+                if event.handle is not None:
+                    handles[turn.who, event.handle] = told
+            case wire.Arrived(store=store, replica=replica, clock=clock, weight=weight):
+                key = self.terms.group_of.get(store, -1), replica, clock, store
+                self._arrived.setdefault(key, (place, weight))
+            case wire.Retired(replica=replica, stage=stage):
+                self._leaving[turn.who].append((place, replica))
+                if stage == 0:
+                    self._gone[turn.who].append((place, replica))
+            case _:
+                pass
+
+    def _arrive_here(self, place: int, home: str, told: wire.Contribution) -> None:
+        """A home that is on the leader's worker tells the leader without a message."""
+        group = self.terms.group_of.get(told.store)
+        parts = self._parts[home, told.store][told.replica, told.clock]
+        if group is None or self.leader(self.terms.groups[group]) != home:
+            return
+        if len(parts) == len(self.terms.stores[told.store].stages):
+            weight = min(p.weight for p in parts.values())
+            self._arrived.setdefault((group, told.replica, told.clock, told.store), (place, weight))
+
+    def _want(self, place: int, turn: Turn, action: object, handles: dict[tuple[str, int], wire.Contribution]) -> None:
+        match action:
+            case actions.Open():
+                self.began[turn.who] = turn.at
+            case actions.Send(message=wire.Commit() as told) if turn.who == self.leader(self.terms.groups[told.group]):
+                known = self.commits[told.group]
+                if told not in [c.message for c in known[-1:]]:
+                    known.append(Commit(place, turn.at, told))
+            case actions.Apply(store, _, contributions):
+                whose = [
+                    [handles[turn.who, h] for h in handled if (turn.who, h) in handles] for handled, _ in contributions
+                ]
+                keys = tuple((w[0].replica, w[0].clock) if w else (-1, -1) for w in whose)
+                applied = Applied(place, action, keys, tuple(f for _, f in contributions))
+                self.applies[turn.who, store].append(applied)
+            case _:
+                pass
+
+    @property
+    def turns(self) -> Iterable[Turn]:
+        return (f for f in self.facts if isinstance(f, Turn))
+
+    def leader(self, group: Group) -> str:
+        return self.places.homes[group.stores[0]][0]
+
+    # Replicas that leave.
+
+    @cached_property
+    def lost(self) -> frozenset[int]:
+        return frozenset(r for known in self._lost.values() for _, r in known)
+
+    def lost_at(self, turn: Turn) -> frozenset[int]:
+        """The replicas that the driver knew to be lost before this turn."""
+        place = next(n for n, f in enumerate(self.facts) if f is turn) if self.lost else 0
+        return frozenset(r for at, r in self._lost[DRIVER] if at < place)
+
+    def gone_at(self, who: str, place: int) -> frozenset[int]:
+        return frozenset(r for at, r in self._gone[who] if at <= place)
+
+    def leaving_at(self, who: str, place: int) -> frozenset[int]:
+        return frozenset(r for at, r in self._leaving[who] if at <= place)
+
+    # Arrivals, as the leader of a group knew them.
+
+    def has_arrived(self, group: Group, replica: int, clock: int, place: int) -> bool:
+        """Whether the leader knew before `place` that every store of the group had the contribution."""
+        known = [self._arrived.get((group.number, replica, clock, s)) for s in group.stores]
+        return all(k is not None and k[0] <= place for k in known)
+
+    def arrival_weight(self, group: Group, replica: int, clock: int) -> int:
+        """The weight in the report that completed the contribution."""
+        known = [self._arrived[group.number, replica, clock, s] for s in group.stores]
+        return max(known)[1]
+
+    # Contributions, as homes got them.
+
+    def complete(self, home: str, store: int) -> list[Key]:
+        """The contributions that have all parts and are not empty."""
+        return [key for key in self._parts[home, store] if self.weight(home, store, *key)]
+
+    def weight(self, home: str, store: int, replica: int, clock: int) -> int:
+        parts = self._parts[home, store].get((replica, clock), {})
+        if len(parts) < len(self.terms.stores[store].stages):
+            return 0
+        return min(p.weight for p in parts.values())
+
+    def bases(self, home: str, store: int, replica: int, clock: int) -> list[int]:
+        """The versions that the parts of a contribution are based on."""
+        return [p.base_version for p in self._parts[home, store][replica, clock].values()]
+
+    def base(self, home: str, store: int, replica: int, clock: int) -> int:
+        return min(self.bases(home, store, replica, clock), default=0)
+
+    # Versions.
+
+    def expected(self, home: str, store: int) -> list[list[tuple[int, int, float]]]:
+        """What each version of a store with decisions must be made of: (replica, clock, coefficient)."""
+        group = self.terms.groups[self.terms.group_of[store]]
+        return [made for commit in self.commits[group.number] if (made := self._version(home, store, commit))]
+
+    def _version(self, home: str, store: int, commit: Commit) -> list[tuple[int, int, float]]:
+        terms, policy, clock = self.terms, self.terms.stores[store].policy, commit.message.clock
+        late = policy.quorum.late
+        decay = late.decay if isinstance(late, Fold) else 1.0
+        on_time = [(r, clock) for r in range(terms.members) if r not in commit.message.excluded]
+        chosen = [k for k in (*on_time, *commit.message.folded) if self.weight(home, store, *k)]
+        if not chosen:
+            return []
+        weights = [self.weight(home, store, *k) for k in chosen]
+        total = sum(weights)
+        if isinstance(late, Fold):  # all replicas that live count alike, on time or late
+            living = len(on_time) + sum(r not in self._lost_at_home(home, commit) for r in commit.message.excluded)
+            total += (living - len(chosen)) * max(weights)
+        factor = 1 / terms.microbatches if isinstance(base_of(policy.apply), Sum) else 1 / max(total, 1)
+        return [(r, c, factor * decay ** (clock - c)) for r, c in chosen]
+
+    def _lost_at_home(self, home: str, commit: Commit) -> frozenset[int]:
+        """The replicas that a home knew to be lost when it heard of a decision."""
+        if not self._lost[home]:
+            return frozenset()
+        place = next(
+            n for n, fact in enumerate(self.facts) if _hears(fact, home, commit.message) or n == len(self.facts) - 1
+        )
+        return frozenset(r for at, r in self._lost[home] if at < place)
+
+    @cached_property
+    def _versions_before(self) -> dict[int, list[int]]:
+        return {}
+
+    def version_before(self, store: int, clock: int) -> int:
+        """The number of versions that are made of the clocks before `clock`, of a store with decisions or sums."""
+        counted = self._versions_before.get(store)
+        if counted is None:
+            counted = self._versions_before[store] = self._count_versions(store)
+        return counted[max(min(clock, len(counted) - 1), 0)]
+
+    def _count_versions(self, store: int) -> list[int]:
+        terms, home = self.terms.stores[store], self.places.homes[store][0]
+        if terms.collective:
+            every, last = terms.policy.every, self.terms.last_clock
+            made = [c for c in range(self.terms.total_clocks) if every.due(c, last)]
+        else:
+            commits = self.commits[self.terms.group_of[store]]
+            made = [c.message.clock for c in commits if self._version(home, store, c)]
+        return [sum(c < clock for c in made) for clock in range(self.terms.total_clocks + 1)]
+
+    def inside(self, store: int, version: int) -> frozenset[Key]:
+        """The contributions in a version of a store that applies them as they arrive."""
+        inside = self._inside.get(store)
+        if inside is None:
+            applies: Sequence[Applied] = self.applies.get((self.places.homes[store][0], store), ())
+            inside = self._inside[store] = [frozenset()]
+            for apply in applies:
+                inside.append(inside[-1] | set(apply.keys))
+        return inside[min(version, len(inside) - 1)]
+
+    @cached_property
+    def _inside(self) -> dict[int, list[frozenset[Key]]]:
+        return {}
+
+
+def _hears(fact: Fact, who: str, message: wire.Commit) -> bool:
+    return (
+        isinstance(fact, Turn)
+        and fact.who == who
+        and isinstance(fact.event, actions.Received)
+        and isinstance(fact.event.message, wire.Commit)
+        and (fact.event.message.group, fact.event.message.clock) == (message.group, message.clock)
+    )

@@ -1,0 +1,254 @@
+"""Whole training runs in the simulator, with integers instead of arrays, bad networks, and a history of all of it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flowml.sim import Network, NetworkModel
+from flowml_runtime import wire
+from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.training import actions, driver, ledger
+from flowml_runtime.protocol.training.terms import ReplicaLost
+from flowml_runtime.sim import network, world
+from flowml_runtime.sim.heap import Act, Clock
+from flowml_runtime.sim.node import Node
+from flowml_tools.faults.history import DRIVER, History, Sent, Turn
+from flowml_tools.faults.values import FIRST, Digits
+
+PLAN = "plan"
+RUN = 100
+MOST_EVENTS = 300_000
+
+HARMLESS = (wire.Contribution, wire.Arrived, wire.Commit, wire.StartTraining, wire.Retired)
+"""The messages that change nothing when they come again, also later than others of their sender. To the driver, a
+StoreValue is one more."""
+
+
+class Disturbed:
+    """Random delays between any two, and messages that come twice. Implements `network.Tamper`."""
+
+    def __init__(self, rng: random.Random, twice: float, under: network.Tamper | None) -> None:
+        self._rng = rng
+        self._twice = twice
+        self._under = under
+
+    def delays(self, source: str, to: str, message: object) -> tuple[float, ...]:
+        rng = self._rng
+        harmless = isinstance(message, HARMLESS) or (to == DRIVER and isinstance(message, wire.StoreValue))
+        again = self._twice and harmless and rng.random() < self._twice
+        if self._under is not None:
+            held = self._under.delays(source, to, message)
+            return (*held, held[0] + rng.random()) if again else held
+        return tuple(rng.choice([0.01, 0.1, 1.0, 5.0]) * rng.random() for _ in range(1 + bool(again)))
+
+
+class Speeds:
+    """Random compute times. `speeds` are by replica, each of which has `stages` workers in a row."""
+
+    def __init__(self, rng: random.Random, speeds: Sequence[float], stages: int) -> None:
+        self._rng, self._speeds, self._stages = rng, speeds, stages
+
+    def seconds(self, worker: int, step: int) -> float:
+        return 3 * self._rng.random() * self._speeds[worker // self._stages % len(self._speeds)]
+
+
+class _Counted(network.Wires):
+    """Notes the bytes that workers give to the network for each store."""
+
+    histories: dict[int, History]
+    run: int
+
+    def send(self, source: str, to: str, nbytes: int, act: Act, *args: Any) -> float:
+        if nbytes and source != to:
+            about: Any = args[1]
+            message = getattr(about, "message", about)
+            if isinstance(message, wire.Contribution | wire.Published):
+                sent = Sent(message.store, nbytes, isinstance(message, wire.Published))
+                self.histories[message.run].facts.append(sent)
+            elif isinstance(args[0], tuple):  # a chunk of a sum, whose key begins with the store
+                self.histories[self.run].facts.append(Sent(args[0][0], nbytes, published=False))
+        return super().send(source, to, nbytes, act, *args)
+
+
+@dataclass
+class World:
+    """The driver, the simulated workers by name, and what was seen of the run."""
+
+    layout: world.Layout
+    work: ledger.Work
+    speeds: Sequence[float]
+    seed: int
+    twice: float = 0.0
+    times: world.ComputeTimes | None = None
+    network: NetworkModel | None = None
+    """None: messages take no time, except for random delays."""
+    under: network.Tamper | None = None
+    clock: Clock = field(default_factory=Clock)
+    dead: set[int] = field(default_factory=set[int])
+    """The replicas that are lost."""
+    source: Literal["fed", "shipped"] = "fed"
+
+    def __post_init__(self) -> None:
+        layout, self.rng = self.layout, random.Random(self.seed)
+        self.terms, self.places = layout.terms, layout.places
+        self.histories: dict[int, History] = {}
+        self.history = self._begin(RUN)
+        self.values = Digits(layout.programs, layout.places, self.histories, self._run_of)
+        self.driver = Driver(self, self.history)
+        model = self.network or Network(latency_s=0.0, bytes_per_s=1e30)
+        numbers = {name: n for n, name in enumerate(self.places.workers)}
+        tamper = Disturbed(self.rng, self.twice, self.under)
+        self.simulation = world.World(
+            clock=self.clock,
+            layout=layout,
+            values=self.values,
+            times=self.times or Speeds(self.rng, self.speeds, self.terms.stages),
+            network=model,
+            to_driver=self._receive,
+            numbers=numbers,
+            tamper=tamper,
+            stepped=self._stepped,
+        )
+        self._wires = _Counted(self.clock, model, numbers, tamper)
+        self._wires.histories, self._wires.run = self.histories, RUN
+        self.simulation.wires = self._wires
+        self.nodes = self.simulation.nodes
+
+    @property
+    def applied(self) -> dict[int, list[list[tuple[int, int, int, float]]]]:
+        """Store -> what each of its versions is made of: (replica, clock, sum, coefficient)."""
+        return self.values.applied
+
+    def _begin(self, run: int) -> History:
+        self.histories[run] = history = History(run, self.terms, self.places, self.work)
+        return history
+
+    def _receive(self, peer: str, message: wire.Wire, value: Any) -> None:
+        self.driver.receive(peer, message, value)
+
+    def _run_of(self, worker: str) -> int:
+        return self.nodes[worker].start.run
+
+    def _stepped(self, node: Node, event: actions.Event, wanted: Sequence[actions.Action]) -> None:
+        about = event.message if isinstance(event, actions.Received) else event
+        runs = self.histories if isinstance(about, ReplicaLost) else (about.run,)
+        for run in runs:
+            self.histories[run].facts.append(Turn(self.clock.now, node.name, node.machine.number, event, wanted))
+        node.machine.validate()
+        node.mailbox.validate()
+
+    def go(self) -> None:
+        """Let the run, or the second one if the first is interrupted, come to its end."""
+        self.clock.after(0, 0, self.driver.tell, driver.Begin())
+        self.clock.run(MOST_EVENTS)
+        if self.driver.machine.over:
+            self.history.summary = self.driver.machine.ledger.summary()
+            for told in self.driver.machine.traffic.values():
+                for store, _, _, pushed, published in told.stores:
+                    before = self.history.traffic.get(store, (0, 0))
+                    self.history.traffic[store] = before[0] + pushed, before[1] + published
+
+    def interrupt(self, when: float) -> None:
+        """End the first fit at this time, as an exception in a callback does, and begin another one at once."""
+        self.clock.after(when, 0, self._interrupt)
+
+    def _interrupt(self) -> None:
+        if self.driver.machine.over:
+            return
+        self.driver.tell(driver.Stop())
+        self.history = self._begin(RUN + self.terms.most_clocks)
+        self._wires.run = self.history.run
+        self.driver = Driver(self, self.history)
+        self.driver.tell(driver.Begin())
+
+    def lose(self, victim: int, when: float) -> None:
+        """All workers of a replica fall silent; the others are told one after the other."""
+        self.clock.after(when, 0, self._die, victim)
+
+    def _die(self, victim: int) -> None:
+        if self.driver.machine.over:
+            return
+        self.dead.add(victim)
+        self.clock.after(self.rng.random() * 3, 0, self._tell_lost, victim)
+        for name in self.nodes:
+            if self.is_dead(name):
+                self.simulation.silence(name)
+            else:
+                self.clock.after(self.rng.random() * 3, 0, self.simulation.tell_lost, name, victim)
+
+    def _tell_lost(self, victim: int) -> None:
+        self.driver.tell(driver.ReplicaLost(victim))
+
+    def is_dead(self, worker: str) -> bool:
+        return any(replica in self.dead for replica, _ in self.places.stages_on(worker))
+
+
+class Driver:
+    """Carries out what the driver's machine says."""
+
+    def __init__(self, world: World, history: History) -> None:
+        self.world = world
+        self.history = history
+        ids: dict[str, Any] = {"total_clocks": world.terms.total_clocks, "seed": 0, "shuffle": False, "examples": 1}
+        start = wire.StartTraining(plan_id=PLAN, run=history.run, source=world.source, **ids)
+        self.machine = driver.TrainingDriver(start, world.terms, world.work, world.places)
+        self.final: dict[int, Any] = {}
+        self.commits: list[driver.NoteCommit] = []
+        self.duplicates: list[wire.Item] = []
+        """The items of which another copy counts."""
+        self._peer = ""
+        self._payloads: dict[int, Any] = {}
+        self._handles = itertools.count(1)
+
+    def receive(self, peer: str, message: Any, value: Any) -> None:
+        if isinstance(message, wire.StepFailed):
+            raise ProtocolError(f"{message.worker} fails at step {message.step}: {message.error}")
+        handle = None
+        if value is not None:
+            handle = next(self._handles)
+            self._payloads[handle] = value
+        self._peer = peer
+        self.tell(actions.Received(peer, message, handle))
+
+    def tell(self, event: driver.Event) -> None:
+        wanted = self.machine.step(event)
+        run = event.message.run if isinstance(event, actions.Received) else self.history.run
+        turn = Turn(self.world.clock.now, DRIVER, self.machine.number, event, wanted)
+        self.world.histories[run].facts.append(turn)
+        self.machine.validate()
+        for action in wanted:
+            self._act(action)
+
+    def _act(self, action: driver.Action) -> None:
+        simulation, ids = self.world.simulation, {"plan_id": PLAN, "run": self.history.run}
+        match action:
+            case actions.Send(to, message):
+                for name in to:
+                    simulation.deliver(name, message)  # pyright: ignore[reportArgumentType]
+            case driver.SendStore(store, to):
+                for name in to:
+                    simulation.deliver(name, wire.StoreValue(**ids, store=store, version=0), FIRST)  # pyright: ignore
+            case driver.Feed(who, item):
+                for name in dict.fromkeys(self.world.places.stages[who]):
+                    batch = wire.Batch(**ids, device=name, sequence=item.sequence, slots=(0,))  # pyright: ignore
+                    simulation.deliver(name, batch, ())
+            case driver.SendSource():
+                pass  # the values of items need no data
+            case driver.NoteCommit():
+                self.commits.append(action)
+            case driver.Keep(store, handle):
+                if store in self.final:
+                    raise ProtocolError(f"the final value of store {store} has come twice")
+                self.final[store] = self._payloads.pop(handle or 0)
+            case actions.Release(handle):
+                del self._payloads[handle]
+            case driver.Over():
+                self.tell(driver.Stop())
+            case driver.NoteFates(fates):
+                self.duplicates += [item for item, fate in fates if fate == "duplicate"]
+            case _:
+                raise ProtocolError(f"the driver of a simulated run cannot carry out {action}")
