@@ -94,7 +94,7 @@ def _mixes_up_the_decisions_of_groups(patch: Patch) -> None:
 
 
 def _retires_while_a_sum_is_under_way(patch: Patch) -> None:
-    patch.setattr(Replica, "_has_last", lambda *_: True)
+    patch.setattr(Replica, "_has_sums", lambda *_: True)
 
 
 def _loses_what_a_late_push_had_gathered(patch: Patch) -> None:

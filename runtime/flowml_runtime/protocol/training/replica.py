@@ -21,8 +21,7 @@ of a step, with the same result. `STEPS` is the life of one step as a table. Its
 * A replica reads its own writes in stores that apply on arrival (Ho et al., stale synchronous parallel): it waits for
   the version that holds its last push. So a single replica is serial, and a slow home slows its replicas down instead
   of accumulating their pushes.
-* A replica without more work retires, stage by stage, each after its last push, and after it has the last version of
-  each sum that it takes part in: until then its worker passes on what others send of the sum.
+* A replica without more work retires, stage by stage, each after its last push and the end of its last sums.
 
 What the caller must do:
 
@@ -290,7 +289,7 @@ class Replica:
         if isinstance(event, Tick):
             return []
         actions = self._take(event)
-        if isinstance(event, StorePublished | Applied):  # these events change what may be read, and end sums
+        if isinstance(event, StorePublished | Applied):  # these change only what may be read, and may end sums
             return [*actions, *self._retire()] if self._terms.sums else actions
         actions += self._resolve()
         actions += self._advance()
@@ -463,24 +462,19 @@ class Replica:
         return [Start(step.clock, step.item, step.last)]
 
     def _retire(self) -> list[Action]:
-        if self._retired or self._running is not None or any(s.state in WAITING for s in self._steps):
+        busy = self._running is not None or any(s.state in WAITING for s in self._steps)
+        if self._retired or busy or not self._has_sums():
             return []
-        if not all(self._has_last(store) for store in self._terms.summed_at[self._stage]):
-            return []
-        if self._leads:
-            if not self._work.is_over() or self._accounts.waits(self._committed):
-                return []
-            self._retired = True
-            return [*self._close(), Retire()]
-        if not self._leader_retired:
+        settled = self._work.is_over() and not self._accounts.waits(self._committed)
+        if not (settled if self._leads else self._leader_retired):
             return []
         self._retired = True
-        return [Retire()]
+        return [*(self._close() if self._leads else ()), Retire()]
 
-    def _has_last(self, store: int) -> bool:
-        """Whether the last version of a sum over all replicas is here, so that this worker passes on no more of it."""
-        news = self._published.get(store)
-        return news is not None and news.floor > self._terms.last_clock
+    def _has_sums(self) -> bool:
+        """Whether the last version of each sum is here. Until then this worker passes on what others send of it."""
+        news = map(self._published.get, self._terms.summed_at[self._stage])
+        return all(n is not None and n.floor > self._terms.last_clock for n in news)
 
     def _close(self) -> list[Action]:
         """Settle the items whose fate no commit will change, and give back those that were never begun."""
