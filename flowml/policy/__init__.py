@@ -11,20 +11,20 @@ from __future__ import annotations
 
 from flowml.policy.apply import Apply, Consensus, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote
 from flowml.policy.codes import Code
-from flowml.policy.compose import DEFAULT_PATTERN, check_composition, coded_by, resolve, speculated_by
+from flowml.policy.completion import Completion, Speculate
+from flowml.policy.compose import DEFAULT_PATTERN, check_batch, check_composition, coded_by, resolve, speculated_by
 from flowml.policy.mathematics import can_read, coefficients, due, window
 from flowml.policy.quorum import (
     Arrivals,
     Coded,
-    Completion,
     Deadline,
     Decide,
     Drop,
     Fold,
     Late,
+    Never,
     Quorum,
     Requeue,
-    Speculate,
     Spread,
     Wait,
 )
@@ -56,6 +56,7 @@ __all__ = [
     "Late",
     "Mean",
     "Mix",
+    "Never",
     "Once",
     "Outer",
     "ParameterServer",
@@ -76,6 +77,7 @@ __all__ = [
     "Wait",
     "Weights",
     "can_read",
+    "check_batch",
     "check_composition",
     "coded_by",
     "coefficients",

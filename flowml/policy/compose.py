@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from flowml.errors import PolicyError, named
 from flowml.policy.codes import Code
+from flowml.policy.completion import Completion, Speculate
 from flowml.policy.graphs import check_members
-from flowml.policy.quorum import Coded, Completion, Quorum, Speculate
+from flowml.policy.quorum import Coded, Deadline, Quorum
 from flowml.policy.replicas import check_pull
 from flowml.policy.spec import Policy
 from flowml.policy.topology import Gossip
@@ -109,11 +110,30 @@ def _alike(policies: Iterable[Policy], kind: type[_Kind], why: str) -> _Kind | N
 def check_count(name: str, policy: Policy, replicas: int, what: str = "replicas") -> None:
     """Check that a quorum can be met by so many replicas, or sites."""
     quorum = policy.quorum
-    if isinstance(quorum, Quorum) and quorum.counted and quorum.count_or_fraction > replicas:
+    if isinstance(quorum, Deadline):
+        given, of = quorum.quorum, "replicas"
+    elif isinstance(quorum, Quorum):
+        given, of = quorum, quorum.of
+    else:
+        return
+    if of == "replicas" and given.counted and given.count_or_fraction > replicas:
         raise PolicyError(
             f"{name!r}: {quorum} asks for more {what} than there are ({replicas}), so no step could be complete; "
             f"give a count of at most {replicas}, a fraction such as 0.75, or more {what}"
         )
+
+
+def check_batch(policies: Iterable[Policy], examples: int) -> None:
+    """Raise PolicyError for a quorum of more examples than the `examples` of a batch."""
+    for quorum in {p.quorum for p in policies}:
+        if not isinstance(quorum, Quorum) or quorum.of != "samples" or not quorum.counted:
+            continue
+        if quorum.count_or_fraction > examples:
+            raise PolicyError(
+                f"Quorum({quorum.count_or_fraction}, of='samples') asks for more examples than a batch has "
+                f"({examples}), so no step could be complete; give a count of at most {examples}, a fraction such as "
+                "0.75, or a larger batch"
+            )
 
 
 def _check_entry(pattern: str, policy: object, paths: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 These values travel in the plan. The leader's state machine counts arrivals in an `Arrivals`, and asks `decide` after
 each one, and again at the time that the answer named. `decide` is a pure function, so it is tested alone.
-To add a way to complete a clock, write a class with `decide` and `late`, and add it to `Completion`.
+To add a way to complete a clock, write a class with `decide` and `late`, and add it to `completion.Completion`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,11 @@ class Arrivals:
     def count(self) -> int:
         return len(self.times)
 
+    def missing(self) -> str:
+        """The first replicas that are not complete, as text."""
+        absent = [str(r) for r in range(self.members) if r not in self.times]
+        return ", ".join([*absent[:8], *(["…"] if len(absent) > 8 else [])])
+
     def spread_s(self, count: int) -> float:
         """The time from the first arrival to the one that made `count` complete."""
         times = list(self.times.values())
@@ -122,7 +127,14 @@ class Decide:
     coefficients: tuple[tuple[int, float], ...] = ()
 
 
-Answer = Wait | Decide
+@dataclass(frozen=True, slots=True)
+class Never:
+    """The clock cannot be completed, or has waited too long, which ends the run. `why` is the end of a sentence."""
+
+    why: str
+
+
+Answer = Wait | Decide | Never
 
 
 class Quorum(msgspec.Struct, frozen=True, tag=True):
@@ -133,6 +145,8 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
         of: `"replicas"`, or `"samples"`: the examples in the contributions.
         late: `"drop"`, `"fold"` or `"requeue"`, or one of `Drop()`, `Fold(decay)`, `Requeue()`. With a staleness above
             0, `"fold"` has no clocks: contributions are applied as soon as there are `count_or_fraction` of them.
+        limit_s: a clock waits for its quorum at most so many seconds after the one before; then the fit ends with
+            DeadlineError. `Deadline(limit_s=)` goes on with what has arrived instead.
 
     Raises:
         PolicyError: for a value that is out of range.
@@ -141,13 +155,18 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
     count_or_fraction: int | float = 1.0
     of: Of = "replicas"
     late: Late = Drop()
+    limit_s: float = math.inf
     counted: bool = False
     """Makes Quorum(1), one replica, differ from Quorum(1.0), all. Set by `count_or_fraction`."""
 
     if TYPE_CHECKING:
 
         def __init__(
-            self, count_or_fraction: float = 1.0, of: Of = "replicas", late: Late | LateName = ...
+            self,
+            count_or_fraction: float = 1.0,
+            of: Of = "replicas",
+            late: Late | LateName = ...,
+            limit_s: float = ...,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -160,6 +179,7 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
         if isinstance(value, float) and not 0 < value <= 1:
             raise PolicyError(f"Quorum({value}): a fraction lies in (0, 1]; for a number of {self.of} give an int")
         _check_of(self.of)
+        msgspec.structs.force_setattr(self, "limit_s", _limit(self.limit_s, "Quorum"))
 
     def need(self, members: int) -> int:
         """How many of `members` complete a clock: the count, or the share rounded up."""
@@ -174,13 +194,25 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
     @property
     def waits_for_all(self) -> bool:
         """Whether it is the default, which needs every replica whatever their number."""
-        return not self.counted and self.count_or_fraction == 1
+        return not self.counted and self.count_or_fraction == 1 and self.limit_s == math.inf
 
     def decide(self, arrivals: Arrivals, now: float) -> Answer:
-        """Decide when there is enough. Replicas that are gone are not waited for."""
-        if not arrivals.count:
-            return Wait()
-        return Decide() if not arrivals.hopeful or self._reached(arrivals) else Wait()
+        """Decide when there is enough. A share is one of the replicas that are left, but a number stays a number."""
+        if arrivals.count and self._reached(arrivals):
+            return Decide()
+        if not arrivals.hopeful and not self.counted:
+            return Decide() if arrivals.count else Wait()
+        if self.counted and self.of == "replicas" and arrivals.count + arrivals.hopeful < self.need(arrivals.members):
+            left = arrivals.count + arrivals.hopeful
+            return Never(f"needs {self.need(arrivals.members)} replicas, and {left} of {arrivals.members} are left")
+        if self.counted and not arrivals.hopeful:
+            return Never(f"needs {self.count_or_fraction} {self.of}, which those that are left do not have")
+        until = arrivals.began + self.limit_s
+        if now < until:
+            return Wait(until)
+        return Never(
+            f"is not there {self.limit_s:g} s after the clock before: replicas {arrivals.missing()} are missing"
+        )
 
     def _reached(self, arrivals: Arrivals) -> bool:
         if self.of == "replicas":
@@ -230,10 +262,7 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
             if not 0 <= value < math.inf:
                 raise PolicyError(f"Deadline(grace={value}): the wait is a number of seconds from 0, or 'adaptive'")
             msgspec.structs.force_setattr(self, "grace", float(value))
-        value = number(self.limit_s, "Deadline(limit_s={!r}): give seconds")
-        if value <= 0:
-            raise PolicyError(f"Deadline(limit_s={value}): the limit is a number of seconds above 0")
-        msgspec.structs.force_setattr(self, "limit_s", float(value))
+        msgspec.structs.force_setattr(self, "limit_s", _limit(self.limit_s, "Deadline"))
 
     @property
     def quorum(self) -> Quorum:
@@ -254,7 +283,8 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
     def decide(self, arrivals: Arrivals, now: float) -> Answer:
         """Decide when all have arrived that can, or when the grace window or the time limit is over."""
         if not arrivals.hopeful:
-            return Decide() if arrivals.count else Wait()
+            enough = arrivals.count and (self.limit_s < math.inf or not self.quorum.counted)
+            return Decide() if enough else self.quorum.decide(arrivals, now)
         until = arrivals.began + self.limit_s
         need = self.need(arrivals.members)
         if arrivals.count >= need:
@@ -355,75 +385,6 @@ class Coded(msgspec.Struct, frozen=True, tag=True):
         return f"Coded({self.stragglers}, {self.code!r}{form})"
 
 
-class Speculate(msgspec.Struct, frozen=True, tag=True):
-    """The batch is cut into portions, an idle replica takes the next, and portions that take long are computed twice.
-
-    The first result of a portion is applied, and a second one is refused. So each step applies the gradient of the
-    whole batch, and no portion waits for one slow replica (Dean et al., Large Scale Distributed Deep Networks, NeurIPS
-    2012, Sandblaster; Dean & Ghemawat, MapReduce, OSDI 2004, backup tasks).
-
-    Args:
-        portions: the number of portions of the batch for each replica. Fast replicas compute more, slow ones fewer.
-        after: an idle replica waits so many times as long as its last portion took, before it takes a copy of a portion
-            that another replica has begun.
-        copies: the most copies of one portion; 0: none, so that portions are only shared out.
-
-    Raises:
-        PolicyError: for a value that is out of range.
-    """
-
-    portions: int = 4
-    after: float = 1.0
-    copies: int = 1
-
-    def __post_init__(self) -> None:
-        for name, least in (("portions", 1), ("copies", 0)):
-            value = whole(getattr(self, name))
-            if value is None or value < least:
-                raise PolicyError(f"Speculate({name}={getattr(self, name)!r}): give a whole number of at least {least}")
-            msgspec.structs.force_setattr(self, name, value)
-        after = number(self.after, "Speculate(after={!r}): give a number of at least 0")
-        if not 0 <= after < math.inf:
-            raise PolicyError(f"Speculate(after={after}): it multiplies a time; give a number of at least 0")
-        msgspec.structs.force_setattr(self, "after", float(after))
-
-    @property
-    def of(self) -> Of:
-        return "replicas"
-
-    @property
-    def late(self) -> Late:
-        """A second result of a portion is not needed."""
-        return Drop()
-
-    def need(self, members: int) -> int:
-        """All portions are needed."""
-        return members
-
-    def never_drops(self, members: int) -> bool:
-        return True
-
-    @property
-    def waits_for_all(self) -> bool:
-        return False
-
-    def decide(self, arrivals: Arrivals, now: float) -> Answer:
-        """Decide when each portion has arrived once."""
-        return Decide() if arrivals.count == arrivals.members else Wait()
-
-    def copies_at(self, idle_since: float, took_s: float) -> float:
-        """When a replica takes a copy that has been idle since then, and whose last portion took so long."""
-        return idle_since + self.after * took_s
-
-    def __str__(self) -> str:
-        return f"Speculate({self.portions})"
-
-
-Completion = Quorum | Deadline | Coded | Speculate
-
-COMPLETIONS = (Quorum, Deadline, Coded, Speculate)
-
-
 def late_of(late: object, where: str) -> Late:
     """The late rule that a user has given as a value or by name."""
     if isinstance(late, Drop | Fold | Requeue):
@@ -440,6 +401,13 @@ def late_name(late: Late) -> str:
     if isinstance(late, Fold) and late.decay != 1:
         return f"fold {late.decay}"
     return type(late).__name__.lower()
+
+
+def _limit(limit_s: object, where: str) -> float:
+    value = number(limit_s, f"{where}(limit_s={{!r}}): give seconds")
+    if value <= 0:
+        raise PolicyError(f"{where}(limit_s={value}): the limit is a number of seconds above 0")
+    return float(value)
 
 
 def _check_of(of: object) -> None:

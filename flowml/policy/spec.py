@@ -15,9 +15,10 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.policy.apply import Apply, Consensus, Mean, Outer, Sum, Vote, as_apply, base_of, travelling, unsound
+from flowml.policy.completion import COMPLETIONS, Completion, Speculate
 from flowml.policy.filters import KKT, AnyFilter, Filter, check_chain
 from flowml.policy.mathematics import coefficients, shares
-from flowml.policy.quorum import COMPLETIONS, Coded, Completion, Deadline, Fold, Quorum, Speculate, late_name, number
+from flowml.policy.quorum import Coded, Deadline, Fold, Quorum, late_name, number
 from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.topology import (
@@ -261,7 +262,8 @@ def _completion(quorum: Completion) -> str:
         limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
         return f"deadline {quorum.share} {quorum.grace}{limit} {late}"
     of = "" if quorum.of == "replicas" else f" of {quorum.of}"
-    return f"quorum {quorum.count_or_fraction}{of} {late}"
+    limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
+    return f"quorum {quorum.count_or_fraction}{of}{limit} {late}"
 
 
 def _staleness(staleness: object) -> float:
@@ -444,33 +446,19 @@ def _check_speculating(policy: Policy) -> None:
 
 def _changed(policy: Policy) -> str:
     """The knobs that differ from their defaults, as text."""
-    given = {
-        "topology": policy.topology,
-        "staleness": policy.staleness,
-        "every": policy.every.push,
-        "payload": policy.payload,
-        "filters": policy.filters,
-        "apply": policy.apply,
-    }
-    plain = {
-        "topology": ParameterServer(),
-        "staleness": 0,
-        "every": 1,
-        "payload": Gradient(),
-        "filters": (),
-        "apply": Mean(),
-    }
-    return ", ".join(f"{k}={v!r}" for k, v in given.items() if v != plain[k])
+    names, plain = ("topology", "staleness", "every", "payload", "filters", "apply"), Policy()
+    changed = {n: getattr(policy, n) for n in names if getattr(policy, n) != getattr(plain, n)}
+    return ", ".join(f"{n}={value.push if isinstance(value, Every) else value!r}" for n, value in changed.items())
 
 
 def _check_arriving(policy: Policy) -> None:
     """Check that the other knobs are sound with contributions that are applied as they arrive."""
     quorum = policy.quorum
-    if isinstance(quorum, Deadline) or quorum.of != "replicas":
+    if not isinstance(quorum, Quorum) or quorum.of != "replicas" or quorum.limit_s < math.inf:
         raise PolicyError(
             f"quorum={quorum} with late='fold' and staleness={policy.staleness} is not sound: contributions are "
-            "applied as they arrive, without clocks that a deadline could end; give quorum=Quorum(k, late='fold'), "
-            "which applies each k of them, or late='drop'"
+            "applied as they arrive, without clocks that a deadline or a limit could end; give "
+            "quorum=Quorum(k, late='fold'), which applies each k of them, or late='drop'"
         )
     if isinstance(quorum.late, Fold) and quorum.late.decay != 1:
         raise PolicyError(

@@ -37,7 +37,7 @@ from flowml.placement import Pipeline, Placement, place
 from flowml.placement.estimate import estimate
 from flowml.placement.links import Links, links_used
 from flowml.plan import ArraySpec, Constant, Plan, StoreSpec, Training
-from flowml.policy import DEFAULT_PATTERN, Code, Policy, coded_by, resolve, speculated_by
+from flowml.policy import DEFAULT_PATTERN, Code, Policy, check_batch, coded_by, resolve, speculated_by
 from flowml.training.local import Optimizers, fragmented
 from flowml.training.replicate import Template, replicate
 from flowml.training.step import (
@@ -126,6 +126,7 @@ def compile_training(
     items = spec.replicas * (speculation.portions if speculation else 1)
     microbatches = spec.microbatches * (len(code.row(0)) if code else 1)
     item, microbatch = _microbatch(batch, spec.replicas, items, spec.microbatches, code)
+    check_batch(policies.values(), item * items)
     treatments = tuple(
         Treatment.of(policies[p], spec.replicas, microbatches, weighted=spec.weight is not None) for p in paths
     )

@@ -19,7 +19,7 @@ def decision(*stores: StoreTerms, replicas: int = 4, clocks: int = 6) -> Decisio
     return Decision(terms, terms.groups[0])
 
 
-def clocked(need: int, every: int = 1) -> StoreTerms:
+def clocked(need: float, every: int = 1) -> StoreTerms:
     return StoreTerms((0,), Policy(quorum=Quorum(need), every=every))
 
 
@@ -72,7 +72,7 @@ def test_decisions_fall_in_the_order_of_clocks() -> None:
 
 
 def test_nobody_waits_for_the_retired_or_lost_but_what_they_completed_counts() -> None:
-    machine = decision(clocked(4))
+    machine = decision(clocked(1.0))
     machine.step(Arrived(0, 2, 0))
     machine.step(Arrived(0, 1, 0))
     assert machine.step(ReplicaRetired(2)) == []
@@ -82,7 +82,7 @@ def test_nobody_waits_for_the_retired_or_lost_but_what_they_completed_counts() -
 
 
 def test_the_loss_of_the_last_one_missing_completes_the_clock() -> None:
-    machine = decision(clocked(2), replicas=2)
+    machine = decision(clocked(1.0), replicas=2)
     machine.step(Arrived(0, 1, 0))
     assert machine.step(ReplicaLost(0)) == [Committed(0, (0,))]
     assert machine.step(ReplicaLost(1)) == []
@@ -91,7 +91,7 @@ def test_the_loss_of_the_last_one_missing_completes_the_clock() -> None:
 @settings(deadline=None)
 @given(st.integers(1, 4), st.randoms(use_true_random=False), st.sets(st.integers(0, 3)))
 def test_every_clock_is_decided_once_with_enough_replicas(need: int, rng: random.Random, lost: set[int]) -> None:
-    machine = decision(clocked(need), clocked(need))
+    machine = decision(clocked(need / 4), clocked(need / 4))
     events: list[Event] = [Arrived(s, r, c) for r in range(4) for c in range(6) for s in (0, 1)]
     mixed = [*events, *map(ReplicaLost, sorted(lost))]
     rng.shuffle(mixed)

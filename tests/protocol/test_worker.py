@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flowml.policy import AllReduce, Policy, Quorum
+from flowml.policy import AllReduce, Policy
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import EarlyLimitError, ProtocolError
 from flowml_runtime.protocol.training import worker as module
@@ -62,7 +62,7 @@ def contribution(replica: int, clock: int, *, run: int = RUN) -> wire.Contributi
     return wire.Contribution(**ids, replica=replica, clock=clock, weight=1)
 
 
-SYNC = StoreTerms((0,), Policy(quorum=Quorum(2)))
+SYNC = StoreTerms((0,), Policy())
 ARRIVING = StoreTerms((0,), Policy(staleness=2))
 SUMMED = StoreTerms((0,), Policy(AllReduce()), collective=True)
 

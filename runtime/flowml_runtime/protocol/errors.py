@@ -1,12 +1,12 @@
-"""The errors that a state machine raises for events that break the protocol."""
+"""The errors that state machines raise, most of them for events that break the protocol."""
 
 from __future__ import annotations
 
-from flowml.errors import FlowmlError
+from flowml.errors import DeadlineError, FlowmlError
 
 
 class ProtocolError(FlowmlError):
-    """An event breaks the protocol. This is always a fault of the program, not of the user."""
+    """An event breaks the protocol. This is a fault of the program, not of the user, except for a QuorumError."""
 
 
 class InvariantError(ProtocolError):
@@ -15,6 +15,10 @@ class InvariantError(ProtocolError):
 
 class EarlyLimitError(ProtocolError):
     """Peers sent more for a run that has not begun here than a worker can keep."""
+
+
+class QuorumError(ProtocolError, DeadlineError):
+    """A clock cannot be completed by the replicas that are left, or has waited for them too long."""
 
 
 class InboxLimitError(ProtocolError):

@@ -30,8 +30,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from flowml.policy import Arrivals, Decide, Spread, Wait, window
-from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml.policy import Arrivals, Decide, Never, Spread, Wait, window
+from flowml_runtime.protocol.errors import ProtocolError, QuorumError, ensure
 from flowml_runtime.protocol.training.terms import Committed, Group, ReplicaLost, Terms, Tick
 
 
@@ -186,6 +186,12 @@ class Decision:
                         self._wake = until
                         found.append(Wake(until))
                     return found
+                case Never(why):
+                    raise QuorumError(
+                        f"clock {self._clock} cannot be completed: {self._group.quorum} {why}; see why these replicas "
+                        "are late or lost, give a quorum that fewer can meet, or Deadline(share, limit_s=), which goes "
+                        "on with what has arrived"
+                    )
                 case Decide(coefficients):
                     found.append(self._commit(arrivals, coefficients))
                     self._open_next(now)

@@ -126,13 +126,13 @@ class TrainingWorker:
         fit = self._fit
         if isinstance(event, ReplicaLost):
             self._lost.append(event)
-            return fit.at(self.number, self._now).lose(event) if fit else []
-        if fit is None or event.run != fit.run:
+        if fit is None or (not isinstance(event, ReplicaLost) and event.run != fit.run):
             return []
         try:
-            return fit.at(self.number, self._now).handle(event)
+            at = fit.at(self.number, self._now)
+            return at.lose(event) if isinstance(event, ReplicaLost) else at.handle(event)
         except ProtocolError as error:
-            return [Fail(event.run, error, self.number)]
+            return [Fail(fit.run, error, self.number)]
 
     def stage(self, at: At) -> Stage:
         """The machine of a stage that runs here. Executors ask it what they may read and when to give up."""

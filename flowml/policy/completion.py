@@ -1,0 +1,80 @@
+"""Defines what else may complete a clock, portions of batches and copies of them, and lists all that may."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from flowml.errors import PolicyError
+from flowml.numbers import whole
+from flowml.policy.quorum import Answer, Arrivals, Coded, Deadline, Decide, Drop, Late, Of, Quorum, Wait, number
+
+
+class Speculate(msgspec.Struct, frozen=True, tag=True):
+    """The batch is cut into portions, an idle replica takes the next, and portions that take long are computed twice.
+
+    The first result of a portion is applied, and a second one is refused. So each step applies the gradient of the
+    whole batch, and no portion waits for one slow replica (Dean et al., Large Scale Distributed Deep Networks, NeurIPS
+    2012, Sandblaster; Dean & Ghemawat, MapReduce, OSDI 2004, backup tasks).
+
+    Args:
+        portions: the number of portions of the batch for each replica. Fast replicas compute more, slow ones fewer.
+        after: an idle replica waits so many times as long as its last portion took, before it takes a copy of a portion
+            that another replica has begun.
+        copies: the most copies of one portion; 0: none, so that portions are only shared out.
+
+    Raises:
+        PolicyError: for a value that is out of range.
+    """
+
+    portions: int = 4
+    after: float = 1.0
+    copies: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("portions", 1), ("copies", 0)):
+            value = whole(getattr(self, name))
+            if value is None or value < least:
+                raise PolicyError(f"Speculate({name}={getattr(self, name)!r}): give a whole number of at least {least}")
+            msgspec.structs.force_setattr(self, name, value)
+        after = number(self.after, "Speculate(after={!r}): give a number of at least 0")
+        if not 0 <= after < math.inf:
+            raise PolicyError(f"Speculate(after={after}): it multiplies a time; give a number of at least 0")
+        msgspec.structs.force_setattr(self, "after", float(after))
+
+    @property
+    def of(self) -> Of:
+        return "replicas"
+
+    @property
+    def late(self) -> Late:
+        """A second result of a portion is not needed."""
+        return Drop()
+
+    def need(self, members: int) -> int:
+        """All portions are needed."""
+        return members
+
+    def never_drops(self, members: int) -> bool:
+        return True
+
+    @property
+    def waits_for_all(self) -> bool:
+        return False
+
+    def decide(self, arrivals: Arrivals, now: float) -> Answer:
+        """Decide when each portion has arrived once."""
+        return Decide() if arrivals.count == arrivals.members else Wait()
+
+    def copies_at(self, idle_since: float, took_s: float) -> float:
+        """When a replica takes a copy that has been idle since then, and whose last portion took so long."""
+        return idle_since + self.after * took_s
+
+    def __str__(self) -> str:
+        return f"Speculate({self.portions})"
+
+
+Completion = Quorum | Deadline | Coded | Speculate
+
+COMPLETIONS = (Quorum, Deadline, Coded, Speculate)
