@@ -51,7 +51,7 @@ def compositions() -> list[Composition]:
         Composition("DiLoCo, every 4", lambda p: p.diloco(4)),
         Composition("streaming DiLoCo, every 4", lambda p: p.diloco(4, fragments=2, delay=1, alpha=0.5)),
         Composition("D-PSGD on a ring", lambda p: p.gossip("ring")),
-        Composition("two sites, significance", lambda p: p.gaia(0.01)),
+        Composition("two sites, significance", lambda p: p.gaia(0.01, sites=2)),
         Composition("gradient coding, 1 straggler", lambda p: p.coded(1)),
         Composition("top-k with error feedback", lambda p: p.synchronous(filters=(top_k,))),
         Composition("4-bit deltas, every 4", lambda p: p.diloco(4, filters=(fm.filters.quantise(4),))),
