@@ -45,9 +45,10 @@ from flowml_runtime.driver.training.feeding import MAX_SHAPES, batch_structs
 from flowml_runtime.driver.training.fit import Fit, FitOptions, OnNonFinite, Outcome
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.probe import mean_warning
+from flowml_runtime.driver.training.stragglers import Stragglers
 from flowml_runtime.driver.training.tables import layer_table
 from flowml_runtime.driver.training.training_session import TrainingCluster, TrainingSession
-from flowml_runtime.protocol.training.ledger import Summary
+from flowml_runtime.protocol.training.summary import Summary
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.sim.cluster import SimulatedCluster
 
@@ -96,7 +97,9 @@ class TrainingResult:
     """The result of a fit: parameters, optimizer state, one record per step, and the ledger of all work items.
 
     `history` is a list of dicts with the keys "step", "epoch", "loss", "seconds" (since the start), "replicas" (whose
-    loss is in the mean), and "aux" if the loss returns it. `traffic` counts bytes by layer; `table()` formats it.
+    loss is in the mean), and "aux" if the loss returns it. What the policies did at the step is in "waits",
+    "pushed_bytes" and "staleness", by policy or layer. `traffic` counts bytes by layer, and `staleness` how many
+    contributions were how many versions behind; `table()` formats them, and `stragglers()` says who was late.
     On a `SimulatedCluster` all seconds are virtual, `virtual_seconds` is their number, `events` that of the events, and
     `trace_hash` is the same for two runs that did the same at the same times; else these three are None.
     """
@@ -108,13 +111,19 @@ class TrainingResult:
     seconds: float
     plan: Plan = field(repr=False)
     traffic: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
+    staleness: Mapping[str, Mapping[int, int]] = field(default_factory=dict[str, Mapping[int, int]])
+    late: Stragglers = field(default=Stragglers(), repr=False)
     virtual_seconds: float | None = None
     trace_hash: str | None = None
     events: int | None = None
 
     def table(self) -> str:
-        """One line per layer: policy, home, pushes, and their bytes compared with plain gradients every step."""
-        return layer_table(self.plan, self.traffic, steps=len(self.history))
+        """One line per layer: policy, home, fates of work items, and bytes compared with plain gradients every step."""
+        return layer_table(self.plan, self.traffic, self.ledger, steps=len(self.history))
+
+    def stragglers(self) -> Stragglers:
+        """The replicas that were late, how often, and what it cost. `print` says it in words."""
+        return self.late
 
 
 class Trainer:
@@ -435,6 +444,8 @@ def _result(params: Any, state: Any, outcome: Outcome, plan: Plan) -> TrainingRe
         seconds=outcome.seconds,
         plan=plan,
         traffic=outcome.traffic,
+        staleness=outcome.staleness,
+        late=outcome.stragglers,
         virtual_seconds=simulated.virtual_seconds if simulated else None,
         trace_hash=simulated.trace_hash if simulated else None,
         events=simulated.events if simulated else None,

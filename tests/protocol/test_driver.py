@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from flowml.policy import AllReduce, Policy, Quorum
+from flowml.policy.waits import Waits
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.actions import Received, Release, Send
@@ -18,6 +19,7 @@ from flowml_runtime.protocol.training.driver import (
     Note,
     NoteCommit,
     NoteFates,
+    NoteWaits,
     Over,
     SendSource,
     SendStore,
@@ -150,7 +152,7 @@ def test_what_is_not_for_a_driver_is_refused() -> None:
 def test_whose_work_counts_goes_to_the_history() -> None:
     machine = driver(stores=(StoreTerms((0,), Policy(quorum=Quorum(1))), StoreTerms((1,), Policy(quorum=Quorum(1)))))
     commit = wire.Commit(**IDS, clock=0, excluded=(1,))
-    assert machine.step(Received("a0", commit)) == [NoteCommit(0, (1,), (), 1)]
+    assert machine.step(Received("a0", commit)) == [NoteWaits(0, 0, Waits(), (1,), 1), NoteCommit(0, (1,), (), 1)]
     assert machine.step(Received("a0", commit)) == []
 
 

@@ -145,7 +145,7 @@ def test_a_commit_reaches_everyone_and_the_stages_before_the_home() -> None:
     (sent,) = machine.step(Received("b0", contribution(1, 0), handle=2))
     number = machine.number
     commit = wire.Commit(**IDS, cause=number, clock=0)
-    assert sent == Send(EVERYONE, commit)
+    assert sent == Send((*EVERYONE, "driver"), commit)
     settled, applied, published = machine.step(Received("a0", commit))
     assert settled == Send(("driver",), wire.Settled(**IDS, cause=number + 1, replica=0, fates=((item(0), "used"),)))
     assert applied == Apply(0, 1, (((1,), 0.5), ((2,), 0.5)), number + 1)

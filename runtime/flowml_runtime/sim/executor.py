@@ -140,10 +140,10 @@ class Executor:
 
     def _report(self, step: Start) -> None:
         world = self._world
-        report = world.values.report(self._state)
-        if report is None:
+        pushed = self._node.counts.take_pushed()
+        slots, arrays = world.values.report(self._state) or ((), None)
+        if not slots and not pushed:
             return
-        slots, arrays = report
         message = wire.Report(
             **self._node.ids,
             cause=step.cause,
@@ -152,6 +152,7 @@ class Executor:
             item=step.item,
             slots=slots,
             seconds=world.clock.now - self._began,
+            pushed=pushed,
         )
         self._node.send(DRIVER, message, arrays)
 

@@ -42,6 +42,7 @@ from flowml_runtime.wire.training import Report as Report
 from flowml_runtime.wire.training import Retired as Retired
 from flowml_runtime.wire.training import Settled as Settled
 from flowml_runtime.wire.training import Source as Source
+from flowml_runtime.wire.training import Staleness as Staleness
 from flowml_runtime.wire.training import StartTraining as StartTraining
 from flowml_runtime.wire.training import StopTraining as StopTraining
 from flowml_runtime.wire.training import StoreValue as StoreValue
@@ -254,7 +255,7 @@ Wire = (
     Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
     | Loaded | Unload | Value | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | Gossip | Ask | Grant | Begin | Contribution | Arrived
-    | Commit | Published | Applied | Collective | Settled | Report | NonFinite | Traffic | Retired
+    | Commit | Published | Applied | Collective | Settled | Report | NonFinite | Staleness | Traffic | Retired
     | StopTraining
 )
 # fmt: on

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from flowml.policy.waits import Waits
 from flowml_runtime.wire.base import Count, Name, PlanMessage
 
 # Training. A clock is a step of one replica; a store homes the parameters of one layer group.
@@ -162,7 +163,7 @@ class Commit(TrainingMessage, frozen=True):
 
     `coefficients` maps replicas to the coefficients of their contributions, if weights do not determine them. `folded`
     are late contributions to earlier clocks that are included now, as (replica, clock). `copies` maps portions to the
-    copies of them that came first; the others came first as they were granted first.
+    copies of them that came first; the others came first as they were granted first. `waits` is for the history.
     """
 
     clock: Count
@@ -171,6 +172,7 @@ class Commit(TrainingMessage, frozen=True):
     coefficients: tuple[tuple[Count, float], ...] = ()
     folded: tuple[tuple[Count, Count], ...] = ()
     copies: tuple[tuple[Count, Count], ...] = ()
+    waits: Waits = Waits()
 
 
 class Published(TrainingMessage, frozen=True):
@@ -220,13 +222,15 @@ class Settled(TrainingMessage, frozen=True):
 
 class Report(TrainingMessage, frozen=True):
     """Loss (slot 0) and aux leaves of one replica's step, summed over its microbatches, sent by the stage that computes
-    them."""
+    them. `pushed`: (store, bytes of contributions) that this worker has sent since its last Report. A stage without
+    such values reports only those."""
 
     replica: Count
     clock: Count
     item: Item
     slots: tuple[Count, ...]
     seconds: float
+    pushed: tuple[tuple[Count, Count], ...] = ()
 
 
 class NonFinite(TrainingMessage, frozen=True):
@@ -236,6 +240,16 @@ class NonFinite(TrainingMessage, frozen=True):
     store: Count
     clock: Count
     replicas: tuple[Count, ...]
+
+
+class Staleness(TrainingMessage, frozen=True):
+    """How stale the contributions were that a home has applied since its last such message: for each store the pairs
+    (number of versions since the one that the contribution is based on, number of such contributions).
+
+    Only for stores whose policy allows more than 0.
+    """
+
+    stores: tuple[tuple[Count, tuple[tuple[Count, Count], ...]], ...]
 
 
 class Traffic(TrainingMessage, frozen=True):

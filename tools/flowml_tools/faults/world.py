@@ -238,6 +238,8 @@ class Driver:
                     simulation.deliver(name, batch, ())
             case driver.SendSource():
                 pass  # the values of items need no data
+            case driver.Note() | driver.NoteWaits() | driver.NoteStaleness():
+                pass  # for the history of a fit
             case driver.NoteCommit():
                 self.commits.append(action)
             case driver.Keep(store, handle):

@@ -43,13 +43,17 @@ from flowml_runtime.driver.session import LoadedPlan
 from flowml_runtime.driver.training.delays import Rows
 from flowml_runtime.driver.training.feeding import Feeding, Variant, whole
 from flowml_runtime.driver.training.history import History, Record
+from flowml_runtime.driver.training.inbox import Entry, Lost
+from flowml_runtime.driver.training.observer import Observer
+from flowml_runtime.driver.training.stragglers import Stragglers
 from flowml_runtime.driver.training.tables import group_names
 from flowml_runtime.driver.training.training_session import Simulated, TrainingSession
 from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol
 from flowml_runtime.protocol.training.actions import Received, Release, Send
-from flowml_runtime.protocol.training.ledger import Summary, Work
+from flowml_runtime.protocol.training.ledger import Work
 from flowml_runtime.protocol.training.story import entry
+from flowml_runtime.protocol.training.summary import Summary
 from flowml_runtime.protocol.training.terms import Places, Terms
 from flowml_runtime.transport.arrays import own_copy
 
@@ -79,6 +83,8 @@ class Outcome:
     ledger: Summary
     seconds: float
     traffic: Mapping[str, Mapping[str, int]]
+    staleness: Mapping[str, Mapping[int, int]]
+    stragglers: Stragglers
     simulated: Simulated | None
 
 
@@ -106,7 +112,7 @@ class Fit:
         self._source = source
         self._options = options
         self._ids: dict[str, Any] = {"plan_id": handle.plan_id, "run": options.run}
-        self._inbox: queue.SimpleQueue[tuple[str, Any, Sequence[Any]]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Entry] = queue.SimpleQueue()
         replicas = len(training.replicas)
         terms, places = Terms.of(training, options.total), Places.of(training)
         steps_per_epoch = source.examples // options.batch_size
@@ -129,6 +135,7 @@ class Fit:
             compiled.metrics if computed else Metrics(),
             leaves_out=options.on_nonfinite == "refuse" and computed,
         )
+        self._observer = Observer(training, terms, session.time.now())
         self._payloads: dict[int, Sequence[Any]] = {}
         self._handles = count(1)
         self._values: dict[int, Sequence[Any]] = {}
@@ -137,6 +144,8 @@ class Fit:
         self._feeding = Feeding(handle, source, variant)
         self._orders: dict[int, np.ndarray] = {}
         self._lost: protocol.WorkerLost | None = None
+        self._now = 0.0
+        """When the message arrived that is processed."""
 
     def run(self, params: Sequence[Any], state: Sequence[Any], callbacks: Sequence[Callable[[Record], Any]]) -> Outcome:
         """Train to the end. If the fit ends early for any reason, the workers are told to stop."""
@@ -145,7 +154,7 @@ class Fit:
         began = self._session.time.now()
 
         def show(records: Sequence[Record], *, over: bool = False) -> None:
-            for record in records:
+            for record in self._observer.ready(records, over=over):
                 record["seconds"] = self._session.time.now() - began
                 progress.show(record)
                 for callback in callbacks:
@@ -155,7 +164,7 @@ class Fit:
         try:
             self._step(protocol.Begin(), params, state)
             while not self._machine.over:
-                self._step(self._event(*self._next()))
+                self._take(self._next())
                 show(self._history.ready())
             show(self._history.rest(), over=True)
             seconds = self._session.time.now() - began
@@ -167,15 +176,15 @@ class Fit:
     # The endpoint's threads.
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None:
-        self._inbox.put((peer, message, arrays))
+        self._inbox.put(Entry(peer, message, arrays, self._session.time.now()))
 
     def on_lost(self, peer: str, reason: str) -> None:
         if peer in self._handle.workers:
-            self._inbox.put((peer, _Lost(reason), ()))
+            self._inbox.put(Entry(peer, Lost(reason), (), self._session.time.now()))
 
     # The caller's thread.
 
-    def _next(self) -> tuple[str, Any, Sequence[Any]]:
+    def _next(self) -> Entry:
         """The next message. Raises ClusterError if no more can arrive."""
         asked = time.monotonic()
         while True:
@@ -222,8 +231,15 @@ class Fit:
             on_nonfinite=options.on_nonfinite,
         )
 
+    def _take(self, entry: Entry) -> None:
+        """Process a message."""
+        self._now = entry.at
+        if isinstance(entry.message, wire.Retired) and entry.message.run == self._options.run:
+            self._observer.retired(entry.message.replica, self._now)
+        self._step(self._event(entry.peer, entry.message, entry.arrays))
+
     def _event(self, peer: str, message: Any, arrays: Sequence[Any]) -> protocol.Event | None:
-        if isinstance(message, _Lost):
+        if isinstance(message, Lost):
             self._lost = protocol.WorkerLost(peer, message.reason)
             return self._lost
         if isinstance(message, wire.StepFailed):
@@ -255,6 +271,10 @@ class Fit:
                     _warn(self._history.refused(self._training.stores[store].name, clock, replicas), stacklevel=5)
                 case protocol.NoteCommit(clock, excluded, coefficients):
                     self._history.committed(clock, excluded, coefficients)
+                case protocol.NoteWaits():
+                    self._observer.committed(action)
+                case protocol.NoteStaleness(stores):
+                    self._observer.stale(stores)
                 case protocol.Keep(store, handle):
                     self._values[store] = self._taken(handle)
                 case protocol.KeepState(store, handle):
@@ -268,6 +288,9 @@ class Fit:
 
     def _note(self, report: wire.Report, arrays: Sequence[Any]) -> None:
         """Enter a report in the history. Raises WorkerError if its loss is not finite and that ends the fit."""
+        self._observer.reported(report, self._now)
+        if not report.slots:
+            return
         wrong = self._history.why_not_finite(report, arrays) if self._options.on_nonfinite == "raise" else None
         if wrong is not None:
             raise WorkerError(f"training failed at step {report.clock}: {wrong}", step=report.clock, node="loss")
@@ -405,7 +428,15 @@ class Fit:
             kept=self._kept(),
         )
         return Outcome(
-            final, states, self._history.records, summary, seconds, self._bytes(), self._session.time.simulated()
+            final,
+            states,
+            self._history.records,
+            summary,
+            seconds,
+            self._bytes(),
+            self._observer.staleness(),
+            self._observer.stragglers(summary, seconds),
+            self._session.time.simulated(),
         )
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -437,11 +468,6 @@ class Fit:
 def _warn(warning: str | None, stacklevel: int) -> None:
     if warning is not None:
         warnings.warn(warning, FlowmlWarning, stacklevel=stacklevel)
-
-
-@dataclass(frozen=True)
-class _Lost:
-    reason: str
 
 
 class IgnoreMessages:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flowml.plan import Plan, Training
 from flowml.render.scene import home_text
 from flowml.render.units import bytes_text
+from flowml_runtime.protocol.training.summary import Summary, Tally
 from flowml_runtime.protocol.training.terms import Terms
 
+FATES = ("used", "dropped", "folded", "requeued")
 
-def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], *, steps: int) -> str:
-    """Policy, home and measured bytes by layer. `plain` is the bytes of one gradient per replica and step."""
+
+def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], ledger: Summary, *, steps: int) -> str:
+    """Policy, home, fates of work items and measured bytes by layer.
+
+    `plain` is the bytes of one gradient per replica and step.
+    """
     training = plan.training
     assert training is not None
-    header = ("layer", "policy", "home", "parameters", "pushes", "pushed", "plain", "ratio", "crossed workers")
+    header = ("layer", "policy", "home", "parameters", *FATES)
+    header += ("pushes", "pushed", "plain", "ratio", "crossed workers")
+    tallies = _tallies(training, ledger)
     rows: list[tuple[str, ...]] = [header]
     for store in training.stores:
         counts = traffic.get(store.name, {})
@@ -26,6 +34,7 @@ def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], *, steps: 
                 store.policy.describe(),
                 home_text(store) if store.collective else store.home.split("/", 1)[0],
                 bytes_text(store.nbytes),
+                *(str(getattr(tallies[store.name], fate)) for fate in FATES),
                 str(counts.get("pushes", 0)),
                 bytes_text(pushed),
                 bytes_text(plain),
@@ -38,13 +47,23 @@ def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], *, steps: 
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
+def _tallies(training: Training, ledger: Summary) -> dict[str, Summary | Tally]:
+    """By layer the fates of the items: those for its group of layers, if groups have different ones."""
+    terms = Terms.of(training, 1)
+    names = group_names(training, terms)
+    groups = {store: ledger.groups.get(names[group]) for store, group in terms.group_of.items() if names}
+    return {store.name: groups.get(i) or ledger for i, store in enumerate(training.stores)}
+
+
 def group_names(training: Training, terms: Terms) -> list[str]:
     """A name for each group of stores that decides alone: its layers and policy. Empty if there is only one group."""
     if len(terms.groups) < 2:
         return []
-    found: list[str] = []
-    for group in terms.groups:
-        layers = [training.stores[store].name for store in group.stores]
-        shown = ", ".join(layers[:2]) + (f" and {len(layers) - 2} more" if len(layers) > 2 else "")
-        found.append(f"{shown} ({training.stores[group.stores[0]].policy.describe()})")
-    return found
+    return [policy_name(training, group.stores) for group in terms.groups]
+
+
+def policy_name(training: Training, stores: Sequence[int]) -> str:
+    """A name for stores that are kept in step together: some of their layers, and the policy of the first."""
+    layers = [training.stores[store].name for store in stores]
+    shown = ", ".join(layers[:2]) + (f" and {len(layers) - 2} more" if len(layers) > 2 else "")
+    return f"{shown} ({training.stores[stores[0]].policy.describe()})"

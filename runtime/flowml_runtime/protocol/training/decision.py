@@ -15,7 +15,8 @@ after each arrival, and at the time that it named. This machine counts:
   unless it was included already. Otherwise it changes nothing.
 
 Arrivals are counted, so that the cost of one does not depend on the number of replicas. A commit names the replicas
-that it excludes, which are few or none.
+that it excludes, which are few or none. It also says what the clock waited for (`flowml.policy.waits`), for the
+history of the fit; nothing depends on that.
 
 What the caller must do:
 
@@ -28,9 +29,11 @@ What the caller must do:
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 
 from flowml.policy import Arrivals, Decide, Never, Spread, Wait, window
+from flowml.policy.waits import waits
 from flowml_runtime.protocol.errors import ProtocolError, QuorumError, ensure
 from flowml_runtime.protocol.training.terms import Committed, Group, ReplicaLost, Terms, Tick
 
@@ -60,6 +63,9 @@ class Wake:
     at: float
 
 
+MOST_STALE = 64
+"""Of a larger staleness, no more clocks are considered when a commit says what its clock waited for."""
+
 Event = Arrived | ReplicaRetired | ReplicaLost | Tick
 Action = Committed | Wake
 
@@ -85,6 +91,9 @@ class Decision:
         self._clocks: dict[int, _Clock] = {}
         self._clock = -1
         self._began = began
+        staleness = min(terms.stores[store].policy.staleness for store in group.stores)
+        self._decided = deque([began], maxlen=1 + int(min(staleness, MOST_STALE) // group.every.push))
+        """The times of the latest decisions. A replica could read for the next clock after the first of them."""
         self._spread = Spread()
         self._hopeless = 0
         """The number of replicas that are lost or retired, and not complete at the next clock to decide."""
@@ -193,11 +202,12 @@ class Decision:
                         "on with what has arrived"
                     )
                 case Decide(coefficients):
-                    found.append(self._commit(arrivals, coefficients))
+                    found.append(self._commit(arrivals, coefficients, now))
                     self._open_next(now)
+                    self._decided.append(now)
         return found
 
-    def _commit(self, arrivals: Arrivals, coefficients: tuple[tuple[int, float], ...]) -> Committed:
+    def _commit(self, arrivals: Arrivals, coefficients: tuple[tuple[int, float], ...], now: float) -> Committed:
         replicas, complete = len(self._senders), arrivals.times
         excluded = () if len(complete) == replicas else tuple(r for r in self._group.senders if r not in complete)
         if self._group.folds:
@@ -208,7 +218,15 @@ class Decision:
         self._spread.add(arrivals.spread_s(need))
         folded, self._late = tuple(sorted(self._late)), []
         copies = tuple(sorted(self._now.copies.items()))
-        return Committed(self._clock, excluded, self._group.number, coefficients, folded, copies)
+        waited = waits(
+            complete,
+            replicas - len(self._gone),
+            began=self._began,
+            start=self._decided[0],
+            decided=now,
+            missing=[r for r in excluded if r not in self._gone],
+        )
+        return Committed(self._clock, excluded, self._group.number, coefficients, folded, copies, waited)
 
     def _open_next(self, now: float) -> None:
         self._clocks.pop(self._clock, None)

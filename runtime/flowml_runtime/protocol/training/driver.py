@@ -5,7 +5,9 @@
     Settled         the fate of items, for the ledger and the history.
     Report          the loss of a step, for the history.
     Commit          which reports of a clock count, for the history: those of replicas that some group of stores due at
-                    that clock includes. Sent only if a decision may leave a replica out.
+                    that clock includes. Noted only if a decision may leave a replica out. It also says what the clock
+                    waited for.
+    Staleness       how stale the applied contributions were, for the history.
     NonFinite       which replicas' gradients were left out because they hold NaN or infinity, for the summary.
     StoreValue      a home has finished a store. The value of the store's first home counts, once; other homes hold
                     copies of it.
@@ -33,6 +35,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from flowml.policy.waits import Waits
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.actions import Received, Release, Send
@@ -123,6 +126,25 @@ class NoteCommit:
 
 
 @dataclass(frozen=True, slots=True)
+class NoteWaits:
+    """What the decision of a group waited for at `clock`, and which replicas it leaves out."""
+
+    group: int
+    clock: int
+    waits: Waits
+    excluded: tuple[int, ...]
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoteStaleness:
+    """How stale applied contributions were: for each store pairs of (staleness, number of contributions)."""
+
+    stores: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+    cause: int
+
+
+@dataclass(frozen=True, slots=True)
 class NoteNonFinite:
     """Count the gradients of these replicas for a store and clock as left out, and warn."""
 
@@ -173,6 +195,8 @@ Action = (
     | Note
     | NoteFates
     | NoteCommit
+    | NoteWaits
+    | NoteStaleness
     | NoteNonFinite
     | Keep
     | KeepState
@@ -270,9 +294,14 @@ class TrainingDriver:
                 return [NoteFates(fates, missing, cause)]
             case wire.Report():
                 return [Note(message, event.handle, cause)]
-            case wire.Commit(clock=clock, excluded=excluded, group=group, coefficients=given):
+            case wire.Commit(clock=clock, excluded=excluded, group=group, coefficients=given, waits=waits):
+                if not self._commits.is_new(group, clock):
+                    return []
                 counted = self._commits.take(group, clock, excluded)  # one clock at a time with a code
-                return [NoteCommit(decided, without, given, cause) for decided, without in counted]
+                noted = [NoteCommit(decided, without, given, cause) for decided, without in counted]
+                return [NoteWaits(group, clock, waits, excluded, cause), *noted]
+            case wire.Staleness(stores=stores):
+                return [NoteStaleness(stores, cause)]
             case wire.NonFinite(store=store, clock=clock, replicas=replicas):
                 return [NoteNonFinite(store, clock, replicas, cause)]
             case wire.StoreValue():
@@ -327,13 +356,20 @@ class _Commits:
         """Clock -> the replicas that every decision about it so far leaves out."""
         self._next = 0
 
-    def take(self, group: int, clock: int, excluded: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
-        """The clocks that all groups have decided now, and the replicas that each of these groups leaves out."""
+    def is_new(self, group: int, clock: int) -> bool:
+        """Whether the decision is not known yet."""
         if not group < len(self._decided):
             raise ProtocolError(f"group {group} has a commit, but there are {len(self._decided)} groups")
-        if clock <= self._decided[group]:
-            return []
+        return clock > self._decided[group]
+
+    def take(self, group: int, clock: int, excluded: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+        """The clocks that all groups have decided now, and the replicas that each of these groups leaves out.
+
+        Nothing if no decision may leave a replica out.
+        """
         self._decided[group] = clock
+        if not self._terms.drops:
+            return []
         mine = frozenset(excluded)
         self._without[clock] = self._without.get(clock, mine) & mine
         found: list[tuple[int, tuple[int, ...]]] = []

@@ -44,6 +44,7 @@ from flowml.policy import Fold
 from flowml.policy.apply import scales
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.clocks import Clocks
+from flowml_runtime.protocol.training.staleness import Staleness
 from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, StoreTerms, Terms
 
 Handle = int
@@ -216,6 +217,7 @@ class Home:
             i: _Store(s, senders, None if s.clocked else Clocks(terms.replicas, senders))
             for i, s, senders in ((i, terms.stores[i], terms.stores[i].senders(terms.members)) for i in stores)
         }
+        self.staleness = Staleness(terms, self._stores)
 
     def version(self, store: int) -> int:
         """The number of applies so far; -1 before the store is loaded."""
@@ -403,18 +405,16 @@ class Home:
         rest = self._release(_parts(g for g, _ in chosen if not g.weight))
         if not full:
             return [*rest, Publish(index, store.version, store.floor, value=False)]
-        asks = scales(store.terms.policy.apply)
-        staleness = tuple(store.version - g.base_version for g, _ in full) if asks else ()
+        staleness = self.staleness.add(index, (store.version - g.base_version for g, _ in full))
         store.version += 1
         factors = [factor for _, factor in full]
         if not exact:
-            most = max(g.weight for g, _ in full)
             weights = [g.weight for g, _ in full]
-            absent = 0 if living is None else (living - len(full)) * most
+            absent = 0 if living is None else (living - len(full)) * max(weights)
             each = store.terms.policy.coefficients(weights, self._terms.microbatches, absent)
             factors = [c * factor for c, factor in zip(each, factors, strict=True)]
         contributions = tuple((g.handles(), c) for (g, _), c in zip(full, factors, strict=True))
-        apply = Apply(index, store.version, contributions, staleness)
+        apply = Apply(index, store.version, contributions, staleness if scales(store.terms.policy.apply) else ())
         return [*rest, apply, Publish(index, store.version, store.floor)]
 
     def _retire(self, replica: int, stages: Iterable[int]) -> list[Action]:

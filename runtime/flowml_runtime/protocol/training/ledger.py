@@ -26,7 +26,7 @@ What the caller must do:
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,6 +34,7 @@ from flowml.errors import FlowmlError
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.speculation import PortionQueue
+from flowml_runtime.protocol.training.summary import Summary, Tally
 from flowml_runtime.protocol.training.terms import ReplicaLost
 
 Fate = Literal["used", "dropped", "folded", "requeued", "duplicate"]
@@ -133,75 +134,6 @@ class Work:
         """The items of a run that is not aligned: all of whole epochs, then one per replica and remaining clock."""
         whole, rest = divmod(self.total_clocks, self.clocks_per_epoch)
         return whole * self.items_per_epoch + rest * self.row
-
-
-@dataclass(frozen=True, slots=True)
-class Tally:
-    """The number of items by fate."""
-
-    used: int = 0
-    dropped: int = 0
-    folded: int = 0
-    requeued: int = 0
-    returned: int = 0
-    unseen: int = 0
-    duplicate: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """The summary of a run. `epochs` and `replicas` hold one Tally each, in order; the totals count items.
-
-    An item is used if some layer uses it. `groups` has a Tally for each group of layers that decides alone, by its
-    name; it is empty if there is only one. `duplicate` counts grants of items of which another grant is used.
-
-    `unseen` of a replica is always 0, because an item that was not begun belongs to no replica. `seen` lists how many
-    examples took part how many times; it is empty if it was not requested. `nonfinite` counts, by layer and replica,
-    the gradients that were left out because they held NaN or infinity; replica -1 counts such sums of finite gradients.
-    `nonfinite_losses` counts, by replica, the losses that were left out of the history because they were not finite.
-    `kept` has by layer the Euclidean norm of what the error feedback of all replicas had not sent at the end.
-    """
-
-    used: int
-    dropped: int
-    folded: int
-    requeued: int
-    returned: int
-    unseen: int
-    outstanding: int
-    item_size: int
-    epochs: tuple[Tally, ...]
-    replicas: tuple[Tally, ...]
-    seen: tuple[tuple[int, int], ...] = ()
-    groups: Mapping[str, Tally] = field(default_factory=dict[str, Tally])
-    nonfinite: Mapping[str, Mapping[int, int]] = field(default_factory=dict[str, Mapping[int, int]])
-    nonfinite_losses: Mapping[int, int] = field(default_factory=dict[int, int])
-    kept: Mapping[str, float] = field(default_factory=dict[str, float])
-    duplicate: int = 0
-
-    def __str__(self) -> str:
-        names = ("used", "dropped", "folded", "requeued", *(["duplicate"] if self.duplicate else []), "unseen")
-        rows = [(f"epoch {i}", t) for i, t in enumerate(self.epochs)]
-        rows += [(f"replica {i}", t) for i, t in enumerate(self.replicas)]
-        rows += list(self.groups.items())
-        width = max(14, *(len(label) + 2 for label, _ in rows))
-        lines = [f"{f'items of {self.item_size}':<{width}}" + "".join(f"{n:>10}" for n in names)]
-        for label, tally in rows:
-            lines.append(f"{label:<{width}}" + "".join(f"{getattr(tally, n):>10}" for n in names))
-        lines.append(f"{'total':<{width}}" + "".join(f"{getattr(self, n):>10}" for n in names))
-        if self.seen:
-            lines.append("examples seen: " + ", ".join(f"{many} × {times}" for times, many in self.seen))
-        for layer, counts in self.nonfinite.items():
-            lines.append(f"not finite and left out of {layer}: {_by_replica(counts)}")
-        if self.nonfinite_losses:
-            lines.append(f"losses not finite and left out of the history: {_by_replica(self.nonfinite_losses)}")
-        for layer, norm in self.kept.items():
-            lines.append(f"kept by error feedback of {layer} and not sent: a norm of {norm:.3g}")
-        return "\n".join(lines)
-
-
-def _by_replica(counts: Mapping[int, int]) -> str:
-    return ", ".join(f"replica {r} × {n}" if r >= 0 else f"the sum × {n}" for r, n in sorted(counts.items()))
 
 
 class WorkQueue:

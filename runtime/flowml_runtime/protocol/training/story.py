@@ -35,7 +35,8 @@ def entry(
     cause = ""
     if isinstance(event, actions.Received):
         if isinstance(
-            event.message, wire.Batch | wire.Source | wire.OwnState | wire.Gossip | wire.Collective | wire.Traffic
+            event.message,
+            wire.Batch | wire.Source | wire.OwnState | wire.Gossip | wire.Collective | wire.Traffic | wire.Staleness,
         ):
             return None
         cause = f"{event.peer}#{run}.{event.message.cause}" if event.message.cause else ""
@@ -44,7 +45,9 @@ def entry(
     done = [
         wants(a)
         for a in wanted
-        if not isinstance(a, actions.TellTraffic | driver.NoteFates | driver.NoteCommit | driver.Note)
+        if not isinstance(
+            a, actions.TellTraffic | driver.NoteFates | driver.NoteCommit | driver.NoteWaits | driver.Note
+        )
     ]
     return Entry(run, number, cause, "; ".join([happened(event), *done]))
 

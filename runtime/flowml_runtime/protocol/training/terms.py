@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from flowml.devices import worker_of
 from flowml.plan import StoreSpec, Training
 from flowml.policy import UNBOUNDED, Completion, Every, Fold, Gossip, Policy, Speculate
 from flowml.policy.filters import feeds_back
+from flowml.policy.waits import Waits
 
 RETIRED = 2**53 - 1
 """The clock of a replica that is no longer waited for: the largest that a message can carry."""
@@ -338,7 +339,7 @@ class Committed:
 
     `coefficients` maps replicas to the coefficients of their contributions; empty if weights determine them. `folded`
     are contributions to earlier clocks, as (replica, clock), which were late and are included now. `copies` maps
-    portions to the copies that came first, where that was not the first grant.
+    portions to the copies that came first, where that was not the first grant. `waits` says what the clock waited for.
     """
 
     clock: int
@@ -347,6 +348,7 @@ class Committed:
     coefficients: tuple[tuple[int, float], ...] = ()
     folded: tuple[tuple[int, int], ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
+    waits: Waits = field(default=Waits(), compare=False)
 
     def leaves_out(self, replica: int) -> bool:
         """Whether it excludes the replica. A search by halves, because thousands may ask about thousands."""

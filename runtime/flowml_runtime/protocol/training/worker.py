@@ -11,8 +11,8 @@ of the stores that live here, and the `Decision` if this worker leads. A message
     Contribution    a part of a replica's contribution to a store, for the home here.
     Arrived         a contribution is complete, for the leader of its group: the first home of the group's first store.
                     The home here tells the leader here without a message.
-    Commit          a group has decided a clock. The stages here get it before the home here, because a replica must
-                    know that its step counts before it sees the version that contains the step.
+    Commit          a group has decided a clock. Everyone gets it. The stages here get it before the
+                    home here, as a replica must know that its step counts before it sees the version with the step.
     Published       a new version, for all stages here. A version that is not newer than the one read here comes from
                     another copy of the store, and is ignored.
     Applied         the version that contains a push of a replica here, for its stages.
@@ -459,18 +459,11 @@ class _Fit:
                 match made:
                     case decision.Wake(at):
                         actions.append(Wake(self.run, at, self._cause))
-                    case Committed(clock, excluded, _, coefficients, folded, copies):
-                        commit = wire.Commit(
-                            **self._ids,
-                            clock=clock,
-                            excluded=excluded,
-                            group=group,
-                            coefficients=coefficients,
-                            folded=folded,
-                            copies=copies,
-                        )
-                        told = (self._driver,) if self._terms.drops else ()
-                        actions.append(Send((*self._places.workers, *told), commit))
+                    case Committed(clock, excluded, _, coefficients, folded, copies, waits):
+                        rest: dict[str, Any] = {"coefficients": coefficients, "folded": folded, "waits": waits}
+                        what: dict[str, Any] = {"clock": clock, "excluded": excluded, "group": group, "copies": copies}
+                        commit = wire.Commit(**self._ids, **what, **rest)
+                        actions.append(Send((*self._places.workers, self._driver), commit))
         return actions
 
     def _at_home(self, event: home.Event) -> list[Action]:
@@ -495,6 +488,9 @@ class _Fit:
                 case home.Release(handle):
                     actions.append(Release(handle, cause))
                 case home.Finished(store):
+                    self._home.staleness.finish(store)
                     first = places.homes[store][0] == self._me
                     actions.append(Return(store, self._home.version(store), first, cause))
+        if stale := self._home.staleness.take():
+            actions.insert(0, Send((self._driver,), wire.Staleness(**ids, stores=stale)))
         return actions

@@ -13,6 +13,8 @@ class Counts:
 
     def __init__(self, stores: int) -> None:
         self._rows = [[0, 0, 0, 0] for _ in range(stores)]
+        self._pushed: dict[int, int] = {}
+        """Store -> the bytes pushed since `take_pushed`."""
 
     def push(self, store: int, part: int, nbytes: int, *, crosses: bool) -> None:
         """Count a part of a contribution. `crosses` means that it is sent to another worker."""
@@ -20,6 +22,12 @@ class Counts:
         row[_COUNT] += part == 0  # a contribution counts once, however many parts it has
         row[_BYTES] += nbytes
         row[_WIRE] += nbytes * crosses
+        self._pushed[store] = self._pushed.get(store, 0) + nbytes
+
+    def take_pushed(self) -> tuple[tuple[int, int], ...]:
+        """(store, bytes of contributions) since this was called last, for `wire.Report`."""
+        pushed, self._pushed = tuple(self._pushed.items()), {}
+        return pushed
 
     def crossing(self, store: int, nbytes: int) -> None:
         """Count the bytes sent to other workers to add up a push, which is counted already."""

@@ -129,6 +129,11 @@ class Run:
         with self.counting:
             self.counts.push(store, part, nbytes, crosses=destination != self.me)
 
+    def take_pushed(self) -> tuple[tuple[int, int], ...]:
+        """(store, bytes of contributions) since this was called last."""
+        with self.counting:
+            return self.counts.take_pushed()
+
     def count_crossing(self, store: int, nbytes: int) -> None:
         """Count the bytes sent to other workers to add up a push, which is counted already."""
         with self.counting:

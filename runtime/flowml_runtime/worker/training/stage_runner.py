@@ -176,6 +176,7 @@ class StageRunner(EdgeServices):
             run_step(self._choose(), self.run.step_of(clock), self)
             self._end_sums(self.run.step_of(clock))
             self._return_states(clock)
+            self.outbox.flush()  # the report tells the bytes of all that this step has sent
             self._report(clock, time.perf_counter() - began)
         except Cancelled:
             return
@@ -227,20 +228,20 @@ class StageRunner(EdgeServices):
             self.run.send(self.run.driver, message, host_view(own.state, self.loaded.device))
 
     def _report(self, clock: int, seconds: float) -> None:
-        if not self._fetched:
+        if not (pushed := self.run.take_pushed()) and not self._fetched:
             return
         slots = tuple(sorted(self._fetched))
         coded = self.run.training.code is not None
         values = [over_microbatches(self._fetched[s], self._pieces if coded else ()) for s in slots]
+        now = self._now
+        ids: dict[str, Any] = {"plan_id": self.plan_id, "run": self.run.number, "cause": now.cause, "item": now.item}
         message = wire.Report(
-            plan_id=self.plan_id,
-            run=self.run.number,
-            cause=self._now.cause,
+            **ids,
             replica=self.replica,
             clock=clock,
-            item=self._now.item,
             slots=slots,
             seconds=seconds,
+            pushed=pushed,
             specs=tuple(ArraySpec(v.shape, v.dtype.name) for v in values),
         )
         self.run.send(self.run.driver, message, values)
@@ -248,8 +249,7 @@ class StageRunner(EdgeServices):
     # Services: called by the step on the executor's thread.
 
     def should_abandon(self, step: int) -> bool:
-        pause_s = next(self._pauses, 0.0)
-        if pause_s:
+        if pause_s := next(self._pauses, 0.0):
             time.sleep(pause_s)
         return self.run.stopped or self.machine.should_abandon(self._now.clock)
 
