@@ -41,6 +41,9 @@ class _News:
         self.begins = 0.0
 
 
+_NEWS = wire.Published | wire.Applied
+"""Messages that may let a step go on although the machine wants nothing."""
+
 _WAKE = 3
 """The kind of the event that a Wake asked for; see `network.KINDS`."""
 
@@ -111,7 +114,8 @@ class Node:
         for action in wanted:
             self._ACT[type(action)](self, action)
         self.world.stepped(self, event, wanted)
-        self._walk()
+        if wanted or (isinstance(event, protocol.Received) and isinstance(event.message, _NEWS)):
+            self._walk()
 
     def note(self, event: protocol.Updated) -> None:
         """Tell the machine of an event that lets no step go on. A step may call it."""

@@ -120,7 +120,7 @@ class Accounts:
         """A commit contains the push of `newest`, with all gradients since the push before that is still late."""
         every, last = self._terms.groups[group].every, self._terms.last_clock
         mine = [c for c, account in self._accounts.items() if c <= newest and group in account.open]
-        late = max((c for c in mine if c < newest and every.due(c, last)), default=-1)
+        late = -1 if mine == [newest] else max((c for c in mine if c < newest and every.due(c, last)), default=-1)
         for clock in mine:
             if clock > late:
                 account = self._accounts[clock]

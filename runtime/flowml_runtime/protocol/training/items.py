@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 
 from flowml.policy import Requeue
@@ -42,14 +41,14 @@ class Items:
         self._newest = -1
         """The newest clock that was asked for."""
         self._exhausted = False
-        self._asked: deque[tuple[int, ...]] = deque()
+        self._asked: list[tuple[int, ...]] = []
         self._held: dict[int, wire.Item] = {}
         self._returned: list[wire.Item] = []
 
     def grant(self, items: Iterable[tuple[int, wire.Item]], exhausted: bool) -> None:
         if not self._asked:
             raise ProtocolError("items are granted that were not asked for")
-        asked = self._asked.popleft()
+        asked = self._asked.pop(0)
         granted = dict(items)
         if not set(granted) <= set(asked):
             raise ProtocolError(f"items are granted for clocks {sorted(granted)}; asked for {asked}")

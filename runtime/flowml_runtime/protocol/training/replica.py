@@ -34,7 +34,6 @@ What the caller must do:
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -225,7 +224,7 @@ class Replica:
         """For each store that applies on arrival, the newest clock at which this stage has pushed."""
         self._included: set[tuple[int, int]] = set()
         """(group, clock) of the commits that include this replica and came before their Begin."""
-        self._steps: deque[_Step] = deque()
+        self._steps: list[_Step] = []
         self._begun = -1
         self._last_begun = False
         self._running: _Step | None = None
@@ -291,21 +290,19 @@ class Replica:
         actions = self._take(event)
         if isinstance(event, StorePublished | Applied):  # these change only what may be read, and may end sums
             return [*actions, *self._retire()] if self._terms.sums else actions
-        actions += self._resolve()
-        actions += self._advance()
-        return actions
+        return [*actions, *self._resolve(), *self._advance()]
 
     def _take(self, event: Event) -> list[Action]:
         match event:
-            case StepFinished(clock):
-                return self._finish(clock)
-            case Committed():
-                return self._commit(event)
             case StorePublished(store, version, _):
                 known = self._published.get(store)
                 if known is not None and version < known.version:
                     raise ProtocolError(f"store {store} went back from version {known.version} to {version}")
                 self._published[store] = event
+            case StepFinished(clock):
+                return self._finish(clock)
+            case Committed():
+                return self._commit(event)
             case Applied(store):
                 self._applied[store] = event
             case Granted(items, exhausted):
@@ -395,7 +392,7 @@ class Replica:
         """Put known fates into effect, in the order of clocks."""
         actions: list[Action] = []
         while self._steps and self._steps[0].state in OVER and not self._steps[0].undecided:
-            step = self._steps.popleft()
+            step = self._steps.pop(0)
             if step.state != "skipped":
                 actions += self._counts(step)
         return actions
@@ -412,8 +409,10 @@ class Replica:
 
     def _advance(self) -> list[Action]:
         """Start, begin, ask and retire, as far as the rules allow."""
+        if self._running is not None:
+            return []
         actions: list[Action] = []
-        if self._leads and self._work.opened and self._running is None and not self._retired:
+        if self._leads and self._work.opened and not self._retired:
             self._work.skip_to(self._next_clock())
             actions += self._begin_next()
             wanted = self._work.ask()
