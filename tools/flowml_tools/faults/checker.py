@@ -160,8 +160,11 @@ def _arrivals(seen: Timeline, home: str, store: int) -> Iterator[str]:
         factor = 1 / sum(weights) if policy.apply.averages else 1 / terms.microbatches
         if not all(math.isclose(f, factor, rel_tol=_CLOSE) for f in apply.factors):
             yield f"version {apply.action.version} of {where} has coefficients {apply.factors} in place of {factor}"
-        living = terms.replicas - len(seen.leaving_at(home, apply.place))
-        if policy.staleness == UNBOUNDED and len(apply.keys) < min(need, living):
+        leaving = seen.leaving_at(home, apply.place)
+        few = len(apply.keys) < min(need, terms.replicas - len(leaving)) and all(
+            r not in leaving for r, _ in apply.keys
+        )
+        if policy.staleness == UNBOUNDED and few:
             yield f"version {apply.action.version} of {where} is made of {len(apply.keys)} contributions before {need}"
 
 

@@ -35,6 +35,14 @@ class Clocks:
             del self._at[before]
             self.floor = min(self._at)
 
+    def awaits(self, kept: Collection[tuple[int, int]], staleness: float) -> bool:
+        """Whether a reader may wait for one of these contributions, (replica, clock), which are not applied yet.
+
+        If the floor is above one of them, its replica has retired, and no reader would wait for it any more.
+        """
+        newest, oldest = max(clock for _, clock in kept), min(clock for _, clock in kept)
+        return newest + 1 - self.floor >= staleness or self.floor > oldest
+
     def validate(self) -> None:
         ensure(self.floor == min(self._of), "the least clock is wrong")
         ensure(self._at == Counter(self._of), "clocks are counted wrongly")

@@ -12,7 +12,7 @@
 * A store that is not clocked applies contributions when as many are complete as its quorum says, or as soon as a reader
   may wait for one of them. It tells a replica which version it may wait for: the one that holds its contribution, or
   the newest one if the contribution waits for others. The floor is the least over all replicas of one more than the
-  clock of the newest contribution that is applied.
+  clock of the newest contribution that is applied. What a replica leaves waiting when it retires is applied then.
 * Replicas update a shared store themselves, and its home counts the updates (`Updated`). A repeated one is an error.
 * A collective store has a home on every worker that reads it. Each home gets the sum of all replicas' contributions of
   a clock, under the name of replica 0. It applies the sum when it is complete, and moves the floor. So all homes
@@ -326,9 +326,8 @@ class Home:
 
     def _is_enough(self, store: _Store, clocks: Clocks) -> bool:
         """Whether the kept contributions may be applied: there is a quorum of them, or a reader may wait for them."""
-        newest = max(clock + 1 for _, clock in store.batch)
         need = store.terms.policy.quorum.need(len(store.senders))
-        return len(store.batch) >= min(need, clocks.active) or newest - clocks.floor >= store.terms.policy.staleness
+        return len(store.batch) >= min(need, clocks.active) or clocks.awaits(store.batch, store.terms.policy.staleness)
 
     def _apply_batch(self, index: int, clocks: Clocks) -> list[Action]:
         """Apply what is kept."""
@@ -475,6 +474,7 @@ class Home:
             if store.clocks is not None:
                 store.clocks.validate()
                 ensure(store.floor == store.clocks.floor, f"{where} has the floor of other clocks")
+                ensure(all(c >= store.floor for _, c in store.batch), f"the floor of {where} is above what is kept")
             for clock, row in store.gathering.items():
                 ensure(row, f"{where} keeps nothing for clock {clock}")
                 for replica in row if store.terms.decided and clock <= store.committed else ():

@@ -1,0 +1,193 @@
+"""Random sound policies on random groups of layers keep every promise on both clocks; unsound ones are refused."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flowml as fm
+from flowml import filters
+from flowml.policy import UNBOUNDED, Coded, Deadline, Fold, Policy, Quorum, StalenessScaled, check_composition
+from flowml_runtime import wire
+from flowml_runtime.protocol.training.actions import Received
+from flowml_runtime.protocol.training.driver import TrainingDriver
+from flowml_runtime.protocol.training.worker import TrainingWorker
+from flowml_tools.faults.campaign import run
+from flowml_tools.faults.cases import Case, policies
+from flowml_tools.faults.checker import check
+from flowml_tools.faults.history import DRIVER, History, Turn
+
+RANDOMS = st.randoms(use_true_random=False)
+
+
+@settings(max_examples=100)
+@given(rng=RANDOMS)
+def test_random_policies_keep_every_promise_under_virtual_time(rng: random.Random) -> None:
+    finding = run(Case.drawn(rng, seed=rng.randrange(2**31)))
+    assert finding is None, finding.report() if finding else ""
+
+
+class Recorded:
+    """Records what the machines of all fits in this process are told and want."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.histories: list[tuple[History, TrainingDriver]] = []
+        self._lock = threading.Lock()
+        begin, drive, work = TrainingDriver.__init__, TrainingDriver.step, TrainingWorker.step
+
+        def begun(machine: Any, start: Any, terms: Any, work: Any, places: Any) -> None:
+            begin(machine, start, terms, work, places)
+            self.histories.append((History(start.run, terms, places, work), machine))
+
+        def driven(machine: Any, event: Any) -> Any:
+            return self._note(DRIVER, machine, event, drive(machine, event), time.monotonic())
+
+        def worked(machine: Any, event: Any, now: float = 0.0) -> Any:
+            with self._lock:  # the order of the history is that of the events
+                wanted = work(machine, event, now)
+                machine.validate()
+                return self._note(machine._me, machine, event, wanted, now)
+
+        patch.setattr(TrainingDriver, "__init__", begun)
+        patch.setattr(TrainingDriver, "step", driven)
+        patch.setattr(TrainingWorker, "step", worked)
+
+    def _note(self, who: str, machine: Any, event: Any, wanted: Any, now: float) -> Any:
+        self.histories[-1][0].facts.append(Turn(now, who, machine.number, event, wanted))
+        return wanted
+
+    def newest(self) -> History:
+        history, machine = self.histories[-1]
+        history.summary = machine.ledger.summary()
+        return history
+
+
+def loss(params: Any, batch: Any) -> Any:
+    """Its gradient by each parameter is 1 / n for the examples in the batch."""
+    return sum(jnp.mean(p[batch["example"]]) for p in params.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_policies_keep_every_promise_on_threads(
+    seed: int, threads_cluster: fm.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = policies(random.Random(seed), 3, 3)
+    recorded = Recorded(monkeypatch)
+    names = [f"layer{i}" for i in range(3)]
+    trainer = fm.Trainer(
+        loss,
+        optax.sgd(1.0),
+        cluster=threads_cluster,
+        replicas=3,
+        policies=dict(zip(names, rules, strict=True)),
+        delays={"worker:1": 0.002},
+    )
+    examples = {"example": np.arange(36)}
+    params = {name: jnp.zeros(36) for name in names}
+    result = trainer.fit(params, examples, batch_size=12, steps=6, progress=False)
+    history = recorded.newest()
+    assert check(history) == [], "; ".join(p.describe() for p in rules)
+    for name in names:  # what the ledger says is used is in the parameters, and nothing is that it does not
+        used = np.count_nonzero(np.asarray(result.params[name]))
+        assert 0 < used <= 36
+        if result.ledger.dropped == result.ledger.requeued == 0 and not result.ledger.groups:
+            assert used == 36 - 4 * max(result.ledger.unseen - 9, 0)
+
+
+def test_bytes_on_threads_are_those_of_the_contributions_that_cross(
+    threads_cluster: fm.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded(monkeypatch)
+    trainer = fm.Trainer(loss, optax.sgd(1.0), cluster=threads_cluster, replicas=3)
+    params = {"a": jnp.zeros(36), "b": jnp.zeros((36, 2))}
+    trainer.fit(params, {"example": np.arange(36)}, batch_size=12, steps=6, progress=False)
+    history, machine = recorded.histories[-1]
+    sent = [
+        (t.event.message.store, sum(s.nbytes for s in t.event.message.specs))
+        for t in history.facts
+        if isinstance(t, Turn) and isinstance(t.event, Received) and isinstance(t.event.message, wire.Contribution)
+        if t.event.peer != t.who
+    ]
+    for store in range(len(history.terms.stores)):
+        told = sum(row[3] for traffic in machine.traffic.values() for row in traffic.stores if row[0] == store)
+        assert told == sum(nbytes for s, nbytes in sent if s == store) > 0
+
+
+# Rules that no policy may break. Each makes the knobs that break it, and all other knobs are random.
+
+SUMS = [fm.AllReduce(), fm.Ring(), fm.Tree(), fm.Hierarchy()]
+LOSSY = [filters.top_k(0.1), filters.quantise(8), filters.significance(0.01), filters.random_k(0.5)]
+SOME = [Quorum(0.5), Quorum(2), Deadline(0.5), Quorum(0.75, of="samples"), Quorum(0.5, late="requeue")]
+UNSOUND: dict[str, dict[str, list[Any]]] = {
+    "factors of several steps": {"payload": [fm.Factors()], "every": [2, 3, 7]},
+    "clocks without a bound": {"quorum": SOME, "staleness": [UNBOUNDED]},
+    "a sum without some": {"topology": SUMS[:3], "quorum": SOME},
+    "a sum of factors": {"topology": SUMS[:3], "payload": [fm.Factors()]},
+    "a stale sum": {"topology": SUMS[:3], "staleness": [1, 2, UNBOUNDED]},
+    "a sum of filtered arrays": {"topology": SUMS[:3], "filters": [(f,) for f in LOSSY]},
+    "a sum that votes": {"topology": SUMS[:3], "apply": [fm.Vote(2)]},
+    "a sum that is scaled by its staleness": {"topology": SUMS[:3], "apply": [StalenessScaled()]},
+    "a deadline without clocks": {"quorum": [Deadline(0.5, late="fold")], "staleness": [1, 4, UNBOUNDED]},
+    "late without clocks": {"quorum": [Quorum(0.5, late=Fold(0.5))], "staleness": [1, 4, UNBOUNDED]},
+    "filtered factors": {"payload": [fm.Factors()], "filters": [(f,) for f in LOSSY]},
+    "parameters that a filter leaves out": {"payload": [fm.Weights()], "filters": [(f,) for f in LOSSY]},
+    "added parameters": {"payload": [fm.Weights()], "apply": ["sum", StalenessScaled()]},
+    "a pull without parameters": {"payload": [fm.Gradient()], "apply": [fm.Mix(0.1)]},
+    "a stale code": {"quorum": [Coded(1), Coded(1, "cyclic")], "staleness": [1, 2]},
+    "a code of several steps": {"quorum": [Coded(1), Coded(1, "cyclic")], "every": [2, 3]},
+    "a code that a filter breaks": {"quorum": [Coded(1), Coded(1, "cyclic")], "filters": [(f,) for f in LOSSY]},
+    "a coded sum of steps": {"quorum": [Coded(1)], "apply": ["sum", fm.Vote(2)]},
+    "a step that waits for nothing": {"payload": [fm.Gradient()], "every": [fm.Every(4, delay=1)]},
+    "a read from the future": {"staleness": [-1, -0.5]},
+    "half a clock": {"staleness": [0.5, 1.5]},
+}
+OTHERS: dict[str, list[Any]] = {
+    "staleness": [0, 2, UNBOUNDED],
+    "quorum": [None, *SOME],
+    "every": [1, 3],
+    "apply": ["mean", "sum"],
+    "filters": [(), (filters.compress(),)],
+}
+
+
+@pytest.mark.parametrize("rule", UNSOUND)
+@settings(max_examples=25)
+@given(rng=RANDOMS)
+def test_random_unsound_policies_are_refused_with_a_sentence(rule: str, rng: random.Random) -> None:
+    knobs = {name: rng.choice(values) for name, values in UNSOUND[rule].items()}
+    for name in rng.sample(sorted(OTHERS.keys() - knobs.keys()), rng.randint(0, 2)):
+        knobs[name] = rng.choice(OTHERS[name])
+    with pytest.raises(fm.PolicyError) as caught:
+        Policy(**knobs)
+    assert_sentence(str(caught.value))
+
+
+@settings(max_examples=50)
+@given(rng=RANDOMS)
+def test_random_unsound_models_are_refused_with_a_sentence(rng: random.Random) -> None:
+    replicas = rng.randint(2, 5)
+    model = {f"layer{i}": p for i, p in enumerate(policies(rng, replicas, rng.randint(1, 3)))}
+    wrong = rng.choice([Policy(quorum=Quorum(replicas + rng.randint(1, 3))), Policy(quorum=Coded(1))])
+    model[rng.choice([*model, "another"])] = wrong
+    if len(set(model.values())) == 1 and isinstance(wrong.quorum, Coded):
+        model["plain"] = Policy()
+    with pytest.raises(fm.PolicyError) as caught:
+        check_composition(model, replicas)
+    assert_sentence(str(caught.value))
+
+
+def assert_sentence(text: str) -> None:
+    """One line that says what is wrong, and what to give instead."""
+    assert "\n" not in text
+    assert any(sign in text for sign in ("=", "(", "'")), f"names no knob: {text}"
+    assert ";" in text or ":" in text, f"has no second half: {text}"
+    assert len(text) > 40
