@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
@@ -131,6 +131,7 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
     inputs: tuple[Index, ...]
     outputs: tuple[Index, ...]
     microbatch: Index = 0
+    role: Literal["compute", "add", "finish"] = "compute"  # "add": to the sum over microbatches; "finish": that sum
 
 
 class Send(msgspec.Struct, frozen=True, tag="send"):
@@ -323,7 +324,7 @@ class Training(msgspec.Struct, frozen=True):
 
     Feed slots below `batch_leaves` are leaves of a microbatch. The next one is the uint32 triple
     (seed, item, microbatch) if the loss takes a key, and the one after it the coefficient of the microbatch if there is
-    a code. Fetch slot 0 is the loss; the others are the leaves of `aux`. See also `flowml.training.pieces`.
+    a code. Fetch slot 0 is the loss; the others are the leaves of `aux`. See `training.pieces` and `training.cuts`.
     """
 
     replicas: tuple[tuple[str, ...], ...]
@@ -337,6 +338,7 @@ class Training(msgspec.Struct, frozen=True):
     schedule: str
     aux_leaves: Index = 0
     code: Code | None = None
+    cuts_at: Index = 0
 
     @property
     def speculation(self) -> Speculate | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from flowml.ir.graph import Graph
 from flowml.lowering.schedule import Schedule, TaskGroup
@@ -198,18 +199,25 @@ class _Emitter:
         elif not old:
             self.sums[number] = new
         else:
-            self.sums[number] = self._housekeeping(part.accumulate, (*old, *new), len(new), microbatch)
+            self.sums[number] = self._housekeeping(part.accumulate, (*old, *new), len(new), microbatch, "add")
         if microbatch == self.plan.microbatches - 1:
             if part.finish is not None:
-                self.sums[number] = self._housekeeping(part.finish, self.sums[number], len(new), microbatch)
+                self.sums[number] = self._housekeeping(part.finish, self.sums[number], len(new), microbatch, "finish")
             self._wait_for(part.store)
             self.code.append(Push(part.store, part.part, self.sums[number]))
 
-    def _housekeeping(self, task: int, inputs: tuple[int, ...], count: int, microbatch: int) -> tuple[int, ...]:
+    def _housekeeping(
+        self,
+        task: int,
+        inputs: tuple[int, ...],
+        count: int,
+        microbatch: int,
+        role: Literal["compute", "add", "finish"] = "compute",
+    ) -> tuple[int, ...]:
         """Run a task on buffers and return the new buffers of its `count` results."""
         outputs = tuple(range(self.count, self.count + count))
         self.count += count
-        self.code.append(Run(task, inputs, outputs, microbatch))
+        self.code.append(Run(task, inputs, outputs, microbatch, role))
         return outputs
 
 

@@ -11,23 +11,12 @@ from __future__ import annotations
 
 from flowml.policy.apply import Apply, Consensus, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote
 from flowml.policy.codes import Code
-from flowml.policy.completion import Completion, Speculate
+from flowml.policy.completion import Completion, Speculate, cutting
 from flowml.policy.compose import DEFAULT_PATTERN, check_batch, check_composition, coded_by, resolve, speculated_by
+from flowml.policy.cuts import cut_by
+from flowml.policy.late import Drop, Fold, Late, Requeue
 from flowml.policy.mathematics import can_read, coefficients, due, window
-from flowml.policy.quorum import (
-    Arrivals,
-    Coded,
-    Deadline,
-    Decide,
-    Drop,
-    Fold,
-    Late,
-    Never,
-    Quorum,
-    Requeue,
-    Spread,
-    Wait,
-)
+from flowml.policy.quorum import Arrivals, Coded, Deadline, Decide, Never, Quorum, Spread, Wait
 from flowml.policy.replicas import Delta, Weights
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.spec import UNBOUNDED, Factors, Gradient, Payload, Policy
@@ -81,6 +70,8 @@ __all__ = [
     "check_composition",
     "coded_by",
     "coefficients",
+    "cut_by",
+    "cutting",
     "due",
     "resolve",
     "speculated_by",

@@ -16,7 +16,7 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import whole
-from flowml.policy.quorum import Fold
+from flowml.policy.late import Fold
 
 if TYPE_CHECKING:
     from flowml.policy.spec import Policy

@@ -8,7 +8,8 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import whole
-from flowml.policy.quorum import Answer, Arrivals, Coded, Deadline, Decide, Drop, Late, Of, Quorum, Wait, number
+from flowml.policy.late import Drop, Late, late_name, number
+from flowml.policy.quorum import Answer, Arrivals, Coded, Deadline, Decide, Of, Quorum, Wait
 
 
 class Speculate(msgspec.Struct, frozen=True, tag=True):
@@ -78,3 +79,32 @@ class Speculate(msgspec.Struct, frozen=True, tag=True):
 Completion = Quorum | Deadline | Coded | Speculate
 
 COMPLETIONS = (Quorum, Deadline, Coded, Speculate)
+
+
+def cutting(quorum: Completion | None) -> Quorum | Deadline | None:
+    """The quorum, if it stops replicas between two microbatches."""
+    return quorum if isinstance(quorum, Quorum | Deadline) and quorum.cuts else None
+
+
+def share_of(quorum: Completion) -> int | float:
+    if isinstance(quorum, Coded | Speculate):
+        return 1.0
+    return quorum.share if isinstance(quorum, Deadline) else quorum.count_or_fraction
+
+
+def describe_completion(quorum: Completion) -> str:
+    """ "quorum 0.75 drop", "quorum 0.75 of samples requeue", "deadline 0.5 adaptive drop", "coded 1 cyclic", …"""
+    if isinstance(quorum, Coded):
+        form = f" {quorum.children}x{quorum.levels}" if quorum.code == "tree" else ""
+        return f"coded {quorum.stragglers} {quorum.code}{form}"
+    if isinstance(quorum, Speculate):
+        return f"speculate {quorum.portions}"
+    if isinstance(quorum, Deadline) and quorum.cuts:
+        return f"microbatches cut after {quorum.limit_s:g} s"
+    late = late_name(quorum.late)
+    if isinstance(quorum, Deadline):
+        limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
+        return f"deadline {quorum.share} {quorum.grace}{limit} {late}"
+    of = "" if quorum.of == "replicas" else f" of {quorum.of}"
+    limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
+    return f"quorum {quorum.count_or_fraction}{of}{limit} {late}"

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from flowml import policy as algebra
 from flowml.errors import PolicyError
 from flowml.policy import filters
-from flowml.policy.quorum import LateName, late_of, number
+from flowml.policy.late import LateName, late_of, number
 
 
 class _Common(TypedDict, total=False):
@@ -124,6 +124,15 @@ def deadline(
 ) -> algebra.Policy:
     """A share of the replicas completes a clock, after a grace time for the others: seconds, or learnt."""
     return algebra.Policy(quorum=algebra.Deadline(share, grace), **overrides)
+
+
+def drop_compute(seconds: float, **overrides: Unpack[_Waiting]) -> algebra.Policy:
+    """A replica that has computed a step for so many seconds stops before its next microbatch and contributes those
+    that it has (Giladi et al., *DropCompute*, NeurIPS 2023). It needs `Trainer(microbatches=)` of at least 2.
+
+    All layers need the same rule, because a replica leaves out whole microbatches.
+    """
+    return algebra.Policy(quorum=algebra.Deadline(limit_s=seconds, of="microbatches"), **overrides)
 
 
 def compensate(share: float = 0.75, **overrides: Unpack[_Pushing]) -> algebra.Policy:

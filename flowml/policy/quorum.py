@@ -8,9 +8,7 @@ To add a way to complete a clock, write a class with `decide` and `late`, and ad
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -18,39 +16,11 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.codes import Code, CyclicRepetition, FractionalRepetition, TreeCode
+from flowml.policy.late import Drop, Late, LateName, late_name, late_of, number
 
 _ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
 
-Of = Literal["replicas", "samples"]
-
-
-class Drop(msgspec.Struct, frozen=True, tag=True):
-    """Late contributions are discarded."""
-
-
-class Fold(msgspec.Struct, frozen=True, tag=True):
-    """Late contributions join a later clock, multiplied by `decay` for each clock between.
-
-    `decay` 1 compensates fully for the loss of late gradients (Xu et al., Live Gradient Compensation, 2020).
-    """
-
-    decay: float = 1.0
-
-    def __post_init__(self) -> None:
-        value = number(self.decay, "Fold(decay={!r}): give a number in (0, 1]")
-        if not 0 < value <= 1:
-            raise PolicyError(f"Fold(decay={value}): a late contribution is multiplied by a number in (0, 1]")
-
-
-class Requeue(msgspec.Struct, frozen=True, tag=True):
-    """The work items of late contributions return to the queue, and other replicas do them in a later clock."""
-
-
-Late = Drop | Fold | Requeue
-
-LateName = Literal["drop", "fold", "requeue"]
-
-_LATE: dict[str, Callable[[], Late]] = {"drop": Drop, "fold": Fold, "requeue": Requeue}
+Of = Literal["replicas", "samples", "microbatches"]
 
 
 @dataclass(slots=True)
@@ -142,7 +112,7 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
 
     Args:
         count_or_fraction: a float in (0, 1] is a share of what `of` names, rounded up; an int ≥ 1 is a number of it.
-        of: `"replicas"`, or `"samples"`: the examples in the contributions.
+        of: `"replicas"`, or `"samples"`: the examples in the contributions. For `"microbatches"` see `Deadline`.
         late: `"drop"`, `"fold"` or `"requeue"`, or one of `Drop()`, `Fold(decay)`, `Requeue()`. With a staleness above
             0, `"fold"` has no clocks: contributions are applied as soon as there are `count_or_fraction` of them.
         limit_s: a clock waits for its quorum at most so many seconds after the one before; then the fit ends with
@@ -179,7 +149,21 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
         if isinstance(value, float) and not 0 < value <= 1:
             raise PolicyError(f"Quorum({value}): a fraction lies in (0, 1]; for a number of {self.of} give an int")
         _check_of(self.of)
+        if self.cuts:
+            raise PolicyError(
+                "Quorum(of='microbatches') is not available yet; give Deadline(limit_s=..., of='microbatches'), or "
+                "of='replicas' or of='samples'"
+            )
         msgspec.structs.force_setattr(self, "limit_s", _limit(self.limit_s, "Quorum"))
+
+    @property
+    def cuts(self) -> bool:
+        """Whether replicas stop between two microbatches and contribute what they have."""
+        return self.of == "microbatches"
+
+    def stops(self, seconds: float) -> bool:
+        """Whether a replica stops by itself when its step has computed so long."""
+        return False
 
     def need(self, members: int) -> int:
         """How many of `members` complete a clock: the count, or the share rounded up."""
@@ -233,6 +217,9 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
             the arrivals of the quorum were at earlier clocks (see `Spread`).
         limit_s: the clock is decided at the latest so many seconds after the one before, with what has arrived.
         late: as in `Quorum`.
+        of: with `"microbatches"`, `limit_s` limits the computing of each replica's step. A replica that has computed so
+            long stops before its next microbatch and contributes those that it has, at least one (Giladi et al.,
+            *DropCompute*, NeurIPS 2023). All replicas contribute to every clock.
 
     Raises:
         PolicyError: for a value that is out of range.
@@ -242,6 +229,7 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
     grace: float | Literal["adaptive"] = "adaptive"
     limit_s: float = math.inf
     late: Late = Drop()
+    of: Of = "replicas"
 
     if TYPE_CHECKING:
 
@@ -251,6 +239,7 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
             grace: float | Literal["adaptive"] = "adaptive",
             limit_s: float = ...,
             late: Late | LateName = ...,
+            of: Literal["replicas", "microbatches"] = "replicas",
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -263,6 +252,34 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
                 raise PolicyError(f"Deadline(grace={value}): the wait is a number of seconds from 0, or 'adaptive'")
             msgspec.structs.force_setattr(self, "grace", float(value))
         msgspec.structs.force_setattr(self, "limit_s", _limit(self.limit_s, "Deadline"))
+        if self.of not in ("replicas", "microbatches"):
+            raise PolicyError(f"Deadline(of={self.of!r}) is not known; give of='replicas' or of='microbatches'")
+        if self.cuts:
+            self._check_cut()
+
+    def _check_cut(self) -> None:
+        where = "Deadline(of='microbatches')"
+        if self.late != Drop():
+            raise PolicyError(
+                f"{where} with late={late_name(self.late)!r} is not sound: every replica contributes in time what it "
+                "has, and microbatches that were not computed have no gradient to keep; leave late out"
+            )
+        if self.limit_s == math.inf:
+            raise PolicyError(f"{where} needs limit_s=, the seconds after which a replica stops between microbatches")
+        if self.quorum != Quorum() or self.grace != "adaptive":
+            raise PolicyError(
+                f"Deadline({self.share}, grace={self.grace!r}, of='microbatches'): each replica stops by its own "
+                "clock and contributes, so there is no quorum of replicas and no grace; leave share and grace out"
+            )
+
+    @property
+    def cuts(self) -> bool:
+        """Whether replicas stop between two microbatches and contribute what they have."""
+        return self.of == "microbatches"
+
+    def stops(self, seconds: float) -> bool:
+        """Whether a replica stops by itself when its step has computed so long."""
+        return self.cuts and seconds >= self.limit_s
 
     @property
     def quorum(self) -> Quorum:
@@ -274,14 +291,16 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
 
     def never_drops(self, members: int) -> bool:
         """Whether no replica can come too late."""
-        return self.limit_s == math.inf and self.need(members) >= members
+        return (self.cuts or self.limit_s == math.inf) and self.need(members) >= members
 
     @property
     def waits_for_all(self) -> bool:
-        return self.quorum.waits_for_all and self.limit_s == math.inf
+        return self.quorum.waits_for_all and (self.cuts or self.limit_s == math.inf)
 
     def decide(self, arrivals: Arrivals, now: float) -> Answer:
         """Decide when all have arrived that can, or when the grace window or the time limit is over."""
+        if self.cuts:
+            return self.quorum.decide(arrivals, now)
         if not arrivals.hopeful:
             enough = arrivals.count and (self.limit_s < math.inf or not self.quorum.counted)
             return Decide() if enough else self.quorum.decide(arrivals, now)
@@ -300,7 +319,7 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
         return arrivals.spread_s(need) if arrivals.window_s is None else arrivals.window_s
 
     def __str__(self) -> str:
-        return f"Deadline({self.share})"
+        return f"Deadline(limit_s={self.limit_s:g}, of='microbatches')" if self.cuts else f"Deadline({self.share})"
 
 
 class Coded(msgspec.Struct, frozen=True, tag=True):
@@ -385,24 +404,6 @@ class Coded(msgspec.Struct, frozen=True, tag=True):
         return f"Coded({self.stragglers}, {self.code!r}{form})"
 
 
-def late_of(late: object, where: str) -> Late:
-    """The late rule that a user has given as a value or by name."""
-    if isinstance(late, Drop | Fold | Requeue):
-        return late
-    if isinstance(late, str) and late in _LATE:
-        return _LATE[late]()
-    raise PolicyError(
-        f"{where}(late={late!r}) is not known; give 'drop', 'fold' or 'requeue', or Drop(), Fold(decay) or Requeue()"
-    )
-
-
-def late_name(late: Late) -> str:
-    """A short text for tables: "drop", "fold", "fold 0.5", "requeue"."""
-    if isinstance(late, Fold) and late.decay != 1:
-        return f"fold {late.decay}"
-    return type(late).__name__.lower()
-
-
 def _limit(limit_s: object, where: str) -> float:
     value = number(limit_s, f"{where}(limit_s={{!r}}): give seconds")
     if value <= 0:
@@ -411,17 +412,5 @@ def _limit(limit_s: object, where: str) -> float:
 
 
 def _check_of(of: object) -> None:
-    if of == "microbatches":
-        raise PolicyError("Quorum(of='microbatches') is not available yet; give of='replicas' or of='samples'")
-    if of not in ("replicas", "samples"):
+    if of not in ("replicas", "samples", "microbatches"):
         raise PolicyError(f"Quorum(of={of!r}) is not known; give of='replicas' or of='samples'")
-
-
-def number(value: object, otherwise: str) -> int | float:
-    """A Python or NumPy number as an int or a float. Raises PolicyError for NaN, a bool or anything else."""
-    count = whole(value)
-    if count is not None:
-        return count
-    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
-        raise PolicyError(otherwise.format(value))
-    return float(value)

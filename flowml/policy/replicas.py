@@ -15,7 +15,8 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.policy.apply import Consensus, Mean, Mix, Outer, Sum, Vote, base_of
 from flowml.policy.graphs import CompleteGraph
-from flowml.policy.quorum import Coded, Fold, Quorum
+from flowml.policy.late import Fold
+from flowml.policy.quorum import Coded, Quorum
 from flowml.policy.rhythm import ONCE
 from flowml.policy.topology import Gossip
 

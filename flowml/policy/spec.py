@@ -15,10 +15,12 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.policy.apply import Apply, Consensus, Mean, Outer, Sum, Vote, as_apply, base_of, travelling, unsound
-from flowml.policy.completion import COMPLETIONS, Completion, Speculate
+from flowml.policy.completion import COMPLETIONS, Completion, Speculate, cutting, describe_completion, share_of
+from flowml.policy.cuts import check_cut
 from flowml.policy.filters import KKT, AnyFilter, Filter, check_chain
+from flowml.policy.late import Fold, number
 from flowml.policy.mathematics import coefficients, shares
-from flowml.policy.quorum import Coded, Deadline, Fold, Quorum, late_name, number
+from flowml.policy.quorum import Coded, Quorum
 from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.topology import (
@@ -223,9 +225,9 @@ class Policy(msgspec.Struct, frozen=True):
         if self.every.describe() and not isinstance(self.remote, Gossip):
             words.append(self.every.describe())
         if self.clocked and self.quorum != Quorum():
-            words.append(_completion(self.quorum))
+            words.append(describe_completion(self.quorum))
         elif not self.clocked and self.quorum != Quorum(1, late=Fold()):
-            words.append(f"by {_share(self.quorum)}")
+            words.append(f"by {share_of(self.quorum)}")
         if isinstance(self.remote, Gossip):
             if self.mirrored:
                 words += ["deltas", *map(str, self.filters)]
@@ -242,28 +244,6 @@ class Policy(msgspec.Struct, frozen=True):
             words.append(self.apply.describe())
         words += map(str, self.filters)
         return ", ".join(words)
-
-
-def _share(quorum: Completion) -> int | float:
-    if isinstance(quorum, Coded | Speculate):
-        return 1.0
-    return quorum.share if isinstance(quorum, Deadline) else quorum.count_or_fraction
-
-
-def _completion(quorum: Completion) -> str:
-    """ "quorum 0.75 drop", "quorum 0.75 of samples requeue", "deadline 0.5 adaptive drop", "coded 1 cyclic", …"""
-    if isinstance(quorum, Coded):
-        form = f" {quorum.children}x{quorum.levels}" if quorum.code == "tree" else ""
-        return f"coded {quorum.stragglers} {quorum.code}{form}"
-    if isinstance(quorum, Speculate):
-        return f"speculate {quorum.portions}"
-    late = late_name(quorum.late)
-    if isinstance(quorum, Deadline):
-        limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
-        return f"deadline {quorum.share} {quorum.grace}{limit} {late}"
-    of = "" if quorum.of == "replicas" else f" of {quorum.of}"
-    limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
-    return f"quorum {quorum.count_or_fraction}{of}{limit} {late}"
 
 
 def _staleness(staleness: object) -> float:
@@ -310,6 +290,7 @@ def _check_sound(policy: Policy) -> None:
     reason = unsound(policy.apply, type(policy.payload).__name__, collective=policy.collective)
     if reason is not None and not isinstance(policy.remote, Gossip):  # whose averages are no applies of a home
         raise PolicyError(f"apply={policy.apply!r} with payload={policy.payload!r} is not sound: {reason}")
+    check_cut(policy)
     if policy.collective:
         _check_collective(policy)
     elif isinstance(policy.remote, Gossip):
@@ -475,7 +456,7 @@ def _check_collective(policy: Policy) -> None:
             f"{topology} with staleness={policy.staleness} is not available yet: replicas add up each clock together "
             "before the next is read; use staleness=0, or topology=flowml.ParameterServer()"
         )
-    if policy.quorum != Quorum(1.0):
+    if policy.quorum != Quorum(1.0) and not cutting(policy.quorum):
         raise PolicyError(
             f"{topology} with quorum={policy.quorum} is not sound: a sum over all replicas takes the gradient of each, "
             "so none can be left out; leave quorum out, or use topology=flowml.ParameterServer()"

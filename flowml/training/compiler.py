@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 
 from flowml.arguments import choice, is_text
 from flowml.compiler import array_bytes, node_views
@@ -37,9 +38,10 @@ from flowml.placement import Pipeline, Placement, place
 from flowml.placement.estimate import estimate
 from flowml.placement.links import Links, links_used
 from flowml.plan import ArraySpec, Constant, Plan, StoreSpec, Training
-from flowml.policy import DEFAULT_PATTERN, Code, Policy, check_batch, coded_by, resolve, speculated_by
+from flowml.policy import DEFAULT_PATTERN, Code, Policy, check_batch, coded_by, cut_by, resolve, speculated_by
+from flowml.training.cuts import cuts, deciding_stage
 from flowml.training.local import Optimizers, fragmented
-from flowml.training.replicate import Template, replicate
+from flowml.training.replicate import Replicated, Template, replicate
 from flowml.training.step import (
     RNG_WORDS,
     Metrics,
@@ -48,6 +50,7 @@ from flowml.training.step import (
     Weight,
     loss_takes_rng,
     name_of,
+    one,
     step_function,
 )
 from flowml.training.stores import StoreDraft, StorePlanner, coefficient_dtype, value_of
@@ -124,18 +127,20 @@ def compile_training(
     policies = spec.resolve(paths)
     code, speculation = coded_by(policies.values(), spec.replicas), speculated_by(policies.values())
     items = spec.replicas * (speculation.portions if speculation else 1)
+    cut = cut_by(policies.values(), spec.replicas, spec.microbatches)
+    weight = spec.weight if cut is None or spec.weight is not None else one
     microbatches = spec.microbatches * (len(code.row(0)) if code else 1)
     item, microbatch = _microbatch(batch, spec.replicas, items, spec.microbatches, code)
     check_batch(policies.values(), item * items)
     treatments = tuple(
-        Treatment.of(policies[p], spec.replicas, microbatches, weighted=spec.weight is not None) for p in paths
+        Treatment.of(policies[p], spec.replicas, microbatches, weighted=weight is not None) for p in paths
     )
     step = step_function(
         spec.loss,
         params,
         microbatch,
         microbatches=spec.microbatches,
-        weight=spec.weight,
+        weight=weight,
         treatments=treatments,
         counts=items * spec.microbatches > 1,
     )
@@ -294,7 +299,7 @@ class _Compiler:
             choices=choices.weighed,
             notes=(*choices.notes, *planner.notes),
             nodes=node_views(graph, tasks, table),
-            training=self._training(whole.replicas, specs, max(slots)),
+            training=self._training(whole, specs, max(slots)),
             platforms=self.platforms,
             links=links_used(self.links, whole.messages, specs),
             settings=table.settings,
@@ -302,11 +307,9 @@ class _Compiler:
         verify_plan(plan)
         return plan, slots
 
-    def _training(
-        self, replicas: tuple[tuple[str, ...], ...], stores: tuple[StoreSpec, ...], aux_leaves: int
-    ) -> Training:
-        return Training(
-            replicas=replicas,
+    def _training(self, whole: Replicated, stores: tuple[StoreSpec, ...], aux_leaves: int) -> Training:
+        training = Training(
+            replicas=whole.replicas,
             stores=stores,
             microbatches=self.microbatches,
             item_size=self.item,
@@ -318,6 +321,9 @@ class _Compiler:
             aux_leaves=aux_leaves,
             code=self.code,
         )
+        if not cuts(training):
+            return training
+        return msgspec.structs.replace(training, cuts_at=deciding_stage(training, whole.programs))
 
     def _weight(self, graph: Graph) -> int:
         """The weight of a microbatch, which is the last metric."""

@@ -124,7 +124,7 @@ def step_function(
     has_aux, aux_shape = _check_loss(loss, params, batch)
     leaves, aux_tree = jax.tree_util.tree_flatten_with_path(aux_shape)
     named = _weight_leaf(weight, [_jax.path_name(p) for p, _ in leaves], [x for _, x in leaves])
-    if callable(weight):
+    if callable(weight) and weight is not one:
         _check_weight(jax.eval_shape(weight, batch), f"weight={name_of(weight)}")
     weighted = weight is not None and (counts or any(t.weighted for t in treatments))
     summed = tuple(i == named or not jnp.issubdtype(x.dtype, jnp.inexact) for i, (_, x) in enumerate(leaves))
@@ -141,7 +141,7 @@ def step_function(
         count: Any = None
         if weighted:
             assert weight is not None
-            count = wide(jnp.asarray(weight_of(weight, aux, batch)))
+            count = one(scalar) if weight is one else wide(jnp.asarray(weight_of(weight, aux, batch)))
             metrics = [x if is_sum else scaled(x, count) for x, is_sum in zip(metrics, (False, *summed), strict=True)]
             metrics.append(jnp.where(count < 0, jnp.full_like(count, jnp.nan), count))  # refused, as its gradient is
         metrics = [multiplied(jnp.asarray(x), coefficient) for x in metrics]
@@ -181,6 +181,14 @@ def _treated(gradient: Any, treatment: Treatment, weight: Any, coefficient: Any)
     if treatment.weighted:
         return multiplied(scaled(gradient, weight), coefficient)
     return multiplied(wide(gradient) if treatment.wide else gradient, coefficient)
+
+
+def one(loss: Any) -> jax.Array:
+    """The weight of a microbatch that counts as one. A sum of weights then counts the microbatches in a sum.
+
+    It depends on the loss in form only, so that the stage that computes the loss makes it, after the loss.
+    """
+    return jnp.where(loss == loss, jnp.float32(1), jnp.float32(1))
 
 
 def weight_of(weight: Weight, aux: Any, batch: Any) -> Any:

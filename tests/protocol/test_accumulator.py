@@ -21,7 +21,7 @@ def test_a_late_push_keeps_what_was_gathered_before_and_loses_its_own() -> None:
         sums.adopt(clock)
     assert sums.push(2, (2,)) == Sum((0, 1, 2), 3)
     sums.discard(2)
-    assert sums.steps == 2
+    assert sums.weight == 2
     assert sums.push(3, (3,)) == Sum((0, 1, 3), 3)
     sums.adopt(3)
     assert sums.push(4, (4,)) == Sum((4,), 1)
@@ -31,7 +31,7 @@ def test_a_step_that_left_nothing_may_be_settled() -> None:
     sums = Accumulator(joined)
     sums.adopt(0)
     sums.discard(1)
-    assert sums.steps == 0
+    assert sums.weight == 0
 
 
 def test_clocks_do_not_go_back() -> None:
@@ -55,5 +55,5 @@ def test_every_step_that_counts_arrives_once_and_in_order(steps: list[tuple[bool
             waiting = []
         elif counts:
             waiting.append(clock)
-        assert sums.steps == len(waiting)
+        assert sums.weight == len(waiting)
     assert arrived + waiting == [c for c, (_, counts) in enumerate(steps) if counts]

@@ -110,6 +110,9 @@ class _LocalServices:
     def should_abandon(self, step: int) -> bool:
         return False
 
+    def leaves_out(self, microbatch: int) -> bool:
+        return False
+
     def way(self, message: int) -> str:
         return ""
 

@@ -121,6 +121,7 @@ class EdgeServices:
         return self.adopt(arrays)
 
     def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None:
+        """Send the arrays of a message. Without arrays it says that the microbatch is left out."""
         edge = self._messages[message]
         value = wire.Value(
             plan_id=self.plan_id,
@@ -129,10 +130,10 @@ class EdgeServices:
             index=message,
             device=edge.destination,
             microbatch=microbatch,
-            specs=self._specs[message],
+            specs=self._specs[message] if arrays else (),
         )
         worker, device = self._workers[message], self.loaded.device
-        if not self._large[message]:
+        if not self._large[message] or not arrays:
             self._push(value, worker, host_view(arrays, device))
             return
 
@@ -158,6 +159,9 @@ class EdgeServices:
 
     def should_abandon(self, step: int) -> bool:
         return self._mailbox.is_cancelled((self.plan_id, step, self.device))
+
+    def leaves_out(self, microbatch: int) -> bool:
+        return False
 
     def adopt(self, arrays: Sequence[Array]) -> Sequence[Array]:
         return adopt(arrays, self.loaded.device) if self._adopts else arrays

@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import Any, Protocol
 
 from flowml.plan import Feed, Fetch, Free, Instruction, Plan, Push, Read, Recv, Run, Send
+from flowml_runtime.execution.left_out import binding
 from flowml_runtime.execution.mailbox import Cancelled, Parked
 from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction
 from flowml_runtime.execution.recorder import Recorder, now_ns
@@ -36,6 +37,10 @@ class StepServices(Protocol):
 
     def should_abandon(self, step: int) -> bool:
         """Called before every task. True ends the step there."""
+        ...
+
+    def leaves_out(self, microbatch: int, /) -> bool:
+        """Whether the step leaves out this microbatch, if it may leave out any. See `left_out`."""
         ...
 
 
@@ -66,14 +71,14 @@ class StepProgram:
 
 def prepare(loaded: LoadedProgram) -> StepProgram:
     """Bind every instruction to its task and buffers, so that a step looks nothing up."""
-    instructions = loaded.program.instructions
+    instructions, bind = loaded.program.instructions, binding(loaded.plan)
     used = [b for i in instructions for b in _buffers(i)] + list(loaded.constants)
     buffers: list[Any] = [None] * (max(used, default=-1) + 1)
     for buffer, array in loaded.constants.items():
         buffers[buffer] = array
     return StepProgram(
         device=loaded.name,
-        operations=tuple(_bind(i, loaded.runs.get(n)) for n, i in enumerate(instructions)),
+        operations=tuple(bind(i, _bind(i, loaded.runs.get(n))) for n, i in enumerate(instructions)),
         nodes=tuple(describe(loaded.plan, i) for i in instructions),
         buffers=tuple(buffers),
         instructions=instructions,

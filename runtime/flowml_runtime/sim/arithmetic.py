@@ -80,11 +80,13 @@ class _Step:
     buffers: list[Any]
     feeds: Callable[[_Step, Sequence[int], int], Arrays]
     reads: Callable[[_Step, int], Arrays]
+    leaves_out: Callable[[int], bool]
     recorder: Recorder
     given: Any = None
     """What a Read or a Recv takes."""
     sent: Arrays = ()
-    fetched: dict[int, list[Array]] = field(default_factory=dict[int, list[Array]])
+    fetched: dict[int, dict[int, Array]] = field(default_factory=dict[int, dict[int, Array]])
+    """By slot and microbatch."""
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Arrays:
         return self.feeds(self, slots, microbatch)
@@ -104,7 +106,7 @@ class _Step:
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Arrays) -> None:
         for slot, array in zip(slots, arrays, strict=True):
-            self.fetched.setdefault(slot, []).append(array)
+            self.fetched.setdefault(slot, {})[microbatch] = array
 
     def way(self, message: int) -> str:
         return ""
@@ -143,9 +145,9 @@ class Arithmetic:
             (worker_of(device), i): device for i, store in enumerate(self._training.stores) for device in store.copies
         }
 
-    def begin(self, at: At, start: Start) -> _Step:
+    def begin(self, at: At, start: Start, leaves_out: Callable[[int], bool]) -> _Step:
         program = self._compiled.programs[self._device(at)]
-        return _Step(at, start, program, list(program.buffers), self._feed, self._read, self._recorder)
+        return _Step(at, start, program, list(program.buffers), self._feed, self._read, leaves_out, self._recorder)
 
     def perform(self, state: _Step, position: int, given: Any) -> Value:
         state.given = given
@@ -163,7 +165,8 @@ class Arithmetic:
             return None
         slots = tuple(sorted(state.fetched))
         coded = () if self._training.code is None else self._pieces(state)
-        return slots, [over_microbatches(state.fetched[s], coded) for s in slots]
+        used = [[a for m, a in state.fetched[s].items() if not (m and state.leaves_out(m))] for s in slots]
+        return slots, [over_microbatches(found, coded) for found in used]
 
     def add(self, at: At, store: int, part: int, a: Value, b: Value) -> Value:
         task = self._training.stores[store].parts[part].accumulate

@@ -6,6 +6,7 @@ here. The step waits where a value is missing, and goes on when something has ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -56,6 +57,8 @@ class Executor:
         self._state: Any = None
         self._seconds = 0.0
         self._began = 0.0
+        self._computes_since = math.inf
+        """When the first task of the step began; infinite before."""
         self._computes = False
         self._given: list[Value] | None = None
         """What the Recv at this position waits for: empty until it is here."""
@@ -82,7 +85,8 @@ class Executor:
         self._node.mailbox.advance(self.at, self._number(step))
         self._step, self._next, self._given, self._abandoned, self._updated = step, 0, None, False, -1
         self._seconds = world.seconds(self._machine_number, step.clock)
-        self._state = world.values.begin(self.at, step)
+        self._computes_since = math.inf
+        self._state = world.values.begin(self.at, step, self._leaves_out)
         self._began = world.clock.now
         self.waits = True
 
@@ -115,6 +119,9 @@ class Executor:
     def _lacks_batch(self) -> bool:
         node, step = self._node, self._step
         return step is not None and node.start.source == "fed" and step.item.sequence not in node.batches
+
+    def _leaves_out(self, microbatch: int) -> bool:
+        return self._machine.cut.leaves_out(microbatch, self._world.clock.now - self._computes_since)
 
     def _number(self, step: Start) -> int:
         """The number of a step in the mailbox. It is unique over all fits of the plan."""
@@ -205,6 +212,8 @@ class Executor:
 
     def _recv(self, step: Start, recv: Recv) -> bool:
         given = self._given
+        if given is None and recv.microbatch and self._leaves_out(recv.microbatch):
+            return True
         if given is None:
             self._given = given = []
             key = (self.at, self._number(step), recv.message, recv.microbatch)
@@ -217,13 +226,17 @@ class Executor:
         if not given:
             return False
         self._given = None
+        if given[0] is None:
+            self._machine.cut.lacks(recv.microbatch)
+            return True
         return self._perform(step, given[0])
 
     def _run(self, step: Start, run: Run) -> bool:
         world, program = self._world, self._program
         share = program.shares[self._position]
-        if not share:
+        if not share or (run.microbatch and self._leaves_out(run.microbatch)):
             return self._perform(step)
+        self._computes_since = min(self._computes_since, world.clock.now)
         seconds = self._seconds * share + world.delay(self._node.name, step.clock) / program.runs
         self._computes, self.waits = True, False
         world.clock.after(seconds, self._label, self._computed)
@@ -241,10 +254,10 @@ class Executor:
         self.walk()
 
     def _send(self, step: Start, send: Send) -> bool:
-        value = self._value(step)
         edge = self._program.edges[send.message]
         key = (edge.to, self._number(step), send.message, send.microbatch)
-        self._world.send_edge(self._node.name, edge, key, value)
+        left_out = send.microbatch and self._leaves_out(send.microbatch)
+        self._world.send_edge(self._node.name, edge, key, None if left_out else self._value(step))
         return True
 
     def _push(self, step: Start, push: Push) -> bool:
@@ -262,15 +275,17 @@ class Executor:
             if store in self._neighbours and not self._neighbours[store].end(step):
                 return False
             pushes = self._machine.pushes(store, step.clock)
-            total = Sum(world.values.own(self.at, store, step.clock, mixed[1]), rhythm.pushed()) if pushes else None
+            total = None
+            if pushes:
+                weight = rhythm.pushed() * world.terms.microbatches
+                total = Sum(world.values.own(self.at, store, step.clock, mixed[1]), weight)
         if total is None:
             return True
-        weight = total.steps * world.terms.microbatches
         if world.terms.stores[store].collective:
-            world.collectives.push(node.name, step, store, part, weight, total.value)
+            world.collectives.push(node.name, step, store, part, total.weight, total.value)
             return True
         base = self._versions.get(store, 0)
-        sent = node.machine.contribution(step, store, part, base_version=base, weight=weight)
+        sent = node.machine.contribution(step, store, part, base_version=base, weight=total.weight)
         message, value = world.checked(node, sent.message, part, total.value)
         if world.terms.stores[store].shared:
             self._share(step, store, message, value)
@@ -298,15 +313,16 @@ class Executor:
     def _gather(self, step: Start, store: int, part: int, own: Value) -> Sum[Value] | None:
         """What the step pushes; None if it does not push, and leaves its gradient here."""
         pushes = self._machine.pushes(store, step.clock)
+        weight = self._machine.cut.used
         if self._world.terms.stores[store].every == 1:
-            return Sum(own, 1) if pushes else None
+            return Sum(own, weight) if pushes else None
         gathered = self._gathered.get((store, part))
         if gathered is None:
             add = partial(self._world.values.add, self.at, store, part)
             gathered = self._gathered[store, part] = Accumulator(add)
         if pushes:
-            return gathered.push(step.clock, own)
-        gathered.gather(step.clock, own)
+            return gathered.push(step.clock, own, weight)
+        gathered.gather(step.clock, own, weight)
         return None
 
     def _perform(self, step: Start, given: Any = None) -> bool:

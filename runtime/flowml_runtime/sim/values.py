@@ -5,7 +5,7 @@ The simulator passes values along with messages and never looks at them. `Values
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,8 +58,8 @@ class Values(Protocol):
     computes: bool
     """Whether there are values at all."""
 
-    def begin(self, at: At, start: Start) -> Any:
-        """The state of a step that begins."""
+    def begin(self, at: At, start: Start, leaves_out: Callable[[int], bool]) -> Any:
+        """The state of a step that begins. `leaves_out` says whether it leaves out a microbatch."""
         ...
 
     def perform(self, state: Any, position: int, given: Any) -> Value:
@@ -167,7 +167,7 @@ class Nothing:
         self._states: dict[int, Value] = {}
         self._reports = tuple((found, (_NAN,) * len(found)) if found else None for found in slots)
 
-    def begin(self, at: At, start: Start) -> Any:
+    def begin(self, at: At, start: Start, leaves_out: Callable[[int], bool]) -> Any:
         return at[1]
 
     def perform(self, state: Any, position: int, given: Any) -> Value:

@@ -126,9 +126,9 @@ class World:
         return self.wires.send(source.name, to, nbytes, self.nodes[to].receive_news, source.name, news)
 
     def send_edge(self, source: str, edge: Edge, key: tuple[Any, ...], value: Value) -> None:
-        """Send a value from one stage to another."""
+        """Send a value from one stage to another. None says that its microbatch is left out."""
         to = self.places.stages[edge.to[0]][edge.to[1]]
-        self.wires.send(source, to, edge.nbytes, self.nodes[to].receive_edge, key, value)
+        self.wires.send(source, to, 0 if value is None else edge.nbytes, self.nodes[to].receive_edge, key, value)
 
     def instructions(self, program: StageProgram) -> Sequence[tuple[int, Any, Instruction]]:
         """What an executor does with the instructions that matter: their position, a function of it, and they."""

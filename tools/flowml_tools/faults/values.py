@@ -42,7 +42,7 @@ class Digits(Nothing):
         """Store -> what each of its versions in the newest fit is made of: (replica, clock, sum, coefficient)."""
         self._versions: dict[tuple[str, int], int] = {}
 
-    def begin(self, at: At, start: actions.Start) -> actions.Start:
+    def begin(self, at: At, start: actions.Start, leaves_out: Callable[[int], bool]) -> actions.Start:
         return start
 
     def perform(self, state: actions.Start, position: int, given: Any) -> Value | None:

@@ -123,6 +123,7 @@ class Fit:
             total_clocks=options.total,
             aligned=terms.aligned,
             coded=training.code is not None,
+            microbatches=training.microbatches,
             groups=tuple(group_names(training, terms)),
             portions=training.items // replicas,
             copies=training.speculation.copies if training.speculation else None,

@@ -10,6 +10,7 @@ another. An account closes when the fate of the item's gradients is known in eve
   last push if its commit leaves the replica out, because the replica then takes the global parameters.
 * A late contribution is folded in when a commit names it. Otherwise it is lost for its group.
 * Stores without decisions count every step that has finished.
+* If steps may leave out microbatches, the step must have finished too, because only then it is known how many.
 
 An item is settled as used if some store counts it; `missing` names the groups that have lost it. Otherwise it is
 settled as folded if a later commit of some group contains it, as requeued if the late rule of a group that has lost
@@ -36,14 +37,17 @@ class Settle:
     item: wire.Item
     fate: Fate
     missing: tuple[int, ...] = ()
+    left_out: int = 0
+    """The number of its microbatches that were not computed, of an item that counts."""
 
 
-def joined(actions: Iterable[object]) -> Iterable[tuple[tuple[int, ...], list[tuple[wire.Item, Fate]]]]:
-    """The items that are settled by these actions and their fates, by the groups that do without them."""
-    found: dict[tuple[int, ...], list[tuple[wire.Item, Fate]]] = {}
+def joined(actions: Iterable[object]) -> Iterable[tuple[tuple[tuple[int, ...], int], list[tuple[wire.Item, Fate]]]]:
+    """The items that are settled by these actions and their fates, by the groups that do without them and by the number
+    of microbatches that were left out."""
+    found: dict[tuple[tuple[int, ...], int], list[tuple[wire.Item, Fate]]] = {}
     for action in actions:
         if type(action) is Settle:
-            found.setdefault(action.missing, []).append((action.item, action.fate))
+            found.setdefault((action.missing, action.left_out), []).append((action.item, action.fate))
     return found.items()
 
 
@@ -54,6 +58,8 @@ class _Account:
     """The groups in which its fate is unknown."""
     counted: bool = False
     folded: bool = False
+    left_out: int | None = None
+    """The number of its microbatches that its step left out; None while the step may still leave some out."""
     lost: set[int] = field(default_factory=set[int])
 
 
@@ -64,6 +70,7 @@ class Accounts:
         self._terms = terms
         self._me = replica
         self._groups = frozenset(range(len(terms.groups)))
+        self._waits = terms.cut is not None
         self._anyway = len(terms.group_of) < len(terms.stores)
         """Whether some store has no decisions."""
         self._accounts: dict[int, _Account] = {}
@@ -78,11 +85,16 @@ class Accounts:
         decided = [g for g in self._terms.groups if clock <= committed[g.number]]
         due = {g.number for g in self._terms.due_groups(clock)} if decided else ()
         late = {g.number for g in decided if g.discards or (g.number in due and not g.folds)}
-        self._accounts[clock] = _Account(item, set(self._groups - late), counted=self._anyway, lost=late)
+        left_out = None if self._waits else 0
+        self._accounts[clock] = _Account(item, set(self._groups - late), self._anyway, left_out=left_out, lost=late)
 
-    def finish(self, clock: int) -> list[Settle]:
-        """The step of `clock` has finished. Without decisions, that settles its item."""
-        return [] if self._groups else self._settle([clock])
+    def finish(self, clock: int, left_out: int = 0) -> list[Settle]:
+        """The step of `clock` has finished without its last `left_out` microbatches. Without decisions, that settles
+        its item."""
+        if self._groups and not self._waits:
+            return []
+        self._accounts[clock].left_out = left_out
+        return self._settle([clock])
 
     def commit(self, event: Committed) -> list[Settle]:
         group = self._terms.groups[event.group]
@@ -132,14 +144,14 @@ class Accounts:
         found: list[Settle] = []
         for clock in sorted(clocks):
             account = self._accounts[clock]
-            if not account.open:
+            if not account.open and account.left_out is not None:
                 del self._accounts[clock]
                 found.append(self._fate(account))
         return found
 
     def _fate(self, account: _Account) -> Settle:
         if account.counted:
-            return Settle(account.item, "used", tuple(sorted(account.lost)))
+            return Settle(account.item, "used", tuple(sorted(account.lost)), account.left_out or 0)
         if account.folded:
             return Settle(account.item, "folded", tuple(sorted(account.lost)))
         requeues = any(isinstance(self._terms.groups[g].quorum.late, Requeue) for g in account.lost)

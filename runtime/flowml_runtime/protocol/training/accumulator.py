@@ -23,10 +23,10 @@ V = TypeVar("V")
 
 @dataclass(frozen=True, slots=True)
 class Sum(Generic[V]):
-    """A sum of gradients and the number of steps in it."""
+    """A sum of gradients and the sum of their weights."""
 
     value: V
-    steps: int
+    weight: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,18 @@ class Accumulator(Generic[V]):
         self._tried: dict[int, _Tried[V]] = {}
 
     @property
-    def steps(self) -> int:
-        """The number of steps whose gradients wait for a push."""
-        return self._sum.steps if self._sum else 0
+    def weight(self) -> int:
+        """The weight of the gradients that wait for a push."""
+        return self._sum.weight if self._sum else 0
 
-    def gather(self, clock: int, value: V) -> None:
+    def gather(self, clock: int, value: V, weight: int = 1) -> None:
         """Keep the gradient of a step that does not push."""
-        self._try(clock, _Tried(own=Sum(value, 1), kept=None))
+        self._try(clock, _Tried(own=Sum(value, weight), kept=None))
 
-    def push(self, clock: int, value: V) -> Sum[V]:
+    def push(self, clock: int, value: V, weight: int = 1) -> Sum[V]:
         """The sum that a pushing step sends: its gradient and all gathered ones."""
         self._try(clock, _Tried(own=None, kept=self._sum))
-        total = self._join(self._sum, Sum(value, 1))
+        total = self._join(self._sum, Sum(value, weight))
         self._sum = None
         return total
 
@@ -80,4 +80,4 @@ class Accumulator(Generic[V]):
     def _join(self, first: Sum[V] | None, second: Sum[V]) -> Sum[V]:
         if first is None:
             return second
-        return Sum(self._add(first.value, second.value), first.steps + second.steps)
+        return Sum(self._add(first.value, second.value), first.weight + second.weight)

@@ -290,7 +290,7 @@ class TrainingDriver:
             case wire.Ask():
                 return self._grant(message)
             case wire.Settled(replica=replica, fates=fates, missing=missing):
-                self.ledger.step(Settled(replica, fates, missing))
+                self.ledger.step(Settled(replica, fates, missing, message.left_out))
                 return [NoteFates(fates, missing, cause)]
             case wire.Report():
                 return [Note(message, event.handle, cause)]

@@ -71,11 +71,13 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """The fate of items of a replica. `missing` are the groups that do not use them, although others do."""
+    """The fate of items of a replica. `missing` are the groups that do not use them, although others do. `left_out` is
+    the number of microbatches of each that were not computed."""
 
     replica: int
     fates: tuple[tuple[wire.Item, Fate], ...]
     missing: tuple[int, ...] = ()
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ class Work:
     total_clocks: int
     aligned: bool
     coded: bool = False
+    microbatches: int = 1
+    """The number of microbatches of an item."""
     groups: tuple[str, ...] = ()
     """The names of the groups of layers that decide alone what they use."""
     portions: int = 1
@@ -242,10 +246,12 @@ class WorkQueue:
 @dataclass(slots=True)
 class _Account:
     fates: Counter[str] = field(default_factory=Counter[str])
+    left_out: int = 0
+    """Examples."""
 
     def tally(self, unseen: int = 0) -> Tally:
         counts = {n: self.fates[n] for n in ("used", "dropped", "folded", "requeued", "returned", "duplicate")}
-        return Tally(**counts, unseen=unseen)
+        return Tally(**counts, unseen=unseen, left_out=self.left_out)
 
 
 class Ledger:
@@ -261,6 +267,8 @@ class Ledger:
         self._epochs: defaultdict[int, _Account] = defaultdict(_Account)  # only epochs begun: there may be millions
         self._replicas = [_Account() for _ in range(work.replicas)]
         self._groups = [_Account() for _ in work.groups]
+        self._cut: dict[int, int] = {}
+        """Sequence number -> the number of examples at the end of a used item that were left out."""
         self._over: dict[int, State] = {}
         """Sequence number -> the fate of an item that does not come back."""
         self._newest = [-1] * work.replicas
@@ -275,8 +283,8 @@ class Ledger:
         match event:
             case Asked(replica, clocks, returned, copy):
                 return self._answer(replica, clocks, returned, copy)
-            case Settled(replica, fates, missing):
-                self._settle(replica, fates, missing)
+            case Settled(replica, fates, missing, left_out):
+                self._settle(replica, fates, missing, left_out)
             case ReplicaLost(replica):
                 self._lose(replica)
         return []
@@ -327,11 +335,30 @@ class Ledger:
             self._outstanding[item.sequence, item.copy] = (replica, item)
             self._account(replica, item, "used")
 
-    def _settle(self, replica: int, fates: Iterable[tuple[wire.Item, Fate]], missing: tuple[int, ...] = ()) -> None:
+    def _settle(
+        self,
+        replica: int,
+        fates: Iterable[tuple[wire.Item, Fate]],
+        missing: tuple[int, ...] = (),
+        left_out: int = 0,
+    ) -> None:
         if replica in self._lost:
             return
         for item, fate in fates:
             self._account(replica, item, fate, missing)
+            if left_out:
+                self._leave_out(replica, item, fate, left_out)
+
+    def _leave_out(self, replica: int, item: wire.Item, fate: Fate, microbatches: int) -> None:
+        if fate != "used" or not microbatches < self._work.microbatches:
+            raise ProtocolError(
+                f"replica {replica} left {microbatches} microbatches out of item {item.sequence}, which is {fate} and "
+                f"has {self._work.microbatches}"
+            )
+        examples = item.size * microbatches // self._work.microbatches
+        self._cut[item.sequence] = examples
+        for account in (self._epochs[item.epoch], self._replicas[replica], *self._groups):
+            account.left_out += examples
 
     def _account(self, replica: int, item: wire.Item, fate: Change, missing: tuple[int, ...] = ()) -> None:
         if self._outstanding.get((item.sequence, item.copy)) != (replica, item):
@@ -386,6 +413,7 @@ class Ledger:
             epochs=epochs,
             replicas=tuple(a.tally() for a in self._replicas),
             seen=self._seen(order) if order else (),
+            left_out=sum(self._cut.values()),
             groups={name: a.tally() for name, a in zip(self._work.groups, self._groups, strict=True)},
         )
 
@@ -400,7 +428,8 @@ class Ledger:
             for index in range(self._work.items_per_epoch):
                 if self._over.get(base + index) in ("used", "folded"):
                     start = index * self._work.item_size
-                    times.update(examples[start : start + self._work.item_size])
+                    used = self._work.item_size - self._cut.get(base + index, 0)
+                    times.update(examples[start : start + used])
         return tuple(sorted(Counter(times[e] for e in everything).items()))
 
     def validate(self) -> None:
@@ -416,6 +445,9 @@ class Ledger:
         ensure(self._granted == totals.total() + len(self._outstanding), "an item was neither settled nor given back")
         settled = totals["used"] + totals["dropped"] + totals["folded"]
         ensure(settled == len(self._over), "an item was settled twice")
+        cut = sum(self._cut.values())
+        ensure(cut == sum(a.left_out for a in self._epochs.values()), "examples left out are counted wrongly")
+        ensure(cut == sum(a.left_out for a in self._replicas), "epochs and replicas left out different examples")
         twice = self._portions is None and any(sequence in self._over for sequence, _ in self._outstanding)
         ensure(not twice, "an item is settled and outstanding")
         if self._portions is not None:

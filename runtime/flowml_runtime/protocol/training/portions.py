@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.accounts import Settle
+from flowml_runtime.protocol.training.cut import Cut
 from flowml_runtime.protocol.training.decision import Wake
 from flowml_runtime.protocol.training.replica import (
     STEPS,
@@ -78,6 +79,8 @@ class Portions:
             raise ProtocolError("the batches of this run are not cut into portions")
         self._terms = terms
         self._policy = speculation
+        self.cut = Cut(terms, stage)
+        """All microbatches of a portion are computed."""
         self._me = replica
         self._leads = stage == 0
         self._opened = self._asked = self._exhausted = self._leader_retired = self._retired = False

@@ -27,7 +27,7 @@ What the caller must do:
 
 1. Carry the actions out in the order of the list. A StepFinished must follow each Start.
 2. Ask `may_read` before a step uses a store and again after each event. Ask `should_abandon` between tasks, and leave
-   the step if it returns True.
+   the step if it returns True. Ask `cut` before each instruction of a microbatch.
 3. At the end of a step, push to the stores for which `pushes` is true, and to no others.
 4. Give the messages of one worker in the order in which it sent them.
 """
@@ -41,6 +41,7 @@ from flowml.policy import can_read, window
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.accounts import Accounts, Settle
+from flowml_runtime.protocol.training.cut import Cut
 from flowml_runtime.protocol.training.items import LOOK_AHEAD, Items
 from flowml_runtime.protocol.training.terms import Committed, Terms, Tick
 
@@ -212,8 +213,7 @@ class Replica:
 
     def __init__(self, terms: Terms, replica: int, stage: int, ahead: int = LOOK_AHEAD) -> None:
         """`ahead`: the number of clocks for which the first stage holds items (`items.batch`)."""
-        self._terms = terms
-        self._me = replica
+        self._terms, self._me = terms, replica
         self._stage = stage
         self._leads = stage == 0
         self._published: dict[int, StorePublished] = {}
@@ -225,11 +225,10 @@ class Replica:
         self._included: set[tuple[int, int]] = set()
         """(group, clock) of the commits that include this replica and came before their Begin."""
         self._steps: list[_Step] = []
-        self._begun = -1
-        self._last_begun = False
+        self._begun, self._last_begun = -1, False
         self._running: _Step | None = None
-        self._leader_retired = False
-        self._retired = False
+        self._leader_retired = self._retired = False
+        self.cut = Cut(terms, stage)
         self._work = Items(terms, ahead)
         self._waits_to_tell = ahead > LOOK_AHEAD
         self._fates: list[Settle] = []
@@ -349,7 +348,7 @@ class Replica:
         for store, terms in enumerate(self._terms.stores) if self._terms.arrives else ():
             if not terms.clocked and (step.last or terms.policy.every.due(clock, self._terms.last_clock)):
                 self._pushed[store] = clock
-        return [*self._settle(self._accounts.finish(clock))] if self._leads else []
+        return [*self._settle(self._accounts.finish(clock, self.cut.left_out))] if self._leads else []
 
     def _commit(self, event: Committed) -> list[Action]:
         group, clock = event.group, event.clock
@@ -458,6 +457,7 @@ class Replica:
     def _start(self, step: _Step) -> list[Action]:
         step.take("start")
         self._running = step
+        self.cut.begin()
         return [Start(step.clock, step.item, step.last)]
 
     def _retire(self) -> list[Action]:

@@ -11,7 +11,8 @@ MOST_ROWS = 9
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """The number of items by fate."""
+    """The number of items by fate. `left_out` is the number of examples in used items that were not computed, because
+    a replica stopped between two microbatches."""
 
     used: int = 0
     dropped: int = 0
@@ -20,6 +21,7 @@ class Tally:
     returned: int = 0
     unseen: int = 0
     duplicate: int = 0
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,9 @@ class Summary:
     examples took part how many times; it is empty if it was not requested. `nonfinite` counts, by layer and replica,
     the gradients that were left out because they held NaN or infinity; replica -1 counts such sums of finite gradients.
     `nonfinite_losses` counts, by replica, the losses that were left out of the history because they were not finite.
-    `kept` has by layer the Euclidean norm of what the error feedback of all replicas had not sent at the end.
+    `left_out` counts the examples of used items that were not computed, because a replica stopped between two
+    microbatches. `kept` has by layer the Euclidean norm of what the error feedback of all replicas had not sent at the
+    end.
     """
 
     used: int
@@ -52,6 +56,12 @@ class Summary:
     nonfinite_losses: Mapping[int, int] = field(default_factory=dict[int, int])
     kept: Mapping[str, float] = field(default_factory=dict[str, float])
     duplicate: int = 0
+    left_out: int = 0
+
+    @property
+    def examples(self) -> int:
+        """The number of examples that took part, each as often as it did."""
+        return (self.used + self.folded) * self.item_size - self.left_out
 
     def __str__(self) -> str:
         """The totals, and at most `MOST_ROWS` epochs, replicas and groups of layers each. `table` has all of them."""
@@ -71,6 +81,9 @@ class Summary:
         for label, tally in rows:
             lines.append(f"{label:<{width}}" + "".join(f"{getattr(tally, n):>10}" for n in names))
         lines.append(f"{'total':<{width}}" + "".join(f"{getattr(self, n):>10}" for n in names))
+        if self.left_out:
+            whose = _by_replica({r: t.left_out for r, t in enumerate(self.replicas) if t.left_out})
+            lines.append(f"examples of used items left out between microbatches: {whose}")
         if self.seen:
             lines.append("examples seen: " + ", ".join(f"{many} × {times}" for times, many in self.seen))
         for layer, counts in self.nonfinite.items():

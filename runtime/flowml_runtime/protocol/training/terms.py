@@ -14,7 +14,7 @@ from functools import cached_property
 
 from flowml.devices import worker_of
 from flowml.plan import StoreSpec, Training
-from flowml.policy import UNBOUNDED, Completion, Every, Fold, Gossip, Policy, Speculate
+from flowml.policy import UNBOUNDED, Completion, Deadline, Every, Fold, Gossip, Policy, Quorum, Speculate, cutting
 from flowml.policy.filters import feeds_back
 from flowml.policy.waits import Waits
 
@@ -95,7 +95,8 @@ class Group:
 class Terms:
     """A training run in numbers. `total_clocks` counts the clocks of each replica, if any store is clocked.
 
-    `rows` is the number of examples in a microbatch.
+    `rows` is the number of examples in a microbatch. `cuts_at` is the stage that decides when a replica stops between
+    two microbatches.
     """
 
     replicas: int
@@ -104,6 +105,7 @@ class Terms:
     stores: tuple[StoreTerms, ...]
     total_clocks: int
     rows: float = 1
+    cuts_at: int = 0
 
     @staticmethod
     def of(training: Training, total_clocks: int) -> Terms:
@@ -114,7 +116,8 @@ class Terms:
         stages = len(training.replicas[0])
         share = float(training.code.load) if training.code else 1 / len(training.replicas)
         rows = training.item_size * len(training.replicas) * share / training.microbatches
-        return Terms(len(training.replicas), stages, training.microbatches, stores, total_clocks, rows)
+        replicas = len(training.replicas)
+        return Terms(replicas, stages, training.microbatches, stores, total_clocks, rows, training.cuts_at)
 
     @cached_property
     def speculation(self) -> Speculate | None:
@@ -137,6 +140,11 @@ class Terms:
     def lasting(self, total_clocks: int) -> Terms:
         """The same terms for a run of `total_clocks`."""
         return replace(self, total_clocks=total_clocks)
+
+    @cached_property
+    def cut(self) -> Quorum | Deadline | None:
+        """What says when a replica stops between two microbatches, for all stores; None if nothing does."""
+        return cutting(self.stores[0].policy.quorum) if self.stores else None
 
     @cached_property
     def aligned(self) -> bool:

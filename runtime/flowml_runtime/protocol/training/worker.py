@@ -418,7 +418,7 @@ class _Fit:
             match action:
                 case Settle():
                     ids: dict[str, Any] = {**self._ids, "replica": at[0]}
-                    told = (wire.Settled(**ids, fates=tuple(f), missing=missing) for missing, f in settled)
+                    told = (wire.Settled(**ids, fates=tuple(f), missing=m, left_out=n) for (m, n), f in settled)
                     actions += [Send((self._driver,), message) for message in told]
                     settled = ()  # the first tells them all
                 case replica.Start(clock, item):

@@ -10,6 +10,7 @@ shape, and whose stores are those of the fit's own plan. All stages of a replica
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections import OrderedDict
@@ -26,7 +27,6 @@ from flowml.plan import Run as RunInstruction
 from flowml.policy import Gossip
 from flowml.training.pieces import Piece, pieces
 from flowml_runtime import service, wire
-from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.lane import LARGE_BYTES, Lane
 from flowml_runtime.execution.mailbox import Cancelled
 from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction
@@ -43,12 +43,10 @@ from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.run import Run
+from flowml_runtime.worker.training.sums import Gradients, added, known
 
 if TYPE_CHECKING:
     from flowml_runtime.worker.training.host import TrainingHost
-
-Gradients = Future[Sequence[Array]]
-"""The gradients of one part in a step, or the sum over several steps, which may not be computed yet."""
 
 
 class StageRunner(EdgeServices):
@@ -78,7 +76,7 @@ class StageRunner(EdgeServices):
         self._adds = Lane(f"{loaded.name} add run {run.number}")
         """Adds gradients that are gathered over steps. The machine decides what counts without waiting for the sum."""
         self._gathered: dict[tuple[int, int], Accumulator[Gradients]] = {
-            (s, p): Accumulator(partial(self._added, self._add_task(part.accumulate)))
+            (s, p): Accumulator(partial(added, self._adds, self.device, self._add_task(part.accumulate)))
             for s, store in enumerate(run.training.stores)
             for p, part in enumerate(store.parts)
             if store.every > 1 and part.stage == stage and part.accumulate is not None
@@ -114,7 +112,10 @@ class StageRunner(EdgeServices):
         self._pieces: tuple[Piece, ...] = ()
         """Its examples, by microbatch."""
         self._read_versions: dict[int, int] = {}
-        self._fetched: dict[int, list[Array]] = {}
+        self._fetched: dict[int, dict[int, Array]] = {}
+        """By fetch slot, and by microbatch."""
+        self._computes_since = 0.0
+        """When the first task of the step began; infinite before."""
         self._delays = dict(run.start.delays).get(run.me, ())
         """`Trainer(delays=)` for this worker."""
         self._paced = sum(isinstance(i, RunInstruction) for i in until_last_message(loaded.program.instructions))
@@ -169,7 +170,7 @@ class StageRunner(EdgeServices):
 
     def _step(self, clock: int) -> None:
         began = time.perf_counter()
-        self._fetched, self._inside = {}, []
+        self._fetched, self._inside, self._computes_since = {}, [], math.inf
         if self._delays:
             self._pauses = repeat(self._delays[clock % len(self._delays)] / max(self._paced, 1), self._paced)
         try:
@@ -232,7 +233,9 @@ class StageRunner(EdgeServices):
             return
         slots = tuple(sorted(self._fetched))
         coded = self.run.training.code is not None
-        values = [over_microbatches(self._fetched[s], self._pieces if coded else ()) for s in slots]
+        used = range(self.machine.cut.used)  # another stage may have left out what was fetched here
+        fetched = [[self._fetched[s][m] for m in used] for s in slots]
+        values = [over_microbatches(found, self._pieces if coded else ()) for found in fetched]
         now = self._now
         ids: dict[str, Any] = {"plan_id": self.plan_id, "run": self.run.number, "cause": now.cause, "item": now.item}
         message = wire.Report(
@@ -249,9 +252,20 @@ class StageRunner(EdgeServices):
     # Services: called by the step on the executor's thread.
 
     def should_abandon(self, step: int) -> bool:
+        if self._computes_since == math.inf:
+            self._computes_since = time.perf_counter()
         if pause_s := next(self._pauses, 0.0):
             time.sleep(pause_s)
         return self.run.stopped or self.machine.should_abandon(self._now.clock)
+
+    def leaves_out(self, microbatch: int) -> bool:
+        return self.machine.cut.leaves_out(microbatch, time.perf_counter() - self._computes_since)
+
+    def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
+        arrays = super().receive(step, message, microbatch)
+        if not arrays:
+            self.machine.cut.lacks(microbatch)
+        return arrays
 
     def send_failed(self, step: int, node: str, error: BaseException) -> None:
         if not isinstance(error, WorkerLostError):  # the driver already knows of a lost worker
@@ -328,9 +342,9 @@ class StageRunner(EdgeServices):
     def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None:
         own, inside = self._own.get(store), store in self._members
         if own is None:
-            total = self._gather(store, part, _known(arrays))
+            total = self._gather(store, part, known(arrays), self.machine.cut.used)
         else:
-            total = Sum(_known(arrays), 1) if inside else self._update(step, store, own, arrays)
+            total = Sum(known(arrays), self.machine.cut.used) if inside else self._update(step, store, own, arrays)
         if total is None:
             return
         if inside:
@@ -344,32 +358,30 @@ class StageRunner(EdgeServices):
 
     def _add_inside(self, step: int, store: int, part: int, total: Sum[Gradients]) -> None:
         """Add up what the replicas of the site push. `_end_sums` waits for the sum where it is needed."""
-        self._inside.append((store, part, total.steps))
-        weight = total.steps * self.run.training.microbatches
-        given = Given(store, part, self.replica, self._now.clock, weight, self._now.cause)
+        self._inside.append((store, part, total.weight))
+        given = Given(store, part, self.replica, self._now.clock, total.weight, self._now.cause)
         self._by_size(step, store, part, partial(self._reduce, self._reductions.push_inside, given, total.value))
 
     def _end_sums(self, step: int) -> None:
         """Do what needs the sums of the gradients of sites: updates of own parameters, and the pushes of leaders."""
-        for store, part, steps in self._inside:
+        for store, part, weight in self._inside:
             member, own, clock = self._members[store], self._own.get(store), self._now.clock
             if not member.leads and (own is None or member.served):
                 continue
             found = self.adopt(member.total(part, clock, self._in_vain))
-            total = Sum(_known(found), steps) if own is None else self._update(step, store, own, found)
+            total = Sum(known(found), weight) if own is None else self._update(step, store, own, found)
             if total is not None and member.leads:
                 self._leave(step, store, part, total)
 
     def _leave(self, step: int, store: int, part: int, total: Sum[Gradients]) -> None:
         """Send what this replica, or its site, contributes."""
         spec = self.run.training.stores[store]
-        weight = total.steps * self.run.training.microbatches
         if store in self._shared:
-            self._share(store, part, weight, total.value)
+            self._share(store, part, total.weight, total.value)
             return
         if spec.collective:
             self.run.count_push(store, part, spec.parts[part].nbytes, self.run.me)
-            given = Given(store, part, self.replica, self._now.clock, weight, self._now.cause)
+            given = Given(store, part, self.replica, self._now.clock, total.weight, self._now.cause)
             send = partial(self._reduce, self._reductions.push, given, total.value)
         else:
             contribution = self._worker.contribution(
@@ -377,7 +389,7 @@ class StageRunner(EdgeServices):
                 store,
                 part,
                 base_version=self._read_versions.get(store, 0),
-                weight=weight * (self._members[store].weight if store in self._members else 1),
+                weight=total.weight * (self._members[store].weight if store in self._members else 1),
                 specs=spec.parts[part].payload,
             )
             send = partial(self._contribute, contribution, total.value, self._compared.get(store))
@@ -406,14 +418,17 @@ class StageRunner(EdgeServices):
         run.count_push(store, part, 0, run.me)
         self._on_event(Updated(run.number, self.replica, store, clock, finite))
 
-    def _gather(self, store: int, part: int, gradients: Gradients) -> Sum[Gradients] | None:
-        """The sum that this step pushes; None if it pushes none, and its gradients wait for a later one."""
+    def _gather(self, store: int, part: int, gradients: Gradients, weight: int) -> Sum[Gradients] | None:
+        """The sum that this step pushes; None if it pushes none, and its gradients wait for a later one.
+
+        `weight` is the number of microbatches in the gradients.
+        """
         gathered, clock = self._gathered.get((store, part)), self._now.clock
         with self.run.changed:
             if self.machine.pushes(store, clock):
-                return gathered.push(clock, gradients) if gathered else Sum(gradients, 1)
+                return gathered.push(clock, gradients, weight) if gathered else Sum(gradients, weight)
             if gathered is not None:
-                gathered.gather(clock, gradients)
+                gathered.gather(clock, gradients, weight)
         return None
 
     def _update(self, step: int, store: int, own: OwnValues, gradients: Sequence[Array]) -> Sum[Gradients] | None:
@@ -429,7 +444,10 @@ class StageRunner(EdgeServices):
         with self.run.changed:
             if not self.machine.pushes(store, clock):
                 return None
-        sent = Sum(_known(own.params if own.spec.policy.mirrored else own.sent()), own.pushed())
+        sent = Sum(
+            known(own.params if own.spec.policy.mirrored else own.sent()),
+            own.pushed() * self.run.training.microbatches,
+        )
         if own.mixes:
             own.take(clock, self.adopt(self._published(step, store)))
         return sent
@@ -467,34 +485,9 @@ class StageRunner(EdgeServices):
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
         for slot, array in zip(slots, arrays, strict=True):
-            self._fetched.setdefault(slot, []).append(array)
+            self._fetched.setdefault(slot, {})[microbatch] = array
 
     def _add_task(self, task: int | None) -> TaskFunction:
         if task is None:
             raise ValueError("a part that is gathered over steps needs an accumulate task")
         return self.loaded.tasks[task]
-
-    def _added(self, add: TaskFunction, a: Gradients, b: Gradients) -> Gradients:
-        """The sum of two. The lane may not have computed them yet; it computes sums in order."""
-        total: Gradients = Future("a sum of gradients", _same)
-
-        def work() -> None:
-            total.complete(list(add(*a.result(), *b.result())))  # no deadline: the lane has computed both already
-
-        def failed(error: BaseException) -> None:
-            total.complete(None, error)
-
-        if not self._adds.put(work, failed):
-            total.complete(None, Cancelled(self.device))
-        return total
-
-
-def _same(arrays: Sequence[Array]) -> Sequence[Array]:
-    return arrays
-
-
-def _known(arrays: Sequence[Array]) -> Gradients:
-    """Gradients that are already computed."""
-    known: Gradients = Future("a gradient", _same)
-    known.complete(list(arrays))
-    return known
