@@ -174,6 +174,6 @@ def test_few_lines_tell_of_many_stragglers() -> None:
     assert lines[0] == (
         "worker:0 (replica 0) was late at 4 of 10 steps, by 0.1 s on average: others waited 9 s for it (9% of the fit)."
     )
-    assert lines[-1] == "4 more were late, at up to 4 steps; others waited 10 s for them."
+    assert lines[-1] == "4 more replicas were late at up to 4 steps: others waited 10 s in all."
     assert len(lines) == 6
     assert str(Stragglers(1, 1.0)) == "No replica was late in 1 step."

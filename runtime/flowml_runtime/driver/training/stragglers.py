@@ -11,6 +11,8 @@ from flowml_runtime.protocol.training.summary import Tally
 
 MOST_LINES = 5
 """The most replicas that the text names."""
+LEAST = 0.01
+"""The text names no replica that only made others wait, and cost a smaller share of the fit."""
 SLOW = 0.75
 """A replica without clocks is slow if it does less than this share of the middle replica's work items."""
 
@@ -80,12 +82,14 @@ class Stragglers(Sequence[Straggler]):
     def __str__(self) -> str:
         if not self.late:
             return f"No replica was late in {_steps(self.steps)}."
-        lines = [self._line(straggler) for straggler in self.late[:MOST_LINES]]
-        rest = self.late[MOST_LINES:]
+        told = [s for s in self.late if s.cost_s >= LEAST * self.seconds or s.left_out or not s.late][:MOST_LINES]
+        lines = [self._line(straggler) for straggler in told]
+        rest = [straggler for straggler in self.late if straggler not in told]
         if rest:
+            who = f"{len(rest)} {'more ' if lines else ''}replica{' was' if len(rest) == 1 else 's were'}"
             lines.append(
-                f"{len(rest)} more were late, at up to {_steps(max(s.late for s in rest))}; others waited "
-                f"{_seconds(sum(s.cost_s for s in rest))} for them."
+                f"{who} late at up to {_steps(max(s.late for s in rest))}: others waited "
+                f"{_seconds(sum(s.cost_s for s in rest))} in all."
             )
         return "\n".join(lines)
 
