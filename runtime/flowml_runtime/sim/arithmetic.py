@@ -34,6 +34,7 @@ from flowml_runtime.worker.training.applying import applied, given_of
 from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source, over_microbatches
 from flowml_runtime.worker.training.exchange.averaging import Averaging
 from flowml_runtime.worker.training.exchange.collectives import Flight, flat, parts_of
+from flowml_runtime.worker.training.exchange.mirrors import Mirror, share_of
 from flowml_runtime.worker.training.exchange.reductions import sum_of
 from flowml_runtime.worker.training.filtered import Decoder, Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
@@ -135,6 +136,7 @@ class Arithmetic:
         self._before: dict[tuple[At, int], Arrays] = {}
         """Such parameters before the update of the newest step."""
         self._averaging: dict[tuple[At, int], Averaging] = {}
+        self._mirrors: dict[tuple[At, int], Mirror] = {}
         self._encoders: dict[At, Encoder] = {}
         self._decoder = Decoder(self._training.stores)
         self._compared: dict[tuple[At, int], Arrays] = {}
@@ -204,7 +206,7 @@ class Arithmetic:
     def mix(self, at: At, store: int, weights: Mapping[int, float], theirs: Mapping[int, Value]) -> None:
         own, averaging, before = self._own[at, store], self._averaging_of(at, store), self._before[at, store]
         mine = averaging.sent(own) if averaging.outer else before
-        averaging.mix(own, before, weights, {**theirs, at[0]: mine})
+        averaging.mix(own, before, weights, dict.fromkeys(weights, mine) | dict(theirs))
 
     def _averaging_of(self, at: At, store: int) -> Averaging:
         found = self._averaging.get((at, store))
@@ -215,10 +217,36 @@ class Arithmetic:
 
     def own(self, at: At, store: int, clock: int, mixed: Value) -> Value:
         own = self._own[at, store]
-        sent = own.sent()
+        sent = own.params if own.spec.policy.mirrored else own.sent()
         if mixed is not None:
             own.take(clock, mixed)
         return host_view(sent, self._compiled.loaded[self._device(at)].device)
+
+    def params(self, at: At, store: int) -> Value:
+        return host_view(self._own[at, store].params, self._compiled.loaded[self._device(at)].device)
+
+    def follow(self, at: At, store: int, value: Value) -> None:
+        self._own[at, store].params = value
+
+    def changes(self, at: At, store: int, clock: int, *, sends: bool, last: bool) -> tuple[Value, int]:
+        own, mirror = self._own[at, store], self._mirror_of(at, store)
+        mirror.join(own, self._before[at, store], ())
+        sent = mirror.changes(clock, own, last=last) if sends else ()
+        return sent, sum(np.asarray(a).nbytes for a in sent)
+
+    def join(self, at: At, store: int, theirs: Sequence[tuple[int, Value, bool]]) -> None:
+        own, mirror = self._own[at, store], self._mirror_of(at, store)
+        mirror.join(own, own.params, [mirror.filtered.decode(who, value, last=last) for who, value, last in theirs])
+
+    def _mirror_of(self, at: At, store: int) -> Mirror:
+        found = self._mirrors.get((at, store))
+        if found is None:
+            own, loaded = self._own[at, store], self._compiled.loaded[self._device(at)]
+            replicas = len(self._training.replicas)
+            number = (own.spec.leaders or tuple(range(replicas))).index(at[0])
+            share = share_of(own.spec, at[0], replicas)
+            found = self._mirrors[at, store] = Mirror(own.spec, number, share, loaded, own.dtype, self._start.seed)
+        return found
 
     def own_state(self, at: At, store: int) -> Value:
         return host_view(self._own[at, store].state, self._compiled.loaded[self._device(at)].device)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flowml.plan import Part
+from flowml.plan import Part, Site
 from flowml.policy.topology import sent_bytes
 from flowml.sim import NetworkModel
 from flowml_runtime import wire
@@ -20,6 +20,7 @@ from flowml_runtime.protocol import collective
 from flowml_runtime.protocol.training.actions import Start
 from flowml_runtime.sim.network import KINDS
 from flowml_runtime.sim.values import Chunk, Flight, Value
+from flowml_runtime.worker.training.exchange.reductions import summed
 
 if TYPE_CHECKING:
     from flowml_runtime.sim.world import World
@@ -29,8 +30,8 @@ MOST_MESSAGES = 4096
 
 _SUMMED = 3
 
-Key = tuple[int, int, int]
-"""(store, part, clock)"""
+Key = tuple[int, int, int, int]
+"""(store, part, clock, the leader of the site, or -1 for a sum that homes apply)"""
 
 
 class Machine:
@@ -97,16 +98,20 @@ class Collectives:
             for stage, worker in enumerate(stages):
                 self._replicas[stage, worker] = self._replicas.get((stage, worker), 0) + 1
 
-    def push(self, worker: str, start: Start, store: int, part: int, weight: int, value: Value) -> None:
-        """A replica on `worker` has pushed its part. The last one there starts the sum on this worker."""
-        key = (store, part, start.clock)
-        sum_ = self._sums.get(key) or self._open(key)
+    def push(
+        self, worker: str, start: Start, store: int, part: int, weight: int, value: Value, site: Site | None = None
+    ) -> None:
+        """A replica on `worker` has pushed its part, for the homes or for the sum of its `site`. The last one there
+        starts the sum on this worker."""
+        key = (store, part, start.clock, site.replicas[0] if site else -1)
+        sum_ = self._sums.get(key) or self._open(key, site)
         mine = sum_.given.setdefault(worker, {})
         mine[start.replica] = value
         sum_.weight, sum_.causes[worker] = weight, start.cause
-        nbytes = self._world.sizes.parts[store][part]
-        self._world.nodes[worker].counts.push(store, part, nbytes, crosses=False)
-        if len(mine) < self._replicas[self._parts[store][part].stage, worker]:
+        nbytes = sum_.nbytes
+        if site is None:
+            self._world.nodes[worker].counts.push(store, part, nbytes, crosses=False)
+        if len(mine) < self._senders(key, site, worker):
             return
         sum_.there += 1
         if len(sum_.workers) == 1 or self._is_simple(sum_):
@@ -122,13 +127,23 @@ class Collectives:
             self._take(key, sum_, worker, peer, chunk)
         self._look(key, sum_, worker)
 
-    def _open(self, key: Key) -> _Sum:
-        store, part, _ = key
-        reduction = self._parts[store][part].reduction
+    def _open(self, key: Key, site: Site | None) -> _Sum:
+        store, part = key[:2]
+        reduction = self._parts[store][part].reduction if site is None else site.reductions[part]
         assert reduction is not None
         schedule = collective.named(reduction.schedule, reduction.hosts, reduction.fanout)
-        found = self._sums[key] = _Sum(reduction.workers, schedule, self._world.sizes.parts[store][part])
+        nbytes = self._world.sizes.parts[store][part] if site is None else self._parts[store][part].nbytes
+        found = self._sums[key] = _Sum(reduction.workers, schedule, nbytes)
         return found
+
+    def _senders(self, key: Key, site: Site | None, worker: str) -> int:
+        """The number of replicas on a worker that push for a sum."""
+        store, stage = key[0], self._parts[key[0]][key[1]].stage
+        sites = self._world.terms.stores[store].sites
+        if site is None and not sites:
+            return self._replicas[stage, worker]
+        replicas = site.replicas if site else tuple(found[0] for found in sites)
+        return sum(self._world.places.stages[r][stage] == worker for r in replicas)
 
     def _is_simple(self, sum_: _Sum) -> bool:
         ranks, chunks = len(sum_.workers), sum_.schedule.chunks
@@ -175,13 +190,20 @@ class Collectives:
         sum_.finished.add(worker)
         if len(sum_.finished) == len(sum_.workers):
             del self._sums[key]
+        if sum_.schedule.name == "gather" and worker != sum_.workers[0]:
+            return  # only the first rank gets the sum
         total = flight.total()
         self._give(key, sum_, worker, self._world.values.total(sum_.values()) if total is None else total)
 
     def _give(self, key: Key, sum_: _Sum, worker: str, total: Value) -> None:
-        store, part, clock = key
+        store, part, clock, leader = key
         world = self._world
         node = world.nodes[worker]
+        if leader >= 0:
+            for replica in sum_.given[worker]:
+                node.told[store, replica, summed(part), clock] = total
+            world.clock.after(0.0, node.number * KINDS + _SUMMED, node.walk)  # not within the step that pushes
+            return
         own = sum_.given[worker]
         message: Any = wire.Contribution(
             **node.ids,
@@ -196,7 +218,8 @@ class Collectives:
         )
         message, value = world.checked_sum(node, message, total, own)
         at, home = world.terms.stores[store].stages[part], world.terms.stores[store].stages[0]
-        homes = dict.fromkeys(stages[home] for stages in world.places.stages if stages[at] == worker)
+        senders = (world.places.stages[r] for r in world.terms.stores[store].senders(world.terms.replicas))
+        homes = dict.fromkeys(stages[home] for stages in senders if stages[at] == worker)
         for to in homes:
             world.send(worker, to, message, value)
 
@@ -224,6 +247,8 @@ def idle_seconds(schedule: collective.Schedule, ranks: Sequence[int], nbytes: in
             return rounds(count.bit_length() - 1 + extra, nbytes)
         case "direct":
             return rounds(2, nbytes / count, count - 1)
+        case "gather":
+            return rounds(1, nbytes, count - 1)
         case "tree":
             fanout = max(len(step.peers) for step in schedule.steps(0) if isinstance(step, collective.Take))
             depth = math.ceil(math.log(count * (fanout - 1) + 1, fanout)) - 1 if fanout > 1 else count - 1

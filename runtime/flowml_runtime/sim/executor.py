@@ -22,6 +22,7 @@ from flowml_runtime.protocol.training.actions import Start, StepFinished, Update
 from flowml_runtime.sim.neighbours import Neighbours
 from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At, StageProgram
+from flowml_runtime.sim.sites import Member, Mirrors
 from flowml_runtime.sim.values import Value
 from flowml_runtime.worker.training.own_values import OwnRhythm
 
@@ -70,11 +71,22 @@ class Executor:
             if self._world.terms.stores[store].stages[0] == at[1]
         }
         """The stores whose parameters this replica updates itself."""
-        self._neighbours = {
-            store: Neighbours(node, at, store, topology)
-            for store in self._own
-            if isinstance(topology := self._world.terms.stores[store].policy.topology, Gossip)
+        self._members = {
+            store: Member(node, at, store, site)
+            for store in range(len(self._world.terms.stores))
+            if (site := self._world.layout.site_of(store, at[0]))
         }
+        self._neighbours: dict[int, Neighbours | Mirrors] = {}
+        for store in self._own:
+            terms = self._world.terms.stores[store]
+            if isinstance(terms.policy.remote, Gossip) and self._leads(store):
+                kind = Mirrors if terms.policy.mirrored else Neighbours
+                senders = terms.senders(self._world.terms.replicas)
+                self._neighbours[store] = kind(node, at, store, terms.policy.remote, senders)
+        self._exchanged = (-1, -1)
+        """(store, clock) of the newest round of gossip that is over."""
+        self._inside: list[tuple[int, int, int]] = []
+        """(store, part, weight) of the sums of sites that this step waits for."""
         self._updated = -1
         """The own store that this step has updated last."""
         self._abandoned = False
@@ -84,6 +96,7 @@ class Executor:
         world = self._world
         self._node.mailbox.advance(self.at, self._number(step))
         self._step, self._next, self._given, self._abandoned, self._updated = step, 0, None, False, -1
+        self._inside = []
         self._seconds = world.seconds(self._machine_number, step.clock)
         self._computes_since = math.inf
         self._state = world.values.begin(self.at, step, self._leaves_out)
@@ -109,7 +122,8 @@ class Executor:
             return
         while (step := self._step) is not None and not self._computes and self._node.lives:
             if self._next == len(instructions) or self._is_over(step):
-                self._finish(step)
+                if self._end_sums(step):
+                    self._finish(step)
                 return
             self._position, do, instruction = instructions[self._next]
             if not do(self, step, instruction):
@@ -172,13 +186,19 @@ class Executor:
         if own is None:
             shown = self._shown(step, read.store)
             return shown is not None and self._perform(step, shown)
-        shown = None
-        if own.takes(step.clock):
+        shown, member = None, self._members.get(read.store)
+        followed = member is not None and member.served and not member.leads and own.began
+        if followed or own.takes(step.clock):
             shown = self._shown(step, read.store)
             if shown is None or read.store not in self._node.states:
                 return False
             own.took(step.clock)
+        if followed and shown is not None:
+            self._world.values.follow(self.at, read.store, shown[1])
+            shown = None
         self._perform(step, shown)
+        if member is not None and member.served and member.leads:
+            member.tell(step, step.clock, self._world.values.params(self.at, read.store))
         if read.store in self._neighbours:
             self._neighbours[read.store].begin(step)
         return True
@@ -203,11 +223,17 @@ class Executor:
         node.note(Updated(node.start.run, step.replica, store, step.clock, not message.empty))
 
     def _shown(self, step: Start, store: int) -> tuple[int, Value] | None:
-        """The newest version of a store, once it is fresh enough for this step."""
+        """The newest version of a store, once it is fresh enough for this step. A site gets it by its leader."""
+        member = self._members.get(store)
+        if member is not None and not member.leads and not member.collective:
+            value = member.hear(step.clock)
+            return None if value is None else (0, value)
         if not self._machine.may_read(store, step.clock):
             return None
         shown = self._node.shown[store]
         self._versions[store] = shown[0]
+        if member is not None and not member.collective and not member.served:
+            member.tell(step, step.clock, shown[1], shown[0])
         return shown
 
     def _recv(self, step: Start, recv: Recv) -> bool:
@@ -261,49 +287,105 @@ class Executor:
         return True
 
     def _push(self, step: Start, push: Push) -> bool:
-        world, node = self._world, self._node
-        store, part = push.store, push.part
-        rhythm = self._own.get(store)
-        if rhythm is None:
+        store, part, own = push.store, push.part, self._own.get(push.store)
+        if store in self._members:
+            value = self._value(step)
+            total = (
+                Sum(value, self._world.terms.microbatches)
+                if own is not None
+                else self._gather(step, store, part, value)
+            )
+            if total is not None:
+                self._add_inside(step, store, part, total)
+            return True
+        if own is None:
             total = self._gather(step, store, part, self._value(step))
+        elif own.mixes and self._machine.pushes(store, step.clock) and self._shown(step, store) is None:
+            return False
         else:
-            mixed = self._shown(step, store) if rhythm.mixes and self._machine.pushes(store, step.clock) else (0, None)
-            if mixed is None:
-                return False
             if self._updated != store:  # once, although the push may be tried again
-                self._update(step, store, rhythm)
-            if store in self._neighbours and not self._neighbours[store].end(step):
+                self._update(step, store, own, self._value(step))
+            if not self._exchange(step, store):
                 return False
-            pushes = self._machine.pushes(store, step.clock)
-            total = None
-            if pushes:
-                weight = rhythm.pushed() * world.terms.microbatches
-                total = Sum(world.values.own(self.at, store, step.clock, mixed[1]), weight)
-        if total is None:
-            return True
+            total = self._pushed(step, store, own)
+        if total is not None:
+            self._leave(step, store, part, total)
+        return True
+
+    def _leads(self, store: int) -> bool:
+        return store not in self._members or self._members[store].leads
+
+    def _add_inside(self, step: Start, store: int, part: int, total: Sum[Value]) -> None:
+        """Add up what the replicas of the site push. `_end_sums` waits for the sum where it is needed."""
+        world = self._world
+        self._inside.append((store, part, total.weight))
+        site = world.layout.site_of(store, self.at[0])
+        world.collectives.push(self._node.name, step, store, part, total.weight, total.value, site)
+
+    def _end_sums(self, step: Start) -> bool:
+        """Do what needs the sums of sites, as a stage runner does. Returns whether all of it is done."""
+        while self._inside:
+            store, part, weight = self._inside[0]
+            member, own = self._members[store], self._own.get(store)
+            if member.leads or (own is not None and not member.served):
+                if self._updated != store:
+                    found = member.total(part, step.clock)
+                    if not found:
+                        return False
+                    if own is None:
+                        self._leave(step, store, part, Sum(found[0], weight))
+                    else:
+                        self._update(step, store, own, found[0])
+                if own is not None and not self._exchange(step, store):
+                    return False
+                total = None if own is None else self._pushed(step, store, own)
+                if total is not None and member.leads:
+                    self._leave(step, store, part, total)
+            self._inside.pop(0)
+        return True
+
+    def _exchange(self, step: Start, store: int) -> bool:
+        """Exchange own parameters with neighbours, in a gossip. Returns whether that is over."""
+        if store in self._neighbours and self._exchanged != (store, step.clock):
+            if not self._neighbours[store].end(step):
+                return False
+            self._exchanged = (store, step.clock)
+        return store not in self._members or self._members[store].pass_on(step)
+
+    def _pushed(self, step: Start, store: int, own: OwnRhythm) -> Sum[Value] | None:
+        """What the step pushes of own parameters, which are up to date; None if it pushes nothing."""
+        if not self._machine.pushes(store, step.clock):
+            return None
+        mixed = self._shown(step, store) if own.mixes else None
+        value = self._world.values.own(self.at, store, step.clock, None if mixed is None else mixed[1])
+        return Sum(value, own.pushed() * self._world.terms.microbatches)
+
+    def _leave(self, step: Start, store: int, part: int, total: Sum[Value]) -> None:
+        """Send what this replica, or its site, contributes."""
+        world, node = self._world, self._node
+        weight = total.weight
         if world.terms.stores[store].collective:
-            world.collectives.push(node.name, step, store, part, total.weight, total.value)
-            return True
+            world.collectives.push(node.name, step, store, part, weight, total.value)
+            return
+        weight *= self._members[store].weight if store in self._members else 1
         base = self._versions.get(store, 0)
-        sent = node.machine.contribution(step, store, part, base_version=base, weight=total.weight)
+        sent = node.machine.contribution(step, store, part, base_version=base, weight=weight)
         message, value = world.checked(node, sent.message, part, total.value)
         if world.terms.stores[store].shared:
             self._share(step, store, message, value)
-            return True
+            return
         value, nbytes = world.filtered(self.at, message, value)
         self._counts.push(store, part, nbytes, crosses=sent.to[0] != node.name)
         for home in sent.to:
             node.send(home, message, value, nbytes)
-        return True
 
-    def _update(self, step: Start, store: int, own: OwnRhythm) -> None:
+    def _update(self, step: Start, store: int, own: OwnRhythm, gradient: Value) -> None:
         """Update the own parameters of a store."""
         world, node = self._world, self._node
-        gradient = self._value(step)
         own.steps += 1
         if node.start.on_nonfinite == "apply" or world.values.is_finite(store, 0, gradient):
             world.values.update(self.at, store, gradient)
-        else:
+        elif self._leads(store):
             whose = f"which replica {step.replica} computes"
             world.refuse(node, store, step.clock, (step.replica,), whose)
         self._updated = store

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Neighbours:
     """The rounds of one store. The executor of its stage uses it."""
 
-    def __init__(self, node: Node, at: At, store: int, gossip: Gossip) -> None:
+    def __init__(self, node: Node, at: At, store: int, gossip: Gossip, senders: tuple[int, ...]) -> None:
+        """`senders` are the replicas that take part in rounds: one of each site."""
         world = node.world
         terms = world.terms.stores[store]
         self._node = node
@@ -28,7 +29,9 @@ class Neighbours:
         self._store = store
         self._gossip = gossip
         self._outer = isinstance(terms.policy.apply, Outer)
-        self._workers = [stages[terms.stages[0]] for stages in world.places.stages]
+        self._senders = senders
+        self._number = senders.index(at[0])
+        self._workers = [world.places.stages[r][terms.stages[0]] for r in senders]
         self._nbytes = world.sizes.stores[store] * (2 if self._outer else 1)
         self._told = -1
 
@@ -46,9 +49,9 @@ class Neighbours:
         """End the round, if one is due. Returns whether it is over; if not, a neighbour's parameters are missing."""
         if not self._gossip.due(step.clock):
             return True
-        replica, told = self._at[0], self._node.told
+        replica, told = self._number, self._node.told
         weights = self._gossip.weights(replica, len(self._workers), step.clock)
-        keys = {j: (self._store, replica, j, step.clock) for j in weights if j != replica}
+        keys = {j: (self._store, self._at[0], self._senders[j], step.clock) for j in weights if j != replica}
         if not all(key in told for key in keys.values()):
             return False
         theirs = {j: told.pop(key) for j, key in keys.items()}
@@ -59,11 +62,16 @@ class Neighbours:
         if not self._gossip.due(step.clock):
             return
         self._told = step.clock
-        node, replica = self._node, self._at[0]
+        node, replica = self._node, self._number
         value = node.world.values.told(self._at, self._store)
         for other in self._gossip.readers(replica, len(self._workers), step.clock):
             message = wire.Gossip(
-                **node.ids, cause=step.cause, store=self._store, replica=other, source=replica, clock=step.clock
+                **node.ids,
+                cause=step.cause,
+                store=self._store,
+                replica=self._senders[other],
+                source=self._at[0],
+                clock=step.clock,
             )
             node.send(self._workers[other], message, value, self._nbytes)
             if self._workers[other] != node.name:

@@ -105,7 +105,7 @@ class Node:
             waiter = self.mailbox.put(key, [value])
             if waiter is not None:
                 waiter.append(value)
-                self._walk()
+                self.walk()
 
     def tell(self, event: protocol.Event) -> None:
         if not self.lives:
@@ -115,7 +115,7 @@ class Node:
             self._ACT[type(action)](self, action)
         self.world.stepped(self, event, wanted)
         if wanted or (isinstance(event, protocol.Received) and isinstance(event.message, _NEWS)):
-            self._walk()
+            self.walk()
 
     def note(self, event: protocol.Updated) -> None:
         """Tell the machine of an event that lets no step go on. A step may call it."""
@@ -127,7 +127,7 @@ class Node:
     def send(self, to: str, message: wire.Wire, value: Value = None, nbytes: int = 0) -> None:
         self.world.send(self.name, to, message, value, nbytes)
 
-    def _walk(self) -> None:
+    def walk(self) -> None:
         for stage in self.stages.values():
             if stage.waits:
                 stage.walk()

@@ -97,6 +97,23 @@ class Values(Protocol):
         """The optimizer state for such parameters."""
         ...
 
+    def params(self, at: At, store: int) -> Value:
+        """Such parameters themselves."""
+        ...
+
+    def follow(self, at: At, store: int, value: Value) -> None:
+        """Replace such parameters by those of the leader of a site."""
+        ...
+
+    def changes(self, at: At, store: int, clock: int, *, sends: bool, last: bool) -> tuple[Value, int | None]:
+        """A step has ended that sends changes to other mirrors, if it `sends`: these, and their bytes; None if that
+        depends on arithmetic."""
+        ...
+
+    def join(self, at: At, store: int, theirs: Sequence[tuple[int, Value, bool]]) -> None:
+        """Add the changes of other mirrors: (sender, changes, whether they are its last ones)."""
+        ...
+
     def is_finite(self, store: int, part: int, value: Value) -> bool:
         """Whether a gradient may be applied."""
         ...
@@ -190,6 +207,18 @@ class Nothing:
 
     def own(self, at: At, store: int, clock: int, mixed: Value) -> Value:
         return NO_ARRAYS
+
+    def params(self, at: At, store: int) -> Value:
+        return NO_ARRAYS
+
+    def follow(self, at: At, store: int, value: Value) -> None:
+        return None
+
+    def changes(self, at: At, store: int, clock: int, *, sends: bool, last: bool) -> tuple[Value, None]:
+        return NO_ARRAYS, None
+
+    def join(self, at: At, store: int, theirs: Sequence[tuple[int, Value, bool]]) -> None:
+        return None
 
     def own_state(self, at: At, store: int) -> Value:
         return self._states.get(store, NO_ARRAYS)

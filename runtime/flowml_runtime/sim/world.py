@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from flowml.errors import FlowmlError, SimulationError
-from flowml.plan import Instruction, Part, Plan
+from flowml.errors import FlowmlError
+from flowml.plan import Instruction, Part, Plan, Site
 from flowml.sim import AT_ONCE, Homes, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.execution.faults import step_failed
@@ -52,6 +52,13 @@ class Layout:
     """The name of each store."""
     local: frozenset[int] = frozenset()
     """The stores whose parameters replicas update themselves."""
+    sites: Sequence[tuple[Site, ...]] = ()
+    """The sites of each store; none if no store has any."""
+
+    def site_of(self, store: int, replica: int) -> Site | None:
+        """The site of a replica, if others are there."""
+        found = self.sites[store] if self.sites else ()
+        return next((site for site in found if replica in site.replicas and len(site.replicas) > 1), None)
 
     @staticmethod
     def of(plan: Plan) -> Layout:
@@ -59,12 +66,6 @@ class Layout:
         training = plan.training
         assert training is not None
         stores = training.stores
-        for store in stores:
-            if store.sites or store.policy.mirrored:
-                raise SimulationError(
-                    f"layer {store.name!r} ({store.policy.describe()}): hierarchies and gossip of deltas are not "
-                    "simulated yet; run it on fm.Cluster.threads, or give another topology"
-                )
         return Layout(
             Terms.of(training, 0),
             Places.of(training),
@@ -73,6 +74,7 @@ class Layout:
             Sizes.of(training),
             [s.name for s in stores],
             frozenset(i for i, s in enumerate(stores) if s.local is not None),
+            [s.sites for s in stores] if any(s.sites for s in stores) else (),
         )
 
     def lasting(self, total_clocks: int) -> Layout:

@@ -1,0 +1,135 @@
+"""What the replicas of a site, and the mirrors of a gossip of deltas, send each other in virtual time, as in
+`worker.training.exchange.sites` and `.mirrors`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flowml.plan import Site
+from flowml.policy import Gossip
+from flowml_runtime import wire
+from flowml_runtime.protocol.training.actions import Start
+from flowml_runtime.sim.program import At
+from flowml_runtime.sim.values import Value
+from flowml_runtime.worker.training.exchange.reductions import summed
+
+if TYPE_CHECKING:
+    from flowml_runtime.sim.node import Node
+
+
+class Member:
+    """One replica of a site, for one store on one stage."""
+
+    def __init__(self, node: Node, at: At, store: int, site: Site) -> None:
+        terms = node.world.terms.stores[store]
+        self.leader = site.replicas[0]
+        self.leads = at[0] == self.leader
+        self.served = store in node.world.layout.local and any(r.schedule == "gather" for r in site.reductions)
+        self.weight = 1 if isinstance(terms.policy.remote, Gossip) else len(site.replicas)
+        self.collective = terms.collective
+        self._remote = terms.policy.remote
+        self._node = node
+        self._at = at
+        self._store = store
+        self._others = [(r, node.world.places.stages[r][at[1]]) for r in site.replicas[1:]]
+        self._clock = self._version = -1
+        self._value: Value = None
+
+    def tell(self, step: Start, clock: int, value: Value, version: int = -1) -> None:
+        """As the leader, tell the others a value for `clock`, without arrays if they have this version."""
+        if clock <= self._clock:
+            return
+        node, known = self._node, version >= 0 and version == self._version
+        self._clock, self._version = clock, version
+        nbytes = 0 if known else node.world.sizes.stores[self._store]
+        for other, worker in self._others:
+            message = wire.Gossip(
+                **node.ids, cause=step.cause, store=self._store, replica=other, source=self._at[0], clock=clock
+            )
+            node.send(worker, message, None if known else value, nbytes)
+            if nbytes and worker != node.name:
+                node.counts.publish(self._store, nbytes)
+
+    def hear(self, clock: int) -> Value:
+        """What the leader tells for `clock`; None if it is not here yet."""
+        if clock > self._clock:
+            key = (self._store, self._at[0], self.leader, clock)
+            if key not in self._node.told:
+                return None
+            value = self._node.told.pop(key)
+            self._value = self._value if value is None else value
+            self._clock = clock
+        return self._value
+
+    def pass_on(self, step: Start) -> bool:
+        """After a round of gossip, tell or hear the parameters with which the next step begins. False: not here yet."""
+        remote, node = self._remote, self._node
+        if self.served or not isinstance(remote, Gossip):
+            return True
+        if not remote.due(step.clock) and step.clock != node.world.terms.last_clock:
+            return True
+        if self.leads:
+            self.tell(step, step.clock + 1, node.world.values.params(self._at, self._store))
+            return True
+        value = self.hear(step.clock + 1)
+        if value is not None:
+            node.world.values.follow(self._at, self._store, value)
+        return value is not None
+
+    def total(self, part: int, clock: int) -> list[Value]:
+        """The sum of the gradients of the site; nothing if it is not here yet."""
+        key = (self._store, self._at[0], summed(part), clock)
+        return [self._node.told.pop(key)] if key in self._node.told else []
+
+
+class Mirrors:
+    """The exchanges of one store on one stage of a sender."""
+
+    def __init__(self, node: Node, at: At, store: int, gossip: Gossip, senders: tuple[int, ...]) -> None:
+        world = node.world
+        terms = world.terms.stores[store]
+        self._node = node
+        self._at = at
+        self._store = store
+        self._gossip = gossip
+        self._staleness = int(terms.policy.staleness)
+        self._workers = {r: world.places.stages[r][terms.stages[0]] for r in senders}
+        self._heard = dict.fromkeys((r for r in senders if r != at[0]), -1)
+
+    def begin(self, step: Start) -> None:
+        """The step has its parameters."""
+
+    def updated(self, step: Start) -> None:
+        """The step has updated the own parameters."""
+        world, node, last = self._node.world, self._node, self._last(step.clock)
+        if not last and not self._gossip.due(step.clock):
+            world.values.changes(self._at, self._store, step.clock, sends=False, last=False)
+            return
+        value, nbytes = world.values.changes(self._at, self._store, step.clock, sends=True, last=last)
+        nbytes = world.sizes.stores[self._store] if nbytes is None else nbytes  # at most
+        ids: dict[str, Any] = {**node.ids, "cause": step.cause, "store": self._store, "source": self._at[0]}
+        for other in self._heard:
+            node.send(self._workers[other], wire.Gossip(**ids, replica=other, clock=step.clock), value, nbytes)
+            node.counts.push(self._store, 0, nbytes, crosses=self._workers[other] != node.name)
+
+    def end(self, step: Start) -> bool:
+        """Add the changes of others. Returns whether all that the step waits for are here."""
+        clock, last, told = step.clock, self._last(step.clock), self._node.told
+        if not last and not self._gossip.due(clock):
+            return True
+        ahead = clock + self._staleness + self._gossip.every
+        end = min(ahead, self._node.world.terms.last_clock) + 1
+        first = min(self._heard.values(), default=clock) + 1
+        due = [c for c in range(first, end) if self._gossip.due(c) or self._last(c)]
+        keys = {(c, j): (self._store, self._at[0], j, c) for c in due for j in self._heard if c > self._heard[j]}
+        until = clock if last else clock - self._staleness
+        if any(key not in told for (c, _), key in keys.items() if c <= until):
+            return False
+        there = [(c, j, told.pop(key)) for (c, j), key in keys.items() if key in told]
+        self._heard.update({j: c for c, j, _ in there})
+        if there:
+            self._node.world.values.join(self._at, self._store, [(j, value, self._last(c)) for c, j, value in there])
+        return True
+
+    def _last(self, clock: int) -> bool:
+        return clock == self._node.world.terms.last_clock
