@@ -195,8 +195,8 @@ def decoupled_diloco(
     """DiLoCo that does not wait for slow replicas: a share or number of them completes a round, after a grace time for
     the others, and each counts by the examples that it has seen (Douillard et al., *Decoupled DiLoCo*, 2026).
 
-    A late replica takes the new global parameters. With `late="fold"`, as in the paper, its steps count in a later
-    round; with `"drop"` they are lost, and the ledger says so.
+    With `late="fold"`, as in the paper, a late replica goes on, and its push counts in the round that is open when it
+    comes. With `"drop"` it takes the new global parameters, its steps are lost, and the ledger says so.
 
     Args:
         every: the number of local steps between two pushes of a layer.

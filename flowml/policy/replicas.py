@@ -233,18 +233,10 @@ def _check_dropping(policy: Policy, payload: str) -> None:
             f"{quorum} with apply={policy.apply!r} is not sound: a late replica moves towards the centre, which does "
             "not move towards it; leave quorum out, or give staleness=1 or more, where each pull counts on arrival"
         )
-    if not isinstance(policy.quorum.late, Fold):
-        return
-    if isinstance(policy.payload, Weights):
+    if isinstance(policy.quorum.late, Fold) and isinstance(policy.payload, Weights):
         raise PolicyError(
             f"{quorum} with late={policy.quorum.late!r} and {payload} is not sound: parameters of an earlier round are "
             "no change that a later average could take in; use payload=Delta(), or late='drop'"
-        )
-    if policy.every.delay or (isinstance(policy.payload, Delta) and policy.payload.alpha):
-        raise PolicyError(
-            f"{quorum} with late={policy.quorum.late!r}, {payload} and every={policy.every!r} is not available yet: "
-            "what a late replica still has to send cannot be told apart from the share of its own value that it keeps; "
-            "leave alpha and delay out, or give late='drop'"
         )
 
 

@@ -166,11 +166,8 @@ class Policy(msgspec.Struct, frozen=True):
 
     @property
     def owes(self) -> bool:
-        """Whether steps that were not pushed stay to be sent when a replica takes the global parameters.
-
-        It may take them between two pushes, or after it was too slow for a push and skipped it.
-        """
-        return self.every.pull != self.every.push or (self.clocked and isinstance(self.quorum.late, Fold))
+        """Whether a replica takes global parameters between two pushes. The steps since the last stay to be sent."""
+        return self.every.pull != self.every.push
 
     def coefficients(self, weights: Sequence[int], microbatches: int, absent: int = 0) -> tuple[float, ...]:
         """The coefficient of each contribution, by their weights; see `mathematics.coefficients` and `shares`."""

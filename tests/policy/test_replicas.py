@@ -117,8 +117,6 @@ def test_an_outer_optimizer_does_not_travel() -> None:
         (lambda: Policy(quorum=Coded(1), payload=Delta(), every=4), "use payload=Gradient"),
         (lambda: Policy(quorum=Quorum(0.75), payload=Weights(), apply=Mix(0.1), every=4), "leave quorum out"),
         (lambda: Policy(quorum=Quorum(0.75, late="fold"), payload=Weights(), every=4), "or late='drop'"),
-        (lambda: Policy(quorum=Quorum(0.75, late="fold"), payload=Delta(0.5), every=4), "leave alpha and delay out"),
-        (lambda: Policy(quorum=Quorum(2, late="fold"), payload=Delta(), every=Every(4, delay=1)), "give late='drop'"),
         (lambda: Policy(apply=Mix(0.1)), "use payload=Weights"),
         (lambda: Policy(payload=Delta(), apply=Mix(0.1)), "use payload=Weights"),
         (lambda: Policy(payload=Weights(), apply="sum"), "use payload=Delta"),

@@ -18,7 +18,8 @@ from tests.training.test_sparse_loco import sent
 SOURCE, RATE, EVERY = data(), 0.1, 4
 QUICK, SLOW = 0.1, 0.25
 TIMES = ((QUICK,) * 12, (QUICK,) * 12, (SLOW, SLOW, SLOW, SLOW, *(0.02,) * 8))
-"""Replica 2 is slow at its first steps. It learns in its second that the first round is over, and skips to clock 4."""
+"""Replica 2 is slow at its first steps. It learns in its second that the first round is over. If its work is dropped,
+it skips to clock 4; else it goes on, and pushes what it has a round later."""
 
 Push = tuple[int, Sequence[tuple[int, int]]]
 """A replica and the steps of one push: (clock, version of the global parameters that the step's window began with)."""
@@ -70,7 +71,11 @@ def together(version: int) -> list[Push]:
 FIRST: list[Push] = [(0, window(0)), (1, window(0))]
 ROUNDS: dict[str, list[list[Push]]] = {
     "drop": [FIRST, together(1), together(2)],
-    "fold": [FIRST, [(0, window(1)), (1, window(1)), (2, [(0, 0), (1, 0), *window(1)])], together(2)],
+    "fold": [
+        FIRST,
+        [(0, window(1)), (1, window(1))],
+        [*together(2), (2, window(0)), (2, [(clock, 2) for clock in range(4, 8)])],
+    ],
 }
 
 
@@ -84,14 +89,14 @@ def fit(cluster: Any, policy: Any, steps: int = 12, **options: Any) -> fm.Traini
 
 
 @pytest.mark.parametrize("late", ROUNDS)
-def test_rounds_without_a_late_replica_equal_the_loop(late: Any) -> None:
-    """A dropped replica takes the global parameters. A folded one does too, and its steps join its next push."""
+def test_rounds_with_a_late_replica_equal_the_loop(late: Any) -> None:
+    """A late replica takes the global parameters when it is dropped, or after its late push, which joins a round."""
     outer = optax.sgd(0.7, momentum=0.9, nesterov=True)
     result = fit(simulated(), fm.policies.decoupled_diloco(EVERY, 2, grace=0.01, late=late))
     assert_close(result.params, rounds_loop(ROUNDS[late], outer))
     ledger = result.ledger
-    assert (ledger.used, ledger.dropped) == ((32, 2) if late == "drop" else (34, 0))
-    assert ledger.returned >= 2, "replica 2 has skipped clocks 2 and 3"
+    assert (ledger.used, ledger.dropped, ledger.folded) == ((32, 2, 0) if late == "drop" else (28, 0, 8))
+    assert (ledger.returned >= 2) == (late == "drop"), "replica 2 skips clocks 2 and 3"
     assert ledger.outstanding == 0
 
 
@@ -120,6 +125,22 @@ def test_feedback_keeps_nothing_of_a_push_that_is_lost(late: Any) -> None:
     if late == "fold":  # the late push was encoded before the one after it
         rounds[2] = [*together(2)[:2], (2, window(1)), (2, window(2))]
     assert_close(result.params, rounds_loop(rounds, optax.sgd(1.0), 0.25))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        fm.policies.decoupled_diloco(4, 2),
+        fm.policies.compensate(0.6, every=4),
+        fm.policies.diloco(4, delay=1, alpha=0.5, quorum=fm.Quorum(2, late="fold")),
+    ],
+    ids=str,
+)
+def test_the_work_of_a_replica_that_is_always_late_is_folded_in(policy: fm.Policy) -> None:
+    """Each of its rounds takes three times as long as those of the others, so it would never come to a push in time."""
+    result = fit(simulated(((QUICK,), (QUICK,), (3 * QUICK,))), policy, 40)
+    assert result.ledger.folded >= 11
+    assert result.ledger.dropped <= 4, "what has no push before the last decision"
 
 
 @pytest.mark.parametrize("late", ["drop", "fold", "requeue"])

@@ -236,6 +236,12 @@ class Terms:
             return self.groups
         return tuple(g for g in self.groups if g.every.due(clock, self.last_clock))
 
+    @cached_property
+    def never_skipped(self) -> tuple[int, ...]:
+        """The groups that fold in late pushes of several steps. A slow replica that skipped clocks would never come
+        to its push, so it runs all of them, and each of its pushes joins some decision."""
+        return tuple(g.number for g in self.groups if g.folds and g.every.push > 1)
+
     def may_skip(self, clock: int) -> bool:
         """Whether a replica may leave out `clock`, if all its groups have decided it.
 
