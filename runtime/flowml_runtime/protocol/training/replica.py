@@ -9,10 +9,9 @@ of a step, with the same result. `STEPS` is the life of one step as a table. Its
   part of the stores.
 * A step that is dropped while it runs is abandoned at the next task boundary. A Commit may overtake the
   Begin of its clock; that step then never starts.
-* After a step the leader continues with the next clock, but skips clocks that every group due there has decided,
-  unless some other store needs each replica there (see `Terms.may_skip`).
-  It skips none while a group that folds late pushes of several steps has decisions left (`Terms.never_skipped`).
-  It returns the items of clocks that it skips. It asks for items before it needs them (`items`).
+* After a step the leader continues with the next clock, but skips clocks that every group due there has decided, unless
+  some store needs each replica there (see `Terms.may_skip` and `never_skipped`). It returns the items of clocks that
+  it skips. It asks for items before it needs them (`items`).
 * Fates take effect in the order of clocks. A step that pushes the gradients of several steps starts only when
   the fate of all earlier ones is known, so that every stage pushes the same steps. If such a push is late,
   only its own clock's gradient is dropped; the gradients gathered before go with the next push (see `accumulator`).
@@ -425,9 +424,8 @@ class Replica:
     def _next_clock(self) -> int:
         """The clock after the newest one that has begun, without those that every group due there has decided."""
         clock, newest, terms = self._begun + 1, self.committed, self._terms
-        if any(self._committed[group] < terms.last_clock for group in terms.never_skipped):
-            return clock
-        while clock <= newest and terms.may_skip(clock):
+        runs_all = any(self._committed[group] < terms.last_clock for group in terms.never_skipped)
+        while not runs_all and clock <= newest and terms.may_skip(clock):
             if any(clock > self._committed[g.number] for g in terms.due_groups(clock)):
                 break
             clock += 1
