@@ -113,7 +113,10 @@ class Case:
         sums = any(p.collective for p in chosen)
         fate = rng.random()
         lost = interrupted = None
-        if fate < 0.15 and not sums and replicas > 1 and shared is None:
+        spare = all(
+            _needs(p.quorum, replicas) < replicas for p in chosen
+        )  # a count that the living cannot meet ends a fit
+        if fate < 0.15 and not sums and spare and shared is None:
             lost = rng.randrange(1, replicas), rng.uniform(0, 6)
         elif fate < 0.3 and not sums:
             interrupted = rng.uniform(0, 4)
@@ -173,6 +176,11 @@ class Case:
         trouble += [f"replica {self.lost[0]} is lost at {self.lost[1]:.2f} s"] if self.lost else []
         trouble += [f"the fit is ended at {self.interrupted_s:.2f} s"] if self.interrupted_s is not None else []
         return "\n".join([*lines, f"faults: {'; '.join(trouble) or 'none'}"])
+
+
+def _needs(quorum: Completion, replicas: int) -> int:
+    """The least number of living replicas that the quorum can be met with."""
+    return quorum.need(replicas) if isinstance(quorum, Quorum) and quorum.counted else 1
 
 
 def _compute(rng: random.Random) -> sim.ComputeModel:
