@@ -53,6 +53,7 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
         check_pull(name, policy, replicas)
     coded_by(policies.values(), replicas)
     speculated_by(policies.values())
+    _check_epochs(policies.values())
     clocked = {name: p for name, p in policies.items() if p.clocked}
     for policy in policies.values():
         if isinstance(policy.topology, Gossip):  # one among sites is checked once machines are known
@@ -90,6 +91,18 @@ def speculated_by(policies: Iterable[Policy]) -> Speculate | None:
         Speculate,
         "a portion of the batch is computed once, or twice, for the whole model; give all layers the same",
     )
+
+
+def _check_epochs(policies: Iterable[Policy]) -> None:
+    """Check that all layers agree on when an epoch ends."""
+    quorums = {p.quorum for p in policies}
+    ending = [p.quorum for p in policies if p.epoch_share is not None]
+    if ending and len(quorums) > 1:
+        other = next(q for q in quorums if q != ending[0])
+        raise PolicyError(
+            f"quorum={ending[0]} of an epoch for one layer with quorum={other} for another is not sound: an epoch ends "
+            "for the whole model; give all layers the same quorum"
+        )
 
 
 _Kind = TypeVar("_Kind", bound=Completion)

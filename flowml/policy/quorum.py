@@ -16,11 +16,13 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.codes import Code, CyclicRepetition, FractionalRepetition, TreeCode
-from flowml.policy.late import Drop, Late, LateName, late_name, late_of, number
+from flowml.policy.late import Drop, Fold, Late, LateName, late_name, late_of, number
 
 _ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
 
 Of = Literal["replicas", "samples", "microbatches"]
+
+Over = Literal["step", "epoch"]
 
 
 @dataclass(slots=True)
@@ -117,6 +119,10 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
             0, `"fold"` has no clocks: contributions are applied as soon as there are `count_or_fraction` of them.
         limit_s: a clock waits for its quorum at most so many seconds after the one before; then the fit ends with
             DeadlineError. `Deadline(limit_s=)` goes on with what has arrived instead.
+        over: `"step"`, or `"epoch"`: the epoch ends when this share of its examples is done (Project Adam). Replicas
+            take the next work item when they are free, and each contribution is applied on arrival, so it needs a
+            staleness above 0. `late` is then about the items that are left: they are dropped, or done first in the
+            next epoch.
 
     Raises:
         PolicyError: for a value that is out of range.
@@ -126,6 +132,7 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
     of: Of = "replicas"
     late: Late = Drop()
     limit_s: float = math.inf
+    over: Over = "step"
     counted: bool = False
     """Makes Quorum(1), one replica, differ from Quorum(1.0), all. Set by `count_or_fraction`."""
 
@@ -137,6 +144,7 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
             of: Of = "replicas",
             late: Late | LateName = ...,
             limit_s: float = ...,
+            over: Over = "step",
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -155,6 +163,23 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
                 "of='replicas' or of='samples'"
             )
         msgspec.structs.force_setattr(self, "limit_s", _limit(self.limit_s, "Quorum"))
+        if self.over not in ("step", "epoch"):
+            raise PolicyError(f"Quorum(over={self.over!r}) is not known; give over='step' or over='epoch'")
+        if self.ends_epoch and (self.of != "samples" or self.counted):
+            raise PolicyError(
+                f"Quorum({value}, of={self.of!r}, over='epoch'): an epoch ends at a share of its examples; give a "
+                "fraction such as 0.75 and of='samples'"
+            )
+        if self.ends_epoch and (isinstance(self.late, Fold) or self.limit_s < math.inf):
+            raise PolicyError(
+                "Quorum(over='epoch') has no late contributions that could be folded in, and no clock that could wait "
+                "too long; give late='drop' or late='requeue', and no limit_s"
+            )
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether it says when an epoch ends, and not when a clock is complete."""
+        return self.over == "epoch"
 
     @property
     def cuts(self) -> bool:
@@ -166,7 +191,9 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
         return False
 
     def need(self, members: int) -> int:
-        """How many of `members` complete a clock: the count, or the share rounded up."""
+        """How many of `members` complete a clock: the count, or the share rounded up; one if there are no clocks."""
+        if self.ends_epoch:
+            return 1
         if self.counted:
             return min(int(self.count_or_fraction), members)
         return max(1, math.ceil(self.count_or_fraction * members - _ROUNDING))

@@ -18,7 +18,7 @@ from flowml.policy.apply import Apply, Consensus, Mean, Outer, Sum, Vote, as_app
 from flowml.policy.completion import COMPLETIONS, Completion, Speculate, cutting, describe_completion, share_of
 from flowml.policy.cuts import check_cut
 from flowml.policy.filters import KKT, AnyFilter, Filter, check_chain
-from flowml.policy.late import Fold, number
+from flowml.policy.late import Fold, late_name, number
 from flowml.policy.mathematics import coefficients, shares
 from flowml.policy.quorum import Coded, Quorum
 from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
@@ -143,7 +143,12 @@ class Policy(msgspec.Struct, frozen=True):
     @property
     def clocked(self) -> bool:
         """Whether the layer commits clock by clock. If False, each contribution is applied on arrival."""
-        return not (isinstance(self.quorum.late, Fold) and self.staleness > 0)
+        return not (isinstance(self.quorum.late, Fold) and self.staleness > 0) and self.epoch_share is None
+
+    @property
+    def epoch_share(self) -> float | None:
+        """The share of its examples at which an epoch ends."""
+        return self.quorum.count_or_fraction if isinstance(self.quorum, Quorum) and self.quorum.ends_epoch else None
 
     def members(self, replicas: int) -> int:
         """How many contributions a clock may have: one of each replica, or of each portion of the batch."""
@@ -223,6 +228,8 @@ class Policy(msgspec.Struct, frozen=True):
             words.append(self.every.describe())
         if self.clocked and self.quorum != Quorum():
             words.append(describe_completion(self.quorum))
+        elif self.epoch_share is not None:
+            words.append(f"epoch {self.epoch_share} {late_name(self.quorum.late)}")
         elif not self.clocked and self.quorum != Quorum(1, late=Fold()):
             words.append(f"by {share_of(self.quorum)}")
         if isinstance(self.remote, Gossip):
@@ -423,7 +430,6 @@ def _check_speculating(policy: Policy) -> None:
 
 
 def _changed(policy: Policy) -> str:
-    """The knobs that differ from their defaults, as text."""
     names, plain = ("topology", "staleness", "every", "payload", "filters", "apply"), Policy()
     changed = {n: getattr(policy, n) for n in names if getattr(policy, n) != getattr(plain, n)}
     return ", ".join(f"{n}={value.push if isinstance(value, Every) else value!r}" for n, value in changed.items())
@@ -432,6 +438,13 @@ def _changed(policy: Policy) -> str:
 def _check_arriving(policy: Policy) -> None:
     """Check that the other knobs are sound with contributions that are applied as they arrive."""
     quorum = policy.quorum
+    if policy.epoch_share is not None:
+        if not policy.staleness:
+            why = "replicas that take work when they are free do not run the same steps"
+            raise PolicyError(
+                f"{quorum} of an epoch with staleness=0 is not sound: {why}; give staleness=flowml.UNBOUNDED"
+            )
+        return
     if not isinstance(quorum, Quorum) or quorum.of != "replicas" or quorum.limit_s < math.inf:
         raise PolicyError(
             f"quorum={quorum} with late='fold' and staleness={policy.staleness} is not sound: contributions are "

@@ -33,6 +33,7 @@ from flowml.errors import (
 from flowml.ir._jax import key_implementation
 from flowml.placement.links import SHARED_MEMORY
 from flowml.plan import ArraySpec, Training
+from flowml.policy import Requeue
 from flowml.training.compiler import TrainingCompiled
 from flowml.training.pieces import pieces
 from flowml.training.step import Metrics
@@ -126,6 +127,8 @@ class Fit:
             microbatches=training.microbatches,
             groups=tuple(group_names(training, terms)),
             portions=training.items // replicas,
+            epoch_share=training.stores[0].policy.epoch_share or 1.0,
+            requeues=isinstance(training.stores[0].policy.quorum.late, Requeue),
             copies=training.speculation.copies if training.speculation else None,
         )
         self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places)

@@ -65,6 +65,7 @@ class History:
         """The microbatches of a global batch that is coded; 0 without a code."""
         self._aligned = any(s.policy.aligns for s in training.stores)
         self._clocks_per_epoch = clocks_per_epoch
+        self._ends_early = any(s.policy.epoch_share is not None for s in training.stores)
         self._slots = 1 + training.aux_leaves
         self._metrics = metrics
         self._partial: dict[tuple[int, int], _Unit] = {}
@@ -217,7 +218,7 @@ class History:
         weight = self._weight(kept)
         record: Record = {
             "step": step,
-            "epoch": step // self._clocks_per_epoch,
+            "epoch": self._epoch(step, units),
             "loss": float(self._total(kept, 0)) / weight if weight else math.nan,
             "replicas": len({u.replica for u in kept}) if weight else 0,  # a mean over nothing has no terms
         }
@@ -227,6 +228,12 @@ class History:
             self._partial = {k: u for k, u in self._partial.items() if u.step > step}
         self.records.append(record)
         return record
+
+    def _epoch(self, step: int, units: Mapping[int, _Unit]) -> int:
+        """The epoch of a step. Where epochs end early it is that of the newest item in it."""
+        if self._ends_early and units:
+            return max(unit.item.epoch for unit in units.values())
+        return step // self._clocks_per_epoch
 
     def _finite(self, step: int, units: Sequence[_Unit]) -> list[_Unit]:
         """The reports whose loss and weight are finite. Counts the others."""

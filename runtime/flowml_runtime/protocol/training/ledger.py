@@ -10,7 +10,8 @@ A work item is `item_size` examples from one epoch's order. The machine counts i
   item never returns to the queue, and every item of a clock that is over counts as used.
 * If batches are cut into portions, items are portions, and `speculation` decides which one a replica gets. A replica
   may get a copy of an item that another one has. One grant of each item is settled as used, all others as duplicates.
-* Otherwise the next item goes to the next replica that asks, until all epochs are drained. Fast replicas take more.
+* Otherwise the next item goes to the next replica that asks, until all epochs are drained. Fast replicas take more. An
+  epoch may end when a share of its items is used; replicas finish the items that they have.
 
 Every granted item comes back exactly once: settled as used, dropped or folded in later, or given back (`returned`
 if it was never begun, `requeued` if it was). The items that a lost replica has not given back count as dropped,
@@ -25,17 +26,17 @@ What the caller must do:
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flowml.errors import FlowmlError
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.speculation import PortionQueue
 from flowml_runtime.protocol.training.summary import Summary, Tally
 from flowml_runtime.protocol.training.terms import ReplicaLost
+from flowml_runtime.protocol.training.work import Work, WorkQueue
 
 Fate = Literal["used", "dropped", "folded", "requeued", "duplicate"]
 
@@ -90,157 +91,6 @@ class Grant:
 
 
 Event = Asked | Settled | ReplicaLost
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The amount of work: a fixed number of clocks with a row each, or as many items for the replicas that ask."""
-
-    replicas: int
-    items_per_epoch: int
-    item_size: int
-    total_clocks: int
-    aligned: bool
-    coded: bool = False
-    microbatches: int = 1
-    """The number of microbatches of an item."""
-    groups: tuple[str, ...] = ()
-    """The names of the groups of layers that decide alone what they use."""
-    portions: int = 1
-    """The items of a clock for each replica."""
-    copies: int | None = None
-    """The most copies of an item, if idle replicas take the next item of a clock, or a copy; see `speculation`."""
-
-    def __post_init__(self) -> None:
-        if self.items_per_epoch < self.replicas:
-            raise FlowmlError(
-                f"an epoch has {self.items_per_epoch} work items of {self.item_size} examples, too few for "
-                f"{self.replicas} replicas; use a smaller batch, fewer replicas or more examples"
-            )
-
-    @property
-    def row(self) -> int:
-        """The items of a clock."""
-        return self.replicas * self.portions
-
-    @property
-    def clocks_per_epoch(self) -> int:
-        """The clocks of an epoch, in which each replica gets one item. Up to R - 1 items of an epoch are left over."""
-        return self.items_per_epoch // self.row
-
-    @property
-    def epochs(self) -> int:
-        """The number of epochs begun. The last one may be incomplete."""
-        return -(-self.total_clocks // self.clocks_per_epoch)
-
-    @property
-    def total_items(self) -> int:
-        """The items of a run that is not aligned: all of whole epochs, then one per replica and remaining clock."""
-        whole, rest = divmod(self.total_clocks, self.clocks_per_epoch)
-        return whole * self.items_per_epoch + rest * self.row
-
-
-class WorkQueue:
-    """Decides which item is next. It keeps only the order, and not the fate of items."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._fresh: Counter[int] = Counter()  # epoch -> items drawn for the first time
-        self.drawn = 0
-        """The number of items that were drawn for the first time."""
-        self._back: dict[int, deque[wire.Item]] = {}
-        self._requeued: deque[wire.Item] = deque()
-        self._reserved: list[dict[int, wire.Item]] = [{} for _ in range(work.replicas)]
-        self._rows = 0
-        self._epoch = 0  # the epoch that is being drained, if not aligned
-        self._gone: set[int] = set()
-
-    def take(self, replica: int, clock: int) -> wire.Item | None:
-        """The item of `replica` for `clock`. The clocks of a replica must ascend."""
-        if self._work.aligned:
-            return self._take_from_row(replica, clock)
-        while self._epoch < self._work.epochs:
-            item = self._draw(self._epoch)
-            if item is not None:
-                return item
-            self._epoch += 1
-        return None
-
-    @property
-    def drained(self) -> bool:
-        """Whether no item is left. An aligned run ends by its clocks instead."""
-        if self._work.aligned:
-            return False
-        return not self._requeued and all(self._left(e) == 0 for e in range(self._epoch, self._work.epochs))
-
-    @property
-    def kept(self) -> int:
-        """The number of items that were drawn, and that no replica has."""
-        back = sum(map(len, self._back.values()))
-        return len(self._requeued) + back + sum(map(len, self._reserved))
-
-    def requeue(self, item: wire.Item) -> None:
-        """Draw this item before any other, because a replica was too late with it."""
-        self._requeued.append(item)
-        self._epoch = min(self._epoch, item.epoch)
-
-    def give_back(self, item: wire.Item) -> None:
-        self._back.setdefault(item.epoch, deque()).append(item)
-        self._epoch = min(self._epoch, item.epoch)
-
-    def skipped(self, replica: int, clock: int) -> list[wire.Item]:
-        """Take the items that were drawn for clocks of `replica` before `clock`, which it will never ask for."""
-        reserved = self._reserved[replica]
-        return [reserved.pop(c) for c in sorted(reserved) if c < clock]
-
-    def leave(self, replica: int) -> None:
-        """Draw no more items for a lost replica, and give those already drawn to others."""
-        self._gone.add(replica)
-        self._skip(replica, self._work.total_clocks)
-
-    def _take_from_row(self, replica: int, clock: int) -> wire.Item | None:
-        if clock >= self._work.total_clocks:
-            return None
-        while self._rows <= clock:
-            self._draw_row()
-        self._skip(replica, clock)
-        return self._reserved[replica].pop(clock, None)
-
-    def _draw_row(self) -> None:
-        for replica in range(self._work.replicas):
-            if replica not in self._gone:
-                item = self._draw(self._rows // self._work.clocks_per_epoch)
-                if item is not None:
-                    self._reserved[replica][self._rows] = item
-        self._rows += 1
-
-    def _skip(self, replica: int, clock: int) -> None:
-        reserved = self._reserved[replica]
-        while reserved and (oldest := next(iter(reserved))) < clock:
-            self.give_back(reserved.pop(oldest))
-
-    def _draw(self, epoch: int) -> wire.Item | None:
-        """The next item: first those that were late, then the epoch's order, then the items that came back."""
-        if self._requeued:
-            return self._requeued.popleft()
-        index = self._fresh[epoch]
-        if index < self._size(epoch):
-            self._fresh[epoch] += 1
-            self.drawn += 1
-            sequence = epoch * self._work.items_per_epoch + index
-            return wire.Item(
-                sequence=sequence, epoch=epoch, start=index * self._work.item_size, size=self._work.item_size
-            )
-        back = self._back.get(epoch)
-        return back.popleft() if back else None
-
-    def _size(self, epoch: int) -> int:
-        if self._work.aligned:
-            return self._work.items_per_epoch
-        return min(self._work.items_per_epoch, self._work.total_items - epoch * self._work.items_per_epoch)
-
-    def _left(self, epoch: int) -> int:
-        return self._size(epoch) - self._fresh[epoch] + len(self._back.get(epoch, ()))
 
 
 @dataclass(slots=True)
@@ -375,6 +225,7 @@ class Ledger:
         after = ITEMS["granted", fate]
         if after != "waiting":
             self._over[item.sequence] = after
+            self._queue.end(item.epoch, self._epochs[item.epoch].fates["used"])
         if self._portions is not None:
             if after == "used":
                 self._portions.over(item.sequence)

@@ -13,13 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ensure
-
-if TYPE_CHECKING:
-    from flowml_runtime.protocol.training.ledger import Work
+from flowml_runtime.protocol.training.work import Work
 
 
 @dataclass(slots=True)

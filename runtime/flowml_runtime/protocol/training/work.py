@@ -1,0 +1,179 @@
+"""Says how much work a run has, and which item is next. The `ledger` grants the items and records their fates."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from flowml.errors import FlowmlError
+from flowml_runtime import wire
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The amount of work: a fixed number of clocks with a row each, or as many items for the replicas that ask."""
+
+    replicas: int
+    items_per_epoch: int
+    item_size: int
+    total_clocks: int
+    aligned: bool
+    coded: bool = False
+    microbatches: int = 1
+    """The number of microbatches of an item."""
+    groups: tuple[str, ...] = ()
+    """The names of the groups of layers that decide alone what they use."""
+    portions: int = 1
+    """The items of a clock for each replica."""
+    epoch_share: float = 1.0
+    """The share of its items at which an epoch of a run ends that is not aligned."""
+    requeues: bool = False
+    """Whether the items that are left then are done first in the next epoch."""
+    copies: int | None = None
+    """The most copies of an item, if idle replicas take the next item of a clock, or a copy; see `speculation`."""
+
+    def __post_init__(self) -> None:
+        if self.items_per_epoch < self.replicas:
+            raise FlowmlError(
+                f"an epoch has {self.items_per_epoch} work items of {self.item_size} examples, too few for "
+                f"{self.replicas} replicas; use a smaller batch, fewer replicas or more examples"
+            )
+
+    @property
+    def row(self) -> int:
+        """The items of a clock."""
+        return self.replicas * self.portions
+
+    @property
+    def clocks_per_epoch(self) -> int:
+        """The clocks of an epoch, in which each replica gets one item. Up to R - 1 items of an epoch are left over."""
+        return self.items_per_epoch // self.row
+
+    @property
+    def epochs(self) -> int:
+        """The number of epochs begun. The last one may be incomplete."""
+        return -(-self.total_clocks // self.clocks_per_epoch)
+
+    @property
+    def total_items(self) -> int:
+        """The items of a run that is not aligned: all of whole epochs, then one per replica and remaining clock."""
+        whole, rest = divmod(self.total_clocks, self.clocks_per_epoch)
+        return whole * self.items_per_epoch + rest * self.row
+
+
+class WorkQueue:
+    """Decides which item is next. It keeps only the order, and not the fate of items."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._fresh: Counter[int] = Counter()  # epoch -> items drawn for the first time
+        self.drawn = 0
+        """The number of items that were drawn for the first time."""
+        self._back: dict[int, deque[wire.Item]] = {}
+        self._requeued: deque[wire.Item] = deque()
+        self._reserved: list[dict[int, wire.Item]] = [{} for _ in range(work.replicas)]
+        self._rows = 0
+        self._epoch = 0  # the epoch that is being drained, if not aligned
+        self._gone: set[int] = set()
+        self._ended: set[int] = set()
+
+    def take(self, replica: int, clock: int) -> wire.Item | None:
+        """The item of `replica` for `clock`. The clocks of a replica must ascend."""
+        if self._work.aligned:
+            return self._take_from_row(replica, clock)
+        while self._epoch < self._work.epochs:
+            item = None if self._epoch in self._ended else self._draw(self._epoch)
+            if item is not None:
+                return item
+            self._epoch += 1
+        return None
+
+    @property
+    def drained(self) -> bool:
+        """Whether no item is left. An aligned run ends by its clocks instead."""
+        if self._work.aligned:
+            return False
+        return not self._requeued and all(self._left(e) == 0 for e in range(self._epoch, self._work.epochs))
+
+    @property
+    def kept(self) -> int:
+        """The number of items that were drawn, and that no replica has."""
+        back = sum(map(len, self._back.values()))
+        return len(self._requeued) + back + sum(map(len, self._reserved))
+
+    def requeue(self, item: wire.Item) -> None:
+        """Draw this item before any other, because a replica was too late with it."""
+        self._requeued.append(item)
+        self._epoch = min(self._epoch, item.epoch)
+
+    def end(self, epoch: int, done: int) -> None:
+        """End the epoch if `done` of its items are enough. Those that are left are unseen, or go to the next one."""
+        if self._work.epoch_share == 1 or done < math.ceil(self._work.epoch_share * self._size(epoch) - 1e-9):
+            return
+        while self._work.requeues and epoch + 1 < self._work.epochs and self._left(epoch):
+            item = self._fresh_item(epoch) or self._back[epoch].popleft()
+            self._requeued.append(item)
+        self._ended.add(epoch)
+
+    def give_back(self, item: wire.Item) -> None:
+        self._back.setdefault(item.epoch, deque()).append(item)
+        self._epoch = min(self._epoch, item.epoch)
+
+    def skipped(self, replica: int, clock: int) -> list[wire.Item]:
+        """Take the items that were drawn for clocks of `replica` before `clock`, which it will never ask for."""
+        reserved = self._reserved[replica]
+        return [reserved.pop(c) for c in sorted(reserved) if c < clock]
+
+    def leave(self, replica: int) -> None:
+        """Draw no more items for a lost replica, and give those already drawn to others."""
+        self._gone.add(replica)
+        self._skip(replica, self._work.total_clocks)
+
+    def _take_from_row(self, replica: int, clock: int) -> wire.Item | None:
+        if clock >= self._work.total_clocks:
+            return None
+        while self._rows <= clock:
+            self._draw_row()
+        self._skip(replica, clock)
+        return self._reserved[replica].pop(clock, None)
+
+    def _draw_row(self) -> None:
+        for replica in range(self._work.replicas):
+            if replica not in self._gone:
+                item = self._draw(self._rows // self._work.clocks_per_epoch)
+                if item is not None:
+                    self._reserved[replica][self._rows] = item
+        self._rows += 1
+
+    def _skip(self, replica: int, clock: int) -> None:
+        reserved = self._reserved[replica]
+        while reserved and (oldest := next(iter(reserved))) < clock:
+            self.give_back(reserved.pop(oldest))
+
+    def _draw(self, epoch: int) -> wire.Item | None:
+        """The next item: first those that were late, then the epoch's order, then the items that came back."""
+        if self._requeued:
+            return self._requeued.popleft()
+        item = self._fresh_item(epoch)
+        back = self._back.get(epoch)
+        return item or (back.popleft() if back else None)
+
+    def _fresh_item(self, epoch: int) -> wire.Item | None:
+        """The next item of an epoch that was not drawn before."""
+        index, size = self._fresh[epoch], self._work.item_size
+        if index >= self._size(epoch):
+            return None
+        self._fresh[epoch] += 1
+        self.drawn += 1
+        return wire.Item(epoch * self._work.items_per_epoch + index, epoch, index * size, size)
+
+    def _size(self, epoch: int) -> int:
+        if self._work.aligned:
+            return self._work.items_per_epoch
+        return min(self._work.items_per_epoch, self._work.total_items - epoch * self._work.items_per_epoch)
+
+    def _left(self, epoch: int) -> int:
+        if epoch in self._ended:
+            return 0
+        return self._size(epoch) - self._fresh[epoch] + len(self._back.get(epoch, ()))
