@@ -14,6 +14,7 @@ LIMIT = fm.Deadline(limit_s=0.2, of="microbatches")
 
 def test_a_limit_stops_a_replica_and_leaves_none_out() -> None:
     assert fm.policies.drop_compute(0.2) == fm.Policy(quorum=LIMIT)
+    assert fm.policies.drop_compute(0.2, topology=fm.Hierarchy()).quorum == LIMIT  # a sum over all replicas
     assert fm.policies.drop_compute(0.2).describe() == "microbatches cut after 0.2 s"
     assert (LIMIT.stops(0.19), LIMIT.stops(0.2)) == (False, True)
     assert LIMIT.never_drops(4) and LIMIT.need(4) == 4
@@ -33,6 +34,10 @@ def test_a_limit_stops_a_replica_and_leaves_none_out() -> None:
         (lambda: fm.policies.drop_compute(0.1, payload=fm.Factors()), "factors are sent for each microbatch"),
         (lambda: fm.policies.drop_compute(0), "a number of seconds above 0"),
         (lambda: fm.Policy(topology=fm.Gossip("ring"), quorum=LIMIT), "is not sound"),
+        (
+            lambda: fm.Policy(topology=fm.Hierarchy(fm.Ring(), fm.ParameterServer(), 2), quorum=LIMIT),
+            "a sum over its replicas",
+        ),
     ],
 )
 def test_what_is_not_sound_says_why(wrong: Callable[[], object], message: str) -> None:
