@@ -62,7 +62,7 @@ def test_a_worker_that_has_sent_its_last_value_may_die(transport: str, tmp_path:
         os.kill(cluster.pids["worker:0"], signal.SIGKILL)
         wait_until(lambda: len(cluster.devices) == 1, "the loss is known", WAIT_S)
         with pytest.raises(fm.WorkerLostError, match="worker:0 was lost, and step"):
-            session.submit(handle, [X])
+            session.submit(handle, [X]).result(timeout=WAIT_S)  # raised by `submit` if it knows
         assert not first.done()
         gate.touch()
         np.testing.assert_array_equal(first.result(timeout=WAIT_S)[0], X + 1)
