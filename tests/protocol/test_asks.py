@@ -11,7 +11,8 @@ from flowml.policy import Fold, Policy, Quorum, Requeue
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.accounts import Settle
 from flowml_runtime.protocol.training.items import LOOK_AHEAD, MOST_AHEAD, batch
-from flowml_runtime.protocol.training.replica import Ask, Granted, Replica, Started, StepFinished
+from flowml_runtime.protocol.training.replica import Replica
+from flowml_runtime.protocol.training.stage import Ask, Granted, Started, StepFinished
 from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
 from flowml_tools.faults.layout import make
 from tests.protocol.test_training_sim import check_all

@@ -10,7 +10,8 @@ from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.accounts import Settle
 from flowml_runtime.protocol.training.cut import Cut
 from flowml_runtime.protocol.training.ledger import Asked, Ledger, Settled, Work
-from flowml_runtime.protocol.training.replica import Granted, Replica, Started, StepFinished
+from flowml_runtime.protocol.training.replica import Replica
+from flowml_runtime.protocol.training.stage import Granted, Started, StepFinished
 from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
 
 CUTTING = Policy(quorum=Deadline(limit_s=1.0, of="microbatches"))

@@ -8,14 +8,14 @@ from flowml.policy import UNBOUNDED, Policy, Quorum
 from flowml.policy.filters import quantise, significance, top_k
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.accounts import Settle
-from flowml_runtime.protocol.training.replica import (
+from flowml_runtime.protocol.training.replica import Replica
+from flowml_runtime.protocol.training.stage import (
     Abandon,
     Action,
     Ask,
     Begin,
     Count,
     Granted,
-    Replica,
     Start,
     Started,
     StepFinished,

@@ -8,7 +8,6 @@ from flowml.policy import UNBOUNDED, AllReduce, Policy, Quorum
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.home import (
     Apply,
-    ContributionReceived,
     Finished,
     Home,
     Publish,
@@ -18,6 +17,7 @@ from flowml_runtime.protocol.training.home import (
     StageRetired,
     StoreLoaded,
 )
+from flowml_runtime.protocol.training.store import ContributionReceived
 from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, StoreTerms, Terms
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flowml.policy import AllReduce, Policy, Prox, Quorum, StalenessScaled
-from flowml_runtime.protocol.training.home import Apply, ContributionReceived, Home, StoreLoaded
+from flowml_runtime.protocol.training.home import Apply, Home, StoreLoaded
+from flowml_runtime.protocol.training.store import ContributionReceived
 from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
 
 

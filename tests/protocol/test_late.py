@@ -13,7 +13,6 @@ from flowml_runtime.protocol.training.decision import Arrived, Decision, Wake
 from flowml_runtime.protocol.training.home import (
     Action,
     Apply,
-    ContributionReceived,
     Home,
     Publish,
     Release,
@@ -21,6 +20,7 @@ from flowml_runtime.protocol.training.home import (
     SendArrived,
     StoreLoaded,
 )
+from flowml_runtime.protocol.training.store import ContributionReceived
 from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, StoreTerms, Terms, Tick
 
 

@@ -8,15 +8,8 @@ import pytest
 
 from flowml.policy import Policy, Quorum
 from flowml_runtime.protocol.errors import ProtocolError
-from flowml_runtime.protocol.training.home import (
-    Apply,
-    ContributionReceived,
-    Home,
-    Publish,
-    Release,
-    SendArrived,
-    StoreLoaded,
-)
+from flowml_runtime.protocol.training.home import Apply, Home, Publish, Release, SendArrived, StoreLoaded
+from flowml_runtime.protocol.training.store import ContributionReceived
 from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
 
 

@@ -8,7 +8,8 @@ from flowml.policy import UNBOUNDED, Policy, Quorum
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.accounts import Settle
-from flowml_runtime.protocol.training.replica import (
+from flowml_runtime.protocol.training.replica import Replica
+from flowml_runtime.protocol.training.stage import (
     Abandon,
     Applied,
     Ask,
@@ -17,7 +18,6 @@ from flowml_runtime.protocol.training.replica import (
     Count,
     Granted,
     LeaderRetired,
-    Replica,
     Retire,
     Start,
     Started,

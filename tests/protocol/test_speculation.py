@@ -12,7 +12,8 @@ from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.decision import Wake
 from flowml_runtime.protocol.training.ledger import Asked, Ledger, Settled, Summary, Work
 from flowml_runtime.protocol.training.portions import Portions
-from flowml_runtime.protocol.training.replica import (
+from flowml_runtime.protocol.training.replica import Settle
+from flowml_runtime.protocol.training.stage import (
     Abandon,
     Ask,
     Begin,
@@ -20,7 +21,6 @@ from flowml_runtime.protocol.training.replica import (
     Granted,
     LeaderRetired,
     Retire,
-    Settle,
     Start,
     Started,
     StepFinished,

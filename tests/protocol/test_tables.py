@@ -19,8 +19,8 @@ from flowml.policy import Policy, Quorum
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.rendezvous import Cancelled
-from flowml_runtime.protocol.training import replica as module
-from flowml_runtime.protocol.training.replica import (
+from flowml_runtime.protocol.training.replica import Replica
+from flowml_runtime.protocol.training.stage import (
     OVER,
     RUNNING,
     STEPS,
@@ -28,9 +28,9 @@ from flowml_runtime.protocol.training.replica import (
     WAITING,
     BeginReceived,
     Change,
-    Replica,
     Start,
     State,
+    Step,
     StepFinished,
 )
 from flowml_runtime.protocol.training.terms import Committed, StoreTerms, Terms
@@ -62,7 +62,7 @@ def shown() -> dict[str, str]:
     """The parts of the page that are generated."""
     tables = {name: diagram(kept.table, [kept.first]) for name, kept in KEPT.items()}
     step = diagram(STEPS, ("queued", "queued, used", "skipped"))
-    return {"replica.STEPS": step, **tables, "quorum_drop.txt": scenario("quorum_drop.txt")}
+    return {"stage.STEPS": step, **tables, "quorum_drop.txt": scenario("quorum_drop.txt")}
 
 
 def scenario(name: str) -> str:
@@ -93,7 +93,7 @@ def test_every_state_is_reached_and_those_that_are_over_lead_nowhere() -> None:
 
 @pytest.mark.parametrize(("state", "change"), list(itertools.product(STATES, CHANGES)))
 def test_what_the_table_lacks_is_refused(state: State, change: Change) -> None:
-    step = module._Step(0, wire.Item(sequence=0, epoch=0, start=0, size=8), False, state)  # pyright: ignore
+    step = Step(0, wire.Item(sequence=0, epoch=0, start=0, size=8), False, state)
     if (state, change) in STEPS:
         step.take(change)
         assert step.state == STEPS[state, change]

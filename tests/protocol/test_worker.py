@@ -9,7 +9,7 @@ import pytest
 from flowml.policy import AllReduce, Policy
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import EarlyLimitError, ProtocolError
-from flowml_runtime.protocol.training import worker as module
+from flowml_runtime.protocol.training import early as module
 from flowml_runtime.protocol.training.actions import (
     Action,
     Apply,

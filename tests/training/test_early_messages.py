@@ -16,7 +16,7 @@ import flowml as fm
 from flowml.plan import ArraySpec
 from flowml_runtime import wire
 from flowml_runtime.driver.loading import messages
-from flowml_runtime.protocol.training import worker as machine
+from flowml_runtime.protocol.training import early as machine
 from flowml_runtime.transport.endpoint import ThreadHub
 from flowml_runtime.worker.worker import Worker
 from tests.training.reference import BATCH, data, mlp, mlp_loss

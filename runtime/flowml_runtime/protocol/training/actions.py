@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
-from flowml_runtime.protocol.training.home import Handle
+from flowml_runtime.protocol.training.store import Handle
 from flowml_runtime.protocol.training.terms import ReplicaLost
 
 # Events. `ReplicaLost` is also one.

@@ -39,8 +39,8 @@ from flowml.policy.waits import Waits
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.actions import Received, Release, Send
-from flowml_runtime.protocol.training.home import Handle
 from flowml_runtime.protocol.training.ledger import Asked, Fate, Ledger, Settled, Work
+from flowml_runtime.protocol.training.store import Handle
 from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
 
 

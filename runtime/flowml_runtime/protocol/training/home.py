@@ -38,17 +38,15 @@ What the caller must do:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flowml.policy import Fold
 from flowml.policy.apply import scales
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.clocks import Clocks
 from flowml_runtime.protocol.training.staleness import Staleness
-from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, StoreTerms, Terms
-
-Handle = int
-"""Names a payload that the host keeps for the machine until it is applied or released."""
+from flowml_runtime.protocol.training.store import ContributionReceived, Gathering, Handle, Store, parts
+from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +55,6 @@ class StoreLoaded:
 
     store: int
     version: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ContributionReceived:
-    """A part of a contribution has arrived. `weight` is the number of microbatch gradients in it."""
-
-    store: int
-    part: int
-    replica: int
-    incarnation: int
-    clock: int
-    base_version: int
-    weight: int
-    handle: Handle
-    empty: bool = False
-    copy: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,57 +138,6 @@ Event = StoreLoaded | ContributionReceived | Updated | Committed | StageRetired 
 Action = Apply | Publish | SendApplied | SendArrived | Release | Finished
 
 
-@dataclass(slots=True)
-class _Gathering:
-    """The parts of one contribution that have arrived."""
-
-    incarnation: int
-    parts: dict[int, ContributionReceived] = field(default_factory=dict[int, ContributionReceived])
-
-    @property
-    def weight(self) -> int:
-        """The weight of each part; 0 if one part is empty."""
-        return min(p.weight for p in self.parts.values())
-
-    @property
-    def base_version(self) -> int:
-        """The oldest version that a stage read."""
-        return min(p.base_version for p in self.parts.values())
-
-    def handles(self) -> tuple[Handle, ...]:
-        return tuple(self.parts[p].handle for p in sorted(self.parts) if not self.parts[p].empty)
-
-
-@dataclass(slots=True)
-class _Store:
-    terms: StoreTerms
-    senders: tuple[int, ...]  # the replicas, or portions, that are counted
-    clocks: Clocks | None
-    """The clocks of a store that applies on arrival. Other stores have one clock for all replicas, `floor`."""
-    floor: int = 0
-    version: int = -1  # not loaded
-    gathering: dict[int, dict[int, _Gathering]] = field(default_factory=dict[int, dict[int, _Gathering]])
-    """Clock -> replica -> its contribution."""
-    committed: int = -1
-    """The newest clock that the store's group has decided."""
-    owed: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
-    """If late contributions are folded in: replica -> the clocks without it, for which it may still contribute."""
-    batch: dict[tuple[int, int], _Gathering] = field(default_factory=dict[tuple[int, int], _Gathering])
-    """If the store is not clocked: (replica, clock) -> a complete contribution that waits for the quorum of others."""
-    retired: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
-    finished: bool = False
-
-    def is_complete(self, contribution: _Gathering) -> bool:
-        return len(contribution.parts) == len(self.terms.stages)
-
-    def pop(self, clock: int, replica: int) -> _Gathering | None:
-        row = self.gathering.get(clock, {})
-        found = row.pop(replica, None)
-        if not row:
-            self.gathering.pop(clock, None)
-        return found
-
-
 class Home:
     """The stores of one worker."""
 
@@ -214,7 +145,7 @@ class Home:
         self._terms = terms
         self._lost: set[int] = set()
         self._stores = {
-            i: _Store(s, senders, None if s.clocked else Clocks(terms.replicas, senders))
+            i: Store(s, senders, None if s.clocked else Clocks(terms.replicas, senders))
             for i, s, senders in ((i, terms.stores[i], terms.stores[i].senders(terms.members)) for i in stores)
         }
         self.staleness = Staleness(terms, self._stores)
@@ -267,17 +198,17 @@ class Home:
         store = self._stores.get(part.store)
         if store is None:
             raise ProtocolError(f"store {part.store} is not homed here")
-        self._check(store, part)
+        store.check(part, self._terms)
         if self._too_late(store, part):
             return self._release([part])
         row = store.gathering.setdefault(part.clock, {})
         gathering = row.get(part.replica)
         if gathering is None:
-            gathering = row[part.replica] = _Gathering(part.incarnation)
+            gathering = row[part.replica] = Gathering(part.incarnation)
         replaced: list[Action] = []
         if gathering.incarnation < part.incarnation and not store.is_complete(gathering):
             replaced = self._release(gathering.parts.values())
-            gathering = row[part.replica] = _Gathering(part.incarnation)
+            gathering = row[part.replica] = Gathering(part.incarnation)
         if part.part in gathering.parts or gathering.incarnation != part.incarnation:
             return [*replaced, *self._release([part])]
         gathering.parts[part.part] = part
@@ -287,24 +218,7 @@ class Home:
             return [*replaced, SendArrived(part.store, part.replica, part.clock, gathering.weight, part.copy)]
         return [*replaced, *self._take_arrival(part.store, part.replica, part.clock)]
 
-    def _check(self, store: _Store, part: ContributionReceived) -> None:
-        if part.part >= len(store.terms.stages) or part.replica >= self._terms.members:
-            raise ProtocolError(f"{_where(part)} does not exist in this plan")
-        if part.base_version > store.version:
-            raise ProtocolError(
-                f"{_where(part)} is based on version {part.base_version}, but {store.version} is the newest"
-            )
-        if (part.weight == 0) != part.empty:
-            raise ProtocolError(f"{_where(part)} has weight {part.weight}; it is 0 exactly for an empty contribution")
-        if store.terms.clocked and not store.terms.policy.every.due(part.clock, self._terms.last_clock):
-            raise ProtocolError(f"{_where(part)}: nothing is due at that clock")
-        other = store.gathering.get(part.clock, {}).get(part.replica)
-        if other and other.incarnation == part.incarnation:
-            for weight in {p.weight for p in other.parts.values()} - {0, part.weight}:
-                if not part.empty:
-                    raise ProtocolError(f"{_where(part)} has weight {part.weight}, another part of it {weight}")
-
-    def _too_late(self, store: _Store, part: ContributionReceived) -> bool:
+    def _too_late(self, store: Store, part: ContributionReceived) -> bool:
         if store.terms.decided:
             return part.clock <= store.committed and part.clock not in store.owed.get(part.replica, ())
         if part.replica in self._lost or (part.replica, part.clock) in store.batch:
@@ -324,7 +238,7 @@ class Home:
         applied = self._apply_batch(index, store.clocks) if self._is_enough(store, store.clocks) else []
         return [*applied, SendApplied(index, replica, clock, store.version), *self._finish(index)]
 
-    def _is_enough(self, store: _Store, clocks: Clocks) -> bool:
+    def _is_enough(self, store: Store, clocks: Clocks) -> bool:
         """Whether the kept contributions may be applied: there is a quorum of them, or a reader may wait for them."""
         need = store.terms.policy.quorum.need(len(store.senders))
         return len(store.batch) >= min(need, clocks.active) or clocks.awaits(store.batch, store.terms.policy.staleness)
@@ -363,7 +277,7 @@ class Home:
         if not isinstance(late_rule, Fold):
             given = dict(event.coefficients)
             actions = self._decode(index, dict(taken), given) if given else self._apply(index, chosen)
-            return [*actions, *self._release(_parts(late.values())), *self._finish(index)]
+            return [*actions, *self._release(parts(late.values())), *self._finish(index)]
         if late:
             store.gathering[clock] = late
         for replica in excluded:
@@ -381,18 +295,18 @@ class Home:
             )
         return [*self._apply(index, chosen, living=living), *self._finish(index)]
 
-    def _decode(self, index: int, row: Mapping[int, _Gathering], coefficients: Mapping[int, float]) -> list[Action]:
+    def _decode(self, index: int, row: Mapping[int, Gathering], coefficients: Mapping[int, float]) -> list[Action]:
         """Apply the contributions that a code needs with its coefficients: all of them, or none if one is empty."""
         unknown = coefficients.keys() - row.keys()
         if unknown:
             raise ProtocolError(f"replica {min(unknown)} has a coefficient, but is not in the commit")
         whole = all(row[replica].weight for replica in coefficients)
         used = [(row[replica], a) for replica, a in sorted(coefficients.items()) if whole]
-        rest = self._release(_parts(g for replica, g in row.items() if not whole or replica not in coefficients))
+        rest = self._release(parts(g for replica, g in row.items() if not whole or replica not in coefficients))
         return [*rest, *self._apply(index, used, exact=True)]
 
     def _apply(
-        self, index: int, chosen: list[tuple[_Gathering, float]], *, living: int | None = None, exact: bool = False
+        self, index: int, chosen: list[tuple[Gathering, float]], *, living: int | None = None, exact: bool = False
     ) -> list[Action]:
         """Apply the contributions that have weight, and publish. The caller has set the floor.
 
@@ -401,7 +315,7 @@ class Home:
         """
         store = self._stores[index]
         full = [(g, factor) for g, factor in chosen if g.weight]
-        rest = self._release(_parts(g for g, _ in chosen if not g.weight))
+        rest = self._release(parts(g for g, _ in chosen if not g.weight))
         if not full:
             return [*rest, Publish(index, store.version, store.floor, value=False)]
         staleness = self.staleness.add(index, (store.version - g.base_version for g, _ in full))
@@ -459,7 +373,7 @@ class Home:
         store.finished = True
         late = [gathering for row in store.gathering.values() for gathering in row.values()]
         store.gathering, store.owed = {}, {}
-        return [*self._release(_parts(late)), Finished(index)]
+        return [*self._release(parts(late)), Finished(index)]
 
     def _release(self, parts: Iterable[ContributionReceived]) -> list[Action]:
         return [Release(p.handle) for p in parts if not p.empty]
@@ -469,32 +383,4 @@ class Home:
         handles = self.handles()
         ensure(len(handles) == len(set(handles)), "a payload is kept twice")
         for index, store in self._stores.items():
-            where = f"store {index}"
-            ensure(not (store.finished and store.gathering), f"{where} is finished but keeps contributions")
-            if store.clocks is not None:
-                store.clocks.validate()
-                ensure(store.floor == store.clocks.floor, f"{where} has the floor of other clocks")
-                ensure(all(c >= store.floor for _, c in store.batch), f"the floor of {where} is above what is kept")
-            for clock, row in store.gathering.items():
-                ensure(row, f"{where} keeps nothing for clock {clock}")
-                for replica in row if store.terms.decided and clock <= store.committed else ():
-                    owes = clock in store.owed.get(replica, ())
-                    ensure(owes, f"{where} keeps clock {clock} of replica {replica}, which is decided")
-                for replica, gathering in row.items():
-                    self._validate_gathering(store, gathering, f"{where}, replica {replica}, clock {clock}")
-
-    def _validate_gathering(self, store: _Store, gathering: _Gathering, where: str) -> None:
-        parts = gathering.parts.values()
-        ensure(parts, f"{where}: a contribution of no parts is kept")
-        ensure(len({p.weight for p in parts} - {0}) <= 1, f"{where}: parts have unequal weights")
-        ensure(all(p.incarnation == gathering.incarnation for p in parts), f"{where}: parts are of two lives")
-        complete = store.is_complete(gathering)
-        ensure(store.terms.decided or not complete, f"{where}: a complete contribution was not applied on arrival")
-
-
-def _parts(gathered: Iterable[_Gathering]) -> list[ContributionReceived]:
-    return [part for gathering in gathered for part in gathering.parts.values()]
-
-
-def _where(part: ContributionReceived) -> str:
-    return f"store {part.store}: part {part.part} of replica {part.replica} at clock {part.clock}"
+            store.validate(f"store {index}")

@@ -28,7 +28,7 @@ from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.accounts import Settle
 from flowml_runtime.protocol.training.cut import Cut
 from flowml_runtime.protocol.training.decision import Wake
-from flowml_runtime.protocol.training.replica import (
+from flowml_runtime.protocol.training.stage import (
     STEPS,
     UNDECIDED,
     Abandon,

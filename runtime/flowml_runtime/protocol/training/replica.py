@@ -2,7 +2,7 @@
 
 The first stage leads: it gets work items, begins clocks, tells the other stages, and reports the fate of each item to
 the ledger. The others follow its Begins in order. All stages get every Commit, so that each one can determine the fate
-of a step, with the same result. `STEPS` is the life of one step as a table. Its rules are:
+of a step, with the same result. `stage.STEPS` is the life of one step as a table. Its rules are:
 
 * A group of stores has a decision at each clock at which it is due (see `decision`). A step that no group includes,
   and that counts for no store anyway (see `Terms.counts_anyway`), is dropped. Every other step is used, if only for a
@@ -34,178 +34,35 @@ What the caller must do:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 from flowml.policy import can_read, window
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.accounts import Accounts, Settle
 from flowml_runtime.protocol.training.cut import Cut
 from flowml_runtime.protocol.training.items import LOOK_AHEAD, Items
+from flowml_runtime.protocol.training.stage import (
+    OVER,
+    RUNNING,
+    UNDECIDED,
+    WAITING,
+    Abandon,
+    Action,
+    Applied,
+    Ask,
+    Begin,
+    BeginReceived,
+    Count,
+    Event,
+    Granted,
+    LeaderRetired,
+    Retire,
+    Start,
+    Started,
+    Step,
+    StepFinished,
+    StorePublished,
+)
 from flowml_runtime.protocol.training.terms import Committed, Terms, Tick
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The run begins."""
-
-
-@dataclass(frozen=True, slots=True)
-class Granted:
-    """The answer to one Ask, in the order of the Asks. A clock without an item here will never get one."""
-
-    items: tuple[tuple[int, wire.Item], ...]
-    exhausted: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class BeginReceived:
-    """The leading stage has begun `clock`."""
-
-    clock: int
-    item: wire.Item
-    last: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class StepFinished:
-    """The executor has left the step of `clock`: it has pushed everything, or has abandoned the step."""
-
-    clock: int
-
-
-@dataclass(frozen=True, slots=True)
-class StorePublished:
-    """A store that this stage reads is at `version`. It holds all pushes before `floor` of the replicas that count."""
-
-    store: int
-    version: int
-    floor: int
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """`version` of a store that applies on arrival holds the push of this replica at `clock`."""
-
-    store: int
-    clock: int
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class LeaderRetired:
-    """The leading stage begins no more clocks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Ask the driver for one item for each of `clocks` (the answer is one Granted), and give `returned` back."""
-
-    clocks: tuple[int, ...]
-    returned: tuple[wire.Item, ...] = ()
-    copy: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """Tell the other stages of this replica to begin `clock`."""
-
-    clock: int
-    item: wire.Item
-    last: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Run `clock` on this stage. StepFinished must follow."""
-
-    clock: int
-    item: wire.Item
-    last: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Abandon:
-    """Stop `clock` at the next task boundary if it runs, and drop all values for it."""
-
-    clock: int
-
-
-@dataclass(frozen=True, slots=True)
-class Count:
-    """Whether the gradients of `clock` count for these stores, which gather several steps: see `accumulator`."""
-
-    clock: int
-    counts: bool
-    stores: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Retire:
-    """This stage pushes nothing more: tell the homes. The leading stage also tells all other stages."""
-
-
-Event = Started | Granted | BeginReceived | StepFinished | Committed | StorePublished | Applied | LeaderRetired
-Action = Ask | Begin | Start | Abandon | Count | Settle | Retire
-
-
-State = Literal[
-    "queued",  # begun, and not started
-    "queued, used",
-    "running",
-    "running, used",
-    "abandoned",  # still runs, but does not count
-    "finished",  # its fate is unknown
-    "used",
-    "dropped",
-    "skipped",  # dropped before it started
-]
-Change = Literal["start", "finish", "include", "exclude"]
-
-STEPS: dict[tuple[State, Change], State] = {
-    ("queued", "start"): "running",
-    ("queued", "include"): "queued, used",
-    ("queued", "exclude"): "skipped",
-    ("queued, used", "start"): "running, used",
-    ("running", "finish"): "finished",
-    ("running", "include"): "running, used",
-    ("running", "exclude"): "abandoned",
-    ("running, used", "finish"): "used",
-    ("abandoned", "finish"): "dropped",
-    ("finished", "include"): "used",
-    ("finished", "exclude"): "dropped",
-}
-"""The life of a step. Its stage starts and finishes it. Commits include it if one of them does, and exclude it when
-each group that is due at its clock has left it out.
-
-A step begins as "queued". It begins as "queued, used" if it counts anyway or a commit has already included it, and
-as "skipped" if the commits have already excluded it.
-"""
-UNDECIDED = frozenset[State]({"queued", "running", "finished"})
-WAITING = frozenset[State]({"queued", "queued, used"})
-RUNNING = frozenset[State]({"running", "running, used", "abandoned"})
-OVER = frozenset[State]({"used", "dropped", "skipped"})
-
-
-@dataclass(slots=True)
-class _Step:
-    """A clock that has begun, and whose fate has not taken effect here yet."""
-
-    clock: int
-    item: wire.Item
-    last: bool
-    state: State
-    undecided: set[int] = field(default_factory=set[int])
-    """The groups whose decision about it is still to come."""
-    lost: set[int] = field(default_factory=set[int])
-    """The groups that have left it out."""
-
-    def take(self, change: Change) -> None:
-        after = STEPS.get((self.state, change))
-        if after is None:
-            raise ProtocolError(f"a step that is {self.state!r} cannot {change}, at clock {self.clock}")
-        self.state = after
 
 
 class Replica:
@@ -224,9 +81,9 @@ class Replica:
         """For each store that applies on arrival, the newest clock at which this stage has pushed."""
         self._included: set[tuple[int, int]] = set()
         """(group, clock) of the commits that include this replica and came before their Begin."""
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
         self._begun, self._last_begun = -1, False
-        self._running: _Step | None = None
+        self._running: Step | None = None
         self._leader_retired = self._retired = False
         self.cut = Cut(terms, stage)
         self._work = Items(terms, ahead)
@@ -319,7 +176,7 @@ class Replica:
         if clock <= self._begun or self._last_begun:
             raise ProtocolError(f"replica {self._me} begins clock {clock} after clock {self._begun}")
         self._begun, self._last_begun = clock, last
-        step = _Step(clock, item, last, "queued")
+        step = Step(clock, item, last, "queued")
         included = False
         for group in self._terms.due_groups(clock) if self._terms.drops else ():
             if not group.drops or group.folds:
@@ -374,7 +231,7 @@ class Replica:
         self._fates += fates
         return []
 
-    def _decide(self, step: _Step, group: int, included: bool) -> list[Action]:
+    def _decide(self, step: Step, group: int, included: bool) -> list[Action]:
         step.undecided.discard(group)
         if not included:
             step.lost.add(group)
@@ -396,7 +253,7 @@ class Replica:
                 actions += self._counts(step)
         return actions
 
-    def _counts(self, step: _Step) -> list[Action]:
+    def _counts(self, step: Step) -> list[Action]:
         """Say of each store that gathers several steps whether the gradients of this step count for it."""
         used: list[int] = []
         lost: list[int] = []
@@ -455,7 +312,7 @@ class Replica:
             return []
         return self._start(waiting)
 
-    def _start(self, step: _Step) -> list[Action]:
+    def _start(self, step: Step) -> list[Action]:
         step.take("start")
         self._running = step
         self.cut.begin()

@@ -1,0 +1,132 @@
+"""What a home keeps of one store: its version and floor, and the contributions that it has not applied or released."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training.clocks import Clocks
+from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+
+Handle = int
+"""Names a payload that the host keeps for the machine until it is applied or released."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContributionReceived:
+    """A part of a contribution has arrived. `weight` is the number of microbatch gradients in it."""
+
+    store: int
+    part: int
+    replica: int
+    incarnation: int
+    clock: int
+    base_version: int
+    weight: int
+    handle: Handle
+    empty: bool = False
+    copy: int = 0
+
+
+@dataclass(slots=True)
+class Gathering:
+    """The parts of one contribution that have arrived."""
+
+    incarnation: int
+    parts: dict[int, ContributionReceived] = field(default_factory=dict[int, ContributionReceived])
+
+    @property
+    def weight(self) -> int:
+        """The weight of each part; 0 if one part is empty."""
+        return min(p.weight for p in self.parts.values())
+
+    @property
+    def base_version(self) -> int:
+        """The oldest version that a stage read."""
+        return min(p.base_version for p in self.parts.values())
+
+    def handles(self) -> tuple[Handle, ...]:
+        return tuple(self.parts[p].handle for p in sorted(self.parts) if not self.parts[p].empty)
+
+
+@dataclass(slots=True)
+class Store:
+    """One store of a home."""
+
+    terms: StoreTerms
+    senders: tuple[int, ...]  # the replicas, or portions, that are counted
+    clocks: Clocks | None
+    """The clocks of a store that applies on arrival. Other stores have one clock for all replicas, `floor`."""
+    floor: int = 0
+    version: int = -1  # not loaded
+    gathering: dict[int, dict[int, Gathering]] = field(default_factory=dict[int, dict[int, Gathering]])
+    """Clock -> replica -> its contribution."""
+    committed: int = -1
+    """The newest clock that the store's group has decided."""
+    owed: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
+    """If late contributions are folded in: replica -> the clocks without it, for which it may still contribute."""
+    batch: dict[tuple[int, int], Gathering] = field(default_factory=dict[tuple[int, int], Gathering])
+    """If the store is not clocked: (replica, clock) -> a complete contribution that waits for the quorum of others."""
+    retired: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
+    finished: bool = False
+
+    def is_complete(self, contribution: Gathering) -> bool:
+        return len(contribution.parts) == len(self.terms.stages)
+
+    def pop(self, clock: int, replica: int) -> Gathering | None:
+        row = self.gathering.get(clock, {})
+        found = row.pop(replica, None)
+        if not row:
+            self.gathering.pop(clock, None)
+        return found
+
+    def check(self, part: ContributionReceived, terms: Terms) -> None:
+        """Refuse a part that breaks the protocol."""
+        if part.part >= len(self.terms.stages) or part.replica >= terms.members:
+            raise ProtocolError(f"{_where(part)} does not exist in this plan")
+        if part.base_version > self.version:
+            raise ProtocolError(
+                f"{_where(part)} is based on version {part.base_version}, but {self.version} is the newest"
+            )
+        if (part.weight == 0) != part.empty:
+            raise ProtocolError(f"{_where(part)} has weight {part.weight}; it is 0 exactly for an empty contribution")
+        if self.terms.clocked and not self.terms.policy.every.due(part.clock, terms.last_clock):
+            raise ProtocolError(f"{_where(part)}: nothing is due at that clock")
+        other = self.gathering.get(part.clock, {}).get(part.replica)
+        if other and other.incarnation == part.incarnation:
+            for weight in {p.weight for p in other.parts.values()} - {0, part.weight}:
+                if not part.empty:
+                    raise ProtocolError(f"{_where(part)} has weight {part.weight}, another part of it {weight}")
+
+    def validate(self, where: str) -> None:
+        """Check that what is kept can still be used. `where` names the store."""
+        ensure(not (self.finished and self.gathering), f"{where} is finished but keeps contributions")
+        if self.clocks is not None:
+            self.clocks.validate()
+            ensure(self.floor == self.clocks.floor, f"{where} has the floor of other clocks")
+            ensure(all(c >= self.floor for _, c in self.batch), f"the floor of {where} is above what is kept")
+        for clock, row in self.gathering.items():
+            ensure(row, f"{where} keeps nothing for clock {clock}")
+            for replica in row if self.terms.decided and clock <= self.committed else ():
+                owes = clock in self.owed.get(replica, ())
+                ensure(owes, f"{where} keeps clock {clock} of replica {replica}, which is decided")
+            for replica, gathering in row.items():
+                self._validate_gathering(gathering, f"{where}, replica {replica}, clock {clock}")
+
+    def _validate_gathering(self, gathering: Gathering, where: str) -> None:
+        parts = gathering.parts.values()
+        ensure(parts, f"{where}: a contribution of no parts is kept")
+        ensure(len({p.weight for p in parts} - {0}) <= 1, f"{where}: parts have unequal weights")
+        ensure(all(p.incarnation == gathering.incarnation for p in parts), f"{where}: parts are of two lives")
+        complete = self.is_complete(gathering)
+        ensure(self.terms.decided or not complete, f"{where}: a complete contribution was not applied on arrival")
+
+
+def parts(gathered: Iterable[Gathering]) -> list[ContributionReceived]:
+    """All parts of some contributions."""
+    return [part for gathering in gathered for part in gathering.parts.values()]
+
+
+def _where(part: ContributionReceived) -> str:
+    return f"store {part.store}: part {part.part} of replica {part.replica} at clock {part.clock}"
