@@ -186,9 +186,7 @@ class Arithmetic:
         own = self._own.get((step.at, store))
         if own is None:
             loaded = self._compiled.loaded[step.program.device]
-            position = len(spec.specs) + len(spec.local.state_specs)
-            dtype = loaded.plan.tasks[spec.local.update].inputs[position].dtype
-            own = self._own[step.at, store] = OwnValues(spec, self._training, loaded.tasks, dtype, step.at[0])
+            own = self._own[step.at, store] = OwnValues(spec, loaded.plan, loaded.tasks, step.at[0])
             own.state = self._states[worker_of(step.program.device), store]
         if given is not None:
             own.take(step.start.clock, given)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from flowml.plan import StoreSpec, Training
+from flowml.plan import Plan, StoreSpec
 from flowml.policy import Mix, Policy
 from flowml.policy.apply import base_of
 from flowml_runtime.execution.programs import Array, TaskFunction, aligned_copy
@@ -52,14 +52,12 @@ class OwnRhythm:
 class OwnValues(OwnRhythm):
     """The buffers of one store. The executor's thread uses them, and no other."""
 
-    def __init__(
-        self, spec: StoreSpec, training: Training, tasks: Mapping[int, TaskFunction], dtype: str, replica: int
-    ) -> None:
-        """`dtype` is that of the coefficients, which divide by the number of microbatches of the replica's site."""
-        assert spec.local is not None
+    def __init__(self, spec: StoreSpec, plan: Plan, tasks: Mapping[int, TaskFunction], replica: int) -> None:
+        assert spec.local is not None and plan.training is not None
         super().__init__(spec.policy)
         self.spec = spec
-        self.dtype = dtype
+        self.dtype = plan.tasks[spec.local.update].inputs[len(spec.specs) + len(spec.local.state_specs)].dtype
+        """That of the coefficients, which divide by the number of microbatches of the replica's site."""
         self.params: Sequence[Array] = ()
         self.state: Sequence[Array] = ()
         self.started: Sequence[Array] = ()
@@ -70,8 +68,8 @@ class OwnValues(OwnRhythm):
         self._send = None if spec.local.send is None else tasks[spec.local.send]
         self._take = None if spec.local.take is None else tasks[spec.local.take]
         site = spec.site_of(replica)
-        added = training.microbatches * (len(site.replicas) if site else 1)
-        self._coefficients = aligned_copy(np.full((2, 1), 1 / added, dtype))
+        added = plan.training.microbatches * (len(site.replicas) if site else 1)
+        self._coefficients = aligned_copy(np.full((2, 1), 1 / added, self.dtype))
         self._own = len(spec.local.state) - spec.local.outer
         """The leaves of state that are not those of an outer optimizer."""
 

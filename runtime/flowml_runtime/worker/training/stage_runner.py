@@ -10,31 +10,28 @@ shape, and whose stores are those of the fit's own plan. All stages of a replica
 
 from __future__ import annotations
 
-import math
 import queue
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from flowml.errors import FlowmlError, WorkerLostError
-from flowml.plan import ArraySpec, StoreSpec, until_last_message
-from flowml.plan import Run as RunInstruction
+from flowml.plan import ArraySpec
 from flowml.policy import Gossip
 from flowml.training.pieces import Piece, pieces
 from flowml_runtime import service, wire
-from flowml_runtime.execution.lane import LARGE_BYTES, Lane
+from flowml_runtime.execution.lane import LARGE_BYTES
 from flowml_runtime.execution.mailbox import Cancelled
-from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction
+from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import EdgeServices, host_view
 from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare, run_step
-from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
+from flowml_runtime.protocol.training.accumulator import Sum
 from flowml_runtime.protocol.training.actions import Send, Start, StepFinished, Updated
-from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source, over_microbatches
+from flowml_runtime.worker.training.batches import Batches
+from flowml_runtime.worker.training.examples import beside_batch, over_microbatches
 from flowml_runtime.worker.training.exchange.mirrors import Mirrors
 from flowml_runtime.worker.training.exchange.neighbours import Neighbours
 from flowml_runtime.worker.training.exchange.reductions import Given, Reductions
@@ -42,8 +39,9 @@ from flowml_runtime.worker.training.exchange.sites import Member
 from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.own_values import OwnValues
+from flowml_runtime.worker.training.pace import Pace
 from flowml_runtime.worker.training.run import Run
-from flowml_runtime.worker.training.sums import Gradients, added, known
+from flowml_runtime.worker.training.sums import Gradients, Sums, known
 
 if TYPE_CHECKING:
     from flowml_runtime.worker.training.host import TrainingHost
@@ -71,18 +69,10 @@ class StageRunner(EdgeServices):
         self._variant = ""
         """The one that is bound."""
         self._starts: queue.SimpleQueue[Start | None] = queue.SimpleQueue()
-        self._batches: OrderedDict[int, tuple[str, dict[int, Array]]] = OrderedDict()
-        """By work item the variant, and the leaves."""
-        self._adds = Lane(f"{loaded.name} add run {run.number}")
-        """Adds gradients that are gathered over steps. The machine decides what counts without waiting for the sum."""
-        self._gathered: dict[tuple[int, int], Accumulator[Gradients]] = {
-            (s, p): Accumulator(partial(added, self._adds, self.device, self._add_task(part.accumulate)))
-            for s, store in enumerate(run.training.stores)
-            for p, part in enumerate(store.parts)
-            if store.every > 1 and part.stage == stage and part.accumulate is not None
-        }
+        self._batches = Batches(run, self._in_vain)
+        self._sums = Sums(run.training.stores, stage, loaded, run.number)
         self._own = {
-            s: OwnValues(store, run.training, loaded.tasks, self._coefficient_dtype(store), self.replica)
+            s: OwnValues(store, run.plan, loaded.tasks, self.replica)
             for s, store in enumerate(run.training.stores)
             if store.local is not None and store.parts[0].stage == stage
         }
@@ -95,9 +85,7 @@ class StageRunner(EdgeServices):
         }
         """By store the place of this replica in its site, if others are there."""
         self._neighbours = {
-            s: (Mirrors if own.spec.policy.mirrored else Neighbours)(
-                run, s, at[0], loaded, self.adopt, self._coefficient_dtype(own.spec)
-            )
+            s: (Mirrors if own.spec.policy.mirrored else Neighbours)(run, s, at[0], loaded, self.adopt, own.dtype)
             for s, own in self._own.items()
             if isinstance(own.spec.policy.remote, Gossip) and self._leads(s)
         }
@@ -114,14 +102,7 @@ class StageRunner(EdgeServices):
         self._read_versions: dict[int, int] = {}
         self._fetched: dict[int, dict[int, Array]] = {}
         """By fetch slot, and by microbatch."""
-        self._computes_since = 0.0
-        """When the first task of the step began; infinite before."""
-        self._delays = dict(run.start.delays).get(run.me, ())
-        """`Trainer(delays=)` for this worker."""
-        self._paced = sum(isinstance(i, RunInstruction) for i in until_last_message(loaded.program.instructions))
-        """The number of tasks of a step that share its delay."""
-        self._pauses: Iterator[float] = iter(())
-        """Those of the tasks of this step that come next."""
+        self._pace = Pace(dict(run.start.delays).get(run.me, ()), loaded.program.instructions)
         service.start(f"{loaded.name} run {run.number}", self._work, self._end)
 
     # Called by the machine thread, which holds the run's lock.
@@ -135,23 +116,18 @@ class StageRunner(EdgeServices):
         self.run.changed.notify_all()
 
     def settle(self, clock: int, stores: Sequence[int], *, counts: bool) -> None:
-        for (store, _), gathered in self._gathered.items():
-            if store in stores:
-                (gathered.adopt if counts else gathered.discard)(clock)
+        self._sums.settle(clock, stores, counts=counts)
         self._encoder.settle(clock, stores, counts=counts)
 
     def give(self, batch: wire.Batch, arrays: Sequence[Array]) -> None:
-        """Store the leaves of a work item. Work items arrive in the order of grants, which is the order of clocks."""
-        self._batches.pop(batch.sequence, None)  # the work item was given back and granted again
-        self._batches[batch.sequence] = batch.variant, dict(zip(batch.slots, arrays, strict=True))
-        self.run.changed.notify_all()
+        self._batches.give(batch, arrays)
 
     def stop(self) -> None:
         """End the thread after the current task. The caller has marked the run as stopped."""
         self._mailbox.skip_to(self.plan_id, self.device, self.run.end)
         self._starts.put(None)
         self.outbox.close()
-        self._adds.close(drop=False)  # the step may wait for a sum
+        self._sums.close()
 
     # The executor's thread.
 
@@ -170,9 +146,8 @@ class StageRunner(EdgeServices):
 
     def _step(self, clock: int) -> None:
         began = time.perf_counter()
-        self._fetched, self._inside, self._computes_since = {}, [], math.inf
-        if self._delays:
-            self._pauses = repeat(self._delays[clock % len(self._delays)] / max(self._paced, 1), self._paced)
+        self._fetched, self._inside = {}, []
+        self._pace.begin(clock)
         try:
             run_step(self._choose(), self.run.step_of(clock), self)
             self._end_sums(self.run.step_of(clock))
@@ -192,22 +167,10 @@ class StageRunner(EdgeServices):
         """The program for the batch of this step. A fed batch is waited for here."""
         if self.run.start.source == "fed":
             try:
-                self._bind(self._await_batch(self._now.item))
+                self._bind(self._batches.wait(self._now.item, self.run.step_of(self._now.clock)))
             except FlowmlError as error:
                 raise StepFault("feed") from error
         return self._programs[self._variant][1]
-
-    def _await_batch(self, item: wire.Item) -> str:
-        """The variant of a fed work item, once it is here. Batches before it are of clocks that are over or skipped."""
-        with self.run.changed:
-            what = f"work item {item.sequence} from the driver"
-            step = self.run.step_of(self._now.clock)
-            self.run.wait_for(lambda: item.sequence in self._batches, self._in_vain, what, step)
-            ahead = self.run.training.speculation is not None  # a portion of the next batch may be held meanwhile
-            for before in list(self._batches)[: list(self._batches).index(item.sequence)]:
-                if not ahead or before < item.sequence:
-                    del self._batches[before]
-            return self._batches[item.sequence][0]
 
     def _bind(self, variant: str) -> None:
         if variant == self._variant:
@@ -252,14 +215,11 @@ class StageRunner(EdgeServices):
     # Services: called by the step on the executor's thread.
 
     def should_abandon(self, step: int) -> bool:
-        if self._computes_since == math.inf:
-            self._computes_since = time.perf_counter()
-        if pause_s := next(self._pauses, 0.0):
-            time.sleep(pause_s)
+        self._pace.task()
         return self.run.stopped or self.machine.should_abandon(self._now.clock)
 
     def leaves_out(self, microbatch: int) -> bool:
-        return self.machine.cut.leaves_out(microbatch, time.perf_counter() - self._computes_since)
+        return self.machine.cut.leaves_out(microbatch, self._pace.computed_s())
 
     def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
         arrays = super().receive(step, message, microbatch)
@@ -274,20 +234,9 @@ class StageRunner(EdgeServices):
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
         leaves = [s for s in slots if s < self.run.training.batch_leaves]
         found = beside_batch(self.run.plan, slots, self.run.start.seed, self._pieces[microbatch])
-        found |= self._examples(leaves, microbatch, step) if leaves else {}
+        if leaves:
+            found |= self._batches.examples(self._now.item, leaves, microbatch, self._pieces[microbatch], step)
         return [found[s] for s in slots]
-
-    def _examples(self, slots: Sequence[int], microbatch: int, step: int) -> dict[int, Any]:
-        start, item, piece = self.run.start, self._now.item, self._pieces[microbatch]
-        if start.source == "shipped":
-            with self.run.changed:
-                self.run.wait_for(
-                    lambda: all(s in self.run.source for s in slots), self._in_vain, "the data source", step
-                )
-            return of_source(start, self.run.source, slots, item.epoch, piece)
-        with self.run.changed:
-            _, batch = self._batches[item.sequence]
-        return of_batch(batch, slots, microbatch, piece)
 
     def _in_vain(self) -> bool:
         return self.machine.should_abandon(self._now.clock)
@@ -342,7 +291,9 @@ class StageRunner(EdgeServices):
     def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None:
         own, inside = self._own.get(store), store in self._members
         if own is None:
-            total = self._gather(store, part, known(arrays), self.machine.cut.used)
+            with self.run.changed:
+                pushes = self.machine.pushes(store, self._now.clock)
+                total = self._sums.add(store, part, self._now.clock, Sum(known(arrays), self.machine.cut.used), pushes)
         else:
             total = Sum(known(arrays), self.machine.cut.used) if inside else self._update(step, store, own, arrays)
         if total is None:
@@ -418,19 +369,6 @@ class StageRunner(EdgeServices):
         run.count_push(store, part, 0, run.me)
         self._on_event(Updated(run.number, self.replica, store, clock, finite))
 
-    def _gather(self, store: int, part: int, gradients: Gradients, weight: int) -> Sum[Gradients] | None:
-        """The sum that this step pushes; None if it pushes none, and its gradients wait for a later one.
-
-        `weight` is the number of microbatches in the gradients.
-        """
-        gathered, clock = self._gathered.get((store, part)), self._now.clock
-        with self.run.changed:
-            if self.machine.pushes(store, clock):
-                return gathered.push(clock, gradients, weight) if gathered else Sum(gradients, weight)
-            if gathered is not None:
-                gathered.gather(clock, gradients, weight)
-        return None
-
     def _update(self, step: int, store: int, own: OwnValues, gradients: Sequence[Array]) -> Sum[Gradients] | None:
         """Update the own parameters of a store. Returns what this step pushes of them; None if it pushes nothing."""
         clock, before = self._now.clock, own.params
@@ -460,11 +398,6 @@ class StageRunner(EdgeServices):
         if store in self._members:
             self._members[store].pass_on(clock, own, self.adopt, cause, self._in_vain)
 
-    def _coefficient_dtype(self, store: StoreSpec) -> str:
-        assert store.local is not None
-        position = len(store.specs) + len(store.local.state_specs)
-        return self.run.plan.tasks[store.local.update].inputs[position].dtype
-
     def _contribute(self, contribution: Send, gradients: Gradients, parameters: Sequence[Array] | None) -> None:
         message: Any = contribution.message
         arrays = host_view(gradients.result(self.deadline_s), self.loaded.device)
@@ -486,8 +419,3 @@ class StageRunner(EdgeServices):
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
         for slot, array in zip(slots, arrays, strict=True):
             self._fetched.setdefault(slot, {})[microbatch] = array
-
-    def _add_task(self, task: int | None) -> TaskFunction:
-        if task is None:
-            raise ValueError("a part that is gathered over steps needs an accumulate task")
-        return self.loaded.tasks[task]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+from flowml.plan import StoreSpec
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.mailbox import Cancelled
-from flowml_runtime.execution.programs import Array, TaskFunction
+from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction
+from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 
 Gradients = Future[Sequence[Array]]
 """The gradients of one part in a step, or the sum over several steps, which may not be computed yet."""
@@ -37,3 +40,36 @@ def added(lane: Lane, device: str, add: TaskFunction, a: Gradients, b: Gradients
 
 def _same(arrays: Sequence[Array]) -> Sequence[Array]:
     return arrays
+
+
+class Sums:
+    """The gradients of one stage that are gathered over steps, by store and part."""
+
+    def __init__(self, stores: Sequence[StoreSpec], stage: int, loaded: LoadedProgram, run: int) -> None:
+        self._lane = Lane(f"{loaded.name} add run {run}")
+        """Adds the gradients. The machine decides what counts without waiting for the sum."""
+        self._gathered: dict[tuple[int, int], Accumulator[Gradients]] = {
+            (s, p): Accumulator(partial(added, self._lane, loaded.name, loaded.tasks[part.accumulate]))
+            for s, store in enumerate(stores)
+            for p, part in enumerate(store.parts)
+            if store.every > 1 and part.stage == stage and part.accumulate is not None
+        }
+
+    def add(self, store: int, part: int, clock: int, given: Sum[Gradients], pushes: bool) -> Sum[Gradients] | None:
+        """The sum that a step pushes; None if it `pushes` none, and its gradients wait for a later one."""
+        gathered = self._gathered.get((store, part))
+        if pushes:
+            return gathered.push(clock, given.value, given.weight) if gathered else given
+        if gathered is not None:
+            gathered.gather(clock, given.value, given.weight)
+        return None
+
+    def settle(self, clock: int, stores: Sequence[int], *, counts: bool) -> None:
+        """Whether the gradients of `clock` count for these stores."""
+        for (store, _), gathered in self._gathered.items():
+            if store in stores:
+                (gathered.adopt if counts else gathered.discard)(clock)
+
+    def close(self) -> None:
+        """Add no more. A step may still wait for a sum, so those that are under way are ended."""
+        self._lane.close(drop=False)
