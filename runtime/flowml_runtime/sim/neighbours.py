@@ -6,6 +6,7 @@ neighbours at the end of the step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flowml.policy import Gossip, Outer
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class Neighbours:
     """The rounds of one store. The executor of its stage uses it."""
 
-    def __init__(self, node: Node, at: At, store: int, gossip: Gossip, senders: tuple[int, ...]) -> None:
+    def __init__(self, node: Node, at: At, store: int, gossip: Gossip, senders: Sequence[int]) -> None:
         """`senders` are the replicas that take part in rounds: one of each site."""
         world = node.world
         terms = world.terms.stores[store]

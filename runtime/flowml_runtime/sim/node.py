@@ -59,7 +59,7 @@ class Node:
         self.name = name
         self.number = number
         self.lives = True
-        self.machine = TrainingWorker(name, DRIVER, world.terms.lasting(0), world.places)
+        self.machine = TrainingWorker(name, DRIVER, world.terms, world.places)
         self.mailbox: Rendezvous[list[Value], list[Value]] = Rendezvous()
         self.ids: _Ids = {"plan_id": "", "run": 0}
         self.start = NEVER

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowml.plan import Site
@@ -85,7 +86,7 @@ class Member:
 class Mirrors:
     """The exchanges of one store on one stage of a sender."""
 
-    def __init__(self, node: Node, at: At, store: int, gossip: Gossip, senders: tuple[int, ...]) -> None:
+    def __init__(self, node: Node, at: At, store: int, gossip: Gossip, senders: Sequence[int]) -> None:
         world = node.world
         terms = world.terms.stores[store]
         self._node = node

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from flowml_runtime.protocol.errors import ProtocolError, ensure
@@ -55,7 +55,7 @@ class Store:
     """One store of a home."""
 
     terms: StoreTerms
-    senders: tuple[int, ...]  # the replicas, or portions, that are counted
+    senders: Sequence[int]  # the replicas, or portions, that are counted
     clocks: Clocks | None
     """The clocks of a store that applies on arrival. Other stores have one clock for all replicas, `floor`."""
     floor: int = 0

@@ -8,7 +8,7 @@ which stages and holds which stores. All machines of a run compute the same answ
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -35,9 +35,9 @@ class StoreTerms:
     collective: bool = False
     sites: tuple[tuple[int, ...], ...] = ()
 
-    def senders(self, members: int) -> tuple[int, ...]:
+    def senders(self, members: int) -> Sequence[int]:
         """Which of so many replicas, or portions, are counted, in order."""
-        return tuple(site[0] for site in self.sites) or tuple(range(members))
+        return tuple(site[0] for site in self.sites) or range(members)
 
     @property
     def clocked(self) -> bool:
@@ -73,7 +73,7 @@ class Group:
     stores: tuple[int, ...]
     drops: bool
     """Whether a decision may leave a live replica out."""
-    senders: tuple[int, ...]
+    senders: Sequence[int]
     """The replicas whose contributions are counted."""
     discards: bool = False
     """Whether a replica that is left out loses all steps since its last push, which are in its own parameters: it takes
@@ -138,8 +138,9 @@ class Terms:
         return portion, batch
 
     def lasting(self, total_clocks: int) -> Terms:
-        """The same terms for a run of `total_clocks`."""
-        return replace(self, total_clocks=total_clocks)
+        """The same terms for a run of `total_clocks`: themselves if they are for one, so that what they work out once
+        serves all machines of a simulation."""
+        return self if total_clocks == self.total_clocks else replace(self, total_clocks=total_clocks)
 
     @cached_property
     def cut(self) -> Quorum | Deadline | None:

@@ -1,0 +1,35 @@
+"""What a simulated machine costs does not depend on how many others there are."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import flowml as fm
+
+
+def loss(params: Any, batch: Any) -> Any:
+    return jnp.mean((batch["x"] @ params["w"]) ** 2)
+
+
+def bytes_each(workers: int) -> float:
+    """The most bytes of Python objects during a fit, for each machine."""
+    cluster = fm.SimulatedCluster(workers, fm.sim.Constant(0.1), fm.sim.Network(1e-3, 1e9), arithmetic=False)
+    trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, replicas=workers, policies=fm.policies.quorum(0.75))
+    params, source = {"w": jnp.ones(4)}, {"x": np.zeros((workers, 4), np.float32)}
+    trainer.plan(params, source)
+    tracemalloc.start()
+    try:
+        trainer.fit(params, source, batch_size=workers, steps=2, progress=False)
+        return tracemalloc.get_traced_memory()[1] / workers
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_memory_of_a_machine_does_not_grow_with_their_number() -> None:
+    few, many = bytes_each(100), bytes_each(800)
+    assert many < 1.2 * few, f"{few:.0f} bytes for each of 100 machines, {many:.0f} for each of 800"
