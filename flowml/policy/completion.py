@@ -101,6 +101,9 @@ def describe_completion(quorum: Completion) -> str:
         return f"speculate {quorum.portions}"
     if isinstance(quorum, Deadline) and quorum.cuts:
         return f"microbatches cut after {quorum.limit_s:g} s"
+    if isinstance(quorum, Quorum) and quorum.cuts:
+        limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""
+        return f"quorum {quorum.count_or_fraction} of microbatches{limit}"
     late = late_name(quorum.late)
     if isinstance(quorum, Deadline):
         limit = f" limit {quorum.limit_s:g} s" if quorum.limit_s < math.inf else ""

@@ -45,4 +45,10 @@ def cut_by(policies: Iterable[Policy], replicas: int, microbatches: int) -> Quor
             f"quorum={found} with microbatches={microbatches} leaves nothing out: a replica stops between two of its "
             "microbatches, and computes at least one; give Trainer(microbatches=4) or so"
         )
+    if isinstance(found, Quorum) and found.counted and found.count_or_fraction > replicas * microbatches:
+        raise PolicyError(
+            f"quorum={found} asks for more microbatches than a step of {replicas} replicas has "
+            f"({replicas * microbatches}), so no replica would ever stop; give a count of at most "
+            f"{replicas * microbatches - 1}, or a fraction such as 0.75"
+        )
     return found

@@ -107,10 +107,16 @@ def factors(**overrides: Unpack[_Sending]) -> algebra.Policy:
 
 
 def quorum(
-    count_or_fraction: float, *, late: algebra.Late | LateName = "drop", **overrides: Unpack[_Waiting]
+    count_or_fraction: float,
+    of: Literal["replicas", "samples", "microbatches"] = "replicas",
+    late: algebra.Late | LateName = "drop",
+    **overrides: Unpack[_Waiting],
 ) -> algebra.Policy:
-    """A share (0.75) or a number (3) of the replicas completes a clock; by default later contributions are dropped."""
-    return algebra.Policy(quorum=algebra.Quorum(count_or_fraction, late=late_of(late, "quorum")), **overrides)
+    """A share (0.75) or a number (3) of the replicas completes a clock; by default later contributions are dropped.
+
+    With `of="samples"` it is one of the examples, with `of="microbatches"` one of the microbatches (see `Quorum`).
+    """
+    return algebra.Policy(quorum=algebra.Quorum(count_or_fraction, of, late_of(late, "quorum")), **overrides)
 
 
 def backup_workers(n: int, **overrides: Unpack[_Waiting]) -> algebra.Policy:

@@ -114,7 +114,9 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
 
     Args:
         count_or_fraction: a float in (0, 1] is a share of what `of` names, rounded up; an int ≥ 1 is a number of it.
-        of: `"replicas"`, or `"samples"`: the examples in the contributions. For `"microbatches"` see `Deadline`.
+        of: `"replicas"`; `"samples"`: the examples in the contributions; or `"microbatches"`: when so many of those of
+            all replicas are computed, replicas that still compute stop before their next one, and contribute those that
+            they have, at least one. All replicas contribute to every clock.
         late: `"drop"`, `"fold"` or `"requeue"`, or one of `Drop()`, `Fold(decay)`, `Requeue()`. With a staleness above
             0, `"fold"` has no clocks: contributions are applied as soon as there are `count_or_fraction` of them.
         limit_s: a clock waits for its quorum at most so many seconds after the one before; then the fit ends with
@@ -158,10 +160,7 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
             raise PolicyError(f"Quorum({value}): a fraction lies in (0, 1]; for a number of {self.of} give an int")
         _check_of(self.of)
         if self.cuts:
-            raise PolicyError(
-                "Quorum(of='microbatches') is not available yet; give Deadline(limit_s=..., of='microbatches'), or "
-                "of='replicas' or of='samples'"
-            )
+            _check_cut(f"Quorum({value}, of='microbatches')", self.late)
         msgspec.structs.force_setattr(self, "limit_s", _limit(self.limit_s, "Quorum"))
         if self.over not in ("step", "epoch"):
             raise PolicyError(f"Quorum(over={self.over!r}) is not known; give over='step' or over='epoch'")
@@ -200,15 +199,17 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
 
     def never_drops(self, members: int) -> bool:
         """Whether every one of `members` replicas is needed, so that none can come too late."""
-        return self.of == "replicas" and self.need(members) >= members
+        return self.cuts or (self.of == "replicas" and self.need(members) >= members)
 
     @property
     def waits_for_all(self) -> bool:
-        """Whether it is the default, which needs every replica whatever their number."""
-        return not self.counted and self.count_or_fraction == 1 and self.limit_s == math.inf
+        """Whether it needs every replica whatever their number, as the default does."""
+        return (self.cuts or (not self.counted and self.count_or_fraction == 1)) and self.limit_s == math.inf
 
     def decide(self, arrivals: Arrivals, now: float) -> Answer:
         """Decide when there is enough. A share is one of the replicas that are left, but a number stays a number."""
+        if self.cuts:
+            return Quorum(limit_s=self.limit_s).decide(arrivals, now)
         if arrivals.count and self._reached(arrivals):
             return Decide()
         if not arrivals.hopeful and not self.counted:
@@ -232,7 +233,8 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
         return arrivals.weight * arrivals.rows >= self.need(samples) - _ROUNDING
 
     def __str__(self) -> str:
-        return f"Quorum({self.count_or_fraction})"
+        of = ", of='microbatches'" if self.cuts else ""
+        return f"Quorum({self.count_or_fraction}{of})"
 
 
 class Deadline(msgspec.Struct, frozen=True, tag=True):
@@ -286,11 +288,7 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
 
     def _check_cut(self) -> None:
         where = "Deadline(of='microbatches')"
-        if self.late != Drop():
-            raise PolicyError(
-                f"{where} with late={late_name(self.late)!r} is not sound: every replica contributes in time what it "
-                "has, and microbatches that were not computed have no gradient to keep; leave late out"
-            )
+        _check_cut(where, self.late)
         if self.limit_s == math.inf:
             raise PolicyError(f"{where} needs limit_s=, the seconds after which a replica stops between microbatches")
         if self.quorum != Quorum() or self.grace != "adaptive":
@@ -431,6 +429,14 @@ class Coded(msgspec.Struct, frozen=True, tag=True):
         return f"Coded({self.stragglers}, {self.code!r}{form})"
 
 
+def _check_cut(where: str, late: Late) -> None:
+    if late != Drop():
+        raise PolicyError(
+            f"{where} with late={late_name(late)!r} is not sound: every replica contributes in time what it has, and "
+            "microbatches that were not computed have no gradient to keep; leave late out"
+        )
+
+
 def _limit(limit_s: object, where: str) -> float:
     value = number(limit_s, f"{where}(limit_s={{!r}}): give seconds")
     if value <= 0:
@@ -440,4 +446,4 @@ def _limit(limit_s: object, where: str) -> float:
 
 def _check_of(of: object) -> None:
     if of not in ("replicas", "samples", "microbatches"):
-        raise PolicyError(f"Quorum(of={of!r}) is not known; give of='replicas' or of='samples'")
+        raise PolicyError(f"Quorum(of={of!r}) is not known; give of='replicas', 'samples' or 'microbatches'")

@@ -14,13 +14,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from flowml.ir.verify import VerifierError
-from flowml.plan import Instruction, Program, Recv, Run, Send, Training
+from flowml.plan import Instruction, Program, Recv, Run, Send, Training, until_last_message
 from flowml.policy import cutting
 
 
 def cuts(training: Training) -> bool:
     """Whether replicas may stop between two microbatches. The rule is the same in all stores."""
     return bool(training.stores) and cutting(training.stores[0].policy.quorum) is not None
+
+
+def ends(code: Sequence[Instruction]) -> Mapping[int, int]:
+    """The positions of the tasks with which a stage has computed a microbatch, and the microbatch.
+
+    Tasks after the last message of the stage do not count, because they make only what is reported.
+    """
+    last: dict[int, int] = {}
+    for n, i in enumerate(until_last_message(code)):
+        if isinstance(i, Run) and i.role == "compute":
+            last[i.microbatch] = n
+    return {n: microbatch for microbatch, n in last.items()}
 
 
 def deciding_stage(training: Training, programs: Sequence[Program]) -> int:

@@ -29,8 +29,10 @@ def test_a_limit_stops_a_replica_and_leaves_none_out() -> None:
         (lambda: fm.Deadline(grace=1.0, limit_s=1, of="microbatches"), "leave share and grace out"),
         (lambda: fm.Deadline(limit_s=1, of="samples"), "of='samples'.* is not known"),  # pyright: ignore
         (lambda: fm.Deadline(limit_s=1, late="requeue", of="microbatches"), "late='requeue' is not sound"),
-        (lambda: fm.Quorum(0.5, of="microbatches"), "give Deadline"),
-        (lambda: fm.Quorum(0.5, of="batches"), "give of='replicas' or of='samples'"),  # pyright: ignore
+        (lambda: fm.Quorum(0.5, of="microbatches", late="fold"), "late='fold' is not sound"),
+        (lambda: fm.Quorum(0.5, of="microbatches", over="epoch"), "give a fraction such as 0.75 and of='samples'"),
+        (lambda: fm.Quorum(0.5, of="batches"), "give of='replicas', 'samples' or 'microbatches'"),  # pyright: ignore
+        (lambda: fm.policies.quorum(4, "microbatches", payload=fm.Factors()), "factors are sent for each microbatch"),
         (lambda: fm.policies.drop_compute(0.1, payload=fm.Factors()), "factors are sent for each microbatch"),
         (lambda: fm.policies.drop_compute(0), "a number of seconds above 0"),
         (lambda: fm.Policy(topology=fm.Gossip("ring"), quorum=LIMIT), "is not sound"),
@@ -43,6 +45,18 @@ def test_a_limit_stops_a_replica_and_leaves_none_out() -> None:
 def test_what_is_not_sound_says_why(wrong: Callable[[], object], message: str) -> None:
     with pytest.raises(fm.PolicyError, match=message):
         wrong()
+
+
+def test_a_quorum_of_microbatches_leaves_no_replica_out() -> None:
+    quorum = fm.Quorum(0.75, of="microbatches")
+    assert fm.policies.quorum(0.75, of="microbatches") == fm.Policy(quorum=quorum)
+    assert fm.policies.quorum(0.75, "samples", "requeue").quorum == fm.Quorum(0.75, "samples", late="requeue")
+    assert fm.Policy(quorum=quorum).describe() == "quorum 0.75 of microbatches"
+    assert quorum.never_drops(4) and quorum.waits_for_all and not quorum.stops(9.0)
+    assert (quorum.need(16), fm.Quorum(3, of="microbatches").need(16)) == (12, 3)
+    assert cut_by([fm.Policy(quorum=quorum), fm.Policy(quorum=quorum, every=2)], 2, 4) == quorum
+    with pytest.raises(fm.PolicyError, match=r"a step of 2 replicas has \(8\).*at most 7"):
+        cut_by([fm.policies.quorum(9, "microbatches")], 2, 4)
 
 
 def test_all_layers_have_the_rule_or_none() -> None:

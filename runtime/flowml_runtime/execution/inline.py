@@ -113,6 +113,9 @@ class _LocalServices:
     def leaves_out(self, microbatch: int) -> bool:
         return False
 
+    def computed(self) -> None:
+        return
+
     def way(self, message: int) -> str:
         return ""
 

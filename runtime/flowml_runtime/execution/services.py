@@ -163,6 +163,9 @@ class EdgeServices:
     def leaves_out(self, microbatch: int) -> bool:
         return False
 
+    def computed(self) -> None:
+        return
+
     def adopt(self, arrays: Sequence[Array]) -> Sequence[Array]:
         return adopt(arrays, self.loaded.device) if self._adopts else arrays
 

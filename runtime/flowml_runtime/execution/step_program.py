@@ -43,6 +43,10 @@ class StepServices(Protocol):
         """Whether the step leaves out this microbatch, if it may leave out any. See `left_out`."""
         ...
 
+    def computed(self) -> None:
+        """Called after the last task of a microbatch, if microbatches may be left out."""
+        ...
+
 
 class StepFault(Exception):
     """A step failed at `node` (the text of a task or an edge). `__cause__` is the reason."""
@@ -71,14 +75,15 @@ class StepProgram:
 
 def prepare(loaded: LoadedProgram) -> StepProgram:
     """Bind every instruction to its task and buffers, so that a step looks nothing up."""
-    instructions, bind = loaded.program.instructions, binding(loaded.plan)
+    instructions = loaded.program.instructions
+    bind = binding(loaded.plan, instructions)
     used = [b for i in instructions for b in _buffers(i)] + list(loaded.constants)
     buffers: list[Any] = [None] * (max(used, default=-1) + 1)
     for buffer, array in loaded.constants.items():
         buffers[buffer] = array
     return StepProgram(
         device=loaded.name,
-        operations=tuple(bind(i, _bind(i, loaded.runs.get(n))) for n, i in enumerate(instructions)),
+        operations=tuple(bind(n, _bind(i, loaded.runs.get(n))) for n, i in enumerate(instructions)),
         nodes=tuple(describe(loaded.plan, i) for i in instructions),
         buffers=tuple(buffers),
         instructions=instructions,

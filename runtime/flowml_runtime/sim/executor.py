@@ -18,7 +18,7 @@ from flowml_runtime import wire
 from flowml_runtime.execution.step_program import StepFault
 from flowml_runtime.protocol.rendezvous import Cancelled
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
-from flowml_runtime.protocol.training.actions import Start, StepFinished, Updated
+from flowml_runtime.protocol.training.actions import Computed, Start, StepFinished, Updated
 from flowml_runtime.sim.neighbours import Neighbours
 from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At, StageProgram
@@ -46,6 +46,7 @@ class Executor:
         """Those of its run, which a step may outlive."""
         self._program = program
         self._machine = node.machine.stage(at)
+        self._paced = self._world.terms.paced is not None
         self._instructions = self._world.instructions(program)
         self._machine_number = self._world.machine(node.number, program.device)
         self._label = node.number * KINDS + _TASK
@@ -260,8 +261,10 @@ class Executor:
     def _run(self, step: Start, run: Run) -> bool:
         world, program = self._world, self._program
         share = program.shares[self._position]
-        if not share or (run.microbatch and self._leaves_out(run.microbatch)):
+        if run.microbatch and self._leaves_out(run.microbatch):
             return self._perform(step)
+        if not share:
+            return self._perform(step) and self._end_task(step)
         self._computes_since = min(self._computes_since, world.clock.now)
         seconds = self._seconds * share + world.delay(self._node.name, step.clock) / program.runs
         self._computes, self.waits = True, False
@@ -276,8 +279,15 @@ class Executor:
         self.waits = True
         if not self._is_over(step):
             self._perform(step)
+            self._end_task(step)
             self._next += 1
         self.walk()
+
+    def _end_task(self, step: Start) -> bool:
+        """Tell the machine if a microbatch is computed, and it wants to know."""
+        if self._paced and self._position in self._program.ends and self._machine.cut.finish():
+            self._node.note(Computed(step.run, step.replica, step.stage))
+        return True
 
     def _send(self, step: Start, send: Send) -> bool:
         edge = self._program.edges[send.message]

@@ -117,7 +117,7 @@ class Node:
         if wanted or (isinstance(event, protocol.Received) and isinstance(event.message, _NEWS)):
             self.walk()
 
-    def note(self, event: protocol.Updated) -> None:
+    def note(self, event: protocol.Updated | protocol.Computed) -> None:
         """Tell the machine of an event that lets no step go on. A step may call it."""
         wanted = self.machine.step(event, self.world.clock.now)
         for action in wanted:

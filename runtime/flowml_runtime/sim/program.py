@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flowml.plan import Instruction, Plan, Push, Read, Recv, Run, Send, Training, until_last_message
+from flowml.training.cuts import ends
 
 At = tuple[int, int]
 """(replica, stage)"""
@@ -34,13 +35,19 @@ class StageProgram:
         """The number of tasks that take time."""
         return sum(share > 0 for share in self.shares)
 
+    @cached_property
+    def ends(self) -> Mapping[int, int]:
+        """As `cuts.ends`."""
+        return ends(self.instructions)
+
     def matter(self, computes: bool) -> tuple[int, ...]:
-        """The positions of the instructions that matter: without arithmetic, those that take time, wait or send."""
+        """The positions of the instructions that matter: without arithmetic, those that take time, wait, send or end a
+        microbatch."""
         if computes:
             return tuple(range(len(self.instructions)))
         kinds = Read, Recv, Send, Push
         pairs = enumerate(zip(self.instructions, self.shares, strict=True))
-        return tuple(n for n, (i, share) in pairs if share or isinstance(i, kinds))
+        return tuple(n for n, (i, share) in pairs if share or isinstance(i, kinds) or n in self.ends)
 
 
 @dataclass(frozen=True)

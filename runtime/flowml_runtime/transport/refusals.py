@@ -26,6 +26,8 @@ _FREQUENT = (
     wire.Contribution,
     wire.Arrived,
     wire.Commit,
+    wire.Computed,
+    wire.Halt,
     wire.Published,
     wire.Collective,
     wire.Settled,

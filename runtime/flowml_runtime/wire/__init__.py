@@ -31,9 +31,11 @@ from flowml_runtime.wire.training import Batch as Batch
 from flowml_runtime.wire.training import Begin as Begin
 from flowml_runtime.wire.training import Collective as Collective
 from flowml_runtime.wire.training import Commit as Commit
+from flowml_runtime.wire.training import Computed as Computed
 from flowml_runtime.wire.training import Contribution as Contribution
 from flowml_runtime.wire.training import Gossip as Gossip
 from flowml_runtime.wire.training import Grant as Grant
+from flowml_runtime.wire.training import Halt as Halt
 from flowml_runtime.wire.training import Item as Item
 from flowml_runtime.wire.training import NonFinite as NonFinite
 from flowml_runtime.wire.training import OwnState as OwnState
@@ -255,8 +257,8 @@ Wire = (
     Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
     | Loaded | Unload | Value | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | Gossip | Ask | Grant | Begin | Contribution | Arrived
-    | Commit | Published | Applied | Collective | Settled | Report | NonFinite | Staleness | Traffic | Retired
-    | StopTraining
+    | Commit | Computed | Halt | Published | Applied | Collective | Settled | Report | NonFinite | Staleness | Traffic
+    | Retired | StopTraining
 )
 # fmt: on
 

@@ -175,6 +175,20 @@ class Commit(TrainingMessage, frozen=True):
     waits: Waits = Waits()
 
 
+class Computed(TrainingMessage, frozen=True):
+    """A replica has computed so many microbatches at `clock`: for the worker that counts those of all replicas."""
+
+    replica: Count
+    clock: Count
+    microbatches: Count
+
+
+class Halt(TrainingMessage, frozen=True):
+    """The replicas have computed enough microbatches of `clock`: those on this worker begin no more of it."""
+
+    clock: Count
+
+
 class Published(TrainingMessage, frozen=True):
     """A store's new version, pushed to its readers. It includes what every active replica sent before `floor`.
 

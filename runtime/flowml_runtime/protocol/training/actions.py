@@ -47,13 +47,22 @@ class Updated:
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """A stage has computed a microbatch of its running step, and `Cut.finish` has asked for this event."""
+
+    run: int
+    replica: int
+    stage: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """The time that a Wake of this run named has come."""
 
     run: int
 
 
-Event = Received | StepFinished | Updated | ReplicaLost | Tick
+Event = Received | StepFinished | Updated | Computed | ReplicaLost | Tick
 
 
 # Actions. `cause` is the number of the event that caused them.

@@ -1,8 +1,13 @@
 """Counts the microbatches that a step computes on one stage, where a replica may stop between two of them.
 
 The stage that decides (`flowml.training.cuts`) asks the policy before the first instruction of each microbatch, and it
-leaves out this microbatch and all later ones when the policy says so. The other stages of the replica learn it from a
-message without arrays. The first microbatch is always computed, so that every replica contributes.
+leaves out this microbatch and all later ones when the policy says so, or when the replicas together have computed
+enough (`pace`). The other stages of the replica learn it from a message without arrays. The first microbatch is always
+computed, so that every replica contributes.
+
+If enough is a number of microbatches of all replicas, this stage also tells what it has computed. It tells nothing
+while the others together cannot have the rest, nor after enough are computed, and one message stands for all
+microbatches that end before it is sent.
 """
 
 from __future__ import annotations
@@ -20,20 +25,32 @@ class Cut:
         self.used = terms.microbatches
         """How many microbatches the step computes, as far as is known: the first ones."""
         self._asked = 0
-        self._halted = False
+        self.clock = -1
+        """That of the step."""
+        self._halted = -1
+        """The newest clock at which enough is computed."""
+        quorum = terms.paced if self._decides else None
+        self._tells = quorum is not None
+        others = (terms.replicas - 1) * terms.microbatches
+        self._least = quorum.need(others + terms.microbatches) - others if quorum else 0
+        self.computed = 0
+        """How many microbatches of the step are computed, if this stage tells it."""
+        self._telling = False
+        """Whether the machine is about to tell it."""
 
     @property
     def left_out(self) -> int:
         """How many microbatches the step leaves out."""
         return self._all - self.used
 
-    def begin(self) -> None:
-        """The next step begins."""
-        self.used, self._asked, self._halted = self._all, 0, False
+    def begin(self, clock: int = 0) -> None:
+        """The step of `clock` begins."""
+        self.used, self._asked, self.clock = self._all, 0, clock
+        self.computed, self._telling = 0, False
 
-    def halt(self) -> None:
-        """Begin no more microbatches."""
-        self._halted = True
+    def halt(self, clock: int) -> None:
+        """Begin no more microbatches of `clock`."""
+        self._halted = max(self._halted, clock)
 
     def leaves_out(self, microbatch: int, seconds: float) -> bool:
         """Whether the step leaves out a microbatch. `seconds` is how long the step has computed.
@@ -42,10 +59,25 @@ class Cut:
         """
         if self._decides and self._rule is not None and microbatch > self._asked:
             self._asked = microbatch
-            if self._halted or self._rule.stops(seconds):
+            if self.clock <= self._halted or self._rule.stops(seconds):
                 self.lacks(microbatch)
         return microbatch >= self.used
 
     def lacks(self, microbatch: int) -> None:
         """The microbatch is left out, and so are all later ones."""
         self.used = min(self.used, microbatch)
+
+    def finish(self) -> bool:
+        """A microbatch is computed. Whether to give the machine the event that makes it tell."""
+        if not self._tells:
+            return False
+        self.computed += 1  # before the next line, because the machine reads it after it has said that it tells
+        if self._telling or self.computed < self._least or self.clock <= self._halted:
+            return False
+        self._telling = True
+        return True
+
+    def told(self) -> int:
+        """How many microbatches the machine tells now."""
+        self._telling = False
+        return self.computed

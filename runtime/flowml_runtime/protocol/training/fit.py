@@ -10,13 +10,14 @@ from typing import Any, ClassVar, TypedDict
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
-from flowml_runtime.protocol.training import decision, home, replica, stage
+from flowml_runtime.protocol.training import decision, home, pace, replica, stage
 from flowml_runtime.protocol.training.accounts import Settle, joined
 from flowml_runtime.protocol.training.actions import (
     Abandon,
     Action,
     Apply,
     Close,
+    Computed,
     Count,
     Hand,
     Load,
@@ -76,6 +77,9 @@ class Fit:
             if self._leaders[group.number] == me
         }
         """The decisions that this worker makes, by group."""
+        paced = terms.paced if places.homes[0][0] == me else None
+        self._pace = pace.Pace(terms, paced) if paced else None
+        """Counts the microbatches of all replicas, if this worker does."""
         self._now = began
         self._shown: dict[int, tuple[int, int]] = {}
         """(version, floor) of each store that is read here."""
@@ -101,20 +105,24 @@ class Fit:
             raise ProtocolError(f"a worker has no use for {type(event.message).__name__} during training")
         return route(self, event.message, event)
 
-    def handle(self, event: StepFinished | Updated | Tick) -> list[Action]:
+    def handle(self, event: StepFinished | Updated | Computed | Tick) -> list[Action]:
         if isinstance(event, Tick):
             return [*self._decide(self._decisions, TimeCame()), *self._at_stages(self.stages, TimeCame())]
         if isinstance(event, Updated):
             return self._at_home(home.Updated(event.store, event.replica, event.clock, event.applied))
+        if isinstance(event, Computed):
+            return self._tell_computed((event.replica, event.stage))
         return self._at_stage((event.replica, event.stage), stage.StepFinished(event.clock))
 
     def lose(self, event: ReplicaLost) -> list[Action]:
         """Make the home and the leader here stop waiting for a lost replica."""
-        return [*self._decide(self._decisions, event), *self._at_home(event)]
+        return [*self._decide(self._decisions, event), *self._at_home(event), *self._at_pace(event)]
 
     def validate(self) -> None:
         for machine in (*self.stages.values(), self._home, *self._decisions.values()):
             machine.validate()
+        if self._pace is not None:
+            self._pace.validate()
 
     @property
     def _cause(self) -> int:
@@ -159,6 +167,18 @@ class Fit:
         )
         return [*self._at_stages(self.stages, event), *self._at_home(event)]
 
+    def _computed(self, message: wire.Computed, _: Received) -> list[Action]:
+        if self._pace is None:
+            raise ProtocolError(
+                f"{self._me} hears of microbatches of replica {message.replica}, which it does not count"
+            )
+        return self._at_pace(pace.Computed(message.replica, message.clock, message.microbatches))
+
+    def _halted(self, message: wire.Halt, _: Received) -> list[Action]:
+        for machine in self.stages.values():
+            machine.cut.halt(message.clock)
+        return []
+
     def _published(self, message: wire.Published, event: Received) -> list[Action]:
         store, news, handle = message.store, (message.version, message.floor), event.handle
         if self._terms.stores[store].collective and news <= self._shown.get(store, (-1, -1)):
@@ -191,6 +211,8 @@ class Fit:
         wire.Contribution: _contributed,
         wire.Arrived: _arrived,
         wire.Commit: _committed,
+        wire.Computed: _computed,
+        wire.Halt: _halted,
         wire.Published: _published,
         wire.Applied: _applied,
         wire.Retired: _retired,
@@ -264,6 +286,23 @@ class Fit:
                         commit = wire.Commit(**self._ids, **what, **rest)
                         actions.append(Send((*self._places.workers, self._driver), commit))
         return actions
+
+    def _tell_computed(self, at: At) -> list[Action]:
+        """Tell how many microbatches the running step of a stage has computed."""
+        cut = self.stages[at].cut
+        event = pace.Computed(at[0], cut.clock, cut.told())
+        if self._pace is not None:
+            return self._at_pace(event)
+        count: dict[str, Any] = {"replica": event.replica, "clock": event.clock, "microbatches": event.microbatches}
+        return [Send(self._places.homes[0][:1], wire.Computed(**self._ids, **count))]
+
+    def _at_pace(self, event: pace.Computed | ReplicaLost) -> list[Action]:
+        """Count microbatches, if this worker does, and tell those that still compute when there are enough."""
+        found: list[Action] = []
+        for halt in self._pace.step(event) if self._pace else ():
+            late = dict.fromkeys(self._places.stages[r][self._terms.cuts_at] for r in halt.replicas)
+            found.append(Send(tuple(late), wire.Halt(**self._ids, clock=halt.clock)))
+        return found
 
     def _at_home(self, event: home.Event) -> list[Action]:
         cause, ids, places = self._cause, self._ids, self._places

@@ -315,7 +315,7 @@ class Replica:
     def _start(self, step: Step) -> list[Action]:
         step.take("start")
         self._running = step
-        self.cut.begin()
+        self.cut.begin(step.clock)
         return [Start(step.clock, step.item, step.last)]
 
     def _retire(self) -> list[Action]:

@@ -68,6 +68,10 @@ def said(message: wire.Wire | wire.TrainingMessage) -> str:
             return f"replica {replica} gets {given}{', the last there is' if exhausted else ''}"
         case wire.Begin(replica=replica, clock=clock, item=item):
             return f"replica {replica} begins clock {clock} with item {item.sequence}"
+        case wire.Computed(replica=replica, clock=clock, microbatches=count):
+            return f"replica {replica} has computed {count} microbatches of clock {clock}"
+        case wire.Halt(clock=clock):
+            return f"enough microbatches of clock {clock} are computed"
         case wire.Settled(replica=replica, fates=fates, missing=missing):
             without = f" without {_many('group', missing)}" if missing else ""
             return ", ".join(f"item {i.sequence} of replica {replica} is {fate}{without}" for i, fate in fates)
@@ -109,6 +113,8 @@ def happened(event: actions.Event | driver.Event) -> str:
             return "has waited long enough"
         case actions.StepFinished(_, replica, stage, clock):
             return f"has finished clock {clock} on stage {stage} of replica {replica}"
+        case actions.Computed(_, replica, stage):
+            return f"has computed a microbatch on stage {stage} of replica {replica}"
         case actions.Updated(_, replica, store, clock):
             return f"sees that replica {replica} has updated store {store} at clock {clock}"
         case ReplicaLost(replica):

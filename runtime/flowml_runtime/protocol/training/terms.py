@@ -147,6 +147,11 @@ class Terms:
         """What says when a replica stops between two microbatches, for all stores; None if nothing does."""
         return cutting(self.stores[0].policy.quorum) if self.stores else None
 
+    @property
+    def paced(self) -> Quorum | None:
+        """The rule by which replicas stop once all of them together have computed enough microbatches."""
+        return self.cut if isinstance(self.cut, Quorum) else None
+
     @cached_property
     def aligned(self) -> bool:
         """Whether all replicas run the same clocks. Otherwise each runs as many as it can."""

@@ -13,6 +13,8 @@ of the stores that live here, and the `Decision` if this worker leads. A message
                     The home here tells the leader here without a message.
     Commit          a group has decided a clock. Everyone gets it. The stages here get it before the
                     home here, as a replica must know that its step counts before it sees the version with the step.
+    Computed        a replica has computed some microbatches, for the worker that counts them (`pace`): the first home.
+    Halt            the replicas have computed enough microbatches of a clock, for all stages here.
     Published       a new version, for all stages here. A version that is not newer than the one read here comes from
                     another copy of the store, and is ignored.
     Applied         the version that contains a push of a replica here, for its stages.

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from flowml_runtime.worker.worker import Worker
 
 _Entry = tuple[str, wire.TrainingMessage, Sequence[Array]]
+_FromExecutors = protocol.StepFinished | protocol.Updated | protocol.Computed
 
 
 MAX_INBOX = 65536
@@ -78,7 +79,7 @@ class TrainingHost:
         self._fit: _Fit | None = None
         self._failed: wire.StepFailed | None = None
         """The last failure, to be told again if the driver asks."""
-        self._inbox: queue.SimpleQueue[_Entry | protocol.StepFinished | protocol.Updated | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Entry | _FromExecutors | None] = queue.SimpleQueue()
         self._wakes: list[tuple[float, int]] = []
         """(time, run) of the Wakes that have not been answered, as a heap."""
         self._thread = service.start(f"{worker.name} training", self._work, self._end)
@@ -102,8 +103,8 @@ class TrainingHost:
         if fit is not None:
             fit.reductions.on_lost(peer, reason)
 
-    def on_event(self, event: protocol.StepFinished | protocol.Updated) -> None:
-        """An executor has finished or given up a step, or has updated a store that it shares."""
+    def on_event(self, event: _FromExecutors) -> None:
+        """An executor has finished or given up a step, has updated a store that it shares, or has computed a part."""
         self._inbox.put(event)
 
     def close(self) -> None:
@@ -130,7 +131,7 @@ class TrainingHost:
             del entry  # otherwise it would keep arrays alive until the next entry
         self._close()
 
-    def _next(self) -> _Entry | protocol.StepFinished | protocol.Updated | protocol.Tick | None:
+    def _next(self) -> _Entry | _FromExecutors | protocol.Tick | None:
         """The next message or event, or the Tick for a Wake whose time has come. None when the host is closed."""
         if not self._wakes:
             return self._inbox.get()  # no deadline: the thread sleeps until it has work or is closed

@@ -29,7 +29,7 @@ from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import EdgeServices, host_view
 from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare, run_step
 from flowml_runtime.protocol.training.accumulator import Sum
-from flowml_runtime.protocol.training.actions import Send, Start, StepFinished, Updated
+from flowml_runtime.protocol.training.actions import Computed, Send, Start, StepFinished, Updated
 from flowml_runtime.worker.training.batches import Batches
 from flowml_runtime.worker.training.examples import beside_batch, over_microbatches
 from flowml_runtime.worker.training.exchange.mirrors import Mirrors
@@ -220,6 +220,10 @@ class StageRunner(EdgeServices):
 
     def leaves_out(self, microbatch: int) -> bool:
         return self.machine.cut.leaves_out(microbatch, self._pace.computed_s())
+
+    def computed(self) -> None:
+        if self.machine.cut.finish():
+            self._on_event(Computed(self.run.number, self.replica, self._now.stage))
 
     def receive(self, step: int, message: int, microbatch: int) -> Sequence[Array]:
         arrays = super().receive(step, message, microbatch)
