@@ -70,9 +70,9 @@ if TYPE_CHECKING:
     from flowml.policy import named as policies  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from flowml_runtime.cluster import Cluster as Cluster
     from flowml_runtime.dataflow import dataflow as dataflow
+    from flowml_runtime.driver.training.result import TrainingResult as TrainingResult
     from flowml_runtime.sim.cluster import SimulatedCluster as SimulatedCluster
     from flowml_runtime.trainer import Trainer as Trainer
-    from flowml_runtime.trainer import TrainingResult as TrainingResult
 
 _HOMES = {
     "policies": "flowml.policy.named",
@@ -135,7 +135,7 @@ _HOMES = {
     "dataflow": "flowml_runtime.dataflow",
     "SimulatedCluster": "flowml_runtime.sim.cluster",
     "Trainer": "flowml_runtime.trainer",
-    "TrainingResult": "flowml_runtime.trainer",
+    "TrainingResult": "flowml_runtime.driver.training.result",
 }
 
 _MODULES = {"policies", "filters", "data", "sim"}

@@ -9,9 +9,9 @@ structs: they are validated when decoded and never pickled.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
@@ -19,6 +19,7 @@ from flowml.arrays import ArraySpec, Dimension, Index, Shape
 from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, PolicyError, named
 from flowml.home import Applies, Buffer, Local, Reduction, Site
+from flowml.instructions import Instruction, Run
 from flowml.policy import Code, Policy, Speculate
 from flowml.policy.filters import sent_size
 
@@ -102,71 +103,6 @@ class Task(msgspec.Struct, frozen=True):
 
 # Instructions. Buffers are small integers local to one device's program; `message`, `task`, `layer` and
 # `slot` index the plan's tables; `microbatch` distinguishes the repeats of one step.
-
-
-class Feed(msgspec.Struct, frozen=True, tag="feed"):
-    """Take this step's values of `slots` from the feed, which the driver sends or a data source gives."""
-
-    slots: tuple[Index, ...]
-    buffers: tuple[Index, ...]
-    microbatch: Index = 0
-
-
-class Read(msgspec.Struct, frozen=True, tag="read"):
-    """Wait until this step may read store `store`, then bind its leaves `leaves` to `buffers`."""
-
-    store: Index
-    leaves: tuple[Index, ...]
-    buffers: tuple[Index, ...]
-
-
-class Recv(msgspec.Struct, frozen=True, tag="recv"):
-    message: Index
-    buffers: tuple[Index, ...]
-    microbatch: Index = 0
-
-
-class Run(msgspec.Struct, frozen=True, tag="run"):
-    task: Index
-    inputs: tuple[Index, ...]
-    outputs: tuple[Index, ...]
-    microbatch: Index = 0
-    role: Literal["compute", "add", "finish"] = "compute"  # "add": to the sum over microbatches; "finish": that sum
-
-
-class Send(msgspec.Struct, frozen=True, tag="send"):
-    message: Index
-    buffers: tuple[Index, ...]
-    microbatch: Index = 0
-
-
-class Push(msgspec.Struct, frozen=True, tag="push"):
-    """Send part `part` of this step's contribution to the home of store `store`, as soon as the part is complete."""
-
-    store: Index
-    part: Index
-    buffers: tuple[Index, ...]
-
-
-class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
-    """Send buffers to the driver as the output `slots` (in training, those of this microbatch)."""
-
-    slots: tuple[Index, ...]
-    buffers: tuple[Index, ...]
-    microbatch: Index = 0
-
-
-class Free(msgspec.Struct, frozen=True, tag="free"):
-    buffers: tuple[Index, ...]
-
-
-Instruction = Feed | Read | Recv | Run | Send | Push | Fetch | Free
-
-
-def until_last_message(instructions: Sequence[Instruction]) -> Sequence[Instruction]:
-    """The instructions up to the last one that sends; all if none does. Those after it make only what is reported."""
-    last = max((n for n, i in enumerate(instructions) if isinstance(i, Push | Send)), default=len(instructions) - 1)
-    return instructions[: last + 1]
 
 
 class Program(msgspec.Struct, frozen=True):

@@ -13,26 +13,9 @@ import jax
 import jax.numpy as jnp
 import msgspec
 
+from flowml.instructions import Feed, Fetch, Free, Instruction, Recv, Run, Send
 from flowml.ir._jax import export, struct_of
-from flowml.plan import (
-    ArraySpec,
-    Constant,
-    Estimate,
-    Feed,
-    Fetch,
-    Free,
-    Instruction,
-    Message,
-    Output,
-    Plan,
-    Program,
-    Recv,
-    Run,
-    Send,
-    Task,
-    Transfer,
-    fingerprint,
-)
+from flowml.plan import ArraySpec, Constant, Estimate, Message, Output, Plan, Program, Task, Transfer, fingerprint
 
 W0, W1 = "worker:0/cpu:0", "worker:1/cpu:0"
 VECTOR = ArraySpec((4,), "float32")

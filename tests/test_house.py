@@ -24,6 +24,7 @@ MAX_FUNCTION_LINES = 70  # below its `def`
 PROTOCOL_MAY_IMPORT = (
     "flowml.devices",
     "flowml.errors",
+    "flowml.instructions",
     "flowml.plan",
     "flowml.policy",
     "flowml_runtime.wire",

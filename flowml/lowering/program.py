@@ -10,22 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from flowml.instructions import Feed, Fetch, Free, Instruction, Push, Read, Recv, Run, Send
 from flowml.ir.graph import Graph
 from flowml.lowering.schedule import Schedule, TaskGroup
 from flowml.lowering.transfer import Edge, describe, transfers
-from flowml.plan import (
-    Feed,
-    Fetch,
-    Free,
-    Instruction,
-    Message,
-    Program,
-    Push,
-    Read,
-    Recv,
-    Run,
-    Send,
-)
+from flowml.plan import Message, Program
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+from flowml.instructions import Feed, Free, Recv, Run, Send
 from flowml.ir.graph import Graph
 from flowml.ir.verify import VerifierError, require
 from flowml.lowering.program import defined, touched
 from flowml.lowering.schedule import Schedule
-from flowml.plan import Feed, Free, Plan, Program, Recv, Run, Send
+from flowml.plan import Plan, Program
 
 
 def verify_schedule(graph: Graph, plan: Schedule) -> None:

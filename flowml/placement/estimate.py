@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from flowml.devices import Device
 from flowml.errors import FlowmlError
+from flowml.instructions import Feed, Free, Read, Recv, Run, Send
 from flowml.placement.links import Links
-from flowml.plan import ArraySpec, Estimate, Feed, Free, Message, Program, Read, Recv, Run, Send, StoreSpec, Task
+from flowml.plan import ArraySpec, Estimate, Message, Program, StoreSpec, Task
 
 
 @dataclass

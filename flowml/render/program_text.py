@@ -4,19 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flowml.plan import (
-    Feed,
-    Fetch,
-    Instruction,
-    Message,
-    Plan,
-    Program,
-    Push,
-    Read,
-    Recv,
-    Run,
-    Send,
-)
+from flowml.instructions import Feed, Fetch, Instruction, Push, Read, Recv, Run, Send
+from flowml.plan import Message, Plan, Program
 from flowml.render.scene import input_names, spec_text
 from flowml.render.units import bytes_text, clip, flops_text, listed, plural, seconds_text
 

@@ -12,21 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from flowml.plan import (
-    ArraySpec,
-    Feed,
-    Fetch,
-    Message,
-    Partition,
-    Plan,
-    Program,
-    Read,
-    Recv,
-    Run,
-    Send,
-    StoreSpec,
-    Task,
-)
+from flowml.instructions import Feed, Fetch, Read, Recv, Run, Send
+from flowml.plan import ArraySpec, Message, Partition, Plan, Program, StoreSpec, Task
 from flowml.policy.filters import sent_size
 from flowml.render.units import bytes_text, flops_text, listed, plural, seconds_text
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from flowml.instructions import Recv, Run, Send
 from flowml.placement.links import Link
-from flowml.plan import Plan, PlanLink, Program, Recv, Run, Send, Task
+from flowml.plan import Plan, PlanLink, Program, Task
 
 _FLOPS_PER_S = 2e10
 _LEAST_S = 1e-6

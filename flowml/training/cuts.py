@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from flowml.instructions import Instruction, Recv, Run, Send, until_last_message
 from flowml.ir.verify import VerifierError
-from flowml.plan import Instruction, Program, Recv, Run, Send, Training, until_last_message
+from flowml.plan import Program, Training
 from flowml.policy import cutting
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from flowml.plan import Message, Program, Recv, Send
+from flowml.instructions import Recv, Send
+from flowml.plan import Message, Program
 
 
 @dataclass(frozen=True)

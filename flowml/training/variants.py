@@ -13,9 +13,10 @@ import msgspec
 
 from flowml.devices import Device
 from flowml.home import Applies
+from flowml.instructions import Fetch, Run
 from flowml.ir.graph import Graph
 from flowml.placement import Pipeline
-from flowml.plan import ArraySpec, Fetch, Plan, Run, StoreSpec, Training
+from flowml.plan import ArraySpec, Plan, StoreSpec, Training
 from flowml.training.compiler import TrainingCompiled, TrainingSpec
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-import time
 import uuid
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from flowml.arguments import choice, flag, flag_or_none, seconds, text
+from flowml.arguments import flag, flag_or_none, seconds
 from flowml.devices import Device
 from flowml.errors import ClusterError
 from flowml.numbers import whole_number
@@ -32,23 +31,15 @@ from flowml.placement.links import ASSUMED, SAME_PROCESS, Links
 from flowml_runtime import wire
 from flowml_runtime.current import blocks
 from flowml_runtime.environment.forks import check_owner, check_startable, is_foreign, this_process
-from flowml_runtime.environment.machine import cores, memory_bytes, share_cores
-from flowml_runtime.execution.future import wait_heeding_signals
-from flowml_runtime.launch.capacity import check_room, room
-from flowml_runtime.launch.local import LocalWorkers
+from flowml_runtime.environment.machine import cores, memory_bytes
+from flowml_runtime.launch.launched import LaunchedCluster, TLSFiles, shares_memory, worker_names
 from flowml_runtime.launch.options import MAX_THREAD_WORKERS, counts, refusing
 from flowml_runtime.links.prober import Prober
 from flowml_runtime.links.table import LinkTable, links_mode
-from flowml_runtime.membership.coordinator import CoordinatorHost
 from flowml_runtime.membership.member import Membership, passing_name
-from flowml_runtime.transport.addresses import advertised_host
 from flowml_runtime.transport.endpoint import Endpoint, ThreadHub
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
-from flowml_runtime.transport.security import TLS, check_exposure, find_token, new_token, split_address
-from flowml_runtime.worker.config import WorkerConfig
-
-TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
-"""Paths of PEM files under "cert", "key" and "ca"."""
+from flowml_runtime.transport.security import TLS, check_exposure, find_token
 
 _START_ANOTHER = "close this cluster and start another"
 """What to do about a lost worker if the cluster started its workers itself: it cannot start one more."""
@@ -188,7 +179,7 @@ class Cluster:
                 checksum=checksum,
             )
             stack.callback(launched.close)
-            options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, _shares_memory(transport), checksum)
+            options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, shares_memory(transport), checksum)
             cluster = cls._join(launched.address, launched.token, None, "driver", options, stack)
             cluster.pids = launched.pids
             cluster._stack.callback(launched.processes.kill_stopped)  # runs first, so that nothing is sent to them
@@ -208,7 +199,7 @@ class Cluster:
             workers, devices_per_worker = counts(workers, devices_per_worker, most=MAX_THREAD_WORKERS)
         share = len(cores()) / workers / devices_per_worker
         memory = memory_bytes() // (workers * devices_per_worker)
-        names = {w: [f"{w}/cpu:{d}" for d in range(devices_per_worker)] for w in _names(workers)}
+        names = {w: [f"{w}/cpu:{d}" for d in range(devices_per_worker)] for w in worker_names(workers)}
         devices = {w: [_device(n, "cpu", memory, share) for n in own] for w, own in names.items()}
         hub = ThreadHub()
         with ExitStack() as stack:
@@ -247,7 +238,7 @@ class Cluster:
         """
         with refusing():
             deadline_s, timeout_s = seconds("deadline_s", deadline_s), seconds("timeout_s", timeout_s)
-            mode, shared = links_mode(links), _shares_memory(transport)
+            mode, shared = links_mode(links), shares_memory(transport)
             allow_python, checksum = flag("allow_python", allow_python), flag_or_none("checksum", checksum)
         with ExitStack() as stack:
             name = f"driver-{uuid.uuid4().hex[:12]}"
@@ -377,99 +368,6 @@ class _Driver:
                 self._cluster.endpoint.lose(member.worker, f"the coordinator was lost: {reason}")
 
 
-class LaunchedCluster:
-    """A coordinator and workers on this machine. Others connect to it with its `address` and `token`."""
-
-    def __init__(
-        self,
-        bind: str = "127.0.0.1:0",
-        workers: int = 2,
-        tls: TLSFiles = None,
-        token: str | None = None,
-        *,
-        devices_per_worker: int = 1,
-        allow_python: bool = False,
-        platform: str = "cpu",
-        start_timeout_s: float = 120.0,
-        transport: str = "auto",
-        checksum: bool | None = None,
-    ) -> None:
-        """Returns when all workers have joined. If one does not, ends everything it started and raises ClusterError."""
-        check_startable()
-        with refusing():
-            workers, devices_per_worker = counts(workers, devices_per_worker)
-            start_timeout_s = seconds("start_timeout_s", start_timeout_s)
-            allow_python, checksum = flag("allow_python", allow_python), flag_or_none("checksum", checksum)
-            files, shared, platform = TLS.of(tls), _shares_memory(transport), text("platform", platform)
-            if token is not None:
-                token = text("token", token)
-        self.token = new_token() if token is None else token
-        check_exposure(bind, files, self.token, "listen on")
-        reached_at = advertised_host(bind)
-        self._owner = this_process()
-        self._over = threading.Event()
-        self._failure = ""
-        self._host: CoordinatorHost | None = None
-        began = time.monotonic()
-        check_room(workers, start_timeout_s, room())
-        with ExitStack() as stack:
-            processes = self.processes = LocalWorkers(self._on_exit)  # first, because it takes the longest
-            stack.callback(processes.close)
-            host = self._host = CoordinatorHost(
-                bind,
-                self.token,
-                files,
-                works=processes.works,
-                shared_memory=shared,
-                checksum=checksum,
-                on_failure=self._on_failure,
-            )
-            stack.callback(host.close)
-            self.address = f"{reached_at}:{split_address(host.address)[1]}"
-            self.pids: Mapping[str, int] = processes.pids
-            names = _names(workers)
-            processes.wait_ready(began + start_timeout_s)
-            for name, own in zip(names, share_cores(cores(), workers), strict=True):
-                config = WorkerConfig(
-                    coordinator=self.address,
-                    token=self.token,
-                    name=name,
-                    devices=devices_per_worker,
-                    cores=own,
-                    core_share=len(cores()) / workers,
-                    memory_bytes=memory_bytes() // workers,
-                    python=allow_python,
-                    platform=platform,
-                    tls=files and (str(files.cert), str(files.key), str(files.ca)),
-                    shared_memory=shared,
-                    checksum=checksum,
-                )
-                processes.start(config, began + start_timeout_s)
-            host.wait_for(names, start_timeout_s, began)
-            self._stack = stack.pop_all()
-
-    def wait(self) -> None:
-        """Return when the cluster is closed. Raises ClusterError if its coordinator has failed."""
-        check_owner(self._owner)
-        wait_heeding_signals(self._over)
-        if self._failure:
-            raise ClusterError(f"the coordinator has ended: {self._failure}; start the cluster again")
-
-    def close(self) -> None:
-        """End the workers and the coordinator. Idempotent. Does nothing in a fork of the process that started them."""
-        if not is_foreign(self._owner):
-            self._over.set()
-            self._stack.close()
-
-    def _on_failure(self, reason: str) -> None:
-        self._failure = reason
-        self._over.set()
-
-    def _on_exit(self, worker: str, reason: str) -> None:
-        if self._host is not None:
-            self._host.process_exited(worker, reason)
-
-
 def current_cluster() -> Cluster:
     """The cluster of the innermost `with` block of this thread or task, else that of the process; see `current`.
 
@@ -479,14 +377,6 @@ def current_cluster() -> Cluster:
     if not isinstance(found, Cluster):
         raise ClusterError(f"{found!r} runs fm.Trainer only; use `with fm.Cluster.threads():`, or give cluster=")
     return found
-
-
-def _names(workers: int) -> tuple[str, ...]:
-    return tuple(f"worker:{i}" for i in range(workers))
-
-
-def _shares_memory(transport: str) -> bool:
-    return choice("transport", transport, ("auto", "grpc")) == "auto"
 
 
 def _devices(members: tuple[wire.Member, ...]) -> tuple[Device, ...]:

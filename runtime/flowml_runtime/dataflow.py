@@ -25,8 +25,9 @@ from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
 from flowml.ir.calls import Call, Returned, bind, finish, static_of
 from flowml.leaves import why_no_array
 from flowml_runtime.driver.call_io import signature
+from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import shown
-from flowml_runtime.driver.session import LoadedPlan, Session
+from flowml_runtime.driver.session import Session
 from flowml_runtime.driver.steps import UnloadedError
 from flowml_runtime.driver.trial import Trial, trial_of
 from flowml_runtime.execution.future import Future

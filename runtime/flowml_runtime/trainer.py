@@ -12,13 +12,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 from jax.core import Tracer
 
@@ -38,17 +37,16 @@ from flowml.training.variants import difference, placed_alike
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.current import blocks
 from flowml_runtime.driver.interrupts import heeding_interrupts
+from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import shown
-from flowml_runtime.driver.session import LoadedPlan
 from flowml_runtime.driver.training.delays import Delays, delays_of, rows_of, workers_of
 from flowml_runtime.driver.training.feeding import MAX_SHAPES, batch_structs
-from flowml_runtime.driver.training.fit import Fit, FitOptions, OnNonFinite, Outcome
+from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.history import Record
+from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
 from flowml_runtime.driver.training.probe import mean_warning
-from flowml_runtime.driver.training.stragglers import Stragglers
-from flowml_runtime.driver.training.tables import layer_table
+from flowml_runtime.driver.training.result import TrainingResult, result_of, with_shapes
 from flowml_runtime.driver.training.training_session import TrainingCluster, TrainingSession
-from flowml_runtime.protocol.training.summary import Summary
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.sim.cluster import SimulatedCluster
 
@@ -90,40 +88,6 @@ class OptimizerState(NamedTuple):
 
     own: Any
     outer: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """The result of a fit: parameters, optimizer state, one record per step, and the ledger of all work items.
-
-    `history` is a list of dicts with the keys "step", "epoch", "loss", "seconds" (since the start), "replicas" (whose
-    loss is in the mean), and "aux" if the loss returns it. What the policies did at the step is in "waits",
-    "pushed_bytes" and "staleness", by policy or layer. `traffic` counts bytes by layer, and `staleness` how many
-    contributions were how many versions behind; `table()` formats them, and `stragglers()` says who was late.
-    On a `SimulatedCluster` all seconds are virtual, `virtual_seconds` is their number, `events` that of the events, and
-    `trace_hash` is the same for two runs that did the same at the same times; else these three are None.
-    """
-
-    params: Any
-    opt_state: Any
-    history: list[Record]
-    ledger: Summary
-    seconds: float
-    plan: Plan = field(repr=False)
-    traffic: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
-    staleness: Mapping[str, Mapping[int, int]] = field(default_factory=dict[str, Mapping[int, int]])
-    late: Stragglers = field(default=Stragglers(), repr=False)
-    virtual_seconds: float | None = None
-    trace_hash: str | None = None
-    events: int | None = None
-
-    def table(self) -> str:
-        """One line per layer: policy, home, fates of work items, and bytes compared with plain gradients every step."""
-        return layer_table(self.plan, self.traffic, self.ledger, steps=len(self.history))
-
-    def stragglers(self) -> Stragglers:
-        """The replicas that were late, how often, and what it cost. `print` says it in words."""
-        return self.late
 
 
 class Trainer:
@@ -269,7 +233,7 @@ class Trainer:
             fit = Fit(cluster.session, handle, data, options, program.compiled, variant, interrupts)
             leaves = jax.tree_util.tree_leaves
             outcome = fit.run(leaves(params), leaves(state), callbacks)
-        return _told(cluster, _result(params, state, outcome, _with_shapes(program.compiled.plan, fit.shapes)))
+        return _told(cluster, result_of(params, state, outcome, with_shapes(program.compiled.plan, fit.shapes)))
 
     def _look_at_loss(self, program: _Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
         """Warn once if the average of the loss over replicas and microbatches differs from the loss of the batch."""
@@ -433,25 +397,6 @@ def _check_values(tree: Any, kind: str) -> None:
             raise TypeError(f"{kind} {path_name(path)!r} is a jax.ShapeDtypeStruct without values; give an array")
 
 
-def _result(params: Any, state: Any, outcome: Outcome, plan: Plan) -> TrainingResult:
-    """The result of a fit that began with this optimizer state and these parameters."""
-    simulated = outcome.simulated
-    return TrainingResult(
-        params=_restored(params, outcome.params),
-        opt_state=_restored(state, outcome.state),
-        history=outcome.history,
-        ledger=outcome.ledger,
-        seconds=outcome.seconds,
-        plan=plan,
-        traffic=outcome.traffic,
-        staleness=outcome.staleness,
-        late=outcome.stragglers,
-        virtual_seconds=simulated.virtual_seconds if simulated else None,
-        trace_hash=simulated.trace_hash if simulated else None,
-        events=simulated.events if simulated else None,
-    )
-
-
 def _told(cluster: TrainingCluster, result: TrainingResult) -> TrainingResult:
     """The result, after a simulated cluster has heard of it."""
     if isinstance(cluster, SimulatedCluster):
@@ -459,24 +404,9 @@ def _told(cluster: TrainingCluster, result: TrainingResult) -> TrainingResult:
     return result
 
 
-def _with_shapes(plan: Plan, shapes: Sequence[str]) -> Plan:
-    """The plan, with a note of the shapes of examples that it has had programs for, if they are several."""
-    if len(shapes) == 1:
-        return plan
-    note = f"This plan is for examples {shapes[0]}; the fit compiled others for {' and '.join(shapes[1:])}."
-    return msgspec.structs.replace(plan, notes=(*plan.notes, note))
-
-
 def _own(leaf: Any) -> jax.Array:
     """A JAX array that shares no memory with a NumPy array, because the caller may change that one later."""
     return jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
-
-
-def _restored(like: Any, leaves: Sequence[Any]) -> Any:
-    """Received arrays in the structure and with the dtypes of `like`."""
-    tree = jax.tree_util.tree_structure(like)
-    dtypes = [x.dtype for x in jax.tree_util.tree_leaves(like)]
-    return jax.tree_util.tree_unflatten(tree, [jnp.asarray(x, d) for x, d in zip(leaves, dtypes, strict=True)])
 
 
 __all__ = ["Trainer", "TrainingResult"]

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowml.devices import Device
+from flowml.instructions import Recv, Run, Send
 from flowml.lowering.schedule import TaskGroup, task_order
 from flowml.placement.estimate import estimate
 from flowml.placement.links import Link, Links
-from flowml.plan import Message, Program, Recv, Run, Send, Task
+from flowml.plan import Message, Program, Task
 
 YARDSTICKS = Path(os.environ.get("FLOWML_YARDSTICKS", Path(__file__).resolve().parents[3] / "shared" / "yardsticks"))
 TABLE = YARDSTICKS / "zero_bubble.csv"

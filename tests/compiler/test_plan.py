@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import flowml as fm
 from flowml.compiler import compile_graph
 from flowml.devices import as_devices
+from flowml.instructions import Feed, Free, Recv, Run, Send
 from flowml.ir.cost import node_seconds
 from flowml.ir.trace import trace
 from flowml.ir.verify import VerifierError
@@ -21,7 +22,6 @@ from flowml.lowering.partition import partition
 from flowml.lowering.schedule import schedule
 from flowml.lowering.verify import verify_plan, verify_schedule
 from flowml.placement.links import Links
-from flowml.plan import Feed, Free, Recv, Run, Send
 
 X = jnp.ones((4, 8))
 TWO = ["worker:0", "worker:1"]

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 import flowml as fm
-from flowml.plan import Plan, Push, Run, Send
+from flowml.instructions import Push, Run, Send
+from flowml.plan import Plan
 from flowml.training.compiler import TrainingSpec, compile_training
 
 WIDTH = 64

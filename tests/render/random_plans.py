@@ -4,22 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from flowml.plan import (
-    ArraySpec,
-    Estimate,
-    Feed,
-    Fetch,
-    Instruction,
-    Message,
-    Output,
-    Plan,
-    Program,
-    Recv,
-    Run,
-    Send,
-    Task,
-    Transfer,
-)
+from flowml.instructions import Feed, Fetch, Instruction, Recv, Run, Send
+from flowml.plan import ArraySpec, Estimate, Message, Output, Plan, Program, Task, Transfer
 
 _VALUE = ArraySpec((8, 8), "float32")
 

@@ -13,27 +13,19 @@ from itertools import count
 from msgspec.structs import replace
 
 from flowml.home import Applies, Buffer
+from flowml.instructions import Feed, Fetch, Free, Instruction, Push, Read, Recv, Run, Send
 from flowml.plan import (
     ArraySpec,
     Choice,
     Constant,
     Estimate,
-    Feed,
-    Fetch,
-    Free,
-    Instruction,
     Message,
     NodeView,
     Output,
     Part,
     Plan,
     Program,
-    Push,
-    Read,
-    Recv,
     Reduction,
-    Run,
-    Send,
     StoreSpec,
     Task,
     Training,

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 import flowml as fm
 from flowml.errors import DeadlineError
-from flowml.plan import ArraySpec, Feed, Fetch, Free, Message, Plan, Recv, Run, Send, Transfer
+from flowml.instructions import Feed, Fetch, Free, Recv, Run, Send
+from flowml.plan import ArraySpec, Message, Plan, Transfer
 from flowml_runtime import wire
-from flowml_runtime.driver.session import LoadedPlan
+from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.execution import window as windows
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.window import IN_FLIGHT, WINDOW_BYTES, Windows, window

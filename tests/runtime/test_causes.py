@@ -19,7 +19,8 @@ import trustme
 import flowml as fm
 from flowml.errors import ClusterError, WorkerLostError
 from flowml_runtime import wire
-from flowml_runtime.cluster import Cluster, LaunchedCluster
+from flowml_runtime.cluster import Cluster
+from flowml_runtime.launch.launched import LaunchedCluster
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from flowml_runtime.transport.security import TLS, write_token
 from tests.conftest import wait_until
@@ -116,7 +117,7 @@ def test_a_worker_without_its_coordinator_ends_with_a_status_and_one_line(tmp_pa
 
 LAUNCHER = """
 import sys
-from flowml_runtime.cluster import LaunchedCluster
+from flowml_runtime.launch.launched import LaunchedCluster
 cluster = LaunchedCluster(workers=2)
 print(cluster.address, cluster.token, flush=True)
 sys.stdin.readline()

@@ -21,8 +21,9 @@ import psutil
 import pytest
 
 import flowml as fm
-from flowml_runtime.cluster import LaunchedCluster, current_cluster
+from flowml_runtime.cluster import current_cluster
 from flowml_runtime.environment.machine import share_cores
+from flowml_runtime.launch.launched import LaunchedCluster
 from tests.conftest import wait_until
 
 NoLeaks = Callable[[], AbstractContextManager[None]]

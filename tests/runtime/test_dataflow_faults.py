@@ -19,8 +19,8 @@ import pytest
 import flowml as fm
 from flowml.errors import ClusterError, DeadlineError, WorkerError, WorkerLostError
 from flowml_runtime import wire
-from flowml_runtime.cluster import LaunchedCluster
-from flowml_runtime.driver.session import LoadedPlan
+from flowml_runtime.driver.loaded_plan import LoadedPlan
+from flowml_runtime.launch.launched import LaunchedCluster
 from tests.conftest import wait_until
 from tests.network import Network
 from tests.plans import Gate, callback_then_double, chain, gated, never_sent, one_device

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowml.errors import DeadlineError, FlowmlError, PlacementError, WorkerError
-from flowml.plan import ArraySpec, Constant, Feed, Fetch, Free, Output, Run, Send
+from flowml.instructions import Feed, Fetch, Free, Run, Send
+from flowml.plan import ArraySpec, Constant, Output
 from flowml_runtime import wire
 from flowml_runtime.execution.mailbox import Cancelled, Mailbox
 from flowml_runtime.execution.programs import aligned_copy, safe_donations

@@ -14,7 +14,8 @@ import pytest
 
 import flowml as fm
 from flowml.errors import WorkerLostError
-from flowml.plan import Feed, Fetch, Free, Plan, Recv, Run, Send
+from flowml.instructions import Feed, Fetch, Free, Recv, Run, Send
+from flowml.plan import Plan
 from flowml_runtime import wire
 from flowml_runtime.transport import arrivals
 from flowml_runtime.transport.arrivals import Arrivals

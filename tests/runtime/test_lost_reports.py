@@ -12,7 +12,8 @@ import pytest
 
 import flowml as fm
 from flowml.errors import WorkerError
-from flowml.plan import Feed, Fetch, Free, Plan, Run
+from flowml.instructions import Feed, Fetch, Free, Run
+from flowml.plan import Plan
 from flowml_runtime import wire
 from tests.conftest import wait_until
 from tests.network import Network

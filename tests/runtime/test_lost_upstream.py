@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import flowml as fm
-from flowml.plan import Feed, Fetch, Free, Plan, Recv, Run, Send
+from flowml.instructions import Feed, Fetch, Free, Recv, Run, Send
+from flowml.plan import Plan
 from tests.conftest import wait_until
 from tests.plans import VECTOR, W0, W1, PlanBuilder, fetched
 

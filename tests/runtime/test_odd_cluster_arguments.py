@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import flowml as fm
-from flowml_runtime.cluster import LaunchedCluster
+from flowml_runtime.launch.launched import LaunchedCluster
 from tests.runtime.test_cluster import NoLeaks
 
 COUNT = "give a whole number of at least 1"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flowml.errors import DeadlineError
 from flowml_runtime import wire
-from flowml_runtime.driver.session import LoadedPlan
+from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.execution import executor
 from tests.conftest import wait_until
 from tests.network import Network

@@ -26,7 +26,8 @@ import flowml
 from flowml.errors import ClusterError
 from flowml.plan import ArraySpec
 from flowml_runtime import wire
-from flowml_runtime.cluster import Cluster, LaunchedCluster
+from flowml_runtime.cluster import Cluster
+from flowml_runtime.launch.launched import LaunchedCluster
 from flowml_runtime.transport.framing import Assembler, FrameError, pack
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from flowml_runtime.transport.grpc_streams import METHOD, TOKEN_KEY

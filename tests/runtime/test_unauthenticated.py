@@ -39,7 +39,7 @@ MANY = 400
 LAUNCHED = """
 import resource, sys, threading
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[1])))
-from flowml_runtime.cluster import LaunchedCluster
+from flowml_runtime.launch.launched import LaunchedCluster
 cluster = LaunchedCluster(workers=1)
 print(cluster.address, cluster.token, cluster.pids["worker:0"], flush=True)
 sys.stdin.readline()
@@ -275,7 +275,7 @@ SHORTAGE = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
 import flowml as fm
-from flowml_runtime.cluster import LaunchedCluster
+from flowml_runtime.launch.launched import LaunchedCluster
 cluster = LaunchedCluster(workers=1, transport=sys.argv[1])
 with fm.Cluster.connect(cluster.address, cluster.token, transport=sys.argv[1]) as joined:
     assert fm.dataflow(lambda x: x + 1, cluster=joined)(0) == 1  # the worker has joined in full

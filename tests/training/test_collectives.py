@@ -235,7 +235,7 @@ def test_small_layers_share_a_bucket_and_the_size_decides_how_it_is_reduced(
 
 
 def test_gradients_leave_during_the_backward_pass(threads_cluster: fm.Cluster) -> None:
-    from flowml.plan import Push, Run
+    from flowml.instructions import Push, Run
 
     found = plan(threads_cluster, replicas=2)
     assert found.training is not None

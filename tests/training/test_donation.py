@@ -12,9 +12,10 @@ import optax
 import pytest
 
 import flowml as fm
+from flowml.instructions import Free, Run
 from flowml.ir.verify import VerifierError
 from flowml.lowering.verify import verify_plan
-from flowml.plan import Free, Plan, Program, Run
+from flowml.plan import Plan, Program
 from tests.training.reference import assert_close, optax_loop
 
 WIDTH = 96

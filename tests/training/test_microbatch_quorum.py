@@ -12,7 +12,8 @@ import pytest
 
 import flowml as fm
 from flowml.data import epoch_order
-from flowml.plan import Plan, Run
+from flowml.instructions import Run
+from flowml.plan import Plan
 from flowml_runtime.sim.program import programs
 from tests.training.reference import data, mlp, mlp_loss
 

@@ -16,7 +16,8 @@ import pytest
 
 import flowml as fm
 from flowml.errors import FlowmlError, WorkerLostError
-from flowml_runtime.driver.session import LoadedPlan, Session
+from flowml_runtime.driver.loaded_plan import LoadedPlan
+from flowml_runtime.driver.session import Session
 from flowml_runtime.driver.training import feeding
 from tests.training.reference import assert_close
 

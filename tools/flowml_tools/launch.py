@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     secured = tls(arguments)
     with _token(arguments.token_file) as (token, path):
-        from flowml_runtime.cluster import LaunchedCluster
+        from flowml_runtime.launch.launched import LaunchedCluster
 
         print(f"starting {count(arguments.workers, 'worker')}", file=sys.stderr)
         cluster = LaunchedCluster(

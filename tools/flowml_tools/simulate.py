@@ -12,7 +12,7 @@ from flowml_tools.script import script
 
 if TYPE_CHECKING:
     from flowml.sim import ComputeModel
-    from flowml_runtime.trainer import TrainingResult
+    from flowml_runtime.driver.training.result import TrainingResult
 
 SUMMARY = "run a script under virtual time, on a simulated cluster"
 DESCRIPTION = """\

@@ -15,7 +15,8 @@ import numpy as np
 
 from flowml.devices import worker_of
 from flowml.errors import DeadlineError, FlowmlError
-from flowml.plan import ArraySpec, Plan, Run
+from flowml.instructions import Run
+from flowml.plan import ArraySpec, Plan
 from flowml_runtime import wire
 from flowml_runtime.driver.progress import shown
 from flowml_runtime.execution.programs import constant_key, executable_key, store_tasks

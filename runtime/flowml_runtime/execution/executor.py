@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from flowml.errors import FlowmlError
-from flowml.plan import Fetch, Run, Send
+from flowml.instructions import Fetch, Run, Send
 from flowml_runtime import wire
 from flowml_runtime.execution.device_thread import Deadlines, DeviceThread
 from flowml_runtime.execution.lane import Lane

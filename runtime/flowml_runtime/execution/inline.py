@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flowml.plan import Feed, Fetch, Free, Plan, Run
+from flowml.instructions import Feed, Fetch, Free, Run
+from flowml.plan import Plan
 from flowml_runtime.execution.programs import Array, JaxDevice, LoadedProgram, TaskFunction
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.execution.services import adopt, at_home, host_view, must_adopt

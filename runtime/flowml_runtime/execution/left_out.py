@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from flowml.plan import Feed, Fetch, Instruction, Plan, Recv, Run, Send
+from flowml.instructions import Feed, Fetch, Instruction, Recv, Run, Send
+from flowml.plan import Plan
 from flowml.training.cuts import cuts, ends
 from flowml_runtime.execution.services import ready
 

@@ -25,23 +25,9 @@ import msgspec
 import numpy as np
 
 from flowml.errors import FlowmlError, UnsupportedError
+from flowml.instructions import Feed, Fetch, Push, Read, Recv, Run, Send
 from flowml.ir._jax import compiled, exact_types, is_wide, key_implementation, load_exported, spec_of, under
-from flowml.plan import (
-    ArraySpec,
-    Constant,
-    Feed,
-    Fetch,
-    Plan,
-    Program,
-    Push,
-    Read,
-    Recv,
-    Run,
-    Send,
-    Setting,
-    Task,
-    fingerprint,
-)
+from flowml.plan import ArraySpec, Constant, Plan, Program, Setting, Task, fingerprint
 from flowml_runtime.transport.arrays import Array, aligned_empty, wire_layout
 
 JaxDevice = Any

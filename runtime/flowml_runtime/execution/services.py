@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
+from flowml.instructions import Send
 from flowml.ir._jax import exact_types
-from flowml.plan import ArraySpec, Message, Send
+from flowml.plan import ArraySpec, Message
 from flowml_runtime import wire
 from flowml_runtime.execution.lane import LARGE_BYTES, ROOM, Lane
 from flowml_runtime.execution.mailbox import Cancelled, Claim, Mailbox, Parked

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Protocol
 
-from flowml.plan import Feed, Fetch, Free, Instruction, Plan, Push, Read, Recv, Run, Send
+from flowml.instructions import Feed, Fetch, Free, Instruction, Push, Read, Recv, Run, Send
+from flowml.plan import Plan
 from flowml_runtime.execution.left_out import binding
 from flowml_runtime.execution.mailbox import Cancelled, Parked
 from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction

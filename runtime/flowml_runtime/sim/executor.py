@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flowml.plan import Feed, Fetch, Free, Push, Read, Recv, Run, Send
+from flowml.instructions import Feed, Fetch, Free, Push, Read, Recv, Run, Send
 from flowml.policy import Gossip
 from flowml.policy.apply import scales
 from flowml_runtime import wire

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from flowml.plan import Instruction, Plan, Push, Read, Recv, Run, Send, Training, until_last_message
+from flowml.instructions import Instruction, Push, Read, Recv, Run, Send, until_last_message
+from flowml.plan import Plan, Training
 from flowml.training.cuts import ends
 
 At = tuple[int, int]

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 
 from flowml.devices import worker_of
 from flowml.errors import FlowmlError, PlacementError, SimulationError
+from flowml.instructions import Fetch
 from flowml.placement.links import SAME_PROCESS
-from flowml.plan import Fetch, Plan
+from flowml.plan import Plan
 from flowml.sim import AT_ONCE, ComputeModel, ComputeTimes, Crash, Fault, Homes, NetworkModel
 from flowml_runtime import wire
-from flowml_runtime.driver.session import LoadedPlan, PlanHandler, loaded
+from flowml_runtime.driver.loaded_plan import LoadedPlan, loaded
+from flowml_runtime.driver.session import PlanHandler
 from flowml_runtime.driver.training.training_session import Simulated
 from flowml_runtime.execution.programs import ExecutableCache
 from flowml_runtime.execution.recorder import Recorder

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import msgspec
 
 from flowml.errors import FlowmlError
-from flowml.plan import Instruction, Part, Plan, Site
+from flowml.instructions import Instruction
+from flowml.plan import Part, Plan, Site
 from flowml.sim import AT_ONCE, Homes, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.execution.faults import step_failed

@@ -28,7 +28,7 @@ from flowml_tools.bench.timing import Probe, interleave, tell
 
 if TYPE_CHECKING:
     import flowml as fm
-    from flowml_runtime.trainer import TrainingResult
+    from flowml_runtime.driver.training.result import TrainingResult
 
 SUMMARY = "a data parallel training step on two workers; against JAX + gloo, one jit process on all cores"
 REPEATS = 7

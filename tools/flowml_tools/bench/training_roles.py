@@ -85,7 +85,7 @@ def stage(path: str, number: str) -> None:
 
 def _walk(loaded: LoadedProgram) -> Callable[[], None]:
     """One step of a program: its tasks in their order, with example arrays in place of received ones."""
-    from flowml.plan import Fetch, Free, Push, Run, Send
+    from flowml.instructions import Fetch, Free, Push, Run, Send
 
     code, given = loaded.program.instructions, _given(loaded)
 
@@ -110,7 +110,8 @@ def _walk(loaded: LoadedProgram) -> Callable[[], None]:
 
 def _given(loaded: LoadedProgram) -> dict[int, np.ndarray]:
     """Buffer -> an example of the array that a Feed, Read or Recv of the program would bring."""
-    from flowml.plan import ArraySpec, Feed, Read, Recv
+    from flowml.instructions import Feed, Read, Recv
+    from flowml.plan import ArraySpec
 
     plan = loaded.plan
     assert plan.training is not None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flowml.plan import ArraySpec, Feed, Instruction, Part, Push, Read, Recv, Reduction, Run, Send
+from flowml.instructions import Feed, Instruction, Push, Read, Recv, Run, Send
+from flowml.plan import ArraySpec, Part, Reduction
 from flowml.policy import Policy, check_composition
 from flowml_runtime.protocol.training import ledger
 from flowml_runtime.protocol.training.terms import Places, StoreTerms, Terms

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flowml.plan import Push, Read, Recv, Send
+from flowml.instructions import Push, Read, Recv, Send
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ensure
 from flowml_runtime.protocol.training import actions

@@ -16,8 +16,9 @@ import numpy as np
 
 from flowml.data import Source
 from flowml.errors import FlowmlError
-from flowml.plan import ArraySpec, Feed
-from flowml_runtime.driver.session import LoadedPlan
+from flowml.instructions import Feed
+from flowml.plan import ArraySpec
+from flowml_runtime.driver.loaded_plan import LoadedPlan
 
 MAX_SHAPES = 32
 """Of the batches of one fit. Each takes a compilation, and memory on every worker."""

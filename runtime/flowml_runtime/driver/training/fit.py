@@ -10,13 +10,12 @@ import math
 import queue
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import numpy as np
 
 from flowml.data import Source, epoch_order
@@ -30,7 +29,6 @@ from flowml.errors import (
     WorkerError,
     WorkerLostError,
 )
-from flowml.ir._jax import key_implementation
 from flowml.placement.links import SHARED_MEMORY
 from flowml.plan import ArraySpec, Training
 from flowml.policy import Requeue
@@ -39,54 +37,22 @@ from flowml.training.pieces import pieces
 from flowml.training.step import Metrics
 from flowml_runtime import wire
 from flowml_runtime.driver.interrupts import Interrupts
+from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import Progress
-from flowml_runtime.driver.session import LoadedPlan
-from flowml_runtime.driver.training.delays import Rows
 from flowml_runtime.driver.training.feeding import Feeding, Variant, whole
 from flowml_runtime.driver.training.history import History, Record
 from flowml_runtime.driver.training.inbox import Entry, Lost
 from flowml_runtime.driver.training.observer import Observer
-from flowml_runtime.driver.training.stragglers import Stragglers
+from flowml_runtime.driver.training.outcome import FitOptions, Outcome, as_buffer, from_buffer
 from flowml_runtime.driver.training.tables import group_names
-from flowml_runtime.driver.training.training_session import Simulated, TrainingSession
+from flowml_runtime.driver.training.training_session import IgnoreMessages, TrainingSession
 from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol
 from flowml_runtime.protocol.training.actions import Received, Release, Send
 from flowml_runtime.protocol.training.ledger import Work
 from flowml_runtime.protocol.training.story import entry
-from flowml_runtime.protocol.training.summary import Summary
 from flowml_runtime.protocol.training.terms import Places, Terms
 from flowml_runtime.transport.arrays import own_copy
-
-OnNonFinite = Literal["refuse", "raise", "apply"]
-
-
-@dataclass(frozen=True)
-class FitOptions:
-    """`run` is the number of the fit's first step. `total` is the number of steps, each of one global batch."""
-
-    run: int
-    total: int
-    batch_size: int
-    seed: int
-    shuffle: bool
-    delays: Rows
-    check_replicas: int
-    on_nonfinite: OnNonFinite
-    progress: bool | None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    params: list[Any]
-    state: list[Any]
-    history: list[Record]
-    ledger: Summary
-    seconds: float
-    traffic: Mapping[str, Mapping[str, int]]
-    staleness: Mapping[str, Mapping[int, int]]
-    stragglers: Stragglers
-    simulated: Simulated | None
 
 
 class Fit:
@@ -318,7 +284,7 @@ class Fit:
 
         def buffers(positions: Sequence[int], specs: Sequence[ArraySpec]) -> list[np.ndarray]:
             pairs = zip(positions, specs, strict=True)
-            return [np.asarray(_as_buffer(state[i]), buffer_struct(spec).dtype) for i, spec in pairs]
+            return [np.asarray(as_buffer(state[i]), buffer_struct(spec).dtype) for i, spec in pairs]
 
         arrays = [*(np.asarray(params[i]) for i in store.leaves), *buffers(store.state, store.state_specs)]
         message = wire.StoreValue(**ids, version=0, specs=(*store.specs, *store.state_specs))
@@ -417,12 +383,12 @@ class Fit:
             for leaf, array in zip(store.leaves, arrays[: len(store.leaves)], strict=True):
                 final[leaf] = array
             for leaf, spec, array in zip(store.state, store.state_specs, arrays[len(store.leaves) :], strict=True):
-                states[leaf] = _from_buffer(array, spec.dtype)
+                states[leaf] = from_buffer(array, spec.dtype)
         for index, arrays in self._own_states.items():
             local = self._training.stores[index].local
             assert local is not None
             for leaf, spec, array in zip(local.state, local.state_specs, arrays, strict=True):
-                states[leaf] = _from_buffer(array, spec.dtype)
+                states[leaf] = from_buffer(array, spec.dtype)
         self._machine.validate()
         summary = self._machine.ledger.summary(lambda epoch: self._order(epoch).tolist())
         summary = replace(
@@ -472,23 +438,3 @@ class Fit:
 def _warn(warning: str | None, stacklevel: int) -> None:
     if warning is not None:
         warnings.warn(warning, FlowmlWarning, stacklevel=stacklevel)
-
-
-class IgnoreMessages:
-    """Handles the messages of a plan between fits: late messages of stopped workers, which are dropped."""
-
-    def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None: ...
-
-    def on_lost(self, peer: str, reason: str) -> None: ...
-
-
-def _as_buffer(value: Any) -> Any:
-    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(value)
-    return value
-
-
-def _from_buffer(array: Any, dtype: str) -> Any:
-    if not dtype.startswith("key<"):
-        return array
-    return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=key_implementation(dtype))

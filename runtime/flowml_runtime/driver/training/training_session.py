@@ -13,7 +13,8 @@ from flowml.placement import Placement
 from flowml.placement.links import Links
 from flowml.plan import Plan
 from flowml_runtime import wire
-from flowml_runtime.driver.session import LoadedPlan, PlanHandler
+from flowml_runtime.driver.loaded_plan import LoadedPlan
+from flowml_runtime.driver.session import PlanHandler
 from flowml_runtime.execution.recorder import Recorder
 
 T = TypeVar("T")
@@ -86,3 +87,11 @@ class TrainingCluster(Protocol):
     def devices(self) -> tuple[Device, ...]: ...
 
     def links_for(self, placement: Placement, devices: int | None = None) -> Links: ...
+
+
+class IgnoreMessages:
+    """Handles the messages of a plan between fits: late messages of stopped workers, which are dropped."""
+
+    def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None: ...
+
+    def on_lost(self, peer: str, reason: str) -> None: ...

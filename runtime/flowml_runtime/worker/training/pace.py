@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 
-from flowml.plan import Instruction, Run, until_last_message
+from flowml.instructions import Instruction, Run, until_last_message
 
 
 class Pace:

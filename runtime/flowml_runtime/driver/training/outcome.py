@@ -1,0 +1,60 @@
+"""What a fit is asked for and what it returns, and how its values become buffers and values again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+
+from flowml.ir._jax import key_implementation
+from flowml_runtime.driver.training.delays import Rows
+from flowml_runtime.driver.training.history import Record
+from flowml_runtime.driver.training.stragglers import Stragglers
+from flowml_runtime.driver.training.training_session import Simulated
+from flowml_runtime.protocol.training.summary import Summary
+
+OnNonFinite = Literal["refuse", "raise", "apply"]
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """`run` is the number of the fit's first step. `total` is the number of steps, each of one global batch."""
+
+    run: int
+    total: int
+    batch_size: int
+    seed: int
+    shuffle: bool
+    delays: Rows
+    check_replicas: int
+    on_nonfinite: OnNonFinite
+    progress: bool | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    params: list[Any]
+    state: list[Any]
+    history: list[Record]
+    ledger: Summary
+    seconds: float
+    traffic: Mapping[str, Mapping[str, int]]
+    staleness: Mapping[str, Mapping[int, int]]
+    stragglers: Stragglers
+    simulated: Simulated | None
+
+
+def as_buffer(value: Any) -> Any:
+    """An array that can be sent: the words of a typed key."""
+    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(value)
+    return value
+
+
+def from_buffer(array: Any, dtype: str) -> Any:
+    """The value that was sent as this array."""
+    if not dtype.startswith("key<"):
+        return array
+    return jax.random.wrap_key_data(jax.numpy.asarray(array), impl=key_implementation(dtype))

@@ -1,0 +1,86 @@
+"""`TrainingResult` is what `fit` returns, made from what the driver has gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+
+from flowml.plan import Plan
+from flowml_runtime.driver.training.history import Record
+from flowml_runtime.driver.training.outcome import Outcome
+from flowml_runtime.driver.training.stragglers import Stragglers
+from flowml_runtime.driver.training.tables import layer_table
+from flowml_runtime.protocol.training.summary import Summary
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The result of a fit: parameters, optimizer state, one record per step, and the ledger of all work items.
+
+    `history` is a list of dicts with the keys "step", "epoch", "loss", "seconds" (since the start), "replicas" (whose
+    loss is in the mean), and "aux" if the loss returns it. What the policies did at the step is in "waits",
+    "pushed_bytes" and "staleness", by policy or layer. `traffic` counts bytes by layer, and `staleness` how many
+    contributions were how many versions behind; `table()` formats them, and `stragglers()` says who was late.
+    On a `SimulatedCluster` all seconds are virtual, `virtual_seconds` is their number, `events` that of the events, and
+    `trace_hash` is the same for two runs that did the same at the same times; else these three are None.
+    """
+
+    params: Any
+    opt_state: Any
+    history: list[Record]
+    ledger: Summary
+    seconds: float
+    plan: Plan = field(repr=False)
+    traffic: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
+    staleness: Mapping[str, Mapping[int, int]] = field(default_factory=dict[str, Mapping[int, int]])
+    late: Stragglers = field(default=Stragglers(), repr=False)
+    virtual_seconds: float | None = None
+    trace_hash: str | None = None
+    events: int | None = None
+
+    def table(self) -> str:
+        """One line per layer: policy, home, fates of work items, and bytes compared with plain gradients every step."""
+        return layer_table(self.plan, self.traffic, self.ledger, steps=len(self.history))
+
+    def stragglers(self) -> Stragglers:
+        """The replicas that were late, how often, and what it cost. `print` says it in words."""
+        return self.late
+
+
+def result_of(params: Any, state: Any, outcome: Outcome, plan: Plan) -> TrainingResult:
+    """The result of a fit that began with this optimizer state and these parameters."""
+    simulated = outcome.simulated
+    return TrainingResult(
+        params=restored(params, outcome.params),
+        opt_state=restored(state, outcome.state),
+        history=outcome.history,
+        ledger=outcome.ledger,
+        seconds=outcome.seconds,
+        plan=plan,
+        traffic=outcome.traffic,
+        staleness=outcome.staleness,
+        late=outcome.stragglers,
+        virtual_seconds=simulated.virtual_seconds if simulated else None,
+        trace_hash=simulated.trace_hash if simulated else None,
+        events=simulated.events if simulated else None,
+    )
+
+
+def with_shapes(plan: Plan, shapes: Sequence[str]) -> Plan:
+    """The plan, with a note of the shapes of examples that it has had programs for, if they are several."""
+    if len(shapes) == 1:
+        return plan
+    note = f"This plan is for examples {shapes[0]}; the fit compiled others for {' and '.join(shapes[1:])}."
+    return msgspec.structs.replace(plan, notes=(*plan.notes, note))
+
+
+def restored(like: Any, leaves: Sequence[Any]) -> Any:
+    """Received arrays in the structure and with the dtypes of `like`."""
+    tree = jax.tree_util.tree_structure(like)
+    dtypes = [x.dtype for x in jax.tree_util.tree_leaves(like)]
+    return jax.tree_util.tree_unflatten(tree, [jnp.asarray(x, d) for x, d in zip(leaves, dtypes, strict=True)])

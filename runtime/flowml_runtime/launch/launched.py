@@ -1,0 +1,128 @@
+"""A `LaunchedCluster` is a coordinator and workers on this machine that have no driver yet: drivers connect to it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from flowml.arguments import choice, flag, flag_or_none, seconds, text
+from flowml.errors import ClusterError
+from flowml_runtime.environment.forks import check_owner, check_startable, is_foreign, this_process
+from flowml_runtime.environment.machine import cores, memory_bytes, share_cores
+from flowml_runtime.execution.future import wait_heeding_signals
+from flowml_runtime.launch.capacity import check_room, room
+from flowml_runtime.launch.local import LocalWorkers
+from flowml_runtime.launch.options import counts, refusing
+from flowml_runtime.membership.coordinator import CoordinatorHost
+from flowml_runtime.transport.addresses import advertised_host
+from flowml_runtime.transport.security import TLS, check_exposure, new_token, split_address
+from flowml_runtime.worker.config import WorkerConfig
+
+TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
+"""Paths of PEM files under "cert", "key" and "ca"."""
+
+
+class LaunchedCluster:
+    """A coordinator and workers on this machine. Others connect to it with its `address` and `token`."""
+
+    def __init__(
+        self,
+        bind: str = "127.0.0.1:0",
+        workers: int = 2,
+        tls: TLSFiles = None,
+        token: str | None = None,
+        *,
+        devices_per_worker: int = 1,
+        allow_python: bool = False,
+        platform: str = "cpu",
+        start_timeout_s: float = 120.0,
+        transport: str = "auto",
+        checksum: bool | None = None,
+    ) -> None:
+        """Returns when all workers have joined. If one does not, ends everything it started and raises ClusterError."""
+        check_startable()
+        with refusing():
+            workers, devices_per_worker = counts(workers, devices_per_worker)
+            start_timeout_s = seconds("start_timeout_s", start_timeout_s)
+            allow_python, checksum = flag("allow_python", allow_python), flag_or_none("checksum", checksum)
+            files, shared, platform = TLS.of(tls), shares_memory(transport), text("platform", platform)
+            if token is not None:
+                token = text("token", token)
+        self.token = new_token() if token is None else token
+        check_exposure(bind, files, self.token, "listen on")
+        reached_at = advertised_host(bind)
+        self._owner = this_process()
+        self._over = threading.Event()
+        self._failure = ""
+        self._host: CoordinatorHost | None = None
+        began = time.monotonic()
+        check_room(workers, start_timeout_s, room())
+        with ExitStack() as stack:
+            processes = self.processes = LocalWorkers(self._on_exit)  # first, because it takes the longest
+            stack.callback(processes.close)
+            host = self._host = CoordinatorHost(
+                bind,
+                self.token,
+                files,
+                works=processes.works,
+                shared_memory=shared,
+                checksum=checksum,
+                on_failure=self._on_failure,
+            )
+            stack.callback(host.close)
+            self.address = f"{reached_at}:{split_address(host.address)[1]}"
+            self.pids: Mapping[str, int] = processes.pids
+            names = worker_names(workers)
+            processes.wait_ready(began + start_timeout_s)
+            for name, own in zip(names, share_cores(cores(), workers), strict=True):
+                config = WorkerConfig(
+                    coordinator=self.address,
+                    token=self.token,
+                    name=name,
+                    devices=devices_per_worker,
+                    cores=own,
+                    core_share=len(cores()) / workers,
+                    memory_bytes=memory_bytes() // workers,
+                    python=allow_python,
+                    platform=platform,
+                    tls=files and (str(files.cert), str(files.key), str(files.ca)),
+                    shared_memory=shared,
+                    checksum=checksum,
+                )
+                processes.start(config, began + start_timeout_s)
+            host.wait_for(names, start_timeout_s, began)
+            self._stack = stack.pop_all()
+
+    def wait(self) -> None:
+        """Return when the cluster is closed. Raises ClusterError if its coordinator has failed."""
+        check_owner(self._owner)
+        wait_heeding_signals(self._over)
+        if self._failure:
+            raise ClusterError(f"the coordinator has ended: {self._failure}; start the cluster again")
+
+    def close(self) -> None:
+        """End the workers and the coordinator. Idempotent. Does nothing in a fork of the process that started them."""
+        if not is_foreign(self._owner):
+            self._over.set()
+            self._stack.close()
+
+    def _on_failure(self, reason: str) -> None:
+        self._failure = reason
+        self._over.set()
+
+    def _on_exit(self, worker: str, reason: str) -> None:
+        if self._host is not None:
+            self._host.process_exited(worker, reason)
+
+
+def worker_names(workers: int) -> tuple[str, ...]:
+    """The names of the workers of a cluster."""
+    return tuple(f"worker:{i}" for i in range(workers))
+
+
+def shares_memory(transport: str) -> bool:
+    """Whether processes of one machine may pass arrays in shared memory. Raises for an unknown transport."""
+    return choice("transport", transport, ("auto", "grpc")) == "auto"
