@@ -15,7 +15,7 @@ from flowml.policy.completion import Completion, Speculate, cutting
 from flowml.policy.compose import DEFAULT_PATTERN, check_batch, check_composition, coded_by, resolve, speculated_by
 from flowml.policy.cuts import cut_by
 from flowml.policy.late import Drop, Fold, Late, Requeue
-from flowml.policy.mathematics import can_read, coefficients, due, window
+from flowml.policy.mathematics import can_read, coefficients, due, newest_changes, window
 from flowml.policy.quorum import Arrivals, Coded, Deadline, Decide, Never, Quorum, Spread, Wait
 from flowml.policy.replicas import Delta, Weights
 from flowml.policy.rhythm import Every, Once
@@ -73,6 +73,7 @@ __all__ = [
     "cut_by",
     "cutting",
     "due",
+    "newest_changes",
     "resolve",
     "speculated_by",
     "window",

@@ -29,6 +29,13 @@ def can_read(
     return min(clocks) >= window(max(my_clock - delay, 0), every, offset) - staleness
 
 
+def newest_changes(clock: int, staleness: int, every: int) -> int:
+    """The newest step whose changes a mirror adds at the end of step `clock`, of those that have come. A sender may be
+    one exchange ahead of the bound. With staleness 0 its changes wait, so that they are added at one step in all runs.
+    """
+    return clock + staleness + every if staleness else clock
+
+
 def due(clock: int, every: int, last_clock: int, offset: int = 0) -> bool:
     """Whether step `clock` ends with a push. Each `every`-th step does, and the last one, so that no work is lost. With
     an `offset` the first one is the `offset`-th."""

@@ -195,10 +195,11 @@ class Arithmetic:
             own.take(step.start.clock, given)
         return own.params
 
-    def update(self, at: At, store: int, gradient: Value) -> None:
+    def update(self, at: At, store: int, gradient: Value, *, refused: bool) -> None:
         own = self._own[at, store]
         self._before[at, store] = own.params
-        own.update(gradient)
+        if not refused:
+            own.update(gradient)
 
     def told(self, at: At, store: int) -> Value:
         loaded = self._compiled.loaded[self._device(at)]

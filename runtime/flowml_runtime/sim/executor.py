@@ -393,9 +393,9 @@ class Executor:
         """Update the own parameters of a store."""
         world, node = self._world, self._node
         own.steps += 1
-        if node.start.on_nonfinite == "apply" or world.values.is_finite(store, 0, gradient):
-            world.values.update(self.at, store, gradient)
-        elif self._leads(store):
+        refused = node.start.on_nonfinite != "apply" and not world.values.is_finite(store, 0, gradient)
+        world.values.update(self.at, store, gradient, refused=refused)
+        if refused and self._leads(store):
             whose = f"which replica {step.replica} computes"
             world.refuse(node, store, step.clock, (step.replica,), whose)
         self._updated = store

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowml.plan import Site
-from flowml.policy import Gossip
+from flowml.policy import Gossip, newest_changes
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.actions import Start
 from flowml_runtime.sim.program import At
@@ -118,8 +118,8 @@ class Mirrors:
         clock, last, told = step.clock, self._last(step.clock), self._node.told
         if not last and not self._gossip.due(clock):
             return True
-        ahead = clock + self._staleness + self._gossip.every
-        end = min(ahead, self._node.world.terms.last_clock) + 1
+        newest = newest_changes(clock, self._staleness, self._gossip.every)
+        end = min(newest, self._node.world.terms.last_clock) + 1
         first = min(self._heard.values(), default=clock) + 1
         due = [c for c in range(first, end) if self._gossip.due(c) or self._last(c)]
         keys = {(c, j): (self._store, self._at[0], j, c) for c in due for j in self._heard if c > self._heard[j]}

@@ -77,8 +77,9 @@ class Values(Protocol):
         """The sum of two gradients of one part, for a push of several steps."""
         ...
 
-    def update(self, at: At, store: int, gradient: Value) -> None:
-        """Update the parameters that a replica keeps itself. A Read with something `given` takes that before."""
+    def update(self, at: At, store: int, gradient: Value, *, refused: bool) -> None:
+        """Update the parameters that a replica keeps itself. A Read with something `given` takes that before. With a
+        refused gradient they stay as they are, and are those that a `mix` of this step begins with."""
         ...
 
     def told(self, at: At, store: int) -> Value:
@@ -196,7 +197,7 @@ class Nothing:
     def add(self, at: At, store: int, part: int, a: Value, b: Value) -> Value:
         return NO_ARRAYS
 
-    def update(self, at: At, store: int, gradient: Value) -> None:
+    def update(self, at: At, store: int, gradient: Value, *, refused: bool) -> None:
         return None
 
     def told(self, at: At, store: int) -> Value:

@@ -21,7 +21,7 @@ from flowml.arrays import ArraySpec
 from flowml.devices import worker_of
 from flowml.errors import FlowmlError
 from flowml.plan import StoreSpec
-from flowml.policy import Gossip, filters
+from flowml.policy import Gossip, filters, newest_changes
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array, LoadedProgram, aligned_copy, buffer_struct
 from flowml_runtime.execution.services import host_view
@@ -153,8 +153,8 @@ class Mirrors:
     def _receive(self, until: int, now: int, in_vain: Callable[[], bool]) -> list[Sequence[Array]]:
         """The changes of others that have come, in the order of clocks and senders, once those `until` are here."""
         run, told = self._run, self._run.told
-        ahead = now + int(self._spec.policy.staleness) + self._gossip.every  # further ones wait for this sender
-        end = min(ahead, run.terms.last_clock) + 1
+        newest = newest_changes(now, int(self._spec.policy.staleness), self._gossip.every)
+        end = min(newest, run.terms.last_clock) + 1
         clocks = [c for c in range(min(self._heard.values(), default=now) + 1, end) if self._due(c)]
         keys = {(c, j): (self._store, self._replica, j, c) for c in clocks for j in self._heard if c > self._heard[j]}
         missing = [key for (c, _), key in keys.items() if c <= until]
