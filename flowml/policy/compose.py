@@ -13,7 +13,7 @@ from flowml.policy.graphs import check_members
 from flowml.policy.quorum import Coded, Deadline, Quorum
 from flowml.policy.replicas import check_pull
 from flowml.policy.spec import Policy
-from flowml.policy.topology import Gossip
+from flowml.policy.topology import Gossip, Ring, Tree
 
 DEFAULT_PATTERN = "*"
 """The pattern that `resolve` reports for a parameter without a match, whose policy is `Policy()`."""
@@ -44,12 +44,13 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
     (a pattern, a store) to its policy.
 
     Raises:
-        PolicyError: for a quorum of more replicas than there are.
+        PolicyError: for a quorum of more replicas than there are, or a topology of fewer than it needs.
     """
     if replicas < 1:
         raise PolicyError(f"replicas={replicas}: training needs at least one replica")
     for name, policy in policies.items():
         check_count(name, policy, replicas)
+        _check_alone(name, policy, replicas)
         check_pull(name, policy, replicas)
     coded_by(policies.values(), replicas)
     speculated_by(policies.values())
@@ -118,6 +119,15 @@ def _alike(policies: Iterable[Policy], kind: type[_Kind], why: str) -> _Kind | N
         other = next(q for q in quorums if q != found[0])
         raise PolicyError(f"quorum={found[0]} of one layer with quorum={other} of another is not sound: {why}")
     return found[0]
+
+
+def _check_alone(name: str, policy: Policy, replicas: int) -> None:
+    """Check that a ring, a tree or a graph has two members. An all-reduce of one replica is that replica's gradient."""
+    if replicas == 1 and isinstance(policy.topology, Ring | Tree | Gossip):
+        raise PolicyError(
+            f"{name!r}: topology={policy.topology} needs at least 2 replicas, and there is one, which has no other to "
+            "exchange with; give replicas=2 or more, or leave topology out"
+        )
 
 
 def check_count(name: str, policy: Policy, replicas: int, what: str = "replicas") -> None:

@@ -107,7 +107,7 @@ def factors(**overrides: Unpack[_Sending]) -> algebra.Policy:
 
 
 def quorum(
-    count_or_fraction: float,
+    share_or_count: float,
     of: Literal["replicas", "samples", "microbatches"] = "replicas",
     late: algebra.Late | LateName = "drop",
     **overrides: Unpack[_Waiting],
@@ -116,7 +116,7 @@ def quorum(
 
     With `of="samples"` it is one of the examples, with `of="microbatches"` one of the microbatches (see `Quorum`).
     """
-    return algebra.Policy(quorum=algebra.Quorum(count_or_fraction, of, late_of(late, "quorum")), **overrides)
+    return algebra.Policy(quorum=algebra.Quorum(share_or_count, of, late_of(late, "quorum")), **overrides)
 
 
 def backup_workers(n: int, **overrides: Unpack[_Waiting]) -> algebra.Policy:
@@ -146,7 +146,7 @@ def compensate(share: float = 0.75, **overrides: Unpack[_Pushing]) -> algebra.Po
     return algebra.Policy(quorum=algebra.Quorum(share, late="fold"), **overrides)
 
 
-def softsync(n: float, *, scale: bool = True, **overrides: Unpack[_Sending]) -> algebra.Policy:
+def softsync(n: float, scale: bool = True, **overrides: Unpack[_Sending]) -> algebra.Policy:
     """A home applies 1/n of the replicas' gradients at a time, so their staleness is about `n`; `scale` divides each by
     its staleness (Gupta et al., Rudra, 2016). Raises PolicyError for an `n` below 1."""
     if number(n, "softsync({!r}): give a number of at least 1") < 1:
@@ -222,24 +222,24 @@ def decoupled_diloco(
 
 def sparse_loco(
     every: int,
-    share: float = 1 / 32,
+    keep: float = 1 / 32,
     bits: int = 2,
     outer: Any = None,
     decay: float = 0.95,
     **overrides: Unpack[_Dense],
 ) -> algebra.Policy:
-    """Local SGD that sends `share` of each change, its largest elements, in `bits` bits; what it leaves out is kept,
+    """Local SGD that sends `keep` of each change, its largest elements, in `bits` bits; what it leaves out is kept,
     multiplied by `decay`, and added to the next change (Sarfi et al., *SparseLoCo*, 2025).
 
     Args:
         every: the number of local steps between two pushes.
-        share: a share of each array, or a number of elements.
+        keep: a share of each array, or a number of elements.
         bits: 8, 4, 2 or 1 for each element that is sent.
         outer: an optax.GradientTransformation that gets the mean change; by default SGD at rate 1 without momentum, for
             which the feedback stands in.
-        decay: the share of what was left out that is kept.
+        decay: the share of what was left out that is added to the next change.
     """
-    chain = (filters.top_k(share).with_error_feedback(decay), filters.quantise(bits))
+    chain = (filters.top_k(keep).with_error_feedback(decay), filters.quantise(bits))
     apply: algebra.Apply = algebra.Mean() if outer is None else algebra.Outer(outer)
     return algebra.Policy(every=every, payload=algebra.Delta(), filters=chain, apply=apply, **overrides)
 
@@ -271,9 +271,9 @@ def downpour(push: int, pull: int, optimizer: Any = None, **overrides: Unpack[_S
 
 def admm(
     rho: float,
-    every: int,
-    quorum: float = 1.0,
+    share: float = 1.0,
     staleness: float = 0,
+    every: int = 1,
     l1: float = 0.0,
     l2: float = 0.0,
     low: float = -math.inf,
@@ -286,15 +286,16 @@ def admm(
 
     Args:
         rho: the weight of a replica's distance from the consensus.
-        every: the number of optimizer steps with which a replica minimises, between two reports.
-        quorum: the number or share of reports at which the consensus is updated.
+        share: the share (0.5) or number (2) of reports at which the consensus is updated; below all of them it needs a
+            staleness.
         staleness: how many steps a replica may be ahead of the slowest.
+        every: the number of optimizer steps with which a replica minimises, between two reports.
         l1, l2, low, high: the penalties and the box of the global parameters.
     """
     apply: algebra.Apply = algebra.Consensus(rho)
     if l1 or l2 or low > -math.inf or high < math.inf:
         apply = algebra.Prox(l1 / rho, l2 / rho, low, high, apply)
-    completion = algebra.Quorum(quorum, late="fold") if staleness else algebra.Quorum(quorum)
+    completion = algebra.Quorum(share, late="fold") if staleness else algebra.Quorum(share)
     return algebra.Policy(every=every, staleness=staleness, quorum=completion, payload=algebra.Delta(), apply=apply)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from flowml import policies
 from flowml.errors import PolicyError
-from flowml.policy import DEFAULT_PATTERN, Policy, Quorum, check_composition, resolve
+from flowml.policy import DEFAULT_PATTERN, Gossip, Policy, Quorum, Ring, Tree, check_composition, resolve
 
 PATHS = ("params/conv1/kernel", "params/conv1/bias", "params/fc1/kernel", "head/w")
 
@@ -62,3 +62,10 @@ def test_a_quorum_that_cannot_drop_is_remarked_upon_once() -> None:
 def test_somebody_has_to_train() -> None:
     with pytest.raises(PolicyError, match="replicas=0"):
         check_composition({}, replicas=0)
+
+
+@pytest.mark.parametrize("topology", [Ring(), Tree(2), Gossip()])
+def test_a_ring_a_tree_and_a_graph_have_two_members(topology: Ring | Tree | Gossip) -> None:
+    with pytest.raises(PolicyError, match=r"'a': topology=.* needs at least 2 replicas, and there is one"):
+        check_composition({"a": Policy(topology=topology)}, replicas=1)
+    check_composition({"a": Policy(topology=topology)}, replicas=2)

@@ -63,7 +63,7 @@ def simulated(compute: Any) -> fm.SimulatedCluster:
 
 
 def test_rounds_equal_the_loop_and_reach_the_optimum(threads_cluster: fm.Cluster) -> None:
-    policy = fm.policies.admm(RHO, EVERY, l1=L1)
+    policy = fm.policies.admm(RHO, every=EVERY, l1=L1)
     for count in (1, 2, 5):
         result = fit(simulated(fm.sim.LogNormal(0.1, 0.5)), policy, count)
         assert_close(result.params["x"], rounds(count).astype(np.float32))
@@ -74,7 +74,7 @@ def test_rounds_equal_the_loop_and_reach_the_optimum(threads_cluster: fm.Cluster
 
 def test_the_optimum_is_reached_without_waiting(threads_cluster: fm.Cluster) -> None:
     """The consensus is updated at two of three reports, and no replica is more than three rounds ahead."""
-    policy = fm.policies.admm(RHO, EVERY, quorum=2, staleness=3 * EVERY, l1=L1)
+    policy = fm.policies.admm(RHO, 2, 3 * EVERY, EVERY, l1=L1)
     slow = fm.sim.Straggler(fm.sim.LogNormal(0.1, 0.3), workers=(2,), factor=3)
     for cluster, options in ((threads_cluster, {"delays": {"worker:2": 0.004}}), (simulated(slow), {})):
         result = fit(cluster, policy, 60, **options)
@@ -82,7 +82,7 @@ def test_the_optimum_is_reached_without_waiting(threads_cluster: fm.Cluster) -> 
 
 
 def test_a_next_fit_begins_without_dual_variables(threads_cluster: fm.Cluster) -> None:
-    policy = fm.policies.admm(RHO, EVERY, l1=L1)
+    policy = fm.policies.admm(RHO, every=EVERY, l1=L1)
     trainer = fm.Trainer(loss, optax.sgd(RATE), cluster=threads_cluster, replicas=REPLICAS, policies=policy)
     options: dict[str, Any] = {"batch_size": len(A), "shuffle": False, "progress": False}
     first = trainer.fit(PARAMS, SOURCE, steps=EVERY * 3, **options)
