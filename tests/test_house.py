@@ -29,6 +29,7 @@ PROTOCOL_MAY_IMPORT = (
     "flowml.policy",
     "flowml_runtime.wire",
     "flowml_runtime.protocol",
+    "msgspec",  # events and actions are its structs, as the messages are
 )
 IMPURE = {
     "asyncio",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -88,7 +87,7 @@ def _mixes_up_the_decisions_of_groups(patch: Patch) -> None:
     real: Callable[..., list[Any]] = Replica._commit  # pyright: ignore[reportPrivateUsage]
 
     def commit(self: Any, event: Any) -> list[Any]:
-        return real(self, replace(event, group=0))
+        return real(self, msgspec.structs.replace(event, group=0))
 
     patch.setattr(Replica, "_commit", commit)
 

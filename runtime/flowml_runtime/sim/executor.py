@@ -48,6 +48,7 @@ class Executor:
         self._machine = node.machine.stage(at)
         self._paced = self._world.terms.paced is not None
         self._instructions = self._world.instructions(program)
+        self._receives = program.receives
         self._machine_number = self._world.machine(node.number, program.device)
         self._label = node.number * KINDS + _TASK
         self._gathered: dict[tuple[int, int], Accumulator[Value]] = {}
@@ -95,7 +96,8 @@ class Executor:
     def start(self, step: Start) -> None:
         """Begin a step. The next `walk` runs it."""
         world = self._world
-        self._node.mailbox.advance(self.at, self._number(step))
+        if self._receives:
+            self._node.mailbox.advance(self.at, self._number(step))
         self._step, self._next, self._given, self._abandoned, self._updated = step, 0, None, False, -1
         self._inside = []
         self._seconds = world.seconds(self._machine_number, step.clock)
@@ -106,7 +108,8 @@ class Executor:
 
     def abandon(self, clock: int) -> None:
         """Leave the step of `clock` at the next task boundary, and drop values that still arrive for it."""
-        self._node.mailbox.cancel_step(self.at, self._node.start.run + clock)
+        if self._receives:
+            self._node.mailbox.cancel_step(self.at, self._node.start.run + clock)
         self._abandoned = True
 
     def settle(self, clock: int, stores: Sequence[int], *, counts: bool) -> None:
@@ -122,7 +125,7 @@ class Executor:
         if self._next == 0 and self._lacks_batch():
             return
         while (step := self._step) is not None and not self._computes and self._node.lives:
-            if self._next == len(instructions) or self._is_over(step):
+            if self._next == len(instructions) or (self._abandoned and self._is_over(step)):
                 if self._end_sums(step):
                     self._finish(step)
                 return

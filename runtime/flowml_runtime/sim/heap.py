@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from array import array
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 Act = Callable[..., None]
 _Event = tuple[int, Act, tuple[Any, ...]]
@@ -19,7 +20,7 @@ _Group = list[_Event]
 """Events of one time, in order. A broadcast is one entry of the heap."""
 
 _FLUSH = 8192
-"""Numbers that are gathered before they are hashed."""
+"""Events that are gathered before they are hashed."""
 
 
 class Clock:
@@ -28,8 +29,6 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
         """The time of the event that happens now, in seconds."""
-        self.events = 0
-        """The number of events so far."""
         self._heap: list[tuple[float, int, _Group]] = []
         self._scheduled = 0
         self._last = -1.0
@@ -38,8 +37,19 @@ class Clock:
         self._group: _Group = []
         """The group that happens now, and the next of it."""
         self._next = 0
-        self._trace = array("d")
+        self._labels: list[int] = []
+        """The labels of the events that are not hashed yet."""
+        self._times: list[float] = []
+        """The times of these events, each once for all events of its group."""
+        self._firsts: list[int] = []
+        """The place in `_labels` of the first event of each of these times."""
+        self._hashed = 0
         self._hash = hashlib.blake2b(digest_size=16)
+
+    @property
+    def events(self) -> int:
+        """The number of events so far."""
+        return self._hashed + len(self._labels)
 
     def at(self, when: float, label: int, act: Act, *args: Any) -> None:
         """Call `act(*args)` at the time `when`, which is not before now."""
@@ -62,22 +72,25 @@ class Clock:
 
     def go_on(self, idle: Callable[[], bool]) -> bool:
         """Let events happen as long as `idle` returns True. Returns False if there are no more events before."""
-        group, trace = self._group, self._trace
-        while idle():
-            if self._next == len(group):
-                if not self._heap:
-                    return False
-                if len(trace) >= _FLUSH:
-                    self._flush()
-                self.now, _, group = heapq.heappop(self._heap)
-                self._group, self._next = group, 0
-            label, act, args = group[self._next]
-            self._next += 1
-            self.events += 1
-            trace.append(self.now)
-            trace.append(label)
-            act(*args)
-        return True
+        group, place, labels = self._group, self._next, self._labels
+        try:
+            while idle():
+                if place == len(group):
+                    if not self._heap:
+                        return False
+                    if len(labels) >= _FLUSH:
+                        self._flush()
+                    self.now, _, group = heapq.heappop(self._heap)
+                    self._times.append(self.now)
+                    self._firsts.append(len(labels))
+                    self._group, place = group, 0
+                label, act, args = group[place]
+                place += 1
+                labels.append(label)
+                act(*args)
+            return True
+        finally:
+            self._next = place
 
     def run(self, limit: int) -> None:
         """Let all events happen. Raises RuntimeError if they do not end after `limit` events."""
@@ -92,5 +105,11 @@ class Clock:
         return self._hash.hexdigest()
 
     def _flush(self) -> None:
-        self._hash.update(self._trace.tobytes())
-        del self._trace[:]
+        count = len(self._labels)
+        trace = np.empty((count, 2))
+        trace[:, 0] = np.repeat(self._times, np.diff([*self._firsts, count]))
+        trace[:, 1] = self._labels
+        self._hash.update(trace.tobytes())
+        self._hashed += count
+        self._labels.clear()
+        self._times, self._firsts = self._times[-1:], [0] * bool(self._times)

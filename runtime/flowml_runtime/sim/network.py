@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from flowml.sim import NetworkModel
@@ -47,15 +48,17 @@ class _Queue:
 class _Path:
     """The link from one worker to another. `last` is the arrival of its last message, as far as it is known."""
 
-    __slots__ = ("down", "first", "followers", "last", "latency", "number", "own", "rate", "up")
+    __slots__ = ("down", "first", "followers", "free", "label", "last", "latency", "own_rate", "rate", "up")
 
-    def __init__(self, number: int, latency: float, own: _Queue, up: tuple[_Queue, ...], down: tuple[_Queue, ...]):
-        self.number = number
+    def __init__(self, number: int, latency: float, rate: float, up: tuple[_Queue, ...], down: tuple[_Queue, ...]):
+        self.label = number * KINDS + _DELIVER
         self.latency = latency
-        self.own = own
+        self.own_rate = rate
+        self.free = 0.0
+        """When the link of the pair, which no other shares, is free."""
         self.up = up
         self.down = down
-        self.rate = min(q.rate for q in (own, *up, *down))
+        self.rate = min(rate, *(q.rate for q in (*up, *down))) if up or down else rate
         self.last = 0.0
         self.first = 0.0
         """When the last message begins to arrive, if the receiver's downlink decides when it has arrived."""
@@ -93,14 +96,28 @@ class Wires:
             begins = self._send(path, nbytes, delay, act, args)
         return begins
 
+    def broadcast(self, source: str, receivers: Iterable[tuple[str, Act]], args: tuple[Any, ...]) -> None:
+        """Send one message without arrays to several: as `send` to one after the other."""
+        clock, paths = self._clock, self._paths
+        for to, act in receivers:
+            path = paths.get((source, to)) or self._path(source, to)
+            if self._tamper is not None or path.followers is not None:
+                self.send(source, to, 0, act, *args)
+                continue
+            when = clock.now + path.latency
+            if when < path.last:
+                when = path.last
+            path.last = when
+            clock.put(when, (path.label, act, args))
+
     def _path(self, source: str, to: str) -> _Path:
         a, b = self._numbers[source], self._numbers[to]
         link = self._model.link(a, b)
-        own = _Queue(link.bytes_per_s)
+        rate = link.bytes_per_s
         up: tuple[_Queue, ...] = ()
         down: tuple[_Queue, ...] = ()
         if DRIVER in (source, to):
-            own.rate = float("inf")
+            rate = math.inf
         elif a != b:
             for shared in self._model.shared(a, b):
                 queue = self._queues.setdefault(shared.name, _Queue(shared.bytes_per_s))
@@ -108,15 +125,20 @@ class Wires:
                     down = (*down, queue)
                 else:
                     up = (*up, queue)
-        path = self._paths[source, to] = _Path(b, link.latency_s if a != b else 0.0, own, up, down)
+        path = self._paths[source, to] = _Path(b, link.latency_s if a != b else 0.0, rate, up, down)
         return path
 
     def _send(self, path: _Path, nbytes: int, delay: float, act: Act, args: tuple[Any, ...]) -> float:
         now = begins = self._clock.now
         arrives = now + path.latency + delay
         if nbytes:
-            begins = max(now, path.own.free, *(q.free for q in path.up)) if path.up else max(now, path.own.free)
-            for queue in (path.own, *path.up):
+            if path.free > begins:
+                begins = path.free
+            for queue in path.up:
+                if queue.free > begins:
+                    begins = queue.free
+            path.free = begins + nbytes / path.own_rate
+            for queue in path.up:
                 queue.free = begins + nbytes / queue.rate
             arrives = begins + path.latency + delay
             if path.down:
@@ -133,7 +155,8 @@ class Wires:
         followers: list[tuple[float, Act, tuple[Any, ...]]] = []
         path.followers = followers
         path.first = max(when, path.first)
-        self._clock.at(path.first, path.number * KINDS + _LAND, self._land, path, nbytes, followers, act, args)
+        label = path.label - _DELIVER + _LAND
+        self._clock.at(path.first, label, self._land, path, nbytes, followers, act, args)
 
     def _land(
         self,
@@ -157,4 +180,4 @@ class Wires:
         if when < path.last:
             when = path.last
         path.last = when
-        self._clock.put(when, (path.number * KINDS + _DELIVER, act, args))
+        self._clock.put(when, (path.label, act, args))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
+import msgspec
+
 from flowml_runtime import wire
 from flowml_runtime.protocol.rendezvous import Rendezvous
 from flowml_runtime.protocol.training import actions as protocol
@@ -30,15 +32,12 @@ NEVER = wire.StartTraining(plan_id="none", run=0, total_clocks=0, seed=0, shuffl
 """What a worker has that no run has begun on."""
 
 
-class _News:
+class _News(msgspec.Struct):
     """A version of a store on its way to a reader. Until it is sent, a newer one may replace it."""
 
-    __slots__ = ("begins", "message", "value")
-
-    def __init__(self, message: wire.Published, value: Value) -> None:
-        self.message = message
-        self.value = value
-        self.begins = 0.0
+    message: wire.Published
+    value: Value
+    begins: float = 0.0
 
 
 _NEWS = wire.Published | wire.Applied
@@ -84,7 +83,7 @@ class Node:
         self._free = 0.0
         """When all of it is done."""
         self._news: dict[tuple[str, int], _News] = {}
-        """(reader, store) -> the version that is sent next, or was sent last."""
+        """(reader, store) -> the newest version that was not sent at once."""
 
     def receive(self, peer: str, message: Any, value: Value) -> None:
         """A message has arrived. `value` stands for its arrays; None if it has none."""
@@ -153,8 +152,7 @@ class Node:
         self.stages = {}
 
     def _send(self, action: protocol.Send) -> None:
-        for to in action.to:
-            self.world.send(self.name, to, action.message)
+        self.world.broadcast(self.name, action.to, action.message)
 
     def _start(self, action: protocol.Start) -> None:
         self.stages[action.replica, action.stage].start(action)
@@ -210,7 +208,7 @@ class Node:
         if action.value:
             value, nbytes = world.values.current(self.name, store), world.sizes.stores[store]
         for reader in action.to:
-            waiting = self._news.get((reader, store))
+            waiting = self._news.get((reader, store)) if self._news else None
             if waiting is not None and waiting.begins > world.clock.now:
                 waiting.message = message
                 waiting.value = waiting.value if value is None else value
@@ -218,7 +216,8 @@ class Node:
             news = _News(message, value)
             news.begins = world.send_news(self, reader, news, nbytes)
             if nbytes and reader != self.name:
-                self._news[reader, store] = news
+                if news.begins > world.clock.now:
+                    self._news[reader, store] = news
                 self.counts.publish(store, nbytes)
 
     def _return(self, action: protocol.Return) -> None:

@@ -41,6 +41,11 @@ class StageProgram:
         """As `cuts.ends`."""
         return ends(self.instructions)
 
+    @cached_property
+    def receives(self) -> bool:
+        """Whether it waits for values of other stages."""
+        return any(isinstance(i, Recv) for i in self.instructions)
+
     def matter(self, computes: bool) -> tuple[int, ...]:
         """The positions of the instructions that matter: without arithmetic, those that take time, wait, send or end a
         microbatch."""

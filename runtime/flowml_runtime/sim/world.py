@@ -124,6 +124,12 @@ class World:
         receive = self.to_driver if to == DRIVER else self.nodes[to].receive
         self.wires.send(source, to, nbytes, receive, source, message, value)
 
+    def broadcast(self, source: str, to: Sequence[str], message: wire.Wire) -> None:
+        """A worker sends several others, or the driver, one message without arrays."""
+        nodes = self.nodes
+        receivers = ((name, self.to_driver if name == DRIVER else nodes[name].receive) for name in to)
+        self.wires.broadcast(source, receivers, (source, message, None))
+
     def send_news(self, source: Node, to: str, news: Any, nbytes: int) -> float:
         """Send a version of a store. Returns when its sending begins; until then it may be changed."""
         return self.wires.send(source.name, to, nbytes, self.nodes[to].receive_news, source.name, news)

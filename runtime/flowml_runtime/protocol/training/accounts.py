@@ -20,8 +20,9 @@ it says so, and as dropped in any other case. At the end of a run, a group that 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from flowml.policy import Requeue
 from flowml_runtime import wire
@@ -30,8 +31,7 @@ from flowml_runtime.protocol.training.terms import Committed, Group, Terms
 Fate = Literal["used", "dropped", "folded", "requeued", "duplicate"]
 
 
-@dataclass(frozen=True, slots=True)
-class Settle:
+class Settle(msgspec.Struct, frozen=True):
     """Tell the ledger the fate of an item, and the groups for which it does not count although it is used."""
 
     item: wire.Item
@@ -51,8 +51,7 @@ def joined(actions: Iterable[object]) -> Iterable[tuple[tuple[tuple[int, ...], i
     return found.items()
 
 
-@dataclass(slots=True)
-class _Account:
+class _Account(msgspec.Struct):
     item: wire.Item
     open: set[int]
     """The groups in which its fate is unknown."""
@@ -60,7 +59,7 @@ class _Account:
     folded: bool = False
     left_out: int | None = None
     """The number of its microbatches that its step left out; None while the step may still leave some out."""
-    lost: set[int] = field(default_factory=set[int])
+    lost: set[int] = set()
 
 
 class Accounts:
@@ -82,11 +81,13 @@ class Accounts:
 
     def open(self, clock: int, item: wire.Item, committed: Sequence[int]) -> None:
         """The step of `clock` begins. `committed` is the newest clock of each group."""
-        decided = [g for g in self._terms.groups if clock <= committed[g.number]]
-        due = {g.number for g in self._terms.due_groups(clock)} if decided else ()
-        late = {g.number for g in decided if g.discards or (g.number in due and not g.folds)}
         left_out = None if self._waits else 0
-        self._accounts[clock] = _Account(item, set(self._groups - late), self._anyway, left_out=left_out, lost=late)
+        account = self._accounts[clock] = _Account(item, set(self._groups), self._anyway, left_out=left_out)
+        decided = [g for g in self._terms.groups if clock <= committed[g.number]]
+        if decided:
+            due = {g.number for g in self._terms.due_groups(clock)}
+            account.lost = {g.number for g in decided if g.discards or (g.number in due and not g.folds)}
+            account.open -= account.lost
 
     def finish(self, clock: int, left_out: int = 0) -> list[Settle]:
         """The step of `clock` has finished without its last `left_out` microbatches. Without decisions, that settles
@@ -122,7 +123,9 @@ class Accounts:
 
     def _lose(self, group: Group, clock: int) -> None:
         """The commit of `clock` leaves this replica out."""
-        lost = [c for c in self._accounts if c == clock or (c < clock and group.discards)] if not group.folds else []
+        if group.folds:
+            return
+        lost = [c for c in self._accounts if c == clock or (c < clock and group.discards)]
         for account in map(self._accounts.__getitem__, lost):
             if group.number in account.open:
                 account.open.discard(group.number)

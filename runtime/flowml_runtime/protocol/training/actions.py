@@ -5,7 +5,7 @@ The host of a worker and the simulator carry the actions out and make no decisio
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
@@ -15,8 +15,7 @@ from flowml_runtime.protocol.training.terms import ReplicaLost
 # Events. `ReplicaLost` is also one.
 
 
-@dataclass(frozen=True, slots=True)
-class Received:
+class Received(msgspec.Struct, frozen=True):
     """A message from `peer`. `handle` stands for its arrays, if it has any."""
 
     peer: str
@@ -24,8 +23,7 @@ class Received:
     handle: Handle | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StepFinished:
+class StepFinished(msgspec.Struct, frozen=True):
     """The executor of a stage has left the step that `Start` began; `cause` is that of the Start."""
 
     run: int
@@ -35,8 +33,7 @@ class StepFinished:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Updated:
+class Updated(msgspec.Struct, frozen=True):
     """A step has updated a store that the replicas here share, unless its gradient was not `applied`."""
 
     run: int
@@ -46,8 +43,7 @@ class Updated:
     applied: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(msgspec.Struct, frozen=True):
     """A stage has computed a microbatch of its running step, and `Cut.finish` has asked for this event."""
 
     run: int
@@ -55,8 +51,7 @@ class Computed:
     stage: int
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """The time that a Wake of this run named has come."""
 
     run: int
@@ -68,32 +63,28 @@ Event = Received | StepFinished | Updated | Computed | ReplicaLost | Tick
 # Actions. `cause` is the number of the event that caused them.
 
 
-@dataclass(frozen=True, slots=True)
-class Open:
+class Open(msgspec.Struct, frozen=True):
     """Create the stage runners and the stores of this run."""
 
     start: wire.StartTraining
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Close:
+class Close(msgspec.Struct, frozen=True):
     """Stop everything that belongs to the run, even in the middle of its work."""
 
     run: int
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     """Send the message to each of these, in this order. This worker may be one of them."""
 
     to: tuple[str, ...]
     message: wire.Wire
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """Run the step of `clock` on this stage."""
 
     run: int
@@ -104,8 +95,7 @@ class Start:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Abandon:
+class Abandon(msgspec.Struct, frozen=True):
     """Stop the step of `clock` at the next task boundary if it runs, and refuse later values for it."""
 
     replica: int
@@ -114,8 +104,7 @@ class Abandon:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Count:
+class Count(msgspec.Struct, frozen=True):
     """Say whether the gradients that the step of `clock` left in this stage's accumulators count; see `accumulator`.
 
     `stores` are those that gather several steps.
@@ -129,8 +118,7 @@ class Count:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Wake:
+class Wake(msgspec.Struct, frozen=True):
     """Give the machine a Tick for this run at time `at`, in seconds, or soon after."""
 
     run: int
@@ -138,8 +126,7 @@ class Wake:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Show:
+class Show(msgspec.Struct, frozen=True):
     """Let the executors here read this version from now on."""
 
     store: int
@@ -148,8 +135,7 @@ class Show:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(msgspec.Struct, frozen=True):
     """Hold the first value of a store: parameters and optimizer state."""
 
     store: int
@@ -157,8 +143,7 @@ class Load:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Apply:
+class Apply(msgspec.Struct, frozen=True):
     """Make the next version of a store here; see `home.Apply`."""
 
     store: int
@@ -168,8 +153,7 @@ class Apply:
     staleness: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(msgspec.Struct, frozen=True):
     """Send `Published` to the readers in `to`, with the current value of the store if `value`."""
 
     store: int
@@ -180,8 +164,7 @@ class Publish:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Return:
+class Return(msgspec.Struct, frozen=True):
     """Send the driver a `StoreValue`, because the store is finished. It has the value if this is its first home.
 
     The traffic of each store is sent before it, as with TellTraffic, and after all earlier publications.
@@ -193,15 +176,13 @@ class Return:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class TellTraffic:
+class TellTraffic(msgspec.Struct, frozen=True):
     """Send the driver the traffic of each store so far."""
 
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Hand:
+class Hand(msgspec.Struct, frozen=True):
     """Give a Source, a Batch, an OwnState, a Gossip or a Collective to the executors."""
 
     peer: str
@@ -210,8 +191,7 @@ class Hand:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Fail:
+class Fail(msgspec.Struct, frozen=True):
     """Tell the driver that the run cannot continue here."""
 
     run: int
@@ -219,8 +199,7 @@ class Fail:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(msgspec.Struct, frozen=True):
     """Free the arrays of a handle."""
 
     handle: Handle

@@ -30,7 +30,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+
+import msgspec
 
 from flowml.policy import Arrivals, Decide, Never, Spread, Wait, window
 from flowml.policy.waits import waits
@@ -38,8 +39,7 @@ from flowml_runtime.protocol.errors import ProtocolError, QuorumError, ensure
 from flowml_runtime.protocol.training.terms import Committed, Group, ReplicaLost, Terms, Tick
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
+class Arrived(msgspec.Struct, frozen=True):
     """A home has every part of `replica`'s contribution to `store` at `clock`, of `weight` microbatch gradients."""
 
     store: int
@@ -49,15 +49,13 @@ class Arrived:
     copy: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaRetired:
+class ReplicaRetired(msgspec.Struct, frozen=True):
     """`replica` has no more work, and all of its contributions have been decided."""
 
     replica: int
 
 
-@dataclass(frozen=True, slots=True)
-class Wake:
+class Wake(msgspec.Struct, frozen=True):
     """Give a Tick at this time, in seconds."""
 
     at: float
@@ -70,13 +68,12 @@ Event = Arrived | ReplicaRetired | ReplicaLost | Tick
 Action = Committed | Wake
 
 
-@dataclass(slots=True)
-class _Clock:
+class _Clock(msgspec.Struct):
     """The arrivals for one clock: the stores of each replica that is not complete yet, and the complete ones."""
 
     arrivals: Arrivals
-    stores: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
-    copies: dict[int, int] = field(default_factory=dict[int, int])
+    stores: dict[int, set[int]] = {}
+    copies: dict[int, int] = {}
     """Portion -> the copy of it that is complete, if that is not the first grant."""
 
 
@@ -158,11 +155,12 @@ class Decision:
         clock = self._at(event.clock)
         if event.replica in clock.arrivals.times:
             return False
-        stores = clock.stores.setdefault(event.replica, set())
-        stores.add(event.store)
-        if len(stores) < len(self._group.stores):
-            return False
-        del clock.stores[event.replica]
+        if len(self._group.stores) > 1:
+            stores = clock.stores.setdefault(event.replica, set())
+            stores.add(event.store)
+            if len(stores) < len(self._group.stores):
+                return False
+            del clock.stores[event.replica]
         clock.arrivals.times[event.replica] = now
         if event.copy:
             clock.copies[event.replica] = event.copy

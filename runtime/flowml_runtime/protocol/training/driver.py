@@ -32,8 +32,9 @@ What the caller must do:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from flowml.policy.waits import Waits
 from flowml_runtime import wire
@@ -44,36 +45,31 @@ from flowml_runtime.protocol.training.store import Handle
 from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
 
 
-@dataclass(frozen=True, slots=True)
-class Begin:
+class Begin(msgspec.Struct, frozen=True):
     """Begin the fit: the workers have loaded its plan."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepFailed:
+class StepFailed(msgspec.Struct, frozen=True):
     """A worker has reported a failure."""
 
     message: wire.StepFailed
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLost:
+class WorkerLost(msgspec.Struct, frozen=True):
     """A worker of the plan is lost."""
 
     worker: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(msgspec.Struct, frozen=True):
     """The fit has ended, with or without an error."""
 
 
 Event = Begin | Received | StepFailed | WorkerLost | ReplicaLost | Stop
 
 
-@dataclass(frozen=True, slots=True)
-class SendStore:
+class SendStore(msgspec.Struct, frozen=True):
     """Send a store's first value to its homes."""
 
     store: int
@@ -81,15 +77,13 @@ class SendStore:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class SendSource:
+class SendSource(msgspec.Struct, frozen=True):
     """Send each worker the leaves of the source that its stages read."""
 
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Feed:
+class Feed(msgspec.Struct, frozen=True):
     """Send the stages of a replica the examples of a work item."""
 
     replica: int
@@ -97,8 +91,7 @@ class Feed:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(msgspec.Struct, frozen=True):
     """Enter a report in the history."""
 
     message: wire.Report
@@ -106,8 +99,7 @@ class Note:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class NoteFates:
+class NoteFates(msgspec.Struct, frozen=True):
     """The fate of work items, for a simulation or a test. The ledger already has it."""
 
     fates: tuple[tuple[wire.Item, Fate], ...]
@@ -115,8 +107,7 @@ class NoteFates:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class NoteCommit:
+class NoteCommit(msgspec.Struct, frozen=True):
     """Enter in the history which replicas' work of a clock counts, and with a code with which coefficients."""
 
     clock: int
@@ -125,8 +116,7 @@ class NoteCommit:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class NoteWaits:
+class NoteWaits(msgspec.Struct, frozen=True):
     """What the decision of a group waited for at `clock`, and which replicas it leaves out."""
 
     group: int
@@ -136,16 +126,14 @@ class NoteWaits:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class NoteStaleness:
+class NoteStaleness(msgspec.Struct, frozen=True):
     """How stale applied contributions were: for each store pairs of (staleness, number of contributions)."""
 
     stores: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class NoteNonFinite:
+class NoteNonFinite(msgspec.Struct, frozen=True):
     """Count the gradients of these replicas for a store and clock as left out, and warn."""
 
     store: int
@@ -154,8 +142,7 @@ class NoteNonFinite:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Keep:
+class Keep(msgspec.Struct, frozen=True):
     """This is the store's final value."""
 
     store: int
@@ -163,8 +150,7 @@ class Keep:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class KeepState:
+class KeepState(msgspec.Struct, frozen=True):
     """This is the last optimizer state of a store whose parameters replicas update themselves."""
 
     store: int
@@ -172,16 +158,14 @@ class KeepState:
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Fail:
+class Fail(msgspec.Struct, frozen=True):
     """The fit cannot continue, because a worker has failed or is lost."""
 
     reason: wire.StepFailed | WorkerLost
     cause: int
 
 
-@dataclass(frozen=True, slots=True)
-class Over:
+class Over(msgspec.Struct, frozen=True):
     """The fit is over."""
 
     cause: int

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, TypedDict
 
 from flowml_runtime import wire
@@ -68,7 +68,8 @@ class Fit:
         self._driver = driver
         self._terms = terms
         self._places = places
-        self._home = home.Home(terms, places.stores_on(me))
+        self._stores = places.stores_on(me)
+        self._home = home.Home(terms, self._stores)
         self._leaders = tuple(places.homes[group.stores[0]][0] for group in terms.groups)
         """The leader of each group."""
         self._decisions = {
@@ -81,15 +82,14 @@ class Fit:
         self._pace = pace.Pace(terms, paced) if paced else None
         """Counts the microbatches of all replicas, if this worker does."""
         self._now = began
+        self._cause = 0
+        """The number of the event that is processed."""
         self._shown: dict[int, tuple[int, int]] = {}
         """(version, floor) of each store that is read here."""
-        self._ids: _Ids = {"plan_id": start.plan_id, "run": start.run, "cause": 0}
-        """The common fields of every message of this worker."""
 
     def at(self, cause: int, now: float) -> Fit:
         """Note the number of the event that is processed, and its time."""
-        self._ids["cause"] = cause
-        self._now = now
+        self._cause, self._now = cause, now
         return self
 
     def begin(self) -> list[Action]:
@@ -98,12 +98,6 @@ class Fit:
     def close(self) -> list[Action]:
         """End the run here, and drop everything that its home has gathered."""
         return [Close(self.run, self._cause), *(Release(handle, self._cause) for handle in self._home.handles())]
-
-    def take(self, event: Received) -> list[Action]:
-        route = self._ROUTES.get(type(event.message))
-        if route is None:
-            raise ProtocolError(f"a worker has no use for {type(event.message).__name__} during training")
-        return route(self, event.message, event)
 
     def handle(self, event: StepFinished | Updated | Computed | Tick) -> list[Action]:
         if isinstance(event, Tick):
@@ -125,8 +119,9 @@ class Fit:
             self._pace.validate()
 
     @property
-    def _cause(self) -> int:
-        return self._ids["cause"]
+    def _ids(self) -> _Ids:
+        """The common fields of every message of this worker."""
+        return {"plan_id": self.plan_id, "run": self.run, "cause": self._cause}
 
     # The handlers of messages.
 
@@ -165,7 +160,8 @@ class Fit:
         event = Committed(
             message.clock, message.excluded, message.group, message.coefficients, message.folded, message.copies
         )
-        return [*self._at_stages(self.stages, event), *self._at_home(event)]
+        actions = self._at_stages(self.stages, event)
+        return actions + self._at_home(event) if self._stores else actions
 
     def _computed(self, message: wire.Computed, _: Received) -> list[Action]:
         if self._pace is None:
@@ -184,8 +180,8 @@ class Fit:
         if self._terms.stores[store].collective and news <= self._shown.get(store, (-1, -1)):
             return [] if handle is None else [Release(handle, self._cause)]
         self._shown[store] = news
-        shown: list[Action] = [] if handle is None else [Show(store, message.version, handle, self._cause)]
-        return [*shown, *self._at_stages(self.stages, stage.StorePublished(store, *news))]
+        actions = self._at_stages(self.stages, stage.StorePublished(store, message.version, message.floor))
+        return actions if handle is None else [Show(store, message.version, handle, self._cause), *actions]
 
     def _applied(self, message: wire.Applied, _: Received) -> list[Action]:
         event = stage.Applied(message.store, message.clock, message.version)
@@ -205,7 +201,7 @@ class Fit:
     def _handed(self, message: wire.TrainingMessage, event: Received) -> list[Action]:
         return [Hand(event.peer, message, event.handle, self._cause)]
 
-    _ROUTES: ClassVar[dict[type, Callable[[Fit, Any, Received], list[Action]]]] = {
+    ROUTES: ClassVar[dict[type, Callable[[Fit, Any, Received], list[Action]]]] = {
         wire.Grant: _granted,
         wire.Begin: _begun,
         wire.Contribution: _contributed,
@@ -227,50 +223,74 @@ class Fit:
         return [at for at in self.stages if at[0] == number and not (following and at[1] == 0)]
 
     def _at_stages(self, stages: Iterable[At], event: stage.Event | TimeCame) -> list[Action]:
-        return [action for at in stages for action in self._at_stage(at, event)]
+        actions: list[Action] = []
+        for at in stages:
+            actions += self._at_stage(at, event)
+        return actions
 
     def _at_stage(self, at: At, event: stage.Event | TimeCame) -> list[Action]:
         machine = self.stages.get(at)
         if machine is None:
             raise ProtocolError(f"{self._me} is told of stage {at[1]} of replica {at[0]}, which does not run here")
-        actions, made = list[Action](), machine.step(event, self._now)
-        settled = joined(made) if made else ()
+        actions: list[Action] = []
+        settled = False
+        made = machine.step(event, self._now)
         for action in made:
-            match action:
-                case Settle():
-                    ids: dict[str, Any] = {**self._ids, "replica": at[0]}
-                    told = (wire.Settled(**ids, fates=tuple(f), missing=m, left_out=n) for (m, n), f in settled)
-                    actions += [Send((self._driver,), message) for message in told]
-                    settled = ()  # the first tells them all
-                case stage.Start(clock, item):
-                    actions.append(Start(self.run, *at, clock, item, self._cause))
-                case stage.Ask(clocks, returned, copy):
-                    ask = wire.Ask(**self._ids, replica=at[0], clocks=clocks, returned=returned, copy=copy)
-                    actions.append(Send((self._driver,), ask))
-                case stage.Begin(clock, item, last):
-                    others = tuple(dict.fromkeys(self._places.stages[at[0]][1:]))
-                    if others:
-                        begin = wire.Begin(**self._ids, replica=at[0], clock=clock, item=item, last=last)
-                        actions.append(Send(others, begin))
-                case stage.Abandon(clock):
-                    actions.append(Abandon(*at, clock, self._cause))
-                case stage.Count(clock, counts, stores):
-                    actions.append(Count(*at, clock, counts, stores, self._cause))
-                case decision.Wake(when):
-                    actions.append(Wake(self.run, when, self._cause))
-                case stage.Retire():
-                    actions += self._retire(at)
+            kind = type(action)  # not `match`, which is slow here, where every step passes
+            if kind is Settle:
+                actions += [] if settled else self._settle(at, made)
+                settled = True  # the first tells them all
+            else:
+                self._WANTED[kind](self, at, action, actions)
         return actions
 
-    def _retire(self, at: At) -> list[Action]:
+    def _settle(self, at: At, made: Sequence[stage.Action | decision.Wake]) -> list[Action]:
+        ids: dict[str, Any] = {**self._ids, "replica": at[0]}
+        told = (wire.Settled(**ids, fates=tuple(f), missing=m, left_out=n) for (m, n), f in joined(made))
+        return [Send((self._driver,), message) for message in told]
+
+    def _start(self, at: At, start: stage.Start, actions: list[Action]) -> None:
+        actions.append(Start(self.run, at[0], at[1], start.clock, start.item, self._cause))
+
+    def _ask(self, at: At, ask: stage.Ask, actions: list[Action]) -> None:
+        asked = wire.Ask(**self._ids, replica=at[0], clocks=ask.clocks, returned=ask.returned, copy=ask.copy)
+        actions.append(Send((self._driver,), asked))
+
+    def _begin(self, at: At, begin: stage.Begin, actions: list[Action]) -> None:
+        others = self._places.stages[at[0]][1:]
+        if others:
+            told = wire.Begin(**self._ids, replica=at[0], clock=begin.clock, item=begin.item, last=begin.last)
+            actions.append(Send(tuple(dict.fromkeys(others)), told))
+
+    def _abandon(self, at: At, abandon: stage.Abandon, actions: list[Action]) -> None:
+        actions.append(Abandon(*at, abandon.clock, self._cause))
+
+    def _count(self, at: At, count: stage.Count, actions: list[Action]) -> None:
+        actions.append(Count(*at, count.clock, count.counts, count.stores, self._cause))
+
+    def _wake(self, at: At, wake: decision.Wake, actions: list[Action]) -> None:
+        actions.append(Wake(self.run, wake.at, self._cause))
+
+    def _retire(self, at: At, _: stage.Retire, actions: list[Action]) -> None:
         """Tell all that wait for this stage. The driver gets the traffic first, because Retired may end the run."""
         stores = zip(self._terms.stores, self._places.homes, strict=True)
         told = [homes[0] for store, homes in stores if not store.clocked and at[1] in store.stages]
         if at[1] == 0:
             told += [*self._places.stages[at[0]][1:], *self._leaders]
         message = wire.Retired(**self._ids, replica=at[0], stage=at[1])
-        others: list[Action] = [Send(tuple(dict.fromkeys(told)), message)] if told else []
-        return [*others, TellTraffic(self._cause), Send((self._driver,), message)]
+        if told:
+            actions.append(Send(tuple(dict.fromkeys(told)), message))
+        actions += [TellTraffic(self._cause), Send((self._driver,), message)]
+
+    _WANTED: ClassVar[dict[type, Callable[[Fit, At, Any, list[Action]], None]]] = {
+        stage.Start: _start,
+        stage.Ask: _ask,
+        stage.Begin: _begin,
+        stage.Abandon: _abandon,
+        stage.Count: _count,
+        stage.Retire: _retire,
+        decision.Wake: _wake,
+    }
 
     def _decide(self, groups: Iterable[int], event: decision.Event) -> list[Action]:
         """Process an event in the decisions of these groups, which are made here."""

@@ -38,7 +38,8 @@ What the caller must do:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from flowml.policy import Fold
 from flowml.policy.apply import scales
@@ -49,16 +50,14 @@ from flowml_runtime.protocol.training.store import ContributionReceived, Gatheri
 from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, Terms
 
 
-@dataclass(frozen=True, slots=True)
-class StoreLoaded:
+class StoreLoaded(msgspec.Struct, frozen=True):
     """The store's first value has arrived."""
 
     store: int
     version: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Updated:
+class Updated(msgspec.Struct, frozen=True):
     """A replica has updated a store that it shares, unless its gradient was not `applied`."""
 
     store: int
@@ -67,16 +66,14 @@ class Updated:
     applied: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class StageRetired:
+class StageRetired(msgspec.Struct, frozen=True):
     """Stage `stage` of `replica` sends no more contributions."""
 
     replica: int
     stage: int
 
 
-@dataclass(frozen=True, slots=True)
-class Apply:
+class Apply(msgspec.Struct, frozen=True):
     """Make version `version` of the store from the payloads of each replica's parts and their coefficient.
 
     `staleness` has, for each contribution, the number of versions between the one that it is based on and the newest;
@@ -89,8 +86,7 @@ class Apply:
     staleness: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(msgspec.Struct, frozen=True):
     """Send the store's floor to its readers, and its value too if `value`, after every preceding Apply."""
 
     store: int
@@ -99,8 +95,7 @@ class Publish:
     value: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class SendApplied:
+class SendApplied(msgspec.Struct, frozen=True):
     """Tell the stages of `replica` that `version` of the store holds its contribution of `clock`."""
 
     store: int
@@ -109,8 +104,7 @@ class SendApplied:
     version: int
 
 
-@dataclass(frozen=True, slots=True)
-class SendArrived:
+class SendArrived(msgspec.Struct, frozen=True):
     """Tell the leader that this contribution is complete."""
 
     store: int
@@ -120,15 +114,13 @@ class SendArrived:
     copy: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(msgspec.Struct, frozen=True):
     """Free a payload that will never be applied."""
 
     handle: Handle
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """Nothing can change this store any more."""
 
     store: int

@@ -60,13 +60,15 @@ class Items:
                 self._held[clock] = item
 
     def skip_to(self, clock: int) -> None:
-        self._next = max(self._next, clock)
+        if clock <= self._next:
+            return
+        self._next = clock
         for skipped in sorted(c for c in self._held if c < self._next):
             self._returned.append(self._held.pop(skipped))
 
     def ask(self) -> tuple[int, ...]:
         """The clocks for which to ask for items now."""
-        first = max(self._next, self._newest + 1)
+        first = self._newest + 1 if self._newest >= self._next else self._next
         if first >= self._next + LOOK_AHEAD or not self._exists(first):
             return ()
         wanted = tuple(c for c in range(first, self._next + self._ahead) if self._exists(c))

@@ -31,6 +31,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.speculation import PortionQueue
@@ -57,8 +59,7 @@ A grant that comes back as a "duplicate" does not change the item, because anoth
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """A replica asks for an item for each of `clocks`, and gives back those that it never began.
 
     `copy`: it asks for an item of this clock that another replica has.
@@ -70,8 +71,7 @@ class Asked:
     copy: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(msgspec.Struct, frozen=True):
     """The fate of items of a replica. `missing` are the groups that do not use them, although others do. `left_out` is
     the number of microbatches of each that were not computed."""
 
@@ -81,8 +81,7 @@ class Settled:
     left_out: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True):
     """Answer the replica. `exhausted`: there are no more items to ask for."""
 
     replica: int

@@ -107,12 +107,13 @@ class Replica:
         if news is None or terms.shared:
             return news is not None
         every = terms.policy.every
-        if not can_read(clock, (news.floor,), terms.policy.staleness, every.push, every.offset, every.delay):
+        if news.floor < clock and not can_read(
+            clock, (news.floor,), terms.policy.staleness, every.push, every.offset, every.delay
+        ):
             return False
-        pushed = window(max(clock - every.delay, 0), every.push, every.offset)
         if terms.clocked:
             return True
-        pushed = min(pushed, self._pushed.get(store, -1) + 1)
+        pushed = min(window(max(clock - every.delay, 0), every.push, every.offset), self._pushed.get(store, -1) + 1)
         if not pushed:
             return True
         own = self._applied.get(store)
@@ -141,26 +142,34 @@ class Replica:
 
     def step(self, event: Event | Tick, now: float = 0.0) -> list[Action]:
         """Process one event. The time is of no importance here."""
+        if isinstance(event, StorePublished):  # it changes only what may be read, and may end sums
+            self._publish(event)
+            return self._retire() if self._terms.sums else []
+        if isinstance(event, Applied):
+            self._applied[event.store] = event
+            return self._retire() if self._terms.sums else []
         if isinstance(event, Tick):
             return []
-        actions = self._take(event)
-        if isinstance(event, StorePublished | Applied):  # these change only what may be read, and may end sums
-            return [*actions, *self._retire()] if self._terms.sums else actions
-        return [*actions, *self._resolve(), *self._advance()]
+        if isinstance(event, Committed):
+            actions = self._commit(event)
+        elif isinstance(event, StepFinished):
+            actions = self._finish(event.clock)
+        else:
+            actions = self._take(event)
+        if self._steps:
+            actions += self._resolve()
+        if self._running is None:
+            actions += self._advance()
+        return actions
 
-    def _take(self, event: Event) -> list[Action]:
+    def _publish(self, event: StorePublished) -> None:
+        known = self._published.get(event.store)
+        if known is not None and event.version < known.version:
+            raise ProtocolError(f"store {event.store} went back from version {known.version} to {event.version}")
+        self._published[event.store] = event
+
+    def _take(self, event: Granted | BeginReceived | Started | LeaderRetired) -> list[Action]:
         match event:
-            case StorePublished(store, version, _):
-                known = self._published.get(store)
-                if known is not None and version < known.version:
-                    raise ProtocolError(f"store {store} went back from version {known.version} to {version}")
-                self._published[store] = event
-            case StepFinished(clock):
-                return self._finish(clock)
-            case Committed():
-                return self._commit(event)
-            case Applied(store):
-                self._applied[store] = event
             case Granted(items, exhausted):
                 self._work.grant(items, exhausted)
             case BeginReceived(clock, item, last):
@@ -221,8 +230,9 @@ class Replica:
         for step in self._steps:
             if step.clock == clock and group in step.undecided:
                 actions += self._decide(step, group, included)
-        settled = self._settle(self._accounts.commit(event)) if self._leads else []
-        return [*actions, *settled]
+        if self._leads:
+            actions += self._settle(self._accounts.commit(event))
+        return actions
 
     def _settle(self, fates: list[Settle]) -> list[Settle]:
         """The fates to tell now. Those of a replica that asks for several items at once wait until it asks."""
@@ -265,8 +275,6 @@ class Replica:
 
     def _advance(self) -> list[Action]:
         """Start, begin, ask and retire, as far as the rules allow."""
-        if self._running is not None:
-            return []
         actions: list[Action] = []
         if self._leads and self._work.opened and not self._retired:
             self._work.skip_to(self._next_clock())
@@ -276,11 +284,15 @@ class Replica:
                 actions += [*self._told_fates(), Ask(wanted, self._work.give_back())]
         if not self._leads:
             actions += self._start_queued()
-        return [*actions, *self._retire()]
+        if self._running is None:
+            actions += self._retire()
+        return actions
 
     def _next_clock(self) -> int:
         """The clock after the newest one that has begun, without those that every group due there has decided."""
         clock, newest, terms = self._begun + 1, self.committed, self._terms
+        if clock > newest:
+            return clock
         runs_all = any(self._committed[group] < terms.last_clock for group in terms.never_skipped)
         while not runs_all and clock <= newest and terms.may_skip(clock):
             if any(clock > self._committed[g.number] for g in terms.due_groups(clock)):

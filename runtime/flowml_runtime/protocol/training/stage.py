@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
@@ -14,21 +15,18 @@ from flowml_runtime.protocol.training.accounts import Settle
 from flowml_runtime.protocol.training.terms import Committed
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(msgspec.Struct, frozen=True):
     """The run begins."""
 
 
-@dataclass(frozen=True, slots=True)
-class Granted:
+class Granted(msgspec.Struct, frozen=True):
     """The answer to one Ask, in the order of the Asks. A clock without an item here will never get one."""
 
     items: tuple[tuple[int, wire.Item], ...]
     exhausted: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class BeginReceived:
+class BeginReceived(msgspec.Struct, frozen=True):
     """The leading stage has begun `clock`."""
 
     clock: int
@@ -36,15 +34,13 @@ class BeginReceived:
     last: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class StepFinished:
+class StepFinished(msgspec.Struct, frozen=True):
     """The executor has left the step of `clock`: it has pushed everything, or has abandoned the step."""
 
     clock: int
 
 
-@dataclass(frozen=True, slots=True)
-class StorePublished:
+class StorePublished(msgspec.Struct, frozen=True):
     """A store that this stage reads is at `version`. It holds all pushes before `floor` of the replicas that count."""
 
     store: int
@@ -52,8 +48,7 @@ class StorePublished:
     floor: int
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
+class Applied(msgspec.Struct, frozen=True):
     """`version` of a store that applies on arrival holds the push of this replica at `clock`."""
 
     store: int
@@ -61,13 +56,11 @@ class Applied:
     version: int
 
 
-@dataclass(frozen=True, slots=True)
-class LeaderRetired:
+class LeaderRetired(msgspec.Struct, frozen=True):
     """The leading stage begins no more clocks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """Ask the driver for one item for each of `clocks` (the answer is one Granted), and give `returned` back."""
 
     clocks: tuple[int, ...]
@@ -75,8 +68,7 @@ class Ask:
     copy: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Begin:
+class Begin(msgspec.Struct, frozen=True):
     """Tell the other stages of this replica to begin `clock`."""
 
     clock: int
@@ -84,8 +76,7 @@ class Begin:
     last: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """Run `clock` on this stage. StepFinished must follow."""
 
     clock: int
@@ -93,15 +84,13 @@ class Start:
     last: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Abandon:
+class Abandon(msgspec.Struct, frozen=True):
     """Stop `clock` at the next task boundary if it runs, and drop all values for it."""
 
     clock: int
 
 
-@dataclass(frozen=True, slots=True)
-class Count:
+class Count(msgspec.Struct, frozen=True):
     """Whether the gradients of `clock` count for these stores, which gather several steps: see `accumulator`."""
 
     clock: int
@@ -109,8 +98,7 @@ class Count:
     stores: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Retire:
+class Retire(msgspec.Struct, frozen=True):
     """This stage pushes nothing more: tell the homes. The leading stage also tells all other stages."""
 
 
@@ -156,17 +144,16 @@ RUNNING = frozenset[State]({"running", "running, used", "abandoned"})
 OVER = frozenset[State]({"used", "dropped", "skipped"})
 
 
-@dataclass(slots=True)
-class Step:
+class Step(msgspec.Struct):
     """A clock that has begun, and whose fate has not taken effect here yet."""
 
     clock: int
     item: wire.Item
     last: bool
     state: State
-    undecided: set[int] = field(default_factory=set[int])
+    undecided: set[int] = set()
     """The groups whose decision about it is still to come."""
-    lost: set[int] = field(default_factory=set[int])
+    lost: set[int] = set()
     """The groups that have left it out."""
 
     def take(self, change: Change) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.clocks import Clocks
 from flowml_runtime.protocol.training.terms import StoreTerms, Terms
@@ -13,8 +15,7 @@ Handle = int
 """Names a payload that the host keeps for the machine until it is applied or released."""
 
 
-@dataclass(frozen=True, slots=True)
-class ContributionReceived:
+class ContributionReceived(msgspec.Struct, frozen=True):
     """A part of a contribution has arrived. `weight` is the number of microbatch gradients in it."""
 
     store: int
@@ -29,12 +30,11 @@ class ContributionReceived:
     copy: int = 0
 
 
-@dataclass(slots=True)
-class Gathering:
+class Gathering(msgspec.Struct):
     """The parts of one contribution that have arrived."""
 
     incarnation: int
-    parts: dict[int, ContributionReceived] = field(default_factory=dict[int, ContributionReceived])
+    parts: dict[int, ContributionReceived] = {}
 
     @property
     def weight(self) -> int:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+
+import msgspec
 
 from flowml.devices import worker_of
 from flowml.plan import StoreSpec, Training
@@ -22,7 +24,7 @@ RETIRED = 2**53 - 1
 """The clock of a replica that is no longer waited for: the largest that a message can carry."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StoreTerms:
     """One store: its synchronization policy, and for each part of a contribution the stage that sends it.
 
@@ -39,31 +41,31 @@ class StoreTerms:
         """Which of so many replicas, or portions, are counted, in order."""
         return tuple(site[0] for site in self.sites) or range(members)
 
-    @property
+    @cached_property
     def clocked(self) -> bool:
         return self.policy.clocked
 
-    @property
+    @cached_property
     def shared(self) -> bool:
         """Whether replicas update the store themselves. Its home then only counts the updates."""
         return self.policy.shared
 
-    @property
+    @cached_property
     def every(self) -> int:
         return self.policy.every.push
 
-    @property
+    @cached_property
     def keeps(self) -> bool:
         """Whether gradients of one step may wait for the push of a later one."""
         return self.every > 1 or feeds_back(self.policy.home_filters)
 
-    @property
+    @cached_property
     def decided(self) -> bool:
         """Whether a decision determines for each clock what is applied. A sum over all replicas needs none."""
         return self.clocked and not self.collective
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Group:
     """The stores that share a quorum, a late rule and a rhythm. One decision for each clock covers all of them."""
 
@@ -83,9 +85,9 @@ class Group:
 
     def sender_of(self, replica: int) -> int:
         """The replica whose contributions contain the work of this one."""
-        return next((site[0] for site in self.sites if replica in site), replica)
+        return next((site[0] for site in self.sites if replica in site), replica) if self.sites else replica
 
-    @property
+    @cached_property
     def folds(self) -> bool:
         """Whether late contributions join a later clock."""
         return isinstance(self.quorum.late, Fold)
@@ -226,7 +228,7 @@ class Terms:
             return self.total_clocks * self.members
         return self.total_clocks if self.aligned else self.total_clocks * self.replicas
 
-    @property
+    @cached_property
     def last_clock(self) -> int:
         """The last clock of an aligned run; -1 if each replica has its own."""
         return self.total_clocks - 1 if self.aligned else -1
@@ -283,7 +285,8 @@ class Terms:
 
     def flushes(self, clock: int, last: bool) -> bool:
         """Whether a store pushes at `clock` what it may have kept of earlier steps."""
-        return any(last or every.due(clock, self.last_clock) for every in self._kept_rhythms)
+        rhythms = self._kept_rhythms
+        return bool(rhythms) and (last or any(every.due(clock, self.last_clock) for every in rhythms))
 
     @cached_property
     def _kept_rhythms(self) -> frozenset[Every]:
@@ -353,8 +356,7 @@ def _workers(devices: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(worker_of, devices)))
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(msgspec.Struct, frozen=True, eq=False):
     """The decision of a group for `clock`: it includes the work of every replica except those in `excluded`, in order.
 
     `coefficients` maps replicas to the coefficients of their contributions; empty if weights determine them. `folded`
@@ -368,7 +370,17 @@ class Committed:
     coefficients: tuple[tuple[int, float], ...] = ()
     folded: tuple[tuple[int, int], ...] = ()
     copies: tuple[tuple[int, int], ...] = ()
-    waits: Waits = field(default=Waits(), compare=False)
+    waits: Waits = Waits()
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both decide the same, whatever they waited for."""
+        return isinstance(other, Committed) and self._decided() == other._decided()
+
+    def __hash__(self) -> int:
+        return hash(self._decided())
+
+    def _decided(self) -> tuple[object, ...]:
+        return self.clock, self.excluded, self.group, self.coefficients, self.folded, self.copies
 
     def leaves_out(self, replica: int) -> bool:
         """Whether it excludes the replica. A search by halves, because thousands may ask about thousands."""
@@ -376,13 +388,11 @@ class Committed:
         return place < len(self.excluded) and self.excluded[place] == replica
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """The time has come that a Wake named."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReplicaLost:
+class ReplicaLost(msgspec.Struct, frozen=True):
     """A worker of `replica` is lost, so nothing more from this replica is waited for."""
 
     replica: int

@@ -142,7 +142,12 @@ class TrainingWorker:
             self._fit.validate()
 
     def _take(self, number: int, event: Received) -> list[Action]:
+        message, fit = event.message, self._fit
         try:
+            if fit is not None and message.run == fit.run:
+                route = fit.ROUTES.get(type(message))
+                if route is not None:
+                    return route(fit.at(number, self._now), message, event)
             return self._receive(number, event)
         except ProtocolError as error:
             forgotten: list[Action] = [] if event.handle is None else [Release(event.handle, number)]
@@ -156,7 +161,7 @@ class TrainingWorker:
             if isinstance(message, wire.StopTraining):
                 return self._end(number, message)
         if fit is not None and message.run == fit.run:
-            return fit.at(number, self._now).take(event)
+            raise ProtocolError(f"a worker has no use for {type(message).__name__} during training")
         if message.run > self.newest:
             self._early.keep(number, event)
             return []
