@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from flowml.errors import PolicyError
 from flowml.policy import filters as f
-from flowml.policy.filters.dense import power_step, quantised
-from flowml.policy.filters.sparse import kept, largest, pack_keys, unpack_keys
+from flowml.policy.filters.sparse import kept, pack_keys, unpack_keys
 
 Array = np.ndarray[Any, Any]
 
@@ -325,19 +324,3 @@ def test_a_filter_with_a_bad_field_is_not_decoded() -> None:
     data = msgspec.msgpack.encode({"type": "TopK", "share": 3.5})
     with pytest.raises(msgspec.ValidationError, match="a share lies in"):
         msgspec.msgpack.decode(data, type=f.AnyFilter)
-
-
-def test_an_accelerator_computes_the_same() -> None:
-    """The arithmetic takes its array namespace: NumPy and JAX agree."""
-    jnp = pytest.importorskip("jax.numpy")
-    value, noise, basis = normal(0, 1000), np.random.default_rng(1).random(1000, np.float32), normal(2, 20, 3)
-    np.testing.assert_array_equal(largest(value, 17), np.asarray(largest(jnp.asarray(value), 17, jnp)))
-    for bits in (8, 4, 2, 1):
-        for random in (None, noise):
-            ours = quantised(value, bits, 64, random)
-            theirs = quantised(jnp.asarray(value), bits, 64, None if random is None else jnp.asarray(random), jnp)
-            for a, b in zip(ours, theirs, strict=True):
-                np.testing.assert_allclose(a.astype(np.float32), np.asarray(b, np.float32), rtol=1e-6)
-    matrix = value.reshape(50, 20)
-    ours, theirs = power_step(matrix, basis), power_step(jnp.asarray(matrix), jnp.asarray(basis), jnp)
-    np.testing.assert_allclose(ours[0] @ ours[1].T, np.asarray(theirs[0] @ theirs[1].T), rtol=1e-3, atol=1e-4)

@@ -2,7 +2,7 @@
 
 Each function here makes a frozen value that travels in the plan. `AnyFilter` lists all of them: a new filter is one
 class in this package and one name in that list. Filters are applied in order, each to what the one before has left
-(`chain`). Nothing here imports JAX; arithmetic that an accelerator can do takes its array namespace as `xp`.
+(`chain`). Arithmetic stands in kernels, which run with NumPy or JAX (`base`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from flowml.policy.filters.base import Context as Context
 from flowml.policy.filters.base import EncodingError as EncodingError
 from flowml.policy.filters.base import Filter as Filter
 from flowml.policy.filters.base import Form as Form
+from flowml.policy.filters.base import Kernel as Kernel
+from flowml.policy.filters.base import Run as Run
 from flowml.policy.filters.base import State as State
+from flowml.policy.filters.base import on_numpy as on_numpy
 from flowml.policy.filters.chain import RESIDUAL as RESIDUAL
 from flowml.policy.filters.chain import Chain as Chain
 from flowml.policy.filters.chain import check_array as check_array

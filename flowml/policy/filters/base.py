@@ -3,19 +3,25 @@
 A filter is two pure functions and explicit state (as a transformation in optax):
 
     encode(value, state, context) -> (parts, state)          on the sender
-    decode(parts, form) -> value                             on the receiver
+    decode(parts, form, run) -> value                        on the receiver
 
 `value` is one array, and `parts` are one or more arrays. Each part has a *role*, which says what a later filter of the
 chain may do with it. `layout(form)` states the parts' forms before any value is known, so that a receiver can check
 every length. `chain` applies several filters in turn.
+
+Arithmetic on whole arrays stands in *kernels*: pure functions of arrays that take their array namespace as `xp`. A
+filter gives a kernel to `run`, which calls it with NumPy (`on_numpy`), or as a JAX task on the device that holds the
+arrays. An exact kernel gives the same bits both ways, so that who runs it does not change a fit. It avoids what
+compilers may contract or reorder: a product that is added to something, a division by a constant, and the sum of an
+array. It takes subnormal numbers as zero, because XLA may.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import msgspec
 import numpy as np
@@ -27,6 +33,21 @@ from flowml.numbers import whole
 Array = np.ndarray[Any, Any]
 State = Mapping[str, Array]
 """The buffers of one filtered array, by name. They live between pushes."""
+
+Kernel = Callable[..., Any]
+"""kernel(*arrays, **numbers, xp): `numbers` decide shapes, and `xp` is NumPy, or jax.numpy with `jax.lax.top_k`."""
+
+
+class Run(Protocol):
+    """Runs a kernel. One that is not `exact` gives results that may differ in the last bits."""
+
+    def __call__(self, kernel: Kernel, *arrays: Any, exact: bool = True, **numbers: Any) -> Any: ...
+
+
+def on_numpy(kernel: Kernel, *arrays: Any, exact: bool = True, **numbers: Any) -> Any:
+    """Run a kernel with NumPy."""
+    return kernel(*arrays, **numbers, xp=np)
+
 
 Role = Literal["values", "keys", "codes"]
 """`values` are real numbers, `keys` say which elements of an array are sent, `codes` are anything else."""
@@ -69,6 +90,7 @@ class Context(NamedTuple):
         weight: the number of gradients that the value is the sum of, or their total weight.
         parameter: the parameter that the value is a gradient of, of the same shape.
         feedback: whether what the chain loses now is sent later. Random filters then do not scale what they keep.
+        run: runs the kernels.
     """
 
     seed: tuple[int, ...] = (0,)
@@ -76,6 +98,7 @@ class Context(NamedTuple):
     weight: float = 1.0
     parameter: Array | None = None
     feedback: bool = False
+    run: Run = on_numpy
 
     def rng(self) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed)))
@@ -132,13 +155,15 @@ class Filter(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown
         """The parts, and the state for the next push. `state` is None at the first."""
         raise NotImplementedError
 
-    def decode(self, parts: Sequence[Array], form: Form) -> Array:
+    def decode(self, parts: Sequence[Array], form: Form, run: Run = on_numpy) -> Array:
         """The value, of exactly `form`. Raises EncodingError for parts that `encode` cannot have made."""
         raise NotImplementedError
 
-    def recall(self, parts: Sequence[Array], form: Form, memory: Array | None) -> tuple[Array, Array | None]:
+    def recall(
+        self, parts: Sequence[Array], form: Form, memory: Array | None, run: Run = on_numpy
+    ) -> tuple[Array, Array | None]:
         """Like `decode`, with a buffer of the receiver that lives between pushes. Most filters need none."""
-        return self.decode(parts, form), memory
+        return self.decode(parts, form, run), memory
 
     def count(self, parts: Sequence[Array], form: Form) -> int:
         """The length of the part after `parts`, for a part whose length only its values decide."""
@@ -157,6 +182,15 @@ class Filter(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown
 def wide(value: Array) -> Array:
     """The array in float32 or wider, so that sums and comparisons are not made in low precision."""
     return value if value.dtype.kind == "f" and value.dtype.itemsize >= 4 else value.astype(np.float32)
+
+
+def magnitudes(value: Any) -> Any:
+    """The bits of the magnitudes, as whole numbers of the same order, with NaN above infinity.
+
+    Comparisons of floating-point numbers are left to the compiler where NaN is among them.
+    """
+    whole = np.dtype(f"i{value.dtype.itemsize}").type
+    return value.view(whole) & np.iinfo(whole).max
 
 
 def share(call: str, value: object) -> int | float:

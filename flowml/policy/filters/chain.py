@@ -18,7 +18,7 @@ import numpy as np
 
 from flowml.arrays import ArraySpec
 from flowml.errors import PolicyError
-from flowml.policy.filters.base import Array, Context, EncodingError, Filter, Form, State, wide
+from flowml.policy.filters.base import Array, Context, EncodingError, Filter, Form, Run, State, on_numpy, wide
 
 Chain = Sequence[Filter]
 
@@ -103,7 +103,9 @@ def encode(chain: Chain, value: Array, state: State, context: Context) -> tuple[
     return wire, {**after, RESIDUAL: total - wide(decoded)}
 
 
-def decode(chain: Chain, arrays: Iterator[Array], form: Form, memory: State) -> tuple[Array, State]:
+def decode(
+    chain: Chain, arrays: Iterator[Array], form: Form, memory: State, run: Run = on_numpy
+) -> tuple[Array, State]:
     """The value whose wire arrays come next in `arrays`, and the receiver's buffers for the next push.
 
     Raises EncodingError for arrays that are not an encoding of a value of `form`. Memory is bounded by the form.
@@ -120,7 +122,7 @@ def decode(chain: Chain, arrays: Iterator[Array], form: Form, memory: State) -> 
         return array
 
     after: dict[str, Array] = {}
-    return _decode(chain, 0, take, form, "", memory, after), after
+    return _decode(chain, 0, take, form, "", memory, after, run), after
 
 
 def _encode(
@@ -143,7 +145,7 @@ def _encode(
         wire += arrays
         after.update(more)
         rebuilt.append(again)
-    decoded = head.filter.decode(rebuilt, form) if rebuilds and not head.filter.lossless else value
+    decoded = head.filter.decode(rebuilt, form, context.run) if rebuilds and not head.filter.lossless else value
     return wire, after, decoded
 
 
@@ -155,6 +157,7 @@ def _decode(
     path: str,
     memory: State,
     after: dict[str, Array],
+    run: Run,
 ) -> Array:
     head = _head(chain, start, form)
     if head is None:
@@ -164,8 +167,8 @@ def _decode(
     for i, expected in enumerate(head.forms):
         unknown = not expected.exact and expected.role == "values"
         found = _sized(expected, head.filter.count(parts, form)) if unknown else expected
-        parts.append(_decode(chain, head.number + 1, take, found, f"{name}.{i}/", memory, after))
-    value, kept = head.filter.recall(parts, form, memory.get(name))
+        parts.append(_decode(chain, head.number + 1, take, found, f"{name}.{i}/", memory, after, run))
+    value, kept = head.filter.recall(parts, form, memory.get(name), run)
     if kept is not None:
         after[name] = kept
     return value

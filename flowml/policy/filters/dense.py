@@ -11,13 +11,18 @@ import numpy as np
 
 from flowml.errors import PolicyError
 from flowml.numbers import whole
-from flowml.policy.filters.base import Array, Context, Filter, Form, Role, wide
+from flowml.policy.filters.base import Array, Context, Filter, Form, Role, Run, magnitudes, on_numpy, wide
 
 BITS = (8, 4, 2, 1)
 BLOCK = 256
 """Elements that share a scale. The scales add 32 / 256 bits to each element."""
 
 _CODES = np.dtype(np.uint8)
+_TINY = 2.0**-100
+"""Arrays without larger magnitudes are zero, so that no distance between two levels is subnormal."""
+
+_ONE = 2**16
+"""The distance between two levels, where rounding is stochastic."""
 
 
 class Quantise(Filter, frozen=True):
@@ -54,14 +59,12 @@ class Quantise(Filter, frozen=True):
 
     def encode(self, value: Array, state: Array | None, context: Context) -> tuple[list[Array], Array | None]:
         flat = wide(value).reshape(-1)
-        noise = context.rng().random(flat.size, np.float32) if self.stochastic else None
+        noise = context.rng().integers(0, _ONE, flat.size, np.uint16) if self.stochastic else None
         with np.errstate(invalid="ignore"):  # a value that is not finite comes back as NaN
-            codes, scales = quantised(flat, self.bits, self.block, noise)
-        return [pack(codes, self.bits), scales], None
+            return list(context.run(quantised, flat, noise, bits=self.bits, block=self.block)), None
 
-    def decode(self, parts: Sequence[Array], form: Form) -> Array:
-        codes = unpack(parts[0], self.bits, form.size)
-        values = dequantised(codes, parts[1], self.bits, self.block)
+    def decode(self, parts: Sequence[Array], form: Form, run: Run = on_numpy) -> Array:
+        values = run(dequantised, *parts, bits=self.bits, block=self.block, size=form.size)
         return values.astype(form.dtype, copy=False).reshape(form.shape)
 
 
@@ -95,65 +98,69 @@ class LowRank(Filter, frozen=True):
         rows, columns = _matrix(value.shape)
         matrix = wide(value).reshape(rows, columns)
         basis = context.rng().standard_normal((columns, self.rank)) if state is None else state
-        left, right, after = power_step(matrix, basis.astype(matrix.dtype))
+        left, right, after = context.run(power_step, matrix, basis.astype(matrix.dtype), exact=False)
         return [left.astype(value.dtype, copy=False), right.astype(value.dtype, copy=False)], after
 
-    def decode(self, parts: Sequence[Array], form: Form) -> Array:
-        left, right = map(wide, parts)
-        return (left @ right.T).astype(form.dtype, copy=False).reshape(form.shape)
+    def decode(self, parts: Sequence[Array], form: Form, run: Run = on_numpy) -> Array:
+        return run(product, *map(wide, parts), exact=False).astype(form.dtype, copy=False).reshape(form.shape)
 
 
-def quantised(flat: Any, bits: int, block: int, noise: Any = None, xp: Any = np) -> tuple[Any, Any]:
-    """A code below 2^bits for each element, and a scale for each block. `noise` in [0, 1) makes rounding stochastic.
+def quantised(flat: Any, noise: Any, *, bits: int, block: int, xp: Any) -> tuple[Any, Any]:
+    """The packed codes, of `bits` bits for each element, and a scale for each block.
 
-    `xp` is the array namespace.
+    `noise`, a random number below 2^16 for each element, makes rounding stochastic; None: to the nearest level.
     """
     rows = _blocks(flat, block, xp)
-    size = xp.abs(rows)
-    largest = xp.max(size, axis=1)
+    largest = xp.max(magnitudes(rows), axis=1).view(flat.dtype)
+    finite = xp.isfinite(largest)
+    if xp is not np or not finite.all():
+        rows = xp.where(finite[:, None], rows, 0)  # no number is the code of NaN or infinity; the scale says NaN
     if bits == 1 and noise is None:
-        count = _counts(flat.size, rows.shape, xp)
-        scale = xp.sum(size, axis=1) / count
-        codes = rows >= 0
+        counts = np.float32(1) / _counts(flat.size, rows.shape)
+        codes, scale = ~xp.signbit(rows), _sums(xp.abs(rows), xp) * counts.astype(flat.dtype)
     else:
         levels = max(2 ** (bits - 1) - 1, 1)
-        scale = largest / levels
-        steps = rows / xp.where(scale > 0, scale, 1)[:, None]
-        if bits == 1:
-            codes = _blocks(noise, block, xp) < (steps + 1) / 2
-        else:
-            steps = xp.rint(steps) if noise is None else xp.floor(steps + _blocks(noise, block, xp))
-            codes = xp.clip(steps, -levels, levels) + levels
-    return codes.reshape(-1)[: flat.size].astype(_CODES), xp.where(xp.isfinite(largest), scale, xp.nan).astype(
-        flat.dtype
-    )
+        scale = largest * flat.dtype.type(1 / levels)
+        steps = rows * (_ONE / xp.where(largest > _TINY, scale, 1))[:, None]  # 1 / scale may be subnormal
+        codes = _levels(steps, None if noise is None else _blocks(noise, block, xp), bits, levels, xp)
+    scale = xp.where(finite, xp.where(largest > _TINY, scale, 0), xp.nan).astype(flat.dtype)
+    return pack(codes.reshape(-1)[: flat.size].astype(_CODES), bits, xp), scale
 
 
-def dequantised(codes: Any, scales: Any, bits: int, block: int, xp: Any = np) -> Any:
-    """The values of codes."""
-    levels = codes.astype(scales.dtype) * 2 - 1 if bits == 1 else codes.astype(scales.dtype) - (2 ** (bits - 1) - 1)
-    return (_blocks(levels, block, xp) * scales[:, None]).reshape(-1)[: codes.size]
+def _levels(steps: Any, noise: Any, bits: int, levels: int, xp: Any) -> Any:
+    """The codes of the elements, which are given in 2^-16 of the distance between two levels."""
+    if noise is None:
+        return xp.clip(xp.rint(steps * (1 / _ONE)), -levels, levels) + levels
+    steps = xp.rint(steps).astype(np.int32)
+    if bits == 1:
+        return 2 * noise.astype(np.int32) - _ONE < steps
+    return xp.clip((steps + noise) >> 16, -levels, levels) + levels
 
 
-def pack(codes: Array, bits: int) -> Array:
+def dequantised(packed: Any, scales: Any, *, bits: int, block: int, size: int, xp: Any) -> Any:
+    """The values of packed codes."""
+    codes = unpack(packed, bits, size, xp).astype(scales.dtype)
+    levels = codes * 2 - 1 if bits == 1 else codes - (2 ** (bits - 1) - 1)
+    return (_blocks(levels, block, xp) * scales[:, None]).reshape(-1)[:size]
+
+
+def pack(codes: Any, bits: int, xp: Any = np) -> Any:
     """Codes of `bits` bits, packed into bytes from the lowest bits up."""
     each = 8 // bits
-    padded = codes if codes.size % each == 0 else np.pad(codes, (0, -codes.size % each))
-    packed = padded[::each].copy()
+    rows = xp.pad(codes, (0, -codes.size % each)).reshape(-1, each) if codes.size % each else codes.reshape(-1, each)
+    packed = rows[:, 0]
     for i in range(1, each):
-        packed |= padded[i::each] << np.uint8(bits * i)
+        packed = packed | (rows[:, i] << np.uint8(bits * i))
     return packed
 
 
-def unpack(packed: Array, bits: int, size: int) -> Array:
-    each = 8 // bits
-    codes = np.empty(packed.size * each, _CODES)
-    for i in range(each):
-        codes[i::each] = (packed >> np.uint8(bits * i)) & np.uint8(2**bits - 1)
-    return codes[:size]
+def unpack(packed: Any, bits: int, size: int, xp: Any = np) -> Any:
+    """The first `size` codes of what `pack` has packed."""
+    codes = [(packed >> np.uint8(bits * i)) & np.uint8(2**bits - 1) for i in range(8 // bits)]
+    return xp.stack(codes, axis=1).reshape(-1)[:size] if bits < 8 else packed[:size]
 
 
-def power_step(matrix: Any, basis: Any, xp: Any = np) -> tuple[Any, Any, Any]:
+def power_step(matrix: Any, basis: Any, *, xp: Any) -> tuple[Any, Any, Any]:
     """Factors P and Q of the projection P Pᵀ M, where P spans M times the basis, and the basis for the next step.
 
     The next basis spans Q. Both are orthonormal also where M has a smaller rank, so no direction is lost for good.
@@ -162,6 +169,11 @@ def power_step(matrix: Any, basis: Any, xp: Any = np) -> tuple[Any, Any, Any]:
     right = matrix.T @ left
     after, _ = xp.linalg.qr(right)
     return left, right, after
+
+
+def product(left: Any, right: Any, *, xp: Any) -> Any:
+    """The matrix of two factors."""
+    return xp.matmul(left, right.T)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -180,10 +192,21 @@ def _blocks(flat: Any, block: int, xp: Any) -> Any:
     """The elements as rows of one block each. The last row ends with zeros."""
     rows = _rows(flat.size, block)
     width = block or flat.size
-    return xp.pad(flat, (0, rows * width - flat.size)).reshape(rows, width)
+    missing = rows * width - flat.size
+    return (xp.pad(flat, (0, missing)) if missing else flat).reshape(rows, width)
 
 
-def _counts(size: int, shape: tuple[int, int], xp: Any) -> Any:
+def _counts(size: int, shape: tuple[int, int]) -> Array:
     """The number of elements in each row."""
     rows, width = shape
-    return xp.minimum(xp.full(rows, width), size - xp.arange(rows) * width).astype(np.float32)
+    return np.minimum(np.full(rows, width), size - np.arange(rows) * width).astype(np.float32)
+
+
+def _sums(rows: Any, xp: Any) -> Any:
+    """The sum of each row, added up in pairs: the order does not depend on who adds."""
+    while rows.shape[1] > 1:
+        width = rows.shape[1]
+        rows = rows if width % 2 == 0 else xp.pad(rows, ((0, 0), (0, 1)))
+        half = rows.shape[1] // 2
+        rows = rows[:, :half] + rows[:, half:]
+    return rows[:, 0]

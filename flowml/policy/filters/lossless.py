@@ -12,7 +12,7 @@ import numpy as np
 
 from flowml.errors import PolicyError
 from flowml.numbers import whole
-from flowml.policy.filters.base import Array, Context, EncodingError, Filter, Form, Role
+from flowml.policy.filters.base import Array, Context, EncodingError, Filter, Form, Role, Run, on_numpy
 
 _DIGEST = np.dtype(np.uint64)
 _BYTE = np.dtype(np.uint8)
@@ -35,7 +35,9 @@ class KeyCache(Filter, frozen=True):
         known = state is not None and np.array_equal(state, value)
         return [_digest(value), value[:0] if known else value], value
 
-    def recall(self, parts: Sequence[Array], form: Form, memory: Array | None) -> tuple[Array, Array | None]:
+    def recall(
+        self, parts: Sequence[Array], form: Form, memory: Array | None, run: Run = on_numpy
+    ) -> tuple[Array, Array | None]:
         digest, keys = parts
         for candidate in (keys, memory):
             if candidate is not None and np.array_equal(_digest(candidate), digest):
@@ -74,7 +76,7 @@ class Compress(Filter, frozen=True):
         )
         return [np.concatenate([np.array([kind], _BYTE), body])], None
 
-    def decode(self, parts: Sequence[Array], form: Form) -> Array:
+    def decode(self, parts: Sequence[Array], form: Form, run: Run = on_numpy) -> Array:
         (sent,) = parts
         if not sent.size or sent[0] not in (_RAW, _PACKED):
             raise EncodingError("compressed bytes do not begin with their kind")

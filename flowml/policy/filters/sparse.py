@@ -15,7 +15,20 @@ import msgspec
 import numpy as np
 
 from flowml.errors import PolicyError
-from flowml.policy.filters.base import Array, Context, EncodingError, Filter, Form, Role, real, share, wide
+from flowml.policy.filters.base import (
+    Array,
+    Context,
+    EncodingError,
+    Filter,
+    Form,
+    Role,
+    Run,
+    magnitudes,
+    on_numpy,
+    real,
+    share,
+    wide,
+)
 
 _WORD = np.dtype(np.uint32)
 _SEED = np.dtype(np.uint64)
@@ -33,9 +46,21 @@ def words(size: int) -> int:
     return -(-size // 32)
 
 
-def largest(flat: Any, count: int, xp: Any = np) -> Any:
-    """The positions of the `count` elements of largest magnitude, in ascending order. `xp` is the array namespace."""
-    return xp.sort(xp.argpartition(-xp.abs(flat), count - 1)[:count])
+def largest(flat: Any, *, count: int, xp: Any) -> Any:
+    """The positions of the `count` elements of largest magnitude, in ascending order.
+
+    NaN counts as infinite. Of equal magnitudes those at lower positions are taken.
+    """
+    infinite, least = map(magnitudes, np.array((np.inf, np.finfo(flat.dtype).tiny), flat.dtype))
+    order = xp.minimum(magnitudes(flat), infinite)
+    order = xp.where(order >= least, order, 0)
+    if xp is not np:
+        return xp.sort(xp.top_k(order.view(flat.dtype), count)[1])
+    limit = np.partition(order, flat.size - count)[flat.size - count]
+    chosen = order > limit
+    equal = np.flatnonzero(order == limit)
+    chosen[equal[: count - int(np.count_nonzero(chosen))]] = True
+    return np.flatnonzero(chosen)
 
 
 def pack_keys(positions: Array, size: int) -> Array:
@@ -61,15 +86,22 @@ def unpack_keys(keys: Array, size: int) -> Array:
 
 
 def _gather(flat: Array, positions: Array, form: Form) -> list[Array]:
-    return [pack_keys(positions, form.size), flat[positions].astype(form.dtype, copy=False)]
+    return [pack_keys(np.asarray(positions), form.size), flat[positions].astype(form.dtype, copy=False)]
 
 
-def _scatter(positions: Array, values: Array, form: Form) -> Array:
+def _scatter(positions: Array, values: Array, form: Form, run: Run = on_numpy) -> Array:
     if positions.size != values.size:
         raise EncodingError(f"{values.size} values came for {positions.size} elements")
-    whole = np.zeros(form.size, form.dtype)
+    return run(scattered, positions, values, size=form.size).astype(form.dtype, copy=False).reshape(form.shape)
+
+
+def scattered(positions: Any, values: Any, *, size: int, xp: Any) -> Any:
+    """Zeros, and the values at their positions."""
+    whole = xp.zeros(size, values.dtype)
+    if xp is not np:
+        return whole.at[positions].set(values)
     whole[positions] = values
-    return whole.reshape(form.shape)
+    return whole
 
 
 class TopK(Filter, frozen=True):
@@ -93,10 +125,10 @@ class TopK(Filter, frozen=True):
 
     def encode(self, value: Array, state: Array | None, context: Context) -> tuple[list[Array], Array | None]:
         flat, form = wide(value).reshape(-1), Form(value.shape, value.dtype)
-        return _gather(flat, largest(flat, kept(self.share, flat.size)), form), None
+        return _gather(flat, context.run(largest, flat, count=kept(self.share, flat.size)), form), None
 
-    def decode(self, parts: Sequence[Array], form: Form) -> Array:
-        return _scatter(unpack_keys(parts[0], form.size), parts[1], form)
+    def decode(self, parts: Sequence[Array], form: Form, run: Run = on_numpy) -> Array:
+        return _scatter(unpack_keys(parts[0], form.size), parts[1], form, run)
 
     def count(self, parts: Sequence[Array], form: Form) -> int:
         return kept(self.share, form.size)
@@ -109,8 +141,8 @@ class _Compared(Filter, frozen=True):
     first: ClassVar[bool] = True
     compares: ClassVar[bool] = True
 
-    def chosen(self, size: Array, parameter: Array, context: Context) -> Array:
-        """Whether to send each element, by its magnitude `size`."""
+    def chosen(self, flat: Array, parameter: Array, context: Context) -> Array:
+        """Whether to send each element."""
         raise NotImplementedError
 
     def layout(self, form: Form) -> tuple[Form, ...] | None:
@@ -122,14 +154,26 @@ class _Compared(Filter, frozen=True):
         if context.parameter is None or context.parameter.shape != value.shape:
             raise ValueError(f"{self} compares with the parameter, which has to have the shape {value.shape}")
         flat, parameter = wide(value).reshape(-1), wide(context.parameter).reshape(-1)
-        positions = np.flatnonzero(self.chosen(np.abs(flat), parameter, context))
-        return _gather(flat, positions, Form(value.shape, value.dtype)), None
+        positions = np.flatnonzero(np.asarray(self.chosen(flat, parameter, context)))
+        return _gather(np.asarray(flat), positions, Form(value.shape, value.dtype)), None
 
-    def decode(self, parts: Sequence[Array], form: Form) -> Array:
+    def decode(self, parts: Sequence[Array], form: Form, run: Run = on_numpy) -> Array:
         return _scatter(unpack_keys(parts[0], form.size), parts[1], form)
 
     def count(self, parts: Sequence[Array], form: Form) -> int:
         return int(unpack_keys(parts[0], form.size).size)
+
+
+def significant(flat: Any, parameter: Any, limit: Any, *, xp: Any) -> Any:
+    """Whether each element is larger than `limit` times its parameter."""
+    size = xp.abs(flat)
+    return (size > limit * xp.abs(parameter)) & (size >= np.finfo(flat.dtype).tiny)
+
+
+def uncancelled(flat: Any, parameter: Any, limit: Any, *, xp: Any) -> Any:
+    """Whether a parameter is not zero, or its gradient larger than `limit`."""
+    least, size = np.finfo(flat.dtype).tiny, xp.abs(flat)
+    return (xp.abs(parameter) >= least) | ((size > limit) & (size >= least))
 
 
 class Significance(_Compared, frozen=True):
@@ -149,9 +193,9 @@ class Significance(_Compared, frozen=True):
             raise PolicyError(f"significance(decay={self.decay!r}): give decay='sqrt' or decay=None")
         msgspec.structs.force_setattr(self, "threshold", threshold)
 
-    def chosen(self, size: Array, parameter: Array, context: Context) -> Array:
+    def chosen(self, flat: Array, parameter: Array, context: Context) -> Array:
         limit = self.threshold / math.sqrt(context.clock + 1) if self.decay else self.threshold
-        return size > limit * np.abs(parameter)
+        return context.run(significant, flat, parameter, flat.dtype.type(limit))
 
 
 class KKT(_Compared, frozen=True):
@@ -168,8 +212,8 @@ class KKT(_Compared, frozen=True):
             raise PolicyError(f"kkt({l1}): the weight of an L1 penalty is not negative")
         msgspec.structs.force_setattr(self, "l1", l1)
 
-    def chosen(self, size: Array, parameter: Array, context: Context) -> Array:
-        return (parameter != 0) | (size > self.l1 * context.weight)
+    def chosen(self, flat: Array, parameter: Array, context: Context) -> Array:
+        return context.run(uncancelled, flat, parameter, flat.dtype.type(self.l1 * context.weight))
 
 
 class _Seeded(Filter, frozen=True):
@@ -201,7 +245,7 @@ class _Seeded(Filter, frozen=True):
     def scale(self, size: int) -> float:
         raise NotImplementedError
 
-    def decode(self, parts: Sequence[Array], form: Form) -> Array:
+    def decode(self, parts: Sequence[Array], form: Form, run: Run = on_numpy) -> Array:
         return _scatter(self.positions(_draws(parts[0], form.size)), parts[1], form)
 
     def count(self, parts: Sequence[Array], form: Form) -> int:

@@ -37,9 +37,12 @@ Key = tuple[int, ...]
 class Encoder:
     """Encodes the pushes of one stage of one replica."""
 
-    def __init__(self, stores: Sequence[StoreSpec], replica: int, seed: int) -> None:
+    def __init__(
+        self, stores: Sequence[StoreSpec], replica: int, seed: int, kernels: filters.Run = filters.on_numpy
+    ) -> None:
         self.buffers: dict[Key, filters.State] = {}
         self._stores = stores
+        self._kernels = kernels
         self._seed = (seed, replica)
         self._before: dict[int, dict[Key, Buffer | None]] = {}
         """By clock the residuals from before its pushes, until its fate is known."""
@@ -61,13 +64,14 @@ class Encoder:
         store = self._stores[message.store]
         leaves = store.parts[message.part].leaves
         weight = [np.asarray(a) for a in arrays[len(leaves) :]]
-        context = filters.Context(clock=message.clock, weight=float(weight[0]) if weight else message.weight)
+        number = float(weight[0]) if weight else message.weight
+        context = filters.Context(clock=message.clock, weight=number, run=self._kernels)
         sent: list[Buffer] = []
         for i, leaf in enumerate(leaves):
             key = (message.store, message.part, i)
-            parameter = None if parameters is None else np.asarray(parameters[leaf])
+            parameter = None if parameters is None else parameters[leaf]
             about = context._replace(seed=(*self._seed, *key, message.clock), parameter=parameter)
-            sent += self._encode(store.policy.home_filters, key, np.asarray(arrays[i]), about)
+            sent += self._encode(store.policy.home_filters, key, arrays[i], about)
         sent += weight
         specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in sent)
         return msgspec.structs.replace(message, specs=specs), sent
@@ -119,9 +123,11 @@ class Decoder:
     One thread at a time decodes those of a store, in the order in which each replica sent them.
     """
 
-    def __init__(self, stores: Sequence[StoreSpec]) -> None:
+    def __init__(self, stores: Sequence[StoreSpec], kernels: Mapping[int, filters.Run] | None = None) -> None:
+        """`kernels` run those of each store."""
         self.buffers: dict[Key, filters.State] = {}
         self._stores = stores
+        self._kernels = kernels or {}
 
     def remembers(self, store: int) -> bool:
         """Whether what a contribution means depends on the ones before it, applied or not."""
@@ -137,7 +143,8 @@ class Decoder:
             for i, spec in enumerate(part.payload[: len(part.leaves)]):
                 key = (message.store, message.part, i, message.replica, message.incarnation)
                 form, before = filters.Form.of(spec), self.buffers.get(key, {})
-                value, self.buffers[key] = filters.decode(store.policy.home_filters, left, form, before)
+                run = self._kernels.get(message.store, filters.on_numpy)
+                value, self.buffers[key] = filters.decode(store.policy.home_filters, left, form, before, run)
                 found.append(value)
         except filters.EncodingError as error:
             raise FlowmlError(

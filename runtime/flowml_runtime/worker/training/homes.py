@@ -14,6 +14,7 @@ import jax
 
 from flowml.devices import worker_of
 from flowml_runtime import wire
+from flowml_runtime.execution.kernels import Kernels
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import host_view
@@ -53,7 +54,8 @@ class Homes:
         self._specs = run.training.stores
         self._homes = {i: home for i, s in enumerate(self._specs) for home in s.copies if worker_of(home) == run.me}
         self._held: dict[int, Held] = {}
-        self._decoder = Decoder(self._specs)
+        kernels = {home: Kernels(programs[home].device) for home in self._homes.values()}
+        self._decoder = Decoder(self._specs, {i: kernels[home] for i, home in self._homes.items()})
         self._lanes = {home: Lane(f"{home} home run {run.number}") for home in dict.fromkeys(self._homes.values())}
         self._publisher = Publisher(
             f"{run.me} run {run.number}", self._send_published, partial(self._fail, run.number, "publish")

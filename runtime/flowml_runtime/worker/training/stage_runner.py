@@ -23,6 +23,7 @@ from flowml.plan import ArraySpec
 from flowml.policy import Gossip
 from flowml.training.pieces import Piece, pieces
 from flowml_runtime import service, wire
+from flowml_runtime.execution.kernels import Kernels
 from flowml_runtime.execution.lane import LARGE_BYTES
 from flowml_runtime.execution.mailbox import Cancelled
 from flowml_runtime.execution.programs import Array, LoadedProgram
@@ -91,7 +92,7 @@ class StageRunner(EdgeServices):
         }
         self._inside: list[tuple[int, int, int]] = []
         """(store, part, steps) of the sums of sites that this step waits for."""
-        self._encoder = Encoder(run.training.stores, self.replica, run.start.seed)
+        self._encoder = Encoder(run.training.stores, self.replica, run.start.seed, Kernels(loaded.device))
         run.encoders.append(self._encoder)
         self._compared: dict[int, Sequence[Array]] = {}
         """By store the parameters of this step, where filters compare gradients with them."""
