@@ -70,7 +70,9 @@ if TYPE_CHECKING:
     from flowml.policy import named as policies  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from flowml_runtime.cluster import Cluster as Cluster
     from flowml_runtime.dataflow import dataflow as dataflow
+    from flowml_runtime.driver.remote import Remote as Remote
     from flowml_runtime.driver.training.result import TrainingResult as TrainingResult
+    from flowml_runtime.put import put as put
     from flowml_runtime.sim.cluster import SimulatedCluster as SimulatedCluster
     from flowml_runtime.trainer import Trainer as Trainer
 
@@ -133,6 +135,8 @@ _HOMES = {
     "layer": "flowml.ir.scopes",
     "Cluster": "flowml_runtime.cluster",
     "dataflow": "flowml_runtime.dataflow",
+    "put": "flowml_runtime.put",
+    "Remote": "flowml_runtime.driver.remote",
     "SimulatedCluster": "flowml_runtime.sim.cluster",
     "Trainer": "flowml_runtime.trainer",
     "TrainingResult": "flowml_runtime.driver.training.result",

@@ -29,6 +29,7 @@ from flowml.lowering.lower import ExecutableTable, compile_in_constants, lower_g
 from flowml.lowering.partition import partition
 from flowml.lowering.program import Bindings, emit, route
 from flowml.lowering.schedule import Schedule, schedule
+from flowml.lowering.stay import Stay, in_order_of_call, relay, sent
 from flowml.lowering.verify import verify_plan, verify_schedule
 from flowml.placement import Placement, place
 from flowml.placement.estimate import estimate
@@ -105,8 +106,9 @@ def compile_call(
     platforms: Sequence[str],
     name: str,
     links: Links | None = None,
+    stay: Callable[[Trace], Stay] = lambda _: Stay(),
 ) -> Compiled:
-    """Compile a call of `fn` made by `bind`. Raises UnsupportedError if the call stores values of the trace."""
+    """Compile a call of `fn` made by `bind`. `stay` says what stays on the devices. Raises UnsupportedError if the call stores values of the trace."""
     before = leaks(fn)
     traced = trace(call.fn, call.args, call.kwargs, name)
     leaked = [where for where, value in leaks(fn).items() if before.get(where) != value]
@@ -115,7 +117,8 @@ def compile_call(
             f"{name} stores a value in {leaked[0]}, which would hold a placeholder and never a result, because the "
             "workers compute it; return the value"
         )
-    plan = compile_graph(name, traced, as_devices(devices), placement, links or Links(), tuple(platforms))
+    places = as_devices(devices)
+    plan = compile_graph(name, traced, places, placement, links or Links(), tuple(platforms), stay(traced))
     return Compiled(plan, traced.in_tree, traced.out_tree)
 
 
@@ -126,27 +129,31 @@ def compile_graph(
     placement: Placement,
     links: Links,
     platforms: tuple[str, ...],
+    stay: Stay,
 ) -> Plan:
     """Run the passes. Each maps a graph to a graph, or to the next type."""
     graph = traced.graph
+    held = {graph.inputs[i]: device for i, device in stay.held.items()}
     verify_graph(graph, "trace")
     graph = simplify(graph)
     verify_graph(graph, "simplify")
     graph = label(graph, traced.parameters, closed_over=traced.closed_over)
     verify_graph(graph, "label")
-    choices = place(graph, devices, placement, links)
+    choices = place(graph, devices, placement, links, held)
     verify_placed(graph, choices.assignment, devices)
-    graph = partition(graph, choices.assignment)
+    graph, relayed = relay(partition(graph, choices.assignment), held)
     verify_partitioned(graph)
     by_name = {d.name: d for d in devices}
     seconds = {n.id: node_seconds(graph, n, by_name[n.device]) for n in graph.nodes}
-    tasks = schedule(graph, seconds)
+    early = [relayed, *([v] for v in sent(graph))] if stay.kept else [relayed]
+    tasks = schedule(graph, seconds, milestones=early)
     verify_schedule(graph, tasks)
-    tasks = compile_in_constants(graph, tasks)
+    donated = frozenset(graph.inputs[i] for i in stay.donated)
+    tasks = compile_in_constants(graph, in_order_of_call(graph, tasks) if donated else tasks)
     routing = route(graph, tasks)
     table = ExecutableTable(platforms, _jax.settings(wide=graph.is_wide))
-    numbers = lower_groups(graph, tasks, table, seconds, frozenset(graph.output_values))
-    bindings, outputs, constants = _bind(graph, {v for g in tasks.groups for v in g.compiled_in})
+    numbers = lower_groups(graph, tasks, table, seconds, frozenset(graph.output_values), donated)
+    bindings, outputs, constants = _bind(graph, {v for g in tasks.groups for v in g.compiled_in}, stay.kept)
     programs = emit(graph, tasks, routing, numbers, bindings, feed_first=True)
     inputs = tuple(graph.values[v] for v in graph.inputs)
     specs = {"inputs": inputs, "constants": tuple(c.spec for c in constants)}
@@ -168,32 +175,45 @@ def compile_graph(
         nodes=node_views(graph, tasks, table),
         platforms=platforms,
         links=links_used(links, routing.messages),
+        donated=tuple(sorted(i for i in stay.donated if graph.inputs[i] not in graph.output_values)),
         settings=table.settings,
     )
     verify_plan(plan)
     return plan
 
 
-def _bind(graph: Graph, compiled_in: Container[int]) -> tuple[Bindings, tuple[Output, ...], tuple[Constant, ...]]:
-    """Number the feeds, fetches and constants of a graph whose inputs and outputs belong to the driver."""
-    fetched = [v for v in graph.output_values if v in graph.producer]
-    slots = {v: i for i, v in enumerate(fetched)}
+def _bind(
+    graph: Graph, compiled_in: Container[int], stays: Container[int]
+) -> tuple[Bindings, tuple[Output, ...], tuple[Constant, ...]]:
+    """Number the feeds, fetches, kept values and constants of a graph.
+
+    Inputs and outputs belong to the driver, except the outputs at the positions `stays`.
+    """
+    made = [(v, n in stays) for n, v in enumerate(graph.outputs) if not isinstance(v, Literal) and v in graph.producer]
+    slots = {v: i for i, v in enumerate(dict.fromkeys(v for v, kept in made if not kept))}
+    keeps = {v: i for i, v in enumerate(dict.fromkeys(v for v, kept in made if kept))}
     position = {v: i for i, v in enumerate(graph.inputs)}
     kept = [v for v in graph.constants if v not in compiled_in or v in graph.output_values]
     constants = [Constant(graph.values[v], array_bytes(graph.constants[v])) for v in kept]
     numbers = {v: i for i, v in enumerate(kept)}
     outputs: list[Output] = []
-    for output in graph.outputs:
+    for number, output in enumerate(graph.outputs):
+        kept = number in stays
+        name = graph.output_names[number] if kept else ""
         if isinstance(output, Literal):
             constants.append(Constant(_jax.spec_of(output.aval), array_bytes(_jax.literal_value(output.value))))
-            outputs.append(Output(constants[-1].spec, "constant", len(constants) - 1))
-        elif output in slots:
+            outputs.append(Output(constants[-1].spec, "constant", len(constants) - 1, kept, "", name))
+        elif output in graph.producer and kept:
+            device = graph.producer[output].device
+            outputs.append(Output(graph.values[output], "keep", keeps[output], kept, device, name))
+        elif output in graph.producer:
             outputs.append(Output(graph.values[output], "fetch", slots[output]))
         elif output in position:
-            outputs.append(Output(graph.values[output], "input", position[output]))
+            outputs.append(Output(graph.values[output], "input", position[output], kept, "", name))
         else:
-            outputs.append(Output(graph.values[output], "constant", numbers[output]))
-    return Bindings(feeds=position, fetches=slots, constants=numbers), tuple(outputs), tuple(constants)
+            outputs.append(Output(graph.values[output], "constant", numbers[output], kept, "", name))
+    bindings = Bindings(feeds=position, fetches=slots, constants=numbers, keeps=keeps)
+    return bindings, tuple(outputs), tuple(constants)
 
 
 def array_bytes(array: Any) -> bytes:

@@ -62,11 +62,22 @@ class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
     microbatch: Index = 0
 
 
+class Keep(msgspec.Struct, frozen=True, tag="keep"):
+    """Keep buffers on the device after the step, as the kept outputs `slots`.
+
+    The last one of a program reports to the driver, as fetch slot `done`, that the device has all of its outputs.
+    """
+
+    slots: tuple[Index, ...]
+    buffers: tuple[Index, ...]
+    done: Index | None = None
+
+
 class Free(msgspec.Struct, frozen=True, tag="free"):
     buffers: tuple[Index, ...]
 
 
-Instruction = Feed | Read | Recv | Run | Send | Push | Fetch | Free
+Instruction = Feed | Read | Recv | Run | Send | Push | Fetch | Keep | Free
 
 
 def until_last_message(instructions: Sequence[Instruction]) -> Sequence[Instruction]:

@@ -122,11 +122,15 @@ class Constant(msgspec.Struct, frozen=True):
 
 
 class Output(msgspec.Struct, frozen=True):
-    """The source of one leaf of the result: a fetch slot, an argument returned unchanged, or a constant."""
+    """The source of one leaf of the result: a fetch slot, a slot of what is kept on device `device`, an argument
+    returned unchanged, or a constant. With `stays` the caller gets a handle of a value on a device."""
 
     spec: ArraySpec
-    kind: str  # "fetch" | "input" | "constant"
+    kind: str  # "fetch" | "keep" | "input" | "constant"
     index: Index
+    stays: bool = False
+    device: str = ""
+    name: str = ""
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -350,6 +354,8 @@ class Plan(msgspec.Struct, frozen=True):
     training: Training | None = None
     platforms: tuple[str, ...] = ("cpu",)
     links: tuple[PlanLink, ...] = ()
+    donated: tuple[Index, ...] = ()
+    """The inputs that a call takes away from its caller, if they stay on a device."""
     settings: tuple[Setting, ...] = ()
     """JAX's settings when the function was traced. A worker uses them for all work on this plan."""
 

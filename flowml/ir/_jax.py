@@ -289,6 +289,11 @@ def nested_jaxprs(equation: Any) -> list[Any]:
     return [getattr(j, "jaxpr", j) for j in jex.jaxprs_in_params(equation.params)]
 
 
+def copy_equation(aval: Any) -> Any:
+    """An equation that copies an array."""
+    return jax.make_jaxpr(jnp.copy)(struct(aval)).jaxpr.eqns[-1]
+
+
 def build_jaxpr(
     equations: Sequence[tuple[Any, Sequence[Any], Sequence[int]]],
     avals: Mapping[int, Any],
@@ -449,3 +454,26 @@ def with_weak_type(array: jax.Array) -> jax.Array:
 def literal_value(atom: Any) -> np.ndarray:
     """The NumPy value of a JAX literal."""
     return np.asarray(atom.val, atom.aval.dtype)
+
+
+def register_array_like(kind: type, spec: Callable[[Any], ArraySpec]) -> None:
+    """Let JAX take objects of a type as arrays. It gets the value by `__jax_array__` when it needs it.
+
+    Without these tables `jax.jit`, and with it most of `jax.numpy`, refuses all types but its own.
+    """
+    try:
+        from jax._src import core, dtypes
+        from jax._src.interpreters import pxla
+
+        def shard(arrays: Sequence[Any], shardings: Any, layouts: Any, copy: Any) -> Any:
+            return pxla.shard_args(shardings, layouts, copy, [a.__jax_array__() for a in arrays])  # pyright: ignore
+
+        def aval(array: Any) -> Any:
+            described = struct_of(spec(array))
+            return core.ShapedArray(described.shape, described.dtype, weak_type=described.weak_type)  # pyright: ignore
+
+        core.pytype_aval_mappings[kind] = aval
+        pxla.shard_arg_handlers[kind] = shard
+        dtypes.canonicalize_value_handlers[kind] = lambda array, **_: array.__jax_array__()
+    except (ImportError, AttributeError, TypeError):  # another version of JAX: jnp.asarray still takes the objects
+        return

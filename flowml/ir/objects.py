@@ -28,7 +28,7 @@ def _known(module: str, name: str) -> Any:
 
 def is_static_leaf(leaf: Any) -> bool:
     """Whether `equinox.filter_jit` treats a leaf as static."""
-    return not isinstance(leaf, _ARRAYS)
+    return not (isinstance(leaf, _ARRAYS) or hasattr(leaf, "__jax_array__"))  # or the handle of an array
 
 
 def takes_static_leaves(fn: Callable[..., Any], tree: Any) -> bool:
@@ -44,7 +44,7 @@ def takes_static_leaves(fn: Callable[..., Any], tree: Any) -> bool:
 def static_leaves(fn: Callable[..., Any], given: Any, leaves: Sequence[Any]) -> dict[int, Any]:
     """The leaves of the arguments that are static without being named so, by position."""
     module = _known("equinox", "Module")
-    if module is None or all(isinstance(leaf, _ARRAYS) for leaf in leaves):
+    if module is None or not any(map(is_static_leaf, leaves)):
         return {}
     if type(fn).__module__.partition(".")[0] == "equinox":
         return {i: leaf for i, leaf in enumerate(leaves) if is_static_leaf(leaf)}

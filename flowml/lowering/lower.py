@@ -8,7 +8,7 @@ still use it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,11 +91,21 @@ def compile_in_constants(graph: Graph, plan: Schedule) -> Schedule:
 
 
 def lower_groups(
-    graph: Graph, plan: Schedule, table: ExecutableTable, seconds: Mapping[int, float], keep: frozenset[int]
+    graph: Graph,
+    plan: Schedule,
+    table: ExecutableTable,
+    seconds: Mapping[int, float],
+    keep: frozenset[int],
+    given: frozenset[int] = frozenset(),
 ) -> list[int]:
-    """Export every task group; returns the index in `table.tasks` of each. Values in `keep` are never donated."""
-    readers = _last_readers(graph, plan)
-    return [table.add(_lower_group(graph, g, table, seconds, _donations(graph, g, readers, keep))) for g in plan.groups]
+    """Export every task group; returns the index in `table.tasks` of each.
+
+    Values in `keep` are never donated. `given` are inputs that may be.
+    """
+    made = given | graph.producer.keys()
+    readers = _last_readers(graph, plan, made)
+    donations = [_donations(graph, g, readers, made - keep) for g in plan.groups]
+    return [table.add(_lower_group(graph, g, table, seconds, d)) for g, d in zip(plan.groups, donations, strict=True)]
 
 
 def _lower_group(
@@ -182,8 +192,8 @@ def _callback(group: TaskGroup) -> Callable[..., list[Any]]:
     return run
 
 
-def _last_readers(graph: Graph, plan: Schedule) -> dict[int, int]:
-    """value -> the last task that reads it on its own device, in the device's order.
+def _last_readers(graph: Graph, plan: Schedule, made: Container[int]) -> dict[int, int]:
+    """value -> the last task that reads it on its own device, in the device's order, for values in `made`.
 
     A value is left out if this task differs between microbatches, because a task has one list of donations.
     """
@@ -191,7 +201,8 @@ def _last_readers(graph: Graph, plan: Schedule) -> dict[int, int]:
     for device, order in plan.order.items():
         for index, microbatch in order:
             for value in plan.groups[index].inputs:
-                if value in graph.producer and graph.producer[value].device == device:
+                producer = graph.producer.get(value)
+                if value in made and (producer is None or producer.device == device):
                     last[value, microbatch] = index
     readers: dict[int, set[int]] = {}
     for (value, _), index in last.items():
@@ -199,16 +210,17 @@ def _last_readers(graph: Graph, plan: Schedule) -> dict[int, int]:
     return {value: indices.pop() for value, indices in readers.items() if len(indices) == 1}
 
 
-def _donations(graph: Graph, group: TaskGroup, last: Mapping[int, int], keep: frozenset[int]) -> tuple[int, ...]:
-    """Arguments that this task is the last to read, that this device made, and whose shape equals that of a result."""
+def _donations(graph: Graph, group: TaskGroup, last: Mapping[int, int], may: Container[int]) -> tuple[int, ...]:
+    """Arguments in `may` that this task is the last to read, that only this device reads, and whose shape equals that
+    of a result."""
     if group.is_callback:
         return ()
     room = Counter(_shape(graph.values[v]) for v in group.outputs)
     donated: list[int] = []
     for position, value in enumerate(group.inputs):
         users = graph.consumers.get(value, ())
-        private = all(u.device == group.device for u in users) and value in graph.producer
-        if not private or value in keep or last.get(value) != group.index:
+        private = all(u.device == group.device for u in users)
+        if not private or value not in may or last.get(value) != group.index:
             continue
         shape = _shape(graph.values[value])
         if room[shape]:

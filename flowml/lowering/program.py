@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from flowml.instructions import Feed, Fetch, Free, Instruction, Push, Read, Recv, Run, Send
+import msgspec
+
+from flowml.instructions import Feed, Fetch, Free, Instruction, Keep, Push, Read, Recv, Run, Send
 from flowml.ir.graph import Graph
 from flowml.lowering.schedule import Schedule, TaskGroup
 from flowml.lowering.transfer import Edge, describe, transfers
@@ -38,7 +40,8 @@ class Bindings:
     """The sources and destinations of values outside the graph.
 
     `feeds`: input -> feed slot; `reads`: input -> (store, leaf); `fetches`: value -> fetch slot;
-    `parts`: contributions pushed to stores; `constants`: value -> index of the plan's constant.
+    `keeps`: value -> slot of the values that stay; `parts`: contributions pushed to stores;
+    `constants`: value -> index of the plan's constant.
     """
 
     feeds: Mapping[int, int]
@@ -46,6 +49,7 @@ class Bindings:
     constants: Mapping[int, int] = field(default_factory=dict[int, int])
     reads: Mapping[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
     parts: Sequence[PartBinding] = ()
+    keeps: Mapping[int, int] = field(default_factory=dict[int, int])
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,24 @@ def emit(
     graph: Graph, plan: Schedule, routing: Routing, tasks: Sequence[int], bindings: Bindings, *, feed_first: bool
 ) -> tuple[Program, ...]:
     """One program for each device. `tasks[i]` is the plan's index of group i. `feed_first` puts the feed first."""
-    return tuple(
+    programs = tuple(
         _Emitter(device, graph, plan, routing, tasks, bindings).emit(order, feed_first)
         for device, order in plan.order.items()
     )
+    return _with_reports(programs, len(bindings.fetches)) if bindings.keeps else programs
+
+
+def _with_reports(programs: Sequence[Program], slots: int) -> tuple[Program, ...]:
+    """The programs, in which the last `Keep` of each reports. The fetch slots from `slots` on are free."""
+    found: list[Program] = []
+    for program in programs:
+        code = list(program.instructions)
+        last = max((n for n, i in enumerate(code) if isinstance(i, Keep)), default=None)
+        if last is not None:
+            code[last] = msgspec.structs.replace(code[last], done=slots)
+            slots += 1
+        found.append(msgspec.structs.replace(program, instructions=tuple(code)))
+    return tuple(found)
 
 
 @dataclass
@@ -133,6 +151,10 @@ class _Emitter:
         if fetched:
             slots = tuple(self.bindings.fetches[v] for v in fetched)
             self.code.append(Fetch(slots, tuple(self.buffers[v, microbatch] for v in fetched), microbatch))
+        kept = [v for v in group.outputs if v in self.bindings.keeps]
+        if kept:
+            slots = tuple(self.bindings.keeps[v] for v in kept)
+            self.code.append(Keep(slots, tuple(self.buffers[v, microbatch] for v in kept)))
         self._contribute(group, microbatch)
 
     def _find(self, value: int, microbatch: int) -> int:

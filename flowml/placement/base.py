@@ -7,9 +7,11 @@ returns a device for each node and the alternatives that it compared, for `plan.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from flowml.arguments import is_text, seconds
@@ -23,6 +25,9 @@ from flowml.placement.links import Links
 from flowml.placement.memory import check_memory
 from flowml.placement.pipeline import pipeline_stages
 from flowml.plan import Choice
+
+HELD_SHARE = 0.01
+"""A program follows the inputs that are on devices already if they have at least this share of all input bytes."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +93,45 @@ class Choices:
     default: str = ""
 
 
-def place(graph: Graph, devices: Sequence[Device], placement: Placement, links: Links) -> Choices:
-    """Decide where every node runs. Raises PlacementError, which names the device, layer or pin at fault."""
+def place(
+    graph: Graph,
+    devices: Sequence[Device],
+    placement: Placement,
+    links: Links,
+    held: Mapping[int, str] = MappingProxyType({}),
+) -> Choices:
+    """Decide where every node runs. Raises PlacementError, which names the device, layer or pin at fault.
+
+    `held` maps inputs that are on a device already to that device. "auto" follows them.
+    """
     pins = {n.id: _pin(n, devices) for n in graph.nodes if n.scope.pins}
-    choices = _apply_rule(graph, devices, placement, links)
+    if isinstance(placement, str) and placement == "auto" and _are_large(graph, held):
+        choices = _beside(graph, held)
+    else:
+        choices = _apply_rule(graph, devices, placement, links)
     assignment = _follow_data(graph, {**choices.assignment, **pins}, choices.default or devices[0].name)
     check_memory(graph, assignment, devices, placement.memory_bytes if isinstance(placement, AutoPlacement) else None)
     return Choices(assignment, choices.weighed, choices.notes)
+
+
+def _are_large(graph: Graph, held: Mapping[int, str]) -> bool:
+    """Whether the held inputs are large enough, of all inputs, to decide where a program runs."""
+    total = sum(graph.values[v].nbytes for v in graph.inputs)
+    return bool(held) and sum(graph.values[v].nbytes for v in held) >= HELD_SHARE * total
+
+
+def _beside(graph: Graph, held: Mapping[int, str]) -> Choices:
+    """Each layer where most bytes of the inputs are that its nodes read."""
+    weights: dict[str | int, Counter[str]] = {}
+    for value, device in held.items():
+        for node in graph.consumers.get(value, ()):
+            weights.setdefault(node.layer or node.id, Counter())[device] += graph.values[value].nbytes
+    best = {key: max(weight, key=weight.__getitem__) for key, weight in weights.items()}
+    found = {n.id: best[key] for n in graph.nodes if (key := n.layer or n.id) in best}
+    most: Counter[str] = sum(weights.values(), Counter())
+    default = max(most, key=most.__getitem__) if most else next(iter(held.values()))
+    note = f"each layer runs where the inputs are that it reads, on {named(sorted(set(held.values())))}"
+    return Choices(found, notes=(note,), default=default)
 
 
 def _apply_rule(graph: Graph, devices: Sequence[Device], placement: Placement, links: Links) -> Choices:

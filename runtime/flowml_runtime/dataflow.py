@@ -11,26 +11,29 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
+from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
 
 from flowml.errors import PlacementError
-from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
+from flowml.ir._jax import ClosesOverTracerError, jit_is_off, struct_of, trace_context
 from flowml.ir.calls import Call, Returned, bind, finish, static_of
 from flowml.leaves import why_no_array
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import shown
+from flowml_runtime.driver.remote import Remote
 from flowml_runtime.driver.session import Session
 from flowml_runtime.driver.steps import UnloadedError
 from flowml_runtime.driver.trial import Trial, trial_of
 from flowml_runtime.execution.future import Future
+from flowml_runtime.execution.programs import feed_slots
+from flowml_runtime.keep import Keep, donated_inputs, stay_of
 
 if TYPE_CHECKING:
     from flowml.devices import Device
@@ -82,6 +85,13 @@ class _Arguments:
     key: tuple[Any, Any, Any, Hashable]
     """(arguments that are not arrays, tree structure, signatures, settings)"""
     leaves: list[Any]
+    positional: int
+    """The number of positional arguments, static ones included."""
+
+    @property
+    def held(self) -> dict[int, str]:
+        """The inputs that are on a device already."""
+        return {i: leaf.device for i, leaf in enumerate(self.leaves) if type(leaf) is Remote}
 
 
 _Kind = tuple[type, Any, Any]
@@ -110,7 +120,10 @@ class _Recent:
         for leaf, (kind, first, second) in zip(leaves, self.kinds, strict=True):
             if type(leaf) is not kind:
                 return False
-            if kind is np.ndarray:
+            if kind is Remote:
+                if leaf.kind is not first:
+                    return False
+            elif kind is np.ndarray:
                 if leaf.shape != first or leaf.dtype != second:
                     return False
             elif leaf.aval is not first:
@@ -122,6 +135,8 @@ def _kind(leaf: Any) -> _Kind | None:
     """The kind of a leaf, or None if every call has to check the leaf in full."""
     if type(leaf) is np.ndarray:
         return np.ndarray, leaf.shape, leaf.dtype
+    if type(leaf) is Remote:
+        return Remote, leaf.kind, None
     return (type(leaf), leaf.aval, None) if isinstance(leaf, jax.Array) else None
 
 
@@ -138,13 +153,15 @@ class Dataflow(Generic[P, R]):
         static_argnames: str | Sequence[str] | None,
         donate_argnums: int | Sequence[int] | None = None,
         donate_argnames: str | Sequence[str] | None = None,
+        keep: Any = None,
         now_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         if not callable(fn):
             raise TypeError(f"dataflow() takes a function, got {type(fn).__name__}")
         if isinstance(cluster, type) or not (cluster is None or hasattr(cluster, "links_for")):
             raise TypeError(f"cluster={cluster!r} is of type {type(cluster).__name__}; give an fm.Cluster")
-        static_of(fn, donate_argnums, donate_argnames, "donate")
+        self._donate = static_of(fn, donate_argnums, donate_argnames, "donate")
+        self._keep = Keep.of(keep)
         update_wrapper(self, fn)
         self._fn = fn
         self._name = str(getattr(fn, "__name__", type(fn).__name__))
@@ -236,7 +253,7 @@ class Dataflow(Generic[P, R]):
         special, tree, _, settings = given.key
         if special != () or not program.returned.plain or len(kinds) < len(leaves):
             return None
-        on_device = all(kind is not np.ndarray for kind, _, _ in kinds)
+        on_device = all(kind is not np.ndarray and kind is not Remote for kind, _, _ in kinds)
         return _Recent(weakref.ref(self._current()), tree, kinds, settings, handle, program.out_tree, on_device)
 
     def _sort(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Arguments | None:
@@ -252,7 +269,7 @@ class Dataflow(Generic[P, R]):
             raise self._not_an_array(call) from None
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return None
-        return _Arguments(call, (call.key, tree, signatures, trace_context()), leaves)
+        return _Arguments(call, (call.key, tree, signatures, trace_context()), leaves, len(args))
 
     def _loaded(
         self,
@@ -276,14 +293,27 @@ class Dataflow(Generic[P, R]):
                 continue
 
     def _program(self, cluster: ClusterLike, given: _Arguments) -> _Program:
-        program = self._compiled(cluster, given.key, self._placement, given.call)
+        held = given.held
+        if held:
+            return self._held(cluster, given, held)
+        program = self._compiled(cluster, given.key, self._placement, given)
         if program.trial is None or not program.trial.on_one_device:
             return program
-        alone = self._compiled(cluster, (given.key, "on one device"), _on_one_device, given.call)
+        alone = self._compiled(cluster, (given.key, "on one device"), _on_one_device, given)
         alone.trial, alone.on_one_device = program.trial, True
         return alone
 
-    def _compiled(self, cluster: ClusterLike, key: Hashable, placement: Any, call: Call) -> _Program:
+    def _held(self, cluster: ClusterLike, given: _Arguments, held: Mapping[int, str]) -> _Program:
+        """The program for inputs that are on devices: the one for sent inputs, if it reads each only on its device."""
+        key = (given.key, tuple(held.items()))
+        programs = self._programs.get(cluster) or {}
+        sent = programs.get(given.key)
+        if key not in programs and sent is not None and _reads_there(sent.plan, held):
+            with self._lock:
+                programs[key] = sent
+        return self._compiled(cluster, key, self._placement, given)
+
+    def _compiled(self, cluster: ClusterLike, key: Hashable, placement: Any, given: _Arguments) -> _Program:
         programs = self._programs.get(cluster)
         found = programs.get(key) if programs is not None else None
         if found is not None:
@@ -292,12 +322,17 @@ class Dataflow(Generic[P, R]):
             programs = self._programs.setdefault(cluster, {})
             found = programs.get(key)
             if found is None:
-                found = programs[key] = self._compile(cluster, placement, call)
+                found = programs[key] = self._compile(cluster, placement, given)
                 found.forget = partial(_forget, weakref.ref(self), weakref.ref(cluster), key)
             return found
 
-    def _compile(self, cluster: ClusterLike, placement: Any, call: Call) -> _Program:
+    def _compile(self, cluster: ClusterLike, placement: Any, given: _Arguments) -> _Program:
         from flowml.compiler import compile_call
+
+        call, held = given.call, given.held
+        if held:
+            call = replace(call, args=_described(call.args), kwargs=_described(call.kwargs))
+        donated = donated_inputs(call, self._static, self._donate, given.positional)
 
         try:
             with shown(lambda: f"compiling {self._name}"):
@@ -309,10 +344,12 @@ class Dataflow(Generic[P, R]):
                     platforms=_platforms(cluster.devices),
                     name=self._name,
                     links=cluster.links_for(placement),
+                    stay=lambda traced: stay_of(self._keep, traced, call, held, donated, self._name),
                 )
         except PlacementError as error:
             raise cluster.session.explained(error, self._name) from None
-        return _Program(compiled.plan, compiled.out_tree, call.returned, trial=trial_of(compiled.plan, placement))
+        trial = trial_of(compiled.plan, placement) if self._keep is None and not held else None
+        return _Program(compiled.plan, compiled.out_tree, call.returned, trial=trial)
 
     def _current(self) -> ClusterLike:
         if self._cluster is not None:
@@ -334,6 +371,24 @@ class Dataflow(Generic[P, R]):
                     return OverflowError(f"{self._name}: {where}: {error}; give a number that fits, or an array")
                 return TypeError(f"{self._name}: {where} {why_no_array(leaf, _PASS_ARRAYS)}")
         raise AssertionError("every leaf is an array")
+
+
+def _described(tree: Any) -> Any:
+    """The arguments, with the types of values that stay on workers in place of their handles."""
+
+    def described(leaf: Any) -> Any:
+        return struct_of(leaf.kind.spec) if type(leaf) is Remote else leaf
+
+    return tree_map(described, tree)
+
+
+def _reads_there(plan: Plan, held: Mapping[int, str]) -> bool:
+    """Whether a program for inputs that are sent reads each of these inputs on its own device only."""
+    reads: dict[int, set[str]] = {}
+    for program in plan.programs:
+        for slot in feed_slots(program):
+            reads.setdefault(slot, set()).add(program.device)
+    return all(reads.get(i, {device}) == {device} for i, device in held.items())
 
 
 def _forget(
@@ -378,6 +433,7 @@ def dataflow(
     static_argnames: str | Sequence[str] | None = None,
     donate_argnums: int | Sequence[int] | None = None,
     donate_argnames: str | Sequence[str] | None = None,
+    keep: Any = None,
 ) -> Dataflow[P, R]: ...
 @overload
 def dataflow(
@@ -389,6 +445,7 @@ def dataflow(
     static_argnames: str | Sequence[str] | None = None,
     donate_argnums: int | Sequence[int] | None = None,
     donate_argnames: str | Sequence[str] | None = None,
+    keep: Any = None,
 ) -> Callable[[Callable[P, R]], Dataflow[P, R]]: ...
 def dataflow(
     fn: Callable[P, R] | None = None,
@@ -399,6 +456,7 @@ def dataflow(
     static_argnames: str | Sequence[str] | None = None,
     donate_argnums: int | Sequence[int] | None = None,
     donate_argnames: str | Sequence[str] | None = None,
+    keep: Any = None,
 ) -> Dataflow[P, R] | Callable[[Callable[P, R]], Dataflow[P, R]]:
     """Run a JAX function as a dataflow program on a cluster. Use it as a function or a decorator, like `jax.jit`.
 
@@ -409,8 +467,11 @@ def dataflow(
             `AutoPlacement`, or a callable.
         static_argnums, static_argnames: arguments that are compiled in, by position or name; they must be hashable.
             Leaves of equinox modules that are not arrays are always static.
-        donate_argnums, donate_argnames: accepted so that code written for `jax.jit` runs unchanged. They have no
-            effect today: inputs are sent to the workers, so the caller's arrays stay valid after the call.
+        donate_argnums, donate_argnames: arguments whose handles the call uses up: workers overwrite their memory. The
+            arrays of other arguments are sent to the workers, and stay valid.
+        keep: outputs that stay on the workers, as `fm.Remote`s: positions of the returned tuple, patterns of paths in
+            the result ("0/params/*"), or "auto" for outputs larger than 64 KiB. The program of a call whose arguments
+            stay on workers runs where they are, with placement "auto".
 
     Returns: an object that is called like `fn`, with `.submit(...)` -> Future and `.plan(...)` -> Plan. A call
     raises FlowmlError if it fails on the cluster, TypeError if an argument is not an array.
@@ -422,6 +483,7 @@ def dataflow(
         "static_argnames": static_argnames,
         "donate_argnums": donate_argnums,
         "donate_argnames": donate_argnames,
+        "keep": keep,
     }
     if fn is None:
         return lambda function: Dataflow(function, **options)

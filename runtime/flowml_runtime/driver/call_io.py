@@ -19,6 +19,7 @@ import numpy as np
 
 from flowml.ir._jax import exact_types, is_wide, key_implementation, with_weak_type
 from flowml.plan import ArraySpec, Output, Plan
+from flowml_runtime.driver.remote import Remote
 from flowml_runtime.execution.programs import Array, buffer_struct, constant_array
 from flowml_runtime.transport.arrays import own_copy
 
@@ -36,6 +37,8 @@ def signature(leaf: Any) -> Signature:
     if type(leaf) is np.ndarray:
         config: Any = jax.config
         return leaf.shape, _jax_dtype(leaf.dtype, config.jax_enable_x64), False
+    if type(leaf) is Remote:
+        return leaf.kind.signature
     if isinstance(leaf, jax.ShapeDtypeStruct):
         extended = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
         return leaf.shape, leaf.dtype if extended else jax.dtypes.canonicalize_dtype(leaf.dtype), bool(leaf.weak_type)
@@ -79,8 +82,10 @@ class Feeder:
             raise TypeError(f"plan {self._name!r} takes {len(self._specs)} arrays, got {len(leaves)}")
         buffers: list[Array] = []
         for leaf, (shape, dtype, key, name) in zip(leaves, self._specs, strict=True):
-            if isinstance(leaf, jax.Array):
-                buffer: Array = jax.random.key_data(leaf) if key else leaf
+            if type(leaf) is Remote:
+                buffer: Array = leaf
+            elif isinstance(leaf, jax.Array):
+                buffer = jax.random.key_data(leaf) if key else leaf
             else:
                 buffer = own_copy(leaf, dtype) if copy else np.asarray(leaf, dtype)
             if (leaf if key else buffer).shape != shape:
@@ -101,17 +106,21 @@ class Restorer:
         ]
         self._compiled: dict[tuple[int, ...], Callable[..., list[jax.Array]]] = {}
 
-    def __call__(self, fetched: Sequence[Array], inputs: Sequence[Any]) -> list[Any]:
+    def __call__(self, fetched: Sequence[Array], inputs: Sequence[Any], kept: Sequence[Remote] = ()) -> list[Any]:
+        """The results. `kept` are the handles of the outputs that stay, by slot."""
         if self._wide:  # the thread that takes the result may have 64 bits disabled
             with exact_types():
-                return self._restore(fetched, inputs)
-        return self._restore(fetched, inputs)
+                return self._restore(fetched, inputs, kept)
+        return self._restore(fetched, inputs, kept)
 
-    def _restore(self, fetched: Sequence[Array], inputs: Sequence[Any]) -> list[Any]:
+    def _restore(self, fetched: Sequence[Array], inputs: Sequence[Any], kept: Sequence[Remote]) -> list[Any]:
         outputs = self._plan.outputs
-        results: list[Any] = [self._raw(o, fetched, inputs) for o in outputs]
+        sources: dict[str, Sequence[Any]] = {"fetch": fetched, "input": inputs, "keep": kept}
+        results: list[Any] = [None if o.kind == "constant" else sources[o.kind][o.index] for o in outputs]
         through: list[int] = []
         for position, (value, plain) in enumerate(zip(results, self._plain, strict=True)):
+            if type(value) is Remote:
+                continue
             if outputs[position].spec.dtype == "float0":
                 results[position] = np.zeros(outputs[position].spec.shape, jax.dtypes.float0)
             elif not plain or not (isinstance(value, jax.Array) or value.nbytes >= LARGE_BYTES):
@@ -126,11 +135,6 @@ class Restorer:
                 results[position] = value
         return results
 
-    def _raw(self, output: Output, fetched: Sequence[Array], inputs: Sequence[Any]) -> Any:
-        if output.kind == "constant":
-            return None
-        return fetched[output.index] if output.kind == "fetch" else inputs[output.index]
-
     def _compile(self, positions: tuple[int, ...]) -> Callable[..., list[jax.Array]]:
         """An executable that returns new arrays, because the owner of an argument that is returned may donate it."""
         outputs = [self._plan.outputs[p] for p in positions]
@@ -138,7 +142,7 @@ class Restorer:
 
         def restore(*buffers: Any) -> list[Any]:
             given = iter(buffers)
-            return [_typed(next(given) if c is None else c, o.spec) for o, c in zip(outputs, constants, strict=True)]
+            return [typed(next(given) if c is None else c, o.spec) for o, c in zip(outputs, constants, strict=True)]
 
         structs = [buffer_struct(o.spec) for o in outputs if o.kind != "constant"]
         compiled = jax.jit(restore).lower(*structs).compile()
@@ -150,7 +154,8 @@ def _is_plain(output: Output) -> bool:
     return output.kind == "fetch" and not output.spec.weak_type and not output.spec.dtype.startswith("key<")
 
 
-def _typed(buffer: Any, spec: ArraySpec) -> Any:
+def typed(buffer: Any, spec: ArraySpec) -> Any:
+    """A buffer as an array of the spec's key type or weak type."""
     if spec.dtype.startswith("key<"):
         return jax.random.wrap_key_data(buffer, impl=key_implementation(spec.dtype))
     return with_weak_type(buffer) if spec.weak_type else buffer

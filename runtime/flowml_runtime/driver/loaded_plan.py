@@ -1,16 +1,19 @@
-"""`LoadedPlan` is the driver's handle of a plan that its workers have compiled: what its steps take and return."""
+"""A plan that the workers have loaded, as the driver calls it: where its inputs go, and where its outputs come from."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from flowml.devices import worker_of
-from flowml.instructions import Fetch
+from flowml.instructions import Fetch, Keep
 from flowml.plan import ArraySpec, Plan
+from flowml_runtime import wire
 from flowml_runtime.driver.call_io import Feeder, Restorer
+from flowml_runtime.driver.remote import Kind, Remote
 from flowml_runtime.driver.steps import Steps
 from flowml_runtime.execution.inline import LocalStep
 from flowml_runtime.execution.programs import Array, feed_slots
@@ -20,13 +23,35 @@ IN_FLIGHT_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
-class _FeedPort:
+class FeedPort:
     """The inputs that are sent to one device to start a step."""
 
     worker: str
     device: str
     slots: tuple[int, ...]
     specs: tuple[ArraySpec, ...]
+
+    def feed(self, plan_id: str, step: int, buffers: Sequence[Any], keep: int) -> tuple[wire.Value, list[Array]]:
+        """The message that starts a step, and its arrays. Inputs that are on the device are sent as their names."""
+        arrays = [buffers[s] for s in self.slots]
+        names: tuple[int, ...] = ()
+        specs = self.specs
+        if any(type(a) is Remote for a in arrays):
+            names = tuple([a.number if type(a) is Remote else 0 for a in arrays])
+            specs = tuple([s for s, n in zip(specs, names, strict=True) if not n])
+            arrays = [a for a, n in zip(arrays, names, strict=True) if not n]
+        value = wire.Value(
+            plan_id=plan_id,
+            step=step,
+            kind="feed",
+            index=0,
+            device=self.device,
+            slots=self.slots,
+            specs=specs,
+            names=names,
+            keep=keep,
+        )
+        return value, arrays
 
 
 @dataclass(eq=False)
@@ -36,9 +61,9 @@ class LoadedPlan:
     plan_id: str
     plan: Plan
     workers: tuple[str, ...]
-    ports: tuple[_FeedPort, ...] = field(repr=False)
+    ports: tuple[FeedPort, ...] = field(repr=False)
     sources: dict[int, str] = field(repr=False)
-    """The device that sends each fetched output."""
+    """The device that sends each fetched output, or the report that it keeps its outputs."""
     steps: Steps = field(repr=False)
     prepare: Feeder = field(repr=False)
     restore: Restorer = field(repr=False)
@@ -48,20 +73,89 @@ class LoadedPlan:
     """A direct way to run the plan in this process, if there is one; None after the plan is unloaded."""
     order: threading.Lock = field(default_factory=threading.Lock, repr=False)
     """Held while a step is numbered and fed, so that every device gets the steps in the order of their numbers."""
+    kinds: tuple[Kind, ...] = field(default=(), repr=False)
+    """The outputs that stay on the devices, by slot."""
+    kept_bytes: Mapping[str, int] = field(default_factory=dict[str, int], repr=False)
+    """By device."""
+    brought: tuple[tuple[int, str], ...] = field(default=(), repr=False)
+    """(position, device) of the results that shall stay on a device and are inputs or constants."""
+    overwrites: tuple[int, ...] = field(default=(), repr=False)
+    """The inputs that a call takes away from its caller, if they stay on a device."""
+    waits: bool = field(default=True, repr=False)
+    """Whether a call waits for outputs that it fetches."""
 
     @property
     def direct(self) -> Callable[[Sequence[Any]], Sequence[Array]] | None:
         """The whole plan as a function of JAX arrays, if it is one task in this process and no trace is recorded."""
         return None if self.local is None or self.local.recorded else self.local.direct
 
+    def growth(self, buffers: Sequence[Any]) -> dict[str, int]:
+        """Bytes that a call adds to the values that stay, by device."""
+        adds = dict(self.kept_bytes)
+        for remote in (buffers[i] for i in self.overwrites if type(buffers[i]) is Remote):
+            adds[remote.kind.device] = adds.get(remote.kind.device, 0) - remote.kind.nbytes
+        return adds
+
+
+def check_donations(handle: LoadedPlan, buffers: Sequence[Any]) -> str:
+    """What is wrong if a call donates a value that it is given twice; "" if it does not."""
+    times = Counter(id(b) for b in buffers if type(b) is Remote)
+    for position in handle.overwrites:
+        if times[id(buffers[position])] > 1:
+            plan = handle.plan
+            return (
+                f"{plan.name}: argument {plan.input_names[position]!r} is donated, and the same handle is another "
+                "argument too; pass a copy, or do not donate it"
+            )
+    return ""
+
 
 def loaded(plan_id: str, plan: Plan, workers: tuple[str, ...], in_flight: int, local: LocalStep | None) -> LoadedPlan:
     """The handle of a plan that `workers` have loaded."""
-    sources = {s: p.device for p in plan.programs for i in p.instructions if isinstance(i, Fetch) for s in i.slots}
-    ports: list[_FeedPort] = []
+    sources: dict[int, str] = {}
+    for program in plan.programs:
+        for instruction in program.instructions:
+            if isinstance(instruction, Fetch):
+                sources.update(dict.fromkeys(instruction.slots, program.device))
+            elif isinstance(instruction, Keep) and instruction.done is not None:
+                sources[instruction.done] = program.device
+    ports: list[FeedPort] = []
     for program in plan.programs if plan.training is None else ():
         fed = feed_slots(program)
-        ports.append(_FeedPort(worker_of(program.device), program.device, fed, tuple(plan.inputs[i] for i in fed)))
+        ports.append(FeedPort(worker_of(program.device), program.device, fed, tuple(plan.inputs[i] for i in fed)))
     nbytes = sum(s.nbytes for s in (*plan.inputs, *(o.spec for o in plan.outputs)))
     steps = Steps(plan.name, len(sources), min(in_flight, max(2, IN_FLIGHT_BYTES // max(nbytes, 1))))
-    return LoadedPlan(plan_id, plan, workers, tuple(ports), sources, steps, Feeder(plan), Restorer(plan), local=local)
+    kinds = _kinds(plan)
+    kept_bytes = {d: sum(k.nbytes for k in kinds if k.device == d) for d in plan.devices}
+    return LoadedPlan(
+        plan_id,
+        plan,
+        workers,
+        tuple(ports),
+        sources,
+        steps,
+        Feeder(plan),
+        Restorer(plan),
+        local=local,
+        kinds=kinds,
+        kept_bytes=kept_bytes,
+        brought=_brought(plan, ports),
+        overwrites=plan.donated,
+        waits=any(o.kind == "fetch" for o in plan.outputs) or not plan.outputs,
+    )
+
+
+def _kinds(plan: Plan) -> tuple[Kind, ...]:
+    kept = {o.index: o for o in reversed(plan.outputs) if o.kind == "keep"}
+    return tuple(Kind(kept[i].spec, kept[i].device, kept[i].name) for i in range(len(kept)))
+
+
+def _brought(plan: Plan, ports: Sequence[FeedPort]) -> tuple[tuple[int, str], ...]:
+    """An input goes to a device that reads it."""
+    reads = {s: port.device for port in reversed(ports) for s in port.slots}
+    first = plan.devices[0] if plan.devices else ""
+    return tuple(
+        (p, reads.get(o.index, first) if o.kind == "input" else first)
+        for p, o in enumerate(plan.outputs)
+        if o.stays and o.kind in ("input", "constant")
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from flowml.devices import Device, find_device, worker_of
@@ -20,9 +21,11 @@ from flowml.errors import ClusterError, DeadlineError, FlowmlError, PlacementErr
 from flowml.plan import Plan
 from flowml_runtime import wire
 from flowml_runtime.driver import loading as shipping
-from flowml_runtime.driver.loaded_plan import LoadedPlan, loaded
+from flowml_runtime.driver.holdings import Holdings
+from flowml_runtime.driver.loaded_plan import LoadedPlan, check_donations, loaded
 from flowml_runtime.driver.loading import Loading
 from flowml_runtime.driver.real_time import RealTime
+from flowml_runtime.driver.remote import Kind, Remote
 from flowml_runtime.driver.residents import MAX_PROGRAMS, Residents
 from flowml_runtime.driver.steps import unloaded
 from flowml_runtime.environment.forks import check_owner, is_foreign, this_process
@@ -94,6 +97,8 @@ class Session:
         self._residents: Residents[LoadedPlan] = Residents(self.unload)
         self.max_programs = MAX_PROGRAMS
         """The number of dataflow plans that stay loaded; calls in flight may keep more."""
+        self.held = Holdings(endpoint, deadline_s)
+        """The values that stay on the workers."""
         self._closed = False
 
     @property
@@ -228,32 +233,78 @@ class Session:
         With `copy` the caller may overwrite NumPy inputs as soon as this returns. Raises at once if the plan
         lost a worker; the future raises every later error.
         """
+        return self._start(handle, inputs, copy=copy)[0]
+
+    def _start(
+        self, handle: LoadedPlan, inputs: Sequence[Any], *, copy: bool
+    ) -> tuple[Future[list[Any]], Callable[[list[Array]], list[Any]]]:
+        """Start one step. Returns its future, and the function that makes its results of what is fetched."""
         self.check_owner()
         buffers = handle.prepare(inputs, copy=copy)
-        future = handle.steps.future(lambda fetched: handle.restore(fetched, buffers))
+        kept, first = self._keeping(handle, buffers)
+        finish = partial(self._results, handle, buffers, kept)
+        future = handle.steps.future(finish)
         step: int | None = None
         try:
             with handle.order:  # numbered and fed under one lock: a device refuses a step older than its last one
                 step = handle.steps.begin(future)
-                self._feed(handle, step, buffers)
-            return future
+                if kept:
+                    kept[0].made_by(future)
+                self._feed(handle, step, buffers, first)
+            for position in handle.overwrites if handle.overwrites else ():
+                if type(buffers[position]) is Remote:
+                    buffers[position].donate(future.name)
+            return future, finish
         except BaseException as error:  # a Ctrl-C comes at any line; the future finds what had begun by then
             begun = handle.steps.step_of(future)
             lost = isinstance(error, WorkerLostError)
             if begun is None:
                 if lost and step is not None:  # the loss was reported meanwhile, and fails the step with the advice
-                    return future
+                    return future, finish
                 raise
             told = self._lost(handle.plan, begun, error.worker or "a worker", str(error)) if lost else error
             self._fail_step(handle, begun, told)
             if lost or isinstance(error, DeadlineError):
-                return future
+                return future, finish
             raise
+
+    def _keeping(self, handle: LoadedPlan, buffers: Sequence[Any]) -> tuple[list[Remote], int]:
+        """Check the inputs that stay on workers, and make the handles of the outputs that will: they, and the number of
+        the first."""
+        held = [b for b in buffers if type(b) is Remote]
+        for remote in held:
+            remote.check(self.held)
+        if handle.overwrites and held:
+            twice = check_donations(handle, buffers)
+            if twice:
+                raise ValueError(twice)
+        if not handle.kinds:
+            return [], 0
+        call = f"a call of {handle.plan.name}"
+        self.held.check_room(handle.growth(buffers), self.devices, call)
+        batch = self.held.batch(handle.kinds, call)
+        return batch.handles(), batch.first
+
+    def _results(
+        self, handle: LoadedPlan, buffers: Sequence[Any], kept: Sequence[Remote], fetched: Sequence[Array]
+    ) -> list[Any]:
+        """The flat results of a call. Inputs and constants that shall stay on a worker are brought to one."""
+        results = handle.restore(fetched, buffers, kept)
+        stay = [(p, device or self.devices[0].name) for p, device in handle.brought if type(results[p]) is not Remote]
+        if stay:
+            outputs = handle.plan.outputs
+            kinds = [Kind(outputs[p].spec, device, outputs[p].name) for p, device in stay]
+            brought = self.held.bring([results[p] for p, _ in stay], kinds, f"a call of {handle.plan.name}").handles()
+            for (position, _), remote in zip(stay, brought, strict=True):
+                results[position] = remote
+        return results
 
     def call(self, handle: LoadedPlan, inputs: Sequence[Any]) -> list[Any]:
         """Run one step and return its flat results. On a worker in this process it does not wait for them, like jit."""
         local = handle.local
-        if local is None or len(handle.steps):
+        if local is None or len(handle.steps) or any(type(i) is Remote for i in inputs):
+            if not handle.waits:  # everything stays: the call need not wait, and later calls may start
+                return self._start(handle, inputs, copy=True)[1]([])
             # no deadline: the worker bounds each wait of the step, and a computation may take any time
             return self.submit(handle, inputs, copy=False).result()
         buffers = handle.prepare(inputs, copy=False)
@@ -315,9 +366,13 @@ class Session:
             self.unload(handle)
         self._deadlines.close(TELL_S)
         self._residents.close()
+        self.held.close()
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
         """Process one message. The endpoint calls this on its receiving threads."""
+        if isinstance(message, wire.Recalled):
+            self.held.on_message(message, arrays)
+            return
         if isinstance(message, wire.Unreachable):
             self.endpoint.settle(message.peer)  # a peer that died may have sent all of a step before
         plan_id = getattr(message, "plan_id", "")
@@ -340,6 +395,7 @@ class Session:
 
     def on_lost(self, peer: str, reason: str) -> None:
         """A peer died or stopped answering: fail everything that depends on it at once."""
+        self.held.on_lost(peer, reason)
         with self._lock:
             if peer in self._gone or any(d.worker == peer for d in self._devices):
                 self._gone[peer] = reason
@@ -354,20 +410,12 @@ class Session:
         for handler in handlers:
             handler.on_lost(peer, reason)
 
-    def _feed(self, handle: LoadedPlan, step: int, buffers: Sequence[Array]) -> None:
+    def _feed(self, handle: LoadedPlan, step: int, buffers: Sequence[Array], keep: int) -> None:
         """Send a step's inputs. The caller holds `handle.order`."""
         for port in handle.ports:
-            value = wire.Value(
-                plan_id=handle.plan_id,
-                step=step,
-                kind="feed",
-                index=0,
-                device=port.device,
-                slots=port.slots,
-                specs=port.specs,
-            )
+            value, arrays = port.feed(handle.plan_id, step, buffers, keep)
             try:
-                self.endpoint.send(port.worker, value, [buffers[s] for s in port.slots], self._deadline_s)
+                self.endpoint.send(port.worker, value, arrays, self._deadline_s)
             except TimeoutError:
                 raise DeadlineError(
                     f"step {step} of plan {handle.plan.name!r}: {port.worker} did not take its input for "

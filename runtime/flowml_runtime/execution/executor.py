@@ -39,6 +39,10 @@ class FedServices(StepServices, Protocol):
     outbox: Lane
 
     def begin(self, arrays: Sequence[Array]) -> None: ...
+    def release(self, arrays: Sequence[Array]) -> None:
+        """A step that was fed with this will not begin."""
+        ...
+
     def resume(self) -> None:
         """The step continues where it was parked."""
         ...
@@ -142,8 +146,11 @@ class Executor:
             self._begin(step, arrays, quick=True)
             return
         with self._lock:
-            if not self._stopped:
+            stopped = self._stopped
+            if not stopped:
                 self._feeds.append((step, arrays))
+        if stopped:
+            self._services.release(arrays)
         self._pump()
 
     def has(self, step: int) -> bool:
@@ -165,7 +172,9 @@ class Executor:
         """End after the running step and drop the others. Does not wait."""
         with self._lock:
             self._stopped = True
-            self._feeds.clear()
+            dropped, self._feeds = self._feeds, deque()
+        for _, arrays in dropped:
+            self._services.release(arrays)
         self._deadlines.forget(self)
         self._services.outbox.close()
         self._device.leave(self)

@@ -108,6 +108,9 @@ class _LocalServices:
         for slot, array in zip(slots, held, strict=True):
             self.outputs[slot] = array
 
+    def keep(self, step: int, slots: Sequence[int], done: int | None, arrays: Sequence[Array]) -> None:
+        raise NotImplementedError("a step on the caller's thread keeps nothing")
+
     def should_abandon(self, step: int) -> bool:
         return False
 

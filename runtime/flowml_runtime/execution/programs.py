@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 
 from flowml.errors import FlowmlError, UnsupportedError
-from flowml.instructions import Feed, Fetch, Push, Read, Recv, Run, Send
+from flowml.instructions import Feed, Fetch, Keep, Push, Read, Recv, Run, Send
 from flowml.ir._jax import compiled, exact_types, is_wide, key_implementation, load_exported, spec_of, under
 from flowml.plan import ArraySpec, Constant, Plan, Program, Setting, Task, fingerprint
 from flowml_runtime.transport.arrays import Array, aligned_empty, wire_layout
@@ -78,6 +78,26 @@ def feed_slots(program: Program) -> tuple[int, ...]:
     """The inputs that the driver sends to this program's device each step, in the order of sending."""
     slots = (s for i in program.instructions if isinstance(i, Feed) for s in i.slots)
     return tuple(dict.fromkeys(slots))
+
+
+def kept_slots(program: Program) -> tuple[int, ...]:
+    """The outputs that a step of this program leaves on its device."""
+    return tuple(s for i in program.instructions if isinstance(i, Keep) for s in i.slots)
+
+
+def overwritten_slots(loaded: LoadedProgram) -> frozenset[int]:
+    """The inputs of a dataflow program whose memory one of its tasks overwrites."""
+    slots: dict[int, int] = {}
+    found: set[int] = set()
+    donations = safe_donations(loaded.plan, loaded.program)
+    for position, instruction in enumerate(loaded.program.instructions):
+        if isinstance(instruction, Feed):
+            slots.update(zip(instruction.buffers, instruction.slots, strict=True))
+        elif isinstance(instruction, Run):
+            found |= {slots[b] for i in donations[position] if (b := instruction.inputs[i]) in slots}
+            for buffer in instruction.outputs:
+                slots.pop(buffer, None)
+    return frozenset(found)
 
 
 def store_tasks(plan: Plan, device: str) -> tuple[int, ...]:
@@ -246,7 +266,7 @@ def safe_donations(plan: Plan, program: Program) -> dict[int, tuple[int, ...]]:
                 free = [i for i in task.donate if (b := instruction.inputs[i]) not in lent and times[b] == 1]
                 found[position] = _usable(task, free)
                 lent.difference_update(instruction.outputs)
-            case Send() | Fetch() | Push() | Read():
+            case Send() | Fetch() | Keep() | Push() | Read():
                 lent.update(instruction.buffers)
             case Feed() | Recv():
                 lent.difference_update(instruction.buffers)

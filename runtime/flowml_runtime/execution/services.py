@@ -17,9 +17,10 @@ from flowml.instructions import Send
 from flowml.ir._jax import exact_types
 from flowml.plan import ArraySpec, Message
 from flowml_runtime import wire
+from flowml_runtime.execution.kept import Cell, Kept, NotMadeError, cells_of
 from flowml_runtime.execution.lane import LARGE_BYTES, ROOM, Lane
 from flowml_runtime.execution.mailbox import Cancelled, Claim, Mailbox, Parked
-from flowml_runtime.execution.programs import Array, JaxDevice, LoadedProgram, feed_slots
+from flowml_runtime.execution.programs import Array, JaxDevice, LoadedProgram, feed_slots, overwritten_slots
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.execution.window import Windows, window
 from flowml_runtime.transport.endpoint import Sender
@@ -27,6 +28,9 @@ from flowml_runtime.transport.slots import SlotError
 
 EDGE_SLOTS = 2
 """Number of values of an edge for which memory is reserved: one in use and one in flight."""
+
+
+_NOTHING = np.empty(0, np.uint8)
 
 
 def reserve_edges(sender: Sender, loaded: LoadedProgram) -> None:
@@ -167,6 +171,9 @@ class EdgeServices:
     def computed(self) -> None:
         return
 
+    def keep(self, step: int, slots: Sequence[int], done: int | None, arrays: Sequence[Array]) -> None:
+        raise NotImplementedError("only a dataflow plan keeps outputs")
+
     def adopt(self, arrays: Sequence[Array]) -> Sequence[Array]:
         return adopt(arrays, self.loaded.device) if self._adopts else arrays
 
@@ -201,9 +208,14 @@ class DataflowServices(EdgeServices):
         driver: str,
         deadline_s: float = wire.DEADLINE_S,
         recorder: Recorder | None = None,
+        kept: Kept | None = None,
     ) -> None:
         super().__init__(plan_id, loaded, mailbox, sender, deadline_s, recorder)
         self._driver = driver
+        self._kept = kept or Kept()
+        self._cells: list[Cell] = []
+        """The kept values that this step was fed with."""
+        self._overwritten = overwritten_slots(loaded)
         self.on_fault: Callable[[int, str, BaseException], None] = lambda *_: None
         """Called with (step, node, error) if a value could not be sent after its step had continued."""
         self._slots = feed_slots(loaded.program)
@@ -223,7 +235,11 @@ class DataflowServices(EdgeServices):
 
     def begin(self, arrays: Sequence[Array]) -> None:
         """Accept the feed of the step that runs next."""
+        self._cells = cells_of(arrays)
         self._fed = dict(zip(self._slots, self.adopt(arrays), strict=True))
+
+    def release(self, arrays: Sequence[Array]) -> None:
+        self._kept.leave(cells_of(arrays))
 
     def resume(self) -> None:
         self._awaited = self._driver
@@ -234,6 +250,9 @@ class DataflowServices(EdgeServices):
     def end(self, step: int) -> None:
         """Release the inputs, which would otherwise stay alive until the next step."""
         self._fed = {}
+        if self._cells:
+            self._kept.leave(self._cells)
+            self._cells = []
         self._claim = None
         self.windows.finish(step)
         self._mailbox.finish((self.plan_id, step, self.device))
@@ -247,7 +266,7 @@ class DataflowServices(EdgeServices):
         return self._awaited in self._lost
 
     def expire(self, step: int, claim: Claim) -> None:
-        if self._mailbox.expire((self.plan_id, step, self.device), claim):
+        if self._kept.expire(self._cells, claim) or self._mailbox.expire((self.plan_id, step, self.device), claim):
             self._expired = step
             self.windows.cancel(step)
 
@@ -293,9 +312,49 @@ class DataflowServices(EdgeServices):
         self.on_fault(step, node, error)
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
-        return [self._fed[s] for s in slots]
+        return [self._fed[s] for s in slots] if not self._cells else [self._given(step, s) for s in slots]
+
+    def _given(self, step: int, slot: int) -> Array:
+        """An input. A kept one may have to be made first, or be in use by a step that was fed before."""
+        given = self._fed[slot]
+        if not isinstance(given, Cell):
+            return given
+        sole = slot in self._overwritten
+        claim = self._kept.claim(given, sole=sole)
+        if not claim.done:
+            if self._expired == step:
+                raise self._waited(step, slot)
+            raise Parked(claim)
+        if given.error:
+            raise NotMadeError(f"input {self.loaded.plan.input_names[slot]!r} has no value: {given.error}")
+        return given.value
+
+    def _waited(self, step: int, slot: int) -> DeadlineError:
+        name, worker = self.loaded.plan.input_names[slot], self.device.split("/", 1)[0]
+        return DeadlineError(
+            f"step {step} of plan {self.loaded.plan.name!r}: {self.device} waited {self.deadline_s:g} s for input "
+            f"{name!r}, which an earlier call makes or reads; see what holds that call, or allow a longer deadline: "
+            "deadline_s= where the cluster is made",
+            worker=worker,
+            step=step,
+            node="feed",
+        )
+
+    def keep(self, step: int, slots: Sequence[int], done: int | None, arrays: Sequence[Array]) -> None:
+        self._kept.fill((self.plan_id, step, self.device), slots, arrays)
+        if done is not None:
+            self._kept.end((self.plan_id, step, self.device))
+            ready(arrays)
+            self._send_fetched(step, (done,), 0, (ArraySpec((0,), "uint8"),), (_NOTHING,))
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
+        specs = tuple(self._outputs[s] for s in slots)
+        held = ready(arrays) if self._at_home else host_view(arrays, self.loaded.device)
+        self._send_fetched(step, slots, microbatch, specs, held)
+
+    def _send_fetched(
+        self, step: int, slots: Sequence[int], microbatch: int, specs: tuple[ArraySpec, ...], arrays: Sequence[Array]
+    ) -> None:
         value = wire.Value(
             plan_id=self.plan_id,
             step=step,
@@ -304,11 +363,9 @@ class DataflowServices(EdgeServices):
             device=self.device,
             microbatch=microbatch,
             slots=tuple(slots),
-            specs=tuple(self._outputs[s] for s in slots),
+            specs=specs,
         )
-        self._sender.send(
-            self._driver, value, ready(arrays) if self._at_home else host_view(arrays, self.loaded.device)
-        )
+        self._sender.send(self._driver, value, arrays)
 
     def read(self, step: int, store: int, leaves: Sequence[int]) -> Sequence[Array]:
         raise NotImplementedError("a dataflow plan has no stores to read")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Protocol
 
-from flowml.instructions import Feed, Fetch, Free, Instruction, Push, Read, Recv, Run, Send
+from flowml.instructions import Feed, Fetch, Free, Instruction, Keep, Push, Read, Recv, Run, Send
 from flowml.plan import Plan
 from flowml_runtime.execution.left_out import binding
 from flowml_runtime.execution.mailbox import Cancelled, Parked
@@ -29,6 +29,7 @@ class StepServices(Protocol):
     def send(self, step: int, message: int, microbatch: int, arrays: Sequence[Array]) -> None: ...
     def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None: ...
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None: ...
+    def keep(self, step: int, slots: Sequence[int], done: int | None, arrays: Sequence[Array]) -> None: ...
 
     recorder: Recorder
 
@@ -168,6 +169,7 @@ _KINDS: dict[type, str] = {
     Send: "send",
     Push: "push",
     Fetch: "fetch",
+    Keep: "keep",
 }
 
 
@@ -210,6 +212,8 @@ def _bind(instruction: Instruction, function: TaskFunction | None) -> Operation:
             return _bind_push(instruction)
         case Fetch():
             return _bind_fetch(instruction)
+        case Keep():
+            return _bind_keep(instruction)
         case Free():
             return _bind_free(instruction)
 
@@ -314,5 +318,15 @@ def _bind_fetch(fetch: Fetch) -> Operation:
 
     def operation(buffers: Buffers, step: int, services: StepServices) -> None:
         services.fetch(step, slots, microbatch, gather(buffers))
+
+    return operation
+
+
+def _bind_keep(keep: Keep) -> Operation:
+    gather = _gather(keep.buffers)
+    slots, done = keep.slots, keep.done
+
+    def operation(buffers: Buffers, step: int, services: StepServices) -> None:
+        services.keep(step, slots, done, gather(buffers))
 
     return operation

@@ -109,6 +109,9 @@ class _Step:
         for slot, array in zip(slots, arrays, strict=True):
             self.fetched.setdefault(slot, {})[microbatch] = array
 
+    def keep(self, step: int, slots: Sequence[int], done: int | None, arrays: Arrays) -> None:
+        raise NotImplementedError("a training plan keeps no outputs")
+
     def way(self, message: int) -> str:
         return ""
 

@@ -174,6 +174,9 @@ class Value(PlanMessage, frozen=True):
     `kind` is "edge" (index: message of the plan), "feed" (driver to device; index 0; one for each step and device,
     even if empty, because it starts the step) or "fetch" (device to driver; index: device number in the plan;
     `slots`: which outputs these are).
+
+    A feed may name inputs that the worker keeps: `names` then has an entry for each input, 0 for those that follow as
+    arrays. The step keeps its outputs under the names `keep` + slot; 0 if it keeps none.
     """
 
     step: Count
@@ -182,6 +185,35 @@ class Value(PlanMessage, frozen=True):
     device: Name
     microbatch: Count = 0
     slots: tuple[Count, ...] = ()
+    names: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_ARRAYS)] = ()
+    keep: Count = 0
+
+
+class Bring(Message, frozen=True):
+    """Driver to worker: keep these arrays on `device` under `names`."""
+
+    device: Name
+    names: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_ARRAYS)]
+
+
+class Recall(Message, frozen=True):
+    """Driver to worker: send the kept values `names`, once they are made. Answered by Recalled `number`."""
+
+    number: Count
+    names: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_ARRAYS)]
+
+
+class Recalled(Message, frozen=True):
+    """The values of Recall `number`, or why one of them does not exist."""
+
+    number: Count
+    error: Text = ""
+
+
+class Drop(Message, frozen=True):
+    """Driver to worker: the kept values `names` are not needed any more."""
+
+    names: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_ARRAYS)]
 
 
 class Taken(PlanMessage, frozen=True):
@@ -255,7 +287,8 @@ class Traced(PlanMessage, frozen=True):
 # fmt: off
 Wire = (
     Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
-    | Loaded | Unload | Value | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
+    | Loaded | Unload | Value | Bring | Recall | Recalled | Drop
+    | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | Gossip | Ask | Grant | Begin | Contribution | Arrived
     | Commit | Computed | Halt | Published | Applied | Collective | Settled | Report | NonFinite | Staleness | Traffic
     | Retired | StopTraining

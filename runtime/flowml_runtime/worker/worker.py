@@ -30,7 +30,14 @@ from flowml_runtime.execution.executor import Executor, may_be_quick
 from flowml_runtime.execution.faults import MAX_TEXT, one_line, own_traceback, step_failed
 from flowml_runtime.execution.inline import LocalStep
 from flowml_runtime.execution.mailbox import Mailbox
-from flowml_runtime.execution.programs import Array, ExecutableCache, JaxDevice, LoadedProgram, load_programs
+from flowml_runtime.execution.programs import (
+    Array,
+    ExecutableCache,
+    JaxDevice,
+    LoadedProgram,
+    kept_slots,
+    load_programs,
+)
 from flowml_runtime.execution.recorder import Recorder, Span, clock_id, now_ns
 from flowml_runtime.execution.services import DataflowServices, reserve_edges
 from flowml_runtime.execution.step_program import StepProgram, prepare
@@ -40,6 +47,7 @@ from flowml_runtime.links.traffic import Traffic
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.transport.endpoint import Sender
 from flowml_runtime.worker.arriving import Arriving
+from flowml_runtime.worker.keeping import Keeping
 
 MAX_REASON = 1024
 JOIN_S = 5.0
@@ -75,6 +83,8 @@ class _Hosted:
     """Whether all of it has arrived."""
     executors: dict[str, Executor] = field(default_factory=dict[str, Executor])
     windows: dict[str, Windows] = field(default_factory=dict[str, Windows])
+    keeps: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """For each device, the slots of the outputs that its steps keep."""
     local: LocalStep | None = None
     devices: tuple[str, ...] = ()
     training: TrainingHandler | None = None
@@ -103,6 +113,7 @@ class Worker:
         self.mailbox = Mailbox()
         self.recorder = Recorder()
         self._prober = Prober(endpoint)
+        self._keeping = Keeping(name, endpoint, self.devices)
         self.traffic = Traffic(self._contradicted)
         self._cache = cache or ExecutableCache()
         self._lock = threading.Lock()
@@ -127,6 +138,8 @@ class Worker:
                 self._trace(peer, message)
             case wire.Probe() | wire.Probed():
                 self._prober.on_message(peer, message)
+            case wire.Bring() | wire.Recall() | wire.Drop():
+                self._keeping.on_message(peer, message, arrays)
             case _:
                 hosted = self._plans.get(getattr(message, "plan_id", ""))
                 if hosted is not None:
@@ -135,6 +148,7 @@ class Worker:
     def on_lost(self, peer: str, reason: str) -> None:
         """A peer is lost. End the plans it drove, and tell the drivers of the other plans it took part in."""
         self._prober.on_lost(peer, reason)
+        self._keeping.kept.forget(peer)
         for plan_id, hosted in list(self._plans.items()):
             if hosted.driver == peer:
                 self.unload(plan_id)
@@ -176,6 +190,7 @@ class Worker:
             windows.close()
         for executor in executors:
             executor.stop()
+        self._keeping.kept.abandon(plan_id)
         if hosted.training is not None:
             self._end(hosted.training)
 
@@ -200,6 +215,8 @@ class Worker:
         for device in threads:
             device.join(JOIN_S)
         self._deadlines.close(JOIN_S)
+        self._keeping.close()
+        self._keeping.join(JOIN_S)
         for thread in ending:
             thread.join(JOIN_S)
 
@@ -260,7 +277,8 @@ class Worker:
         elif isinstance(message, wire.Value):
             executor = hosted.executors.get(message.device)
             if executor is not None and message.kind == "feed":
-                executor.feed(message.step, arrays)
+                outputs = hosted.keeps.get(message.device, ())
+                executor.feed(message.step, self._keeping.inputs(peer, message, arrays, outputs))
         elif isinstance(message, wire.StepFailed):
             for device in hosted.devices:
                 self.mailbox.cancel((message.plan_id, message.step, device))
@@ -330,18 +348,20 @@ class Worker:
                 hosted.devices = tuple(programs)
                 steps = {d: prepare(p) for d, p in programs.items()}
                 hosted.executors = {d: self._executor(plan_id, hosted, p, steps[d]) for d, p in programs.items()}
-                if len(plan.programs) == 1 and programs:
+                if len(plan.programs) == 1 and programs and not any(hosted.keeps.values()):
                     ((device, loaded),) = programs.items()
                     hosted.local = LocalStep(loaded, steps[device], self.recorder)
 
     def _executor(self, plan_id: str, hosted: _Hosted, loaded: LoadedProgram, program: StepProgram) -> Executor:
         driver = hosted.driver
         services = DataflowServices(
-            plan_id, loaded, self.mailbox, self.endpoint, driver, hosted.deadline_s, self.recorder
+            plan_id, loaded, self.mailbox, self.endpoint, driver, hosted.deadline_s, self.recorder, self._keeping.kept
         )
+        hosted.keeps[loaded.name] = kept_slots(loaded.program)
         hosted.windows[loaded.name] = services.windows
 
         def on_fault(step: int, node: str, error: BaseException) -> None:
+            self._keeping.kept.end((plan_id, step, loaded.name), one_line(error))
             self._tell(driver, step_failed(plan_id, step, self.name, node, error))
 
         services.on_fault = on_fault

@@ -1,0 +1,215 @@
+"""Keeps account of the values that stay on the workers for one driver: brings, reads and frees them."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from flowml.devices import Device
+from flowml.errors import ClusterError, FlowmlError, WorkerLostError
+from flowml.ir._jax import exact_types
+from flowml.plan import ArraySpec
+from flowml_runtime import service, wire
+from flowml_runtime.driver.call_io import typed
+from flowml_runtime.driver.remote import Batch, Kind, Remote
+from flowml_runtime.execution.future import Future
+from flowml_runtime.execution.programs import Array
+from flowml_runtime.transport.arrays import own_copy, wire_layout
+from flowml_runtime.transport.endpoint import Sender
+
+TELL_S = 1.0
+"""How long a message that frees values may wait for room."""
+
+CLOSE_S = 5.0
+MOST = 0.9
+"""The share of a device's memory that kept values may take."""
+
+SHOWN = 5
+
+
+class Holdings:
+    """The kept values of one session. Safe to use from any thread."""
+
+    def __init__(self, endpoint: Sender, deadline_s: float) -> None:
+        self._endpoint = endpoint
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
+        self._bytes: dict[str, int] = {}
+        """Device -> bytes of the values that have not been freed."""
+        self._next = 1
+        self._asked = itertools.count(1)
+        self._answers: dict[int, tuple[str, Future[list[Array]]]] = {}
+        """Number of a Recall -> the worker and the answer."""
+        self._freed: queue.SimpleQueue[tuple[Batch, int] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def batch(self, kinds: Sequence[Kind], call: str) -> Batch:
+        """A new batch of values."""
+        with self._lock:
+            if self._closed:
+                raise ClusterError("the cluster is closed; start another")
+            if self._thread is None:
+                self._thread = service.start("flowml-free", self._free, self._free_on)
+            batch = Batch(self, self._next, kinds, call)
+            self._next += len(kinds)
+            self._batches.add(batch)
+            for kind in kinds:
+                self._bytes[kind.device] = self._bytes.get(kind.device, 0) + kind.nbytes
+        return batch
+
+    def check_room(self, adds: Mapping[str, int], devices: Sequence[Device], call: str) -> None:
+        """Raise ClusterError if a device has no room for so many more bytes."""
+        for device in devices:
+            more, limit = adds.get(device.name, 0), device.memory_bytes
+            if more <= 0 or limit is None or self.on(device.name) + more <= MOST * limit:
+                continue
+            largest = ", ".join(f"{k.name!r} ({k.nbytes:,} bytes)" for k in self._largest(device.name))
+            raise ClusterError(
+                f"{call} would keep {more:,} bytes more on {device.name}, where kept values take "
+                f"{self.on(device.name):,} of {limit:,} bytes; delete handles, or donate them to the call. The largest "
+                f"are {largest or 'those of this call'}"
+            )
+
+    def on(self, device: str) -> int:
+        """Bytes of the values on a device."""
+        with self._lock:
+            return self._bytes.get(device, 0)
+
+    def bring(self, arrays: Sequence[Any], kinds: Sequence[Kind], call: str) -> Batch:
+        """Send arrays to the devices of their `kinds`, where they stay. Returns when they are on their way."""
+        batch = self.batch(kinds, call)
+        for device in dict.fromkeys(k.device for k in kinds):
+            here = [i for i, k in enumerate(kinds) if k.device == device]
+            names, specs = tuple(batch.first + i for i in here), tuple(kinds[i].spec for i in here)
+            message = wire.Bring(device=device, names=names, specs=specs)
+            sent = [_raw(arrays[i], kinds[i].spec) for i in here]
+            self._endpoint.send(kinds[here[0]].worker, message, sent, self._deadline_s)
+        return batch
+
+    def recall(self, remotes: Sequence[Remote]) -> list[jax.Array]:
+        """The values of handles, brought here. Waits until they are made."""
+        for remote in remotes:
+            remote.made()
+        found: dict[int, Array] = {}
+        asked: list[tuple[list[int], Future[list[Array]]]] = []
+        for worker in dict.fromkeys(r.kind.worker for r in remotes):
+            mine = [i for i, r in enumerate(remotes) if r.kind.worker == worker]
+            asked.append((mine, self._ask(worker, [remotes[i].number for i in mine])))
+        for mine, answer in asked:
+            try:
+                found.update(zip(mine, answer.result(), strict=True))
+            except FlowmlError:
+                for i in mine:
+                    remotes[i].made()  # the call may have failed meanwhile, and says more
+                raise
+        with exact_types():
+            return [typed(jax.device_put(found[i]), r.kind.spec) for i, r in enumerate(remotes)]
+
+    def freed(self, batch: Batch, index: int) -> None:
+        """A handle was deleted or donated. For finalizers: takes no lock, never waits."""
+        self._freed.put((batch, index))
+
+    def on_message(self, message: wire.Recalled, arrays: Sequence[Array]) -> None:
+        with self._lock:
+            _, future = self._answers.pop(message.number, ("", None))
+        if future is not None:
+            error = FlowmlError(f"a kept value cannot be read: {message.error}") if message.error else None
+            future.complete(list(arrays), error)
+
+    def on_lost(self, worker: str, reason: str) -> None:
+        """All values on a worker are lost."""
+        with self._lock:
+            for batch in self._batches:
+                batch.lost = {**batch.lost, worker: reason}
+            answers = [(n, f) for n, (w, f) in self._answers.items() if w == worker]
+            for number, _ in answers:
+                del self._answers[number]
+        for _, future in answers:
+            future.complete(None, WorkerLostError(f"{worker} was lost ({reason})", worker=worker))
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for batch in self._batches:
+                batch.owner = None
+            thread, self._thread = self._thread, None
+            answers, self._answers = self._answers, {}
+        for _, future in answers.values():
+            future.complete(None, ClusterError("the cluster was closed"))
+        if thread is not None:
+            self._freed.put(None)
+            if thread is not threading.current_thread():
+                thread.join(CLOSE_S)
+
+    def _ask(self, worker: str, names: Sequence[int]) -> Future[list[Array]]:
+        number = next(self._asked)
+        future: Future[list[Array]] = Future("reading a kept value", list)
+        with self._lock:
+            self._answers[number] = worker, future
+        try:
+            self._endpoint.send(worker, wire.Recall(number=number, names=tuple(names)), (), self._deadline_s)
+        except WorkerLostError as lost:
+            self.on_lost(worker, str(lost))
+        return future
+
+    def _largest(self, device: str) -> list[Kind]:
+        with self._lock:
+            found = [b.kinds[i] for b in self._batches for i in b.alive if b.kinds[i].device == device]
+        return sorted(found, key=lambda k: k.nbytes, reverse=True)[:SHOWN]
+
+    def _free(self) -> None:
+        # no deadline: the thread sleeps until it has work or is closed
+        while (item := self._freed.get()) is not None:
+            names: dict[str, list[int]] = {}
+            while item is not None:
+                self._note(*item, names)
+                try:
+                    item = self._freed.get_nowait()
+                except queue.Empty:
+                    break
+            for worker, numbers in names.items():
+                with service.going_on("values could not be freed"):
+                    self._drop(worker, numbers)
+            if item is None:
+                return
+            del item
+
+    def _note(self, batch: Batch, index: int, names: dict[str, list[int]]) -> None:
+        """A value is not needed any more: add it to the `names` of its worker, unless that was done before."""
+        kind = batch.kinds[index]
+        with self._lock:
+            if index not in batch.alive:
+                return
+            batch.alive.discard(index)
+            self._bytes[kind.device] -= kind.nbytes
+        if kind.worker not in batch.lost:
+            names.setdefault(kind.worker, []).append(batch.first + index)
+
+    def _drop(self, worker: str, numbers: Sequence[int]) -> None:
+        for start in range(0, len(numbers), wire.MAX_ARRAYS):
+            try:
+                part = tuple(numbers[start : start + wire.MAX_ARRAYS])
+                self._endpoint.send(worker, wire.Drop(names=part), (), TELL_S)
+            except (WorkerLostError, TimeoutError):
+                return  # a worker that takes no message is lost soon
+
+    def _free_on(self, reason: str) -> None:
+        """The thread has failed: start another one, unless it was told to end."""
+        with self._lock:
+            if self._thread is threading.current_thread():
+                self._thread = service.start("flowml-free", self._free, self._free_on)
+
+
+def _raw(array: Any, spec: ArraySpec) -> Array:
+    """An array as it is sent, which the caller may overwrite at once."""
+    if spec.dtype.startswith("key<"):
+        return jax.random.key_data(array)
+    return array if isinstance(array, jax.Array) else own_copy(array, wire_layout(spec)[1])

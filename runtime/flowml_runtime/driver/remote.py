@@ -1,0 +1,275 @@
+"""Defines `Remote`, the handle of an array that stays on a worker.
+
+The values that one call keeps, or that one `put` brings, form a `Batch`. Their numbers on the workers are consecutive.
+A worker forgets a value when its handle is deleted or donated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import numpy as np
+
+from flowml.devices import worker_of
+from flowml.errors import ClusterError, FlowmlError, WorkerLostError
+from flowml.ir._jax import key_dtype, register_array_like
+from flowml.plan import ArraySpec
+
+if TYPE_CHECKING:
+    from flowml_runtime.execution.future import Future
+
+
+class Owner(Protocol):
+    """The part of a session that handles use."""
+
+    def recall(self, remotes: Sequence[Remote]) -> list[jax.Array]: ...
+    def freed(self, batch: Batch, index: int) -> None: ...
+
+
+class Kind:
+    """What the handles of one output of a program have in common: the value's type and place, and its name in errors.
+
+    Handles that are the same output of calls of one program share one `Kind`.
+    """
+
+    __slots__ = ("device", "name", "nbytes", "signature", "spec", "worker")
+
+    def __init__(self, spec: ArraySpec, device: str, name: str) -> None:
+        self.spec = spec
+        self.nbytes = spec.nbytes
+        self.device = device
+        self.worker = worker_of(device)
+        self.name = name or "result"
+        dtype: Any = key_dtype(spec.dtype) if spec.dtype.startswith("key<") else jax.numpy.dtype(spec.dtype)
+        self.signature = spec.shape, dtype, spec.weak_type
+
+
+class Batch:
+    """The values of one call or `put`. Value i has the number `first` + i on its worker."""
+
+    __slots__ = ("__weakref__", "alive", "call", "error", "first", "future", "gone", "kinds", "lost", "owner")
+
+    def __init__(self, owner: Owner, first: int, kinds: Sequence[Kind], call: str) -> None:
+        self.owner: Owner | None = owner
+        """None once the cluster is closed."""
+        self.first = first
+        self.kinds = kinds
+        self.call = call
+        """What made the values, as in "step 3 of train_step"."""
+        self.future: Future[Any] | None = None
+        """Of the call, until it is done."""
+        self.error: BaseException | None = None
+        """Of the call."""
+        self.alive = set(range(len(kinds)))
+        """The values whose memory has not been freed."""
+        self.gone: dict[int, str] = {}
+        """Why values can no longer be used."""
+        self.lost: Mapping[str, str] = {}
+        """Lost worker -> reason."""
+
+    def handles(self) -> list[Remote]:
+        return [Remote(self, i) for i in range(len(self.kinds))]
+
+    def made_by(self, future: Future[Any]) -> None:
+        """The call of this future makes the values."""
+        self.future = future
+        future.when_done(self._settle)
+
+    def _settle(self, future: Future[Any]) -> None:
+        self.error = future.exception()
+        self.future = None  # its result has the handles of this batch
+
+
+class Remote:
+    """An array that stays on a worker. Programs of the same cluster take it as an argument.
+
+    `fetch()`, `np.asarray`, `float` and functions of `jax.numpy` bring its value here. The worker frees it when the
+    handle is deleted, or donated to a call.
+    """
+
+    __slots__ = ("__weakref__", "_batch", "_index", "kind")
+
+    def __init__(self, batch: Batch, index: int) -> None:
+        """For the runtime: programs with `keep` and `fm.put` make handles."""
+        self._batch = batch
+        self._index = index
+        self.kind = batch.kinds[index]
+        """For the runtime: the type and place of the value."""
+
+    def __del__(self) -> None:
+        owner = self._batch.owner
+        if owner is not None:
+            owner.freed(self._batch, self._index)
+
+    @property
+    def number(self) -> int:
+        """For the runtime: what the worker calls the value."""
+        return self._batch.first + self._index
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kind.spec.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.kind.signature[1]
+
+    @property
+    def weak_type(self) -> bool:
+        return self.kind.spec.weak_type
+
+    @property
+    def ndim(self) -> int:
+        return len(self.kind.spec.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.kind.spec.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.kind.spec.nbytes
+
+    @property
+    def device(self) -> str:
+        """The name of the device that has the value, as in "worker:0/cpu:0"."""
+        return self.kind.device
+
+    def fetch(self) -> jax.Array:
+        """The value, as an array in this process. Waits until it is made.
+
+        Raises the error of the call that should have made it, WorkerLostError if its worker is lost, ClusterError if
+        the handle was donated or its cluster is closed.
+        """
+        (array,) = self.check(None).recall([self])
+        return array
+
+    def made(self) -> None:
+        """For the runtime: wait until the call that makes the value is done. Raises an error if it failed."""
+        future = self._batch.future
+        if future is not None:
+            future.exception()
+        self.check(None)
+
+    def check(self, owner: Owner | None) -> Owner:
+        """The session of the value. Raises an error if it cannot be used (for calls of the session `owner`)."""
+        batch, what = self._batch, self._what()
+        if batch.owner is None:
+            raise ClusterError(f"{what} is gone: its cluster is closed; fetch values before you close the cluster")
+        if owner is not None and owner is not batch.owner:
+            raise ClusterError(f"{what} is on another cluster; pass its value: fetch() brings it here")
+        if self._index in batch.gone:
+            raise ClusterError(f"{what} {batch.gone[self._index]}")
+        if self.kind.worker in batch.lost:
+            reason = batch.lost[self.kind.worker]
+            raise WorkerLostError(
+                f"{what} is lost, because {self.kind.worker} was lost ({reason}); begin again from values that you "
+                "have fetched or saved",
+                worker=self.kind.worker,
+            )
+        if batch.error is not None:
+            reason = str(batch.error).partition("\n")[0]
+            raise FlowmlError(f"{what} was not made: {reason}") from batch.error
+        return batch.owner
+
+    def made_by(self, future: Future[Any]) -> None:
+        """For the runtime: the call of this future makes the value, and all values of its batch."""
+        self._batch.made_by(future)
+
+    def donate(self, call: str) -> None:
+        """For the runtime: a call overwrites the value."""
+        self._go(f"was donated to {call}; use what that call returned")
+
+    def _go(self, why: str) -> None:
+        self._batch.gone[self._index] = why
+        if self._batch.owner is not None:
+            self._batch.owner.freed(self._batch, self._index)
+
+    def _what(self) -> str:
+        return f"the kept value {self.kind.name!r} of {self._batch.call}"
+
+    def block_until_ready(self) -> Remote:
+        """Wait until the value is made. Raises the error of the call that should have made it."""
+        self.made()
+        return self
+
+    def is_deleted(self) -> bool:
+        """Whether the value was donated or deleted."""
+        return self._index in self._batch.gone
+
+    def delete(self) -> None:
+        """Free the value now, and not when the handle is collected."""
+        self._go("was deleted")
+
+    def __copy__(self) -> Remote:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Remote:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self._what()} cannot be pickled, because it is on a worker; pickle its value: fetch()")
+
+    def __getattr__(self, name: str) -> Any:
+        """What else an array has, such as `mean` or `T`: of the value."""
+        if name.startswith("_") or not hasattr(jax.Array, name):
+            raise AttributeError(f"'Remote' object has no attribute {name!r}")
+        return getattr(self.fetch(), name)
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.fetch()[index]
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self.fetch())
+
+    def __format__(self, spec: str) -> str:
+        return format(self.fetch(), spec) if spec else repr(self)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = np.asarray(self.fetch())
+        return array if dtype is None else array.astype(dtype)
+
+    def __jax_array__(self) -> jax.Array:
+        return self.fetch()
+
+    def __float__(self) -> float:
+        return float(self.fetch())
+
+    def __int__(self) -> int:
+        return int(self.fetch())
+
+    def __bool__(self) -> bool:
+        return bool(self.fetch())
+
+    def __index__(self) -> int:
+        return self.fetch().__index__()
+
+    def __len__(self) -> int:
+        if not self.shape:
+            raise TypeError("len() of an array without dimensions")
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        spec = self.kind.spec
+        return f"Remote({spec.dtype}[{','.join(map(str, spec.shape))}] {self.kind.name!r} on {self.kind.device})"
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def operator(self: Remote, *others: Any) -> Any:
+        return getattr(self.fetch(), name)(*(o.fetch() if isinstance(o, Remote) else o for o in others))
+
+    operator.__name__ = name
+    return operator
+
+
+_BINARY = "add sub mul truediv floordiv mod pow matmul divmod and or xor lshift rshift".split()
+for _name in (
+    *(f"__{prefix}{name}__" for name in _BINARY for prefix in ("", "r")),
+    *("__neg__", "__pos__", "__abs__", "__invert__", "__round__", "__complex__"),
+    *("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"),
+):
+    setattr(Remote, _name, _operator(_name))
+
+register_array_like(Remote, lambda remote: remote.kind.spec)

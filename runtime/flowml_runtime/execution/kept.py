@@ -1,0 +1,171 @@
+"""Holds the values that stay on a worker between the calls of its drivers.
+
+    feed of a step    opens a cell for each output that the step keeps, and finds the cells of the inputs that it reads
+    Keep              fills a cell
+    Feed              takes the value of a cell, or parks the step until it is filled
+    Drop              forgets a cell; steps that were fed with it still have it
+
+A cell is opened before its value is made, so a step may be fed before the step that makes its inputs has run. A step
+that overwrites a value waits until the steps that were fed with it before have ended.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flowml.errors import FlowmlError
+from flowml_runtime.execution.mailbox import Claim, Scope
+from flowml_runtime.execution.programs import Array
+
+
+class NotMadeError(FlowmlError):
+    """A kept value does not exist, because the step that should have made it failed or its driver freed it."""
+
+
+@dataclass(eq=False, slots=True)
+class Cell:
+    """A kept value, or the place for one. `Kept` guards it."""
+
+    value: Array = None
+    error: str = ""
+    """Why there will be no value."""
+    readers: int = 0
+    """The steps that were fed with it and have not ended."""
+    waiting: list[tuple[Claim, bool]] = field(default_factory=list[tuple[Claim, bool]])
+    """Claims, and whether each is of a step that overwrites the value."""
+
+    def ready(self, *, sole: bool) -> bool:
+        """Whether a step can take it; `sole`: and overwrite it."""
+        return bool(self.error) or (self.value is not None and (not sole or self.readers == 1))
+
+
+class Kept:
+    """The kept values of one worker. A driver names its values by numbers. Safe to use from any thread; never waits."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cells: dict[str, dict[int, Cell]] = {}
+        self._making: dict[Scope, dict[int, Cell]] = {}
+        """The outputs of the steps that were fed and have not ended, by slot."""
+
+    def put(self, driver: str, names: Sequence[int], values: Sequence[Array]) -> None:
+        """Keep values that the driver sent."""
+        with self._lock:
+            mine = self._cells.setdefault(driver, {})
+            for name, value in zip(names, values, strict=True):
+                mine[name] = Cell(value)
+
+    def open(self, driver: str, scope: Scope, first: int, slots: Iterable[int]) -> None:
+        """A step was fed: its outputs `slots` will be named `first` + slot."""
+        with self._lock:
+            making = self._making[scope] = {slot: Cell() for slot in slots}
+            self._cells.setdefault(driver, {}).update((first + slot, cell) for slot, cell in making.items())
+
+    def find(self, driver: str, names: Iterable[int]) -> list[Cell]:
+        """The cells of these names, for a step that is fed. `leave` them when it ends."""
+        with self._lock:
+            mine = self._cells.get(driver, {})
+            cells = [mine.get(name) or Cell(error="its driver has freed it") for name in names]
+            for cell in cells:
+                cell.readers += 1
+            return cells
+
+    def fill(self, scope: Scope, slots: Sequence[int], values: Sequence[Array]) -> None:
+        """A step has made outputs. If the driver has freed one, only steps that were fed with it get it."""
+        woken: list[Claim] = []
+        with self._lock:
+            making = self._making.get(scope, {})
+            for slot, value in zip(slots, values, strict=True):
+                if slot in making:
+                    making[slot].value = value
+                    woken += _settled(making[slot])
+        _wake(woken)
+
+    def end(self, scope: Scope, error: str = "") -> None:
+        """A step has ended. The outputs that it has not made will not come, because of `error`."""
+        woken: list[Claim] = []
+        with self._lock:
+            for cell in self._making.pop(scope, {}).values():
+                if cell.value is None:
+                    cell.error = error or "the step that makes it ended early"
+                    woken += _settled(cell)
+        _wake(woken)
+
+    def abandon(self, plan_id: str) -> None:
+        """A plan was unloaded: its steps make no more outputs."""
+        with self._lock:
+            scopes = [s for s in self._making if s[0] == plan_id]
+        for scope in scopes:
+            self.end(scope, "its program was unloaded")
+
+    def leave(self, cells: Iterable[Cell]) -> None:
+        """A step that was fed with these cells has ended."""
+        woken: list[Claim] = []
+        with self._lock:
+            for cell in cells:
+                cell.readers -= 1
+                if cell.waiting:
+                    woken += _settled(cell)
+        _wake(woken)
+
+    def claim(self, cell: Cell, *, sole: bool) -> Claim:
+        """Claim a value, or the reason why there is none. With `sole` it is for a step that overwrites it."""
+        claim = Claim(self._lock)
+        with self._lock:
+            if cell.ready(sole=sole):
+                claim.settle(None)
+            else:
+                cell.waiting.append((claim, sole))
+        return claim
+
+    def expire(self, cells: Iterable[Cell], claim: Claim) -> bool:
+        """End an overdue wait. False, without effect, if the claim is done or not for one of the cells."""
+        with self._lock:
+            for cell in cells:
+                if not claim.done and any(waiting is claim for waiting, _ in cell.waiting):
+                    cell.waiting = [w for w in cell.waiting if w[0] is not claim]
+                    claim.settle(None, cancelled=True)
+                    break
+            else:
+                return False
+        claim.wake()
+        return True
+
+    def drop(self, driver: str, names: Iterable[int]) -> None:
+        """Forget cells. Steps that were fed with them keep them."""
+        with self._lock:
+            mine = self._cells.get(driver, {})
+            for name in names:
+                mine.pop(name, None)
+
+    def forget(self, driver: str) -> None:
+        """Forget everything of a driver."""
+        with self._lock:
+            self._cells.pop(driver, None)
+
+    def sizes(self) -> Mapping[str, int]:
+        """The number of kept values of each driver."""
+        with self._lock:
+            return {driver: len(cells) for driver, cells in self._cells.items() if cells}
+
+
+def _settled(cell: Cell) -> list[Claim]:
+    """Settle the claims that can go on, and return them. The lock is held."""
+    done = [claim for claim, sole in cell.waiting if cell.ready(sole=sole)]
+    if done:
+        cell.waiting = [w for w in cell.waiting if not any(w[0] is claim for claim in done)]
+    for claim in done:
+        claim.settle(None)
+    return done
+
+
+def _wake(claims: Iterable[Claim]) -> None:
+    for claim in claims:
+        claim.wake()
+
+
+def cells_of(arrays: Iterable[Array]) -> list[Cell]:
+    """The kept values among the inputs of a step."""
+    return [a for a in arrays if isinstance(a, Cell)]

@@ -1,0 +1,95 @@
+"""`put` brings arrays to the workers ahead of the calls that take them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from jax.tree_util import tree_flatten_with_path, tree_unflatten
+
+from flowml.devices import Device, find_device
+from flowml.errors import PlacementError, named
+from flowml.ir._jax import path_name
+from flowml.ir.label import layer_of, matches
+from flowml.leaves import why_no_array
+from flowml.plan import ArraySpec
+from flowml_runtime.driver.call_io import signature
+from flowml_runtime.driver.remote import Kind, Remote
+
+if TYPE_CHECKING:
+    from flowml_runtime.cluster import Cluster
+
+
+def put(tree: Any, cluster: Cluster | None = None, placement: Any = None) -> Any:
+    """Bring the arrays of a pytree to devices, where they stay until their handles are deleted or donated.
+
+    Args:
+        tree: a pytree of arrays and numbers. Handles in it stay where they are.
+        cluster: by default that of the innermost `with cluster:` block.
+        placement: a device ("worker:1", "worker:1/cpu:0") for all, or a mapping from patterns to devices, matched with
+            the path of each leaf and its layers; what matches none, and everything without a placement, goes to the
+            first device.
+
+    Returns: the pytree with an `fm.Remote` for each array. Raises TypeError for a leaf that is not an array,
+    PlacementError for a device that does not exist or a pattern that matches no leaf, ClusterError if a device has no
+    room.
+    """
+    from flowml_runtime.cluster import current_cluster
+
+    where = cluster if cluster is not None else current_cluster()
+    session = where.session
+    session.check_owner()
+    session.check_workers("nothing can be put on them")
+    leaves, structure = tree_flatten_with_path(tree)
+    paths = [path_name(path) for path, _ in leaves]
+    devices = _devices(paths, where.devices, placement)
+    kinds: list[Kind] = []
+    arrays: list[Any] = []
+    for path, (_, leaf), device in zip(paths, leaves, devices, strict=True):
+        if type(leaf) is Remote:
+            leaf.check(session.held)
+            continue
+        try:
+            shape, dtype, weak = signature(leaf)
+        except (TypeError, ValueError, OverflowError):
+            raise TypeError(f"put: leaf {path!r} {why_no_array(leaf)}") from None
+        kinds.append(Kind(ArraySpec(shape, str(dtype), weak), device, path))
+        arrays.append(leaf)
+    adds: dict[str, int] = {}
+    for kind in kinds:
+        adds[kind.device] = adds.get(kind.device, 0) + kind.nbytes
+    session.held.check_room(adds, where.devices, "put")
+    handles = iter(session.held.bring(arrays, kinds, "put").handles() if kinds else ())
+    return tree_unflatten(structure, [leaf if type(leaf) is Remote else next(handles) for _, leaf in leaves])
+
+
+def _devices(paths: Sequence[str], devices: Sequence[Device], placement: Any) -> list[str]:
+    """The device of each leaf."""
+    asked = "put: the placement"
+    if placement is None or (isinstance(placement, str) and placement == "auto"):
+        return [devices[0].name] * len(paths)
+    if isinstance(placement, str | Device):
+        return [_name(placement, devices, asked)] * len(paths)
+    if not isinstance(placement, Mapping):
+        raise PlacementError(
+            f"put: placement={placement!r} depends on a program; give a device or a mapping such as "
+            "{'conv*': 'worker:0'}, or call the program with the arrays: it keeps its results where it runs"
+        )
+    found: dict[int, str] = {}
+    for pattern, wanted in placement.items():
+        device = _name(wanted, devices, f"put: pattern {pattern!r}")
+        hit = [i for i, path in enumerate(paths) if _matches(path, str(pattern))]
+        if not hit:
+            raise PlacementError(f"put: pattern {pattern!r} matches no leaf; leaves are {named(paths)}")
+        for i in hit:
+            found.setdefault(i, device)
+    return [found.get(i, devices[0].name) for i in range(len(paths))]
+
+
+def _name(device: Any, devices: Sequence[Device], asked: str) -> str:
+    return find_device(device.name if isinstance(device, Device) else device, devices, asked).name
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatchcase(path, pattern) or matches(path, pattern) or matches(layer_of(path), pattern)
