@@ -108,7 +108,10 @@ def compile_call(
     links: Links | None = None,
     stay: Callable[[Trace], Stay] = lambda _: Stay(),
 ) -> Compiled:
-    """Compile a call of `fn` made by `bind`. `stay` says what stays on the devices. Raises UnsupportedError if the call stores values of the trace."""
+    """Compile a call of `fn` made by `bind`. `stay` says what stays on the devices.
+
+    Raises UnsupportedError if the call stores values of the trace.
+    """
     before = leaks(fn)
     traced = trace(call.fn, call.args, call.kwargs, name)
     leaked = [where for where, value in leaks(fn).items() if before.get(where) != value]

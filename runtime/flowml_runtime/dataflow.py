@@ -90,8 +90,11 @@ class _Arguments:
 
     @property
     def held(self) -> dict[int, str]:
-        """The inputs that are on a device already."""
-        return {i: leaf.device for i, leaf in enumerate(self.leaves) if type(leaf) is Remote}
+        """The inputs that are on a device already. Raises an error for a value that cannot be used."""
+        found = {i: leaf for i, leaf in enumerate(self.leaves) if type(leaf) is Remote}
+        for leaf in found.values():
+            leaf.check(None)
+        return {i: leaf.kind.device for i, leaf in found.items()}
 
 
 _Kind = tuple[type, Any, Any]

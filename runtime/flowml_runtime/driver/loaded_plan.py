@@ -102,10 +102,10 @@ def check_donations(handle: LoadedPlan, buffers: Sequence[Any]) -> str:
     times = Counter(id(b) for b in buffers if type(b) is Remote)
     for position in handle.overwrites:
         if times[id(buffers[position])] > 1:
-            plan = handle.plan
+            name = handle.plan.input_names[position] or position
             return (
-                f"{plan.name}: argument {plan.input_names[position]!r} is donated, and the same handle is another "
-                "argument too; pass a copy, or do not donate it"
+                f"{handle.plan.name}: argument {name!r} is donated, and the same handle is another argument too; pass a "
+                "copy, or do not donate it"
             )
     return ""
 

@@ -264,7 +264,10 @@ def _operator(name: str) -> Callable[..., Any]:
     return operator
 
 
-_BINARY = "add sub mul truediv floordiv mod pow matmul divmod and or xor lshift rshift".split()
+_BINARY = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "divmod"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
 for _name in (
     *(f"__{prefix}{name}__" for name in _BINARY for prefix in ("", "r")),
     *("__neg__", "__pos__", "__abs__", "__invert__", "__round__", "__complex__"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -45,16 +45,29 @@ class Keeping:
                 self.kept.drop(driver, message.names)
 
     def inputs(
-        self, driver: str, feed: wire.Value, arrays: Sequence[Array], outputs: Sequence[int]
+        self,
+        driver: str,
+        feed: wire.Value,
+        arrays: Sequence[Array],
+        outputs: Sequence[int],
+        overwritten: Container[int],
     ) -> Sequence[Array | Cell]:
-        """The inputs of a step, in the order of its feed. `outputs` are the slots that the step keeps."""
+        """The inputs of a step, in the order of its feed.
+
+        `outputs` are the slots that the step keeps. It overwrites the inputs in `overwritten`, so it gets copies of
+        those that are arrays of the caller, in the same process.
+        """
         if feed.keep:
             self.kept.open(driver, (feed.plan_id, feed.step, feed.device), feed.keep, outputs)
         if not feed.names:
-            return arrays
+            given = zip(feed.slots, arrays, strict=True) if overwritten else ()
+            return [_copy(a) if s in overwritten else a for s, a in given] or arrays
         cells = iter(self.kept.find(driver, [n for n in feed.names if n]))
         sent = iter(arrays)
-        return [next(cells) if name else next(sent) for name in feed.names]
+        given = zip(feed.slots, feed.names, strict=True)
+        return [
+            next(cells) if name else _copy(next(sent)) if slot in overwritten else next(sent) for slot, name in given
+        ]
 
     def close(self) -> None:
         self._answers.close()
@@ -89,5 +102,10 @@ class Keeping:
 def _placed(array: Array, device: JaxDevice) -> jax.Array:
     """A copy of an array on a device, which a program may overwrite."""
     with exact_types():
-        placed = jax.device_put(array, device)
-        return jnp.copy(placed) if placed is array else placed
+        return jax.device_put(_copy(array), device)
+
+
+def _copy(array: Array) -> Array:
+    """A copy of an array of the caller's. Arrays from other processes are nobody else's."""
+    with exact_types():
+        return jnp.copy(array) if isinstance(array, jax.Array) else array

@@ -37,6 +37,7 @@ from flowml_runtime.execution.programs import (
     LoadedProgram,
     kept_slots,
     load_programs,
+    overwritten_slots,
 )
 from flowml_runtime.execution.recorder import Recorder, Span, clock_id, now_ns
 from flowml_runtime.execution.services import DataflowServices, reserve_edges
@@ -83,8 +84,10 @@ class _Hosted:
     """Whether all of it has arrived."""
     executors: dict[str, Executor] = field(default_factory=dict[str, Executor])
     windows: dict[str, Windows] = field(default_factory=dict[str, Windows])
-    keeps: dict[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
-    """For each device, the slots of the outputs that its steps keep."""
+    stays: dict[str, tuple[tuple[int, ...], frozenset[int]]] = field(
+        default_factory=dict[str, tuple[tuple[int, ...], frozenset[int]]]
+    )
+    """For each device, the slots of the outputs that its steps keep, and of the inputs that they overwrite."""
     local: LocalStep | None = None
     devices: tuple[str, ...] = ()
     training: TrainingHandler | None = None
@@ -277,8 +280,8 @@ class Worker:
         elif isinstance(message, wire.Value):
             executor = hosted.executors.get(message.device)
             if executor is not None and message.kind == "feed":
-                outputs = hosted.keeps.get(message.device, ())
-                executor.feed(message.step, self._keeping.inputs(peer, message, arrays, outputs))
+                kept, lost = hosted.stays.get(message.device, ((), frozenset[int]()))
+                executor.feed(message.step, self._keeping.inputs(peer, message, arrays, kept, lost))
         elif isinstance(message, wire.StepFailed):
             for device in hosted.devices:
                 self.mailbox.cancel((message.plan_id, message.step, device))
@@ -348,7 +351,7 @@ class Worker:
                 hosted.devices = tuple(programs)
                 steps = {d: prepare(p) for d, p in programs.items()}
                 hosted.executors = {d: self._executor(plan_id, hosted, p, steps[d]) for d, p in programs.items()}
-                if len(plan.programs) == 1 and programs and not any(hosted.keeps.values()):
+                if len(plan.programs) == 1 and programs and not any(kept for kept, _ in hosted.stays.values()):
                     ((device, loaded),) = programs.items()
                     hosted.local = LocalStep(loaded, steps[device], self.recorder)
 
@@ -357,7 +360,7 @@ class Worker:
         services = DataflowServices(
             plan_id, loaded, self.mailbox, self.endpoint, driver, hosted.deadline_s, self.recorder, self._keeping.kept
         )
-        hosted.keeps[loaded.name] = kept_slots(loaded.program)
+        hosted.stays[loaded.name] = kept_slots(loaded.program), overwritten_slots(loaded)
         hosted.windows[loaded.name] = services.windows
 
         def on_fault(step: int, node: str, error: BaseException) -> None:

@@ -1,0 +1,393 @@
+"""Values that stay on the workers between calls: training loops, handles, `fm.put`, and what goes wrong with them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+from flowml.errors import ClusterError, FlowmlError, PlacementError, WorkerLostError
+from flowml_runtime import wire
+from tests.conftest import wait_until
+
+LAYERS = ("a", "b", "c", "d")
+PATTERN = {"a": "worker:0", "b": "worker:1", "c": "worker:0", "d": "worker:1"}
+PLACEMENTS: dict[str, Any] = {"auto": "auto", "pipeline": fm.Pipeline(stages=2), "pattern": PATTERN}
+OPTIMIZER = optax.adam(1e-2)
+
+
+GATE = threading.Event()
+
+
+def wait(x: Any) -> Any:
+    """A callback that holds up its step."""
+    GATE.wait(60)
+    return x
+
+
+def loss_of(params: Any, x: Any, y: Any) -> Any:
+    for name in LAYERS:
+        with fm.layer(name):
+            x = jnp.tanh(x @ params[name]["w"] + params[name]["b"])
+    return jnp.mean((x - y) ** 2)
+
+
+def train(state: Any, batch: Any) -> Any:
+    params, moments = state
+    loss, gradients = jax.value_and_grad(loss_of)(params, *batch)
+    updates, moments = OPTIMIZER.update(gradients, moments, params)
+    return (optax.apply_updates(params, updates), moments), {"loss": loss}
+
+
+def evaluate(state: Any, batch: Any) -> Any:
+    return loss_of(state[0], *batch)
+
+
+@pytest.fixture
+def begin(rng: np.random.Generator) -> tuple[Any, Any]:
+    params = {n: {"w": rng.normal(size=(16, 16)).astype("f") * 0.3, "b": np.zeros(16, "f")} for n in LAYERS}
+    return (params, OPTIMIZER.init(params)), tuple(rng.normal(size=(8, 16)).astype("f") for _ in range(2))
+
+
+@pytest.fixture(params=["threads_cluster", "process_cluster"])
+def cluster(request: pytest.FixtureRequest) -> fm.Cluster:
+    return request.getfixturevalue(request.param)
+
+
+class Counted:
+    """The bytes that the driver feeds and is sent, while it watches."""
+
+    def __init__(self, cluster: fm.Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fed = self.fetched = 0
+        send, receive = cluster.endpoint.send, cluster.session.on_message
+
+        def sending(peer: str, message: Any, arrays: Any = (), timeout_s: float | None = None) -> None:
+            self.fed += sum(a.nbytes for a in arrays)
+            send(peer, message, arrays, timeout_s)
+
+        def receiving(peer: str, message: Any, arrays: Any) -> None:
+            self.fetched += sum(a.nbytes for a in arrays)
+            receive(peer, message, arrays)
+
+        monkeypatch.setattr(cluster.endpoint, "send", sending)
+        monkeypatch.setattr(cluster.session, "on_message", receiving)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_training_loop_equals_jit_and_moves_only_batches(
+    cluster: fm.Cluster, placement: str, begin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, batch = begin
+    step = fm.dataflow(train, cluster=cluster, keep=0, donate_argnums=0, placement=PLACEMENTS[placement])
+    score = fm.dataflow(evaluate, cluster=cluster, placement=PLACEMENTS[placement])
+    jitted, expected = jax.jit(train), state
+    for n in range(6):
+        if n == 2:
+            counted = Counted(cluster, monkeypatch)
+        state, metrics = step(state, batch)
+        expected, wanted = jitted(expected, batch)
+        np.testing.assert_array_equal(metrics["loss"], wanted["loss"])
+    assert counted.fed == 4 * sum(a.nbytes for a in batch)  # to one device, if a layer reads them there
+    assert counted.fetched == (4 * 4 if cluster.pids else 0)
+    np.testing.assert_array_equal(score(state, batch), jax.jit(evaluate)(expected, batch))
+    leaves = jax.tree.leaves(state)
+    assert all(isinstance(leaf, fm.Remote) for leaf in leaves)
+    for leaf, want in zip(leaves, jax.tree.leaves(expected), strict=True):
+        got = leaf.fetch()
+        assert isinstance(got, jax.Array)
+        assert (got.shape, got.dtype, got.weak_type) == (want.shape, want.dtype, want.weak_type)
+        np.testing.assert_array_equal(got, want)
+    if placement == "pattern":
+        assert {state[0][n]["w"].device for n in ("a", "c")} == {"worker:0/cpu:0"}
+        assert {state[1][0].mu[n]["w"].device for n in ("b", "d")} == {"worker:1/cpu:0"}
+
+
+def test_programs_follow_what_was_put_on_the_workers(threads_cluster: fm.Cluster, begin: Any) -> None:
+    state, batch = begin
+    there = fm.put(state, threads_cluster, PATTERN)
+    assert there[0]["b"]["w"].device == there[1][0].nu["b"]["b"].device == "worker:1/cpu:0"
+    step = fm.dataflow(train, cluster=threads_cluster, keep=0, donate_argnums=0)
+    assert {p.device for p in step.plan(there, batch).partitions} == {"worker:0/cpu:0", "worker:1/cpu:0"}
+    expected = state
+    for _ in range(3):
+        there, _ = step(there, batch)
+        expected, _ = jax.jit(train)(expected, batch)
+    assert [r.device for r in jax.tree.leaves(there[0]["b"])] == ["worker:1/cpu:0"] * 2
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda r: r.fetch(), there), expected)
+
+
+def test_calls_whose_results_all_stay_do_not_wait(threads_cluster: fm.Cluster) -> None:
+    def first(x: Any) -> Any:
+        return jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.float32), x) + 1
+
+    GATE.clear()
+    later = fm.dataflow(lambda x: x * 2, cluster=threads_cluster, keep=0)
+    held = fm.dataflow(first, cluster=threads_cluster, keep=0)(np.float32(3))
+    for _ in range(5):
+        held = later(held)  # each begins when its input is made, and no call has waited
+    GATE.set()
+    assert float(held) == 128
+
+
+def test_a_value_is_not_overwritten_while_an_earlier_call_reads_it(threads_cluster: fm.Cluster) -> None:
+    def reads(x: Any, y: Any) -> Any:
+        with fm.device("worker:1"):
+            late = jax.pure_callback(wait, jax.ShapeDtypeStruct((4,), jnp.float32), y)
+        with fm.device("worker:0"):
+            return x + late
+
+    read = fm.dataflow(reads, cluster=threads_cluster)
+    overwrite = fm.dataflow(lambda x: x * 0, cluster=threads_cluster, keep=0, donate_argnums=0)
+    value, ones = fm.put(np.full(4, 7, "f"), threads_cluster, "worker:0"), np.ones(4, "f")
+    for _ in range(2):  # the second time everything is compiled
+        GATE.clear()
+        value = fm.put(np.full(4, 7, "f"), threads_cluster, "worker:0")
+        future = read.submit(value, ones)
+        zero = overwrite(value)
+        GATE.set()
+        np.testing.assert_array_equal(future.result(60), np.full(4, 8))
+        np.testing.assert_array_equal(zero, np.zeros(4))
+
+
+def test_every_kind_of_array_stays_and_comes_back_as_from_jit(cluster: fm.Cluster) -> None:
+    tree = {
+        "weak": 2.0,
+        "int": np.int32(3),
+        "key": jax.random.key(1),
+        "half": jnp.ones(5, jnp.bfloat16),
+        "empty": np.zeros((0, 3), np.float32),
+        "flag": np.array([True, False]),
+        "complex": np.array([1 + 2j], np.complex64),
+    }
+
+    def change(tree: Any, x: Any) -> Any:
+        return {**tree, "key": jax.random.split(tree["key"])[1], "half": tree["half"] * x, "new": jnp.arange(3)}, x
+
+    kept, _ = fm.dataflow(change, cluster=cluster, keep=0)(tree, jnp.bfloat16(2))
+    again, _ = fm.dataflow(change, cluster=cluster, keep="0/*")(kept, jnp.bfloat16(2))
+    wanted = jax.jit(change)(jax.jit(change)(tree, jnp.bfloat16(2))[0], jnp.bfloat16(2))[0]
+    for name, want in wanted.items():
+        got = again[name].fetch()
+        assert (got.shape, got.dtype, getattr(got, "weak_type", False)) == (
+            want.shape,
+            want.dtype,
+            getattr(want, "weak_type", False),
+        ), name
+        plain = jax.random.key_data if name == "key" else (lambda a: a)
+        np.testing.assert_array_equal(plain(got), plain(want))
+    assert again["flag"] is kept["flag"]  # what is returned unchanged is the same handle
+
+
+def test_a_handle_is_used_like_an_array(threads_cluster: fm.Cluster) -> None:
+    want = np.arange(6, dtype="f").reshape(2, 3)
+    held = fm.put(want, threads_cluster, "worker:1")
+    assert (held.shape, held.dtype, held.ndim, held.size, held.nbytes, len(held)) == ((2, 3), np.float32, 2, 6, 24, 2)
+    assert held.device == "worker:1/cpu:0"
+    assert repr(held) == "Remote(float32[2,3] 'result' on worker:1/cpu:0)"
+    np.testing.assert_array_equal(np.asarray(held), want)
+    np.testing.assert_array_equal(np.asarray(held, np.int32), want.astype(np.int32))
+    np.testing.assert_array_equal(held + 1, want + 1)
+    np.testing.assert_array_equal(1 - held, 1 - want)
+    np.testing.assert_array_equal(held @ held.T, want @ want.T)
+    np.testing.assert_array_equal(held > 2, want > 2)
+    np.testing.assert_array_equal(held[1], want[1])
+    assert jnp.sum(held) == 15
+    assert jax.jit(lambda x: x.sum() * 2)(held) == 30
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(x**2))(held), 2 * want)
+    assert float(held.mean()) == 2.5
+    scalar = fm.put(2.5, threads_cluster)
+    assert (float(scalar), int(scalar), bool(scalar), scalar.item(), f"{scalar:.2f}") == (2.5, 2, True, 2.5, "2.50")
+    assert jax.block_until_ready(held) is held
+    assert copy.deepcopy(held) is held
+    with pytest.raises(TypeError, match="cannot be pickled, because it is on a worker"):
+        pickle.dumps(held)
+    with pytest.raises(AttributeError, match="no_such"):
+        _ = held.no_such
+
+
+def test_keep_chooses_outputs_by_position_pattern_or_size(threads_cluster: fm.Cluster) -> None:
+    def three(x: Any) -> Any:
+        return {"big": jnp.zeros((300, 300)) + x, "small": x}, x + 1, (x + 2, x + 3)
+
+    def kept(keep: Any) -> list[bool]:
+        out = fm.dataflow(three, cluster=threads_cluster, keep=keep)(np.float32(1))
+        return [isinstance(leaf, fm.Remote) for leaf in jax.tree.leaves(out)]
+
+    assert kept(None) == [False] * 5
+    assert kept(0) == [True, True, False, False, False]
+    assert kept((1, -1)) == [False, False, True, True, True]
+    assert kept("auto") == [True, False, False, False, False]
+    assert kept(["0/small", "2/*"]) == [False, True, False, True, True]
+    whole = fm.dataflow(lambda x: {"y": x + 1}, cluster=threads_cluster, keep=0)(np.float32(1))
+    assert float(whole["y"]) == 2
+    with pytest.raises(ValueError, match="keep=3, but the function returns a tuple of 3"):
+        kept(3)
+    with pytest.raises(ValueError, match=r"keep='weights\*' matches no output; the outputs are 0/big, 0/small"):
+        kept("weights*")
+    with pytest.raises(TypeError, match=r"keep=1\.5: give positions"):
+        kept(1.5)
+
+
+def test_equinox_modules_stay(threads_cluster: fm.Cluster) -> None:
+    model = eqx.nn.MLP(4, 2, 8, 2, key=jax.random.key(0))
+    x = np.ones((3, 4), "f")
+
+    def update(model: Any, x: Any) -> Any:
+        loss, gradients = eqx.filter_value_and_grad(lambda m: jnp.sum(jax.vmap(m)(x) ** 2))(model)
+        return eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, gradients)), loss
+
+    step = fm.dataflow(update, cluster=threads_cluster, keep=0, donate_argnums=0)
+    expected, got = model, model
+    for _ in range(3):
+        got, loss = step(got, x)
+        expected, wanted = eqx.filter_jit(update)(expected, x)
+        np.testing.assert_array_equal(loss, wanted)
+    assert isinstance(got.layers[0].weight, fm.Remote)
+    np.testing.assert_array_equal(got.layers[1].weight, expected.layers[1].weight)
+
+
+def workers_of(cluster: fm.Cluster) -> list[Any]:
+    return list(cluster.session._local.values())  # pyright: ignore[reportPrivateUsage]
+
+
+def test_memory_is_freed_with_the_handles(threads_cluster: fm.Cluster, begin: Any) -> None:
+    def held() -> int:
+        gc.collect()
+        return sum(sum(w._keeping.kept.sizes().values()) for w in workers_of(threads_cluster))
+
+    state, batch = begin
+    wait_until(lambda: held() == 0, "handles of earlier tests are freed")
+    step = fm.dataflow(train, cluster=threads_cluster, keep=0, donate_argnums=0)
+    for _ in range(4):
+        state, _ = step(state, batch)
+    count = len(jax.tree.leaves(state))
+    wait_until(lambda: held() == count, "only the newest state is kept")
+    assert threads_cluster.session.held.on("worker:0/cpu:0") == sum(r.nbytes for r in jax.tree.leaves(state))
+    extra = fm.put(np.ones(3), threads_cluster)
+    extra.delete()
+    with pytest.raises(ClusterError, match="was deleted"):
+        extra.fetch()
+    wait_until(lambda: held() == count, "a deleted value is freed")
+    del state
+    wait_until(lambda: held() == 0, "everything is freed")
+    assert threads_cluster.session.held.on("worker:0/cpu:0") == 0
+
+
+def test_a_donated_value_is_gone_and_its_error_says_to_which_call(threads_cluster: fm.Cluster) -> None:
+    double = fm.dataflow(lambda x: x * 2, cluster=threads_cluster, keep=0, donate_argnums=0)
+    value = fm.put(np.ones(3, "f"), threads_cluster)
+    result = double(value)
+    with pytest.raises(ClusterError, match=r"was donated to step \d+ of <lambda>; use what that call returned"):
+        value.fetch()
+    with pytest.raises(ClusterError, match="was donated to step"):
+        double(value)
+    np.testing.assert_array_equal(result, np.full(3, 2))
+    array = jnp.ones(3)
+    double(array)
+    np.testing.assert_array_equal(array, np.ones(3))  # the caller's own arrays are sent, and stay valid
+    add = fm.dataflow(lambda a, b: a + b, cluster=threads_cluster, keep=0, donate_argnums=0)
+    with pytest.raises(ValueError, match="argument 0 is donated, and the same handle is another argument too"):
+        add(result, result)
+    np.testing.assert_array_equal(result, np.full(3, 2))
+
+
+def test_a_call_that_fails_fails_those_that_read_its_results(threads_cluster: fm.Cluster) -> None:
+    def divide(x: Any) -> Any:
+        def fail(v: Any) -> Any:
+            raise ZeroDivisionError("no such quotient")
+
+        return jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+    bad = fm.dataflow(divide, cluster=threads_cluster, keep=0)
+    after = fm.dataflow(lambda x: x + 1, cluster=threads_cluster, keep=0)
+    value = bad(np.float32(1))
+    try:
+        later: Any = after(value)
+    except FlowmlError as error:  # the failure was known before the call
+        assert "no such quotient" in str(error)
+        later = value
+    for handle in (value, later):
+        with pytest.raises(FlowmlError, match="no such quotient"):
+            handle.fetch()
+
+
+@pytest.fixture
+def other_cluster() -> Iterator[fm.Cluster]:
+    with closing(fm.Cluster.threads(workers=1)) as cluster:
+        yield cluster
+
+
+def test_handles_of_another_or_a_closed_cluster_are_refused(
+    threads_cluster: fm.Cluster, other_cluster: fm.Cluster
+) -> None:
+    value = fm.put(np.ones(3), other_cluster)
+    here = fm.dataflow(lambda x: x + 1, cluster=threads_cluster)
+    with pytest.raises(ClusterError, match=r"is on another cluster; pass its value: fetch\(\)"):
+        here(value)
+    other_cluster.close()
+    with pytest.raises(ClusterError, match="its cluster is closed"):
+        value.fetch()
+    with pytest.raises(ClusterError, match="its cluster is closed"):
+        here(value)
+
+
+def test_put_refuses_what_it_cannot_place(threads_cluster: fm.Cluster) -> None:
+    with pytest.raises(TypeError, match="put: leaf 'a' is of type object"):
+        fm.put({"a": object()}, threads_cluster)
+    with pytest.raises(PlacementError, match="put: pattern 'zz' matches no leaf; leaves are a"):
+        fm.put({"a": 1}, threads_cluster, {"zz": "worker:0"})
+    with pytest.raises(PlacementError, match=r"worker:9.*does not exist"):
+        fm.put({"a": 1}, threads_cluster, "worker:9")
+    with pytest.raises(PlacementError, match=r"Pipeline\(stages=2\) depends on a program"):
+        fm.put({"a": 1}, threads_cluster, fm.Pipeline(stages=2))
+    assert fm.put({}, threads_cluster) == {}
+
+
+def test_a_device_without_room_names_the_largest_values(
+    threads_cluster: fm.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = threads_cluster.devices[0].memory_bytes
+    assert limit is not None
+    large = fm.put({"table": np.ones(1000)}, threads_cluster)
+    grow = fm.dataflow(lambda x: jnp.zeros((int(limit * 0.95),), jnp.uint8) + x, cluster=threads_cluster, keep=0)
+    with pytest.raises(ClusterError, match=r"would keep [\d,]+ bytes more on worker:0/cpu:0.*largest are 'table'"):
+        grow.submit(np.uint8(1))
+    del large
+
+
+def test_a_lost_worker_loses_its_values_and_no_others() -> None:
+    with fm.Cluster.local(workers=2) as cluster:
+        gone, there = fm.put(np.ones(3, "f"), cluster, "worker:1"), fm.put(np.ones(3, "f"), cluster, "worker:0")
+        np.testing.assert_array_equal(gone, np.ones(3))
+        os.kill(cluster.pids["worker:1"], signal.SIGKILL)
+        wait_until(lambda: len(cluster.devices) == 1, "the loss is known", 30)
+        with pytest.raises(WorkerLostError, match="the kept value 'result' of put is lost, because worker:1 was lost"):
+            gone.fetch()
+        with pytest.raises(WorkerLostError, match="worker:1 was lost"):
+            fm.dataflow(lambda x: x + 1)(gone)
+        np.testing.assert_array_equal(fm.dataflow(lambda x: x + 1)(there), np.full(3, 2))
+
+
+def test_a_worker_refuses_names_that_its_driver_never_gave(threads_cluster: fm.Cluster) -> None:
+    step = fm.dataflow(lambda x: x + 1, cluster=threads_cluster, keep=0)
+    value = step(fm.put(np.float32(1), threads_cluster))
+    value._batch.first += 10_000  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(FlowmlError, match="its driver has freed it"):
+        value.fetch()
+    value._batch.first -= 10_000  # pyright: ignore[reportPrivateUsage]
+    assert float(value) == 2
+    assert wire.decode(wire.encode(wire.Drop(names=(1, 2)))) == wire.Drop(names=(1, 2))
