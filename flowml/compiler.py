@@ -36,6 +36,9 @@ from flowml.placement.estimate import estimate
 from flowml.placement.links import Links, links_used
 from flowml.plan import Constant, NodeView, Output, Plan
 
+_NOTHING = Stay()
+"""Nothing stays on the devices."""
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -106,7 +109,7 @@ def compile_call(
     platforms: Sequence[str],
     name: str,
     links: Links | None = None,
-    stay: Callable[[Trace], Stay] = lambda _: Stay(),
+    stay: Callable[[Trace], Stay] = lambda _: _NOTHING,
 ) -> Compiled:
     """Compile a call of `fn` made by `bind`. `stay` says what stays on the devices.
 
@@ -132,7 +135,7 @@ def compile_graph(
     placement: Placement,
     links: Links,
     platforms: tuple[str, ...],
-    stay: Stay,
+    stay: Stay = _NOTHING,
 ) -> Plan:
     """Run the passes. Each maps a graph to a graph, or to the next type."""
     graph = traced.graph

@@ -104,8 +104,8 @@ def check_donations(handle: LoadedPlan, buffers: Sequence[Any]) -> str:
         if times[id(buffers[position])] > 1:
             name = handle.plan.input_names[position] or position
             return (
-                f"{handle.plan.name}: argument {name!r} is donated, and the same handle is another argument too; pass a "
-                "copy, or do not donate it"
+                f"{handle.plan.name}: argument {name!r} is donated, and the same handle is another argument too; pass "
+                "a copy, or do not donate it"
             )
     return ""
 
