@@ -19,6 +19,7 @@ from flowml_tools.bench import (
     dispatch,
     fidelity,
     foreign_environment,
+    loops,
     machines,
     memory,
     pipeline,
@@ -46,6 +47,7 @@ BENCHMARKS = {
         simulator,
         stragglers,
         fidelity,
+        loops,
     )
 }
 DESCRIPTION = (
