@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, ca
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_map, tree_unflatten
+from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
 from flowml.errors import PlacementError
-from flowml.ir._jax import ClosesOverTracerError, jit_is_off, struct_of, trace_context
+from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
 from flowml.ir.calls import Call, Returned, bind, finish, static_of
 from flowml.leaves import why_no_array
 from flowml_runtime.driver.call_io import signature
@@ -32,8 +32,7 @@ from flowml_runtime.driver.session import Session
 from flowml_runtime.driver.steps import UnloadedError
 from flowml_runtime.driver.trial import Trial, trial_of
 from flowml_runtime.execution.future import Future
-from flowml_runtime.execution.programs import feed_slots
-from flowml_runtime.keep import Keep, donated_inputs, stay_of
+from flowml_runtime.keep import Keep, described, donated_inputs, reads_there, stay_of
 
 if TYPE_CHECKING:
     from flowml.devices import Device
@@ -264,6 +263,7 @@ class Dataflow(Generic[P, R]):
 
         Raises TypeError for an argument that is not an array, ValueError for a static one that has no hash.
         """
+        args, kwargs = _without_futures(args), _without_futures(kwargs)
         call = bind(self._fn, args, kwargs, self._static, self._name)
         leaves, tree = tree_flatten((call.args, call.kwargs))
         try:
@@ -311,7 +311,7 @@ class Dataflow(Generic[P, R]):
         key = (given.key, tuple(held.items()))
         programs = self._programs.get(cluster) or {}
         sent = programs.get(given.key)
-        if key not in programs and sent is not None and _reads_there(sent.plan, held):
+        if key not in programs and sent is not None and reads_there(sent.plan, held):
             with self._lock:
                 programs[key] = sent
         return self._compiled(cluster, key, self._placement, given)
@@ -334,7 +334,7 @@ class Dataflow(Generic[P, R]):
 
         call, held = given.call, given.held
         if held:
-            call = replace(call, args=_described(call.args), kwargs=_described(call.kwargs))
+            call = replace(call, args=described(call.args), kwargs=described(call.kwargs))
         donated = donated_inputs(call, self._static, self._donate, given.positional)
 
         try:
@@ -376,22 +376,11 @@ class Dataflow(Generic[P, R]):
         raise AssertionError("every leaf is an array")
 
 
-def _described(tree: Any) -> Any:
-    """The arguments, with the types of values that stay on workers in place of their handles."""
-
-    def described(leaf: Any) -> Any:
-        return struct_of(leaf.kind.spec) if type(leaf) is Remote else leaf
-
-    return tree_map(described, tree)
-
-
-def _reads_there(plan: Plan, held: Mapping[int, str]) -> bool:
-    """Whether a program for inputs that are sent reads each of these inputs on its own device only."""
-    reads: dict[int, set[str]] = {}
-    for program in plan.programs:
-        for slot in feed_slots(program):
-            reads.setdefault(slot, set()).add(program.device)
-    return all(reads.get(i, {device}) == {device} for i, device in held.items())
+def _without_futures(arguments: Any) -> Any:
+    """The arguments, with the results of other calls in place of their futures."""
+    if not any(isinstance(leaf, Future) for leaf in tree_leaves(arguments)):
+        return arguments
+    return tree_map(lambda leaf: leaf.as_argument() if isinstance(leaf, Future) else leaf, arguments)
 
 
 def _forget(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from jax.tree_util import tree_flatten_with_path
+from jax.tree_util import tree_flatten_with_path, tree_map
 
 from flowml.errors import named
+from flowml.ir._jax import struct_of
 from flowml.ir.calls import Call, Returned, Static
 from flowml.ir.trace import Trace
 from flowml.lowering.stay import Stay
 from flowml.numbers import whole
+from flowml.plan import Plan
+from flowml_runtime.driver.remote import Remote
+from flowml_runtime.execution.programs import feed_slots
 
 AUTO_BYTES = 2**16
 """`keep="auto"` keeps outputs that are larger than this."""
@@ -105,3 +109,21 @@ def stay_of(
     """What stays on the devices in a call."""
     kept = keep.outputs(traced, call.returned, name) if keep is not None else frozenset[int]()
     return Stay(held, kept, donated if kept or held else frozenset())
+
+
+def described(tree: Any) -> Any:
+    """The arguments, with the types of values that stay on workers in place of their handles."""
+
+    def of(leaf: Any) -> Any:
+        return struct_of(leaf.kind.spec) if type(leaf) is Remote else leaf
+
+    return tree_map(of, tree)
+
+
+def reads_there(plan: Plan, held: Mapping[int, str]) -> bool:
+    """Whether a program for inputs that are sent reads each of these inputs on its own device only."""
+    reads: dict[int, set[str]] = {}
+    for program in plan.programs:
+        for slot in feed_slots(program):
+            reads.setdefault(slot, set()).add(program.device)
+    return all(reads.get(i, {device}) == {device} for i, device in held.items())

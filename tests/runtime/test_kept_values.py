@@ -391,3 +391,20 @@ def test_a_worker_refuses_names_that_its_driver_never_gave(threads_cluster: fm.C
     value._batch.first -= 10_000  # pyright: ignore[reportPrivateUsage]
     assert float(value) == 2
     assert wire.decode(wire.encode(wire.Drop(names=(1, 2)))) == wire.Drop(names=(1, 2))
+
+
+def test_a_future_is_an_argument(threads_cluster: fm.Cluster) -> None:
+    GATE.clear()
+
+    def slow(x: Any) -> Any:
+        return {"y": jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.float32), x) + 1}
+
+    later = fm.dataflow(lambda tree, k: tree["y"] * k, cluster=threads_cluster)
+    kept = fm.dataflow(slow, cluster=threads_cluster, keep=0).submit(np.float32(3))
+    product = later.submit(kept, np.float32(5))  # begins when the handle has its value
+    assert not kept.done()
+    GATE.set()
+    assert product.result(60) == 20
+    assert float(kept.result(60)["y"]) == 4
+    fetched = fm.dataflow(slow, cluster=threads_cluster).submit(np.float32(3))
+    assert later(fetched, np.float32(2)) == 8

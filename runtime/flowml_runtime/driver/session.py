@@ -233,17 +233,16 @@ class Session:
         With `copy` the caller may overwrite NumPy inputs as soon as this returns. Raises at once if the plan
         lost a worker; the future raises every later error.
         """
-        return self._start(handle, inputs, copy=copy)[0]
+        return self._start(handle, inputs, copy=copy)
 
-    def _start(
-        self, handle: LoadedPlan, inputs: Sequence[Any], *, copy: bool
-    ) -> tuple[Future[list[Any]], Callable[[list[Array]], list[Any]]]:
-        """Start one step. Returns its future, and the function that makes its results of what is fetched."""
+    def _start(self, handle: LoadedPlan, inputs: Sequence[Any], *, copy: bool) -> Future[list[Any]]:
         self.check_owner()
         buffers = handle.prepare(inputs, copy=copy)
         kept, first = self._keeping(handle, buffers)
         finish = partial(self._results, handle, buffers, kept)
         future = handle.steps.future(finish)
+        if not handle.waits:
+            future.at_once = partial(finish, ())
         step: int | None = None
         try:
             with handle.order:  # numbered and fed under one lock: a device refuses a step older than its last one
@@ -254,18 +253,18 @@ class Session:
             for position in handle.overwrites if handle.overwrites else ():
                 if type(buffers[position]) is Remote:
                     buffers[position].donate(future.name)
-            return future, finish
+            return future
         except BaseException as error:  # a Ctrl-C comes at any line; the future finds what had begun by then
             begun = handle.steps.step_of(future)
             lost = isinstance(error, WorkerLostError)
             if begun is None:
                 if lost and step is not None:  # the loss was reported meanwhile, and fails the step with the advice
-                    return future, finish
+                    return future
                 raise
             told = self._lost(handle.plan, begun, error.worker or "a worker", str(error)) if lost else error
             self._fail_step(handle, begun, told)
             if lost or isinstance(error, DeadlineError):
-                return future, finish
+                return future
             raise
 
     def _keeping(self, handle: LoadedPlan, buffers: Sequence[Any]) -> tuple[list[Remote], int]:
@@ -304,7 +303,7 @@ class Session:
         local = handle.local
         if local is None or len(handle.steps) or any(type(i) is Remote for i in inputs):
             if not handle.waits:  # everything stays: the call need not wait, and later calls may start
-                return self._start(handle, inputs, copy=True)[1]([])
+                return self._start(handle, inputs, copy=True).as_argument()
             # no deadline: the worker bounds each wait of the step, and a computation may take any time
             return self.submit(handle, inputs, copy=False).result()
         buffers = handle.prepare(inputs, copy=False)

@@ -49,6 +49,8 @@ class Future(Generic[T]):
         self._value: Any = None
         self._error: BaseException | None = None
         self._callbacks: list[Callable[[Future[T]], object]] = []
+        self.at_once: Callable[[], T] | None = None
+        """The result if nothing of it has to be waited for, because it consists of handles."""
 
     def done(self) -> bool:
         """True once there is a result or an error."""
@@ -65,6 +67,10 @@ class Future(Generic[T]):
                     self._value = self._finish(self._value)
                     self._finish = None
         return cast(T, self._value)
+
+    def as_argument(self) -> T:
+        """The result for another call, which itself waits for what the result's handles stand for."""
+        return self.result() if self.at_once is None or self._completed else self.at_once()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The error of the call, or None. Waits like `result`."""
@@ -98,6 +104,9 @@ class Future(Generic[T]):
         # no deadline: `finish` runs once the call is done
         view: Future[U] = Future(self.name, lambda _: finish(self.result()))
         self.when_done(lambda _: view.complete(None, self._error))
+        at_once = self.at_once
+        if at_once is not None:
+            view.at_once = lambda: finish(at_once())
         return view
 
     def complete(self, value: Any, error: BaseException | None = None) -> bool:
