@@ -240,6 +240,11 @@ class StoreSpec(msgspec.Struct, frozen=True):
         return next((site for site in self.sites if replica in site.replicas), None)
 
     @property
+    def relayed(self) -> bool:
+        """Whether the leader of each site gathers contributions, decides, and passes values on."""
+        return bool(self.sites) and self.policy.site_quorum is not None
+
+    @property
     def leaders(self) -> tuple[int, ...]:
         """The leader of each site; () if the store has none."""
         return tuple(site.replicas[0] for site in self.sites)

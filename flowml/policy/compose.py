@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -49,7 +49,7 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
     if replicas < 1:
         raise PolicyError(f"replicas={replicas}: training needs at least one replica")
     for name, policy in policies.items():
-        check_count(name, policy, replicas)
+        check_count(name, policy.quorum, replicas)
         _check_alone(name, policy, replicas)
         check_pull(name, policy, replicas)
     coded_by(policies.values(), replicas)
@@ -130,9 +130,15 @@ def _check_alone(name: str, policy: Policy, replicas: int) -> None:
         )
 
 
-def check_count(name: str, policy: Policy, replicas: int, what: str = "replicas") -> None:
+def check_sites(name: str, policy: Policy, sites: Sequence[Sequence[int]]) -> None:
+    """Check that the quorums of a hierarchy can be met by these sites, and by the replicas of each."""
+    check_count(name, policy.quorum, len(sites), "sites")
+    if policy.site_quorum is not None:
+        check_count(name, policy.site_quorum, min(map(len, sites)), "replicas of the smallest site")
+
+
+def check_count(name: str, quorum: Completion, replicas: int, what: str = "replicas") -> None:
     """Check that a quorum can be met by so many replicas, or sites."""
-    quorum = policy.quorum
     if isinstance(quorum, Deadline):
         given, of = quorum.quorum, "replicas"
     elif isinstance(quorum, Quorum):

@@ -8,6 +8,7 @@ To add a way to complete a clock, write a class with `decide` and `late`, and ad
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -31,7 +32,7 @@ class Arrivals:
 
     members: int
     """The number of replicas."""
-    full: int
+    full: float
     """The number of microbatch gradients in a contribution that lacks none."""
     rows: float
     """The number of examples in a microbatch."""
@@ -45,6 +46,8 @@ class Arrivals:
     """The number of microbatch gradients in the complete contributions."""
     times: dict[int, float] = field(default_factory=dict[int, float])
     """The time at which each complete replica arrived, in the order of arrival."""
+    among: Sequence[int] | None = None
+    """The numbers of the replicas, if they are not those below `members`."""
 
     @property
     def count(self) -> int:
@@ -52,7 +55,8 @@ class Arrivals:
 
     def missing(self) -> str:
         """The first replicas that are not complete, as text."""
-        absent = [str(r) for r in range(self.members) if r not in self.times]
+        among = range(self.members) if self.among is None else self.among
+        absent = [str(r) for r in among if r not in self.times]
         return ", ".join([*absent[:8], *(["…"] if len(absent) > 8 else [])])
 
     def spread_s(self, count: int) -> float:

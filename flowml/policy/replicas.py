@@ -15,10 +15,10 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.policy.apply import Consensus, Mean, Mix, Outer, Sum, Vote, base_of
 from flowml.policy.graphs import CompleteGraph
-from flowml.policy.late import Fold
-from flowml.policy.quorum import Coded, Quorum
+from flowml.policy.late import Fold, late_name
+from flowml.policy.quorum import Coded, Deadline, Quorum
 from flowml.policy.rhythm import ONCE
-from flowml.policy.topology import Gossip
+from flowml.policy.topology import Gossip, ParameterServer
 
 if TYPE_CHECKING:
     from flowml.policy.spec import Policy
@@ -156,21 +156,31 @@ def _check_mirrored(policy: Policy) -> None:
 def _check_sited(policy: Policy) -> None:
     """Check that a site can take part as one replica. Its replicas need each other's gradients at every step."""
     topology = f"topology={policy.topology!r}"
-    quorum = policy.quorum
-    if not isinstance(quorum, Quorum) or quorum.of != "replicas":
+    quorum, inside = policy.quorum, policy.site_quorum
+    if not isinstance(quorum, Quorum | Deadline):
         raise PolicyError(
-            f"{topology} with quorum={quorum} is not available yet: the contribution of a site is a sum over its "
-            "replicas; give a Quorum of sites, or leave quorum out"
+            f"{topology} with quorum={quorum} is not sound: the contribution of a site is a sum over its replicas, and "
+            "a code and copies of portions are about what each replica has computed; give a Quorum of sites, or use "
+            "topology=flowml.ParameterServer()"
         )
-    if isinstance(policy.payload, LocalPayload) and policy.clocked and not quorum.waits_for_all:
+    if quorum.cuts and inside is None:
+        raise PolicyError(
+            f"{topology} with quorum={quorum} is not sound: the contribution of a site is a sum over its replicas, "
+            "which does not say how many microbatches each has computed; give Hierarchy(local=flowml."
+            "ParameterServer(), quorum=flowml.Quorum()), with which the leader counts them"
+        )
+    if inside is not None:
+        _check_site_quorum(policy, inside, topology)
+    elif not (quorum.waits_for_all or isinstance(quorum.late, Fold)):
+        raise PolicyError(
+            f"{topology} with quorum={quorum} is not sound: a replica whose site is left out would stop its step, for "
+            "which the others of its site wait; give local=flowml.ParameterServer(), with which the leader decides for "
+            "its site, or late='fold', or leave quorum out"
+        )
+    elif isinstance(policy.payload, LocalPayload) and policy.clocked and not quorum.waits_for_all:
         raise PolicyError(
             f"{topology} with quorum={quorum} and payload={policy.payload!r} is not available yet: the replicas of a "
             "late site would have to take different values; leave quorum out, or give staleness=1 or more"
-        )
-    if not (quorum.waits_for_all or isinstance(quorum.late, Fold)):
-        raise PolicyError(
-            f"{topology} with quorum={quorum} is not sound: a replica whose site is left out would stop its step, for "
-            "which the others of its site wait; give late='fold', or leave quorum out"
         )
     if type(policy.payload).__name__ == "Factors":
         raise PolicyError(
@@ -181,6 +191,32 @@ def _check_sited(policy: Policy) -> None:
         raise PolicyError(
             f"{topology} with apply={policy.apply!r} is not available yet: it is about each replica, and a site takes "
             "part as one; use apply='mean', or topology=flowml.ParameterServer()"
+        )
+
+
+def _check_site_quorum(policy: Policy, inside: Quorum | Deadline, topology: str) -> None:
+    """Check that the leader of a site can decide which of its replicas take part in the sum of a step."""
+    quorum = policy.quorum
+    if not quorum.waits_for_all and quorum.late != inside.late and not inside.waits_for_all:
+        raise PolicyError(
+            f"{topology} with quorum={quorum} is not sound: late={late_name(inside.late)!r} of the replicas of a site "
+            f"and late={late_name(quorum.late)!r} of sites are two rules for the same step of a replica; give both "
+            "quorums the same late rule"
+        )
+    if isinstance(policy.payload, LocalPayload):
+        raise PolicyError(
+            f"{topology} with payload={policy.payload!r} is not available yet: a site with a quorum keeps no "
+            "parameters of its own; use payload=Gradient(), or leave the quorum of replicas out"
+        )
+    if not isinstance(policy.remote, ParameterServer):
+        raise PolicyError(
+            f"{topology} is not available yet: sites that leave replicas out send to one home; give "
+            "remote=flowml.ParameterServer(), or leave the quorum of replicas out"
+        )
+    if not policy.clocked:
+        raise PolicyError(
+            f"{topology} with staleness={policy.staleness} is not available yet: a site with a quorum of replicas "
+            "takes part in decisions; give a quorum of sites that drops, or staleness=0"
         )
 
 

@@ -18,9 +18,9 @@ from flowml.policy.apply import Apply, Consensus, Mean, Outer, Sum, Vote, as_app
 from flowml.policy.completion import COMPLETIONS, Completion, Speculate, cutting, describe_completion, share_of
 from flowml.policy.cuts import check_cut
 from flowml.policy.filters import KKT, AnyFilter, Filter, check_chain
-from flowml.policy.late import Fold, late_name, number
+from flowml.policy.late import Fold, Late, late_name, number
 from flowml.policy.mathematics import coefficients, shares
-from flowml.policy.quorum import Coded, Quorum
+from flowml.policy.quorum import Coded, Deadline, Quorum
 from flowml.policy.replicas import Delta, LocalPayload, Weights, check_replicas
 from flowml.policy.rhythm import Every, Once
 from flowml.policy.topology import (
@@ -195,6 +195,26 @@ class Policy(msgspec.Struct, frozen=True):
     def sited(self) -> bool:
         """Whether one replica of each site stands for the others."""
         return is_sited(self.topology)
+
+    @property
+    def site_quorum(self) -> Quorum | Deadline | None:
+        """What completes the sum of a site, where its leader gathers it and passes on values and decisions.
+
+        None if there are no sites, or if the replicas of a site need each other at every step.
+        """
+        topology = self.topology
+        if not isinstance(topology, Hierarchy) or not isinstance(topology.local, ParameterServer):
+            return None
+        if topology.quorum is not None:
+            return topology.quorum
+        drops = not (self.quorum.waits_for_all or isinstance(self.quorum.late, Fold))
+        return Quorum() if drops and isinstance(topology.remote, ParameterServer) and not self.local else None
+
+    @property
+    def late(self) -> Late:
+        """What becomes of late contributions, at each level that may leave some out."""
+        inside = self.site_quorum
+        return self.quorum.late if inside is None or not self.quorum.waits_for_all else inside.late
 
     @property
     def collective(self) -> bool:

@@ -19,7 +19,9 @@ import msgspec
 
 from flowml.errors import PolicyError
 from flowml.numbers import whole
+from flowml.policy.completion import describe_completion
 from flowml.policy.graphs import Graph, RingGraph, Weights, as_graph, name_of, readers
+from flowml.policy.quorum import Deadline, Quorum
 
 DOUBLING_BYTES = 2 * 2**20
 """Largest gradient on one host for which fewer hops are faster than fewer bytes. The measured limit is 3 to 8 MiB for
@@ -117,20 +119,31 @@ class Hierarchy(msgspec.Struct, frozen=True, tag=True):
             parameters with, or send changes to, their neighbours.
         sites: the number of sites, of neighbouring replicas in numbers as equal as possible; or the replicas of each
             site, as `((0, 1), (2, 3, 4))`. By default the replicas of one machine are a site.
+        quorum: how many replicas of a site complete the site's sum of a step, with `local=ParameterServer()`. By
+            default all do. The quorum of the policy counts sites.
     """
 
     local: Local = AllReduce()
     remote: Remote = Ring()
     sites: int | tuple[tuple[int, ...], ...] | None = None
+    quorum: Quorum | Deadline | None = None
 
     if TYPE_CHECKING:
 
-        def __init__(self, local: Topology = ..., remote: Topology = ..., sites: object = ...) -> None: ...
+        def __init__(
+            self,
+            local: Topology = ...,
+            remote: Topology = ...,
+            sites: object = ...,
+            quorum: Quorum | Deadline | None = ...,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         _check_local(self.local)
         _check_remote(self.remote)
         msgspec.structs.force_setattr(self, "sites", _sites(self.sites))
+        if self.quorum is not None:
+            _check_inside(self.local, self.quorum)
 
     def split(self, hosts: Sequence[Hashable]) -> tuple[tuple[int, ...], ...]:
         """The replicas of each site, where `hosts` is the machine of each replica.
@@ -169,6 +182,12 @@ def _check_local(local: Topology) -> None:
                 f"Hierarchy(local={local!r}): inside a site, a hierarchy is a way to add up gradients; give "
                 "local=flowml.Hierarchy(), which adds up inside each machine and then between them"
             )
+    elif isinstance(local, SharedMemory):
+        raise PolicyError(
+            f"Hierarchy(local={local!r}) is not sound: replicas that share memory update it at any time, so there is "
+            "no step at whose end the site has one gradient to send; give local=flowml.AllReduce(), which adds up "
+            "directly between the replicas of one machine"
+        )
     elif type(local) not in (ParameterServer, AllReduce, Ring, Tree):
         raise PolicyError(
             f"Hierarchy(local={local!r}) is not sound: a site takes part in the exchange of sites as one replica, so "
@@ -176,7 +195,32 @@ def _check_local(local: Topology) -> None:
         )
 
 
+def _check_inside(local: Topology, quorum: Quorum | Deadline) -> None:
+    """Check that a site can do with some of its replicas."""
+    given = f"Hierarchy(local={local!r}, quorum={quorum})"
+    if type(quorum) not in (Quorum, Deadline):
+        raise PolicyError(
+            f"Hierarchy(quorum={quorum!r}): a Quorum or a Deadline completes the sum of a site; a code and copies of "
+            "portions are about the batch of all replicas, and belong to the quorum of the policy"
+        )
+    if quorum.cuts or (isinstance(quorum, Quorum) and quorum.ends_epoch):
+        raise PolicyError(
+            f"{given} is not sound: when a replica stops between microbatches, and when an epoch ends, is one rule for "
+            "all replicas; give it as the quorum of the policy, or give Quorum(0.75) here"
+        )
+    if not isinstance(local, ParameterServer):
+        raise PolicyError(
+            f"{given} is not sound: replicas that add up gradients among themselves take the gradient of each, so none "
+            "can be left out; give local=flowml.ParameterServer(), with which the leader of the site gathers them"
+        )
+
+
 def _check_remote(remote: Topology) -> None:
+    if isinstance(remote, SharedMemory):
+        raise PolicyError(
+            f"Hierarchy(remote={remote!r}) is not sound: sites are on different workers, which share no memory; give "
+            "remote=flowml.ParameterServer() with staleness=flowml.UNBOUNDED, which applies what arrives at once"
+        )
     if type(remote) not in (ParameterServer, AllReduce, Ring, Tree, Gossip):
         raise PolicyError(
             f"Hierarchy(remote={remote!r}): between sites give flowml.ParameterServer(), flowml.Ring(), "
@@ -263,6 +307,8 @@ def describe(topology: Topology) -> str:
     if isinstance(topology, Hierarchy):
         if not is_sited(topology):
             return "hierarchy"
-        return f"{describe(topology.local) or 'server'} in sites, {describe(topology.remote) or 'server'} between"
+        share = "" if topology.quorum is None else f" {describe_completion(topology.quorum)}"
+        inside = f"{describe(topology.local) or 'server'}{share} in sites"
+        return f"{inside}, {describe(topology.remote) or 'server'} between"
     names = {ParameterServer: "", SharedMemory: "shared memory", AllReduce: "all-reduce", Ring: "ring"}
     return f"tree {topology.fanout}" if isinstance(topology, Tree) else names[type(topology)]

@@ -8,7 +8,7 @@ from flowml.errors import PolicyError
 from flowml.placement.links import Links, machines
 from flowml.plan import Part, Reduction, Site
 from flowml.policy import Gossip, Hierarchy, Policy, Topology, Tree
-from flowml.policy.compose import check_count
+from flowml.policy.compose import check_sites
 from flowml.policy.graphs import check_members
 from flowml.policy.topology import schedule_name
 
@@ -46,7 +46,7 @@ def sites_of(
     if not policy.sited or not isinstance(policy.topology, Hierarchy):
         return ()
     found = split(policy.topology, replicas, links)
-    check_count(name, policy, len(found), "sites")
+    check_sites(name, policy, found)
     if isinstance(policy.remote, Gossip):
         check_members(policy.remote.graph, len(found), "sites")
     if len(found) < len(replicas) and any(len({s.dtype for s in part.payload}) > 1 for part in parts):

@@ -36,6 +36,7 @@ from flowml_runtime.worker.training.exchange.averaging import Averaging
 from flowml_runtime.worker.training.exchange.collectives import Flight, flat, parts_of
 from flowml_runtime.worker.training.exchange.mirrors import Mirror, share_of
 from flowml_runtime.worker.training.exchange.reductions import sum_of
+from flowml_runtime.worker.training.exchange.relays import weighted_sum
 from flowml_runtime.worker.training.filtered import Decoder, Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.own_values import OwnValues
@@ -282,6 +283,9 @@ class Arithmetic:
         if len(values) == 1:
             return values[0]
         return [sum_of([np.asarray(v[i]) for v in values]) for i in range(len(values[0]))]
+
+    def weighted(self, given: Sequence[tuple[Value, float]]) -> Arrays:
+        return weighted_sum(given)
 
     def load(self, worker: str, store: int, value: Value) -> None:
         spec = self._training.stores[store]

@@ -387,10 +387,15 @@ class Executor:
         if world.terms.stores[store].shared:
             self._share(step, store, message, value)
             return
-        value, nbytes = world.filtered(self.at, message, value)
-        self._counts.push(store, part, nbytes, crosses=sent.to[0] != node.name)
-        for home in sent.to:
-            node.send(home, message, value, nbytes)
+        crosses = sent.to[0] != node.name
+        if world.terms.stores[store].relayed:
+            nbytes = 0 if value is None else world.layout.parts[store][part].nbytes
+            self._counts.crossing(store, nbytes * crosses)  # the leader counts the push of the site
+        else:
+            value, nbytes = world.filtered(self.at, message, value)
+            self._counts.push(store, part, nbytes, crosses=crosses)
+        for to in sent.to:
+            node.send(to, message, value, nbytes)
 
     def _update(self, step: Start, store: int, own: OwnRhythm, gradient: Value) -> None:
         """Update the own parameters of a store."""

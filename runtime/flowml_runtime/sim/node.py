@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
@@ -180,6 +180,28 @@ class Node:
         seconds = world.homes.seconds(len(given) * sum(world.sizes.parts[store]))
         self._in_turn(seconds, world.values.apply, self.name, store, action.version, given, action.staleness)
 
+    def _forward(self, action: protocol.Forward) -> None:
+        pop = self.payloads.pop
+        given = [([pop(h) for h in handles], factor) for handles, factor in action.contributions]
+        world, store = self.world, action.parts[0].store
+        seconds = world.homes.seconds(len(given) * sum(world.sizes.parts[store]))
+        self._in_turn(seconds, self._send_sum, action, given)
+
+    def _send_sum(self, action: protocol.Forward, given: Sequence[tuple[Sequence[Value], float]]) -> None:
+        """Send the home of a store the sum of a site."""
+        world, stages = self.world, self.world.terms.stores[action.parts[0].store].stages
+        for message in action.parts:
+            terms = [(values[message.part], factor) for values, factor in given]
+            value, nbytes = world.values.weighted(terms) if given else None, 0
+            if value is not None:
+                value, nbytes = world.filtered((message.replica, stages[message.part]), message, value)
+            self.counts.push(message.store, message.part, nbytes, crosses=action.to != self.name)
+            self.send(action.to, message, value, nbytes)
+
+    def _pass_on(self, action: protocol.PassOn) -> None:
+        message, value = action.message, self.shown[action.message.store][1] if action.value else None
+        self._send_to_readers(message, value, action.to)
+
     def _in_turn(self, seconds: float, work: Callable[..., None], *args: Any) -> None:
         """Do work of a home that takes so long after all that was given before, as on the lane of its device."""
         clock = self.world.clock
@@ -204,10 +226,14 @@ class Node:
         message = wire.Published(
             **self.ids, cause=action.cause, store=store, version=action.version, floor=action.floor
         )
-        nbytes = 0
         if action.value:
-            value, nbytes = world.values.current(self.name, store), world.sizes.stores[store]
-        for reader in action.to:
+            value = world.values.current(self.name, store)
+        self._send_to_readers(message, value, action.to)
+
+    def _send_to_readers(self, message: wire.Published, value: Value, readers: Sequence[str]) -> None:
+        world, store = self.world, message.store
+        nbytes = 0 if value is None else world.sizes.stores[store]
+        for reader in readers:
             waiting = self._news.get((reader, store)) if self._news else None
             if waiting is not None and waiting.begins > world.clock.now:
                 waiting.message = message
@@ -263,6 +289,8 @@ class Node:
         protocol.Show: _show,
         protocol.Load: _load,
         protocol.Apply: _apply,
+        protocol.Forward: _forward,
+        protocol.PassOn: _pass_on,
         protocol.Publish: _publish,
         protocol.Return: _return,
         protocol.TellTraffic: _tell_traffic,

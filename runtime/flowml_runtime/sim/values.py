@@ -140,6 +140,10 @@ class Values(Protocol):
         """The sum of the values of all replicas."""
         ...
 
+    def weighted(self, given: Sequence[tuple[Value, float]]) -> Value:
+        """The sum of values, each times its factor."""
+        ...
+
     def load(self, worker: str, store: int, value: Value) -> None:
         """Hold the first value of a store at a home."""
         ...
@@ -240,6 +244,9 @@ class Nothing:
         return None
 
     def total(self, values: Sequence[Value]) -> Value:
+        return NO_ARRAYS
+
+    def weighted(self, given: Sequence[tuple[Value, float]]) -> Value:
         return NO_ARRAYS
 
     def load(self, worker: str, store: int, value: Value) -> None:

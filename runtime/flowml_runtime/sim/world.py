@@ -57,8 +57,8 @@ class Layout:
     """The sites of each store; none if no store has any."""
 
     def site_of(self, store: int, replica: int) -> Site | None:
-        """The site of a replica, if others are there."""
-        found = self.sites[store] if self.sites else ()
+        """The site of a replica, if others are there with which it adds up gradients."""
+        found = self.sites[store] if self.sites and not self.terms.stores[store].relayed else ()
         return next((site for site in found if replica in site.replicas and len(site.replicas) > 1), None)
 
     @staticmethod

@@ -131,7 +131,8 @@ class Contribution(TrainingMessage, frozen=True):
     """Part of what one replica sends for one store at one clock. `weight` is the number of summed microbatch gradients.
 
     `empty` says that the replica contributes nothing at this clock, so that the home does not wait for it. If batches
-    are cut into portions, `replica` is the number of the portion, and `copy` that of its work item.
+    are cut into portions, `replica` is the number of the portion, and `copy` that of its work item. `of_site`: it is
+    the sum of the site that `replica` leads.
     """
 
     store: Count
@@ -143,6 +144,7 @@ class Contribution(TrainingMessage, frozen=True):
     weight: Count
     empty: bool = False
     copy: Count = 0
+    of_site: bool = False
 
 
 class Arrived(TrainingMessage, frozen=True):
@@ -164,6 +166,7 @@ class Commit(TrainingMessage, frozen=True):
     `coefficients` maps replicas to the coefficients of their contributions, if weights do not determine them. `folded`
     are late contributions to earlier clocks that are included now, as (replica, clock). `copies` maps portions to the
     copies of them that came first; the others came first as they were granted first. `waits` is for the history.
+    `site`: it is what the decision means for the replicas of this site.
     """
 
     clock: Count
@@ -173,6 +176,7 @@ class Commit(TrainingMessage, frozen=True):
     folded: tuple[tuple[Count, Count], ...] = ()
     copies: tuple[tuple[Count, Count], ...] = ()
     waits: Waits = Waits()
+    site: Count | None = None
 
 
 class Computed(TrainingMessage, frozen=True):
@@ -285,11 +289,13 @@ class Retired(TrainingMessage, frozen=True):
     """This stage of a replica pushes nothing more. From stage 0 it means that the replica has no more work.
 
     Each stage sends it to the driver and to the homes that apply its contributions on arrival, on the link that carried
-    the contributions. Stage 0 sends it to the other stages and to the leader of the decision too.
+    the contributions. Stage 0 sends it to the other stages and to the leader of the decision too. `of_site`: it stands
+    for all replicas of the site that `replica` leads, for the leader of the decision about sites.
     """
 
     replica: Count
     stage: Count = 0
+    of_site: bool = False
 
 
 class StopTraining(TrainingMessage, frozen=True):

@@ -94,7 +94,7 @@ class Fit:
             groups=tuple(group_names(training, terms)),
             portions=training.items // replicas,
             epoch_share=training.stores[0].policy.epoch_share or 1.0,
-            requeues=isinstance(training.stores[0].policy.quorum.late, Requeue),
+            requeues=isinstance(training.stores[0].policy.late, Requeue),
             copies=training.speculation.copies if training.speculation else None,
         )
         self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places)

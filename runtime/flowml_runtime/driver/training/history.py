@@ -22,6 +22,7 @@ import numpy as np
 from flowml.plan import Training
 from flowml.training.step import Metrics
 from flowml_runtime import wire
+from flowml_runtime.protocol.training.terms import Terms
 
 Record = dict[str, Any]
 
@@ -47,7 +48,7 @@ class _Unit:
 
 def drops(training: Training) -> bool:
     """Whether a decision may leave a replica out."""
-    return any(s.decided and not s.policy.quorum.never_drops(len(training.replicas)) for s in training.stores)
+    return Terms.of(training, 0).drops
 
 
 class History:

@@ -99,7 +99,7 @@ class Accounts:
 
     def commit(self, event: Committed) -> list[Settle]:
         group = self._terms.groups[event.group]
-        sender = group.sender_of(self._me)
+        sender = self._terms.counted_as(group, self._me)
         if event.leaves_out(sender):
             self._lose(group, event.clock)
         else:
@@ -157,5 +157,5 @@ class Accounts:
             return Settle(account.item, "used", tuple(sorted(account.lost)), account.left_out or 0)
         if account.folded:
             return Settle(account.item, "folded", tuple(sorted(account.lost)))
-        requeues = any(isinstance(self._terms.groups[g].quorum.late, Requeue) for g in account.lost)
+        requeues = any(isinstance(self._terms.groups[g].late, Requeue) for g in account.lost)
         return Settle(account.item, "requeued" if requeues else "dropped")

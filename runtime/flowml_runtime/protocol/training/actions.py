@@ -153,6 +153,25 @@ class Apply(msgspec.Struct, frozen=True):
     staleness: tuple[int, ...] = ()
 
 
+class Forward(msgspec.Struct, frozen=True):
+    """Send the home the sum of a site: `parts` are the messages, one for each part of the contributions.
+
+    Each of `contributions` has a handle for each part, and a factor. The host adds the arrays of the messages.
+    """
+
+    to: str
+    parts: tuple[wire.Contribution, ...]
+    contributions: tuple[tuple[tuple[Handle, ...], float], ...]
+
+
+class PassOn(msgspec.Struct, frozen=True):
+    """Pass a message about a store on to these workers, with the value that is shown here if it has one."""
+
+    to: tuple[str, ...]
+    message: wire.Published
+    value: bool
+
+
 class Publish(msgspec.Struct, frozen=True):
     """Send `Published` to the readers in `to`, with the current value of the store if `value`."""
 
@@ -217,6 +236,8 @@ Action = (
     | Show
     | Load
     | Apply
+    | Forward
+    | PassOn
     | Publish
     | Return
     | TellTraffic

@@ -84,6 +84,8 @@ class Decision:
         self._terms = terms
         self._group = group
         self._senders = frozenset(group.senders)
+        self._replicas_each = terms.replicas / len(group.sites) if group.sites else 1
+        """The replicas that one sender stands for, as the mean."""
         self._gone: set[int] = set()
         self._clocks: dict[int, _Clock] = {}
         self._clock = -1
@@ -131,6 +133,20 @@ class Decision:
                     self._hopeless += event.replica not in self._complete()
         return self._decide(now)
 
+    def pass_over(self, clock: int, now: float) -> list[Action]:
+        """Go on after `clock`, which is over for all here, and decide later clocks that are complete.
+
+        If late contributions are folded in, those that are complete count as late ones from now on.
+        """
+        while self._clock <= min(clock, self._terms.total_clocks - 1):
+            for replica in self._group.senders if self._group.folds else ():
+                self._owed.setdefault(replica, {})[self._clock] = self._now.stores.get(replica, set())
+                if replica in self._complete():
+                    self._count_late(replica, self._clock)
+            self._open_next(now)
+            self._decided.append(now)
+        return self._decide(now)
+
     @property
     def _now(self) -> _Clock:
         return self._at(self._clock)
@@ -139,7 +155,9 @@ class Decision:
         found = self._clocks.get(clock)
         if found is None:
             steps = clock - window(clock, self._group.every.push, self._group.every.offset) + 1
-            arrivals = Arrivals(len(self._senders), steps * self._terms.microbatches, self._terms.rows, self._began)
+            full = steps * self._terms.microbatches * self._replicas_each
+            among = self._group.senders
+            arrivals = Arrivals(len(among), full, self._terms.rows, self._began, among=among)
             found = self._clocks[clock] = _Clock(arrivals)
         return found
 
@@ -177,9 +195,13 @@ class Decision:
             return
         stores.add(event.store)
         if len(stores) == len(self._group.stores):
-            self._late.append((event.replica, event.clock))
-            for clock in [c for c in owed if c <= event.clock]:  # a replica finishes its clocks in order
-                del owed[clock]
+            self._count_late(event.replica, event.clock)
+
+    def _count_late(self, replica: int, clock: int) -> None:
+        self._late.append((replica, clock))
+        owed = self._owed[replica]
+        for earlier in [c for c in owed if c <= clock]:  # a replica finishes its clocks in order
+            del owed[earlier]
 
     def _decide(self, now: float) -> list[Action]:
         found: list[Action] = []
@@ -195,9 +217,9 @@ class Decision:
                     return found
                 case Never(why):
                     raise QuorumError(
-                        f"clock {self._clock} cannot be completed: {self._group.quorum} {why}; see why these replicas "
-                        "are late or lost, give a quorum that fewer can meet, or Deadline(share, limit_s=), which goes "
-                        "on with what has arrived"
+                        f"clock {self._clock}{self._group.what} cannot be completed: {self._group.quorum} {why}; see "
+                        "why these replicas are late or lost, give a quorum that fewer can meet, or Deadline(share, "
+                        "limit_s=), which goes on with what has arrived"
                     )
                 case Decide(coefficients):
                     found.append(self._commit(arrivals, coefficients, now))

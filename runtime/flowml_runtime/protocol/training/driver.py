@@ -278,9 +278,13 @@ class TrainingDriver:
                 return [NoteFates(fates, missing, cause)]
             case wire.Report():
                 return [Note(message, event.handle, cause)]
-            case wire.Commit(clock=clock, excluded=excluded, group=group, coefficients=given, waits=waits):
+            case wire.Commit(clock=clock, group=group, coefficients=given):
                 if not self._commits.is_new(group, clock):
                     return []
+                joined = self._commits.joined(message)
+                if joined is None:
+                    return []
+                waits, excluded = joined
                 counted = self._commits.take(group, clock, excluded)  # one clock at a time with a code
                 noted = [NoteCommit(decided, without, given, cause) for decided, without in counted]
                 return [NoteWaits(group, clock, waits, excluded, cause), *noted]
@@ -338,6 +342,8 @@ class _Commits:
         self._decided = [-1] * len(terms.groups)
         self._without: dict[int, frozenset[int]] = {}
         """Clock -> the replicas that every decision about it so far leaves out."""
+        self._of_sites: dict[tuple[int, int], dict[int | None, wire.Commit]] = {}
+        """(group, clock) -> site -> what the decision means there; None -> the decision itself."""
         self._next = 0
 
     def is_new(self, group: int, clock: int) -> bool:
@@ -345,6 +351,19 @@ class _Commits:
         if not group < len(self._decided):
             raise ProtocolError(f"group {group} has a commit, but there are {len(self._decided)} groups")
         return clock > self._decided[group]
+
+    def joined(self, commit: wire.Commit) -> tuple[Waits, tuple[int, ...]] | None:
+        """What a decision waited for, and whom it leaves out. None until it is known what it means for all sites."""
+        group = self._terms.groups[commit.group]
+        if not group.relayed:
+            return commit.waits, commit.excluded
+        known = self._of_sites.setdefault((group.number, commit.clock), {})
+        known[commit.site] = commit
+        if len(known) <= len(group.sites):
+            return None
+        del self._of_sites[group.number, commit.clock]
+        of_sites = (c.excluded for site, c in known.items() if site is not None)
+        return known[None].waits, tuple(sorted(replica for excluded in of_sites for replica in excluded))
 
     def take(self, group: int, clock: int, excluded: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
         """The clocks that all groups have decided now, and the replicas that each of these groups leaves out.

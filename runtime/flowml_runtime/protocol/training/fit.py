@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, TypedDict
 
+import msgspec
+
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
-from flowml_runtime.protocol.training import decision, home, pace, replica, stage
+from flowml_runtime.protocol.training import decision, home, pace, replica, site, stage
 from flowml_runtime.protocol.training.accounts import Settle, joined
 from flowml_runtime.protocol.training.actions import (
     Abandon,
@@ -19,8 +21,10 @@ from flowml_runtime.protocol.training.actions import (
     Close,
     Computed,
     Count,
+    Forward,
     Hand,
     Load,
+    PassOn,
     Publish,
     Received,
     Release,
@@ -36,7 +40,7 @@ from flowml_runtime.protocol.training.actions import (
 )
 from flowml_runtime.protocol.training.items import batch
 from flowml_runtime.protocol.training.portions import Portions
-from flowml_runtime.protocol.training.terms import Committed, Places, ReplicaLost, Terms
+from flowml_runtime.protocol.training.terms import Committed, Group, Places, ReplicaLost, Terms
 from flowml_runtime.protocol.training.terms import Tick as TimeCame
 
 At = tuple[int, int]
@@ -81,6 +85,14 @@ class Fit:
         paced = terms.paced if places.homes[0][0] == me else None
         self._pace = pace.Pace(terms, paced) if paced else None
         """Counts the microbatches of all replicas, if this worker does."""
+        self._relayed = [number for number in self._decisions if terms.groups[number].relayed]
+        """Those about sites that decide for themselves."""
+        self._sites = {
+            (group.number, number): site.Site(terms, group, number, began)
+            for group in terms.groups
+            for number in (places.led_by(me, group.stores[0]))
+        }
+        """The sites that this worker leads, by group and number."""
         self._now = began
         self._cause = 0
         """The number of the event that is processed."""
@@ -97,11 +109,14 @@ class Fit:
 
     def close(self) -> list[Action]:
         """End the run here, and drop everything that its home has gathered."""
-        return [Close(self.run, self._cause), *(Release(handle, self._cause) for handle in self._home.handles())]
+        gathered = (h for machine in (self._home, *self._sites.values()) for h in machine.handles())
+        return [Close(self.run, self._cause), *(Release(handle, self._cause) for handle in gathered)]
 
     def handle(self, event: StepFinished | Updated | Computed | Tick) -> list[Action]:
         if isinstance(event, Tick):
-            return [*self._decide(self._decisions, TimeCame()), *self._at_stages(self.stages, TimeCame())]
+            actions = self._decide(self._decisions, TimeCame())
+            actions += (a for at in self._sites for a in self._at_site(at, TimeCame()))
+            return [*actions, *self._at_stages(self.stages, TimeCame())]
         if isinstance(event, Updated):
             return self._at_home(home.Updated(event.store, event.replica, event.clock, event.applied))
         if isinstance(event, Computed):
@@ -109,11 +124,11 @@ class Fit:
         return self._at_stage((event.replica, event.stage), stage.StepFinished(event.clock))
 
     def lose(self, event: ReplicaLost) -> list[Action]:
-        """Make the home and the leader here stop waiting for a lost replica."""
-        return [*self._decide(self._decisions, event), *self._at_home(event), *self._at_pace(event)]
+        """Make the home and the leaders here stop waiting for a lost replica."""
+        return [*self._leave(event), *self._at_home(event), *self._at_pace(event)]
 
     def validate(self) -> None:
-        for machine in (*self.stages.values(), self._home, *self._decisions.values()):
+        for machine in (*self.stages.values(), self._home, *self._decisions.values(), *self._sites.values()):
             machine.validate()
         if self._pace is not None:
             self._pace.validate()
@@ -145,6 +160,9 @@ class Fit:
             message.empty,
             message.copy,
         )
+        if self._terms.stores[part.store].relayed and not message.of_site:
+            group = self._terms.group_of[part.store]
+            return self._at_site((group, self._terms.site_numbers[part.store][part.replica]), part)
         return self._at_home(part)
 
     def _arrived(self, message: wire.Arrived, _: Received) -> list[Action]:
@@ -160,6 +178,13 @@ class Fit:
         event = Committed(
             message.clock, message.excluded, message.group, message.coefficients, message.folded, message.copies
         )
+        group = self._terms.groups[message.group]
+        if message.site is not None:
+            sited = group.sites[message.site]
+            return self._at_stages([at for at in self.stages if at[0] in sited], event)
+        if group.relayed:
+            told = [action for at in self._sites if at[0] == group.number for action in self._at_site(at, event)]
+            return [*told, *self._at_home(event)]
         actions = self._at_stages(self.stages, event)
         return actions + self._at_home(event) if self._stores else actions
 
@@ -177,10 +202,15 @@ class Fit:
 
     def _published(self, message: wire.Published, event: Received) -> list[Action]:
         store, news, handle = message.store, (message.version, message.floor), event.handle
-        if self._terms.stores[store].collective and news <= self._shown.get(store, (-1, -1)):
+        terms = self._terms.stores[store]
+        if (terms.collective or terms.relayed) and news <= self._shown.get(store, (-1, -1)):
             return [] if handle is None else [Release(handle, self._cause)]
         self._shown[store] = news
         actions = self._at_stages(self.stages, stage.StorePublished(store, message.version, message.floor))
+        others = self._places.others(self._me, store)
+        if others:
+            passed = msgspec.structs.replace(message, cause=self._cause)
+            actions = [PassOn(others, passed, handle is not None), *actions]
         return actions if handle is None else [Show(store, message.version, handle, self._cause), *actions]
 
     def _applied(self, message: wire.Applied, _: Received) -> list[Action]:
@@ -188,9 +218,11 @@ class Fit:
         return self._at_stages(self._of(message.replica), event)
 
     def _retired(self, message: wire.Retired, _: Received) -> list[Action]:
+        if message.of_site:
+            return self._decide(self._relayed, decision.ReplicaRetired(message.replica))
         actions = self._at_home(home.StageRetired(message.replica, message.stage))
         if message.stage == 0:
-            actions += self._decide(self._decisions, decision.ReplicaRetired(message.replica))
+            actions += self._leave(decision.ReplicaRetired(message.replica))
             actions += self._at_stages(self._of(message.replica, following=True), stage.LeaderRetired())
         return actions
 
@@ -276,7 +308,7 @@ class Fit:
         stores = zip(self._terms.stores, self._places.homes, strict=True)
         told = [homes[0] for store, homes in stores if not store.clocked and at[1] in store.stages]
         if at[1] == 0:
-            told += [*self._places.stages[at[0]][1:], *self._leaders]
+            told += [*self._places.stages[at[0]][1:], *(self._leader_of(g, at[0]) for g in self._terms.groups)]
         message = wire.Retired(**self._ids, replica=at[0], stage=at[1])
         if told:
             actions.append(Send(tuple(dict.fromkeys(told)), message))
@@ -304,7 +336,8 @@ class Fit:
                         rest: dict[str, Any] = {"coefficients": coefficients, "folded": folded, "waits": waits}
                         what: dict[str, Any] = {"clock": clock, "excluded": excluded, "group": group, "copies": copies}
                         commit = wire.Commit(**self._ids, **what, **rest)
-                        actions.append(Send((*self._places.workers, self._driver), commit))
+                        told = self._places.told_commits(self._terms.groups[group])
+                        actions.append(Send((*told, self._driver), commit))
         return actions
 
     def _tell_computed(self, at: At) -> list[Action]:
@@ -323,6 +356,47 @@ class Fit:
             late = dict.fromkeys(self._places.stages[r][self._terms.cuts_at] for r in halt.replicas)
             found.append(Send(tuple(late), wire.Halt(**self._ids, clock=halt.clock)))
         return found
+
+    def _leader_of(self, group: Group, replica: int) -> str:
+        """The worker that decides about the work of a replica."""
+        if group.relayed:
+            return self._places.relay(self._terms.site_of(group.stores[0], replica))
+        return self._leaders[group.number]
+
+    def _leave(self, event: decision.ReplicaRetired | ReplicaLost) -> list[Action]:
+        """A replica is retired or lost: tell those that decide about its work here."""
+        actions = self._decide([g for g in self._decisions if g not in self._relayed], event)
+        return [*actions, *(action for at in self._sites for action in self._at_site(at, event))]
+
+    def _at_site(self, at: tuple[int, int], event: site.Event) -> list[Action]:
+        machine = self._sites.get(at)
+        if machine is None:
+            raise ProtocolError(f"{self._me} hears of site {at[1]}, which it does not lead")
+        group, actions = self._terms.groups[at[0]], list[Action]()
+        for made in machine.step(event, self._now):
+            match made:
+                case site.Forward():
+                    actions.append(self._forward(machine.leader, made))
+                case Committed(clock, excluded, _, _, folded):
+                    what: dict[str, Any] = {"clock": clock, "excluded": excluded, "folded": folded}
+                    commit = wire.Commit(**self._ids, group=group.number, site=at[1], waits=made.waits, **what)
+                    actions.append(Send((*self._places.site_workers(machine.members), self._driver), commit))
+                case home.Release(handle):
+                    actions.append(Release(handle, self._cause))
+                case decision.Wake(when):
+                    actions.append(Wake(self.run, when, self._cause))
+                case site.SiteLeft():
+                    left = wire.Retired(**self._ids, replica=machine.leader, of_site=True)
+                    actions.append(Send((self._leaders[group.number],), left))
+        return actions
+
+    def _forward(self, leader: int, made: site.Forward) -> Action:
+        """The sum of a site on its way to the home. An empty one has no arrays."""
+        ids: dict[str, Any] = {**self._ids, "store": made.store, "replica": leader, "incarnation": 0, "of_site": True}
+        about: dict[str, Any] = {"clock": made.clock, "base_version": made.base_version, "weight": made.weight}
+        parts = range(len(self._terms.stores[made.store].stages))
+        messages = (wire.Contribution(**ids, **about, part=part, empty=not made.weight) for part in parts)
+        return Forward(self._places.homes[made.store][0], tuple(messages), made.contributions)
 
     def _at_home(self, event: home.Event) -> list[Action]:
         cause, ids, places = self._cause, self._ids, self._places

@@ -280,7 +280,7 @@ class Home:
                 raise ProtocolError(f"the late contribution of replica {replica} at clock {earlier} is not there")
             chosen.append((gathering, late_rule.decay ** (clock - earlier)))
             store.owed[replica] = {c for c in store.owed.get(replica, ()) if c > earlier}
-        living: int | None = len(taken) + sum(replica not in self._lost for replica in excluded)
+        living: list[int] | None = [r for r in store.senders if r not in excluded or r not in self._lost]
         if store.terms.policy.local:
             living = (
                 None  # the mean is one over the steps that are here: a late change counts by its steps when it comes
@@ -298,12 +298,12 @@ class Home:
         return [*rest, *self._apply(index, used, exact=True)]
 
     def _apply(
-        self, index: int, chosen: list[tuple[Gathering, float]], *, living: int | None = None, exact: bool = False
+        self, index: int, chosen: list[tuple[Gathering, float]], *, living: list[int] | None = None, exact: bool = False
     ) -> list[Action]:
         """Apply the contributions that have weight, and publish. The caller has set the floor.
 
         Each comes with a factor of its coefficient, or with the coefficient itself if `exact`. A mean is one over the
-        contributions that are here, or over those of `living` replicas.
+        contributions that are here, or over those of all `living` senders.
         """
         store = self._stores[index]
         full = [(g, factor) for g, factor in chosen if g.weight]
@@ -315,7 +315,7 @@ class Home:
         factors = [factor for _, factor in full]
         if not exact:
             weights = [g.weight for g, _ in full]
-            absent = 0 if living is None else (living - len(full)) * max(weights)
+            absent = 0 if living is None else store.absent((g for g, _ in full), living)
             each = store.terms.policy.coefficients(weights, self._terms.microbatches, absent)
             factors = [c * factor for c, factor in zip(each, factors, strict=True)]
         contributions = tuple((g.handles(), c) for (g, _), c in zip(full, factors, strict=True))

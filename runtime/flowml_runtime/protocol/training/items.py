@@ -23,7 +23,7 @@ def batch(terms: Terms, *, fed: bool) -> int:
     It is LOOK_AHEAD if items are costly to hold: if their data come with them, if a late item goes to the next replica
     that asks, if replicas share the items by their speed, and in a short run.
     """
-    requeues = any(isinstance(g.quorum.late, Requeue) for g in terms.groups)
+    requeues = any(isinstance(g.late, Requeue) for g in terms.groups)
     if fed or requeues or not terms.aligned:
         return LOOK_AHEAD
     return max(LOOK_AHEAD, min(MOST_AHEAD, terms.total_clocks // MOST_AHEAD))

@@ -221,7 +221,7 @@ class Replica:
         if clock <= self._committed[group]:
             return []
         self._committed[group] = clock
-        included = not event.leaves_out(self._terms.groups[group].sender_of(self._me))
+        included = not event.leaves_out(self._terms.counted_as(self._terms.groups[group], self._me))
         if included and clock > self._begun and self._terms.groups[group].drops:
             if self._leads:
                 raise ProtocolError(f"clock {clock} is committed with replica {self._me}, which has not begun it")

@@ -20,7 +20,7 @@ def may_be_stale(store: StoreTerms) -> bool:
     """
     policy = store.policy
     return not store.collective and (
-        policy.staleness > 0 or policy.every.delay > 0 or isinstance(policy.quorum.late, Fold) or scales(policy.apply)
+        policy.staleness > 0 or policy.every.delay > 0 or isinstance(policy.late, Fold) or scales(policy.apply)
     )
 
 

@@ -37,6 +37,10 @@ class Gathering(msgspec.Struct):
     parts: dict[int, ContributionReceived] = {}
 
     @property
+    def replica(self) -> int:
+        return next(iter(self.parts.values())).replica
+
+    @property
     def weight(self) -> int:
         """The weight of each part; 0 if one part is empty."""
         return min(p.weight for p in self.parts.values())
@@ -70,6 +74,14 @@ class Store:
     """If the store is not clocked: (replica, clock) -> a complete contribution that waits for the quorum of others."""
     retired: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
     finished: bool = False
+
+    def absent(self, full: Iterable[Gathering], living: Iterable[int]) -> int:
+        """The weight of the `living` senders of a clock without that of the contributions that are here, where each
+        replica counts alike: the most that one here has."""
+        sizes = {site[0]: len(site) for site in self.terms.sites}
+        here = [(sizes.get(g.replica, 1), g.weight) for g in full]
+        each = max(weight / size for size, weight in here)
+        return round(each * (sum(sizes.get(r, 1) for r in living) - sum(size for size, _ in here)))
 
     def is_complete(self, contribution: Gathering) -> bool:
         return len(contribution.parts) == len(self.terms.stages)

@@ -75,6 +75,8 @@ def said(message: wire.Wire | wire.TrainingMessage) -> str:
         case wire.Settled(replica=replica, fates=fates, missing=missing):
             without = f" without {_many('group', missing)}" if missing else ""
             return ", ".join(f"item {i.sequence} of replica {replica} is {fate}{without}" for i, fate in fates)
+        case wire.Retired(replica=replica, of_site=True):
+            return f"the site of replica {replica} has retired"
         case wire.Retired(replica=replica, stage=stage):
             return f"stage {stage} of replica {replica} has retired"
         case wire.Report(replica=replica, clock=clock):
@@ -85,12 +87,14 @@ def said(message: wire.Wire | wire.TrainingMessage) -> str:
 
 def _said_of_store(message: wire.Wire | wire.TrainingMessage) -> str:
     match message:
+        case wire.Contribution(store=store, part=part, replica=replica, clock=clock, of_site=True):
+            return f"the site of replica {replica} gives part {part} of store {store} at clock {clock}"
         case wire.Contribution(store=store, part=part, replica=replica, clock=clock):
             return f"replica {replica} gives part {part} of store {store} at clock {clock}"
         case wire.Arrived(store=store, replica=replica, clock=clock):
             return f"replica {replica} is complete at store {store} at clock {clock}"
-        case wire.Commit(clock=clock, excluded=excluded, group=group, folded=folded):
-            of = f" for group {group}" if group else ""
+        case wire.Commit(clock=clock, excluded=excluded, group=group, folded=folded, site=site):
+            of = (f" for group {group}" if group else "") + ("" if site is None else f" at site {site}")
             late = "".join(f" and clock {c} of replica {r}" for r, c in folded)
             whose = f"without {_many('replica', excluded)}" if excluded else "with all"
             return f"clock {clock} is committed{of} {whose}{late}"
@@ -173,6 +177,11 @@ def _wants_of_store(action: actions.Action | driver.Action) -> str:
         case actions.Apply(store, version, contributions):
             weights = ", ".join(f"{factor:g}" for _, factor in contributions)
             return f"makes version {version} of store {store} from {len(contributions)} contributions × {weights}"
+        case actions.Forward(to, messages, contributions):
+            store, clock = messages[0].store, messages[0].clock
+            return f"sends {to} the sum of {len(contributions)} contributions to store {store} at clock {clock}"
+        case actions.PassOn(to, message):
+            return f"passes on to {', '.join(to)}: {said(message)}"
         case actions.Publish(store, version, floor, value, to):
             if not value:
                 return f"tells {', '.join(to)}: store {store} is {_floor(floor)}"

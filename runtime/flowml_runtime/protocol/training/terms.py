@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import msgspec
@@ -18,10 +18,14 @@ from flowml.devices import worker_of
 from flowml.plan import StoreSpec, Training
 from flowml.policy import UNBOUNDED, Completion, Deadline, Every, Fold, Gossip, Policy, Quorum, Speculate, cutting
 from flowml.policy.filters import feeds_back
+from flowml.policy.late import Drop, Late
 from flowml.policy.waits import Waits
+from flowml_runtime.protocol.errors import ProtocolError
 
 RETIRED = 2**53 - 1
 """The clock of a replica that is no longer waited for: the largest that a message can carry."""
+
+Sites = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class StoreTerms:
     def senders(self, members: int) -> Sequence[int]:
         """Which of so many replicas, or portions, are counted, in order."""
         return tuple(site[0] for site in self.sites) or range(members)
+
+    @cached_property
+    def relayed(self) -> bool:
+        """Whether the leader of each site gathers contributions, and passes on values and decisions (see `site`)."""
+        return bool(self.sites) and self.policy.site_quorum is not None
 
     @cached_property
     def clocked(self) -> bool:
@@ -82,15 +91,30 @@ class Group:
     the global ones instead."""
     sites: tuple[tuple[int, ...], ...] = ()
     """As in `StoreTerms`."""
-
-    def sender_of(self, replica: int) -> int:
-        """The replica whose contributions contain the work of this one."""
-        return next((site[0] for site in self.sites if replica in site), replica) if self.sites else replica
+    site_quorum: Quorum | Deadline | None = None
+    """What completes the sum of a site, where its leader decides that. Its replicas get decisions about themselves."""
+    late: Late = field(default_factory=Drop)
+    """What becomes of late work of a replica, at whichever level it is late."""
+    what: str = ""
+    """What the decision is about, for errors; "" for the whole fit."""
 
     @cached_property
     def folds(self) -> bool:
         """Whether late contributions join a later clock."""
-        return isinstance(self.quorum.late, Fold)
+        return isinstance(self.late, Fold)
+
+    @property
+    def relayed(self) -> bool:
+        """Whether there are decisions at each site."""
+        return self.site_quorum is not None
+
+    def at_site(self, number: int) -> Group:
+        """The group among the replicas of one site, whose decisions say what the sum of the site contains."""
+        site, quorum = self.sites[number], self.site_quorum
+        if quorum is None:
+            raise ProtocolError(f"the sites of group {self.number} decide nothing")
+        drops, what = not quorum.never_drops(len(site)), f" of site {number}, which replica {site[0]} leads,"
+        return Group(self.number, quorum, self.every, self.stores, drops, site, late=self.late, what=what)
 
 
 @dataclass(frozen=True)
@@ -162,19 +186,45 @@ class Terms:
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The groups of stores with decisions, in the order of their first stores."""
-        found: dict[tuple[Completion, Every, bool, tuple[tuple[int, ...], ...]], list[int]] = {}
+        found: dict[tuple[Completion, Quorum | Deadline | None, Every, bool, Sites], list[int]] = {}
         for number, store in enumerate(self.stores):
             if store.decided:
-                quorum = store.policy.quorum
-                drops = not quorum.never_drops(len(store.sites) or self.replicas)
-                discards = drops and store.policy.local and not isinstance(quorum.late, Fold)
-                found.setdefault((quorum, store.policy.every, discards, store.sites), []).append(number)
+                policy, sites = store.policy, store.sites
+                inside = policy.site_quorum if sites else None
+                discards = self._may_drop(store) and policy.local and not isinstance(policy.late, Fold)
+                found.setdefault((policy.quorum, inside, policy.every, discards, sites), []).append(number)
         groups: list[Group] = []
-        for number, ((quorum, every, discards, sites), stores) in enumerate(found.items()):
-            senders = self.stores[stores[0]].senders(self.members)
-            drops = not quorum.never_drops(len(sites) or self.replicas)
-            groups.append(Group(number, quorum, every, tuple(stores), drops, senders, discards, sites))
+        for number, ((quorum, inside, every, discards, sites), stores) in enumerate(found.items()):
+            first = self.stores[stores[0]]
+            senders, drops, late = first.senders(self.members), self._may_drop(first), first.policy.late
+            groups.append(Group(number, quorum, every, tuple(stores), drops, senders, discards, sites, inside, late))
         return tuple(groups)
+
+    def _may_drop(self, store: StoreTerms) -> bool:
+        """Whether a decision about the store, at any level, may leave a replica out."""
+        policy, inside = store.policy, store.policy.site_quorum
+        if not policy.quorum.never_drops(len(store.sites) or self.replicas):
+            return True
+        return inside is not None and any(not inside.never_drops(len(site)) for site in store.sites)
+
+    @cached_property
+    def site_numbers(self) -> dict[int, tuple[int, ...]]:
+        """For each store with sites, the number of the site of each replica."""
+        found: dict[Sites, tuple[int, ...]] = {}
+        for sites in {store.sites for store in self.stores if store.sites}:
+            numbers = {replica: number for number, site in enumerate(sites) for replica in site}
+            found[sites] = tuple(map(numbers.__getitem__, range(self.replicas)))
+        return {number: found[store.sites] for number, store in enumerate(self.stores) if store.sites}
+
+    def site_of(self, store: int, replica: int) -> tuple[int, ...]:
+        """The replicas of the site of `replica`."""
+        return self.stores[store].sites[self.site_numbers[store][replica]]
+
+    def counted_as(self, group: Group, replica: int) -> int:
+        """The replica by whose number a commit says whether it includes the work of `replica`."""
+        if not group.sites or group.relayed:
+            return replica
+        return self.site_of(group.stores[0], replica)[0]
 
     @cached_property
     def group_of(self) -> dict[int, int]:
@@ -194,7 +244,7 @@ class Terms:
     @cached_property
     def sums(self) -> bool:
         """Whether replicas add up the gradients of some store, so that each of them must run every clock."""
-        return any(s.collective or s.sites for s in self.stores)
+        return any(s.collective or (s.sites and not s.relayed) for s in self.stores)
 
     @cached_property
     def summed_at(self) -> tuple[tuple[int, ...], ...]:
@@ -299,20 +349,50 @@ class Places:
 
     `stages[r][s]` runs stage s of replica r. `homes[i]` are the workers that hold store i; the value at the first is
     the result of the run. `readers[i][home]` are the workers to which `home` publishes store i.
+
+    If the sites of store i decide for themselves, the workers of the leaders' first stages do that: `leads[i][worker]`
+    are the numbers of the sites of one, and `passes_on[i][worker]` the workers to which it passes on what it gets.
     """
 
     stages: tuple[tuple[str, ...], ...]
     homes: tuple[tuple[str, ...], ...]
     readers: tuple[Mapping[str, tuple[str, ...]], ...]
+    leads: tuple[Mapping[str, tuple[int, ...]], ...] = ()
+    passes_on: tuple[Mapping[str, tuple[str, ...]], ...] = ()
 
     @staticmethod
     def of(training: Training) -> Places:
         homes = tuple(_workers(s.copies) for s in training.stores)
         readers = tuple(
-            {home: _workers(_told(s, home, len(training.replicas))) for home in homes[i]}
+            {home: _workers(_told(s, home, training.replicas)) for home in homes[i]}
             for i, s in enumerate(training.stores)
         )
-        return Places(tuple(tuple(map(worker_of, devices)) for devices in training.replicas), homes, readers)
+        stages = tuple(tuple(map(worker_of, devices)) for devices in training.replicas)
+        leads = tuple(_leads(s, stages) for s in training.stores)
+        return Places(stages, homes, readers, leads, tuple(_passes_on(s, stages) for s in training.stores))
+
+    def led_by(self, worker: str, store: int) -> tuple[int, ...]:
+        """The numbers of the sites of a store for which this worker decides."""
+        return self.leads[store].get(worker, ()) if self.leads else ()
+
+    def others(self, worker: str, store: int) -> tuple[str, ...]:
+        """The workers to which this one passes on what it gets of a store."""
+        return self.passes_on[store].get(worker, ()) if self.passes_on else ()
+
+    def relay(self, site: Sequence[int]) -> str:
+        """The worker that gathers, decides and passes on for a site."""
+        return self.stages[site[0]][0]
+
+    def site_workers(self, site: Sequence[int]) -> tuple[str, ...]:
+        """The workers that run the replicas of a site."""
+        return tuple(dict.fromkeys(worker for replica in site for worker in self.stages[replica]))
+
+    def told_commits(self, group: Group) -> tuple[str, ...]:
+        """The workers that get the decisions of a group. Those of sites pass them on."""
+        if not group.relayed:
+            return self.workers
+        homes = (worker for store in group.stores for worker in self.homes[store])
+        return tuple(dict.fromkeys((*map(self.relay, group.sites), *homes)))
 
     @cached_property
     def workers(self) -> tuple[str, ...]:
@@ -345,10 +425,30 @@ class Places:
         return {worker: tuple(stores) for worker, stores in found.items()}
 
 
-def _told(store: StoreSpec, home: str, replicas: int) -> Iterable[str]:
+def _leads(store: StoreSpec, stages: Sequence[Sequence[str]]) -> dict[str, tuple[int, ...]]:
+    """For the first worker of each leader, the numbers of its sites."""
+    found: dict[str, list[int]] = {}
+    for number, site in enumerate(store.sites if store.relayed else ()):
+        found.setdefault(stages[site.replicas[0]][0], []).append(number)
+    return {worker: tuple(numbers) for worker, numbers in found.items()}
+
+
+def _passes_on(store: StoreSpec, stages: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """For the first worker of each leader, the other workers of its sites that read the store."""
+    found: dict[str, dict[str, None]] = {}
+    for site in store.sites if store.relayed else ():
+        relay = stages[site.replicas[0]][0]
+        readers = (worker_of(r) for n in site.replicas for r in store.read_by(n, len(stages)))
+        found.setdefault(relay, {}).update(dict.fromkeys(r for r in readers if r != relay))
+    return {relay: tuple(readers) for relay, readers in found.items()}
+
+
+def _told(store: StoreSpec, home: str, replicas: Sequence[Sequence[str]]) -> Iterable[str]:
     """The readers to which a home publishes. Where sites share one home, their leaders tell the others."""
+    if store.relayed:
+        return (replicas[site.replicas[0]][0] for site in store.sites)
     if store.sites and not store.collective:
-        return (reader for leader in store.leaders for reader in store.read_by(leader, replicas))
+        return (reader for leader in store.leaders for reader in store.read_by(leader, len(replicas)))
     return store.read_from([copy for copy in store.copies if worker_of(copy) == home])
 
 

@@ -133,6 +133,8 @@ class TrainingWorker:
             weight=weight,
             specs=specs,
         )
+        if self._rules.stores[store].relayed:
+            return Send((self._places.relay(self._rules.site_of(store, start.replica)),), message)
         return Send(self._places.homes[store][:1], message)
 
     def validate(self) -> None:

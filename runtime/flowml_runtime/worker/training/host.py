@@ -31,6 +31,7 @@ from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.worker.training.exchange.agreement import Agreement
 from flowml_runtime.worker.training.exchange.reductions import Reductions
+from flowml_runtime.worker.training.exchange.relays import Relays
 from flowml_runtime.worker.training.homes import Homes
 from flowml_runtime.worker.training.run import Run, StoreView
 from flowml_runtime.worker.training.stage_runner import StageRunner
@@ -147,13 +148,15 @@ class TrainingHost:
             return protocol.Received(peer, message)
         handle = next(self._handles)
         self.payloads[handle] = arrays
-        if isinstance(message, wire.Contribution) and self._filtered(message.store):
+        if isinstance(message, wire.Contribution) and self._filtered(message):
             self.contributions[handle] = message
         return protocol.Received(peer, message, handle)
 
-    def _filtered(self, store: int) -> bool:
-        stores = self._plan.training.stores if self._plan.training else ()
-        return store < len(stores) and bool(stores[store].policy.home_filters)
+    def _filtered(self, message: wire.Contribution) -> bool:
+        """Whether a home decodes it. What replicas send to the leader of their site is not encoded."""
+        stores, store = self._plan.training.stores if self._plan.training else (), message.store
+        encoded = store < len(stores) and (message.of_site or not stores[store].relayed)
+        return encoded and bool(stores[store].policy.home_filters)
 
     def _step(self, event: protocol.Event) -> None:
         with self.changed:
@@ -236,6 +239,7 @@ class _Fit:
         self._payloads = host.payloads
         agreement = Agreement(run, self.reductions.group, host.fail)
         self._homes = Homes(run, host.programs, host.payloads, host.contributions, agreement, host.fail)
+        self._relays = Relays(run, host.payloads, host.fail)
         self._stages = {
             (r, s): StageRunner(run, host, (r, s), host.programs[run.training.replicas[r][s]], self.reductions)
             for r, s in Places.of(run.training).stages_on(run.me)
@@ -248,6 +252,7 @@ class _Fit:
         for stage in self._stages.values():
             stage.stop()
         self._homes.close()
+        self._relays.close()
         self.reductions.close()
 
     def at_once(self, action: protocol.Action) -> bool:
@@ -295,6 +300,10 @@ class _Fit:
                     run.send(worker, message)
             case protocol.Load() | protocol.Apply() | protocol.Publish() | protocol.Return():
                 pass  # `stores` has queued it
+            case protocol.Forward():
+                self._relays.forward(action)
+            case protocol.PassOn():
+                self._relays.pass_on(action)
             case protocol.TellTraffic(cause):
                 run.send(run.driver, run.traffic(cause))
             case protocol.Hand(peer, wire.Collective() as message, handle):

@@ -82,7 +82,7 @@ class StageRunner(EdgeServices):
         self._members = {
             s: Member(run, s, stage, self.replica, site)
             for s, store in enumerate(run.training.stores)
-            if (site := store.site_of(self.replica)) and len(site.replicas) > 1
+            if not store.relayed and (site := store.site_of(self.replica)) and len(site.replicas) > 1
         }
         """By store the place of this replica in its site, if others are there."""
         self._neighbours = {
@@ -411,12 +411,15 @@ class StageRunner(EdgeServices):
         if self.run.start.on_nonfinite != "apply" and not all_finite(counts):
             self.run.refuse(message.store, message.clock, (self.replica,), f"which replica {self.replica} sends")
             message, arrays = msgspec.structs.replace(message, weight=0, empty=True, specs=()), ()
-        elif self._encoder.filters(message.store):
+        elif self._encoder.filters(message.store) and not training.stores[message.store].relayed:
             message, arrays = self._encoder.encode(message, arrays, parameters)
         nbytes = sum(spec.nbytes for spec in message.specs)
-        for home in contribution.to:
-            self.run.count_push(message.store, message.part, nbytes, home)
-            self.run.send(home, message, arrays)
+        for to in contribution.to:
+            if not training.stores[message.store].relayed:
+                self.run.count_push(message.store, message.part, nbytes, to)
+            elif to != self.run.me:  # the leader counts the push of the site
+                self.run.count_crossing(message.store, nbytes)
+            self.run.send(to, message, arrays)
 
     def _reduce(self, push: Callable[..., None], given: Given, gradients: Gradients) -> None:
         push(given, host_view(gradients.result(self.deadline_s), self.loaded.device))

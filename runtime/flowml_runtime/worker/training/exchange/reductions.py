@@ -11,8 +11,10 @@ order of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -79,6 +81,9 @@ class Reductions:
         """(store, part) -> the bucket of the sum that homes apply."""
         self._inside: dict[tuple[int, int, int], _Bucket] = {}
         """(store, part, replica) -> the bucket of its site."""
+        self._queued: dict[int, deque[Callable[[], None]]] = {}
+        """Bucket -> the sum that is under way, and those that begin after it: a replica gets the values of the next
+        step by another way than the sum, and may push before its own part in the sum is over."""
         self._open()
 
     def _open(self) -> None:
@@ -143,13 +148,36 @@ class Reductions:
                     return
                 own = self._waiting.pop(key)
             arrays = [sum_of([np.asarray(own[r][i]) for r in bucket.replicas]) for i in range(len(arrays))]
+        start = partial(self._start, bucket, given, own, arrays)
+        with self._run.changed:
+            queued = self._queued.setdefault(bucket.number, deque())
+            queued.append(start)
+            if len(queued) > 1:
+                return
+        start()
+
+    def _start(
+        self, bucket: _Bucket, given: Given, own: Mapping[int, Sequence[Array]], arrays: Sequence[Array]
+    ) -> None:
         began = now_ns()
         try:
             future = bucket.group.all_reduce(bucket.number, given.clock, arrays, bucket.schedule)
         except FlowmlError as error:
             self._failed(given, error)
         else:
-            future.when_done(lambda done: self._done(bucket, given, own, began, done))
+            future.when_done(lambda done: self._end(bucket, given, own, began, done))
+
+    def _end(
+        self, bucket: _Bucket, given: Given, own: Mapping[int, Sequence[Array]], began: int, done: Future[Any]
+    ) -> None:
+        """Hand the sum on, and start the next one of this bucket, if it was pushed meanwhile."""
+        self._done(bucket, given, own, began, done)
+        with self._run.changed:
+            queued = self._queued[bucket.number]
+            queued.popleft()
+            following = queued[0] if queued else None
+        if following is not None:
+            following()
 
     def on_message(self, peer: str, message: wire.Collective, arrays: Sequence[Array]) -> None:
         """Process a chunk. Does not wait."""

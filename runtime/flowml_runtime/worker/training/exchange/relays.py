@@ -1,0 +1,99 @@
+"""Does the work of the leaders of sites that decide for themselves: sends sums to homes, and passes values on.
+
+    replicas of a site -> Contribution -> the leader's worker: sum -> Contribution -> home
+    home -> Published -> the leader's worker -> Published -> the workers of its site
+
+The machine (`protocol.training.site`) says what a sum contains. Sums are added on a lane, so that control messages do
+not wait for a large layer, and whether the leader's own step is late does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import msgspec
+import numpy as np
+
+from flowml_runtime import wire
+from flowml_runtime.execution.lane import Lane
+from flowml_runtime.execution.programs import Array
+from flowml_runtime.protocol.training.actions import Forward, PassOn
+from flowml_runtime.worker.training.exchange.reductions import sum_of
+from flowml_runtime.worker.training.filtered import Encoder
+from flowml_runtime.worker.training.publisher import Arrays, Publisher
+from flowml_runtime.worker.training.run import Fault, Run
+
+Given = Sequence[tuple[Sequence[Sequence[Array]], float]]
+"""The arrays of each part of each contribution, and its factor."""
+
+
+class Relays:
+    """The sites that one worker leads, in one run. The machine's thread calls it; it never waits."""
+
+    def __init__(self, run: Run, payloads: dict[int, Sequence[Array]], on_fault: Fault) -> None:
+        self._run = run
+        self._payloads = payloads
+        self._on_fault = on_fault
+        self._encoders: dict[int, Encoder] = {}
+        """By leader."""
+        self._lane = Lane(f"{run.me} sites run {run.number}")
+        self._publisher = Publisher(f"{run.me} sites run {run.number}", self._send, partial(self._fail, 0, "publish"))
+
+    def forward(self, action: Forward) -> None:
+        """Add up contributions, and send the sum."""
+        store, clock = action.parts[0].store, action.parts[0].clock
+        given = [([self._payloads.pop(h) for h in handles], factor) for handles, factor in action.contributions]
+        parameters = self._run.stores[store].values if store in self._run.stores else None
+        name = f"store {self._run.training.stores[store].name}"
+        job = partial(self._forward, action, given, parameters)
+        self._lane.put(job, partial(self._fail, self._run.step_of(clock), name))
+
+    def pass_on(self, action: PassOn) -> None:
+        """Send the version that is shown here, or news of it, to the site."""
+        store, message = action.message.store, action.message
+        values = self._run.stores[store].values if action.value else ()
+        for worker in action.to:
+            self._publisher.publish(worker, message, values)
+
+    def close(self) -> None:
+        """Drop the queued work, and end the threads after their current job. Does not wait. Idempotent."""
+        self._lane.close()
+        self._publisher.close()
+
+    def _forward(self, action: Forward, given: Given, parameters: Sequence[Array] | None) -> None:
+        run = self._run
+        for message in action.parts:
+            arrays: Sequence[Array] = ()
+            if given:
+                arrays = weighted_sum([(parts[message.part], factor) for parts, factor in given])
+                specs = run.training.stores[message.store].parts[message.part].payload
+                message = msgspec.structs.replace(message, specs=specs)
+                encoder = self._encoder(message.replica)
+                if encoder.filters(message.store):
+                    message, arrays = encoder.encode(message, arrays, parameters)
+            run.count_push(message.store, message.part, sum(s.nbytes for s in message.specs), action.to)
+            run.send(action.to, message, arrays)
+
+    def _encoder(self, leader: int) -> Encoder:
+        if leader not in self._encoders:
+            found = self._encoders[leader] = Encoder(self._run.training.stores, leader, self._run.start.seed)
+            self._run.encoders.append(found)
+        return self._encoders[leader]
+
+    def _send(self, worker: str, message: wire.Published, arrays: Arrays, timeout_s: float | None) -> None:
+        self._run.send(worker, message, arrays, timeout_s)
+        self._run.count_publish(message.store, sum(s.nbytes for s in message.specs), worker)
+
+    def _fail(self, step: int, node: str, error: BaseException) -> None:
+        if not self._run.stopped:
+            self._on_fault(max(step, self._run.number), node, error)
+
+
+def weighted_sum(given: Sequence[tuple[Sequence[Array], float]]) -> list[Array]:
+    """The sum of lists of arrays, each times its factor."""
+    terms = [[np.asarray(a) for a in arrays] for arrays, _ in given]
+    for term, (_, factor) in zip(terms, given, strict=True):
+        if factor != 1:
+            term[:] = [(a * np.asarray(factor, np.promote_types(a.dtype, np.float32))).astype(a.dtype) for a in term]
+    return terms[0] if len(terms) == 1 else [sum_of([term[i] for term in terms]) for i in range(len(terms[0]))]

@@ -1,0 +1,99 @@
+"""Any two topologies nested: each pair trains as it should, for real and in virtual time, or is refused with a reason.
+
+Each layer of one model has a pair of its own, so that one fit tests them all.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+from tests.training.test_gossip import averaged
+
+LOCAL = (fm.ParameterServer(), fm.AllReduce(), fm.Ring(), fm.Tree(2))
+REMOTE = LOCAL
+UNSOUND = (fm.Gossip("ring"), fm.SharedMemory())
+SITES: tuple[Any, ...] = (((0, 1, 2), (3,)), ((0, 1), (2, 3)))
+GRAPH = [[0.75, 0.25], [0.25, 0.75]]
+STEPS, BATCH, WIDTH = 3, 16, 6
+RATE = 0.3
+X = np.random.default_rng(0).normal(size=(STEPS * BATCH, WIDTH)).astype(np.float32)
+SOURCE = {"x": X, "y": np.tanh(X @ np.random.default_rng(1).normal(size=(WIDTH, 2)).astype(np.float32))}
+FAST = fm.sim.Network(latency_s=1e-4, bytes_per_s=1e9)
+
+
+def loss(params: Any, batch: Any) -> Any:
+    x = batch["x"]
+    for name in sorted(params):
+        x = x + jnp.tanh(x @ params[name]) / len(params)
+    return jnp.mean((x[:, :2] - batch["y"]) ** 2)
+
+
+def layers(count: int) -> dict[str, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), count)
+    return {f"layer{i:02}": jax.random.normal(key, (WIDTH, WIDTH)) / 3 for i, key in enumerate(keys)}
+
+
+def share(step: int, replica: int) -> dict[str, np.ndarray]:
+    first = step * BATCH + replica * BATCH // 4
+    return {k: v[first : first + BATCH // 4] for k, v in SOURCE.items()}
+
+
+def gossip_of_sites(params: Any, sites: Any) -> Any:
+    """Two sites that average their parameters at each step, before they add their own gradients' steps."""
+    own = [params, params]
+    for step in range(STEPS):
+        gradients = [
+            averaged([1 / len(site)] * len(site), [jax.grad(loss)(p, share(step, r)) for r in site])
+            for p, site in zip(own, sites, strict=True)
+        ]
+        mixed = [averaged(weights, own) for weights in GRAPH]
+        own = [jax.tree.map(lambda p, g: p - RATE * g, p, g) for p, g in zip(mixed, gradients, strict=True)]
+    return averaged([0.5, 0.5], own)
+
+
+def synchronous(params: Any) -> Any:
+    for step in range(STEPS):
+        rows = {k: v[step * BATCH : (step + 1) * BATCH] for k, v in SOURCE.items()}
+        params = jax.tree.map(lambda p, g: p - RATE * g, params, jax.grad(loss)(params, rows))
+    return params
+
+
+@pytest.mark.parametrize("kind", ["sums", "gossip"])
+def test_each_pair_equals_the_loop_that_defines_it(threads_cluster: fm.Cluster, kind: str) -> None:
+    if kind == "sums":
+        nested = [fm.Hierarchy(a, b, SITES[i % 2]) for i, (a, b) in enumerate(product(LOCAL, REMOTE))]
+    else:
+        nested = [fm.Hierarchy(a, fm.Gossip(GRAPH), SITES[1]) for a in LOCAL]
+    params = layers(len(nested))
+    policies = {f"layer{i:02}": fm.Policy(topology=topology) for i, topology in enumerate(nested)}
+    expected = synchronous(params) if kind == "sums" else gossip_of_sites(params, SITES[1])
+    found = []
+    for cluster in (threads_cluster, fm.SimulatedCluster(4, fm.sim.Constant(0.1), FAST)):
+        trainer = fm.Trainer(loss, optax.sgd(RATE), cluster=cluster, replicas=4, policies=policies)
+        found.append(trainer.fit(params, SOURCE, batch_size=BATCH, steps=STEPS, shuffle=False))
+        for name, value in found[-1].params.items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-5, err_msg=str(policies[name]))
+    for name in params:
+        np.testing.assert_array_equal(found[0].params[name], found[1].params[name])
+
+
+@pytest.mark.parametrize(
+    ("local", "remote"),
+    [*product(UNSOUND, (*REMOTE, *UNSOUND)), *product(LOCAL, UNSOUND[1:])],
+    ids=lambda t: type(t).__name__,
+)
+def test_other_pairs_are_refused_with_the_reason(local: Any, remote: Any) -> None:
+    why = {
+        fm.Gossip: "its replicas hold equal parameters",
+        fm.SharedMemory: "no step at whose end the site has",
+    }.get(type(local), "share no memory")
+    with pytest.raises(fm.PolicyError, match=f"is not sound: .*{why}.*; give "):
+        fm.Hierarchy(local, remote)
