@@ -10,6 +10,7 @@ value in a special case, 1973).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -62,13 +63,10 @@ def waits(
     first, last = arrived[0][1], arrived[-1][1]
     middle = arrived[min((members - 1) // 2, len(arrived) - 1)][1]
     took = max(middle - start, 0.0)
-    bound = middle + max(min(SPREADS * (middle - first), took), SHARE * took)
-    on_time = len(arrived)
-    while arrived[on_time - 1][1] > bound:
-        on_time -= 1
+    on_time = punctual([time for _, time in arrived], middle, took)
     late = arrived[on_time:]
     before = arrived[on_time - 1][1]
-    found = _shared(late, before)
+    found = shared(late, before)
     if decided > last:  # a grace window or a time limit ended without these, and was for all of them alike
         found += [(replica, decided, (decided - last) / len(missing)) for replica in missing]
     total = decided - before
@@ -78,7 +76,13 @@ def waits(
     return Waits(decided - began, last - first, rows)
 
 
-def _shared(late: Sequence[tuple[int, float]], before: float) -> list[tuple[int, float, float]]:
+def punctual(times: Sequence[float], middle: float, took: float) -> int:
+    """How many of these times, in ascending order, are not late beside the middle one, which took so long."""
+    bound = middle + max(min(SPREADS * (middle - times[0]), took), SHARE * took)
+    return bisect_right(times, bound)
+
+
+def shared(late: Sequence[tuple[int, float]], before: float) -> list[tuple[int, float, float]]:
     """(replica, its arrival, its share of the wait after `before`) of each late replica, in the order of arrival."""
     found: list[tuple[int, float, float]] = []
     reached, share = before, 0.0

@@ -60,6 +60,10 @@ class Executor:
         self._state: Any = None
         self._seconds = 0.0
         self._began = 0.0
+        self._waited = 0.0
+        """How long the step has waited for other replicas and homes."""
+        self._stalled = math.inf
+        """Since when it waits for them; infinite if it does not."""
         self._computes_since = math.inf
         """When the first task of the step began; infinite before."""
         self._computes = False
@@ -103,7 +107,7 @@ class Executor:
         self._seconds = world.seconds(self._machine_number, step.clock)
         self._computes_since = math.inf
         self._state = world.values.begin(self.at, step, self._leaves_out)
-        self._began = world.clock.now
+        self._began, self._waited, self._stalled = world.clock.now, 0.0, math.inf
         self.waits = True
 
     def abandon(self, clock: int) -> None:
@@ -122,15 +126,23 @@ class Executor:
     def walk(self) -> None:
         """Go on until the step is over, a task takes time, or something is missing."""
         instructions = self._instructions
+        if self._stalled < math.inf:
+            self._waited += self._world.clock.now - self._stalled
+            self._stalled = math.inf
         if self._next == 0 and self._lacks_batch():
+            self._stalled = self._world.clock.now
             return
         while (step := self._step) is not None and not self._computes and self._node.lives:
             if self._next == len(instructions) or (self._abandoned and self._is_over(step)):
                 if self._end_sums(step):
                     self._finish(step)
+                else:
+                    self._stalled = self._world.clock.now
                 return
             self._position, do, instruction = instructions[self._next]
             if not do(self, step, instruction):
+                if not self._computes and not isinstance(instruction, Recv):
+                    self._stalled = self._world.clock.now
                 return
             self._next += 1
 
@@ -176,7 +188,7 @@ class Executor:
             clock=step.clock,
             item=step.item,
             slots=slots,
-            seconds=world.clock.now - self._began,
+            seconds=world.clock.now - self._began - self._waited,
             pushed=pushed,
         )
         self._node.send(DRIVER, message, arrays)

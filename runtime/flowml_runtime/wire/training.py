@@ -242,8 +242,9 @@ class Settled(TrainingMessage, frozen=True):
 
 class Report(TrainingMessage, frozen=True):
     """Loss (slot 0) and aux leaves of one replica's step, summed over its microbatches, sent by the stage that computes
-    them. `pushed`: (store, bytes of contributions) that this worker has sent since its last Report. A stage without
-    such values reports only those."""
+    them. `seconds`: how long the step took, less the time that its stage waited for other replicas and for homes.
+    `pushed`: (store, bytes of contributions) that this worker has sent since its last Report. A stage without such
+    values reports only those."""
 
     replica: Count
     clock: Count

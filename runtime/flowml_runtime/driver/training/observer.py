@@ -6,10 +6,10 @@
     record["staleness"]     layer -> {number of versions that a contribution was behind: how many such}
 
 The leader of a group of layers says what each of its clocks waited for, in its commit. Where replicas add up gradients
-or average parameters among themselves there is no leader, and their reports to the driver count as arrivals. Where
-contributions are applied as they arrive, a replica waits if it would run further ahead of the slowest one than the
-staleness allows; then the report that ends the wait says for whom. A record waits for the decisions about its clock.
-All figures of a fit without common clocks are those since the record before.
+or average parameters among themselves there is no leader, where contributions are applied as they arrive there are no
+clocks, and where replicas take portions of a batch arrivals belong to portions. There the reports to the driver say for
+whom others waited (`waiting`). A record waits for the decisions about its clock. All figures of a fit without common
+clocks are those since the record before.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any
 
 from flowml.devices import worker_of
 from flowml.plan import Training
-from flowml.policy import UNBOUNDED, Gossip, can_read
-from flowml.policy.waits import Waits, waits
+from flowml.policy import UNBOUNDED
+from flowml.policy.waits import Waits
 from flowml_runtime import wire
 from flowml_runtime.driver.training.history import Record
-from flowml_runtime.driver.training.stragglers import Straggler, Stragglers, slow
+from flowml_runtime.driver.training.stragglers import Straggler, Stragglers, done, free_costs
 from flowml_runtime.driver.training.tables import policy_name
-from flowml_runtime.protocol.training.clocks import Clocks
+from flowml_runtime.driver.training.waiting import Among, Bound, Portions, modelled
 from flowml_runtime.protocol.training.driver import NoteWaits
 from flowml_runtime.protocol.training.staleness import Rows, may_be_stale
 from flowml_runtime.protocol.training.summary import Summary
@@ -53,60 +53,15 @@ class _Seen:
         entry["spread_s"] = max(entry["spread_s"], found.spread_s)
         entry["left_out"] += excluded
         self.left_out.update(excluded)
-        for replica, behind, cost in found.late:
+        for replica, _, cost in found.late:
             entry["late"][replica] = entry["late"].get(replica, 0.0) + cost
+        self.charge((replica, behind, entry["late"][replica]) for replica, behind, _ in found.late)
+
+    def charge(self, late: Iterable[tuple[int, float, float]]) -> None:
+        """These replicas were late: how many seconds, and what it cost."""
+        for replica, behind, cost in late:
             known = self.late.get(replica, (0.0, 0.0))
-            self.late[replica] = max(known[0], behind), max(known[1], entry["late"][replica])
-
-
-@dataclass(slots=True)
-class _Sums:
-    """The clocks of layers that the replicas keep in step among themselves."""
-
-    replicas: int
-    began: float
-    arrived: dict[int, dict[int, float]] = field(default_factory=dict[int, dict[int, float]])
-
-    def reported(self, replica: int, clock: int, now: float) -> Waits | None:
-        """What the clock waited for, if this was its last report."""
-        times = self.arrived.setdefault(clock, {})
-        times[replica] = now
-        if len(times) < self.replicas:
-            return None
-        began, self.began = self.began, now
-        return waits(self.arrived.pop(clock), self.replicas, began=began, start=began, decided=now)
-
-
-class _Bound:
-    """The waits of replicas that may not run further ahead of the slowest one."""
-
-    def __init__(self, terms: Terms, store: int) -> None:
-        self._policy = terms.stores[store].policy
-        self._clocks = Clocks(terms.replicas, terms.stores[store].senders(terms.members))
-        self._others = max(terms.replicas - 1, 1)
-        self._waiting: dict[int, tuple[int, float]] = {}
-        """Replica that waits -> the clock that it cannot begin, and since when."""
-
-    def reported(self, replica: int, clock: int, now: float) -> Waits | None:
-        """What others have waited for this replica, which now is at `clock`; `RETIRED` if it has no more work."""
-        if clock <= self._clocks[replica]:
-            return None
-        self._clocks.raise_to(clock, replica)
-        freed = [(r, since) for r, (at, since) in self._waiting.items() if self._may_begin(at)]
-        for waiting, _ in freed:
-            del self._waiting[waiting]
-        self._waiting.pop(replica, None)
-        if clock < RETIRED and not self._may_begin(clock):
-            self._waiting[replica] = (clock, now)
-        waited = [now - since for r, since in freed if r != replica]
-        if not waited:
-            return None
-        cost = sum(waited) / self._others
-        return Waits(cost, 0.0, ((replica, max(waited), cost),))
-
-    def _may_begin(self, clock: int) -> bool:
-        every, floor = self._policy.every, self._clocks.floor
-        return can_read(clock, (floor,), self._policy.staleness, every.push, every.offset, every.delay)
+            self.late[replica] = max(known[0], behind), max(known[1], cost)
 
 
 class Observer:
@@ -119,16 +74,20 @@ class Observer:
         self._decided = [-1] * len(terms.groups)
         self._exact = [tuple(s for s in g.stores if not may_be_stale(terms.stores[s])) for g in terms.groups]
         """By group the stores whose contributions are never stale."""
-        among = (i for i, s in enumerate(terms.stores) if s.collective or isinstance(s.policy.topology, Gossip))
-        summed = tuple(among)
-        self._sums = (policy_name(training, summed), _Sums(terms.replicas, began)) if summed else None
+        among, alone = modelled(terms)
+        self._among = Among(terms, among, began) if among else None
+        self._alone = policy_name(training, alone) if alone else None
+        self._modelled = [terms.speculation is not None or set(g.stores) <= set(alone) for g in terms.groups]
+        """By group whether reports say what its clocks waited for, instead of the leader."""
+        share = terms.speculation
+        self._portions = None if share is None else Portions(terms, share.portions, began)
         bound = [
             i
             for i, s in enumerate(terms.stores)
             if not s.clocked and not s.collective and s.policy.staleness < UNBOUNDED
         ]
         tightest = min(bound, key=lambda i: terms.stores[i].policy.staleness, default=None)
-        self._bound = None if tightest is None else (policy_name(training, bound), _Bound(terms, tightest))
+        self._bound = None if tightest is None else (policy_name(training, bound), Bound(terms, tightest))
         self._next = 0
         """The step of the next record."""
         self._open: dict[int, _Seen] = {}
@@ -143,6 +102,9 @@ class Observer:
         self._behind: Counter[int] = Counter()
         self._cost: Counter[int] = Counter()
         self._stale: dict[int, Counter[int]] = {}
+        self._began = began
+        self._retired: dict[int, float] = {}
+        """By replica, how many seconds after the beginning it had no more work."""
 
     def committed(self, note: NoteWaits) -> None:
         """A group has decided a clock."""
@@ -150,10 +112,8 @@ class Observer:
             return
         self._decided[note.group] = note.clock
         seen = self._at(note.clock)
-        if self._terms.speculation is None:
+        if not self._modelled[note.group]:
             seen.take(self._names[note.group], note.waits, note.excluded)
-        else:  # arrivals are those of portions, which belong to no replica
-            seen.take(self._names[note.group], Waits(note.waits.waited_s, note.waits.spread_s))
         for store in self._exact[note.group]:
             seen.stale.setdefault(store, Counter())[0] += len(self._terms.groups[note.group].senders) - len(
                 note.excluded
@@ -166,15 +126,19 @@ class Observer:
             seen.pushed[store] += nbytes
         if not report.slots:
             return  # the stage that has the loss counts for its replica
-        if self._sums is not None:
-            name, sums = self._sums
-            found = sums.reported(report.replica, report.clock, now)
-            if found is not None:
-                seen.take(name, found)
+        for clock, found in self._among.reported(report, now) if self._among else ():
+            if self._alone is None:
+                self._at(clock).charge((r, behind, cost) for r, behind, cost in found.late if cost)
+            else:
+                self._at(clock).take(self._alone, found)
+        found = self._portions.reported(report, now) if self._portions else None
+        if found is not None:
+            seen.take(self._names[0], found)
         self._advanced(report.replica, report.clock + 1, now)
 
     def retired(self, replica: int, now: float) -> None:
         """A replica has no more work."""
+        self._retired[replica] = now - self._began
         self._advanced(replica, RETIRED, now)
 
     def stale(self, rows: Rows) -> None:
@@ -197,7 +161,15 @@ class Observer:
 
     def stragglers(self, ledger: Summary, seconds: float) -> Stragglers:
         """The replicas that were late."""
-        few, usual = slow(ledger.replicas) if not self._terms.aligned else (frozenset[int](), None)
+        until = [self._retired.get(r, seconds) for r in range(self._terms.replicas)]
+        usual = None
+        if self._terms.aligned:
+            costs = self._costs(until)
+        else:
+            waited = self._bound[1].waited if self._bound else Counter[int]()
+            active = [end - waited[r] for r, end in enumerate(until)]
+            usual, costs = free_costs(list(map(done, ledger.replicas)), active, seconds, self._late)
+        copied = (r for r, items in enumerate(ledger.replicas) if items.copied)
         found = [
             Straggler(
                 replica=r,
@@ -205,13 +177,21 @@ class Observer:
                 late=self._late[r],
                 left_out=self._left_out[r],
                 behind_s=self._behind[r] / self._arrived_late[r] if self._arrived_late[r] else math.nan,
-                cost_s=float(self._cost[r]),
+                cost_s=costs.get(r, 0.0),
                 items=ledger.replicas[r],
             )
-            for r in sorted({*self._late, *few})
+            for r in sorted({*self._late, *costs, *copied})
         ]
         found.sort(key=lambda s: (-s.cost_s, -s.late, s.replica))
         return Stragglers(self._compared, seconds, tuple(found), usual)
+
+    def _costs(self, until: Sequence[float]) -> dict[int, float]:
+        """What late replicas have cost by the records, and after the last one."""
+        costs = {r: float(self._cost[r]) for r in self._late}
+        if self._terms.drops and costs:  # at the end the fit waits until a replica that is left out has stopped
+            last = max(costs, key=until.__getitem__)
+            costs[last] += max(until[last] - sorted(until)[(len(until) - 1) // 2], 0.0)
+        return costs
 
     def _at(self, clock: int) -> _Seen:
         """What belongs to the record of a clock, or to the next record if that one is out already."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median_high
 
@@ -25,12 +25,13 @@ class Straggler:
         replica: its number.
         workers: the workers that run its stages.
         late: the number of steps at which it was late: it arrived after the decision, or clearly after the middle
-            replica (see `flowml.policy.waits`), or other replicas waited at their bound of staleness for it.
+            replica (see `flowml.policy.waits`), or other replicas waited at their bound of staleness for it, or it
+            computed clearly less than its share of the portions of the batch.
         left_out: at how many of these steps some layer's decision did not include it.
         behind_s: how many seconds it arrived after the middle replica, or how long the one waited that waited longest:
             the mean over the steps at which it did arrive late; NaN if there is none.
-        cost_s: how much shorter the fit would have been if it had not been late, in seconds: the time that others
-            waited for it.
+        cost_s: an estimate of how many seconds shorter the fit would have been if the replica had been as fast as the
+            middle one (`Stragglers`).
         items: the fates of its work items.
     """
 
@@ -52,6 +53,22 @@ class Straggler:
 @dataclass(frozen=True)
 class Stragglers(Sequence[Straggler]):
     """The replicas of a fit that were late, those that cost most first. `print` says it in words.
+
+    What a replica cost is estimated from what the fit has recorded; nothing is run again.
+
+    * Where a home decides each clock, it is the time from the last arrival that was not late to the decision. A replica
+      that the decision leaves out costs no time; this is too little where steps vary, because the fastest three of four
+      good replicas are faster than three of three.
+    * Where replicas add up gradients or average parameters among themselves, the fit is modelled with and without what
+      made them late, from the durations of their steps less their waits. The times of messages are left out of both.
+      So it is with a policy whose decisions overlap (`delay=`), and where sites send what a home decides.
+      In a pipeline the waits of earlier stages count as work, so the cost is at most this much too small.
+    * Where replicas take work items when they are free, it is what the fit took longer than its items take at the pace
+      of the middle replica.
+    * With portions and copies, it is what a batch took longer than the good replicas needed for their shares.
+
+    So the cost of one slow replica is within a tenth of what a second fit without it would save, if the times of steps
+    do not vary. It is shared among several by how far they are behind.
 
     Attributes:
         steps: the number of steps at which replicas were compared.
@@ -94,10 +111,11 @@ class Stragglers(Sequence[Straggler]):
         return "\n".join(lines)
 
     def _line(self, straggler: Straggler) -> str:
-        if not straggler.late:
+        if not straggler.late and self.usual is not None:
+            cost = f"; the fit was {_seconds(straggler.cost_s)} longer for it" if straggler.cost_s > 0 else ""
             return (
                 f"{straggler.name} did {done(straggler.items)} work items, where the middle replica did {self.usual}; "
-                "no other waited for it."
+                f"no other waited for it{cost}."
             )
         behind = ""
         if not math.isnan(straggler.behind_s):
@@ -106,6 +124,8 @@ class Stragglers(Sequence[Straggler]):
         if straggler.cost_s > 0:
             share = f" ({straggler.cost_s / self.seconds:.0%} of the fit)" if self.seconds > 0 else ""
             costs.append(f"others waited {_seconds(straggler.cost_s)} for it{share}")
+        if straggler.items.copied:
+            costs.append(f"others computed {_many(straggler.items.copied, 'portion')} that it had begun")
         if straggler.left_out:
             costs.append(f"it was left out of {straggler.left_out}")
         items = straggler.items
@@ -120,14 +140,38 @@ def done(items: Tally) -> int:
     return items.used + items.dropped + items.folded + items.requeued
 
 
-def slow(replicas: Sequence[Tally]) -> tuple[frozenset[int], int]:
-    """The replicas that did clearly fewer work items than the middle one, and how many that one did."""
-    usual = median_high(map(done, replicas))
-    return frozenset(r for r, items in enumerate(replicas) if done(items) < SLOW * usual), usual
+def free_costs(
+    items: Sequence[int], active: Sequence[float], seconds: float, late: Collection[int]
+) -> tuple[int, dict[int, float]]:
+    """How many work items the middle replica did, and what each slow or late one cost, if they take items when they
+    are free.
+
+    Without them the fit takes as long as its items take at the pace of the middle replica. The rest is shared by how
+    much longer they were active than they would have been at that pace.
+
+    Args:
+        items: how many work items each replica did.
+        active: how many seconds each had work and did not wait for others.
+        seconds: how long the fit took.
+        late: the replicas that others waited for.
+    """
+    usual = median_high(items)
+    paces = sorted(a / n for n, a in zip(items, active, strict=True) if n)
+    if not paces:
+        return usual, {}
+    pace = paces[(len(paces) - 1) // 2]
+    longer = {r: max(a - pace * n, 0.0) for r, (n, a) in enumerate(zip(items, active, strict=True))}
+    found = {r: s for r, s in longer.items() if r in late or items[r] < SLOW * usual or s > (1 - SLOW) * seconds}
+    total, lost = sum(found.values()), max(seconds - pace * sum(items) / len(items), 0.0)
+    return usual, {r: lost * s / total if total else 0.0 for r, s in found.items()}
 
 
 def _steps(number: int) -> str:
-    return f"{number} step{'' if number == 1 else 's'}"
+    return _many(number, "step")
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _seconds(seconds: float) -> str:

@@ -97,10 +97,11 @@ class _Account:
     fates: Counter[str] = field(default_factory=Counter[str])
     left_out: int = 0
     """Examples."""
+    copied: int = 0
 
     def tally(self, unseen: int = 0) -> Tally:
         counts = {n: self.fates[n] for n in ("used", "dropped", "folded", "requeued", "returned", "duplicate")}
-        return Tally(**counts, unseen=unseen, left_out=self.left_out)
+        return Tally(**counts, unseen=unseen, left_out=self.left_out, copied=self.copied)
 
 
 class Ledger:
@@ -156,6 +157,8 @@ class Ledger:
                 self._use_skipped(replica, clock)
             item = self._next(replica, clock, copy)
             if item is not None:
+                if item.copy:
+                    self._count_copy(item)
                 self._outstanding[item.sequence, item.copy] = (replica, item)
                 items.append((clock, item))
         self._granted += len(items)
@@ -167,6 +170,14 @@ class Ledger:
         if self._portions is None:
             return self._queue.take(replica, clock)
         return self._portions.take(replica) if copy is None else self._portions.copy(replica, copy)
+
+    def _count_copy(self, item: wire.Item) -> None:
+        """Another replica gets an item too, because the one that has had it longest takes long."""
+        self._epochs[item.epoch].copied += 1
+        for copy in range(item.copy):
+            if (item.sequence, copy) in self._outstanding:
+                self._replicas[self._outstanding[item.sequence, copy][0]].copied += 1
+                return
 
     def close(self) -> None:
         """The run has ended well. With a code, late replicas may not have asked for their last clocks. Of portions that

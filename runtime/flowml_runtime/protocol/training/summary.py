@@ -12,7 +12,8 @@ MOST_ROWS = 9
 @dataclass(frozen=True, slots=True)
 class Tally:
     """The number of items by fate. `left_out` is the number of examples in used items that were not computed, because
-    a replica stopped between two microbatches."""
+    a replica stopped between two microbatches. `copied` is the number of grants of items to others while this replica,
+    or one in this epoch, had begun them."""
 
     used: int = 0
     dropped: int = 0
@@ -22,6 +23,7 @@ class Tally:
     unseen: int = 0
     duplicate: int = 0
     left_out: int = 0
+    copied: int = 0
 
 
 @dataclass(frozen=True, slots=True)

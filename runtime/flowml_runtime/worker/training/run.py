@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,8 @@ class Run:
     stopped: bool = False
     counting: threading.Lock = field(default_factory=threading.Lock)
     """Guards `counts`, because executors, lanes and groups count the bytes they send."""
+    waited: Counter[int] = field(default_factory=Counter[int])
+    """By thread, the seconds that it has spent in `wait_for`."""
 
     def __post_init__(self) -> None:
         if self.plan.training is None:
@@ -111,11 +114,11 @@ class Run:
 
         Raises Cancelled if the step is given up or the run stops, DeadlineError after the deadline.
         """
-        end = time.monotonic() + self.deadline_s
+        began = time.monotonic()
         while not condition():
             if self.stopped or abandoned():
                 raise Cancelled
-            left = end - time.monotonic()
+            left = began + self.deadline_s - time.monotonic()
             if left <= 0 or not self.changed.wait(left):
                 raise DeadlineError(
                     f"step {step}: {self.me} waited {self.deadline_s:g} s for {what} and it did not come; see whether "
@@ -124,6 +127,7 @@ class Run:
                     step=step,
                     node=what,
                 )
+        self.waited[threading.get_ident()] += time.monotonic() - began  # pyright: ignore[reportArgumentType]
 
     def count_push(self, store: int, part: int, nbytes: int, destination: str) -> None:
         with self.counting:

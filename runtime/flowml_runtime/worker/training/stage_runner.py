@@ -11,6 +11,7 @@ shape, and whose stores are those of the fit's own plan. All stages of a replica
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -146,7 +147,8 @@ class StageRunner(EdgeServices):
             self._on_event(StepFinished(self.run.number, start.replica, start.stage, start.clock, start.cause))
 
     def _step(self, clock: int) -> None:
-        began = time.perf_counter()
+        began, me = time.perf_counter(), threading.get_ident()
+        self.run.waited[me] = 0
         self._fetched, self._inside = {}, []
         self._pace.begin(clock)
         try:
@@ -154,7 +156,7 @@ class StageRunner(EdgeServices):
             self._end_sums(self.run.step_of(clock))
             self._return_states(clock)
             self.outbox.flush()  # the report tells the bytes of all that this step has sent
-            self._report(clock, time.perf_counter() - began)
+            self._report(clock, time.perf_counter() - began - self.run.waited[me])
         except Cancelled:
             return
         except StepFault as fault:
