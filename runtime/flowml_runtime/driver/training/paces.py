@@ -66,7 +66,7 @@ class _Store:
         """The ends of the own work of this step, after the sums within sites."""
         if self.site is None or not (self.terms.policy.local or self.due(clock)):
             return ended
-        return self._of_sites(ended)[:, self.site]
+        return self._of_sites(ended, self.site)[:, self.site]
 
     def outside(self, clock: int, began: Sequence[Times], ended: Sequence[Times]) -> Times | float:
         """The time until which each replica waits for others; the last elements are those of this step."""
@@ -79,10 +79,10 @@ class _Store:
         found = times[:, self.senders][:, self._neighbours(policy.remote, clock)].max(axis=2)
         return found if self.site is None else found[:, self.site]
 
-    def _of_sites(self, times: Times) -> Times:
+    def _of_sites(self, times: Times, site: NDArray[np.intp]) -> Times:
         found = np.zeros((len(times), len(self.senders)))
         for row, given in zip(found, times, strict=True):
-            np.maximum.at(row, self.site, given)
+            np.maximum.at(row, site, given)
         return found
 
     def _neighbours(self, gossip: Gossip, clock: int) -> NDArray[np.intp]:
