@@ -34,19 +34,23 @@ def workers() -> Iterator[fm.Cluster]:
 
 
 class Stop:
-    """A callback that stops a worker's process after a step, for a while. `seconds` is how long that was."""
+    """A callback that stops a worker's process soon after a step, for a while. `seconds` is how long that was."""
 
-    def __init__(self, pid: int, step: int) -> None:
+    def __init__(self, pid: int, step: int, after_s: float = 0.0) -> None:
         self._pid = pid
         self._step = step
-        self._go_on = threading.Timer(STOPPED_S, self.go_on)
+        self._stop = threading.Timer(after_s, self.stop)
+        self._go_on = threading.Timer(after_s + STOPPED_S, self.go_on)
         self.seconds = 0.0
 
     def __call__(self, record: dict[str, Any]) -> None:
         if record["step"] == self._step:
-            os.kill(self._pid, signal.SIGSTOP)
-            self.seconds = -time.monotonic()
+            self._stop.start()
             self._go_on.start()
+
+    def stop(self) -> None:
+        os.kill(self._pid, signal.SIGSTOP)
+        self.seconds -= time.monotonic()
 
     def go_on(self) -> None:
         os.kill(self._pid, signal.SIGCONT)
@@ -56,11 +60,14 @@ class Stop:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop.cancel()
         self._go_on.cancel()
         os.kill(self._pid, signal.SIGCONT)
 
 
-def fit(cluster: fm.Cluster, policy: fm.Policy, *callbacks: Any, delays: Any = STEADY) -> fm.TrainingResult:
+def fit(
+    cluster: fm.Cluster, policy: fm.Policy, *callbacks: Any, delays: Any = STEADY, steps: int = STEPS
+) -> fm.TrainingResult:
     trainer = fm.Trainer(
         mlp_loss,
         optax.adam(0.01),
@@ -70,7 +77,7 @@ def fit(cluster: fm.Cluster, policy: fm.Policy, *callbacks: Any, delays: Any = S
         placement=fm.Pipeline(1),
         delays=delays,
     )
-    return trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=STEPS, progress=False, callbacks=callbacks)
+    return trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=steps, progress=False, callbacks=callbacks)
 
 
 def check_serial(result: fm.TrainingResult) -> None:
@@ -82,12 +89,14 @@ def check_serial(result: fm.TrainingResult) -> None:
 
 @pytest.mark.parametrize("policy", [fm.Policy(), fm.policies.gossip("ring")], ids=["home", "gossip"])
 def test_a_stopped_process_costs_the_time_for_which_it_is_stopped(workers: fm.Cluster, policy: fm.Policy) -> None:
-    slower = STEADY | {HOME: 0.02}  # so that it waits for no other when it is stopped
-    with Stop(workers.pids[HOME], step=6) as stop:
-        result = fit(workers, policy, stop, delays=slower)
+    """It is stopped in the middle of its own pause, in which it waits for no other."""
+    slower = STEADY | {HOME: 0.16}
+    with Stop(workers.pids[HOME], step=2, after_s=0.06) as stop:
+        result = fit(workers, policy, stop, delays=slower, steps=8)
     worst = result.stragglers()[0]
     assert (worst.replica, worst.workers) == (1, (HOME,))
-    assert 0.8 * stop.seconds < worst.cost_s < min(1.2 * stop.seconds + STEPS * 0.02, result.seconds)
+    true = stop.seconds + 8 * 0.15
+    assert 0.8 * true < worst.cost_s < min(1.3 * true, result.seconds)
     assert str(result.stragglers()).startswith("worker:1 (replica 1) was late at ")
 
 

@@ -68,7 +68,8 @@ class Stragglers(Sequence[Straggler]):
     * With portions and copies, it is what a batch took longer than the good replicas needed for their shares.
 
     So the cost of one slow replica is within a tenth of what a second fit without it would save, if the times of steps
-    do not vary. It is shared among several by how far they are behind.
+    do not vary. It is shared among several by how far they are behind. A worker that is slow as a home only, and not in
+    the steps of its replica, is not named.
 
     Attributes:
         steps: the number of steps at which replicas were compared.
