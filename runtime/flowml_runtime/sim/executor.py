@@ -46,15 +46,12 @@ class Executor:
         """Those of its run, which a step may outlive."""
         self._program = program
         self._machine = node.machine.stage(at)
-        self._paced = self._world.terms.paced is not None
-        self._instructions = self._world.instructions(program)
-        self._receives = program.receives
+        self._bound = self._world.bound(program)
         self._machine_number = self._world.machine(node.number, program.device)
-        self._label = node.number * KINDS + _TASK
         self._gathered: dict[tuple[int, int], Accumulator[Value]] = {}
         self._step: Start | None = None
         self._next = 0
-        """The next of `_instructions`."""
+        """The next of the steps of `_bound`."""
         self._position = 0
         """The position in the program of the instruction that is carried out."""
         self._state: Any = None
@@ -100,7 +97,7 @@ class Executor:
     def start(self, step: Start) -> None:
         """Begin a step. The next `walk` runs it."""
         world = self._world
-        if self._receives:
+        if self._bound.receives:
             self._node.mailbox.advance(self.at, self._number(step))
         self._step, self._next, self._given, self._abandoned, self._updated = step, 0, None, False, -1
         self._inside = []
@@ -112,7 +109,7 @@ class Executor:
 
     def abandon(self, clock: int) -> None:
         """Leave the step of `clock` at the next task boundary, and drop values that still arrive for it."""
-        if self._receives:
+        if self._bound.receives:
             self._node.mailbox.cancel_step(self.at, self._node.start.run + clock)
         self._abandoned = True
 
@@ -125,16 +122,16 @@ class Executor:
 
     def walk(self) -> None:
         """Go on until the step is over, a task takes time, or something is missing."""
-        instructions = self._instructions
+        instructions = self._bound.steps
         if self._stalled < math.inf:
             self._waited += self._world.clock.now - self._stalled
             self._stalled = math.inf
-        if self._next == 0 and self._lacks_batch():
+        if self._node.fed and self._next == 0 and self._lacks_batch():
             self._stalled = self._world.clock.now
             return
         while (step := self._step) is not None and not self._computes and self._node.lives:
             if self._next == len(instructions) or (self._abandoned and self._is_over(step)):
-                if self._end_sums(step):
+                if not self._inside or self._end_sums(step):
                     self._finish(step)
                 else:
                     self._stalled = self._world.clock.now
@@ -148,7 +145,7 @@ class Executor:
 
     def _lacks_batch(self) -> bool:
         node, step = self._node, self._step
-        return step is not None and node.start.source == "fed" and step.item.sequence not in node.batches
+        return step is not None and step.item.sequence not in node.batches
 
     def _leaves_out(self, microbatch: int) -> bool:
         return self._machine.cut.leaves_out(microbatch, self._world.clock.now - self._computes_since)
@@ -162,14 +159,15 @@ class Executor:
 
     def _finish(self, step: Start) -> None:
         self._step, self.waits = None, False
-        if self._next == len(self._instructions):
-            self._return_states(step)
+        if self._next == len(self._bound.steps):
+            if self._own:
+                self._return_states(step)
             self._report(step)
         self._node.tell(StepFinished(step.run, step.replica, step.stage, step.clock, step.cause))
 
     def _return_states(self, step: Start) -> None:
         """After the last step, send the driver the own optimizer state. That of replica 0 stands for all."""
-        if step.replica or not self._own or not self._machine.ends(step.clock):
+        if step.replica or not self._machine.ends(step.clock):
             return
         for store in self._own:
             message = wire.OwnState(**self._node.ids, cause=step.cause, store=store, replica=0)
@@ -181,8 +179,10 @@ class Executor:
         slots, arrays = world.values.report(self._state) or ((), None)
         if not slots and not pushed:
             return
+        ids = self._node.ids
         message = wire.Report(
-            **self._node.ids,
+            plan_id=ids["plan_id"],
+            run=ids["run"],
             cause=step.cause,
             replica=step.replica,
             clock=step.clock,
@@ -274,16 +274,18 @@ class Executor:
         return self._perform(step, given[0])
 
     def _run(self, step: Start, run: Run) -> bool:
-        world, program = self._world, self._program
-        share = program.shares[self._position]
+        world = self._world
+        share = self._program.shares[self._position]
         if run.microbatch and self._leaves_out(run.microbatch):
             return self._perform(step)
         if not share:
             return self._perform(step) and self._end_task(step)
         self._computes_since = min(self._computes_since, world.clock.now)
-        seconds = self._seconds * share + world.delay(self._node.name, step.clock) / program.runs
+        seconds = self._seconds * share
+        if world.delays:
+            seconds += world.delay(self._node.name, step.clock) / self._bound.runs
         self._computes, self.waits = True, False
-        world.clock.after(seconds, self._label, self._computed)
+        world.clock.put(world.clock.now + seconds, (self._node.number * KINDS + _TASK, self._computed, ()))
         return False
 
     def _computed(self) -> None:
@@ -292,7 +294,7 @@ class Executor:
         if step is None or not self._node.lives:
             return
         self.waits = True
-        if not self._is_over(step):
+        if not (self._abandoned and self._is_over(step)):
             self._perform(step)
             self._end_task(step)
             self._next += 1
@@ -300,7 +302,7 @@ class Executor:
 
     def _end_task(self, step: Start) -> bool:
         """Tell the machine if a microbatch is computed, and it wants to know."""
-        if self._paced and self._position in self._program.ends and self._machine.cut.finish():
+        if self._position in self._bound.ends and self._machine.cut.finish():
             self._node.note(Computed(step.run, step.replica, step.stage))
         return True
 
@@ -388,15 +390,19 @@ class Executor:
     def _leave(self, step: Start, store: int, part: int, total: Sum[Value]) -> None:
         """Send what this replica, or its site, contributes."""
         world, node = self._world, self._node
-        weight = total.weight
-        if world.terms.stores[store].collective:
+        weight, terms = total.weight, world.terms.stores[store]
+        if terms.collective:
             world.collectives.push(node.name, step, store, part, weight, total.value)
             return
-        weight *= self._members[store].weight if store in self._members else 1
+        if store in self._members:
+            weight *= self._members[store].weight
         base = self._versions.get(store, 0)
         sent = node.machine.contribution(step, store, part, base_version=base, weight=weight)
-        message, value = world.checked(node, sent.message, part, total.value)
-        if world.terms.stores[store].shared:
+        message: Any = sent.message
+        value = total.value
+        if world.values.computes:
+            message, value = world.checked(node, message, part, value)
+        if terms.shared:
             self._share(step, store, message, value)
             return
         crosses = sent.to[0] != node.name
@@ -438,7 +444,8 @@ class Executor:
         return None
 
     def _perform(self, step: Start, given: Any = None) -> bool:
-        self._value(step, given)
+        if self._world.values.computes:
+            self._value(step, given)
         return True
 
     def _value(self, step: Start, given: Any = None) -> Value:

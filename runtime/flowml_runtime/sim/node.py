@@ -62,6 +62,8 @@ class Node:
         self.mailbox: Rendezvous[list[Value], list[Value]] = Rendezvous()
         self.ids: _Ids = {"plan_id": "", "run": 0}
         self.start = NEVER
+        self.fed = False
+        """Whether the driver sends the examples of each work item."""
         self.shown: dict[int, tuple[int, Value]] = {}
         """Store -> (version, value) as read here."""
         self.batches: set[int] = set()
@@ -112,7 +114,8 @@ class Node:
         wanted = self.machine.step(event, self.world.clock.now)
         for action in wanted:
             self._ACT[type(action)](self, action)
-        self.world.stepped(self, event, wanted)
+        if self.world.stepped is not None:
+            self.world.stepped(self, event, wanted)
         if wanted or (isinstance(event, protocol.Received) and isinstance(event.message, _NEWS)):
             self.walk()
 
@@ -121,7 +124,8 @@ class Node:
         wanted = self.machine.step(event, self.world.clock.now)
         for action in wanted:
             self._ACT[type(action)](self, action)
-        self.world.stepped(self, event, wanted)
+        if self.world.stepped is not None:
+            self.world.stepped(self, event, wanted)
 
     def send(self, to: str, message: wire.Wire, value: Value = None, nbytes: int = 0) -> None:
         self.world.send(self.name, to, message, value, nbytes)
@@ -135,6 +139,7 @@ class Node:
 
     def _open(self, action: protocol.Open) -> None:
         self.start = action.start
+        self.fed = action.start.source == "fed"
         self.ids = {"plan_id": action.start.plan_id, "run": action.start.run}
         places, programs = self.world.places, self.world.programs
         self.counts = Counts(len(self.world.terms.stores))

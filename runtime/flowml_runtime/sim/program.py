@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from flowml.instructions import Instruction, Push, Read, Recv, Run, Send, until_last_message
 from flowml.plan import Plan, Training
@@ -31,17 +30,17 @@ class StageProgram:
     shares: tuple[float, ...]
     edges: Mapping[int, Edge]
 
-    @cached_property
+    @property
     def runs(self) -> int:
         """The number of tasks that take time."""
         return sum(share > 0 for share in self.shares)
 
-    @cached_property
+    @property
     def ends(self) -> Mapping[int, int]:
         """As `cuts.ends`."""
         return ends(self.instructions)
 
-    @cached_property
+    @property
     def receives(self) -> bool:
         """Whether it waits for values of other stages."""
         return any(isinstance(i, Recv) for i in self.instructions)
@@ -52,8 +51,8 @@ class StageProgram:
         if computes:
             return tuple(range(len(self.instructions)))
         kinds = Read, Recv, Send, Push
-        pairs = enumerate(zip(self.instructions, self.shares, strict=True))
-        return tuple(n for n, (i, share) in pairs if share or isinstance(i, kinds) or n in self.ends)
+        pairs, ends = enumerate(zip(self.instructions, self.shares, strict=True)), self.ends
+        return tuple(n for n, (i, share) in pairs if share or isinstance(i, kinds) or n in ends)
 
 
 @dataclass(frozen=True)

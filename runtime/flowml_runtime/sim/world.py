@@ -83,6 +83,20 @@ class Layout:
         return replace(self, terms=self.terms.lasting(total_clocks))
 
 
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What the executors of all replicas need to know of the instructions of a stage."""
+
+    steps: Sequence[tuple[int, Any, Instruction]]
+    """For each instruction that matters its position, the executor's function, and itself."""
+    runs: int
+    """The number of tasks that take time."""
+    ends: Mapping[int, int]
+    """As `cuts.ends`, if the machine wants to know of computed microbatches."""
+    receives: bool
+    """Whether the stage waits for values of other stages."""
+
+
 @dataclass
 class World:
     """The workers of one plan. `tamper` and `stepped` are for faults and for tests."""
@@ -99,7 +113,7 @@ class World:
     """The devices of each worker. Each is a machine of its own for the compute times."""
     run: int = 0
     tamper: Tamper | None = None
-    stepped: Callable[[Node, actions.Event, Sequence[actions.Action]], None] = lambda node, event, wanted: None
+    stepped: Callable[[Node, actions.Event, Sequence[actions.Action]], None] | None = None
     """Called after each event of a worker's machine, when the wanted actions have been carried out."""
     homes: Homes = AT_ONCE
     delays: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
@@ -111,7 +125,7 @@ class World:
         self.programs = layout.programs
         self.wires = Wires(self.clock, self.network, self.numbers, self.tamper)
         self.nodes = {name: Node(self, name, self.numbers[name]) for name in self.places.workers}
-        self._bound: dict[tuple[Instruction, ...], Sequence[tuple[int, Any, Instruction]]] = {}
+        self._bound: dict[tuple[tuple[Instruction, ...], tuple[float, ...]], Bound] = {}
         """Stages of replicas that have the same instructions share them."""
         self.collectives = Collectives(self, layout.parts)
 
@@ -139,14 +153,15 @@ class World:
         to = self.places.stages[edge.to[0]][edge.to[1]]
         self.wires.send(source, to, 0 if value is None else edge.nbytes, self.nodes[to].receive_edge, key, value)
 
-    def instructions(self, program: StageProgram) -> Sequence[tuple[int, Any, Instruction]]:
-        """What an executor does with the instructions that matter: their position, a function of it, and they."""
-        found = self._bound.get(program.instructions)
+    def bound(self, program: StageProgram) -> Bound:
+        """What an executor does with the instructions that matter."""
+        key = program.instructions, program.shares
+        found = self._bound.get(key)
         if found is None:
-            matter = program.matter(self.values.computes)
-            given = [program.instructions[n] for n in matter]
-            found = [(n, Executor.DO[type(i)], i) for n, i in zip(matter, given, strict=True)]
-            self._bound[program.instructions] = found
+            given = [(n, program.instructions[n]) for n in program.matter(self.values.computes)]
+            steps = [(n, Executor.DO[type(i)], i) for n, i in given]
+            ends = program.ends if self.terms.paced is not None else {}
+            found = self._bound[key] = Bound(steps, program.runs, ends, program.receives)
         return found
 
     def machine(self, worker: int, device: str) -> int:

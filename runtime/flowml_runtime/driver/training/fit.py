@@ -135,7 +135,9 @@ class Fit:
             self._step(protocol.Begin(), params, state)
             while not self._machine.over:
                 self._take(self._next())
-                show(self._history.ready())
+                records = self._history.ready()
+                if records or self._observer.holds:
+                    show(records)
             show(self._history.rest(), over=True)
             seconds = self._session.time.now() - began
         finally:
@@ -226,17 +228,19 @@ class Fit:
         """Give the state machine an event, and carry out its actions."""
         for action in self._decide(event) if event is not None else ():
             match action:
-                case Send(to, message):
-                    for worker in to:
-                        self._send(worker, message)
+                case protocol.Note():
+                    self._note(action.message, self._taken(action.handle))
+                case Send():
+                    for worker in action.to:
+                        self._send(worker, action.message)
+                case protocol.NoteFates() | protocol.Over():
+                    pass
                 case protocol.SendStore():
                     self._send_store(action, params, state)
                 case protocol.SendSource():
                     self._ship()
                 case protocol.Feed(replica, item):
                     self._feed(replica, item)
-                case protocol.Note(message, handle):
-                    self._note(message, self._taken(handle))
                 case protocol.NoteNonFinite(store, clock, replicas):
                     _warn(self._history.refused(self._training.stores[store].name, clock, replicas), stacklevel=5)
                 case protocol.NoteCommit(clock, excluded, coefficients):
@@ -253,8 +257,6 @@ class Fit:
                     self._payloads.pop(handle, None)
                 case protocol.Fail(reason):
                     raise self._error(reason)
-                case protocol.NoteFates() | protocol.Over():
-                    pass
 
     def _note(self, report: wire.Report, arrays: Sequence[Any]) -> None:
         """Enter a report in the history. Raises WorkerError if its loss is not finite and that ends the fit."""

@@ -13,10 +13,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 
 from flowml.plan import Training
@@ -34,14 +34,13 @@ NEWS_STEPS = 2
 """How many steps later than its loss a gradient may be reported as left out."""
 
 
-@dataclass
-class _Unit:
+class _Unit(msgspec.Struct):
     """The report of one replica for one clock: loss (slot 0) and aux leaves, which may come from several stages."""
 
     replica: int
     item: wire.Item
     step: int
-    values: dict[int, np.ndarray] = field(default_factory=dict[int, np.ndarray])
+    values: dict[int, np.ndarray] = {}
     coefficient: float | None = None
     """What the values are multiplied by before they are added up; None without a code."""
 
@@ -97,11 +96,12 @@ class History:
         step, place = report.clock, report.replica
         if self._portions:
             step, place = divmod(report.item.sequence, self._members)
-        unit = self._partial.setdefault(key, _Unit(report.replica, report.item, step))
-        unit.values.update((slot, np.asarray(a)) for slot, a in zip(report.slots, arrays, strict=True))
+        unit = self._partial.pop(key, None) or _Unit(report.replica, report.item, step)
+        for slot, array in zip(report.slots, arrays, strict=True):
+            unit.values[slot] = np.asarray(array)
         if len(unit.values) < self._slots:
+            self._partial[key] = unit
             return
-        del self._partial[key]
         if not self._aligned:
             step, place = divmod(self._complete, self._members)
         self._complete += 1
@@ -207,7 +207,7 @@ class History:
         units = self._open.pop(step, {})
         used = self._counted.pop(step, units.keys() if not self._drops else ())
         kept = sorted((u for place, u in units.items() if place in used), key=lambda u: u.item.sequence)
-        for unit in units.values():
+        for unit in tuple(units.values())[-1:]:  # each has every slot
             self._shapes.update((slot, value.shape) for slot, value in unit.values.items())
         coefficients = self._coefficients.pop(step, {})
         for unit in kept if coefficients else ():

@@ -147,6 +147,11 @@ class Observer:
         for store, counted in rows:
             seen.stale.setdefault(store, Counter()).update(dict(counted))
 
+    @property
+    def holds(self) -> bool:
+        """Whether records wait for the decisions about their clocks."""
+        return bool(self._held)
+
     def ready(self, records: Iterable[Record], *, over: bool = False) -> Iterator[Record]:
         """Complete the records whose clocks are decided, in order. At the end of a fit all of them are."""
         self._held.extend(records)

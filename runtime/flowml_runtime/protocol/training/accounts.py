@@ -107,7 +107,8 @@ class Accounts:
         for replica, clock in event.folded:
             if replica == sender:
                 self._count(group.number, clock, folded=True)
-        return self._settle([c for c in self._accounts if c <= event.clock])
+        clocks = [c for c in self._accounts if c <= event.clock]
+        return self._settle(clocks) if clocks else []
 
     def waits(self, committed: Sequence[int]) -> bool:
         """Whether a commit that is still to come may settle an item. `committed` is the newest clock of each group."""
@@ -154,7 +155,8 @@ class Accounts:
 
     def _fate(self, account: _Account) -> Settle:
         if account.counted:
-            return Settle(account.item, "used", tuple(sorted(account.lost)), account.left_out or 0)
+            lost = tuple(sorted(account.lost)) if account.lost else ()
+            return Settle(account.item, "used", lost, account.left_out or 0)
         if account.folded:
             return Settle(account.item, "folded", tuple(sorted(account.lost)))
         requeues = any(isinstance(self._terms.groups[g].late, Requeue) for g in account.lost)

@@ -13,24 +13,23 @@ Values are opaque. `add` returns the sum of two and must not change either, beca
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+import msgspec
 
 from flowml_runtime.protocol.errors import ProtocolError
 
 V = TypeVar("V")
 
 
-@dataclass(frozen=True, slots=True)
-class Sum(Generic[V]):
+class Sum(msgspec.Struct, Generic[V], frozen=True):
     """A sum of gradients and the sum of their weights."""
 
     value: V
     weight: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Tried(Generic[V]):
+class _Tried(msgspec.Struct, Generic[V], frozen=True):
     own: Sum[V] | None  # joins the sum if it counts
     kept: Sum[V] | None  # returns to the sum if it does not
 

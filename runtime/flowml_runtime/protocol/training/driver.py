@@ -271,13 +271,13 @@ class TrainingDriver:
         if message.run != self._start.run or message.plan_id != self._start.plan_id:
             return [] if event.handle is None else [Release(event.handle, cause)]
         match message:
+            case wire.Report():
+                return [Note(message, event.handle, cause)]
             case wire.Ask():
                 return self._grant(message)
             case wire.Settled(replica=replica, fates=fates, missing=missing):
                 self.ledger.step(Settled(replica, fates, missing, message.left_out))
                 return [NoteFates(fates, missing, cause)]
-            case wire.Report():
-                return [Note(message, event.handle, cause)]
             case wire.Commit(clock=clock, group=group, coefficients=given):
                 if not self._commits.is_new(group, clock):
                     return []

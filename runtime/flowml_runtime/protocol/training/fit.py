@@ -113,15 +113,15 @@ class Fit:
         return [Close(self.run, self._cause), *(Release(handle, self._cause) for handle in gathered)]
 
     def handle(self, event: StepFinished | Updated | Computed | Tick) -> list[Action]:
+        if isinstance(event, StepFinished):
+            return self._at_stage((event.replica, event.stage), stage.StepFinished(event.clock))
         if isinstance(event, Tick):
             actions = self._decide(self._decisions, TimeCame())
             actions += (a for at in self._sites for a in self._at_site(at, TimeCame()))
             return [*actions, *self._at_stages(self.stages, TimeCame())]
         if isinstance(event, Updated):
             return self._at_home(home.Updated(event.store, event.replica, event.clock, event.applied))
-        if isinstance(event, Computed):
-            return self._tell_computed((event.replica, event.stage))
-        return self._at_stage((event.replica, event.stage), stage.StepFinished(event.clock))
+        return self._tell_computed((event.replica, event.stage))
 
     def lose(self, event: ReplicaLost) -> list[Action]:
         """Make the home and the leaders here stop waiting for a lost replica."""
@@ -399,19 +399,14 @@ class Fit:
         return Forward(self._places.homes[made.store][0], tuple(messages), made.contributions)
 
     def _at_home(self, event: home.Event) -> list[Action]:
-        cause, ids, places = self._cause, self._ids, self._places
+        cause, places = self._cause, self._places
         actions: list[Action] = []
         for action in self._home.step(event):
             match action:
-                case home.SendArrived(store, who, clock, weight, copy):
-                    group = self._terms.group_of[store]
-                    if group in self._decisions:
-                        actions += self._decide((group,), decision.Arrived(store, who, clock, weight, copy))
-                        continue
-                    arrived = wire.Arrived(**ids, store=store, replica=who, clock=clock, weight=weight, copy=copy)
-                    actions.append(Send((self._leaders[group],), arrived))
+                case home.SendArrived():
+                    actions += self._arrive(action)
                 case home.SendApplied(store, who, clock, version):
-                    message = wire.Applied(**ids, store=store, replica=who, clock=clock, version=version)
+                    message = wire.Applied(**self._ids, store=store, replica=who, clock=clock, version=version)
                     actions.append(Send(tuple(dict.fromkeys(places.stages[who])), message))
                 case home.Apply(store, version, contributions, staleness):
                     actions.append(Apply(store, version, contributions, cause, staleness))
@@ -424,5 +419,15 @@ class Fit:
                     first = places.homes[store][0] == self._me
                     actions.append(Return(store, self._home.version(store), first, cause))
         if stale := self._home.staleness.take():
-            actions.insert(0, Send((self._driver,), wire.Staleness(**ids, stores=stale)))
+            actions.insert(0, Send((self._driver,), wire.Staleness(**self._ids, stores=stale)))
         return actions
+
+    def _arrive(self, arrival: home.SendArrived) -> list[Action]:
+        """A contribution is complete: tell its leader, which may be here."""
+        group = self._terms.group_of[arrival.store]
+        about = arrival.store, arrival.replica, arrival.clock, arrival.weight, arrival.copy
+        if group in self._decisions:
+            return self._decide((group,), decision.Arrived(*about))
+        store, who, clock, weight, copy = about
+        arrived = wire.Arrived(**self._ids, store=store, replica=who, clock=clock, weight=weight, copy=copy)
+        return [Send((self._leaders[group],), arrived)]

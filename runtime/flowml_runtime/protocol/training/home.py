@@ -260,7 +260,8 @@ class Home:
         row = store.gathering.pop(clock, {})
         late = {replica: row.pop(replica) for replica in excluded if replica in row}
         taken = [(replica, row[replica]) for replica in sorted(row)]
-        if len(taken) < len(store.senders) - len(excluded) or not all(store.is_complete(g) for _, g in taken):
+        each = len(store.terms.stages)
+        if len(taken) < len(store.senders) - len(excluded) or not all(len(g.parts) == each for _, g in taken):
             there = {replica for replica, gathering in row.items() if store.is_complete(gathering)}
             missing = next(r for r in store.senders if r not in there and r not in excluded)
             raise ProtocolError(f"clock {clock} is committed with replica {missing}, which store {index} lacks")
@@ -306,15 +307,16 @@ class Home:
         contributions that are here, or over those of all `living` senders.
         """
         store = self._stores[index]
-        full = [(g, factor) for g, factor in chosen if g.weight]
-        rest = self._release(parts(g for g, _ in chosen if not g.weight))
+        weighed = [(g, factor, g.weight) for g, factor in chosen]
+        full = [(g, factor) for g, factor, weight in weighed if weight]
+        rest = self._release(parts(g for g, _, weight in weighed if not weight)) if len(full) < len(chosen) else []
         if not full:
             return [*rest, Publish(index, store.version, store.floor, value=False)]
         staleness = self.staleness.add(index, (store.version - g.base_version for g, _ in full))
         store.version += 1
         factors = [factor for _, factor in full]
         if not exact:
-            weights = [g.weight for g, _ in full]
+            weights = [weight for _, _, weight in weighed if weight]
             absent = 0 if living is None else store.absent((g for g, _ in full), living)
             each = store.terms.policy.coefficients(weights, self._terms.microbatches, absent)
             factors = [c * factor for c, factor in zip(each, factors, strict=True)]

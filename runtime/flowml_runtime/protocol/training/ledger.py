@@ -226,7 +226,8 @@ class Ledger:
         if self._work.coded:
             fate = "used"
         del self._outstanding[item.sequence, item.copy]
-        self._epochs[item.epoch].fates[fate] += 1
+        epoch = self._epochs[item.epoch].fates
+        epoch[fate] += 1
         self._replicas[replica].fates[fate] += 1
         for group, account in enumerate(self._groups):
             account.fates["dropped" if group in missing else fate] += 1
@@ -235,7 +236,7 @@ class Ledger:
         after = ITEMS["granted", fate]
         if after != "waiting":
             self._over[item.sequence] = after
-            self._queue.end(item.epoch, self._epochs[item.epoch].fates["used"])
+            self._queue.end(item.epoch, epoch["used"])
         if self._portions is not None:
             if after == "used":
                 self._portions.over(item.sequence)

@@ -77,6 +77,8 @@ class Replica:
         self._applied: dict[int, Applied] = {}
         self._committed = [-1] * len(terms.groups)
         """The newest clock that each group has decided."""
+        self.committed = -1
+        """The clock of the newest commit received; -1 before the first."""
         self._pushed: dict[int, int] = {}
         """For each store that applies on arrival, the newest clock at which this stage has pushed."""
         self._included: set[tuple[int, int]] = set()
@@ -95,11 +97,6 @@ class Replica:
     @property
     def retired(self) -> bool:
         return self._retired
-
-    @property
-    def committed(self) -> int:
-        """The clock of the newest commit received; -1 before the first."""
-        return max(self._committed, default=-1)
 
     def may_read(self, store: int, clock: int) -> bool:
         """Whether the newest version of `store` published here is fresh enough for the step of `clock`."""
@@ -214,13 +211,14 @@ class Replica:
         for store, terms in enumerate(self._terms.stores) if self._terms.arrives else ():
             if not terms.clocked and (step.last or terms.policy.every.due(clock, self._terms.last_clock)):
                 self._pushed[store] = clock
-        return [*self._settle(self._accounts.finish(clock, self.cut.left_out))] if self._leads else []
+        return self._settle(self._accounts.finish(clock, self.cut.left_out)) if self._leads else []
 
     def _commit(self, event: Committed) -> list[Action]:
         group, clock = event.group, event.clock
         if clock <= self._committed[group]:
             return []
         self._committed[group] = clock
+        self.committed = max(self.committed, clock)
         included = not event.leaves_out(self._terms.counted_as(self._terms.groups[group], self._me))
         if included and clock > self._begun and self._terms.groups[group].drops:
             if self._leads:
@@ -234,12 +232,12 @@ class Replica:
             actions += self._settle(self._accounts.commit(event))
         return actions
 
-    def _settle(self, fates: list[Settle]) -> list[Settle]:
+    def _settle(self, fates: list[Settle]) -> list[Action]:
         """The fates to tell now. Those of a replica that asks for several items at once wait until it asks."""
-        if not self._waits_to_tell:
-            return fates
-        self._fates += fates
-        return []
+        if self._waits_to_tell:
+            self._fates += fates
+            return []
+        return [*fates]
 
     def _decide(self, step: Step, group: int, included: bool) -> list[Action]:
         step.undecided.discard(group)
@@ -256,10 +254,12 @@ class Replica:
 
     def _resolve(self) -> list[Action]:
         """Put known fates into effect, in the order of clocks."""
+        if self._steps[0].state not in OVER:
+            return []
         actions: list[Action] = []
         while self._steps and self._steps[0].state in OVER and not self._steps[0].undecided:
             step = self._steps.pop(0)
-            if step.state != "skipped":
+            if step.state != "skipped" and self._terms.accumulating:
                 actions += self._counts(step)
         return actions
 

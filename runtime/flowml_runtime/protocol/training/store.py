@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import msgspec
 
@@ -30,6 +31,9 @@ class ContributionReceived(msgspec.Struct, frozen=True):
     copy: int = 0
 
 
+_WEIGHT, _BASE_VERSION = attrgetter("weight"), attrgetter("base_version")
+
+
 class Gathering(msgspec.Struct):
     """The parts of one contribution that have arrived."""
 
@@ -43,12 +47,12 @@ class Gathering(msgspec.Struct):
     @property
     def weight(self) -> int:
         """The weight of each part; 0 if one part is empty."""
-        return min(p.weight for p in self.parts.values())
+        return min(map(_WEIGHT, self.parts.values()))
 
     @property
     def base_version(self) -> int:
         """The oldest version that a stage read."""
-        return min(p.base_version for p in self.parts.values())
+        return min(map(_BASE_VERSION, self.parts.values()))
 
     def handles(self) -> tuple[Handle, ...]:
         return tuple(self.parts[p].handle for p in sorted(self.parts) if not self.parts[p].empty)
@@ -106,7 +110,7 @@ class Store:
         if self.terms.clocked and not self.terms.policy.every.due(part.clock, terms.last_clock):
             raise ProtocolError(f"{_where(part)}: nothing is due at that clock")
         other = self.gathering.get(part.clock, {}).get(part.replica)
-        if other and other.incarnation == part.incarnation:
+        if other is not None and other.incarnation == part.incarnation:
             for weight in {p.weight for p in other.parts.values()} - {0, part.weight}:
                 if not part.empty:
                     raise ProtocolError(f"{_where(part)} has weight {part.weight}, another part of it {weight}")

@@ -139,11 +139,12 @@ class WorkQueue:
         return self._reserved[replica].pop(clock, None)
 
     def _draw_row(self) -> None:
-        for replica in range(self._work.replicas):
+        epoch = self._rows // self._work.clocks_per_epoch
+        for replica, reserved in enumerate(self._reserved):
             if replica not in self._gone:
-                item = self._draw(self._rows // self._work.clocks_per_epoch)
+                item = self._draw(epoch)
                 if item is not None:
-                    self._reserved[replica][self._rows] = item
+                    reserved[self._rows] = item
         self._rows += 1
 
     def _skip(self, replica: int, clock: int) -> None:
@@ -156,8 +157,10 @@ class WorkQueue:
         if self._requeued:
             return self._requeued.popleft()
         item = self._fresh_item(epoch)
+        if item is not None:
+            return item
         back = self._back.get(epoch)
-        return item or (back.popleft() if back else None)
+        return back.popleft() if back else None
 
     def _fresh_item(self, epoch: int) -> wire.Item | None:
         """The next item of an epoch that was not drawn before."""

@@ -118,7 +118,9 @@ class TrainingWorker:
 
         A step may end after its run. Its message is then still one of that run, which every receiver drops.
         """
-        member, clock = self._rules.place(start.replica, start.clock, start.item.sequence)
+        member, clock = start.replica, start.clock
+        if self._rules.speculation is not None:
+            member, clock = self._rules.place(member, clock, start.item.sequence)
         message = wire.Contribution(
             plan_id=self._plan_id,
             run=start.run,
