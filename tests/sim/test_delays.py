@@ -36,6 +36,22 @@ def test_a_simulated_step_takes_the_drawn_delay_of_the_slowest_replica() -> None
     assert fit(cluster, SLOW).virtual_seconds == pytest.approx(slowest())
 
 
+@pytest.mark.parametrize("arithmetic", [True, False], ids=["arithmetic", "clocks only"])
+def test_all_tasks_share_a_delay_so_that_a_cut_leaves_out_the_same_microbatches(
+    threads_cluster: fm.Cluster, arithmetic: bool
+) -> None:
+    """Tasks that take no time of their own, such as additions, pause on real workers too."""
+    delays, rule = {"worker:3": 1.0}, fm.policies.drop_compute(0.25)  # after 0.2 s of five tasks, or 0.286 s of seven
+    left_out: list[int] = []
+    sim = fm.SimulatedCluster(4, fm.sim.Constant(1e-3), fm.sim.Network(1e-4, 1e9), arithmetic=arithmetic)
+    for cluster in (threads_cluster, sim):
+        settings: dict[str, Any] = {"replicas": 4, "microbatches": 4, "placement": fm.Pipeline(1)}
+        trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, policies=rule, delays=delays, **settings)
+        result = trainer.fit({"w": jnp.ones((4, 2))}, SOURCE, batch_size=16, steps=1, seed=5)
+        left_out.append(result.ledger.left_out)
+    assert left_out[0] == left_out[1]
+
+
 def test_real_steps_pause_for_the_drawn_delays(threads_cluster: fm.Cluster) -> None:
     result = fit(threads_cluster, SLOW)
     assert result.seconds >= slowest()

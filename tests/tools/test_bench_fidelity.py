@@ -25,7 +25,7 @@ def test_a_run_measures_costs_and_compares_times_and_bytes(monkeypatch: pytest.M
     slow, steady = times["one 5× slower"], times["constant"]
     assert slow.peer.sample is not None and steady.peer.sample is not None
     assert slow.ours.median >= 5 * 0.004 and slow.peer.sample.median >= 5 * 0.004
-    assert slow.ours.median - steady.ours.median == pytest.approx(4 * 0.004, abs=1e-4)
+    assert slow.ours.median - steady.ours.median == pytest.approx(4 * 0.004, rel=0.5), "compute times are drawn"
 
 
 def test_what_cannot_run_is_printed_as_not_available_and_a_missed_goal_as_missed() -> None:
@@ -43,7 +43,7 @@ def test_what_cannot_run_is_printed_as_not_available_and_a_missed_goal_as_missed
 
 
 def test_a_calibration_says_what_it_has_found() -> None:
-    text = str(Calibration(step_s=2e-3, latency_s=5e-4, bytes_per_s=float("inf"), apply_s=1e-3))
+    text = str(Calibration(steps_s=(1e-3, 2e-3, 4e-3), latency_s=5e-4, bytes_per_s=float("inf"), apply_s=1e-3))
     assert text == (
         "a step computes 2.00 ms, a message takes 0.50 ms and moves arrays by reference, an apply takes 1.00 ms"
     )

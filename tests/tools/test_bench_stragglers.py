@@ -20,9 +20,17 @@ def test_each_fit_has_a_rate_and_an_accuracy(threads_cluster: fm.Cluster) -> Non
 
 def test_an_accuracy_may_be_lower_by_seed_noise_only() -> None:
     peer = [0.80, 0.82, 0.78, 0.80]
-    noise = 2 * 0.016329931618554537 * 0.5**0.5
-    assert stragglers.compared([0.80 - 0.9 * noise] * 4, peer).met
-    missed = stragglers.compared([0.80 - 1.1 * noise] * 4, peer)
+    noise = 0.016329931618554537
+    assert stragglers.compared("steps", [0.80 - 0.9 * noise] * 4, peer, goal=True).met
+    missed = stragglers.compared("steps", [0.80 - 1.1 * noise] * 4, peer, goal=True)
     assert missed.met is False
     assert "MISSED" in render("stragglers", [missed])
-    assert stragglers.compared([0.9] * 4, peer).met
+    assert stragglers.compared("steps", [0.9] * 4, peer, goal=True).met
+
+
+def test_pairs_of_one_seed_are_compared_so_that_the_seeds_own_noise_cancels() -> None:
+    peer = [0.80, 0.82, 0.78, 0.80]
+    row = stragglers.compared("steps", [p - 0.01 for p in peer], peer)
+    assert row.met is None, "there is no goal"
+    assert row.name.endswith("4 seeds, ± 0.00"), "the difference is the same for each seed"
+    assert "± 1.63" in stragglers.compared("steps", [0.8] * 4, peer).name

@@ -278,12 +278,13 @@ class Executor:
         share = self._program.shares[self._position]
         if run.microbatch and self._leaves_out(run.microbatch):
             return self._perform(step)
-        if not share:
+        delayed = world.delays and self._position in self._bound.paced
+        if not share and not delayed:
             return self._perform(step) and self._end_task(step)
         self._computes_since = min(self._computes_since, world.clock.now)
         seconds = self._seconds * share
-        if world.delays:
-            seconds += world.delay(self._node.name, step.clock) / self._bound.runs
+        if delayed:
+            seconds += world.delay(self._node.name, step.clock) / len(self._bound.paced)
         self._computes, self.waits = True, False
         world.clock.put(world.clock.now + seconds, (self._node.number * KINDS + _TASK, self._computed, ()))
         return False

@@ -31,9 +31,9 @@ class StageProgram:
     edges: Mapping[int, Edge]
 
     @property
-    def runs(self) -> int:
-        """The number of tasks that take time."""
-        return sum(share > 0 for share in self.shares)
+    def paced(self) -> frozenset[int]:
+        """The positions of the tasks that share the artificial delay of a step, as on a real worker (`Pace`)."""
+        return frozenset(n for n, i in enumerate(until_last_message(self.instructions)) if isinstance(i, Run))
 
     @property
     def ends(self) -> Mapping[int, int]:
@@ -45,14 +45,15 @@ class StageProgram:
         """Whether it waits for values of other stages."""
         return any(isinstance(i, Recv) for i in self.instructions)
 
-    def matter(self, computes: bool) -> tuple[int, ...]:
+    def matter(self, computes: bool, delayed: bool) -> tuple[int, ...]:
         """The positions of the instructions that matter: without arithmetic, those that take time, wait, send or end a
         microbatch."""
         if computes:
             return tuple(range(len(self.instructions)))
         kinds = Read, Recv, Send, Push
         pairs, ends = enumerate(zip(self.instructions, self.shares, strict=True)), self.ends
-        return tuple(n for n, (i, share) in pairs if share or isinstance(i, kinds) or n in ends)
+        paced = self.paced if delayed else ()
+        return tuple(n for n, (i, share) in pairs if share or isinstance(i, kinds) or n in ends or n in paced)
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ class Bound:
 
     steps: Sequence[tuple[int, Any, Instruction]]
     """For each instruction that matters its position, the executor's function, and itself."""
-    runs: int
-    """The number of tasks that take time."""
+    paced: frozenset[int]
+    """The positions of the tasks that share the artificial delay of a step, if there is one."""
     ends: Mapping[int, int]
     """As `cuts.ends`, if the machine wants to know of computed microbatches."""
     receives: bool
@@ -158,10 +158,12 @@ class World:
         key = program.instructions, program.shares
         found = self._bound.get(key)
         if found is None:
-            given = [(n, program.instructions[n]) for n in program.matter(self.values.computes)]
+            matter = program.matter(self.values.computes, bool(self.delays))
+            given = [(n, program.instructions[n]) for n in matter]
             steps = [(n, Executor.DO[type(i)], i) for n, i in given]
             ends = program.ends if self.terms.paced is not None else {}
-            found = self._bound[key] = Bound(steps, program.runs, ends, program.receives)
+            paced = program.paced if self.delays else frozenset[int]()
+            found = self._bound[key] = Bound(steps, paced, ends, program.receives)
         return found
 
     def machine(self, worker: int, device: str) -> int:

@@ -3,6 +3,8 @@
 Four replicas train on real workers (threads, then processes), with artificial delays that a model draws by worker and
 step. The same `Trainer`, with the same delays, trains on a simulated cluster whose costs were measured on this machine
 before (`fidelity_probe`). A cell compares the mean time of a step after the first ones, and the bytes between workers.
+
+The replicas share the cores of one machine, which no model knows. So the delays are long beside what a step computes.
 """
 
 from __future__ import annotations
@@ -14,47 +16,58 @@ from functools import partial
 from typing import Any
 
 from flowml.errors import FlowmlError
-from flowml_tools.bench.fidelity_probe import Calibration, calibrate
+from flowml_tools.bench.fidelity_probe import calibrate, step_times
 from flowml_tools.bench.rows import Goal, Peer, Row, Sample
 from flowml_tools.bench.timing import tell
 
 SUMMARY = "simulated against real training: step times and bytes of many policies under slow machines"
 REPEATS = 1
-REPLICAS, STEPS, FIRST = 4, 24, 4
+REPLICAS, STEPS, FIRST = 4, 20, 4
 """The steps before the FIRST one are not measured: they start threads and fill caches."""
-PAUSE_S = 0.03
+PAUSE_S = 0.06
 GOAL = Goal("at most", 0.10, of="value")
 KINDS = ("threads", "processes")
 
 
 @dataclass(frozen=True)
 class Composition:
-    """A way to keep replicas in step. `make` gives its policy from `fm.policies`."""
+    """A way to keep replicas in step. `make` gives its policy from `fm.policies`.
+
+    `work` gives a policy with the same work in each step, which leaves no replica out; None: synchronous().
+    """
 
     name: str
     make: Callable[[Any], Any]
     microbatches: int = 1
+    work: Callable[[Any], Any] | None = None
 
 
 def compositions() -> list[Composition]:
     import flowml as fm
 
     top_k = fm.filters.top_k(0.05).with_error_feedback()
+
+    def filtered(p: Any) -> Any:
+        return p.synchronous(filters=(top_k,))
+
+    def local(p: Any) -> Any:
+        return p.local_sgd(4)
+
     return [
         Composition("synchronous", lambda p: p.synchronous()),
         Composition("backup workers, 3 of 4", lambda p: p.backup_workers(3)),
         Composition("SSP, staleness 3", lambda p: p.asynchronous(3)),
-        Composition("Downpour, push and pull 4", lambda p: p.downpour(4, 4)),
+        Composition("Downpour, push and pull 4", lambda p: p.downpour(4, 4), work=local),
         Composition("DropCompute", lambda p: p.drop_compute(1.5 * PAUSE_S), microbatches=4),
         Composition("adaptive deadline, 0.75", lambda p: p.deadline(0.75)),
-        Composition("local SGD, every 4", lambda p: p.local_sgd(4)),
-        Composition("DiLoCo, every 4", lambda p: p.diloco(4)),
-        Composition("streaming DiLoCo, every 4", lambda p: p.diloco(4, fragments=2, delay=1, alpha=0.5)),
-        Composition("D-PSGD on a ring", lambda p: p.gossip("ring")),
-        Composition("two sites, significance", lambda p: p.gaia(0.01, sites=2)),
+        Composition("local SGD, every 4", local, work=local),
+        Composition("DiLoCo, every 4", lambda p: p.diloco(4), work=local),
+        Composition("streaming DiLoCo, every 4", lambda p: p.diloco(4, fragments=2, delay=1, alpha=0.5), work=local),
+        Composition("D-PSGD on a ring", lambda p: p.gossip("ring"), work=local),
+        Composition("two sites, significance", lambda p: p.gaia(0.01, sites=2), work=local),
         Composition("gradient coding, 1 straggler", lambda p: p.coded(1)),
-        Composition("top-k with error feedback", lambda p: p.synchronous(filters=(top_k,))),
-        Composition("4-bit deltas, every 4", lambda p: p.diloco(4, filters=(fm.filters.quantise(4),))),
+        Composition("top-k with error feedback", filtered, work=filtered),
+        Composition("4-bit deltas, every 4", lambda p: p.diloco(4, filters=(fm.filters.quantise(4),)), work=local),
     ]
 
 
@@ -90,20 +103,32 @@ def rows(repeats: int | None, only: Sequence[str] = (), kinds: Sequence[str] = K
             synchronous()  # what happens only once, such as the start of threads
             calibration = calibrate(cluster, synchronous, drawn)
             costs = f"{kind}: {calibration}"
-            found.append(Row(costs, "s", Sample((calibration.step_s,)), Peer("no peer"), group=("calibration", kind)))
+            found.append(Row(costs, "s", Sample(calibration.steps_s), Peer("no peer"), group=("calibration", kind)))
+            works: dict[tuple[Any, int], tuple[float, ...]] = {}
             for number, composition in enumerate(chosen):
                 tell(f"fidelity: {kind}, {composition.name}, {number + 1} of {len(chosen)}")
+                key = composition.work, composition.microbatches
+                if key not in works:
+                    works[key] = _step_times(cluster, composition, drawn)
+                simulated = calibration.cluster(REPLICAS, works[key])
                 for model, delays in stragglers().items():
-                    found += _compared(
-                        (kind, composition.name, model), cluster, calibration, composition, delays, repeats
-                    )
+                    group = kind, composition.name, model
+                    found += _compared(group, cluster, simulated, composition, delays, repeats)
     return [*found, *summary(found)]
+
+
+def _step_times(cluster: Any, composition: Composition, delays: Any) -> tuple[float, ...]:
+    """The compute times of the steps of a composition."""
+    import flowml as fm
+
+    policy = composition.work(fm.policies) if composition.work else fm.Policy()
+    return step_times(cluster, partial(fit, cluster, policy, delays, composition.microbatches), delays)
 
 
 def _compared(
     group: tuple[str, ...],
     cluster: Any,
-    calibration: Calibration,
+    model: Any,
     composition: Composition,
     delays: Any,
     repeats: int | None,
@@ -113,7 +138,7 @@ def _compared(
 
     try:
         policy = composition.make(fm.policies)
-        simulated = fit(calibration.cluster(REPLICAS), policy, delays, composition.microbatches)
+        simulated = fit(model, policy, delays, composition.microbatches)
         real = [fit(cluster, policy, delays, composition.microbatches) for _ in range(repeats or REPEATS)]
     except (AttributeError, FlowmlError) as error:
         tell(f"fidelity: {', '.join(group)} is not available: {error}")
