@@ -215,8 +215,9 @@ def _check_site_quorum(policy: Policy, inside: Quorum | Deadline, topology: str)
         )
     if not policy.clocked:
         raise PolicyError(
-            f"{topology} with staleness={policy.staleness} is not available yet: a site with a quorum of replicas "
-            "takes part in decisions; give a quorum of sites that drops, or staleness=0"
+            f"{topology} with staleness={policy.staleness} is not sound: a replica learns with the decision about the "
+            "sites whether its step counts, and contributions that are applied as they arrive have none; give "
+            "quorum=flowml.Quorum() too, which waits for all sites"
         )
 
 

@@ -98,7 +98,7 @@ class Policy(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         bound = _staleness(self.staleness)
         if self.quorum is None:  # pyright: ignore[reportUnnecessaryComparison]
-            self._set("quorum", Quorum() if bound == 0 else Quorum(1, late=Fold()))
+            self._set("quorum", Quorum() if bound == 0 or self.collective else Quorum(1, late=Fold()))
         self._set("staleness", bound)
         if not isinstance(self.every, Every):  # pyright: ignore[reportUnnecessaryIsInstance]
             self._set("every", Every(self.every))
@@ -481,10 +481,11 @@ def _check_arriving(policy: Policy) -> None:
 def _check_collective(policy: Policy) -> None:
     """Check that the other knobs are sound and available with a sum over all replicas."""
     topology = f"topology={policy.topology!r}"
-    if policy.staleness:
+    if policy.staleness == UNBOUNDED:
         raise PolicyError(
-            f"{topology} with staleness={policy.staleness} is not available yet: replicas add up each clock together "
-            "before the next is read; use staleness=0, or topology=flowml.ParameterServer()"
+            f"{topology} with staleness=UNBOUNDED is not sound: each sum waits for all replicas, and the gradients of "
+            "those that run ahead would pile up without bound; give a finite staleness, such as 1, with which replicas "
+            "compute while they add up, or use topology=flowml.ParameterServer()"
         )
     if policy.quorum != Quorum(1.0) and not cutting(policy.quorum):
         raise PolicyError(

@@ -102,7 +102,10 @@ def test_an_optimizer_that_couples_layers_of_different_policies(threads_cluster:
             lambda: fm.policies.quorum(0.5, topology=fm.Ring()),
             r"topology=Ring\(\) with quorum=Quorum\(0.5\) is not sound",
         ),
-        (lambda: fm.policies.asynchronous(topology=fm.AllReduce()), r"with staleness=inf is not available yet"),
+        (
+            lambda: fm.policies.asynchronous(topology=fm.AllReduce()),
+            r"with staleness=UNBOUNDED is not sound: each sum waits",
+        ),
         (lambda: fm.policies.factors(topology=fm.Tree()), r"with payload=Factors\(\) is not sound"),
         (lambda: fm.Policy(topology=fm.Ring), r"topology=<class .* is not available yet; give topology="),  # pyright: ignore
     ],

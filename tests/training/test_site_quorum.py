@@ -154,3 +154,11 @@ def test_what_is_not_sound_says_why() -> None:
     ):
         with pytest.raises(fm.PolicyError, match=message):
             wrong()
+
+
+def test_who_was_late_is_told_by_replica() -> None:
+    machines = fm.sim.Straggler(fm.sim.Constant(0.1), factor=3, workers=(1,))
+    result = fit(simulated(4, machines), nested(fm.Quorum(0.6)))
+    (late,) = result.stragglers()
+    assert (late.replica, late.left_out) == (1, STEPS)
+    assert sum(sum(found.values()) for found in result.staleness.values()) % (3 * STEPS) == 0

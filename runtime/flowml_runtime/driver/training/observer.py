@@ -114,10 +114,10 @@ class Observer:
         seen = self._at(note.clock)
         if not self._modelled[note.group]:
             seen.take(self._names[note.group], note.waits, note.excluded)
+        group = self._terms.groups[note.group]
+        counted = (self._terms.replicas if group.relayed else len(group.senders)) - len(note.excluded)
         for store in self._exact[note.group]:
-            seen.stale.setdefault(store, Counter())[0] += len(self._terms.groups[note.group].senders) - len(
-                note.excluded
-            )
+            seen.stale.setdefault(store, Counter())[0] += counted
 
     def reported(self, report: wire.Report, now: float) -> None:
         """A stage has finished its step."""

@@ -36,7 +36,7 @@ from typing import Any
 
 import msgspec
 
-from flowml.policy.waits import Waits
+from flowml.policy.waits import MOST_LATE, Waits
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.actions import Received, Release, Send
@@ -353,7 +353,10 @@ class _Commits:
         return clock > self._decided[group]
 
     def joined(self, commit: wire.Commit) -> tuple[Waits, tuple[int, ...]] | None:
-        """What a decision waited for, and whom it leaves out. None until it is known what it means for all sites."""
+        """What a decision waited for, and whom it leaves out. None until it is known what it means for all sites.
+
+        The late replicas are those that were late in their sites.
+        """
         group = self._terms.groups[commit.group]
         if not group.relayed:
             return commit.waits, commit.excluded
@@ -362,8 +365,10 @@ class _Commits:
         if len(known) <= len(group.sites):
             return None
         del self._of_sites[group.number, commit.clock]
-        of_sites = (c.excluded for site, c in known.items() if site is not None)
-        return known[None].waits, tuple(sorted(replica for excluded in of_sites for replica in excluded))
+        whole = known.pop(None).waits
+        excluded = sorted(replica for commit in known.values() for replica in commit.excluded)
+        late = sorted((r for commit in known.values() for r in commit.waits.late), key=lambda found: -found[2])
+        return Waits(whole.waited_s, whole.spread_s, tuple(late[:MOST_LATE])), tuple(excluded)
 
     def take(self, group: int, clock: int, excluded: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
         """The clocks that all groups have decided now, and the replicas that each of these groups leaves out.

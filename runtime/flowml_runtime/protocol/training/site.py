@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flowml.policy import Fold
+from flowml.policy.waits import Waits
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.decision import Arrived, Decision, ReplicaRetired, Wake
 from flowml_runtime.protocol.training.home import Release
@@ -62,6 +63,7 @@ class _Sum:
 
     there: frozenset[int]
     folded: tuple[tuple[int, int], ...]
+    waits: Waits
 
 
 class Site:
@@ -131,7 +133,7 @@ class Site:
         folds = self._group.folds
         for replica in made.excluded if folds else ():
             self._owed.setdefault(replica, set()).add(clock)
-        self._sums[clock] = _Sum(frozenset(self.members) - excluded, made.folded)
+        self._sums[clock] = _Sum(frozenset(self.members) - excluded, made.folded, made.waits)
         row = self._rows.pop(clock, {})
         late = {at: row.pop(at) for at in list(row) if at[1] in excluded}
         if late and folds:
@@ -193,7 +195,8 @@ class Site:
                 late = self._sums.pop(earlier)
                 folded += late.folded
                 folded += [(r, earlier) for r in late.there if earlier < clock]
-        told = Committed(clock, excluded, event.group, folded=tuple(sorted(folded)), waits=event.waits)
+        waits = known.waits if known else Waits()
+        told = Committed(clock, excluded, event.group, folded=tuple(sorted(folded)), waits=waits)
         return [told, *actions]
 
     def _give_up(self, clock: int, now: float) -> list[Action]:

@@ -223,8 +223,13 @@ class Group:
         hosts: Sequence[Hashable] = (),
         pick: Callable[[int, Sequence[Hashable]], Schedule] = choose,
         deadline_s: float = wire.DEADLINE_S,
+        ahead: int = 1,
     ) -> None:
-        """`members` are in the order of their ranks. `hosts` names each member's machine; the default is one."""
+        """`members` are in the order of their ranks. `hosts` names each member's machine; the default is one.
+
+        A member may begin `ahead` all-reduces of a bucket before this one does. One whose next all-reduce needs this
+        member is one ahead at most; one that only sends may be further.
+        """
         self.rank = list(members).index(me)
         self._sent: Counter[int] = Counter()
         """Bytes of arrays sent to other members, by bucket."""
@@ -235,11 +240,13 @@ class Group:
         self._send = send
         self._pick = pick
         self._deadline_s = deadline_s
+        self._ahead = ahead
         self._lock = threading.Lock()
         self._flights: dict[Slot, Flight] = {}
         self._latest: dict[int, int] = {}
         """Bucket -> the clock of its newest all-reduce that has begun here."""
-        self._early: dict[int, list[tuple[str, wire.Collective, Sequence[Array]]]] = {}
+        self._early: dict[Slot, list[tuple[str, wire.Collective, Sequence[Array]]]] = {}
+        """(bucket, clock) -> the messages for an all-reduce that has not begun here."""
         self._lost: dict[str, str] = {}
         self._broken: FlowmlError | None = None
         self._pool = BufferPool()
@@ -341,16 +348,17 @@ class Group:
                 raise ProtocolError(f"{flight.name} cannot begin: one of that bucket is under way, or was later")
             self._latest[bucket] = clock
             self._flights[flight.key] = flight
-            return self._early.pop(bucket, [])
+            return self._early.pop(flight.key, [])
 
     def _keep(self, peer: str, message: wire.Collective, arrays: Sequence[Array]) -> None:
-        """Keep a message of a later all-reduce. A peer is at most one ahead, because its next one needs this rank."""
+        """Keep a message of a later all-reduce. A peer is at most `ahead` of them ahead."""
         if self._broken or message.clock <= self._latest.get(message.bucket, -1):
             return  # it belongs to an all-reduce that was given up
-        kept = self._early.setdefault(message.bucket, [])
-        if sum(map(len, self._early.values())) >= MAX_EARLY or (kept and kept[0][1].clock != message.clock):
+        key = message.bucket, message.clock
+        clocks = {clock for bucket, clock in (*self._early, key) if bucket == message.bucket}
+        if sum(map(len, self._early.values())) >= MAX_EARLY or len(clocks) > self._ahead:
             raise ProtocolError(f"{peer} is too far ahead: bucket {message.bucket} at clock {message.clock} from it")
-        kept.append((peer, message, arrays))
+        self._early.setdefault(key, []).append((peer, message, arrays))
 
     def _start(self, flight: Flight) -> None:
         if flight.inline:

@@ -115,8 +115,10 @@ class Reductions:
             return None
         if group not in self._groups:
             identity, send = GroupId(run.plan_id, run.number, group), run.sender.send
+            ahead = 1 + max((int(s.policy.staleness) for s in run.training.stores if s.collective), default=0)
+            hosts, deadline_s = reduction.hosts, run.deadline_s
             self._groups[group] = Group(
-                identity, run.me, reduction.workers, send, hosts=reduction.hosts, deadline_s=run.deadline_s
+                identity, run.me, reduction.workers, send, hosts=hosts, deadline_s=deadline_s, ahead=ahead
             )
         here = tuple(r for r in replicas if worker_of(run.training.replicas[r][part.stage]) == run.me)
         schedule = named(reduction.schedule, reduction.hosts, reduction.fanout)
