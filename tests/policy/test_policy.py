@@ -74,9 +74,6 @@ make_quorum: Any = Quorum
         (lambda: make_policy(topology="ring"), "flowml.ParameterServer"),
         (lambda: make_policy(payload="weights"), "flowml.Gradient.. or flowml.Factors"),
         (lambda: make_policy(quorum=0.75), "flowml.Quorum"),
-        (lambda: make_policy(topology=AllReduce(), staleness=1), "use staleness=0, or topology=flowml.ParameterServer"),
-        (lambda: make_policy(topology=Ring(), staleness=UNBOUNDED), "staleness=inf"),
-        (lambda: make_policy(topology=Ring(), staleness=1, quorum=Quorum(1.0)), "before the next is read"),
     ],
 )
 def test_what_is_not_available_yet_says_what_is(make: Callable[[], object], reason: str) -> None:

@@ -68,3 +68,9 @@ def test_no_gradient_is_lost_by_real_workers(threads_cluster: fm.Cluster, topolo
     result = trainer.fit({"w": jnp.ones(8)}, source, batch_size=16, epochs=3)
     np.testing.assert_allclose(result.params["w"], 1 - 0.01 * 12 * np.mean(source["x"]), rtol=1e-4)
     assert result.ledger.used == 4 * 12
+
+
+def test_an_unbounded_sum_is_refused() -> None:
+    for topology in TOPOLOGIES:
+        with pytest.raises(fm.PolicyError, match="pile up without bound; give a finite staleness"):
+            fm.Policy(topology=topology, staleness=fm.UNBOUNDED)
