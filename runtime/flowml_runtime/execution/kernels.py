@@ -31,7 +31,7 @@ MODE_VARIABLE = "FLOWML_FILTERS"
 SMALL = 2**16
 """Arrays with fewer elements stay with NumPy, unless all are to run as JAX tasks."""
 
-NAMESPACE = SimpleNamespace(**vars(jnp), top_k=jax.lax.top_k)
+NAMESPACE = SimpleNamespace(**vars(jnp) | {"top_k": jax.lax.top_k})
 """The array namespace of JAX tasks."""
 
 REPEATS = 3
