@@ -315,18 +315,22 @@ class StageRunner(EdgeServices):
         return store not in self._members or self._members[store].leads
 
     def _add_inside(self, step: int, store: int, part: int, total: Sum[Gradients]) -> None:
-        """Add up what the replicas of the site push. `_end_sums` waits for the sum where it is needed."""
+        """Add up what the replicas of the site push. `_end_sums` waits for the sum."""
         self._inside.append((store, part, total.weight))
         given = Given(store, part, self.replica, self._now.clock, total.weight, self._now.cause)
         self._by_size(step, store, part, partial(self._reduce, self._reductions.push_inside, given, total.value))
 
     def _end_sums(self, step: int) -> None:
-        """Do what needs the sums of the gradients of sites: updates of own parameters, and the pushes of leaders."""
+        """Do what needs the sums of the gradients of sites: updates of own parameters, and the pushes of leaders.
+
+        Every replica waits for them, also one that needs none, because its next sum may begin only after this one.
+        """
         for store, part, weight in self._inside:
             member, own, clock = self._members[store], self._own.get(store), self._now.clock
+            summed = member.total(part, clock, self._in_vain)
             if not member.leads and (own is None or member.served):
                 continue
-            found = self.adopt(member.total(part, clock, self._in_vain))
+            found = self.adopt(summed)
             total = Sum(known(found), weight) if own is None else self._update(step, store, own, found)
             if total is not None and member.leads:
                 self._leave(step, store, part, total)
