@@ -7,6 +7,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 PYTEST_ARGS ?=
+TEST_JOBS ?= 2
 SOURCES := flowml runtime tools tests examples scripts
 
 .DEFAULT_GOAL := help
@@ -28,8 +29,8 @@ lint: $(STAMP)  ## format, style and import rules
 types: $(STAMP)  ## pyright, strict
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright --pythonpath $(PY)
 
-unit: $(STAMP)  ## unit and integration tests; PYTEST_ARGS="-k name" chooses
-	@$(PY) -m pytest --timeout=120 $(PYTEST_ARGS)
+unit: $(STAMP)  ## unit and integration tests, TEST_JOBS=2 at a time; PYTEST_ARGS="-k name" chooses
+	@$(PY) -m pytest -n $(TEST_JOBS) --dist worksteal --timeout=120 $(PYTEST_ARGS)
 
 wheel: $(STAMP)  ## build the wheel and use it in an environment of its own
 	@$(PY) scripts/check_wheel.py

@@ -35,6 +35,12 @@ CACHE = tempfile.mkdtemp(prefix="flowml-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
+# Tests and their processes compile many equal programs: what one has compiled, the others of the run load.
+# The workers of a parallel run inherit the directory from the process that starts them.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(CACHE, "programs")))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 SEED = int(os.environ.get("FLOWML_TEST_SEED", "0"))
 EXAMPLES_SEED = SEED if "FLOWML_TEST_SEED" in os.environ else random.SystemRandom().randrange(2**31)
 """Of Hypothesis."""
@@ -98,6 +104,23 @@ def _checked_messages() -> None:
     from flowml_runtime.transport import refusals
 
     refusals.checks_all = True
+
+
+@contextmanager
+def compiled_anew() -> Generator[None]:
+    """In the block this process compiles every program itself, for tests of what is compiled."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    def use(cache: bool) -> None:
+        jax.config.update("jax_enable_compilation_cache", cache)
+        compilation_cache.reset_cache()
+
+    use(cache=False)
+    try:
+        yield
+    finally:
+        use(cache=True)
 
 
 @pytest.fixture(scope="session")

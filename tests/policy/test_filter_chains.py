@@ -53,7 +53,7 @@ def with_feedback(chain: tuple[f.Filter, ...]) -> tuple[f.Filter, ...]:
 
 
 def text(chain: Any) -> str:
-    return ", ".join(map(str, chain)) if isinstance(chain, tuple) else str(chain)
+    return ", ".join(getattr(f, "__name__", str(f)) for f in chain) if isinstance(chain, tuple) else str(chain)
 
 
 class Link:

@@ -155,7 +155,9 @@ def test_proximal_gradient_reaches_the_optimum_of_the_lasso(threads_cluster: fm.
     assert 0 < (w == 0).sum() < 8
 
 
-@pytest.mark.parametrize("options", [{}, {"microbatches": 2, "weight": lambda batch: batch["x"].shape[0]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"microbatches": 2, "weight": lambda batch: batch["x"].shape[0]}], ids=["plain", "weighted"]
+)
 def test_a_fresh_contribution_counts_with_the_rate(threads_cluster: fm.Cluster, options: dict[str, Any]) -> None:
     """One replica sees its own writes, so it is never stale."""
     policy = fm.Policy(staleness=2, apply=fm.StalenessScaled(0.5))
