@@ -58,3 +58,15 @@ def test_training_on_spot_machines_goes_on_and_loses_the_restarts() -> None:
     whole.train(2, 6 + (6 - spot.RESTART_S) * 1.5)
     assert run.examples == pytest.approx(whole.examples, rel=0.15)
     assert spot.value(run) < spot.value(spot.Run())
+
+
+def test_processes_train_on_when_one_is_killed_and_their_steps_are_those_of_the_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spot = example("spot")
+    spot.COMPUTE = fm.sim.LogNormal(mean_s=0.05, sigma=0.2)
+    spot.for_real(machines=2)
+    told = capsys.readouterr().out
+    assert "worker:1 was lost during training" in told
+    assert "2 machines: 0.0" in told and "1 machines: 0.0" in told
+    assert "the loss and the restart took " in told

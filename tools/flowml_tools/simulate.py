@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 SUMMARY = "run a script under virtual time, on a simulated cluster"
 DESCRIPTION = """\
 Run FILE.py like `python FILE.py ARGS`. Every fm.Trainer without a cluster of its own trains on a simulated one: the
-same code, with the times of models. After each fit its virtual time, bytes and work items are printed.
+same code, with the times of models. After each fit its virtual time, bytes, work items and late workers are printed.
 
   --compute   constant:SECONDS | exponential:SHIFT,MEAN | lognormal:MEAN,SIGMA | pareto:SCALE,ALPHA
-  --network   LATENCY,BYTES_PER_S of each pair of workers
+              seconds that a step of one replica computes, such as lognormal:0.1,0.3
+  --network   LATENCY,BYTES_PER_S of each pair of workers, such as 1e-3,60e6
 
 Options of flowml go before FILE.py. Arguments after it go to the script.
 """
@@ -70,7 +71,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def described(result: TrainingResult, workers: int) -> str:
-    """A fit in words: its time, its bytes by layer, its work items."""
+    """A fit in words: its time, its bytes by layer, its work items, and who was late."""
     steps, seconds = len(result.history), result.virtual_seconds or 0.0
     ledger = result.ledger
     return "\n".join(
@@ -80,6 +81,7 @@ def described(result: TrainingResult, workers: int) -> str:
             result.table(),
             f"work items of {ledger.item_size} examples: {ledger.used} used, {ledger.dropped} dropped, "
             f"{ledger.folded} folded, {ledger.requeued} requeued, {ledger.unseen} unseen",
+            str(result.stragglers()),
         )
     )
 
