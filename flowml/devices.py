@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from sys import intern
 
 from flowml.errors import PlacementError
 
@@ -40,8 +41,8 @@ class Device:
 
 
 def worker_of(device: str) -> str:
-    """The name of a device's worker."""
-    return device.split("/", 1)[0]
+    """The name of a device's worker: one string for all its devices, which thousands of places keep."""
+    return intern(device.split("/", 1)[0])
 
 
 def as_devices(devices: Iterable[Device | str]) -> tuple[Device, ...]:

@@ -94,6 +94,11 @@ class Executor:
         """The own store that this step has updated last."""
         self._abandoned = False
 
+    @property
+    def receives(self) -> bool:
+        """Whether it waits for values of other stages."""
+        return self._bound.receives
+
     def start(self, step: Start) -> None:
         """Begin a step. The next `walk` runs it."""
         world = self._world

@@ -150,8 +150,9 @@ class Node:
         self.shared.clear()
         self.told.clear()
         self.stages = {at: Executor(self, at, programs[at]) for at in places.stages_on(self.name)}
-        for at in self.stages:
-            self.mailbox.advance(at, action.start.run)
+        for at, stage in self.stages.items():
+            if stage.receives:
+                self.mailbox.advance(at, action.start.run)
 
     def _close(self, action: protocol.Close) -> None:
         self.stages = {}

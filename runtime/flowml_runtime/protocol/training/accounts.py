@@ -68,7 +68,7 @@ class Accounts:
     def __init__(self, terms: Terms, replica: int) -> None:
         self._terms = terms
         self._me = replica
-        self._groups = frozenset(range(len(terms.groups)))
+        self._groups = range(len(terms.groups))
         self._waits = terms.cut is not None
         self._anyway = len(terms.group_of) < len(terms.stores)
         """Whether some store has no decisions."""

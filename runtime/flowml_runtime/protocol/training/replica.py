@@ -81,7 +81,7 @@ class Replica:
         """The clock of the newest commit received; -1 before the first."""
         self._pushed: dict[int, int] = {}
         """For each store that applies on arrival, the newest clock at which this stage has pushed."""
-        self._included: set[tuple[int, int]] = set()
+        self._included: list[tuple[int, int]] = []
         """(group, clock) of the commits that include this replica and came before their Begin."""
         self._steps: list[Step] = []
         self._begun, self._last_begun = -1, False
@@ -199,7 +199,7 @@ class Replica:
             step.state = "skipped"
         self._steps.append(step)
         if self._included:
-            self._included = {(g, c) for g, c in self._included if c > clock}
+            self._included = [(g, c) for g, c in self._included if c > clock]
         return [Abandon(clock)] if step.state == "skipped" else []
 
     def _finish(self, clock: int) -> list[Action]:
@@ -223,7 +223,7 @@ class Replica:
         if included and clock > self._begun and self._terms.groups[group].drops:
             if self._leads:
                 raise ProtocolError(f"clock {clock} is committed with replica {self._me}, which has not begun it")
-            self._included.add((group, clock))
+            self._included.append((group, clock))
         actions: list[Action] = []
         for step in self._steps:
             if step.clock == clock and group in step.undecided:

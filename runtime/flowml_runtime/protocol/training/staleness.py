@@ -28,13 +28,13 @@ class Staleness:
     """The counts of one worker. `stores` are those whose contributions are counted."""
 
     def __init__(self, terms: Terms, stores: Iterable[int]) -> None:
-        self.stores = frozenset(s for s in stores if may_be_stale(terms.stores[s]))
+        self.stores = tuple(s for s in stores if may_be_stale(terms.stores[s]))
         self._step = terms.replicas * len(self.stores)
         """The number of contributions of one step."""
         self._counted: dict[int, Counter[int]] = {}
         self._waiting = 0
         """The number of contributions that are counted and not yet taken."""
-        self._unfinished = set(self.stores)
+        self._unfinished = list(self.stores)
 
     def add(self, store: int, staleness: Iterable[int]) -> tuple[int, ...]:
         """The store applies contributions with this staleness: the versions since the one that they are based on.
@@ -50,7 +50,7 @@ class Staleness:
 
     def finish(self, store: int) -> None:
         """The store applies nothing more."""
-        self._unfinished.discard(store)
+        self._unfinished = [s for s in self._unfinished if s != store]
 
     def take(self) -> Rows:
         """What was counted since the last time, once there are as many contributions as a step has, or at the end."""
