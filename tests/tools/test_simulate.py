@@ -56,7 +56,8 @@ def test_a_script_trains_in_virtual_time_and_its_fits_are_described(script: str)
         (("--compute", "weibull:1,2"), "names no model; there are constant, exponential, lognormal, pareto"),
         (("--compute", "lognormal:0.1"), "'0.1' is not 2 numbers, such as 0.1,0.3"),
         (("--compute", "constant:-1"), "Constant"),
-        (("--compute", "constant:1", "--network", "fast"), "'fast' is not 2 numbers"),
+        (("--compute", "constant:1", "--network", "fast"), "'fast' is not 2 numbers, such as 1e-3,60e6"),
+        (("--compute", "constant:1", "--network=-1,2"), "argument --network: Network: latency_s=-1 makes no sense"),
     ],
 )
 def test_wrong_models_are_one_line(script: str, arguments: tuple[str, ...], text: str) -> None:

@@ -11,7 +11,7 @@ from flowml_tools.run import run_script
 from flowml_tools.script import script
 
 if TYPE_CHECKING:
-    from flowml.sim import ComputeModel
+    from flowml.sim import ComputeModel, Network
     from flowml_runtime.driver.training.result import TrainingResult
 
 SUMMARY = "run a script under virtual time, on a simulated cluster"
@@ -37,7 +37,7 @@ MODELS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=positive, required=True, metavar="N", help="simulated workers")
     parser.add_argument("--compute", type=compute, required=True, metavar="MODEL", help="seconds of a replica's step")
-    parser.add_argument("--network", type=_numbers(2), default=(1e-4, 1e9), metavar="LATENCY,RATE", help="(1e-4,1e9)")
+    parser.add_argument("--network", type=network, default="1e-4,1e9", metavar="LATENCY,RATE", help="(1e-4,1e9)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the models (0)")
     parser.add_argument("--no-arithmetic", action="store_true", help="clocks and bytes only: losses are NaN")
     parser.add_argument("file", metavar="FILE.py", help="the script")
@@ -45,14 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from flowml.sim import Network
     from flowml_runtime.sim.cluster import SimulatedCluster
 
     path = script(arguments.file)
     cluster = SimulatedCluster(
         arguments.workers,
         arguments.compute,
-        Network(*arguments.network),
+        arguments.network,
         seed=arguments.seed,
         arithmetic=not arguments.no_arithmetic,
     )
@@ -101,7 +100,18 @@ def compute(text: str) -> ComputeModel:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _numbers(count: int) -> Callable[[str], Sequence[float]]:
+def network(text: str) -> Network:
+    """An argparse type for networks, such as `1e-3,60e6`."""
+    import flowml.sim
+    from flowml.errors import SimulationError
+
+    try:
+        return flowml.sim.Network(*_numbers(2, "1e-3,60e6")(text))
+    except SimulationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _numbers(count: int, example: str = "0.1,0.3") -> Callable[[str], Sequence[float]]:
     def parse(text: str) -> Sequence[float]:
         parts: list[Any] = text.split(",")
         try:
@@ -109,8 +119,8 @@ def _numbers(count: int) -> Callable[[str], Sequence[float]]:
         except ValueError:
             values = []
         if len(values) != count:
-            example = ",".join(("0.1", "0.3")[:count])
-            raise argparse.ArgumentTypeError(f"{text!r} is not {count} number{'s' * (count > 1)}, such as {example}")
+            given = example if count > 1 else example.partition(",")[0]
+            raise argparse.ArgumentTypeError(f"{text!r} is not {count} number{'s' * (count > 1)}, such as {given}")
         return values
 
     return parse
