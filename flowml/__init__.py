@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from flowml.policy import Consensus as Consensus
     from flowml.policy import Deadline as Deadline
     from flowml.policy import Delta as Delta
+    from flowml.policy import Distill as Distill
     from flowml.policy import Drop as Drop
     from flowml.policy import Every as Every
     from flowml.policy import Factors as Factors
@@ -109,6 +110,7 @@ _HOMES = {
     "Delta": "flowml.policy",
     "Requeue": "flowml.policy",
     "Fold": "flowml.policy",
+    "Distill": "flowml.policy",
     "Drop": "flowml.policy",
     "Deadline": "flowml.policy",
     "Every": "flowml.policy",

@@ -9,7 +9,7 @@ unsound composition cannot be constructed. Nothing here imports JAX.
 
 from __future__ import annotations
 
-from flowml.policy.apply import Apply, Consensus, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote
+from flowml.policy.apply import Apply, Consensus, Distill, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote
 from flowml.policy.codes import Code
 from flowml.policy.completion import Completion, Speculate, cutting
 from flowml.policy.compose import DEFAULT_PATTERN, check_batch, check_composition, coded_by, resolve, speculated_by
@@ -35,6 +35,7 @@ __all__ = [
     "Deadline",
     "Decide",
     "Delta",
+    "Distill",
     "Drop",
     "Every",
     "Factors",

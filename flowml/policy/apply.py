@@ -171,7 +171,79 @@ class Vote(msgspec.Struct, frozen=True, tag=True):
         return f"vote {self.rows}"
 
 
-Base = Mean | Sum | StalenessScaled | Outer | Mix | Consensus | Vote
+class Examples:
+    """The inputs of a `Distill`. They are compared by identity, because arrays cannot be compared cheaply."""
+
+    def __init__(self, inputs: Any) -> None:
+        self.inputs = inputs
+
+
+class Distill(msgspec.Struct, frozen=True, tag=True):
+    """Train a model of the original size to give the mean of the outputs of the replicas' models (Sun et al.,
+    *Ensemble-compression*, ECML 2017; Lin et al., *FedDF*, NeurIPS 2020).
+
+    The home computes the outputs of each model on the same examples, and averages them example by example. A student
+    starts from the mean of the models' parameters, and learns these outputs. Its parameters are the new global ones.
+    The outputs are those of the whole model, so all layers need the same policy, with `payload=flowml.Weights()`.
+
+    Args:
+        predict: `predict(params, inputs) -> outputs`, a function that JAX can trace; pytrees of floating arrays.
+        inputs: the examples: arrays with a row an example, or a pytree of such arrays. Labels are not needed. They are
+            compiled into the task of the home.
+        steps: the steps of the student.
+        optimizer: the student's `optax.GradientTransformation`. Its state begins anew with each student.
+        loss: `loss(outputs, targets) -> scalar`, by default the mean of the squared differences.
+        batch_size: the examples of a step, taken in order, round and round; by default all of them.
+
+    Raises:
+        PolicyError: for an argument that is out of range or of the wrong kind.
+    """
+
+    predict: Any
+    inputs: Any
+    steps: int
+    optimizer: Any = None
+    loss: Any = None
+    batch_size: int | None = None
+
+    averages = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            value = whole(getattr(self, name))
+            absent = name == "batch_size" and self.batch_size is None
+            _check(self, name, absent or (value is not None and value > 0), "give a whole number of at least 1")
+            msgspec.structs.force_setattr(self, name, value)
+        if self.travels:
+            return
+        for name, form in (("predict", "predict(params, inputs)"), ("loss", "loss(outputs, targets)")):
+            value = getattr(self, name)
+            absent = name == "loss" and value is None
+            _check(self, name, absent or callable(value), f"give a function {form} that JAX can trace")
+        if not (hasattr(self.optimizer, "init") and hasattr(self.optimizer, "update")):
+            raise PolicyError(
+                f"Distill(optimizer={self.optimizer!r}): the student needs an optimizer; give an "
+                "optax.GradientTransformation, as optax.adam(1e-3)"
+            )
+        if not isinstance(self.inputs, Examples):
+            msgspec.structs.force_setattr(self, "inputs", Examples(self.inputs))
+
+    @property
+    def travels(self) -> bool:
+        """Whether it is the form in a plan, which holds the compiled distillation."""
+        return self.predict is None and self.inputs is None and self.optimizer is None
+
+    def scale(self, staleness: int) -> float:
+        return 1.0
+
+    def describe(self) -> str:
+        return f"distill {self.steps}"
+
+    def __repr__(self) -> str:
+        return f"Distill(steps={self.steps})"
+
+
+Base = Mean | Sum | StalenessScaled | Outer | Mix | Consensus | Vote | Distill
 
 
 class Prox(msgspec.Struct, frozen=True, tag=True):
@@ -230,7 +302,7 @@ class Prox(msgspec.Struct, frozen=True, tag=True):
 
 Apply = Base | Prox
 
-BASES = (Mean, Sum, StalenessScaled, Outer, Mix, Consensus, Vote)
+BASES = (Mean, Sum, StalenessScaled, Outer, Mix, Consensus, Vote, Distill)
 APPLIES = (*BASES, Prox)
 _NAMED: dict[object, Mean | Sum] = {"mean": Mean(), "sum": Sum()}
 
@@ -255,10 +327,15 @@ def scales(apply: Apply) -> bool:
 
 
 def travelling(apply: Apply) -> Apply:
-    """The kind without its optimizer, which the plan holds as compiled updates."""
-    if not isinstance(base_of(apply), Outer):
+    """The kind without its functions, which the plan holds as compiled updates."""
+    base = base_of(apply)
+    if isinstance(base, Outer):
+        base = Outer()
+    elif isinstance(base, Distill):
+        base = Distill(None, None, base.steps)
+    else:
         return apply
-    return msgspec.structs.replace(apply, after=Outer()) if isinstance(apply, Prox) else Outer()
+    return msgspec.structs.replace(apply, after=base) if isinstance(apply, Prox) else base
 
 
 def most_at_once(policy: Policy, replicas: int) -> float:
@@ -284,7 +361,12 @@ def unsound(apply: Apply, payload: str, *, collective: bool) -> str | None:
             "each replica has parameters and dual variables of its own, and sends their change; use payload=Delta(), "
             "or apply='mean'"
         )
-    if payload == "Weights" and not isinstance(base, Mean | Mix):
+    if isinstance(base, Distill) and payload != "Weights":
+        return (
+            "the outputs of whole models are averaged, so their parameters have to be sent; use payload=Weights(), or "
+            "apply='mean'"
+        )
+    if payload == "Weights" and not isinstance(base, Mean | Mix | Distill):
         return (
             "parameters can be averaged, but not added up, scaled, or used as a gradient; use payload=Delta(), or "
             "apply='mean'"

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from flowml.errors import PolicyError, named
+from flowml.policy.apply import Distill, base_of
 from flowml.policy.codes import Code
 from flowml.policy.completion import Completion, Speculate
 from flowml.policy.graphs import check_members
@@ -55,6 +56,7 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
     coded_by(policies.values(), replicas)
     speculated_by(policies.values())
     _check_epochs(policies.values())
+    _check_distilling(policies)
     clocked = {name: p for name, p in policies.items() if p.clocked}
     for policy in policies.values():
         if isinstance(policy.topology, Gossip):  # one among sites is checked once machines are known
@@ -103,6 +105,18 @@ def _check_epochs(policies: Iterable[Policy]) -> None:
         raise PolicyError(
             f"quorum={ending[0]} of an epoch for one layer with quorum={other} for another is not sound: an epoch ends "
             "for the whole model; give all layers the same quorum"
+        )
+
+
+def _check_distilling(policies: Mapping[str, Policy]) -> None:
+    """Check that all layers are distilled together, if any is."""
+    distilled = next((n for n, p in policies.items() if isinstance(base_of(p.apply), Distill)), None)
+    other = next((n for n, p in policies.items() if distilled is not None and p != policies[distilled]), None)
+    if distilled is not None and other is not None:
+        raise PolicyError(
+            f"{policies[distilled].describe()} for {distilled!r} with {policies[other].describe()} for {other!r} is "
+            "not sound: what is distilled are the outputs of the whole model; give all layers the same policy, such as "
+            "policies=policy"
         )
 
 

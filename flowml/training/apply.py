@@ -17,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from flowml.plan import Part
+from flowml.training.distil import Distilling
 from flowml.training.step import scaled, wide
 from flowml.training.updates import ballot, elected
 
@@ -119,7 +120,8 @@ class HomeTasks:
     divided by the sum of weights. An `exact` contribution is the only one and is not multiplied: the compiler could
     contract a multiplication by 1.0 with the update, which changes the last bit of the result.
 
-    With `voted` rows, each contribution also votes for so many rows of each leaf; the sum keeps those that win.
+    With `voted` rows, each contribution also votes for so many rows of each leaf; the sum keeps those that win. With
+    `distils`, contributions are models; their outputs are added up too, and the update gets the sum after theirs.
     """
 
     update: Callable[..., tuple[Any, ...]]
@@ -128,10 +130,12 @@ class HomeTasks:
     states: int
     exact: bool
     voted: int = 0
+    distils: Distilling | None = None
 
     def fold(self, *arrays: Any) -> tuple[Any, ...]:
         """(accumulator, coefficients, contributions) -> accumulator."""
-        size = self.params + len(self._voting) + self._divides
+        outputs = self.distils.width if self.distils else 0
+        size = self.params + outputs + len(self._voting) + self._divides
         return tuple(self.folded(list(arrays[:size]), *arrays[size:]))
 
     def finish(self, *arrays: Any) -> tuple[Any, ...]:
@@ -160,6 +164,8 @@ class HomeTasks:
         for i in range(len(payloads) // size):
             coefficient, share = coefficients[0, i], coefficients[1, i]
             terms, weight = self.payload.gradients(payloads[i * size : (i + 1) * size])
+            if self.distils is not None:
+                terms = [*terms, *self.distils.outputs(terms)]
             if not self.exact:
                 terms = [g * coefficient.astype(g.dtype) for g in map(wide, terms)]
             terms = [*terms, *(ballot(terms[leaf], self.voted) for leaf in self._voting)]
@@ -181,7 +187,8 @@ class HomeTasks:
         if self._divides:
             total = [per(g, accumulator[-1]) for g in total]
         gradients = [g.astype(p.dtype) for g, p in zip(total, kept[: self.params], strict=True)]
-        return self.update(*gradients, *kept)
+        outputs = accumulator[self.params :] if self.distils else ()
+        return self.update(*gradients, *outputs, *kept)
 
 
 def split(row: Any, shapes: Sequence[tuple[int, ...]]) -> list[Any]:

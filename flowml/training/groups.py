@@ -65,3 +65,9 @@ def sites_of(
 
 def _worker(device: str) -> str:
     return device.partition("/")[0]
+
+
+def one_a_worker(devices: Sequence[str]) -> tuple[str, ...]:
+    """The devices, each replaced by the first one of its worker, because replicas on one worker share a copy."""
+    first: dict[str, str] = {}
+    return tuple(first.setdefault(_worker(d), d) for d in devices)

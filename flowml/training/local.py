@@ -40,6 +40,7 @@ from flowml.plan import ArraySpec
 from flowml.policy import Consensus, Delta, Gossip, Mix, Outer, Policy, Prox, Weights
 from flowml.policy.apply import base_of
 from flowml.training.apply import HomeTasks, Payload
+from flowml.training.distil import Distilling, distilling
 from flowml.training.optimizer import OptimizerSlices, slice_optimizer
 from flowml.training.step import wide
 from flowml.training.updates import proximal
@@ -108,6 +109,7 @@ class Optimizers:
     outer: Mapping[Outer | Consensus, OptimizerSlices]
     first: Mapping[Outer | Consensus, int]
     outer_optimizers: tuple[Any, ...]
+    distilling: Distilling | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -134,10 +136,12 @@ class Optimizers:
         first, at = dict[Outer | Consensus, int](), len(own.state_specs)
         for o, slices in outer.items():
             first[o], at = at, at + len(slices.state_specs)
-        return Optimizers(own, outer, first, tuple(made.values()))
+        return Optimizers(own, outer, first, tuple(made.values()), distilling(policies, params))
 
     def coupled(self, policies: Sequence[Policy]) -> list[list[int]]:
         """The leaves that an optimizer couples, where `policies` are those of the leaves."""
+        if self.distilling is not None:
+            return [list(range(len(policies)))]
         found = self.own.groups
         for outer, slices in self.outer.items():
             groups = ([leaf for leaf in group if base_of(policies[leaf].apply) == outer] for group in slices.groups)
@@ -151,6 +155,8 @@ class Optimizers:
             found = _sliced(self.outer[kind], leaves, self.first[kind])
         elif not policy.local:
             found = _sliced(self.own, leaves, 0)
+        elif self.distilling is not None:
+            found = HomeUpdate(self.distilling.update, (), ())
         else:
             found = HomeUpdate(_averaging(policy, len(leaves), replicas if policy.clocked else 1), (), ())
         if not isinstance(policy.apply, Prox):

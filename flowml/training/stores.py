@@ -28,13 +28,14 @@ from flowml.lowering.program import PartBinding
 from flowml.lowering.schedule import positions
 from flowml.placement.links import Links
 from flowml.plan import ArraySpec, Part, StoreSpec
-from flowml.policy import Factors, Policy, check_composition
+from flowml.policy import Distill, Factors, Policy, check_composition
 from flowml.policy.apply import Vote, base_of, most_at_once, scales
 from flowml.policy.filters import Form, check_array
 from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, pack
+from flowml.training.distil import apart
 from flowml.training.factors import OuterProduct, find_outer_product, product_function, send_factors
-from flowml.training.groups import reduction_of, sites_of, split
+from flowml.training.groups import one_a_worker, reduction_of, sites_of, split
 from flowml.training.local import HomeUpdate, Optimizers, local_tasks
 from flowml.training.shared import check_shared
 from flowml.training.step import Treatment
@@ -239,6 +240,8 @@ class StorePlanner:
             users.setdefault(frozenset(readers | made), []).append(leaf)
         coupled = any(len(set(found) & set(group)) > 1 for found in self._coupled) and len(users) > 1
         if coupled or any(len(devices) > 1 for devices in users):
+            if isinstance(base_of(policy.apply), Distill):
+                raise apart(policy, set().union(*users))
             paths = ", ".join(repr(parameter_path(self.paths[leaf])) for leaf in group[:3])
             other = "payload=fm.Gradient()" if policy.local else "topology=fm.ParameterServer()"
             raise PolicyError(
@@ -384,7 +387,7 @@ class StorePlanner:
         update = self.optimizers.at_home(store.policy, store.leaves, len(sites) or self.replicas)
         candidates = [replicas[leaders.get(r, r)][parts[0].stage] for r in range(self.replicas)]
         check_shared(store.name, store.policy, candidates)
-        homes = _one_a_worker(candidates) if collective else (min(candidates, key=lambda d: loads[d]),)
+        homes = one_a_worker(candidates) if collective else (min(candidates, key=lambda d: loads[d]),)
         for home in dict.fromkeys(homes):
             loads[home] += sum(s.nbytes for s in (*specs, *update.state_specs)) + 1
         return StoreSpec(
@@ -425,6 +428,7 @@ class StorePlanner:
             states=len(update.state),
             exact=most == 1 and whole and not (policy.adds_up and self.replicas > 1) and not scales(policy.apply),
             voted=kind.rows if isinstance(kind, Vote) else 0,
+            distils=self.optimizers.distilling if isinstance(kind, Distill) else None,
         )
         kept = (*specs, *update.state_specs)
         payload = tuple(s for p in given.parts for s in p.payload)
@@ -485,12 +489,6 @@ def _payload(graph: Graph, part: PartDraft) -> tuple[ArraySpec, ...]:
     """The arrays that are sent for a part: its gradients and their weight, separate or packed into one."""
     specs = tuple(_strong(graph.values[v]) for v in part.sent)
     return (ArraySpec((sum(math.prod(s.shape) for s in specs),), specs[0].dtype),) if part.packed else specs
-
-
-def _one_a_worker(devices: Sequence[str]) -> tuple[str, ...]:
-    """The devices, each replaced by the first one of its worker, because replicas on one worker share a copy."""
-    first: dict[str, str] = {}
-    return tuple(first.setdefault(d.partition("/")[0], d) for d in devices)
 
 
 def _strong(spec: ArraySpec) -> ArraySpec:

@@ -14,10 +14,35 @@ import flowml as fm
 from flowml import policies
 from flowml.errors import PolicyError
 from flowml.policy import Policy, coefficients
-from flowml.policy.apply import APPLIES, Apply, Consensus, Mean, Mix, Outer, Prox, StalenessScaled, Sum, Vote, unsound
+from flowml.policy.apply import (
+    APPLIES,
+    Apply,
+    Consensus,
+    Distill,
+    Mean,
+    Mix,
+    Outer,
+    Prox,
+    StalenessScaled,
+    Sum,
+    Vote,
+    travelling,
+    unsound,
+)
 
 PROX = Prox(l1=0.1, after="sum")
-KINDS: list[Any] = [Mean(), Sum(), StalenessScaled(0.5), Outer(), Mix(0.25), Consensus(1.0), Vote(3), PROX]
+DISTILL = Distill(lambda params, inputs: inputs, (), steps=3, optimizer=optax.sgd(0.1))
+KINDS: list[Any] = [
+    Mean(),
+    Sum(),
+    StalenessScaled(0.5),
+    Outer(optax.sgd(0.1)),
+    Mix(0.25),
+    Consensus(1.0),
+    Vote(3),
+    DISTILL,
+    PROX,
+]
 make: Any = Policy
 """What a user may type, whatever the checker says."""
 
@@ -32,7 +57,9 @@ def test_strings_are_names_of_kinds() -> None:
 def test_every_kind_is_tested_and_travels() -> None:
     assert [type(k) for k in KINDS] == list(APPLIES)
     for kind in KINDS:
-        assert msgspec.msgpack.decode(msgspec.msgpack.encode(kind), type=Apply) == kind
+        sent = travelling(kind)
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=Apply) == sent
+        assert (sent.describe(), sent.averages) == (kind.describe(), kind.averages)
         assert hash(kind) == hash(msgspec.structs.replace(kind))
 
 
@@ -90,7 +117,7 @@ def test_the_table_of_what_is_sound(kind: Any, payload: Any, collective: bool) -
         "Gradient": (Mean, Sum, StalenessScaled, Outer, Vote),
         "Factors": (Mean, Sum, StalenessScaled, Outer, Vote),
         "Delta": (Mean, Sum, StalenessScaled, Outer, Consensus),
-        "Weights": (Mean, Mix),
+        "Weights": (Mean, Mix, Distill),
     }[payload]
     sound = isinstance(base, allowed) and not (collective and isinstance(base, StalenessScaled | Vote))
     why = unsound(kind, payload, collective=collective)

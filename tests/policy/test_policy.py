@@ -88,7 +88,7 @@ def test_what_is_not_available_yet_says_what_is(make: Callable[[], object], reas
         (
             lambda: make_policy(apply="prox"),
             "apply='prox' is not available; give apply='mean', apply='sum', or one of flowml.StalenessScaled, "
-            "flowml.Outer, flowml.Mix, flowml.Consensus, flowml.Vote, flowml.Prox",
+            "flowml.Outer, flowml.Mix, flowml.Consensus, flowml.Vote, flowml.Distill, flowml.Prox",
         ),
         (lambda: make_policy(filters=5), "filters=5: give a tuple of filters, such as (flowml.filters.top_k(0.01),)"),
         (
