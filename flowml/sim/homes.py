@@ -13,7 +13,8 @@ class Homes:
     """An apply takes `apply_s`, plus the bytes of the contributions that it adds up at `bytes_per_s`.
 
     The applies of one worker follow one another, as on the device of a real one, and a version is published when its
-    apply is done. By default they take no time.
+    apply is done. Replicas that share memory update a layer themselves, one after the other, because each update holds
+    the layer's lock for this time. By default they take no time.
     """
 
     apply_s: float = 0.0

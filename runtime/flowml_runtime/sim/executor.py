@@ -341,9 +341,32 @@ class Executor:
             if not self._exchange(step, store):
                 return False
             total = self._pushed(step, store, own)
+        if total is not None and self._world.terms.stores[store].shared:
+            return self._update_shared(step, store, part, total)
         if total is not None:
             self._leave(step, store, part, total)
         return True
+
+    def _update_shared(self, step: Start, store: int, part: int, total: Sum[Value]) -> bool:
+        """Update a store that the replicas here share. The step waits for its lock, and until the update is made."""
+        world, node = self._world, self._node
+        seconds = world.homes.seconds(sum(world.sizes.parts[store]))
+        if not seconds:
+            self._leave(step, store, part, total)
+            return True
+        node.locked[store] = until = max(node.locked.get(store, 0.0), world.clock.now) + seconds
+        self._computes, self.waits = True, False
+        world.clock.put(until, (node.number * KINDS + _TASK, self._has_updated, (step, store, part, total)))
+        return False
+
+    def _has_updated(self, step: Start, store: int, part: int, total: Sum[Value]) -> None:
+        self._computes = False
+        if self._step is not step or not self._node.lives:
+            return
+        self.waits = True
+        self._leave(step, store, part, total)
+        self._next += 1
+        self.walk()
 
     def _leads(self, store: int) -> bool:
         return store not in self._members or self._members[store].leads

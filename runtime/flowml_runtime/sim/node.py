@@ -75,6 +75,8 @@ class Node:
         """(store, replica, source, clock) -> what a replica here has got from a neighbour."""
         self.shared: dict[int, int] = {}
         """Store -> its version, where the replicas here update it themselves."""
+        self.locked: dict[int, float] = {}
+        """Store -> when the replicas here, which update it themselves, have made the updates that have begun."""
         self.payloads: dict[int, Value] = {}
         """The values of the machine's handles."""
         self.stages: dict[At, Executor] = {}
@@ -148,6 +150,7 @@ class Node:
         self.batches.clear()
         self.states.clear()
         self.shared.clear()
+        self.locked.clear()
         self.told.clear()
         self.stages = {at: Executor(self, at, programs[at]) for at in places.stages_on(self.name)}
         for at, stage in self.stages.items():
