@@ -132,7 +132,7 @@ UNSOUND: dict[str, dict[str, list[Any]]] = {
     "clocks without a bound": {"quorum": SOME, "staleness": [UNBOUNDED]},
     "a sum without some": {"topology": SUMS[:3], "quorum": SOME},
     "a sum of factors": {"topology": SUMS[:3], "payload": [fm.Factors()]},
-    "a stale sum": {"topology": SUMS[:3], "staleness": [1, 2, UNBOUNDED]},
+    "a sum without a bound": {"topology": SUMS[:3], "staleness": [UNBOUNDED]},
     "a sum of filtered arrays": {"topology": SUMS[:3], "filters": [(f,) for f in LOSSY]},
     "a sum that votes": {"topology": SUMS[:3], "apply": [fm.Vote(2)]},
     "a sum that is scaled by its staleness": {"topology": SUMS[:3], "apply": [StalenessScaled()]},
