@@ -158,6 +158,13 @@ class Part(msgspec.Struct, frozen=True):
     def nbytes(self) -> int:
         return sum(s.nbytes for s in self.payload)
 
+    @property
+    def filtered(self) -> tuple[int, ...]:
+        """The arrays of the payload that filters act on: all but weights, which are scalars among factors."""
+        if self.factors:
+            return tuple(i for i, spec in enumerate(self.payload) if spec.shape)
+        return tuple(range(len(self.leaves)))
+
 
 class StoreSpec(msgspec.Struct, frozen=True):
     """Where a layer's parameters are stored and how its replicas are kept in step.
@@ -261,7 +268,7 @@ class StoreSpec(msgspec.Struct, frozen=True):
 
     def part_bytes(self, part: Part) -> int:
         """Size of a part as it is sent, or the largest possible if it varies."""
-        return sent_size(self.policy.home_filters, part.payload, len(part.leaves))[0]
+        return sent_size(self.policy.home_filters, part.payload, part.filtered)[0]
 
 
 class Training(msgspec.Struct, frozen=True):

@@ -250,10 +250,11 @@ def _check_consensus(policy: Policy, payload: str) -> None:
             f"{apply} with {payload} and every={policy.every!r} is not sound: a replica takes the global parameters as "
             "they are, after each of its reports; leave alpha, delay and pull out"
         )
-    if any(not f.lossless for f in policy.filters):
+    lossy = [f for f in policy.filters if not f.lossless]
+    if lossy and lossy[0].feedback != 1:  # with error feedback the home has the last report, less what is kept
         raise PolicyError(
-            f"{apply} with filters={policy.filters} is not available yet: what a filter loses would be missing from "
-            "the mean of the last reports; use lossless filters such as compress()"
+            f"{apply} with filters=({', '.join(map(str, policy.filters))},) is not sound: what {lossy[0]} loses would "
+            f"be missing from the mean of the last reports for good; give {lossy[0].with_error_feedback()}"
         )
 
 

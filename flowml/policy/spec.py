@@ -17,7 +17,8 @@ from flowml.errors import PolicyError
 from flowml.policy.apply import Apply, Consensus, Mean, Outer, Sum, Vote, as_apply, base_of, travelling, unsound
 from flowml.policy.completion import COMPLETIONS, Completion, Speculate, cutting, describe_completion, share_of
 from flowml.policy.cuts import check_cut
-from flowml.policy.filters import KKT, AnyFilter, Filter, check_chain
+from flowml.policy.filtering import check_filters
+from flowml.policy.filters import AnyFilter, Filter, check_chain
 from flowml.policy.late import Fold, Late, late_name, number
 from flowml.policy.mathematics import coefficients, shares
 from flowml.policy.quorum import Coded, Deadline, Quorum
@@ -66,6 +67,8 @@ class Policy(msgspec.Struct, frozen=True):
         every: steps between pushes: a number, or `Every`.
         payload: what is sent.
         filters: what makes the payload smaller before it is sent (`flowml.filters`), applied in order.
+        pull_filters: the same for the parameters that the home publishes: they act on the difference to what readers
+            have, so that what they leave out is part of the next one.
         apply: `"mean"` divides by the number of microbatch gradients that took part, `"sum"` only by the
             microbatches of one step; `Outer(optimizer)` gives the mean to an optimizer of the home; others are in
             `flowml.policy.apply`.
@@ -81,6 +84,7 @@ class Policy(msgspec.Struct, frozen=True):
     payload: Payload = Gradient()
     filters: tuple[AnyFilter, ...] = ()
     apply: Apply = Mean()
+    pull_filters: tuple[AnyFilter, ...] = ()
 
     if TYPE_CHECKING:  # a policy normalises its values when it is made, so more is accepted than kept
 
@@ -93,6 +97,7 @@ class Policy(msgspec.Struct, frozen=True):
             payload: Payload = ...,
             filters: Sequence[object] = (),
             apply: Apply | Literal["mean", "sum"] = ...,
+            pull_filters: Sequence[object] = (),
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -102,7 +107,8 @@ class Policy(msgspec.Struct, frozen=True):
         self._set("staleness", bound)
         if not isinstance(self.every, Every):  # pyright: ignore[reportUnnecessaryIsInstance]
             self._set("every", Every(self.every))
-        self._set("filters", _filters(self.filters))
+        self._set("filters", _filters("filters", self.filters))
+        self._set("pull_filters", _filters("pull_filters", self.pull_filters))
         self._set("apply", as_apply(self.apply))
         _check_parts(self)
         if self.shared:
@@ -267,6 +273,7 @@ class Policy(msgspec.Struct, frozen=True):
         if self.apply.describe():
             words.append(self.apply.describe())
         words += map(str, self.filters)
+        words += (f"pull {f}" for f in self.pull_filters)
         return ", ".join(words)
 
 
@@ -282,13 +289,11 @@ def _staleness(staleness: object) -> float:
     return int(value)
 
 
-def _filters(filters: Sequence[object]) -> tuple[Filter, ...]:
+def _filters(name: str, filters: Sequence[object]) -> tuple[Filter, ...]:
     try:
         return check_chain(tuple(filters))
     except TypeError:
-        raise PolicyError(
-            f"filters={filters}: give a tuple of filters, such as (flowml.filters.top_k(0.01),)"
-        ) from None
+        raise PolicyError(f"{name}={filters}: give a tuple of filters, such as (flowml.filters.top_k(0.01),)") from None
 
 
 def _check_parts(policy: Policy) -> None:
@@ -328,44 +333,7 @@ def _check_sound(policy: Policy) -> None:
             f"payload=Factors() with every={policy.every.push} is not sound: the factors of several steps cannot be "
             f"added up without forming the product they stand for; use every=1, or payload=Gradient()"
         )
-    if policy.filters:
-        _check_filtered(policy)
-
-
-def _check_filtered(policy: Policy) -> None:
-    """Check that what travels can be filtered."""
-    filtered = f"filters=({', '.join(map(str, policy.filters))},)"
-    if policy.collective:
-        raise PolicyError(
-            f"topology={policy.topology!r} with {filtered} is not sound: replicas add up raw arrays among themselves, "
-            "and the sum of filtered ones has no meaning; leave filters out, or use topology=flowml.ParameterServer()"
-        )
-    if policy.shared:
-        raise PolicyError(
-            f"topology=SharedMemory() with {filtered} is not sound: nothing is sent that a filter could make smaller; "
-            "leave filters out, or use topology=flowml.ParameterServer()"
-        )
-    if isinstance(policy.remote, Gossip) and not policy.mirrored:
-        raise PolicyError(
-            f"topology={policy.topology!r} with {filtered} is not available yet: neighbours average whole parameters; "
-            "leave filters out, or give payload=flowml.Delta() with graph='complete'"
-        )
-    if isinstance(policy.payload, Factors):
-        raise PolicyError(
-            f"payload=Factors() with {filtered} is not available yet: filters act on gradients, and what is left out "
-            "of a factor is missing from the whole product; leave filters out, or use payload=flowml.Gradient()"
-        )
-    lossy = [f for f in policy.filters if not f.lossless]
-    if isinstance(policy.payload, Weights) and lossy:
-        raise PolicyError(
-            f"payload={policy.payload!r} with {filtered} is not sound: a parameter that a filter leaves out would be "
-            "averaged as 0; use payload=flowml.Delta(), or lossless filters such as compress()"
-        )
-    if not isinstance(policy.payload, Gradient) and any(isinstance(f, KKT) for f in lossy):
-        raise PolicyError(
-            f"payload={policy.payload!r} with {filtered} is not sound: the condition of kkt() is on gradients; use "
-            "significance(), or payload=flowml.Gradient()"
-        )
+    check_filters(policy)
 
 
 def _check_shared(policy: Policy) -> None:

@@ -144,7 +144,7 @@ def input_names(plan: Plan, slots: Iterable[int]) -> tuple[str, ...]:
 
 def varies(store: StoreSpec) -> bool:
     """Whether filters make the size of a contribution depend on its values."""
-    return any(not sent_size(store.policy.home_filters, p.payload, len(p.leaves))[1] for p in store.parts)
+    return any(not sent_size(store.policy.home_filters, p.payload, p.filtered)[1] for p in store.parts)
 
 
 def push_text(store: StoreSpec) -> str:

@@ -176,7 +176,8 @@ class StorePlanner:
         graph, sent = send_factors(graph, tuple(products.values())) if products else (graph, {})
         values = {leaf: sent[raw[leaf]] if leaf in products else (v,) for leaf, v in enumerate(treated)}
         for path, value in zip(self.paths, treated, strict=True):
-            check_array(self.policies[path].filters, Form.of(graph.values[value]), parameter_path(path))
+            for chain in (self.policies[path].filters, self.policies[path].pull_filters):
+                check_array(chain, Form.of(graph.values[value]), parameter_path(path))
         outputs = (*metrics, *(v for found in values.values() for v in found))
         return replace(graph, outputs=outputs), Contributions(values, products)
 

@@ -21,11 +21,11 @@ from flowml_runtime.worker.training.filtered import Decoder, Encoder
 SHAPE = (12, 9)
 
 
-def stores(filters: tuple[Any, ...]) -> tuple[StoreSpec, ...]:
+def stores(filters: tuple[Any, ...], **knobs: Any) -> tuple[StoreSpec, ...]:
     def loss(params: Any, batch: Any) -> Any:
         return jnp.mean((batch @ params["w"]) ** 2)
 
-    spec = TrainingSpec(loss, optax.sgd(0.1), replicas=2, policies=fm.Policy(filters=filters))
+    spec = TrainingSpec(loss, optax.sgd(0.1), replicas=2, policies=fm.Policy(filters=filters, **knobs))
     params = {"w": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}
     batch = jax.ShapeDtypeStruct((4, SHAPE[0]), jnp.float32)
     training = compile_training(spec, params, batch, ["worker:0", "worker:1"]).plan.training

@@ -147,6 +147,10 @@ class Filter(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown
             )
         return msgspec.structs.replace(self, feedback=share)
 
+    def contracts(self) -> bool:
+        """Whether what it loses of a value is smaller than the value, if it may be sent later."""
+        return True
+
     def layout(self, form: Form) -> tuple[Form, ...] | None:
         """The forms of the parts that it makes of an array of `form`. None: it leaves such an array as it is."""
         raise NotImplementedError

@@ -11,7 +11,7 @@ decays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,18 +61,22 @@ def most_bytes(chain: Chain, form: Form) -> int:
     return sum(f.nbytes for f in wire_forms(chain, form))
 
 
-def sent_size(chain: Chain, payload: Sequence[ArraySpec], filtered: int) -> tuple[int, bool]:
-    """The bytes of arrays of which the first `filtered` are filtered, or the most possible, and whether it is exact."""
-    if not chain:
-        return sum(spec.nbytes for spec in payload), True
-    forms = [x for spec in payload[:filtered] for x in wire_forms(chain, Form.of(spec))]
-    rest = sum(spec.nbytes for spec in payload[filtered:])
+def sent_size(chain: Chain, payload: Sequence[ArraySpec], filtered: Collection[int]) -> tuple[int, bool]:
+    """The bytes of arrays of which those at positions `filtered` are filtered, or the most possible, and whether it is
+    exact."""
+    forms = [x for i in filtered for x in wire_forms(chain, Form.of(payload[i]))]
+    rest = sum(spec.nbytes for i, spec in enumerate(payload) if i not in filtered)
     return sum(x.nbytes for x in forms) + rest, all(x.exact for x in forms)
 
 
 def feeds_back(chain: Chain) -> bool:
     """Whether the chain keeps what it loses."""
     return any(f.feedback for f in chain)
+
+
+def is_lossless(chain: Chain) -> bool:
+    """Whether what is decoded has the bits of what was encoded."""
+    return all(f.lossless for f in chain)
 
 
 def compares(chain: Chain) -> bool:
@@ -101,6 +105,28 @@ def encode(chain: Chain, value: Array, state: State, context: Context) -> tuple[
     context = context._replace(feedback=True)
     wire, after, decoded = _encode(chain, 0, total.astype(form.dtype, copy=False), form, "", state, context, True)
     return wire, {**after, RESIDUAL: total - wide(decoded)}
+
+
+def rebuilt(chain: Chain, value: Array, state: State, context: Context) -> tuple[list[Array], State, Array]:
+    """As `encode`, without error feedback, and what the receiver will decode: a caller that tracks that needs none."""
+    return _encode(chain, 0, value, Form(value.shape, value.dtype), "", state, context, rebuilds=True)
+
+
+def check_differences(chain: Chain, name: str) -> None:
+    """Raise PolicyError if the chain is not sound for differences to a copy that what is decoded is added to."""
+    for one in chain:
+        if one.call == "kkt":
+            why = "its condition is on gradients; use significance()"
+        elif not one.contracts():
+            why = (
+                "its error may be larger than the difference itself, and then it grows from one version to the next; "
+                "leave stochastic out, or give more bits or smaller blocks"
+            )
+        elif 0 < one.feedback < 1:
+            why = "all that is left out is in the next difference, and none of it is forgotten; leave the decay out"
+        else:
+            continue
+        raise PolicyError(f"{name}=({', '.join(map(str, chain))},) is not sound: {one} filters differences, and {why}")
 
 
 def decode(

@@ -51,6 +51,9 @@ class Quantise(Filter, frozen=True):
         msgspec.structs.force_setattr(self, "bits", bits)
         msgspec.structs.force_setattr(self, "block", block)
 
+    def contracts(self) -> bool:
+        return not self.stochastic or 0 < self.block < 4 * (2 ** (self.bits - 1) - 1) ** 2
+
     def layout(self, form: Form) -> tuple[Form, ...] | None:
         if not form.size:
             return None

@@ -37,9 +37,10 @@ from flowml_runtime.worker.training.exchange.collectives import Flight, flat, pa
 from flowml_runtime.worker.training.exchange.mirrors import Mirror, share_of
 from flowml_runtime.worker.training.exchange.reductions import sum_of
 from flowml_runtime.worker.training.exchange.relays import weighted_sum
-from flowml_runtime.worker.training.filtered import Decoder, Encoder
+from flowml_runtime.worker.training.filtered import Decoder, Encoder, packed
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.own_values import OwnValues
+from flowml_runtime.worker.training.published import PublicCopy
 
 Arrays = Sequence[Array]
 
@@ -146,6 +147,8 @@ class Arithmetic:
         self._mirrors: dict[tuple[At, int], Mirror] = {}
         self._encoders: dict[At, Encoder] = {}
         self._decoder = Decoder(self._training.stores)
+        self._public: dict[tuple[str, int], PublicCopy] = {}
+        """(worker, store) -> what its readers hold, where what is published is filtered."""
         self._compared: dict[tuple[At, int], Arrays] = {}
         """The parameters that a stage has taken last, where filters compare gradients with them."""
         self._recorder = Recorder()
@@ -205,9 +208,10 @@ class Arithmetic:
         if not refused:
             own.update(gradient)
 
-    def told(self, at: At, store: int) -> Value:
-        loaded = self._compiled.loaded[self._device(at)]
-        return host_view(self._averaging_of(at, store).sent(self._own[at, store]), loaded.device)
+    def told(self, at: At, store: int) -> tuple[Value, int | None]:
+        own, loaded = self._own[at, store], self._compiled.loaded[self._device(at)]
+        arrays, chain = host_view(self._averaging_of(at, store).sent(own), loaded.device), own.spec.policy.filters
+        return arrays, sum(np.asarray(a).nbytes for a in packed(chain, arrays)) if chain else None
 
     def mix(self, at: At, store: int, weights: Mapping[int, float], theirs: Mapping[int, Value]) -> None:
         own, averaging, before = self._own[at, store], self._averaging_of(at, store), self._before[at, store]
@@ -308,9 +312,18 @@ class Arithmetic:
         split = len(held.spec.specs)
         held.params, held.state = list(results[:split]), list(results[split:])
 
-    def current(self, worker: str, store: int) -> Value:
+    def current(self, worker: str, store: int, version: int) -> tuple[Value, int | None]:
         held = self._held[worker, store]
-        return host_view(held.params, held.program.device)
+        values = host_view(held.params, held.program.device)
+        if not held.spec.policy.pull_filters:
+            return values, None
+        copy = self._public.setdefault((worker, store), PublicCopy(held.spec, (self._start.seed, store)))
+        _, sent = copy.advance(version, values)
+        return copy.values or values, sum(np.asarray(a).nbytes for a in sent)
+
+    def forget(self, worker: str, store: int) -> None:
+        if (worker, store) in self._public:
+            self._public[worker, store].forget()
 
     def final(self, worker: str, store: int) -> Value:
         held = self._held[worker, store]

@@ -229,7 +229,7 @@ class Executor:
         if self._shown(step, store) is None:
             return False
         version = self._versions[store] = self._node.shared.get(store, 0)
-        return self._perform(step, (version, self._world.values.current(self._node.name, store)))
+        return self._perform(step, (version, self._world.values.current(self._node.name, store, version)[0]))
 
     def _share(self, step: Start, store: int, message: Any, value: Value) -> None:
         """Update a store that the replicas here share, and tell the machine, which counts."""

@@ -64,7 +64,8 @@ class Neighbours:
             return
         self._told = step.clock
         node, replica = self._node, self._number
-        value = node.world.values.told(self._at, self._store)
+        value, packed = node.world.values.told(self._at, self._store)
+        nbytes = self._nbytes if packed is None else packed
         for other in self._gossip.readers(replica, len(self._workers), step.clock):
             message = wire.Gossip(
                 **node.ids,
@@ -74,6 +75,6 @@ class Neighbours:
                 source=self._at[0],
                 clock=step.clock,
             )
-            node.send(self._workers[other], message, value, self._nbytes)
+            node.send(self._workers[other], message, value, nbytes)
             if self._workers[other] != node.name:
-                node.counts.crossing(self._store, self._nbytes)
+                node.counts.crossing(self._store, nbytes)

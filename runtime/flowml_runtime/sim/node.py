@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import msgspec
 
+from flowml.policy.filters import is_lossless
 from flowml_runtime import wire
 from flowml_runtime.protocol.rendezvous import Rendezvous
 from flowml_runtime.protocol.training import actions as protocol
@@ -37,6 +38,7 @@ class _News(msgspec.Struct):
 
     message: wire.Published
     value: Value
+    nbytes: int
     begins: float = 0.0
 
 
@@ -88,6 +90,8 @@ class Node:
         """When all of it is done."""
         self._news: dict[tuple[str, int], _News] = {}
         """(reader, store) -> the newest version that was not sent at once."""
+        self._published: set[int] = set()
+        """The stores of which a version was published."""
 
     def receive(self, peer: str, message: Any, value: Value) -> None:
         """A message has arrived. `value` stands for its arrays; None if it has none."""
@@ -147,6 +151,7 @@ class Node:
         self.counts = Counts(len(self.world.terms.stores))
         self.shown.clear()
         self._news.clear()
+        self._published.clear()
         self.batches.clear()
         self.states.clear()
         self.shared.clear()
@@ -209,7 +214,8 @@ class Node:
 
     def _pass_on(self, action: protocol.PassOn) -> None:
         message, value = action.message, self.shown[action.message.store][1] if action.value else None
-        self._send_to_readers(message, value, action.to)
+        nbytes = self.world.sizes.stores[message.store] if action.value else 0
+        self._send_to_readers(message, value, nbytes, action.to)
 
     def _in_turn(self, seconds: float, work: Callable[..., None], *args: Any) -> None:
         """Do work of a home that takes so long after all that was given before, as on the lane of its device."""
@@ -231,29 +237,49 @@ class Node:
 
     def _send_version(self, action: protocol.Publish) -> None:
         """Send a version to its readers. As at a real home, a newer one replaces what a reader has not been sent."""
-        world, store, value = self.world, action.store, None
+        store, value = action.store, None
         message = wire.Published(
             **self.ids, cause=action.cause, store=store, version=action.version, floor=action.floor
         )
+        nbytes = 0
         if action.value:
-            value = world.values.current(self.name, store)
-        self._send_to_readers(message, value, action.to)
+            value, nbytes = self._version_of(store, action.version)
+        self._send_to_readers(message, value, nbytes, action.to)
 
-    def _send_to_readers(self, message: wire.Published, value: Value, readers: Sequence[str]) -> None:
+    def _send_to_readers(self, message: wire.Published, value: Value, nbytes: int, readers: Sequence[str]) -> None:
         world, store = self.world, message.store
-        nbytes = 0 if value is None else world.sizes.stores[store]
         for reader in readers:
             waiting = self._news.get((reader, store)) if self._news else None
             if waiting is not None and waiting.begins > world.clock.now:
                 waiting.message = message
-                waiting.value = waiting.value if value is None else value
+                if value is not None:
+                    waiting.value = value
+                    self._send_whole(store, waiting)
                 continue
-            news = _News(message, value)
+            news = _News(message, value, nbytes)
             news.begins = world.send_news(self, reader, news, nbytes)
             if nbytes and reader != self.name:
                 if news.begins > world.clock.now:
                     self._news[reader, store] = news
                 self.counts.publish(store, nbytes)
+
+    def _version_of(self, store: int, version: int) -> tuple[Value, int]:
+        """A version to publish, and its bytes. The first is whole, unless filters encode each by itself."""
+        world = self.world
+        value, exact = world.values.current(self.name, store, version)
+        first = store not in self._published and not is_lossless(world.terms.stores[store].policy.pull_filters)
+        self._published.add(store)
+        usual = world.sizes.stores[store] if first else world.sizes.published[store]
+        return value, usual if exact is None else exact
+
+    def _send_whole(self, store: int, news: _News) -> None:
+        """A reader gets a version instead of the one before it, and not a difference to that."""
+        world = self.world
+        if is_lossless(world.terms.stores[store].policy.pull_filters):
+            return
+        self.counts.publish(store, world.sizes.stores[store] - news.nbytes)
+        news.nbytes = world.sizes.stores[store]
+        world.values.forget(self.name, store)
 
     def _return(self, action: protocol.Return) -> None:
         self._in_turn(0.0, self._send_back, action)

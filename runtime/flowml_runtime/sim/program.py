@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from flowml.instructions import Instruction, Push, Read, Recv, Run, Send, until_last_message
 from flowml.plan import Plan, Training
+from flowml.policy.filters import sent_size
 from flowml.training.cuts import ends
 
 At = tuple[int, int]
@@ -58,15 +59,19 @@ class StageProgram:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The bytes of each store's value, and of each part of a contribution to it."""
+    """The bytes of each store's value, of a version that its home publishes, or the most possible, and of each part of
+    a contribution to it."""
 
     stores: tuple[int, ...]
+    published: tuple[int, ...]
     parts: tuple[tuple[int, ...], ...]
 
     @staticmethod
     def of(training: Training) -> Sizes:
         return Sizes(
-            tuple(s.nbytes for s in training.stores), tuple(tuple(map(s.part_bytes, s.parts)) for s in training.stores)
+            tuple(s.nbytes for s in training.stores),
+            tuple(sent_size(s.policy.pull_filters, s.specs, range(len(s.specs)))[0] for s in training.stores),
+            tuple(tuple(map(s.part_bytes, s.parts)) for s in training.stores),
         )
 
 

@@ -82,8 +82,8 @@ class Values(Protocol):
         refused gradient they stay as they are, and are those that a `mix` of this step begins with."""
         ...
 
-    def told(self, at: At, store: int) -> Value:
-        """What a replica sends its neighbours of such parameters."""
+    def told(self, at: At, store: int) -> tuple[Value, int | None]:
+        """What a replica sends its neighbours of such parameters, and the bytes that filters make of it."""
         ...
 
     def mix(self, at: At, store: int, weights: Mapping[int, float], theirs: Mapping[int, Value]) -> None:
@@ -160,8 +160,12 @@ class Values(Protocol):
         in `home.Apply`."""
         ...
 
-    def current(self, worker: str, store: int) -> Value:
-        """The value of a store to publish."""
+    def current(self, worker: str, store: int, version: int) -> tuple[Value, int | None]:
+        """The value of a version of a store to publish, and the bytes that filters make of it; None: not known."""
+        ...
+
+    def forget(self, worker: str, store: int) -> None:
+        """A reader gets the version that was published last whole, because it has not been sent the one before."""
         ...
 
     def final(self, worker: str, store: int) -> Value:
@@ -204,8 +208,8 @@ class Nothing:
     def update(self, at: At, store: int, gradient: Value, *, refused: bool) -> None:
         return None
 
-    def told(self, at: At, store: int) -> Value:
-        return NO_ARRAYS
+    def told(self, at: At, store: int) -> tuple[Value, None]:
+        return NO_ARRAYS, None
 
     def mix(self, at: At, store: int, weights: Mapping[int, float], theirs: Mapping[int, Value]) -> None:
         return None
@@ -262,8 +266,11 @@ class Nothing:
     ) -> None:
         return None
 
-    def current(self, worker: str, store: int) -> Value:
-        return NO_ARRAYS
+    def current(self, worker: str, store: int, version: int) -> tuple[Value, None]:
+        return NO_ARRAYS, None
+
+    def forget(self, worker: str, store: int) -> None:
+        return None
 
     def final(self, worker: str, store: int) -> Value:
         return self._held[store]

@@ -196,12 +196,14 @@ class Halt(TrainingMessage, frozen=True):
 class Published(TrainingMessage, frozen=True):
     """A store's new version, pushed to its readers. It includes what every active replica sent before `floor`.
 
-    Without `specs` only the floor changed.
+    Without `specs` only the floor changed. With a `base` the arrays are encoded: as a difference to that earlier
+    version, or by themselves if it is this version.
     """
 
     store: Count
     version: Count
     floor: Count
+    base: Annotated[int, msgspec.Meta(ge=-1, lt=2**53)] = -1
 
 
 class Applied(TrainingMessage, frozen=True):

@@ -83,7 +83,7 @@ def make(
     by_stage = tuple(tuple(names[r, s] for s in range(stages)) for r in range(replicas))
     places = Places(by_stage, tuple(homes), tuple(readers))
     programs = {at: _program(names[at], at, terms) for at in grid}
-    sizes = Sizes((64,) * len(rules), tuple((32,) * len(p) for p in parts))
+    sizes = Sizes((64,) * len(rules), (64,) * len(rules), tuple((32,) * len(p) for p in parts))
     layout = Layout(terms, places, programs, parts, sizes, [str(i) for i in range(len(rules))])
     speculation = terms.speculation
     work = ledger.Work(

@@ -102,11 +102,11 @@ class Digits(Nothing):
         if worker == self._places.homes[store][0]:
             self.applied[store].append(made)
 
-    def current(self, worker: str, store: int) -> Value:
-        return -1, self._versions[worker, store], 0
+    def current(self, worker: str, store: int, version: int) -> tuple[Value, None]:
+        return self.final(worker, store), None
 
     def final(self, worker: str, store: int) -> Value:
-        return self.current(worker, store)
+        return -1, self._versions[worker, store], 0
 
     def hand(self, worker: str, message: wire.TrainingMessage, value: Any) -> None:
         ensure(isinstance(message, wire.Batch), f"{worker} is handed {message}")

@@ -127,12 +127,13 @@ class Wake(msgspec.Struct, frozen=True):
 
 
 class Show(msgspec.Struct, frozen=True):
-    """Let the executors here read this version from now on."""
+    """Let the executors here read this version from now on. `base` is as in `wire.Published`."""
 
     store: int
     version: int
     handle: Handle
     cause: int
+    base: int = -1
 
 
 class Load(msgspec.Struct, frozen=True):

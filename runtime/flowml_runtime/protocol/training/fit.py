@@ -211,7 +211,8 @@ class Fit:
         if others:
             passed = msgspec.structs.replace(message, cause=self._cause)
             actions = [PassOn(others, passed, handle is not None), *actions]
-        return actions if handle is None else [Show(store, message.version, handle, self._cause), *actions]
+        shown = () if handle is None else (Show(store, message.version, handle, self._cause, message.base),)
+        return [*shown, *actions]
 
     def _applied(self, message: wire.Applied, _: Received) -> list[Action]:
         event = stage.Applied(message.store, message.clock, message.version)

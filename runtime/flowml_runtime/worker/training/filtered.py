@@ -10,13 +10,14 @@ residuals of error feedback, the basis of a low-rank approximation, and cached k
   one is known (`protocol.training.terms`).
 * A home decodes a contribution before it applies it. Cached keys are those of the last contribution that was sent, so
   where keys are cached the home also decodes contributions that it does not apply.
-* The weight that ends a weighted part is not filtered.
+* The weight that ends a weighted part, or a set of factors, is not filtered.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
 import msgspec
 import numpy as np
@@ -62,17 +63,19 @@ class Encoder:
     ) -> tuple[wire.Contribution, Sequence[Array]]:
         """The message and the arrays to send. `parameters` are those of the store, where the filters compare."""
         store = self._stores[message.store]
-        leaves = store.parts[message.part].leaves
-        weight = [np.asarray(a) for a in arrays[len(leaves) :]]
-        number = float(weight[0]) if weight else message.weight
+        part = store.parts[message.part]
+        weight = () if part.factors else arrays[len(part.leaves) :]
+        number = float(np.asarray(weight[0])) if weight else message.weight
         context = filters.Context(clock=message.clock, weight=number, run=self._kernels)
         sent: list[Buffer] = []
-        for i, leaf in enumerate(leaves):
+        for i, array in enumerate(arrays):
+            if i not in part.filtered:
+                sent.append(np.asarray(array))
+                continue
             key = (message.store, message.part, i)
-            parameter = None if parameters is None else parameters[leaf]
+            parameter = None if parameters is None else parameters[part.leaves[i]]
             about = context._replace(seed=(*self._seed, *key, message.clock), parameter=parameter)
-            sent += self._encode(store.policy.home_filters, key, arrays[i], about)
-        sent += weight
+            sent += self._encode(store.policy.home_filters, key, array, about)
         specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in sent)
         return msgspec.structs.replace(message, specs=specs), sent
 
@@ -140,7 +143,10 @@ class Decoder:
         left = iter([np.asarray(a) for a in arrays])
         found: list[Array] = []
         try:
-            for i, spec in enumerate(part.payload[: len(part.leaves)]):
+            for i, spec in enumerate(part.payload):
+                if i not in part.filtered:
+                    found += islice(left, 1)
+                    continue
                 key = (message.store, message.part, i, message.replica, message.incarnation)
                 form, before = filters.Form.of(spec), self.buffers.get(key, {})
                 run = self._kernels.get(message.store, filters.on_numpy)
@@ -158,3 +164,20 @@ class Decoder:
                 f"{message.clock}, where {len(part.payload)} are expected"
             )
         return found
+
+
+def packed(chain: filters.Chain, arrays: Sequence[Array]) -> Sequence[Array]:
+    """Arrays as filters that lose nothing, and remember nothing, send them."""
+    return [a for v in arrays for a in filters.encode(chain, np.asarray(v), {}, filters.Context())[0]]
+
+
+def unpacked(chain: filters.Chain, specs: Sequence[ArraySpec], arrays: Sequence[Array], whose: str) -> Sequence[Array]:
+    """The arrays, of these specs, that `packed` has packed. Raises FlowmlError for others."""
+    left = iter([np.asarray(a) for a in arrays])
+    try:
+        return [filters.decode(chain, left, filters.Form.of(spec), {})[0] for spec in specs]
+    except filters.EncodingError as error:
+        raise FlowmlError(
+            f"{whose} sent what filters cannot have made: {error}; see whether all workers run the same version of "
+            "flowml"
+        ) from None

@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 
+from flowml.arrays import ArraySpec
 from flowml.devices import worker_of
 from flowml_runtime import wire
 from flowml_runtime.execution.kernels import Kernels
@@ -23,6 +24,7 @@ from flowml_runtime.protocol.training.terms import RETIRED
 from flowml_runtime.worker.training.applying import Held, applied, given_of
 from flowml_runtime.worker.training.exchange.agreement import Agreement
 from flowml_runtime.worker.training.filtered import Decoder
+from flowml_runtime.worker.training.published import WHOLE, PublicCopy
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
 from flowml_runtime.worker.training.run import Fault, Run
 
@@ -56,6 +58,12 @@ class Homes:
         self._held: dict[int, Held] = {}
         kernels = {home: Kernels(programs[home].device) for home in self._homes.values()}
         self._decoder = Decoder(self._specs, {i: kernels[home] for i, home in self._homes.items()})
+        self._public = {
+            i: PublicCopy(self._specs[i], (run.start.seed, i), kernels[home])
+            for i, home in self._homes.items()
+            if self._specs[i].policy.pull_filters
+        }
+        """By store what its readers hold, where it is filtered."""
         self._lanes = {home: Lane(f"{home} home run {run.number}") for home in dict.fromkeys(self._homes.values())}
         self._publisher = Publisher(
             f"{run.me} run {run.number}", self._send_published, partial(self._fail, run.number, "publish")
@@ -149,8 +157,11 @@ class Homes:
         """
         held = self._held[action.store]
         held.clock = held.clock if action.floor == RETIRED else action.floor
-        specs = held.spec.specs if action.value else ()
         values = host_view(held.values[: held.params], held.program.device) if action.value else ()
+        copy, base, whole = self._public.get(action.store), WHOLE, ()
+        if copy is not None and action.value:
+            base, values = copy.advance(action.version, values)
+            whole = copy.values
         message = wire.Published(
             plan_id=self._run.plan_id,
             run=self._run.number,
@@ -158,10 +169,12 @@ class Homes:
             store=action.store,
             version=action.version,
             floor=action.floor,
-            specs=specs,
+            specs=tuple(ArraySpec(a.shape, a.dtype.name) for a in values) if copy else held.spec.specs * action.value,
+            base=base,
         )
         for worker in action.to:
-            self._publisher.publish(worker, message, values)
+            if self._publisher.publish(worker, message, values, whole) and copy is not None:
+                copy.forget()
         if action.version and action.value:
             self._compare(action.store, action.version)
 

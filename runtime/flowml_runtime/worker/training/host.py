@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING
 
 from flowml.errors import FlowmlError
 from flowml.plan import Plan
+from flowml.policy.filters import on_numpy
 from flowml_runtime import service, wire
 from flowml_runtime.execution.faults import step_failed
+from flowml_runtime.execution.kernels import Kernels
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.protocol.errors import InboxLimitError
 from flowml_runtime.protocol.training import actions as protocol
@@ -33,7 +35,8 @@ from flowml_runtime.worker.training.exchange.agreement import Agreement
 from flowml_runtime.worker.training.exchange.reductions import Reductions
 from flowml_runtime.worker.training.exchange.relays import Relays
 from flowml_runtime.worker.training.homes import Homes
-from flowml_runtime.worker.training.run import Run, StoreView
+from flowml_runtime.worker.training.published import Reader
+from flowml_runtime.worker.training.run import Run
 from flowml_runtime.worker.training.stage_runner import StageRunner
 
 if TYPE_CHECKING:
@@ -240,9 +243,13 @@ class _Fit:
         agreement = Agreement(run, self.reductions.group, host.fail)
         self._homes = Homes(run, host.programs, host.payloads, host.contributions, agreement, host.fail)
         self._relays = Relays(run, host.payloads, host.fail)
+        stages = Places.of(run.training).stages_on(run.me)
+        programs = [host.programs[run.training.replicas[r][s]] for r, s in stages]
+        kernels = Kernels(programs[0].device) if programs else on_numpy
+        self._readers = [Reader(spec, kernels) for spec in run.training.stores]
         self._stages = {
             (r, s): StageRunner(run, host, (r, s), host.programs[run.training.replicas[r][s]], self.reductions)
-            for r, s in Places.of(run.training).stages_on(run.me)
+            for r, s in stages
         }
 
     def stop(self) -> None:
@@ -264,8 +271,9 @@ class _Fit:
                 self._stages[replica, stage].abandon(clock)
             case protocol.Count(replica, stage, clock, counts, stores):
                 self._stages[replica, stage].settle(clock, stores, counts=counts)
-            case protocol.Show(store, version, handle):
-                self.run.stores[store] = StoreView(version, self._payloads.pop(handle))
+            case protocol.Show(store, version, handle, _, base):
+                arrays, before = self._payloads.pop(handle), self.run.stores.get(store)
+                self.run.stores[store] = self._readers[store].view(version, base, arrays, before)
             case protocol.Hand(_, wire.Source(slots=slots), handle):
                 self.run.source.update(zip(slots, self._take(handle), strict=True))
             case protocol.Hand(_, wire.OwnState(store=store), handle):

@@ -10,16 +10,27 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
+from flowml.arrays import ArraySpec
 from flowml_runtime import wire
 from flowml_runtime.execution.lane import LARGE_BYTES, Lane
 
 Arrays = Sequence[Any]
-News = tuple[wire.Published, Arrays]
-"""A version of a store, or only its new clocks."""
+
+
+class News(NamedTuple):
+    """A version of a store, or only its new clocks.
+
+    Where `arrays` are a difference to the version before, `whole` is what a reader needs that has not been sent that.
+    """
+
+    message: wire.Published
+    arrays: Arrays
+    whole: Arrays = ()
+
 
 Send = Callable[[str, wire.Published, Arrays, float | None], None]
 """(reader, message, arrays, timeout in seconds). Raises TimeoutError if it cannot be sent in time."""
@@ -27,9 +38,15 @@ Send = Callable[[str, wire.Published, Arrays, float | None], None]
 
 def merged(older: News | None, newer: News) -> News:
     """What a reader needs that has received neither: the newer, with the values of the older if it has none."""
-    if older is None or newer[0].specs or not older[0].specs:
+    if older is None or not older.message.specs:
         return newer
-    return msgspec.structs.replace(newer[0], specs=older[0].specs), older[1]
+    if not newer.message.specs:
+        specs, base = older.message.specs, older.message.base
+        return older._replace(message=msgspec.structs.replace(newer.message, specs=specs, base=base))
+    if not 0 <= newer.message.base < newer.message.version:
+        return newer
+    specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in newer.whole)
+    return News(msgspec.structs.replace(newer.message, specs=specs, base=-1), newer.whole)
 
 
 class Publisher:
@@ -42,9 +59,12 @@ class Publisher:
         self._lock = threading.Lock()
         self._readers: dict[str, _Reader] = {}
 
-    def publish(self, reader: str, message: wire.Published, arrays: Arrays) -> None:
-        """Send a version to a reader, or queue it. Versions of one store must come from one thread."""
-        self._reader(reader).publish((message, arrays))
+    def publish(self, reader: str, message: wire.Published, arrays: Arrays, whole: Arrays = ()) -> bool:
+        """Send a version to a reader, or queue it. Versions of one store must come from one thread.
+
+        Returns whether the reader gets the `whole` instead of a difference, because it waits for the version before.
+        """
+        return self._reader(reader).publish(News(message, arrays, whole))
 
     def after_all(self, then: Callable[[], None]) -> None:
         """Call `then` when everything published before has been sent, perhaps at once."""
@@ -81,21 +101,23 @@ class _Reader:
         self._under_way = 0
         """The number of unfinished jobs of the lane. While there are any, new versions are queued behind them."""
 
-    def publish(self, news: News) -> None:
-        store = news[0].store
+    def publish(self, news: News) -> bool:
+        store, base, whole = news.message.store, news.message.base, False
         with self._lock:
             waits = store in self._waiting
             busy = self._under_way > 0
             if busy:
                 self._waiting[store] = merged(self._waiting.get(store), news)
+                whole = self._waiting[store].message.base < 0 <= base
         if waits:
-            return
+            return whole
         if not busy:
             if self._send_now(news):
-                return
+                return False
             with self._lock:
                 self._waiting[store] = news
         self._put(lambda: self._send_waiting(store))
+        return whole
 
     def after_all(self, then: Callable[[], None]) -> None:
         with self._lock:
@@ -106,7 +128,7 @@ class _Reader:
             then()
 
     def _send_now(self, news: News) -> bool:
-        message, arrays = news
+        message, arrays, _ = news
         if sum(s.nbytes for s in message.specs) >= LARGE_BYTES:
             return False
         try:
@@ -117,7 +139,7 @@ class _Reader:
 
     def _send_waiting(self, store: int) -> None:
         with self._lock:
-            message, arrays = self._waiting.pop(store)
+            message, arrays, _ = self._waiting.pop(store)
         self._send(self._name, message, arrays, None)
 
     def _put(self, job: Callable[[], None]) -> None:

@@ -25,17 +25,10 @@ from flowml_runtime.worker.training.applying import Held
 from flowml_runtime.worker.training.counts import Counts
 from flowml_runtime.worker.training.filtered import Encoder, added
 from flowml_runtime.worker.training.finite import sentence
+from flowml_runtime.worker.training.published import StoreView
 
 Fault = Callable[[int, str, BaseException], None]
 """(step, node, error): reports to the driver, which ends the fit."""
-
-
-@dataclass
-class StoreView:
-    """The newest published version of a store, as this worker reads it."""
-
-    version: int
-    values: Sequence[Array]
 
 
 @dataclass

@@ -280,8 +280,8 @@ class StageRunner(EdgeServices):
             self.run.wait_for(fresh, self._in_vain, f"parameters of {spec.name!r} to be published", step)
             view = self.run.stores[store]
             self._read_versions[store] = view.version
-            if self._encoder.compares(store):
-                self._compared[store] = view.values
+        if self._encoder.compares(store):
+            self._compared[store] = view.values
         if member is not None and not member.served:
             member.tell(self._now.clock, view.values, self._now.cause, view.version)
         return view.values

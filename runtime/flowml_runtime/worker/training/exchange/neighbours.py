@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from flowml.arrays import ArraySpec
 from flowml.devices import worker_of
 from flowml.plan import StoreSpec
 from flowml.policy import Gossip
@@ -18,6 +19,7 @@ from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import host_view
 from flowml_runtime.worker.training.exchange.averaging import Averaging
+from flowml_runtime.worker.training.filtered import packed, unpacked
 from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.run import Run
 
@@ -64,9 +66,11 @@ class Neighbours:
         self._averaging.mix(own, before, weights, {**theirs, self._replica: mine})
 
     def _tell(self, clock: int, values: Sequence[Array], cause: int) -> None:
-        run, specs = self._run, self._spec.specs * (2 if self._averaging.outer else 1)
+        run, chain = self._run, self._spec.policy.filters
         ids: dict[str, Any] = {"plan_id": run.plan_id, "run": run.number, "cause": cause, "store": self._store}
         arrays = host_view(values, self._device)
+        arrays = packed(chain, arrays) if chain else arrays
+        specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
         for other in self._gossip.readers(self._replica, len(self._workers), clock):
             message = wire.Gossip(
                 **ids, replica=self._senders[other], source=self._senders[self._replica], clock=clock, specs=specs
@@ -83,4 +87,8 @@ class Neighbours:
         with run.changed:
             what = f"parameters of {self._spec.name!r} from its neighbours, replicas {names}"
             run.wait_for(lambda: all(key in told for key in keys.values()), in_vain, what, run.step_of(clock))
-            return {j: self._adopt(told.pop(key)) for j, key in keys.items()}
+            found = {j: told.pop(key) for j, key in keys.items()}
+        chain, specs = self._spec.policy.filters, self._spec.specs * (2 if self._averaging.outer else 1)
+        if chain:
+            found = {j: unpacked(chain, specs, a, f"replica {self._senders[j]}") for j, a in found.items()}
+        return {j: self._adopt(arrays) for j, arrays in found.items()}

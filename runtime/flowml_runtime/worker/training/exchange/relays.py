@@ -50,9 +50,11 @@ class Relays:
         self._lane.put(job, partial(self._fail, self._run.step_of(clock), name))
 
     def pass_on(self, action: PassOn) -> None:
-        """Send the version that is shown here, or news of it, to the site."""
-        store, message = action.message.store, action.message
+        """Send the version that is shown here, or news of it, to the site. Filters are on the way to its leader."""
+        store = action.message.store
         values = self._run.stores[store].values if action.value else ()
+        specs = self._run.training.stores[store].specs if action.value else ()
+        message = msgspec.structs.replace(action.message, specs=specs, base=-1)
         for worker in action.to:
             self._publisher.publish(worker, message, values)
 
