@@ -224,13 +224,13 @@ def local_tasks(
     if isinstance(kind, Consensus):
         return Local(
             update=table.add_function(f"update:{name}", update, (*arguments, *specs), (*specs, *state_specs)),
-            send=table.add_function(f"send:{name}", _report, specs * 3, specs * 3),
-            take=table.add_function(f"take:{name}", _anchor, specs * 2, specs),
+            send=table.add_function(f"send:{name}", report, specs * 3, specs * 3),
+            take=table.add_function(f"take:{name}", anchor, specs * 2, specs),
             state=own.state,
             state_specs=state_specs,
             dual=True,
         )
-    send, take = _send(policy), _take(policy)
+    send, take = sending(policy), taking(policy)
     local = Local(
         update=table.add_function(f"update:{name}", update, arguments, (*specs, *state_specs)),
         send=send and table.add_function(f"send:{name}", send, specs * 2, specs),
@@ -254,19 +254,19 @@ def _gossiping(
     sent = specs * (1 if outer is None else 2)
     wides = tuple(table.outputs(lambda *arrays: tuple(map(wide, arrays)), sent))
     kept = () if outer is None else outer.state_specs
-    add = table.add_function(f"fold:{name}", _fold, (*wides, *sent, ArraySpec((), dtype)), wides)
+    add = table.add_function(f"fold:{name}", fold, (*wides, *sent, ArraySpec((), dtype)), wides)
     if policy.mirrored:
-        joined = table.add_function(f"join:{name}", _join, (*wides, *specs * 3, ArraySpec((), dtype)), specs * 2)
+        joined = table.add_function(f"join:{name}", join, (*wides, *specs * 3, ArraySpec((), dtype)), specs * 2)
         return msgspec.structs.replace(local, fold=add, mix=joined, accumulator=wides)
     topology = policy.remote
     assert isinstance(topology, Gossip)
-    mix = _mix if outer is None else partial(_outer_mix, outer.update, len(specs), topology.pull)
+    ends = mix if outer is None else partial(outer_mix, outer.update, len(specs), topology.pull)
     return msgspec.structs.replace(
         local,
         state=(*local.state, *(() if outer is None else outer.state)),
         state_specs=(*local.state_specs, *kept),
         fold=add,
-        mix=table.add_function(f"mix:{name}", mix, (*wides, *specs * 2, *kept), (*specs, *kept)),
+        mix=table.add_function(f"mix:{name}", ends, (*wides, *specs * 2, *kept), (*specs, *kept)),
         accumulator=wides,
         outer=len(kept),
     )
@@ -288,7 +288,7 @@ def _pulled(home: HomeTasks, rho: float, *arrays: Any) -> tuple[Any, ...]:
     return replace(home, update=update).apply(*arrays[:-count])
 
 
-def _report(*arrays: Any) -> tuple[Any, ...]:
+def report(*arrays: Any) -> tuple[Any, ...]:
     """(started, parameters, last report) -> (its change, dual variables, report), where a report is their sum."""
     third = len(arrays) // 3
     started, own, last = (arrays[i : i + third] for i in range(0, len(arrays), third))
@@ -297,13 +297,13 @@ def _report(*arrays: Any) -> tuple[Any, ...]:
     return (*(before - now for before, now in zip(last, reports, strict=True)), *duals, *reports)
 
 
-def _anchor(*arrays: Any) -> tuple[Any, ...]:
+def anchor(*arrays: Any) -> tuple[Any, ...]:
     """(global parameters, dual variables) -> what a step is pulled to."""
     half = len(arrays) // 2
     return tuple(z - u for z, u in zip(arrays[:half], arrays[half:], strict=True))
 
 
-def _send(policy: Policy) -> Function | None:
+def sending(policy: Policy) -> Function | None:
     """(started, parameters) -> delta."""
 
     def delta(*arrays: Any) -> tuple[Any, ...]:
@@ -313,14 +313,14 @@ def _send(policy: Policy) -> Function | None:
     return delta if isinstance(policy.payload, Delta) else None
 
 
-def _fold(*arrays: Any) -> tuple[Any, ...]:
+def fold(*arrays: Any) -> tuple[Any, ...]:
     """(accumulator, parameters of a replica, its weight) -> accumulator."""
     half, weight = len(arrays) // 2, arrays[-1]
     pairs = zip(arrays[:half], arrays[half:-1], strict=True)
     return tuple(total + wide(x) * weight.astype(total.dtype) for total, x in pairs)
 
 
-def _join(*arrays: Any) -> tuple[Any, ...]:
+def join(*arrays: Any) -> tuple[Any, ...]:
     """(sum of the deltas of others, own parameters after the step, before it, started, the share of the step that is
     done) -> (parameters, started).
 
@@ -337,7 +337,7 @@ def _join(*arrays: Any) -> tuple[Any, ...]:
     return (*params, *begun)
 
 
-def _mix(*arrays: Any) -> tuple[Any, ...]:
+def mix(*arrays: Any) -> tuple[Any, ...]:
     """(average of the parameters at the beginning of the step, own ones after it, own ones before it) -> parameters."""
     third = len(arrays) // 3
     average, after, before = (arrays[i : i + third] for i in range(0, len(arrays), third))
@@ -345,7 +345,7 @@ def _mix(*arrays: Any) -> tuple[Any, ...]:
     return tuple((m + (wide(x) - wide(b))).astype(x.dtype) for m, x, b in triples)
 
 
-def _outer_mix(update: Callable[..., tuple[Any, ...]], leaves: int, pull: float, *arrays: Any) -> tuple[Any, ...]:
+def outer_mix(update: Callable[..., tuple[Any, ...]], leaves: int, pull: float, *arrays: Any) -> tuple[Any, ...]:
     """(averages of the parameters at the beginning of the round and now, own ones now, own ones then, state)
     -> (parameters, state)."""
     parts = [arrays[i * leaves : (i + 1) * leaves] for i in range(4)]
@@ -356,7 +356,7 @@ def _outer_mix(update: Callable[..., tuple[Any, ...]], leaves: int, pull: float,
     return update(*gradients, *parts[3], *arrays[4 * leaves :])
 
 
-def _take(policy: Policy) -> Function | None:
+def taking(policy: Policy) -> Function | None:
     """(global, parameters, started) -> (parameters, started)."""
     payload = policy.payload
     if not isinstance(payload, Delta | Weights):

@@ -12,15 +12,22 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowml.policy import Arrivals, Wait, spec
+from flowml.policy import UNBOUNDED, Arrivals, Wait, spec
 from flowml_runtime.protocol.training import replica
 from flowml_runtime.protocol.training.accounts import Accounts
 from flowml_runtime.protocol.training.accumulator import Accumulator
 from flowml_runtime.protocol.training.decision import Decision
 from flowml_runtime.protocol.training.home import Home
 from flowml_runtime.protocol.training.ledger import Ledger, WorkQueue
+from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.replica import Replica
+from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
+from flowml_runtime.sim.neighbours import Neighbours
+from flowml_runtime.sim.sites import Member
+from flowml_runtime.worker.training.exchange.mirrors import Filtered
+from flowml_runtime.worker.training.filtered import Encoder
+from flowml_runtime.worker.training.own_values import OwnRhythm
 
 Patch = pytest.MonkeyPatch
 
@@ -114,6 +121,112 @@ def _contributes_to_the_fit_after_its_own(patch: Patch) -> None:
     patch.setattr(TrainingWorker, "contribution", contribution)
 
 
+# Codes, copies, cuts, own parameters, filters, sites, gossip and shared memory.
+
+
+def _decodes_with_a_wrong_coefficient(patch: Patch) -> None:
+    real: Callable[..., list[Any]] = Home._decode  # pyright: ignore[reportPrivateUsage]
+
+    def decode(self: Any, index: int, row: Any, coefficients: Any) -> list[Any]:
+        wrong = {r: c if n else c * 1.01 for n, (r, c) in enumerate(coefficients.items())}
+        return real(self, index, row, wrong)
+
+    patch.setattr(Home, "_decode", decode)
+
+
+def _counts_each_copy_of_a_portion(patch: Patch) -> None:
+    patch.setattr(Portions, "_counts", lambda *_: True)
+
+
+def _weighs_a_cut_step_as_a_whole_one(patch: Patch) -> None:
+    real: Callable[..., Any] = TrainingWorker.contribution
+
+    def contribution(self: Any, *args: Any, weight: int, **options: Any) -> Any:
+        whole = self._fit._terms.microbatches if self._fit else 1
+        return real(self, *args, weight=-(-weight // whole) * whole, **options)
+
+    patch.setattr(TrainingWorker, "contribution", contribution)
+
+
+def _folds_late_work_in_twice(patch: Patch) -> None:
+    real: Callable[..., list[Any]] = Home._apply  # pyright: ignore[reportPrivateUsage]
+
+    def apply(self: Any, index: int, chosen: Any, **options: Any) -> list[Any]:
+        late = chosen[-1:] if len(chosen) > 1 and options.get("living") else []
+        return real(self, index, [*chosen, *late], **options)
+
+    patch.setattr(Home, "_apply", apply)
+
+
+def _takes_global_parameters_before_it_has_pushed_its_own(patch: Patch) -> None:
+    patch.setattr(OwnRhythm, "takes", lambda self, clock: not self.mixes or self._taken < 0)
+
+
+def _leaves_out_a_push_of_own_parameters(patch: Patch) -> None:
+    bounded = property(
+        lambda self: frozenset(s.policy.every for s in self.stores if not s.clocked and s.policy.staleness < UNBOUNDED)
+    )
+    patch.setattr(Terms, "_awaited", bounded)
+
+
+def _loses_the_residual_with_a_dropped_push(patch: Patch) -> None:
+    patch.setattr(Encoder, "settle", lambda *_, **__: None)
+
+
+def _ends_without_what_filters_still_keep(patch: Patch) -> None:
+    real: Callable[..., list[Any]] = Filtered.encode
+
+    def encode(self: Any, clock: int, delta: Any, params: Any, *, last: bool) -> list[Any]:
+        if last:
+            self.kept.clear()
+        return real(self, clock, delta, params, last=last)
+
+    patch.setattr(Filtered, "encode", encode)
+
+
+def _counts_a_site_as_one_replica(patch: Patch) -> None:
+    real: Callable[..., None] = Member.__init__
+
+    def begin(self: Any, *args: Any) -> None:
+        real(self, *args)
+        self.weight = 1
+
+    patch.setattr(Member, "__init__", begin)
+
+
+def _leaves_before_it_has_relayed_the_sum_of_its_site(patch: Patch) -> None:
+    real: Callable[..., list[Any]] = Member.total
+
+    def total(self: Any, part: int, clock: int) -> list[Any]:
+        return real(self, part, clock) or ([] if self.leads or self._store in self._node.world.layout.local else [None])
+
+    patch.setattr(Member, "total", total)
+
+
+def _averages_without_a_late_neighbour(patch: Patch) -> None:
+    """And the weights of the others are not raised instead, so that a round takes something from the mean."""
+
+    def end(self: Any, step: Any) -> bool:
+        if self._gossip.due(step.clock):
+            told, weights = self._node.told, self._gossip.weights(self._number, len(self._workers), step.clock)
+            keys = {j: (self._store, self._at[0], self._senders[j], step.clock) for j in weights if j != self._number}
+            theirs = {j: told.pop(key) for j, key in keys.items() if key in told}
+            there = {j: w for j, w in weights.items() if j in theirs or j == self._number}
+            self._node.world.values.mix(self._at, self._store, there, theirs)
+        return True
+
+    patch.setattr(Neighbours, "end", end)
+
+
+def _does_not_count_a_shared_update(patch: Patch) -> None:
+    real: Callable[..., list[Any]] = Home._count  # pyright: ignore[reportPrivateUsage]
+
+    def count(self: Any, update: Any) -> list[Any]:
+        return real(self, msgspec.structs.replace(update, applied=update.clock != 1))
+
+    patch.setattr(Home, "_count", count)
+
+
 BUGS: dict[str, Callable[[Patch], None]] = {
     "a repeated contribution is applied again": _applies_a_repeated_contribution,
     "a late contribution is forgotten": _forgets_a_late_contribution,
@@ -128,6 +241,18 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "a stage retires while a sum is under way": _retires_while_a_sum_is_under_way,
     "what a late push had gathered is lost": _loses_what_a_late_push_had_gathered,
     "a step contributes to the fit after its own": _contributes_to_the_fit_after_its_own,
+    "a code is decoded with a wrong coefficient": _decodes_with_a_wrong_coefficient,
+    "each copy of a portion counts": _counts_each_copy_of_a_portion,
+    "a cut step weighs as a whole one": _weighs_a_cut_step_as_a_whole_one,
+    "late work is folded in twice": _folds_late_work_in_twice,
+    "global parameters are taken before the own are pushed": _takes_global_parameters_before_it_has_pushed_its_own,
+    "a push of own parameters is left out": _leaves_out_a_push_of_own_parameters,
+    "a residual is lost with a dropped push": _loses_the_residual_with_a_dropped_push,
+    "mirrors end without what filters still keep": _ends_without_what_filters_still_keep,
+    "a site counts as one replica": _counts_a_site_as_one_replica,
+    "a replica leaves before it has relayed a sum": _leaves_before_it_has_relayed_the_sum_of_its_site,
+    "a late neighbour is left out of an average": _averages_without_a_late_neighbour,
+    "a shared update is not counted": _does_not_count_a_shared_update,
 }
 
 

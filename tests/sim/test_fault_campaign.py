@@ -8,9 +8,12 @@ import sys
 
 import pytest
 
+from flowml.policy import Policy
 from flowml_tools.faults.campaign import campaign, run
 from flowml_tools.faults.cases import Case
 from flowml_tools.faults.checker import check
+from flowml_tools.faults.coverage import FAULTS, Coverage
+from flowml_tools.faults.layout import make
 from tests.conftest import EXAMPLES_SEED
 from tests.sim.bugs import BUGS, planted
 
@@ -43,6 +46,20 @@ def test_a_planted_bug_is_found(bug: str) -> None:
     assert found is not None
     assert found.violations
     assert run(found.case) is None, "without the bug the same case keeps every promise"
+
+
+def test_every_knob_meets_every_kind_of_fault() -> None:
+    """Sound pairs only: no replica is lost where that ends a fit, and shared memory has one worker."""
+    covered = Coverage.of(map(Case.of, range(1500)))
+    assert set(FAULTS) == {kind for _, kind in covered.counts}
+    knobs = {name.partition(" ")[0] for name in covered.values}
+    assert knobs == {"topology", "staleness", "quorum", "late", "every", "payload", "filter", "apply"}
+    for kind in ("reordered", "lost", "repeated", "parted", "straggler", "worker crashed", "driver ended"):
+        alone = {("topology sharedmemory", "worker crashed"), ("topology sharedmemory", "parted")}
+        missed = [name for name, zero in covered.zeroes() if zero == kind and (name, kind) not in alone]
+        common = [name for name in missed if sum(covered.counts[name, k] for k in FAULTS) > 100]
+        assert not common, f"{common} never met {kind}"
+    assert "pairs have not met" in covered.table()
 
 
 def test_a_seed_repeats_to_the_event() -> None:
@@ -86,7 +103,7 @@ def test_a_wrong_call_is_one_line(arguments: tuple[str, ...]) -> None:
 
 def test_a_history_that_was_changed_is_found_out() -> None:
     """The checker sees what no machine reports: a fact that is missing, or there twice."""
-    world = Case.of(3).world()
+    world = make([Policy(), Policy(every=2)], replicas=3, clocks=6)
     world.go()
     assert check(world.history) == []
     facts = world.history.facts

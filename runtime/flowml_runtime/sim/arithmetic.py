@@ -186,20 +186,24 @@ class Arithmetic:
         return list(self._compiled.loaded[self._device(at)].tasks[task](*a, *b))
 
     def _read(self, step: _Step, store: int) -> Arrays:
-        given = None if step.given is None else step.given[1]
+        return self.taken(step.at, step.start.clock, store, None if step.given is None else step.given[1])
+
+    def taken(self, at: At, clock: int, store: int, given: Arrays | None) -> Arrays:
+        """The parameters that a step computes with. `given` are those of the home, if the step takes them."""
         spec = self._training.stores[store]
         if given is not None and compares(spec.policy.home_filters):
-            self._compared[step.at, store] = given
+            self._compared[at, store] = given
         if spec.local is None:
             assert given is not None
             return given
-        own = self._own.get((step.at, store))
+        own = self._own.get((at, store))
         if own is None:
-            loaded = self._compiled.loaded[step.program.device]
-            own = self._own[step.at, store] = OwnValues(spec, loaded.plan, loaded.tasks, step.at[0])
-            own.state = self._states[worker_of(step.program.device), store]
+            device = self._device(at)
+            loaded = self._compiled.loaded[device]
+            own = self._own[at, store] = OwnValues(spec, loaded.plan, loaded.tasks, at[0])
+            own.state = self._states[worker_of(device), store]
         if given is not None:
-            own.take(step.start.clock, given)
+            own.take(clock, given)
         return own.params
 
     def update(self, at: At, store: int, gradient: Value, *, refused: bool) -> None:

@@ -190,8 +190,6 @@ class Collectives:
         sum_.finished.add(worker)
         if len(sum_.finished) == len(sum_.workers):
             del self._sums[key]
-        if sum_.schedule.name == "gather" and worker != sum_.workers[0]:
-            return  # only the first rank gets the sum
         total = flight.total()
         self._give(key, sum_, worker, self._world.values.total(sum_.values()) if total is None else total)
 

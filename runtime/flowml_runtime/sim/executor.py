@@ -383,15 +383,14 @@ class Executor:
         while self._inside:
             store, part, weight = self._inside[0]
             member, own = self._members[store], self._own.get(store)
-            if member.leads or (own is not None and not member.served):
-                if self._updated != store:
-                    found = member.total(part, step.clock)
-                    if not found:
-                        return False
-                    if own is None:
-                        self._leave(step, store, part, Sum(found[0], weight))
-                    else:
-                        self._update(step, store, own, found[0])
+            found = [] if self._updated == store else member.total(part, step.clock)
+            if not found and self._updated != store:
+                return False
+            if member.leads or (own is not None and not member.served):  # others need no sum, but may relay it
+                if own is None:
+                    self._leave(step, store, part, Sum(found[0], weight))
+                elif found:
+                    self._update(step, store, own, found[0])
                 if own is not None and not self._exchange(step, store):
                     return False
                 total = None if own is None else self._pushed(step, store, own)

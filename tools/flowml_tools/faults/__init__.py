@@ -3,8 +3,11 @@
 cases       a seed determines policies, groups of layers, machines, network and faults
 layout      a run of given policies, without a model
 world       the real machines of driver and workers, joined by the simulator, and a record of all that happens
+draws       random policies, of every kind
 values      integers in place of arrays, which show what a version contains
-history     the record; `timeline` puts it in order, and `checker` finds violations in it
+matrices    matrices that do, where replicas do more than add up gradients
+history     the record; `timeline` puts it in order, and `checker` and `contents` find violations in it
+coverage    which values of knobs have met which kinds of faults
 campaign    many seeds, and what to print of one that fails
 """
 
@@ -35,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first", type=_seed, default=0, metavar="N", help="the first seed (0)")
     parser.add_argument("--jobs", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
     parser.add_argument("--time", type=seconds, default=None, metavar="SECONDS", help="stop then (no limit)")
+    parser.add_argument("--coverage", action="store_true", help="print how often each value meets each kind of fault")
     parser.add_argument("--events", type=positive, default=30, metavar="N", help="the last events to print (30)")
 
 
@@ -52,8 +56,20 @@ def main(arguments: argparse.Namespace) -> int:
             print(f"{finding.report(arguments.events)}\n", flush=True)
         if sys.stderr.isatty() and done % 100 == 0:
             print(f"\r{done} seeds, {failed} failed", end="", file=sys.stderr, flush=True)
+    if arguments.coverage:
+        _cover(seeds[:done])
     print(f"{count(done, 'seed')} in {time.monotonic() - began:.0f} s: {failed or 'none'} broke a promise")
     return 1 if failed else 0
+
+
+def _cover(seeds: range) -> None:
+    from flowml_tools.faults import draws
+    from flowml_tools.faults.cases import Case
+    from flowml_tools.faults.coverage import Coverage
+
+    drawn = draws.refused
+    print(Coverage.of(map(Case.of, seeds)).table())
+    print(f"{draws.refused - drawn} unsound compositions were drawn, and each was refused with a PolicyError")
 
 
 def _one(seed: int, events: int) -> int:

@@ -1,7 +1,6 @@
 """Random cases: a seed determines policies, groups of layers, machines, network and faults of a run.
 
-Policies are drawn knob by knob, and a composition that `Policy` refuses is drawn again. So what is drawn is sound, and
-a new value of a knob is tested as soon as its row here has it.
+The policies are those of `draws`.
 """
 
 from __future__ import annotations
@@ -12,69 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flowml import sim
-from flowml.errors import PolicyError
-from flowml.policy import (
-    UNBOUNDED,
-    AllReduce,
-    Completion,
-    Deadline,
-    Every,
-    Fold,
-    ParameterServer,
-    Policy,
-    Quorum,
-    StalenessScaled,
-    check_composition,
-)
+from flowml.policy import Coded, Gossip, Policy, Quorum
 from flowml.sim import ComputeTimes
 from flowml_runtime.sim.faults import NetworkFaults
 from flowml_runtime.sim.heap import Clock
+from flowml_tools.faults.draws import policies
 from flowml_tools.faults.layout import make
 from flowml_tools.faults.world import World
-
-LATE = ("drop", "drop", "fold", "requeue")
-
-
-def _quorum(rng: random.Random) -> Completion | None:
-    kinds: tuple[Callable[[], Completion | None], ...] = (
-        lambda: None,
-        lambda: None,
-        lambda: Quorum(rng.choice([0.3, 0.5, 0.75, 1.0]), late=rng.choice(LATE)),
-        lambda: Quorum(rng.choice([0.3, 0.5, 0.75]), late=rng.choice(LATE)),
-        lambda: Quorum(rng.randint(1, 3), late=rng.choice(LATE)),
-        lambda: Quorum(rng.choice([0.5, 0.75]), late=Fold(0.5)),
-        lambda: Quorum(rng.choice([0.3, 0.6]), of="samples", late=rng.choice(LATE)),
-        lambda: Deadline(rng.choice([0.5, 0.75]), rng.choice(["adaptive", 0.3]), late=rng.choice(LATE)),
-        lambda: Deadline(1.0, limit_s=rng.choice([0.5, 2.0]), late=rng.choice(LATE)),
-    )
-    return rng.choice(kinds)()
-
-
-def policy(rng: random.Random) -> Policy:
-    """A random sound policy."""
-    while True:
-        try:
-            return Policy(
-                topology=AllReduce() if rng.random() < 0.25 else ParameterServer(),
-                staleness=rng.choice([0, 0, 0, 1, 2, 4, UNBOUNDED]),
-                quorum=_quorum(rng),
-                every=rng.choice([1, 1, 1, 2, 3, 5, Every(3, offset=1), Every(4, offset=2)]),
-                apply=rng.choice(["mean", "mean", "sum", StalenessScaled()]),
-            )
-        except PolicyError:
-            continue
-
-
-def policies(rng: random.Random, replicas: int, stores: int) -> tuple[Policy, ...]:
-    """A sound policy for each store. Some are equal, so that groups have several stores."""
-    while True:
-        pool = [policy(rng) for _ in range(rng.randint(1, 3))]
-        chosen = tuple(rng.choice(pool) for _ in range(stores))
-        try:
-            check_composition({str(i): p for i, p in enumerate(chosen)}, replicas)
-        except PolicyError:
-            continue
-        return chosen
 
 
 @dataclass(frozen=True)
@@ -96,8 +39,20 @@ class Case:
     """The share of messages that come again, of those that may."""
     lost: tuple[int, float] | None = None
     """The replica that is lost, and when."""
+    crashed: tuple[int, float] | None = None
+    """The worker that stops, and when. It ends the fit."""
     interrupted_s: float | None = None
-    """When the fit is ended, and another one begins on the same workers."""
+    """When the fit is ended by its caller."""
+    again: bool = False
+    """Whether another fit then begins on the same workers, where steps of the first one may still run."""
+
+    @property
+    def crashes_home(self) -> bool:
+        """Whether the worker that stops is the home of a layer."""
+        if self.crashed is None:
+            return False
+        run = self.world()
+        return run.worker(self.crashed[0]) in {name for homes in run.places.homes for name in homes}
 
     @staticmethod
     def of(seed: int) -> Case:
@@ -106,19 +61,19 @@ class Case:
 
     @staticmethod
     def drawn(rng: random.Random, seed: int) -> Case:
-        replicas, stages = rng.choice([2, 2, 3, 3, 4, 5]), rng.choice([1, 1, 2, 2, 3])
+        replicas, stages = rng.choice([2, 2, 3, 3, 4, 5, 6]), rng.choice([1, 1, 2, 2, 3])
         chosen = policies(rng, replicas, rng.choice([1, 1, 2, 3, 3]))
         workers = replicas * stages
         shared = rng.choice([None, None, rng.randint(1, workers)])
-        sums = any(p.collective for p in chosen)
+        if any(p.shared for p in chosen):
+            shared = 1
+        lost = crashed = interrupted = None
         fate = rng.random()
-        lost = interrupted = None
-        spare = all(
-            _needs(p.quorum, replicas) < replicas for p in chosen
-        )  # a count that the living cannot meet ends a fit
-        if fate < 0.15 and not sums and spare and shared is None:
+        if fate < 0.15 and shared is None and all(_goes_on(p, replicas) for p in chosen):
             lost = rng.randrange(1, replicas), rng.uniform(0, 6)
-        elif fate < 0.3 and not sums:
+        elif fate < 0.2:
+            crashed = rng.randrange(shared or workers), rng.uniform(0, 6)
+        elif fate < 0.3:
             interrupted = rng.uniform(0, 4)
         return Case(
             seed=seed,
@@ -126,15 +81,17 @@ class Case:
             replicas=replicas,
             stages=stages,
             workers=shared,
-            clocks=rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 8, 24]),
+            clocks=rng.choice([1, 2, 3, 4, 4, 5, 6, 8, 8, 16]),
             items=replicas * rng.randint(1, 3) + rng.randrange(2),
             compute=_compute(rng),
-            network=sim.Network(rng.choice([0.0, 1e-3, 0.1]), rng.choice([1e9, 1e3, 200.0])),
+            network=sim.Network(rng.choice([0.0, 1e-3, 0.1]), rng.choice([1e9, 1e4, 1e3])),
             faults=_faults(rng, shared or workers),
             source=rng.choice(["fed", "shipped"]),
             twice=rng.choice([0.0, 0.0, 0.3]),
             lost=lost,
+            crashed=crashed,
             interrupted_s=interrupted,
+            again=not any(p.local or p.adds_up or p.filters for p in chosen),
         )
 
     def world(self) -> World:
@@ -159,7 +116,9 @@ class Case:
         if self.lost is not None:
             run.lose(*self.lost)
         if self.interrupted_s is not None:
-            run.interrupt(self.interrupted_s)
+            run.interrupt(self.interrupted_s, again=self.again)
+        if self.crashed is not None:
+            run.crash(*self.crashed)
         return run
 
     def __str__(self) -> str:
@@ -174,13 +133,18 @@ class Case:
         trouble: list[str] = [str(f) for f in self.faults]
         trouble += [f"{self.twice:.0%} of messages come again"] if self.twice else []
         trouble += [f"replica {self.lost[0]} is lost at {self.lost[1]:.2f} s"] if self.lost else []
+        trouble += [f"worker {self.crashed[0]} stops at {self.crashed[1]:.2f} s"] if self.crashed else []
         trouble += [f"the fit is ended at {self.interrupted_s:.2f} s"] if self.interrupted_s is not None else []
         return "\n".join([*lines, f"faults: {'; '.join(trouble) or 'none'}"])
 
 
-def _needs(quorum: Completion, replicas: int) -> int:
-    """The least number of living replicas that the quorum can be met with."""
-    return quorum.need(replicas) if isinstance(quorum, Quorum) and quorum.counted else 1
+def _goes_on(policy: Policy, replicas: int) -> bool:
+    """Whether a run goes on without one replica. It ends if sums or neighbours miss one, or if the living are too few
+    for a count. With a code, the ledger of a run that has lost a replica grants items of other batches."""
+    if policy.adds_up or policy.shared or isinstance(policy.remote, Gossip) or isinstance(policy.quorum, Coded):
+        return False
+    quorum = policy.quorum
+    return not (isinstance(quorum, Quorum) and quorum.counted) or quorum.need(replicas) < replicas
 
 
 def _compute(rng: random.Random) -> sim.ComputeModel:

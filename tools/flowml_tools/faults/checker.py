@@ -20,12 +20,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from flowml.policy import UNBOUNDED, Coded, Deadline, Quorum, Sum, window
+import numpy as np
+
+from flowml.policy import UNBOUNDED, Coded, Deadline, Gossip, Quorum, Sum, window
 from flowml.policy.apply import base_of, scales
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.terms import Group, ReplicaLost
-from flowml_tools.faults.history import DRIVER, History, Made, Read, Sent
+from flowml_tools.faults.contents import contents
+from flowml_tools.faults.history import DRIVER, History, Matrix, Read, Sent
 from flowml_tools.faults.timeline import Commit, Timeline
 
 _CLOSE = 1e-9
@@ -63,8 +66,8 @@ def _decisions(seen: Timeline) -> Iterator[str]:
 
 
 def _decision(seen: Timeline, group: Group, commit: Commit, began: float) -> Iterator[str]:
-    terms, message, place = seen.terms, commit.message, commit.place
-    everyone = range(terms.members)
+    message, place = commit.message, commit.place
+    everyone = group.senders
     there = [r for r in everyone if seen.has_arrived(group, r, message.clock, place)]
     where = f"clock {message.clock} of group {group.number}"
     if message.excluded != tuple(r for r in everyone if r not in there):
@@ -85,11 +88,11 @@ def _reached(seen: Timeline, group: Group, commit: Commit, there: list[int], beg
             return True
     elif isinstance(quorum, Quorum) and quorum.of == "samples":
         steps = commit.message.clock - window(commit.message.clock, group.every.push, group.every.offset) + 1
-        full = terms.members * steps * terms.microbatches
+        full = len(group.senders) * steps * terms.microbatches
         weight = sum(seen.arrival_weight(group, r, commit.message.clock) for r in there)
         share = quorum.count_or_fraction
         return weight * terms.rows >= (share if quorum.counted else share * full * terms.rows) - _CLOSE
-    return len(there) >= quorum.need(terms.members)
+    return len(there) >= quorum.need(len(group.senders))
 
 
 Chosen = tuple[int, int, float]
@@ -154,16 +157,14 @@ def _arrivals(seen: Timeline, home: str, store: int) -> Iterator[str]:
     for replica, clock in seen.complete(home, store):
         if seen.whole and (replica, clock) not in applied and replica not in seen.lost:
             yield f"{where} has lost the contribution of {_named((replica, clock))}"
-    need = policy.quorum.need(terms.replicas)
+    senders = terms.stores[store].senders(terms.replicas)
+    need = policy.quorum.need(len(senders))
     for apply in made:
-        weights = [seen.weight(home, store, *k) for k in apply.keys]
-        factor = 1 / sum(weights) if policy.apply.averages else 1 / terms.microbatches
-        if not all(math.isclose(f, factor, rel_tol=_CLOSE) for f in apply.factors):
-            yield f"version {apply.action.version} of {where} has coefficients {apply.factors} in place of {factor}"
+        due = seen.coefficients(store, [seen.weight(home, store, *k) for k in apply.keys])
+        if not all(math.isclose(f, d, rel_tol=_CLOSE) for f, d in zip(apply.factors, due, strict=True)):
+            yield f"version {apply.action.version} of {where} has coefficients {apply.factors} in place of {due}"
         leaving = seen.leaving_at(home, apply.place)
-        few = len(apply.keys) < min(need, terms.replicas - len(leaving)) and all(
-            r not in leaving for r, _ in apply.keys
-        )
+        few = len(apply.keys) < min(need, len(set(senders) - leaving)) and all(r not in leaving for r, _ in apply.keys)
         if policy.staleness == UNBOUNDED and few:
             yield f"version {apply.action.version} of {where} is made of {len(apply.keys)} contributions before {need}"
 
@@ -180,17 +181,37 @@ def _stale(
 def _reads(seen: Timeline) -> Iterator[str]:
     for fact in seen.facts:
         if isinstance(fact, Read):
-            yield from _read(seen, fact.store, fact.replica, fact.clock, fact.version, "reads")
+            version = fact.version if fact.value is None else _version(seen, fact, fact.value)
+            if version is None:
+                where = f"replica {fact.replica} at clock {fact.clock}"
+                yield f"{where} reads of store {fact.store} what is no version of it"
+            else:
+                yield from _read(seen, fact.store, fact.replica, fact.clock, version, "reads")
     for store, terms in enumerate(seen.terms.stores):
-        if terms.collective:
+        every = terms.policy.every
+        if terms.collective or (terms.policy.local and (every.delay or every.pull != every.push)):
             continue
         for replica, clock in seen.complete(seen.places.homes[store][0], store):
             for base in seen.bases(seen.places.homes[store][0], store, replica, clock):
                 yield from _read(seen, store, replica, clock, base, "contributes from")
 
 
+def _version(seen: Timeline, read: Read, value: Matrix) -> int | None:
+    """The version that has the value of a read. The replicas of a site do not know its number."""
+    values = seen.values.get(read.store, ())
+    if not values:
+        return None if np.any(value) else 0
+    knows = seen.site_of(read.store, read.replica)[0] == read.replica or seen.terms.stores[read.store].collective
+    if knows:
+        same = read.version < len(values) and np.array_equal(values[read.version], value)
+        return read.version if same else None
+    return next((v for v in reversed(range(len(values))) if np.array_equal(values[v], value)), None)
+
+
 def _read(seen: Timeline, store: int, replica: int, clock: int, version: int, what: str) -> Iterator[str]:
     terms, policy = seen.terms.stores[store], seen.terms.stores[store].policy
+    if isinstance(policy.remote, Gossip):
+        return  # replicas read the first version only
     own = window(max(clock - policy.every.delay, 0), policy.every.push, policy.every.offset)
     before = own - policy.staleness
     where = f"replica {replica} at clock {clock} {what} version {version} of store {store}"
@@ -200,13 +221,14 @@ def _read(seen: Timeline, store: int, replica: int, clock: int, version: int, wh
             yield f"{where}, and staleness {policy.staleness} allows {least} at the oldest"
         return
     inside = seen.inside(store, version)
-    at_once = policy.quorum.need(seen.terms.replicas) == 1
+    at_once = policy.quorum.need(len(terms.senders(seen.terms.replicas))) == 1
+    sender = seen.site_of(store, replica)[0]
     for who, sent in seen.complete(seen.places.homes[store][0], store):
         if (who, sent) in inside or who in seen.lost:
             continue
         if sent < before:
             yield f"{where}, which lacks what {_named((who, sent))} sent, within staleness {policy.staleness}"
-        elif who == replica and sent < own and at_once:
+        elif who == sender and sent < own and at_once:
             yield f"{where}, which lacks its own contribution of clock {sent}"
 
 
@@ -215,6 +237,8 @@ def _publications(seen: Timeline) -> Iterator[str]:
     shown: dict[tuple[str, int], int] = {}
     made: Counter[tuple[str, int]] = Counter()
     for turn in seen.turns:
+        if isinstance(turn.event, actions.Updated):
+            made[turn.who, turn.event.store] += turn.event.applied
         for action in turn.wanted:
             match action:
                 case actions.Apply(store):
@@ -267,6 +291,8 @@ def _items(seen: Timeline) -> Iterator[str]:
     granted: dict[tuple[int, int], int] = {}
     fates: dict[int, tuple[str, tuple[int, ...], int]] = {}
     counts: Counter[str] = Counter()
+    left_out: dict[int, int] = {}
+    speculates = seen.terms.speculation is not None
     for turn in seen.turns:
         if turn.who != DRIVER:
             continue
@@ -278,13 +304,14 @@ def _items(seen: Timeline) -> Iterator[str]:
                         yield f"item {item.sequence} is {fate} at replica {told.replica}, which does not have it"
                     if fate != "duplicate":
                         fates[item.sequence] = fate, told.missing, told.replica
+                        left_out[item.sequence] = told.left_out
             case actions.Received(message=wire.Ask() as told) if told.replica not in seen.lost_at(turn):
                 for item in told.returned:
                     counts["returned"] += 1
                     if granted.pop((item.sequence, item.copy), None) != told.replica:
                         yield f"item {item.sequence} is returned by replica {told.replica}, which does not have it"
             case ReplicaLost(replica):
-                for item in [i for i, r in granted.items() if r == replica]:
+                for item in [i for i, r in granted.items() if r == replica and not speculates]:
                     counts["dropped"] += 1
                     del granted[item]
             case _:
@@ -296,9 +323,14 @@ def _items(seen: Timeline) -> Iterator[str]:
                     if key in granted or (not item.copy and fates.get(key[0], ("requeued",))[0] != "requeued"):
                         yield f"item {item.sequence} is granted again"
                     granted[key] = action.message.replica
-    if seen.summary is not None and not seen.coded:
-        yield from _ledger(seen, granted, counts)
-        yield from _contents(seen, fates)
+    for sequence, copy in [i for i, r in granted.items() if speculates and r in seen.lost]:  # one result counts
+        counts["duplicate" if sequence in fates else "used"] += 1
+        fates.setdefault(sequence, ("used", (), granted.pop((sequence, copy))))
+        granted.pop((sequence, copy), None)
+    if seen.summary is not None:
+        if not seen.coded:
+            yield from _ledger(seen, granted, counts)
+        yield from contents(seen, fates, left_out)
 
 
 def _ledger(seen: Timeline, granted: dict[tuple[int, int], int], counts: Counter[str]) -> Iterator[str]:
@@ -314,27 +346,6 @@ def _ledger(seen: Timeline, granted: dict[tuple[int, int], int], counts: Counter
         yield f"the ledger has {total} items in all, and the epochs have {work.epochs * work.items_per_epoch}"
 
 
-def _contents(seen: Timeline, fates: dict[int, tuple[str, tuple[int, ...], int]]) -> Iterator[str]:
-    """The items in each store are those that its group used. What a lost replica said last may have been in vain."""
-    made = [f for f in seen.facts if isinstance(f, Made)]
-    for store in range(len(seen.terms.stores)) if made or not seen.whole else ():
-        group = seen.terms.group_of.get(store, -1)
-        due = {
-            q
-            for q, (fate, missing, replica) in fates.items()
-            if fate in ("used", "folded") and group not in missing and replica not in seen.lost
-        }
-        for home in seen.places.homes[store]:
-            total = sum(i for f in made if (f.home, f.store) == (home, store) for _, _, i in f.contributions)
-            digits = {q: int(d, 16) for q, d in enumerate(reversed(f"{total:x}")) if d != "0"}
-            twice = [q for q, times in digits.items() if times > 1]
-            if twice:
-                yield f"item {twice[0]} is {digits[twice[0]]} times in store {store} at {home}"
-            lacks, more = sorted(due - digits.keys()), sorted(digits.keys() - due)
-            if lacks or (more and not seen.lost):  # a lost replica cannot say what became of its items
-                yield f"store {store} at {home} lacks items {lacks} and has items {more} that do not count"
-
-
 def _bytes(seen: Timeline) -> Iterator[str]:
     if not seen.whole or seen.lost or not seen.counted:
         return
@@ -342,7 +353,7 @@ def _bytes(seen: Timeline) -> Iterator[str]:
         sent = [f for f in seen.facts if isinstance(f, Sent) and f.store == store]
         real = sum(f.nbytes for f in sent if not f.published), sum(f.nbytes for f in sent if f.published)
         told = seen.traffic.get(store, (0, 0))
-        if told != real:
+        if told != real and (not seen.terms.stores[store].sites or sum(told) != sum(real)):
             yield f"workers report {told} bytes of gradients and parameters of store {store}, and sent {real}"
 
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.ledger import Summary, Work
@@ -16,6 +19,7 @@ from flowml_runtime.protocol.training.story import entry
 from flowml_runtime.protocol.training.terms import Places, Terms
 
 DRIVER = "driver"
+Matrix = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +35,60 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A step of `replica` at `clock` has read a version of a store."""
+    """A step of `replica` at `clock` has read a version of a store, with this value if there are values."""
 
     store: int
     replica: int
     clock: int
     version: int
+    value: Matrix | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A home has made a version from these contributions: (replica, clock, items). Digit q of `items`, in base 16, says
-    how often work item q is in it."""
+    """A home has made a version, whose value is `value`, from these contributions: (replica, clock, payload).
+
+    A payload is a sum of gradients: an integer whose digit q, in base 16, says how often work item q is in it, or a
+    matrix whose coordinate q says so (then replica and clock are -1).
+    """
 
     home: str
     store: int
     version: int
-    contributions: tuple[tuple[int, int, int], ...]
+    contributions: tuple[tuple[int, int, int | Matrix], ...]
+    value: Matrix | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Gave:
+    """A replica that has parameters of its own pushes at `clock`. They have changed by `content` since what it took."""
+
+    store: int
+    replica: int
+    clock: int
+    content: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The filters of a policy have made `got`, as the home decodes it, from the gradient `given`."""
+
+    store: int
+    part: int
+    replica: int
+    clock: int
+    given: Matrix
+    got: Matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What the error feedback of a replica has not sent yet. The newest counts."""
+
+    store: int
+    part: int
+    replica: int
+    residual: Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +100,7 @@ class Sent:
     published: bool
 
 
-Fact = Turn | Read | Made | Sent
+Fact = Turn | Read | Made | Gave | Encoded | Kept | Sent
 
 
 @dataclass

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from flowml.policy import Fold, Sum
-from flowml.policy.apply import base_of
+import numpy as np
+
+from flowml.policy import Fold, Gossip
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions
 from flowml_runtime.protocol.training.terms import Group, ReplicaLost
-from flowml_tools.faults.history import DRIVER, Fact, History, Sent, Turn
+from flowml_tools.faults.history import DRIVER, Fact, History, Made, Matrix, Sent, Turn
 
 Key = tuple[int, int]
 """(replica, clock)"""
@@ -72,6 +73,7 @@ class Timeline:
         """Whether the run has ended well."""
         self.coded = self.work.coded
         self.counted = any(isinstance(f, Sent) for f in self.facts)
+        self.made = [f for f in self.facts if isinstance(f, Made)]
 
     @staticmethod
     def of(history: History) -> Timeline:
@@ -144,6 +146,20 @@ class Timeline:
     def leader(self, group: Group) -> str:
         return self.places.homes[group.stores[0]][0]
 
+    def site_of(self, store: int, replica: int) -> tuple[int, ...]:
+        """The replicas whose work comes together in one contribution to a store."""
+        return next((site for site in self.terms.stores[store].sites if replica in site), (replica,))
+
+    def coefficients(self, store: int, weights: Sequence[int], absent: int = 0) -> list[float]:
+        """What contributions of these weights are multiplied by: equal for all gradients of a microbatch, or so that
+        own parameters and their changes count by the microbatches in them."""
+        policy = self.terms.stores[store].policy
+        averages = policy.apply.averages or isinstance(policy.remote, Gossip)
+        total = max(sum(weights) + absent, 1)
+        if policy.local:
+            return [w / total if averages else 1.0 for w in weights]
+        return [1 / total if averages else 1 / self.terms.microbatches] * len(weights)
+
     # Replicas that leave.
 
     @cached_property
@@ -200,20 +216,24 @@ class Timeline:
         return [made for commit in self.commits[group.number] if (made := self._version(home, store, commit))]
 
     def _version(self, home: str, store: int, commit: Commit) -> list[tuple[int, int, float]]:
-        terms, policy, clock = self.terms, self.terms.stores[store].policy, commit.message.clock
+        policy, clock = self.terms.stores[store].policy, commit.message.clock
         late = policy.quorum.late
         decay = late.decay if isinstance(late, Fold) else 1.0
-        on_time = [(r, clock) for r in range(terms.members) if r not in commit.message.excluded]
+        senders = self.terms.stores[store].senders(self.terms.members)
+        on_time = [(r, clock) for r in senders if r not in commit.message.excluded]
         chosen = [k for k in (*on_time, *commit.message.folded) if self.weight(home, store, *k)]
         if not chosen:
             return []
         weights = [self.weight(home, store, *k) for k in chosen]
-        total = sum(weights)
-        if isinstance(late, Fold):  # all replicas that live count alike, on time or late
-            living = len(on_time) + sum(r not in self._lost_at_home(home, commit) for r in commit.message.excluded)
-            total += (living - len(chosen)) * max(weights)
-        factor = 1 / terms.microbatches if isinstance(base_of(policy.apply), Sum) else 1 / max(total, 1)
-        return [(r, c, factor * decay ** (clock - c)) for r, c in chosen]
+        absent = 0
+        if isinstance(late, Fold) and not policy.local:  # all replicas that live count alike, on time or late
+            lost = self._lost_at_home(home, commit)
+            sizes = {r: len(self.site_of(store, r)) for r in senders}
+            living = sum(sizes[r] for r in senders if r not in commit.message.excluded or r not in lost)
+            each = max(w // sizes[r] for (r, _), w in zip(chosen, weights, strict=True))
+            absent = (living - sum(sizes[r] for r, _ in chosen)) * each
+        factors = self.coefficients(store, weights, absent)
+        return [(r, c, f * decay ** (clock - c)) for (r, c), f in zip(chosen, factors, strict=True)]
 
     def _lost_at_home(self, home: str, commit: Commit) -> frozenset[int]:
         """The replicas that a home knew to be lost when it heard of a decision."""
@@ -223,6 +243,15 @@ class Timeline:
             n for n, fact in enumerate(self.facts) if _hears(fact, home, commit.message) or n == len(self.facts) - 1
         )
         return frozenset(r for at, r in self._lost[home] if at < place)
+
+    @cached_property
+    def values(self) -> dict[int, list[Matrix]]:
+        """Store -> the value of each version at the first home, of a run that computes with matrices."""
+        found: dict[int, list[Matrix]] = {}
+        for made in self.made:
+            if made.value is not None and made.home == self.places.homes[made.store][0]:
+                found.setdefault(made.store, [np.zeros_like(made.value)]).append(made.value)
+        return found
 
     @cached_property
     def _versions_before(self) -> dict[int, list[int]]:

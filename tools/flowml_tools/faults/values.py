@@ -42,6 +42,11 @@ class Digits(Nothing):
         """Store -> what each of its versions in the newest fit is made of: (replica, clock, sum, coefficient)."""
         self._versions: dict[tuple[str, int], int] = {}
 
+    @property
+    def first(self) -> Callable[[int], Value]:
+        """The first value of each store."""
+        return lambda store: FIRST
+
     def begin(self, at: At, start: actions.Start, leaves_out: Callable[[int], bool]) -> actions.Start:
         return start
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from flowml.plan import Training
 from flowml.sim import Network, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
@@ -17,11 +18,12 @@ from flowml_runtime.sim import network, world
 from flowml_runtime.sim.heap import Act, Clock
 from flowml_runtime.sim.node import Node
 from flowml_tools.faults.history import DRIVER, History, Sent, Turn
-from flowml_tools.faults.values import FIRST, Digits
+from flowml_tools.faults.matrices import Matrices
+from flowml_tools.faults.values import Digits
 
 PLAN = "plan"
 RUN = 100
-MOST_EVENTS = 300_000
+MOST_EVENTS = 50_000
 
 HARMLESS = (wire.Contribution, wire.Arrived, wire.Commit, wire.StartTraining, wire.Retired)
 """The messages that change nothing when they come again, also later than others of their sender. To the driver, a
@@ -66,7 +68,7 @@ class _Counted(network.Wires):
         if nbytes and source != to:
             about: Any = args[1]
             message = getattr(about, "message", about)
-            if isinstance(message, wire.Contribution | wire.Published):
+            if isinstance(message, wire.Contribution | wire.Published | wire.Gossip):
                 sent = Sent(message.store, nbytes, isinstance(message, wire.Published))
                 self.histories[message.run].facts.append(sent)
             elif isinstance(args[0], tuple):  # a chunk of a sum, whose key begins with the store
@@ -90,14 +92,23 @@ class World:
     clock: Clock = field(default_factory=Clock)
     dead: set[int] = field(default_factory=set[int])
     """The replicas that are lost."""
+    crashed: set[str] = field(default_factory=set[str])
+    """The workers whose loss ends a fit."""
     source: Literal["fed", "shipped"] = "fed"
+    training: Training | None = None
+    """The plan's part about training, if the run computes with matrices instead of integers."""
 
     def __post_init__(self) -> None:
         layout, self.rng = self.layout, random.Random(self.seed)
         self.terms, self.places = layout.terms, layout.places
         self.histories: dict[int, History] = {}
         self.history = self._begin(RUN)
-        self.values = Digits(layout.programs, layout.places, self.histories, self._run_of)
+        seen = self.histories, self._run_of
+        self.values: Digits | Matrices = (
+            Digits(layout.programs, layout.places, *seen)
+            if self.training is None
+            else Matrices(layout.programs, self.training, *seen)
+        )
         self.driver = Driver(self, self.history)
         model = self.network or Network(latency_s=0.0, bytes_per_s=1e30)
         numbers = {name: n for n, name in enumerate(self.places.workers)}
@@ -121,7 +132,15 @@ class World:
     @property
     def applied(self) -> dict[int, list[list[tuple[int, int, int, float]]]]:
         """Store -> what each of its versions is made of: (replica, clock, sum, coefficient)."""
+        assert isinstance(self.values, Digits)
         return self.values.applied
+
+    def own_states(self, store: int) -> tuple[str, ...]:
+        """The workers that keep an optimizer state of a store, because replicas update it themselves."""
+        if store not in self.layout.local:
+            return ()
+        stage = self.terms.stores[store].stages[0]
+        return tuple(dict.fromkeys(stages[stage] for stages in self.places.stages))
 
     def _begin(self, run: int) -> History:
         self.histories[run] = history = History(run, self.terms, self.places, self.work)
@@ -152,18 +171,39 @@ class World:
                     before = self.history.traffic.get(store, (0, 0))
                     self.history.traffic[store] = before[0] + pushed, before[1] + published
 
-    def interrupt(self, when: float) -> None:
-        """End the first fit at this time, as an exception in a callback does, and begin another one at once."""
-        self.clock.after(when, 0, self._interrupt)
+    def interrupt(self, when: float, *, again: bool = True) -> None:
+        """End the first fit at this time, as an exception in a callback does, and perhaps begin another one at once."""
+        self.clock.after(when, 0, self._interrupt, again)
 
-    def _interrupt(self) -> None:
+    def _interrupt(self, again: bool) -> None:
         if self.driver.machine.over:
             return
         self.driver.tell(driver.Stop())
-        self.history = self._begin(RUN + self.terms.most_clocks)
-        self._wires.run = self.history.run
-        self.driver = Driver(self, self.history)
-        self.driver.tell(driver.Begin())
+        self.driver.ended = True
+        if again:
+            self.history = self._begin(RUN + self.terms.most_clocks)
+            self._wires.run = self.history.run
+            self.driver = Driver(self, self.history)
+            self.driver.tell(driver.Begin())
+
+    def crash(self, worker: int, when: float, noticed_s: float = 1.0) -> None:
+        """A worker falls silent, which ends the fit when the driver learns of it."""
+        name = self.worker(worker)
+        self.clock.after(when, 0, self._crash, name)
+        self.clock.after(when + noticed_s, 0, self._notice, name)
+
+    def worker(self, number: int) -> str:
+        """The name of a worker."""
+        return self.places.workers[number % len(self.places.workers)]
+
+    def _crash(self, name: str) -> None:
+        if not self.driver.machine.over:
+            self.crashed.add(name)
+            self.simulation.silence(name)
+
+    def _notice(self, name: str) -> None:
+        if name in self.crashed and not self.driver.ended:
+            self.driver.tell(driver.WorkerLost(name, "it stopped"))
 
     def lose(self, victim: int, when: float) -> None:
         """All workers of a replica fall silent; the others are told one after the other."""
@@ -184,7 +224,7 @@ class World:
         self.driver.tell(driver.ReplicaLost(victim))
 
     def is_dead(self, worker: str) -> bool:
-        return any(replica in self.dead for replica, _ in self.places.stages_on(worker))
+        return worker in self.crashed or any(replica in self.dead for replica, _ in self.places.stages_on(worker))
 
 
 class Driver:
@@ -197,6 +237,8 @@ class Driver:
         start = wire.StartTraining(plan_id=PLAN, run=history.run, source=world.source, **ids)
         self.machine = driver.TrainingDriver(start, world.terms, world.work, world.places)
         self.final: dict[int, Any] = {}
+        self.ended = False
+        """Whether the fit has ended before it was over."""
         self.commits: list[driver.NoteCommit] = []
         self.duplicates: list[wire.Item] = []
         """The items of which another copy counts."""
@@ -231,7 +273,10 @@ class Driver:
                     simulation.deliver(name, message)  # pyright: ignore[reportArgumentType]
             case driver.SendStore(store, to):
                 for name in to:
-                    simulation.deliver(name, wire.StoreValue(**ids, store=store, version=0), FIRST)  # pyright: ignore
+                    value = self.world.values.first(store)
+                    simulation.deliver(name, wire.StoreValue(**ids, store=store, version=0), value)  # pyright: ignore
+                for name in self.world.own_states(store):
+                    simulation.deliver(name, wire.OwnState(**ids, store=store), ())  # pyright: ignore
             case driver.Feed(who, item):
                 for name in dict.fromkeys(self.world.places.stages[who]):
                     batch = wire.Batch(**ids, device=name, sequence=item.sequence, slots=(0,))  # pyright: ignore
@@ -240,6 +285,8 @@ class Driver:
                 pass  # the values of items need no data
             case driver.Note() | driver.NoteWaits() | driver.NoteStaleness():
                 pass  # for the history of a fit
+            case driver.KeepState(_, handle):
+                self._payloads.pop(handle or 0)
             case driver.NoteCommit():
                 self.commits.append(action)
             case driver.Keep(store, handle):
@@ -249,6 +296,9 @@ class Driver:
             case actions.Release(handle):
                 del self._payloads[handle]
             case driver.Over():
+                self.tell(driver.Stop())
+            case driver.Fail(reason=driver.WorkerLost()) if self.world.crashed:
+                self.ended = True
                 self.tell(driver.Stop())
             case driver.NoteFates(fates):
                 self.duplicates += [item for item, fate in fates if fate == "duplicate"]

@@ -125,7 +125,9 @@ class Fit:
 
     def lose(self, event: ReplicaLost) -> list[Action]:
         """Make the home and the leaders here stop waiting for a lost replica."""
-        return [*self._leave(event), *self._at_home(event), *self._at_pace(event)]
+        sharing = [at for at, machine in self.stages.items() if isinstance(machine, Portions)]
+        portions = self._at_stages(sharing, event)
+        return [*self._leave(event), *self._at_home(event), *self._at_pace(event), *portions]
 
     def validate(self) -> None:
         for machine in (*self.stages.values(), self._home, *self._decisions.values(), *self._sites.values()):

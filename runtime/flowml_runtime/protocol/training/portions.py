@@ -5,7 +5,8 @@ begins them; the clock of a portion is the number of its batch. The first stage 
 
 * It asks for one portion at a time, when it has finished the one before. It begins a portion when the batch before it
   is committed, and holds it until then.
-* While it waits for a commit, it asks for a copy of another replica's portion at the time that the policy says.
+* While it waits for a commit, it asks for a copy of another replica's portion at the time that the policy says. If the
+  policy allows no copies, it does so once a replica is lost, and gets a portion that only lost replicas had.
 * A commit decides which grant of each portion counts. Every other step of that portion is abandoned if it runs, and
   does not begin if it has not begun. The leading stage settles grants that count as used, and all others as duplicates.
 * It retires after the last commit.
@@ -47,7 +48,7 @@ from flowml_runtime.protocol.training.stage import (
     StepFinished,
     StorePublished,
 )
-from flowml_runtime.protocol.training.terms import Committed, Terms, Tick
+from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, Terms, Tick
 
 PAUSE_S = 1e-3
 """The least time between two requests for a copy while there is none."""
@@ -85,6 +86,8 @@ class Portions:
         self._leads = stage == 0
         self._opened = self._asked = self._exhausted = self._leader_retired = self._retired = False
         self._asked_copy = False
+        self._lost = False
+        """Whether a replica is lost, so that a portion that only it had may have to be computed again."""
         self._requests = 0
         self._begun = -1
         self._committed = -1
@@ -151,6 +154,8 @@ class Portions:
             case LeaderRetired():
                 self._leader_retired = True
                 actions = []
+            case ReplicaLost():
+                self._lost, actions = True, []
             case Tick() | Applied():
                 actions = []
         return [*actions, *self._advance(now)]
@@ -268,7 +273,7 @@ class Portions:
             return []
         holds = any(step.number < 0 for step in self._steps)
         copy = holds or self._exhausted
-        if copy and (not self._policy.copies or self._wake_s == math.inf):
+        if copy and (not (self._policy.copies or self._lost) or self._wake_s == math.inf):
             return []
         if copy and now < self._wake_s:
             told, self._told_s = self._told_s, self._wake_s

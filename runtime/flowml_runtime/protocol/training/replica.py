@@ -62,7 +62,7 @@ from flowml_runtime.protocol.training.stage import (
     StepFinished,
     StorePublished,
 )
-from flowml_runtime.protocol.training.terms import Committed, Terms, Tick
+from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, Terms, Tick
 
 
 class Replica:
@@ -165,7 +165,7 @@ class Replica:
             raise ProtocolError(f"store {event.store} went back from version {known.version} to {event.version}")
         self._published[event.store] = event
 
-    def _take(self, event: Granted | BeginReceived | Started | LeaderRetired) -> list[Action]:
+    def _take(self, event: Granted | BeginReceived | Started | LeaderRetired | ReplicaLost) -> list[Action]:
         match event:
             case Granted(items, exhausted):
                 self._work.grant(items, exhausted)
@@ -176,6 +176,8 @@ class Replica:
                     self._work.opened = True
             case LeaderRetired():
                 self._leader_retired = True
+            case ReplicaLost():
+                pass  # the home and the leader of decisions stop waiting for it
         return []
 
     def _begin(self, clock: int, item: wire.Item, last: bool) -> list[Action]:

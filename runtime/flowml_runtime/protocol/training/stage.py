@@ -12,7 +12,7 @@ import msgspec
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.accounts import Settle
-from flowml_runtime.protocol.training.terms import Committed
+from flowml_runtime.protocol.training.terms import Committed, ReplicaLost
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -102,7 +102,17 @@ class Retire(msgspec.Struct, frozen=True):
     """This stage pushes nothing more: tell the homes. The leading stage also tells all other stages."""
 
 
-Event = Started | Granted | BeginReceived | StepFinished | Committed | StorePublished | Applied | LeaderRetired
+Event = (
+    Started
+    | Granted
+    | BeginReceived
+    | StepFinished
+    | Committed
+    | StorePublished
+    | Applied
+    | LeaderRetired
+    | ReplicaLost
+)
 Action = Ask | Begin | Start | Abandon | Count | Settle | Retire
 
 

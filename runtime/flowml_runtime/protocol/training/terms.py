@@ -304,8 +304,8 @@ class Terms:
         """Whether a replica may leave out `clock`, if all its groups have decided it.
 
         It may not if neighbours wait for its parameters, if replicas add up the gradients of some store, or if a store
-        that applies contributions as they arrive needs its push: readers within a bound wait for it, and the last push
-        takes all gathered gradients along.
+        that applies contributions as they arrive needs its push: readers within a bound wait for it, the last push
+        takes all gathered gradients along, and own parameters are pushed before they are replaced.
         """
         if self.sums or (self.arrives and clock == self.last_clock):
             return False
@@ -320,8 +320,10 @@ class Terms:
 
     @cached_property
     def _awaited(self) -> frozenset[Every]:
-        """The rhythms of the stores that apply contributions as they arrive, with a bound on the staleness."""
-        return frozenset(s.policy.every for s in self.stores if not s.clocked and s.policy.staleness < UNBOUNDED)
+        """The rhythms of the stores that apply contributions as they arrive, and whose pushes no replica may leave out:
+        readers within a bound wait for them, and own parameters that are not pushed would be replaced."""
+        arriving = (s.policy for s in self.stores if not s.clocked)
+        return frozenset(p.every for p in arriving if p.staleness < UNBOUNDED or (p.local and not p.owes))
 
     def counts_anyway(self, clock: int) -> bool:
         """Whether the step of `clock` counts for some store, whatever is decided about it.

@@ -1,0 +1,41 @@
+"""What random runs with faults have found, each as the smallest run that shows it."""
+
+from __future__ import annotations
+
+import pytest
+
+import flowml as fm
+from flowml.policy import UNBOUNDED, Delta, ParameterServer, Policy, Quorum, Speculate
+from flowml_tools.faults.campaign import check_rest
+from flowml_tools.faults.checker import check
+from flowml_tools.faults.layout import make
+from flowml_tools.faults.world import World
+
+
+def check_all(run: World) -> None:
+    run.go()
+    check_rest(run)
+    assert check(run.history) == []
+
+
+@pytest.mark.parametrize("local", [fm.AllReduce(), fm.Ring(), ParameterServer()])
+def test_a_replica_of_a_site_keeps_no_sums_and_counts_all_that_it_relays(local: fm.AllReduce) -> None:
+    """Only the leader of a site used the sum of its gradients, so the others left before they had relayed it."""
+    for seed in range(6):
+        rule = Policy(topology=fm.Hierarchy(local, ParameterServer(), 2))
+        check_all(make([rule], replicas=6, stages=2, clocks=4, seed=seed, speeds=(1, 3, 1, 0.5, 8, 2)))
+
+
+def test_own_parameters_are_pushed_before_they_are_replaced() -> None:
+    """A slow replica left out clocks that others had decided, among them that of its push to another layer."""
+    rules = [Policy(quorum=Quorum(2)), Policy(payload=Delta(), every=4, staleness=UNBOUNDED, apply="sum")]
+    for seed in range(6):
+        check_all(make(rules, replicas=3, stages=1, clocks=24, seed=seed, speeds=(1, 1, 20), items=6))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_portions_of_a_lost_replica_are_computed_again_if_there_are_no_copies(seed: int) -> None:
+    rule = Policy(quorum=Speculate(2, copies=0))
+    run = make([rule], replicas=3, stages=2, clocks=6, seed=seed, homes_on=0)
+    run.lose(2, 2.0 + seed)
+    check_all(run)

@@ -1,0 +1,230 @@
+"""What stores must contain at the end of a history: each work item as often as the ledger says, whatever its way.
+
+items       a store contains each item that its group used once, and no other; a cut one with its microbatches
+codes       what a home decodes is the mean over the whole batch, each partition of it once
+copies      all homes of a store make equal values of each version
+gossip      the mean over replicas contains each item once, and mirrors are equal at the end
+feedback    what filters have sent and what they still keep is what they were given
+shared      each update of shared parameters is made and counted once
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+
+import numpy as np
+
+from flowml.policy import Coded, Consensus, Gossip, Mix
+from flowml.policy.apply import base_of
+from flowml_runtime.protocol.training import actions
+from flowml_tools.faults.history import Encoded, Gave, Kept, Made, Matrix
+from flowml_tools.faults.timeline import Timeline
+
+_CLOSE = 1e-9
+
+Fates = Mapping[int, tuple[str, tuple[int, ...], int]]
+"""Item -> its fate, the groups without it, and its replica."""
+
+
+def contents(seen: Timeline, fates: Fates, left_out: Mapping[int, int]) -> Iterator[str]:
+    """`left_out` are the microbatches of items that were not computed."""
+    for store, terms in enumerate(seen.terms.stores):
+        if isinstance(terms.policy.quorum, Coded):
+            yield from _decoded(seen, store)
+        elif isinstance(terms.policy.remote, Gossip):
+            yield from _gossiped(seen, store, fates)
+        elif _adds_up(seen, store):
+            yield from _items(seen, store, fates, left_out)
+            yield from _weights(seen, store)
+        if terms.collective:
+            yield from _copies(seen, store)
+        if terms.policy.home_filters:
+            yield from _fed_back(seen, store)
+        if terms.shared:
+            yield from _updated(seen, store)
+
+
+def _adds_up(seen: Timeline, store: int) -> bool:
+    """Whether a payload is a sum of gradients, and of no parameters that other rules have changed."""
+    policy = seen.terms.stores[store].policy
+    if not policy.local:
+        return True
+    mixed = isinstance(base_of(policy.apply), Mix | Consensus) or getattr(policy.payload, "alpha", 0.0)
+    return not mixed and not policy.every.delay
+
+
+def _amounts(payload: int | Matrix) -> dict[int, float]:
+    """How much of each item is in a payload."""
+    if isinstance(payload, int):
+        return {q: float(int(d, 16)) for q, d in enumerate(reversed(f"{payload:x}")) if d != "0"}
+    flat = payload.reshape(-1)
+    return {int(q): float(flat[q]) for q in np.flatnonzero(np.abs(flat) > _CLOSE)}
+
+
+def _items(seen: Timeline, store: int, fates: Fates, left_out: Mapping[int, int]) -> Iterator[str]:
+    """The items in a store are those that its group used. What a lost replica said last may have been in vain."""
+    if not seen.made and seen.whole:
+        return  # a real run notes no values
+    terms, group = seen.terms, seen.terms.group_of.get(store, -1)
+    exact, policy = any(m.value is not None for m in seen.made), terms.stores[store].policy
+    whole = terms.microbatches if exact else 1
+    due = {
+        q: replica
+        for q, (fate, missing, replica) in fates.items()
+        if fate in ("used", "folded") and group not in missing and replica not in seen.lost
+    }
+    for home in seen.places.homes[store]:
+        total: defaultdict[int, float] = defaultdict(float)
+        for payload in _payloads(seen, home, store):
+            for q, amount in _amounts(payload).items():
+                total[q] += amount
+        for q, amount in total.items():
+            used = whole - left_out.get(q, 0) if exact else 1
+            if policy.local:
+                used /= whole * len(seen.site_of(store, due[q])) if q in due else 1
+            if abs(amount - used) > _CLOSE and q in due:
+                yield f"item {q} is {amount:g} times in store {store} at {home}, in place of {used:g}"
+        found = {q for q, amount in total.items() if abs(amount) > _CLOSE}
+        lacks, more = sorted(due.keys() - found), sorted(found - due.keys())
+        if lacks or (more and not seen.lost):  # a lost replica cannot say what became of its items
+            yield f"store {store} at {home} lacks items {lacks} and has items {more} that do not count"
+
+
+def _weights(seen: Timeline, store: int) -> Iterator[str]:
+    """A contribution weighs as many microbatches as it contains."""
+    terms, home = seen.terms.stores[store], seen.places.homes[store][0]
+    if terms.policy.local or terms.policy.filters or terms.collective:
+        return
+    made = [m for m in seen.made if m.store == store and m.value is not None]
+    for version, apply in zip(made, seen.applies.get((home, store), ()), strict=False):
+        for key, (*_, payload) in zip(apply.keys, version.contributions, strict=True):
+            weight, amount = seen.weight(home, store, *key), sum(_amounts(payload).values())
+            if abs(weight - amount) > _CLOSE:
+                yield f"what replica {key[0]} gives store {store} at clock {key[1]} weighs {weight} and has {amount:g}"
+
+
+def _payloads(seen: Timeline, home: str, store: int) -> Iterator[int | Matrix]:
+    """What the contributions in a store at one home were before filters, and of own parameters their change."""
+    terms = seen.terms.stores[store]
+    made = [m for m in seen.made if (m.home, m.store) == (home, store)]
+    if not terms.policy.local and not terms.policy.home_filters:
+        for version in made:
+            yield from (payload for *_, payload in version.contributions)
+        return
+    kinds = Gave if terms.policy.local else Encoded
+    given = {
+        (f.replica, f.clock): f.content if isinstance(f, Gave) else f.given
+        for f in seen.facts
+        if isinstance(f, kinds) and f.store == store and (isinstance(f, Gave) or f.part == 0)
+    }
+    for apply in seen.applies.get((home, store), ()):
+        yield from (given[key] for key in apply.keys)
+
+
+def _decoded(seen: Timeline, store: int) -> Iterator[str]:
+    """Each version is the mean over the partitions of one batch."""
+    quorum, home = seen.terms.stores[store].policy.quorum, seen.places.homes[store][0]
+    assert isinstance(quorum, Coded)
+    count = quorum.among(seen.terms.replicas).partitions
+    made = [m for m in seen.made if m.store == store]
+    applies = seen.applies.get((home, store), [])
+    batches: Counter[int] = Counter()
+    for version, apply in zip(made, applies, strict=False):
+        total = sum(f * np.asarray(p) for (*_, p), f in zip(version.contributions, apply.factors, strict=True))
+        shares = _amounts(np.asarray(total))
+        found = {q // count for q in shares}
+        if len(found) != 1 or len(shares) != count or any(abs(x - 1 / count) > _CLOSE * 1e3 for x in shares.values()):
+            yield f"version {version.version} of store {store} decodes {shares} in place of 1/{count} of each partition"
+        batches.update(found)
+    twice = [b for b, n in batches.items() if n > 1]
+    if twice:
+        yield f"store {store} decodes batch {twice[0]} twice"
+    clocks = len(seen.commits[seen.terms.group_of[store]])
+    if seen.whole and made and len(made) != clocks:
+        yield f"store {store} decodes {len(made)} of {clocks} batches"
+
+
+def _gossiped(seen: Timeline, store: int, fates: Fates) -> Iterator[str]:
+    """The home gets the parameters of all senders at the end: together they contain each item once."""
+    home, policy = seen.places.homes[store][0], seen.terms.stores[store].policy
+    made = [m for m in seen.made if m.store == store]
+    if not seen.whole or not made:
+        return
+    sent = [np.asarray(p) for *_, p in made[-1].contributions]
+    senders = seen.terms.stores[store].senders(seen.terms.replicas)
+    if len(made) != 1 or len(sent) != len(senders):
+        yield f"store {store} at {home} ends with {len(made)} versions, the last from {len(sent)} of {len(senders)}"
+    due = np.zeros(sent[0].size)
+    for q, (_, _, replica) in fates.items():
+        due[q] = -1 / len(seen.site_of(store, replica))
+    found = np.sum(sent, axis=0).reshape(-1)
+    if policy.mirrored:
+        apart = [r for r, (a, b) in enumerate(pairwise(sent), 1) if not np.allclose(a, b, atol=1e-6)]
+        if apart:
+            yield f"the mirrors {apart[0] - 1} and {apart[0]} of store {store} end with different parameters"
+        if policy.apply.averages:
+            for q in fates:
+                due[q] = -1 / seen.terms.replicas
+        found = sent[0].reshape(-1)
+    wrong = np.flatnonzero(np.abs(found - due) > 1e-6)
+    if wrong.size:
+        q = int(wrong[0])
+        what = "a mirror" if policy.mirrored else "the sum over replicas"
+        yield f"{what} of store {store} has {-found[q]:g} of item {q}, in place of {-due[q]:g}"
+
+
+def _copies(seen: Timeline, store: int) -> Iterator[str]:
+    first: dict[int, Made] = {}
+    for made in seen.made:
+        if made.store == store and made.value is not None:
+            other = first.setdefault(made.version, made)
+            if other.value is not None and not np.array_equal(made.value, other.value):
+                yield f"version {made.version} of store {store} at {made.home} is not that at {other.home}"
+
+
+def _fed_back(seen: Timeline, store: int) -> Iterator[str]:
+    """What is sent and what is kept add up to what was given, of the pushes that count."""
+    filters, home = seen.terms.stores[store].policy.home_filters, seen.places.homes[store][0]
+    coded = [f for f in seen.facts if isinstance(f, Encoded) and f.store == store]
+    if all(f.lossless for f in filters):
+        yield from (
+            f"lossless filters change what replica {f.replica} pushes to store {store} at clock {f.clock}"
+            for f in coded
+            if not np.array_equal(f.given, f.got)
+        )
+    if not seen.whole or seen.lost or not any(f.feedback == 1 for f in filters):
+        return
+    group = seen.terms.group_of.get(store)
+    if group is not None and seen.terms.groups[group].folds:  # a late push is never taken back, even if the run ends
+        counted = {(f.replica, f.clock) for f in coded}
+    else:
+        counted = {key for apply in seen.applies.get((home, store), ()) for key in apply.keys}
+    due: dict[tuple[int, int], Matrix] = {}
+    for f in coded:
+        if (f.replica, f.clock) in counted:
+            due[f.part, f.replica] = due.get((f.part, f.replica), 0.0) + f.given - f.got  # pyright: ignore
+    kept = {(f.part, f.replica): f.residual for f in seen.facts if isinstance(f, Kept) and f.store == store}
+    newest = {(f.part, f.replica): f.clock for f in coded}
+    for (part, replica), residual in due.items():
+        if (replica, newest[part, replica]) not in counted:
+            continue  # its fate may be known only after the stage has told what it keeps
+        left = kept.get((part, replica), np.zeros_like(residual))
+        if not np.allclose(left, residual, atol=1e-6):
+            lost = float(np.abs(left - residual).max())
+            yield f"the error feedback of replica {replica} for part {part} of store {store} has lost {lost:g}"
+
+
+def _updated(seen: Timeline, store: int) -> Iterator[str]:
+    """Each update of shared parameters makes one version, and their home counts each once."""
+    made = [m.version for m in seen.made if m.store == store]
+    if made != list(range(1, len(made) + 1)):
+        yield f"the updates of shared store {store} make versions {made}"
+    told = [e for t in seen.turns if isinstance(e := t.event, actions.Updated) and e.store == store]
+    keys = Counter((e.replica, e.clock) for e in told)
+    twice = [k for k, n in keys.items() if n > 1]
+    if twice:
+        yield f"replica {twice[0][0]} updates shared store {store} twice at clock {twice[0][1]}"
+    if seen.whole and made and sum(e.applied for e in told) != len(made):
+        yield f"the home of shared store {store} counts {sum(e.applied for e in told)} updates of {len(made)}"
