@@ -311,6 +311,8 @@ def as_apply(value: object, knob: str = "apply", kinds: tuple[type, ...] = APPLI
     """The kind that a user gives by its name or as a value. Raises PolicyError for anything else."""
     found = _NAMED.get(value, value) if isinstance(value, str) else value
     if type(found) not in kinds:
+        if hasattr(value, "init") and hasattr(value, "update"):
+            raise PolicyError(f"{knob}=... is an optax optimizer, not an apply; give {knob}=flowml.Outer(optimizer)")
         others = ", ".join(f"flowml.{k.__name__}" for k in kinds if k not in (Mean, Sum))
         raise PolicyError(f"{knob}={value!r} is not available; give {knob}='mean', {knob}='sum', or one of {others}")
     return found

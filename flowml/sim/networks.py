@@ -135,6 +135,9 @@ class Regions:
         object.__setattr__(self, "links", both)
         object.__setattr__(self, "names", tuple(dict.fromkeys(name for pair in found for name in pair)))
 
+    def __repr__(self) -> str:
+        return f"<Regions: {', '.join(self.names)}>"
+
     def link(self, a: str, b: str) -> Link | None:
         """The link from region a to region b; None if the table does not have it."""
         found = self.links.get((a, b))

@@ -86,6 +86,10 @@ class Recording:
         object.__setattr__(self, "_steps", {step: _units(steps[step]) for step in sorted(steps)})
         object.__setattr__(self, "ideal_s", _ideals(u for units in self._steps.values() for u in units))
 
+    def __repr__(self) -> str:
+        workers = len({operation.worker for operation in self.operations})
+        return f"<Recording of {len(self.operations):,} operations: {len(self._steps)} steps, {workers} workers>"
+
     @staticmethod
     def read(path: str | PathLike[str]) -> Recording:
         """Read a recorded job from a CSV or Parquet file; see `flowml.sim.traces` for its columns."""

@@ -107,7 +107,12 @@ def _parquet(file: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             f"reading {file.name} needs pyarrow; install it (pip install 'flowml[traces]') or save the table as CSV"
         ) from None
     try:
-        table = parquet.read_table(file).to_pydict()
+        opened = file.open("rb")
+    except OSError as error:
+        raise TraceError(f"{file.name} cannot be read: {error.strerror}") from None
+    try:
+        with opened:
+            table = parquet.read_table(opened).to_pydict()
     except (ArrowException, OSError) as error:
         first = str(error).partition("\n")[0]
         raise TraceError(f"{file.name} is not a whole Parquet file, or is damaged: {one_line(first)}") from None

@@ -132,3 +132,8 @@ def test_scales_and_coefficients() -> None:
         assert coefficients(kind, [1, 3], 2) == (0.25, 0.25)
     for kind in (Sum(), Prox(l1=1, after="sum")):
         assert coefficients(kind, [1, 3], 2) == (0.5, 0.5)
+
+
+def test_an_optimizer_is_told_where_it_belongs() -> None:
+    with pytest.raises(PolicyError, match=r"give apply=flowml\.Outer\(optimizer\)"):
+        make(apply=optax.sgd(0.1))

@@ -52,8 +52,7 @@ class Executor:
         self._step: Start | None = None
         self._next = 0
         """The next of the steps of `_bound`."""
-        self._position = 0
-        """The position in the program of the instruction that is carried out."""
+        self._position = 0  # in the program, of the instruction that is carried out
         self._state: Any = None
         self._seconds = 0.0
         self._began = 0.0
@@ -66,8 +65,7 @@ class Executor:
         self._computes = False
         self._given: list[Value] | None = None
         """What the Recv at this position waits for: empty until it is here."""
-        self._versions: dict[int, int] = {}
-        """Store -> the version that this step has read."""
+        self._taken: dict[int, tuple[int, Value]] = {}  # the version and value that each store was read with last
         self._own = {
             store: OwnRhythm(self._world.terms.stores[store].policy)
             for store in self._world.layout.local
@@ -228,8 +226,9 @@ class Executor:
         """Read the newest value of a store that the replicas here share, once its first one is there."""
         if self._shown(step, store) is None:
             return False
-        version = self._versions[store] = self._node.shared.get(store, 0)
-        return self._perform(step, (version, self._world.values.current(self._node.name, store, version)[0]))
+        v = self._node.shared.get(store, 0)
+        self._taken[store] = v, self._world.values.current(self._node.name, store, v)[0]
+        return self._perform(step, self._taken[store])
 
     def _share(self, step: Start, store: int, message: Any, value: Value) -> None:
         """Update a store that the replicas here share, and tell the machine, which counts."""
@@ -249,10 +248,12 @@ class Executor:
         if member is not None and not member.leads and not member.collective:
             value = member.hear(step.clock)
             return None if value is None else (0, value)
-        if not self._machine.may_read(store, step.clock):
-            return None
-        shown = self._node.shown[store]
-        self._versions[store] = shown[0]
+        if self._machine.takes(store, step.clock):
+            if not self._machine.may_read(store, step.clock):
+                return None
+            self._taken[store] = self._node.shown[store]
+            self._machine.took(store, step.clock)
+        shown = self._taken[store]
         if member is not None and not member.collective and not member.served:
             member.tell(step, step.clock, shown[1], shown[0])
         return shown
@@ -424,7 +425,7 @@ class Executor:
             return
         if store in self._members:
             weight *= self._members[store].weight
-        base = self._versions.get(store, 0)
+        base = self._taken.get(store, (0, None))[0]
         sent = node.machine.contribution(step, store, part, base_version=base, weight=weight)
         message: Any = sent.message
         value = total.value

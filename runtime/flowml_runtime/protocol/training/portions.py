@@ -116,6 +116,14 @@ class Portions:
         """The clock of the newest commit received; -1 before the first."""
         return self._committed
 
+    def takes(self, store: int, number: int) -> bool:
+        """Whether a portion reads the newest version, as each does."""
+        return True
+
+    def took(self, store: int, number: int) -> bool:
+        """A portion has read the newest version. Returns whether later ones compute with it too."""
+        return False
+
     def may_read(self, store: int, number: int) -> bool:
         """Whether the newest version of `store` published here is that of the batch that step `number` is part of."""
         step = self._running

@@ -26,15 +26,16 @@ of a step, with the same result. `stage.STEPS` is the life of one step as a tabl
 What the caller must do:
 
 1. Carry the actions out in the order of the list. A StepFinished must follow each Start.
-2. Ask `may_read` before a step uses a store and again after each event. Ask `should_abandon` between tasks, and leave
-   the step if it returns True. Ask `cut` before each instruction of a microbatch.
+2. Ask `takes` before a step uses a store. If it does, ask `may_read` before that and again after each event, and tell
+   with `took` that it has. If not, give it the version that was taken last. Ask `should_abandon` between tasks, and
+   leave the step if it returns True. Ask `cut` before each instruction of a microbatch.
 3. At the end of a step, push to the stores for which `pushes` is true, and to no others.
 4. Give the messages of one worker in the order in which it sent them.
 """
 
 from __future__ import annotations
 
-from flowml.policy import can_read, window
+from flowml.policy import Policy, can_read, window
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.accounts import Accounts, Settle
@@ -65,6 +66,12 @@ from flowml_runtime.protocol.training.stage import (
 from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, Terms, Tick
 
 
+def _holds(policy: Policy) -> bool:
+    """Whether steps compute with the version that an earlier one has taken, until the rhythm takes another. With
+    staleness 0 every step between two takes reads the same version anyway."""
+    return policy.staleness > 0 and policy.every.pull != 1 and not policy.local and not policy.shared
+
+
 class Replica:
     """One stage of one replica. Stage 0 leads."""
 
@@ -75,6 +82,9 @@ class Replica:
         self._leads = stage == 0
         self._published: dict[int, StorePublished] = {}
         self._applied: dict[int, Applied] = {}
+        self._holds = frozenset(i for i, s in enumerate(terms.stores) if _holds(s.policy))
+        self._taken: dict[int, int] = {}
+        """The clock at which each store of `_holds` was taken last."""
         self._committed = [-1] * len(terms.groups)
         """The newest clock that each group has decided."""
         self.committed = -1
@@ -98,14 +108,28 @@ class Replica:
     def retired(self) -> bool:
         return self._retired
 
+    def takes(self, store: int, clock: int) -> bool:
+        """Whether the step of `clock` reads the newest version, and not the one that was taken last."""
+        if store not in self._holds:
+            return True
+        return self._taken.get(store, -1) < self._terms.stores[store].policy.every.taken(clock)
+
+    def took(self, store: int, clock: int) -> bool:
+        """The step of `clock` has read the newest version. Returns whether later steps may compute with it too."""
+        if store not in self._holds:
+            return False
+        self._taken[store] = clock
+        return True
+
     def may_read(self, store: int, clock: int) -> bool:
         """Whether the newest version of `store` published here is fresh enough for the step of `clock`."""
         news, terms = self._published.get(store), self._terms.stores[store]
         if news is None or terms.shared:
             return news is not None
         every = terms.policy.every
-        if news.floor < clock and not can_read(
-            clock, (news.floor,), terms.policy.staleness, every.push, every.offset, every.delay
+        if news.floor < clock and not (
+            can_read(clock, (news.floor,), terms.policy.staleness, every.push, every.offset, every.delay)
+            and news.floor >= every.needed(clock, terms.policy.staleness)
         ):
             return False
         if terms.clocked:

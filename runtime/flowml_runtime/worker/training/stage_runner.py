@@ -102,6 +102,8 @@ class StageRunner(EdgeServices):
         self._pieces: tuple[Piece, ...] = ()
         """Its examples, by microbatch."""
         self._read_versions: dict[int, int] = {}
+        self._held: dict[int, Sequence[Array]] = {}
+        """By store the parameters that were taken last, if the next steps compute with them too."""
         self._fetched: dict[int, dict[int, Array]] = {}
         """By fetch slot, and by microbatch."""
         self._pace = Pace(dict(run.start.delays).get(run.me, ()), loaded.program.instructions)
@@ -276,15 +278,20 @@ class StageRunner(EdgeServices):
         if member is not None and not member.leads:
             return member.hear(self._now.clock, self._in_vain)
         with self.run.changed:
-            fresh = partial(self.machine.may_read, store, self._now.clock)
-            self.run.wait_for(fresh, self._in_vain, f"parameters of {spec.name!r} to be published", step)
-            view = self.run.stores[store]
-            self._read_versions[store] = view.version
+            if self.machine.takes(store, self._now.clock):
+                fresh = partial(self.machine.may_read, store, self._now.clock)
+                self.run.wait_for(fresh, self._in_vain, f"parameters of {spec.name!r} to be published", step)
+                view = self.run.stores[store]
+                self._read_versions[store], values = view.version, view.values
+                if self.machine.took(store, self._now.clock):
+                    self._held[store] = values
+            else:
+                values = self._held[store]
         if self._encoder.compares(store):
-            self._compared[store] = view.values
+            self._compared[store] = values
         if member is not None and not member.served:
-            member.tell(self._now.clock, view.values, self._now.cause, view.version)
-        return view.values
+            member.tell(self._now.clock, values, self._now.cause, self._read_versions[store])
+        return values
 
     def _take(self, step: int, store: int, own: OwnValues) -> None:
         values = self.adopt(self._published(step, store))
