@@ -286,11 +286,15 @@ def _check(weights: Matrix | None) -> None:
     """Raise PolicyError unless W is a square, doubly stochastic matrix with a spectral gap."""
     if weights is None:
         raise PolicyError(
-            f"a mixing matrix is square, with one row and column for each of 1 to {MAX_OWN} replicas; this is not"
+            f"a mixing matrix is square, with a row and a column for each of 1 to {MAX_OWN} replicas, and this is not; "
+            "give such a matrix, or the name of a graph such as 'ring'"
         )
     if not np.isfinite(weights).all() or weights.min() < 0:
         i, j = np.argwhere(~(np.isfinite(weights) & (weights >= 0)))[0]
-        raise PolicyError(f"a mixing matrix has no negative entries, and W[{i}, {j}] is {weights[i, j]:g}")
+        raise PolicyError(
+            f"the entries of a mixing matrix are numbers from 0, and W[{i}, {j}] is {weights[i, j]:g}; give 0 where "
+            "two replicas exchange nothing, and a share from 0 to 1 elsewhere"
+        )
     for axis, what in ((1, "row"), (0, "column")):
         sums = weights.sum(axis)
         worst = int(np.argmax(np.abs(sums - 1)))

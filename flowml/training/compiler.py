@@ -79,7 +79,13 @@ class TrainingSpec:
             )
         if isinstance(self.policies, Policy):
             object.__setattr__(self, "policies", {DEFAULT_PATTERN: self.policies})
-        if not isinstance(self.policies, Mapping | None) or not all(map(is_text, self.policies or ())):
+        for pattern in self.policies if isinstance(self.policies, Mapping) else ():
+            if not is_text(pattern):
+                raise TypeError(
+                    f"policies has the pattern {pattern!r} of type {type(pattern).__name__}; give patterns of "
+                    'parameter paths as text, such as {"*": fm.policies.every(4)}'
+                )
+        if not isinstance(self.policies, Mapping | None):
             raise TypeError(
                 f"policies={self.policies!r} is a {type(self.policies).__name__}; give a mapping from patterns of "
                 'parameter paths to policies, such as {"*": fm.policies.every(4)}, or one fm.Policy for all'
