@@ -18,6 +18,7 @@ from flowml_tools.bench import (
     allreduce,
     dispatch,
     fidelity,
+    filters,
     foreign_environment,
     loops,
     machines,
@@ -48,6 +49,7 @@ BENCHMARKS = {
         stragglers,
         fidelity,
         loops,
+        filters,
     )
 }
 DESCRIPTION = (
@@ -84,7 +86,7 @@ def main(arguments: argparse.Namespace) -> int:
             raise BenchError(f"{name}: {error}") from None
         finally:
             hush()
-        shown = fidelity.render if BENCHMARKS[name] is fidelity else render
+        shown = getattr(BENCHMARKS[name], "render", render)
         print(shown(name, results[name]), flush=True)
         if output:
             output.write_text(report(results))
