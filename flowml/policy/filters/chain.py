@@ -64,6 +64,8 @@ def most_bytes(chain: Chain, form: Form) -> int:
 def sent_size(chain: Chain, payload: Sequence[ArraySpec], filtered: Collection[int]) -> tuple[int, bool]:
     """The bytes of arrays of which those at positions `filtered` are filtered, or the most possible, and whether it is
     exact."""
+    if not chain:  # an all-reduce sends its arrays as one
+        return sum(spec.nbytes for spec in payload), True
     forms = [x for i in filtered for x in wire_forms(chain, Form.of(payload[i]))]
     rest = sum(spec.nbytes for i, spec in enumerate(payload) if i not in filtered)
     return sum(x.nbytes for x in forms) + rest, all(x.exact for x in forms)
