@@ -74,7 +74,7 @@ def test_reports_with_error_feedback_reach_the_same_consensus(threads_cluster: f
     assert 0 < np.abs(plain - coarse).max() < 0.05 * np.abs(plain - np.asarray(WIDE["fc"])).max()
 
 
-@pytest.mark.parametrize("knobs", [{}, {"apply": fm.Outer(optax.sgd(0.7)), "every": 2}], ids=str)
+@pytest.mark.parametrize("knobs", [{}, {"apply": fm.Outer(optax.sgd(0.7)), "every": 2}], ids=["plain", "outer"])
 def test_neighbours_send_packed_parameters(threads_cluster: fm.Cluster, knobs: Any) -> None:
     params = jax.tree.map(jnp.zeros_like, mlp())  # zeros can be packed
     rule: dict[str, Any] = {"loss": mlp_loss, "params": params, "source": SOURCE}

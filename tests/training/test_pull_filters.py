@@ -179,7 +179,7 @@ def test_bytes_are_those_on_the_wire(threads_cluster: fm.Cluster) -> None:
         {"every": 2, "payload": fm.Weights()},
         {"quorum": fm.Quorum(1)},
     ],
-    ids=str,
+    ids=lambda knobs: "-".join(f"{k}={type(v).__name__}" for k, v in knobs.items()),
 )
 def test_it_trains_under_several_rules(threads_cluster: fm.Cluster, knobs: Any) -> None:
     result = fit(threads_cluster, (f.quantise(8),), **knobs)
