@@ -292,7 +292,7 @@ class Executor:
         if delayed:
             seconds += world.delay(self._node.name, step.clock) / len(self._bound.paced)
         self._computes, self.waits = True, False
-        world.clock.put(world.clock.now + seconds, (self._node.number * KINDS + _TASK, self._computed, ()))
+        world.clock.put(world.clock.now + seconds, self._node.number * KINDS + _TASK, self._computed, ())
         return False
 
     def _computed(self) -> None:
@@ -357,7 +357,7 @@ class Executor:
             return True
         node.locked[store] = until = max(node.locked.get(store, 0.0), world.clock.now) + seconds
         self._computes, self.waits = True, False
-        world.clock.put(until, (node.number * KINDS + _TASK, self._has_updated, (step, store, part, total)))
+        world.clock.put(until, node.number * KINDS + _TASK, self._has_updated, (step, store, part, total))
         return False
 
     def _has_updated(self, step: Start, store: int, part: int, total: Sum[Value]) -> None:

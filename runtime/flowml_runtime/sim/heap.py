@@ -7,17 +7,16 @@ the label of every event, so two runs with one hash did the same things at the s
 from __future__ import annotations
 
 import hashlib
-import heapq
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
 
 Act = Callable[..., None]
-_Event = tuple[int, Act, tuple[Any, ...]]
-"""(label, function, arguments)"""
-_Group = list[_Event]
-"""Events of one time, in order. A broadcast is one entry of the heap."""
+_Group = list[Any]
+"""Events of one time, in order: the label, the function and the arguments of each. A broadcast is one entry of the
+heap, and an event has no object of its own, because events are many."""
 
 _FLUSH = 8192
 """Events that are gathered before they are hashed."""
@@ -53,40 +52,41 @@ class Clock:
 
     def at(self, when: float, label: int, act: Act, *args: Any) -> None:
         """Call `act(*args)` at the time `when`, which is not before now."""
-        self.put(when, (label, act, args))
+        self.put(when, label, act, args)
 
-    def put(self, when: float, event: _Event) -> None:
-        """Let an event happen at the time `when`, which is not before now."""
+    def put(self, when: float, label: int, act: Act, args: tuple[Any, ...]) -> None:
+        """As `at`, with the arguments in a tuple."""
         if when == self._last:
-            self._open.append(event)
+            self._open += label, act, args
             return
         if not when >= self.now:
             raise ValueError(f"an event at {when} s is scheduled at {self.now} s; a delay is at least 0 and no NaN")
-        self._last, self._open = when, [event]
+        self._last = when
+        self._open = group = [label, act, args]
         self._scheduled += 1
-        heapq.heappush(self._heap, (when, self._scheduled, self._open))
+        heappush(self._heap, (when, self._scheduled, group))
 
     def after(self, delay: float, label: int, act: Act, *args: Any) -> None:
         """Call `act(*args)` in `delay` seconds."""
-        self.put(self.now + delay, (label, act, args))
+        self.put(self.now + delay, label, act, args)
 
     def go_on(self, idle: Callable[[], bool]) -> bool:
         """Let events happen as long as `idle` returns True. Returns False if there are no more events before."""
-        group, place, labels = self._group, self._next, self._labels
+        group, place, labels, heap = self._group, self._next, self._labels, self._heap
         try:
             while idle():
                 if place == len(group):
-                    if not self._heap:
+                    if not heap:
                         return False
                     if len(labels) >= _FLUSH:
                         self._flush()
-                    self.now, _, group = heapq.heappop(self._heap)
+                    self.now, _, group = heappop(heap)
                     self._times.append(self.now)
                     self._firsts.append(len(labels))
                     self._group, place = group, 0
-                label, act, args = group[place]
-                place += 1
-                labels.append(label)
+                labels.append(group[place])
+                act, args = group[place + 1], group[place + 2]
+                place += 3
                 act(*args)
             return True
         finally:

@@ -108,7 +108,7 @@ class Wires:
             if when < path.last:
                 when = path.last
             path.last = when
-            clock.put(when, (path.label, act, args))
+            clock.put(when, path.label, act, args)
 
     def _path(self, source: str, to: str) -> _Path:
         a, b = self._numbers[source], self._numbers[to]
@@ -180,4 +180,4 @@ class Wires:
         if when < path.last:
             when = path.last
         path.last = when
-        self._clock.put(when, (path.label, act, args))
+        self._clock.put(when, path.label, act, args)

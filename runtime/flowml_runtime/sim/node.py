@@ -42,7 +42,7 @@ class _News(msgspec.Struct):
     begins: float = 0.0
 
 
-_NEWS = wire.Published | wire.Applied
+_NEWS = frozenset({wire.Published, wire.Applied})
 """Messages that may let a step go on although the machine wants nothing."""
 
 _WAKE = 3
@@ -95,13 +95,12 @@ class Node:
 
     def receive(self, peer: str, message: Any, value: Value) -> None:
         """A message has arrived. `value` stands for its arrays; None if it has none."""
-        if not self.lives:
-            return
-        handle = None
-        if value is not None:
+        if value is None:
+            self.tell(protocol.Received(peer, message))
+        elif self.lives:
             handle = next(self._handles)
             self.payloads[handle] = value
-        self.tell(protocol.Received(peer, message, handle))
+            self.tell(protocol.Received(peer, message, handle))
 
     def receive_news(self, peer: str, news: _News) -> None:
         self.receive(peer, news.message, news.value)
@@ -122,7 +121,7 @@ class Node:
             self._ACT[type(action)](self, action)
         if self.world.stepped is not None:
             self.world.stepped(self, event, wanted)
-        if wanted or (isinstance(event, protocol.Received) and isinstance(event.message, _NEWS)):
+        if wanted or (type(event) is protocol.Received and type(event.message) in _NEWS):
             self.walk()
 
     def note(self, event: protocol.Updated | protocol.Computed) -> None:

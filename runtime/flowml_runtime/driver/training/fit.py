@@ -73,6 +73,7 @@ class Fit:
         if training is None:
             raise FlowmlError(f"plan {handle.plan.name!r} is not a training plan")
         self._session = session
+        self._time = session.time
         self._interrupts = interrupts
         self._handle = handle
         self._training: Training = training
@@ -121,11 +122,11 @@ class Fit:
         """Train to the end. If the fit ends early for any reason, the workers are told to stop."""
         self._session.register(self._handle.plan_id, self)
         progress = Progress(self._options.total, self._options.progress)
-        began = self._session.time.now()
+        began = self._time.now()
 
         def show(records: Sequence[Record], *, over: bool = False) -> None:
             for record in self._observer.ready(records, over=over):
-                record["seconds"] = self._session.time.now() - began
+                record["seconds"] = self._time.now() - began
                 progress.show(record)
                 for callback in callbacks:
                     callback(record)
@@ -139,7 +140,7 @@ class Fit:
                 if records or self._observer.holds:
                     show(records)
             show(self._history.rest(), over=True)
-            seconds = self._session.time.now() - began
+            seconds = self._time.now() - began
         finally:
             progress.close()
             self._stop()
@@ -148,11 +149,11 @@ class Fit:
     # The endpoint's threads.
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None:
-        self._inbox.put(Entry(peer, message, arrays, self._session.time.now()))
+        self._inbox.put(Entry(peer, message, arrays, self._time.now()))
 
     def on_lost(self, peer: str, reason: str) -> None:
         if peer in self._handle.workers:
-            self._inbox.put(Entry(peer, Lost(reason), (), self._session.time.now()))
+            self._inbox.put(Entry(peer, Lost(reason), (), self._time.now()))
 
     # The caller's thread.
 
@@ -163,7 +164,7 @@ class Fit:
             self._interrupts.check()
             gone = self._handle.steps.stopped
             try:
-                return self._session.time.next(self._inbox)
+                return self._time.next(self._inbox)
             except queue.Empty:
                 if time.monotonic() - asked >= self._session.deadline_s:  # the report of a failure may have been lost
                     asked = time.monotonic()
@@ -206,23 +207,23 @@ class Fit:
     def _take(self, entry: Entry) -> None:
         """Process a message."""
         self._now = entry.at
-        if isinstance(entry.message, wire.Retired) and entry.message.run == self._options.run:
+        if type(entry.message) is wire.Retired and entry.message.run == self._options.run:
             self._observer.retired(entry.message.replica, self._now)
         self._step(self._event(entry.peer, entry.message, entry.arrays))
 
     def _event(self, peer: str, message: Any, arrays: Sequence[Any]) -> protocol.Event | None:
+        if isinstance(message, wire.TrainingMessage):
+            if not arrays:
+                return Received(peer, message)
+            handle = next(self._handles)
+            self._payloads[handle] = arrays
+            return Received(peer, message, handle)
         if isinstance(message, Lost):
             self._lost = protocol.WorkerLost(peer, message.reason)
             return self._lost
         if isinstance(message, wire.StepFailed):
             return protocol.StepFailed(message)
-        if not isinstance(message, wire.TrainingMessage):
-            return None  # a message that does not belong to this fit
-        if not arrays:
-            return Received(peer, message)
-        handle = next(self._handles)
-        self._payloads[handle] = arrays
-        return Received(peer, message, handle)
+        return None  # a message that does not belong to this fit
 
     def _step(self, event: protocol.Event | None, params: Sequence[Any] = (), state: Sequence[Any] = ()) -> None:
         """Give the state machine an event, and carry out its actions."""
@@ -408,7 +409,7 @@ class Fit:
             self._bytes(),
             self._observer.staleness(),
             self._observer.stragglers(summary, seconds),
-            self._session.time.simulated(),
+            self._time.simulated(),
         )
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -5,6 +5,8 @@ The host of a worker and the simulator carry the actions out and make no decisio
 
 from __future__ import annotations
 
+from typing import final
+
 import msgspec
 
 from flowml_runtime import wire
@@ -15,6 +17,7 @@ from flowml_runtime.protocol.training.terms import ReplicaLost
 # Events. `ReplicaLost` is also one.
 
 
+@final
 class Received(msgspec.Struct, frozen=True):
     """A message from `peer`. `handle` stands for its arrays, if it has any."""
 
@@ -23,6 +26,7 @@ class Received(msgspec.Struct, frozen=True):
     handle: Handle | None = None
 
 
+@final
 class StepFinished(msgspec.Struct, frozen=True):
     """The executor of a stage has left the step that `Start` began; `cause` is that of the Start."""
 

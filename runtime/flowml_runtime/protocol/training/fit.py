@@ -258,18 +258,18 @@ class Fit:
         return [at for at in self.stages if at[0] == number and not (following and at[1] == 0)]
 
     def _at_stages(self, stages: Iterable[At], event: stage.Event | TimeCame) -> list[Action]:
-        actions: list[Action] = []
-        for at in stages:
-            actions += self._at_stage(at, event)
-        return actions
+        found = [self._at_stage(at, event) for at in stages]
+        return found[0] if len(found) == 1 else [action for actions in found for action in actions]
 
     def _at_stage(self, at: At, event: stage.Event | TimeCame) -> list[Action]:
         machine = self.stages.get(at)
         if machine is None:
             raise ProtocolError(f"{self._me} is told of stage {at[1]} of replica {at[0]}, which does not run here")
         actions: list[Action] = []
-        settled = False
         made = machine.step(event, self._now)
+        if not made:
+            return actions
+        settled = False
         for action in made:
             kind = type(action)  # not `match`, which is slow here, where every step passes
             if kind is Settle:

@@ -163,18 +163,18 @@ class Replica:
 
     def step(self, event: Event | Tick, now: float = 0.0) -> list[Action]:
         """Process one event. The time is of no importance here."""
-        if isinstance(event, StorePublished):  # it changes only what may be read, and may end sums
+        if type(event) is StorePublished:  # it changes only what may be read, and may end sums
             self._publish(event)
             return self._retire() if self._terms.sums else []
-        if isinstance(event, Applied):
+        if type(event) is Applied:
             self._applied[event.store] = event
             return self._retire() if self._terms.sums else []
-        if isinstance(event, Tick):
-            return []
-        if isinstance(event, Committed):
-            actions = self._commit(event)
-        elif isinstance(event, StepFinished):
+        if type(event) is StepFinished:
             actions = self._finish(event.clock)
+        elif isinstance(event, Committed):
+            actions = self._commit(event)
+        elif isinstance(event, Tick):
+            return []
         else:
             actions = self._take(event)
         if self._steps:

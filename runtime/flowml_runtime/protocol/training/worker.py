@@ -92,16 +92,17 @@ class TrainingWorker:
         """
         self.number += 1
         self._now = now
-        if isinstance(event, Received):
+        if type(event) is Received:
             return self._take(self.number, event)
         fit = self._fit
-        if isinstance(event, ReplicaLost):
+        lost = isinstance(event, ReplicaLost)
+        if lost:
             self._lost.append(event)
-        if fit is None or (not isinstance(event, ReplicaLost) and event.run != fit.run):
+        if fit is None or (not lost and event.run != fit.run):
             return []
         try:
             at = fit.at(self.number, self._now)
-            return at.lose(event) if isinstance(event, ReplicaLost) else at.handle(event)
+            return at.lose(event) if lost else at.handle(event)
         except ProtocolError as error:
             return [Fail(fit.run, error, self.number)]
 
