@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import flowml as fm
-from flowml.policy import UNBOUNDED, Delta, ParameterServer, Policy, Quorum, Speculate
+from flowml.policy import UNBOUNDED, Delta, ParameterServer, Policy, Quorum, SharedMemory, Speculate
 from flowml_tools.faults.campaign import check_rest
 from flowml_tools.faults.checker import check
 from flowml_tools.faults.layout import make
@@ -39,3 +39,11 @@ def test_the_portions_of_a_lost_replica_are_computed_again_if_there_are_no_copie
     run = make([rule], replicas=3, stages=2, clocks=6, seed=seed, homes_on=0)
     run.lose(2, 2.0 + seed)
     check_all(run)
+
+
+def test_a_step_that_outlives_its_run_updates_nothing_of_the_next() -> None:
+    """A step that computed when its run ended updated layers in shared memory for the run that had begun meanwhile."""
+    for seed in range(12):
+        run = make([Policy(topology=SharedMemory())], replicas=3, stages=1, clocks=4, seed=seed, workers=1)
+        run.interrupt(1.0 + seed / 4)
+        check_all(run)

@@ -234,13 +234,13 @@ class Executor:
         """Update a store that the replicas here share, and tell the machine, which counts."""
         world, node = self._world, self._node
         policy, before = world.terms.stores[store].policy, node.shared.get(store, 0)
-        if not message.empty:
+        if not message.empty and step.run == node.start.run:  # a step may outlive its run
             (coefficient,) = policy.coefficients([message.weight], world.terms.microbatches)
             staleness = (before - message.base_version,) if scales(policy.apply) else ()
             node.shared[store] = before + 1
             world.values.apply(node.name, store, before + 1, [([value], coefficient)], staleness)
-        node.counts.push(store, message.part, 0, crosses=False)
-        node.note(Updated(node.start.run, step.replica, store, step.clock, not message.empty))
+        self._counts.push(store, message.part, 0, crosses=False)
+        node.note(Updated(step.run, step.replica, store, step.clock, not message.empty))
 
     def _shown(self, step: Start, store: int) -> tuple[int, Value] | None:
         """The newest version of a store, once it is fresh enough for this step. A site gets it by its leader."""
