@@ -189,9 +189,11 @@ def test_bytes_are_those_of_the_edges(four_processes: fm.Cluster) -> None:
 
 def test_one_replica_and_other_numbers(threads_cluster: fm.Cluster) -> None:
     inner = optax.sgd(0.1)
-    for replicas in (1, 3):
+    for replicas in (2, 3):
         result = fit(threads_cluster, fm.policies.gossip("ring"), inner, replicas=replicas, placement=fm.Pipeline(1))
         assert_close(result.params, mean(gossip_loop(as_graph("ring"), 1, inner, replicas)[-1]), 1e-4)
+    with pytest.raises(fm.PolicyError, match="needs at least 2 replicas, and there is one"):
+        fit(threads_cluster, fm.policies.gossip("ring"), inner, replicas=1, placement=fm.Pipeline(1))
 
 
 def test_a_matrix_for_other_replicas_is_refused(threads_cluster: fm.Cluster) -> None:

@@ -113,9 +113,11 @@ def settings(draw: st.DrawFn) -> Setting:
     replicas = draw(st.integers(1, WORKERS // stages))
     kind = draw(st.sampled_from([st.sampled_from(SYNCHRONOUS), WAITING, DROPPING, WAITING | DROPPING]))
     names = draw(st.sampled_from([("*",), ("l0*", "*"), ("out*", "l0/w", "*")]))
+    alone = replicas == 1  # a ring, a tree or a hierarchy needs others
+    fits = kind.filter(lambda p: not (alone and isinstance(p.topology, fm.Ring | fm.Tree)))
     return Setting(
         model=model,
-        policies={name: draw(kind) for name in names},
+        policies={name: draw(fits) for name in names},
         replicas=replicas,
         stages=stages,
         microbatches=draw(st.integers(1, 3)),

@@ -105,6 +105,7 @@ class Holdings:
             asked.append((mine, self._ask(worker, [remotes[i].number for i in mine])))
         for mine, answer in asked:
             try:
+                # no deadline: a computation may take any time, and a lost worker ends the wait
                 found.update(zip(mine, answer.result(), strict=True))
             except FlowmlError:
                 for i in mine:

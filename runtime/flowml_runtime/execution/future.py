@@ -70,7 +70,9 @@ class Future(Generic[T]):
 
     def as_argument(self) -> T:
         """The result for another call, which itself waits for what the result's handles stand for."""
-        return self.result() if self.at_once is None or self._completed else self.at_once()
+        if self.at_once is not None and not self._completed:
+            return self.at_once()
+        return self.result()  # no deadline: that of the call whose argument this is
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The error of the call, or None. Waits like `result`."""
