@@ -90,6 +90,11 @@ def _does_not_wait_for_its_own_writes(patch: Patch) -> None:
     patch.setattr(replica, "window", lambda *_: 0)
 
 
+def _takes_in_each_step(patch: Patch) -> None:
+    """Also between two takes of `Every(push, pull)`."""
+    patch.setattr(Replica, "takes", lambda *_: True)
+
+
 def _mixes_up_the_decisions_of_groups(patch: Patch) -> None:
     real: Callable[..., list[Any]] = Replica._commit  # pyright: ignore[reportPrivateUsage]
 
@@ -237,6 +242,7 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "folded items are counted as used": _counts_folded_items_as_used,
     "a settlement is lost": _loses_a_settlement,
     "a replica reads without its own writes": _does_not_wait_for_its_own_writes,
+    "a replica takes more often than its policy says": _takes_in_each_step,
     "the decisions of groups are mixed up": _mixes_up_the_decisions_of_groups,
     "a stage retires while a sum is under way": _retires_while_a_sum_is_under_way,
     "what a late push had gathered is lost": _loses_what_a_late_push_had_gathered,

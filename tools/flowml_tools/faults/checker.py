@@ -4,8 +4,9 @@
                 and only once the quorum was reached; each late contribution that is kept joins the next decision
     applies     each version follows the one before, from exactly the contributions that the decisions name, or that
                 arrived; none is applied twice or lost; the coefficients are those of the policy; copies are equal
-    reads       no step reads, and no contribution is based on, a version older than the staleness bound allows, or one
-                without the own contributions where those are applied at once
+    reads       no step reads, and no contribution is based on, a version older than the staleness bound allows, as far
+                as that was pushed before the version was taken, or one without the own contributions of the steps
+                before the take where those are applied at once; steps between two takes read the same version
     publications  versions and floors that a home publishes, and versions that a worker reads, never go back
     payloads    each payload is applied, read, or freed, once
     items       the ledger adds up, and a store contains each item that its group used once, and no other
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flowml.policy import UNBOUNDED, Coded, Deadline, Gossip, Quorum, Sum, window
+from flowml.policy import UNBOUNDED, Coded, Deadline, Gossip, Policy, Quorum, Sum, window
 from flowml.policy.apply import base_of, scales
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
@@ -179,6 +180,7 @@ def _stale(
 
 
 def _reads(seen: Timeline) -> Iterator[str]:
+    takes: dict[tuple[int, int, int], int] = {}
     for fact in seen.facts:
         if isinstance(fact, Read):
             version = fact.version if fact.value is None else _version(seen, fact, fact.value)
@@ -187,6 +189,11 @@ def _reads(seen: Timeline) -> Iterator[str]:
                 yield f"{where} reads of store {fact.store} what is no version of it"
             else:
                 yield from _read(seen, fact.store, fact.replica, fact.clock, version, "reads")
+                take = fact.store, fact.replica, seen.taken(fact.store, fact.clock)
+                one = seen.holds(fact.store) and len(seen.terms.stores[fact.store].stages) == 1  # stages take each
+                if one and takes.setdefault(take, version) != version:
+                    where = f"replica {fact.replica} at clock {fact.clock}"
+                    yield f"{where} reads version {version} of store {fact.store}, and has taken {takes[take]}"
     for store, terms in enumerate(seen.terms.stores):
         every = terms.policy.every
         if terms.collective or (terms.policy.local and (every.delay or every.pull != every.push)):
@@ -212,8 +219,9 @@ def _read(seen: Timeline, store: int, replica: int, clock: int, version: int, wh
     terms, policy = seen.terms.stores[store], seen.terms.stores[store].policy
     if isinstance(policy.remote, Gossip):
         return  # replicas read the first version only
-    own = window(max(clock - policy.every.delay, 0), policy.every.push, policy.every.offset)
-    before = own - policy.staleness
+    own = _pushed_before(policy, clock - policy.every.delay)
+    taken = _pushed_before(policy, seen.taken(store, clock) - policy.every.delay)
+    before = min(own - policy.staleness, taken)  # a version has nothing that is pushed after it was taken
     where = f"replica {replica} at clock {clock} {what} version {version} of store {store}"
     if terms.decided or terms.collective:
         least = seen.version_before(store, int(before)) if policy.staleness < UNBOUNDED else 0
@@ -228,8 +236,13 @@ def _read(seen: Timeline, store: int, replica: int, clock: int, version: int, wh
             continue
         if sent < before:
             yield f"{where}, which lacks what {_named((who, sent))} sent, within staleness {policy.staleness}"
-        elif who == sender and sent < own and at_once:
+        elif who == sender and sent < taken and at_once:
             yield f"{where}, which lacks its own contribution of clock {sent}"
+
+
+def _pushed_before(policy: Policy, clock: int) -> int:
+    """The steps that a replica has pushed before step `clock`."""
+    return window(max(clock, 0), policy.every.push, policy.every.offset)
 
 
 def _publications(seen: Timeline) -> Iterator[str]:

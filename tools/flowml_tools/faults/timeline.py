@@ -244,14 +244,27 @@ class Timeline:
         )
         return frozenset(r for at, r in self._lost[home] if at < place)
 
+    def holds(self, store: int) -> bool:
+        """Whether steps between two takes compute gradients with the same parameters. A replica with parameters of its
+        own reads only to take, and in shared memory, and without staleness, each step takes."""
+        policy = self.terms.stores[store].policy
+        return policy.staleness > 0 and not policy.local and not policy.shared
+
+    def taken(self, store: int, clock: int) -> int:
+        """The first step that may have taken the version that the step of `clock` reads."""
+        return self.terms.stores[store].policy.every.taken(clock) if self.holds(store) else clock
+
     @cached_property
     def values(self) -> dict[int, list[Matrix]]:
-        """Store -> the value of each version at the first home, of a run that computes with matrices."""
-        found: dict[int, list[Matrix]] = {}
+        """Store -> the value of each version, of a run that computes with matrices. They are those of the first of the
+        homes that have made the most: another home may have crashed before."""
+        found: dict[int, dict[str, list[Matrix]]] = {}
         for made in self.made:
-            if made.value is not None and made.home == self.places.homes[made.store][0]:
-                found.setdefault(made.store, [np.zeros_like(made.value)]).append(made.value)
-        return found
+            if made.value is not None:
+                homes = found.setdefault(made.store, {home: [] for home in self.places.homes[made.store]})
+                homes[made.home].append(made.value)
+        longest = {store: max(homes.values(), key=len) for store, homes in found.items()}
+        return {store: [np.zeros_like(values[0]), *values] for store, values in longest.items()}
 
     @cached_property
     def _versions_before(self) -> dict[int, list[int]]:
