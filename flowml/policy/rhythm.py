@@ -82,7 +82,7 @@ class Every(msgspec.Struct, frozen=True, tag=True):
         """How many clocks the version that step `clock` takes has to contain to be fresh enough for the last step that
         computes with it. No more can be asked for than what is pushed before step `clock`."""
         pull = self.pull or self.push
-        if pull <= self.push:
+        if pull == self.push:
             return 0
         last = self.taken(clock) + pull - 1
         return min(window(last, self.push, self.offset) - staleness, window(clock, self.push, self.offset))

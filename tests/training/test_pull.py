@@ -74,13 +74,14 @@ def test_replicas_of_different_speed_in_virtual_time(push: int, pull: int) -> No
     np.testing.assert_allclose(result.params["w"], naive.home, atol=1e-5)
 
 
-@pytest.mark.parametrize("staleness", [3, 5])
-@pytest.mark.parametrize("push", [1, 2, 3])
-def test_a_take_is_fresh_enough_for_the_last_step_that_uses_it(push: int, staleness: int) -> None:
-    every = fm.Every(push, 4)
-    for clock in range(0, 40, 4):
+@pytest.mark.parametrize("staleness", [1, 3, 5])
+@pytest.mark.parametrize(("push", "pull"), [(1, 4), (2, 4), (3, 4), (3, 2), (5, 3)])
+def test_a_take_is_fresh_enough_for_the_last_step_that_uses_it(push: int, pull: int, staleness: int) -> None:
+    """Also where replicas take more often than they push, and a take is for the steps before and after a push."""
+    every = fm.Every(push, pull)
+    for clock in range(0, 40, pull):
         pushed = clock // push * push
-        for later in range(clock, clock + 4):
+        for later in range(clock, clock + pull):
             bound = later // push * push - staleness
             assert min(bound, pushed) <= every.needed(clock, staleness) <= pushed
 
