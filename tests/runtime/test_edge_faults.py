@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import pytest
 import flowml as fm
 from flowml.errors import DeadlineError, FlowmlError, WorkerError, WorkerLostError
 from flowml_runtime.execution.executor import PROBATION
+from tests.conftest import wait_until
 
 DEADLINE_S = 2.0
 """Less than a silent worker takes to count as lost."""
@@ -61,10 +63,16 @@ def worker_process(cluster: fm.Cluster, name: str) -> psutil.Process:
 @contextlib.contextmanager
 def stopped(process: psutil.Process) -> Generator[None]:
     process.send_signal(signal.SIGSTOP)
-    try:
+    try:  # each thread stops when it sees the signal, and one that runs may still answer
+        states = Path(f"/proc/{process.pid}/task").glob
+        wait_until(lambda: all(_state(s) == "T" for s in states("*/stat")), "all threads are stopped")
         yield
     finally:
         process.send_signal(signal.SIGCONT)
+
+
+def _state(stat: Path) -> str:
+    return stat.read_text().rpartition(")")[2].split()[0]
 
 
 @pytest.mark.parametrize("fn", [small_edge, large_edge])
