@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -408,3 +409,13 @@ def test_a_future_is_an_argument(threads_cluster: fm.Cluster) -> None:
     assert float(kept.result(60)["y"]) == 4
     fetched = fm.dataflow(slow, cluster=threads_cluster).submit(np.float32(3))
     assert later(fetched, np.float32(2)) == 8
+
+
+def test_a_future_of_handles_does_not_keep_the_arguments(threads_cluster: fm.Cluster) -> None:
+    value = fm.put(np.ones(3, "f"), threads_cluster)
+    future = fm.dataflow(lambda x: x + 1, cluster=threads_cluster, keep=0).submit(value)
+    np.testing.assert_array_equal(future.result(60), np.full(3, 2))
+    argument = weakref.ref(value)
+    del value
+    gc.collect()
+    assert argument() is None

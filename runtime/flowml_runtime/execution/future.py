@@ -70,8 +70,9 @@ class Future(Generic[T]):
 
     def as_argument(self) -> T:
         """The result for another call, which itself waits for what the result's handles stand for."""
-        if self.at_once is not None and not self._completed:
-            return self.at_once()
+        at_once = self.at_once
+        if at_once is not None and not self._completed:
+            return at_once()
         return self.result()  # no deadline: that of the call whose argument this is
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
@@ -107,7 +108,7 @@ class Future(Generic[T]):
         view: Future[U] = Future(self.name, lambda _: finish(self.result()))
         self.when_done(lambda _: view.complete(None, self._error))
         at_once = self.at_once
-        if at_once is not None:
+        if at_once is not None and not view.done():
             view.at_once = lambda: finish(at_once())
         return view
 
@@ -117,6 +118,7 @@ class Future(Generic[T]):
             if self._completed:
                 return False
             self._value, self._error, self._completed = value, error, True
+            self.at_once = None  # it keeps the arguments of the call
             callbacks, self._callbacks = self._callbacks, []
             if error is not None:
                 self._finish = None
