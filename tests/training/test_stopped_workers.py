@@ -107,9 +107,7 @@ def test_others_compute_the_portion_of_a_stopped_process(workers: fm.Cluster) ->
     check_serial(result)
     ledger = result.ledger
     assert (ledger.used, ledger.outstanding, ledger.dropped) == (REPLICAS * STEPS, 0, 0)
-    named = {s.replica: s for s in result.stragglers()}
-    assert named[3].items.copied > 0 and named[3].items.duplicate > 0
-    assert "that it had begun" in str(result.stragglers())
+    assert ledger.replicas[3].used < STEPS, "whether or not it had begun the portion in which it was stopped"
     ends = [record["seconds"] for record in result.history]
     longest = max(b - a for a, b in pairwise(ends))
     assert longest < 0.8 * stop.seconds, "a step takes its portion, a wait of as long, and the copy"
@@ -124,3 +122,5 @@ def test_a_slow_process_computes_fewer_portions_and_is_named(workers: fm.Cluster
     worst = result.stragglers()[0]
     assert worst.replica == 3 and worst.late > STEPS / 2
     assert 0 < worst.cost_s < result.seconds
+    assert worst.items.copied > 0, "whichever of the two came first"
+    assert "that it had begun" in str(result.stragglers())
