@@ -266,13 +266,14 @@ class NonFinite(TrainingMessage, frozen=True):
 
 
 class Staleness(TrainingMessage, frozen=True):
-    """How stale the contributions were that a home has applied since its last such message: for each store the pairs
-    (number of versions since the one that the contribution is based on, number of such contributions).
+    """How stale the contributions were that a home has applied since its last such message: for each store the first
+    step of which it may tell more, and rows of (step, number of versions since the one that the contribution is based
+    on, number of such contributions).
 
     Only for stores whose policy allows more than 0.
     """
 
-    stores: tuple[tuple[Count, tuple[tuple[Count, Count], ...]], ...]
+    stores: tuple[tuple[Count, Count, tuple[tuple[Count, Count, Count], ...]], ...]
 
 
 class Traffic(TrainingMessage, frozen=True):

@@ -8,8 +8,9 @@
 The leader of a group of layers says what each of its clocks waited for, in its commit. Where replicas add up gradients
 or average parameters among themselves there is no leader, where contributions are applied as they arrive there are no
 clocks, and where replicas take portions of a batch arrivals belong to portions. There the reports to the driver say for
-whom others waited (`waiting`). A record waits for the decisions about its clock. All figures of a fit without common
-clocks are those since the record before.
+whom others waited (`waiting`). A record waits for the decisions about its clock, and until homes have said how stale
+its contributions were, but not while MAX_AHEAD newer ones are there. All figures of a fit without common clocks are
+those since the record before.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from flowml.plan import Training
 from flowml.policy import UNBOUNDED
 from flowml.policy.waits import Waits
 from flowml_runtime import wire
-from flowml_runtime.driver.training.history import Record
+from flowml_runtime.driver.training.history import MAX_AHEAD, Record
 from flowml_runtime.driver.training.stragglers import Straggler, Stragglers, done, free_costs
 from flowml_runtime.driver.training.tables import policy_name
 from flowml_runtime.driver.training.waiting import Among, Bound, Portions, modelled
 from flowml_runtime.protocol.training.driver import NoteWaits
-from flowml_runtime.protocol.training.staleness import Rows, may_be_stale
+from flowml_runtime.protocol.training.staleness import Rows, counted, may_be_stale
 from flowml_runtime.protocol.training.summary import Summary
 from flowml_runtime.protocol.training.terms import RETIRED, Terms
 
@@ -88,6 +89,8 @@ class Observer:
         ]
         tightest = min(bound, key=lambda i: terms.stores[i].policy.staleness, default=None)
         self._bound = None if tightest is None else (policy_name(training, bound), Bound(terms, tightest))
+        self._told = {number: 0 for number, store in enumerate(terms.stores) if counted(store)}
+        """By store, the first step for which its home may tell more about staleness."""
         self._next = 0
         """The step of the next record."""
         self._open: dict[int, _Seen] = {}
@@ -115,9 +118,9 @@ class Observer:
         if not self._modelled[note.group]:
             seen.take(self._names[note.group], note.waits, note.excluded)
         group = self._terms.groups[note.group]
-        counted = (self._terms.replicas if group.relayed else len(group.senders)) - len(note.excluded)
+        fresh = (self._terms.replicas if group.relayed else len(group.senders)) - len(note.excluded)
         for store in self._exact[note.group]:
-            seen.stale.setdefault(store, Counter())[0] += counted
+            seen.stale.setdefault(store, Counter())[0] += fresh
 
     def reported(self, report: wire.Report, now: float) -> None:
         """A stage has finished its step."""
@@ -143,9 +146,10 @@ class Observer:
 
     def stale(self, rows: Rows) -> None:
         """Homes have applied contributions."""
-        seen = self._at(self._next)
-        for store, counted in rows:
-            seen.stale.setdefault(store, Counter()).update(dict(counted))
+        for store, reached, counts in rows:
+            self._told[store] = max(self._told[store], reached)
+            for step, behind, number in counts:
+                self._of(max(step, self._next)).stale.setdefault(store, Counter())[behind] += number
 
     @property
     def holds(self) -> bool:
@@ -153,9 +157,9 @@ class Observer:
         return bool(self._held)
 
     def ready(self, records: Iterable[Record], *, over: bool = False) -> Iterator[Record]:
-        """Complete the records whose clocks are decided, in order. At the end of a fit all of them are."""
+        """Complete the records about which all is known, in order. At the end of a fit that is all of them."""
         self._held.extend(records)
-        while self._held and (over or self._is_decided(self._held[0]["step"])):
+        while self._held and (over or self._is_known(self._held[0]["step"])):
             yield self._complete(self._held.popleft())
         if over and self._newest is not None:
             self._add_rest(self._newest)
@@ -200,7 +204,9 @@ class Observer:
 
     def _at(self, clock: int) -> _Seen:
         """What belongs to the record of a clock, or to the next record if that one is out already."""
-        step = max(clock, self._next) if self._terms.aligned else self._next
+        return self._of(max(clock, self._next) if self._terms.aligned else self._next + len(self._held))
+
+    def _of(self, step: int) -> _Seen:
         found = self._open.get(step)
         if found is None:
             found = self._open[step] = _Seen()
@@ -213,10 +219,14 @@ class Observer:
             if found is not None:
                 self._at(self._next).take(name, found)
 
-    def _is_decided(self, step: int) -> bool:
-        if not self._terms.groups:
+    def _is_known(self, step: int) -> bool:
+        """Whether a step is decided, and homes have told how stale its contributions were, or it has waited enough."""
+        if self._terms.groups and any(self._decided[g.number] < step for g in self._terms.due_groups(step)):
+            return False
+        if len(self._held) > MAX_AHEAD:
             return True
-        return all(self._decided[group.number] >= step for group in self._terms.due_groups(step))
+        stores, last = self._terms.stores, self._terms.last_clock
+        return all(told > step or not stores[s].policy.every.due(step, last) for s, told in self._told.items())
 
     def _counts(self, seen: _Seen) -> tuple[dict[str, int], dict[str, dict[int, int]]]:
         """The bytes and the staleness by layer. The staleness is added to that of the fit."""

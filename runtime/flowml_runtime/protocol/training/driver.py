@@ -127,9 +127,9 @@ class NoteWaits(msgspec.Struct, frozen=True):
 
 
 class NoteStaleness(msgspec.Struct, frozen=True):
-    """How stale applied contributions were: for each store pairs of (staleness, number of contributions)."""
+    """How stale applied contributions were, as in `wire.Staleness`."""
 
-    stores: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+    stores: tuple[tuple[int, int, tuple[tuple[int, int, int], ...]], ...]
     cause: int
 
 

@@ -310,9 +310,9 @@ class Home:
         weighed = [(g, factor, g.weight) for g, factor in chosen]
         full = [(g, factor) for g, factor, weight in weighed if weight]
         rest = self._release(parts(g for g, _, weight in weighed if not weight)) if len(full) < len(chosen) else []
+        staleness = self.staleness.add(index, [g for g, _ in full])
         if not full:
             return [*rest, Publish(index, store.version, store.floor, value=False)]
-        staleness = self.staleness.add(index, (store.version - g.base_version for g, _ in full))
         store.version += 1
         factors = [factor for _, factor in full]
         if not exact:

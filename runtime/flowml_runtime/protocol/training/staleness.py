@@ -1,16 +1,23 @@
-"""Counts how stale the contributions are that a home applies, for the history of a fit. Nothing depends on it."""
+"""Counts how stale the contributions are that a home applies, for the history of a fit. Nothing depends on it.
+
+A contribution belongs to a step of the fit: to the clock that is committed with it, or to its own clock in a store that
+applies contributions as they arrive. If replicas share no clocks, a step is as many contributions as there are
+replicas, in the order in which they are applied, as it is as many reports in the history.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 
-from flowml.policy import Fold
+from flowml.policy import Fold, Gossip
 from flowml.policy.apply import scales
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.store import Gathering, Store
+from flowml_runtime.protocol.training.terms import RETIRED, StoreTerms, Terms
 
-Rows = tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
-"""(store, pairs of (staleness, number of contributions)), as in `wire.Staleness`."""
+Rows = tuple[tuple[int, int, tuple[tuple[int, int, int], ...]], ...]
+"""(store, the first step of which it may tell more, rows of (step, staleness, number of contributions)), as in
+`wire.Staleness`."""
 
 
 def may_be_stale(store: StoreTerms) -> bool:
@@ -24,37 +31,67 @@ def may_be_stale(store: StoreTerms) -> bool:
     )
 
 
+def counted(store: StoreTerms) -> bool:
+    """Whether the home of a store counts how stale the contributions are."""
+    return may_be_stale(store) and not store.shared and not isinstance(store.policy.remote, Gossip)
+
+
 class Staleness:
-    """The counts of one worker. `stores` are those whose contributions are counted."""
+    """The counts of one worker, for those of its `stores` that are counted."""
 
-    def __init__(self, terms: Terms, stores: Iterable[int]) -> None:
-        self.stores = tuple(s for s in stores if may_be_stale(terms.stores[s]))
-        self._step = terms.replicas * len(self.stores)
-        """The number of contributions of one step."""
-        self._counted: dict[int, Counter[int]] = {}
-        self._waiting = 0
-        """The number of contributions that are counted and not yet taken."""
-        self._unfinished = list(self.stores)
+    def __init__(self, terms: Terms, stores: Mapping[int, Store]) -> None:
+        self._aligned, self._replicas = terms.aligned, terms.replicas
+        self._stores = {number: store for number, store in stores.items() if counted(store.terms)}
+        self._applied = dict.fromkeys(self._stores, 0)
+        self._told = dict.fromkeys(self._stores, 0)
+        """By store, the first step of which it may tell more."""
+        self._counts: dict[int, Counter[tuple[int, int]]] = {}
+        """(step, staleness) -> number, of the stores that have something to tell."""
 
-    def add(self, store: int, staleness: Iterable[int]) -> tuple[int, ...]:
-        """The store applies contributions with this staleness: the versions since the one that they are based on.
+    def add(self, index: int, applied: Sequence[Gathering]) -> tuple[int, ...]:
+        """The store applies these contributions to its version, and its floor is set.
 
-        Returns it; nothing if it is not counted, and then does not compute it either.
+        Returns their staleness: the versions since the one that each is based on. Returns nothing if it is not counted.
         """
-        if store not in self.stores:
+        store = self._stores.get(index)
+        if store is None:
             return ()
-        found = tuple(staleness)
-        self._counted.setdefault(store, Counter()).update(found)
-        self._waiting += len(found)
+        counts = self._counts.setdefault(index, Counter())
+        found = tuple(store.version - gathering.base_version for gathering in applied)
+        for gathering, behind in zip(applied, found, strict=True):
+            counts[self._step(index, store, gathering), behind] += 1
+            self._applied[index] += 1
         return found
 
-    def finish(self, store: int) -> None:
+    def finish(self, index: int) -> None:
         """The store applies nothing more."""
-        self._unfinished = [s for s in self._unfinished if s != store]
+        if index in self._stores:
+            self._counts.setdefault(index, Counter())
 
     def take(self) -> Rows:
-        """What was counted since the last time, once there are as many contributions as a step has, or at the end."""
-        if not self._waiting or (self._waiting < self._step and self._unfinished):
+        """What was counted since the last time, of the stores that have applied all or as much as a step has."""
+        if not self._counts:
             return ()
-        counted, self._counted, self._waiting = self._counted, {}, 0
-        return tuple((store, tuple(sorted(found.items()))) for store, found in sorted(counted.items()))
+        ready = [index for index in sorted(self._counts) if self._is_ready(index)]
+        rows: list[tuple[int, int, tuple[tuple[int, int, int], ...]]] = []
+        for index in ready:
+            self._told[index] = self._reached(index)
+            counts = sorted(self._counts.pop(index).items())
+            rows.append((index, self._told[index], tuple((step, behind, n) for (step, behind), n in counts)))
+        return tuple(rows)
+
+    def _is_ready(self, index: int) -> bool:
+        return self._reached(index) > self._told[index] or self._counts[index].total() >= self._replicas
+
+    def _step(self, index: int, store: Store, gathering: Gathering) -> int:
+        if store.terms.clocked:
+            return store.floor - 1
+        if self._aligned:
+            return gathering.clock
+        return (self._applied[index] // self._replicas + 1) * store.terms.every - 1
+
+    def _reached(self, index: int) -> int:
+        store = self._stores[index]
+        if store.finished:
+            return RETIRED
+        return store.floor if self._aligned else self._applied[index] // self._replicas * store.terms.every

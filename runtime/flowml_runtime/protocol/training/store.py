@@ -45,6 +45,10 @@ class Gathering(msgspec.Struct):
         return next(iter(self.parts.values())).replica
 
     @property
+    def clock(self) -> int:
+        return next(iter(self.parts.values())).clock
+
+    @property
     def weight(self) -> int:
         """The weight of each part; 0 if one part is empty."""
         return min(map(_WEIGHT, self.parts.values()))
