@@ -50,7 +50,7 @@ class PlanError(FlowmlError):
 
 
 class PolicyError(FlowmlError, ValueError):
-    """A policy, or a composition of policies, is not sound or not available yet."""
+    """A policy, or a composition of policies, is not sound."""
 
 
 class WorkerLostError(FlowmlError):

@@ -52,7 +52,8 @@ def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[st
     for name, policy in policies.items():
         check_count(name, policy.quorum, replicas)
         _check_alone(name, policy, replicas)
-        check_pull(name, policy, replicas)
+        if not policy.sited:  # sites are checked once machines are known
+            check_pull(name, policy, replicas)
     coded_by(policies.values(), replicas)
     speculated_by(policies.values())
     _check_epochs(policies.values())
@@ -145,8 +146,10 @@ def _check_alone(name: str, policy: Policy, replicas: int) -> None:
 
 
 def check_sites(name: str, policy: Policy, sites: Sequence[Sequence[int]]) -> None:
-    """Check that the quorums of a hierarchy can be met by these sites, and by the replicas of each."""
+    """Check that the quorums of a hierarchy can be met by these sites and by the replicas of each, and that sites do
+    not pull a centre too far."""
     check_count(name, policy.quorum, len(sites), "sites")
+    check_pull(name, policy, len(sites), "sites")
     if policy.site_quorum is not None:
         check_count(name, policy.site_quorum, min(map(len, sites)), "replicas of the smallest site")
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flowml.errors import PolicyError
+from flowml.policy.apply import Outer
 from flowml.policy.filters import KKT, Filter, Quantise, RandomK, RandomSkip, check_differences
+from flowml.policy.graphs import RandomPairs
 from flowml.policy.replicas import Weights
 from flowml.policy.topology import Gossip, ParameterServer
 
@@ -37,12 +39,9 @@ def _check_pushed(policy: Policy) -> None:
             "leave filters out, or use topology=flowml.ParameterServer()"
         )
     lossy = [f for f in policy.filters if not f.lossless]
-    if isinstance(policy.remote, Gossip) and not policy.mirrored and lossy:
-        raise PolicyError(
-            f"topology={policy.topology!r} with {filtered} is not sound: neighbours average whole parameters, and "
-            f"{lossy[0]} would change their mean, which no later round returns to; use lossless filters such as "
-            "compress(), or give payload=flowml.Delta() with graph='complete'"
-        )
+    if policy.tracked:
+        _check_tracked(policy, filtered)
+        return
     if kind == "Factors":
         _check_factors(lossy, filtered)
     if isinstance(policy.payload, Weights) and lossy:
@@ -55,6 +54,30 @@ def _check_pushed(policy: Policy) -> None:
             f"payload={policy.payload!r} with {filtered} is not sound: the condition of kkt() is on gradients; use "
             "significance(), or payload=flowml.Gradient()"
         )
+
+
+def _check_tracked(policy: Policy, filtered: str) -> None:
+    """Check that neighbours can follow each other's parameters by filtered differences."""
+    topology, remote = f"topology={policy.topology!r}", policy.remote
+    assert isinstance(remote, Gossip)
+    if isinstance(remote.graph, RandomPairs):
+        raise PolicyError(
+            f"{topology} with {filtered} is not sound: a replica follows its neighbours by the differences that they "
+            "send in each round, and one that is drawn anew has missed those before; give graph='ring' or another that "
+            "stays, or lossless filters such as compress()"
+        )
+    if isinstance(policy.apply, Outer):
+        raise PolicyError(
+            f"{topology} with {filtered} and apply={policy.apply!r} is not sound: the gradient of the outer optimizer "
+            "is a difference of averages of whole parameters, and the public copies of a round lag behind them; leave "
+            "apply out, or use lossless filters such as compress()"
+        )
+    if not 0 < remote.pull <= 1:
+        raise PolicyError(
+            f"{topology} with {filtered} is not sound: a replica moves by the share pull={remote.pull:g} of its "
+            "distance from its neighbours; give a pull in (0, 1]"
+        )
+    check_differences(policy.filters, "filters")
 
 
 def _check_factors(lossy: Sequence[Filter], filtered: str) -> None:

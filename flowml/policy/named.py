@@ -320,6 +320,17 @@ def no_loco(every: int, outer: Any = None, pull: float = 1.0, graph: object = "r
     return algebra.Policy(topology=algebra.Gossip(graph, every, pull), apply=algebra.Outer(outer))
 
 
+def choco(filters: Sequence[object], pull: float = 0.5, graph: object = "ring", every: int = 1) -> algebra.Policy:
+    """Gossip of what filters leave of parameters: CHOCO-SGD (Koloskova, Stich and Jaggi, *Decentralized stochastic
+    optimization and gossip algorithms with compressed communication*, ICML 2019).
+
+    Replicas keep public copies of their own parameters and of those of their neighbours in `graph`, and send what
+    `filters` make of the difference between the parameters and the copy. After each round a replica moves by `pull` of
+    the distance between its neighbours' copies and its own. The more filters leave out, the smaller `pull` has to be.
+    """
+    return algebra.Policy(topology=algebra.Gossip(graph, every, pull), filters=filters)
+
+
 def hogwild(every: algebra.Every | int = 1, apply: algebra.Apply | Literal["mean", "sum"] = "sum") -> algebra.Policy:
     """The replicas are devices of one worker, and update the parameters that they share at once, without waiting (Recht
     et al., *Hogwild*, NeurIPS 2011). With `every` an update holds the gradients of several steps, as in Viebke et al.,

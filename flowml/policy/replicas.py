@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flowml.errors import PolicyError
-from flowml.policy.apply import Consensus, Mean, Mix, Outer, Sum, Vote, base_of
+from flowml.policy.apply import Consensus, Mean, Mix, Outer, Sum, base_of
 from flowml.policy.graphs import CompleteGraph
 from flowml.policy.late import Fold, late_name
 from flowml.policy.quorum import Coded, Deadline, Quorum
@@ -49,11 +49,11 @@ class Weights(msgspec.Struct, frozen=True, tag=True):
 LocalPayload = Delta | Weights
 
 
-def check_pull(name: str, policy: Policy, replicas: int) -> None:
-    """Check that this number of replicas do not pull a centre too far together."""
+def check_pull(name: str, policy: Policy, replicas: int, what: str = "replicas") -> None:
+    """Check that this number of replicas, or sites, do not pull a centre too far together."""
     if isinstance(policy.apply, Mix) and policy.clocked and policy.apply.pull * replicas > 1:
         raise PolicyError(
-            f"{name!r}: {policy.apply!r} of {replicas} replicas at once is not sound: together they pull the centre "
+            f"{name!r}: {policy.apply!r} of {replicas} {what} at once is not sound: together they pull the centre "
             f"beyond their mean; give pull={1 / replicas:.2g} or less, or staleness=1 or more"
         )
 
@@ -186,11 +186,6 @@ def _check_sited(policy: Policy) -> None:
         raise PolicyError(
             f"{topology} with payload=Factors() is not sound: the factors of different replicas cannot be added up "
             "without forming the products they stand for; use payload=Gradient()"
-        )
-    if isinstance(base_of(policy.apply), Mix | Vote | Consensus):
-        raise PolicyError(
-            f"{topology} with apply={policy.apply!r} is not available yet: it is about each replica, and a site takes "
-            "part as one; use apply='mean', or topology=flowml.ParameterServer()"
         )
 
 

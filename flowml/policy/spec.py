@@ -18,7 +18,7 @@ from flowml.policy.apply import Apply, Consensus, Mean, Outer, Sum, Vote, as_app
 from flowml.policy.completion import COMPLETIONS, Completion, Speculate, cutting, describe_completion, share_of
 from flowml.policy.cuts import check_cut
 from flowml.policy.filtering import check_filters
-from flowml.policy.filters import AnyFilter, Filter, check_chain
+from flowml.policy.filters import AnyFilter, Filter, check_chain, is_lossless
 from flowml.policy.late import Fold, Late, late_name, number
 from flowml.policy.mathematics import coefficients, shares
 from flowml.policy.quorum import Coded, Deadline, Quorum
@@ -74,7 +74,7 @@ class Policy(msgspec.Struct, frozen=True):
             `flowml.policy.apply`.
 
     Raises:
-        PolicyError: for a composition that is not sound, or a part that is not available yet.
+        PolicyError: for a composition that is not sound, or a value that a knob does not have.
     """
 
     topology: Topology = ParameterServer()
@@ -238,6 +238,11 @@ class Policy(msgspec.Struct, frozen=True):
         return isinstance(self.remote, Gossip) and isinstance(self.payload, Delta)
 
     @property
+    def tracked(self) -> bool:
+        """Whether neighbours keep public copies of each other's parameters, because what is sent loses something."""
+        return isinstance(self.remote, Gossip) and not self.mirrored and not is_lossless(self.filters)
+
+    @property
     def home_filters(self) -> tuple[AnyFilter, ...]:
         """The filters on the way to the home. Those of a gossip are on the way to neighbours."""
         return () if isinstance(self.remote, Gossip) else self.filters
@@ -261,6 +266,8 @@ class Policy(msgspec.Struct, frozen=True):
         if isinstance(self.remote, Gossip):
             if self.mirrored:
                 words += ["deltas", *map(str, self.filters)]
+            if self.tracked:
+                words += [*map(str, self.filters), f"pull {self.remote.pull:g}"]
             outer = ["outer"] if isinstance(self.apply, Outer) else []
             return ", ".join([*words, describe_topology(self.topology), *outer])
         words = [w for w in words if w != "async" or not self.shared] or ([] if self.shared else ["sync"])
@@ -306,7 +313,7 @@ def _check_parts(policy: Policy) -> None:
     for name, value, types in kinds:
         if type(value) not in types:
             known = " or ".join(f"flowml.{t.__name__}()" for t in types)
-            raise PolicyError(f"{name}={value!r} is not available yet; give {name}={known}")
+            raise PolicyError(f"{name}={value!r} is not known; give {name}={known}")
 
 
 def _check_sound(policy: Policy) -> None:

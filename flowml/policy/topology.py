@@ -68,7 +68,8 @@ class Gossip(msgspec.Struct, frozen=True, tag=True):
             row for each replica, or a graph of `flowml.policy.graphs`.
         every: the number of steps between two rounds. In `Policy(topology=Gossip(...), every=k)` k is meant.
         pull: with `apply=Outer(optimizer)`, how much of a replica's distance from the average of its neighbours is
-            added to the gradient of the outer optimizer.
+            added to the gradient of the outer optimizer. With filters that lose something, by what share of the
+            distance of the public copies a replica moves in a round, in (0, 1].
     """
 
     graph: Graph = RingGraph()

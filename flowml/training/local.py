@@ -9,6 +9,7 @@ parameters that it *started* from, which are the global ones that it took last. 
     fold     (average, what a replica sends, weight) -> average, with a gossip topology
     mix      (average, parameters after the step, parameters before it) -> parameters, with a gossip topology; with an
              outer optimizer "before" is the beginning of the round, both parameters are sent, and it keeps a state
+    mix      (average of public copies, parameters after the step, own public copy) -> parameters, with lossy filters
     mix      (sum of what others have sent, parameters after the step, before it, started, share of the step that is
              done) -> (parameters, started), with a gossip of deltas
 
@@ -260,7 +261,10 @@ def _gossiping(
         return msgspec.structs.replace(local, fold=add, mix=joined, accumulator=wides)
     topology = policy.remote
     assert isinstance(topology, Gossip)
-    ends = mix if outer is None else partial(outer_mix, outer.update, len(specs), topology.pull)
+    if policy.tracked:
+        ends = partial(drawn, topology.pull)
+    else:
+        ends = mix if outer is None else partial(outer_mix, outer.update, len(specs), topology.pull)
     return msgspec.structs.replace(
         local,
         state=(*local.state, *(() if outer is None else outer.state)),
@@ -343,6 +347,14 @@ def mix(*arrays: Any) -> tuple[Any, ...]:
     average, after, before = (arrays[i : i + third] for i in range(0, len(arrays), third))
     triples = zip(average, after, before, strict=True)
     return tuple((m + (wide(x) - wide(b))).astype(x.dtype) for m, x, b in triples)
+
+
+def drawn(pull: float, *arrays: Any) -> tuple[Any, ...]:
+    """(average of public copies, own parameters, own public copy) -> parameters (Koloskova et al., CHOCO-SGD, 2019)."""
+    third = len(arrays) // 3
+    average, own, copy = (arrays[i : i + third] for i in range(0, len(arrays), third))
+    triples = zip(average, own, copy, strict=True)
+    return tuple((wide(x) + pull * (m - wide(c))).astype(x.dtype) for m, x, c in triples)
 
 
 def outer_mix(update: Callable[..., tuple[Any, ...]], leaves: int, pull: float, *arrays: Any) -> tuple[Any, ...]:

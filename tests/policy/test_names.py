@@ -29,6 +29,7 @@ NAMES = {
     "elastic_averaging": {"every": 4, "pull": 0.3},
     "softsync": {"n": 2, "scale": False},
     "gaia": {"threshold": 0.01, "local": fm.ParameterServer()},
+    "choco": {"filters": (fm.filters.top_k(0.1),), "pull": 0.2, "graph": "torus", "every": 2},
     "hogwild": {},
     "average_once": {},
     "coded": {"stragglers": 1, "code": "cyclic"},

@@ -76,10 +76,10 @@ make_quorum: Any = Quorum
         (lambda: make_policy(quorum=0.75), "flowml.Quorum"),
     ],
 )
-def test_what_is_not_available_yet_says_what_is(make: Callable[[], object], reason: str) -> None:
+def test_what_a_knob_does_not_have_says_what_it_has(make: Callable[[], object], reason: str) -> None:
     with pytest.raises(PolicyError, match=reason) as caught:
         make()
-    assert "not available yet" in str(caught.value)
+    assert "is not known; give " in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_what_is_not_available_yet_says_what_is(make: Callable[[], object], reas
         (lambda: make_policy(filters=5), "filters=5: give a tuple of filters, such as (flowml.filters.top_k(0.01),)"),
         (
             lambda: make_policy(topology="ring"),
-            "topology='ring' is not available yet; give topology=flowml.ParameterServer() or flowml.AllReduce() or "
+            "topology='ring' is not known; give topology=flowml.ParameterServer() or flowml.AllReduce() or "
             "flowml.Ring() or flowml.Tree() or flowml.Hierarchy() or flowml.Gossip() or flowml.SharedMemory()",
         ),
     ],

@@ -34,6 +34,7 @@ from flowml_runtime.worker.training.applying import applied, given_of
 from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source, over_microbatches
 from flowml_runtime.worker.training.exchange.averaging import Averaging
 from flowml_runtime.worker.training.exchange.collectives import Flight, flat, parts_of
+from flowml_runtime.worker.training.exchange.copies import Copies
 from flowml_runtime.worker.training.exchange.mirrors import Mirror, share_of
 from flowml_runtime.worker.training.exchange.reductions import sum_of
 from flowml_runtime.worker.training.exchange.relays import weighted_sum
@@ -144,6 +145,7 @@ class Arithmetic:
         self._before: dict[tuple[At, int], Arrays] = {}
         """Such parameters before the update of the newest step."""
         self._averaging: dict[tuple[At, int], Averaging] = {}
+        self._copies: dict[tuple[At, int], Copies] = {}
         self._mirrors: dict[tuple[At, int], Mirror] = {}
         self._encoders: dict[At, Encoder] = {}
         self._decoder = Decoder(self._training.stores)
@@ -212,15 +214,34 @@ class Arithmetic:
         if not refused:
             own.update(gradient)
 
-    def told(self, at: At, store: int) -> tuple[Value, int | None]:
+    def told(self, at: At, store: int, clock: int) -> tuple[Value, int | None]:
         own, loaded = self._own[at, store], self._compiled.loaded[self._device(at)]
+        if own.spec.policy.tracked:
+            sent = self._copies_of(at, store).changes(clock, host_view(own.params, loaded.device))
+            return sent, sum(np.asarray(a).nbytes for a in sent)
         arrays, chain = host_view(self._averaging_of(at, store).sent(own), loaded.device), own.spec.policy.filters
         return arrays, sum(np.asarray(a).nbytes for a in packed(chain, arrays)) if chain else None
 
     def mix(self, at: At, store: int, weights: Mapping[int, float], theirs: Mapping[int, Value]) -> None:
         own, averaging, before = self._own[at, store], self._averaging_of(at, store), self._before[at, store]
         mine = averaging.sent(own) if averaging.outer else before
+        if own.spec.policy.tracked:
+            copies = self._copies_of(at, store)
+            mine = before = copies.own
+            theirs = copies.follow(theirs)
         averaging.mix(own, before, weights, dict.fromkeys(weights, mine) | dict(theirs))
+
+    def _copies_of(self, at: At, store: int) -> Copies:
+        found = self._copies.get((at, store))
+        if found is None:
+            own, loaded = self._own[at, store], self._compiled.loaded[self._device(at)]
+            first, number = host_view(own.started, loaded.device), self._sender(own.spec, at)
+            found = self._copies[at, store] = Copies(own.spec, number, self._start.seed, first)
+        return found
+
+    def _sender(self, spec: StoreSpec, at: At) -> int:
+        """The number of a replica among those that take part in rounds."""
+        return (spec.leaders or tuple(range(len(self._training.replicas)))).index(at[0])
 
     def _averaging_of(self, at: At, store: int) -> Averaging:
         found = self._averaging.get((at, store))
@@ -256,9 +277,7 @@ class Arithmetic:
         found = self._mirrors.get((at, store))
         if found is None:
             own, loaded = self._own[at, store], self._compiled.loaded[self._device(at)]
-            replicas = len(self._training.replicas)
-            number = (own.spec.leaders or tuple(range(replicas))).index(at[0])
-            share = share_of(own.spec, at[0], replicas)
+            number, share = self._sender(own.spec, at), share_of(own.spec, at[0], len(self._training.replicas))
             found = self._mirrors[at, store] = Mirror(own.spec, number, share, loaded, own.dtype, self._start.seed)
         return found
 

@@ -84,12 +84,10 @@ class Executor:
                 kind = Mirrors if terms.policy.mirrored else Neighbours
                 senders = terms.senders(self._world.terms.replicas)
                 self._neighbours[store] = kind(node, at, store, terms.policy.remote, senders)
-        self._exchanged = (-1, -1)
-        """(store, clock) of the newest round of gossip that is over."""
+        self._exchanged = (-1, -1)  # (store, clock) of the newest round of gossip that is over
         self._inside: list[tuple[int, int, int]] = []
         """(store, part, weight) of the sums of sites that this step waits for."""
-        self._updated = -1
-        """The own store that this step has updated last."""
+        self._updated = -1  # the own store that this step has updated last
         self._abandoned = False
 
     @property
@@ -242,11 +240,12 @@ class Executor:
         self._counts.push(store, message.part, 0, crosses=False)
         node.note(Updated(step.run, step.replica, store, step.clock, not message.empty))
 
-    def _shown(self, step: Start, store: int) -> tuple[int, Value] | None:
-        """The newest version of a store, once it is fresh enough for this step. A site gets it by its leader."""
+    def _shown(self, step: Start, store: int, after: int = 0) -> tuple[int, Value] | None:
+        """The newest version of a store that is fresh enough for this step. A site gets it by its leader, each clock's
+        once: at the end of a step it is that of the clock `after`."""
         member = self._members.get(store)
         if member is not None and not member.leads and not member.collective:
-            value = member.hear(step.clock)
+            value = member.hear(step.clock + after)
             return None if value is None else (0, value)
         if self._machine.takes(store, step.clock):
             if not self._machine.may_read(store, step.clock):
@@ -255,7 +254,7 @@ class Executor:
             self._machine.took(store, step.clock)
         shown = self._taken[store]
         if member is not None and not member.collective and not member.served:
-            member.tell(step, step.clock, shown[1], shown[0])
+            member.tell(step, step.clock + after, shown[1], shown[0])
         return shown
 
     def _recv(self, step: Start, recv: Recv) -> bool:
@@ -324,17 +323,14 @@ class Executor:
         store, part, own = push.store, push.part, self._own.get(push.store)
         if store in self._members:
             value = self._value(step)
-            total = (
-                Sum(value, self._world.terms.microbatches)
-                if own is not None
-                else self._gather(step, store, part, value)
-            )
+            whole = Sum(value, self._world.terms.microbatches)
+            total = self._gather(step, store, part, value) if own is None else whole
             if total is not None:
                 self._add_inside(step, store, part, total)
             return True
         if own is None:
             total = self._gather(step, store, part, self._value(step))
-        elif own.mixes and self._machine.pushes(store, step.clock) and self._shown(step, store) is None:
+        elif self._lacks_centre(step, store, own):
             return False
         else:
             if self._updated != store:  # once, although the push may be tried again
@@ -392,7 +388,7 @@ class Executor:
                     self._leave(step, store, part, Sum(found[0], weight))
                 elif found:
                     self._update(step, store, own, found[0])
-                if own is not None and not self._exchange(step, store):
+                if own is not None and (not self._exchange(step, store) or self._lacks_centre(step, store, own)):
                     return False
                 total = None if own is None else self._pushed(step, store, own)
                 if total is not None and member.leads:
@@ -408,11 +404,15 @@ class Executor:
             self._exchanged = (store, step.clock)
         return store not in self._members or self._members[store].pass_on(step)
 
+    def _lacks_centre(self, step: Start, store: int, own: OwnRhythm) -> bool:
+        """Whether the step ends with a pull to global parameters that are not here yet."""
+        return own.mixes and self._machine.pushes(store, step.clock) and self._shown(step, store, after=1) is None
+
     def _pushed(self, step: Start, store: int, own: OwnRhythm) -> Sum[Value] | None:
         """What the step pushes of own parameters, which are up to date; None if it pushes nothing."""
         if not self._machine.pushes(store, step.clock):
             return None
-        mixed = self._shown(step, store) if own.mixes else None
+        mixed = self._shown(step, store, after=1) if own.mixes else None
         value = self._world.values.own(self.at, store, step.clock, None if mixed is None else mixed[1])
         return Sum(value, own.pushed() * self._world.terms.microbatches)
 

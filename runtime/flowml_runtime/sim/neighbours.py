@@ -1,7 +1,7 @@
 """The rounds of gossip of one store at one replica in virtual time, as in `worker.training.exchange.neighbours`.
 
-A replica sends its parameters when its step begins, or when it ends if there is an outer optimizer, and waits for its
-neighbours at the end of the step.
+A replica sends its parameters when its step begins, or when it ends if there is an outer optimizer or filters lose
+something, and waits for its neighbours at the end of the step.
 """
 
 from __future__ import annotations
@@ -29,21 +29,23 @@ class Neighbours:
         self._at = at
         self._store = store
         self._gossip = gossip
-        self._outer = isinstance(terms.policy.apply, Outer)
+        outer, policy = isinstance(terms.policy.apply, Outer), terms.policy
+        self._at_end = outer or policy.tracked
         self._senders = senders
         self._number = senders.index(at[0])
         self._workers = [world.places.stages[r][terms.stages[0]] for r in senders]
-        self._nbytes = world.sizes.stores[store] * (2 if self._outer else 1)
+        sizes = world.sizes.told if policy.tracked else world.sizes.stores
+        self._nbytes = sizes[store] * (2 if outer else 1)
         self._told = -1
 
     def begin(self, step: Start) -> None:
         """The step has its parameters."""
-        if not self._outer and self._told < step.clock:
+        if not self._at_end and self._told < step.clock:
             self._tell(step)
 
     def updated(self, step: Start) -> None:
         """The step has updated the own parameters."""
-        if self._outer:
+        if self._at_end:
             self._tell(step)
 
     def end(self, step: Start) -> bool:
@@ -64,7 +66,7 @@ class Neighbours:
             return
         self._told = step.clock
         node, replica = self._node, self._number
-        value, packed = node.world.values.told(self._at, self._store)
+        value, packed = node.world.values.told(self._at, self._store, step.clock)
         nbytes = self._nbytes if packed is None else packed
         for other in self._gossip.readers(replica, len(self._workers), step.clock):
             message = wire.Gossip(

@@ -59,11 +59,12 @@ class StageProgram:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The bytes of each store's value, of a version that its home publishes, or the most possible, and of each part of
-    a contribution to it."""
+    """The bytes of each store's value, of a version that its home publishes, and of what its filters make of a value,
+    or the most possible, and of each part of a contribution to it."""
 
     stores: tuple[int, ...]
     published: tuple[int, ...]
+    told: tuple[int, ...]
     parts: tuple[tuple[int, ...], ...]
 
     @staticmethod
@@ -71,6 +72,7 @@ class Sizes:
         return Sizes(
             tuple(s.nbytes for s in training.stores),
             tuple(sent_size(s.policy.pull_filters, s.specs, range(len(s.specs)))[0] for s in training.stores),
+            tuple(sent_size(s.policy.filters, s.specs, range(len(s.specs)))[0] for s in training.stores),
             tuple(tuple(map(s.part_bytes, s.parts)) for s in training.stores),
         )
 

@@ -82,8 +82,8 @@ class Values(Protocol):
         refused gradient they stay as they are, and are those that a `mix` of this step begins with."""
         ...
 
-    def told(self, at: At, store: int) -> tuple[Value, int | None]:
-        """What a replica sends its neighbours of such parameters, and the bytes that filters make of it."""
+    def told(self, at: At, store: int, clock: int) -> tuple[Value, int | None]:
+        """What a replica sends its neighbours of such parameters in a round, and the bytes that filters make of it."""
         ...
 
     def mix(self, at: At, store: int, weights: Mapping[int, float], theirs: Mapping[int, Value]) -> None:
@@ -208,7 +208,7 @@ class Nothing:
     def update(self, at: At, store: int, gradient: Value, *, refused: bool) -> None:
         return None
 
-    def told(self, at: At, store: int) -> tuple[Value, None]:
+    def told(self, at: At, store: int, clock: int) -> tuple[Value, None]:
         return NO_ARRAYS, None
 
     def mix(self, at: At, store: int, weights: Mapping[int, float], theirs: Mapping[int, Value]) -> None:

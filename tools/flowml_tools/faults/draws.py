@@ -152,7 +152,7 @@ def _graph(rng: random.Random, replicas: int) -> object:
 def _gossip(rng: random.Random, replicas: int) -> Knobs:
     graph = _graph(rng, replicas)
     topology = Gossip(graph, every=rng.choice([1, 1, 2, 3]), pull=rng.choice([1.0, 0.5]))
-    return {"topology": topology, "apply": rng.choice(["mean", Outer()])}
+    return {"topology": topology, "apply": rng.choice(["mean", Outer()]), "filters": rng.choice([(), (), _chain(rng)])}
 
 
 def _mirrored(rng: random.Random, replicas: int) -> Knobs:

@@ -22,7 +22,7 @@ from flowml.plan import StoreSpec, Training
 from flowml.policy import Consensus, Gossip, Mix, Outer, Policy, Weights
 from flowml.policy.apply import base_of
 from flowml.policy.filters import RESIDUAL
-from flowml.training.local import anchor, fold, join, mix, outer_mix, report, sending, taking
+from flowml.training.local import anchor, drawn, fold, join, mix, outer_mix, report, sending, taking
 from flowml.training.pieces import pieces
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ensure
@@ -73,7 +73,9 @@ def _tasks(store: StoreSpec) -> dict[int, Task]:
     if local.fold is not None and local.mix is not None and isinstance(policy.remote, Gossip):
         outer = partial(outer_mix, lambda gradient, params: (params - gradient,), 1, policy.remote.pull)
         found[local.fold] = fold
-        found[local.mix] = join if policy.mirrored else outer if isinstance(policy.apply, Outer) else mix
+        followed = partial(drawn, policy.remote.pull)
+        plain = followed if policy.tracked else outer if isinstance(policy.apply, Outer) else mix
+        found[local.mix] = join if policy.mirrored else plain
     return found
 
 
@@ -200,7 +202,7 @@ class Matrices(Arithmetic):
         if isinstance(policy.payload, Weights) or isinstance(policy.remote, Gossip):
             return total
         if isinstance(kind, Consensus):
-            self._reports[key] = self._reports[key] - total / senders
+            self._reports[key] = self._reports[key] - total / len(self._training.replicas)
             return self._reports[key]
         return before - total
 

@@ -68,6 +68,8 @@ class OwnValues(OwnRhythm):
         self._send = None if spec.local.send is None else tasks[spec.local.send]
         self._take = None if spec.local.take is None else tasks[spec.local.take]
         site = spec.site_of(replica)
+        self._stands_for = len(site.replicas) if site else 1
+        """The replicas for which its reports count in a consensus, whose home divides by the number of all replicas."""
         added = plan.training.microbatches * (len(site.replicas) if site else 1)
         self._coefficients = aligned_copy(np.full((2, 1), 1 / added, self.dtype))
         self._own = len(spec.local.state) - spec.local.outer
@@ -106,7 +108,12 @@ class OwnValues(OwnRhythm):
             count = len(self.params)
             results = self._send(*self.started, *self.params, *self.kept[count:])
             self.kept = results[count:]
-            return results[:count]
+            return results[:count] if self._stands_for == 1 else [_times(a, self._stands_for) for a in results[:count]]
         delta = self._send(*self.started, *self.params)
         self.started = self.params
         return delta
+
+
+def _times(array: Array, factor: int) -> Array:
+    found = np.asarray(array)
+    return aligned_copy((found * np.asarray(factor, found.dtype)).astype(found.dtype))

@@ -34,11 +34,18 @@ MOST_PENDING = 8
 class PublicCopy:
     """What the readers of one store hold of it. Its home uses it in the order of versions."""
 
-    def __init__(self, spec: StoreSpec, seed: tuple[int, ...], kernels: filters.Run = filters.on_numpy) -> None:
+    def __init__(
+        self,
+        spec: StoreSpec,
+        seed: tuple[int, ...],
+        kernels: filters.Run = filters.on_numpy,
+        chain: filters.Chain | None = None,
+    ) -> None:
+        """`chain`: the filters, by default those of what the home publishes."""
         self.values: Sequence[Array] = ()
         self.buffers: list[filters.State] = []
         self._spec = spec
-        self._chain = spec.policy.pull_filters
+        self._chain = spec.policy.pull_filters if chain is None else chain
         self._seed = seed
         self._kernels = kernels
         self._version = WHOLE
@@ -72,9 +79,18 @@ class PublicCopy:
 class Reader:
     """Decodes the versions of one store on one worker. They come in order."""
 
-    def __init__(self, spec: StoreSpec, kernels: filters.Run = filters.on_numpy) -> None:
+    def __init__(
+        self,
+        spec: StoreSpec,
+        kernels: filters.Run = filters.on_numpy,
+        chain: filters.Chain | None = None,
+        whose: str = "the home",
+    ) -> None:
+        """`chain` is as in `PublicCopy`; `whose` are the versions."""
         self._spec = spec
         self._kernels = kernels
+        self._chain = spec.policy.pull_filters if chain is None else chain
+        self._whose = whose
         self._buffers: list[filters.State] = [{} for _ in spec.specs]
 
     def view(self, version: int, base: int, arrays: Sequence[Array], before: StoreView | None) -> StoreView:
@@ -87,19 +103,22 @@ class Reader:
         return view if view.pending <= MOST_PENDING else StoreView(version, view.values)
 
     def _add(self, before: StoreView, arrays: Sequence[Array]) -> Sequence[Array]:
-        copy = before.values
+        return self.added(before.values, arrays)
+
+    def added(self, copy: Sequence[Array], arrays: Sequence[Array]) -> Sequence[Array]:
+        """The copy after the one that the difference refers to."""
         return [_added(value, decoded) for value, decoded in zip(copy, self._decoded(arrays), strict=True)]
 
     def _decoded(self, arrays: Sequence[Array]) -> Sequence[Array]:
         left, found = iter([np.asarray(a) for a in arrays]), list[Array]()
         for i, form in enumerate(map(filters.Form.of, self._spec.specs)):
-            chain, before = self._spec.policy.pull_filters, self._buffers[i]
+            before = self._buffers[i]
             try:
-                value, self._buffers[i] = filters.decode(chain, left, form, before, self._kernels)
+                value, self._buffers[i] = filters.decode(self._chain, left, form, before, self._kernels)
             except filters.EncodingError as error:
                 raise FlowmlError(
-                    f"the home of layer {self._spec.name!r} published what its filters cannot have made: {error}; see "
-                    "whether all workers run the same version of flowml"
+                    f"{self._whose} of layer {self._spec.name!r} published what its filters cannot have made: "
+                    f"{error}; see whether all workers run the same version of flowml"
                 ) from None
             found.append(value)
         return found

@@ -271,12 +271,13 @@ class StageRunner(EdgeServices):
                 self._neighbours[store].begin(clock, own, self._now.cause)
         return self.adopt([values[i] for i in leaves])
 
-    def _published(self, step: int, store: int) -> Sequence[Array]:
-        """The newest published parameters, once they are fresh enough for this step. A site gets them by its leader."""
-        spec = self.run.training.stores[store]
+    def _published(self, step: int, store: int, after: int = 0) -> Sequence[Array]:
+        """The newest published parameters, once they are fresh enough for this step. A site gets them by its leader, of
+        whom it hears once for each clock: those at the end of a step are the ones `after` it."""
+        spec, heard = self.run.training.stores[store], self._now.clock + after
         member = None if spec.collective else self._members.get(store)  # else the leader's home publishes to its site
         if member is not None and not member.leads:
-            return member.hear(self._now.clock, self._in_vain)
+            return member.hear(heard, self._in_vain)
         with self.run.changed:
             if self.machine.takes(store, self._now.clock):
                 fresh = partial(self.machine.may_read, store, self._now.clock)
@@ -290,7 +291,7 @@ class StageRunner(EdgeServices):
         if self._encoder.compares(store):
             self._compared[store] = values
         if member is not None and not member.served:
-            member.tell(self._now.clock, values, self._now.cause, self._read_versions[store])
+            member.tell(heard, values, self._now.cause, self._read_versions[store])
         return values
 
     def _take(self, step: int, store: int, own: OwnValues) -> None:
@@ -405,7 +406,7 @@ class StageRunner(EdgeServices):
             own.pushed() * self.run.training.microbatches,
         )
         if own.mixes:
-            own.take(clock, self.adopt(self._published(step, store)))
+            own.take(clock, self.adopt(self._published(step, store, after=1)))
         return sent
 
     def _exchange(self, store: int, own: OwnValues, before: Sequence[Array]) -> None:

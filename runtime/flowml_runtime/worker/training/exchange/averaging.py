@@ -2,7 +2,8 @@
 
 With an outer optimizer a replica sends its parameters at the beginning of the round, y, and at its end, x. With their
 averages Y and X the gradient of the optimizer, which updates y, is Y - X + pull (y - Y) (Kolehmainen et al., NoLoCo,
-2025). Else it sends those before its step, and adds what the step has added to them.
+2025). With filters that lose something it sends at the end of its step too, and moves by what public copies say
+(`copies`). Else it sends those before its step, and adds what the step has added to them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Averaging:
     def mix(
         self, own: OwnValues, before: Sequence[Array], weights: Mapping[int, float], sent: Mapping[int, Sequence[Array]]
     ) -> None:
-        """End a round. `before` are the own parameters before the step; `sent` is by replica, and has the own one."""
+        """End a round. `before` are the own parameters before the step, or the own public copy; `sent` is by replica,
+        and has the own one."""
         before = own.started if self.outer else before
         total: Sequence[Array] = [
             aligned_copy(np.zeros(struct.shape, struct.dtype)) for struct in map(buffer_struct, self._local.accumulator)
