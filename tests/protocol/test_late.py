@@ -147,7 +147,7 @@ def test_without_clocks_a_home_applies_as_many_as_the_quorum_says() -> None:
 
 def test_a_reader_at_its_bound_does_not_wait_for_a_quorum() -> None:
     machine = home(Policy(staleness=1, quorum=Quorum(2, late="fold")), replicas=2)
-    assert applied(machine.step(part(0, 0, 1))) == [(1, 0.5)]
+    assert applied(machine.step(part(0, 0, 1))) == [(1, 0.25)], "it counts as one of two"
 
 
 def test_the_fate_of_an_item_is_that_of_all_its_groups() -> None:

@@ -20,7 +20,7 @@ def test_the_floor_does_not_pass_a_contribution_that_waits() -> None:
     assert not [a for a in home.step(ContributionReceived(0, 0, 1, 0, 0, 0, 1, 9)) if isinstance(a, Apply)]
     wanted = home.step(StageRetired(1, 0))
     home.validate()
-    assert [a.contributions for a in wanted if isinstance(a, Apply)] == [(((9,), 1.0),)]
+    assert [a.contributions for a in wanted if isinstance(a, Apply)] == [(((9,), 1 / 3),)]
     assert [(a.version, a.floor) for a in wanted if isinstance(a, Publish)] == [(2, 1)]
 
 

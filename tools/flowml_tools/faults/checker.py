@@ -159,9 +159,10 @@ def _arrivals(seen: Timeline, home: str, store: int) -> Iterator[str]:
         if seen.whole and (replica, clock) not in applied and replica not in seen.lost:
             yield f"{where} has lost the contribution of {_named((replica, clock))}"
     senders = terms.stores[store].senders(terms.replicas)
-    need = policy.quorum.need(len(senders))
     for apply in made:
-        due = seen.coefficients(store, [seen.weight(home, store, *k) for k in apply.keys])
+        need = policy.quorum.need(len(set(senders) - seen.lost_to(home, apply.place)))
+        weights = [seen.weight(home, store, *k) for k in apply.keys]
+        due = seen.coefficients(store, weights, max(need - len(weights), 0) * max(weights))
         if not all(math.isclose(f, d, rel_tol=_CLOSE) for f, d in zip(apply.factors, due, strict=True)):
             yield f"version {apply.action.version} of {where} has coefficients {apply.factors} in place of {due}"
         leaving = seen.leaving_at(home, apply.place)

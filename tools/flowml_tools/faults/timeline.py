@@ -174,6 +174,9 @@ class Timeline:
     def gone_at(self, who: str, place: int) -> frozenset[int]:
         return frozenset(r for at, r in self._gone[who] if at <= place)
 
+    def lost_to(self, who: str, place: int) -> frozenset[int]:
+        return frozenset(r for at, r in self._lost[who] if at <= place)
+
     def leaving_at(self, who: str, place: int) -> frozenset[int]:
         return frozenset(r for at, r in self._leaving[who] if at <= place)
 

@@ -12,7 +12,8 @@
 * A store that is not clocked applies contributions when as many are complete as its quorum says, or as soon as a reader
   may wait for one of them. It tells a replica which version it may wait for: the one that holds its contribution, or
   the newest one if the contribution waits for others. The floor is the least over all replicas of one more than the
-  clock of the newest contribution that is applied. What a replica leaves waiting when it retires is applied then.
+  clock of the newest contribution that is applied. What a replica leaves waiting when it retires is applied then. In
+  a mean over fewer than the quorum, each contribution counts as in one over all of it.
 * Replicas update a shared store themselves, and its home counts the updates (`Updated`). A repeated one is an error.
 * A collective store has a home on every worker that reads it. Each home gets the sum of all replicas' contributions of
   a clock, under the name of replica 0. It applies the sum when it is complete, and moves the floor. So all homes
@@ -232,18 +233,23 @@ class Home:
 
     def _is_enough(self, store: Store, clocks: Clocks) -> bool:
         """Whether the kept contributions may be applied: there is a quorum of them, or a reader may wait for them."""
-        need = store.terms.policy.quorum.need(len(store.senders))
-        return len(store.batch) >= min(need, clocks.active) or clocks.awaits(store.batch, store.terms.policy.staleness)
+        need = min(self._need(store), clocks.active)
+        return len(store.batch) >= need or clocks.awaits(store.batch, store.terms.policy.staleness)
+
+    def _need(self, store: Store) -> int:
+        """The number of contributions that are applied together. A share is one of the replicas that are not lost."""
+        return store.terms.policy.quorum.need(len(store.senders) - len(self._lost.intersection(store.senders)))
 
     def _apply_batch(self, index: int, clocks: Clocks) -> list[Action]:
-        """Apply what is kept."""
+        """Apply what is kept. If that is less than the quorum, as at the end, each still counts as in a full one."""
         store = self._stores[index]
+        missing = max(self._need(store) - len(store.batch), 0)
         batch, store.batch = sorted(store.batch.items()), {}
         for (replica, clock), _ in batch:
             if clocks[replica] < RETIRED:
                 clocks.raise_to(max(clocks[replica], clock + 1), replica)
         store.floor = clocks.floor
-        return self._apply(index, [(gathering, 1.0) for _, gathering in batch])
+        return self._apply(index, [(gathering, 1.0) for _, gathering in batch], missing=missing)
 
     def _commit(self, event: Committed) -> list[Action]:
         actions: list[Action] = []
@@ -299,12 +305,18 @@ class Home:
         return [*rest, *self._apply(index, used, exact=True)]
 
     def _apply(
-        self, index: int, chosen: list[tuple[Gathering, float]], *, living: list[int] | None = None, exact: bool = False
+        self,
+        index: int,
+        chosen: list[tuple[Gathering, float]],
+        *,
+        living: list[int] | None = None,
+        missing: int = 0,
+        exact: bool = False,
     ) -> list[Action]:
         """Apply the contributions that have weight, and publish. The caller has set the floor.
 
         Each comes with a factor of its coefficient, or with the coefficient itself if `exact`. A mean is one over the
-        contributions that are here, or over those of all `living` senders.
+        contributions that are here and as many more as are `missing`, or over those of all `living` senders.
         """
         store = self._stores[index]
         weighed = [(g, factor, g.weight) for g, factor in chosen]
@@ -317,7 +329,7 @@ class Home:
         factors = [factor for _, factor in full]
         if not exact:
             weights = [weight for _, _, weight in weighed if weight]
-            absent = 0 if living is None else store.absent((g for g, _ in full), living)
+            absent = missing * max(weights) if living is None else store.absent((g for g, _ in full), living)
             each = store.terms.policy.coefficients(weights, self._terms.microbatches, absent)
             factors = [c * factor for c, factor in zip(each, factors, strict=True)]
         contributions = tuple((g.handles(), c) for (g, _), c in zip(full, factors, strict=True))

@@ -1,0 +1,52 @@
+"""With `Quorum(k, late="fold")` and a staleness, each contribution counts 1 / k, however many are applied together."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+from flowml.policy import UNBOUNDED, Policy, Quorum
+from flowml_runtime.protocol.training.home import Apply, Home, StageRetired, StoreLoaded
+from flowml_runtime.protocol.training.store import ContributionReceived
+from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
+
+
+def linear(w: jax.Array, batch: dict[str, jax.Array]) -> jax.Array:
+    """Its gradient is 1 wherever the parameter is."""
+    return jnp.mean(batch["x"]) * w
+
+
+@pytest.mark.parametrize(("replicas", "n", "steps"), [(2, 1, 3), (4, 2, 3), (3, 1.5, 2), (5, 2, 3)])
+def test_the_update_of_a_fit_is_that_of_all_its_work_items(replicas: int, n: float, steps: int) -> None:
+    source = {"x": np.ones(replicas * steps, np.float32)}
+    machines = fm.sim.Straggler(fm.sim.Constant(0.1), 3.5, workers=[0])
+    cluster = fm.SimulatedCluster(replicas, machines, fm.sim.Network(1e-4, 1e9), arithmetic=True)
+    policy = fm.policies.softsync(n, scale=False)
+    trainer = fm.Trainer(linear, optax.sgd(1.0), cluster=cluster, replicas=replicas, policies=policy)
+    result = trainer.fit(jnp.zeros(()), source, batch_size=replicas, steps=steps, progress=False)
+    need = policy.quorum.need(replicas)
+    assert result.ledger.used == replicas * steps
+    assert float(result.params) == pytest.approx(-replicas * steps / need)
+
+
+def test_a_share_is_one_of_the_replicas_that_are_not_lost() -> None:
+    policy = Policy(staleness=UNBOUNDED, quorum=Quorum(0.5, late="fold"))
+    home = Home(Terms(4, 1, 1, (StoreTerms((0,), policy),), 8), [0])
+    home.step(StoreLoaded(0))
+    for replica in (2, 3):
+        home.step(ReplicaLost(replica))
+    (apply,) = (a for a in home.step(ContributionReceived(0, 0, 0, 0, 0, 0, 1, 7)) if isinstance(a, Apply))
+    assert apply.contributions == (((7,), 1.0),), "one is half of two"
+
+
+def test_a_count_stays_a_count() -> None:
+    home = Home(Terms(3, 1, 1, (StoreTerms((0,), Policy(staleness=9, quorum=Quorum(3, late="fold"))),), 8), [0])
+    home.step(StoreLoaded(0))
+    home.step(ContributionReceived(0, 0, 0, 0, 0, 0, 1, 7))
+    home.step(StageRetired(1, 0))
+    (apply,) = (a for a in home.step(StageRetired(2, 0)) if isinstance(a, Apply))
+    assert apply.contributions == (((7,), 1 / 3),)
