@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import msgspec
 
 from flowml.devices import Device, as_devices
 from flowml.errors import WorkerLostError
 from flowml.placement.links import SAME_PROCESS
-from flowml.plan import ArraySpec
+from flowml.plan import ArraySpec, Plan
 from flowml_runtime import wire
+from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.session import Session
 from flowml_runtime.worker.worker import Worker
 
@@ -74,6 +76,22 @@ class Network:
             worker = self.start(n, devices[n] if devices else jax.local_devices()[0])
             if local:
                 self.session.attach(worker)
+
+    def load(self, plan: Plan, deadline_s: float) -> LoadedPlan:
+        """Load a plan whose steps wait so long on the workers, whatever the deadlines of the driver and other plans."""
+        driver: Any = self.driver
+        send = driver.send
+
+        def send_with_deadline(peer: str, message: wire.Wire, arrays: Sequence[Any] = (), *limit: float | None) -> None:
+            if isinstance(message, wire.LoadPlan):
+                message = msgspec.structs.replace(message, deadline_s=deadline_s)
+            send(peer, message, arrays, *limit)
+
+        driver.send = send_with_deadline
+        try:
+            return self.session.load(plan)
+        finally:
+            driver.send = send
 
     def start(self, number: int, device: Any = None) -> Worker:
         """A worker under this number, be it the first or one that takes the place of one that was lost."""

@@ -1,4 +1,4 @@
-"""Random scheduling delays for processes that the test started: each is stopped for a while, again and again."""
+"""Processes that the test started stand still: one for a block, or each for a random while, again and again."""
 
 from __future__ import annotations
 
@@ -7,9 +7,33 @@ import signal
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import psutil
+
+from tests.conftest import wait_until
+
+
+def stop(pid: int) -> None:
+    """Stop a process, and return when all of its threads have stopped. One that runs may answer until then."""
+    psutil.Process(pid).send_signal(signal.SIGSTOP)
+    states = Path(f"/proc/{pid}/task").glob
+    wait_until(lambda: all(_state(s) == "T" for s in states("*/stat")), f"all threads of process {pid} are stopped")
+
+
+def _state(stat: Path) -> str:
+    return stat.read_text().rpartition(")")[2].split()[0]
+
+
+@contextmanager
+def stopped(pid: int) -> Generator[None]:
+    """In the block the process stands still."""
+    try:
+        stop(pid)
+        yield
+    finally:
+        psutil.Process(pid).send_signal(signal.SIGCONT)
 
 
 @contextmanager

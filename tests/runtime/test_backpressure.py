@@ -112,8 +112,8 @@ def test_a_step_that_is_given_up_gives_its_room_back() -> None:
 
 def test_a_consumer_that_never_goes_on_is_named_at_the_deadline() -> None:
     gate = Gate("for ever")
-    with Network(deadline_s=0.5) as network:
-        handle = network.session.load(held_up("for ever"))
+    with Network() as network:
+        handle = network.load(held_up("for ever"), deadline_s=1.0)
         futures = [network.session.submit(handle, [np.float32(n)]) for n in range(6)]
         assert gate.entered.acquire(timeout=30)
         with pytest.raises(DeadlineError, match=r"worker:1/cpu:0 to take earlier values of worker:0/cpu:0 -> worker:1"):

@@ -25,6 +25,7 @@ from flowml_runtime.cluster import current_cluster
 from flowml_runtime.environment.machine import share_cores
 from flowml_runtime.launch.launched import LaunchedCluster
 from tests.conftest import wait_until
+from tests.stalls import stop
 
 NoLeaks = Callable[[], AbstractContextManager[None]]
 NOTICED_S = 4.0
@@ -133,11 +134,10 @@ def test_a_killed_worker_surfaces_at_once() -> None:
     with fm.Cluster.local(workers=2) as cluster:
         f = two_workers(cluster)
         f(jnp.ones(3))
-        began = time.monotonic()
         os.kill(cluster.pids["worker:1"], signal.SIGKILL)
         with pytest.raises(fm.WorkerLostError, match="worker:1") as caught:
             call_until_it_fails(f)
-        assert time.monotonic() - began < NOTICED_S
+        assert "heartbeat" not in str(caught.value), "that would take 5 s"
         assert caught.value.worker == "worker:1"
         wait_until(lambda: [d.name for d in cluster.devices] == ["worker:0/cpu:0"], "its device is gone", NOTICED_S)
         np.testing.assert_allclose(fm.dataflow(net, cluster=cluster)(jnp.ones(3)), net(jnp.ones(3)), rtol=1e-6)
@@ -147,11 +147,9 @@ def test_a_suspended_worker_is_lost_after_the_timeout() -> None:
     with fm.Cluster.local(workers=2) as cluster:
         f = two_workers(cluster)
         f(jnp.ones(3))
-        os.kill(cluster.pids["worker:1"], signal.SIGSTOP)
-        began = time.monotonic()
+        stop(cluster.pids["worker:1"])
         with pytest.raises(fm.WorkerLostError, match="no heartbeat for 5 s"):
             f(jnp.ones(3))
-        assert time.monotonic() - began < 5.0 + NOTICED_S
 
 
 def test_without_the_zygote_all_workers_are_lost_and_say_so(no_leaks: NoLeaks) -> None:
@@ -338,8 +336,12 @@ def test_a_port_in_use_is_said_so(launched: LaunchedCluster, no_leaks: NoLeaks) 
         LaunchedCluster(bind=launched.address, workers=1)
 
 
-def test_eight_workers_start_in_a_few_times_what_one_takes() -> None:
-    began = time.monotonic()
-    with fm.Cluster.local(workers=8) as cluster:
-        assert len(cluster.devices) == 8
-    assert time.monotonic() - began < 20.0
+def test_eight_workers_start_with_little_more_work_than_one() -> None:
+    """They are forks of one process, which alone imports what all need."""
+    spent_s: list[float] = []
+    for count in (1, 8):
+        with fm.Cluster.local(workers=count) as cluster:
+            assert len(cluster.devices) == count
+            processes = psutil.Process().children(recursive=True)
+            spent_s.append(sum(t.user + t.system for t in (p.cpu_times() for p in processes)))
+    assert spent_s[1] < 3 * spent_s[0], "eight that import it would take nearly eight times as long"

@@ -36,8 +36,8 @@ def refuse_negative(x: Any) -> Any:
 
 
 def test_a_stuck_transfer_names_its_edge_both_devices_and_the_step() -> None:
-    with Network(deadline_s=0.2) as network:
-        stuck = network.session.load(never_sent())
+    with Network() as network:
+        stuck = network.load(never_sent(), deadline_s=0.2)
         fine = network.session.load(chain())
         for step in range(2):
             with pytest.raises(DeadlineError) as caught:
@@ -266,7 +266,7 @@ def wait_for_a_kill(path: str, x: Any) -> Any:
     return x
 
 
-def test_a_killed_process_surfaces_within_seconds_and_leaves_nothing(tmp_path: Path, no_leaks: NoLeaks) -> None:
+def test_a_killed_process_surfaces_at_once_and_leaves_nothing(tmp_path: Path, no_leaks: NoLeaks) -> None:
     begun = tmp_path / "begun"
     with no_leaks(), fm.Cluster.local(workers=2, allow_python=True) as cluster:
         session = cluster.session
@@ -276,12 +276,11 @@ def test_a_killed_process_surfaces_within_seconds_and_leaves_nothing(tmp_path: P
         futures = [session.submit(handle, [X - 1]) for _ in range(2)]
         wait_until(begun.exists, "worker 0 is in the middle of a step")
         os.kill(cluster.pids["worker:0"], signal.SIGKILL)
-        killed = time.monotonic()
         for step, future in enumerate(futures, start=1):
             error = future.exception(timeout=30)
             assert isinstance(error, WorkerLostError)
             assert (error.worker, error.step) == ("worker:0", step)
-        assert time.monotonic() - killed < 5
+            assert "heartbeat" not in str(error), "that would take 5 s"
         with pytest.raises(WorkerLostError, match="worker:0 was lost"):
             session.submit(handle, [X])
         assert session.submit(alone, [X]).exception(timeout=30) is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +23,11 @@ from flowml.plan import ArraySpec
 from flowml_runtime import wire
 from flowml_runtime.links import cache as remembered
 from flowml_runtime.links.cache import FRESH_S, MAX_FIGURES, RememberedLinks, links_file
-from flowml_runtime.links.prober import Prober
+from flowml_runtime.links.prober import LEAST_BYTES, ROUND_TRIPS, Prober
 from flowml_runtime.transport.endpoint import ThreadHub
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from tests.conftest import wait_until
+from tests.stalls import stop
 
 TOKEN = "a token for tests"
 WAYS = (SAME_PROCESS, SHARED_MEMORY, GRPC)
@@ -71,10 +71,10 @@ def test_a_link_is_measured_by_the_way_that_it_is(probers: Probers, way: str, no
     a, _ = probers("a", "b")
     began = time.monotonic()
     link = a.measure("b")
-    assert time.monotonic() - began < 2.0  # well under a second on a machine with nothing else to do
+    took_s = time.monotonic() - began
     assert (link.way, link.measured) == (way, True)
-    assert 1e-7 < link.latency_s < 0.05
-    assert link.bytes_per_s > 1e7
+    assert 1e-7 < link.latency_s <= took_s / ROUND_TRIPS, "half of the round trips took twice as long or longer"
+    assert link.bytes_per_s >= LEAST_BYTES / took_s
 
 
 def test_a_peer_measures_a_link_of_its_own_when_asked(probers: Probers, way: str) -> None:
@@ -293,7 +293,7 @@ def test_measuring_a_stopped_worker_ends_and_names_it() -> None:
     """The reason depends on which of the two is asked: it waits for an answer, or is lost itself."""
     with fm.Cluster.local(workers=2) as cluster:
         cluster.measure_links()
-        os.kill(cluster.pids["worker:1"], signal.SIGSTOP)
+        stop(cluster.pids["worker:1"])
         with pytest.warns(
             fm.FlowmlWarning, match=r"some links were not measured .*worker:1 (was lost: no heartbeat|did not answer)"
         ):

