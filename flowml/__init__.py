@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flowml import sim as sim
     from flowml.compiler import compile as compile
     from flowml.devices import Device as Device
+    from flowml.errors import CheckpointError as CheckpointError
     from flowml.errors import ClusterError as ClusterError
     from flowml.errors import DeadlineError as DeadlineError
     from flowml.errors import DivergedError as DivergedError
@@ -71,6 +72,9 @@ if TYPE_CHECKING:
     from flowml.policy import named as policies  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from flowml_runtime.cluster import Cluster as Cluster
     from flowml_runtime.dataflow import dataflow as dataflow
+    from flowml_runtime.driver.checkpoint import Checkpoint as Checkpoint
+    from flowml_runtime.driver.checkpoint import Restored as Restored
+    from flowml_runtime.driver.checkpoint import restore as restore
     from flowml_runtime.driver.remote import Remote as Remote
     from flowml_runtime.driver.training.result import TrainingResult as TrainingResult
     from flowml_runtime.put import put as put
@@ -84,6 +88,7 @@ _HOMES = {
     "sim": "flowml.sim",
     "compile": "flowml.compiler",
     "Device": "flowml.devices",
+    "CheckpointError": "flowml.errors",
     "ClusterError": "flowml.errors",
     "DeadlineError": "flowml.errors",
     "DivergedError": "flowml.errors",
@@ -140,6 +145,9 @@ _HOMES = {
     "put": "flowml_runtime.put",
     "Remote": "flowml_runtime.driver.remote",
     "SimulatedCluster": "flowml_runtime.sim.cluster",
+    "Checkpoint": "flowml_runtime.driver.checkpoint",
+    "Restored": "flowml_runtime.driver.checkpoint",
+    "restore": "flowml_runtime.driver.checkpoint",
     "Trainer": "flowml_runtime.trainer",
     "TrainingResult": "flowml_runtime.driver.training.result",
 }

@@ -73,6 +73,10 @@ class ClusterError(FlowmlError):
     """A cluster could not be started, joined or reached, because of its version, token, address or TLS files."""
 
 
+class CheckpointError(FlowmlError, ValueError):
+    """A checkpoint cannot be read, or belongs to another fit."""
+
+
 class SimulationError(FlowmlError, ValueError):
     """A model of a simulated machine or network makes no sense, or the models of a simulated cluster do not fit."""
 

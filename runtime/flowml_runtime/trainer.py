@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from flowml.ir._jax import jit_is_off, path_name, trace_context
 from flowml.leaves import why_no_array
 from flowml.numbers import whole_number
 from flowml.placement import Placement
-from flowml.plan import Plan
+from flowml.plan import Plan, Training
 from flowml.policy import Policy
 from flowml.training.compiler import TrainingCompiled, TrainingSpec, compile_training
 from flowml.training.local import Restarting
@@ -36,6 +36,7 @@ from flowml.training.step import Weight, name_of
 from flowml.training.variants import difference, placed_alike
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.current import blocks
+from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.interrupts import heeding_interrupts
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import shown
@@ -46,6 +47,9 @@ from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
 from flowml_runtime.driver.training.probe import mean_warning
 from flowml_runtime.driver.training.result import TrainingResult, result_of, with_shapes
+from flowml_runtime.driver.training.resuming import saving_of
+from flowml_runtime.driver.training.saving import Saving
+from flowml_runtime.driver.training.snapshots import Figures, figures
 from flowml_runtime.driver.training.training_session import TrainingCluster, TrainingSession
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.sim.cluster import SimulatedCluster
@@ -66,6 +70,12 @@ class _Program:
     handle: LoadedPlan | None = None
     next_step: int = 0
 
+    @property
+    def training(self) -> Training:
+        training = self.compiled.plan.training
+        assert training is not None
+        return training
+
     def load(self) -> LoadedPlan:
         """Load the plan on its workers, or load it again if one of them was lost and is back."""
         known = self.handle
@@ -74,11 +84,9 @@ class _Program:
 
     def reserve(self, total: int) -> int:
         """Reserve step numbers for a fit of `total` steps; returns the first. No other fit of the plan uses them."""
-        training = self.compiled.plan.training
-        assert training is not None
         first = self.next_step
-        end = first + Terms.of(training, total).most_clocks
-        whole_number("the number of work items of all fits of this Trainer", end * len(training.replicas))
+        end = first + Terms.of(self.training, total).most_clocks
+        whole_number("the number of work items of all fits of this Trainer", end * len(self.training.replicas))
         self.next_step = end
         return first
 
@@ -176,6 +184,8 @@ class Trainer:
         opt_state: Any = None,
         callbacks: Sequence[Callback] = (),
         progress: bool | None = None,
+        checkpoint: Checkpoint | None = None,
+        resume: Literal["auto"] | None = None,
     ) -> TrainingResult:
         """Train from `params` and return the result. The arguments are not modified.
 
@@ -195,11 +205,16 @@ class Trainer:
             callbacks: called with each step's record, in the caller's thread. The workers run at most two steps ahead
                 and then wait; a callback longer than the cluster's `deadline_s` may make them miss a deadline.
             progress: show a line of progress on stderr. The default is to show it if stderr is a terminal.
+            checkpoint: where and how often to write snapshots, from which a later fit goes on.
+            resume: `"auto"` goes on from the newest complete snapshot of `checkpoint`, or begins if there is none.
+                Epochs or steps are those of the whole fit. Values then come from the snapshot, the history begins with
+                the first new step, and the ledger counts the whole fit.
 
         Raises:
             ValueError: if the batch size does not divide, the source is too small, or a batch does not fit the loss.
             WorkerLostError, WorkerError, DeadlineError: within seconds, if a worker fails.
             FlowmlError: if a fit of this trainer is already running.
+            CheckpointError: if the snapshot belongs to another fit, or all are damaged.
         """
         data, callbacks = as_source(source), _callbacks(callbacks)
         batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
@@ -207,33 +222,56 @@ class Trainer:
         total = _total_steps(data, batch_size, epochs, steps)
         _check_values(params, "parameter")
         cluster = self._here()
-        workers = workers_of(cluster.devices, self._delays)
+        workers_of(cluster.devices, self._delays)  # raises an error before anything is compiled
         with self._alone(), heeding_interrupts() as interrupts:
             order = epoch_order(data.examples, seed, 0, shuffle=shuffle)
             structs, batch = _structs(params, "parameter"), self._first_batch(data, order, batch_size)
             program = self._program(cluster, structs, batch)
-            params = jax.tree_util.tree_map(_own, params)
-            state = self._state(params, opt_state, program.compiled.outer)
+            about = figures(program.training, data, batch_size, seed, shuffle)
+            saving = self._saving(cluster, program, params, opt_state, (checkpoint, resume), about)
+            params, state = saving.trees
             interrupts.check()
             handle = program.load()
             self._look_at_loss(program, params, data, order, batch_size)
-            run = program.reserve(total)
-            options = FitOptions(
-                run=run,
-                total=total,
-                batch_size=batch_size,
-                seed=seed,
-                shuffle=shuffle,
-                delays=rows_of(self._delays, workers, seed, program.next_step - run),
-                check_replicas=self._check_replicas,
-                on_nonfinite=self._on_nonfinite,
-                progress=progress,
-            )
+            options = self._options(cluster, program, total, about, progress)
             variant = partial(self._variant, cluster, program, structs)
-            fit = Fit(cluster.session, handle, data, options, program.compiled, variant, interrupts)
+            fit = Fit(cluster.session, handle, data, options, program.compiled, variant, interrupts, saving)
             leaves = jax.tree_util.tree_leaves
             outcome = fit.run(leaves(params), leaves(state), callbacks)
         return _told(cluster, result_of(params, state, outcome, with_shapes(program.compiled.plan, fit.shapes)))
+
+    def _options(
+        self, cluster: TrainingCluster, program: _Program, total: int, about: Figures, progress: bool | None
+    ) -> FitOptions:
+        run = program.reserve(total)
+        workers = workers_of(cluster.devices, self._delays)
+        return FitOptions(
+            run=run,
+            total=total,
+            batch_size=about.batch_size,
+            seed=about.seed,
+            shuffle=about.shuffle,
+            delays=rows_of(self._delays, workers, about.seed, program.next_step - run),
+            check_replicas=self._check_replicas,
+            on_nonfinite=self._on_nonfinite,
+            progress=progress,
+        )
+
+    def _saving(
+        self,
+        cluster: TrainingCluster,
+        program: _Program,
+        params: Any,
+        opt_state: Any,
+        asked: tuple[Checkpoint | None, Literal["auto"] | None],
+        about: Figures,
+    ) -> Saving:
+        """The values with which a fit begins, and its snapshots. `asked` are `checkpoint` and `resume`."""
+        params = jax.tree_util.tree_map(_own, params)
+        state = self._state(params, opt_state, program.compiled.outer)
+        if asked[0] is not None and isinstance(cluster, SimulatedCluster):
+            raise UnsupportedError("a simulated fit writes no checkpoints; leave checkpoint= out")
+        return saving_of(*asked, program.training, (params, state), about)
 
     def _look_at_loss(self, program: _Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
         """Warn once if the average of the loss over replicas and microbatches differs from the loss of the batch."""

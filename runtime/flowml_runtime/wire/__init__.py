@@ -24,6 +24,11 @@ from flowml_runtime.wire.base import Name as Name
 from flowml_runtime.wire.base import PlanMessage as PlanMessage
 from flowml_runtime.wire.base import Specs as Specs
 from flowml_runtime.wire.base import Text as Text
+from flowml_runtime.wire.snapshot import Buffers as Buffers
+from flowml_runtime.wire.snapshot import Export as Export
+from flowml_runtime.wire.snapshot import Exported as Exported
+from flowml_runtime.wire.snapshot import Hold as Hold
+from flowml_runtime.wire.snapshot import Paused as Paused
 from flowml_runtime.wire.training import Applied as Applied
 from flowml_runtime.wire.training import Arrived as Arrived
 from flowml_runtime.wire.training import Ask as Ask
@@ -44,12 +49,16 @@ from flowml_runtime.wire.training import Report as Report
 from flowml_runtime.wire.training import Retired as Retired
 from flowml_runtime.wire.training import Settled as Settled
 from flowml_runtime.wire.training import Source as Source
+from flowml_runtime.wire.training import StageState as StageState
 from flowml_runtime.wire.training import Staleness as Staleness
 from flowml_runtime.wire.training import StartTraining as StartTraining
+from flowml_runtime.wire.training import Stopped as Stopped
 from flowml_runtime.wire.training import StopTraining as StopTraining
+from flowml_runtime.wire.training import StoreState as StoreState
 from flowml_runtime.wire.training import StoreValue as StoreValue
 from flowml_runtime.wire.training import Traffic as Traffic
 from flowml_runtime.wire.training import TrainingMessage as TrainingMessage
+from flowml_runtime.wire.training import Unsettled as Unsettled
 
 # Membership.
 
@@ -291,7 +300,7 @@ Wire = (
     | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | Gossip | Ask | Grant | Begin | Contribution | Arrived
     | Commit | Computed | Halt | Published | Applied | Collective | Settled | Report | NonFinite | Staleness | Traffic
-    | Retired | StopTraining
+    | Retired | StopTraining | Hold | Paused | Export | Exported | Buffers
 )
 # fmt: on
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from flowml.numbers import MOST
 from flowml.policy.waits import Waits
 from flowml_runtime.wire.base import Count, Name, PlanMessage
 
@@ -25,6 +26,57 @@ class Item(msgspec.Struct, frozen=True):
     copy: Count = 0
 
 
+Before = Annotated[int, msgspec.Meta(ge=-1, le=MOST)]
+"""A clock that is over, or -1 before the first."""
+
+
+class Unsettled(msgspec.Struct, frozen=True):
+    """A work item that a replica has begun, and whose fate is unknown in the groups `open`: see `protocol.accounts`."""
+
+    clock: Count
+    item: Item
+    open: tuple[Count, ...]
+    lost: tuple[Count, ...] = ()
+    counted: bool = False
+    folded: bool = False
+    left_out: Count | None = None
+
+
+class StageState(msgspec.Struct, frozen=True):
+    """Where the machine of a stage stood at a snapshot. `begun` is its newest clock, `committed` that of each group.
+
+    `pushed` are pairs (store, clock) of the newest pushes to stores that apply on arrival, `applied` say which version
+    holds such a push as (store, clock, version), and `taken` are pairs (store, clock) of the newest takes.
+    """
+
+    replica: Count
+    stage: Count
+    begun: Before
+    committed: tuple[Before, ...]
+    pushed: tuple[tuple[Count, Count], ...] = ()
+    applied: tuple[tuple[Count, Count, Count], ...] = ()
+    taken: tuple[tuple[Count, Count], ...] = ()
+    unsettled: tuple[Unsettled, ...] = ()
+
+
+class StoreState(msgspec.Struct, frozen=True):
+    """Where the machine of a store stood at a snapshot. `clocks` are those of replicas, if it applies on arrival."""
+
+    store: Count
+    version: Count
+    floor: Count
+    committed: Before = -1
+    clocks: tuple[Count, ...] = ()
+
+
+class Stopped(msgspec.Struct, frozen=True):
+    """Where all machines of a run stood at a snapshot. `clocks` are the next clocks of the replicas."""
+
+    clocks: tuple[Count, ...]
+    stages: tuple[StageState, ...]
+    stores: tuple[StoreState, ...]
+
+
 class TrainingMessage(PlanMessage, frozen=True, kw_only=True):
     """Base of the messages of a run. `cause` is the sender's number of the event that caused this message.
 
@@ -42,7 +94,8 @@ class StartTraining(TrainingMessage, frozen=True):
     `source` is "shipped" (arrays follow in `Source`) or "fed" (the driver sends each Batch). `delays` are artificial:
     (worker, seconds added to its steps: to that of clock n element n, modulo their number). Replicas compare their
     copies every `check_replicas` steps and at the end; 0: never. `on_nonfinite` says how
-    gradients with NaN or infinity are treated.
+    gradients with NaN or infinity are treated. Replicas stop before the clock `hold`, as with `Hold`. `stopped`: the
+    run goes on where a snapshot was taken, whose buffers follow.
     """
 
     total_clocks: Count
@@ -53,6 +106,8 @@ class StartTraining(TrainingMessage, frozen=True):
     delays: tuple[tuple[Name, tuple[float, ...]], ...] = ()
     check_replicas: Count = 0
     on_nonfinite: Literal["refuse", "raise", "apply"] = "refuse"
+    hold: Count = MOST
+    stopped: Stopped | None = None
 
 
 class Source(TrainingMessage, frozen=True):

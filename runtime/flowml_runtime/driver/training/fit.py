@@ -44,6 +44,7 @@ from flowml_runtime.driver.training.history import History, Record
 from flowml_runtime.driver.training.inbox import Entry, Lost
 from flowml_runtime.driver.training.observer import Observer
 from flowml_runtime.driver.training.outcome import FitOptions, Outcome, as_buffer, from_buffer
+from flowml_runtime.driver.training.saving import Saving
 from flowml_runtime.driver.training.tables import group_names
 from flowml_runtime.driver.training.training_session import IgnoreMessages, TrainingSession
 from flowml_runtime.execution.programs import buffer_struct
@@ -67,6 +68,7 @@ class Fit:
         compiled: TrainingCompiled,
         variant: Callable[[Any], LoadedPlan],
         interrupts: Interrupts,
+        saving: Saving,
     ) -> None:
         """`variant` loads a plan for global batches of other shapes, given as `jax.ShapeDtypeStruct`s."""
         training = handle.plan.training
@@ -79,6 +81,7 @@ class Fit:
         self._training: Training = training
         self._source = source
         self._options = options
+        self._saving = saving
         self._ids: dict[str, Any] = {"plan_id": handle.plan_id, "run": options.run}
         self._inbox: queue.SimpleQueue[Entry] = queue.SimpleQueue()
         replicas = len(training.replicas)
@@ -98,15 +101,19 @@ class Fit:
             requeues=isinstance(training.stores[0].policy.late, Requeue),
             copies=training.speculation.copies if training.speculation else None,
         )
-        self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places)
+        self._aligned = terms.aligned
+        resumed = saving.resumed
+        ledger = resumed.content.ledger if resumed else None
+        self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places, saving.rhythm, ledger)
         computed = session.arithmetic  # else reports have no values, and every loss is NaN
         self._history = History(
             training,
             work.clocks_per_epoch,
             compiled.metrics if computed else Metrics(),
             leaves_out=options.on_nonfinite == "refuse" and computed,
+            first=saving.first,
         )
-        self._observer = Observer(training, terms, session.time.now())
+        self._observer = Observer(training, terms, session.time.now(), saving.first)
         self._payloads: dict[int, Sequence[Any]] = {}
         self._handles = count(1)
         self._values: dict[int, Sequence[Any]] = {}
@@ -136,6 +143,8 @@ class Fit:
             self._step(protocol.Begin(), params, state)
             while not self._machine.over:
                 self._take(self._next())
+                if self._saving.due(self._history.step, self._time.now(), aligned=self._aligned):
+                    self._step(protocol.Pause())
                 records = self._history.ready()
                 if records or self._observer.holds:
                     show(records)
@@ -144,6 +153,7 @@ class Fit:
         finally:
             progress.close()
             self._stop()
+            self._saving.finish()
         return self._outcome(params, state, seconds)
 
     # The endpoint's threads.
@@ -202,6 +212,7 @@ class Fit:
             delays=options.delays,
             check_replicas=options.check_replicas,
             on_nonfinite=options.on_nonfinite,
+            stopped=self._saving.resumed.content.stopped if self._saving.resumed else None,
         )
 
     def _take(self, entry: Entry) -> None:
@@ -238,6 +249,10 @@ class Fit:
                     pass
                 case protocol.SendStore():
                     self._send_store(action, params, state)
+                case protocol.SendBuffers():
+                    self._send_buffers()
+                case protocol.Save(stopped):
+                    self._save(action, stopped.clocks)
                 case protocol.SendSource():
                     self._ship()
                 case protocol.Feed(replica, item):
@@ -290,7 +305,10 @@ class Fit:
             return [np.asarray(as_buffer(state[i]), buffer_struct(spec).dtype) for i, spec in pairs]
 
         arrays = [*(np.asarray(params[i]) for i in store.leaves), *buffers(store.state, store.state_specs)]
-        message = wire.StoreValue(**ids, version=0, specs=(*store.specs, *store.state_specs))
+        resumed, version = self._saving.resumed, 0
+        if resumed is not None:
+            arrays, version = resumed.values(store), resumed.version(action.store)
+        message = wire.StoreValue(**ids, version=version, specs=(*store.specs, *store.state_specs))
         for worker in action.to:
             self._send(worker, message, arrays)
         if store.local is not None:
@@ -298,6 +316,20 @@ class Fit:
             arrays = buffers(store.local.state, store.local.state_specs)
             for worker in dict.fromkeys(map(worker_of, store.readers)):
                 self._send(worker, own, arrays)
+
+    def _send_buffers(self) -> None:
+        """Send the workers what they kept at the snapshot, before the values of homes."""
+        assert self._saving.resumed is not None
+        for worker, owner, names, arrays in self._saving.resumed.sent(self._training):
+            specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
+            self._send(worker, wire.Buffers(**self._ids, owner=owner, names=tuple(names), specs=specs), arrays)
+        for worker in self._handle.workers:
+            self._send(worker, wire.Buffers(**self._ids))
+
+    def _save(self, action: protocol.Save, clocks: Sequence[int]) -> None:
+        """Write a snapshot. Its step is the clock of all replicas, or the number of records without common clocks."""
+        step, now = max(clocks) if self._aligned else self._history.step, self._time.now()
+        self._saving.save(self._training, step, action, self._machine.ledger.kept(clocks), self._taken, now)
 
     def _ship(self) -> None:
         """Send each worker the whole leaves that its stages read, once."""

@@ -54,9 +54,11 @@ class History:
     """Gathers reports into records. A record contains only the work items that count."""
 
     def __init__(
-        self, training: Training, clocks_per_epoch: int, metrics: Metrics, *, leaves_out: bool = False
+        self, training: Training, clocks_per_epoch: int, metrics: Metrics, *, leaves_out: bool = False, first: int = 0
     ) -> None:
-        """`leaves_out`: losses that are not finite are left out and counted, as such gradients are."""
+        """`leaves_out`: losses that are not finite are left out and counted, as such gradients are. `first` is the step
+        of the first record."""
+        self._first = first
         self._leaves_out = leaves_out
         self._members = training.items
         self._portions = training.speculation is not None
@@ -72,7 +74,7 @@ class History:
         self._open: dict[int, dict[int, _Unit]] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
         self._drops = drops(training)
-        self._decided = -1
+        self._decided = first - 1
         self._counted: dict[int, frozenset[int]] = {}
         """Decided clock without a record -> the replicas whose work counts."""
         self._coefficients: dict[int, Mapping[int, float]] = {}
@@ -83,13 +85,13 @@ class History:
         """By replica, the losses that were left out of a record."""
         self._left_out: tuple[int, int] | None = None
         """(step, replica) of the first such loss, until there is a warning of it."""
-        self._complete = 0
+        self._complete = first * self._members
         self.records: list[Record] = []
 
     @property
     def step(self) -> int:
         """The step of the next record."""
-        return len(self.records)
+        return self._first + len(self.records)
 
     def report(self, report: wire.Report, arrays: Sequence[Any]) -> None:
         key = (report.replica, report.clock)

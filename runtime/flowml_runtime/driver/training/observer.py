@@ -68,15 +68,16 @@ class _Seen:
 class Observer:
     """What the policies of one fit did. `began` is the time of its beginning."""
 
-    def __init__(self, training: Training, terms: Terms, began: float) -> None:
+    def __init__(self, training: Training, terms: Terms, began: float, first: int = 0) -> None:
+        """`first` is the step of the first record."""
         self._training = training
         self._terms = terms
         self._names = [policy_name(training, group.stores) for group in terms.groups]
-        self._decided = [-1] * len(terms.groups)
+        self._decided = [first - 1] * len(terms.groups)
         self._exact = [tuple(s for s in g.stores if not may_be_stale(terms.stores[s])) for g in terms.groups]
         """By group the stores whose contributions are never stale."""
         among, alone = modelled(terms)
-        self._among = Among(terms, among, began) if among else None
+        self._among = Among(terms, among, began, first) if among else None
         self._alone = policy_name(training, alone) if alone else None
         self._modelled = [terms.speculation is not None or set(g.stores) <= set(alone) for g in terms.groups]
         """By group whether reports say what its clocks waited for, instead of the leader."""
@@ -89,9 +90,9 @@ class Observer:
         ]
         tightest = min(bound, key=lambda i: terms.stores[i].policy.staleness, default=None)
         self._bound = None if tightest is None else (policy_name(training, bound), Bound(terms, tightest))
-        self._told = {number: 0 for number, store in enumerate(terms.stores) if counted(store)}
+        self._told = {number: first for number, store in enumerate(terms.stores) if counted(store)}
         """By store, the first step for which its home may tell more about staleness."""
-        self._next = 0
+        self._next = first
         """The step of the next record."""
         self._open: dict[int, _Seen] = {}
         self._held: deque[Record] = deque()

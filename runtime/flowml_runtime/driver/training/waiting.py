@@ -53,7 +53,8 @@ class Among:
     replicas that were late since the clock before, in proportion to what they were behind, or else to those before.
     """
 
-    def __init__(self, terms: Terms, stores: Sequence[int], began: float) -> None:
+    def __init__(self, terms: Terms, stores: Sequence[int], began: float, first: int = 0) -> None:
+        """`first` is the first clock."""
         self._replicas = terms.replicas
         self._began = began
         self._paces = Paces(terms, stores, runs=2)
@@ -65,7 +66,7 @@ class Among:
         """The replicas that were late last."""
         self._reports: dict[int, dict[int, tuple[float, float]]] = {}
         """Clock -> replica -> when it reported, and the duration of its own work."""
-        self._clock = 0
+        self._clock = first
 
     def reported(self, report: wire.Report, now: float) -> list[tuple[int, Waits]]:
         """What the clocks waited for, if this was the last report that was missing."""

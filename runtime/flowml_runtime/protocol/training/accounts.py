@@ -74,6 +74,18 @@ class Accounts:
         """Whether some store has no decisions."""
         self._accounts: dict[int, _Account] = {}
 
+    def kept(self) -> tuple[wire.Unsettled, ...]:
+        """The items that are not settled, for a snapshot."""
+        return tuple(
+            wire.Unsettled(c, a.item, tuple(sorted(a.open)), tuple(sorted(a.lost)), a.counted, a.folded, a.left_out)
+            for c, a in self._accounts.items()
+        )
+
+    def restore(self, kept: Iterable[wire.Unsettled]) -> None:
+        """Go on where a snapshot was taken."""
+        for u in kept:
+            self._accounts[u.clock] = _Account(u.item, set(u.open), u.counted, u.folded, u.left_out, set(u.lost))
+
     @property
     def clocks(self) -> tuple[int, ...]:
         """The clocks of the items that are not settled, in order."""

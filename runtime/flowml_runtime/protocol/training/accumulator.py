@@ -47,6 +47,16 @@ class Accumulator(Generic[V]):
         """The weight of the gradients that wait for a push."""
         return self._sum.weight if self._sum else 0
 
+    def kept(self) -> Sum[V] | None:
+        """The sum, for a snapshot. The fates of all steps must be known."""
+        if self._tried:
+            raise ProtocolError(f"the fate of clock {min(self._tried)} is unknown")
+        return self._sum
+
+    def restore(self, total: Sum[V]) -> None:
+        """Go on with the sum of a snapshot."""
+        self._sum = total
+
     def gather(self, clock: int, value: V, weight: int = 1) -> None:
         """Keep the gradient of a step that does not push."""
         self._try(clock, _Tried(own=Sum(value, weight), kept=None))

@@ -206,8 +206,18 @@ class TellTraffic(msgspec.Struct, frozen=True):
     cause: int
 
 
+class Export(msgspec.Struct, frozen=True):
+    """Tell the driver what lives here between steps: where the machines stand, and all buffers. Replicas have these
+    next clocks; what they have sent before is applied by the actions so far."""
+
+    stages: tuple[wire.StageState, ...]
+    stores: tuple[wire.StoreState, ...]
+    clocks: tuple[int, ...]
+    cause: int
+
+
 class Hand(msgspec.Struct, frozen=True):
-    """Give a Source, a Batch, an OwnState, a Gossip or a Collective to the executors."""
+    """Give a Source, a Batch, an OwnState, a Gossip, a Collective or Buffers to the executors."""
 
     peer: str
     message: wire.TrainingMessage
@@ -246,6 +256,7 @@ Action = (
     | Publish
     | Return
     | TellTraffic
+    | Export
     | Hand
     | Fail
     | Release

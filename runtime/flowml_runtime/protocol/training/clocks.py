@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
+from flowml.policy import window
 from flowml_runtime.protocol.errors import ensure
-from flowml_runtime.protocol.training.terms import RETIRED
+from flowml_runtime.protocol.training.terms import RETIRED, Terms
+
+
+def contained(terms: Terms, store: int, clock: int) -> int:
+    """How many clocks the pushes to a store contain that replicas make before `clock`."""
+    every = terms.stores[store].policy.every
+    return clock if terms.aligned and clock > terms.last_clock else window(clock, every.push, every.offset)
 
 
 class Clocks:
@@ -21,6 +28,11 @@ class Clocks:
 
     def __getitem__(self, replica: int) -> int:
         return self._of[replica]
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """The clock of each replica."""
+        return tuple(self._of)
 
     @property
     def active(self) -> int:

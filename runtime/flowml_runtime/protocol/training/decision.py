@@ -80,7 +80,8 @@ class _Clock(msgspec.Struct):
 class Decision:
     """Decides the clocks of one group. `began` is the time in seconds at which the run begins."""
 
-    def __init__(self, terms: Terms, group: Group, began: float = 0.0) -> None:
+    def __init__(self, terms: Terms, group: Group, began: float = 0.0, first: int = 0) -> None:
+        """`first` is the first clock that may need a decision."""
         self._terms = terms
         self._group = group
         self._senders = frozenset(group.senders)
@@ -88,7 +89,7 @@ class Decision:
         """The replicas that one sender stands for, as the mean."""
         self._gone: set[int] = set()
         self._clocks: dict[int, _Clock] = {}
-        self._clock = -1
+        self._clock = first - 1
         self._began = began
         staleness = min(terms.stores[store].policy.staleness for store in group.stores)
         self._decided = deque([began], maxlen=1 + int(min(staleness, MOST_STALE) // group.every.push))

@@ -14,6 +14,7 @@
     OwnState        the last optimizer state of a store whose parameters replicas update themselves. That of replica 0
                     counts.
     Traffic         the bytes that a worker has sent for each store. The newest message counts.
+    Paused, Exported, Buffers   a snapshot is taken: see `snapshot`.
     Retired         a stage pushes nothing more.
 
 The fit is over when every stage of every replica that is not lost has retired, and every home has finished its stores.
@@ -26,7 +27,7 @@ What the caller must do:
 1. Give one event at a time, messages from one worker in the order in which it sent them.
 2. Carry the actions out in the order of the list.
 3. Give Stop when the fit ends for any reason, and no event after it.
-4. Keep the arrays of a handle until one action names it: Note, Keep, KeepState or Release.
+4. Keep the arrays of a handle until one action names it: Note, Keep, KeepState, Save or Release.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from flowml.policy.waits import MOST_LATE, Waits
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.actions import Received, Release, Send
-from flowml_runtime.protocol.training.ledger import Asked, Fate, Ledger, Settled, Work
+from flowml_runtime.protocol.training.ledger import Asked, Fate, Ledger, LedgerState, Settled, Work
+from flowml_runtime.protocol.training.snapshot import Rhythm, Save, Snapshots
 from flowml_runtime.protocol.training.store import Handle
 from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
 
@@ -62,11 +64,15 @@ class WorkerLost(msgspec.Struct, frozen=True):
     reason: str
 
 
+class Pause(msgspec.Struct, frozen=True):
+    """Take a snapshot soon."""
+
+
 class Stop(msgspec.Struct, frozen=True):
     """The fit has ended, with or without an error."""
 
 
-Event = Begin | Received | StepFailed | WorkerLost | ReplicaLost | Stop
+Event = Begin | Received | StepFailed | WorkerLost | ReplicaLost | Pause | Stop
 
 
 class SendStore(msgspec.Struct, frozen=True):
@@ -74,6 +80,12 @@ class SendStore(msgspec.Struct, frozen=True):
 
     store: int
     to: tuple[str, ...]
+    cause: int
+
+
+class SendBuffers(msgspec.Struct, frozen=True):
+    """Send the workers the buffers of the snapshot from which the run goes on. `SendStore` sends those of homes."""
+
     cause: int
 
 
@@ -174,6 +186,8 @@ class Over(msgspec.Struct, frozen=True):
 Action = (
     Send
     | SendStore
+    | SendBuffers
+    | Save
     | SendSource
     | Feed
     | Note
@@ -193,20 +207,33 @@ Action = (
 class TrainingDriver:
     """The driver's machine for one fit."""
 
-    def __init__(self, start: wire.StartTraining, terms: Terms, work: Work, places: Places) -> None:
+    def __init__(
+        self,
+        start: wire.StartTraining,
+        terms: Terms,
+        work: Work,
+        places: Places,
+        rhythm: Rhythm | None = None,
+        ledger: LedgerState | None = None,
+    ) -> None:
+        """`rhythm` says when to take snapshots. `ledger`: the accounts of the snapshot from which the run goes on."""
+        clocks = start.stopped.clocks if start.stopped else (0,)
         self.ledger = Ledger(work)
+        if ledger is not None:
+            self.ledger.restore(ledger, clocks)
+        self._snapshots = Snapshots(terms, places, rhythm, max(clocks))
         self.traffic: dict[str, wire.Traffic] = {}
         """The newest Traffic message of each worker."""
         self.versions: dict[int, int] = {}
         """Store -> the version of its final value, for the values that have arrived."""
         self.number = 0
         """The number of the newest event."""
-        self._start = start
+        self._start = msgspec.structs.replace(start, hold=self._snapshots.hold)
         self._steps = range(start.run, start.run + terms.most_clocks)
         self._places = places
         self._to_retire = {(r, s) for r, stages in enumerate(places.stages) for s in range(len(stages))}
         self._to_finish = {(store, home) for store, homes in enumerate(places.homes) for home in homes}
-        self._commits = _Commits(terms)
+        self._commits = _Commits(terms, max(clocks))
         self._ended = False
 
     @property
@@ -238,6 +265,8 @@ class TrainingDriver:
                 return [Fail(message, self.number)] if message.step in self._steps else []
             case WorkerLost(worker):
                 return [Fail(event, self.number)] if self._to_retire or self.unfinished(worker) else []
+            case Pause():
+                return [*self._snapshots.pause(self._ids(), self.ledger.newest)]
             case ReplicaLost(replica):
                 self.ledger.step(event)
                 return self._close(retired=[at for at in self._to_retire if at[0] == replica])
@@ -264,7 +293,8 @@ class TrainingDriver:
     def _begin(self) -> list[Action]:
         stores = [SendStore(store, homes, self.number) for store, homes in enumerate(self._places.homes)]
         source = [SendSource(self.number)] if self._start.source == "shipped" else []
-        return [Send(self._places.workers, self._start), *stores, *source]
+        buffers = [SendBuffers(self.number)] if self._start.stopped else []
+        return [Send(self._places.workers, self._start), *buffers, *stores, *source]
 
     def _receive(self, event: Received) -> list[Action]:
         message, cause = event.message, self.number
@@ -296,6 +326,8 @@ class TrainingDriver:
                 return self._finish(event.peer, message, event.handle)
             case wire.OwnState(store=store, replica=0):
                 return [KeepState(store, event.handle, cause)]
+            case wire.Paused() | wire.Exported() | wire.Buffers():
+                return [*self._snapshots.take(self._ids(), event.peer, message, event.handle)]
             case wire.Traffic():
                 self.traffic[event.peer] = message
                 return []
@@ -337,14 +369,15 @@ class TrainingDriver:
 class _Commits:
     """Joins the decisions of all groups, in the order of clocks."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, first: int = 0) -> None:
+        """`first` is the first clock of the run."""
         self._terms = terms
-        self._decided = [-1] * len(terms.groups)
+        self._decided = [first - 1] * len(terms.groups)
         self._without: dict[int, frozenset[int]] = {}
         """Clock -> the replicas that every decision about it so far leaves out."""
         self._of_sites: dict[tuple[int, int], dict[int | None, wire.Commit]] = {}
         """(group, clock) -> site -> what the decision means there; None -> the decision itself."""
-        self._next = 0
+        self._next = first
 
     def is_new(self, group: int, clock: int) -> bool:
         """Whether the decision is not known yet."""

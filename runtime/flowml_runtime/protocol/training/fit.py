@@ -21,6 +21,7 @@ from flowml_runtime.protocol.training.actions import (
     Close,
     Computed,
     Count,
+    Export,
     Forward,
     Hand,
     Load,
@@ -38,7 +39,8 @@ from flowml_runtime.protocol.training.actions import (
     Updated,
     Wake,
 )
-from flowml_runtime.protocol.training.items import batch
+from flowml_runtime.protocol.training.clocks import contained
+from flowml_runtime.protocol.training.items import NO_HOLD, batch
 from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.terms import Committed, Group, Places, ReplicaLost, Terms
 from flowml_runtime.protocol.training.terms import Tick as TimeCame
@@ -64,8 +66,12 @@ class Fit:
         self.run = start.run
         self.plan_id = start.plan_id
         ahead = batch(terms, fed=start.source == "fed")
+        stopped = start.stopped or wire.Stopped((0,), (), ())
+        states, first = {(s.replica, s.stage): s for s in stopped.stages}, max(stopped.clocks)
         self.stages: dict[At, Stage] = {
-            at: replica.Replica(terms, *at, ahead) if terms.speculation is None else Portions(terms, *at)
+            at: replica.Replica(terms, *at, ahead, states.get(at))
+            if terms.speculation is None
+            else Portions(terms, *at)
             for at in places.stages_on(me)
         }
         self._me = me
@@ -73,11 +79,11 @@ class Fit:
         self._terms = terms
         self._places = places
         self._stores = places.stores_on(me)
-        self._home = home.Home(terms, self._stores)
+        self._home = home.Home(terms, self._stores, stopped.stores)
         self._leaders = tuple(places.homes[group.stores[0]][0] for group in terms.groups)
         """The leader of each group."""
         self._decisions = {
-            group.number: decision.Decision(terms, group, began)
+            group.number: decision.Decision(terms, group, began, first)
             for group in terms.groups
             if self._leaders[group.number] == me
         }
@@ -98,6 +104,9 @@ class Fit:
         """The number of the event that is processed."""
         self._shown: dict[int, tuple[int, int]] = {}
         """(version, floor) of each store that is read here."""
+        self._hold = start.hold
+        self._asked: wire.Export | None = None
+        """What the driver has asked for, until everything is applied."""
 
     def at(self, cause: int, now: float) -> Fit:
         """Note the number of the event that is processed, and its time."""
@@ -105,7 +114,8 @@ class Fit:
         return self
 
     def begin(self) -> list[Action]:
-        return [a for at in self.stages for a in self._at_stage(at, stage.Started())]
+        held = [] if self._hold == NO_HOLD else self._at_stages(self._leading, stage.Hold(self._hold))
+        return [*held, *(a for at in self.stages for a in self._at_stage(at, stage.Started()))]
 
     def close(self) -> list[Action]:
         """End the run here, and drop everything that its home has gathered."""
@@ -128,6 +138,32 @@ class Fit:
         sharing = [at for at, machine in self.stages.items() if isinstance(machine, Portions)]
         portions = self._at_stages(sharing, event)
         return [*self._leave(event), *self._at_home(event), *self._at_pace(event), *portions]
+
+    @property
+    def exports(self) -> bool:
+        """Whether the driver has asked for what lives here between steps."""
+        return self._asked is not None
+
+    def export(self) -> list[Action]:
+        """Tell it, once everything is applied that replicas have sent."""
+        asked = self._asked
+        if asked is None or not self._rests(asked):
+            return []
+        self._asked = None
+        stages = tuple(m.kept() for m in self.stages.values() if isinstance(m, replica.Replica))
+        mine = [s for s in self._stores if self._places.homes[s][0] == self._me]
+        return [Export(stages, tuple(map(self._home.kept, mine)), asked.clocks, self._cause)]
+
+    def _rests(self, asked: wire.Export) -> bool:
+        last = max(asked.clocks)
+        for at, machine in self.stages.items():
+            if not isinstance(machine, replica.Replica) or not machine.rests(asked.clocks[at[0]]):
+                return False
+        for number, store in enumerate(self._terms.stores):
+            read = any(self._me in readers for readers in self._places.readers[number].values())
+            if read and store.clocked and self._shown.get(number, (0, -1))[1] < contained(self._terms, number, last):
+                return False
+        return self._home.rests(asked.clocks, asked.pushed)
 
     def validate(self) -> None:
         for machine in (*self.stages.values(), self._home, *self._decisions.values(), *self._sites.values()):
@@ -233,6 +269,17 @@ class Fit:
         loaded = Load(message.store, event.handle or 0, self._cause)
         return [loaded, *self._at_home(home.StoreLoaded(message.store, message.version))]
 
+    @property
+    def _leading(self) -> list[At]:
+        return [at for at in self.stages if at[1] == 0]
+
+    def _held(self, message: wire.Hold, _: Received) -> list[Action]:
+        return self._at_stages(self._leading, stage.Hold(message.clock))
+
+    def _export(self, message: wire.Export, _: Received) -> list[Action]:
+        self._asked = message
+        return []
+
     def _handed(self, message: wire.TrainingMessage, event: Received) -> list[Action]:
         return [Hand(event.peer, message, event.handle, self._cause)]
 
@@ -248,7 +295,9 @@ class Fit:
         wire.Applied: _applied,
         wire.Retired: _retired,
         wire.StoreValue: _loaded,
-        **dict.fromkeys((wire.Source, wire.OwnState, wire.Gossip, wire.Batch, wire.Collective), _handed),
+        wire.Hold: _held,
+        wire.Export: _export,
+        **dict.fromkeys((wire.Source, wire.OwnState, wire.Gossip, wire.Batch, wire.Collective, wire.Buffers), _handed),
     }
 
     # The actions of the machines here, as actions of the worker.
@@ -291,6 +340,10 @@ class Fit:
         asked = wire.Ask(**self._ids, replica=at[0], clocks=ask.clocks, returned=ask.returned, copy=ask.copy)
         actions.append(Send((self._driver,), asked))
 
+    def _pause(self, at: At, paused: stage.Paused, actions: list[Action]) -> None:
+        told = wire.Paused(**self._ids, replica=at[0], clock=paused.clock, pushed=paused.pushed)
+        actions.append(Send((self._driver,), told))
+
     def _begin(self, at: At, begin: stage.Begin, actions: list[Action]) -> None:
         others = self._places.stages[at[0]][1:]
         if others:
@@ -321,6 +374,7 @@ class Fit:
         stage.Start: _start,
         stage.Ask: _ask,
         stage.Begin: _begin,
+        stage.Paused: _pause,
         stage.Abandon: _abandon,
         stage.Count: _count,
         stage.Retire: _retire,

@@ -38,14 +38,15 @@ What the caller must do:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
 from flowml.policy import Fold
 from flowml.policy.apply import scales
+from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
-from flowml_runtime.protocol.training.clocks import Clocks
+from flowml_runtime.protocol.training.clocks import Clocks, contained
 from flowml_runtime.protocol.training.staleness import Staleness
 from flowml_runtime.protocol.training.store import ContributionReceived, Gathering, Handle, Store, parts
 from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, Terms
@@ -134,14 +135,34 @@ Action = Apply | Publish | SendApplied | SendArrived | Release | Finished
 class Home:
     """The stores of one worker."""
 
-    def __init__(self, terms: Terms, stores: Iterable[int]) -> None:
+    def __init__(self, terms: Terms, stores: Iterable[int], kept: Iterable[wire.StoreState] = ()) -> None:
+        """`kept`: where stores stood at the snapshot from which the run goes on."""
         self._terms = terms
         self._lost: set[int] = set()
         self._stores = {
             i: Store(s, senders, None if s.clocked else Clocks(terms.replicas, senders))
             for i, s, senders in ((i, terms.stores[i], terms.stores[i].senders(terms.members)) for i in stores)
         }
+        for state in kept:
+            if state.store in self._stores:
+                self._stores[state.store].restore(state)
         self.staleness = Staleness(terms, self._stores)
+
+    def kept(self, store: int) -> wire.StoreState:
+        """Where a store stands, for a snapshot."""
+        return self._stores[store].kept(store)
+
+    def rests(self, clocks: Sequence[int], pushed: Iterable[tuple[int, int, int]]) -> bool:
+        """Whether everything is applied that replicas with these next clocks have sent. `pushed` are rows (replica,
+        store, clock) of the newest pushes to stores that apply on arrival."""
+        for index, store in self._stores.items():
+            if store.clocks is None and store.floor < contained(self._terms, index, max(clocks)):
+                return False
+        for replica, index, clock in pushed:
+            arriving = self._stores.get(index)
+            if arriving is not None and arriving.clocks is not None and arriving.clocks[replica] <= clock:
+                return False
+        return True
 
     def version(self, store: int) -> int:
         """The number of applies so far; -1 before the store is loaded."""

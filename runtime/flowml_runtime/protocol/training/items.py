@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from flowml.policy import Requeue
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
-from flowml_runtime.protocol.training.terms import Terms
+from flowml_runtime.protocol.training.terms import RETIRED, Terms
+
+NO_HOLD = RETIRED
+"""The hold of a replica that runs to the end of the run."""
 
 LOOK_AHEAD = 2
 """The number of clocks for which a replica holds items: one to run, and one to know that the first is not the last."""
@@ -32,13 +35,15 @@ def batch(terms: Terms, *, fed: bool) -> int:
 class Items:
     """The items of one replica."""
 
-    def __init__(self, terms: Terms, ahead: int) -> None:
-        """`ahead`: see `batch`."""
+    def __init__(self, terms: Terms, ahead: int, first: int = 0) -> None:
+        """`ahead`: see `batch`. `first` is the first clock of the replica in this run."""
         self._terms = terms
         self._ahead = ahead
         self.opened = False
-        self._next = 0
-        self._newest = -1
+        self.hold = NO_HOLD
+        """No item is begun for a clock from this one on."""
+        self._next = first
+        self._newest = first - 1
         """The newest clock that was asked for."""
         self._exhausted = False
         self._asked: list[tuple[int, ...]] = []
@@ -87,7 +92,7 @@ class Items:
     def ready(self) -> tuple[int, wire.Item, bool] | None:
         """The next clock, its item, and whether it is the last. None until it is known whether another one follows."""
         item = self._held.get(self._next)
-        if item is None:
+        if item is None or self._next >= self.hold:
             return None
         if self._terms.aligned:
             return self._next, item, self._next == self._terms.last_clock
@@ -101,6 +106,11 @@ class Items:
     def is_over(self) -> bool:
         """Whether there is nothing left to run, now or later."""
         return self.opened and not self._asked and not self._held and not self._exists(self._next)
+
+    @property
+    def held_back(self) -> bool:
+        """Whether the hold allows nothing more: not the next clock, or not the end."""
+        return self.hold != NO_HOLD and (self._next >= self.hold or self.is_over())
 
     def validate(self) -> None:
         ensure(all(c >= self._next for c in self._held), "an item is held for a clock that is over")

@@ -27,7 +27,7 @@ What the caller must do:
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,7 +38,7 @@ from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.speculation import PortionQueue
 from flowml_runtime.protocol.training.summary import Summary, Tally
 from flowml_runtime.protocol.training.terms import ReplicaLost
-from flowml_runtime.protocol.training.work import Work, WorkQueue
+from flowml_runtime.protocol.training.work import QueueState, Work, WorkQueue
 
 Fate = Literal["used", "dropped", "folded", "requeued", "duplicate"]
 
@@ -92,12 +92,41 @@ class Grant(msgspec.Struct, frozen=True):
 Event = Asked | Settled | ReplicaLost
 
 
+class AccountState(msgspec.Struct, frozen=True):
+    """The items of an epoch, a replica or a group by fate at a snapshot."""
+
+    fates: dict[str, int]
+    left_out: int = 0
+    copied: int = 0
+
+
+class LedgerState(msgspec.Struct, frozen=True):
+    """All accounts at a snapshot. `over` has runs of items with one fate, as (first, number, fate), and `outstanding`
+    those that replicas have begun, as (replica, clock, item)."""
+
+    granted: int
+    outstanding: tuple[tuple[int, int, wire.Item], ...]
+    epochs: dict[int, AccountState]
+    replicas: tuple[AccountState, ...]
+    groups: tuple[AccountState, ...]
+    cut: dict[int, int]
+    over: tuple[tuple[int, int, State], ...]
+    queue: QueueState
+
+
 @dataclass(slots=True)
 class _Account:
     fates: Counter[str] = field(default_factory=Counter[str])
     left_out: int = 0
     """Examples."""
     copied: int = 0
+
+    def kept(self) -> AccountState:
+        return AccountState(dict(self.fates), self.left_out, self.copied)
+
+    @staticmethod
+    def of(state: AccountState) -> _Account:
+        return _Account(Counter(state.fates), state.left_out, state.copied)
 
     def tally(self, unseen: int = 0) -> Tally:
         counts = {n: self.fates[n] for n in ("used", "dropped", "folded", "requeued", "returned", "duplicate")}
@@ -114,6 +143,8 @@ class Ledger:
         self._granted = 0
         self._outstanding: dict[tuple[int, int], tuple[int, wire.Item]] = {}
         """(sequence number, copy) -> the replica that has it, and the item."""
+        self._clocks: dict[tuple[int, int], int] = {}
+        """The clock for which each of them was granted."""
         self._epochs: defaultdict[int, _Account] = defaultdict(_Account)  # only epochs begun: there may be millions
         self._replicas = [_Account() for _ in range(work.replicas)]
         self._groups = [_Account() for _ in work.groups]
@@ -123,6 +154,38 @@ class Ledger:
         """Sequence number -> the fate of an item that does not come back."""
         self._newest = [-1] * work.replicas
         self._lost: set[int] = set()
+
+    def kept(self, clocks: Sequence[int]) -> LedgerState:
+        """All accounts, for a snapshot of replicas with these next clocks. What they have not begun is not granted."""
+        held = [(r, self._clocks[at], item) for at, (r, item) in self._outstanding.items()]
+        unbegun = [(r, clock, item) for r, clock, item in held if clock >= clocks[r]]
+        return LedgerState(
+            self._granted - len(unbegun),
+            tuple((r, clock, item) for r, clock, item in held if clock < clocks[r]),
+            {e: account.kept() for e, account in sorted(self._epochs.items())},
+            tuple(account.kept() for account in self._replicas),
+            tuple(account.kept() for account in self._groups),
+            dict(self._cut),
+            tuple(_runs(self._over)),
+            self._queue.state(unbegun),
+        )
+
+    def restore(self, state: LedgerState, clocks: Sequence[int]) -> None:
+        """Go on where a snapshot was taken."""
+        self._granted, self._cut, self._newest = state.granted, dict(state.cut), [clock - 1 for clock in clocks]
+        for replica, clock, item in state.outstanding:
+            self._outstanding[item.sequence, item.copy] = (replica, item)
+            self._clocks[item.sequence, item.copy] = clock
+        self._epochs.update((e, _Account.of(account)) for e, account in state.epochs.items())
+        self._replicas = list(map(_Account.of, state.replicas))
+        self._groups = list(map(_Account.of, state.groups))
+        self._over = {first + i: fate for first, count, fate in state.over for i in range(count)}
+        self._queue.restore(state.queue)
+
+    @property
+    def newest(self) -> int:
+        """The newest clock for which a replica has asked for work."""
+        return max(self._newest)
 
     @property
     def outstanding(self) -> int:
@@ -160,6 +223,7 @@ class Ledger:
                 if item.copy:
                     self._count_copy(item)
                 self._outstanding[item.sequence, item.copy] = (replica, item)
+                self._clocks[item.sequence, item.copy] = clock
                 items.append((clock, item))
         self._granted += len(items)
         short = len(items) < len(clocks)
@@ -226,6 +290,7 @@ class Ledger:
         if self._work.coded:
             fate = "used"
         del self._outstanding[item.sequence, item.copy]
+        self._clocks.pop((item.sequence, item.copy), None)
         epoch = self._epochs[item.epoch].fates
         epoch[fate] += 1
         self._replicas[replica].fates[fate] += 1
@@ -317,3 +382,16 @@ class Ledger:
         else:
             somewhere = settled + len(self._outstanding) + self._queue.kept
             ensure(self._queue.drawn == somewhere, "an item that was given back is lost, or there twice")
+
+
+def _runs(over: Mapping[int, State]) -> Iterator[tuple[int, int, State]]:
+    """The items that are over in order, as runs (first, number, fate)."""
+    first, count, fate = 0, 0, None
+    for sequence in sorted(over):
+        if fate is None or sequence != first + count or over[sequence] != fate:
+            if fate is not None:
+                yield first, count, fate
+            first, count, fate = sequence, 0, over[sequence]
+        count += 1
+    if fate is not None:
+        yield first, count, fate

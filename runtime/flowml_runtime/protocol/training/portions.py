@@ -40,6 +40,7 @@ from flowml_runtime.protocol.training.stage import (
     BeginReceived,
     Event,
     Granted,
+    Hold,
     LeaderRetired,
     Retire,
     Start,
@@ -164,7 +165,7 @@ class Portions:
                 actions = []
             case ReplicaLost():
                 self._lost, actions = True, []
-            case Tick() | Applied():
+            case Tick() | Applied() | Hold():  # no fit with portions takes snapshots
                 actions = []
         return [*actions, *self._advance(now)]
 

@@ -55,7 +55,9 @@ from flowml_runtime.protocol.training.stage import (
     Count,
     Event,
     Granted,
+    Hold,
     LeaderRetired,
+    Paused,
     Retire,
     Start,
     Started,
@@ -75,8 +77,11 @@ def _holds(policy: Policy) -> bool:
 class Replica:
     """One stage of one replica. Stage 0 leads."""
 
-    def __init__(self, terms: Terms, replica: int, stage: int, ahead: int = LOOK_AHEAD) -> None:
-        """`ahead`: the number of clocks for which the first stage holds items (`items.batch`)."""
+    def __init__(
+        self, terms: Terms, replica: int, stage: int, ahead: int = LOOK_AHEAD, state: wire.StageState | None = None
+    ) -> None:
+        """`ahead`: the number of clocks for which the first stage holds items (`items.batch`). `state`: where it stood
+        at the snapshot from which the run goes on."""
         self._terms, self._me = terms, replica
         self._stage = stage
         self._leads = stage == 0
@@ -98,11 +103,39 @@ class Replica:
         self._running: Step | None = None
         self._leader_retired = self._retired = False
         self.cut = Cut(terms, stage)
-        self._work = Items(terms, ahead)
+        self._work = Items(terms, ahead, 0 if state is None else state.begun + 1)
+        self._paused = False
+        """Whether the driver knows that the replica has stopped where a Hold says."""
         self._waits_to_tell = ahead > LOOK_AHEAD
         self._fates: list[Settle] = []
         """The fates of items that go with the next Ask."""
         self._accounts = Accounts(terms, replica)
+        if state is not None:
+            self._restore(state)
+
+    def _restore(self, state: wire.StageState) -> None:
+        self._begun, self._committed = state.begun, list(state.committed)
+        self.committed = max(state.committed, default=-1)
+        self._pushed, self._taken = dict(state.pushed), dict(state.taken)
+        self._applied = {store: Applied(store, clock, version) for store, clock, version in state.applied}
+        self._accounts.restore(state.unsettled)
+
+    def kept(self) -> wire.StageState:
+        """Where the stage stands, for a snapshot between two clocks."""
+        return wire.StageState(
+            self._me,
+            self._stage,
+            self._begun,
+            tuple(self._committed),
+            tuple(sorted(self._pushed.items())),
+            tuple((a.store, a.clock, a.version) for a in self._applied.values()),
+            tuple(sorted(self._taken.items())),
+            self._accounts.kept(),
+        )
+
+    def rests(self, clock: int) -> bool:
+        """Whether nothing runs or waits for a decision here, and `clock` is the next to begin."""
+        return self._running is None and not self._steps and self._begun + 1 == clock
 
     @property
     def retired(self) -> bool:
@@ -189,7 +222,7 @@ class Replica:
             raise ProtocolError(f"store {event.store} went back from version {known.version} to {event.version}")
         self._published[event.store] = event
 
-    def _take(self, event: Granted | BeginReceived | Started | LeaderRetired | ReplicaLost) -> list[Action]:
+    def _take(self, event: Granted | BeginReceived | Started | LeaderRetired | Hold | ReplicaLost) -> list[Action]:
         match event:
             case Granted(items, exhausted):
                 self._work.grant(items, exhausted)
@@ -200,6 +233,8 @@ class Replica:
                     self._work.opened = True
             case LeaderRetired():
                 self._leader_retired = True
+            case Hold(clock):
+                self._work.hold, self._paused = clock, False
             case ReplicaLost():
                 pass  # the home and the leader of decisions stop waiting for it
         return []
@@ -259,8 +294,8 @@ class Replica:
         return actions
 
     def _settle(self, fates: list[Settle]) -> list[Action]:
-        """The fates to tell now. Those of a replica that asks for several items at once wait until it asks."""
-        if self._waits_to_tell:
+        """The fates to tell now. Those of a replica that asks for several items at once wait until it asks or stops."""
+        if self._waits_to_tell and not self._paused:
             self._fates += fates
             return []
         return [*fates]
@@ -311,8 +346,15 @@ class Replica:
         if not self._leads:
             actions += self._start_queued()
         if self._running is None:
-            actions += self._retire()
+            actions += self._pause() if self._work.held_back else self._retire()
         return actions
+
+    def _pause(self) -> list[Action]:
+        """Say once that a Hold has stopped the replica."""
+        if self._paused or not self._leads or not self._work.opened:
+            return []
+        self._paused = True
+        return [*self._told_fates(), Paused(self._begun + 1, tuple(sorted(self._pushed.items())))]
 
     def _next_clock(self) -> int:
         """The clock after the newest one that has begun, without those that every group due there has decided."""

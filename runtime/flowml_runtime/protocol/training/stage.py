@@ -63,6 +63,20 @@ class LeaderRetired(msgspec.Struct, frozen=True):
     """The leading stage begins no more clocks."""
 
 
+class Hold(msgspec.Struct, frozen=True):
+    """Begin no clock from this one on, and do not retire; `items.NO_HOLD` allows everything."""
+
+    clock: int
+
+
+class Paused(msgspec.Struct, frozen=True):
+    """The replica has stopped before the clock of the newest Hold: its next clock is `clock`. `pushed` are pairs
+    (store, clock) of the newest pushes to stores that apply on arrival."""
+
+    clock: int
+    pushed: tuple[tuple[int, int], ...] = ()
+
+
 class Ask(msgspec.Struct, frozen=True):
     """Ask the driver for one item for each of `clocks` (the answer is one Granted), and give `returned` back."""
 
@@ -114,9 +128,10 @@ Event = (
     | StorePublished
     | Applied
     | LeaderRetired
+    | Hold
     | ReplicaLost
 )
-Action = Ask | Begin | Start | Abandon | Count | Settle | Retire
+Action = Paused | Ask | Begin | Start | Abandon | Count | Settle | Retire
 
 
 State = Literal[

@@ -42,8 +42,8 @@ class Staleness:
     def __init__(self, terms: Terms, stores: Mapping[int, Store]) -> None:
         self._aligned, self._replicas = terms.aligned, terms.replicas
         self._stores = {number: store for number, store in stores.items() if counted(store.terms)}
-        self._applied = dict.fromkeys(self._stores, 0)
-        self._told = dict.fromkeys(self._stores, 0)
+        self._applied = {number: _before(store) for number, store in self._stores.items()}
+        self._told = {number: self._reached(number) for number in self._stores}
         """By store, the first step of which it may tell more."""
         self._counts: dict[int, Counter[tuple[int, int]]] = {}
         """(step, staleness) -> number, of the stores that have something to tell."""
@@ -95,3 +95,9 @@ class Staleness:
         if store.finished:
             return RETIRED
         return store.floor if self._aligned else self._applied[index] // self._replicas * store.terms.every
+
+
+def _before(store: Store) -> int:
+    """How many contributions a store without common clocks has applied before a run that goes on."""
+    clocks = () if store.clocks is None else store.clocks.all
+    return sum(clock for clock in clocks if clock < RETIRED) // store.terms.every

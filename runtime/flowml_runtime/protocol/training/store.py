@@ -8,6 +8,7 @@ from operator import attrgetter
 
 import msgspec
 
+from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.clocks import Clocks
 from flowml_runtime.protocol.training.terms import StoreTerms, Terms
@@ -82,6 +83,18 @@ class Store:
     """If the store is not clocked: (replica, clock) -> a complete contribution that waits for the quorum of others."""
     retired: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
     finished: bool = False
+
+    def kept(self, number: int) -> wire.StoreState:
+        """Where it stands, for a snapshot. Nothing is gathered then."""
+        clocks = () if self.clocks is None else self.clocks.all
+        return wire.StoreState(number, self.version, self.floor, self.committed, clocks)
+
+    def restore(self, state: wire.StoreState) -> None:
+        """Go on where a snapshot was taken. The version comes with the values."""
+        self.floor, self.committed = state.floor, state.committed
+        for replica, clock in enumerate(state.clocks):
+            if self.clocks is not None and self.clocks[replica] < clock:
+                self.clocks.raise_to(clock, replica)
 
     def absent(self, full: Iterable[Gathering], living: Iterable[int]) -> int:
         """The weight of the `living` senders of a clock without that of the contributions that are here, where each

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from flowml_runtime import wire
-from flowml_runtime.protocol.training import actions, driver
+from flowml_runtime.protocol.training import actions, driver, snapshot
 from flowml_runtime.protocol.training.terms import RETIRED, ReplicaLost
 
 
@@ -75,6 +75,12 @@ def said(message: wire.Wire | wire.TrainingMessage) -> str:
         case wire.Settled(replica=replica, fates=fates, missing=missing):
             without = f" without {_many('group', missing)}" if missing else ""
             return ", ".join(f"item {i.sequence} of replica {replica} is {fate}{without}" for i, fate in fates)
+        case wire.Hold(clock=clock):
+            return f"replicas stop before clock {clock}"
+        case wire.Paused(replica=replica, clock=clock):
+            return f"replica {replica} has stopped before clock {clock}"
+        case wire.Buffers(owner=owner):
+            return f"this is what {owner} keeps" if owner else "these are all buffers"
         case wire.Retired(replica=replica, of_site=True):
             return f"the site of replica {replica} has retired"
         case wire.Retired(replica=replica, stage=stage):
@@ -129,6 +135,8 @@ def happened(event: actions.Event | driver.Event) -> str:
             return f"hears that step {message.step} failed on {message.worker}: {message.error}"
         case driver.Begin():
             return "begins the fit"
+        case driver.Pause():
+            return "wants a snapshot"
         case driver.Stop():
             return "ends the fit"
 
@@ -158,6 +166,12 @@ def wants(action: actions.Action | driver.Action) -> str:
             return f"sends store {store} to {', '.join(to)}"
         case driver.SendSource():
             return "sends the source"
+        case driver.SendBuffers():
+            return "sends the buffers of a snapshot"
+        case snapshot.Save(stopped):
+            return f"saves a snapshot before clock {max(stopped.clocks)}"
+        case actions.Export():
+            return "tells what it keeps between steps"
         case driver.Over():
             return "has all: the fit is over"
         case driver.Feed(replica, item):

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+import msgspec
 
 from flowml.errors import FlowmlError
 from flowml_runtime import wire
+
+
+class QueueState(msgspec.Struct, frozen=True):
+    """Which items were drawn, and which of them wait, at a snapshot. `reserved` has those of each replica by clock."""
+
+    fresh: dict[int, int]
+    drawn: int
+    rows: int
+    epoch: int
+    ended: tuple[int, ...]
+    back: dict[int, tuple[wire.Item, ...]]
+    requeued: tuple[wire.Item, ...]
+    reserved: tuple[dict[int, wire.Item], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +93,34 @@ class WorkQueue:
         self._epoch = 0  # the epoch that is being drained, if not aligned
         self._gone: set[int] = set()
         self._ended: set[int] = set()
+
+    def state(self, unbegun: Iterable[tuple[int, int, wire.Item]]) -> QueueState:
+        """What it knows, for a snapshot, as if these items, (replica, clock, item), had not been granted."""
+        reserved, back = [dict(found) for found in self._reserved], {e: [*found] for e, found in self._back.items()}
+        epoch = self._epoch
+        for replica, clock, item in unbegun:
+            epoch = epoch if self._work.aligned else min(epoch, item.epoch)
+            if self._work.aligned:
+                reserved[replica][clock] = item
+            else:
+                back.setdefault(item.epoch, []).append(item)
+        return QueueState(
+            dict(self._fresh),
+            self.drawn,
+            self._rows,
+            epoch,
+            tuple(sorted(self._ended)),
+            {e: tuple(found) for e, found in back.items() if found},
+            tuple(self._requeued),
+            tuple(dict(sorted(found.items())) for found in reserved),
+        )
+
+    def restore(self, state: QueueState) -> None:
+        """Go on where a snapshot was taken."""
+        self._fresh, self.drawn, self._rows, self._epoch = Counter(state.fresh), state.drawn, state.rows, state.epoch
+        self._ended, self._requeued = set(state.ended), deque(state.requeued)
+        self._back = {e: deque(found) for e, found in state.back.items()}
+        self._reserved = [dict(found) for found in state.reserved]
 
     def take(self, replica: int, clock: int) -> wire.Item | None:
         """The item of `replica` for `clock`. The clocks of a replica must ascend."""

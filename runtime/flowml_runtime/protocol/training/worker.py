@@ -90,6 +90,10 @@ class TrainingWorker:
 
         Returns Fail for an event that breaks the protocol, and for too many early messages.
         """
+        actions, fit = self._step(event, now), self._fit
+        return [*actions, *fit.at(self.number, now).export()] if fit is not None and fit.exports else actions
+
+    def _step(self, event: Event, now: float) -> list[Action]:
         self.number += 1
         self._now = now
         if type(event) is Received:

@@ -28,6 +28,7 @@ from flowml.policy import filters
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.transport.arrays import Buffer
+from flowml_runtime.worker.training.resident import Arrays, states, states_of
 
 Kept = Mapping[int, float]
 
@@ -101,6 +102,16 @@ class Encoder:
                     others = {n: a for n, a in self.buffers[key].items() if n != filters.RESIDUAL}
                     self.buffers[key] = others if residual is None else {**others, filters.RESIDUAL: residual}
 
+    def export(self, store: int) -> Arrays:
+        """The buffers of a store, for a snapshot between two steps."""
+        with self._lock:
+            return states("push", {key[1:]: state for key, state in self.buffers.items() if key[0] == store})
+
+    def restore(self, store: int, arrays: Arrays) -> None:
+        """Go on with the buffers of a snapshot."""
+        with self._lock:
+            self.buffers.update(((store, *key), state) for key, state in states_of(arrays, "push").items())
+
     def kept(self) -> Kept:
         """By store the sum of squares of what error feedback has not sent yet."""
         with self._lock:
@@ -135,6 +146,14 @@ class Decoder:
     def remembers(self, store: int) -> bool:
         """Whether what a contribution means depends on the ones before it, applied or not."""
         return filters.remembers(self._stores[store].policy.home_filters)
+
+    def export(self, store: int) -> Arrays:
+        """What it remembers of a store, for a snapshot."""
+        return states("push", {key[1:]: state for key, state in self.buffers.items() if key[0] == store})
+
+    def restore(self, store: int, arrays: Arrays) -> None:
+        """Go on with the buffers of a snapshot."""
+        self.buffers.update(((store, *key), state) for key, state in states_of(arrays, "push").items())
 
     def decode(self, message: wire.Contribution, arrays: Sequence[Array]) -> list[Array]:
         """The arrays of the part. Raises FlowmlError if its filters cannot have made those that came."""

@@ -26,10 +26,15 @@ from flowml_runtime.worker.training.exchange.agreement import Agreement
 from flowml_runtime.worker.training.filtered import Decoder
 from flowml_runtime.worker.training.published import WHOLE, PublicCopy
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
+from flowml_runtime.worker.training.resident import Arrays as Buffers
+from flowml_runtime.worker.training.resident import Resident, of_home
 from flowml_runtime.worker.training.run import Fault, Run
 
 _Sent = tuple[wire.Contribution | None, Sequence[Array]]
 """The arrays of a part as they came, with their message if they are filtered."""
+
+VALUES = "values"
+"""What the owner of the parameters and the optimizer state of a home is called."""
 
 _Job = tuple[int, Callable[[], None]]
 """(store, the work to do for it)"""
@@ -68,8 +73,28 @@ class Homes:
         self._publisher = Publisher(
             f"{run.me} run {run.number}", self._send_published, partial(self._fail, run.number, "publish")
         )
+        for store, home in self._homes.items():
+            self._register(store, self._lanes[home])
         self._failed = False
         """Whether an apply or publication failed. Then no later one may run."""
+
+    def _register(self, store: int, lane: Lane) -> None:
+        """Tell the run what lives here between steps. Of copies with the same bits the first one stands for all."""
+        spec, add = self._specs[store], self._run.residents.add
+        if worker_of(spec.copies[0]) == self._run.me:
+            values = partial(self._export, store)
+            add(Resident(of_home(spec.name, VALUES), values, _loaded, lane))
+        if spec.policy.home_filters:
+            known = partial(self._decoder.export, store), partial(self._decoder.restore, store)
+            add(Resident(of_home(spec.name, "decoder"), *known, lane))
+        if store in self._public:
+            copy = self._public[store]
+            restore = copy.restore if spec.policy.clocked else copy.restart  # else readers may have read other versions
+            add(Resident(of_home(spec.name, "public"), copy.export, restore, lane))
+
+    def _export(self, store: int) -> Buffers:
+        held = self._held[store]
+        return dict(zip((b.name for b in held.spec.buffers), host_view(held.values, held.program.device), strict=True))
 
     def carry_out(self, actions: Iterable[Load | Apply | Publish | Return | Release]) -> None:
         """Queue the actions that one event has caused."""
@@ -207,3 +232,7 @@ class Homes:
     def _send_published(self, worker: str, message: wire.Published, arrays: Arrays, timeout_s: float | None) -> None:
         self._run.send(worker, message, arrays, timeout_s)
         self._run.count_publish(message.store, sum(s.nbytes for s in message.specs), worker)
+
+
+def _loaded(_: Buffers) -> None:
+    """The values of a store come as its first value, with `Load`."""

@@ -16,15 +16,18 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from flowml.arrays import ArraySpec
 from flowml.errors import FlowmlError
 from flowml.plan import Plan
 from flowml.policy.filters import on_numpy
 from flowml_runtime import service, wire
 from flowml_runtime.execution.faults import step_failed
 from flowml_runtime.execution.kernels import Kernels
+from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.protocol.errors import InboxLimitError
 from flowml_runtime.protocol.training import actions as protocol
@@ -36,6 +39,7 @@ from flowml_runtime.worker.training.exchange.reductions import Reductions
 from flowml_runtime.worker.training.exchange.relays import Relays
 from flowml_runtime.worker.training.homes import Homes
 from flowml_runtime.worker.training.published import Reader
+from flowml_runtime.worker.training.resident import Arrays, Resident
 from flowml_runtime.worker.training.run import Run
 from flowml_runtime.worker.training.stage_runner import StageRunner
 
@@ -247,10 +251,25 @@ class _Fit:
         programs = [host.programs[run.training.replicas[r][s]] for r, s in stages]
         kernels = Kernels(programs[0].device) if programs else on_numpy
         self._readers = [Reader(spec, kernels) for spec in run.training.stores]
+        for store, spec in enumerate(run.training.stores):
+            if spec.policy.pull_filters and spec.policy.clocked:
+                reader = self._readers[store]
+                run.residents.add(
+                    Resident(f"reader/{run.me}/{spec.name}", partial(self._decoded, store), reader.restore)
+                )
+        self._exports = Lane(f"{run.me} snapshots run {run.number}")
+        """Tells the driver what no other lane uses."""
+        self._fail = partial(host.fail, run.number, "a snapshot")
         self._stages = {
             (r, s): StageRunner(run, host, (r, s), host.programs[run.training.replicas[r][s]], self.reductions)
             for r, s in stages
         }
+
+    def _decoded(self, store: int) -> Arrays:
+        """What the filters of a reader remember, once they have decoded the newest version."""
+        view = self.run.stores.get(store)
+        _ = view and view.values
+        return self._readers[store].export()
 
     def stop(self) -> None:
         with self.run.changed:
@@ -260,6 +279,7 @@ class _Fit:
             stage.stop()
         self._homes.close()
         self._relays.close()
+        self._exports.close()
         self.reductions.close()
 
     def at_once(self, action: protocol.Action) -> bool:
@@ -280,6 +300,12 @@ class _Fit:
                 self.run.states[store] = self._take(handle)
             case protocol.Hand(_, wire.Gossip() as told, handle):
                 self.run.told[told.store, told.replica, told.source, told.clock] = self._take(handle)
+            case protocol.Hand(_, wire.Buffers(owner=owner, names=names), handle):
+                arrays = self._take(handle)
+                if owner:
+                    self.run.residents.restore(owner, dict(zip(names, arrays, strict=True)))
+                else:
+                    self.run.restored = True
             case protocol.Hand(_, wire.Batch() as batch, handle):
                 arrays = self._take(handle)
                 for stage in self._stages.values():
@@ -312,12 +338,29 @@ class _Fit:
                 self._relays.forward(action)
             case protocol.PassOn():
                 self._relays.pass_on(action)
+            case protocol.Export():
+                self._export(action)
             case protocol.TellTraffic(cause):
                 run.send(run.driver, run.traffic(cause))
             case protocol.Hand(peer, wire.Collective() as message, handle):
                 self.reductions.on_message(peer, message, self._take(handle))
             case _:
                 raise FlowmlError(f"a worker cannot carry out {type(action).__name__}")
+
+    def _export(self, action: protocol.Export) -> None:
+        """Send the driver what lives here between steps. Does not wait."""
+        run, found = self.run, self.run.residents.found.values()
+        ids: dict[str, Any] = {"plan_id": run.plan_id, "run": run.number, "cause": action.cause}
+        run.send(run.driver, wire.Exported(**ids, stages=action.stages, stores=action.stores, buffers=len(found)))
+
+        def tell(resident: Resident) -> None:
+            arrays = resident.export()
+            specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays.values())
+            message = wire.Buffers(**ids, owner=resident.owner, names=tuple(arrays), specs=specs)
+            run.send(run.driver, message, list(arrays.values()))
+
+        for resident in found:
+            (resident.lane or self._exports).put(partial(tell, resident), self._fail)
 
     def _take(self, handle: int | None) -> Sequence[Array]:
         return () if handle is None else self._payloads.pop(handle)

@@ -6,7 +6,7 @@ and when to take global parameters; `flowml.training.local` describes the tasks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from flowml.plan import Plan, StoreSpec
 from flowml.policy import Mix, Policy
 from flowml.policy.apply import base_of
 from flowml_runtime.execution.programs import Array, TaskFunction, aligned_copy
+from flowml_runtime.worker.training.resident import Arrays, number, row, row_of
+
+_KEPT = ("params", "state", "started", "kept")
 
 
 class OwnRhythm:
@@ -74,6 +77,20 @@ class OwnValues(OwnRhythm):
         self._coefficients = aligned_copy(np.full((2, 1), 1 / added, self.dtype))
         self._own = len(spec.local.state) - spec.local.outer
         """The leaves of state that are not those of an outer optimizer."""
+
+    def export(self) -> Arrays:
+        """All buffers, for a snapshot between two steps."""
+        found = (row(name, getattr(self, name)) for name in _KEPT)
+        return {k: a for one in found for k, a in one.items()} | {
+            "steps": number(self.steps),
+            "taken": number(self._taken),
+        }
+
+    def restore(self, arrays: Arrays, adopt: Callable[[Sequence[Array]], Sequence[Array]]) -> None:
+        """Go on with the buffers of a snapshot."""
+        for name in _KEPT:
+            setattr(self, name, adopt(row_of(arrays, name)))
+        self.steps, self._taken = int(arrays["steps"]), int(arrays["taken"])
 
     def take(self, clock: int, values: Sequence[Array]) -> None:
         """Take the global parameters, or a mixture of them and the own ones."""

@@ -23,6 +23,7 @@ from flowml.plan import StoreSpec
 from flowml.policy import filters
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.worker.training.filtered import packed
+from flowml_runtime.worker.training.resident import Arrays, number, row, row_of, states, states_of
 
 WHOLE = -1
 """The `base` of a version that is not encoded."""
@@ -56,6 +57,8 @@ class PublicCopy:
         if filters.is_lossless(self._chain):
             return version, packed(self._chain, values)
         base, self._version = self._version, version
+        if base == version:  # the copy of a snapshot
+            return WHOLE, self.values
         if base == WHOLE:
             self.values = list(values)
             self.forget()
@@ -70,6 +73,22 @@ class PublicCopy:
             copies.append(_added(copy, decoded))
         self.values = copies
         return base, sent
+
+    def export(self) -> Arrays:
+        """The copy and what its filters remember, for a snapshot."""
+        kept = states("filter", {(i,): state for i, state in enumerate(self.buffers)})
+        return {**row("copy", self.values), **kept, "version": number(self._version)}
+
+    def restore(self, arrays: Arrays) -> None:
+        """Go on with the copy of a snapshot, which readers get whole."""
+        self.values, self._version = row_of(arrays, "copy"), int(arrays["version"])
+        known = states_of(arrays, "filter")
+        self.buffers = [known.get((i,), {}) for i in range(len(self._spec.specs))]
+
+    def restart(self, arrays: Arrays) -> None:
+        """Go on with the copy of a snapshot, for readers that remember nothing."""
+        self.restore(arrays)
+        self.forget()
 
     def forget(self) -> None:
         """A reader gets the copy whole, so nothing that comes next may refer to what was sent before."""
@@ -92,6 +111,15 @@ class Reader:
         self._chain = spec.policy.pull_filters if chain is None else chain
         self._whose = whose
         self._buffers: list[filters.State] = [{} for _ in spec.specs]
+
+    def export(self) -> Arrays:
+        """What its filters remember, for a snapshot, when all versions are decoded."""
+        return states("filter", {(i,): state for i, state in enumerate(self._buffers)})
+
+    def restore(self, arrays: Arrays) -> None:
+        """Go on with the buffers of a snapshot."""
+        known = states_of(arrays, "filter")
+        self._buffers = [known.get((i,), {}) for i in range(len(self._spec.specs))]
 
     def view(self, version: int, base: int, arrays: Sequence[Array], before: StoreView | None) -> StoreView:
         """The view of a version that has come after `before`. Raises FlowmlError if it refers to another."""

@@ -26,6 +26,7 @@ from flowml_runtime.worker.training.counts import Counts
 from flowml_runtime.worker.training.filtered import Encoder, added
 from flowml_runtime.worker.training.finite import sentence
 from flowml_runtime.worker.training.published import StoreView
+from flowml_runtime.worker.training.resident import Residents
 
 Fault = Callable[[int, str, BaseException], None]
 """(step, node, error): reports to the driver, which ends the fit."""
@@ -56,6 +57,8 @@ class Run:
     """The stores that the replicas here update themselves."""
     encoders: list[Encoder] = field(default_factory=list[Encoder])
     """Those of the stages here."""
+    residents: Residents = field(default_factory=Residents)
+    """What lives here between steps."""
     stopped: bool = False
     counting: threading.Lock = field(default_factory=threading.Lock)
     """Guards `counts`, because executors, lanes and groups count the bytes they send."""
@@ -68,6 +71,8 @@ class Run:
         self.training: Training = self.plan.training
         self.terms = Terms.of(self.training, self.start.total_clocks)
         self.counts = Counts(len(self.training.stores))
+        self.restored = self.start.stopped is None
+        """Whether all buffers are here of the snapshot from which the run goes on, if it does."""
 
     @property
     def number(self) -> int:

@@ -32,6 +32,7 @@ from flowml_runtime.execution.services import EdgeServices, host_view
 from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare, run_step
 from flowml_runtime.protocol.training.accumulator import Sum
 from flowml_runtime.protocol.training.actions import Computed, Send, Start, StepFinished, Updated
+from flowml_runtime.protocol.training.terms import Places
 from flowml_runtime.worker.training.batches import Batches
 from flowml_runtime.worker.training.examples import beside_batch, over_microbatches
 from flowml_runtime.worker.training.exchange.mirrors import Mirrors
@@ -42,6 +43,7 @@ from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.pace import Pace
+from flowml_runtime.worker.training.resident import Arrays, Resident, number, of_stage, row, row_of
 from flowml_runtime.worker.training.run import Run
 from flowml_runtime.worker.training.sums import Gradients, Sums, known
 
@@ -57,7 +59,7 @@ class StageRunner(EdgeServices):
     ) -> None:
         mailbox = host.worker.mailbox
         super().__init__(run.plan_id, loaded, mailbox, run.sender, run.deadline_s, run.recorder)
-        stage = at[1]
+        self.stage = stage = at[1]
         self.run = run
         self.replica = at[0]
         self.machine = host.machine.stage(at)
@@ -95,6 +97,10 @@ class StageRunner(EdgeServices):
         """(store, part, steps) of the sums of sites that this step waits for."""
         self._encoder = Encoder(run.training.stores, self.replica, run.start.seed, Kernels(loaded.device))
         run.encoders.append(self._encoder)
+        places = Places.of(run.training)
+        self._reads = {s for s, homes in enumerate(places.readers) if any(run.me in told for told in homes.values())}
+        """The stores that are published here."""
+        self._restored = run.restored
         self._compared: dict[int, Sequence[Array]] = {}
         """By store the parameters of this step, where filters compare gradients with them."""
         self._now = Start(run.number, *at, -1, wire.Item(sequence=0, epoch=0, start=0, size=0), 0)
@@ -106,8 +112,37 @@ class StageRunner(EdgeServices):
         """By store the parameters that were taken last, if the next steps compute with them too."""
         self._fetched: dict[int, dict[int, Array]] = {}
         """By fetch slot, and by microbatch."""
+        self._register()
         self._pace = Pace(dict(run.start.delays).get(run.me, ()), loaded.program.instructions)
         service.start(f"{loaded.name} run {run.number}", self._work, self._end)
+
+    def _register(self) -> None:
+        """Tell the run what lives here between steps."""
+        for store, spec in enumerate(self.run.training.stores):
+            owner, add = partial(of_stage, self.replica, self.stage, spec.name), self.run.residents.add
+            if store in self._own:
+                own = self._own[store]
+                add(Resident(owner("own"), own.export, partial(own.restore, adopt=self.adopt)))
+            found = self._neighbours.get(store)
+            if isinstance(found, Mirrors):
+                add(Resident(owner("mirror"), found.export, found.restore))
+            if any(part.stage == self.stage for part in spec.parts):
+                add(Resident(owner("sums"), partial(self._sums.export, store), partial(self._sums.restore, store)))
+                encoder = partial(self._encoder.export, store), partial(self._encoder.restore, store)
+                add(Resident(owner("filters"), *encoder))
+            if store in self._reads:
+                add(Resident(owner("read"), partial(self._export, store), partial(self._restore, store)))
+
+    def _export(self, store: int) -> Arrays:
+        """What it has read of a store, and computes with in the next steps too."""
+        version = self._read_versions.get(store)
+        return {} if version is None else {"version": number(version), **row("held", self._held.get(store, ()))}
+
+    def _restore(self, store: int, arrays: Arrays) -> None:
+        if arrays:
+            self._read_versions[store] = int(arrays["version"])
+        if "held/0" in arrays:
+            self._held[store] = row_of(arrays, "held")
 
     # Called by the machine thread, which holds the run's lock.
 
@@ -154,6 +189,7 @@ class StageRunner(EdgeServices):
         self._fetched, self._inside = {}, []
         self._pace.begin(clock)
         try:
+            self._wait_until_restored(clock)
             run_step(self._choose(), self.run.step_of(clock), self)
             self._end_sums(self.run.step_of(clock))
             self._return_states(clock)
@@ -167,6 +203,18 @@ class StageRunner(EdgeServices):
             self._on_fault(self.run.step_of(clock), "report", error)
         finally:
             self.outbox.flush()  # a home must get a stage's last contribution before it learns that the stage retired
+
+    def _wait_until_restored(self, clock: int) -> None:
+        """In a run that goes on, wait for the buffers of the snapshot: those here, and those of the homes."""
+        run = self.run
+        if run.restored and self._restored:
+            return
+        what = "the buffers of the snapshot from which the fit goes on"
+        with run.changed:
+            run.wait_for(
+                lambda: run.restored and self._reads <= run.stores.keys(), self._in_vain, what, run.step_of(clock)
+            )
+        self._restored = True
 
     def _choose(self) -> StepProgram:
         """The program for the batch of this step. A fed batch is waited for here."""

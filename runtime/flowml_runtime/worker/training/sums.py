@@ -11,6 +11,7 @@ from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.mailbox import Cancelled
 from flowml_runtime.execution.programs import Array, LoadedProgram, TaskFunction
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
+from flowml_runtime.worker.training.resident import Arrays, number, row, row_of
 
 Gradients = Future[Sequence[Array]]
 """The gradients of one part in a step, or the sum over several steps, which may not be computed yet."""
@@ -63,6 +64,22 @@ class Sums:
         if gathered is not None:
             gathered.gather(clock, given.value, given.weight)
         return None
+
+    def export(self, store: int) -> Arrays:
+        """The sums of a store that wait for a push, for a snapshot between two steps."""
+        found: dict[str, Array] = {}
+        for (s, part), gathered in self._gathered.items():
+            total = gathered.kept()
+            if s == store and total is not None:
+                # no deadline: the lane computes what is put to it, or is closed
+                found |= {**row(f"{part}/sum", total.value.result()), f"{part}/weight": number(total.weight)}
+        return found
+
+    def restore(self, store: int, arrays: Arrays) -> None:
+        """Go on with the sums of a snapshot."""
+        for (s, part), gathered in self._gathered.items():
+            if s == store and f"{part}/weight" in arrays:
+                gathered.restore(Sum(known(row_of(arrays, f"{part}/sum")), int(arrays[f"{part}/weight"])))
 
     def settle(self, clock: int, stores: Sequence[int], *, counts: bool) -> None:
         """Whether the gradients of `clock` count for these stores."""

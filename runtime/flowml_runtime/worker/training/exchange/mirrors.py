@@ -26,6 +26,7 @@ from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array, LoadedProgram, aligned_copy, buffer_struct
 from flowml_runtime.execution.services import host_view
 from flowml_runtime.worker.training.own_values import OwnValues
+from flowml_runtime.worker.training.resident import Arrays, number, row, row_of, states, states_of
 from flowml_runtime.worker.training.run import Run
 
 Adopt = Callable[[Sequence[Array]], Sequence[Array]]
@@ -47,12 +48,22 @@ class Filtered:
             state = self.kept.get(i, {})
             if last or not self.spec.policy.filters:
                 left = state.get(filters.RESIDUAL)
+                self.kept[i] = {n: a for n, a in state.items() if n != filters.RESIDUAL}  # nothing is left to send
                 sent.append(value if left is None else (value + left).astype(value.dtype))
                 continue
             context = filters.Context(seed=(*self.seed, i, clock), clock=clock, parameter=parameter)
             found, self.kept[i] = filters.encode(self.spec.policy.filters, value, state, context)
             sent += found
         return sent
+
+    def export(self) -> Arrays:
+        """All buffers, for a snapshot between two steps."""
+        return {**states("kept", {(i,): state for i, state in self.kept.items()}), **states("known", self.known)}
+
+    def restore(self, arrays: Arrays) -> None:
+        """Go on with the buffers of a snapshot."""
+        self.kept.update((i, state) for (i,), state in states_of(arrays, "kept").items())
+        self.known.update(((source, i), state) for (source, i), state in states_of(arrays, "known").items())
 
     def decode(self, source: int, arrays: Sequence[Array], *, last: bool) -> Sequence[Array]:
         if last or not self.spec.policy.filters:
@@ -125,8 +136,35 @@ class Mirrors:
         self._workers = {r: worker_of(replicas[r][spec.parts[0].stage]) for r in self._senders}
         self._heard = dict.fromkeys((r for r in self._senders if r != replica), -1)
         """The newest clock of each other sender whose changes are added."""
+        self._told = -1
+        """The newest clock whose changes it has sent."""
         number, share = self._senders.index(replica), share_of(spec, replica, len(replicas))
         self._mirror = Mirror(spec, number, share, loaded, dtype, run.start.seed)
+
+    def export(self) -> Arrays:
+        """All buffers, for a snapshot between two steps, with the changes of others that are not added yet."""
+        run, mine = self._run, (self._store, self._replica)
+
+        def come() -> bool:
+            return all(c >= self._told or (*mine, s, self._told) in run.told for s, c in self._heard.items())
+
+        with run.changed:
+            what = f"the last changes of {self._spec.name!r} from all senders"
+            run.wait_for(come, lambda: False, what, run.step_of(max(self._told, 0)))
+            told = {(s, c): a for (*at, s, c), a in run.told.items() if (*at,) == mine and s in self._heard}
+        waiting = {key: array for (source, c), a in told.items() for key, array in row(f"told/{source}.{c}", a).items()}
+        heard = {f"heard/{source}": number(clock) for source, clock in self._heard.items()}
+        return {**self._mirror.filtered.export(), **heard, **waiting}
+
+    def restore(self, arrays: Arrays) -> None:
+        """Go on with the buffers of a snapshot."""
+        self._mirror.filtered.restore(arrays)
+        self._heard = {source: int(arrays[f"heard/{source}"]) for source in self._heard}
+        for key in arrays:
+            if key.startswith("told/") and key.endswith("/0"):
+                source, clock = map(int, key.split("/")[1].split("."))
+                at = (self._store, self._replica, source, clock)
+                self._run.told[at] = row_of(arrays, f"told/{source}.{clock}")
 
     def begin(self, clock: int, own: OwnValues, cause: int) -> None:
         """The step of `clock` begins."""
@@ -143,6 +181,7 @@ class Mirrors:
             self._mirror.join(own, own.params, deltas)
 
     def _tell(self, clock: int, arrays: Sequence[Any], cause: int) -> None:
+        self._told = clock
         run, specs = self._run, tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
         ids: dict[str, Any] = {"plan_id": run.plan_id, "run": run.number, "cause": cause, "store": self._store}
         for other in self._heard:

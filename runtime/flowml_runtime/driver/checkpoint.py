@@ -1,0 +1,133 @@
+"""Checkpoints as users see them: where snapshots of a fit are written, and how they are read without a cluster."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
+
+from flowml.errors import CheckpointError, FlowmlWarning
+from flowml.numbers import whole_number
+from flowml_runtime.driver.training.outcome import from_buffer
+from flowml_runtime.driver.training.snapshots import Key, Leaf, Snapshot
+from flowml_runtime.environment import checkpoints
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often a fit writes snapshots. The last one is written at the end of the fit.
+
+    Args:
+        path: a directory, which is made if it is not there.
+        every_steps: the number of steps between snapshots.
+        every_s: the number of seconds between snapshots, instead of `every_steps`.
+        keep: how many snapshots to keep. Older ones are removed when a newer one is complete.
+
+    Raises:
+        ValueError, TypeError: for arguments that make no sense.
+    """
+
+    path: str | os.PathLike[str]
+    every_steps: int | None = None
+    every_s: float | None = None
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Checkpoint(path={self.path!r}): give the name of a directory")
+        if self.every_steps is not None and self.every_s is not None:
+            raise ValueError("Checkpoint: give every_steps or every_s, and not both")
+        if self.every_steps is not None:
+            whole_number("every_steps", self.every_steps, least=1)
+        every_s: Any = self.every_s
+        if every_s is not None and not (isinstance(every_s, int | float) and 0 < every_s < float("inf")):
+            raise ValueError(f"Checkpoint(every_s={every_s!r}): give a number of seconds above 0")
+        whole_number("keep", self.keep, least=1)
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.path)
+
+
+def newest(directory: Path, *, why: bool = True) -> tuple[Path, Snapshot] | None:
+    """The newest snapshot of a directory that is complete; None if there is none. Warns of each that is damaged.
+
+    Raises CheckpointError if there are some, and all are damaged.
+    """
+    errors: list[CheckpointError] = []
+    for path in checkpoints.snapshots(directory):
+        try:
+            found = path, Snapshot.read(path)
+        except CheckpointError as error:
+            errors.append(error)
+            continue
+        for error in errors if why else ():
+            warnings.warn(f"{error}. The fit goes on from {path.name}", FlowmlWarning, stacklevel=3)
+        return found
+    if errors:
+        raise errors[0]
+    return None
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A snapshot as plain values. Containers of pytrees that are neither dicts nor sequences are dicts by attribute.
+
+    Attributes:
+        params, opt_state: the pytrees of the fit after `step` steps.
+        step: the number of steps before the snapshot.
+        buffers: every buffer, by owner and name, such as "replica/1/stage/0/conv/filters/push/0.0/residual".
+    """
+
+    params: Any
+    opt_state: Any
+    step: int
+    buffers: Mapping[str, np.ndarray[Any, Any]] = field(repr=False)
+
+
+def restore(path: str | os.PathLike[str]) -> Restored:
+    """The newest complete snapshot of a checkpoint's directory, or the snapshot at `path`. Needs no cluster.
+
+    Raises CheckpointError if there is none, or it is damaged.
+    """
+    directory = Path(path)
+    if checkpoints.snapshots(directory):
+        found = newest(directory)
+    else:
+        found = (directory, Snapshot.read(directory))
+    assert found is not None
+    snapshot, content = found[1], found[1].content
+    params, opt_state = (_tree(snapshot, leaves) for leaves in (content.params, content.opt_state))
+    return Restored(params, opt_state, content.steps, snapshot.arrays)
+
+
+def _tree(snapshot: Snapshot, leaves: Sequence[Leaf]) -> Any:
+    values = [(leaf.path, _value(snapshot.arrays[leaf.buffer], leaf.dtype)) for leaf in leaves]
+    return _built(values)
+
+
+def _value(array: Any, dtype: str) -> Any:
+    value = from_buffer(array, dtype)
+    return value if dtype.startswith("key<") else jnp.asarray(value, dtype)
+
+
+def _built(leaves: Sequence[tuple[Sequence[Key], Any]]) -> Any:
+    """The nested containers whose leaves have these paths."""
+    if not leaves:
+        return {}
+    if not leaves[0][0]:
+        return leaves[0][1]
+    groups: dict[str | int, list[tuple[Sequence[Key], Any]]] = {}
+    for path, value in leaves:
+        groups.setdefault(path[0][1], []).append((path[1:], value))
+    built = {key: _built(found) for key, found in groups.items()}
+    if leaves[0][0][0][0] != "list":
+        return built
+    places = cast(dict[int, Any], built)
+    return [places.get(i, {}) for i in range(max(places) + 1)]

@@ -1,0 +1,72 @@
+"""Finds the snapshot from which a fit goes on, and says what cannot be checkpointed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from flowml.errors import CheckpointError, UnsupportedError
+from flowml.plan import Training
+from flowml.policy import Fold
+from flowml_runtime.driver.checkpoint import Checkpoint, newest
+from flowml_runtime.driver.training.result import restored
+from flowml_runtime.driver.training.saving import Saving
+from flowml_runtime.driver.training.snapshots import Figures, check
+from flowml_runtime.environment import checkpoints
+
+
+def saving_of(
+    checkpoint: Checkpoint | None,
+    resume: Literal["auto"] | None,
+    training: Training,
+    trees: tuple[Any, Any],
+    now: Figures,
+) -> Saving:
+    """The snapshots of a fit with these figures, which would begin with these parameters and this optimizer state.
+
+    Raises CheckpointError if the snapshot to go on from belongs to another fit, or if that is not asked for.
+    """
+    if resume not in ("auto", None):
+        raise ValueError(f"resume={resume!r}: give 'auto', or leave it out")
+    if checkpoint is None:
+        if resume is not None:
+            raise ValueError("resume='auto' needs checkpoint=fm.Checkpoint(path), which says where the snapshots are")
+        return Saving(trees=trees)
+    if not isinstance(checkpoint, Checkpoint):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"checkpoint={checkpoint!r}: give an fm.Checkpoint(path, every_steps=...)")
+    _check_supported(training)
+    directory = checkpoint.directory
+    if resume is None:
+        if checkpoints.snapshots(directory):
+            raise CheckpointError(
+                f"{directory} has checkpoints of an earlier fit; give resume='auto' to go on from the newest, or "
+                "another directory"
+            )
+        return Saving(checkpoint, None, now, trees)
+    found = newest(directory)
+    if found is None:
+        return Saving(checkpoint, None, now, trees)
+    path, snapshot = found
+    check(snapshot, path, training, now, trees)
+    leaves = (snapshot.content.params, snapshot.content.opt_state)
+    values = tuple(restored(tree, snapshot.leaves(of)) for tree, of in zip(trees, leaves, strict=True))
+    return Saving(checkpoint, snapshot, now, (values[0], values[1]))
+
+
+def _check_supported(training: Training) -> None:
+    """Raise UnsupportedError for a policy of which a snapshot would not hold everything."""
+    for store in training.stores:
+        policy = store.policy
+        if training.speculation is not None:
+            what = "portions of batches that replicas take in turn"
+        elif store.relayed:
+            what = "a quorum inside sites"
+        elif isinstance(policy.late, Fold):
+            what = "late contributions that are folded in"
+        elif not policy.clocked and not policy.shared and policy.quorum.need(len(training.replicas)) > 1:
+            what = "contributions that wait for others at a home without clocks"
+        else:
+            continue
+        raise UnsupportedError(
+            f"layer {store.name!r} ({policy.describe()}): checkpoints of {what} are not available yet; leave "
+            "checkpoint= out, or give the layer another policy"
+        )

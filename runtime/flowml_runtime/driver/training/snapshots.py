@@ -1,0 +1,239 @@
+"""What a snapshot of a fit holds, how it is made of what workers tell, and where its buffers go when a fit resumes.
+
+A snapshot names every buffer by its owner (`worker.training.resident`): those of homes by layer, those of replicas by
+replica, stage and layer. Beside them it has where all machines stand, the ledger of work items, and the fit's own
+figures, which a fit that resumes must share. Parameters and optimizer state are leaves, each of which names a buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+
+from flowml.data import Source
+from flowml.devices import worker_of
+from flowml.errors import CheckpointError, named
+from flowml.plan import ArraySpec, StoreSpec, Training
+from flowml_runtime import wire
+from flowml_runtime.driver.training.outcome import as_buffer
+from flowml_runtime.environment import checkpoints
+from flowml_runtime.protocol.training.ledger import LedgerState
+
+Key = tuple[str, str | int]
+"""A step of a leaf's path: the kind of its container ("dict", "list", "attr") and the key in it."""
+
+
+class Leaf(msgspec.Struct, frozen=True):
+    """A leaf of a pytree: its path, its dtype as JAX names it, and the buffer with its value."""
+
+    path: tuple[Key, ...]
+    dtype: str
+    buffer: str
+
+
+class Layer(msgspec.Struct, frozen=True):
+    """A store: its name, its policy in words, and the buffers of its home."""
+
+    name: str
+    policy: str
+    buffers: tuple[tuple[str, ArraySpec], ...]
+
+    @staticmethod
+    def of(store: StoreSpec) -> Layer:
+        return Layer(store.name, store.policy.describe(), tuple((b.name, b.spec) for b in store.buffers))
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """What a fit that resumes must share with the one that wrote the snapshot."""
+
+    replicas: int
+    stages: int
+    microbatches: int
+    batch_size: int
+    examples: int
+    seed: int
+    shuffle: bool
+
+
+class Content(msgspec.Struct, frozen=True):
+    """All of a snapshot but its arrays. `steps` are those before it, and `owners` names the buffers of each owner."""
+
+    steps: int
+    figures: Figures
+    layers: tuple[Layer, ...]
+    stopped: wire.Stopped
+    ledger: LedgerState
+    owners: dict[str, tuple[str, ...]]
+    params: tuple[Leaf, ...]
+    opt_state: tuple[Leaf, ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot in memory. `arrays` are by the name of owner and buffer: "home/conv/values/kernel"."""
+
+    content: Content
+    arrays: Mapping[str, Any]
+
+    def write(self, directory: Path, keep: int) -> Path:
+        content = msgspec.json.encode(self.content)
+        return checkpoints.write(directory, self.content.steps, content, self.arrays, keep)
+
+    @staticmethod
+    def read(path: Path) -> Snapshot:
+        """Raises CheckpointError for one that is damaged."""
+        encoded, arrays = checkpoints.read(path)
+        try:
+            content = msgspec.json.decode(encoded, type=Content)
+        except msgspec.DecodeError as error:
+            raise CheckpointError(f"the checkpoint {path} does not hold a fit: {error}") from None
+        missing = [
+            name
+            for name in (
+                *(leaf.buffer for leaf in (*content.params, *content.opt_state)),
+                *(f"{owner}/{name}" for owner, names in content.owners.items() for name in names),
+            )
+            if name not in arrays
+        ]
+        if missing:
+            raise CheckpointError(f"the checkpoint {path} lacks the buffers {named(missing)}")
+        return Snapshot(content, arrays)
+
+    def leaves(self, leaves: Sequence[Leaf]) -> list[Any]:
+        return [self.arrays[leaf.buffer] for leaf in leaves]
+
+    def values(self, store: StoreSpec) -> list[Any]:
+        """The buffers of a store's home."""
+        return [self.arrays[f"{_values(store)}/{b.name}"] for b in store.buffers]
+
+    def version(self, store: int) -> int:
+        return self.content.stopped.stores[store].version
+
+    def sent(self, training: Training) -> Iterable[tuple[str, str, list[str], list[Any]]]:
+        """(worker, owner, names, arrays) of all buffers but the values of homes, for the workers of a plan."""
+        values = {_values(store) for store in training.stores}
+        for owner, names in self.content.owners.items():
+            if owner not in values:
+                arrays = [self.arrays[f"{owner}/{name}"] for name in names]
+                yield _place(owner, training), owner, list(names), arrays
+
+
+def _values(store: StoreSpec) -> str:
+    return f"home/{store.name}/values"
+
+
+def _place(owner: str, training: Training) -> str:
+    """The worker that keeps the buffers of an owner."""
+    kind, number, *rest = owner.split("/")
+    if kind == "replica":
+        return worker_of(training.replicas[int(number)][int(rest[1])])
+    if kind == "reader":
+        return number
+    found = next(store for store in training.stores if owner.startswith(f"home/{store.name}/"))
+    return worker_of(found.copies[0])
+
+
+def taken(
+    training: Training,
+    figures: Figures,
+    steps: int,
+    stopped: wire.Stopped,
+    ledger: LedgerState,
+    buffers: Mapping[str, Mapping[str, Any]],
+    trees: tuple[Any, Any],
+) -> Snapshot:
+    """The snapshot of what workers have told. `trees` are the parameters and the optimizer state that the fit began
+    with, for their structure, and for leaves that are in no buffer."""
+    arrays = {f"{owner}/{name}": a for owner, found in buffers.items() for name, a in found.items()}
+    places = _places(training, stopped)
+    leaves: list[tuple[Leaf, ...]] = []
+    for what, tree in zip(("params", "opt_state"), trees, strict=True):
+        made: list[Leaf] = []
+        for i, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
+            buffer = places.get((what, i), f"{what}/{i}")
+            arrays.setdefault(buffer, np.asarray(as_buffer(value)))
+            made.append(Leaf(tuple(map(_key, path)), str(value.dtype), buffer))
+        leaves.append(tuple(made))
+    owners = {owner: tuple(found) for owner, found in buffers.items()}
+    layers = tuple(map(Layer.of, training.stores))
+    return Snapshot(Content(steps, figures, layers, stopped, ledger, owners, *leaves), arrays)
+
+
+def _places(training: Training, stopped: wire.Stopped) -> dict[tuple[str, int], str]:
+    """("params" or "opt_state", number of a leaf) -> its buffer. If several stores keep a leaf, the one with the most
+    applies has it, as at the end of a fit; what replica 0 keeps of its own optimizer state stands for all."""
+    found: dict[tuple[str, int], str] = {}
+    kinds = {"parameter": "params", "state": "opt_state"}
+    for state in sorted(stopped.stores, key=lambda s: (s.version, -s.store)):
+        store = training.stores[state.store]
+        found.update({(kinds[b.kind], b.index): f"{_values(store)}/{b.name}" for b in store.buffers})
+    for store in training.stores:
+        for i, leaf in enumerate(store.local.state if store.local else ()):
+            owner = f"replica/0/stage/{store.parts[0].stage}/{store.name}/own"
+            found["opt_state", leaf] = f"{owner}/state/{i}"
+    return found
+
+
+def _key(key: Any) -> Key:
+    match key:
+        case jax.tree_util.DictKey(key=name):
+            return ("dict", name if isinstance(name, str | int) else str(name))
+        case jax.tree_util.SequenceKey(idx=index):
+            return ("list", index)
+        case jax.tree_util.GetAttrKey(name=name):
+            return ("attr", name)
+        case _:
+            return ("attr", str(getattr(key, "key", key)))
+
+
+def figures(training: Training, source: Source, batch_size: int, seed: int, shuffle: bool) -> Figures:
+    """Those of a fit."""
+    replicas = len(training.replicas)
+    stages = len(training.replicas[0])
+    return Figures(replicas, stages, training.microbatches, batch_size, source.examples, seed, shuffle)
+
+
+def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, trees: tuple[Any, Any]) -> None:
+    """Raise CheckpointError if the snapshot belongs to another fit: it says what differs."""
+    known = {layer.name: layer for layer in snapshot.content.layers}
+    mine = {store.name: Layer.of(store) for store in training.stores}
+    differs = [
+        f"{name}={getattr(snapshot.content.figures, name)} there and {getattr(now, name)} here"
+        for name in Figures.__struct_fields__
+        if getattr(snapshot.content.figures, name) != getattr(now, name)
+    ]
+    differs += [f"layer {n!r} is only {'there' if n in known else 'here'}" for n in sorted(known.keys() ^ mine.keys())]
+    for name in sorted(known.keys() & mine.keys()):
+        there, here = known[name], mine[name]
+        if there.policy != here.policy:
+            differs.append(f"layer {name!r} has the policy {there.policy} there and {here.policy} here")
+        before, after = dict(there.buffers), dict(here.buffers)
+        for buffer in sorted(before.keys() | after.keys()):
+            if before.get(buffer) != after.get(buffer):
+                differs.append(
+                    f"{name!r} keeps {buffer!r} as {_spec(before, buffer)} there and {_spec(after, buffer)} here"
+                )
+    for what, tree in zip(("params", "opt_state"), trees, strict=True):
+        there = {leaf.path: leaf.dtype for leaf in getattr(snapshot.content, what)}
+        here = {tuple(map(_key, p)): str(x.dtype) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for path_ in dict.fromkeys((*there, *here)):
+            if there.get(path_) != here.get(path_):
+                name = "/".join(str(key) for _, key in path_)
+                differs.append(f"{what} leaf {name!r} is {there.get(path_)} there and {here.get(path_)} here")
+    if differs:
+        text = "; ".join(differs[:8]) + (f"; and {len(differs) - 8} more" if len(differs) > 8 else "")
+        raise CheckpointError(
+            f"the checkpoint {path} belongs to another fit: {text}; resume with the same arguments, or begin from the "
+            "values of fm.restore(path)"
+        )
+
+
+def _spec(buffers: Mapping[str, ArraySpec], name: str) -> str:
+    spec = buffers.get(name)
+    return "nothing" if spec is None else f"{spec.dtype}{list(spec.shape)}"

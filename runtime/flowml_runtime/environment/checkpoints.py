@@ -1,0 +1,200 @@
+"""Writes and reads the directories of checkpoints. Knows files, names and arrays, and nothing of training.
+
+    PATH/step-000000000400/buffers.bin      the bytes of all arrays, each at a multiple of 64
+    PATH/step-000000000400/manifest.json    {"checksum": of the body, "body": {"format", "content", "arrays": [...]}}
+
+A snapshot is written into a directory of another name. Its files are on the disk (fsync) before the directory gets its
+name, in one step, and before an older snapshot is removed. So a directory `step-...` is complete, whenever the process
+is killed. Nothing is pickled: an array is its bytes, with a dtype of numbers, and every length is checked before it is
+read. Each array and the manifest have a checksum, so that a changed or truncated file is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import xxhash
+
+from flowml.arrays import ArraySpec, dtype_of
+from flowml.errors import CheckpointError
+
+FORMAT = 1
+DATA, MANIFEST = "buffers.bin", "manifest.json"
+ALIGNMENT = 64
+MOST_BYTES = 2**30
+"""Of a manifest."""
+
+_Offset = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_NAME = re.compile(r"step-(\d{12})")
+_UNFINISHED = re.compile(r"\.(?:writing|damaged)-\d{12}-(\d+)")
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """An array of a snapshot, and where its bytes are."""
+
+    name: str
+    spec: ArraySpec
+    offset: _Offset
+    checksum: str
+
+
+class Body(msgspec.Struct, frozen=True):
+    """A manifest. `content` is what the writer says about the arrays."""
+
+    format: int
+    content: msgspec.Raw
+    arrays: tuple[Entry, ...]
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    checksum: str
+    body: msgspec.Raw
+
+
+class _Version(msgspec.Struct, frozen=True):
+    format: int
+
+
+def write(directory: Path, step: int, content: bytes, arrays: Mapping[str, Any], keep: int) -> Path:
+    """Write a snapshot, and remove all but the newest `keep`. `content` is JSON. Raises OSError if the disk refuses."""
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / f"step-{step:012d}"
+    writing = directory / f".writing-{step:012d}-{os.getpid()}"
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir()
+    try:
+        entries = _write_arrays(writing / DATA, arrays)
+        body = msgspec.json.encode(Body(FORMAT, msgspec.Raw(content), tuple(entries)))
+        _write_file(writing / MANIFEST, msgspec.json.encode(_Manifest(_checksum(body), msgspec.Raw(body))))
+        _sync(writing)
+        if target.exists():  # it is damaged, else the fit would have gone on from it
+            target.rename(directory / f".damaged-{step:012d}-{os.getpid()}")
+        writing.rename(target)
+        _sync(directory)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+    _remove(directory, keep)
+    return target
+
+
+def snapshots(directory: Path) -> list[Path]:
+    """The snapshots of a directory, the newest first."""
+    found = [p for p in directory.iterdir() if _NAME.fullmatch(p.name)] if directory.is_dir() else []
+    return sorted(found, key=lambda p: p.name, reverse=True)
+
+
+def step_of(snapshot: Path) -> int:
+    """The number of steps before a snapshot, from its name."""
+    found = _NAME.fullmatch(snapshot.name)
+    return int(found[1]) if found else 0
+
+
+def read(snapshot: Path) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]]:
+    """The content and the arrays of a snapshot.
+
+    Raises CheckpointError for one that is not there, is damaged, or has another format.
+    """
+    try:
+        body = _body(snapshot / MANIFEST)
+        with (snapshot / DATA).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            arrays = {entry.name: _array(snapshot, file, size, entry) for entry in body.arrays}
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {snapshot} cannot be read: {error.strerror or error}; {_FIX}") from None
+    return bytes(body.content), arrays
+
+
+_FIX = "take an older one, or let resume='auto' find the newest that is complete"
+
+
+def _body(path: Path) -> Body:
+    if path.stat().st_size > MOST_BYTES:
+        raise CheckpointError(f"the checkpoint {path.parent} has a manifest of more than {MOST_BYTES} bytes; {_FIX}")
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=_Manifest)
+        if _checksum(manifest.body) != manifest.checksum:
+            raise CheckpointError(f"the manifest of the checkpoint {path.parent} was changed or is damaged; {_FIX}")
+        found = msgspec.json.decode(manifest.body, type=_Version).format
+        if found != FORMAT:
+            raise CheckpointError(
+                f"the checkpoint {path.parent} has format {found}, and this version of flowml reads format {FORMAT}; "
+                "read it with the version that wrote it"
+            )
+        return msgspec.json.decode(manifest.body, type=Body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"the manifest of the checkpoint {path.parent} is damaged ({error}); {_FIX}") from None
+
+
+def _array(snapshot: Path, file: Any, size: int, entry: Entry) -> np.ndarray[Any, Any]:
+    where = f"{entry.name!r} in the checkpoint {snapshot}"
+    try:
+        dtype = dtype_of(entry.spec.dtype)
+    except (AttributeError, TypeError):
+        dtype = np.dtype(object)
+    if dtype.hasobject or dtype.itemsize == 0 or dtype.names:
+        raise CheckpointError(f"{where} has dtype {entry.spec.dtype!r}, which holds no numbers; {_FIX}")
+    nbytes = entry.spec.nbytes
+    if entry.offset + nbytes > size:
+        raise CheckpointError(f"{where} ends at byte {entry.offset + nbytes} of a file of {size}: it is cut; {_FIX}")
+    buffer = np.empty(nbytes, np.uint8)
+    file.seek(entry.offset)
+    if file.readinto(buffer.data) != nbytes or _checksum(buffer) != entry.checksum:
+        raise CheckpointError(f"{where} was changed or is damaged: its checksum is another one; {_FIX}")
+    return buffer.view(dtype).reshape(entry.spec.shape)
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> list[Entry]:
+    entries: list[Entry] = []
+    with path.open("wb") as file:
+        for name, value in arrays.items():
+            array = np.ascontiguousarray(value).reshape(np.shape(value))  # the first makes a number a row
+            if array.dtype.hasobject:
+                raise CheckpointError(
+                    f"the buffer {name!r} holds Python objects, and a checkpoint only arrays of numbers"
+                )
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+            data = array.reshape(-1).view(np.uint8)
+            spec = ArraySpec(array.shape, array.dtype.name)
+            entries.append(Entry(name, spec, file.tell(), _checksum(data)))
+            file.write(data.data)
+        file.flush()
+        os.fsync(file.fileno())
+    return entries
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(directory: Path) -> None:
+    """Have the names in a directory on the disk."""
+    number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _remove(directory: Path, keep: int) -> None:
+    """Remove the snapshots before the newest `keep`, and what killed processes have left."""
+    for old in snapshots(directory)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    for path in directory.iterdir():
+        found = _UNFINISHED.fullmatch(path.name)
+        if found is not None and (path.name.startswith(".damaged") or not Path(f"/proc/{found[1]}").exists()):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _checksum(data: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(data.data if isinstance(data, np.ndarray) else data)

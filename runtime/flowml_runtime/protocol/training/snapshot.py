@@ -1,0 +1,116 @@
+"""Decides when the driver takes a snapshot, and gathers what the workers tell of it.
+
+    all replicas have stopped (`Paused`) -> Export to all workers -> all machines and buffers are here -> Save -> Hold
+
+* Replicas stop before a clock of the rhythm, or soon after `pause`, and before they retire. So a snapshot
+  lies between two clocks of each replica, and one is taken at the end.
+* A worker tells what it keeps when everything that replicas have sent is applied there.
+* The run goes on when the host has the buffers. It writes them meanwhile.
+* A run without common clocks stops where each replica happens to be. Work items that a replica holds and has not begun
+  count as not granted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from flowml_runtime import wire
+from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.training.actions import Send
+from flowml_runtime.protocol.training.items import NO_HOLD
+from flowml_runtime.protocol.training.store import Handle
+from flowml_runtime.protocol.training.terms import Places, Terms
+
+AT_END = NO_HOLD - 1
+"""The hold of replicas that stop only before they retire."""
+
+
+class Rhythm(msgspec.Struct, frozen=True):
+    """A snapshot after every so many clocks, counted from the first of the fit, and at the end; 0: only at the end."""
+
+    every: int = 0
+
+
+class Save(msgspec.Struct, frozen=True):
+    """A snapshot is complete: where the machines stand, and the buffers as (owner, names, handle)."""
+
+    stopped: wire.Stopped
+    buffers: tuple[tuple[str, tuple[str, ...], Handle | None], ...]
+    cause: int
+
+
+class Snapshots:
+    """The snapshots of one run. Without a `rhythm` there are none."""
+
+    def __init__(self, terms: Terms, places: Places, rhythm: Rhythm | None, first: int) -> None:
+        self._terms = terms
+        self._workers = places.workers
+        self._rhythm = rhythm
+        ended = terms.aligned and first > terms.last_clock
+        self.hold = NO_HOLD if rhythm is None or ended else self._next(first)
+        """The clock before which replicas stop."""
+        self._paused: dict[int, wire.Paused] = {}
+        self._exported: dict[str, wire.Exported] = {}
+        self._buffers: list[tuple[str, tuple[str, ...], Handle | None]] = []
+        self._under_way = False
+
+    def pause(self, ids: dict[str, Any], newest: int) -> list[Send]:
+        """Stop soon: before the clock after the `newest` one that was granted, or at once if clocks are not shared."""
+        if self._rhythm is None or self._under_way or self._paused:
+            return []
+        clock = newest + 1 if self._terms.aligned else 0
+        if clock >= self.hold:
+            return []
+        self.hold = clock
+        return [Send(self._workers, wire.Hold(**ids, clock=clock))]
+
+    def take(self, ids: dict[str, Any], peer: str, message: Any, handle: Handle | None) -> list[Send | Save]:
+        """Process a Paused, an Exported or Buffers. `ids` are for the messages to send."""
+        match message:
+            case wire.Paused(replica=replica):
+                self._paused[replica] = message
+                if len(self._paused) < self._terms.replicas or self._under_way:
+                    return []
+                self._under_way = True
+                pushed = tuple((r, *pair) for r, paused in sorted(self._paused.items()) for pair in paused.pushed)
+                return [Send(self._workers, wire.Export(**ids, clocks=self._clocks, pushed=pushed))]
+            case wire.Exported():
+                self._exported[peer] = message
+            case wire.Buffers(owner=owner, names=names):
+                self._buffers.append((owner, names, handle))
+            case _:
+                raise ProtocolError(f"{type(message).__name__} does not belong to a snapshot")
+        expected = sum(told.buffers for told in self._exported.values())
+        if len(self._exported) < len(self._workers) or len(self._buffers) < expected:
+            return []
+        return [self._save(ids["cause"]), *self._go_on(ids)]
+
+    @property
+    def _clocks(self) -> tuple[int, ...]:
+        return tuple(self._paused[r].clock for r in range(self._terms.replicas))
+
+    def _save(self, cause: int) -> Save:
+        told = list(self._exported.values())
+        stages = sorted((s for one in told for s in one.stages), key=lambda s: (s.replica, s.stage))
+        stores = sorted((s for one in told for s in one.stores), key=lambda s: s.store)
+        stopped = wire.Stopped(self._clocks, tuple(stages), tuple(stores))
+        return Save(stopped, tuple(sorted(self._buffers, key=lambda b: b[0])), cause)
+
+    def _go_on(self, ids: dict[str, Any]) -> Sequence[Send]:
+        if not self._terms.aligned:
+            self.hold = NO_HOLD if self.hold == AT_END else AT_END
+        else:
+            self.hold = NO_HOLD if self.hold > self._terms.last_clock else self._next(max(self._clocks))
+        self._paused, self._exported, self._buffers, self._under_way = {}, {}, [], False
+        return [Send(self._workers, wire.Hold(**ids, clock=self.hold))]
+
+    def _next(self, clock: int) -> int:
+        """The hold after the snapshot before `clock`."""
+        every = self._rhythm.every if self._rhythm else 0
+        if not self._terms.aligned:
+            return AT_END
+        total = self._terms.last_clock + 1
+        return min(total, (clock // every + 1) * every) if every else total

@@ -1,0 +1,58 @@
+"""Defines the messages of snapshots: replicas stop before a clock, and workers tell what lives between steps.
+
+Hold      driver -> workers: replicas begin no clock from this one on
+Paused    first stage of a replica -> driver: it has stopped
+Export    driver -> workers: all replicas have stopped; tell what you keep
+Exported  worker -> driver: where the machines here stand, and how many `Buffers` come
+Buffers   worker -> driver, and driver -> worker at the beginning of a run that goes on
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from flowml_runtime.wire.base import MAX_ARRAYS, Count
+from flowml_runtime.wire.training import StageState, StoreState, TrainingMessage
+
+Owner = Annotated[str, msgspec.Meta(max_length=1024)]
+
+
+class Hold(TrainingMessage, frozen=True):
+    """Replicas begin no clock from `clock` on, and do not retire, until a later Hold allows it. The largest clock
+    that a message can carry lets them run to the end."""
+
+    clock: Count
+
+
+class Paused(TrainingMessage, frozen=True):
+    """A replica has stopped where a Hold says. Its next clock is `clock`. `pushed` are pairs (store, clock) of its
+    newest pushes to stores that apply on arrival."""
+
+    replica: Count
+    clock: Count
+    pushed: tuple[tuple[Count, Count], ...] = ()
+
+
+class Export(TrainingMessage, frozen=True):
+    """All replicas have stopped, with these next clocks. Once everything that they have sent is applied here, tell what
+    lives between steps. `pushed` are rows (replica, store, clock) as in `Paused`."""
+
+    clocks: tuple[Count, ...]
+    pushed: tuple[tuple[Count, Count, Count], ...] = ()
+
+
+class Exported(TrainingMessage, frozen=True):
+    """Where the machines of a worker stand. So many messages with `buffers` come too."""
+
+    stages: tuple[StageState, ...]
+    stores: tuple[StoreState, ...]
+    buffers: Count
+
+
+class Buffers(TrainingMessage, frozen=True):
+    """The buffers of one owner, by name: see `worker.training.resident`. No owner: there are no more."""
+
+    owner: Owner = ""
+    names: Annotated[tuple[Owner, ...], msgspec.Meta(max_length=MAX_ARRAYS)] = ()
