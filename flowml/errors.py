@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class FlowmlError(Exception):
@@ -102,3 +102,15 @@ def named(names: Sequence[str]) -> str:
     """Names as errors list them: the first ones, and the total if some are left out."""
     head = ", ".join(map(one_line, names[:_SHOWN]))
     return head if len(names) <= _SHOWN else f"{head}, … ({len(names)} in all)"
+
+
+def shadowed(what: str, takers: Mapping[str, str]) -> str:
+    """The error of a pattern that matches only names that patterns before it have taken: name -> the pattern that has.
+
+    The first pattern that matches a name decides, so `what` has no effect.
+    """
+    first = named(list(dict.fromkeys(map(repr, takers.values()))))
+    return (
+        f"{what} has no effect: the first pattern that matches decides, and {first} before it matches all that it does "
+        f"({named(list(takers))}); put the narrower pattern first, or leave this one out"
+    )

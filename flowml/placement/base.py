@@ -16,7 +16,7 @@ from typing import Any
 
 from flowml.arguments import is_text, seconds
 from flowml.devices import Device, find_device
-from flowml.errors import PlacementError, named, one_line
+from flowml.errors import PlacementError, named, one_line, shadowed
 from flowml.ir.graph import Graph, Node
 from flowml.ir.label import matches
 from flowml.numbers import whole_number
@@ -187,7 +187,8 @@ def _by_pattern(graph: Graph, devices: Sequence[Device], patterns: Mapping[str, 
     for layer in layers:
         for part in dict.fromkeys(layer.split("/")):
             with_part.setdefault(part, []).append(layer)
-    chosen: dict[str, str] = {}
+    chosen: dict[str, tuple[str, str]] = {}
+    """Layer -> the first pattern that matches it, and the device of that."""
     default = ""
     for pattern, wanted in patterns.items():
         asked = f"placement pattern {pattern!r}"
@@ -201,9 +202,11 @@ def _by_pattern(graph: Graph, devices: Sequence[Device], patterns: Mapping[str, 
         elif not hit:
             known = named(sorted(layers)) or "none; label code with fm.layer"
             raise PlacementError(f"placement pattern {pattern!r} matches no layer; layers are: {known}")
+        elif all(layer in chosen for layer in hit):
+            raise PlacementError(shadowed(asked, {layer: chosen[layer][0] for layer in hit}))
         for layer in hit:
-            chosen.setdefault(layer, device)
-    return Choices({n.id: chosen[n.layer] for n in graph.nodes if n.layer in chosen}, default=default)
+            chosen.setdefault(layer, (pattern, device))
+    return Choices({n.id: chosen[n.layer][1] for n in graph.nodes if n.layer in chosen}, default=default)
 
 
 def _by_callable(graph: Graph, devices: Sequence[Device], rule: Rule) -> dict[int, str]:

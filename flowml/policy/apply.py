@@ -153,7 +153,7 @@ class Vote(msgspec.Struct, frozen=True, tag=True):
     sum of squares. Rows with equal votes win by the size of their sum (Meng et al., PV-tree, NeurIPS 2016).
 
     Raises:
-        PolicyError: for a number of rows below 1.
+        PolicyError: for a number of rows below 1, and by the Trainer for more rows than a layer has.
     """
 
     rows: int

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from flowml.errors import PolicyError, named
+from flowml.errors import PolicyError, named, shadowed
 from flowml.policy.apply import Distill, base_of
 from flowml.policy.codes import Code
 from flowml.policy.completion import Completion, Speculate
@@ -29,12 +29,19 @@ def resolve(policies: Mapping[str, Policy], paths: Iterable[str]) -> dict[str, t
     on the path, and on the path without a leading `params/`.
 
     Raises:
-        PolicyError: for a pattern that matches no path, or a value that is not a Policy.
+        PolicyError: for a pattern that matches no path, or only paths that patterns before it match too (except for
+            "*", which is for the others, if there are any), or a value that is not a Policy.
     """
     known = tuple(paths)
     for pattern, policy in policies.items():
         _check_entry(pattern, policy, known)
-    return {path: _first_match(policies, path) for path in known}
+    found = {path: _first_match(policies, path) for path in known}
+    effective = {DEFAULT_PATTERN, *(pattern for pattern, _ in found.values())}
+    for pattern in policies:
+        if pattern not in effective:
+            takers = {path: taker for path, (taker, _) in found.items() if _matches(pattern, path)}
+            raise PolicyError(shadowed(f"policies[{pattern!r}]", takers))
+    return found
 
 
 def check_composition(policies: Mapping[str, Policy], replicas: int) -> tuple[str, ...]:

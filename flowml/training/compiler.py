@@ -40,6 +40,7 @@ from flowml.placement.links import Links, links_used
 from flowml.plan import ArraySpec, Constant, Plan, StoreSpec, Training
 from flowml.policy import DEFAULT_PATTERN, Code, Policy, check_batch, coded_by, cut_by, resolve, speculated_by
 from flowml.training.cuts import cuts, deciding_stage
+from flowml.training.drafts import StoreDraft, coefficient_dtype, value_of
 from flowml.training.local import Optimizers, fragmented
 from flowml.training.replicate import Replicated, Template, replicate
 from flowml.training.step import (
@@ -53,7 +54,7 @@ from flowml.training.step import (
     one,
     step_function,
 )
-from flowml.training.stores import StoreDraft, StorePlanner, coefficient_dtype, value_of
+from flowml.training.stores import StorePlanner
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ replica is then the home of a copy and gets one contribution, which is the sum o
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 
 from flowml.errors import FlowmlWarning, PolicyError, named
 from flowml.home import Applies, Buffer, Local
-from flowml.ir.graph import Graph, Operand
+from flowml.ir.graph import Graph
 from flowml.ir.label import layer_of, parameter_path
 from flowml.lowering.lower import ExecutableTable
 from flowml.lowering.program import PartBinding
@@ -34,50 +33,13 @@ from flowml.policy.filters import Form, check_array
 from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, pack
 from flowml.training.distil import apart
+from flowml.training.drafts import Contributions, PartDraft, StoreDraft, coefficient_dtype, strong, value_of
 from flowml.training.factors import OuterProduct, find_outer_product, product_function, send_factors
 from flowml.training.groups import one_a_worker, reduction_of, sites_of, split
 from flowml.training.local import HomeUpdate, Optimizers, local_tasks
 from flowml.training.shared import check_shared
 from flowml.training.step import Treatment
-
-
-@dataclass(frozen=True)
-class Contributions:
-    """For each parameter leaf, the values sent for it, and the product that the home forms from them, if any.
-
-    `weights` maps each device to the weight of the microbatch, a value that it sends with weighted gradients.
-    """
-
-    values: Mapping[int, tuple[int, ...]]
-    products: Mapping[int, OuterProduct]
-    weights: Mapping[str, int] = field(default_factory=dict[str, int])
-
-
-@dataclass(frozen=True)
-class PartDraft:
-    """A part before lowering: the stage that makes it, its leaves (positions in the store), values and weight."""
-
-    stage: int
-    leaves: tuple[int, ...]
-    values: tuple[int, ...]
-    factors: bool
-    packed: bool = False
-    weight: int | None = None
-
-    @property
-    def sent(self) -> tuple[int, ...]:
-        return self.values if self.weight is None else (*self.values, self.weight)
-
-
-@dataclass(frozen=True)
-class StoreDraft:
-    """A store before lowering. `leaves` are positions in the flattened parameters."""
-
-    name: str
-    leaves: tuple[int, ...]
-    policy: Policy
-    parts: tuple[PartDraft, ...]
-    readers: tuple[int, ...]
+from flowml.training.updates import check_vote
 
 
 @dataclass
@@ -329,11 +291,11 @@ class StorePlanner:
         def together(*arrays: Any) -> tuple[Any, ...]:
             return (jnp.concatenate([a.reshape(-1).astype(arrays[0].dtype) for a in arrays]),)
 
-        specs = tuple(_strong(graph.values[v]) for v in part.sent)
-        return table.add_function(f"pack:{name}", together, specs, _payload(graph, part))
+        specs = tuple(strong(graph.values[v]) for v in part.sent)
+        return table.add_function(f"pack:{name}", together, specs, part.payload(graph))
 
     def _accumulate(self, graph: Graph, name: str, part: PartDraft, table: ExecutableTable) -> int:
-        specs = _payload(graph, part)
+        specs = part.payload(graph)
         count = len(specs)
 
         def add(*arrays: Any) -> tuple[Any, ...]:
@@ -342,7 +304,7 @@ class StorePlanner:
         return table.add_function(f"accumulate:{name}", add, specs * 2, specs)
 
     def _finish(self, graph: Graph, name: str, part: PartDraft, table: ExecutableTable) -> int:
-        specs = _payload(graph, part)
+        specs = part.payload(graph)
         return table.add_function(f"normalise:{name}", partial(normalised, packed=part.packed), specs, specs)
 
     def lower_stores(
@@ -369,10 +331,11 @@ class StorePlanner:
         replicas: Sequence[Sequence[str]],
         loads: dict[str, int],
     ) -> StoreSpec:
-        specs = tuple(_strong(graph.values[graph.inputs[leaf]]) for leaf in store.leaves)
+        specs = tuple(strong(graph.values[graph.inputs[leaf]]) for leaf in store.leaves)
         parts = tuple(
             self._part(graph, d, b, store.policy, replicas) for d, b in zip(store.parts, bindings, strict=True)
         )
+        self._check_vote(store, [s.shape for s in specs])
         sites = sites_of(store.name, store.policy, parts, replicas, self.links)
         leaders = {r: site.replicas[0] for site in sites for r in site.replicas}
         given = self._payload_of(store, parts, [s.shape for s in specs])
@@ -403,6 +366,11 @@ class StorePlanner:
             local=local,
             sites=sites,
         )
+
+    def _check_vote(self, store: StoreDraft, shapes: Sequence[tuple[int, ...]]) -> None:
+        kind = base_of(store.policy.apply)
+        note = check_vote(store.name, kind, shapes) if isinstance(kind, Vote) else None
+        self.notes += [] if note is None else [note]
 
     def _buffers(self, store: StoreDraft, specs: Sequence[ArraySpec], update: HomeUpdate) -> tuple[Buffer, ...]:
         named_leaves = zip(store.leaves, specs, strict=True)
@@ -439,7 +407,7 @@ class StorePlanner:
         weighted = home.payload.weighted
         if most <= width:
             return Applies(width, apply, weighted=weighted)
-        total = tuple(map(_strong, table.outputs(partial(home.folded, None), arguments)))
+        total = tuple(map(strong, table.outputs(partial(home.folded, None), arguments)))
         donate = tuple(range(len(total)))
         fold = table.add_function(f"fold:{store.name}", home.fold, (*total, *arguments), total, donate)
         finish = table.add_function(f"finish:{store.name}", home.finish, (*kept, *total), kept)
@@ -448,7 +416,7 @@ class StorePlanner:
     def _part(
         self, graph: Graph, draft: PartDraft, binding: PartBinding, policy: Policy, replicas: Sequence[Sequence[str]]
     ) -> Part:
-        specs = _payload(graph, draft)
+        specs = draft.payload(graph)
         payload = specs * self.microbatches if draft.factors else specs
         reduction = None
         if self._collective(policy):
@@ -470,27 +438,6 @@ class StorePlanner:
         return Payload(parts, shapes, products, weighted, weighted and self._adds_steps(store))
 
 
-def value_of(output: Operand) -> int:
-    """An output of the step function as a value; outputs are copies, so none is a literal."""
-    assert isinstance(output, int)
-    return output
-
-
-def coefficient_dtype(dtypes: Iterable[Any]) -> str:
-    """The dtype of coefficients: float64 if parameters have 64 bits, so that 1/3 has their precision."""
-    return "float64" if any(str(d) in ("float64", "complex128") for d in dtypes) else "float32"
-
-
 def _joined(names: Sequence[str]) -> str:
     found = tuple(dict.fromkeys(names))
     return "+".join(found) if len(found) <= 3 else f"{found[0]}+{len(found) - 1} more"
-
-
-def _payload(graph: Graph, part: PartDraft) -> tuple[ArraySpec, ...]:
-    """The arrays that are sent for a part: its gradients and their weight, separate or packed into one."""
-    specs = tuple(_strong(graph.values[v]) for v in part.sent)
-    return (ArraySpec((sum(math.prod(s.shape) for s in specs),), specs[0].dtype),) if part.packed else specs
-
-
-def _strong(spec: ArraySpec) -> ArraySpec:
-    return ArraySpec(spec.shape, spec.dtype)

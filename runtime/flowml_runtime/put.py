@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jax.tree_util import tree_flatten_with_path, tree_unflatten
 
 from flowml.devices import Device, find_device
-from flowml.errors import PlacementError, named
+from flowml.errors import PlacementError, named, shadowed
 from flowml.ir._jax import path_name
 from flowml.ir.label import layer_of, matches
 from flowml.leaves import why_no_array
@@ -76,15 +76,17 @@ def _devices(paths: Sequence[str], devices: Sequence[Device], placement: Any) ->
             f"put: placement={placement!r} depends on a program; give a device or a mapping such as "
             "{'conv*': 'worker:0'}, or call the program with the arrays: it keeps its results where it runs"
         )
-    found: dict[int, str] = {}
+    found: dict[int, tuple[str, str]] = {}
     for pattern, wanted in placement.items():
         device = _name(wanted, devices, f"put: pattern {pattern!r}")
         hit = [i for i, path in enumerate(paths) if _matches(path, str(pattern))]
         if not hit:
             raise PlacementError(f"put: pattern {pattern!r} matches no leaf; leaves are {named(paths)}")
+        if pattern != "*" and all(i in found for i in hit):
+            raise PlacementError(shadowed(f"put: pattern {pattern!r}", {paths[i]: found[i][0] for i in hit}))
         for i in hit:
-            found.setdefault(i, device)
-    return [found.get(i, devices[0].name) for i in range(len(paths))]
+            found.setdefault(i, (str(pattern), device))
+    return [found[i][1] if i in found else devices[0].name for i in range(len(paths))]
 
 
 def _name(device: Any, devices: Sequence[Device], asked: str) -> str:
