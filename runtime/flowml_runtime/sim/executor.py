@@ -75,7 +75,7 @@ class Executor:
         self._members = {
             store: Member(node, at, store, site)
             for store in range(len(self._world.terms.stores))
-            if (site := self._world.layout.site_of(store, at[0]))
+            if (site := self._world.layout.site_of(store, at[0])) and (len(site.replicas) > 1 or store in self._own)
         }
         self._neighbours: dict[int, Neighbours | Mirrors] = {}
         for store in self._own:
@@ -373,6 +373,9 @@ class Executor:
         world = self._world
         self._inside.append((store, part, total.weight))
         site = world.layout.site_of(store, self.at[0])
+        if self._members[store].alone:
+            self._members[store].give(part, step.clock, total.value)
+            return
         world.collectives.push(self._node.name, step, store, part, total.weight, total.value, site)
 
     def _end_sums(self, step: Start) -> bool:

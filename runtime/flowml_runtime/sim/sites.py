@@ -25,6 +25,7 @@ class Member:
         terms = node.world.terms.stores[store]
         self.leader = site.replicas[0]
         self.leads = at[0] == self.leader
+        self.alone = len(site.replicas) == 1
         self.served = store in node.world.layout.local and any(r.schedule == "gather" for r in site.reductions)
         self.weight = 1 if isinstance(terms.policy.remote, Gossip) else len(site.replicas)
         self.collective = terms.collective
@@ -65,7 +66,7 @@ class Member:
     def pass_on(self, step: Start) -> bool:
         """After a round of gossip, tell or hear the parameters with which the next step begins. False: not here yet."""
         remote, node = self._remote, self._node
-        if self.served or not isinstance(remote, Gossip):
+        if self.alone or self.served or not isinstance(remote, Gossip):
             return True
         if not remote.due(step.clock) and step.clock != node.world.terms.last_clock:
             return True
@@ -76,6 +77,10 @@ class Member:
         if value is not None:
             node.world.values.follow(self._at, self._store, value)
         return value is not None
+
+    def give(self, part: int, clock: int, value: Value) -> None:
+        """The gradients of a replica that is alone are the sum of its site."""
+        self._node.told[self._store, self._at[0], summed(part), clock] = value
 
     def total(self, part: int, clock: int) -> list[Value]:
         """The sum of the gradients of the site; nothing if it is not here yet."""

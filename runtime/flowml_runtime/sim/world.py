@@ -57,9 +57,9 @@ class Layout:
     """The sites of each store; none if no store has any."""
 
     def site_of(self, store: int, replica: int) -> Site | None:
-        """The site of a replica, if others are there with which it adds up gradients."""
+        """The site of a replica, if it adds up gradients with those there."""
         found = self.sites[store] if self.sites and not self.terms.stores[store].relayed else ()
-        return next((site for site in found if replica in site.replicas and len(site.replicas) > 1), None)
+        return next((site for site in found if replica in site.replicas), None)
 
     @staticmethod
     def of(plan: Plan) -> Layout:

@@ -8,7 +8,7 @@ is sound, and a new value of a knob is tested as soon as its row has it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flowml import filters
@@ -238,8 +238,6 @@ def policies(rng: random.Random, replicas: int, stores: int, kind: str | None = 
         pool = [_like(rng, replicas, whole) if whole else policy(rng, replicas, kind) for _ in range(rng.randint(1, 3))]
         chosen = tuple(rng.choice(pool) for _ in range(stores))
         check_composition({str(i): p for i, p in enumerate(chosen)}, replicas)
-        if _crosses(chosen, replicas):
-            raise PolicyError("replicas that are alone in their site exchange layers in another order than others")
         for p in chosen:
             if p.local and p.owes and p.clocked and p.quorum != Quorum() and not cutting(p.quorum):
                 # What a step has changed is pushed later, if the step that would push it is abandoned or skipped. The
@@ -255,22 +253,6 @@ def policies(rng: random.Random, replicas: int, stores: int, kind: str | None = 
         return chosen
 
     return _sound(model)
-
-
-def _crosses(chosen: Sequence[Policy], replicas: int) -> bool:
-    """Whether two gossips wait for each other. A replica that is alone in its site exchanges a layer at its push, and
-    one of a larger site after all pushes, so with another gossip each may wait for the layer that the other has next.
-    """
-    splits: set[tuple[int, ...]] = set()
-    for p in chosen:
-        if isinstance(p.remote, Gossip):
-            sites = (
-                p.topology.split(range(replicas))
-                if isinstance(p.topology, Hierarchy)
-                else [[r] for r in range(replicas)]
-            )
-            splits.add(tuple(len(site) for site in sites))
-    return len(splits) > 1 and any(min(sizes) == 1 < max(sizes) for sizes in splits)
 
 
 def _like(rng: random.Random, replicas: int, quorum: Completion) -> Policy:

@@ -85,9 +85,12 @@ class StageRunner(EdgeServices):
         self._members = {
             s: Member(run, s, stage, self.replica, site)
             for s, store in enumerate(run.training.stores)
-            if not store.relayed and (site := store.site_of(self.replica)) and len(site.replicas) > 1
+            if not store.relayed
+            and (site := store.site_of(self.replica))
+            and (len(site.replicas) > 1 or s in self._own)
         }
-        """By store the place of this replica in its site, if others are there."""
+        """By store the place of this replica in its site, if others are there, or if it updates own values. Then those
+        that are alone exchange layers in the order of all: after their pushes. No two wait for each other."""
         self._neighbours = {
             s: (Mirrors if own.spec.policy.mirrored else Neighbours)(run, s, at[0], loaded, self.adopt, own.dtype)
             for s, own in self._own.items()
@@ -373,6 +376,9 @@ class StageRunner(EdgeServices):
     def _add_inside(self, step: int, store: int, part: int, total: Sum[Gradients]) -> None:
         """Add up what the replicas of the site push. `_end_sums` waits for the sum."""
         self._inside.append((store, part, total.weight))
+        if self._members[store].alone:
+            self._members[store].give(part, self._now.clock, total.value.result(self.deadline_s))
+            return
         given = Given(store, part, self.replica, self._now.clock, total.weight, self._now.cause)
         self._by_size(step, store, part, partial(self._reduce, self._reductions.push_inside, given, total.value))
 

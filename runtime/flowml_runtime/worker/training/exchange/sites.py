@@ -33,6 +33,7 @@ class Member:
         """How many replicas its contributions stand for. Sites that gossip count alike, as their graph says."""
         self.leader = site.replicas[0]
         self.leads = replica == self.leader
+        self.alone = len(site.replicas) == 1
         self.served = spec.local is not None and any(r.schedule == "gather" for r in site.reductions)
         """Whether only the leader updates the parameters of the site, and the others get them at each step."""
         self._run = run
@@ -73,7 +74,7 @@ class Member:
 
     def pass_on(self, clock: int, own: OwnValues, adopt: Adopt, cause: int, in_vain: Callable[[], bool]) -> None:
         """After a round of gossip, the leader tells the others the parameters with which the next step begins."""
-        if self.served or not isinstance(self._remote, Gossip):
+        if self.alone or self.served or not isinstance(self._remote, Gossip):
             return
         if not self._remote.due(clock) and clock != self._run.terms.last_clock:
             return
@@ -81,6 +82,11 @@ class Member:
             self.tell(clock + 1, [np.asarray(x) for x in own.params], cause)
         else:
             own.params = adopt(self.hear(clock + 1, in_vain))
+
+    def give(self, part: int, clock: int, arrays: Sequence[Array]) -> None:
+        """The gradients of a replica that is alone are the sum of its site."""
+        with self._run.changed:
+            self._run.told[self._store, self._replica, summed(part), clock] = arrays
 
     def total(self, part: int, clock: int, in_vain: Callable[[], bool]) -> Sequence[Array]:
         """The sum of the gradients of the site at `clock`."""
