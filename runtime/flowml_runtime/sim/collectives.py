@@ -71,8 +71,8 @@ class _Sum:
     workers: tuple[str, ...]
     schedule: collective.Schedule
     nbytes: int
-    weights: dict[int, int] = field(default_factory=dict[int, int])
-    """What the push of each replica counts. A step that is cut short counts less."""
+    weight: int = 0
+    """What each push weighs."""
     given: dict[str, dict[int, Value]] = field(default_factory=dict[str, dict[int, Value]])
     causes: dict[str, int] = field(default_factory=dict[str, int])
     flights: dict[str, Flight] = field(default_factory=dict[str, Flight])
@@ -108,7 +108,7 @@ class Collectives:
         sum_ = self._sums.get(key) or self._open(key, site)
         mine = sum_.given.setdefault(worker, {})
         mine[start.replica] = value
-        sum_.weights[start.replica], sum_.causes[worker] = weight, start.cause
+        sum_.weight, sum_.causes[worker] = weight, start.cause
         nbytes = sum_.nbytes
         if site is None:
             self._world.nodes[worker].counts.push(store, part, nbytes, crosses=False)
@@ -204,7 +204,6 @@ class Collectives:
             world.clock.after(0.0, node.number * KINDS + _SUMMED, node.walk)  # not within the step that pushes
             return
         own = sum_.given[worker]
-        weight = sum(sum_.weights.values()) * world.terms.replicas // len(sum_.weights)  # a leader stands for its site
         message: Any = wire.Contribution(
             **node.ids,
             cause=sum_.causes[worker],
@@ -214,7 +213,7 @@ class Collectives:
             incarnation=0,
             clock=clock,
             base_version=0,  # a sum is never stale
-            weight=weight,
+            weight=sum_.weight * world.terms.replicas,
         )
         message, value = world.checked_sum(node, message, total, own)
         at, home = world.terms.stores[store].stages[part], world.terms.stores[store].stages[0]

@@ -463,7 +463,7 @@ class Executor:
     def _gather(self, step: Start, store: int, part: int, own: Value) -> Sum[Value] | None:
         """What the step pushes; None if it does not push, and leaves its gradient here."""
         pushes = self._machine.pushes(store, step.clock)
-        weight = self._machine.cut.used
+        weight = self._machine.cut.weight(store)
         if self._world.terms.stores[store].every == 1:
             return Sum(own, weight) if pushes else None
         gathered = self._gathered.get((store, part))

@@ -183,7 +183,8 @@ class Begin(TrainingMessage, frozen=True):
 
 
 class Contribution(TrainingMessage, frozen=True):
-    """Part of what one replica sends for one store at one clock. `weight` is the number of summed microbatch gradients.
+    """Part of what one replica sends for one store at one clock. `weight` is the number of summed microbatch gradients;
+    in a sum of several replicas, it is that of whole steps.
 
     `empty` says that the replica contributes nothing at this clock, so that the home does not wait for it. If batches
     are cut into portions, `replica` is the number of the portion, and `copy` that of its work item. `of_site`: it is

@@ -20,6 +20,7 @@ class Cut:
 
     def __init__(self, terms: Terms, stage: int) -> None:
         self._rule = terms.cut
+        self._summed = frozenset(i for i, s in enumerate(terms.stores) if s.collective or (s.sites and not s.relayed))
         self._all = terms.microbatches
         self._decides = stage == terms.cuts_at
         self.used = terms.microbatches
@@ -42,6 +43,15 @@ class Cut:
     def left_out(self) -> int:
         """How many microbatches the step leaves out."""
         return self._all - self.used
+
+    def weight(self, store: int) -> int:
+        """What the step weighs in its push to a store: the microbatches that it computes, as far as is known.
+
+        In a sum of several replicas, which may stop at different microbatches, each step weighs as a whole one. All
+        workers then agree without messages, and how much of each step is there says the sum itself: gradients of
+        steps that may be cut are sent with their weights.
+        """
+        return self._all if store in self._summed else self.used
 
     def begin(self, clock: int = 0) -> None:
         """The step of `clock` begins."""

@@ -356,12 +356,13 @@ class StageRunner(EdgeServices):
 
     def push(self, step: int, store: int, part: int, arrays: Sequence[Array]) -> None:
         own, inside = self._own.get(store), store in self._members
+        given = Sum(known(arrays), self.machine.cut.weight(store))
         if own is None:
             with self.run.changed:
                 pushes = self.machine.pushes(store, self._now.clock)
-                total = self._sums.add(store, part, self._now.clock, Sum(known(arrays), self.machine.cut.used), pushes)
+                total = self._sums.add(store, part, self._now.clock, given, pushes)
         else:
-            total = Sum(known(arrays), self.machine.cut.used) if inside else self._update(step, store, own, arrays)
+            total = given if inside else self._update(step, store, own, arrays)
         if total is None:
             return
         if inside:

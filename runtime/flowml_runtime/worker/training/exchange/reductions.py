@@ -38,7 +38,7 @@ from flowml_runtime.worker.training.run import Fault, Run
 
 @dataclass(frozen=True)
 class Given:
-    """One push of a replica: a part of a store at a clock, and how many microbatch gradients it sums.
+    """One push of a replica: a part of a store at a clock, and its weight, which those of all replicas have.
 
     `cause` is the cause of the step, as in `actions.Start`.
     """
