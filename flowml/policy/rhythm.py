@@ -73,6 +73,10 @@ class Every(msgspec.Struct, frozen=True, tag=True):
         """Whether step `clock` ends with a push."""
         return due(clock, self.push, last_clock, self.offset)
 
+    def pushed(self, clock: int) -> int:
+        """How many steps are due to be pushed before step `clock`."""
+        return window(clock, self.push, self.offset)
+
     def taken(self, clock: int) -> int:
         """The first step that computes with the value that step `clock` computes with."""
         delayed = max(clock - self.delay, 0)
@@ -85,7 +89,7 @@ class Every(msgspec.Struct, frozen=True, tag=True):
         if pull == self.push:
             return 0
         last = self.taken(clock) + pull - 1
-        return min(window(last, self.push, self.offset) - staleness, window(clock, self.push, self.offset))
+        return min(self.pushed(last) - staleness, self.pushed(clock))
 
     @property
     def between(self) -> str:

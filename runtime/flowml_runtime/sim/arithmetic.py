@@ -204,6 +204,7 @@ class Arithmetic:
             loaded = self._compiled.loaded[device]
             own = self._own[at, store] = OwnValues(spec, loaded.plan, loaded.tasks, at[0])
             own.state = self._states[worker_of(device), store]
+        own.begin(clock)
         if given is not None:
             own.take(clock, given)
         return own.params

@@ -115,9 +115,8 @@ class Executor:
         self._abandoned = True
 
     def settle(self, clock: int, stores: Sequence[int], *, counts: bool) -> None:
-        for (store, _), gathered in self._gathered.items():
-            if store in stores:
-                (gathered.adopt if counts else gathered.discard)(clock)
+        for gathered in (g for (store, _), g in self._gathered.items() if store in stores):
+            (gathered.adopt if counts else gathered.discard)(clock)
         if self._world.values.computes:
             self._world.values.settle(self.at, clock, stores, counts)
 
@@ -205,7 +204,7 @@ class Executor:
             return shown is not None and self._perform(step, shown)
         shown, member = None, self._members.get(read.store)
         followed = member is not None and member.served and not member.leads and own.began
-        if followed or own.takes(step.clock):
+        if own.begin(step.clock) or followed:
             shown = self._shown(step, read.store)
             if shown is None or read.store not in self._node.states:
                 return False
@@ -370,13 +369,8 @@ class Executor:
 
     def _add_inside(self, step: Start, store: int, part: int, total: Sum[Value]) -> None:
         """Add up what the replicas of the site push. `_end_sums` waits for the sum where it is needed."""
-        world = self._world
         self._inside.append((store, part, total.weight))
-        site = world.layout.site_of(store, self.at[0])
-        if self._members[store].alone:
-            self._members[store].give(part, step.clock, total.value)
-            return
-        world.collectives.push(self._node.name, step, store, part, total.weight, total.value, site)
+        self._members[store].add(step, part, total)
 
     def _end_sums(self, step: Start) -> bool:
         """Do what needs the sums of sites, as a stage runner does. Returns whether all of it is done."""

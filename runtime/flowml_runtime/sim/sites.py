@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from flowml.plan import Site
 from flowml.policy import Gossip, newest_changes
 from flowml_runtime import wire
+from flowml_runtime.protocol.training.accumulator import Sum
 from flowml_runtime.protocol.training.actions import Start
 from flowml_runtime.sim.program import At
 from flowml_runtime.sim.values import Value
@@ -25,7 +26,6 @@ class Member:
         terms = node.world.terms.stores[store]
         self.leader = site.replicas[0]
         self.leads = at[0] == self.leader
-        self.alone = len(site.replicas) == 1
         self.served = store in node.world.layout.local and any(r.schedule == "gather" for r in site.reductions)
         self.weight = 1 if isinstance(terms.policy.remote, Gossip) else len(site.replicas)
         self.collective = terms.collective
@@ -33,6 +33,7 @@ class Member:
         self._node = node
         self._at = at
         self._store = store
+        self._site = site
         self._others = [(r, node.world.places.stages[r][at[1]]) for r in site.replicas[1:]]
         self._clock = self._version = -1
         self._value: Value = None
@@ -66,7 +67,7 @@ class Member:
     def pass_on(self, step: Start) -> bool:
         """After a round of gossip, tell or hear the parameters with which the next step begins. False: not here yet."""
         remote, node = self._remote, self._node
-        if self.alone or self.served or not isinstance(remote, Gossip):
+        if self.served or not isinstance(remote, Gossip):
             return True
         if not remote.due(step.clock) and step.clock != node.world.terms.last_clock:
             return True
@@ -78,9 +79,13 @@ class Member:
             node.world.values.follow(self._at, self._store, value)
         return value is not None
 
-    def give(self, part: int, clock: int, value: Value) -> None:
-        """The gradients of a replica that is alone are the sum of its site."""
-        self._node.told[self._store, self._at[0], summed(part), clock] = value
+    def add(self, step: Start, part: int, given: Sum[Value]) -> None:
+        """Add up what the replicas of the site push. That of a replica that is alone is the sum."""
+        node = self._node
+        if len(self._site.replicas) == 1:
+            node.told[self._store, self._at[0], summed(part), step.clock] = given.value
+        else:
+            node.world.collectives.push(node.name, step, self._store, part, given.weight, given.value, self._site)
 
     def total(self, part: int, clock: int) -> list[Value]:
         """The sum of the gradients of the site; nothing if it is not here yet."""

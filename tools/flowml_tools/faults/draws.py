@@ -239,10 +239,6 @@ def policies(rng: random.Random, replicas: int, stores: int, kind: str | None = 
         chosen = tuple(rng.choice(pool) for _ in range(stores))
         check_composition({str(i): p for i, p in enumerate(chosen)}, replicas)
         for p in chosen:
-            if p.local and p.owes and p.clocked and p.quorum != Quorum() and not cutting(p.quorum):
-                # What a step has changed is pushed later, if the step that would push it is abandoned or skipped. The
-                # ledger says that the item is dropped, or goes back, and the parameters of the replica still have it.
-                raise PolicyError("own parameters that are taken at other steps than pushed keep what is dropped")
             if isinstance(p.topology, Hierarchy) and p.sited:
                 if p.site_quorum is not None:
                     raise PolicyError("a quorum inside a site has decisions that the checker does not know")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from flowml.plan import Plan, StoreSpec
-from flowml.policy import Mix, Policy
+from flowml.policy import Fold, Mix, Policy
 from flowml.policy.apply import base_of
 from flowml_runtime.execution.programs import Array, TaskFunction, aligned_copy
 from flowml_runtime.worker.training.resident import Arrays, number, row, row_of
@@ -30,11 +30,30 @@ class OwnRhythm:
         """The number of steps in what the next push sends."""
         self._taken = -1
         self._owes = policy.owes
+        self._drops = policy.owes and policy.clocked and not isinstance(policy.late, Fold)
+        self._since = 0
+        """The first step that the next push sends, if a decision may drop those of the push before."""
 
     @property
     def began(self) -> bool:
         """Whether it has taken any."""
         return self._taken >= 0
+
+    def begin(self, clock: int) -> bool:
+        """The step of `clock` begins. Returns whether with a take."""
+        first = self.every.pushed(clock) if self._drops else 0
+        if first > self._since:
+            self._since = first
+            self.forget()
+        return self.takes(clock)
+
+    def forget(self) -> None:
+        """The next push sends only what later steps change.
+
+        That is so after each push, and also after one that was left out because a decision had come without it: then
+        all steps since the push before count as dropped, or others compute their examples again.
+        """
+        self.steps = 0
 
     def takes(self, clock: int) -> bool:
         """Whether the step of `clock` begins with a take."""
@@ -84,13 +103,19 @@ class OwnValues(OwnRhythm):
         return {k: a for one in found for k, a in one.items()} | {
             "steps": number(self.steps),
             "taken": number(self._taken),
+            "since": number(self._since),
         }
 
     def restore(self, arrays: Arrays, adopt: Callable[[Sequence[Array]], Sequence[Array]]) -> None:
         """Go on with the buffers of a snapshot."""
         for name in _KEPT:
             setattr(self, name, adopt(row_of(arrays, name)))
-        self.steps, self._taken = int(arrays["steps"]), int(arrays["taken"])
+        self.steps, self._taken, self._since = (int(arrays[name]) for name in ("steps", "taken", "since"))
+
+    def forget(self) -> None:
+        super().forget()
+        if not self.kept:
+            self.started = self.params
 
     def take(self, clock: int, values: Sequence[Array]) -> None:
         """Take the global parameters, or a mixture of them and the own ones."""

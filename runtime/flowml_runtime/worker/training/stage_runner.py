@@ -313,7 +313,7 @@ class StageRunner(EdgeServices):
         elif member is not None and member.served and not member.leads:
             values = own.params = self.adopt(member.hear(clock, self._in_vain))
         else:
-            if own.takes(clock):
+            if own.begin(clock):
                 self._take(step, store, own)
             values = own.params
             if member is not None and member.served:
