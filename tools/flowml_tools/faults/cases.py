@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flowml import sim
-from flowml.policy import Coded, Gossip, Policy, Quorum
+from flowml.policy import Gossip, Policy, Quorum
 from flowml.sim import ComputeTimes
 from flowml_runtime.sim.faults import NetworkFaults
 from flowml_runtime.sim.heap import Clock
@@ -140,8 +140,8 @@ class Case:
 
 def _goes_on(policy: Policy, replicas: int) -> bool:
     """Whether a run goes on without one replica. It ends if sums or neighbours miss one, or if the living are too few
-    for a count. With a code, the ledger of a run that has lost a replica grants items of other batches."""
-    if policy.adds_up or policy.shared or isinstance(policy.remote, Gossip) or isinstance(policy.quorum, Coded):
+    for a count."""
+    if policy.adds_up or policy.shared or isinstance(policy.remote, Gossip):
         return False
     quorum = policy.quorum
     return not (isinstance(quorum, Quorum) and quorum.counted) or quorum.need(replicas) < replicas

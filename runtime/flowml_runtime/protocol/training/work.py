@@ -170,7 +170,12 @@ class WorkQueue:
         return [reserved.pop(c) for c in sorted(reserved) if c < clock]
 
     def leave(self, replica: int) -> None:
-        """Draw no more items for a lost replica, and give those already drawn to others."""
+        """Draw no more items for a lost replica, and give those already drawn to others.
+
+        With a code its clocks keep their items, which others compute too: the items of a row are one batch.
+        """
+        if self._work.coded:
+            return
         self._gone.add(replica)
         self._skip(replica, self._work.total_clocks)
 
