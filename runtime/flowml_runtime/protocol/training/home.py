@@ -13,7 +13,8 @@
   may wait for one of them. It tells a replica which version it may wait for: the one that holds its contribution, or
   the newest one if the contribution waits for others. The floor is the least over all replicas of one more than the
   clock of the newest contribution that is applied. What a replica leaves waiting when it retires is applied then. In
-  a mean over fewer than the quorum, each contribution counts as in one over all of it.
+  a mean over fewer than the quorum, each contribution counts as in one over all of it. The first apply of a consensus
+  has a report of every replica: a report is the change since the replica's last one, or since version 0.
 * Replicas update a shared store themselves, and its home counts the updates (`Updated`). A repeated one is an error.
 * A collective store has a home on every worker that reads it. Each home gets the sum of all replicas' contributions of
   a clock, under the name of replica 0. It applies the sum when it is complete, and moves the floor. So all homes
@@ -42,8 +43,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from flowml.policy import Fold
-from flowml.policy.apply import scales
+from flowml.policy import Consensus, Fold
+from flowml.policy.apply import base_of, scales
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.clocks import Clocks, contained
@@ -254,6 +255,8 @@ class Home:
 
     def _is_enough(self, store: Store, clocks: Clocks) -> bool:
         """Whether the kept contributions may be applied: there is a quorum of them, or a reader may wait for them."""
+        if isinstance(base_of(store.terms.policy.apply), Consensus) and not clocks.floor:
+            return len({replica for replica, _ in store.batch if clocks[replica] < RETIRED}) == clocks.active
         need = min(self._need(store), clocks.active)
         return len(store.batch) >= need or clocks.awaits(store.batch, store.terms.policy.staleness)
 
@@ -262,15 +265,21 @@ class Home:
         return store.terms.policy.quorum.need(len(store.senders) - len(self._lost.intersection(store.senders)))
 
     def _apply_batch(self, index: int, clocks: Clocks) -> list[Action]:
-        """Apply what is kept. If that is less than the quorum, as at the end, each still counts as in a full one."""
-        store = self._stores[index]
-        missing = max(self._need(store) - len(store.batch), 0)
-        batch, store.batch = sorted(store.batch.items()), {}
-        for (replica, clock), _ in batch:
-            if clocks[replica] < RETIRED:
-                clocks.raise_to(max(clocks[replica], clock + 1), replica)
-        store.floor = clocks.floor
-        return self._apply(index, [(gathering, 1.0) for _, gathering in batch], missing=missing)
+        """Apply what is kept, a quorum at a time and the oldest first.
+
+        If that is less than the quorum, as at the end, each still counts as in a full one.
+        """
+        store, actions = self._stores[index], list[Action]()
+        need = max(self._need(store), 1)
+        kept, store.batch = sorted(store.batch.items(), key=lambda entry: entry[0][1]), {}
+        for batch in (sorted(kept[at : at + need]) for at in range(0, len(kept), need)):
+            for (replica, clock), _ in batch:
+                if clocks[replica] < RETIRED:
+                    clocks.raise_to(max(clocks[replica], clock + 1), replica)
+            store.floor = clocks.floor
+            chosen = [(gathering, 1.0) for _, gathering in batch]
+            actions += self._apply(index, chosen, missing=need - len(batch))
+        return actions
 
     def _commit(self, event: Committed) -> list[Action]:
         actions: list[Action] = []
