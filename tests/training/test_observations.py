@@ -102,17 +102,17 @@ def test_records_have_waits_bytes_and_staleness_before_callbacks_see_them() -> N
 
 
 def test_a_slow_worker_is_named_in_a_real_fit(threads_cluster: fm.Cluster) -> None:
-    trainer = fm.Trainer(loss, optax.sgd(0.05), cluster=threads_cluster, replicas=3, delays={"worker:1": 0.05})
-    began = time.monotonic()
-    result = trainer.fit(PARAMS, SOURCE, batch_size=24, steps=STEPS)
+    trainer = fm.Trainer(loss, optax.sgd(0.05), cluster=threads_cluster, replicas=3, delays={"worker:1": 0.1})
+    began, steps = time.monotonic(), 10
+    result = trainer.fit(PARAMS, SOURCE, batch_size=24, steps=steps)
     most = time.monotonic() - began
     worst = result.stragglers()[0]
     assert (worst.replica, worst.workers) == (1, ("worker:1",))
-    assert worst.late >= STEPS - 4
-    assert 0.5 * 0.05 * STEPS < worst.cost_s < most
+    assert worst.late >= steps / 2
+    assert 0.5 * 0.1 * steps < worst.cost_s < most
     assert str(result.stragglers()).startswith("worker:1 (replica 1) was late at ")
     assert sum(r["pushed_bytes"]["w"] for r in result.history) == result.traffic["w"]["pushed_bytes"]
-    assert result.staleness["w"] == {0: 3 * STEPS}
+    assert result.staleness["w"] == {0: 3 * steps}
 
 
 def test_every_stage_of_a_pipeline_tells_its_bytes(threads_cluster: fm.Cluster) -> None:

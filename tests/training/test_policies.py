@@ -141,7 +141,7 @@ def test_a_fast_replica_does_more_of_the_work_when_asynchronous(threads_cluster:
         replicas=2,
         placement=fm.Pipeline(1),
         policies={"*": fm.policies.asynchronous()},
-        delays={"worker:1": 0.05},
+        delays={"worker:1": 0.25},
     ).fit(mlp(), SOURCE, batch_size=BATCH, steps=20)
     fast, slow = result.ledger.replicas
     assert fast.used + slow.used == 40

@@ -92,7 +92,7 @@ def test_a_delayed_replica_is_dropped_and_the_loss_falls(threads_cluster: fm.Clu
         cluster=threads_cluster,
         replicas=REPLICAS,
         policies={"fc0*": fm.Policy(quorum=fm.Quorum(3), every=2), "*": fm.policies.quorum(0.75)},
-        delays={"worker:3": 0.1},
+        delays={"worker:3": 1.0},  # far longer than steps of the others take, also on a busy machine
     )
     result = trainer.fit(mlp(), SOURCE, batch_size=BATCH, epochs=6)
     steps = 6 * EXAMPLES // BATCH
@@ -126,7 +126,7 @@ def test_stages_and_processes_drop_whole_items(process_cluster: fm.Cluster) -> N
         cluster=process_cluster,
         replicas=2,
         policies={"*": fm.policies.quorum(1)},
-        delays={"worker:1": 0.05},
+        delays={"worker:1": 0.5},
     )
     result = trainer.fit(mlp(), SOURCE, batch_size=BATCH, epochs=3)
     ledger = result.ledger
@@ -136,8 +136,13 @@ def test_stages_and_processes_drop_whole_items(process_cluster: fm.Cluster) -> N
     assert len(result.history) == 3 * EXAMPLES // BATCH
 
 
-def test_accuracy_is_within_seed_noise(threads_cluster: fm.Cluster) -> None:
-    """Digits with the slowest quarter left behind, against waiting for all: no worse than another seed would be."""
+def test_accuracy_is_within_seed_noise() -> None:
+    """Digits with the slowest quarter left behind, against waiting for all: no worse than another seed would be.
+
+    In virtual time, so that the same replicas are late in each run.
+    """
+    slow = fm.sim.Straggler(fm.sim.LogNormal(0.1, 0.2), factor=5, workers=(3,))
+    cluster = fm.SimulatedCluster(REPLICAS, slow, fm.sim.Network(1e-4, 1e9))
     digits = load_digits()
     x, y = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
     train, test = slice(0, 1400), slice(1400, None)
@@ -159,10 +164,10 @@ def test_accuracy_is_within_seed_noise(threads_cluster: fm.Cluster) -> None:
         return float(np.mean(np.argmax(logits(result.params, x[test]), axis=1) == y[test]))
 
     def trainer(**options: Any) -> fm.Trainer:
-        return fm.Trainer(loss, optax.adam(1e-2), cluster=threads_cluster, replicas=REPLICAS, **options)
+        return fm.Trainer(loss, optax.adam(1e-2), cluster=cluster, replicas=REPLICAS, **options)
 
     patient = trainer()
-    hurried = trainer(policies={"*": fm.policies.quorum(0.75)}, delays={"worker:3": 0.05})
+    hurried = trainer(policies={"*": fm.policies.quorum(0.75)})
     full = [accuracy(patient, seed) for seed in range(3)]
     left = [accuracy(hurried, seed) for seed in range(3)]
     noise = max(max(full) - min(full), 0.02)

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from flowml.policy import UNBOUNDED, Coded, Deadline, Gossip, Policy, Quorum, Sum, window
+from flowml.policy import UNBOUNDED, Coded, Consensus, Deadline, Gossip, Policy, Quorum, Sum, window
 from flowml.policy.apply import base_of, scales
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
@@ -230,7 +230,8 @@ def _read(seen: Timeline, store: int, replica: int, clock: int, version: int, wh
             yield f"{where}, and staleness {policy.staleness} allows {least} at the oldest"
         return
     inside = seen.inside(store, version)
-    at_once = policy.quorum.need(len(terms.senders(seen.terms.replicas))) == 1
+    waits = isinstance(base_of(policy.apply), Consensus) and version == 0  # the first update has a report of each
+    at_once = policy.quorum.need(len(terms.senders(seen.terms.replicas))) == 1 and not waits
     sender = seen.site_of(store, replica)[0]
     for who, sent in seen.complete(seen.places.homes[store][0], store):
         if (who, sent) in inside or who in seen.lost:
