@@ -252,6 +252,17 @@ class StoreSpec(msgspec.Struct, frozen=True):
         return bool(self.sites) and self.policy.site_quorum is not None
 
     @property
+    def sites_decide(self) -> bool:
+        """Whether what a leader decides about a step is final in its site; see `Policy.sites_decide`."""
+        return self.relayed and self.policy.sites_decide
+
+    def sums_in(self, replica: int) -> Site | None:
+        """The site of a replica, if it adds up gradients with others there, or has parameters of its own."""
+        site = self.site_of(replica) if not self.relayed or self.sites_decide else None
+        own = self.local is not None or self.sites_decide
+        return site if site is not None and (len(site.replicas) > 1 or own) else None
+
+    @property
     def leaders(self) -> tuple[int, ...]:
         """The leader of each site; () if the store has none."""
         return tuple(site.replicas[0] for site in self.sites)

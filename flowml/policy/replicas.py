@@ -177,11 +177,6 @@ def _check_sited(policy: Policy) -> None:
             "which the others of its site wait; give local=flowml.ParameterServer(), with which the leader decides for "
             "its site, or late='fold', or leave quorum out"
         )
-    elif isinstance(policy.payload, LocalPayload) and policy.clocked and not quorum.waits_for_all:
-        raise PolicyError(
-            f"{topology} with quorum={quorum} and payload={policy.payload!r} is not available yet: the replicas of a "
-            "late site would have to take different values; leave quorum out, or give staleness=1 or more"
-        )
     if type(policy.payload).__name__ == "Factors":
         raise PolicyError(
             f"{topology} with payload=Factors() is not sound: the factors of different replicas cannot be added up "
@@ -192,21 +187,19 @@ def _check_sited(policy: Policy) -> None:
 def _check_site_quorum(policy: Policy, inside: Quorum | Deadline, topology: str) -> None:
     """Check that the leader of a site can decide which of its replicas take part in the sum of a step."""
     quorum = policy.quorum
-    if not quorum.waits_for_all and quorum.late != inside.late and not inside.waits_for_all:
+    if policy.clocked and not quorum.waits_for_all and quorum.late != inside.late and not inside.waits_for_all:
         raise PolicyError(
             f"{topology} with quorum={quorum} is not sound: late={late_name(inside.late)!r} of the replicas of a site "
             f"and late={late_name(quorum.late)!r} of sites are two rules for the same step of a replica; give both "
             "quorums the same late rule"
         )
-    if isinstance(policy.payload, LocalPayload):
-        raise PolicyError(
-            f"{topology} with payload={policy.payload!r} is not available yet: a site with a quorum keeps no "
-            "parameters of its own; use payload=Gradient(), or leave the quorum of replicas out"
-        )
+    if policy.sites_decide:
+        return
     if not isinstance(policy.remote, ParameterServer):
         raise PolicyError(
-            f"{topology} is not available yet: sites that leave replicas out send to one home; give "
-            "remote=flowml.ParameterServer(), or leave the quorum of replicas out"
+            f"{topology} is not sound: sites that leave replicas out have sums of different numbers of gradients, and "
+            "what sites add up among themselves does not say of how many it is the sum; give "
+            "remote=flowml.ParameterServer(), whose home is told each number, or leave the quorum of replicas out"
         )
     if not policy.clocked:
         raise PolicyError(
@@ -220,9 +213,9 @@ def _check_local(policy: Policy) -> None:
     payload = f"payload={policy.payload!r}"
     if policy.collective:
         raise PolicyError(
-            f"topology={policy.topology!r} with {payload} is not available yet: the home keeps the global parameters; "
-            "use topology=flowml.ParameterServer(), a Hierarchy with remote=flowml.ParameterServer(), or "
-            "payload=Gradient()"
+            f"topology={policy.topology!r} with {payload} is not sound: a replica that adds up with others has one "
+            "copy of the parameters, its own, and what it sends refers to global ones that a home keeps; use "
+            "topology=flowml.ParameterServer(), a Hierarchy with remote=flowml.ParameterServer(), or payload=Gradient()"
         )
     if policy.clocked and not policy.quorum.waits_for_all:
         _check_dropping(policy, payload)

@@ -77,6 +77,10 @@ class Every(msgspec.Struct, frozen=True, tag=True):
         """How many steps are due to be pushed before step `clock`."""
         return window(clock, self.push, self.offset)
 
+    def next_due(self, clock: int, last_clock: int) -> int:
+        """The first step from `clock` on that ends with a push."""
+        return min(-(-(clock + 1 - self.offset) // self.push) * self.push - 1 + self.offset, last_clock)
+
     def taken(self, clock: int) -> int:
         """The first step that computes with the value that step `clock` computes with."""
         delayed = max(clock - self.delay, 0)

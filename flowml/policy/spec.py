@@ -136,9 +136,8 @@ class Policy(msgspec.Struct, frozen=True):
                 )
             often = Gossip(topology.graph, topology.every * self.every.push, topology.pull)
             nested = self.topology
-            self._set(
-                "topology", Hierarchy(nested.local, often, nested.sites) if isinstance(nested, Hierarchy) else often
-            )
+            sited = isinstance(nested, Hierarchy)
+            self._set("topology", msgspec.structs.replace(nested, remote=often) if sited else often)
             self._set("every", Once())
         if self.quorum == Quorum(1, late=Fold()):  # the home gets the parameters once, from all
             self._set("quorum", Quorum())
@@ -214,13 +213,19 @@ class Policy(msgspec.Struct, frozen=True):
         if topology.quorum is not None:
             return topology.quorum
         drops = not (self.quorum.waits_for_all or isinstance(self.quorum.late, Fold))
-        return Quorum() if drops and isinstance(topology.remote, ParameterServer) and not self.local else None
+        return Quorum() if drops and isinstance(topology.remote, ParameterServer) else None
+
+    @property
+    def sites_decide(self) -> bool:
+        """Whether each site has parameters of its own, so that its leader alone decides which gradients of its replicas
+        are in a step. Decisions about sites then say which of them are in the global parameters."""
+        return self.site_quorum is not None and self.local
 
     @property
     def late(self) -> Late:
         """What becomes of late contributions, at each level that may leave some out."""
-        inside = self.site_quorum
-        return self.quorum.late if inside is None or not self.quorum.waits_for_all else inside.late
+        inside, waits = self.site_quorum, self.quorum.waits_for_all or not self.clocked
+        return inside.late if inside is not None and waits else self.quorum.late
 
     @property
     def collective(self) -> bool:

@@ -18,9 +18,11 @@ from flowml.policy import (
     Delta,
     Every,
     Gradient,
+    Hierarchy,
     Mix,
     Once,
     Outer,
+    ParameterServer,
     Policy,
     Quorum,
     Weights,
@@ -29,12 +31,15 @@ from flowml.policy import (
     window,
 )
 
+SITES = Hierarchy(ParameterServer(), AllReduce(), 2, Quorum(0.5))
+
 
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(0, 8))
 def test_a_window_begins_after_the_last_push(clock: int, every: int, offset: int) -> None:
     assume(offset < every)
     rhythm = Every(every, offset=offset)
     pushes = [c for c in range(clock) if rhythm.due(c, last_clock=1000)]
+    assert rhythm.next_due(clock, 1000) == next(c for c in range(clock, 1001) if rhythm.due(c, last_clock=1000))
     assert window(clock, every, offset) == rhythm.taken(clock) == (pushes[-1] + 1 if pushes else 0)
     assert not pushes or pushes[0] + 1 == (offset or every)
 
@@ -114,6 +119,8 @@ def test_an_outer_optimizer_does_not_travel() -> None:
         (lambda: Policy(every=Every(4, pull=8)), "give staleness=7 or more"),
         (lambda: Policy(every=Every(4, delay=1)), "use payload=Delta"),
         (lambda: Policy(topology=AllReduce(), payload=Delta()), "use topology=flowml.ParameterServer"),
+        (lambda: Policy(topology=SITES, payload=Delta()), "a Hierarchy with remote=flowml.ParameterServer"),
+        (lambda: Policy(topology=SITES), "does not say of how many it is the sum; give remote=flowml.ParameterServer"),
         (lambda: Policy(quorum=Coded(1), payload=Delta(), every=4), "use payload=Gradient"),
         (lambda: Policy(quorum=Quorum(0.75), payload=Weights(), apply=Mix(0.1), every=4), "leave quorum out"),
         (lambda: Policy(quorum=Quorum(0.75, late="fold"), payload=Weights(), every=4), "or late='drop'"),

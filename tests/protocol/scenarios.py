@@ -26,8 +26,9 @@ from flowml.policy import Policy, check_composition
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.ledger import Work
+from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.story import wants
-from flowml_runtime.protocol.training.terms import Places, ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 
 IDS: dict[str, Any] = {"plan_id": "plan", "run": 0}

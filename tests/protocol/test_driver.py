@@ -29,7 +29,8 @@ from flowml_runtime.protocol.training.driver import (
     WorkerLost,
 )
 from flowml_runtime.protocol.training.ledger import Work
-from flowml_runtime.protocol.training.terms import Places, ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
 
 RUN = 10
 IDS: dict[str, Any] = {"plan_id": "p", "run": RUN}

@@ -27,7 +27,8 @@ from flowml_runtime.protocol.training.actions import (
     StepFinished,
     TellTraffic,
 )
-from flowml_runtime.protocol.training.terms import Places, ReplicaLost, StoreTerms, Terms
+from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 
 RUN = 10

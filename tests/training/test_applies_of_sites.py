@@ -1,5 +1,7 @@
-"""Elastic averaging, ADMM and votes among sites, of which each counts as one replica: against the loops that define
-them, on threads and in virtual time."""
+"""Elastic averaging, ADMM, outer optimizers and votes among sites, of which each counts as one replica.
+
+Against the loops that define them, on threads and in virtual time.
+"""
 
 from __future__ import annotations
 
@@ -82,6 +84,23 @@ def voted(rows: int) -> Any:
     return params
 
 
+OUTER = optax.sgd(0.7, momentum=0.9, nesterov=True)
+
+
+def diloco() -> Any:
+    """Each site adds up gradients at each step; every few steps the mean change of sites goes to an outer optimizer."""
+    centre, state = mlp(), OUTER.init(mlp())
+    own = [centre for _ in UNEVEN]
+    for clock in range(STEPS):
+        own = [step(p, g) for p, g in zip(own, site_gradients(own, UNEVEN, clock), strict=True)]
+        if (clock + 1) % EVERY == 0:
+            change = jax.tree.map(lambda z, m: z - m, centre, averaged(PARTS, own))
+            update, state = OUTER.update(change, state, centre)
+            centre = optax.apply_updates(centre, update)
+            own = [centre for _ in UNEVEN]
+    return centre
+
+
 def nested(local: Any, **knobs: Any) -> fm.Policy:
     return fm.Policy(topology=fm.Hierarchy(local, SERVER, UNEVEN), **knobs)
 
@@ -97,6 +116,7 @@ ADMM: dict[str, Any] = {"payload": fm.Delta(), "apply": fm.Consensus(0.5), "ever
         (nested(SERVER, **MIX), lambda: elastic(0.3)),
         (nested(REDUCE, **ADMM), lambda: consensus(0.5)),
         (nested(SERVER, **ADMM), lambda: consensus(0.5)),
+        (nested(REDUCE, payload=fm.Delta(), every=EVERY, apply=fm.Outer(OUTER)), diloco),
         (nested(REDUCE, apply=fm.Vote(1)), lambda: voted(1)),
         (nested(SERVER, apply=fm.Vote(1), quorum=fm.Quorum()), lambda: voted(1)),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 import flowml as fm
 from flowml.policy.graphs import as_graph, matrix
 from tests.training.reference import BATCH, data, mlp, mlp_loss
+from tests.training.test_checkpoints import assert_goes_on, case
 from tests.training.test_gossip import shares, watched_loss
 
 SOURCE = data()
@@ -134,6 +136,11 @@ def test_sites_follow_each_other_too(threads_cluster: fm.Cluster) -> None:
     real, virtual = (fit(c, policy) for c in (threads_cluster, fm.SimulatedCluster(4, fm.sim.Constant(0.1), FAST)))
     jax.tree.map(np.testing.assert_array_equal, real.params, virtual.params)
     assert float(mlp_loss(real.params, SOURCE)) < float(mlp_loss(mlp(), SOURCE))
+
+
+def test_a_stopped_fit_goes_on_with_the_copies(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    chain = (fm.filters.top_k(KEPT), fm.filters.key_cache())
+    assert_goes_on(case(threads_cluster, tmp_path, fm.policies.choco(chain, PULL, every=2), optax.sgd(0.05)))
 
 
 def test_bytes_without_arithmetic_are_those_with_it() -> None:

@@ -37,7 +37,7 @@ from flowml_runtime.worker.training.exchange.collectives import Flight, flat, pa
 from flowml_runtime.worker.training.exchange.copies import Copies
 from flowml_runtime.worker.training.exchange.mirrors import Mirror, share_of
 from flowml_runtime.worker.training.exchange.reductions import sum_of
-from flowml_runtime.worker.training.exchange.relays import weighted_sum
+from flowml_runtime.worker.training.exchange.relays import full_share, weighted_sum
 from flowml_runtime.worker.training.filtered import Decoder, Encoder, packed
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.own_values import OwnValues
@@ -212,7 +212,7 @@ class Arithmetic:
     def update(self, at: At, store: int, gradient: Value, *, refused: bool) -> None:
         own = self._own[at, store]
         self._before[at, store] = own.params
-        if not refused:
+        if not refused and len(gradient):
             own.update(gradient)
 
     def told(self, at: At, store: int, clock: int) -> tuple[Value, int | None]:
@@ -314,6 +314,10 @@ class Arithmetic:
 
     def weighted(self, given: Sequence[tuple[Value, float]]) -> Arrays:
         return weighted_sum(given)
+
+    def of_site(self, message: wire.Gossip, given: Sequence[tuple[Value, float]]) -> Arrays:
+        share = full_share(self._training.stores[message.store], self._training, message)
+        return weighted_sum([(value, factor * share) for value, factor in given])
 
     def load(self, worker: str, store: int, value: Value) -> None:
         spec = self._training.stores[store]

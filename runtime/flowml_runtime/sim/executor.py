@@ -56,12 +56,9 @@ class Executor:
         self._state: Any = None
         self._seconds = 0.0
         self._began = 0.0
-        self._waited = 0.0
-        """How long the step has waited for other replicas and homes."""
-        self._stalled = math.inf
-        """Since when it waits for them; infinite if it does not."""
-        self._computes_since = math.inf
-        """When the first task of the step began; infinite before."""
+        self._waited = 0.0  # how long the step has waited for other replicas and homes
+        self._stalled = math.inf  # since when it waits for them; infinite if it does not
+        self._computes_since = math.inf  # when the first task of the step began; infinite before
         self._computes = False
         self._given: list[Value] | None = None
         """What the Recv at this position waits for: empty until it is here."""
@@ -85,8 +82,7 @@ class Executor:
                 senders = terms.senders(self._world.terms.replicas)
                 self._neighbours[store] = kind(node, at, store, terms.policy.remote, senders)
         self._exchanged = (-1, -1)  # (store, clock) of the newest round of gossip that is over
-        self._inside: list[tuple[int, int, int]] = []
-        """(store, part, weight) of the sums of sites that this step waits for."""
+        self._inside: list[tuple[int, int, int]] = []  # (store, part, weight) of the sums that this step waits for
         self._updated = -1  # the own store that this step has updated last
         self._abandoned = False
 
@@ -130,8 +126,9 @@ class Executor:
             self._stalled = self._world.clock.now
             return
         while (step := self._step) is not None and not self._computes and self._node.lives:
-            if self._next == len(instructions) or (self._abandoned and self._is_over(step)):
-                if not self._inside or self._end_sums(step):
+            over = self._is_over(step)
+            if over or self._next == len(instructions):
+                if over or not self._inside or self._end_sums(step):
                     self._finish(step)
                 else:
                     self._stalled = self._world.clock.now
@@ -369,8 +366,19 @@ class Executor:
 
     def _add_inside(self, step: Start, store: int, part: int, total: Sum[Value]) -> None:
         """Add up what the replicas of the site push. `_end_sums` waits for the sum where it is needed."""
+        if self._members[store].decides:
+            self._send_inside(step, store, part, total)
+            return
         self._inside.append((store, part, total.weight))
         self._members[store].add(step, part, total)
+
+    def _send_inside(self, step: Start, store: int, part: int, total: Sum[Value]) -> None:
+        """Send what this replica has for the sum of a site that decides what is in it, for which its leader waits."""
+        if self._leads(store):
+            self._inside.append((store, part, total.weight))
+        node = self._node
+        sent = node.machine.contribution(step, store, part, base_version=0, weight=total.weight, inside=True)
+        node.contribute(self.at, sent, total.value, self._counts)
 
     def _end_sums(self, step: Start) -> bool:
         """Do what needs the sums of sites, as a stage runner does. Returns whether all of it is done."""
@@ -424,22 +432,14 @@ class Executor:
             weight *= self._members[store].weight
         base = self._taken.get(store, (0, None))[0]
         sent = node.machine.contribution(step, store, part, base_version=base, weight=weight)
+        if not terms.shared:
+            node.contribute(self.at, sent, total.value, self._counts)
+            return
         message: Any = sent.message
         value = total.value
         if world.values.computes:
             message, value = world.checked(node, message, part, value)
-        if terms.shared:
-            self._share(step, store, message, value)
-            return
-        crosses = sent.to[0] != node.name
-        if world.terms.stores[store].relayed:
-            nbytes = 0 if value is None else world.layout.parts[store][part].nbytes
-            self._counts.crossing(store, nbytes * crosses)  # the leader counts the push of the site
-        else:
-            value, nbytes = world.filtered(self.at, message, value)
-            self._counts.push(store, part, nbytes, crosses=crosses)
-        for to in sent.to:
-            node.send(to, message, value, nbytes)
+        self._share(step, store, message, value)
 
     def _update(self, step: Start, store: int, own: OwnRhythm, gradient: Value) -> None:
         """Update the own parameters of a store."""

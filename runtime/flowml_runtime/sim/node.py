@@ -16,8 +16,9 @@ from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.sim.executor import Executor
 from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At
-from flowml_runtime.sim.values import Value
+from flowml_runtime.sim.values import NO_ARRAYS, Value
 from flowml_runtime.worker.training.counts import Counts
+from flowml_runtime.worker.training.exchange.reductions import summed
 from flowml_runtime.worker.training.filtered import added
 
 if TYPE_CHECKING:
@@ -135,6 +136,22 @@ class Node:
     def send(self, to: str, message: wire.Wire, value: Value = None, nbytes: int = 0) -> None:
         self.world.send(self.name, to, message, value, nbytes)
 
+    def contribute(self, at: At, sent: protocol.Send, value: Value, counts: Counts) -> None:
+        """Send what a stage contributes to a store, or to the sum of its site. `counts` are those of its run."""
+        world, message = self.world, sent.message
+        assert isinstance(message, wire.Contribution)
+        if world.values.computes:
+            message, value = world.checked(self, message, message.part, value)
+        store, part, crosses = message.store, message.part, sent.to[0] != self.name
+        if world.terms.stores[store].relayed and not message.of_site:
+            nbytes = 0 if value is None else world.layout.parts[store][part].nbytes
+            counts.crossing(store, nbytes * crosses)  # the leader counts the push of the site
+        else:
+            value, nbytes = world.filtered(at, message, value)
+            counts.push(store, part, nbytes, crosses=crosses)
+        for to in sent.to:
+            self.send(to, message, value, nbytes)
+
     def walk(self) -> None:
         for stage in self.stages.values():
             if stage.waits:
@@ -204,12 +221,23 @@ class Node:
         """Send the home of a store the sum of a site."""
         world, stages = self.world, self.world.terms.stores[action.parts[0].store].stages
         for message in action.parts:
+            if isinstance(message, wire.Gossip):
+                self._send_to_leader(action.to, message, [(values[0], factor) for values, factor in given])
+                continue
             terms = [(values[message.part], factor) for values, factor in given]
             value, nbytes = world.values.weighted(terms) if given else None, 0
             if value is not None:
                 value, nbytes = world.filtered((message.replica, stages[message.part]), message, value)
             self.counts.push(message.store, message.part, nbytes, crosses=action.to != self.name)
             self.send(action.to, message, value, nbytes)
+
+    def _send_to_leader(self, to: str, message: wire.Gossip, given: Sequence[tuple[Value, float]]) -> None:
+        """Send the leader of a site that decides alone the sum of gradients."""
+        value = self.world.values.of_site(message, given) if given else NO_ARRAYS
+        nbytes = self.world.layout.parts[message.store][0].nbytes if given else 0
+        if to != self.name:
+            self.counts.crossing(message.store, nbytes)
+        self.send(to, message, value, nbytes)
 
     def _pass_on(self, action: protocol.PassOn) -> None:
         message, value = action.message, self.shown[action.message.store][1] if action.value else None
@@ -302,7 +330,8 @@ class Node:
             self.states.add(action.message.store)
         elif isinstance(action.message, wire.Gossip):
             told = action.message
-            self.told[told.store, told.replica, told.source, told.clock] = value
+            source = told.source if told.part is None else summed(told.part)
+            self.told[told.store, told.replica, source, told.clock] = value
             return
         self.world.values.hand(self.name, action.message, value)
 

@@ -26,7 +26,9 @@ class Member:
         terms = node.world.terms.stores[store]
         self.leader = site.replicas[0]
         self.leads = at[0] == self.leader
-        self.served = store in node.world.layout.local and any(r.schedule == "gather" for r in site.reductions)
+        gathers = any(r.schedule == "gather" for r in site.reductions)
+        self.served = store in node.world.layout.local and (gathers or terms.sites_decide)
+        self.decides = terms.sites_decide
         self.weight = 1 if isinstance(terms.policy.remote, Gossip) else len(site.replicas)
         self.collective = terms.collective
         self._remote = terms.policy.remote
@@ -35,7 +37,7 @@ class Member:
         self._store = store
         self._site = site
         self._others = [(r, node.world.places.stages[r][at[1]]) for r in site.replicas[1:]]
-        self._clock = self._version = -1
+        self._clock = self._version = self._summed = -1
         self._value: Value = None
 
     def tell(self, step: Start, clock: int, value: Value, version: int = -1) -> None:
@@ -59,6 +61,8 @@ class Member:
             key = (self._store, self._at[0], self.leader, clock)
             if key not in self._node.told:
                 return None
+            for earlier in range(self._clock + 1, clock):  # which this replica has left out
+                self._node.told.pop((self._store, self._at[0], self.leader, earlier), None)
             value = self._node.told.pop(key)
             self._value = self._value if value is None else value
             self._clock = clock
@@ -90,6 +94,10 @@ class Member:
     def total(self, part: int, clock: int) -> list[Value]:
         """The sum of the gradients of the site; nothing if it is not here yet."""
         key = (self._store, self._at[0], summed(part), clock)
+        if key in self._node.told:
+            for earlier in range(self._summed + 1, clock):
+                self._node.told.pop((*key[:3], earlier), None)
+            self._summed = clock
         return [self._node.told.pop(key)] if key in self._node.told else []
 
 

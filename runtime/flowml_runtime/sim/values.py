@@ -144,6 +144,10 @@ class Values(Protocol):
         """The sum of values, each times its factor."""
         ...
 
+    def of_site(self, message: wire.Gossip, given: Sequence[tuple[Value, float]]) -> Value:
+        """The same for the leader of a site that decides alone, as if all of its replicas were in the sum."""
+        ...
+
     def load(self, worker: str, store: int, value: Value) -> None:
         """Hold the first value of a store at a home."""
         ...
@@ -251,6 +255,9 @@ class Nothing:
         return NO_ARRAYS
 
     def weighted(self, given: Sequence[tuple[Value, float]]) -> Value:
+        return NO_ARRAYS
+
+    def of_site(self, message: wire.Gossip, given: Sequence[tuple[Value, float]]) -> Value:
         return NO_ARRAYS
 
     def load(self, worker: str, store: int, value: Value) -> None:

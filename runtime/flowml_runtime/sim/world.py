@@ -22,7 +22,8 @@ from flowml.sim import AT_ONCE, Homes, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.execution.faults import step_failed
 from flowml_runtime.protocol.training import actions
-from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
+from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 from flowml_runtime.sim.collectives import Collectives
 from flowml_runtime.sim.executor import Executor
 from flowml_runtime.sim.heap import Clock
@@ -57,8 +58,9 @@ class Layout:
     """The sites of each store; none if no store has any."""
 
     def site_of(self, store: int, replica: int) -> Site | None:
-        """The site of a replica, if it adds up gradients with those there."""
-        found = self.sites[store] if self.sites and not self.terms.stores[store].relayed else ()
+        """The site of a replica, if it adds up gradients with those there, or its leader decides about them alone."""
+        terms = self.terms.stores[store]
+        found = self.sites[store] if self.sites and (not terms.relayed or terms.sites_decide) else ()
         return next((site for site in found if replica in site.replicas), None)
 
     @staticmethod

@@ -37,8 +37,8 @@ class Unsettled(msgspec.Struct, frozen=True):
     item: Item
     open: tuple[Count, ...]
     lost: tuple[Count, ...] = ()
-    counted: bool = False
-    folded: bool = False
+    counted: tuple[Before, ...] = ()
+    folded: tuple[Count, ...] = ()
     left_out: Count | None = None
 
 
@@ -145,12 +145,17 @@ class OwnState(TrainingMessage, frozen=True):
 
 
 class Gossip(TrainingMessage, frozen=True):
-    """The parameters of a store that replica `source` had before the step of `clock`, for its neighbour `replica`."""
+    """The parameters of a store that replica `source` had before the step of `clock`, for its neighbour `replica`.
+
+    With a `part` it is the sum of the gradients of a site for its leader, which both are: of `weight` microbatches.
+    """
 
     store: Count
     replica: Count
     source: Count
     clock: Count
+    part: Count | None = None
+    weight: Count = 0
 
 
 class Ask(TrainingMessage, frozen=True):

@@ -15,7 +15,8 @@ from flowml.policy import Policy, Quorum
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.ledger import Work
-from flowml_runtime.protocol.training.terms import Places, StoreTerms, Terms
+from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.protocol.training.terms import StoreTerms, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_tools.bench.rows import BenchError, Goal, Peer, Row, Sample
 from flowml_tools.bench.timing import tell

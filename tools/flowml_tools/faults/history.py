@@ -15,8 +15,9 @@ import numpy as np
 
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.ledger import Summary, Work
+from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.story import entry
-from flowml_runtime.protocol.training.terms import Places, Terms
+from flowml_runtime.protocol.training.terms import Terms
 
 DRIVER = "driver"
 Matrix = np.ndarray[Any, Any]

@@ -17,7 +17,8 @@ from flowml.policy.apply import base_of
 from flowml.training.groups import reduction_of, sites_of
 from flowml.training.local import sending, taking
 from flowml_runtime.protocol.training import ledger
-from flowml_runtime.protocol.training.terms import Places, Terms
+from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.sim.program import At, Edge, Sizes, StageProgram
 from flowml_runtime.sim.world import Layout
 from flowml_tools.faults.world import World

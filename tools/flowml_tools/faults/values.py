@@ -12,7 +12,7 @@ from flowml.instructions import Push, Read, Recv, Send
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ensure
 from flowml_runtime.protocol.training import actions
-from flowml_runtime.protocol.training.terms import Places
+from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.sim.program import At, StageProgram
 from flowml_runtime.sim.values import Nothing
 from flowml_tools.faults import history

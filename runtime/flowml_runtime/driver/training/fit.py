@@ -51,8 +51,9 @@ from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol
 from flowml_runtime.protocol.training.actions import Received, Release, Send
 from flowml_runtime.protocol.training.ledger import Work
+from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.story import entry
-from flowml_runtime.protocol.training.terms import Places, Terms
+from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.transport.arrays import own_copy
 
 

@@ -74,7 +74,10 @@ class Observer:
         self._terms = terms
         self._names = [policy_name(training, group.stores) for group in terms.groups]
         self._decided = [first - 1] * len(terms.groups)
-        self._exact = [tuple(s for s in g.stores if not may_be_stale(terms.stores[s])) for g in terms.groups]
+        self._exact = [
+            tuple(s for s in g.stores if not may_be_stale(terms.stores[s])) if g.above is None else ()
+            for g in terms.groups
+        ]
         """By group the stores whose contributions are never stale."""
         among, alone = modelled(terms)
         self._among = Among(terms, among, began, first) if among else None

@@ -32,7 +32,7 @@ def modelled(terms: Terms) -> tuple[tuple[int, ...], tuple[int, ...]]:
     It cannot model clocks that leave replicas out. Where a home decides, the arrivals there say the same, unless
     decisions overlap or a site arrives as one. But if the home itself stands still, all arrivals are late alike.
     """
-    decided = {store: group for group in terms.groups for store in group.stores}
+    decided = {store: group for group in reversed(terms.groups) for store in group.stores}
     found: list[int] = []
     alone: list[int] = []
     for number, store in enumerate(terms.stores):

@@ -9,6 +9,7 @@ another. An account closes when the fate of the item's gradients is known in eve
 * A group whose replicas update parameters of their own, and that folds nothing in, loses all steps since a replica's
   last push if its commit leaves the replica out, because the replica then takes the global parameters.
 * A late contribution is folded in when a commit names it. Otherwise it is lost for its group.
+* Where sites decide alone, a group above them counts what the site has counted until it pushed.
 * Stores without decisions count every step that has finished.
 * If steps may leave out microbatches, the step must have finished too, because only then it is known how many.
 
@@ -55,11 +56,15 @@ class _Account(msgspec.Struct):
     item: wire.Item
     open: set[int]
     """The groups in which its fate is unknown."""
-    counted: bool = False
-    folded: bool = False
+    counted: set[int] = set()
+    """The groups that count it in time, and -1 for stores without decisions."""
+    folded: set[int] = set()
+    """Those that count it in a later clock."""
     left_out: int | None = None
     """The number of its microbatches that its step left out; None while the step may still leave some out."""
     lost: set[int] = set()
+    joined: int | None = None
+    """The later step of the site of which the gradient is a part, if it came too late for its own."""
 
 
 class Accounts:
@@ -70,21 +75,28 @@ class Accounts:
         self._me = replica
         self._groups = range(len(terms.groups))
         self._waits = terms.cut is not None
-        self._anyway = len(terms.group_of) < len(terms.stores)
+        self._anyway: set[int] = set() if len(terms.group_of) == len(terms.stores) else {-1}
         """Whether some store has no decisions."""
         self._accounts: dict[int, _Account] = {}
+        self._pushed: dict[tuple[int, int], Fate] = {}
+        """(group above, clock) -> what became of the push of the site."""
 
     def kept(self) -> tuple[wire.Unsettled, ...]:
         """The items that are not settled, for a snapshot."""
+
+        def row(groups: set[int]) -> tuple[int, ...]:
+            return tuple(sorted(groups))
+
         return tuple(
-            wire.Unsettled(c, a.item, tuple(sorted(a.open)), tuple(sorted(a.lost)), a.counted, a.folded, a.left_out)
+            wire.Unsettled(c, a.item, row(a.open), row(a.lost), row(a.counted), row(a.folded), a.left_out)
             for c, a in self._accounts.items()
         )
 
     def restore(self, kept: Iterable[wire.Unsettled]) -> None:
         """Go on where a snapshot was taken."""
         for u in kept:
-            self._accounts[u.clock] = _Account(u.item, set(u.open), u.counted, u.folded, u.left_out, set(u.lost))
+            groups = set(u.open), set(u.counted), set(u.folded), u.left_out, set(u.lost)
+            self._accounts[u.clock] = _Account(u.item, *groups)
 
     @property
     def clocks(self) -> tuple[int, ...]:
@@ -94,8 +106,8 @@ class Accounts:
     def open(self, clock: int, item: wire.Item, committed: Sequence[int]) -> None:
         """The step of `clock` begins. `committed` is the newest clock of each group."""
         left_out = None if self._waits else 0
-        account = self._accounts[clock] = _Account(item, set(self._groups), self._anyway, left_out=left_out)
-        decided = [g for g in self._terms.groups if clock <= committed[g.number]]
+        account = self._accounts[clock] = _Account(item, set(self._groups), set(self._anyway), left_out=left_out)
+        decided = [g for g in self._terms.groups if clock <= committed[g.number] and g.number not in self._terms.above]
         if decided:
             due = {g.number for g in self._terms.due_groups(clock)}
             account.lost = {g.number for g in decided if g.discards or (g.number in due and not g.folds)}
@@ -112,6 +124,9 @@ class Accounts:
     def commit(self, event: Committed) -> list[Settle]:
         group = self._terms.groups[event.group]
         sender = self._terms.counted_as(group, self._me)
+        if group.number in self._terms.above:
+            self._note(group, event, sender)
+            return self._settle(list(self._accounts))
         if event.leaves_out(sender):
             self._lose(group, event.clock)
         else:
@@ -119,6 +134,8 @@ class Accounts:
         for replica, clock in event.folded:
             if replica == sender:
                 self._count(group.number, clock, folded=True)
+                if group.final and clock in self._accounts:
+                    self._accounts[clock].joined = event.clock
         clocks = [c for c in self._accounts if c <= event.clock]
         return self._settle(clocks) if clocks else []
 
@@ -129,8 +146,9 @@ class Accounts:
 
     def close(self) -> list[Settle]:
         """Settle all items at the end of the run."""
-        for account in self._accounts.values():
-            account.lost |= account.open
+        for clock, account in self._accounts.items():
+            self._follow(account, clock)
+            account.lost |= account.open | {g.number for g in self._terms.final if g.above in account.open}
             account.open.clear()
         return self._settle(list(self._accounts))
 
@@ -153,19 +171,49 @@ class Accounts:
             if clock > late:
                 account = self._accounts[clock]
                 account.open.discard(group)
-                account.counted |= not folded
-                account.folded |= folded
+                (account.folded if folded else account.counted).add(group)
+
+    def _note(self, group: Group, event: Committed, leader: int) -> None:
+        """The group above has decided what becomes of the pushes of the site."""
+        if not event.leaves_out(leader):
+            self._pushed[group.number, event.clock] = "used"
+        elif not group.folds:
+            self._pushed[group.number, event.clock] = "dropped"
+        self._pushed |= {(group.number, clock): "folded" for replica, clock in event.folded if replica == leader}
+        oldest = min(self._accounts, default=event.clock)
+        self._pushed = {at: fate for at, fate in self._pushed.items() if at[1] >= oldest}
+
+    def _follow(self, account: _Account, clock: int) -> None:
+        """If the fate of the item is known in its site, and that of the push of the site, note that of the item."""
+        for group in self._terms.final:
+            inside, above = group.number, group.above
+            if above is None or inside in account.open or above not in account.open:
+                continue
+            every, last = self._terms.groups[above].every, self._terms.last_clock
+            joined = clock if account.joined is None else account.joined
+            fate = "dropped" if inside in account.lost else self._pushed.get((above, every.next_due(joined, last)))
+            if fate is None:
+                continue
+            account.open.discard(above)
+            if fate == "dropped":
+                account.lost |= {inside, above}
+            else:
+                (account.folded if fate == "folded" or inside in account.folded else account.counted).add(above)
 
     def _settle(self, clocks: Sequence[int]) -> list[Settle]:
         found: list[Settle] = []
         for clock in sorted(clocks):
             account = self._accounts[clock]
+            self._follow(account, clock)
             if not account.open and account.left_out is not None:
                 del self._accounts[clock]
                 found.append(self._fate(account))
         return found
 
     def _fate(self, account: _Account) -> Settle:
+        inside = {g.number for g in self._terms.final if g.above is not None}  # the groups above them say what counts
+        account.counted -= inside
+        account.folded -= inside
         if account.counted:
             lost = tuple(sorted(account.lost)) if account.lost else ()
             return Settle(account.item, "used", lost, account.left_out or 0)

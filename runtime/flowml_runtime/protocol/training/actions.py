@@ -159,13 +159,14 @@ class Apply(msgspec.Struct, frozen=True):
 
 
 class Forward(msgspec.Struct, frozen=True):
-    """Send the home the sum of a site: `parts` are the messages, one for each part of the contributions.
+    """Send the home the sum of a site, or its leader if sites decide alone: `parts` are the messages, one for each part
+    of the contributions.
 
     Each of `contributions` has a handle for each part, and a factor. The host adds the arrays of the messages.
     """
 
     to: str
-    parts: tuple[wire.Contribution, ...]
+    parts: tuple[wire.Contribution | wire.Gossip, ...]
     contributions: tuple[tuple[tuple[Handle, ...], float], ...]
 
 

@@ -223,10 +223,17 @@ class Decision:
                         "limit_s=), which goes on with what has arrived"
                     )
                 case Decide(coefficients):
+                    if self._lacks_needed():
+                        return found
                     found.append(self._commit(arrivals, coefficients, now))
                     self._open_next(now)
                     self._decided.append(now)
         return found
+
+    def _lacks_needed(self) -> bool:
+        """Whether the replica without which there is no decision has still to come."""
+        needs = self._group.needs
+        return needs is not None and needs not in self._complete() and needs not in self._gone
 
     def _commit(self, arrivals: Arrivals, coefficients: tuple[tuple[int, float], ...], now: float) -> Committed:
         replicas, complete = len(self._senders), arrivals.times

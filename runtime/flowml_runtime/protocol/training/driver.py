@@ -42,9 +42,10 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.actions import Received, Release, Send
 from flowml_runtime.protocol.training.ledger import Asked, Fate, Ledger, LedgerState, Settled, Work
+from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save, Snapshots
 from flowml_runtime.protocol.training.store import Handle
-from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
+from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -392,13 +393,16 @@ class _Commits:
         """
         group = self._terms.groups[commit.group]
         if not group.relayed:
-            return commit.waits, commit.excluded
+            if group.number not in self._terms.above:
+                return commit.waits, commit.excluded
+            out = (r for site in group.sites if site[0] in commit.excluded for r in site)
+            return commit.waits, tuple(sorted(out))
         known = self._of_sites.setdefault((group.number, commit.clock), {})
         known[commit.site] = commit
-        if len(known) <= len(group.sites):
+        if len(known) < len(group.sites) + (not group.final):
             return None
         del self._of_sites[group.number, commit.clock]
-        whole = known.pop(None).waits
+        whole = known.pop(None).waits if not group.final else _longest(commit.waits for commit in known.values())
         excluded = sorted(replica for commit in known.values() for replica in commit.excluded)
         late = sorted((r for commit in known.values() for r in commit.waits.late), key=lambda found: -found[2])
         return Waits(whole.waited_s, whole.spread_s, tuple(late[:MOST_LATE])), tuple(excluded)
@@ -412,7 +416,8 @@ class _Commits:
         if not self._terms.drops:
             return []
         mine = frozenset(excluded)
-        self._without[clock] = self._without.get(clock, mine) & mine
+        if group not in self._terms.above:  # else it is the sites that say who ends a step
+            self._without[clock] = self._without.get(clock, mine) & mine
         found: list[tuple[int, tuple[int, ...]]] = []
         while self._next <= max(self._decided):
             due = self._terms.due_groups(self._next)
@@ -423,3 +428,9 @@ class _Commits:
                 found.append((self._next, () if self._terms.sums else tuple(sorted(without))))
             self._next += 1
         return found
+
+
+def _longest(waits: Iterable[Waits]) -> Waits:
+    """What sites that decide side by side have waited for."""
+    found = list(waits)
+    return Waits(max(w.waited_s for w in found), max(w.spread_s for w in found))

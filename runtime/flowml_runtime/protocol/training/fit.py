@@ -41,8 +41,9 @@ from flowml_runtime.protocol.training.actions import (
 )
 from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.items import NO_HOLD, batch
+from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.portions import Portions
-from flowml_runtime.protocol.training.terms import Committed, Group, Places, ReplicaLost, Terms
+from flowml_runtime.protocol.training.terms import Committed, Group, ReplicaLost, Terms
 from flowml_runtime.protocol.training.terms import Tick as TimeCame
 
 At = tuple[int, int]
@@ -85,7 +86,7 @@ class Fit:
         self._decisions = {
             group.number: decision.Decision(terms, group, began, first)
             for group in terms.groups
-            if self._leaders[group.number] == me
+            if self._leaders[group.number] == me and not group.final
         }
         """The decisions that this worker makes, by group."""
         paced = terms.paced if places.homes[0][0] == me else None
@@ -96,6 +97,7 @@ class Fit:
         self._sites = {
             (group.number, number): site.Site(terms, group, number, began)
             for group in terms.groups
+            if group.relayed
             for number in (places.led_by(me, group.stores[0]))
         }
         """The sites that this worker leads, by group and number."""
@@ -199,7 +201,7 @@ class Fit:
             message.copy,
         )
         if self._terms.stores[part.store].relayed and not message.of_site:
-            group = self._terms.group_of[part.store]
+            group = self._terms.site_groups[part.store]
             return self._at_site((group, self._terms.site_numbers[part.store][part.replica]), part)
         return self._at_home(part)
 
@@ -224,6 +226,8 @@ class Fit:
             told = [action for at in self._sites if at[0] == group.number for action in self._at_site(at, event)]
             return [*told, *self._at_home(event)]
         actions = self._at_stages(self.stages, event)
+        mine = [at for at in self._sites if self._terms.groups[at[0]].above == group.number]
+        actions += [action for at in mine for action in self._at_site(at, event)]
         return actions + self._at_home(event) if self._stores else actions
 
     def _computed(self, message: wire.Computed, _: Received) -> list[Action]:
@@ -448,10 +452,16 @@ class Fit:
         return actions
 
     def _forward(self, leader: int, made: site.Forward) -> Action:
-        """The sum of a site on its way to the home. An empty one has no arrays."""
+        """The sum of a site on its way to the home, or to its leader. An empty one has no arrays."""
+        store = self._terms.stores[made.store]
+        if store.sites_decide:
+            to = self._places.stages[leader][store.stages[0]]
+            told: dict[str, Any] = {"replica": leader, "source": leader, "part": 0, "weight": made.weight}
+            message = wire.Gossip(**self._ids, store=made.store, clock=made.clock, **told)
+            return Forward(to, (message,), made.contributions)
         ids: dict[str, Any] = {**self._ids, "store": made.store, "replica": leader, "incarnation": 0, "of_site": True}
         about: dict[str, Any] = {"clock": made.clock, "base_version": made.base_version, "weight": made.weight}
-        parts = range(len(self._terms.stores[made.store].stages))
+        parts = range(len(store.stages))
         messages = (wire.Contribution(**ids, **about, part=part, empty=not made.weight) for part in parts)
         return Forward(self._places.homes[made.store][0], tuple(messages), made.contributions)
 

@@ -90,6 +90,10 @@ class Replica:
         self._holds = frozenset(i for i, s in enumerate(terms.stores) if _holds(s.policy))
         self._taken: dict[int, int] = {}
         """The clock at which each store of `_holds` was taken last."""
+        self._follows = frozenset(
+            g.number for g in terms.groups if g.number in terms.above and terms.counted_as(g, replica) != replica
+        )
+        """The groups above its site, about which the leader of the site decides what to do."""
         self._committed = [-1] * len(terms.groups)
         """The newest clock that each group has decided."""
         self.committed = -1
@@ -246,7 +250,7 @@ class Replica:
         step = Step(clock, item, last, "queued")
         included = False
         for group in self._terms.due_groups(clock) if self._terms.drops else ():
-            if not group.drops or group.folds:
+            if not group.drops or group.folds or group.number in self._follows:
                 continue
             if (group.number, clock) in self._included:
                 included = True
@@ -281,7 +285,7 @@ class Replica:
         self._committed[group] = clock
         self.committed = max(self.committed, clock)
         included = not event.leaves_out(self._terms.counted_as(self._terms.groups[group], self._me))
-        if included and clock > self._begun and self._terms.groups[group].drops:
+        if included and clock > self._begun and self._terms.groups[group].drops and group not in self._follows:
             if self._leads:
                 raise ProtocolError(f"clock {clock} is committed with replica {self._me}, which has not begun it")
             self._included.append((group, clock))
@@ -363,7 +367,8 @@ class Replica:
             return clock
         runs_all = any(self._committed[group] < terms.last_clock for group in terms.never_skipped)
         while not runs_all and clock <= newest and terms.may_skip(clock):
-            if any(clock > self._committed[g.number] for g in terms.due_groups(clock)):
+            due = (g.number for g in terms.due_groups(clock) if g.number not in self._follows)
+            if any(clock > self._committed[number] for number in due):
                 break
             clock += 1
         return clock

@@ -15,6 +15,9 @@ replica. So no worker has to do with all replicas.
 * Otherwise a late contribution is released, and all of a clock if the site is too late for it.
 * If the sites go on without a site that has not decided its sum of a clock, it decides none: what its replicas send for
   that clock is late.
+* If sites have parameters of their own, what a site decides is final (`Group.final`): its replicas are told at
+  once, and `Forward` sends the sum to the leader, which updates the parameters. The leader is in each sum. If the
+  decision about sites drops one, that gives up its steps until then, because it takes the global parameters.
 * A site that all of its replicas have left sends nothing more, and the leader of the group is told.
 
 What the caller must do is the same as for `home` and `decision`.
@@ -50,7 +53,7 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class SiteLeft:
-    """No replica of the site sends anything more."""
+    """No replica of the site sends anything more. If sites decide alone, it is enough that its leader retires."""
 
 
 Event = ContributionReceived | Committed | ReplicaRetired | ReplicaLost | Tick
@@ -133,7 +136,8 @@ class Site:
         folds = self._group.folds
         for replica in made.excluded if folds else ():
             self._owed.setdefault(replica, set()).add(clock)
-        self._sums[clock] = _Sum(frozenset(self.members) - excluded, made.folded, made.waits)
+        if not self._group.final:
+            self._sums[clock] = _Sum(frozenset(self.members) - excluded, made.folded, made.waits)
         row = self._rows.pop(clock, {})
         late = {at: row.pop(at) for at in list(row) if at[1] in excluded}
         if late and folds:
@@ -143,7 +147,7 @@ class Site:
             actions += self._forward(store, clock, row, made.folded, absent=len(excluded - self._lost) if folds else 0)
         for replica, earlier in made.folded:
             self._owed[replica] = {c for c in self._owed.get(replica, ()) if c > earlier}
-        return actions
+        return [*actions, made] if self._group.final else actions
 
     def _forward(
         self,
@@ -177,6 +181,8 @@ class Site:
     def _commit(self, event: Committed, now: float) -> list[Action]:
         """The group has decided which sites a clock contains. Say which replicas of this one it contains."""
         clock, folds = event.clock, self._group.folds
+        if self._group.final:
+            return [] if folds or not event.leaves_out(self.leader) else self._skip_to(clock, now)
         actions: list[Action] = []
         known = self._sums.get(clock)
         if not event.leaves_out(self.leader):
@@ -199,6 +205,12 @@ class Site:
         told = Committed(clock, excluded, event.group, folded=tuple(sorted(folded)), waits=waits)
         return [told, *actions]
 
+    def _skip_to(self, clock: int, now: float) -> list[Action]:
+        """The global parameters of `clock` are made without those of the site, which gives up its steps until then."""
+        over = range(self._decision.clock, clock + 1)
+        told = (Committed(c, self.members, self._group.number) for c in over)
+        return [*told, *self._give_up(clock, now)]
+
     def _give_up(self, clock: int, now: float) -> list[Action]:
         """The group has gone on without the site. If that has decided the clock, its sum is late as a whole."""
         actions: list[Action] = []
@@ -219,7 +231,8 @@ class Site:
         if isinstance(event, ReplicaLost):
             self._lost.add(replica)
         actions = self._decide(event, now)
-        return [*actions, SiteLeft()] if len(self._left) == len(self.members) else actions
+        all_left = len(self._left) == len(self.members) and not self._group.final
+        return [*actions, SiteLeft()] if all_left else actions
 
     def _release(self, given: Iterable[ContributionReceived]) -> list[Action]:
         return [Release(part.handle) for part in given if not part.empty]

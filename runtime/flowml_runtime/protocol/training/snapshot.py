@@ -21,8 +21,9 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.actions import Send
 from flowml_runtime.protocol.training.items import NO_HOLD
+from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.store import Handle
-from flowml_runtime.protocol.training.terms import Places, Terms
+from flowml_runtime.protocol.training.terms import Terms
 
 AT_END = NO_HOLD - 1
 """The hold of replicas that stop only before they retire."""

@@ -1,21 +1,20 @@
 """The parts of a plan that the training machines use, and the events that several machines share.
 
 `Terms` is a small frozen view of `plan.Training`: which stores push at which clock, how many replicas a
-clock's decision needs, and which stages send the parts of a contribution. `Places` says which worker runs
+clock's decision needs, and which stages send the parts of a contribution. `places.Places` says which worker runs
 which stages and holds which stores. All machines of a run compute the same answers from them, without messages.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import msgspec
 
-from flowml.devices import worker_of
-from flowml.plan import StoreSpec, Training
+from flowml.plan import Training
 from flowml.policy import UNBOUNDED, Completion, Deadline, Every, Fold, Gossip, Policy, Quorum, Speculate, cutting
 from flowml.policy.filters import feeds_back
 from flowml.policy.late import Drop, Late
@@ -49,6 +48,11 @@ class StoreTerms:
     def relayed(self) -> bool:
         """Whether the leader of each site gathers contributions, and passes on values and decisions (see `site`)."""
         return bool(self.sites) and self.policy.site_quorum is not None
+
+    @cached_property
+    def sites_decide(self) -> bool:
+        """Whether what a leader decides about a step is final in its site; see `Policy.sites_decide`."""
+        return self.relayed and self.policy.sites_decide
 
     @cached_property
     def clocked(self) -> bool:
@@ -97,6 +101,12 @@ class Group:
     """What becomes of late work of a replica, at whichever level it is late."""
     what: str = ""
     """What the decision is about, for errors; "" for the whole fit."""
+    final: bool = False
+    """Whether each site decides alone."""
+    above: int | None = None
+    """Of a final one, the group that decides which sites' parameters are in the global ones, if clocks do."""
+    needs: int | None = None
+    """The replica without which there is no decision, unless it is gone: it updates the parameters of its site."""
 
     @cached_property
     def folds(self) -> bool:
@@ -114,7 +124,8 @@ class Group:
         if quorum is None:
             raise ProtocolError(f"the sites of group {self.number} decide nothing")
         drops, what = not quorum.never_drops(len(site)), f" of site {number}, which replica {site[0]} leads,"
-        return Group(self.number, quorum, self.every, self.stores, drops, site, late=self.late, what=what)
+        needs = site[0] if self.final else None
+        return Group(self.number, quorum, self.every, self.stores, drops, site, late=self.late, what=what, needs=needs)
 
 
 @dataclass(frozen=True)
@@ -190,7 +201,7 @@ class Terms:
         for number, store in enumerate(self.stores):
             if store.decided:
                 policy, sites = store.policy, store.sites
-                inside = policy.site_quorum if sites else None
+                inside = policy.site_quorum if sites and not store.sites_decide else None
                 discards = self._may_drop(store) and policy.local and not isinstance(policy.late, Fold)
                 found.setdefault((policy.quorum, inside, policy.every, discards, sites), []).append(number)
         groups: list[Group] = []
@@ -198,13 +209,34 @@ class Terms:
             first = self.stores[stores[0]]
             senders, drops, late = first.senders(self.members), self._may_drop(first), first.policy.late
             groups.append(Group(number, quorum, every, tuple(stores), drops, senders, discards, sites, inside, late))
-        return tuple(groups)
+        return (*groups, *self._final(groups))
+
+    def _final(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups whose sites decide alone at each step, where `groups` are all others."""
+        above = {store: group for group in groups for store in group.stores}
+        found: dict[tuple[Quorum | Deadline, Late, Sites, int | None], list[int]] = {}
+        for number, store in enumerate(self.stores):
+            inside = store.policy.site_quorum
+            if store.sites_decide and inside is not None:
+                over = above[number].number if number in above else None
+                found.setdefault((inside, store.policy.late, store.sites, over), []).append(number)
+        made: list[Group] = []
+        for number, ((inside, late, sites, over), stores) in enumerate(found.items(), len(groups)):
+            drops = any(not inside.never_drops(len(site)) for site in sites) or (
+                over is not None and groups[over].drops
+            )
+            group = Group(
+                number, inside, Every(), tuple(stores), drops, range(self.replicas), False, sites, inside, late
+            )
+            made.append(replace(group, final=True, above=over))
+        return made
 
     def _may_drop(self, store: StoreTerms) -> bool:
-        """Whether a decision about the store, at any level, may leave a replica out."""
+        """Whether a decision about the store may leave a replica out, at any level that it takes part in."""
         policy, inside = store.policy, store.policy.site_quorum
         if not policy.quorum.never_drops(len(store.sites) or self.replicas):
             return True
+        inside = None if store.sites_decide else inside
         return inside is not None and any(not inside.never_drops(len(site)) for site in store.sites)
 
     @cached_property
@@ -228,8 +260,23 @@ class Terms:
 
     @cached_property
     def group_of(self) -> dict[int, int]:
-        """The group of each store that has decisions."""
-        return {store: group.number for group in self.groups for store in group.stores}
+        """The group of each store that has decisions: the one above, if its sites decide alone."""
+        return {store: group.number for group in reversed(self.groups) for store in group.stores}
+
+    @cached_property
+    def site_groups(self) -> dict[int, int]:
+        """The group of each store that has decisions at its sites."""
+        return {store: group.number for group in self.groups if group.relayed for store in group.stores}
+
+    @cached_property
+    def final(self) -> tuple[Group, ...]:
+        """The groups whose sites decide alone."""
+        return tuple(group for group in self.groups if group.final)
+
+    @cached_property
+    def above(self) -> frozenset[int]:
+        """The groups that decide about sites, where these have decided about each step before."""
+        return frozenset(group.above for group in self.final if group.above is not None)
 
     @property
     def decides(self) -> bool:
@@ -260,7 +307,9 @@ class Terms:
     @cached_property
     def _counts_always(self) -> bool:
         """Whether every step counts for some store: one without decisions, or of a group that leaves no replica out."""
-        return any(not s.decided for s in self.stores) or any(not g.drops or g.folds for g in self.groups)
+        if any(not s.decided and not s.sites_decide for s in self.stores):
+            return True
+        return any(not g.drops or g.folds for g in self.groups if g.number not in self.above)
 
     @cached_property
     def accumulating(self) -> dict[int, tuple[int, ...]]:
@@ -307,7 +356,7 @@ class Terms:
         that applies contributions as they arrive needs its push: readers within a bound wait for it, the last push
         takes all gathered gradients along, and own parameters are pushed before they are replaced.
         """
-        if self.sums or (self.arrives and clock == self.last_clock):
+        if self.sums or (self._arriving and clock == self.last_clock):
             return False
         if any(gossip.due(clock) or clock == self.last_clock for gossip in self._gossip):
             return False
@@ -316,13 +365,19 @@ class Terms:
     @cached_property
     def _gossip(self) -> frozenset[Gossip]:
         """How replicas average parameters with their neighbours, which takes all of them in each round."""
-        return frozenset(remote for s in self.stores if isinstance(remote := s.policy.remote, Gossip))
+        mine = (s.policy.remote for s in self.stores if not s.sites_decide)  # else only leaders do, which skip nothing
+        return frozenset(remote for remote in mine if isinstance(remote, Gossip))
+
+    @cached_property
+    def _arriving(self) -> tuple[Policy, ...]:
+        """The policies of the stores to which each replica sends what is applied as it arrives."""
+        return tuple(s.policy for s in self.stores if not s.clocked and not s.sites_decide)
 
     @cached_property
     def _awaited(self) -> frozenset[Every]:
         """The rhythms of the stores that apply contributions as they arrive, and whose pushes no replica may leave out:
         readers within a bound wait for them, and own parameters that are not pushed would be replaced."""
-        arriving = (s.policy for s in self.stores if not s.clocked)
+        arriving = self._arriving
         return frozenset(p.every for p in arriving if p.staleness < UNBOUNDED or (p.local and not p.owes))
 
     def counts_anyway(self, clock: int) -> bool:
@@ -333,7 +388,9 @@ class Terms:
         """
         if self._at_every_clock:
             return self._counts_always
-        return self._counts_always or any(not g.every.due(clock, self.last_clock) for g in self.groups)
+        if self._counts_always:
+            return True
+        return any(not g.every.due(clock, self.last_clock) for g in self.groups if g.number not in self.above)
 
     def flushes(self, clock: int, last: bool) -> bool:
         """Whether a store pushes at `clock` what it may have kept of earlier steps."""
@@ -343,119 +400,6 @@ class Terms:
     @cached_property
     def _kept_rhythms(self) -> frozenset[Every]:
         return frozenset(s.policy.every for s in self.stores if s.keeps)
-
-
-@dataclass(frozen=True)
-class Places:
-    """The workers of the stages and stores of a run.
-
-    `stages[r][s]` runs stage s of replica r. `homes[i]` are the workers that hold store i; the value at the first is
-    the result of the run. `readers[i][home]` are the workers to which `home` publishes store i.
-
-    If the sites of store i decide for themselves, the workers of the leaders' first stages do that: `leads[i][worker]`
-    are the numbers of the sites of one, and `passes_on[i][worker]` the workers to which it passes on what it gets.
-    """
-
-    stages: tuple[tuple[str, ...], ...]
-    homes: tuple[tuple[str, ...], ...]
-    readers: tuple[Mapping[str, tuple[str, ...]], ...]
-    leads: tuple[Mapping[str, tuple[int, ...]], ...] = ()
-    passes_on: tuple[Mapping[str, tuple[str, ...]], ...] = ()
-
-    @staticmethod
-    def of(training: Training) -> Places:
-        homes = tuple(_workers(s.copies) for s in training.stores)
-        readers = tuple(
-            {home: _workers(_told(s, home, training.replicas)) for home in homes[i]}
-            for i, s in enumerate(training.stores)
-        )
-        stages = tuple(tuple(map(worker_of, devices)) for devices in training.replicas)
-        leads = tuple(_leads(s, stages) for s in training.stores)
-        return Places(stages, homes, readers, leads, tuple(_passes_on(s, stages) for s in training.stores))
-
-    def led_by(self, worker: str, store: int) -> tuple[int, ...]:
-        """The numbers of the sites of a store for which this worker decides."""
-        return self.leads[store].get(worker, ()) if self.leads else ()
-
-    def others(self, worker: str, store: int) -> tuple[str, ...]:
-        """The workers to which this one passes on what it gets of a store."""
-        return self.passes_on[store].get(worker, ()) if self.passes_on else ()
-
-    def relay(self, site: Sequence[int]) -> str:
-        """The worker that gathers, decides and passes on for a site."""
-        return self.stages[site[0]][0]
-
-    def site_workers(self, site: Sequence[int]) -> tuple[str, ...]:
-        """The workers that run the replicas of a site."""
-        return tuple(dict.fromkeys(worker for replica in site for worker in self.stages[replica]))
-
-    def told_commits(self, group: Group) -> tuple[str, ...]:
-        """The workers that get the decisions of a group. Those of sites pass them on."""
-        if not group.relayed:
-            return self.workers
-        homes = (worker for store in group.stores for worker in self.homes[store])
-        return tuple(dict.fromkeys((*map(self.relay, group.sites), *homes)))
-
-    @cached_property
-    def workers(self) -> tuple[str, ...]:
-        """All workers that take part."""
-        stages = (worker for replica in self.stages for worker in replica)
-        return tuple(dict.fromkeys((*stages, *(worker for homes in self.homes for worker in homes))))
-
-    def stages_on(self, worker: str) -> tuple[tuple[int, int], ...]:
-        """(replica, stage) of each stage that this worker runs."""
-        return self._stages_on.get(worker, ())
-
-    def stores_on(self, worker: str) -> tuple[int, ...]:
-        """The stores that live on this worker."""
-        return self._stores_on.get(worker, ())
-
-    @cached_property
-    def _stages_on(self) -> dict[str, tuple[tuple[int, int], ...]]:
-        found: dict[str, list[tuple[int, int]]] = {}
-        for replica, workers in enumerate(self.stages):
-            for stage, worker in enumerate(workers):
-                found.setdefault(worker, []).append((replica, stage))
-        return {worker: tuple(stages) for worker, stages in found.items()}
-
-    @cached_property
-    def _stores_on(self) -> dict[str, tuple[int, ...]]:
-        found: dict[str, list[int]] = {}
-        for store, homes in enumerate(self.homes):
-            for worker in homes:
-                found.setdefault(worker, []).append(store)
-        return {worker: tuple(stores) for worker, stores in found.items()}
-
-
-def _leads(store: StoreSpec, stages: Sequence[Sequence[str]]) -> dict[str, tuple[int, ...]]:
-    """For the first worker of each leader, the numbers of its sites."""
-    found: dict[str, list[int]] = {}
-    for number, site in enumerate(store.sites if store.relayed else ()):
-        found.setdefault(stages[site.replicas[0]][0], []).append(number)
-    return {worker: tuple(numbers) for worker, numbers in found.items()}
-
-
-def _passes_on(store: StoreSpec, stages: Sequence[Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """For the first worker of each leader, the other workers of its sites that read the store."""
-    found: dict[str, dict[str, None]] = {}
-    for site in store.sites if store.relayed else ():
-        relay = stages[site.replicas[0]][0]
-        readers = (worker_of(r) for n in site.replicas for r in store.read_by(n, len(stages)))
-        found.setdefault(relay, {}).update(dict.fromkeys(r for r in readers if r != relay))
-    return {relay: tuple(readers) for relay, readers in found.items()}
-
-
-def _told(store: StoreSpec, home: str, replicas: Sequence[Sequence[str]]) -> Iterable[str]:
-    """The readers to which a home publishes. Where sites share one home, their leaders tell the others."""
-    if store.relayed:
-        return (replicas[site.replicas[0]][0] for site in store.sites)
-    if store.sites and not store.collective:
-        return (reader for leader in store.leaders for reader in store.read_by(leader, len(replicas)))
-    return store.read_from([copy for copy in store.copies if worker_of(copy) == home])
-
-
-def _workers(devices: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(map(worker_of, devices)))
 
 
 class Committed(msgspec.Struct, frozen=True, eq=False):

@@ -58,7 +58,8 @@ from flowml_runtime.protocol.training.actions import (
 )
 from flowml_runtime.protocol.training.early import EarlyMessages
 from flowml_runtime.protocol.training.fit import At, Fit, Stage
-from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
+from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 
 _LIFE = 0
 """The incarnation in contributions. It is constant, because a replica lives as long as its run."""
@@ -117,9 +118,18 @@ class TrainingWorker:
         return self._fit.stages[at]
 
     def contribution(
-        self, start: Start, store: int, part: int, *, base_version: int, weight: int, specs: tuple[ArraySpec, ...] = ()
+        self,
+        start: Start,
+        store: int,
+        part: int,
+        *,
+        base_version: int,
+        weight: int,
+        specs: tuple[ArraySpec, ...] = (),
+        inside: bool = False,
     ) -> Send:
         """The message with which the step of `start` sends its part of a store. The step has read `base_version`.
+        `inside`: it is for the sum of its site, if that decides alone.
 
         A step may end after its run. Its message is then still one of that run, which every receiver drops.
         """
@@ -139,8 +149,9 @@ class TrainingWorker:
             base_version=base_version,
             weight=weight,
             specs=specs,
+            of_site=self._rules.stores[store].sites_decide and not inside,
         )
-        if self._rules.stores[store].relayed:
+        if self._rules.stores[store].relayed and not message.of_site:
             return Send((self._places.relay(self._rules.site_of(store, start.replica)),), message)
         return Send(self._places.homes[store][:1], message)
 

@@ -31,11 +31,12 @@ from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.protocol.errors import InboxLimitError
 from flowml_runtime.protocol.training import actions as protocol
+from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.story import entry
-from flowml_runtime.protocol.training.terms import Places, ReplicaLost, Terms
+from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.worker.training.exchange.agreement import Agreement
-from flowml_runtime.worker.training.exchange.reductions import Reductions
+from flowml_runtime.worker.training.exchange.reductions import Reductions, summed
 from flowml_runtime.worker.training.exchange.relays import Relays
 from flowml_runtime.worker.training.homes import Homes
 from flowml_runtime.worker.training.published import Reader
@@ -299,7 +300,8 @@ class _Fit:
             case protocol.Hand(_, wire.OwnState(store=store), handle):
                 self.run.states[store] = self._take(handle)
             case protocol.Hand(_, wire.Gossip() as told, handle):
-                self.run.told[told.store, told.replica, told.source, told.clock] = self._take(handle)
+                source = told.source if told.part is None else summed(told.part)
+                self.run.told[told.store, told.replica, source, told.clock] = self._take(handle)
             case protocol.Hand(_, wire.Buffers(owner=owner, names=names), handle):
                 arrays = self._take(handle)
                 if owner:

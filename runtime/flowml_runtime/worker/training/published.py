@@ -110,16 +110,16 @@ class Reader:
         self._kernels = kernels
         self._chain = spec.policy.pull_filters if chain is None else chain
         self._whose = whose
-        self._buffers: list[filters.State] = [{} for _ in spec.specs]
+        self.buffers: list[filters.State] = [{} for _ in spec.specs]
 
     def export(self) -> Arrays:
         """What its filters remember, for a snapshot, when all versions are decoded."""
-        return states("filter", {(i,): state for i, state in enumerate(self._buffers)})
+        return states("filter", {(i,): state for i, state in enumerate(self.buffers)})
 
     def restore(self, arrays: Arrays) -> None:
         """Go on with the buffers of a snapshot."""
         known = states_of(arrays, "filter")
-        self._buffers = [known.get((i,), {}) for i in range(len(self._spec.specs))]
+        self.buffers = [known.get((i,), {}) for i in range(len(self._spec.specs))]
 
     def view(self, version: int, base: int, arrays: Sequence[Array], before: StoreView | None) -> StoreView:
         """The view of a version that has come after `before`. Raises FlowmlError if it refers to another."""
@@ -140,9 +140,9 @@ class Reader:
     def _decoded(self, arrays: Sequence[Array]) -> Sequence[Array]:
         left, found = iter([np.asarray(a) for a in arrays]), list[Array]()
         for i, form in enumerate(map(filters.Form.of, self._spec.specs)):
-            before = self._buffers[i]
+            before = self.buffers[i]
             try:
-                value, self._buffers[i] = filters.decode(self._chain, left, form, before, self._kernels)
+                value, self.buffers[i] = filters.decode(self._chain, left, form, before, self._kernels)
             except filters.EncodingError as error:
                 raise FlowmlError(
                     f"{self._whose} of layer {self._spec.name!r} published what its filters cannot have made: "

@@ -32,7 +32,7 @@ from flowml_runtime.execution.services import EdgeServices, host_view
 from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare, run_step
 from flowml_runtime.protocol.training.accumulator import Sum
 from flowml_runtime.protocol.training.actions import Computed, Send, Start, StepFinished, Updated
-from flowml_runtime.protocol.training.terms import Places
+from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.worker.training.batches import Batches
 from flowml_runtime.worker.training.examples import beside_batch, over_microbatches
 from flowml_runtime.worker.training.exchange.mirrors import Mirrors
@@ -70,8 +70,7 @@ class StageRunner(EdgeServices):
         self._find_variant = partial(host.worker.variant, device=loaded.name, driver=run.driver)
         self._programs: dict[str, tuple[LoadedProgram, StepProgram]] = {"": (loaded, prepare(loaded))}
         """By variant."""
-        self._variant = ""
-        """The one that is bound."""
+        self._variant = ""  # the one that is bound
         self._starts: queue.SimpleQueue[Start | None] = queue.SimpleQueue()
         self._batches = Batches(run, self._in_vain)
         self._sums = Sums(run.training.stores, stage, loaded, run.number)
@@ -85,9 +84,7 @@ class StageRunner(EdgeServices):
         self._members = {
             s: Member(run, s, stage, self.replica, site)
             for s, store in enumerate(run.training.stores)
-            if not store.relayed
-            and (site := store.site_of(self.replica))
-            and (len(site.replicas) > 1 or s in self._own)
+            if (site := store.sums_in(self.replica)) is not None
         }
         """By store the place of this replica in its site, if others are there, or if it updates own values. Then those
         that are alone exchange layers in the order of all: after their pushes. No two wait for each other."""
@@ -96,8 +93,7 @@ class StageRunner(EdgeServices):
             for s, own in self._own.items()
             if isinstance(own.spec.policy.remote, Gossip) and self._leads(s)
         }
-        self._inside: list[tuple[int, int, int]] = []
-        """(store, part, steps) of the sums of sites that this step waits for."""
+        self._inside: list[tuple[int, int, int]] = []  # (store, part, steps) of the sums that this step waits for
         self._encoder = Encoder(run.training.stores, self.replica, run.start.seed, Kernels(loaded.device))
         run.encoders.append(self._encoder)
         places = Places.of(run.training)
@@ -108,13 +104,11 @@ class StageRunner(EdgeServices):
         """By store the parameters of this step, where filters compare gradients with them."""
         self._now = Start(run.number, *at, -1, wire.Item(sequence=0, epoch=0, start=0, size=0), 0)
         """The current step, or the last one."""
-        self._pieces: tuple[Piece, ...] = ()
-        """Its examples, by microbatch."""
+        self._pieces: tuple[Piece, ...] = ()  # its examples, by microbatch
         self._read_versions: dict[int, int] = {}
         self._held: dict[int, Sequence[Array]] = {}
         """By store the parameters that were taken last, if the next steps compute with them too."""
-        self._fetched: dict[int, dict[int, Array]] = {}
-        """By fetch slot, and by microbatch."""
+        self._fetched: dict[int, dict[int, Array]] = {}  # by fetch slot, and by microbatch
         self._register()
         self._pace = Pace(dict(run.start.delays).get(run.me, ()), loaded.program.instructions)
         service.start(f"{loaded.name} run {run.number}", self._work, self._end)
@@ -127,7 +121,7 @@ class StageRunner(EdgeServices):
                 own = self._own[store]
                 add(Resident(owner("own"), own.export, partial(own.restore, adopt=self.adopt)))
             found = self._neighbours.get(store)
-            if isinstance(found, Mirrors):
+            if found is not None:
                 add(Resident(owner("mirror"), found.export, found.restore))
             if any(part.stage == self.stage for part in spec.parts):
                 add(Resident(owner("sums"), partial(self._sums.export, store), partial(self._sums.restore, store)))
@@ -376,12 +370,20 @@ class StageRunner(EdgeServices):
 
     def _add_inside(self, step: int, store: int, part: int, total: Sum[Gradients]) -> None:
         """Add up what the replicas of the site push. `_end_sums` waits for the sum."""
-        self._inside.append((store, part, total.weight))
-        if self._members[store].alone:
-            self._members[store].give(part, self._now.clock, total.value.result(self.deadline_s))
+        spec, now = self.run.training.stores[store], self._now
+        if not spec.sites_decide or self._leads(store):
+            self._inside.append((store, part, total.weight))
+        if spec.sites_decide:
+            specs, weight = spec.parts[part].payload, total.weight
+            told = self._worker.contribution(now, store, part, base_version=0, weight=weight, specs=specs, inside=True)
+            send = partial(self._contribute, told, total.value, None)
+        elif self._members[store].alone:
+            self._members[store].give(part, now.clock, total.value.result(self.deadline_s))
             return
-        given = Given(store, part, self.replica, self._now.clock, total.weight, self._now.cause)
-        self._by_size(step, store, part, partial(self._reduce, self._reductions.push_inside, given, total.value))
+        else:
+            given = Given(store, part, self.replica, now.clock, total.weight, now.cause)
+            send = partial(self._reduce, self._reductions.push_inside, given, total.value)
+        self._by_size(step, store, part, send)
 
     def _end_sums(self, step: int) -> None:
         """Do what needs the sums of the gradients of sites: updates of own parameters, and the pushes of leaders.
@@ -447,19 +449,18 @@ class StageRunner(EdgeServices):
         """Update the own parameters of a store. Returns what this step pushes of them; None if it pushes nothing."""
         clock, before = self._now.clock, own.params
         own.steps += 1
-        if self.run.start.on_nonfinite == "apply" or all_finite(host_view(gradients, self.loaded.device)):
+        finite = self.run.start.on_nonfinite == "apply" or all_finite(host_view(gradients, self.loaded.device))
+        if gradients and finite:  # there are none if none of the site could be applied
             with self.recorder.record(self.device, "update", f"store {own.spec.name}", step):
                 own.update(gradients)
-        elif self._leads(store):
+        elif gradients and self._leads(store):
             self.run.refuse(store, clock, (self.replica,), f"which replica {self.replica} computes")
         self._exchange(store, own, before)
         with self.run.changed:
             if not self.machine.pushes(store, clock):
                 return None
-        sent = Sum(
-            known(own.params if own.spec.policy.mirrored else own.sent()),
-            own.pushed() * self.run.training.microbatches,
-        )
+        value = known(own.params if own.spec.policy.mirrored else own.sent())
+        sent = Sum(value, own.pushed() * self.run.training.microbatches)
         if own.mixes:
             own.take(clock, self.adopt(self._published(step, store, after=1)))
         return sent
@@ -476,15 +477,16 @@ class StageRunner(EdgeServices):
         message: Any = contribution.message
         arrays = host_view(gradients.result(self.deadline_s), self.loaded.device)
         training = self.run.training
+        inside = training.stores[message.store].relayed and not message.of_site
         counts = counted(arrays, training.stores[message.store].parts[message.part], training.microbatches)
         if self.run.start.on_nonfinite != "apply" and not all_finite(counts):
             self.run.refuse(message.store, message.clock, (self.replica,), f"which replica {self.replica} sends")
             message, arrays = msgspec.structs.replace(message, weight=0, empty=True, specs=()), ()
-        elif self._encoder.filters(message.store) and not training.stores[message.store].relayed:
+        elif self._encoder.filters(message.store) and not inside:
             message, arrays = self._encoder.encode(message, arrays, parameters)
         nbytes = sum(spec.nbytes for spec in message.specs)
         for to in contribution.to:
-            if not training.stores[message.store].relayed:
+            if not inside:
                 self.run.count_push(message.store, message.part, nbytes, to)
             elif to != self.run.me:  # the leader counts the push of the site
                 self.run.count_crossing(message.store, nbytes)

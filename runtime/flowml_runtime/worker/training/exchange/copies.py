@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from flowml.plan import StoreSpec
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.worker.training.published import PublicCopy, Reader
+from flowml_runtime.worker.training.resident import Arrays, row, row_of, states, states_of
 
 
 class Copies:
@@ -32,6 +33,29 @@ class Copies:
     def own(self) -> Sequence[Array]:
         return self._own.values
 
+    def export(self) -> Arrays:
+        """All copies and what their filters remember, for a snapshot between two steps."""
+        found = {f"own/{name}": array for name, array in self._own.export().items()}
+        for number, (reader, copy) in self._others.items():
+            known = states("filter", {(i,): state for i, state in enumerate(reader.buffers)})
+            found |= {f"{number}/{name}": array for name, array in (row("copy", copy) | known).items()}
+        return found
+
+    def restore(self, arrays: Arrays) -> None:
+        """Go on with the copies of a snapshot."""
+        parts: dict[str, dict[str, Array]] = {}
+        for key, array in arrays.items():
+            owner, name = key.split("/", 1)
+            parts.setdefault(owner, {})[name] = array
+        self._own.restore(parts.pop("own"))
+        for owner, found in parts.items():
+            reader, known = self._reader(int(owner)), states_of(found, "filter")
+            reader.buffers = [known.get((i,), {}) for i in range(len(self._spec.specs))]
+            self._others[int(owner)] = reader, row_of(found, "copy")
+
+    def _reader(self, number: int) -> Reader:
+        return Reader(self._spec, chain=self._spec.policy.filters, whose=f"neighbour {number}")
+
     def changes(self, clock: int, params: Sequence[Array]) -> Sequence[Array]:
         """What neighbours get in the round of `clock`. The own copy follows."""
         return self._own.advance(clock + 1, params)[1]
@@ -41,8 +65,7 @@ class Copies:
         found: dict[int, Sequence[Array]] = {}
         for number, arrays in sent.items():
             if number not in self._others:
-                reader = Reader(self._spec, chain=self._spec.policy.filters, whose=f"neighbour {number}")
-                self._others[number] = reader, self._first
+                self._others[number] = self._reader(number), self._first
             reader, copy = self._others[number]
             found[number] = reader.added(copy, arrays)
             self._others[number] = reader, found[number]

@@ -22,6 +22,7 @@ from flowml_runtime.worker.training.exchange.averaging import Averaging
 from flowml_runtime.worker.training.exchange.copies import Copies
 from flowml_runtime.worker.training.filtered import packed, unpacked
 from flowml_runtime.worker.training.own_values import OwnValues
+from flowml_runtime.worker.training.resident import Arrays
 from flowml_runtime.worker.training.run import Run
 
 Adopt = Callable[[Sequence[Array]], Sequence[Array]]
@@ -50,6 +51,16 @@ class Neighbours:
         stages = [run.training.replicas[r] for r in self._senders]
         self._workers = [worker_of(devices[spec.parts[0].stage]) for devices in stages]
         self._told = -1
+
+    def export(self) -> Arrays:
+        """The public copies, for a snapshot between two steps."""
+        return {} if self._copies is None else self._copies.export()
+
+    def restore(self, arrays: Arrays) -> None:
+        """Go on with the public copies of a snapshot."""
+        if arrays:
+            self._copies = Copies(self._spec, self._replica, self._run.start.seed, ())
+            self._copies.restore(arrays)
 
     def begin(self, clock: int, own: OwnValues, cause: int) -> None:
         """The step of `clock` begins. Sends what its round needs, if that is known already."""

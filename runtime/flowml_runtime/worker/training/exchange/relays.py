@@ -1,6 +1,7 @@
 """Does the work of the leaders of sites that decide for themselves: sends sums to homes, and passes values on.
 
     replicas of a site -> Contribution -> the leader's worker: sum -> Contribution -> home
+    replicas of a site -> Contribution -> the leader's worker: sum -> Gossip -> the leader, if sites decide alone
     home -> Published -> the leader's worker -> Published -> the workers of its site
 
 The machine (`protocol.training.site`) says what a sum contains. Sums are added on a lane, so that control messages do
@@ -15,6 +16,7 @@ from functools import partial
 import msgspec
 import numpy as np
 
+from flowml.plan import StoreSpec, Training
 from flowml_runtime import wire
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array
@@ -67,6 +69,9 @@ class Relays:
         run = self._run
         for message in action.parts:
             arrays: Sequence[Array] = ()
+            if isinstance(message, wire.Gossip):
+                self._to_leader(action.to, message, given)
+                continue
             if given:
                 arrays = weighted_sum([(parts[message.part], factor) for parts, factor in given])
                 specs = run.training.stores[message.store].parts[message.part].payload
@@ -76,6 +81,18 @@ class Relays:
                     message, arrays = encoder.encode(message, arrays, parameters)
             run.count_push(message.store, message.part, sum(s.nbytes for s in message.specs), action.to)
             run.send(action.to, message, arrays)
+
+    def _to_leader(self, to: str, message: wire.Gossip, given: Given) -> None:
+        """Send the leader of a site the sum of gradients, as if all replicas had their share in it."""
+        store = self._run.training.stores[message.store]
+        arrays: Sequence[Array] = ()
+        if given:
+            share = full_share(store, self._run.training, message)
+            arrays = weighted_sum([(parts[0], factor * share) for parts, factor in given])
+            message = msgspec.structs.replace(message, specs=store.parts[0].payload)
+            if to != self._run.me:
+                self._run.count_crossing(message.store, store.parts[0].nbytes)
+        self._run.send(to, message, arrays)
 
     def _encoder(self, leader: int) -> Encoder:
         if leader not in self._encoders:
@@ -90,6 +107,14 @@ class Relays:
     def _fail(self, step: int, node: str, error: BaseException) -> None:
         if not self._run.stopped:
             self._on_fault(max(step, self._run.number), node, error)
+
+
+def full_share(store: StoreSpec, training: Training, message: wire.Gossip) -> float:
+    """By what a sum is multiplied, because the update of a site divides it by the number of all gradients of a step.
+    Weighted gradients carry what they are divided by."""
+    site = store.site_of(message.replica)
+    assert site is not None
+    return 1.0 if store.applies.weighted else len(site.replicas) * training.microbatches / message.weight
 
 
 def weighted_sum(given: Sequence[tuple[Sequence[Array], float]]) -> list[Array]:

@@ -34,7 +34,8 @@ class Member:
         self.leader = site.replicas[0]
         self.leads = replica == self.leader
         self.alone = len(site.replicas) == 1
-        self.served = spec.local is not None and any(r.schedule == "gather" for r in site.reductions)
+        gathers = any(r.schedule == "gather" for r in site.reductions)
+        self.served = spec.local is not None and (gathers or spec.sites_decide)
         """Whether only the leader updates the parameters of the site, and the others get them at each step."""
         self._run = run
         self._remote = spec.policy.remote
@@ -43,6 +44,8 @@ class Member:
         self._others = [(r, worker_of(run.training.replicas[r][stage])) for r in site.replicas[1:]]
         self._specs = spec.specs
         self._name = spec.name
+        self._summed = -1
+        """The clock of the newest sum."""
         self._clock = -1
         """The clock for which the newest values were told, or heard."""
         self._version = -1
@@ -67,6 +70,7 @@ class Member:
     def hear(self, clock: int, in_vain: Callable[[], bool]) -> Sequence[Array]:
         """The values that the leader tells for `clock`."""
         if clock > self._clock:
+            self._forget(self.leader, self._clock + 1, clock)
             what = f"parameters of {self._name!r} from replica {self.leader}, which leads the site"
             self._values = self._wait(self.leader, clock, in_vain, what) or self._values
             self._clock = clock
@@ -89,8 +93,16 @@ class Member:
             self._run.told[self._store, self._replica, summed(part), clock] = arrays
 
     def total(self, part: int, clock: int, in_vain: Callable[[], bool]) -> Sequence[Array]:
-        """The sum of the gradients of the site at `clock`."""
+        """The sum of the gradients of the site at `clock`. Nothing, if none of them may be applied."""
+        self._forget(summed(part), self._summed + 1, clock)
+        self._summed = clock
         return self._wait(summed(part), clock, in_vain, f"the sum of gradients of {self._name!r} of its site")
+
+    def _forget(self, source: int, first: int, clock: int) -> None:
+        """Drop what came for the clocks before `clock` that this replica has left out."""
+        with self._run.changed:
+            for earlier in range(first, clock):
+                self._run.told.pop((self._store, self._replica, source, earlier), None)
 
     def _wait(self, source: int, clock: int, in_vain: Callable[[], bool], what: str) -> Sequence[Array]:
         run, key = self._run, (self._store, self._replica, source, clock)
