@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from _arguments import natural, positive
 from _digits_model import BATCH_SIZE, EPOCHS, TEST, TRAIN, evaluate, init_params, load_digits, loss, make_optimizer
 
 import flowml as fm
@@ -171,8 +172,8 @@ def summary(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs over the 4,000 training images")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial parameters and the order of the images")
+    parser.add_argument("--epochs", type=positive, default=EPOCHS, help="epochs over the 4,000 training images")
+    parser.add_argument("--seed", type=natural, default=0, help="of the initial parameters and the order of the images")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures of the plan")
     options = parser.parse_args()
     np.random.seed(options.seed)

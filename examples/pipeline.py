@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _arguments import positive
 from _language_model import init_params, load_text, logits, loss
 
 import flowml as fm
@@ -72,5 +73,5 @@ def main(steps: int) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=150, help="training steps (default: 150)")
+    parser.add_argument("--steps", type=positive, default=150, help="training steps (default: 150)")
     raise SystemExit(main(parser.parse_args().steps))

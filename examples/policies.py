@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _arguments import positive
 from sklearn.datasets import load_digits
 
 import flowml as fm
@@ -52,7 +53,7 @@ def init(size: int = 64) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150, help="steps of each fit (default: 150)")
+    parser.add_argument("--steps", type=positive, default=150, help="steps of each fit (default: 150)")
     arguments = parser.parse_args()
     pixels, label = load_digits(return_X_y=True)
     image, label = (pixels / 16).astype(np.float32), label.astype(np.int32)

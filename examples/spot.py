@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _arguments import positive, seconds
 
 import flowml as fm
 
@@ -143,11 +144,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", metavar="RECORD.json", help="a record of spot machines (default: one of an hour)")
     parser.add_argument("--counts", choices=("available", "preempted"), default="available", help="what it counts")
-    parser.add_argument("--interval", type=float, default=10.0, help="virtual seconds of an interval (default: 10)")
-    parser.add_argument("--intervals", type=int, default=12, help="how many intervals to train (default: 12)")
+    parser.add_argument("--interval", type=seconds, default=10.0, help="virtual seconds of an interval (default: 10)")
+    parser.add_argument("--intervals", type=positive, default=12, help="how many intervals to train (default: 12)")
     arguments = parser.parse_args()
     given = arguments.trace or RECORD
-    churn = fm.sim.Churn.from_spot(given, counts=arguments.counts, gap_s=arguments.interval)  # checks the record
+    try:
+        churn = fm.sim.Churn.from_spot(given, counts=arguments.counts, gap_s=arguments.interval)  # checks the record
+    except fm.FlowmlError as error:
+        parser.error(str(error))
     machines = max((json.loads(Path(given).read_text()) if arguments.trace else RECORD)["data"])
     print(f"up to {machines} spot machines")
     spot = on_spot_machines(churn, machines, arguments.intervals, arguments.interval)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _arguments import positive
 
 import flowml as fm
 
@@ -100,7 +101,7 @@ def two_for_real(steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=64, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=64, help="training steps (default: %(default)s)")
     steps = parser.parse_args().steps
     over_regions(steps)
     two_for_real(steps)

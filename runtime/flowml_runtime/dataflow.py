@@ -326,7 +326,7 @@ class Dataflow(Generic[P, R]):
             found = programs.get(key)
             if found is None:
                 found = programs[key] = self._compile(cluster, placement, given)
-                found.forget = partial(_forget, weakref.ref(self), weakref.ref(cluster), key)
+                found.forget = partial(_forget, weakref.ref(self), weakref.ref(cluster))
             return found
 
     def _compile(self, cluster: ClusterLike, placement: Any, given: _Arguments) -> _Program:
@@ -383,14 +383,14 @@ def _without_futures(arguments: Any) -> Any:
     return tree_map(lambda leaf: leaf.as_argument() if isinstance(leaf, Future) else leaf, arguments)
 
 
-def _forget(
-    function: weakref.ref[Dataflow[Any, Any]], cluster: weakref.ref[ClusterLike], key: Hashable, handle: LoadedPlan
-) -> None:
-    """Remove a program whose plan was unloaded. A handle must keep neither the function nor the cluster alive."""
+def _forget(function: weakref.ref[Dataflow[Any, Any]], cluster: weakref.ref[ClusterLike], handle: LoadedPlan) -> None:
+    """Remove a program whose plan was unloaded. A handle must keep neither the function nor the cluster alive.
+
+    A program may have several keys: that of sent inputs, and one for each way in which inputs were on devices.
+    """
     owner, where = function(), cluster()
     programs = owner.programs_on(where) if owner is not None and where is not None else {}
-    program = programs.get(key)
-    if program is not None and program.handle is handle:
+    for key in [key for key, program in programs.copy().items() if program.handle is handle]:
         programs.pop(key, None)
 
 

@@ -63,3 +63,24 @@ def test_a_trainer_keeps_a_bounded_number_of_programs(threads_cluster: fm.Cluste
     for length in range(1, MAX_PROGRAMS + 4):
         trainer.plan({"w": jnp.ones(())}, {"x": np.ones((2, length), np.float32)})
     assert len(trainer._programs) == MAX_PROGRAMS
+
+
+def test_a_program_with_two_keys_is_forgotten_under_both(cluster: fm.Cluster) -> None:
+    """A program for sent inputs also serves inputs that are on the device where it reads them."""
+
+    def step(x: Any) -> Any:
+        return x + 1
+
+    program = fm.dataflow(step, cluster=cluster, keep=0, placement={"*": "worker:0"})
+    kept = program(program(np.ones(50, np.float32)))
+    found = list(program.programs_on(cluster).values())
+    assert len(found) == 2 and found[0] is found[1]
+    first = weakref.ref(found.pop())
+    del found[:]
+    other = fm.dataflow(lambda x: x * 2, cluster=cluster)
+    for length in range(1, 2 * MOST + 3):
+        other(np.ones(length, np.float32))
+    assert not plans(program, cluster)
+    gc.collect()
+    assert first() is None
+    np.testing.assert_array_equal(np.asarray(program(kept)), 4)

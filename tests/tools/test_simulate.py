@@ -53,6 +53,7 @@ def test_a_script_trains_in_virtual_time_and_its_fits_are_described(script: str)
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        (("--compute", "constant:1", "--seed=-1"), "'-1' is not a whole number of at least 0"),
         (("--compute", "weibull:1,2"), "names no model; there are constant, exponential, lognormal, pareto"),
         (("--compute", "lognormal:0.1"), "'0.1' is not 2 numbers, such as 0.1,0.3"),
         (("--compute", "constant:-1"), "Constant"),
@@ -65,3 +66,22 @@ def test_wrong_models_are_one_line(script: str, arguments: tuple[str, ...], text
     assert ended.returncode in (1, 2)
     assert text in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_options_may_follow_the_script_and_the_rest_goes_to_it(script: str) -> None:
+    options = ("--workers", "4", "--compute=constant:0.1", "--no-arithmetic")
+    after, before = flowml(script, *options, "2"), flowml(*options, script, "2")
+    assert after.returncode == 0, after.stderr
+    assert after.stdout == before.stdout
+    assert "trace " in after.stdout, "the same seed gives the same trace"
+    ended = flowml(script, "--workers", "4", "2")
+    assert ended.returncode == 2
+    assert f"flowml: error: give --compute MODEL, before {script} or directly after it" in ended.stderr
+
+
+def test_a_script_that_trains_nothing_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "nothing.py"
+    path.write_text("print('done')\n")
+    ended = flowml("--workers", "2", "--compute", "constant:1", str(path))
+    assert ended.stdout == "done\n" and ended.returncode == 2
+    assert "has trained nothing on the simulated cluster; call fit() of an fm.Trainer" in ended.stderr

@@ -32,6 +32,13 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """An argparse type for seeds."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
 def seconds(text: str) -> float:
     """An argparse type for times above zero."""
     try:

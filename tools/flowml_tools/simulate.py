@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flowml_tools.command import positive
+from flowml_tools.command import CommandError, natural, positive
 from flowml_tools.run import run_script
 from flowml_tools.script import script
 
@@ -23,7 +23,7 @@ same code, with the times of models. After each fit its virtual time, bytes, wor
               seconds that a step of one replica computes, such as lognormal:0.1,0.3
   --network   LATENCY,BYTES_PER_S of each pair of workers, such as 1e-3,60e6
 
-Options of flowml go before FILE.py. Arguments after it go to the script.
+Options of flowml go before FILE.py, or all of them directly after it. The other arguments go to the script.
 """
 MODELS = {
     "constant": ("Constant", 1),
@@ -32,40 +32,70 @@ MODELS = {
     "pareto": ("Pareto", 2),
 }
 """Name -> model of `flowml.sim`, and the number of its arguments."""
+OPTIONS = ("--workers", "--compute", "--network", "--seed", "--no-arithmetic")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=positive, required=True, metavar="N", help="simulated workers")
-    parser.add_argument("--compute", type=compute, required=True, metavar="MODEL", help="seconds of a replica's step")
-    parser.add_argument("--network", type=network, default="1e-4,1e9", metavar="LATENCY,RATE", help="(1e-4,1e9)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the models (0)")
-    parser.add_argument("--no-arithmetic", action="store_true", help="clocks and bytes only: losses are NaN")
+    _add_options(parser)
     parser.add_argument("file", metavar="FILE.py", help="the script")
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=positive, metavar="N", help="simulated workers (required)")
+    parser.add_argument("--compute", type=compute, metavar="MODEL", help="seconds of a replica's step (required)")
+    parser.add_argument(
+        "--network", type=network, default="1e-4,1e9", metavar="LATENCY,RATE", help="of each pair (1e-4,1e9)"
+    )
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the models (0)")
+    parser.add_argument("--no-arithmetic", action="store_true", help="clocks and bytes only: losses are NaN")
+
+
+def _split(arguments: argparse.Namespace) -> tuple[argparse.Namespace, list[str]]:
+    """The options, which may all follow the script's name, and the arguments of the script."""
+    if arguments.workers is not None and arguments.compute is not None:
+        return arguments, arguments.args
+    args, end = arguments.args, 0
+    while end < len(args) and (name := args[end].partition("=")[0]) in OPTIONS:
+        end += 1 if "=" in args[end] or name == "--no-arithmetic" else 2
+    parser = argparse.ArgumentParser(prog="flowml simulate", allow_abbrev=False, add_help=False)
+    _add_options(parser)
+    options = parser.parse_args(args[:end], arguments)
+    missing = [name for name in ("--workers N", "--compute MODEL") if getattr(options, name[2:].split()[0]) is None]
+    if missing:
+        raise CommandError(
+            f"give {' and '.join(missing)}, before {arguments.file} or directly after it, as in "
+            f"`flowml simulate {arguments.file} --workers 84 --compute lognormal:0.1,0.3`"
+        )
+    return options, args[end:]
 
 
 def main(arguments: argparse.Namespace) -> int:
     from flowml_runtime.sim.cluster import SimulatedCluster
 
-    path = script(arguments.file)
+    options, args = _split(arguments)
+    path = script(options.file)
     cluster = SimulatedCluster(
-        arguments.workers,
-        arguments.compute,
-        arguments.network,
-        seed=arguments.seed,
-        arithmetic=not arguments.no_arithmetic,
+        options.workers,
+        options.compute,
+        options.network,
+        seed=options.seed,
+        arithmetic=not options.no_arithmetic,
     )
     fits: list[str] = []
 
     def on_result(result: TrainingResult) -> None:
-        fits.append(described(result, arguments.workers))
+        fits.append(described(result, options.workers))
         print(fits[-1], flush=True)
 
     cluster.on_result = on_result
     with cluster:
-        run_script(path, arguments.args)
+        run_script(path, args)
     if not fits:
-        print(f"{arguments.file} has trained nothing on the simulated cluster; give its Trainer no cluster of its own")
+        raise CommandError(
+            f"{options.file} has trained nothing on the simulated cluster; call fit() of an fm.Trainer that has no "
+            "cluster of its own"
+        )
     return 0
 
 

@@ -60,7 +60,8 @@ class Progress:
     def __init__(self, total: int, wanted: bool | None) -> None:
         self._total = total
         self._shown = on_terminal() if wanted is None else wanted and sys.stderr is not None
-        self._next_s = time.monotonic() + 0.5
+        self._began_s = time.monotonic()
+        self._next_s = self._began_s + 0.5
         self._open = False
 
     def show(self, record: Mapping[str, Any]) -> None:
@@ -69,7 +70,7 @@ class Progress:
             return
         self._next_s = now + 0.25
         self._open = True
-        rate = (record["step"] + 1) / max(record["seconds"], 1e-9)
+        rate = (record["step"] + 1) / (now - self._began_s)  # not by the record, whose seconds may be virtual
         line = f"step {record['step'] + 1}/{self._total}  epoch {record['epoch']}  loss {record['loss']:.4f}"
         sys.stderr.write(f"\r\x1b[K{line}  {rate:.1f} steps/s")
         sys.stderr.flush()
