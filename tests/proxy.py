@@ -18,12 +18,18 @@ CHUNK_BYTES = 2**16
 class Proxy:
     """Relays to `target` (host:port) from `address`. Use as a context manager."""
 
-    def __init__(self, target: str, fault: Fault = "none", at: int = 0, bytes_per_s: float | None = None) -> None:
-        """`bytes_per_s` is how fast it lets a client's bytes through; it may be changed meanwhile."""
+    def __init__(
+        self, target: str, fault: Fault = "none", at: int = 0, bytes_per_s: float | None = None, near: bytes = b""
+    ) -> None:
+        """`bytes_per_s` is how fast it lets a client's bytes through; it may be changed meanwhile.
+
+        The fault is at the first place from `at` on where the bytes are `near`. So a flip hits an array, and no length
+        of gRPC's own framing: a receiver that waits for more bytes than come refuses nothing.
+        """
         host, port = target.rsplit(":", 1)
         self._target = host, int(port)
         self._fault: Fault = fault
-        self._at = at
+        self._at, self._near = at, near
         self.bytes_per_s = bytes_per_s
         self.reached = threading.Event()
         """Set once the fault has come to pass."""
@@ -70,9 +76,9 @@ class Proxy:
         done = 0
         with contextlib.suppress(OSError):
             while chunk := bytearray(source.recv(CHUNK_BYTES)):
-                at = self._at - done
-                if upwards and self._fault != "none" and 0 <= at < len(chunk):
-                    self._spoil(chunk, at, sink)
+                at = chunk.find(self._near, max(self._at - done, 0)) if done + len(chunk) > self._at else -1
+                if upwards and self._fault != "none" and at >= 0 and not self.reached.is_set():
+                    self._spoil(chunk, at + len(self._near) // 2, sink)
                 else:
                     if upwards and self.bytes_per_s is not None:
                         time.sleep(len(chunk) / self.bytes_per_s)

