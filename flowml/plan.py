@@ -282,12 +282,24 @@ class StoreSpec(msgspec.Struct, frozen=True):
         return sent_size(self.policy.home_filters, part.payload, part.filtered)[0]
 
 
+class StateLeaf(msgspec.Struct, frozen=True):
+    """A leaf of the model's state: the stage on which it stays, and the slots in which a microbatch takes it and leaves
+    its new value."""
+
+    name: str
+    spec: ArraySpec
+    stage: Index
+    feed: Index
+    fetch: Index
+
+
 class Training(msgspec.Struct, frozen=True):
     """What a training plan adds: replicas (each a tuple of devices, one for each stage), stores and data slots.
 
     Feed slots below `batch_leaves` are leaves of a microbatch. The next one is the uint32 triple
     (seed, item, microbatch) if the loss takes a key, and the one after it the coefficient of the microbatch if there is
-    a code. Fetch slot 0 is the loss; the others are the leaves of `aux`. See `training.pieces` and `training.cuts`.
+    a code; `state` says which the others are. Fetch slot 0 is the loss, and the next ones are the leaves of `aux`. See
+    `training.pieces`, `training.cuts` and `training.state`.
     """
 
     replicas: tuple[tuple[str, ...], ...]
@@ -302,6 +314,7 @@ class Training(msgspec.Struct, frozen=True):
     aux_leaves: Index = 0
     code: Code | None = None
     cuts_at: Index = 0
+    state: tuple[StateLeaf, ...] = ()
 
     @property
     def speculation(self) -> Speculate | None:

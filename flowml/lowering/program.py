@@ -41,7 +41,8 @@ class Bindings:
 
     `feeds`: input -> feed slot; `reads`: input -> (store, leaf); `fetches`: value -> fetch slot;
     `keeps`: value -> slot of the values that stay; `parts`: contributions pushed to stores;
-    `constants`: value -> index of the plan's constant.
+    `constants`: value -> index of the plan's constant; `resident`: the inputs that are fed when a task first reads
+    them, because the microbatch before makes them.
     """
 
     feeds: Mapping[int, int]
@@ -50,6 +51,7 @@ class Bindings:
     reads: Mapping[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
     parts: Sequence[PartBinding] = ()
     keeps: Mapping[int, int] = field(default_factory=dict[int, int])
+    resident: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -124,13 +126,13 @@ class _Emitter:
 
     def emit(self, order: Sequence[tuple[int, int]], feed_first: bool) -> Program:
         read_here = {v for i, _ in order for v in self.plan.groups[i].inputs}
-        self.fed = tuple(v for v in self.bindings.feeds if v in read_here)
+        self.fed = tuple(v for v in self.bindings.feeds if v in read_here and v not in self.bindings.resident)
         self.read = tuple(v for v in self.bindings.reads if v in read_here)
         for value, constant in self.bindings.constants.items():
             if value in read_here:
                 self.constants.append((self._new(value, -1), constant))
         if feed_first:
-            self._feed(0)
+            self._feed(0, self.fed)
         for index, microbatch in order:
             self._task(self.plan.groups[index], microbatch)
         return Program(self.device, _with_frees(self.code, {b for b, _ in self.constants}), tuple(self.constants))
@@ -141,6 +143,9 @@ class _Emitter:
         return self.count - 1
 
     def _task(self, group: TaskGroup, microbatch: int) -> None:
+        resident = tuple(v for v in group.inputs if v in self.bindings.resident and (v, microbatch) not in self.buffers)
+        if resident:
+            self._feed(microbatch, resident)
         inputs = tuple(self._find(v, microbatch) for v in group.inputs)
         outputs = tuple(self._new(v, microbatch) for v in group.outputs)
         self.code.append(Run(self.tasks[group.index], inputs, outputs, microbatch))
@@ -163,7 +168,7 @@ class _Emitter:
             if key in self.buffers:
                 return self.buffers[key]
         if value in self.bindings.feeds:
-            self._feed(microbatch)
+            self._feed(microbatch, self.fed)
         elif value in self.bindings.reads:
             self._read(self.bindings.reads[value][0])
             return self.buffers[value, -1]
@@ -173,9 +178,9 @@ class _Emitter:
             self.code.append(Recv(message, buffers, microbatch))
         return self.buffers[value, microbatch]
 
-    def _feed(self, microbatch: int) -> None:
-        slots = tuple(self.bindings.feeds[v] for v in self.fed)
-        self.code.append(Feed(slots, tuple(self._new(v, microbatch) for v in self.fed), microbatch))
+    def _feed(self, microbatch: int, values: Sequence[int]) -> None:
+        slots = tuple(self.bindings.feeds[v] for v in values)
+        self.code.append(Feed(slots, tuple(self._new(v, microbatch) for v in values), microbatch))
 
     def _read(self, store: int) -> None:
         values = [v for v in self.read if self.bindings.reads[v][0] == store]

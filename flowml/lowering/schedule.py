@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 from bisect import insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flowml.ir import _jax
 from flowml.ir.graph import Graph, Node
@@ -73,6 +73,15 @@ def task_order(
     if microbatches == 1 or kind == "gpipe":
         return _in_level_order(groups, microbatches)
     return _one_forward_one_backward(groups, _dependencies(groups), durations, microbatches)
+
+
+def in_turn(plan: Schedule) -> Schedule:
+    """The same tasks, where each microbatch ends before the next one begins."""
+    keyed = sorted((m, g.level, g.segment, g.index) for g in plan.groups for m in range(plan.microbatches))
+    order: dict[str, list[tuple[int, int]]] = {d: [] for d in plan.order}
+    for microbatch, _, _, index in keyed:
+        order[plan.groups[index].device].append((index, microbatch))
+    return replace(plan, order={d: tuple(o) for d, o in order.items()})
 
 
 def _levels(graph: Graph) -> dict[int, int]:

@@ -45,7 +45,7 @@ def relay(graph: Graph, held: Mapping[int, str]) -> tuple[Graph, tuple[int, ...]
     copies: dict[int, int] = {}
     nodes: list[Node] = []
     for number, (value, device) in enumerate(wanted.items()):
-        copy = copies[value] = len(values)
+        copy = copies[value] = max(values) + 1
         values[copy], avals[copy] = values[value], avals[value]
         layer = graph.consumers[value][0].layer
         equation = _jax.copy_equation(avals[value])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import msgspec
 
-from flowml.arguments import choice, is_text
+from flowml.arguments import choice, flag, is_text
 from flowml.compiler import array_bytes, node_views
 from flowml.devices import Device, as_devices
 from flowml.errors import PlacementError
@@ -37,12 +37,13 @@ from flowml.numbers import whole_number
 from flowml.placement import Pipeline, Placement, place
 from flowml.placement.estimate import estimate
 from flowml.placement.links import Links, links_used
-from flowml.plan import ArraySpec, Constant, Plan, StoreSpec, Training
+from flowml.plan import ArraySpec, Constant, Plan, StateLeaf, StoreSpec, Training
 from flowml.policy import DEFAULT_PATTERN, Code, Policy, check_batch, coded_by, cut_by, resolve, speculated_by
 from flowml.training.cuts import cuts, deciding_stage
 from flowml.training.drafts import StoreDraft, coefficient_dtype, value_of
 from flowml.training.local import Optimizers, fragmented
 from flowml.training.replicate import Replicated, Template, replicate
+from flowml.training.state import StateValues, check_policies, layers_of, ordered, settle
 from flowml.training.step import (
     RNG_WORDS,
     Metrics,
@@ -69,6 +70,7 @@ class TrainingSpec:
     schedule: str = "1f1b"
     policies: Mapping[str, Policy] | Policy | None = None
     weight: Weight | None = None
+    has_state: bool = False
 
     def __post_init__(self) -> None:
         for name in ("replicas", "microbatches"):
@@ -97,6 +99,7 @@ class TrainingSpec:
                 "function of the batch"
             )
         choice("schedule", self.schedule, SCHEDULES)
+        flag("has_state", self.has_state)
 
     def resolve(self, paths: Sequence[str]) -> dict[str, Policy]:
         """The policy of each parameter."""
@@ -122,8 +125,10 @@ def compile_training(
     *,
     links: Links | None = None,
     platforms: Sequence[str] = ("cpu",),
+    state: Any = None,
 ) -> TrainingCompiled:
-    """Compile a training step for `spec.replicas` copies of the model. `batch` is one global batch (or specs).
+    """Compile a training step for `spec.replicas` copies of the model. `batch` is one global batch (or specs), and
+    `state` that of the model, if the loss has one.
 
     Runs nothing. Raises PlacementError, PolicyError or ValueError.
     """
@@ -135,6 +140,8 @@ def compile_training(
     code, speculation = coded_by(policies.values(), spec.replicas), speculated_by(policies.values())
     items = spec.replicas * (speculation.portions if speculation else 1)
     cut = cut_by(policies.values(), spec.replicas, spec.microbatches)
+    if spec.has_state:
+        check_policies(policies.values())
     weight = spec.weight if cut is None or spec.weight is not None else one
     microbatches = spec.microbatches * (len(code.row(0)) if code else 1)
     item, microbatch = _microbatch(batch, spec.replicas, items, spec.microbatches, code)
@@ -150,13 +157,15 @@ def compile_training(
         weight=weight,
         treatments=treatments,
         counts=items * spec.microbatches > 1,
+        state=(state,) if spec.has_state else (),
     )
     rng = jax.ShapeDtypeStruct((RNG_WORDS,), jnp.uint32)
-    takes_rng = loss_takes_rng(spec.loss)
+    takes_rng = loss_takes_rng(spec.loss, has_state=spec.has_state)
     fed = {"rng": rng} if takes_rng else {}
     if code is not None:
         fed["coefficient"] = jax.ShapeDtypeStruct((), coefficient_dtype([x.dtype for _, x in leaves]))
-    traced = trace(step.call, (params, microbatch, *fed.values()), {}, name=name_of(spec.loss))
+    held = (state,) if spec.has_state else ()
+    traced = trace(step.call, (params, microbatch, *fed.values(), *held), {}, name=name_of(spec.loss))
     optimizers = Optimizers.of(spec.optimizer, tuple(policies[p] for p in paths), params, spec.replicas)
     plan, slots = _Compiler(
         spec=spec,
@@ -176,6 +185,7 @@ def compile_training(
         treatments=treatments,
         batch=tuple(_jax.spec_of(x) for x in jax.tree_util.tree_leaves(microbatch)),
         batch_paths=tuple(_jax.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(microbatch)[0]),
+        state_paths=tuple(_jax.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(state)[0]),
     ).compile(traced.graph, traced.closed_over)
     return TrainingCompiled(plan, optimizers.outer_optimizers, step.metrics(slots))
 
@@ -246,6 +256,7 @@ class _Compiler:
     treatments: tuple[Treatment, ...]
     batch: tuple[ArraySpec, ...]
     batch_paths: tuple[str, ...]
+    state_paths: tuple[str, ...]
 
     def compile(self, graph: Graph, closed_over: Mapping[int, str]) -> tuple[Plan, tuple[int, ...]]:
         """The plan, and the fetch slot of each metric."""
@@ -253,18 +264,17 @@ class _Compiler:
         verify_graph(graph, "trace")
         graph = simplify(graph)
         verify_graph(graph, "simplify")
-        parameters = dict(zip(graph.inputs, self.paths, strict=False))
-        layers = tuple(layer_of(p) for p in self.paths)
-        graph = label(graph, parameters, ("",) * self.step.fetched + layers * 2, closed_over)
+        held, returned = graph.inputs[len(graph.inputs) - self.step.held :], self.step.fetched + self.step.held
+        graph = self._label(graph, held, returned, closed_over)
         planner = StorePlanner(
             self.paths, self.optimizers, self.policies, self.treatments, spec.replicas, self.microbatches, self.links
         )
-        graph, contributions = planner.contributions(graph, self.step.fetched)
+        graph, contributions = planner.contributions(graph, returned)
         graph = simplify(graph)
         verify_graph(graph, "factors")
         choices = place(graph, self.template, spec.placement, self.links)
         verify_placed(graph, choices.assignment, self.template)
-        graph = partition(graph, choices.assignment)
+        graph, state = settle(partition(graph, choices.assignment), held, self.step.fetched)
         if any(t.weighted for t in self.treatments):
             graph, contributions = planner.share_weight(graph, contributions, self._weight(graph))
         verify_partitioned(graph)
@@ -276,8 +286,10 @@ class _Compiler:
         alone = self.items == 1 and len(stages) == 1
         milestones = [] if alone else [p.sent for s in stores for p in s.parts]
         tasks = schedule(graph, seconds, milestones=milestones, microbatches=self.microbatches, kind=spec.schedule)
+        tasks, notes = ordered(tasks, state)
         verify_schedule(graph, tasks)
         slots = self._slots(graph)
+        leaves = self._state_leaves(graph, state, stages, max(slots))
         routing = route(graph, tasks)
         wide = graph.is_wide or self.optimizers.is_wide
         table = ExecutableTable(self.platforms, _jax.settings(wide=wide))
@@ -285,12 +297,15 @@ class _Compiler:
         numbers = lower_groups(graph, tasks, table, seconds, frozenset({*graph.output_values, *pushed}))
         constants = tuple(Constant(graph.values[v], array_bytes(c)) for v, c in graph.constants.items())
         parts = planner.lower_parts(graph, stores, table)
-        programs = emit(graph, tasks, routing, numbers, self._bind(graph, stores, parts), feed_first=False)
+        programs = emit(
+            graph, tasks, routing, numbers, self._bind(graph, stores, parts, state, leaves), feed_first=False
+        )
         whole = replicate(Template(programs, routing.messages, stages), self._blocks(stages))
         specs = planner.lower_stores(graph, stores, parts, table, whole.replicas)
         batch = (self.code.partitions if self.code else self.items) * spec.microbatches
         single = batch * sum(node_seconds(graph, n, self.template[0]) for n in graph.nodes)
-        fed = {"inputs": (*self.batch, *self.fed.values()), "constants": tuple(c.spec for c in constants)}
+        inputs = (*self.batch, *self.fed.values(), *(leaf.spec for leaf in leaves))
+        fed = {"inputs": inputs, "constants": tuple(c.spec for c in constants)}
         plan = Plan(
             name=name_of(spec.loss),
             devices=tuple(p.device for p in whole.programs),
@@ -298,15 +313,15 @@ class _Compiler:
             tasks=tuple(table.tasks),
             messages=whole.messages,
             executables=table.executables,
-            inputs=fed["inputs"],
-            input_names=(*self.batch_paths, *self.fed),
+            inputs=inputs,
+            input_names=(*self.batch_paths, *self.fed, *(leaf.name for leaf in leaves)),
             outputs=(),
             constants=constants,
             estimate=estimate(whole.programs, table.tasks, whole.messages, by_name, self.links, single, fed, specs),
             choices=choices.weighed,
-            notes=(*choices.notes, *planner.notes),
+            notes=(*choices.notes, *planner.notes, *notes),
             nodes=node_views(graph, tasks, table),
-            training=self._training(whole, specs, max(slots)),
+            training=self._training(whole, specs, max(slots), leaves),
             platforms=self.platforms,
             links=links_used(self.links, whole.messages, specs),
             settings=table.settings,
@@ -314,7 +329,26 @@ class _Compiler:
         verify_plan(plan)
         return plan, slots
 
-    def _training(self, whole: Replicated, stores: tuple[StoreSpec, ...], aux_leaves: int) -> Training:
+    def _label(self, graph: Graph, held: Sequence[int], returned: int, closed_over: Mapping[int, str]) -> Graph:
+        """Give each node a layer. `held` are the leaves of state, and gradients follow the `returned` outputs."""
+        parameters = dict(zip(graph.inputs, self.paths, strict=False))
+        layers = tuple(layer_of(p) for p in self.paths)
+        owned = dict(zip(held, layers_of(self.state_paths, layers), strict=True))
+        return label(graph, parameters, ("",) * returned + layers * 2, {**closed_over, **owned})
+
+    def _state_leaves(
+        self, graph: Graph, state: StateValues, stages: Sequence[str], last: int
+    ) -> tuple[StateLeaf, ...]:
+        """The leaves of state. Their fetch slots follow `last`, that of the last metric."""
+        first = len(self.batch) + len(self.fed)
+        return tuple(
+            StateLeaf(path, graph.values[value], stages.index(device), first + i, last + 1 + i)
+            for i, (path, value, device) in enumerate(zip(self.state_paths, state.inputs, state.devices, strict=True))
+        )
+
+    def _training(
+        self, whole: Replicated, stores: tuple[StoreSpec, ...], aux_leaves: int, state: tuple[StateLeaf, ...]
+    ) -> Training:
         training = Training(
             replicas=whole.replicas,
             stores=stores,
@@ -327,6 +361,7 @@ class _Compiler:
             schedule=self.spec.schedule,
             aux_leaves=aux_leaves,
             code=self.code,
+            state=state,
         )
         if not cuts(training):
             return training
@@ -336,13 +371,21 @@ class _Compiler:
         """The weight of a microbatch, which is the last metric."""
         return value_of(graph.outputs[self.step.fetched - 1])
 
-    def _bind(self, graph: Graph, stores: Sequence[StoreDraft], parts: Sequence[PartBinding]) -> Bindings:
+    def _bind(
+        self,
+        graph: Graph,
+        stores: Sequence[StoreDraft],
+        parts: Sequence[PartBinding],
+        state: StateValues,
+        leaves: Sequence[StateLeaf],
+    ) -> Bindings:
         count = len(self.paths)
         where = {leaf: (s, i) for s, store in enumerate(stores) for i, leaf in enumerate(store.leaves)}
-        fetched = graph.outputs[: self.step.fetched]
+        fetched = dict(zip(map(value_of, graph.outputs[: self.step.fetched]), self._slots(graph), strict=True))
         return Bindings(
             feeds={v: i for i, v in enumerate(graph.inputs[count:])},
-            fetches=dict(zip(map(value_of, fetched), self._slots(graph), strict=True)),
+            fetches=fetched | {v: leaf.fetch for v, leaf in zip(state.outputs, leaves, strict=True)},
+            resident=frozenset(state.inputs),
             constants={v: i for i, v in enumerate(graph.constants)},
             reads={v: where[i] for i, v in enumerate(graph.inputs[:count])},
             parts=parts,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flowml.ir import _jax
 from flowml.policy import Coded, Policy
 from flowml.policy.apply import most_at_once
+from flowml.training.state import with_state
 
 RNG_WORDS = 3
 """The number of uint32 words in the key feed: seed, work item, microbatch."""
@@ -65,10 +66,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class StepFunction:
-    """The traced function of one microbatch, `call(params, microbatch[, rng][, coefficient])`.
+    """The traced function of one microbatch, `call(params, microbatch[, rng][, coefficient][, state])`.
 
-    It returns the loss, the leaves of aux and, if `weighted`, the weight; then the treated gradients, if they differ
-    from the plain ones; then the plain gradients. Each leaf is a separate copy, so that a node makes it.
+    It returns the loss, the leaves of aux and, if `weighted`, the weight; then the `held` leaves of state; then the
+    treated gradients, if they differ from the plain ones; then the plain gradients. Each leaf is a separate copy, so
+    that a node makes it.
     """
 
     call: Callable[..., Any]
@@ -76,6 +78,7 @@ class StepFunction:
     dtypes: tuple[str, ...]
     summed: tuple[bool, ...]
     weighted: bool
+    held: int = 0
 
     @property
     def fetched(self) -> int:
@@ -87,15 +90,16 @@ class StepFunction:
         return Metrics(self.aux_tree, aux, self.dtypes, self.summed, slots[-1] if self.weighted else None)
 
 
-def loss_takes_rng(loss: Callable[..., Any]) -> bool:
-    """Whether a loss is `loss(params, batch, rng)` rather than `loss(params, batch)`."""
+def loss_takes_rng(loss: Callable[..., Any], *, has_state: bool = False) -> bool:
+    """Whether a loss is `loss(params, [state, ]batch, rng)` rather than `loss(params, [state, ]batch)`."""
+    at = 2 + has_state
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         parameters = inspect.signature(loss).parameters.values()
     except ValueError:  # a builtin
         return False
     positional = [p for p in parameters if p.kind in kinds]
-    return len(positional) >= 3 and (positional[2].default is inspect.Parameter.empty or positional[2].name == "rng")
+    return len(positional) > at and (positional[at].default is inspect.Parameter.empty or positional[at].name == "rng")
 
 
 def item_key(seed: Any, item: Any, microbatch: Any, microbatches: int) -> jax.Array:
@@ -114,14 +118,19 @@ def step_function(
     weight: Weight | None,
     treatments: Sequence[Treatment],
     counts: bool,
+    state: Sequence[Any] = (),
 ) -> StepFunction:
-    """The function of one microbatch. `treatments` has one entry for each leaf of `params`.
+    """The function of one microbatch. `treatments` has one entry for each leaf of `params`. `state` is the model's
+    state, if the loss has one.
 
     `counts` says that several microbatches or replicas share a step, so that the weight also affects the metrics. If
     gradients are coded, the floating metrics are multiplied by the coefficient too, so that they can be decoded.
     """
     _check_parameters(params)
-    has_aux, aux_shape = _check_loss(loss, params, batch)
+    takes_rng, name = loss_takes_rng(loss, has_state=bool(state)), name_of(loss)
+    loss = with_state(loss) if state else loss
+    has_aux, aux_shape = _check_loss(loss, name, params, batch, takes_rng, state)
+    aux_shape = aux_shape[1] if state else aux_shape
     leaves, aux_tree = jax.tree_util.tree_flatten_with_path(aux_shape)
     named = _weight_leaf(weight, [_jax.path_name(p) for p, _ in leaves], [x for _, x in leaves])
     if callable(weight) and weight is not one:
@@ -132,10 +141,12 @@ def step_function(
     coded = any(t.coded for t in treatments)
 
     def step(params: Any, batch: Any, *rest: Any) -> Any:
+        beside: Any
         coefficient = rest[-1] if coded else None
-        keys = [item_key(rest[0][0], rest[0][1], rest[0][2], microbatches)] if len(rest) > coded else []
-        value, gradients = gradient(params, batch, *keys)
-        scalar, aux = value if has_aux else (value, None)
+        keys = [item_key(rest[0][0], rest[0][1], rest[0][2], microbatches)] if takes_rng else []
+        value, gradients = gradient(params, batch, *keys, *(rest[-1:] if state else ()))
+        scalar, beside = value if has_aux else (value, None)
+        new, aux = beside if state else ((), beside)
         metrics = [scalar, *jax.tree_util.tree_leaves(aux)]
         raw = [jnp.copy(jnp.asarray(g)) for g in jax.tree_util.tree_leaves(gradients)]
         count: Any = None
@@ -148,10 +159,12 @@ def step_function(
         sent: list[Any] = []
         if coded or any(t.weighted or (t.wide and is_narrow(g.dtype)) for t, g in zip(treatments, raw, strict=True)):
             sent = [jnp.copy(_treated(g, t, count, coefficient)) for g, t in zip(raw, treatments, strict=True)]
-        return [jnp.copy(x) for x in metrics], sent, raw
+        held = [jnp.copy(jnp.asarray(x)) for x in jax.tree_util.tree_leaves(new)]
+        return [jnp.copy(x) for x in metrics], held, sent, raw
 
+    held = len(jax.tree_util.tree_leaves(list(state)))
     dtypes = tuple(_jax.spec_of(x).dtype for _, x in leaves)
-    return StepFunction(step, aux_tree, dtypes, summed, weighted)
+    return StepFunction(step, aux_tree, dtypes, summed, weighted, held)
 
 
 def wide(x: Any) -> Any:
@@ -230,19 +243,21 @@ def _check_parameters(params: Any) -> None:
             )
 
 
-def _check_loss(loss: Callable[..., Any], params: Any, batch: Any) -> tuple[bool, Any]:
+def _check_loss(
+    loss: Callable[..., Any], name: str, params: Any, batch: Any, takes_rng: bool, state: Sequence[Any]
+) -> tuple[bool, Any]:
     """Whether the loss returns (scalar, aux), and the shapes of aux."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    shape = jax.eval_shape(loss, params, batch, *([key] if loss_takes_rng(loss) else []))
+    shape = jax.eval_shape(loss, params, batch, *([key] if takes_rng else []), *state)
     has_aux = isinstance(shape, tuple)
     wanted = "a loss returns a floating scalar, or (scalar, aux)"
     if has_aux and len(shape) != 2:
-        raise ValueError(f"{name_of(loss)} returns {len(shape)} values; {wanted}")
+        raise ValueError(f"{name} returns {len(shape)} values; {wanted}")
     scalar = shape[0] if has_aux else shape
     if getattr(scalar, "shape", None) != ():
-        raise ValueError(f"{name_of(loss)} returns {described(scalar)}; {wanted}, so take the mean over the examples")
+        raise ValueError(f"{name} returns {described(scalar)}; {wanted}, so take the mean over the examples")
     if not jnp.issubdtype(scalar.dtype, jnp.floating):
-        raise ValueError(f"{name_of(loss)} returns {described(scalar)}; {wanted}")
+        raise ValueError(f"{name} returns {described(scalar)}; {wanted}")
     return has_aux, shape[1] if has_aux else None
 
 

@@ -33,6 +33,8 @@ def difference(one: TrainingCompiled, other: TrainingCompiled) -> str:
         return "which layers are kept together"
     if (one.metrics, a.aux_leaves, _fetched(one.plan)) != (other.metrics, b.aux_leaves, _fetched(other.plan)):
         return "the shapes or dtypes of aux"
+    if a.state != b.state:
+        return "where the state of the model is"
     return "" if _rest(a) == _rest(b) else "how a batch is divided"
 
 

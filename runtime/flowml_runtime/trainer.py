@@ -32,6 +32,7 @@ from flowml.plan import Plan, Training
 from flowml.policy import Policy
 from flowml.training.compiler import TrainingCompiled, TrainingSpec, compile_training
 from flowml.training.local import Restarting
+from flowml.training.state import Rule
 from flowml.training.step import Weight, name_of
 from flowml.training.variants import difference, placed_alike
 from flowml_runtime.cluster import Cluster
@@ -44,6 +45,7 @@ from flowml_runtime.driver.training.delays import Delays, delays_of, rows_of, wo
 from flowml_runtime.driver.training.feeding import MAX_SHAPES, batch_structs
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.history import Record
+from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
 from flowml_runtime.driver.training.probe import mean_warning
 from flowml_runtime.driver.training.result import TrainingResult, result_of, with_shapes
@@ -105,6 +107,7 @@ class Trainer:
         loss: `loss(params, batch)` or `loss(params, batch, rng)` -> scalar, or (scalar, aux). It must be a mean over
             the examples of the batch, because it is evaluated on shares of a batch and averaged. With `rng`, the key
             of a work item is `fold_in(key(seed), item)`; with several microbatches their index is folded in too.
+            With `has_state` it is `loss(params, state, batch[, rng])` -> (scalar, state) or (scalar, (state, aux)).
         optimizer: any `optax.GradientTransformation`.
         cluster: defaults to the cluster of the current `with` block. It may be a `flowml.SimulatedCluster`.
         replicas: the number of copies of the model. Each replica gets an equal share of the global batch.
@@ -129,6 +132,12 @@ class Trainer:
             them leave out the sum. A loss that is not finite is left out of the history's mean and counted too, with
             a warning if its gradients are finite, which are applied. `"raise"` ends the fit at the first such gradient
             or loss with WorkerError. `"apply"` applies the gradient, and such a loss is in the mean.
+        has_state: whether the loss takes and returns the state of a model, such as batch statistics. Each leaf stays on
+            the stage that computes it; a microbatch takes what the one before it has left.
+        state_rules: state path pattern -> how the values of replicas are joined at the end of a fit: `"mean"` (the
+            default for floats), `"max"` (the default for integers), `"sum"` of what each replica has added, `"first"`
+            (the value of replica 0, the default for keys) or `"local"` (they are not joined; that of replica 0 is
+            shown).
 
     Raises:
         ValueError, PolicyError: if arguments contradict each other.
@@ -149,6 +158,8 @@ class Trainer:
         delays: Delays | None = None,
         check_replicas: int = 100,
         on_nonfinite: OnNonFinite = "refuse",
+        has_state: bool = False,
+        state_rules: Mapping[str, Rule] | None = None,
     ) -> None:
         methods = (getattr(optimizer, "init", None), getattr(optimizer, "update", None))
         if isinstance(optimizer, type) or not all(map(callable, methods)):
@@ -157,7 +168,12 @@ class Trainer:
             )
         if not isinstance(cluster, Cluster | SimulatedCluster | None):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"cluster={cluster!r} is of type {type(cluster).__name__}; give an fm.Cluster")
-        self._spec = TrainingSpec(loss, optimizer, replicas, placement, microbatches, schedule, policies, weight)
+        self._spec = TrainingSpec(
+            loss, optimizer, replicas, placement, microbatches, schedule, policies, weight, flag("has_state", has_state)
+        )
+        if state_rules is not None and not has_state:
+            raise ValueError("state_rules is for a loss with state; give Trainer(has_state=True) too")
+        self._state_rules = state_rules
         self._cluster = cluster
         self._delays = delays_of(delays)
         self._on_nonfinite: OnNonFinite = cast(OnNonFinite, choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite)))
@@ -167,9 +183,10 @@ class Trainer:
         self._looked = False
         weakref.finalize(self, _discard, self._programs).atexit = False
 
-    def plan(self, params: Any, batch: Any) -> Plan:
+    def plan(self, params: Any, batch: Any, state: Any = None) -> Plan:
         """The plan for one global batch (arrays or `jax.ShapeDtypeStruct`s), with its policies. Runs nothing."""
-        return self._program(self._here(), _structs(params, "parameter"), _structs(batch, "batch leaf")).compiled.plan
+        self._check_state(state, shapes=True)
+        return self._program(self._here(), _values(params, state), _structs(batch, "batch leaf")).compiled.plan
 
     def fit(
         self,
@@ -182,6 +199,7 @@ class Trainer:
         seed: int = 0,
         shuffle: bool = True,
         opt_state: Any = None,
+        state: Any = None,
         callbacks: Sequence[Callback] = (),
         progress: bool | None = None,
         checkpoint: Checkpoint | None = None,
@@ -202,6 +220,7 @@ class Trainer:
             shuffle: False visits the examples in order.
             opt_state: continue from this instead of `optimizer.init(params)`. Epochs count from 0 again; for another
                 order give another seed.
+            state: the first state of the model, for a loss with `has_state`.
             callbacks: called with each step's record, in the caller's thread. The workers run at most two steps ahead
                 and then wait; a callback longer than the cluster's `deadline_s` may make them miss a deadline.
             progress: show a line of progress on stderr. The default is to show it if stderr is a terminal.
@@ -221,24 +240,36 @@ class Trainer:
         shuffle, progress = flag("shuffle", shuffle), None if progress is None else flag("progress", progress)
         total = _total_steps(data, batch_size, epochs, steps)
         _check_values(params, "parameter")
+        self._check_state(state)
         cluster = self._here()
         workers_of(cluster.devices, self._delays)  # raises an error before anything is compiled
         with self._alone(), heeding_interrupts() as interrupts:
             order = epoch_order(data.examples, seed, 0, shuffle=shuffle)
-            structs, batch = _structs(params, "parameter"), self._first_batch(data, order, batch_size)
+            structs, model = _values(params, state), Model.of(state, self._state_rules, self._spec.replicas)
+            batch = self._first_batch(data, order, batch_size)
             program = self._program(cluster, structs, batch)
             about = figures(program.training, data, batch_size, seed, shuffle)
             saving = self._saving(cluster, program, params, opt_state, (checkpoint, resume), about)
-            params, state = saving.trees
             interrupts.check()
             handle = program.load()
             self._look_at_loss(program, params, data, order, batch_size)
             options = self._options(cluster, program, total, about, progress)
             variant = partial(self._variant, cluster, program, structs)
-            fit = Fit(cluster.session, handle, data, options, program.compiled, variant, interrupts, saving)
-            leaves = jax.tree_util.tree_leaves
-            outcome = fit.run(leaves(params), leaves(state), callbacks)
-        return _told(cluster, result_of(params, state, outcome, with_shapes(program.compiled.plan, fit.shapes)))
+            compiled, leaves = program.compiled, jax.tree_util.tree_leaves
+            fit = Fit(cluster.session, handle, data, options, compiled, variant, interrupts, saving, model.replicas)
+            outcome = fit.run(leaves(saving.trees[0]), leaves(saving.trees[1]), callbacks)
+        return _told(cluster, result_of(*saving.trees, outcome, with_shapes(compiled.plan, fit.shapes), model))
+
+    def _check_state(self, state: Any, *, shapes: bool = False) -> None:
+        """Raise ValueError unless there is state where the loss has it, TypeError if it has only `shapes`."""
+        if (state is not None) != self._spec.has_state:
+            raise ValueError(
+                "the loss has state (has_state=True), and none is given; give state=, such as the batch statistics"
+                if self._spec.has_state
+                else "state= is given, and the loss has none; give Trainer(has_state=True), or leave state out"
+            )
+        if not shapes:
+            _check_values(state, "state leaf")
 
     def _options(
         self, cluster: TrainingCluster, program: _Program, total: int, about: Figures, progress: bool | None
@@ -275,7 +306,7 @@ class Trainer:
 
     def _look_at_loss(self, program: _Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
         """Warn once if the average of the loss over replicas and microbatches differs from the loss of the batch."""
-        if not self._looked and program.session.arithmetic:
+        if not (self._looked or self._spec.has_state) and program.session.arithmetic:
             self._looked = True
             warning = mean_warning(self._spec, program.compiled.plan, params, source, order, batch_size)
             if warning:
@@ -302,11 +333,11 @@ class Trainer:
         leaves = source.arrays if source.arrays is not None else source.take(order[:item])
         return batch_structs(source, leaves, batch_size)
 
-    def _variant(self, cluster: TrainingCluster, base: _Program, params: Any, batch: Any) -> LoadedPlan:
+    def _variant(self, cluster: TrainingCluster, base: _Program, values: tuple[Any, Any], batch: Any) -> LoadedPlan:
         """A plan for batches of another shape, whose programs can run steps of the base's plan."""
-        program = self._program(cluster, params, batch)
+        program = self._program(cluster, values, batch)
         if difference(base.compiled, program.compiled):  # the shape has led to another placement, for one
-            program = self._program(cluster, params, batch, like=base)
+            program = self._program(cluster, values, batch, like=base)
             differs = difference(base.compiled, program.compiled)
             if differs:
                 shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree_util.tree_leaves(batch))
@@ -317,12 +348,14 @@ class Trainer:
                 )
         return program.load()
 
-    def _program(self, cluster: TrainingCluster, params: Any, batch: Any, like: _Program | None = None) -> _Program:
-        """The program for these ShapeDtypeStructs and the cluster's current devices, compiled if it is new. If `like`
-        is given, it is placed as that is."""
+    def _program(
+        self, cluster: TrainingCluster, values: tuple[Any, Any], batch: Any, like: _Program | None = None
+    ) -> _Program:
+        """The program for these ShapeDtypeStructs, of (parameters, state) and a batch, and the cluster's current
+        devices, compiled if it is new. If `like` is given, it is placed as that is."""
         if jit_is_off():
             raise UnsupportedError("jax.disable_jit() is on, and workers run what is compiled; train without it")
-        leaves, tree = jax.tree_util.tree_flatten((params, batch))
+        leaves, tree = jax.tree_util.tree_flatten((values, batch))
         key = (cluster, cluster.devices, tuple((x.shape, str(x.dtype)) for x in leaves), tree, trace_context(), like)
         program = self._programs.pop(key, None)
         if program is None:
@@ -334,7 +367,9 @@ class Trainer:
                 spec, devices = placed_alike(spec, like.compiled.plan, devices)
             try:
                 with shown(partial(_compiling, name_of(spec.loss), batch)):
-                    compiled = compile_training(spec, params, batch, devices, links=links, platforms=platforms)
+                    compiled = compile_training(
+                        spec, values[0], batch, devices, links=links, platforms=platforms, state=values[1]
+                    )
             except PlacementError as error:
                 raise cluster.session.explained(error, "the training step") from None
             program = _Program(compiled, cluster.session)
@@ -421,6 +456,10 @@ def _structs(tree: Any, kind: str) -> Any:
         return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
 
     return jax.tree_util.tree_map_with_path(struct, tree)
+
+
+def _values(params: Any, state: Any) -> tuple[Any, Any]:
+    return _structs(params, "parameter"), _structs(state, "state leaf")
 
 
 def _check_values(tree: Any, kind: str) -> None:

@@ -31,7 +31,7 @@ from flowml_runtime.sim.program import At
 from flowml_runtime.sim.values import Chunk, Report, Value
 from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.worker.training.applying import applied, given_of
-from flowml_runtime.worker.training.examples import beside_batch, of_batch, of_source, over_microbatches
+from flowml_runtime.worker.training.examples import Fetched, beside_batch, of_batch, of_source
 from flowml_runtime.worker.training.exchange.averaging import Averaging
 from flowml_runtime.worker.training.exchange.collectives import Flight, flat, parts_of
 from flowml_runtime.worker.training.exchange.copies import Copies
@@ -40,6 +40,7 @@ from flowml_runtime.worker.training.exchange.reductions import sum_of
 from flowml_runtime.worker.training.exchange.relays import full_share, weighted_sum
 from flowml_runtime.worker.training.filtered import Decoder, Encoder, packed
 from flowml_runtime.worker.training.finite import all_finite, counted
+from flowml_runtime.worker.training.model_state import ModelState
 from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.published import PublicCopy
 
@@ -84,13 +85,13 @@ class _Step:
     buffers: list[Any]
     feeds: Callable[[_Step, Sequence[int], int], Arrays]
     reads: Callable[[_Step, int], Arrays]
+    model: ModelState
     leaves_out: Callable[[int], bool]
     recorder: Recorder
     given: Any = None
     """What a Read or a Recv takes."""
     sent: Arrays = ()
-    fetched: dict[int, dict[int, Array]] = field(default_factory=dict[int, dict[int, Array]])
-    """By slot and microbatch."""
+    fetched: Fetched = field(default_factory=Fetched)
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Arrays:
         return self.feeds(self, slots, microbatch)
@@ -110,7 +111,8 @@ class _Step:
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Arrays) -> None:
         for slot, array in zip(slots, arrays, strict=True):
-            self.fetched.setdefault(slot, {})[microbatch] = array
+            if not self.model.fetch(slot, microbatch, array):
+                self.fetched.add(slot, microbatch, array)
 
     def keep(self, step: int, slots: Sequence[int], done: int | None, arrays: Arrays) -> None:
         raise NotImplementedError("a training plan keeps no outputs")
@@ -153,6 +155,12 @@ class Arithmetic:
         """(worker, store) -> what its readers hold, where what is published is filtered."""
         self._compared: dict[tuple[At, int], Arrays] = {}
         """The parameters that a stage has taken last, where filters compare gradients with them."""
+        refuses = start.on_nonfinite == "refuse"
+        self._models = {
+            (r, s): ModelState(self._training, s, refuses=refuses)
+            for r, devices in enumerate(self._training.replicas)
+            for s in range(len(devices))
+        }
         self._recorder = Recorder()
         self._pool = BufferPool()
         self._zero = {
@@ -161,7 +169,9 @@ class Arithmetic:
 
     def begin(self, at: At, start: Start, leaves_out: Callable[[int], bool]) -> _Step:
         program = self._compiled.programs[self._device(at)]
-        return _Step(at, start, program, list(program.buffers), self._feed, self._read, leaves_out, self._recorder)
+        model, buffers = self._models[at], list(program.buffers)
+        model.begin()
+        return _Step(at, start, program, buffers, self._feed, self._read, model, leaves_out, self._recorder)
 
     def perform(self, state: _Step, position: int, given: Any) -> Value:
         state.given = given
@@ -175,12 +185,11 @@ class Arithmetic:
 
     def report(self, state: _Step) -> Report | None:
         self._batches.pop((state.program.device, state.start.item.sequence), None)
+        used = sum(1 for m in range(self._training.microbatches) if not (m and state.leaves_out(m)))
+        state.model.end(used)
         if not state.fetched:
             return None
-        slots = tuple(sorted(state.fetched))
-        coded = () if self._training.code is None else self._pieces(state)
-        used = [[a for m, a in state.fetched[s].items() if not (m and state.leaves_out(m))] for s in slots]
-        return slots, [over_microbatches(found, coded) for found in used]
+        return state.fetched.sums(used, () if self._training.code is None else self._pieces(state))
 
     def add(self, at: At, store: int, part: int, a: Value, b: Value) -> Value:
         task = self._training.stores[store].parts[part].accumulate
@@ -285,6 +294,9 @@ class Arithmetic:
     def own_state(self, at: At, store: int) -> Value:
         return host_view(self._own[at, store].state, self._compiled.loaded[self._device(at)].device)
 
+    def model_state(self, at: At) -> Value:
+        return host_view(self._models[at].values, self._compiled.loaded[self._device(at)].device)
+
     def is_finite(self, store: int, part: int, value: Value) -> bool:
         spec = self._training.stores[store].parts[part]
         return all_finite(counted([np.asarray(a) for a in value], spec, self._training.microbatches))
@@ -363,6 +375,8 @@ class Arithmetic:
             self._source.setdefault(worker, {}).update(zip(message.slots, leaves, strict=True))
         elif isinstance(message, wire.OwnState):
             self._states[worker, message.store] = leaves
+        elif isinstance(message, wire.ModelState):
+            self._models[message.replica, message.stage].begin(leaves)
         elif isinstance(message, wire.Batch):
             if message.variant:
                 raise SimulationError(
@@ -376,7 +390,7 @@ class Arithmetic:
     def _feed(self, step: _Step, slots: Sequence[int], microbatch: int) -> Arrays:
         item, device, piece = step.start.item, step.program.device, self._pieces(step)[microbatch]
         leaves = [s for s in slots if s < self._training.batch_leaves]
-        found = beside_batch(self._plan, slots, self._start.seed, piece)
+        found = step.model.feed(slots) | beside_batch(self._plan, slots, self._start.seed, piece)
         if leaves and self._start.source == "shipped":
             found |= of_source(self._start, self._source[worker_of(device)], leaves, item.epoch, piece)
         elif leaves:

@@ -122,7 +122,7 @@ class Executor:
         if self._stalled < math.inf:
             self._waited += self._world.clock.now - self._stalled
             self._stalled = math.inf
-        if self._node.fed and self._next == 0 and self._lacks_batch():
+        if self._node.given and self._next == 0 and self._lacks_given():
             self._stalled = self._world.clock.now
             return
         while (step := self._step) is not None and not self._computes and self._node.lives:
@@ -140,9 +140,9 @@ class Executor:
                 return
             self._next += 1
 
-    def _lacks_batch(self) -> bool:
+    def _lacks_given(self) -> bool:
         node, step = self._node, self._step
-        return step is not None and step.item.sequence not in node.batches
+        return step is not None and node.lacks(self.at, step.item.sequence)
 
     def _leaves_out(self, microbatch: int) -> bool:
         return self._machine.cut.leaves_out(microbatch, self._world.clock.now - self._computes_since)

@@ -65,8 +65,14 @@ class Node:
         self.mailbox: Rendezvous[list[Value], list[Value]] = Rendezvous()
         self.ids: _Ids = {"plan_id": "", "run": 0}
         self.start = NEVER
-        self.fed = False
+        self._fed = False
         """Whether the driver sends the examples of each work item."""
+        self._stateful: frozenset[int] = frozenset()
+        """The stages on which the driver's state of the model stays."""
+        self._models: set[At] = set()
+        """Those whose first state is here."""
+        self.given = False
+        """Whether the driver gives the stages something that a step waits for."""
         self.shown: dict[int, tuple[int, Value]] = {}
         """Store -> (version, value) as read here."""
         self.batches: set[int] = set()
@@ -159,9 +165,14 @@ class Node:
 
     # The actions.
 
+    def lacks(self, at: At, item: int) -> bool:
+        """Whether a stage cannot begin a step on a work item, because what the driver gives it has not arrived."""
+        return (self._fed and item not in self.batches) or (at[1] in self._stateful and at not in self._models)
+
     def _open(self, action: protocol.Open) -> None:
         self.start = action.start
-        self.fed = action.start.source == "fed"
+        self._fed, self._stateful = action.start.source == "fed", self.world.terms.stateful
+        self.given = self._fed or bool(self._stateful)
         self.ids = {"plan_id": action.start.plan_id, "run": action.start.run}
         places, programs = self.world.places, self.world.programs
         self.counts = Counts(len(self.world.terms.stores))
@@ -169,6 +180,7 @@ class Node:
         self._news.clear()
         self._published.clear()
         self.batches.clear()
+        self._models.clear()
         self.states.clear()
         self.shared.clear()
         self.locked.clear()
@@ -318,6 +330,10 @@ class Node:
         self.send(DRIVER, message, world.values.final(self.name, action.store) if action.value else None)
 
     def _tell_traffic(self, action: protocol.TellTraffic | protocol.Return) -> None:
+        if isinstance(action, protocol.TellTraffic) and action.of is not None:
+            replica, stage = action.of
+            message = wire.ModelState(**self.ids, cause=action.cause, replica=replica, stage=stage)
+            self.send(DRIVER, message, self.world.values.model_state(action.of))
         rows = self.counts.rows()
         kept = added(map(self.world.values.kept, self.stages))
         self.send(DRIVER, wire.Traffic(**self.ids, cause=action.cause, worker=self.name, stores=rows, kept=kept))
@@ -326,6 +342,8 @@ class Node:
         value = None if action.handle is None else self.payloads.pop(action.handle)
         if isinstance(action.message, wire.Batch):
             self.batches.add(action.message.sequence)
+        elif isinstance(action.message, wire.ModelState):
+            self._models.add((action.message.replica, action.message.stage))
         elif isinstance(action.message, wire.OwnState):
             self.states.add(action.message.store)
         elif isinstance(action.message, wire.Gossip):

@@ -98,6 +98,10 @@ class Values(Protocol):
         """The optimizer state for such parameters."""
         ...
 
+    def model_state(self, at: At) -> Value:
+        """The state of the model on a stage, after the last step there."""
+        ...
+
     def params(self, at: At, store: int) -> Value:
         """Such parameters themselves."""
         ...
@@ -177,7 +181,7 @@ class Values(Protocol):
         ...
 
     def hand(self, worker: str, message: wire.TrainingMessage, value: Value) -> None:
-        """A Source, a Batch or an OwnState has arrived."""
+        """A Source, a Batch, an OwnState or a ModelState has arrived."""
         ...
 
 
@@ -195,6 +199,7 @@ class Nothing:
         """`slots` are those that each stage fetches."""
         self._held: dict[int, Value] = {}
         self._states: dict[int, Value] = {}
+        self._models: dict[At, Value] = {}
         self._reports = tuple((found, (_NAN,) * len(found)) if found else None for found in slots)
 
     def begin(self, at: At, start: Start, leaves_out: Callable[[int], bool]) -> Any:
@@ -235,6 +240,9 @@ class Nothing:
 
     def own_state(self, at: At, store: int) -> Value:
         return self._states.get(store, NO_ARRAYS)
+
+    def model_state(self, at: At) -> Value:
+        return self._models[at]
 
     def is_finite(self, store: int, part: int, value: Value) -> bool:
         return True
@@ -285,3 +293,5 @@ class Nothing:
     def hand(self, worker: str, message: wire.TrainingMessage, value: Value) -> None:
         if isinstance(message, wire.OwnState):
             self._states[message.store] = value
+        elif isinstance(message, wire.ModelState):
+            self._models[message.replica, message.stage] = value

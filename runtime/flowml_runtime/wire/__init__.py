@@ -42,6 +42,7 @@ from flowml_runtime.wire.training import Gossip as Gossip
 from flowml_runtime.wire.training import Grant as Grant
 from flowml_runtime.wire.training import Halt as Halt
 from flowml_runtime.wire.training import Item as Item
+from flowml_runtime.wire.training import ModelState as ModelState
 from flowml_runtime.wire.training import NonFinite as NonFinite
 from flowml_runtime.wire.training import OwnState as OwnState
 from flowml_runtime.wire.training import Published as Published
@@ -298,9 +299,9 @@ Wire = (
     Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
     | Loaded | Unload | Value | Bring | Recall | Recalled | Drop
     | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
-    | StartTraining | Source | Batch | StoreValue | OwnState | Gossip | Ask | Grant | Begin | Contribution | Arrived
-    | Commit | Computed | Halt | Published | Applied | Collective | Settled | Report | NonFinite | Staleness | Traffic
-    | Retired | StopTraining | Hold | Paused | Export | Exported | Buffers
+    | StartTraining | Source | Batch | StoreValue | OwnState | ModelState | Gossip | Ask | Grant | Begin | Contribution
+    | Arrived | Commit | Computed | Halt | Published | Applied | Collective | Settled | Report | NonFinite | Staleness
+    | Traffic | Retired | StopTraining | Hold | Paused | Export | Exported | Buffers
 )
 # fmt: on
 

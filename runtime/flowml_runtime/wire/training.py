@@ -144,6 +144,14 @@ class OwnState(TrainingMessage, frozen=True):
     replica: Count = 0
 
 
+class ModelState(TrainingMessage, frozen=True):
+    """The leaves of the model's state that stay on a stage of a replica: the first ones, or, to the driver, the last
+    ones."""
+
+    replica: Count
+    stage: Count
+
+
 class Gossip(TrainingMessage, frozen=True):
     """The parameters of a store that replica `source` had before the step of `clock`, for its neighbour `replica`.
 

@@ -70,8 +70,10 @@ class Fit:
         variant: Callable[[Any], LoadedPlan],
         interrupts: Interrupts,
         saving: Saving,
+        model: Sequence[Sequence[Any]] = (),
     ) -> None:
-        """`variant` loads a plan for global batches of other shapes, given as `jax.ShapeDtypeStruct`s."""
+        """`model` is the first state of the model, the leaves of each replica. `variant` loads a plan for global
+        batches of other shapes, given as `jax.ShapeDtypeStruct`s."""
         training = handle.plan.training
         if training is None:
             raise FlowmlError(f"plan {handle.plan.name!r} is not a training plan")
@@ -119,6 +121,7 @@ class Fit:
         self._handles = count(1)
         self._values: dict[int, Sequence[Any]] = {}
         self._own_states: dict[int, Sequence[Any]] = {}
+        self._model = [list(leaves) for leaves in model]
         self._slots = Variant.of(handle).slots
         self._feeding = Feeding(handle, source, variant)
         self._orders: dict[int, np.ndarray] = {}
@@ -254,6 +257,8 @@ class Fit:
                     self._send_buffers()
                 case protocol.Save(stopped):
                     self._save(action, stopped.clocks)
+                case protocol.SendModel():
+                    self._send_model()
                 case protocol.SendSource():
                     self._ship()
                 case protocol.Feed(replica, item):
@@ -270,6 +275,8 @@ class Fit:
                     self._values[store] = self._taken(handle)
                 case protocol.KeepState(store, handle):
                     self._own_states[store] = self._taken(handle)
+                case protocol.KeepModel(replica, stage, handle):
+                    self._keep_model(replica, stage, self._taken(handle))
                 case Release(handle):
                     self._payloads.pop(handle, None)
                 case protocol.Fail(reason):
@@ -331,6 +338,21 @@ class Fit:
         """Write a snapshot. Its step is the clock of all replicas, or the number of records without common clocks."""
         step, now = max(clocks) if self._aligned else self._history.step, self._time.now()
         self._saving.save(self._training, step, action, self._machine.ledger.kept(clocks), self._taken, now)
+
+    def _send_model(self) -> None:
+        """Send each stage the leaves of the model's state that stay there."""
+        for stage in dict.fromkeys(leaf.stage for leaf in self._training.state):
+            mine = [i for i, leaf in enumerate(self._training.state) if leaf.stage == stage]
+            specs = tuple(self._training.state[i].spec for i in mine)
+            for replica, devices in enumerate(self._training.replicas):
+                arrays = [np.asarray(self._model[replica][i]) for i in mine]
+                message = wire.ModelState(**self._ids, replica=replica, stage=stage, specs=specs)
+                self._send(worker_of(devices[stage]), message, arrays)
+
+    def _keep_model(self, replica: int, stage: int, arrays: Sequence[Any]) -> None:
+        mine = [i for i, leaf in enumerate(self._training.state) if leaf.stage == stage]
+        for leaf, array in zip(mine, arrays, strict=True):
+            self._model[replica][leaf] = np.array(array)  # what arrived may lie in memory that its sender needs again
 
     def _ship(self) -> None:
         """Send each worker the whole leaves that its stages read, once."""
@@ -443,6 +465,7 @@ class Fit:
             self._observer.staleness(),
             self._observer.stragglers(summary, seconds),
             self._time.simulated(),
+            tuple(map(tuple, self._model)),
         )
 
     def _order(self, epoch: int) -> np.ndarray:

@@ -44,6 +44,8 @@ class Outcome:
     staleness: Mapping[str, Mapping[int, int]]
     stragglers: Stragglers
     simulated: Simulated | None
+    model: tuple[tuple[Any, ...], ...] = ()
+    """The last state of the model at each replica."""
 
 
 def as_buffer(value: Any) -> Any:

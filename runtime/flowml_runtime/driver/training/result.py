@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import msgspec
 
 from flowml.plan import Plan
 from flowml_runtime.driver.training.history import Record
+from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import Outcome
 from flowml_runtime.driver.training.stragglers import Stragglers
 from flowml_runtime.driver.training.tables import layer_table
@@ -42,6 +43,10 @@ class TrainingResult:
     virtual_seconds: float | None = None
     trace_hash: str | None = None
     events: int | None = None
+    state: Any = None
+    """The last state of the model, if the loss has one."""
+    replica_states: tuple[Any, ...] = field(default=(), repr=False)
+    """The same of each replica, before `state_rules` joined them."""
 
     def table(self) -> str:
         """One line per layer: policy, home, fates of work items, and bytes compared with plain gradients every step."""
@@ -52,8 +57,9 @@ class TrainingResult:
         return self.late
 
 
-def result_of(params: Any, state: Any, outcome: Outcome, plan: Plan) -> TrainingResult:
-    """The result of a fit that began with this optimizer state and these parameters."""
+def result_of(params: Any, state: Any, outcome: Outcome, plan: Plan, model: Model) -> TrainingResult:
+    """The result of a fit that began with these parameters, this optimizer state and this state of the model."""
+    ended = replace(model, replicas=outcome.model)
     simulated = outcome.simulated
     return TrainingResult(
         params=restored(params, outcome.params),
@@ -68,6 +74,8 @@ def result_of(params: Any, state: Any, outcome: Outcome, plan: Plan) -> Training
         virtual_seconds=simulated.virtual_seconds if simulated else None,
         trace_hash=simulated.trace_hash if simulated else None,
         events=simulated.events if simulated else None,
+        state=model.after(outcome.model).state() if model.tree else None,
+        replica_states=tuple(map(ended.state, range(len(outcome.model)))) if model.tree else (),
     )
 
 

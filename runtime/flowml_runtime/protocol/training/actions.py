@@ -202,9 +202,11 @@ class Return(msgspec.Struct, frozen=True):
 
 
 class TellTraffic(msgspec.Struct, frozen=True):
-    """Send the driver the traffic of each store so far."""
+    """Send the driver the traffic of each store so far, and the model's state on a stage (replica, stage) that retires,
+    if it has some."""
 
     cause: int
+    of: tuple[int, int] | None = None
 
 
 class Export(msgspec.Struct, frozen=True):
@@ -218,7 +220,7 @@ class Export(msgspec.Struct, frozen=True):
 
 
 class Hand(msgspec.Struct, frozen=True):
-    """Give a Source, a Batch, an OwnState, a Gossip, a Collective or Buffers to the executors."""
+    """Give a Source, a Batch, an OwnState, a ModelState, a Gossip, a Collective or Buffers to the executors."""
 
     peer: str
     message: wire.TrainingMessage

@@ -13,6 +13,7 @@
                     copies of it.
     OwnState        the last optimizer state of a store whose parameters replicas update themselves. That of replica 0
                     counts.
+    ModelState      the last state of the model on a stage. It comes before the Retired of the stage.
     Traffic         the bytes that a worker has sent for each store. The newest message counts.
     Paused, Exported, Buffers   a snapshot is taken: see `snapshot`.
     Retired         a stage pushes nothing more.
@@ -27,7 +28,7 @@ What the caller must do:
 1. Give one event at a time, messages from one worker in the order in which it sent them.
 2. Carry the actions out in the order of the list.
 3. Give Stop when the fit ends for any reason, and no event after it.
-4. Keep the arrays of a handle until one action names it: Note, Keep, KeepState, Save or Release.
+4. Keep the arrays of a handle until one action names it: Note, Keep, KeepState, KeepModel, Save or Release.
 """
 
 from __future__ import annotations
@@ -86,6 +87,12 @@ class SendStore(msgspec.Struct, frozen=True):
 
 class SendBuffers(msgspec.Struct, frozen=True):
     """Send the workers the buffers of the snapshot from which the run goes on. `SendStore` sends those of homes."""
+
+    cause: int
+
+
+class SendModel(msgspec.Struct, frozen=True):
+    """Send each stage the first state of the model that stays there."""
 
     cause: int
 
@@ -171,6 +178,15 @@ class KeepState(msgspec.Struct, frozen=True):
     cause: int
 
 
+class KeepModel(msgspec.Struct, frozen=True):
+    """This is the last state of the model on a stage of a replica."""
+
+    replica: int
+    stage: int
+    handle: Handle | None
+    cause: int
+
+
 class Fail(msgspec.Struct, frozen=True):
     """The fit cannot continue, because a worker has failed or is lost."""
 
@@ -189,6 +205,7 @@ Action = (
     | SendStore
     | SendBuffers
     | Save
+    | SendModel
     | SendSource
     | Feed
     | Note
@@ -199,6 +216,7 @@ Action = (
     | NoteNonFinite
     | Keep
     | KeepState
+    | KeepModel
     | Release
     | Fail
     | Over
@@ -232,6 +250,7 @@ class TrainingDriver:
         self._start = msgspec.structs.replace(start, hold=self._snapshots.hold)
         self._steps = range(start.run, start.run + terms.most_clocks)
         self._places = places
+        self._stateful = bool(terms.stateful)
         self._to_retire = {(r, s) for r, stages in enumerate(places.stages) for s in range(len(stages))}
         self._to_finish = {(store, home) for store, homes in enumerate(places.homes) for home in homes}
         self._commits = _Commits(terms, max(clocks))
@@ -293,9 +312,10 @@ class TrainingDriver:
 
     def _begin(self) -> list[Action]:
         stores = [SendStore(store, homes, self.number) for store, homes in enumerate(self._places.homes)]
+        model = [SendModel(self.number)] if self._stateful else []
         source = [SendSource(self.number)] if self._start.source == "shipped" else []
         buffers = [SendBuffers(self.number)] if self._start.stopped else []
-        return [Send(self._places.workers, self._start), *buffers, *stores, *source]
+        return [Send(self._places.workers, self._start), *model, *buffers, *stores, *source]
 
     def _receive(self, event: Received) -> list[Action]:
         message, cause = event.message, self.number
@@ -329,6 +349,8 @@ class TrainingDriver:
                 return [KeepState(store, event.handle, cause)]
             case wire.Paused() | wire.Exported() | wire.Buffers():
                 return [*self._snapshots.take(self._ids(), event.peer, message, event.handle)]
+            case wire.ModelState(replica=replica, stage=stage):
+                return [KeepModel(replica, stage, event.handle, cause)]
             case wire.Traffic():
                 self.traffic[event.peer] = message
                 return []

@@ -102,8 +102,7 @@ class Fit:
         }
         """The sites that this worker leads, by group and number."""
         self._now = began
-        self._cause = 0
-        """The number of the event that is processed."""
+        self._cause = 0  # the number of the event that is processed
         self._shown: dict[int, tuple[int, int]] = {}
         """(version, floor) of each store that is read here."""
         self._hold = start.hold
@@ -301,7 +300,8 @@ class Fit:
         wire.StoreValue: _loaded,
         wire.Hold: _held,
         wire.Export: _export,
-        **dict.fromkeys((wire.Source, wire.OwnState, wire.Gossip, wire.Batch, wire.Collective, wire.Buffers), _handed),
+        **dict.fromkeys((wire.Source, wire.OwnState, wire.ModelState, wire.Gossip, wire.Batch), _handed),
+        **dict.fromkeys((wire.Collective, wire.Buffers), _handed),
     }
 
     # The actions of the machines here, as actions of the worker.
@@ -370,9 +370,9 @@ class Fit:
         if at[1] == 0:
             told += [*self._places.stages[at[0]][1:], *(self._leader_of(g, at[0]) for g in self._terms.groups)]
         message = wire.Retired(**self._ids, replica=at[0], stage=at[1])
-        if told:
-            actions.append(Send(tuple(dict.fromkeys(told)), message))
-        actions += [TellTraffic(self._cause), Send((self._driver,), message)]
+        actions += [Send(tuple(dict.fromkeys(told)), message)] if told else []
+        traffic = TellTraffic(self._cause, at if at[1] in self._terms.stateful else None)
+        actions += [traffic, Send((self._driver,), message)]
 
     _WANTED: ClassVar[dict[type, Callable[[Fit, At, Any, list[Action]], None]]] = {
         stage.Start: _start,

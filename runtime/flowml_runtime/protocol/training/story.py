@@ -36,7 +36,14 @@ def entry(
     if isinstance(event, actions.Received):
         if isinstance(
             event.message,
-            wire.Batch | wire.Source | wire.OwnState | wire.Gossip | wire.Collective | wire.Traffic | wire.Staleness,
+            wire.Batch
+            | wire.Source
+            | wire.OwnState
+            | wire.ModelState
+            | wire.Gossip
+            | wire.Collective
+            | wire.Traffic
+            | wire.Staleness,
         ):
             return None
         cause = f"{event.peer}#{run}.{event.message.cause}" if event.message.cause else ""

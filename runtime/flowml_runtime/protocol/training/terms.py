@@ -133,7 +133,7 @@ class Terms:
     """A training run in numbers. `total_clocks` counts the clocks of each replica, if any store is clocked.
 
     `rows` is the number of examples in a microbatch. `cuts_at` is the stage that decides when a replica stops between
-    two microbatches.
+    two microbatches. State of the model stays on the stages `stateful`.
     """
 
     replicas: int
@@ -143,6 +143,7 @@ class Terms:
     total_clocks: int
     rows: float = 1
     cuts_at: int = 0
+    stateful: frozenset[int] = frozenset()
 
     @staticmethod
     def of(training: Training, total_clocks: int) -> Terms:
@@ -150,11 +151,10 @@ class Terms:
             StoreTerms(tuple(p.stage for p in s.parts), s.policy, s.collective, tuple(x.replicas for x in s.sites))
             for s in training.stores
         )
-        stages = len(training.replicas[0])
-        share = float(training.code.load) if training.code else 1 / len(training.replicas)
-        rows = training.item_size * len(training.replicas) * share / training.microbatches
-        replicas = len(training.replicas)
-        return Terms(replicas, stages, training.microbatches, stores, total_clocks, rows, training.cuts_at)
+        replicas, stages = len(training.replicas), len(training.replicas[0])
+        rows = training.item_size * (training.code.load * replicas if training.code else 1) / training.microbatches
+        held = frozenset(leaf.stage for leaf in training.state)
+        return Terms(replicas, stages, training.microbatches, stores, total_clocks, float(rows), training.cuts_at, held)
 
     @cached_property
     def speculation(self) -> Speculate | None:

@@ -20,7 +20,7 @@ of the stores that live here, and the `Decision` if this worker leads. A message
     Applied         the version that contains a push of a replica here, for its stages.
     Retired         a stage pushes nothing more: for the home, the leader, and the other stages if it was the first.
     StoreValue      the first value of a store, for the home.
-    Source, Batch, OwnState, Gossip, Collective   values for the executors, which get them unchanged.
+    Source, Batch, OwnState, ModelState, Gossip, Collective   values for the executors, which get them unchanged.
 
 The loss of a replica (`ReplicaLost`) is for the leader and the home here, which stop waiting for it.
 

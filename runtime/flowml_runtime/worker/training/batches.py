@@ -1,4 +1,5 @@
-"""Holds the data of one stage: the shipped source of a fit, or the fed batches that have not been used yet."""
+"""Holds the data of one stage: the shipped source of a fit, or the fed batches that have not been used yet, and the
+programs for their shapes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from flowml.training.pieces import Piece
 from flowml_runtime import wire
-from flowml_runtime.execution.programs import Array
+from flowml_runtime.execution.programs import Array, LoadedProgram
+from flowml_runtime.execution.step_program import StepProgram, prepare
 from flowml_runtime.worker.training.examples import of_batch, of_source
 from flowml_runtime.worker.training.run import Run
 
@@ -51,3 +53,29 @@ class Batches:
         with run.changed:
             _, batch = self._fed[item.sequence]
         return of_batch(batch, slots, microbatch, piece)
+
+
+class Variants:
+    """The programs of a stage for batches of several shapes. One of them is bound; the first is that of the fit."""
+
+    def __init__(
+        self, first: LoadedProgram, find: Callable[[str], LoadedProgram], bind: Callable[[LoadedProgram], None]
+    ) -> None:
+        self._found = {"": (first, prepare(first))}
+        self._find = find
+        self._bind = bind
+        self._bound = ""
+
+    @property
+    def program(self) -> StepProgram:
+        return self._found[self._bound][1]
+
+    def use(self, variant: str) -> None:
+        """Bind a variant. The step before has flushed the outbox."""
+        if variant == self._bound:
+            return
+        if variant not in self._found:
+            loaded = self._find(variant)
+            self._found[variant] = loaded, prepare(loaded)
+        self._bind(self._found[variant][0])
+        self._bound = variant

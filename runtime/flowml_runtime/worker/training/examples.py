@@ -32,11 +32,12 @@ def of_batch(leaves: Mapping[int, Array], slots: Sequence[int], microbatch: int,
 
 
 def beside_batch(plan: Plan, slots: Sequence[int], seed: int, piece: Piece) -> dict[int, Array]:
-    """The feeds of a microbatch that are no leaves of the batch: the words of the loss's key, and the coefficient."""
+    """The feeds of a microbatch that are leaves neither of the batch nor of the model's state: the words of the loss's
+    key, and the coefficient."""
     training = plan.training
     assert training is not None
     found: dict[int, Array] = {}
-    for slot in (s for s in slots if s >= training.batch_leaves):
+    for slot in (s for s in slots if training.batch_leaves <= s < len(plan.inputs) - len(training.state)):
         if training.takes_rng and slot == training.batch_leaves:
             found[slot] = np.array([seed % 2**32, piece.sequence % 2**32, piece.microbatch], np.uint32)
         else:
@@ -47,6 +48,24 @@ def beside_batch(plan: Plan, slots: Sequence[int], seed: int, piece: Piece) -> d
 @lru_cache(maxsize=4)
 def _order(examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray[Any, Any]:
     return epoch_order(examples, seed, epoch, shuffle=shuffle)
+
+
+class Fetched:
+    """What the microbatches of one step report, by fetch slot."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, dict[int, Array]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, slot: int, microbatch: int, array: Array) -> None:
+        self._found.setdefault(slot, {})[microbatch] = array
+
+    def sums(self, used: int, coded: Sequence[Piece]) -> tuple[tuple[int, ...], list[np.ndarray]]:
+        """The slots, and for each the sum over the first `used` microbatches; another stage may have left out more."""
+        slots = tuple(sorted(self._found))
+        return slots, [over_microbatches([self._found[s][m] for m in range(used)], coded) for s in slots]
 
 
 def over_microbatches(values: Sequence[Array], coded: Sequence[Piece] = ()) -> np.ndarray:

@@ -299,6 +299,8 @@ class _Fit:
                 self.run.source.update(zip(slots, self._take(handle), strict=True))
             case protocol.Hand(_, wire.OwnState(store=store), handle):
                 self.run.states[store] = self._take(handle)
+            case protocol.Hand(_, wire.ModelState(replica=replica, stage=stage), handle):
+                self.run.model[replica, stage] = self._take(handle)
             case protocol.Hand(_, wire.Gossip() as told, handle):
                 source = told.source if told.part is None else summed(told.part)
                 self.run.told[told.store, told.replica, source, told.clock] = self._take(handle)
@@ -342,7 +344,9 @@ class _Fit:
                 self._relays.pass_on(action)
             case protocol.Export():
                 self._export(action)
-            case protocol.TellTraffic(cause):
+            case protocol.TellTraffic(cause, of):
+                if of is not None:
+                    self._stages[of].model.send(cause)
                 run.send(run.driver, run.traffic(cause))
             case protocol.Hand(peer, wire.Collective() as message, handle):
                 self.reductions.on_message(peer, message, self._take(handle))

@@ -49,6 +49,8 @@ class Run:
     source: dict[int, Array] = field(default_factory=dict[int, Array])
     states: dict[int, Sequence[Array]] = field(default_factory=dict[int, Sequence[Array]])
     """The first optimizer state of the stores whose parameters replicas update themselves."""
+    model: dict[tuple[int, int], Sequence[Array]] = field(default_factory=dict[tuple[int, int], Sequence[Array]])
+    """(replica, stage) -> the first state of the model there."""
     told: dict[tuple[int, int, int, int], Sequence[Array]] = field(
         default_factory=dict[tuple[int, int, int, int], Sequence[Array]]
     )

@@ -29,18 +29,19 @@ from flowml_runtime.execution.lane import LARGE_BYTES
 from flowml_runtime.execution.mailbox import Cancelled
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import EdgeServices, host_view
-from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare, run_step
+from flowml_runtime.execution.step_program import StepFault, StepProgram, run_step
 from flowml_runtime.protocol.training.accumulator import Sum
 from flowml_runtime.protocol.training.actions import Computed, Send, Start, StepFinished, Updated
 from flowml_runtime.protocol.training.places import Places
-from flowml_runtime.worker.training.batches import Batches
-from flowml_runtime.worker.training.examples import beside_batch, over_microbatches
+from flowml_runtime.worker.training.batches import Batches, Variants
+from flowml_runtime.worker.training.examples import Fetched, beside_batch
 from flowml_runtime.worker.training.exchange.mirrors import Mirrors
 from flowml_runtime.worker.training.exchange.neighbours import Neighbours
 from flowml_runtime.worker.training.exchange.reductions import Given, Reductions
 from flowml_runtime.worker.training.exchange.sites import Member
 from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.finite import all_finite, counted
+from flowml_runtime.worker.training.model_state import HostedModel
 from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.pace import Pace
 from flowml_runtime.worker.training.resident import Arrays, Resident, number, of_stage, row, row_of
@@ -67,10 +68,8 @@ class StageRunner(EdgeServices):
         self._reductions = reductions
         self._on_event = host.on_event
         self._on_fault = host.fail
-        self._find_variant = partial(host.worker.variant, device=loaded.name, driver=run.driver)
-        self._programs: dict[str, tuple[LoadedProgram, StepProgram]] = {"": (loaded, prepare(loaded))}
-        """By variant."""
-        self._variant = ""  # the one that is bound
+        find = partial(host.worker.variant, device=loaded.name, driver=run.driver)
+        self._variants = Variants(loaded, find, self.bind)
         self._starts: queue.SimpleQueue[Start | None] = queue.SimpleQueue()
         self._batches = Batches(run, self._in_vain)
         self._sums = Sums(run.training.stores, stage, loaded, run.number)
@@ -80,6 +79,7 @@ class StageRunner(EdgeServices):
             if store.local is not None and store.parts[0].stage == stage
         }
         """By store the values that this replica updates itself."""
+        self.model = HostedModel(run, at, self.adopt, loaded.device)
         self._shared = frozenset(s for s, store in enumerate(run.training.stores) if store.policy.shared)
         self._members = {
             s: Member(run, s, stage, self.replica, site)
@@ -108,7 +108,7 @@ class StageRunner(EdgeServices):
         self._read_versions: dict[int, int] = {}
         self._held: dict[int, Sequence[Array]] = {}
         """By store the parameters that were taken last, if the next steps compute with them too."""
-        self._fetched: dict[int, dict[int, Array]] = {}  # by fetch slot, and by microbatch
+        self._fetched = Fetched()
         self._register()
         self._pace = Pace(dict(run.start.delays).get(run.me, ()), loaded.program.instructions)
         service.start(f"{loaded.name} run {run.number}", self._work, self._end)
@@ -183,12 +183,14 @@ class StageRunner(EdgeServices):
     def _step(self, clock: int) -> None:
         began, me = time.perf_counter(), threading.get_ident()
         self.run.waited[me] = 0
-        self._fetched, self._inside = {}, []
+        self._fetched, self._inside = Fetched(), []
         self._pace.begin(clock)
         try:
             self._wait_until_restored(clock)
+            self.model.start(self.run.step_of(clock), self._in_vain)
             run_step(self._choose(), self.run.step_of(clock), self)
             self._end_sums(self.run.step_of(clock))
+            self.model.end(self.machine.cut.used)
             self._return_states(clock)
             self.outbox.flush()  # the report tells the bytes of all that this step has sent
             self._report(clock, time.perf_counter() - began - self.run.waited[me])
@@ -217,19 +219,10 @@ class StageRunner(EdgeServices):
         """The program for the batch of this step. A fed batch is waited for here."""
         if self.run.start.source == "fed":
             try:
-                self._bind(self._batches.wait(self._now.item, self.run.step_of(self._now.clock)))
+                self._variants.use(self._batches.wait(self._now.item, self.run.step_of(self._now.clock)))
             except FlowmlError as error:
                 raise StepFault("feed") from error
-        return self._programs[self._variant][1]
-
-    def _bind(self, variant: str) -> None:
-        if variant == self._variant:
-            return
-        if variant not in self._programs:
-            loaded = self._find_variant(variant)
-            self._programs[variant] = loaded, prepare(loaded)
-        self.bind(self._programs[variant][0])  # the step before this one has flushed the outbox
-        self._variant = variant
+        return self._variants.program
 
     def _return_states(self, clock: int) -> None:
         """After the last step, send the driver the own optimizer state. That of replica 0 stands for all."""
@@ -244,11 +237,8 @@ class StageRunner(EdgeServices):
     def _report(self, clock: int, seconds: float) -> None:
         if not (pushed := self.run.take_pushed()) and not self._fetched:
             return
-        slots = tuple(sorted(self._fetched))
-        coded = self.run.training.code is not None
-        used = range(self.machine.cut.used)  # another stage may have left out what was fetched here
-        fetched = [[self._fetched[s][m] for m in used] for s in slots]
-        values = [over_microbatches(found, self._pieces if coded else ()) for found in fetched]
+        coded = self._pieces if self.run.training.code is not None else ()
+        slots, values = self._fetched.sums(self.machine.cut.used, coded)
         now = self._now
         ids: dict[str, Any] = {"plan_id": self.plan_id, "run": self.run.number, "cause": now.cause, "item": now.item}
         message = wire.Report(
@@ -287,7 +277,8 @@ class StageRunner(EdgeServices):
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
         leaves = [s for s in slots if s < self.run.training.batch_leaves]
-        found = beside_batch(self.run.plan, slots, self.run.start.seed, self._pieces[microbatch])
+        found = self.model.feed(slots)
+        found |= beside_batch(self.run.plan, slots, self.run.start.seed, self._pieces[microbatch])
         if leaves:
             found |= self._batches.examples(self._now.item, leaves, microbatch, self._pieces[microbatch], step)
         return [found[s] for s in slots]
@@ -497,4 +488,5 @@ class StageRunner(EdgeServices):
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
         for slot, array in zip(slots, arrays, strict=True):
-            self._fetched.setdefault(slot, {})[microbatch] = array
+            if not self.model.fetch(slot, microbatch, array):
+                self._fetched.add(slot, microbatch, array)
