@@ -10,8 +10,9 @@ A work item is `item_size` examples from one epoch's order. The machine counts i
   item never returns to the queue, and every item of a clock that is over counts as used.
 * If batches are cut into portions, items are portions, and `speculation` decides which one a replica gets. A replica
   may get a copy of an item that another one has. One grant of each item is settled as used, all others as duplicates.
-* Otherwise the next item goes to the next replica that asks, until all epochs are drained. Fast replicas take more. An
-  epoch may end when a share of its items is used; replicas finish the items that they have.
+* Otherwise the next item goes to the next replica that asks, until all epochs are drained. Fast replicas take more. But
+  replicas ask ahead, so for each one that has not asked yet an item is left. An epoch may end when a share of its items
+  is used; replicas finish the items that they have.
 
 Every granted item comes back exactly once: settled as used, dropped or folded in later, or given back (`returned`
 if it was never begun, `requeued` if it was). The items that a lost replica has not given back count as dropped,
@@ -153,6 +154,8 @@ class Ledger:
         self._over: dict[int, State] = {}
         """Sequence number -> the fate of an item that does not come back."""
         self._newest = [-1] * work.replicas
+        self._unasked = work.replicas
+        """The number of replicas that are not lost and have not asked for an item yet."""
         self._lost: set[int] = set()
 
     def kept(self, clocks: Sequence[int]) -> LedgerState:
@@ -213,12 +216,15 @@ class Ledger:
             return []
         if list(clocks) != sorted(set(clocks)) or clocks[0] <= self._newest[replica]:
             raise ProtocolError(f"replica {replica} asks for clocks {clocks} after clock {self._newest[replica]}")
+        first = self._newest[replica] < 0
+        self._unasked -= first
         self._newest[replica] = clocks[-1]
         items: list[tuple[int, wire.Item]] = []
         for clock in clocks:
             if self._work.coded:
                 self._use_skipped(replica, clock)
-            item = self._next(replica, clock, copy)
+            item = self._next(replica, clock, copy) if first or self._is_free() else None
+            first = False
             if item is not None:
                 if item.copy:
                     self._count_copy(item)
@@ -229,6 +235,11 @@ class Ledger:
         short = len(items) < len(clocks)
         drained = copy is None and short if self._portions else short or self._queue.drained
         return [Grant(replica, tuple(items), exhausted=drained)]
+
+    def _is_free(self) -> bool:
+        """Whether the next item need not be left for a replica that has not asked yet."""
+        mine = self._work.aligned or self._portions is not None or not self._unasked
+        return mine or self._queue.has_more_than(self._unasked)
 
     def _next(self, replica: int, clock: int, copy: int | None) -> wire.Item | None:
         if self._portions is None:
@@ -317,6 +328,7 @@ class Ledger:
             self._queue.leave(replica)
         else:
             self._portions.leave(replica)  # which grants them again; `close` settles them
+        self._unasked -= replica not in self._lost and self._newest[replica] < 0
         self._lost.add(replica)
 
     def summary(self, order: Callable[[int], Sequence[int]] | None = None) -> Summary:

@@ -140,6 +140,15 @@ class WorkQueue:
             return False
         return not self._requeued and all(self._left(e) == 0 for e in range(self._epoch, self._work.epochs))
 
+    def has_more_than(self, number: int) -> bool:
+        """Whether more than so many items are left to draw, in a run that is not aligned."""
+        left = len(self._requeued)
+        for epoch in range(self._epoch, self._work.epochs):
+            if left > number:
+                break
+            left += self._left(epoch)
+        return left > number
+
     @property
     def kept(self) -> int:
         """The number of items that were drawn, and that no replica has."""
