@@ -204,7 +204,7 @@ def check(program: Program, cluster: fm.Cluster, seed: int) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-@hypothesis.settings(max_examples=80)
+@hypothesis.settings(max_examples=50)
 @hypothesis.given(program=programs, inputs=small)
 def test_on_threads(program: Program, inputs: int, threads_cluster: fm.Cluster) -> None:
     check(program, threads_cluster, inputs)
