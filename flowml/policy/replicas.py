@@ -18,7 +18,7 @@ from flowml.policy.graphs import CompleteGraph
 from flowml.policy.late import Fold, late_name
 from flowml.policy.quorum import Coded, Deadline, Quorum
 from flowml.policy.rhythm import ONCE
-from flowml.policy.topology import Gossip, ParameterServer
+from flowml.policy.topology import Gossip
 
 if TYPE_CHECKING:
     from flowml.policy.spec import Policy
@@ -195,12 +195,6 @@ def _check_site_quorum(policy: Policy, inside: Quorum | Deadline, topology: str)
         )
     if policy.sites_decide:
         return
-    if not isinstance(policy.remote, ParameterServer):
-        raise PolicyError(
-            f"{topology} is not sound: sites that leave replicas out have sums of different numbers of gradients, and "
-            "what sites add up among themselves does not say of how many it is the sum; give "
-            "remote=flowml.ParameterServer(), whose home is told each number, or leave the quorum of replicas out"
-        )
     if not policy.clocked:
         raise PolicyError(
             f"{topology} with staleness={policy.staleness} is not sound: a replica learns with the decision about the "

@@ -217,9 +217,10 @@ class Policy(msgspec.Struct, frozen=True):
 
     @property
     def sites_decide(self) -> bool:
-        """Whether each site has parameters of its own, so that its leader alone decides which gradients of its replicas
-        are in a step. Decisions about sites then say which of them are in the global parameters."""
-        return self.site_quorum is not None and self.local
+        """Whether the leader of a site alone decides which gradients of its replicas are in a step: because the site
+        has parameters of its own, or because each site is in the sums of leaders. If sites have parameters of their
+        own, decisions about sites say which of them are in the global parameters."""
+        return self.site_quorum is not None and (self.local or self.collective)
 
     @property
     def late(self) -> Late:

@@ -120,7 +120,6 @@ def test_an_outer_optimizer_does_not_travel() -> None:
         (lambda: Policy(every=Every(4, delay=1)), "use payload=Delta"),
         (lambda: Policy(topology=AllReduce(), payload=Delta()), "use topology=flowml.ParameterServer"),
         (lambda: Policy(topology=SITES, payload=Delta()), "a Hierarchy with remote=flowml.ParameterServer"),
-        (lambda: Policy(topology=SITES), "does not say of how many it is the sum; give remote=flowml.ParameterServer"),
         (lambda: Policy(quorum=Coded(1), payload=Delta(), every=4), "use payload=Gradient"),
         (lambda: Policy(quorum=Quorum(0.75), payload=Weights(), apply=Mix(0.1), every=4), "leave quorum out"),
         (lambda: Policy(quorum=Quorum(0.75, late="fold"), payload=Weights(), every=4), "or late='drop'"),

@@ -29,7 +29,7 @@ def simulated(workers: int, machines: Any, **options: Any) -> fm.SimulatedCluste
     return fm.SimulatedCluster(workers, machines, FAST, **options)
 
 
-def fit(cluster: Any, policy: fm.Policy, **options: Any) -> Any:
+def fit(cluster: Any, policy: Any, **options: Any) -> Any:
     trainer = fm.Trainer(mlp_loss, INNER, cluster=cluster, replicas=4, policies=policy, **options)
     return trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=STEPS, shuffle=False)
 

@@ -28,6 +28,7 @@ from tests.training.test_site_quorum import (
     by_example,
     close,
     fit,
+    naive,
     simulated,
 )
 
@@ -94,7 +95,7 @@ def test_a_straggler_is_left_out_and_the_rest_is_local_sgd_of_sites(case: Any) -
     assert result.ledger.outstanding == 0
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[5]], ids=[NAMES[i] for i in (0, 1, 3, 5)])
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[5]], ids=[NAMES[i] for i in (1, 3, 5)])
 def test_real_workers_do_so_too(threads_cluster: fm.Cluster, case: Any) -> None:
     _, policy, slow, counted, kind = case
     delays = {} if slow is None else {f"worker:{slow}": 2.0}
@@ -133,6 +134,22 @@ def test_the_stages_of_a_pipeline_send_to_those_of_the_leader(threads_cluster: f
     close(found[0].params, plain.params)  # one site is synchronous SGD
 
 
+@pytest.mark.parametrize(("remote", "slow"), [(fm.Ring(), 1), (fm.AllReduce(), 0), (fm.Tree(2), 2)], ids=str)
+def test_leaders_add_up_what_their_sites_have(threads_cluster: fm.Cluster, remote: Any, slow: int) -> None:
+    """The mean is one over the gradients that took part, and a slow leader is left out as any other."""
+    policy, counted = nested(fm.Quorum(0.6), remote), [r for r in range(4) if r != slow]
+    virtual = fit(simulated(4, machines(slow)), policy)
+    close(virtual.params, naive(counted))
+    assert virtual.ledger.used == 3 * STEPS
+    if slow != 1:
+        return  # one of them on threads
+    real = fit(threads_cluster, policy, delays={f"worker:{slow}": 2.0})
+    jax.tree.map(np.testing.assert_array_equal, real.params, virtual.params)
+    assert real.ledger.used == 3 * STEPS
+    for layer, row in real.traffic.items():
+        assert virtual.traffic[layer]["pushed_bytes"] == row["pushed_bytes"]
+
+
 def drawn(seed: int) -> tuple[fm.Policy, Any]:
     """Any quorums at both levels with any late rule, and machines."""
     rng = np.random.default_rng(seed)
@@ -141,18 +158,20 @@ def drawn(seed: int) -> tuple[fm.Policy, Any]:
     if seed % 4 == 3:
         inside = fm.Deadline(0.5, grace=0.05, late=late)
     knobs: dict[str, Any] = {"payload": fm.Delta(), "every": int(rng.integers(1, 4))}
-    kind = ("clocks", "clocks", "arrivals", "gossip")[int(rng.integers(4))]
+    kind = ("clocks", "clocks", "arrivals", "gossip", "sums")[int(rng.integers(5))]
     if kind == "clocks":
         knobs["quorum"] = fm.Quorum(shares[rng.integers(5)], late=late)
     elif kind == "arrivals":
         knobs |= {"staleness": 4, "apply": "sum"}
-    else:
+    elif kind == "gossip":
         knobs = {"remote": GRAPH, "every": knobs["every"]}
+    else:
+        knobs = {"remote": (fm.Ring(), fm.AllReduce())[rng.integers(2)], "staleness": int(rng.integers(2))}
     speeds = (fm.sim.LogNormal(mean_s=0.1, sigma=1.0), fm.sim.ShiftedExponential(0.05, 0.1))[rng.integers(2)]
     return nested(inside, sites=SITES, **knobs), speeds
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(10))
 def test_the_parameters_have_the_examples_that_the_ledger_counts(seed: int) -> None:
     policy, speeds = drawn(seed)
     cluster = simulated(REPLICAS, speeds, seed=seed)
@@ -181,17 +200,15 @@ def test_late_sites_with_other_locals_count_later(threads_cluster: fm.Cluster) -
 
 
 def test_processes_do_as_threads(threads_cluster: fm.Cluster) -> None:
+    mixed = fm.Hierarchy(fm.AllReduce(), SERVER, UNEVEN)
+    policies = {
+        "fc0/*": nested(fm.Quorum(), sites=2, **DELTA),
+        "fc1/kernel": nested(fm.Quorum(), fm.Ring(), sites=2),
+        "fc1/bias": nested(fm.Quorum(), GRAPH, sites=2),
+        "fc2/kernel": fm.policies.choco((fm.filters.top_k(2),), 0.4),
+        "fc2/bias": fm.Policy(topology=mixed, payload=fm.Weights(), apply=fm.Mix(0.3), every=EVERY),
+    }
     with fm.Cluster.local(workers=2, devices_per_worker=2) as processes:
-        for policy in (
-            nested(fm.Quorum(), sites=2, **DELTA),
-            nested(fm.Quorum(), fm.Gossip("complete"), sites=2),
-            fm.policies.choco((fm.filters.top_k(2),), 0.4),
-            fm.Policy(
-                topology=fm.Hierarchy(fm.AllReduce(), SERVER, UNEVEN),
-                payload=fm.Weights(),
-                apply=fm.Mix(0.3),
-                every=EVERY,
-            ),
-        ):
-            found, expected = (fit(cluster, policy) for cluster in (processes, threads_cluster))
-            close(found.params, expected.params, rtol=1e-5)
+        found, expected = (fit(cluster, policies) for cluster in (processes, threads_cluster))
+        close(found.params, expected.params, rtol=1e-5)
+    assert found.ledger.used == expected.ledger.used == 4 * STEPS

@@ -37,7 +37,7 @@ from flowml_runtime.worker.training.exchange.collectives import Flight, flat, pa
 from flowml_runtime.worker.training.exchange.copies import Copies
 from flowml_runtime.worker.training.exchange.mirrors import Mirror, share_of
 from flowml_runtime.worker.training.exchange.reductions import sum_of
-from flowml_runtime.worker.training.exchange.relays import full_share, weighted_sum
+from flowml_runtime.worker.training.exchange.relays import for_leader, weighted_sum
 from flowml_runtime.worker.training.filtered import Decoder, Encoder, packed
 from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.model_state import ModelState
@@ -328,8 +328,7 @@ class Arithmetic:
         return weighted_sum(given)
 
     def of_site(self, message: wire.Gossip, given: Sequence[tuple[Value, float]]) -> Arrays:
-        share = full_share(self._training.stores[message.store], self._training, message)
-        return weighted_sum([(value, factor * share) for value, factor in given])
+        return for_leader(self._training, message, given)
 
     def load(self, worker: str, store: int, value: Value) -> None:
         spec = self._training.stores[store]

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from flowml.plan import Part, Site
 from flowml.policy.topology import sent_bytes
 from flowml.sim import NetworkModel
@@ -100,7 +102,14 @@ class Collectives:
                 self._replicas[stage, worker] = self._replicas.get((stage, worker), 0) + 1
 
     def push(
-        self, worker: str, start: Start, store: int, part: int, weight: int, value: Value, site: Site | None = None
+        self,
+        worker: str,
+        start: Start | wire.Gossip,
+        store: int,
+        part: int,
+        weight: int,
+        value: Value,
+        site: Site | None = None,
     ) -> None:
         """A replica on `worker` has pushed its part, for the homes or for the sum of its `site`. The last one there
         starts the sum on this worker."""
@@ -108,7 +117,10 @@ class Collectives:
         sum_ = self._sums.get(key) or self._open(key, site)
         mine = sum_.given.setdefault(worker, {})
         mine[start.replica] = value
-        sum_.weight, sum_.causes[worker] = weight, start.cause
+        decided = (
+            site is None and self._world.terms.stores[store].sites_decide
+        )  # then each site has a weight of its own
+        sum_.weight, sum_.causes[worker] = weight + sum_.weight * decided, start.cause
         nbytes = sum_.nbytes
         if site is None:
             self._world.nodes[worker].counts.push(store, part, nbytes, crosses=False)
@@ -203,7 +215,9 @@ class Collectives:
                 node.told[store, replica, summed(part), clock] = total
             world.clock.after(0.0, node.number * KINDS + _SUMMED, node.walk)  # not within the step that pushes
             return
-        own = sum_.given[worker]
+        own, decided = sum_.given[worker], world.terms.stores[store].sites_decide
+        if decided:  # the sum ends with the number of gradients in it
+            total = total[:-1]
         message: Any = wire.Contribution(
             **node.ids,
             cause=sum_.causes[worker],
@@ -213,9 +227,12 @@ class Collectives:
             incarnation=0,
             clock=clock,
             base_version=0,  # a sum is never stale
-            weight=sum_.weight * world.terms.replicas,
+            weight=sum_.weight * (1 if decided else world.terms.replicas),
+            of_site=decided,
         )
         message, value = world.checked_sum(node, message, total, own)
+        if not message.weight:
+            message, value = msgspec.structs.replace(message, empty=True), None
         at, home = world.terms.stores[store].stages[part], world.terms.stores[store].stages[0]
         senders = (world.places.stages[r] for r in world.terms.stores[store].senders(world.terms.replicas))
         homes = dict.fromkeys(stages[home] for stages in senders if stages[at] == worker)

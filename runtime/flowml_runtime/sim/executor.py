@@ -71,8 +71,9 @@ class Executor:
         """The stores whose parameters this replica updates itself."""
         self._members = {
             store: Member(node, at, store, site)
-            for store in range(len(self._world.terms.stores))
-            if (site := self._world.layout.site_of(store, at[0])) and (len(site.replicas) > 1 or store in self._own)
+            for store, terms in enumerate(self._world.terms.stores)
+            if (site := self._world.layout.site_of(store, at[0]))
+            and (len(site.replicas) > 1 or store in self._own or terms.sites_decide)
         }
         self._neighbours: dict[int, Neighbours | Mirrors] = {}
         for store in self._own:
@@ -374,7 +375,7 @@ class Executor:
 
     def _send_inside(self, step: Start, store: int, part: int, total: Sum[Value]) -> None:
         """Send what this replica has for the sum of a site that decides what is in it, for which its leader waits."""
-        if self._leads(store):
+        if store in self._own and self._leads(store):
             self._inside.append((store, part, total.weight))
         node = self._node
         sent = node.machine.contribution(step, store, part, base_version=0, weight=total.weight, inside=True)

@@ -16,7 +16,7 @@ from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.sim.executor import Executor
 from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At
-from flowml_runtime.sim.values import NO_ARRAYS, Value
+from flowml_runtime.sim.values import Value
 from flowml_runtime.worker.training.counts import Counts
 from flowml_runtime.worker.training.exchange.reductions import summed
 from flowml_runtime.worker.training.filtered import added
@@ -232,21 +232,22 @@ class Node:
     def _send_sum(self, action: protocol.Forward, given: Sequence[tuple[Sequence[Value], float]]) -> None:
         """Send the home of a store the sum of a site."""
         world, stages = self.world, self.world.terms.stores[action.parts[0].store].stages
-        for message in action.parts:
+        for to, message in zip(action.to, action.parts, strict=True):
             if isinstance(message, wire.Gossip):
-                self._send_to_leader(action.to, message, [(values[0], factor) for values, factor in given])
+                self._send_to_leader(to, message, [(values[message.part or 0], factor) for values, factor in given])
                 continue
             terms = [(values[message.part], factor) for values, factor in given]
             value, nbytes = world.values.weighted(terms) if given else None, 0
             if value is not None:
                 value, nbytes = world.filtered((message.replica, stages[message.part]), message, value)
-            self.counts.push(message.store, message.part, nbytes, crosses=action.to != self.name)
-            self.send(action.to, message, value, nbytes)
+            self.counts.push(message.store, message.part, nbytes, crosses=to != self.name)
+            self.send(to, message, value, nbytes)
 
     def _send_to_leader(self, to: str, message: wire.Gossip, given: Sequence[tuple[Value, float]]) -> None:
         """Send the leader of a site that decides alone the sum of gradients."""
-        value = self.world.values.of_site(message, given) if given else NO_ARRAYS
-        nbytes = self.world.layout.parts[message.store][0].nbytes if given else 0
+        world, part = self.world, message.part or 0
+        value = world.values.of_site(message, given)
+        nbytes = world.layout.parts[message.store][part].nbytes if given else 0
         if to != self.name:
             self.counts.crossing(message.store, nbytes)
         self.send(to, message, value, nbytes)
@@ -348,6 +349,9 @@ class Node:
             self.states.add(action.message.store)
         elif isinstance(action.message, wire.Gossip):
             told = action.message
+            if told.part is not None and self.world.terms.stores[told.store].collective:
+                self.world.collectives.push(self.name, told, told.store, told.part, told.weight, value)
+                return
             source = told.source if told.part is None else summed(told.part)
             self.told[told.store, told.replica, source, told.clock] = value
             return

@@ -149,7 +149,7 @@ class Values(Protocol):
         ...
 
     def of_site(self, message: wire.Gossip, given: Sequence[tuple[Value, float]]) -> Value:
-        """The same for the leader of a site that decides alone, as if all of its replicas were in the sum."""
+        """The same for the leader of a site that decides alone; see `relays.for_leader`."""
         ...
 
     def load(self, worker: str, store: int, value: Value) -> None:

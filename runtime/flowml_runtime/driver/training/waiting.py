@@ -32,11 +32,11 @@ def modelled(terms: Terms) -> tuple[tuple[int, ...], tuple[int, ...]]:
     It cannot model clocks that leave replicas out. Where a home decides, the arrivals there say the same, unless
     decisions overlap or a site arrives as one. But if the home itself stands still, all arrivals are late alike.
     """
-    decided = {store: group for group in reversed(terms.groups) for store in group.stores}
+    decided = {store: group for group in terms.groups for store in group.stores}
     found: list[int] = []
     alone: list[int] = []
     for number, store in enumerate(terms.stores):
-        among = store.collective or isinstance(store.policy.remote, Gossip)
+        among = (store.collective or isinstance(store.policy.remote, Gossip)) and not store.sites_decide
         if among or (number in decided and not decided[number].drops and not terms.speculation):
             found.append(number)
             if among or store.policy.every.delay or store.sites:

@@ -160,12 +160,12 @@ class Apply(msgspec.Struct, frozen=True):
 
 class Forward(msgspec.Struct, frozen=True):
     """Send the home the sum of a site, or its leader if sites decide alone: `parts` are the messages, one for each part
-    of the contributions.
+    of the contributions, and `to` says to whom each goes.
 
     Each of `contributions` has a handle for each part, and a factor. The host adds the arrays of the messages.
     """
 
-    to: str
+    to: tuple[str, ...]
     parts: tuple[wire.Contribution | wire.Gossip, ...]
     contributions: tuple[tuple[tuple[Handle, ...], float], ...]
 

@@ -455,15 +455,15 @@ class Fit:
         """The sum of a site on its way to the home, or to its leader. An empty one has no arrays."""
         store = self._terms.stores[made.store]
         if store.sites_decide:
-            to = self._places.stages[leader][store.stages[0]]
-            told: dict[str, Any] = {"replica": leader, "source": leader, "part": 0, "weight": made.weight}
-            message = wire.Gossip(**self._ids, store=made.store, clock=made.clock, **told)
-            return Forward(to, (message,), made.contributions)
+            to = tuple(self._places.stages[leader][stage] for stage in store.stages)
+            told: dict[str, Any] = {**self._ids, "store": made.store, "clock": made.clock, "weight": made.weight}
+            sums = (wire.Gossip(**told, replica=leader, source=leader, part=part) for part in range(len(to)))
+            return Forward(to, tuple(sums), made.contributions)
         ids: dict[str, Any] = {**self._ids, "store": made.store, "replica": leader, "incarnation": 0, "of_site": True}
         about: dict[str, Any] = {"clock": made.clock, "base_version": made.base_version, "weight": made.weight}
         parts = range(len(store.stages))
         messages = (wire.Contribution(**ids, **about, part=part, empty=not made.weight) for part in parts)
-        return Forward(self._places.homes[made.store][0], tuple(messages), made.contributions)
+        return Forward(self._places.homes[made.store][:1] * len(parts), tuple(messages), made.contributions)
 
     def _at_home(self, event: home.Event) -> list[Action]:
         cause, places = self._cause, self._places

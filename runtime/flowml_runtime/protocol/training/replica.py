@@ -202,10 +202,10 @@ class Replica:
         """Process one event. The time is of no importance here."""
         if type(event) is StorePublished:  # it changes only what may be read, and may end sums
             self._publish(event)
-            return self._retire() if self._terms.sums else []
+            return self._retire() if self._terms.adds_up else []
         if type(event) is Applied:
             self._applied[event.store] = event
-            return self._retire() if self._terms.sums else []
+            return self._retire() if self._terms.adds_up else []
         if type(event) is StepFinished:
             actions = self._finish(event.clock)
         elif isinstance(event, Committed):

@@ -200,7 +200,8 @@ def _wants_of_store(action: actions.Action | driver.Action) -> str:
             return f"makes version {version} of store {store} from {len(contributions)} contributions × {weights}"
         case actions.Forward(to, messages, contributions):
             store, clock = messages[0].store, messages[0].clock
-            return f"sends {to} the sum of {len(contributions)} contributions to store {store} at clock {clock}"
+            whom = ", ".join(dict.fromkeys(to))
+            return f"sends {whom} the sum of {len(contributions)} contributions to store {store} at clock {clock}"
         case actions.PassOn(to, message):
             return f"passes on to {', '.join(to)}: {said(message)}"
         case actions.Publish(store, version, floor, value, to):

@@ -105,8 +105,10 @@ class Group:
     """Whether each site decides alone."""
     above: int | None = None
     """Of a final one, the group that decides which sites' parameters are in the global ones, if clocks do."""
+    led: bool = False
+    """Of a final one, whether the leader of a site updates its parameters."""
     needs: int | None = None
-    """The replica without which there is no decision, unless it is gone: it updates the parameters of its site."""
+    """The replica without which there is no decision, unless it is gone: the leader of a site that updates it."""
 
     @cached_property
     def folds(self) -> bool:
@@ -124,7 +126,7 @@ class Group:
         if quorum is None:
             raise ProtocolError(f"the sites of group {self.number} decide nothing")
         drops, what = not quorum.never_drops(len(site)), f" of site {number}, which replica {site[0]} leads,"
-        needs = site[0] if self.final else None
+        needs = site[0] if self.led else None
         return Group(self.number, quorum, self.every, self.stores, drops, site, late=self.late, what=what, needs=needs)
 
 
@@ -214,21 +216,20 @@ class Terms:
     def _final(self, groups: Sequence[Group]) -> list[Group]:
         """The groups whose sites decide alone at each step, where `groups` are all others."""
         above = {store: group for group in groups for store in group.stores}
-        found: dict[tuple[Quorum | Deadline, Late, Sites, int | None], list[int]] = {}
+        found: dict[tuple[Quorum | Deadline, Late, Sites, int | None, Every, bool], list[int]] = {}
         for number, store in enumerate(self.stores):
-            inside = store.policy.site_quorum
+            inside, policy = store.policy.site_quorum, store.policy
             if store.sites_decide and inside is not None:
                 over = above[number].number if number in above else None
-                found.setdefault((inside, store.policy.late, store.sites, over), []).append(number)
+                every = Every() if policy.local else policy.every  # own parameters have a sum at each step
+                found.setdefault((inside, policy.late, store.sites, over, every, policy.local), []).append(number)
         made: list[Group] = []
-        for number, ((inside, late, sites, over), stores) in enumerate(found.items(), len(groups)):
-            drops = any(not inside.never_drops(len(site)) for site in sites) or (
-                over is not None and groups[over].drops
-            )
-            group = Group(
-                number, inside, Every(), tuple(stores), drops, range(self.replicas), False, sites, inside, late
-            )
-            made.append(replace(group, final=True, above=over))
+        for number, ((inside, late, sites, over, every, led), stores) in enumerate(found.items(), len(groups)):
+            drops = any(not inside.never_drops(len(site)) for site in sites)
+            drops = drops or (over is not None and groups[over].drops)
+            senders = range(self.replicas)
+            group = Group(number, inside, every, tuple(stores), drops, senders, False, sites, inside, late)
+            made.append(replace(group, final=True, above=over, led=led))
         return made
 
     def _may_drop(self, store: StoreTerms) -> bool:
@@ -291,7 +292,12 @@ class Terms:
     @cached_property
     def sums(self) -> bool:
         """Whether replicas add up the gradients of some store, so that each of them must run every clock."""
-        return any(s.collective or (s.sites and not s.relayed) for s in self.stores)
+        return any((s.collective and not s.sites_decide) or (s.sites and not s.relayed) for s in self.stores)
+
+    @cached_property
+    def adds_up(self) -> bool:
+        """Whether a stage has to pass on parts of sums until the last of them is over."""
+        return self.sums or any(s.collective for s in self.stores)
 
     @cached_property
     def summed_at(self) -> tuple[tuple[int, ...], ...]:

@@ -36,7 +36,7 @@ from flowml_runtime.protocol.training.story import entry
 from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.worker.training.exchange.agreement import Agreement
-from flowml_runtime.worker.training.exchange.reductions import Reductions, summed
+from flowml_runtime.worker.training.exchange.reductions import Given, Reductions, summed
 from flowml_runtime.worker.training.exchange.relays import Relays
 from flowml_runtime.worker.training.homes import Homes
 from flowml_runtime.worker.training.published import Reader
@@ -301,7 +301,7 @@ class _Fit:
                 self.run.states[store] = self._take(handle)
             case protocol.Hand(_, wire.ModelState(replica=replica, stage=stage), handle):
                 self.run.model[replica, stage] = self._take(handle)
-            case protocol.Hand(_, wire.Gossip() as told, handle):
+            case protocol.Hand(_, wire.Gossip() as told, handle) if not self._adds_up(told):
                 source = told.source if told.part is None else summed(told.part)
                 self.run.told[told.store, told.replica, source, told.clock] = self._take(handle)
             case protocol.Hand(_, wire.Buffers(owner=owner, names=names), handle):
@@ -344,6 +344,10 @@ class _Fit:
                 self._relays.pass_on(action)
             case protocol.Export():
                 self._export(action)
+            case protocol.Hand(_, wire.Gossip(store=store, part=int(part)) as told, handle):
+                run.count_push(store, part, run.training.stores[store].parts[part].nbytes, run.me)
+                given = Given(store, part, told.replica, told.clock, told.weight, told.cause)
+                self.reductions.push(given, self._take(handle))
             case protocol.TellTraffic(cause, of):
                 if of is not None:
                     self._stages[of].model.send(cause)
@@ -367,6 +371,10 @@ class _Fit:
 
         for resident in found:
             (resident.lane or self._exports).put(partial(tell, resident), self._fail)
+
+    def _adds_up(self, told: wire.Gossip) -> bool:
+        """Whether it is the sum of a site, and leaders add these up among themselves."""
+        return told.part is not None and self.run.training.stores[told.store].collective
 
     def _take(self, handle: int | None) -> Sequence[Array]:
         return () if handle is None else self._payloads.pop(handle)

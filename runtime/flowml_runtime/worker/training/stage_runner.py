@@ -362,7 +362,7 @@ class StageRunner(EdgeServices):
     def _add_inside(self, step: int, store: int, part: int, total: Sum[Gradients]) -> None:
         """Add up what the replicas of the site push. `_end_sums` waits for the sum."""
         spec, now = self.run.training.stores[store], self._now
-        if not spec.sites_decide or self._leads(store):
+        if not spec.sites_decide or (store in self._own and self._leads(store)):
             self._inside.append((store, part, total.weight))
         if spec.sites_decide:
             specs, weight = spec.parts[part].payload, total.weight

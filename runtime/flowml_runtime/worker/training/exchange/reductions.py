@@ -211,6 +211,10 @@ class Reductions:
             self._tell_site(bucket, given, done.result())
             return
         run, replicas = self._run, len(self._run.training.replicas)
+        sums: Sequence[Array] = done.result()
+        weight, decided = given.weight * replicas, run.training.stores[given.store].sites_decide
+        if decided:  # the sum ends with the number of gradients in it
+            weight, sums = round(float(np.asarray(sums[-1])[0])), sums[:-1]
         message = wire.Contribution(
             plan_id=run.plan_id,
             run=run.number,
@@ -221,12 +225,12 @@ class Reductions:
             incarnation=0,
             clock=given.clock,
             base_version=0,  # unused, because a sum is never stale
-            weight=given.weight * replicas,
+            weight=weight,
             specs=bucket.part.payload,
+            of_site=decided,
         )
-        sums: Sequence[Array] = done.result()
         try:
-            if not self._is_sound(given, own, sums):
+            if not self._is_sound(given, own, sums) or not weight:
                 message, sums = msgspec.structs.replace(message, weight=0, empty=True, specs=()), ()
         except FlowmlError as error:
             self._failed(given, error)

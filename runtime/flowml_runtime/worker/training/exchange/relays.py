@@ -16,7 +16,8 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from flowml.plan import StoreSpec, Training
+from flowml.arrays import ArraySpec, dtype_of
+from flowml.plan import Training
 from flowml_runtime import wire
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array
@@ -67,10 +68,10 @@ class Relays:
 
     def _forward(self, action: Forward, given: Given, parameters: Sequence[Array] | None) -> None:
         run = self._run
-        for message in action.parts:
+        for to, message in zip(action.to, action.parts, strict=True):
             arrays: Sequence[Array] = ()
             if isinstance(message, wire.Gossip):
-                self._to_leader(action.to, message, given)
+                self._to_leader(to, message, given)
                 continue
             if given:
                 arrays = weighted_sum([(parts[message.part], factor) for parts, factor in given])
@@ -79,20 +80,17 @@ class Relays:
                 encoder = self._encoder(message.replica)
                 if encoder.filters(message.store):
                     message, arrays = encoder.encode(message, arrays, parameters)
-            run.count_push(message.store, message.part, sum(s.nbytes for s in message.specs), action.to)
-            run.send(action.to, message, arrays)
+            run.count_push(message.store, message.part, sum(s.nbytes for s in message.specs), to)
+            run.send(to, message, arrays)
 
     def _to_leader(self, to: str, message: wire.Gossip, given: Given) -> None:
-        """Send the leader of a site the sum of gradients, as if all replicas had their share in it."""
-        store = self._run.training.stores[message.store]
-        arrays: Sequence[Array] = ()
-        if given:
-            share = full_share(store, self._run.training, message)
-            arrays = weighted_sum([(parts[0], factor * share) for parts, factor in given])
-            message = msgspec.structs.replace(message, specs=store.parts[0].payload)
-            if to != self._run.me:
-                self._run.count_crossing(message.store, store.parts[0].nbytes)
-        self._run.send(to, message, arrays)
+        """Send the leader of a site the sum of gradients."""
+        run, part = self._run, message.part or 0
+        arrays = for_leader(run.training, message, [(parts[part], factor) for parts, factor in given])
+        specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in map(np.asarray, arrays))
+        if to != run.me:
+            run.count_crossing(message.store, sum(s.nbytes for s in specs))
+        run.send(to, msgspec.structs.replace(message, specs=specs), arrays)
 
     def _encoder(self, leader: int) -> Encoder:
         if leader not in self._encoders:
@@ -109,12 +107,23 @@ class Relays:
             self._on_fault(max(step, self._run.number), node, error)
 
 
-def full_share(store: StoreSpec, training: Training, message: wire.Gossip) -> float:
-    """By what a sum is multiplied, because the update of a site divides it by the number of all gradients of a step.
-    Weighted gradients carry what they are divided by."""
-    site = store.site_of(message.replica)
-    assert site is not None
-    return 1.0 if store.applies.weighted else len(site.replicas) * training.microbatches / message.weight
+def for_leader(
+    training: Training, message: wire.Gossip, given: Sequence[tuple[Sequence[Array], float]]
+) -> Sequence[Array]:
+    """The sum of the gradients of a site, for a leader that updates parameters, or that adds it up with other leaders.
+
+    The first divides by the number of all gradients of a step, so the sum is one as if all replicas had their share in
+    it; weighted gradients carry what they are divided by. For the others the sum ends with the number of gradients.
+    """
+    store = training.stores[message.store]
+    part, site = store.parts[message.part or 0], store.site_of(message.replica)
+    if store.collective:
+        total = weighted_sum(given) if given else [np.zeros(s.shape, dtype_of(s.dtype)) for s in part.payload]
+        return [*total, np.full(1, message.weight, total[0].dtype)]
+    if not given or site is None:
+        return ()
+    share = 1.0 if store.applies.weighted else len(site.replicas) * training.microbatches / message.weight
+    return weighted_sum([(arrays, factor * share) for arrays, factor in given])
 
 
 def weighted_sum(given: Sequence[tuple[Sequence[Array], float]]) -> list[Array]:
