@@ -191,7 +191,9 @@ def check_batch(policies: Iterable[Policy], examples: int) -> None:
 
 def _check_entry(pattern: str, policy: object, paths: tuple[str, ...]) -> None:
     if not isinstance(policy, Policy):
-        raise PolicyError(f"policies[{pattern!r}] is {policy!r}; give a flowml.Policy or one of flowml.policies")
+        name = getattr(policy, "__name__", "")
+        fix = f"call {name}(…)" if callable(policy) and name else "give a flowml.Policy or one of flowml.policies"
+        raise PolicyError(f"policies[{pattern!r}] is {name or repr(policy)}, of type {type(policy).__name__}; {fix}")
     if not any(_matches(pattern, path) for path in paths):
         raise PolicyError(f"policies[{pattern!r}] matches no parameter; there are: {named(paths) or 'none'}")
 

@@ -8,7 +8,7 @@ names the available ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -303,10 +303,9 @@ def _staleness(staleness: object) -> float:
 
 
 def _filters(name: str, filters: Sequence[object]) -> tuple[Filter, ...]:
-    try:
-        return check_chain(tuple(filters))
-    except TypeError:
-        raise PolicyError(f"{name}={filters}: give a tuple of filters, such as (flowml.filters.top_k(0.01),)") from None
+    if isinstance(filters, str) or not isinstance(filters, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PolicyError(f"{name}={filters}: give a tuple of filters, such as (flowml.filters.top_k(0.01),)")
+    return check_chain(tuple(filters))
 
 
 def _check_parts(policy: Policy) -> None:

@@ -96,6 +96,11 @@ class SimulatedSession:
 
     def load(self, plan: Plan) -> LoadedPlan:
         """Load a plan on the simulated workers."""
+        if plan.training is None:
+            raise SimulationError(
+                f"{plan.name!r} is a call, and a SimulatedCluster runs only fits of fm.Trainer; call it on "
+                "fm.Cluster.local(), or look at the estimate of its plan, as in fm.compile(fn, *args, devices=...)"
+            )
         workers = tuple(dict.fromkeys(worker_of(p.device) for p in plan.programs))
         handle = loaded(f"simulated-{next(self._ids)}", plan, workers, 1, None)
         self._plans[handle.plan_id] = _Loaded(handle, Layout.of(plan), self._values(plan))
