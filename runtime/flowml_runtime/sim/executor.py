@@ -11,23 +11,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from flowml.instructions import Feed, Fetch, Free, Push, Read, Recv, Run, Send
-from flowml.policy import Gossip
+from flowml.instructions import Feed, Fetch, Free, Instruction, Push, Read, Recv, Run, Send
 from flowml.policy.apply import scales
 from flowml_runtime import wire
 from flowml_runtime.execution.step_program import StepFault
 from flowml_runtime.protocol.rendezvous import Cancelled
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Computed, Start, StepFinished, Updated
-from flowml_runtime.sim.neighbours import Neighbours
 from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At, StageProgram
-from flowml_runtime.sim.sites import Member, Mirrors
+from flowml_runtime.sim.sites import members, neighbours
 from flowml_runtime.sim.values import Value
 from flowml_runtime.worker.training.own_values import OwnRhythm
 
 if TYPE_CHECKING:
     from flowml_runtime.sim.node import Node
+    from flowml_runtime.sim.world import World
 
 _TASK = 2
 """The kind of the event that a task is done; see `network.KINDS`."""
@@ -38,20 +37,20 @@ class Executor:
 
     def __init__(self, node: Node, at: At, program: StageProgram) -> None:
         self.at = at
-        self.waits = False
-        """Whether a step is under way that waits for something on its worker."""
+        self.waits = False  # whether a step is under way that waits for something on its worker
         self._node = node
         self._world = node.world
-        self._counts = node.counts
-        """Those of its run, which a step may outlive."""
+        self._clock = node.world.clock
+        self._arithmetic = node.world.values.computes
+        self._counts = node.counts  # those of its run, which a step may outlive
         self._program = program
         self._machine = node.machine.stage(at)
         self._bound = self._world.bound(program)
+        self.receives = self._bound.receives  # whether it waits for values of other stages
         self._machine_number = self._world.machine(node.number, program.device)
         self._gathered: dict[tuple[int, int], Accumulator[Value]] = {}
         self._step: Start | None = None
-        self._next = 0
-        """The next of the steps of `_bound`."""
+        self._next = 0  # the next of the steps of `_bound`
         self._position = 0  # in the program, of the instruction that is carried out
         self._state: Any = None
         self._seconds = 0.0
@@ -60,8 +59,7 @@ class Executor:
         self._stalled = math.inf  # since when it waits for them; infinite if it does not
         self._computes_since = math.inf  # when the first task of the step began; infinite before
         self._computes = False
-        self._given: list[Value] | None = None
-        """What the Recv at this position waits for: empty until it is here."""
+        self._given: list[Value] | None = None  # what the Recv at this position waits for: empty until it is here
         self._taken: dict[int, tuple[int, Value]] = {}  # the version and value that each store was read with last
         self._own = {
             store: OwnRhythm(self._world.terms.stores[store].policy)
@@ -69,33 +67,17 @@ class Executor:
             if self._world.terms.stores[store].stages[0] == at[1]
         }
         """The stores whose parameters this replica updates itself."""
-        self._members = {
-            store: Member(node, at, store, site)
-            for store, terms in enumerate(self._world.terms.stores)
-            if (site := self._world.layout.site_of(store, at[0]))
-            and (len(site.replicas) > 1 or store in self._own or terms.sites_decide)
-        }
-        self._neighbours: dict[int, Neighbours | Mirrors] = {}
-        for store in self._own:
-            terms = self._world.terms.stores[store]
-            if isinstance(terms.policy.remote, Gossip) and self._leads(store):
-                kind = Mirrors if terms.policy.mirrored else Neighbours
-                senders = terms.senders(self._world.terms.replicas)
-                self._neighbours[store] = kind(node, at, store, terms.policy.remote, senders)
+        self._members = members(node, at, self._own)
+        self._neighbours = neighbours(node, at, filter(self._leads, self._own))
         self._exchanged = (-1, -1)  # (store, clock) of the newest round of gossip that is over
         self._inside: list[tuple[int, int, int]] = []  # (store, part, weight) of the sums that this step waits for
         self._updated = -1  # the own store that this step has updated last
         self._abandoned = False
 
-    @property
-    def receives(self) -> bool:
-        """Whether it waits for values of other stages."""
-        return self._bound.receives
-
     def start(self, step: Start) -> None:
         """Begin a step. The next `walk` runs it."""
         world = self._world
-        if self._bound.receives:
+        if self.receives:
             self._node.mailbox.advance(self.at, self._number(step))
         self._step, self._next, self._given, self._abandoned, self._updated = step, 0, None, False, -1
         self._inside = []
@@ -107,7 +89,7 @@ class Executor:
 
     def abandon(self, clock: int) -> None:
         """Leave the step of `clock` at the next task boundary, and drop values that still arrive for it."""
-        if self._bound.receives:
+        if self.receives:
             self._node.mailbox.cancel_step(self.at, self._node.start.run + clock)
         self._abandoned = True
 
@@ -119,31 +101,29 @@ class Executor:
 
     def walk(self) -> None:
         """Go on until the step is over, a task takes time, or something is missing."""
-        instructions = self._bound.steps
-        if self._stalled < math.inf:
-            self._waited += self._world.clock.now - self._stalled
-            self._stalled = math.inf
-        if self._node.given and self._next == 0 and self._lacks_given():
-            self._stalled = self._world.clock.now
+        step, steps, node = self._step, self._bound.steps, self._node
+        if step is None or self._computes:
             return
-        while (step := self._step) is not None and not self._computes and self._node.lives:
-            over = self._is_over(step)
-            if over or self._next == len(instructions):
+        if self._stalled < math.inf:
+            self._waited += self._clock.now - self._stalled
+            self._stalled = math.inf
+        if node.given and self._next == 0 and node.lacks(self.at, step.item.sequence):
+            self._stalled = self._clock.now
+            return
+        while node.lives:
+            over = self._abandoned and self._is_over(step)
+            if over or self._next == len(steps):
                 if over or not self._inside or self._end_sums(step):
                     self._finish(step)
                 else:
-                    self._stalled = self._world.clock.now
+                    self._stalled = self._clock.now
                 return
-            self._position, do, instruction = instructions[self._next]
+            self._position, do, instruction = steps[self._next]
             if not do(self, step, instruction):
-                if not self._computes and not isinstance(instruction, Recv):
-                    self._stalled = self._world.clock.now
+                if not self._computes and type(instruction) is not Recv:
+                    self._stalled = self._clock.now
                 return
             self._next += 1
-
-    def _lacks_given(self) -> bool:
-        node, step = self._node, self._step
-        return step is not None and node.lacks(self.at, step.item.sequence)
 
     def _leaves_out(self, microbatch: int) -> bool:
         return self._machine.cut.leaves_out(microbatch, self._world.clock.now - self._computes_since)
@@ -192,6 +172,28 @@ class Executor:
         self._node.send(DRIVER, message, arrays)
 
     # The instructions. Each returns whether it is done; if not, it is tried again when something has happened.
+
+    @staticmethod
+    def action(world: World, instruction: Instruction) -> Callable[[Executor, Start, Any], bool]:
+        """What carries out an instruction."""
+        if isinstance(instruction, Read | Push) and world.is_plain(instruction.store):
+            return Executor._read_plain if isinstance(instruction, Read) else Executor._push_plain
+        return Executor._DO[type(instruction)]
+
+    def _read_plain(self, step: Start, read: Read) -> bool:
+        store, machine = read.store, self._machine
+        if machine.takes(store, step.clock):
+            if not machine.may_read(store, step.clock):
+                return False
+            self._taken[store] = self._node.shown[store]
+            machine.took(store, step.clock)
+        return self._perform(step, self._taken[store])
+
+    def _push_plain(self, step: Start, push: Push) -> bool:
+        total = self._gather(step, push.store, push.part, self._value(step))
+        if total is not None:
+            self._leave(step, push.store, push.part, total)
+        return True
 
     def _read(self, step: Start, read: Read) -> bool:
         if self._world.terms.stores[read.store].shared:
@@ -277,18 +279,19 @@ class Executor:
 
     def _run(self, step: Start, run: Run) -> bool:
         world = self._world
-        share = self._program.shares[self._position]
+        share, clock = self._program.shares[self._position], self._clock
         if run.microbatch and self._leaves_out(run.microbatch):
             return self._perform(step)
         delayed = world.delays and self._position in self._bound.paced
         if not share and not delayed:
             return self._perform(step) and self._end_task(step)
-        self._computes_since = min(self._computes_since, world.clock.now)
+        if clock.now < self._computes_since:
+            self._computes_since = clock.now
         seconds = self._seconds * share
         if delayed:
             seconds += world.delay(self._node.name, step.clock) / len(self._bound.paced)
         self._computes, self.waits = True, False
-        world.clock.put(world.clock.now + seconds, self._node.number * KINDS + _TASK, self._computed, ())
+        clock.put(clock.now + seconds, self._node.number * KINDS + _TASK, self._computed, ())
         return False
 
     def _computed(self) -> None:
@@ -298,7 +301,8 @@ class Executor:
             return
         self.waits = True
         if not (self._abandoned and self._is_over(step)):
-            self._perform(step)
+            if self._arithmetic:
+                self._value(step)
             self._end_task(step)
             self._next += 1
         self.walk()
@@ -471,7 +475,7 @@ class Executor:
         return None
 
     def _perform(self, step: Start, given: Any = None) -> bool:
-        if self._world.values.computes:
+        if self._arithmetic:
             self._value(step, given)
         return True
 
@@ -486,13 +490,11 @@ class Executor:
     def _keep(self, step: Start, instruction: Feed | Fetch | Free) -> bool:
         return self._perform(step)
 
-    DO: ClassVar[dict[type, Callable[[Executor, Start, Any], bool]]] = {
-        Feed: _keep,
+    _DO: ClassVar[dict[type, Callable[[Executor, Start, Any], bool]]] = {
+        **dict.fromkeys((Feed, Fetch, Free), _keep),
         Read: _read,
         Recv: _recv,
         Run: _run,
         Send: _send,
         Push: _push,
-        Fetch: _keep,
-        Free: _keep,
     }

@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from heapq import heappop, heappush
+from operator import length_hint
 from typing import Any
 
 import numpy as np
 
 Act = Callable[..., None]
-_Group = list[Any]
-"""Events of one time, in order: the label, the function and the arguments of each. A broadcast is one entry of the
-heap, and an event has no object of its own, because events are many."""
+_Event = tuple[int, Act, tuple[Any, ...]]
+"""The label, the function and its arguments."""
+_Group = list[_Event]
+"""Events of one time, in order. A broadcast is one entry of the heap."""
 
 _FLUSH = 8192
 """Events that are gathered before they are hashed."""
@@ -34,8 +36,9 @@ class Clock:
         self._open: _Group = []
         """The group that was scheduled last, for the time `_last`. A next event of that time joins it."""
         self._group: _Group = []
-        """The group that happens now, and the next of it."""
-        self._next = 0
+        """The group that happens now."""
+        self._rest = iter(self._group)
+        """The events of it that have not happened. A group may grow meanwhile, and they with it."""
         self._labels: list[int] = []
         """The labels of the events that are not hashed yet."""
         self._times: list[float] = []
@@ -57,14 +60,14 @@ class Clock:
     def put(self, when: float, label: int, act: Act, args: tuple[Any, ...]) -> None:
         """As `at`, with the arguments in a tuple."""
         if when == self._last:
-            self._open += label, act, args
+            self._open.append((label, act, args))
             return
         if not when >= self.now:
             raise ValueError(f"an event at {when} s is scheduled at {self.now} s; a delay is at least 0 and no NaN")
         self._last = when
-        self._open = group = [label, act, args]
-        self._scheduled += 1
-        heappush(self._heap, (when, self._scheduled, group))
+        self._open = group = [(label, act, args)]
+        self._scheduled = number = self._scheduled + 1
+        heappush(self._heap, (when, number, group))
 
     def after(self, delay: float, label: int, act: Act, *args: Any) -> None:
         """Call `act(*args)` in `delay` seconds."""
@@ -72,30 +75,30 @@ class Clock:
 
     def go_on(self, idle: Callable[[], bool]) -> bool:
         """Let events happen as long as `idle` returns True. Returns False if there are no more events before."""
-        group, place, labels, heap = self._group, self._next, self._labels, self._heap
-        try:
-            while idle():
-                if place == len(group):
-                    if not heap:
-                        return False
-                    if len(labels) >= _FLUSH:
-                        self._flush()
-                    self.now, _, group = heappop(heap)
-                    self._times.append(self.now)
-                    self._firsts.append(len(labels))
-                    self._group, place = group, 0
-                labels.append(group[place])
-                act, args = group[place + 1], group[place + 2]
-                place += 3
-                act(*args)
+        if not idle():
             return True
-        finally:
-            self._next = place
+        labels, heap = self._labels, self._heap
+        while True:
+            for label, act, args in self._rest:
+                labels.append(label)
+                act(*args)
+                if not idle():
+                    return True
+            if self._open is self._group:
+                self._last = -1.0  # none joins a group whose end has come
+            if not heap:
+                return False
+            if len(labels) >= _FLUSH:
+                self._flush()
+            self.now, _, self._group = heappop(heap)
+            self._rest = iter(self._group)
+            self._times.append(self.now)
+            self._firsts.append(len(labels))
 
     def run(self, limit: int) -> None:
         """Let all events happen. Raises RuntimeError if they do not end after `limit` events."""
         most = self.events + limit
-        if self.go_on(lambda: self.events < most) and (self._heap or self._next < len(self._group)):
+        if self.go_on(lambda: self.events < most) and (self._heap or length_hint(self._rest)):
             raise RuntimeError(f"the simulation does not end: {limit} events have happened by {self.now} s")
 
     @property

@@ -78,6 +78,8 @@ class Wires:
         self._numbers = {DRIVER: -1, **numbers}
         self._tamper = tamper
         self._paths: dict[tuple[str, str], _Path] = {}
+        self._latencies: tuple[dict[str, float], dict[str, float]] = {}, {}
+        """Those of messages from each worker to the driver, and to each worker from it."""
         self._queues: dict[tuple[str | int, ...], _Queue] = {}
 
     def send(self, source: str, to: str, nbytes: int, act: Act, *args: Any) -> float:
@@ -87,28 +89,48 @@ class Wires:
         """
         path = self._paths.get((source, to)) or self._path(source, to)
         if self._tamper is None or source == to:
-            if not nbytes and path.followers is None:
-                self._deliver(path, self._clock.now + path.latency, act, args)
-                return self._clock.now
             return self._send(path, nbytes, 0.0, act, args)
         begins = self._clock.now
         for delay in self._tamper.delays(source, to, args[1]):
             begins = self._send(path, nbytes, delay, act, args)
         return begins
 
-    def broadcast(self, source: str, receivers: Iterable[tuple[str, Act]], args: tuple[Any, ...]) -> None:
-        """Send one message without arrays to several: as `send` to one after the other."""
-        clock, paths = self._clock, self._paths
-        for to, act in receivers:
+    def exchange(self, source: str, to: str, act: Act, args: tuple[Any, ...]) -> None:
+        """As `send`, to or from the driver. Such a message takes the latency only, so that none overtakes another, and
+        nothing has to be known of the messages before."""
+        if self._tamper is not None:
+            self.send(source, to, 0, act, *args)
+            return
+        worker, known = (to, self._latencies[1]) if source == DRIVER else (source, self._latencies[0])
+        latency = known.get(worker)
+        if latency is None:
+            latency = known[worker] = self._model.link(self._numbers[source], self._numbers[to]).latency_s
+        clock = self._clock
+        clock.put(clock.now + latency, self._numbers[to] * KINDS + _DELIVER, act, args)
+
+    def broadcast(
+        self, source: str, receivers: Iterable[tuple[str, Act]], args: tuple[Any, ...], nbytes: int = 0
+    ) -> int:
+        """Send one message to several workers, as `send` does to one after the other, as long as it begins at once and
+        shares nothing with others. Returns how many it was sent to; `send` it to the rest."""
+        clock, paths, sent = self._clock, self._paths, 0
+        now = clock.now
+        for to, act in receivers if self._tamper is None else ():
             path = paths.get((source, to)) or self._path(source, to)
-            if self._tamper is not None or path.followers is not None:
-                self.send(source, to, 0, act, *args)
-                continue
-            when = clock.now + path.latency
-            if when < path.last:
-                when = path.last
-            path.last = when
-            clock.put(when, path.label, act, args)
+            if path.followers is not None:
+                break
+            arrives = now + path.latency
+            if nbytes:
+                if path.free > now or path.up or path.down:
+                    break
+                path.free = now + nbytes / path.own_rate
+                arrives += nbytes / path.rate
+            if arrives < path.last:
+                arrives = path.last
+            path.last = arrives
+            clock.put(arrives, path.label, act, args)
+            sent += 1
+        return sent
 
     def _path(self, source: str, to: str) -> _Path:
         a, b = self._numbers[source], self._numbers[to]
@@ -129,8 +151,8 @@ class Wires:
         return path
 
     def _send(self, path: _Path, nbytes: int, delay: float, act: Act, args: tuple[Any, ...]) -> float:
-        now = begins = self._clock.now
-        arrives = now + path.latency + delay
+        clock = self._clock
+        begins = clock.now
         if nbytes:
             if path.free > begins:
                 begins = path.free
@@ -140,15 +162,19 @@ class Wires:
             path.free = begins + nbytes / path.own_rate
             for queue in path.up:
                 queue.free = begins + nbytes / queue.rate
-            arrives = begins + path.latency + delay
             if path.down:
-                self._begin_to_arrive(path, arrives, nbytes, act, args)
+                self._begin_to_arrive(path, begins + path.latency + delay, nbytes, act, args)
                 return begins
-            arrives += nbytes / path.rate
-        if path.followers is None:
-            self._deliver(path, arrives, act, args)
+            arrives = begins + path.latency + delay + nbytes / path.rate
         else:
+            arrives = begins + path.latency + delay
+        if path.followers is not None:
             path.followers.append((arrives, act, args))
+            return begins
+        if arrives < path.last:
+            arrives = path.last
+        path.last = arrives
+        clock.put(arrives, path.label, act, args)
         return begins
 
     def _begin_to_arrive(self, path: _Path, when: float, nbytes: int, act: Act, args: tuple[Any, ...]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import msgspec
@@ -90,7 +89,8 @@ class Node:
         """The values of the machine's handles."""
         self.stages: dict[At, Executor] = {}
         self.counts = Counts(0)
-        self._handles = count(1)
+        self._handles = 0
+        """The number of the newest handle."""
         self._turns = 0
         """The work of the homes here that is not done yet."""
         self._free = 0.0
@@ -105,7 +105,7 @@ class Node:
         if value is None:
             self.tell(protocol.Received(peer, message))
         elif self.lives:
-            handle = next(self._handles)
+            self._handles = handle = self._handles + 1
             self.payloads[handle] = value
             self.tell(protocol.Received(peer, message, handle))
 
@@ -287,9 +287,12 @@ class Node:
         self._send_to_readers(message, value, nbytes, action.to)
 
     def _send_to_readers(self, message: wire.Published, value: Value, nbytes: int, readers: Sequence[str]) -> None:
-        world, store = self.world, message.store
-        for reader in readers:
-            waiting = self._news.get((reader, store)) if self._news else None
+        world, store, sent = self.world, message.store, 0
+        if not self._news:
+            sent = world.publish(self.name, readers, message, value, nbytes)
+            self.counts.publish(store, nbytes * (sent - (self.name in readers[:sent])))
+        for reader in readers[sent:]:
+            waiting = self._news.get((reader, store))
             if waiting is not None and waiting.begins > world.clock.now:
                 waiting.message = message
                 if value is not None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowml.plan import Site
@@ -11,6 +11,7 @@ from flowml.policy import Gossip, newest_changes
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.accumulator import Sum
 from flowml_runtime.protocol.training.actions import Start
+from flowml_runtime.sim.neighbours import Neighbours
 from flowml_runtime.sim.program import At
 from flowml_runtime.sim.values import Value
 from flowml_runtime.worker.training.exchange.reductions import summed
@@ -152,3 +153,24 @@ class Mirrors:
 
     def _last(self, clock: int) -> bool:
         return clock == self._node.world.terms.last_clock
+
+
+def members(node: Node, at: At, own: Collection[int]) -> dict[int, Member]:
+    """What a stage of a replica is in its sites, by store. `own` are the stores whose parameters it updates itself."""
+    found: dict[int, Member] = {}
+    for store, terms in enumerate(node.world.terms.stores):
+        site = node.world.layout.site_of(store, at[0])
+        if site and (len(site.replicas) > 1 or store in own or terms.sites_decide):
+            found[store] = Member(node, at, store, site)
+    return found
+
+
+def neighbours(node: Node, at: At, stores: Iterable[int]) -> dict[int, Neighbours | Mirrors]:
+    """The rounds of gossip of a stage, for those of these stores that have any."""
+    found: dict[int, Neighbours | Mirrors] = {}
+    for store in stores:
+        terms = node.world.terms.stores[store]
+        if isinstance(terms.policy.remote, Gossip):
+            kind = Mirrors if terms.policy.mirrored else Neighbours
+            found[store] = kind(node, at, store, terms.policy.remote, terms.senders(node.world.terms.replicas))
+    return found

@@ -133,18 +133,32 @@ class World:
 
     def deliver(self, worker: str, message: wire.TrainingMessage, value: Value = None) -> None:
         """The driver sends a message to a worker."""
-        self.wires.send(DRIVER, worker, 0, self.nodes[worker].receive, DRIVER, message, value)
+        self.wires.exchange(DRIVER, worker, self.nodes[worker].receive, (DRIVER, message, value))
 
     def send(self, source: str, to: str, message: wire.Wire, value: Value = None, nbytes: int = 0) -> None:
         """A worker sends a message to another one, or to the driver. `nbytes` are those of its arrays."""
-        receive = self.to_driver if to == DRIVER else self.nodes[to].receive
-        self.wires.send(source, to, nbytes, receive, source, message, value)
+        if to == DRIVER:
+            self.wires.exchange(source, to, self.to_driver, (source, message, value))
+        else:
+            self.wires.send(source, to, nbytes, self.nodes[to].receive, source, message, value)
 
-    def broadcast(self, source: str, to: Sequence[str], message: wire.Wire) -> None:
-        """A worker sends several others, or the driver, one message without arrays."""
+    def broadcast(self, source: str, to: Sequence[str], message: Any) -> None:
+        """A worker sends others one message without arrays; if the driver is one of them, it is the last. The workers
+        share the event of its arrival."""
+        sent = 0
+        if len(to) > 1:
+            event, nodes = (actions.Received(source, message),), self.nodes
+            workers = to[:-1] if to[-1] == DRIVER else to
+            sent = self.wires.broadcast(source, ((name, nodes[name].tell) for name in workers), event)
+        for name in to[sent:]:
+            self.send(source, name, message)
+
+    def publish(self, source: str, to: Sequence[str], message: wire.Published, value: Value, nbytes: int) -> int:
+        """Send a version of a store to readers, as long as its sending begins at once. Returns to how many."""
         nodes = self.nodes
-        receivers = ((name, self.to_driver if name == DRIVER else nodes[name].receive) for name in to)
-        self.wires.broadcast(source, receivers, (source, message, None))
+        return self.wires.broadcast(
+            source, ((name, nodes[name].receive) for name in to), (source, message, value), nbytes
+        )
 
     def send_news(self, source: Node, to: str, news: Any, nbytes: int) -> float:
         """Send a version of a store. Returns when its sending begins; until then it may be changed."""
@@ -162,11 +176,18 @@ class World:
         if found is None:
             matter = program.matter(self.values.computes, bool(self.delays))
             given = [(n, program.instructions[n]) for n in matter]
-            steps = [(n, Executor.DO[type(i)], i) for n, i in given]
+            steps = [(n, Executor.action(self, i), i) for n, i in given]
             ends = program.ends if self.terms.paced is not None else {}
             paced = program.paced if self.delays else frozenset[int]()
             found = self._bound[key] = Bound(steps, paced, ends, program.receives)
         return found
+
+    def is_plain(self, store: int) -> bool:
+        """Whether replicas only read the store and push to it: they keep no parameters of it, share no copy of it, and
+        add up nothing at their sites."""
+        terms, layout = self.terms.stores[store], self.layout
+        adds_up = bool(layout.sites and layout.sites[store]) and (not terms.relayed or terms.sites_decide)
+        return not (terms.shared or store in layout.local or adds_up)
 
     def machine(self, worker: int, device: str) -> int:
         """The number of a worker's device among the machines of the compute times."""

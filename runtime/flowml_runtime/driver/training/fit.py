@@ -221,10 +221,10 @@ class Fit:
 
     def _take(self, entry: Entry) -> None:
         """Process a message."""
-        self._now = entry.at
-        if type(entry.message) is wire.Retired and entry.message.run == self._options.run:
-            self._observer.retired(entry.message.replica, self._now)
-        self._step(self._event(entry.peer, entry.message, entry.arrays))
+        self._now, message = entry.at, entry.message
+        if type(message) is wire.Retired and message.run == self._options.run:
+            self._observer.retired(message.replica, self._now)
+        self._step(self._event(entry.peer, message, entry.arrays))
 
     def _event(self, peer: str, message: Any, arrays: Sequence[Any]) -> protocol.Event | None:
         if isinstance(message, wire.TrainingMessage):

@@ -94,11 +94,13 @@ class History:
         return self._first + len(self.records)
 
     def report(self, report: wire.Report, arrays: Sequence[Any]) -> None:
-        key = (report.replica, report.clock)
         step, place = report.clock, report.replica
+        key = (place, step)
         if self._portions:
             step, place = divmod(report.item.sequence, self._members)
-        unit = self._partial.pop(key, None) or _Unit(report.replica, report.item, step)
+        unit = self._partial.pop(key, None) if self._partial else None
+        if unit is None:
+            unit = _Unit(report.replica, report.item, step)
         for slot, array in zip(report.slots, arrays, strict=True):
             unit.values[slot] = np.asarray(array)
         if len(unit.values) < self._slots:
@@ -107,7 +109,7 @@ class History:
         if not self._aligned:
             step, place = divmod(self._complete, self._members)
         self._complete += 1
-        if step >= self.step:
+        if step >= len(self.records):
             self._open.setdefault(step, {}).setdefault(place, unit)
 
     def committed(self, clock: int, excluded: Collection[int], coefficients: Sequence[tuple[int, float]] = ()) -> None:
@@ -191,13 +193,14 @@ class History:
         return found
 
     def _is_complete(self) -> bool:
-        units = self._open.get(self.step, {})
+        step = len(self.records)
         if not self._drops:
-            return len(units) == self._members
-        if self.step not in self._counted:
+            units = self._open.get(step)
+            return units is not None and len(units) == self._members
+        if step not in self._counted:
             return False
         ahead = len(self._open) >= MAX_AHEAD and sum(map(self._is_full, self._open)) >= MAX_AHEAD
-        return ahead or self._is_full(self.step)
+        return ahead or self._is_full(step)
 
     def _is_full(self, step: int) -> bool:
         """Whether a decision has been made, and every replica that it counts has reported."""

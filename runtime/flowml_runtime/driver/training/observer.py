@@ -128,20 +128,26 @@ class Observer:
 
     def reported(self, report: wire.Report, now: float) -> None:
         """A stage has finished its step."""
-        seen = self._at(self._terms.place(report.replica, report.clock, report.item.sequence)[1])
+        clock = report.clock
+        if self._portions is not None:
+            clock = self._terms.place(report.replica, clock, report.item.sequence)[1]
+        seen = self._at(clock)
         for store, nbytes in report.pushed:
-            seen.pushed[store] += nbytes
+            seen.pushed[store] = seen.pushed.get(store, 0) + nbytes
         if not report.slots:
             return  # the stage that has the loss counts for its replica
-        for clock, found in self._among.reported(report, now) if self._among else ():
-            if self._alone is None:
-                self._at(clock).charge((r, behind, cost) for r, behind, cost in found.late if cost)
-            else:
-                self._at(clock).take(self._alone, found)
-        found = self._portions.reported(report, now) if self._portions else None
-        if found is not None:
-            seen.take(self._names[0], found)
-        self._advanced(report.replica, report.clock + 1, now)
+        if self._among is not None:
+            for decided, found in self._among.reported(report, now):
+                if self._alone is None:
+                    self._at(decided).charge((r, behind, cost) for r, behind, cost in found.late if cost)
+                else:
+                    self._at(decided).take(self._alone, found)
+        if self._portions is not None:
+            found = self._portions.reported(report, now)
+            if found is not None:
+                seen.take(self._names[0], found)
+        if self._bound is not None:
+            self._advanced(report.replica, report.clock + 1, now)
 
     def retired(self, replica: int, now: float) -> None:
         """A replica has no more work."""

@@ -85,6 +85,8 @@ class Decision:
         self._terms = terms
         self._group = group
         self._senders = frozenset(group.senders)
+        self._always = group.every.push == 1
+        """Whether there is a decision at each clock."""
         self._replicas_each = terms.replicas / len(group.sites) if group.sites else 1
         """The replicas that one sender stands for, as the mean."""
         self._gone: set[int] = set()
@@ -169,7 +171,7 @@ class Decision:
 
     def _arrive(self, event: Arrived, now: float) -> bool:
         """Whether the replica has become complete at the next clock to decide."""
-        if not self._group.every.due(event.clock, self._terms.last_clock):
+        if not (self._always or self._group.every.due(event.clock, self._terms.last_clock)):
             raise ProtocolError(f"replica {event.replica} arrived at clock {event.clock}, at which nothing is due")
         clock = self._at(event.clock)
         if event.replica in clock.arrivals.times:

@@ -76,7 +76,7 @@ class Fit:
             for at in places.stages_on(me)
         }
         self._me = me
-        self._driver = driver
+        self._driver = (driver,)
         self._terms = terms
         self._places = places
         self._stores = places.stores_on(me)
@@ -101,17 +101,20 @@ class Fit:
             for number in (places.led_by(me, group.stores[0]))
         }
         """The sites that this worker leads, by group and number."""
-        self._now = began
-        self._cause = 0  # the number of the event that is processed
+        self.now = began
+        self.cause = 0
+        """The number of the event that is processed. `now` is its time."""
+        self._alone = next(iter(self.stages)) if len(self.stages) == 1 else None
+        """The only stage here, as on most workers."""
         self._shown: dict[int, tuple[int, int]] = {}
         """(version, floor) of each store that is read here."""
         self._hold = start.hold
-        self._asked: wire.Export | None = None
+        self.asked: wire.Export | None = None
         """What the driver has asked for, until everything is applied."""
 
     def at(self, cause: int, now: float) -> Fit:
         """Note the number of the event that is processed, and its time."""
-        self._cause, self._now = cause, now
+        self.cause, self.now = cause, now
         return self
 
     def begin(self) -> list[Action]:
@@ -121,10 +124,10 @@ class Fit:
     def close(self) -> list[Action]:
         """End the run here, and drop everything that its home has gathered."""
         gathered = (h for machine in (self._home, *self._sites.values()) for h in machine.handles())
-        return [Close(self.run, self._cause), *(Release(handle, self._cause) for handle in gathered)]
+        return [Close(self.run, self.cause), *(Release(handle, self.cause) for handle in gathered)]
 
     def handle(self, event: StepFinished | Updated | Computed | Tick) -> list[Action]:
-        if isinstance(event, StepFinished):
+        if type(event) is StepFinished:
             return self._at_stage((event.replica, event.stage), stage.StepFinished(event.clock))
         if isinstance(event, Tick):
             actions = self._decide(self._decisions, TimeCame())
@@ -140,20 +143,15 @@ class Fit:
         portions = self._at_stages(sharing, event)
         return [*self._leave(event), *self._at_home(event), *self._at_pace(event), *portions]
 
-    @property
-    def exports(self) -> bool:
-        """Whether the driver has asked for what lives here between steps."""
-        return self._asked is not None
-
     def export(self) -> list[Action]:
-        """Tell it, once everything is applied that replicas have sent."""
-        asked = self._asked
+        """Tell the driver what lives here between steps, once everything is applied that replicas have sent."""
+        asked = self.asked
         if asked is None or not self._rests(asked):
             return []
-        self._asked = None
+        self.asked = None
         stages = tuple(m.kept() for m in self.stages.values() if isinstance(m, replica.Replica))
         mine = [s for s in self._stores if self._places.homes[s][0] == self._me]
-        return [Export(stages, tuple(map(self._home.kept, mine)), asked.clocks, self._cause)]
+        return [Export(stages, tuple(map(self._home.kept, mine)), asked.clocks, self.cause)]
 
     def _rests(self, asked: wire.Export) -> bool:
         last = max(asked.clocks)
@@ -175,7 +173,7 @@ class Fit:
     @property
     def _ids(self) -> _Ids:
         """The common fields of every message of this worker."""
-        return {"plan_id": self.plan_id, "run": self.run, "cause": self._cause}
+        return {"plan_id": self.plan_id, "run": self.run, "cause": self.cause}
 
     # The handlers of messages.
 
@@ -187,17 +185,9 @@ class Fit:
         return self._at_stages(self._of(message.replica, following=True), event)
 
     def _contributed(self, message: wire.Contribution, event: Received) -> list[Action]:
+        m, handle = message, event.handle or 0
         part = home.ContributionReceived(
-            message.store,
-            message.part,
-            message.replica,
-            message.incarnation,
-            message.clock,
-            message.base_version,
-            message.weight,
-            event.handle or 0,
-            message.empty,
-            message.copy,
+            m.store, m.part, m.replica, m.incarnation, m.clock, m.base_version, m.weight, handle, m.empty, m.copy
         )
         if self._terms.stores[part.store].relayed and not message.of_site:
             group = self._terms.site_groups[part.store]
@@ -219,8 +209,8 @@ class Fit:
         )
         group = self._terms.groups[message.group]
         if message.site is not None:
-            sited = group.sites[message.site]
-            return self._at_stages([at for at in self.stages if at[0] in sited], event)
+            numbers = self._terms.site_numbers[group.stores[0]]
+            return self._at_stages([at for at in self.stages if numbers[at[0]] == message.site], event)
         if group.relayed:
             told = [action for at in self._sites if at[0] == group.number for action in self._at_site(at, event)]
             return [*told, *self._at_home(event)]
@@ -245,14 +235,14 @@ class Fit:
         store, news, handle = message.store, (message.version, message.floor), event.handle
         terms = self._terms.stores[store]
         if (terms.collective or terms.relayed) and news <= self._shown.get(store, (-1, -1)):
-            return [] if handle is None else [Release(handle, self._cause)]
+            return [] if handle is None else [Release(handle, self.cause)]
         self._shown[store] = news
         actions = self._at_stages(self.stages, stage.StorePublished(store, message.version, message.floor))
-        others = self._places.others(self._me, store)
+        others = self._places.others(self._me, store) if terms.relayed else ()
         if others:
-            passed = msgspec.structs.replace(message, cause=self._cause)
+            passed = msgspec.structs.replace(message, cause=self.cause)
             actions = [PassOn(others, passed, handle is not None), *actions]
-        shown = () if handle is None else (Show(store, message.version, handle, self._cause, message.base),)
+        shown = () if handle is None else (Show(store, message.version, handle, self.cause, message.base),)
         return [*shown, *actions]
 
     def _applied(self, message: wire.Applied, _: Received) -> list[Action]:
@@ -269,7 +259,7 @@ class Fit:
         return actions
 
     def _loaded(self, message: wire.StoreValue, event: Received) -> list[Action]:
-        loaded = Load(message.store, event.handle or 0, self._cause)
+        loaded = Load(message.store, event.handle or 0, self.cause)
         return [loaded, *self._at_home(home.StoreLoaded(message.store, message.version))]
 
     @property
@@ -280,11 +270,11 @@ class Fit:
         return self._at_stages(self._leading, stage.Hold(message.clock))
 
     def _export(self, message: wire.Export, _: Received) -> list[Action]:
-        self._asked = message
+        self.asked = message
         return []
 
     def _handed(self, message: wire.TrainingMessage, event: Received) -> list[Action]:
-        return [Hand(event.peer, message, event.handle, self._cause)]
+        return [Hand(event.peer, message, event.handle, self.cause)]
 
     ROUTES: ClassVar[dict[type, Callable[[Fit, Any, Received], list[Action]]]] = {
         wire.Grant: _granted,
@@ -311,42 +301,45 @@ class Fit:
         return [at for at in self.stages if at[0] == number and not (following and at[1] == 0)]
 
     def _at_stages(self, stages: Iterable[At], event: stage.Event | TimeCame) -> list[Action]:
-        found = [self._at_stage(at, event) for at in stages]
-        return found[0] if len(found) == 1 else [action for actions in found for action in actions]
+        if self._alone is not None and stages is self.stages:
+            return self._at_stage(self._alone, event)
+        return [action for at in stages for action in self._at_stage(at, event)]
 
     def _at_stage(self, at: At, event: stage.Event | TimeCame) -> list[Action]:
         machine = self.stages.get(at)
         if machine is None:
             raise ProtocolError(f"{self._me} is told of stage {at[1]} of replica {at[0]}, which does not run here")
-        actions: list[Action] = []
-        made = machine.step(event, self._now)
+        made = machine.step(event, self.now)
         if not made:
-            return actions
+            return []
+        actions: list[Action] = []
         settled = False
         for action in made:
             kind = type(action)  # not `match`, which is slow here, where every step passes
             if kind is Settle:
-                actions += [] if settled else self._settle(at, made)
+                if not settled:
+                    self._settle(at, made, actions)
                 settled = True  # the first tells them all
             else:
                 self._WANTED[kind](self, at, action, actions)
         return actions
 
-    def _settle(self, at: At, made: Sequence[stage.Action | decision.Wake]) -> list[Action]:
-        ids: dict[str, Any] = {**self._ids, "replica": at[0]}
-        told = (wire.Settled(**ids, fates=tuple(f), missing=m, left_out=n) for (m, n), f in joined(made))
-        return [Send((self._driver,), message) for message in told]
+    def _settle(self, at: At, made: Sequence[stage.Action | decision.Wake], actions: list[Action]) -> None:
+        for (missing, left_out), fates in joined(made):
+            about: dict[str, Any] = {"missing": missing, "left_out": left_out}
+            told = wire.Settled(**self._ids, replica=at[0], fates=tuple(fates), **about)
+            actions.append(Send(self._driver, told))
 
     def _start(self, at: At, start: stage.Start, actions: list[Action]) -> None:
-        actions.append(Start(self.run, at[0], at[1], start.clock, start.item, self._cause))
+        actions.append(Start(self.run, at[0], at[1], start.clock, start.item, self.cause))
 
     def _ask(self, at: At, ask: stage.Ask, actions: list[Action]) -> None:
-        asked = wire.Ask(**self._ids, replica=at[0], clocks=ask.clocks, returned=ask.returned, copy=ask.copy)
-        actions.append(Send((self._driver,), asked))
+        told = wire.Ask(**self._ids, replica=at[0], clocks=ask.clocks, returned=ask.returned, copy=ask.copy)
+        actions.append(Send(self._driver, told))
 
     def _pause(self, at: At, paused: stage.Paused, actions: list[Action]) -> None:
         told = wire.Paused(**self._ids, replica=at[0], clock=paused.clock, pushed=paused.pushed)
-        actions.append(Send((self._driver,), told))
+        actions.append(Send(self._driver, told))
 
     def _begin(self, at: At, begin: stage.Begin, actions: list[Action]) -> None:
         others = self._places.stages[at[0]][1:]
@@ -355,13 +348,13 @@ class Fit:
             actions.append(Send(tuple(dict.fromkeys(others)), told))
 
     def _abandon(self, at: At, abandon: stage.Abandon, actions: list[Action]) -> None:
-        actions.append(Abandon(*at, abandon.clock, self._cause))
+        actions.append(Abandon(*at, abandon.clock, self.cause))
 
     def _count(self, at: At, count: stage.Count, actions: list[Action]) -> None:
-        actions.append(Count(*at, count.clock, count.counts, count.stores, self._cause))
+        actions.append(Count(*at, count.clock, count.counts, count.stores, self.cause))
 
     def _wake(self, at: At, wake: decision.Wake, actions: list[Action]) -> None:
-        actions.append(Wake(self.run, wake.at, self._cause))
+        actions.append(Wake(self.run, wake.at, self.cause))
 
     def _retire(self, at: At, _: stage.Retire, actions: list[Action]) -> None:
         """Tell all that wait for this stage. The driver gets the traffic first, because Retired may end the run."""
@@ -371,8 +364,8 @@ class Fit:
             told += [*self._places.stages[at[0]][1:], *(self._leader_of(g, at[0]) for g in self._terms.groups)]
         message = wire.Retired(**self._ids, replica=at[0], stage=at[1])
         actions += [Send(tuple(dict.fromkeys(told)), message)] if told else []
-        traffic = TellTraffic(self._cause, at if at[1] in self._terms.stateful else None)
-        actions += [traffic, Send((self._driver,), message)]
+        traffic = TellTraffic(self.cause, at if at[1] in self._terms.stateful else None)
+        actions += [traffic, Send(self._driver, message)]
 
     _WANTED: ClassVar[dict[type, Callable[[Fit, At, Any, list[Action]], None]]] = {
         stage.Start: _start,
@@ -389,16 +382,16 @@ class Fit:
         """Process an event in the decisions of these groups, which are made here."""
         actions: list[Action] = []
         for group in groups:
-            for made in self._decisions[group].step(event, self._now):
+            for made in self._decisions[group].step(event, self.now):
                 match made:
                     case decision.Wake(at):
-                        actions.append(Wake(self.run, at, self._cause))
+                        actions.append(Wake(self.run, at, self.cause))
                     case Committed(clock, excluded, _, coefficients, folded, copies, waits):
                         rest: dict[str, Any] = {"coefficients": coefficients, "folded": folded, "waits": waits}
                         what: dict[str, Any] = {"clock": clock, "excluded": excluded, "group": group, "copies": copies}
                         commit = wire.Commit(**self._ids, **what, **rest)
                         told = self._places.told_commits(self._terms.groups[group])
-                        actions.append(Send((*told, self._driver), commit))
+                        actions.append(Send((*told, *self._driver), commit))
         return actions
 
     def _tell_computed(self, at: At) -> list[Action]:
@@ -434,18 +427,18 @@ class Fit:
         if machine is None:
             raise ProtocolError(f"{self._me} hears of site {at[1]}, which it does not lead")
         group, actions = self._terms.groups[at[0]], list[Action]()
-        for made in machine.step(event, self._now):
+        for made in machine.step(event, self.now):
             match made:
                 case site.Forward():
                     actions.append(self._forward(machine.leader, made))
                 case Committed(clock, excluded, _, _, folded):
                     what: dict[str, Any] = {"clock": clock, "excluded": excluded, "folded": folded}
                     commit = wire.Commit(**self._ids, group=group.number, site=at[1], waits=made.waits, **what)
-                    actions.append(Send((*self._places.site_workers(machine.members), self._driver), commit))
+                    actions.append(Send((*self._places.site_workers(machine.members), *self._driver), commit))
                 case home.Release(handle):
-                    actions.append(Release(handle, self._cause))
+                    actions.append(Release(handle, self.cause))
                 case decision.Wake(when):
-                    actions.append(Wake(self.run, when, self._cause))
+                    actions.append(Wake(self.run, when, self.cause))
                 case site.SiteLeft():
                     left = wire.Retired(**self._ids, replica=machine.leader, of_site=True)
                     actions.append(Send((self._leaders[group.number],), left))
@@ -466,7 +459,7 @@ class Fit:
         return Forward(self._places.homes[made.store][:1] * len(parts), tuple(messages), made.contributions)
 
     def _at_home(self, event: home.Event) -> list[Action]:
-        cause, places = self._cause, self._places
+        cause, places = self.cause, self._places
         actions: list[Action] = []
         for action in self._home.step(event):
             match action:
@@ -486,7 +479,7 @@ class Fit:
                     first = places.homes[store][0] == self._me
                     actions.append(Return(store, self._home.version(store), first, cause))
         if stale := self._home.staleness.take():
-            actions.insert(0, Send((self._driver,), wire.Staleness(**self._ids, stores=stale)))
+            actions.insert(0, Send(self._driver, wire.Staleness(**self._ids, stores=stale)))
         return actions
 
     def _arrive(self, arrival: home.SendArrived) -> list[Action]:

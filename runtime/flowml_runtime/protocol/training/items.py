@@ -55,7 +55,7 @@ class Items:
             raise ProtocolError("items are granted that were not asked for")
         asked = self._asked.pop(0)
         granted = dict(items)
-        if not set(granted) <= set(asked):
+        if not granted.keys() <= set(asked):
             raise ProtocolError(f"items are granted for clocks {sorted(granted)}; asked for {asked}")
         self._exhausted |= exhausted or len(granted) < len(asked)
         for clock, item in granted.items():

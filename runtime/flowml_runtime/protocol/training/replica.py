@@ -35,6 +35,8 @@ What the caller must do:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from flowml.policy import Policy, can_read, window
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
@@ -191,7 +193,8 @@ class Replica:
         step = self._running
         if step is None or step.clock != clock:
             raise ProtocolError(f"clock {clock} does not run on replica {self._me}")
-        return step.last or self._terms.stores[store].policy.every.due(clock, self._terms.last_clock)
+        terms = self._terms.stores[store]
+        return step.last or terms.every == 1 or terms.policy.every.due(clock, self._terms.last_clock)
 
     def ends(self, clock: int) -> bool:
         """Whether the running step of `clock` is the last one of this replica."""
@@ -214,7 +217,8 @@ class Replica:
             return []
         else:
             actions = self._take(event)
-        if self._steps:
+        steps = self._steps
+        if steps and steps[0].state in OVER:
             actions += self._resolve()
         if self._running is None:
             actions += self._advance()
@@ -247,25 +251,23 @@ class Replica:
         if clock <= self._begun or self._last_begun:
             raise ProtocolError(f"replica {self._me} begins clock {clock} after clock {self._begun}")
         self._begun, self._last_begun = clock, last
-        step = Step(clock, item, last, "queued")
+        due, undecided, lost = self._terms.due_groups(clock), self._terms.dropping, frozenset[int]()
+        if due is not self._terms.groups or self._follows:
+            undecided &= {group.number for group in due if group.number not in self._follows}
         included = False
-        for group in self._terms.due_groups(clock) if self._terms.drops else ():
-            if not group.drops or group.folds or group.number in self._follows:
-                continue
-            if (group.number, clock) in self._included:
-                included = True
-            elif clock <= self._committed[group.number]:
-                step.lost.add(group.number)
-            else:
-                step.undecided.add(group.number)
+        if clock <= self.committed:
+            decided = frozenset(g for g in undecided if clock <= self._committed[g])
+            counted = frozenset(g for g in undecided if (g, clock) in self._included)
+            undecided, lost, included = undecided - decided - counted, decided - counted, bool(counted)
+        state = "queued"
         if included or self._terms.counts_anyway(clock):
-            step.state = "queued, used"
-        elif not step.undecided:
-            step.state = "skipped"
-        self._steps.append(step)
+            state = "queued, used"
+        elif not undecided:
+            state = "skipped"
+        self._steps.append(Step(clock, item, last, state, undecided, lost))
         if self._included:
             self._included = [(g, c) for g, c in self._included if c > clock]
-        return [Abandon(clock)] if step.state == "skipped" else []
+        return [Abandon(clock)] if state == "skipped" else []
 
     def _finish(self, clock: int) -> list[Action]:
         step = self._running
@@ -276,16 +278,19 @@ class Replica:
         for store, terms in enumerate(self._terms.stores) if self._terms.arrives else ():
             if not terms.clocked and (step.last or terms.policy.every.due(clock, self._terms.last_clock)):
                 self._pushed[store] = clock
-        return self._settle(self._accounts.finish(clock, self.cut.left_out)) if self._leads else []
+        fates = self._accounts.finish(clock, self.cut.left_out) if self._leads else ()
+        return [*self._settle(fates)] if fates else []
 
     def _commit(self, event: Committed) -> list[Action]:
         group, clock = event.group, event.clock
         if clock <= self._committed[group]:
             return []
         self._committed[group] = clock
-        self.committed = max(self.committed, clock)
-        included = not event.leaves_out(self._terms.counted_as(self._terms.groups[group], self._me))
-        if included and clock > self._begun and self._terms.groups[group].drops and group not in self._follows:
+        if clock > self.committed:
+            self.committed = clock
+        terms = self._terms.groups[group]
+        included = not event.leaves_out(self._terms.counted_as(terms, self._me))
+        if included and clock > self._begun and terms.drops and group not in self._follows:
             if self._leads:
                 raise ProtocolError(f"clock {clock} is committed with replica {self._me}, which has not begun it")
             self._included.append((group, clock))
@@ -293,21 +298,21 @@ class Replica:
         for step in self._steps:
             if step.clock == clock and group in step.undecided:
                 actions += self._decide(step, group, included)
-        if self._leads:
-            actions += self._settle(self._accounts.commit(event))
+        if self._leads and (fates := self._accounts.commit(event)):
+            actions += self._settle(fates)
         return actions
 
-    def _settle(self, fates: list[Settle]) -> list[Action]:
+    def _settle(self, fates: list[Settle]) -> Iterable[Action]:
         """The fates to tell now. Those of a replica that asks for several items at once wait until it asks or stops."""
         if self._waits_to_tell and not self._paused:
             self._fates += fates
-            return []
-        return [*fates]
+            return ()
+        return fates
 
     def _decide(self, step: Step, group: int, included: bool) -> list[Action]:
-        step.undecided.discard(group)
+        step.undecided -= {group}
         if not included:
-            step.lost.add(group)
+            step.lost |= {group}
         if step.state not in UNDECIDED:
             return []
         if included:
@@ -319,8 +324,6 @@ class Replica:
 
     def _resolve(self) -> list[Action]:
         """Put known fates into effect, in the order of clocks."""
-        if self._steps[0].state not in OVER:
-            return []
         actions: list[Action] = []
         while self._steps and self._steps[0].state in OVER and not self._steps[0].undecided:
             step = self._steps.pop(0)
@@ -343,7 +346,7 @@ class Replica:
         actions: list[Action] = []
         if self._leads and self._work.opened and not self._retired:
             self._work.skip_to(self._next_clock())
-            actions += self._begin_next()
+            actions = self._begin_next()
             wanted = self._work.ask()
             if wanted:
                 actions += [*self._told_fates(), Ask(wanted, self._work.give_back())]

@@ -179,9 +179,9 @@ class Step(msgspec.Struct):
     item: wire.Item
     last: bool
     state: State
-    undecided: set[int] = set()
+    undecided: frozenset[int] = frozenset()
     """The groups whose decision about it is still to come."""
-    lost: set[int] = set()
+    lost: frozenset[int] = frozenset()
     """The groups that have left it out."""
 
     def take(self, change: Change) -> None:

@@ -60,6 +60,9 @@ class Gathering(msgspec.Struct):
         return min(map(_BASE_VERSION, self.parts.values()))
 
     def handles(self) -> tuple[Handle, ...]:
+        if len(self.parts) == 1:
+            (part,) = self.parts.values()
+            return () if part.empty else (part.handle,)
         return tuple(self.parts[p].handle for p in sorted(self.parts) if not self.parts[p].empty)
 
 
@@ -124,9 +127,11 @@ class Store:
             )
         if (part.weight == 0) != part.empty:
             raise ProtocolError(f"{_where(part)} has weight {part.weight}; it is 0 exactly for an empty contribution")
-        if self.terms.clocked and not self.terms.policy.every.due(part.clock, terms.last_clock):
+        asks = self.terms.clocked and self.terms.every > 1
+        if asks and not self.terms.policy.every.due(part.clock, terms.last_clock):
             raise ProtocolError(f"{_where(part)}: nothing is due at that clock")
-        other = self.gathering.get(part.clock, {}).get(part.replica)
+        row = self.gathering.get(part.clock)
+        other = None if row is None else row.get(part.replica)
         if other is not None and other.incarnation == part.incarnation:
             for weight in {p.weight for p in other.parts.values()} - {0, part.weight}:
                 if not part.empty:

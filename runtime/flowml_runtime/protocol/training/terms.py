@@ -279,11 +279,6 @@ class Terms:
         """The groups that decide about sites, where these have decided about each step before."""
         return frozenset(group.above for group in self.final if group.above is not None)
 
-    @property
-    def decides(self) -> bool:
-        """Whether any clock has a decision."""
-        return bool(self.groups)
-
     @cached_property
     def drops(self) -> bool:
         """Whether any decision may leave a live replica out."""
@@ -348,6 +343,11 @@ class Terms:
         if self._at_every_clock:
             return self.groups
         return tuple(g for g in self.groups if g.every.due(clock, self.last_clock))
+
+    @cached_property
+    def dropping(self) -> frozenset[int]:
+        """The groups that may leave a step out for good: one set for all machines of a simulation."""
+        return frozenset(g.number for g in self.groups if g.drops and not g.folds)
 
     @cached_property
     def never_skipped(self) -> tuple[int, ...]:

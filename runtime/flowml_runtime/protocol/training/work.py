@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -83,7 +83,7 @@ class WorkQueue:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._fresh: Counter[int] = Counter()  # epoch -> items drawn for the first time
+        self._fresh: dict[int, int] = {}  # epoch -> items drawn for the first time
         self.drawn = 0
         """The number of items that were drawn for the first time."""
         self._back: dict[int, deque[wire.Item]] = {}
@@ -117,7 +117,7 @@ class WorkQueue:
 
     def restore(self, state: QueueState) -> None:
         """Go on where a snapshot was taken."""
-        self._fresh, self.drawn, self._rows, self._epoch = Counter(state.fresh), state.drawn, state.rows, state.epoch
+        self._fresh, self.drawn, self._rows, self._epoch = dict(state.fresh), state.drawn, state.rows, state.epoch
         self._ended, self._requeued = set(state.ended), deque(state.requeued)
         self._back = {e: deque(found) for e, found in state.back.items()}
         self._reserved = [dict(found) for found in state.reserved]
@@ -162,7 +162,7 @@ class WorkQueue:
 
     def end(self, epoch: int, done: int) -> None:
         """End the epoch if `done` of its items are enough. Those that are left are unseen, or go to the next one."""
-        if self._work.epoch_share == 1 or done < math.ceil(self._work.epoch_share * self._size(epoch) - 1e-9):
+        if done < math.ceil(self._work.epoch_share * self._size(epoch) - 1e-9):
             return
         while self._work.requeues and epoch + 1 < self._work.epochs and self._left(epoch):
             item = self._fresh_item(epoch) or self._back[epoch].popleft()
@@ -197,12 +197,12 @@ class WorkQueue:
         return self._reserved[replica].pop(clock, None)
 
     def _draw_row(self) -> None:
-        epoch = self._rows // self._work.clocks_per_epoch
+        row, epoch = self._rows, self._rows // self._work.clocks_per_epoch
         for replica, reserved in enumerate(self._reserved):
             if replica not in self._gone:
                 item = self._draw(epoch)
                 if item is not None:
-                    reserved[self._rows] = item
+                    reserved[row] = item
         self._rows += 1
 
     def _skip(self, replica: int, clock: int) -> None:
@@ -222,10 +222,10 @@ class WorkQueue:
 
     def _fresh_item(self, epoch: int) -> wire.Item | None:
         """The next item of an epoch that was not drawn before."""
-        index, size = self._fresh[epoch], self._work.item_size
+        index, size = self._fresh.get(epoch, 0), self._work.item_size
         if index >= self._size(epoch):
             return None
-        self._fresh[epoch] += 1
+        self._fresh[epoch] = index + 1
         self.drawn += 1
         return wire.Item(epoch * self._work.items_per_epoch + index, epoch, index * size, size)
 
@@ -237,4 +237,4 @@ class WorkQueue:
     def _left(self, epoch: int) -> int:
         if epoch in self._ended:
             return 0
-        return self._size(epoch) - self._fresh[epoch] + len(self._back.get(epoch, ()))
+        return self._size(epoch) - self._fresh.get(epoch, 0) + len(self._back.get(epoch, ()))

@@ -48,6 +48,7 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training.actions import (
     Action,
+    Computed,
     Event,
     Fail,
     Open,
@@ -55,6 +56,9 @@ from flowml_runtime.protocol.training.actions import (
     Release,
     Send,
     Start,
+    StepFinished,
+    Tick,
+    Updated,
 )
 from flowml_runtime.protocol.training.early import EarlyMessages
 from flowml_runtime.protocol.training.fit import At, Fit, Stage
@@ -91,25 +95,26 @@ class TrainingWorker:
 
         Returns Fail for an event that breaks the protocol, and for too many early messages.
         """
-        actions, fit = self._step(event, now), self._fit
-        return [*actions, *fit.at(self.number, now).export()] if fit is not None and fit.exports else actions
-
-    def _step(self, event: Event, now: float) -> list[Action]:
-        self.number += 1
+        self.number = number = self.number + 1
         self._now = now
-        if type(event) is Received:
-            return self._take(self.number, event)
+        actions = self._take(number, event) if type(event) is Received else self._handle(number, event)
         fit = self._fit
-        lost = isinstance(event, ReplicaLost)
-        if lost:
-            self._lost.append(event)
-        if fit is None or (not lost and event.run != fit.run):
-            return []
+        if fit is not None and fit.asked is not None:
+            actions = [*actions, *fit.at(number, now).export()]
+        return actions
+
+    def _handle(self, number: int, event: StepFinished | Updated | Computed | ReplicaLost | Tick) -> list[Action]:
+        fit = self._fit
+        run = -1 if fit is None else fit.run
         try:
-            at = fit.at(self.number, self._now)
-            return at.lose(event) if lost else at.handle(event)
+            if type(event) is not StepFinished and isinstance(
+                event, ReplicaLost
+            ):  # isinstance is slow where it is False
+                self._lost.append(event)
+                return [] if fit is None else fit.at(number, self._now).lose(event)
+            return [] if fit is None or event.run != run else fit.at(number, self._now).handle(event)
         except ProtocolError as error:
-            return [Fail(fit.run, error, self.number)]
+            return [Fail(run, error, number)]
 
     def stage(self, at: At) -> Stage:
         """The machine of a stage that runs here. Executors ask it what they may read and when to give up."""
@@ -167,7 +172,8 @@ class TrainingWorker:
             if fit is not None and message.run == fit.run:
                 route = fit.ROUTES.get(type(message))
                 if route is not None:
-                    return route(fit.at(number, self._now), message, event)
+                    fit.cause, fit.now = number, self._now
+                    return route(fit, message, event)
             return self._receive(number, event)
         except ProtocolError as error:
             forgotten: list[Action] = [] if event.handle is None else [Release(event.handle, number)]
