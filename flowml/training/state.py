@@ -38,6 +38,7 @@ def with_state(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(params: Any, batch: Any, *rest: Any) -> Any:
         *keys, state = rest
+        state = jax.tree_util.tree_map(lambda x: x, state)  # flax nnx changes only variables of the trace it is in
         return _parted(_name(loss), loss(params, state, batch, *keys), state)
 
     call.__name__ = _name(loss)

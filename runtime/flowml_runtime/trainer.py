@@ -19,13 +19,11 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from flowml.arguments import choice, flag
 from flowml.data import Source, as_source, epoch_order
 from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, UnsupportedError
 from flowml.ir._jax import jit_is_off, path_name, trace_context
-from flowml.leaves import why_no_array
 from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.plan import Plan, Training
@@ -52,7 +50,9 @@ from flowml_runtime.driver.training.result import TrainingResult, result_of, wit
 from flowml_runtime.driver.training.resuming import saving_of
 from flowml_runtime.driver.training.saving import Saving
 from flowml_runtime.driver.training.snapshots import Figures, figures
+from flowml_runtime.driver.training.structs import check_values, structs, structs_of
 from flowml_runtime.driver.training.training_session import TrainingCluster, TrainingSession
+from flowml_runtime.evaluation import Evaluation
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.sim.cluster import SimulatedCluster
 
@@ -77,6 +77,11 @@ class _Program:
         training = self.compiled.plan.training
         assert training is not None
         return training
+
+    @property
+    def parameters(self) -> int:
+        """The number of leaves of the parameters."""
+        return sum(len(store.leaves) for store in self.training.stores)
 
     def load(self) -> LoadedPlan:
         """Load the plan on its workers, or load it again if one of them was lost and is back."""
@@ -179,6 +184,7 @@ class Trainer:
         self._on_nonfinite: OnNonFinite = cast(OnNonFinite, choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite)))
         self._check_replicas = whole_number("check_replicas", check_replicas)
         self._programs: dict[Any, _Program] = {}
+        self._evaluation = Evaluation(self._spec.placement)
         self._fitting = threading.Lock()
         self._looked = False
         weakref.finalize(self, _discard, self._programs).atexit = False
@@ -186,7 +192,7 @@ class Trainer:
     def plan(self, params: Any, batch: Any, state: Any = None) -> Plan:
         """The plan for one global batch (arrays or `jax.ShapeDtypeStruct`s), with its policies. Runs nothing."""
         self._check_state(state, shapes=True)
-        return self._program(self._here(), _values(params, state), _structs(batch, "batch leaf")).compiled.plan
+        return self._program(self._here(), structs_of(params, state), structs(batch, "batch leaf")).compiled.plan
 
     def fit(
         self,
@@ -239,26 +245,59 @@ class Trainer:
         batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
         shuffle, progress = flag("shuffle", shuffle), None if progress is None else flag("progress", progress)
         total = _total_steps(data, batch_size, epochs, steps)
-        _check_values(params, "parameter")
+        check_values(params, "parameter")
         self._check_state(state)
         cluster = self._here()
         workers_of(cluster.devices, self._delays)  # raises an error before anything is compiled
         with self._alone(), heeding_interrupts() as interrupts:
             order = epoch_order(data.examples, seed, 0, shuffle=shuffle)
-            structs, model = _values(params, state), Model.of(state, self._state_rules, self._spec.replicas)
+            shapes, model = structs_of(params, state), Model.of(state, self._state_rules, self._spec.replicas)
             batch = self._first_batch(data, order, batch_size)
-            program = self._program(cluster, structs, batch)
+            program = self._program(cluster, shapes, batch)
             about = figures(program.training, data, batch_size, seed, shuffle)
             saving = self._saving(cluster, program, params, opt_state, (checkpoint, resume), about)
             interrupts.check()
             handle = program.load()
             self._look_at_loss(program, params, data, order, batch_size)
             options = self._options(cluster, program, total, about, progress)
-            variant = partial(self._variant, cluster, program, structs)
+            variant = partial(self._variant, cluster, program, shapes)
             compiled, leaves = program.compiled, jax.tree_util.tree_leaves
             fit = Fit(cluster.session, handle, data, options, compiled, variant, interrupts, saving, model.replicas)
             outcome = fit.run(leaves(saving.trees[0]), leaves(saving.trees[1]), callbacks)
         return _told(cluster, result_of(*saving.trees, outcome, with_shapes(compiled.plan, fit.shapes), model))
+
+    def evaluate(
+        self, params: Any, source: Any, metrics: Callable[..., Any], *, state: Any = None, batch_size: int = 128
+    ) -> dict[str, Any]:
+        """The means over all examples of `metrics(params, batch)` -> dict of means over the examples of the batch.
+
+        If the loss has state, it is `metrics(params, state, batch)`. It runs on the cluster, with the placement of
+        training. The last batch may be shorter; each counts by its examples. On a `SimulatedCluster` it takes no
+        virtual time.
+        """
+        return self._evaluation.means(
+            *self._evaluated(metrics, params, state), source, batch_size, self._plan_of(params)
+        )
+
+    def predict(
+        self, params: Any, source: Any, fn: Callable[..., Any], *, state: Any = None, batch_size: int = 128
+    ) -> Any:
+        """What `fn(params, batch)`, or `fn(params, state, batch)` if the loss has state, returns for each example, in
+        order: a pytree of arrays with a row for each. It runs as `evaluate` does."""
+        found = self._evaluated(fn, params, state)
+        return self._evaluation.predictions(*found, source, batch_size, self._plan_of(params))
+
+    def _evaluated(self, fn: Callable[..., Any], params: Any, state: Any) -> tuple[Any, Callable[..., Any], list[Any]]:
+        if not callable(fn):
+            raise TypeError(f"{fn!r} is of type {type(fn).__name__}; give a function of the parameters and a batch")
+        self._check_state(state)
+        return self._here(), fn, [params, state] if self._spec.has_state else [params]
+
+    def _plan_of(self, params: Any) -> Plan | None:
+        """The newest plan for parameters of this structure, on the cluster in use."""
+        leaves, session = len(jax.tree_util.tree_leaves(params)), self._here().session
+        mine = [p for p in self._programs.values() if p.session is session]
+        return next((p.compiled.plan for p in reversed(mine) if p.parameters == leaves), None)
 
     def _check_state(self, state: Any, *, shapes: bool = False) -> None:
         """Raise ValueError unless there is state where the loss has it, TypeError if it has only `shapes`."""
@@ -269,7 +308,7 @@ class Trainer:
                 else "state= is given, and the loss has none; give Trainer(has_state=True), or leave state out"
             )
         if not shapes:
-            _check_values(state, "state leaf")
+            check_values(state, "state leaf")
 
     def _options(
         self, cluster: TrainingCluster, program: _Program, total: int, about: Figures, progress: bool | None
@@ -390,8 +429,8 @@ class Trainer:
         if opt_state is None:
             return jax.tree_util.tree_map(jnp.asarray, init(params))
         expected = jax.eval_shape(init, params)
-        _check_values(opt_state, "opt_state leaf")
-        given = _structs(opt_state, "opt_state leaf")
+        check_values(opt_state, "opt_state leaf")
+        given = structs(opt_state, "opt_state leaf")
         got, want = jax.tree_util.tree_structure(given), jax.tree_util.tree_structure(expected)
         if got != want:
             raise ValueError(f"opt_state belongs to another optimizer: it has structure {got}, not {want}")
@@ -438,40 +477,6 @@ def _callbacks(given: Any) -> Sequence[Callback]:
     if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not all(callable(c) for c in given):
         raise TypeError(f"callbacks={given!r}: give a list of functions that take a record, such as [print]")
     return given
-
-
-_NOT_TRAINED = "keep what is not trained out of the tree (in equinox: eqx.partition(model, eqx.is_inexact_array))"
-
-
-def _structs(tree: Any, kind: str) -> Any:
-    """Shapes and dtypes as JAX sees the leaves. Raises TypeError for a leaf that is no array."""
-
-    def struct(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-        try:
-            if isinstance(leaf, jax.Ref):
-                raise TypeError
-            dtype = jax.dtypes.canonicalize_dtype(jax.dtypes.result_type(leaf), allow_extended_dtype=True)
-        except (TypeError, OverflowError):
-            raise TypeError(f"{kind} {path_name(path)!r} {why_no_array(leaf, _NOT_TRAINED)}") from None
-        return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
-
-    return jax.tree_util.tree_map_with_path(struct, tree)
-
-
-def _values(params: Any, state: Any) -> tuple[Any, Any]:
-    return _structs(params, "parameter"), _structs(state, "state leaf")
-
-
-def _check_values(tree: Any, kind: str) -> None:
-    """Raise TypeError for a leaf without values: a struct, or a value that another transformation traces."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if isinstance(leaf, Tracer):
-            raise TypeError(
-                f"{kind} {path_name(path)!r} is traced by another JAX transformation, and fit() needs its values; call "
-                "fit() outside of jit, grad and vmap"
-            )
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(f"{kind} {path_name(path)!r} is a jax.ShapeDtypeStruct without values; give an array")
 
 
 def _told(cluster: TrainingCluster, result: TrainingResult) -> TrainingResult:

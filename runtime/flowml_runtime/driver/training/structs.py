@@ -1,0 +1,46 @@
+"""Checks the pytrees that a caller gives to a fit, and reads their shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from flowml.ir._jax import path_name
+from flowml.leaves import why_no_array
+
+_NOT_TRAINED = "keep what is not trained out of the tree (in equinox: eqx.partition(model, eqx.is_inexact_array))"
+
+
+def structs(tree: Any, kind: str) -> Any:
+    """Shapes and dtypes as JAX sees the leaves. Raises TypeError for a leaf that is no array."""
+
+    def struct(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        try:
+            if isinstance(leaf, jax.Ref):
+                raise TypeError
+            dtype = jax.dtypes.canonicalize_dtype(jax.dtypes.result_type(leaf), allow_extended_dtype=True)
+        except (TypeError, OverflowError):
+            raise TypeError(f"{kind} {path_name(path)!r} {why_no_array(leaf, _NOT_TRAINED)}") from None
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
+
+    return jax.tree_util.tree_map_with_path(struct, tree)
+
+
+def structs_of(params: Any, state: Any) -> tuple[Any, Any]:
+    """The shapes of parameters and of the model's state."""
+    return structs(params, "parameter"), structs(state, "state leaf")
+
+
+def check_values(tree: Any, kind: str) -> None:
+    """Raise TypeError for a leaf without values: a struct, or a value that another transformation traces."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, Tracer):
+            raise TypeError(
+                f"{kind} {path_name(path)!r} is traced by another JAX transformation, and fit() needs its values; call "
+                "fit() outside of jit, grad and vmap"
+            )
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"{kind} {path_name(path)!r} is a jax.ShapeDtypeStruct without values; give an array")

@@ -1,0 +1,116 @@
+"""Runs a function of a model over all examples of a source: metrics of a `Trainer`, and predictions.
+
+The function is a dataflow program on the trainer's cluster, with its placement. Parameters and state are brought to the
+workers once. All examples are used; the last batch may be shorter, and counts by its examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from flowml.data import as_source
+from flowml.errors import UnsupportedError
+from flowml.ir._jax import path_name
+from flowml.numbers import whole_number
+from flowml.placement import Placement
+from flowml.plan import Plan
+from flowml.training.step import name_of
+from flowml_runtime.cluster import Cluster
+from flowml_runtime.dataflow import dataflow
+from flowml_runtime.driver.remote import Remote
+from flowml_runtime.put import put
+from flowml_runtime.sim.cluster import SimulatedCluster
+
+MOST_PROGRAMS = 8
+"""How many functions keep their programs. One more discards the one that was used longest ago."""
+
+Function = Callable[..., Any]
+
+
+class Evaluation:
+    """The programs of the functions that a trainer has evaluated."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+        self._programs: dict[Any, Function] = {}
+
+    def means(
+        self, cluster: Any, fn: Function, values: Sequence[Any], source: Any, batch_size: int, plan: Plan | None
+    ) -> dict[str, Any]:
+        """The means over all examples of what `fn` returns for batches. `plan` says where training has `values`."""
+        totals: Any = None
+        examples = 0
+        for rows, found in self._results(cluster, fn, values, source, batch_size, plan):
+            if not isinstance(found, Mapping):
+                raise TypeError(f"{name_of(fn)} returns a {type(found).__name__}; metrics return a dict of means")
+            scaled = jax.tree.map(lambda x, rows=rows: np.asarray(x, np.float64) * rows, dict(found))  # pyright: ignore
+            totals = scaled if totals is None else jax.tree.map(np.add, totals, scaled)
+            examples += rows
+        return jax.tree.map(lambda x: x / examples if np.ndim(x) else float(x / examples), totals)
+
+    def predictions(
+        self, cluster: Any, fn: Function, values: Sequence[Any], source: Any, batch_size: int, plan: Plan | None
+    ) -> Any:
+        """What `fn` returns for each example, in order."""
+        found: list[Any] = []
+        for rows, result in self._results(cluster, fn, values, source, batch_size, plan):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(result):
+                if np.shape(leaf)[:1] != (rows,):
+                    raise ValueError(
+                        f"{name_of(fn)} returns {path_name(path) or 'an array'} of shape {list(np.shape(leaf))} for "
+                        f"{rows} examples; a prediction has one row for each, and evaluate() takes means"
+                    )
+            found.append(jax.tree.map(np.asarray, result))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+    def _results(
+        self, cluster: Any, fn: Function, values: Sequence[Any], source: Any, batch_size: int, plan: Plan | None
+    ) -> Iterator[tuple[int, Any]]:
+        """For each batch the number of its examples, and what the function returns."""
+        size, data = whole_number("batch_size", batch_size, least=1), as_source(source)
+        if not data.examples:
+            raise ValueError("the source has no examples; there is nothing to evaluate")
+        program = self._program(cluster, fn)
+        held = values if isinstance(cluster, SimulatedCluster) else _brought(cluster, values, plan)
+        for start in range(0, data.examples, size):
+            rows = np.arange(start, min(start + size, data.examples))
+            yield len(rows), program(*held, jax.tree_util.tree_unflatten(data.tree, data.take(rows)))
+
+    def _program(self, cluster: Any, fn: Function) -> Function:
+        key = fn, cluster
+        program = self._programs.pop(key, None)
+        if program is None:
+            if isinstance(cluster, SimulatedCluster):
+                if not cluster.session.arithmetic:
+                    raise UnsupportedError(f"{cluster} computes nothing; give it arithmetic=True to evaluate on it")
+                program = jax.jit(fn)  # what is evaluated takes no virtual time
+            else:
+                program = dataflow(fn, cluster=cluster, placement=self._placement)
+        self._programs[key] = program  # as the newest
+        if len(self._programs) > MOST_PROGRAMS:
+            del self._programs[next(iter(self._programs))]
+        return program
+
+
+def _brought(cluster: Cluster, values: Sequence[Any], plan: Plan | None) -> Sequence[Any]:
+    """The values on the workers, each where training has it; without a plan the program brings them itself."""
+    leaves, tree = jax.tree_util.tree_flatten(tuple(values))
+    where = _devices(plan) if plan is not None else {}
+    found: dict[int, Remote] = {}
+    for device in dict.fromkeys(where.values()):
+        mine = [i for i, d in where.items() if d == device and type(leaves[i]) is not Remote]
+        found.update(zip(mine, put([leaves[i] for i in mine], cluster, device), strict=True))
+    return jax.tree_util.tree_unflatten(tree, [found.get(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+def _devices(plan: Plan) -> dict[int, str]:
+    """The device of each leaf of parameters, then of state, at the first replica."""
+    training = plan.training
+    assert training is not None
+    found = {leaf: store.readers[0] for store in training.stores for leaf in store.leaves}
+    first = len(found)
+    return found | {first + i: training.replicas[0][leaf.stage] for i, leaf in enumerate(training.state)}
