@@ -23,7 +23,7 @@ SECTIONS = {
     "Where things run": ("layer", "device", "Device", "AutoPlacement", "Pipeline"),
     "Programs and plans": ("dataflow", "compile", "Plan", "Estimate", "Transfer"),
     "Clusters": ("Cluster",),
-    "Training": ("Trainer", "TrainingResult"),
+    "Training": ("Trainer", "TrainingResult", "Checkpoint", "Restored", "restore"),
     "Simulation": ("sim",),
     "Policies": (),  # all names that no other section has, except errors
     "Errors": (),

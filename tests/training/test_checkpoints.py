@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 import pytest
 
 import flowml as fm
+from flowml_runtime.environment import checkpoints
 from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
 
 STEPS, STOP = 8, 5
@@ -66,8 +69,27 @@ def assert_goes_on(case: Case) -> None:
     assert resumed.ledger == whole.ledger
 
 
+TOP = fm.filters.top_k(0.2).with_error_feedback()
 POLICIES: dict[str, Any] = {
     "parameter server": None,
+    "sums": {"fc0*": fm.policies.all_reduce(), "fc1*": fm.policies.every(3), "*": fm.policies.factors()},
+    "residuals": {
+        "fc0*": fm.Policy(filters=(TOP, fm.filters.key_cache())),
+        "fc1*": fm.Policy(every=2, filters=(fm.filters.quantise(4).with_error_feedback(),)),
+        "*": fm.Policy(pull_filters=(fm.filters.top_k(0.3), fm.filters.key_cache())),
+    },
+    "own parameters": {
+        "fc0*": fm.policies.diloco(4),
+        "fc1*": fm.policies.sparse_loco(3, 0.3, 4),
+        "*": fm.policies.local_sgd(2),
+    },
+    "fragments": fm.policies.diloco(4, fragments=2, delay=1),
+    "significance": fm.policies.gaia(0.01),
+    "gossip": fm.policies.gossip("ring", every=2),
+    "copies": fm.policies.choco((fm.filters.top_k(0.3),)),
+    "gossip with an outer optimizer": fm.policies.no_loco(3),
+    "duals": fm.policies.admm(0.1, 1.0, 0),
+    "coded": fm.policies.coded(1),
 }
 
 
@@ -93,3 +115,114 @@ def test_a_finished_fit_goes_on_when_it_gets_more_steps(threads_cluster: fm.Clus
     again = one.resumed()  # there is nothing left to do
     assert_same(again.params, whole.params)
     assert again.history == []
+
+
+def test_workers_in_processes_send_and_get_the_same_buffers(process_cluster: fm.Cluster, tmp_path: Path) -> None:
+    assert_goes_on(case(process_cluster, tmp_path, POLICIES["own parameters"]))
+
+
+class Fed:
+    """A source that stays with the driver."""
+
+    def __init__(self) -> None:
+        self.arrays = data()
+
+    def __len__(self) -> int:
+        return len(self.arrays["x"])
+
+    def __getitem__(self, indices: Any) -> dict[str, np.ndarray]:
+        return {name: array[indices] for name, array in self.arrays.items()}
+
+
+def noisy_loss(params: Any, batch: Any, rng: jax.Array) -> jax.Array:
+    noise = 0.1 * jax.random.normal(rng, batch["x"].shape)
+    return mlp_loss(params, {**batch, "x": batch["x"] + noise})
+
+
+def test_stages_keys_and_fed_batches_go_on(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    policies = {"fc0*": POLICIES["residuals"]["fc1*"], "fc1*": fm.policies.every(3), "*": fm.Policy()}
+    optimizer = optax.chain(optax.add_noise(0.01, 0.5, jax.random.key(1)), optax.adam(1e-2))
+    trainer = fm.Trainer(
+        noisy_loss,
+        optimizer,
+        cluster=threads_cluster,
+        replicas=2,
+        placement=fm.Pipeline(stages=2),
+        microbatches=2,
+        policies=policies,
+    )
+
+    def fit(**more: Any) -> fm.TrainingResult:
+        return trainer.fit(mlp(), Fed(), batch_size=BATCH, steps=STEPS, seed=3, progress=False, **more)
+
+    assert_goes_on(Case(fit, tmp_path / "checkpoints"))
+    found = fm.restore(tmp_path / "checkpoints")
+    assert jax.numpy.issubdtype(found.opt_state[0]["rng_key"].dtype, jax.dtypes.prng_key)
+
+
+def test_snapshots_change_nothing(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    one = case(threads_cluster, tmp_path, POLICIES["residuals"])
+    whole, saved = one.fit(), one.fit(checkpoint=fm.Checkpoint(one.path, every_steps=2, keep=2))
+    assert_same((saved.params, saved.opt_state), (whole.params, whole.opt_state))
+    assert sorted(p.name for p in one.path.iterdir()) == ["step-000000000006", "step-000000000008"]
+
+
+ASYNCHRONOUS: dict[str, Any] = {
+    "on arrival": fm.policies.asynchronous(),
+    "within a bound": fm.policies.asynchronous(2, every=3),
+    "mixtures": fm.policies.elastic_averaging(2, 0.3),
+    "dropping": fm.policies.quorum(1),
+}
+
+
+@pytest.mark.parametrize("name", ASYNCHRONOUS)
+def test_without_a_common_order_each_item_counts_once(threads_cluster: fm.Cluster, tmp_path: Path, name: str) -> None:
+    one, steps = case(threads_cluster, tmp_path, ASYNCHRONOUS[name]), 24
+    checkpoint = fm.Checkpoint(one.path, every_steps=4)
+
+    def stop(_: dict[str, Any]) -> None:
+        if checkpoints.snapshots(one.path):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        one.fit(steps=steps, checkpoint=checkpoint, callbacks=[stop])
+    before = fm.restore(one.path).step
+    assert 0 < before < steps
+    resumed = one.fit(steps=steps, checkpoint=checkpoint, resume="auto")
+    ledger = resumed.ledger
+    assert len(resumed.history) == steps - before
+    assert ledger.outstanding == 0
+    items = steps * 2
+    assert ledger.used + ledger.dropped + ledger.unseen == items
+    if name != "dropping":  # each example takes part once in each of the 6 epochs
+        assert (ledger.used, ledger.seen) == (items, ((6, 96),))
+
+
+def test_a_snapshot_comes_after_so_many_seconds(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    one = case(threads_cluster, tmp_path)
+    whole = one.fit()
+    saved = one.fit(checkpoint=fm.Checkpoint(one.path, every_s=1e-6, keep=STEPS))
+    assert_same(saved.params, whole.params)
+    steps = [fm.restore(p).step for p in one.path.iterdir()]
+    assert max(steps) == STEPS
+    assert len(steps) > 1
+
+
+def test_what_no_snapshot_holds_is_refused(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    one = case(threads_cluster, tmp_path, fm.policies.quorum(1, late="fold"))
+    with pytest.raises(fm.UnsupportedError, match="late contributions that are folded in are not available yet"):
+        one.fit(checkpoint=one.checkpoint())
+
+
+def test_another_fit_is_refused_with_what_differs(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    one = case(threads_cluster, tmp_path)
+    one.fit(steps=2, checkpoint=one.checkpoint())
+    with pytest.raises(fm.CheckpointError, match=r"has checkpoints of an earlier fit; give resume='auto'"):
+        one.fit(checkpoint=one.checkpoint())
+    with pytest.raises(fm.CheckpointError, match=r"seed=3 there and 4 here"):
+        one.fit(checkpoint=one.checkpoint(), resume="auto", seed=4)
+    other = case(threads_cluster, tmp_path, optimizer=optax.sgd(0.1, momentum=0.9))
+    with pytest.raises(fm.CheckpointError, match=r"'fc0' keeps .*mu/fc0/bias' as float32\[16\] there and nothing here"):
+        other.resumed()
+    with pytest.raises(ValueError, match="needs checkpoint="):
+        one.fit(resume="auto")

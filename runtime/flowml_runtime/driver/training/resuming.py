@@ -60,7 +60,7 @@ def _check_supported(training: Training) -> None:
             what = "portions of batches that replicas take in turn"
         elif store.relayed:
             what = "a quorum inside sites"
-        elif isinstance(policy.late, Fold):
+        elif policy.clocked and isinstance(policy.late, Fold):
             what = "late contributions that are folded in"
         elif not policy.clocked and not policy.shared and policy.quorum.need(len(training.replicas)) > 1:
             what = "contributions that wait for others at a home without clocks"
