@@ -14,7 +14,6 @@ import numpy as np
 
 from flowml.errors import CheckpointError, FlowmlWarning
 from flowml.numbers import whole_number
-from flowml_runtime.driver.training.outcome import from_buffer
 from flowml_runtime.driver.training.snapshots import Key, Leaf, Snapshot
 from flowml_runtime.environment import checkpoints
 
@@ -108,13 +107,8 @@ def restore(path: str | os.PathLike[str]) -> Restored:
 
 
 def _tree(snapshot: Snapshot, leaves: Sequence[Leaf]) -> Any:
-    values = [(leaf.path, _value(snapshot.arrays[leaf.buffer], leaf.dtype)) for leaf in leaves]
-    return _built(values)
-
-
-def _value(array: Any, dtype: str) -> Any:
-    value = from_buffer(array, dtype)
-    return value if dtype.startswith("key<") else jnp.asarray(value, dtype)
+    values = [jnp.asarray(value) for value in snapshot.leaves(leaves)]
+    return _built([(leaf.path, value) for leaf, value in zip(leaves, values, strict=True)])
 
 
 def _built(leaves: Sequence[tuple[Sequence[Key], Any]]) -> Any:

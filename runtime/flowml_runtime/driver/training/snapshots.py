@@ -21,7 +21,7 @@ from flowml.devices import worker_of
 from flowml.errors import CheckpointError, named
 from flowml.plan import ArraySpec, StoreSpec, Training
 from flowml_runtime import wire
-from flowml_runtime.driver.training.outcome import as_buffer
+from flowml_runtime.driver.training.outcome import as_buffer, from_buffer
 from flowml_runtime.environment import checkpoints
 from flowml_runtime.protocol.training.ledger import LedgerState
 
@@ -106,7 +106,8 @@ class Snapshot:
         return Snapshot(content, arrays)
 
     def leaves(self, leaves: Sequence[Leaf]) -> list[Any]:
-        return [self.arrays[leaf.buffer] for leaf in leaves]
+        """Their values. Those of typed keys are keys."""
+        return [from_buffer(self.arrays[leaf.buffer], leaf.dtype) for leaf in leaves]
 
     def values(self, store: StoreSpec) -> list[Any]:
         """The buffers of a store's home."""
