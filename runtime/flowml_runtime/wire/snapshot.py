@@ -27,10 +27,11 @@ class Hold(TrainingMessage, frozen=True):
 
 
 class Paused(TrainingMessage, frozen=True):
-    """A replica has stopped where a Hold says. Its next clock is `clock`. `pushed` are pairs (store, clock) of its
-    newest pushes to stores that apply on arrival."""
+    """A replica has stopped as the Hold before the clock `hold` says. Its next clock is `clock`. `pushed` are pairs
+    (store, clock) of its newest pushes to stores that apply on arrival."""
 
     replica: Count
+    hold: Count
     clock: Count
     pushed: tuple[tuple[Count, Count], ...] = ()
 

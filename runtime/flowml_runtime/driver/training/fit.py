@@ -147,7 +147,7 @@ class Fit:
             self._step(protocol.Begin(), params, state)
             while not self._machine.over:
                 self._take(self._next())
-                if self._saving.due(self._history.step, self._time.now(), aligned=self._aligned):
+                if self._saving.due(self._history.reached, self._time.now(), aligned=self._aligned):
                     self._step(protocol.Pause())
                 records = self._history.ready()
                 if records or self._observer.holds:
@@ -335,8 +335,8 @@ class Fit:
             self._send(worker, wire.Buffers(**self._ids))
 
     def _save(self, action: protocol.Save, clocks: Sequence[int]) -> None:
-        """Write a snapshot. Its step is the clock of all replicas, or the number of records without common clocks."""
-        step, now = max(clocks) if self._aligned else self._history.step, self._time.now()
+        """Write a snapshot. Its step is the clock of all replicas, or what they have reported without common clocks."""
+        step, now = max(clocks) if self._aligned else self._history.reached, self._time.now()
         self._saving.save(self._training, step, action, self._machine.ledger.kept(clocks), self._taken, now)
 
     def _send_model(self) -> None:

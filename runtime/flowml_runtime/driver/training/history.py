@@ -93,6 +93,11 @@ class History:
         """The step of the next record."""
         return self._first + len(self.records)
 
+    @property
+    def reached(self) -> int:
+        """The number of steps that are reported in full, if replicas share no clocks."""
+        return self._complete // self._members
+
     def report(self, report: wire.Report, arrays: Sequence[Any]) -> None:
         step, place = report.clock, report.replica
         key = (place, step)

@@ -338,7 +338,7 @@ class Fit:
         actions.append(Send(self._driver, told))
 
     def _pause(self, at: At, paused: stage.Paused, actions: list[Action]) -> None:
-        told = wire.Paused(**self._ids, replica=at[0], clock=paused.clock, pushed=paused.pushed)
+        told = wire.Paused(**self._ids, replica=at[0], hold=paused.hold, clock=paused.clock, pushed=paused.pushed)
         actions.append(Send(self._driver, told))
 
     def _begin(self, at: At, begin: stage.Begin, actions: list[Action]) -> None:

@@ -361,7 +361,7 @@ class Replica:
         if self._paused or not self._leads or not self._work.opened:
             return []
         self._paused = True
-        return [*self._told_fates(), Paused(self._begun + 1, tuple(sorted(self._pushed.items())))]
+        return [*self._told_fates(), Paused(self._work.hold, self._begun + 1, tuple(sorted(self._pushed.items())))]
 
     def _next_clock(self) -> int:
         """The clock after the newest one that has begun, without those that every group due there has decided."""

@@ -72,6 +72,8 @@ class Snapshots:
         """Process a Paused, an Exported or Buffers. `ids` are for the messages to send."""
         match message:
             case wire.Paused(replica=replica):
+                if message.hold != self.hold:
+                    return []  # it has not heard of the newest Hold, and tells again when it has
                 self._paused[replica] = message
                 if len(self._paused) < self._terms.replicas or self._under_way:
                     return []

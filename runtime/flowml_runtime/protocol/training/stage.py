@@ -70,9 +70,10 @@ class Hold(msgspec.Struct, frozen=True):
 
 
 class Paused(msgspec.Struct, frozen=True):
-    """The replica has stopped before the clock of the newest Hold: its next clock is `clock`. `pushed` are pairs
-    (store, clock) of the newest pushes to stores that apply on arrival."""
+    """The replica has stopped as the newest Hold says, before the clock `hold`: its next clock is `clock`. `pushed` are
+    pairs (store, clock) of the newest pushes to stores that apply on arrival."""
 
+    hold: int
     clock: int
     pushed: tuple[tuple[int, int], ...] = ()
 
