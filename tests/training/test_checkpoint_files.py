@@ -1,0 +1,167 @@
+"""Files of checkpoints: complete or not there, checked when they are read, and readable without a cluster."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+from flowml_runtime.environment import checkpoints
+from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
+
+ARRAYS = {"a/b": np.arange(6, dtype=np.float32).reshape(2, 3), "c": np.asarray(7), "empty": np.zeros((0, 4), np.int8)}
+
+
+def written(path: Path, steps: tuple[int, ...] = (1, 2)) -> list[Path]:
+    for step in steps:
+        checkpoints.write(path, step, b'{"n":1}', {**ARRAYS, "step": np.asarray(step)}, keep=3)
+    return checkpoints.snapshots(path)
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    newest, _ = written(tmp_path)
+    content, arrays = checkpoints.read(newest)
+    assert content == b'{"n":1}'
+    for name, array in ARRAYS.items():
+        assert (arrays[name].dtype, arrays[name].shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(arrays[name], array)
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    assert [checkpoints.step_of(p) for p in written(tmp_path, tuple(range(6)))] == [5, 4, 3]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_objects_are_refused_in_both_directions(tmp_path: Path) -> None:
+    with pytest.raises(fm.CheckpointError, match="holds Python objects"):
+        checkpoints.write(tmp_path, 1, b"{}", {"x": np.asarray([object()])}, keep=1)
+    assert list(tmp_path.iterdir()) == []
+    newest = written(tmp_path)[0]
+    change_manifest(newest, lambda body: body["arrays"][0]["spec"].update(dtype="object"))
+    with pytest.raises(fm.CheckpointError, match="has dtype 'object', which holds no numbers"):
+        checkpoints.read(newest)
+
+
+def change_manifest(snapshot: Path, change: Callable[[Any], Any], *, honest: bool = True) -> None:
+    """Change a manifest, with the checksum of the changed one if `honest`."""
+    path = snapshot / checkpoints.MANIFEST
+    found = msgspec.json.decode(path.read_bytes())
+    change(found["body"])
+    if honest:
+        found["checksum"] = checkpoints._checksum(msgspec.json.encode(found["body"]))  # pyright: ignore[reportPrivateUsage]
+    path.write_bytes(msgspec.json.encode(found))
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a flipped bit": (lambda p: flip(p / checkpoints.DATA, 9), "'a/b' .* was changed or is damaged"),
+    "a cut file": (lambda p: (p / checkpoints.DATA).write_bytes(b"abc"), "ends at byte 24 of a file of 3: it is cut"),
+    "no data": (lambda p: (p / checkpoints.DATA).unlink(), "cannot be read: No such file"),
+    "no manifest": (lambda p: (p / checkpoints.MANIFEST).unlink(), "cannot be read: No such file"),
+    "a cut manifest": (lambda p: (p / checkpoints.MANIFEST).write_bytes(b'{"checksum": "12'), "manifest .* is damaged"),
+    "a changed manifest": (
+        lambda p: change_manifest(p, lambda body: body["content"].update(n=2), honest=False),
+        "manifest .* was changed",
+    ),
+    "another format": (
+        lambda p: change_manifest(p, lambda body: body.update(format=2)),
+        "has format 2, .* reads format 1",
+    ),
+    "a huge array": (
+        lambda p: change_manifest(p, lambda body: body["arrays"][0]["spec"].update(shape=[2**40, 2**40])),
+        "it is cut",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_one_error(tmp_path: Path, name: str) -> None:
+    newest = written(tmp_path)[0]
+    damage, words = DAMAGE[name]
+    damage(newest)
+    with pytest.raises(fm.CheckpointError, match=words):
+        checkpoints.read(newest)
+
+
+def fitted(cluster: fm.Cluster, path: Path, steps: int, **more: Any) -> fm.TrainingResult:
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1, momentum=0.9), cluster=cluster)
+    checkpoint = fm.Checkpoint(path, every_steps=2)
+    options: dict[str, Any] = {"batch_size": BATCH, "steps": steps, "progress": False, "checkpoint": checkpoint}
+    return trainer.fit(mlp(), data(), **options, **more)
+
+
+def test_a_fit_goes_on_from_the_newest_complete_snapshot(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    whole = fitted(threads_cluster, tmp_path / "whole", 8)
+    fitted(threads_cluster, tmp_path / "stopped", 6)
+    newest = checkpoints.snapshots(tmp_path / "stopped")[0]
+    flip(newest / checkpoints.DATA, 9)
+    with pytest.warns(fm.FlowmlWarning, match=r"step-000000000006 was changed or is damaged.* goes on from step-0+4"):
+        resumed = fitted(threads_cluster, tmp_path / "stopped", 8, resume="auto")
+    assert [r["step"] for r in resumed.history] == [4, 5, 6, 7]
+    assert_same(resumed.params, whole.params)
+    assert fm.restore(tmp_path / "stopped").step == 8
+    assert fm.restore(newest).step == 6  # it was written again
+
+
+def test_a_disk_that_refuses_does_not_end_the_fit(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.warns(fm.FlowmlWarning, match=r"the checkpoint after step \d could not be written .* the fit goes on"):
+        result = fitted(threads_cluster, tmp_path / "file", 4)
+    assert len(result.history) == 4
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from flowml_runtime.environment import checkpoints
+array = np.zeros(2**22)
+for step in range(1, 10**6):
+    array[:] = step
+    checkpoints.write(Path(sys.argv[1]), step, b"{}", {"a": array, "b": array}, keep=2)
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_while_writing_leaves_the_snapshots_before(tmp_path: Path) -> None:
+    """The process is killed while files of a third snapshot are there, which has no name yet."""
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        while process.stdout.readline().strip() != b"2":
+            assert process.poll() is None
+        while not list(tmp_path.glob(".writing-*/buffers.bin")):
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
+    found = checkpoints.snapshots(tmp_path)
+    assert len(found) >= 2
+    for path in found:
+        _, arrays = checkpoints.read(path)
+        for array in arrays.values():
+            assert (array == checkpoints.step_of(path)).all()
+    checkpoints.write(tmp_path, 10**6, b"{}", {}, keep=2)
+    assert not list(tmp_path.glob(".writing-*")), "what a killed process has left is removed"
+
+
+def test_arguments_that_make_no_sense() -> None:
+    for options, words in (
+        ({"every_steps": 2, "every_s": 1.0}, "and not both"),
+        ({"every_steps": 0}, "every_steps"),
+        ({"every_s": float("nan")}, "above 0"),
+        ({"keep": 0}, "keep"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fm.Checkpoint("here", **options)  # type: ignore[arg-type]
