@@ -28,6 +28,7 @@ from flowml_runtime.sim.sites import Member
 from flowml_runtime.worker.training.exchange.mirrors import Filtered
 from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.own_values import OwnRhythm
+from flowml_runtime.worker.training.published import PublicCopy
 
 Patch = pytest.MonkeyPatch
 
@@ -189,6 +190,23 @@ def _ends_without_what_filters_still_keep(patch: Patch) -> None:
     patch.setattr(Filtered, "encode", encode)
 
 
+def _publishes_differences_of_versions(patch: Patch) -> None:
+    """And not to what readers hold, who lack what filters have left out of those before."""
+    real: Callable[..., Any] = PublicCopy.advance
+    newest: dict[int, list[Any]] = {}
+
+    def advance(self: Any, version: int, values: Any) -> Any:
+        held, before = self.values, newest.get(id(self))
+        self.values = before if held and before else held
+        made = real(self, version, values)
+        if held and before:
+            self.values = [h + (v - b) for h, v, b in zip(held, self.values, before, strict=True)]
+        newest[id(self)] = list(values)
+        return made
+
+    patch.setattr(PublicCopy, "advance", advance)
+
+
 def _counts_a_site_as_one_replica(patch: Patch) -> None:
     real: Callable[..., None] = Member.__init__
 
@@ -255,6 +273,7 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "a push of own parameters is left out": _leaves_out_a_push_of_own_parameters,
     "a residual is lost with a dropped push": _loses_the_residual_with_a_dropped_push,
     "mirrors end without what filters still keep": _ends_without_what_filters_still_keep,
+    "differences of versions are published": _publishes_differences_of_versions,
     "a site counts as one replica": _counts_a_site_as_one_replica,
     "a replica leaves before it has relayed a sum": _leaves_before_it_has_relayed_the_sum_of_its_site,
     "a late neighbour is left out of an average": _averages_without_a_late_neighbour,

@@ -352,13 +352,17 @@ class Arithmetic:
         held.params, held.state = list(results[:split]), list(results[split:])
 
     def current(self, worker: str, store: int, version: int) -> tuple[Value, int | None]:
-        held = self._held[worker, store]
-        values = host_view(held.params, held.program.device)
-        if not held.spec.policy.pull_filters:
+        spec, values = self._training.stores[store], self.newest(worker, store)
+        if not spec.policy.pull_filters:
             return values, None
-        copy = self._public.setdefault((worker, store), PublicCopy(held.spec, (self._start.seed, store)))
+        copy = self._public.setdefault((worker, store), PublicCopy(spec, (self._start.seed, store)))
         _, sent = copy.advance(version, values)
         return copy.values or values, sum(np.asarray(a).nbytes for a in sent)
+
+    def newest(self, worker: str, store: int) -> Arrays:
+        """The parameters of a store at one of its homes."""
+        held = self._held[worker, store]
+        return host_view(held.params, held.program.device)
 
     def forget(self, worker: str, store: int) -> None:
         if (worker, store) in self._public:

@@ -91,7 +91,7 @@ class Case:
             lost=lost,
             crashed=crashed,
             interrupted_s=interrupted,
-            again=not any(p.local or p.adds_up or p.filters for p in chosen),
+            again=not any(p.local or p.adds_up or p.filters or p.pull_filters for p in chosen),
         )
 
     def world(self) -> World:

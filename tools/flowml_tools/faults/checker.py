@@ -206,7 +206,7 @@ def _reads(seen: Timeline) -> Iterator[str]:
 
 def _version(seen: Timeline, read: Read, value: Matrix) -> int | None:
     """The version that has the value of a read. The replicas of a site do not know its number."""
-    values = seen.values.get(read.store, ())
+    values = seen.read_values.get(read.store, ())
     if not values:
         return None if np.any(value) else 0
     knows = seen.site_of(read.store, read.replica)[0] == read.replica or seen.terms.stores[read.store].collective

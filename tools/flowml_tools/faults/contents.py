@@ -5,6 +5,7 @@ codes       what a home decodes is the mean over the whole batch, each partition
 copies      all homes of a store make equal values of each version
 gossip      the mean over replicas contains each item once, and mirrors are equal at the end
 feedback    what filters have sent and what they still keep is what they were given
+published   what readers hold comes nearer to what the home has with each version that filters make smaller
 shared      each update of shared parameters is made and counted once
 """
 
@@ -23,6 +24,8 @@ from flowml_tools.faults.history import Encoded, Gave, Kept, Made, Matrix
 from flowml_tools.faults.timeline import Timeline
 
 _CLOSE = 1e-9
+CHOOSING = ("top_k", "random_k", "significance")
+"""The filters that send some coordinates as they are."""
 
 Fates = Mapping[int, tuple[str, tuple[int, ...], int]]
 """Item -> its fate, the groups without it, and its replica."""
@@ -42,6 +45,8 @@ def contents(seen: Timeline, fates: Fates, left_out: Mapping[int, int]) -> Itera
             yield from _copies(seen, store)
         if terms.policy.home_filters:
             yield from _fed_back(seen, store)
+        if terms.policy.pull_filters:
+            yield from _published(seen, store)
         if terms.shared:
             yield from _updated(seen, store)
 
@@ -214,6 +219,25 @@ def _fed_back(seen: Timeline, store: int) -> Iterator[str]:
         if not np.allclose(left, residual, atol=1e-6):
             lost = float(np.abs(left - residual).max())
             yield f"the error feedback of replica {replica} for part {part} of store {store} has lost {lost:g}"
+
+
+def _published(seen: Timeline, store: int) -> Iterator[str]:
+    """A version that is published through filters changes what readers hold towards what the home has: filters that
+    choose coordinates make those equal and leave the others, and all others come no further away."""
+    filters, values = seen.terms.stores[store].policy.pull_filters, seen.values.get(store, [])
+    exact = all(f.lossless for f in filters)
+    chooses = all(f.lossless or f.call in CHOOSING for f in filters)
+    held = np.zeros_like(values[0]) if values else None
+    for shown in (f for f in seen.shown if f.store == store and 0 < f.version < len(values)):
+        assert held is not None
+        value = values[shown.version]
+        sent = ~np.isclose(shown.value, held, rtol=0, atol=_CLOSE)
+        wrong = not np.allclose(shown.value, value, rtol=0, atol=_CLOSE) if exact else False
+        if chooses and not wrong:
+            wrong = not np.allclose(shown.value[sent], value[sent], rtol=0, atol=1e-6)
+        if wrong or np.linalg.norm(shown.value - value) > np.linalg.norm(held - value) + 1e-6:
+            yield f"readers of version {shown.version} of store {store} hold other values than its filters make of it"
+        held = shown.value
 
 
 def _updated(seen: Timeline, store: int) -> Iterator[str]:

@@ -107,6 +107,12 @@ def _chain(rng: random.Random) -> tuple[object, ...]:
     return (first, *(f for f in rest if rng.random() < 0.3))
 
 
+def _pull_chain(rng: random.Random) -> tuple[object, ...]:
+    """Filters of what the home publishes."""
+    lossy = [filters.top_k(0.3), filters.random_k(0.5), filters.significance(0.1), filters.quantise(8)]
+    return (rng.choice([*lossy, filters.low_rank(1), filters.key_cache()]), *rng.choice([(), (filters.compress(),)]))
+
+
 def _apply(rng: random.Random) -> object:
     return rng.choice(["mean", "mean", "mean", "sum", StalenessScaled(), Outer(), Vote(1), rng.choice(PROX)])
 
@@ -142,6 +148,12 @@ def _local(rng: random.Random, replicas: int) -> Knobs:
     }
 
 
+def _published(rng: random.Random, replicas: int) -> Knobs:
+    """The home filters what it publishes."""
+    knobs = rng.choice([_plain, _plain, _filtered, _local])(rng, replicas)
+    return {**knobs, "topology": ParameterServer(), "pull_filters": _pull_chain(rng)}
+
+
 def _graph(rng: random.Random, replicas: int) -> object:
     """A graph by its name, or a doubly stochastic matrix."""
     if rng.random() < 0.2:
@@ -172,7 +184,7 @@ def _sited(rng: random.Random, replicas: int) -> Knobs:
     sites = rng.choice([count, count, odd])
     number = sites if isinstance(sites, int) else 2
     local = rng.choice([ParameterServer(), *REDUCTIONS])
-    draw = rng.choice([_gossip, _mirrored, _local, _filtered, _plain, _plain])
+    draw = rng.choice([_gossip, _mirrored, _local, _filtered, _published, _plain, _plain])
     knobs = draw(rng, number)
     remote = knobs.get("topology", ParameterServer())
     return {**knobs, "topology": Hierarchy(local, remote, sites)}
@@ -186,13 +198,14 @@ KINDS: dict[str, Callable[[random.Random, int], Knobs]] = {
     "plain": _plain,
     "filtered": _filtered,
     "local": _local,
+    "published": _published,
     "gossip": _gossip,
     "mirrored": _mirrored,
     "sited": _sited,
     "shared": _shared,
 }
 """The kinds of one layer's policy, which get the number of replicas."""
-SHARES = {"plain": 12, "filtered": 5, "local": 4, "gossip": 2, "mirrored": 1, "sited": 3, "shared": 1}
+SHARES = {"plain": 12, "filtered": 5, "local": 4, "published": 2, "gossip": 2, "mirrored": 1, "sited": 3, "shared": 1}
 """How often each kind is drawn."""
 
 

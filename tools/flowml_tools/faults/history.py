@@ -61,6 +61,15 @@ class Made:
 
 
 @dataclass(frozen=True, slots=True)
+class Shown:
+    """The home of a store publishes a version through filters, and its readers hold `value` then."""
+
+    store: int
+    version: int
+    value: Matrix
+
+
+@dataclass(frozen=True, slots=True)
 class Gave:
     """A replica that has parameters of its own pushes at `clock`. They have changed by `content` since what it took."""
 
@@ -101,7 +110,7 @@ class Sent:
     published: bool
 
 
-Fact = Turn | Read | Made | Gave | Encoded | Kept | Sent
+Fact = Turn | Read | Made | Shown | Gave | Encoded | Kept | Sent
 
 
 @dataclass

@@ -215,7 +215,7 @@ def _computes(rule: Policy) -> bool:
         rule.local
         or rule.sited
         or rule.shared
-        or bool(rule.filters)
+        or bool(rule.filters or rule.pull_filters)
         or isinstance(rule.quorum, Coded)
         or cutting(rule.quorum) is not None
     )

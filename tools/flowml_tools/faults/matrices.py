@@ -31,7 +31,7 @@ from flowml_runtime.sim.arithmetic import Arithmetic, Arrays, Compiled
 from flowml_runtime.sim.node import NEVER
 from flowml_runtime.sim.program import At, StageProgram
 from flowml_runtime.sim.values import Value
-from flowml_tools.faults.history import Encoded, Gave, History, Kept, Made, Matrix
+from flowml_tools.faults.history import Encoded, Gave, History, Kept, Made, Matrix, Shown
 from flowml_tools.faults.history import Read as HasRead
 
 DTYPE = "float64"
@@ -206,11 +206,17 @@ class Matrices(Arithmetic):
             return self._reports[key]
         return before - total
 
-    def current(self, worker: str, store: int, version: int) -> tuple[Value, None]:
-        return self.final(worker, store), None
+    def current(self, worker: str, store: int, version: int) -> tuple[Value, int | None]:
+        value, nbytes = super().current(worker, store, version)
+        if self._training.stores[store].policy.pull_filters:
+            self._note(self._run_of(worker), Shown(store, version, value[0]))
+        return value, nbytes
+
+    def newest(self, worker: str, store: int) -> Arrays:
+        return [self._stored[worker, store]]
 
     def final(self, worker: str, store: int) -> Value:
-        return [self._stored[worker, store]]
+        return self.newest(worker, store)
 
     def hand(self, worker: str, message: wire.TrainingMessage, value: Value) -> None:
         if isinstance(message, wire.OwnState):

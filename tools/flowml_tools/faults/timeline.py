@@ -17,7 +17,7 @@ from flowml.policy import Fold, Gossip
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions
 from flowml_runtime.protocol.training.terms import Group, ReplicaLost
-from flowml_tools.faults.history import DRIVER, Fact, History, Made, Matrix, Sent, Turn
+from flowml_tools.faults.history import DRIVER, Fact, History, Made, Matrix, Sent, Shown, Turn
 
 Key = tuple[int, int]
 """(replica, clock)"""
@@ -74,6 +74,7 @@ class Timeline:
         self.coded = self.work.coded
         self.counted = any(isinstance(f, Sent) for f in self.facts)
         self.made = [f for f in self.facts if isinstance(f, Made)]
+        self.shown = [f for f in self.facts if isinstance(f, Shown)]
 
     @staticmethod
     def of(history: History) -> Timeline:
@@ -268,6 +269,15 @@ class Timeline:
                 homes[made.home].append(made.value)
         longest = {store: max(homes.values(), key=len) for store, homes in found.items()}
         return {store: [np.zeros_like(values[0]), *values] for store, values in longest.items()}
+
+    @cached_property
+    def read_values(self) -> dict[int, list[Matrix]]:
+        """Store -> the value of each version as its readers hold it, which filters may make another one."""
+        found = {store: [*values] for store, values in self.values.items()}
+        for shown in self.shown:
+            if shown.version and shown.version < len(found.get(shown.store, ())):
+                found[shown.store][shown.version] = shown.value
+        return found
 
     @cached_property
     def _versions_before(self) -> dict[int, list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from flowml.plan import Training
@@ -63,6 +63,9 @@ class _Counted(network.Wires):
 
     histories: dict[int, History]
     run: int
+    news: list[tuple[History, int, Any]]
+    """The publications, each with its place in a history. While one waits to be sent, a newer version may replace it,
+    which may have more bytes."""
 
     def send(self, source: str, to: str, nbytes: int, act: Act, *args: Any) -> float:
         if nbytes and source != to:
@@ -70,10 +73,20 @@ class _Counted(network.Wires):
             message = getattr(about, "message", about)
             if isinstance(message, wire.Contribution | wire.Published | wire.Gossip):
                 sent = Sent(message.store, nbytes, isinstance(message, wire.Published))
-                self.histories[message.run].facts.append(sent)
+                history = self.histories[message.run]
+                if sent.published:
+                    self.news.append((history, len(history.facts), about))
+                history.facts.append(sent)
             elif isinstance(args[0], tuple):  # a chunk of a sum, whose key begins with the store
                 self.histories[self.run].facts.append(Sent(args[0][0], nbytes, published=False))
         return super().send(source, to, nbytes, act, *args)
+
+    def settle(self) -> None:
+        """All that was published has been sent."""
+        for history, place, about in self.news:
+            fact = history.facts[place]
+            assert isinstance(fact, Sent)
+            history.facts[place] = replace(fact, nbytes=about.nbytes)
 
 
 @dataclass
@@ -125,7 +138,7 @@ class World:
             stepped=self._stepped,
         )
         self._wires = _Counted(self.clock, model, numbers, tamper)
-        self._wires.histories, self._wires.run = self.histories, RUN
+        self._wires.histories, self._wires.run, self._wires.news = self.histories, RUN, []
         self.simulation.wires = self._wires
         self.nodes = self.simulation.nodes
 
@@ -164,6 +177,7 @@ class World:
         """Let the run, or the second one if the first is interrupted, come to its end."""
         self.clock.after(0, 0, self.driver.tell, driver.Begin())
         self.clock.run(MOST_EVENTS)
+        self._wires.settle()
         if self.driver.machine.over:
             self.history.summary = self.driver.machine.ledger.summary()
             for told in self.driver.machine.traffic.values():
