@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 
-from flowml.policy import UNBOUNDED, Arrivals, Wait, spec
+from flowml.policy import UNBOUNDED, Arrivals, Quorum, Wait, spec
 from flowml_runtime.protocol.training import replica
 from flowml_runtime.protocol.training.accounts import Accounts
 from flowml_runtime.protocol.training.accumulator import Accumulator
@@ -21,6 +22,7 @@ from flowml_runtime.protocol.training.home import Home
 from flowml_runtime.protocol.training.ledger import Ledger, WorkQueue
 from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.replica import Replica
+from flowml_runtime.protocol.training.site import Site
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.sim.neighbours import Neighbours
@@ -207,6 +209,27 @@ def _publishes_differences_of_versions(patch: Patch) -> None:
     patch.setattr(PublicCopy, "advance", advance)
 
 
+def _sums_a_site_before_its_quorum(patch: Patch) -> None:
+    real: Callable[..., Any] = Site.__init__
+
+    def begin(self: Any, terms: Any, group: Any, number: int, began: float = 0.0) -> None:
+        real(self, terms, group, number, began)
+        if isinstance(group.site_quorum, Quorum):
+            inside = replace(self._inside, quorum=Quorum(1, late=group.site_quorum.late))
+            self._decision = Decision(terms, inside, began)
+
+    patch.setattr(Site, "__init__", begin)
+
+
+def _loses_a_late_contribution_of_a_site(patch: Patch) -> None:
+    real: Callable[..., list[Any]] = Site._forward  # pyright: ignore[reportPrivateUsage]
+
+    def forward(self: Any, store: int, clock: int, row: Any, folded: Any, **options: Any) -> list[Any]:
+        return real(self, store, clock, row, folded=(), **options)
+
+    patch.setattr(Site, "_forward", forward)
+
+
 def _counts_a_site_as_one_replica(patch: Patch) -> None:
     real: Callable[..., None] = Member.__init__
 
@@ -274,6 +297,8 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "a residual is lost with a dropped push": _loses_the_residual_with_a_dropped_push,
     "mirrors end without what filters still keep": _ends_without_what_filters_still_keep,
     "differences of versions are published": _publishes_differences_of_versions,
+    "a site is summed before its quorum": _sums_a_site_before_its_quorum,
+    "a late contribution to a site is lost": _loses_a_late_contribution_of_a_site,
     "a site counts as one replica": _counts_a_site_as_one_replica,
     "a replica leaves before it has relayed a sum": _leaves_before_it_has_relayed_the_sum_of_its_site,
     "a late neighbour is left out of an average": _averages_without_a_late_neighbour,

@@ -2,6 +2,7 @@
 
     decisions   each due clock of each group has one decision, in order, about exactly the replicas that had arrived,
                 and only once the quorum was reached; each late contribution that is kept joins the next decision
+    sites       the sum of a site with a quorum is made once the quorum is reached, and each contribution is in one sum
     applies     each version follows the one before, from exactly the contributions that the decisions name, or that
                 arrived; none is applied twice or lost; the coefficients are those of the policy; copies are equal
     reads       no step reads, and no contribution is based on, a version older than the staleness bound allows, as far
@@ -38,7 +39,7 @@ _CLOSE = 1e-9
 def check(history: History) -> list[str]:
     """The violations in a history, as sentences. A run that was interrupted is checked as far as it came."""
     seen = Timeline.of(history)
-    rules = (_decisions, _applies, _reads, _publications, _payloads, _items, _bytes)
+    rules = (_decisions, _sites, _applies, _reads, _publications, _payloads, _items, _bytes)
     return [text for rule in rules for text in rule(seen)]
 
 
@@ -73,7 +74,7 @@ def _decision(seen: Timeline, group: Group, commit: Commit, began: float) -> Ite
     where = f"clock {message.clock} of group {group.number}"
     if message.excluded != tuple(r for r in everyone if r not in there):
         yield f"{where} is committed without {message.excluded}, and with {there} arrived"
-    gone = seen.gone_at(seen.leader(group), place)
+    gone = seen.gone_at(seen.leader(group), place, sites=group.relayed)
     if not there:
         yield f"{where} is committed with nothing"
     elif any(r not in there and r not in gone for r in everyone) and not _reached(seen, group, commit, there, began):
@@ -94,6 +95,28 @@ def _reached(seen: Timeline, group: Group, commit: Commit, there: list[int], beg
         share = quorum.count_or_fraction
         return weight * terms.rows >= (share if quorum.counted else share * full * terms.rows) - _CLOSE
     return len(there) >= quorum.need(len(group.senders))
+
+
+def _sites(seen: Timeline) -> Iterator[str]:
+    for (store, leader), sums in seen.site_sums.items():
+        group = seen.terms.groups[seen.terms.group_of[store]]
+        where, quorum = f"the sum of store {store} of the site of replica {leader}", group.site_quorum
+        site = seen.site_of(store, leader)
+        keys = Counter(key for made in sums for key in made.keys)
+        twice = [key for key, n in keys.items() if n > 1]
+        if twice:
+            yield f"{where} has the contribution of {_named(twice[0])} twice"
+        for made in sums:
+            late = [key for key in made.keys if key[1] != made.clock]
+            if late and not group.folds:
+                yield f"{where} at clock {made.clock} has the late contribution of {_named(late[0])}"
+            lacks = made.there - {r for r, c in made.keys if c == made.clock}
+            if lacks:
+                yield f"{where} at clock {made.clock} lacks replicas {sorted(lacks)}, which were there"
+            gone = seen.gone_at(made.who, made.place)
+            waits = isinstance(quorum, Quorum) and quorum.of == "replicas"
+            if waits and len(made.there) < min(quorum.need(len(site)), len({*site} - gone)):
+                yield f"{where} at clock {made.clock} has {sorted(made.there)} before its quorum {quorum}"
 
 
 Chosen = tuple[int, int, float]
@@ -199,6 +222,8 @@ def _reads(seen: Timeline) -> Iterator[str]:
         every = terms.policy.every
         if terms.collective or (terms.policy.local and (every.delay or every.pull != every.push)):
             continue
+        if seen.folds_inside(store):
+            continue  # the sum of a site is based on what the oldest of its contributions is
         for replica, clock in seen.complete(seen.places.homes[store][0], store):
             for base in seen.bases(seen.places.homes[store][0], store, replica, clock):
                 yield from _read(seen, store, replica, clock, base, "contributes from")
@@ -282,7 +307,7 @@ def _payloads(seen: Timeline) -> Iterator[str]:
             given[turn.who, turn.event.handle] += 1
         for action in turn.wanted:
             match action:
-                case actions.Apply(contributions=contributions):
+                case actions.Apply(contributions=contributions) | actions.Forward(contributions=contributions):
                     ended.update((turn.who, h) for handles, _ in contributions for h in handles)
                 case actions.Show(handle=h) | actions.Load(handle=h) | actions.Release(handle=h):
                     ended[turn.who, h] += 1
@@ -368,6 +393,8 @@ def _bytes(seen: Timeline) -> Iterator[str]:
         sent = [f for f in seen.facts if isinstance(f, Sent) and f.store == store]
         real = sum(f.nbytes for f in sent if not f.published), sum(f.nbytes for f in sent if f.published)
         told = seen.traffic.get(store, (0, 0))
+        if seen.terms.stores[store].relayed and told[0] == real[0] and told[1] <= real[1]:
+            continue  # a leader that has left still passes the last versions on
         if told != real and (not seen.terms.stores[store].sites or sum(told) != sum(real)):
             yield f"workers report {told} bytes of gradients and parameters of store {store}, and sent {real}"
 

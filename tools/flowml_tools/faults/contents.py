@@ -75,6 +75,7 @@ def _items(seen: Timeline, store: int, fates: Fates, left_out: Mapping[int, int]
     terms, group = seen.terms, seen.terms.group_of.get(store, -1)
     exact, policy = any(m.value is not None for m in seen.made), terms.stores[store].policy
     whole = terms.microbatches if exact else 1
+    decays = seen.folds_inside(store) and getattr(policy.late, "decay", 1.0) < 1  # within the sums of sites
     due = {
         q: replica
         for q, (fate, missing, replica) in fates.items()
@@ -89,7 +90,7 @@ def _items(seen: Timeline, store: int, fates: Fates, left_out: Mapping[int, int]
             used = whole - left_out.get(q, 0) if exact else 1
             if policy.local:
                 used /= whole * len(seen.site_of(store, due[q])) if q in due else 1
-            if abs(amount - used) > _CLOSE and q in due:
+            if abs(amount - used) > _CLOSE and q in due and not decays:
                 yield f"item {q} is {amount:g} times in store {store} at {home}, in place of {used:g}"
         found = {q for q, amount in total.items() if abs(amount) > _CLOSE}
         lacks, more = sorted(due.keys() - found), sorted(found - due.keys())
@@ -100,7 +101,7 @@ def _items(seen: Timeline, store: int, fates: Fates, left_out: Mapping[int, int]
 def _weights(seen: Timeline, store: int) -> Iterator[str]:
     """A contribution weighs as many microbatches as it contains."""
     terms, home = seen.terms.stores[store], seen.places.homes[store][0]
-    if terms.policy.local or terms.policy.filters or terms.collective:
+    if terms.policy.local or terms.policy.filters or terms.collective or seen.folds_inside(store):
         return
     made = [m for m in seen.made if m.store == store and m.value is not None]
     for version, apply in zip(made, seen.applies.get((home, store), ()), strict=False):

@@ -42,6 +42,18 @@ class Applied:
     factors: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SiteSum:
+    """What the worker of the leader of a site with a quorum sends for a clock, and the contributions in it."""
+
+    place: int
+    who: str
+    clock: int
+    keys: tuple[Key, ...]
+    there: frozenset[int]
+    """The replicas whose contributions to this clock had reached the leader."""
+
+
 @dataclass
 class Timeline:
     """The facts of a history by what they are about."""
@@ -59,6 +71,12 @@ class Timeline:
         default_factory=lambda: defaultdict(lambda: defaultdict(dict))
     )
     """(home, store) -> contribution -> its parts."""
+    site_sums: dict[tuple[int, int], list[SiteSum]] = field(default_factory=lambda: defaultdict(list))
+    """(store, leader of the site) -> its sums."""
+    _at_leaders: dict[int, dict[Key, set[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
+    """Store with a quorum in sites -> contribution -> its parts that are at the leader of its site."""
+    _sites_gone: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    """As `_gone`, the leaders of sites that send nothing more."""
     _gone: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     """By worker: the replicas that it knew to be lost or retired, and from which place on."""
     _leaving: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
@@ -97,14 +115,19 @@ class Timeline:
     ) -> None:
         match event.message:
             case wire.Contribution() as told:
+                if event.handle is not None:
+                    handles[turn.who, event.handle] = told
+                if self.terms.stores[told.store].relayed and not told.of_site:
+                    self._at_leaders[told.store][told.replica, told.clock].add(told.part)
+                    return
                 parts = self._parts[turn.who, told.store][told.replica, told.clock]
                 parts.setdefault(told.part, told)
                 self._arrive_here(place, turn.who, told)
-                if event.handle is not None:
-                    handles[turn.who, event.handle] = told
             case wire.Arrived(store=store, replica=replica, clock=clock, weight=weight):
                 key = self.terms.group_of.get(store, -1), replica, clock, store
                 self._arrived.setdefault(key, (place, weight))
+            case wire.Retired(replica=replica, of_site=True):
+                self._sites_gone[turn.who].append((place, replica))
             case wire.Retired(replica=replica, stage=stage):
                 self._leaving[turn.who].append((place, replica))
                 if stage == 0:
@@ -126,7 +149,9 @@ class Timeline:
         match action:
             case actions.Open():
                 self.began[turn.who] = turn.at
-            case actions.Send(message=wire.Commit() as told) if turn.who == self.leader(self.terms.groups[told.group]):
+            case actions.Send(message=wire.Commit(site=None) as told) if turn.who == self.leader(
+                self.terms.groups[told.group]
+            ):
                 known = self.commits[told.group]
                 if told not in [c.message for c in known[-1:]]:
                     known.append(Commit(place, turn.at, told))
@@ -137,8 +162,22 @@ class Timeline:
                 keys = tuple((w[0].replica, w[0].clock) if w else (-1, -1) for w in whose)
                 applied = Applied(place, action, keys, tuple(f for _, f in contributions))
                 self.applies[turn.who, store].append(applied)
+            case actions.Forward(parts=(wire.Contribution() as told, *_)):
+                whose = [handles[turn.who, handled[0]] for handled, _ in action.contributions]
+                keys = tuple((w.replica, w.clock) for w in whose)
+                made = SiteSum(place, turn.who, told.clock, keys, self._there(told))
+                self.site_sums[told.store, told.replica].append(made)
             case _:
                 pass
+
+    def _there(self, told: wire.Contribution) -> frozenset[int]:
+        """The replicas of a site whose contributions to all stores of the group are at its leader."""
+        stores = self.terms.groups[self.terms.group_of[told.store]].stores
+        found = set(self.site_of(told.store, told.replica))
+        for store in stores:
+            whole, known = len(self.terms.stores[store].stages), self._at_leaders[store]
+            found = {r for r in found if len(known.get((r, told.clock), ())) == whole}
+        return frozenset(found)
 
     @property
     def turns(self) -> Iterable[Turn]:
@@ -150,6 +189,11 @@ class Timeline:
     def site_of(self, store: int, replica: int) -> tuple[int, ...]:
         """The replicas whose work comes together in one contribution to a store."""
         return next((site for site in self.terms.stores[store].sites if replica in site), (replica,))
+
+    def folds_inside(self, store: int) -> bool:
+        """Whether late contributions join later sums of their site. Their weight stays with their clock."""
+        terms = self.terms.stores[store]
+        return terms.relayed and isinstance(terms.policy.late, Fold)
 
     def coefficients(self, store: int, weights: Sequence[int], absent: int = 0) -> list[float]:
         """What contributions of these weights are multiplied by: equal for all gradients of a microbatch, or so that
@@ -172,8 +216,9 @@ class Timeline:
         place = next(n for n, f in enumerate(self.facts) if f is turn) if self.lost else 0
         return frozenset(r for at, r in self._lost[DRIVER] if at < place)
 
-    def gone_at(self, who: str, place: int) -> frozenset[int]:
-        return frozenset(r for at, r in self._gone[who] if at <= place)
+    def gone_at(self, who: str, place: int, *, sites: bool = False) -> frozenset[int]:
+        known = self._sites_gone if sites else self._gone
+        return frozenset(r for at, r in known[who] if at <= place)
 
     def lost_to(self, who: str, place: int) -> frozenset[int]:
         return frozenset(r for at, r in self._lost[who] if at <= place)
@@ -234,8 +279,8 @@ class Timeline:
             lost = self._lost_at_home(home, commit)
             sizes = {r: len(self.site_of(store, r)) for r in senders}
             living = sum(sizes[r] for r in senders if r not in commit.message.excluded or r not in lost)
-            each = max(w // sizes[r] for (r, _), w in zip(chosen, weights, strict=True))
-            absent = (living - sum(sizes[r] for r, _ in chosen)) * each
+            each = max(w / sizes[r] for (r, _), w in zip(chosen, weights, strict=True))
+            absent = round((living - sum(sizes[r] for r, _ in chosen)) * each)
         factors = self.coefficients(store, weights, absent)
         return [(r, c, f * decay ** (clock - c)) for (r, c), f in zip(chosen, factors, strict=True)]
 

@@ -82,6 +82,8 @@ class Site:
         """Clock -> (store, replica) -> its contribution."""
         self._owed: dict[int, set[int]] = {}
         """If late contributions are folded in: replica -> the clocks without it, for which it may still contribute."""
+        self._committed = -1
+        """The newest clock about which the sites have decided. A decision that comes again changes nothing."""
         self._sums: dict[int, _Sum] = {}
         """The sums that were forwarded and are not in a commit yet."""
         self._left: set[int] = set()
@@ -184,6 +186,9 @@ class Site:
         if self._group.final:
             return [] if folds or not event.leaves_out(self.leader) else self._skip_to(clock, now)
         actions: list[Action] = []
+        if clock <= self._committed:
+            return actions
+        self._committed = clock
         known = self._sums.get(clock)
         if not event.leaves_out(self.leader):
             if known is None:
