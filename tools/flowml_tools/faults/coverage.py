@@ -60,7 +60,7 @@ def values_of(policy: Policy) -> list[str]:
     alpha = " mixed" if getattr(policy.payload, "alpha", 0.0) else ""
     found.append(f"payload {type(policy.payload).__name__.lower()}{alpha}")
     found += [f"filter {f.call}{' with feedback' if f.feedback else ''}" for f in policy.filters]
-    found += [f"pull filter {f.call}" for f in policy.pull_filters]
+    found += [f"filter {f.call} of what is published" for f in policy.pull_filters]
     found.append(f"apply {type(base_of(policy.apply)).__name__.lower()}")
     found += ["apply prox"] if isinstance(policy.apply, Prox) else []
     found += ["apply outer in a gossip"] if isinstance(policy.apply, Outer) and isinstance(topology, Gossip) else []
