@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 
 from flowml.policy import Hierarchy, ParameterServer, Policy, Quorum
@@ -11,7 +13,7 @@ from flowml_tools.faults.layout import make
 
 
 @pytest.mark.parametrize("late", ["drop", "requeue", "fold"])
-def test_a_decision_about_sites_that_comes_again_changes_nothing(late: str) -> None:
+def test_a_decision_about_sites_that_comes_again_changes_nothing(late: Literal["drop", "requeue", "fold"]) -> None:
     """The sum of the clock had been told already, and the fit failed as if the site had never made it."""
     topology = Hierarchy(ParameterServer(), ParameterServer(), 2, quorum=Quorum(1, late=late))
     for seed in range(4):

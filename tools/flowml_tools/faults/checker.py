@@ -114,8 +114,9 @@ def _sites(seen: Timeline) -> Iterator[str]:
             if lacks:
                 yield f"{where} at clock {made.clock} lacks replicas {sorted(lacks)}, which were there"
             gone = seen.gone_at(made.who, made.place)
-            waits = isinstance(quorum, Quorum) and quorum.of == "replicas"
-            if waits and len(made.there) < min(quorum.need(len(site)), len({*site} - gone)):
+            if not isinstance(quorum, Quorum) or quorum.of != "replicas":
+                continue
+            if len(made.there) < min(quorum.need(len(site)), len({*site} - gone)):
                 yield f"{where} at clock {made.clock} has {sorted(made.there)} before its quorum {quorum}"
 
 

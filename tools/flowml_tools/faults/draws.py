@@ -193,13 +193,15 @@ def _sited(rng: random.Random, replicas: int) -> Knobs:
     return {**knobs, "topology": Hierarchy(local, remote, sites)}
 
 
-def _site_quorum(rng: random.Random, number: int, sites: object) -> Knobs:
+def _site_quorum(rng: random.Random, number: int, sites: Any) -> Knobs:
     """The leader of each site decides which of its replicas are in the sum of the site."""
-    late = rng.choice([*LATE, Fold(0.5)])
+    late: Any = rng.choice([*LATE, Fold(0.5)])
 
-    def quorum() -> Completion | None:
+    def quorum() -> Quorum | Deadline | None:
+        if rng.random() < 0.3:
+            return None
         share = rng.choice([1, 0.5, 0.75])
-        return rng.choice([None, Quorum(share, late=late), Quorum(share, late=late), Deadline(0.5, 0.3, late=late)])
+        return Quorum(share, late=late) if rng.random() < 0.7 else Deadline(0.5, 0.3, late=late)
 
     topology = Hierarchy(ParameterServer(), ParameterServer(), sites, quorum=quorum())
     knobs = {**rng.choice([_plain, _plain, _filtered])(rng, number), "payload": Gradient(), "topology": topology}
