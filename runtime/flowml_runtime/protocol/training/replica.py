@@ -140,8 +140,11 @@ class Replica:
         )
 
     def rests(self, clock: int) -> bool:
-        """Whether nothing runs or waits for a decision here, and `clock` is the next to begin."""
-        return self._running is None and not self._steps and self._begun + 1 == clock
+        """Whether nothing runs or waits for a decision here, `clock` is the next to begin, and it is known which versions
+        hold its pushes: a run that goes on hears of no older one."""
+        stores = [(s, c) for s, c in self._pushed.items() if not self._terms.stores[s].shared]
+        known = all(s in self._applied and self._applied[s].clock >= c for s, c in stores)
+        return known and self._running is None and not self._steps and self._begun + 1 == clock
 
     @property
     def retired(self) -> bool:
