@@ -177,6 +177,7 @@ class Ledger:
     def restore(self, state: LedgerState, clocks: Sequence[int]) -> None:
         """Go on where a snapshot was taken."""
         self._granted, self._cut, self._newest = state.granted, dict(state.cut), [clock - 1 for clock in clocks]
+        self._unasked = sum(newest < 0 for newest in self._newest)
         for replica, clock, item in state.outstanding:
             self._outstanding[item.sequence, item.copy] = (replica, item)
             self._clocks[item.sequence, item.copy] = clock
