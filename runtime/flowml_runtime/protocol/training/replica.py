@@ -140,8 +140,8 @@ class Replica:
         )
 
     def rests(self, clock: int) -> bool:
-        """Whether nothing runs or waits for a decision here, `clock` is the next to begin, and it is known which versions
-        hold its pushes: a run that goes on hears of no older one."""
+        """Whether nothing runs or waits for a decision here, `clock` is the next to begin, and it is known which
+        versions hold its pushes: a run that goes on does not hear of them."""
         stores = [(s, c) for s, c in self._pushed.items() if not self._terms.stores[s].shared]
         known = all(s in self._applied and self._applied[s].clock >= c for s, c in stores)
         return known and self._running is None and not self._steps and self._begun + 1 == clock
