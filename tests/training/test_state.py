@@ -265,3 +265,24 @@ def test_a_fit_goes_on_from_a_snapshot_with_the_state_of_each_replica(
         strict=True,
     ):
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_microbatches_that_a_step_leaves_out_leave_no_trace() -> None:
+    """Replica 1 is about to begin its last microbatch when the time is over; see `test_microbatches`."""
+    compute = fm.sim.Straggler(fm.sim.Constant(0.1), 2.0, workers=(1,))
+    cluster = fm.SimulatedCluster(2, compute, fm.sim.Network(1e-5, 1e9), arithmetic=True)
+    policy = fm.policies.drop_compute(0.12)
+    result = fit(cluster, replicas=2, microbatches=4, placement=fm.Pipeline(stages=1), policies=policy)
+    rows = BATCH // 8
+    assert result.ledger.left_out == STEPS * rows
+    assert [int(s["norm0"]["seen"]) for s in result.replica_states] == [STEPS * 4 * rows, STEPS * 3 * rows]
+
+
+def test_a_step_does_not_replace_finite_state_by_nan() -> None:
+    source = {k: v.copy() for k, v in SOURCE.items()}
+    source["x"][0] = np.nan
+    trainer = fm.Trainer(loss, OPTIMIZER, cluster=simulated(2), has_state=True)
+    with pytest.warns(fm.FlowmlWarning, match="NaN or infinity"):
+        result = trainer.fit(params(), source, batch_size=BATCH, epochs=1, state=state(), progress=False, shuffle=False)
+    assert np.isfinite(result.state["norm1"]["mean"]).all()
+    assert int(result.state["norm0"]["seen"]) == EXAMPLES - BATCH, "the other steps count"
