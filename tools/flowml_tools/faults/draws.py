@@ -270,6 +270,8 @@ def policies(rng: random.Random, replicas: int, stores: int, kind: str | None = 
         chosen = tuple(rng.choice(pool) for _ in range(stores))
         check_composition({str(i): p for i, p in enumerate(chosen)}, replicas)
         for p in chosen:
+            if p.sites_decide:
+                raise PolicyError("the checker does not know the decisions of sites that have parameters of their own")
             if p.site_quorum is not None and feeds_back(p.home_filters) and not isinstance(p.late, Fold):
                 # What filters have left out of the sum of a site goes by the fate of its leader's own step.
                 raise PolicyError("error feedback of a site does not learn whether the sum of the site counts")
