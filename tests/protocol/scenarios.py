@@ -4,13 +4,16 @@ A file has blocks: commands, a line `----`, and what they lead to, up to an empt
 the order of sending, but for links that are held.
 
     run replicas=3 stages=1 clocks=2 items=6 stores=quorum(2;4),every(2)
-                         begin a run, with all stores at the first stage of replica 0. quorum(2;4): two, each 4th clock
+                         begin a run, with all stores at the first stage of replica 0. quorum(2;4): two, each 4th clock.
+                         save=K: with a snapshot every K clocks and at the end; save=0: only at the end
     finish R[.S]         the stage pushes what is due and leaves its step
     push R[.S], leave R[.S]   the same in two
     hold A B, free A B   keep what A sends to B until it is freed
     again A B            what A sent to B last comes once more
     reads R[.S] STORE    whether the stage, as it is, may read the store
     lose R               all are told that the replica is lost
+    pause                the driver is to take a snapshot soon
+    resume               begin the run anew, from its newest snapshot
     show KIND...         also tell of these actions and messages
 """
 
@@ -25,8 +28,9 @@ from flowml import policies
 from flowml.policy import Policy, check_composition
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
-from flowml_runtime.protocol.training.ledger import Work
+from flowml_runtime.protocol.training.ledger import LedgerState, Work
 from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.protocol.training.snapshot import Rhythm, Save
 from flowml_runtime.protocol.training.story import wants
 from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
@@ -36,7 +40,7 @@ RULES = {
     "sync": policies.synchronous,
     "quorum": lambda n, k=1: policies.quorum(int(n), every=int(k)),
     "every": lambda k: policies.every(int(k)),
-    "async": lambda s: policies.asynchronous(int(s)),
+    "async": lambda *s: policies.asynchronous(*map(int, s)),
     "sum": policies.all_reduce,
 }
 TOLD = {
@@ -52,6 +56,8 @@ TOLD = {
     "Commit",
     "Settled",
     "Retired",
+    "Paused",
+    "Save",
 }
 
 
@@ -73,6 +79,11 @@ class Scenario:
     def __init__(self) -> None:
         self._told = set(TOLD)
         self._lines: list[str] = []
+        self._saved: tuple[wire.Stopped, LedgerState] | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forget all messages and steps."""
         self._links: dict[tuple[str, str], deque[Any]] = defaultdict(deque)
         self._order: deque[tuple[str, str]] = deque()
         self._held: set[tuple[str, str]] = set()
@@ -110,12 +121,24 @@ class Scenario:
             readers.append(by_home)
         self.terms = Terms(replicas, stages, 1, tuple(stores), clocks)
         self.places = Places(names, tuple(homes), tuple(readers))
+        self._work = Work(replicas, int(given.get("items", replicas * clocks)), 8, clocks, aligned=self.terms.aligned)
+        self._rhythm = Rhythm(int(given["save"])) if "save" in given else None
+        self._begin()
+
+    def _begin(self) -> None:
+        stopped, ledger = self._saved or (None, None)
         ids: dict[str, Any] = {**IDS, "seed": 0, "shuffle": False, "examples": 1, "source": "shipped"}
-        start = wire.StartTraining(**ids, total_clocks=clocks)
-        work = Work(replicas, int(given.get("items", replicas * clocks)), 8, clocks, aligned=self.terms.aligned)
-        self.driver = driver.TrainingDriver(start, self.terms, work, self.places)
+        start = wire.StartTraining(**ids, total_clocks=self.terms.total_clocks, stopped=stopped)
+        self.driver = driver.TrainingDriver(start, self.terms, self._work, self.places, self._rhythm, ledger)
         self.workers = {n: TrainingWorker(n, "driver", self.terms.lasting(0), self.places) for n in self.places.workers}
         self._tell("driver", driver.Begin())
+
+    def _pause(self) -> None:
+        self._tell("driver", driver.Pause())
+
+    def _resume(self) -> None:
+        self._clear()
+        self._begin()
 
     def _finish(self, at: str) -> None:
         if not self._running[self._at(at)].pushed:
@@ -214,7 +237,8 @@ class Scenario:
             case actions.Send(to, message):
                 self._send(name, to, message)
             case driver.SendStore(store, to):
-                self._send(name, to, wire.StoreValue(**IDS, store=store, version=0), arrays=True)
+                version = self._saved[0].stores[store].version if self._saved else 0
+                self._send(name, to, wire.StoreValue(**IDS, store=store, version=version), arrays=True)
             case actions.Start(_, replica, stage):
                 self._running[replica, stage] = _Running(action)
             case actions.Abandon(replica, stage, clock):
@@ -226,6 +250,10 @@ class Scenario:
                 self._send(name, to, message, arrays=value)
             case actions.Return(store, version, value):
                 self._send(name, ("driver",), wire.StoreValue(**IDS, store=store, version=version), arrays=value)
+            case actions.Export(stages, stores):
+                self._send(name, ("driver",), wire.Exported(**IDS, stages=stages, stores=stores, buffers=0))
+            case Save(stopped):
+                self._saved = stopped, self.driver.ledger.kept(stopped.clocks)
             case driver.Over():
                 self._tell("driver", driver.Stop())
             case _:

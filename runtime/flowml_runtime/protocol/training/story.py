@@ -83,9 +83,11 @@ def said(message: wire.Wire | wire.TrainingMessage) -> str:
             without = f" without {_many('group', missing)}" if missing else ""
             return ", ".join(f"item {i.sequence} of replica {replica} is {fate}{without}" for i, fate in fates)
         case wire.Hold(clock=clock):
-            return f"replicas stop before clock {clock}"
-        case wire.Paused(replica=replica, clock=clock):
-            return f"replica {replica} has stopped before clock {clock}"
+            return f"replicas {_held(clock)}"
+        case wire.Paused(replica=replica, hold=hold, clock=clock):
+            return f"replica {replica} has stopped before clock {clock}, because replicas {_held(hold)}"
+        case wire.Export():
+            return "all replicas have stopped, tell what you keep"
         case wire.Buffers(owner=owner):
             return f"this is what {owner} keeps" if owner else "these are all buffers"
         case wire.Retired(replica=replica, of_site=True):
@@ -218,6 +220,13 @@ def _wants_of_store(action: actions.Action | driver.Action) -> str:
 
 def _floor(floor: int) -> str:
     return "waiting for no replica" if floor == RETIRED else f"complete before clock {floor}"
+
+
+def _held(clock: int) -> str:
+    """What a Hold before a clock says."""
+    return {0: "stop now", RETIRED: "run to the end", snapshot.AT_END: "stop at their end"}.get(
+        clock, f"stop before clock {clock}"
+    )
 
 
 def _many(noun: str, numbers: Iterable[int]) -> str:
