@@ -301,11 +301,12 @@ class Arithmetic:
         spec = self._training.stores[store].parts[part]
         return all_finite(counted([np.asarray(a) for a in value], spec, self._training.microbatches))
 
-    def filtered(self, at: At, message: wire.Contribution, value: Value) -> tuple[Value, int]:
+    def filtered(self, at: At, message: wire.Contribution, value: Value, parameters: Value = None) -> tuple[Value, int]:
         encoder = self._encoders.get(at)
         if encoder is None:
             encoder = self._encoders[at] = Encoder(self._training.stores, at[0], self._start.seed)
-        sent, arrays = encoder.encode(message, value, self._compared.get((at, message.store)))
+        compared = self._compared.get((at, message.store)) if parameters is None else parameters
+        sent, arrays = encoder.encode(message, value, compared)
         return self._decoder.decode(sent, arrays), sum(spec.nbytes for spec in sent.specs)
 
     def settle(self, at: At, clock: int, stores: Sequence[int], counts: bool) -> None:

@@ -96,8 +96,8 @@ class Executor:
     def settle(self, clock: int, stores: Sequence[int], *, counts: bool) -> None:
         for gathered in (g for (store, _), g in self._gathered.items() if store in stores):
             (gathered.adopt if counts else gathered.discard)(clock)
-        if self._world.values.computes:
-            self._world.values.settle(self.at, clock, stores, counts)
+        pushed = [s for s in stores if not self._world.terms.stores[s].forwarded]
+        self._world.values.settle(self.at, clock, pushed, counts)
 
     def walk(self) -> None:
         """Go on until the step is over, a task takes time, or something is missing."""

@@ -227,10 +227,13 @@ class Node:
         given = [([pop(h) for h in handles], factor) for handles, factor in action.contributions]
         world, store = self.world, action.parts[0].store
         seconds = world.homes.seconds(len(given) * sum(world.sizes.parts[store]))
-        self._in_turn(seconds, self._send_sum, action, given)
+        parameters = self.shown[store][1] if store in self.shown else None
+        self._in_turn(seconds, self._send_sum, action, given, parameters)
 
-    def _send_sum(self, action: protocol.Forward, given: Sequence[tuple[Sequence[Value], float]]) -> None:
-        """Send the home of a store the sum of a site."""
+    def _send_sum(
+        self, action: protocol.Forward, given: Sequence[tuple[Sequence[Value], float]], parameters: Value
+    ) -> None:
+        """Send the home of a store the sum of a site. `parameters` are the newest of the store here."""
         world, stages = self.world, self.world.terms.stores[action.parts[0].store].stages
         for to, message in zip(action.to, action.parts, strict=True):
             if isinstance(message, wire.Gossip):
@@ -239,9 +242,18 @@ class Node:
             terms = [(values[message.part], factor) for values, factor in given]
             value, nbytes = world.values.weighted(terms) if given else None, 0
             if value is not None:
-                value, nbytes = world.filtered((message.replica, stages[message.part]), message, value)
+                value, nbytes = world.filtered((message.replica, stages[message.part]), message, value, parameters)
             self.counts.push(message.store, message.part, nbytes, crosses=to != self.name)
             self.send(to, message, value, nbytes)
+
+    def _count_sum(self, action: protocol.CountSum) -> None:
+        if self.world.values.computes:
+            self._in_turn(0.0, self._settle_sum, action)
+
+    def _settle_sum(self, action: protocol.CountSum) -> None:
+        terms, settle = self.world.terms, self.world.values.settle
+        for stage in dict.fromkeys(s for store in action.stores for s in terms.stores[store].stages):
+            settle((action.leader, stage), action.clock, action.stores, action.counts)
 
     def _send_to_leader(self, to: str, message: wire.Gossip, given: Sequence[tuple[Value, float]]) -> None:
         """Send the leader of a site that decides alone the sum of gradients."""
@@ -378,6 +390,7 @@ class Node:
         protocol.Load: _load,
         protocol.Apply: _apply,
         protocol.Forward: _forward,
+        protocol.CountSum: _count_sum,
         protocol.PassOn: _pass_on,
         protocol.Publish: _publish,
         protocol.Return: _return,

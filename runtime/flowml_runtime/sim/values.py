@@ -123,9 +123,9 @@ class Values(Protocol):
         """Whether a gradient may be applied."""
         ...
 
-    def filtered(self, at: At, message: wire.Contribution, value: Value) -> tuple[Value, int]:
+    def filtered(self, at: At, message: wire.Contribution, value: Value, parameters: Value = None) -> tuple[Value, int]:
         """What the home decodes of a gradient that the filters of its policy have encoded, and the bytes that are
-        sent."""
+        sent. `parameters` are those with which filters may compare it; None: those of the step of the stage."""
         ...
 
     def settle(self, at: At, clock: int, stores: Sequence[int], counts: bool) -> None:
@@ -247,7 +247,7 @@ class Nothing:
     def is_finite(self, store: int, part: int, value: Value) -> bool:
         return True
 
-    def filtered(self, at: At, message: wire.Contribution, value: Value) -> tuple[Value, int]:
+    def filtered(self, at: At, message: wire.Contribution, value: Value, parameters: Value = None) -> tuple[Value, int]:
         return value, 0
 
     def settle(self, at: At, clock: int, stores: Sequence[int], counts: bool) -> None:

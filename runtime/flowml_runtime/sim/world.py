@@ -210,12 +210,13 @@ class World:
         self.refuse(node, message.store, message.clock, (message.replica,), whose)
         return msgspec.structs.replace(message, weight=0, empty=True), None
 
-    def filtered(self, at: At, message: Any, value: Value) -> tuple[Value, int]:
-        """What the home decodes of a contribution, and the bytes that are sent: at most, if there is no arithmetic."""
+    def filtered(self, at: At, message: Any, value: Value, parameters: Value = None) -> tuple[Value, int]:
+        """What the home decodes of a contribution, and the bytes that are sent: at most, if there is no arithmetic.
+        `parameters` are as in `Values.filtered`."""
         if value is None:
             return None, 0
         if self.filters(message.store):
-            return self.values.filtered(at, message, value)
+            return self.values.filtered(at, message, value, parameters)
         return value, self.sizes.parts[message.store][message.part]
 
     def filters(self, store: int) -> bool:

@@ -45,7 +45,6 @@ from flowml.policy import (
     cutting,
 )
 from flowml.policy.compose import check_count
-from flowml.policy.filters import feeds_back
 from flowml.policy.graphs import check_members
 
 Knobs = Mapping[str, Any]
@@ -272,9 +271,6 @@ def policies(rng: random.Random, replicas: int, stores: int, kind: str | None = 
         for p in chosen:
             if p.sites_decide:
                 raise PolicyError("the checker does not know the decisions of sites that have parameters of their own")
-            if p.site_quorum is not None and feeds_back(p.home_filters) and not isinstance(p.late, Fold):
-                # What filters have left out of the sum of a site goes by the fate of its leader's own step.
-                raise PolicyError("error feedback of a site does not learn whether the sum of the site counts")
             if isinstance(p.topology, Hierarchy) and p.sited:
                 sites = len(p.topology.split(range(replicas)))
                 check_count("a layer", p.quorum, sites, "sites")

@@ -156,8 +156,8 @@ class Matrices(Arithmetic):
         self._note(run, Gave(store, at[0], clock, content))
         return sent
 
-    def filtered(self, at: At, message: wire.Contribution, value: Value) -> tuple[Value, int]:
-        found, nbytes = super().filtered(at, message, value)
+    def filtered(self, at: At, message: wire.Contribution, value: Value, parameters: Value = None) -> tuple[Value, int]:
+        found, nbytes = super().filtered(at, message, value, parameters)
         place = message.store, message.part, message.replica, message.clock
         self._note(message.run, Encoded(*place, value[0], found[0]))
         return found, nbytes

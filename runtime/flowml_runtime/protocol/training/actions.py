@@ -170,6 +170,16 @@ class Forward(msgspec.Struct, frozen=True):
     contributions: tuple[tuple[tuple[Handle, ...], float], ...]
 
 
+class CountSum(msgspec.Struct, frozen=True):
+    """Say whether the sums that the site of `leader` has forwarded at `clock` to these stores count, after they have
+    been filtered. What filters with error feedback keep follows that."""
+
+    leader: int
+    clock: int
+    counts: bool
+    stores: tuple[int, ...]
+
+
 class PassOn(msgspec.Struct, frozen=True):
     """Pass a message about a store on to these workers, with the value that is shown here if it has one."""
 
@@ -255,6 +265,7 @@ Action = (
     | Load
     | Apply
     | Forward
+    | CountSum
     | PassOn
     | Publish
     | Return

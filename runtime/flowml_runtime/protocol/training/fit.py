@@ -21,6 +21,7 @@ from flowml_runtime.protocol.training.actions import (
     Close,
     Computed,
     Count,
+    CountSum,
     Export,
     Forward,
     Hand,
@@ -431,6 +432,8 @@ class Fit:
             match made:
                 case site.Forward():
                     actions.append(self._forward(machine.leader, made))
+                case site.SumSettled(clock, stores, counts):
+                    actions.append(CountSum(machine.leader, clock, counts, stores))
                 case Committed(clock, excluded, _, _, folded):
                     what: dict[str, Any] = {"clock": clock, "excluded": excluded, "folded": folded}
                     commit = wire.Commit(**self._ids, group=group.number, site=at[1], waits=made.waits, **what)

@@ -18,6 +18,8 @@ replica. So no worker has to do with all replicas.
 * If sites have parameters of their own, what a site decides is final (`Group.final`): its replicas are told at
   once, and `Forward` sends the sum to the leader, which updates the parameters. The leader is in each sum. If the
   decision about sites drops one, that gives up its steps until then, because it takes the global parameters.
+* What filters with error feedback keep of a sum follows its fate, which `SumSettled` tells. A sum that is folded in
+  later counts. Otherwise the fate of a sum is known before a replica begins the step of the next one.
 * A site that all of its replicas have left sends nothing more, and the leader of the group is told.
 
 What the caller must do is the same as for `home` and `decision`.
@@ -52,12 +54,22 @@ class Forward:
 
 
 @dataclass(frozen=True, slots=True)
+class SumSettled:
+    """Whether the sums of `clock` to these stores, whose filters feed back, count. They were forwarded before, if the
+    site has decided the clock."""
+
+    clock: int
+    stores: tuple[int, ...]
+    counts: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SiteLeft:
     """No replica of the site sends anything more. If sites decide alone, it is enough that its leader retires."""
 
 
 Event = ContributionReceived | Committed | ReplicaRetired | ReplicaLost | Tick
-Action = Forward | Committed | Release | Wake | SiteLeft
+Action = Forward | SumSettled | Committed | Release | Wake | SiteLeft
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +98,7 @@ class Site:
         """The newest clock about which the sites have decided. A decision that comes again changes nothing."""
         self._sums: dict[int, _Sum] = {}
         """The sums that were forwarded and are not in a commit yet."""
+        self._fed_back = tuple(s for s in group.stores if terms.stores[s].feeds_back)
         self._left: set[int] = set()
         self._lost: set[int] = set()
 
@@ -189,6 +202,8 @@ class Site:
         if clock <= self._committed:
             return actions
         self._committed = clock
+        if self._fed_back:
+            actions.append(SumSettled(clock, self._fed_back, folds or not event.leaves_out(self.leader)))
         known = self._sums.get(clock)
         if not event.leaves_out(self.leader):
             if known is None:
@@ -199,7 +214,7 @@ class Site:
             taken, excluded = [], self.members
             if not folds:
                 self._sums.pop(clock, None)
-            actions = self._give_up(clock, now)
+            actions += self._give_up(clock, now)
         folded: list[tuple[int, int]] = []
         for replica, earlier in (*event.folded, *taken):
             if replica == self.leader:

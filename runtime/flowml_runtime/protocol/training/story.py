@@ -204,6 +204,9 @@ def _wants_of_store(action: actions.Action | driver.Action) -> str:
             store, clock = messages[0].store, messages[0].clock
             whom = ", ".join(dict.fromkeys(to))
             return f"sends {whom} the sum of {len(contributions)} contributions to store {store} at clock {clock}"
+        case actions.CountSum(leader, clock, counts, stores):
+            fate = "counts" if counts else "does not count"
+            return f"{fate} the sum of the site of replica {leader} at clock {clock} for {_many('store', stores)}"
         case actions.PassOn(to, message):
             return f"passes on to {', '.join(to)}: {said(message)}"
         case actions.Publish(store, version, floor, value, to):

@@ -55,6 +55,17 @@ class StoreTerms:
         return self.relayed and self.policy.sites_decide
 
     @cached_property
+    def forwarded(self) -> bool:
+        """Whether the homes get the sums of sites. What filters keep of those follows the fate of a sum, and not that
+        of a step of its leader."""
+        return self.relayed and not self.sites_decide
+
+    @cached_property
+    def feeds_back(self) -> bool:
+        """Whether filters keep what they have not sent."""
+        return feeds_back(self.policy.home_filters)
+
+    @cached_property
     def clocked(self) -> bool:
         return self.policy.clocked
 
@@ -70,7 +81,7 @@ class StoreTerms:
     @cached_property
     def keeps(self) -> bool:
         """Whether gradients of one step may wait for the push of a later one."""
-        return self.every > 1 or feeds_back(self.policy.home_filters)
+        return self.every > 1 or self.feeds_back
 
     @cached_property
     def decided(self) -> bool:

@@ -340,6 +340,8 @@ class _Fit:
                 pass  # `stores` has queued it
             case protocol.Forward():
                 self._relays.forward(action)
+            case protocol.CountSum():
+                self._relays.settle(action)
             case protocol.PassOn():
                 self._relays.pass_on(action)
             case protocol.Export():

@@ -21,7 +21,7 @@ from flowml.plan import Training
 from flowml_runtime import wire
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array
-from flowml_runtime.protocol.training.actions import Forward, PassOn
+from flowml_runtime.protocol.training.actions import CountSum, Forward, PassOn
 from flowml_runtime.worker.training.exchange.reductions import sum_of
 from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
@@ -51,6 +51,11 @@ class Relays:
         name = f"store {self._run.training.stores[store].name}"
         job = partial(self._forward, action, given, parameters)
         self._lane.put(job, partial(self._fail, self._run.step_of(clock), name))
+
+    def settle(self, action: CountSum) -> None:
+        """The fate of sums is known, which may still be queued."""
+        name = f"the site of replica {action.leader}"
+        self._lane.put(partial(self._settle, action), partial(self._fail, self._run.step_of(action.clock), name))
 
     def pass_on(self, action: PassOn) -> None:
         """Send the version that is shown here, or news of it, to the site. Filters are on the way to its leader."""
@@ -82,6 +87,9 @@ class Relays:
                     message, arrays = encoder.encode(message, arrays, parameters)
             run.count_push(message.store, message.part, sum(s.nbytes for s in message.specs), to)
             run.send(to, message, arrays)
+
+    def _settle(self, action: CountSum) -> None:
+        self._encoder(action.leader).settle(action.clock, action.stores, counts=action.counts)
 
     def _to_leader(self, to: str, message: wire.Gossip, given: Given) -> None:
         """Send the leader of a site the sum of gradients."""
