@@ -6,7 +6,8 @@ begins them; the clock of a portion is the number of its batch. The first stage 
 * It asks for one portion at a time, when it has finished the one before. It begins a portion when the batch before it
   is committed, and holds it until then.
 * While it waits for a commit, it asks for a copy of another replica's portion at the time that the policy says. If the
-  policy allows no copies, it does so once a replica is lost, and gets a portion that only lost replicas had.
+  policy allows no copies, it does so once a replica is lost, and gets a portion that only lost replicas had. One that
+  has computed no portion to its end does not know how long to wait: it asks at once, and only if a replica is lost.
 * A commit decides which grant of each portion counts. Every other step of that portion is abandoned if it runs, and
   does not begin if it has not begun. The leading stage settles grants that count as used, and all others as duplicates.
 * It retires after the last commit.
@@ -165,6 +166,8 @@ class Portions:
                 actions = []
             case ReplicaLost():
                 self._lost, actions = True, []
+                if self._wake_s == math.inf:  # it has computed no portion to its end
+                    self._wake_s = now
             case Tick() | Applied() | Hold():  # no fit with portions takes snapshots
                 actions = []
         return [*actions, *self._advance(now)]
@@ -183,7 +186,8 @@ class Portions:
         copy, self._asked, self._asked_copy = self._asked_copy, False, False
         if not items:
             self._exhausted |= not copy
-            self._wake_s = now + max(self._took_s or 0.0, PAUSE_S) if copy else self._wake_s
+            pause_s = now - self._idle_s if self._took_s is None else self._took_s
+            self._wake_s = now + max(pause_s, PAUSE_S) if copy else self._wake_s
             return []
         step = self._place(items[0][1])
         if step.clock <= self._committed:
@@ -236,7 +240,10 @@ class Portions:
             self._took_s = now - self._began_s
         step.take("finish")
         self._running, self._idle_s = None, now
-        self._wake_s = self._policy.copies_at(now, self._took_s) if self._took_s is not None else math.inf
+        if self._took_s is not None:
+            self._wake_s = self._policy.copies_at(now, self._took_s)
+        else:
+            self._wake_s = now if self._lost else math.inf
         return []
 
     def _advance(self, now: float) -> list[Action | Wake]:
