@@ -239,7 +239,8 @@ class Trainer:
             ValueError: if the batch size does not divide, the source is too small, or a batch does not fit the loss.
             WorkerLostError, WorkerError, DeadlineError: within seconds, if a worker fails.
             FlowmlError: if a fit of this trainer is already running.
-            CheckpointError: if the snapshot belongs to another fit, or all are damaged.
+            CheckpointError: if the snapshot belongs to another fit or is behind its end, all are damaged, or the
+                directory cannot be written.
         """
         data, callbacks = as_source(source), _callbacks(callbacks)
         batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
@@ -255,7 +256,7 @@ class Trainer:
             batch = self._first_batch(data, order, batch_size)
             program = self._program(cluster, shapes, batch)
             about = figures(program.training, data, batch_size, seed, shuffle)
-            saving = self._saving(cluster, program, params, opt_state, (checkpoint, resume), about)
+            saving = self._saving(cluster, program, params, opt_state, (checkpoint, resume), about, total)
             interrupts.check()
             handle = program.load()
             self._look_at_loss(program, params, data, order, batch_size)
@@ -335,13 +336,14 @@ class Trainer:
         opt_state: Any,
         asked: tuple[Checkpoint | None, Literal["auto"] | None],
         about: Figures,
+        total: int,
     ) -> Saving:
         """The values with which a fit begins, and its snapshots. `asked` are `checkpoint` and `resume`."""
         params = jax.tree_util.tree_map(_own, params)
         state = self._state(params, opt_state, program.compiled.outer)
         if asked[0] is not None and isinstance(cluster, SimulatedCluster):
             raise UnsupportedError("a simulated fit writes no checkpoints; leave checkpoint= out")
-        return saving_of(*asked, program.training, (params, state), about)
+        return saving_of(*asked, program.training, (params, state), about, total)
 
     def _look_at_loss(self, program: _Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
         """Warn once if the average of the loss over replicas and microbatches differs from the loss of the batch."""

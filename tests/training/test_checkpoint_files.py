@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -118,10 +119,29 @@ def test_a_fit_goes_on_from_the_newest_complete_snapshot(threads_cluster: fm.Clu
 
 
 def test_a_disk_that_refuses_does_not_end_the_fit(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a directory")
+    for step in range(5):  # files where the directories of snapshots would be written
+        (tmp_path / f".writing-{step:012d}-{os.getpid()}").write_text("not a directory")
     with pytest.warns(fm.FlowmlWarning, match=r"the checkpoint after step \d could not be written .* the fit goes on"):
-        result = fitted(threads_cluster, tmp_path / "file", 4)
+        result = fitted(threads_cluster, tmp_path, 4)
     assert len(result.history) == 4
+
+
+def test_a_path_that_cannot_be_a_directory_is_refused_before_the_fit(
+    threads_cluster: fm.Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    for path in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(
+            fm.CheckpointError, match=r"no checkpoint can be written into .*file.*; give fm\.Checkpoint a"
+        ):
+            fitted(threads_cluster, path, 4)
+
+
+def test_a_fit_that_ends_before_its_snapshot_is_refused(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    fitted(threads_cluster, tmp_path, 4)
+    with pytest.raises(fm.CheckpointError, match=r"has 4 steps, and the whole fit has 2; .* give at least 4 steps"):
+        fitted(threads_cluster, tmp_path, 2, resume="auto")
+    assert fitted(threads_cluster, tmp_path, 4, resume="auto").history == []
 
 
 WRITER = """

@@ -45,7 +45,7 @@ class Checkpoint:
         if self.every_steps is not None:
             whole_number("every_steps", self.every_steps, least=1)
         every_s: Any = self.every_s
-        if every_s is not None and not (isinstance(every_s, int | float) and 0 < every_s < float("inf")):
+        if every_s is not None and not (type(every_s) in (int, float) and 0 < every_s < float("inf")):
             raise ValueError(f"Checkpoint(every_s={every_s!r}): give a number of seconds above 0")
         whole_number("keep", self.keep, least=1)
 

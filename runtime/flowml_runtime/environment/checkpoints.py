@@ -85,6 +85,20 @@ def write(directory: Path, step: int, content: bytes, arrays: Mapping[str, Any],
     return target
 
 
+def prepare(directory: Path) -> None:
+    """Make the directory if it is not there. Raises CheckpointError if nothing could be written into it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        writable = os.access(directory, os.W_OK | os.X_OK)
+        why = "it may not be written"
+    except OSError as error:
+        writable, why = False, str(error)
+    if not writable:
+        raise CheckpointError(
+            f"no checkpoint can be written into {directory}: {why}; give fm.Checkpoint a directory that can be written"
+        )
+
+
 def snapshots(directory: Path) -> list[Path]:
     """The snapshots of a directory, the newest first."""
     found = [p for p in directory.iterdir() if _NAME.fullmatch(p.name)] if directory.is_dir() else []

@@ -20,10 +20,13 @@ def saving_of(
     training: Training,
     trees: tuple[Any, Any],
     now: Figures,
+    total: int,
 ) -> Saving:
-    """The snapshots of a fit with these figures, which would begin with these parameters and this optimizer state.
+    """The snapshots of a fit of `total` steps with these figures, which would begin with these parameters and this
+    optimizer state.
 
-    Raises CheckpointError if the snapshot to go on from belongs to another fit, or if that is not asked for.
+    Raises CheckpointError if the snapshot to go on from belongs to another fit or is behind its end, if that is not
+    asked for, or if the directory cannot be written.
     """
     if resume not in ("auto", None):
         raise ValueError(f"resume={resume!r}: give 'auto', or leave it out")
@@ -35,6 +38,7 @@ def saving_of(
         raise TypeError(f"checkpoint={checkpoint!r}: give an fm.Checkpoint(path, every_steps=...)")
     _check_supported(training)
     directory = checkpoint.directory
+    checkpoints.prepare(directory)
     if resume is None:
         if checkpoints.snapshots(directory):
             raise CheckpointError(
@@ -47,6 +51,12 @@ def saving_of(
         return Saving(checkpoint, None, now, trees)
     path, snapshot = found
     check(snapshot, path, training, now, trees)
+    steps = snapshot.content.steps
+    if steps > total:
+        raise CheckpointError(
+            f"the checkpoint {path} is behind the end of this fit: it has {steps} steps, and the whole fit has {total}; "
+            f"steps= and epochs= count from the beginning, so give at least {steps} steps"
+        )
     leaves = (snapshot.content.params, snapshot.content.opt_state)
     values = tuple(restored(tree, snapshot.leaves(of)) for tree, of in zip(trees, leaves, strict=True))
     return Saving(checkpoint, snapshot, now, (values[0], values[1]))
