@@ -139,7 +139,7 @@ def test_a_path_that_cannot_be_a_directory_is_refused_before_the_fit(
 
 def test_a_fit_that_ends_before_its_snapshot_is_refused(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
     fitted(threads_cluster, tmp_path, 4)
-    with pytest.raises(fm.CheckpointError, match=r"has 4 steps, and the whole fit has 2; .* give at least 4 steps"):
+    with pytest.raises(fm.CheckpointError, match=r"has 4 steps, and the fit has 2 in all; .* give at least 4 steps"):
         fitted(threads_cluster, tmp_path, 2, resume="auto")
     assert fitted(threads_cluster, tmp_path, 4, resume="auto").history == []
 

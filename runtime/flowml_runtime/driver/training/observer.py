@@ -122,7 +122,10 @@ class Observer:
         if not self._modelled[note.group]:
             seen.take(self._names[note.group], note.waits, note.excluded)
         group = self._terms.groups[note.group]
-        fresh = (self._terms.replicas if group.relayed else len(group.senders)) - len(note.excluded)
+        if group.sites and not group.relayed:  # the leader sends for its site, which is left out as a whole
+            fresh = len(frozenset(group.senders).difference(note.excluded))
+        else:
+            fresh = (self._terms.replicas if group.relayed else len(group.senders)) - len(note.excluded)
         for store in self._exact[note.group]:
             seen.stale.setdefault(store, Counter())[0] += fresh
 

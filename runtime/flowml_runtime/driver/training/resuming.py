@@ -54,8 +54,8 @@ def saving_of(
     steps = snapshot.content.steps
     if steps > total:
         raise CheckpointError(
-            f"the checkpoint {path} is behind the end of this fit: it has {steps} steps, and the whole fit has {total}; "
-            f"steps= and epochs= count from the beginning, so give at least {steps} steps"
+            f"the checkpoint {path} is behind the end of this fit: it has {steps} steps, and the fit has "
+            f"{total} in all; steps= and epochs= count from the beginning, so give at least {steps} steps"
         )
     leaves = (snapshot.content.params, snapshot.content.opt_state)
     values = tuple(restored(tree, snapshot.leaves(of)) for tree, of in zip(trees, leaves, strict=True))
