@@ -239,8 +239,7 @@ class Trainer:
             ValueError: if the batch size does not divide, the source is too small, or a batch does not fit the loss.
             WorkerLostError, WorkerError, DeadlineError: within seconds, if a worker fails.
             FlowmlError: if a fit of this trainer is already running.
-            CheckpointError: if the snapshot belongs to another fit or is behind its end, all are damaged, or the
-                directory cannot be written.
+            CheckpointError: if the snapshot is of another fit or behind its end, or no file can be read or written.
         """
         data, callbacks = as_source(source), _callbacks(callbacks)
         batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
