@@ -79,16 +79,16 @@ class Scenario:
     def __init__(self) -> None:
         self._told = set(TOLD)
         self._lines: list[str] = []
-        self._saved: tuple[wire.Stopped, LedgerState] | None = None
+        self.saved: tuple[wire.Stopped, LedgerState] | None = None
         self._clear()
 
     def _clear(self) -> None:
         """Forget all messages and steps."""
         self._links: dict[tuple[str, str], deque[Any]] = defaultdict(deque)
         self._order: deque[tuple[str, str]] = deque()
-        self._held: set[tuple[str, str]] = set()
+        self.held: set[tuple[str, str]] = set()
         self._last: dict[tuple[str, str], Any] = {}
-        self._running: dict[tuple[int, int], _Running] = {}
+        self.running: dict[tuple[int, int], _Running] = {}
         self._gathered: dict[tuple[int, int, int], int] = defaultdict(int)
         self._sums: dict[tuple[int, int], int] = defaultdict(int)
         self._handles = itertools.count(1)
@@ -121,15 +121,15 @@ class Scenario:
             readers.append(by_home)
         self.terms = Terms(replicas, stages, 1, tuple(stores), clocks)
         self.places = Places(names, tuple(homes), tuple(readers))
-        self._work = Work(replicas, int(given.get("items", replicas * clocks)), 8, clocks, aligned=self.terms.aligned)
+        self.work = Work(replicas, int(given.get("items", replicas * clocks)), 8, clocks, aligned=self.terms.aligned)
         self._rhythm = Rhythm(int(given["save"])) if "save" in given else None
         self._begin()
 
     def _begin(self) -> None:
-        stopped, ledger = self._saved or (None, None)
+        stopped, ledger = self.saved or (None, None)
         ids: dict[str, Any] = {**IDS, "seed": 0, "shuffle": False, "examples": 1, "source": "shipped"}
         start = wire.StartTraining(**ids, total_clocks=self.terms.total_clocks, stopped=stopped)
-        self.driver = driver.TrainingDriver(start, self.terms, self._work, self.places, self._rhythm, ledger)
+        self.driver = driver.TrainingDriver(start, self.terms, self.work, self.places, self._rhythm, ledger)
         self.workers = {n: TrainingWorker(n, "driver", self.terms.lasting(0), self.places) for n in self.places.workers}
         self._tell("driver", driver.Begin())
 
@@ -141,13 +141,13 @@ class Scenario:
         self._begin()
 
     def _finish(self, at: str) -> None:
-        if not self._running[self._at(at)].pushed:
+        if not self.running[self._at(at)].pushed:
             self._push(at)
         self._leave(at)
 
     def _push(self, at: str) -> None:
         replica, stage = where = self._at(at)
-        running = self._running[where]
+        running = self.running[where]
         running.pushed = True
         start, name = running.start, self.places.stages[replica][stage]
         machine = self.workers[name].stage(where)
@@ -165,15 +165,15 @@ class Scenario:
 
     def _leave(self, at: str) -> None:
         replica, stage = where = self._at(at)
-        start = self._running.pop(where).start
+        start = self.running.pop(where).start
         name = self.places.stages[replica][stage]
         self._tell(name, actions.StepFinished(0, replica, stage, start.clock, start.cause))
 
     def _hold(self, source: str, to: str) -> None:
-        self._held.add((source, to))
+        self.held.add((source, to))
 
     def _free(self, source: str, to: str) -> None:
-        self._held.discard((source, to))
+        self.held.discard((source, to))
         self._order.extendleft((source, to) for _ in self._links[source, to])
 
     def _again(self, source: str, to: str) -> None:
@@ -182,7 +182,7 @@ class Scenario:
 
     def _reads(self, at: str, store: str) -> None:
         where = self._at(at)
-        clock = self._running[where].start.clock
+        clock = self.running[where].start.clock
         yes = self.workers[self.places.stages[where[0]][where[1]]].stage(where).may_read(int(store), clock)
         self._lines.append(
             f"stage {where[1]} of replica {where[0]} {'may' if yes else 'may not'} read at clock {clock}"
@@ -221,7 +221,7 @@ class Scenario:
     def _deliver(self) -> None:
         while self._order:
             link = self._order.popleft()
-            if link not in self._held and self._links[link]:
+            if link not in self.held and self._links[link]:
                 self._tell(link[1], self._links[link].popleft())
 
     def _tell(self, name: str, event: Any) -> None:
@@ -237,12 +237,12 @@ class Scenario:
             case actions.Send(to, message):
                 self._send(name, to, message)
             case driver.SendStore(store, to):
-                version = self._saved[0].stores[store].version if self._saved else 0
+                version = self.saved[0].stores[store].version if self.saved else 0
                 self._send(name, to, wire.StoreValue(**IDS, store=store, version=version), arrays=True)
             case actions.Start(_, replica, stage):
-                self._running[replica, stage] = _Running(action)
+                self.running[replica, stage] = _Running(action)
             case actions.Abandon(replica, stage, clock):
-                running = self._running.get((replica, stage))
+                running = self.running.get((replica, stage))
                 if running is not None and running.start.clock == clock:
                     running.pushed = True  # it pushes nothing more
             case actions.Publish(store, version, floor, value, to, cause):
@@ -253,7 +253,7 @@ class Scenario:
             case actions.Export(stages, stores):
                 self._send(name, ("driver",), wire.Exported(**IDS, stages=stages, stores=stores, buffers=0))
             case Save(stopped):
-                self._saved = stopped, self.driver.ledger.kept(stopped.clocks)
+                self.saved = stopped, self.driver.ledger.kept(stopped.clocks)
             case driver.Over():
                 self._tell("driver", driver.Stop())
             case _:

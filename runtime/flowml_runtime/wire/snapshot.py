@@ -21,9 +21,10 @@ Owner = Annotated[str, msgspec.Meta(max_length=1024)]
 
 class Hold(TrainingMessage, frozen=True):
     """Replicas begin no clock from `clock` on, and do not retire, until a later Hold allows it. The largest clock
-    that a message can carry lets them run to the end."""
+    that a message can carry lets them run to the end. With `replica` it is for that one only."""
 
     clock: Count
+    replica: Count | None = None
 
 
 class Paused(TrainingMessage, frozen=True):

@@ -152,7 +152,7 @@ class Fit:
         self.asked = None
         stages = tuple(m.kept() for m in self.stages.values() if isinstance(m, replica.Replica))
         mine = [s for s in self._stores if self._places.homes[s][0] == self._me]
-        return [Export(stages, tuple(map(self._home.kept, mine)), asked.clocks, self.cause)]
+        return [Export(stages, tuple(self._home.kept(store, asked.pushed) for store in mine), asked.clocks, self.cause)]
 
     def _rests(self, asked: wire.Export) -> bool:
         last = max(asked.clocks)
@@ -268,7 +268,8 @@ class Fit:
         return [at for at in self.stages if at[1] == 0]
 
     def _held(self, message: wire.Hold, _: Received) -> list[Action]:
-        return self._at_stages(self._leading, stage.Hold(message.clock))
+        meant = [at for at in self._leading if message.replica in (None, at[0])]
+        return self._at_stages(meant, stage.Hold(message.clock))
 
     def _export(self, message: wire.Export, _: Received) -> list[Action]:
         self.asked = message

@@ -149,9 +149,9 @@ class Home:
                 self._stores[state.store].restore(state)
         self.staleness = Staleness(terms, self._stores)
 
-    def kept(self, store: int) -> wire.StoreState:
-        """Where a store stands, for a snapshot."""
-        return self._stores[store].kept(store)
+    def kept(self, store: int, pushed: Iterable[tuple[int, int, int]]) -> wire.StoreState:
+        """Where a store stands, for a snapshot. `pushed` as in `rests`."""
+        return self._stores[store].kept(store, {replica: clock for replica, index, clock in pushed if index == store})
 
     def rests(self, clocks: Sequence[int], pushed: Iterable[tuple[int, int, int]]) -> bool:
         """Whether everything is applied that replicas with these next clocks have sent. `pushed` are rows (replica,

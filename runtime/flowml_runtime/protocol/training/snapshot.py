@@ -6,8 +6,10 @@
   lies between two clocks of each replica, and one is taken at the end.
 * A worker tells what it keeps when everything that replicas have sent is applied there.
 * The run goes on when the host has the buffers. It writes them meanwhile.
-* A run without common clocks stops where each replica happens to be. Work items that a replica holds and has not begun
-  count as not granted.
+* A run without common clocks stops where each replica happens to be, if no replica waits for another. Else one that
+  has stopped would be waited for. So all stop before the same clock, and one that has no more items retires, but for
+  the last one: the homes stay open for it.
+* Work items that a replica holds and has not begun count as not granted, if there are no common clocks.
 """
 
 from __future__ import annotations
@@ -57,12 +59,15 @@ class Snapshots:
         self._exported: dict[str, wire.Exported] = {}
         self._buffers: list[tuple[str, tuple[str, ...], Handle | None]] = []
         self._under_way = False
+        self._released: set[int] = set()
+        """The replicas that may retire, because they have no more items and others may wait for them."""
 
     def pause(self, ids: dict[str, Any], newest: int) -> list[Send]:
-        """Stop soon: before the clock after the `newest` one that was granted, or at once if clocks are not shared."""
+        """Stop soon: before the clock after the `newest` one that was granted, or at once if no replica waits for
+        another."""
         if self._rhythm is None or self._under_way or self._paused:
             return []
-        clock = newest + 1 if self._terms.aligned else 0
+        clock = newest + 1 if self._terms.aligned or self._terms.paced_by_slowest else 0
         if clock >= self.hold:
             return []
         self.hold = clock
@@ -76,7 +81,7 @@ class Snapshots:
                     return []  # it has not heard of the newest Hold, and tells again when it has
                 self._paused[replica] = message
                 if len(self._paused) < self._terms.replicas or self._under_way:
-                    return []
+                    return self._release(ids, message)
                 self._under_way = True
                 pushed = tuple((r, *pair) for r, paused in sorted(self._paused.items()) for pair in paused.pushed)
                 return [Send(self._workers, wire.Export(**ids, clocks=self._clocks, pushed=pushed))]
@@ -90,6 +95,14 @@ class Snapshots:
         if len(self._exported) < len(self._workers) or len(self._buffers) < expected:
             return []
         return [self._save(ids["cause"]), *self._go_on(ids)]
+
+    def _release(self, ids: dict[str, Any], paused: wire.Paused) -> list[Send | Save]:
+        """Let a replica that has stopped because it has no more items retire, unless it is the last."""
+        last = len(self._released) == self._terms.replicas - 1
+        if not self._terms.paced_by_slowest or paused.clock >= paused.hold or last or paused.replica in self._released:
+            return []
+        self._released.add(paused.replica)
+        return [Send(self._workers, wire.Hold(**ids, clock=NO_HOLD, replica=paused.replica))]
 
     @property
     def _clocks(self) -> tuple[int, ...]:

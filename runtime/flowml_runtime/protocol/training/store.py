@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -11,7 +11,7 @@ import msgspec
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.clocks import Clocks
-from flowml_runtime.protocol.training.terms import StoreTerms, Terms
+from flowml_runtime.protocol.training.terms import RETIRED, StoreTerms, Terms
 
 Handle = int
 """Names a payload that the host keeps for the machine until it is applied or released."""
@@ -87,10 +87,14 @@ class Store:
     retired: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
     finished: bool = False
 
-    def kept(self, number: int) -> wire.StoreState:
-        """Where it stands, for a snapshot. Nothing is gathered then."""
-        clocks = () if self.clocks is None else self.clocks.all
-        return wire.StoreState(number, self.version, self.floor, self.committed, clocks)
+    def kept(self, number: int, pushed: Mapping[int, int]) -> wire.StoreState:
+        """Where it stands, for a snapshot. Nothing is gathered then. `pushed`: the newest pushes of replicas, some of
+        which may have retired already; a run that goes on may have work for them."""
+        if self.clocks is None:
+            return wire.StoreState(number, self.version, self.floor, self.committed, ())
+        clocks, senders = self.clocks.all, frozenset(self.senders)
+        clocks = tuple(pushed.get(r, -1) + 1 if c == RETIRED and r in senders else c for r, c in enumerate(clocks))
+        return wire.StoreState(number, self.version, min(clocks), self.committed, clocks)
 
     def restore(self, state: wire.StoreState) -> None:
         """Go on where a snapshot was taken. The version comes with the values."""

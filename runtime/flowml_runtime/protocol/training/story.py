@@ -82,8 +82,10 @@ def said(message: wire.Wire | wire.TrainingMessage) -> str:
         case wire.Settled(replica=replica, fates=fates, missing=missing):
             without = f" without {_many('group', missing)}" if missing else ""
             return ", ".join(f"item {i.sequence} of replica {replica} is {fate}{without}" for i, fate in fates)
-        case wire.Hold(clock=clock):
+        case wire.Hold(clock=clock, replica=None):
             return f"replicas {_held(clock)}"
+        case wire.Hold(replica=replica):
+            return f"replica {replica} may retire"
         case wire.Paused(replica=replica, hold=hold, clock=clock):
             return f"replica {replica} has stopped before clock {clock}, because replicas {_held(hold)}"
         case wire.Export():

@@ -15,7 +15,20 @@ from functools import cached_property
 import msgspec
 
 from flowml.plan import Training
-from flowml.policy import UNBOUNDED, Completion, Deadline, Every, Fold, Gossip, Policy, Quorum, Speculate, cutting
+from flowml.policy import (
+    UNBOUNDED,
+    Completion,
+    Consensus,
+    Deadline,
+    Every,
+    Fold,
+    Gossip,
+    Policy,
+    Quorum,
+    Speculate,
+    cutting,
+)
+from flowml.policy.apply import base_of
 from flowml.policy.filters import feeds_back
 from flowml.policy.late import Drop, Late
 from flowml.policy.waits import Waits
@@ -396,6 +409,13 @@ class Terms:
         readers within a bound wait for them, and own parameters that are not pushed would be replaced."""
         arriving = self._arriving
         return frozenset(p.every for p in arriving if p.staleness < UNBOUNDED or (p.local and not p.owes))
+
+    @cached_property
+    def paced_by_slowest(self) -> bool:
+        """Whether replicas share no clocks and yet wait for slower ones: to read within a bound, or for the first
+        report of each."""
+        waiting = (p for p in self._arriving if p.staleness < UNBOUNDED or isinstance(base_of(p.apply), Consensus))
+        return not self.aligned and any(not p.shared for p in waiting)
 
     def counts_anyway(self, clock: int) -> bool:
         """Whether the step of `clock` counts for some store, whatever is decided about it.
