@@ -13,7 +13,8 @@
   may wait for one of them. It tells a replica which version it may wait for: the one that holds its contribution, or
   the newest one if the contribution waits for others. The floor is the least over all replicas of one more than the
   clock of the newest contribution that is applied. What a replica leaves waiting when it retires is applied then. In
-  a mean over fewer than the quorum, each contribution counts as in one over all of it. The first apply of a consensus
+  a mean over fewer than the quorum, each contribution counts as in one over all of it. What is applied together is
+  published once, so that readers get no version without what waited for the same. The first consensus that they get
   has a report of every replica: a report is the change since the replica's last one, or since version 0.
 * Replicas update a shared store themselves, and its home counts the updates (`Updated`). A repeated one is an error.
 * A collective store has a home on every worker that reads it. Each home gets the sum of all replicas' contributions of
@@ -265,11 +266,12 @@ class Home:
         return store.terms.policy.quorum.need(len(store.senders) - len(self._lost.intersection(store.senders)))
 
     def _apply_batch(self, index: int, clocks: Clocks) -> list[Action]:
-        """Apply what is kept, a quorum at a time and the oldest first.
+        """Apply what is kept, a quorum at a time and the oldest first, and publish what that makes.
 
         If that is less than the quorum, as at the end, each still counts as in a full one.
         """
         store, actions = self._stores[index], list[Action]()
+        before = store.version
         need = max(self._need(store), 1)
         kept, store.batch = sorted(store.batch.items(), key=lambda entry: entry[0][1]), {}
         for batch in (sorted(kept[at : at + need]) for at in range(0, len(kept), need)):
@@ -278,8 +280,9 @@ class Home:
                     clocks.raise_to(max(clocks[replica], clock + 1), replica)
             store.floor = clocks.floor
             chosen = [(gathering, 1.0) for _, gathering in batch]
-            actions += self._apply(index, chosen, missing=need - len(batch))
-        return actions
+            made = self._apply(index, chosen, missing=need - len(batch))
+            actions += (a for a in made if not isinstance(a, Publish))
+        return [*actions, Publish(index, store.version, store.floor, value=store.version > before)]
 
     def _commit(self, event: Committed) -> list[Action]:
         actions: list[Action] = []
