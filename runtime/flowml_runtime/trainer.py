@@ -255,7 +255,7 @@ class Trainer:
             batch = self._first_batch(data, order, batch_size)
             program = self._program(cluster, shapes, batch)
             about = figures(program.training, data, batch_size, seed, shuffle)
-            saving = self._saving(cluster, program, params, opt_state, (checkpoint, resume), about, total)
+            saving = self._saving(cluster, program, params, opt_state, model, (checkpoint, resume), about, total)
             interrupts.check()
             handle = program.load()
             self._look_at_loss(program, params, data, order, batch_size)
@@ -333,6 +333,7 @@ class Trainer:
         program: _Program,
         params: Any,
         opt_state: Any,
+        model: Model,
         asked: tuple[Checkpoint | None, Literal["auto"] | None],
         about: Figures,
         total: int,
@@ -342,7 +343,7 @@ class Trainer:
         state = self._state(params, opt_state, program.compiled.outer)
         if asked[0] is not None and isinstance(cluster, SimulatedCluster):
             raise UnsupportedError("a simulated fit writes no checkpoints; leave checkpoint= out")
-        return saving_of(*asked, program.training, (params, state), about, total)
+        return saving_of(*asked, program.training, (params, state), model, about, total)
 
     def _look_at_loss(self, program: _Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
         """Warn once if the average of the loss over replicas and microbatches differs from the loss of the batch."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -245,26 +243,6 @@ def test_bad_input_is_refused_with_what_to_do() -> None:
     refused("'norm0/seen' is int32, which has no mean", state_rules={"*/seen": "mean"})()
     refused("state_rules\\['\\*'\\]", state_rules={"*": "median"})()
     refused("may compute the same examples", replicas=2, policies=fm.policies.coded(1), error=fm.PolicyError)()
-
-
-def test_a_fit_goes_on_from_a_snapshot_with_the_state_of_each_replica(
-    threads_cluster: fm.Cluster, tmp_path: Path
-) -> None:
-    """The first fit ends after half of the steps, which is not where replicas would join their states."""
-    options: dict[str, Any] = {"replicas": 2, "placement": fm.Pipeline(stages=2), "microbatches": 2}
-    whole = fit(threads_cluster, **options)
-    trainer = fm.Trainer(loss, OPTIMIZER, cluster=threads_cluster, has_state=True, **options)
-    run = partial(trainer.fit, params(), SOURCE, batch_size=BATCH, state=state(), progress=False)
-    checkpoint = fm.Checkpoint(tmp_path, every_steps=3)
-    run(steps=4, checkpoint=checkpoint)
-    result = run(steps=STEPS, checkpoint=checkpoint, resume="auto")
-    assert len(result.history) == STEPS - 4
-    for found, wanted in zip(
-        jax.tree.leaves(words([result.params, *result.replica_states])),
-        jax.tree.leaves(words([whole.params, *whole.replica_states])),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(found, wanted)
 
 
 def test_microbatches_that_a_step_leaves_out_leave_no_trace() -> None:

@@ -82,12 +82,14 @@ class Restored:
         params, opt_state: the pytrees of the fit after `step` steps.
         step: the number of steps before the snapshot.
         buffers: every buffer, by owner and name, such as "replica/1/stage/0/conv/filters/push/0.0/residual".
+        state: the state of the model, joined as in `TrainingResult`; None if the loss has none.
     """
 
     params: Any
     opt_state: Any
     step: int
     buffers: Mapping[str, np.ndarray[Any, Any]] = field(repr=False)
+    state: Any = None
 
 
 def restore(path: str | os.PathLike[str]) -> Restored:
@@ -103,7 +105,8 @@ def restore(path: str | os.PathLike[str]) -> Restored:
     assert found is not None
     snapshot, content = found[1], found[1].content
     params, opt_state = (_tree(snapshot, leaves) for leaves in (content.params, content.opt_state))
-    return Restored(params, opt_state, content.steps, snapshot.arrays)
+    state = _tree(snapshot, content.state) if content.state else None
+    return Restored(params, opt_state, content.steps, snapshot.arrays, state)
 
 
 def _tree(snapshot: Snapshot, leaves: Sequence[Leaf]) -> Any:

@@ -8,6 +8,7 @@ from flowml.errors import CheckpointError, UnsupportedError
 from flowml.plan import Training
 from flowml.policy import Fold
 from flowml_runtime.driver.checkpoint import Checkpoint, newest
+from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.result import restored
 from flowml_runtime.driver.training.saving import Saving
 from flowml_runtime.driver.training.snapshots import Figures, check
@@ -19,11 +20,12 @@ def saving_of(
     resume: Literal["auto"] | None,
     training: Training,
     trees: tuple[Any, Any],
+    model: Model,
     now: Figures,
     total: int,
 ) -> Saving:
-    """The snapshots of a fit of `total` steps with these figures, which would begin with these parameters and this
-    optimizer state.
+    """The snapshots of a fit of `total` steps with these figures, which would begin with these parameters, this
+    optimizer state, and this state of the model.
 
     Raises CheckpointError if the snapshot to go on from belongs to another fit or is behind its end, if that is not
     asked for, or if the directory cannot be written.
@@ -33,7 +35,7 @@ def saving_of(
     if checkpoint is None:
         if resume is not None:
             raise ValueError("resume='auto' needs checkpoint=fm.Checkpoint(path), which says where the snapshots are")
-        return Saving(trees=trees)
+        return Saving(trees=trees, model=model)
     if not isinstance(checkpoint, Checkpoint):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"checkpoint={checkpoint!r}: give an fm.Checkpoint(path, every_steps=...)")
     _check_supported(training)
@@ -45,12 +47,12 @@ def saving_of(
                 f"{directory} has checkpoints of an earlier fit; give resume='auto' to go on from the newest, or "
                 "another directory"
             )
-        return Saving(checkpoint, None, now, trees)
+        return Saving(checkpoint, None, now, trees, model)
     found = newest(directory)
     if found is None:
-        return Saving(checkpoint, None, now, trees)
+        return Saving(checkpoint, None, now, trees, model)
     path, snapshot = found
-    check(snapshot, path, training, now, trees)
+    check(snapshot, path, training, now, (*trees, model.state()))
     steps = snapshot.content.steps
     if steps > total:
         raise CheckpointError(
@@ -59,7 +61,7 @@ def saving_of(
         )
     leaves = (snapshot.content.params, snapshot.content.opt_state)
     values = tuple(restored(tree, snapshot.leaves(of)) for tree, of in zip(trees, leaves, strict=True))
-    return Saving(checkpoint, snapshot, now, (values[0], values[1]))
+    return Saving(checkpoint, snapshot, now, (values[0], values[1]), model)
 
 
 def _check_supported(training: Training) -> None:

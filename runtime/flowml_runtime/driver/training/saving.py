@@ -16,6 +16,7 @@ from flowml.errors import CheckpointError, FlowmlWarning
 from flowml.plan import Training
 from flowml_runtime import service
 from flowml_runtime.driver.checkpoint import Checkpoint
+from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.snapshots import Figures, Snapshot, taken
 from flowml_runtime.protocol.training.ledger import LedgerState
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save
@@ -30,14 +31,16 @@ class Saving:
         resumed: Snapshot | None = None,
         figures: Figures | None = None,
         trees: tuple[Any, Any] = (None, None),
+        model: Model | None = None,
     ) -> None:
-        """`trees` are the parameters and the optimizer state with which the fit begins."""
+        """`trees` are the parameters and the optimizer state with which the fit begins, `model` the model's state."""
         self.resumed = resumed
         self.first = resumed.content.steps if resumed else 0
         """The number of steps that are done already."""
         self._checkpoint = checkpoint
         self._figures = figures
         self.trees = trees
+        self._model = model or Model()
         self._saved_step = self.first
         self._saved_at: float | None = None
         self._writer: threading.Thread | None = None
@@ -76,7 +79,7 @@ class Saving:
         self._saved_step, self._saved_at = step, now
         if self._checkpoint is None or self._figures is None or step == self.first:
             return
-        snapshot = taken(training, self._figures, step, action.stopped, ledger, buffers, self.trees)
+        snapshot = taken(training, self._figures, step, action.stopped, ledger, buffers, self.trees, self._model)
         self.finish()
         self._writer = service.start("checkpoint", partial(self._write, snapshot), self._failed)
 

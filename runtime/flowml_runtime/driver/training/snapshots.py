@@ -2,11 +2,13 @@
 
 A snapshot names every buffer by its owner (`worker.training.resident`): those of homes by layer, those of replicas by
 replica, stage and layer. Beside them it has where all machines stand, the ledger of work items, and the fit's own
-figures, which a fit that resumes must share. Parameters and optimizer state are leaves, each of which names a buffer.
+figures, which a fit that resumes must share. Parameters and optimizer state are leaves, each of which names a buffer,
+and so is the state of the model as its rules join that of all replicas.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from flowml.devices import worker_of
 from flowml.errors import CheckpointError, named
 from flowml.plan import ArraySpec, StoreSpec, Training
 from flowml_runtime import wire
+from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import as_buffer, from_buffer
 from flowml_runtime.environment import checkpoints
 from flowml_runtime.protocol.training.ledger import LedgerState
@@ -72,6 +75,7 @@ class Content(msgspec.Struct, frozen=True):
     owners: dict[str, tuple[str, ...]]
     params: tuple[Leaf, ...]
     opt_state: tuple[Leaf, ...]
+    state: tuple[Leaf, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Snapshot:
         missing = [
             name
             for name in (
-                *(leaf.buffer for leaf in (*content.params, *content.opt_state)),
+                *(leaf.buffer for leaf in (*content.params, *content.opt_state, *content.state)),
                 *(f"{owner}/{name}" for owner, names in content.owners.items() for name in names),
             )
             if name not in arrays
@@ -148,13 +152,15 @@ def taken(
     ledger: LedgerState,
     buffers: Mapping[str, Mapping[str, Any]],
     trees: tuple[Any, Any],
+    model: Model,
 ) -> Snapshot:
     """The snapshot of what workers have told. `trees` are the parameters and the optimizer state that the fit began
-    with, for their structure, and for leaves that are in no buffer."""
+    with, for their structure, and for leaves that are in no buffer. `model` is the state that it began with."""
     arrays = {f"{owner}/{name}": a for owner, found in buffers.items() for name, a in found.items()}
     places = _places(training, stopped)
     leaves: list[tuple[Leaf, ...]] = []
-    for what, tree in zip(("params", "opt_state"), trees, strict=True):
+    joined = model.after(_states(training, buffers, model)).state()
+    for what, tree in zip(_TREES, (*trees, joined), strict=True):
         made: list[Leaf] = []
         for i, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
             buffer = places.get((what, i), f"{what}/{i}")
@@ -164,6 +170,22 @@ def taken(
     owners = {owner: tuple(found) for owner, found in buffers.items()}
     layers = tuple(map(Layer.of, training.stores))
     return Snapshot(Content(steps, figures, layers, stopped, ledger, owners, *leaves), arrays)
+
+
+_TREES = ("params", "opt_state", "state")
+
+
+def _states(training: Training, buffers: Mapping[str, Mapping[str, Any]], model: Model) -> tuple[tuple[Any, ...], ...]:
+    """The leaves of the model's state at each replica. What no step has changed yet is as it began."""
+    found: list[tuple[Any, ...]] = []
+    for replica, begun in enumerate(model.replicas):
+        leaves, seen = list(begun), Counter[int]()
+        for i, leaf in enumerate(training.state):
+            kept = buffers.get(f"replica/{replica}/stage/{leaf.stage}/model/state", {})
+            leaves[i] = kept.get(f"leaf/{seen[leaf.stage]}", leaves[i])
+            seen[leaf.stage] += 1
+        found.append(tuple(leaves))
+    return tuple(found)
 
 
 def _places(training: Training, stopped: wire.Stopped) -> dict[tuple[str, int], str]:
@@ -200,8 +222,8 @@ def figures(training: Training, source: Source, batch_size: int, seed: int, shuf
     return Figures(replicas, stages, training.microbatches, batch_size, source.examples, seed, shuffle)
 
 
-def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, trees: tuple[Any, Any]) -> None:
-    """Raise CheckpointError if the snapshot belongs to another fit: it says what differs."""
+def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, trees: tuple[Any, Any, Any]) -> None:
+    """Raise CheckpointError if the snapshot belongs to another fit: it says what differs. `trees`: as in `_TREES`."""
     known = {layer.name: layer for layer in snapshot.content.layers}
     mine = {store.name: Layer.of(store) for store in training.stores}
     differs = [
@@ -220,7 +242,7 @@ def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, tree
                 differs.append(
                     f"{name!r} keeps {buffer!r} as {_spec(before, buffer)} there and {_spec(after, buffer)} here"
                 )
-    for what, tree in zip(("params", "opt_state"), trees, strict=True):
+    for what, tree in zip(_TREES, trees, strict=True):
         there = {leaf.path: leaf.dtype for leaf in getattr(snapshot.content, what)}
         here = {tuple(map(_key, p)): str(x.dtype) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
         for path_ in dict.fromkeys((*there, *here)):

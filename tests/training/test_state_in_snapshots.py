@@ -1,0 +1,54 @@
+"""The state of a model in snapshots: `restore` returns what a fit that ends there does, and a stopped fit goes on."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flowml as fm
+from tests.training.reference import BATCH, assert_same
+from tests.training.test_checkpoints import Stopped
+from tests.training.test_state import OPTIMIZER, SOURCE, STEPS, loss, params, state, words
+
+STOP = 3
+
+
+def test_a_stopped_fit_goes_on_with_the_state_that_restore_shows(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    rules: Any = {"norm0/mean": "max", "norm0/var": "local", "*/seen": "sum"}
+    trainer = fm.Trainer(
+        loss,
+        OPTIMIZER,
+        cluster=threads_cluster,
+        has_state=True,
+        replicas=2,
+        placement=fm.Pipeline(stages=2),
+        microbatches=2,
+        state_rules=rules,
+    )
+    fit = partial(trainer.fit, params(), SOURCE, batch_size=BATCH, state=state(), progress=False)
+    whole, short = fit(steps=STEPS), fit(steps=STOP)
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] >= STOP:
+            raise Stopped
+
+    checkpoint = fm.Checkpoint(tmp_path, every_steps=STOP)
+    with pytest.raises(Stopped):
+        fit(steps=STEPS, checkpoint=checkpoint, callbacks=[stop])
+    found = fm.restore(tmp_path)
+    assert found.step == STOP
+    assert_same(words(found.state), words(short.state))
+
+    resumed = fit(steps=STEPS, checkpoint=checkpoint, resume="auto")
+    assert len(resumed.history) == STEPS - STOP
+    for a, b in ((resumed.params, whole.params), (resumed.state, whole.state)):
+        assert_same(words(a), words(b))
+    assert_same(words(resumed.replica_states), words(whole.replica_states))
+    assert_same(words(fm.restore(tmp_path).state), words(whole.state))
+
+    other = state() | {"norm0": {**state()["norm0"], "seen": state()["norm0"]["mean"][0]}}
+    with pytest.raises(fm.CheckpointError, match=r"state leaf 'norm0/seen' is int32 there and float32 here"):
+        fit(steps=STEPS, checkpoint=checkpoint, resume="auto", state=other)
