@@ -118,6 +118,14 @@ def test_a_fit_goes_on_from_the_newest_complete_snapshot(threads_cluster: fm.Clu
     assert fm.restore(newest).step == 6  # it was written again
 
 
+def test_a_fit_does_not_begin_anew_where_all_snapshots_are_damaged(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    fitted(threads_cluster, tmp_path, 4)
+    for snapshot in checkpoints.snapshots(tmp_path):
+        flip(snapshot / checkpoints.DATA, 9)
+    with pytest.raises(fm.CheckpointError, match=r"none of the 2 checkpoints in .* can be read; remove them to begin"):
+        fitted(threads_cluster, tmp_path, 8, resume="auto")
+
+
 def test_a_disk_that_refuses_does_not_end_the_fit(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
     for step in range(5):  # files where the directories of snapshots would be written
         (tmp_path / f".writing-{step:012d}-{os.getpid()}").write_text("not a directory")

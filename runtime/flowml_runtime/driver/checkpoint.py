@@ -70,7 +70,10 @@ def newest(directory: Path, *, why: bool = True) -> tuple[Path, Snapshot] | None
             warnings.warn(f"{error}. The fit goes on from {path.name}", FlowmlWarning, stacklevel=3)
         return found
     if errors:
-        raise errors[0]
+        raise CheckpointError(
+            f"none of the {len(errors)} checkpoints in {directory} can be read; remove them to begin anew. The newest: "
+            f"{errors[0]}"
+        )
     return None
 
 

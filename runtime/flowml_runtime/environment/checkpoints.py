@@ -126,7 +126,7 @@ def read(snapshot: Path) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]]:
     return bytes(body.content), arrays
 
 
-_FIX = "take an older one, or let resume='auto' find the newest that is complete"
+_FIX = "take an older one"
 
 
 def _body(path: Path) -> Body:
