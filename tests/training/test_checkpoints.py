@@ -84,11 +84,12 @@ POLICIES: dict[str, Any] = {
         "*": fm.policies.local_sgd(2),
     },
     "fragments": fm.policies.diloco(4, fragments=2, delay=1),
-    "significance": fm.policies.gaia(0.01),
-    "gossip": fm.policies.gossip("ring", every=2),
-    "copies": fm.policies.choco((fm.filters.top_k(0.3),)),
-    "gossip with an outer optimizer": fm.policies.no_loco(3),
-    "duals": fm.policies.admm(0.1, 1.0, 0),
+    "significance and duals": {"fc0*": fm.policies.gaia(0.01), "*": fm.policies.admm(0.1, 1.0, 0)},
+    "gossip and copies": {
+        "fc0*": fm.policies.gossip("ring", every=2),
+        "fc1*": fm.policies.choco((fm.filters.top_k(0.3),)),
+        "*": fm.policies.no_loco(3),
+    },
     "coded": fm.policies.coded(1),
 }
 

@@ -39,7 +39,7 @@ PASSING = {
     "Member._values": "what a leader tells again at the next step",
     "Copies._first": "a constant",
 }
-CASES = ("sums", "residuals", "own parameters", "significance", "copies")
+CASES = ("sums", "residuals", "own parameters", "significance and duals", "gossip and copies")
 
 
 def parts_of(thing: Any) -> Iterator[tuple[str, Any]]:
