@@ -19,6 +19,7 @@ UNEVEN = ((0, 1, 2), (3,))
 STEPS, BATCH = 6, 24
 SOURCE = data(STEPS * BATCH)
 INNER = optax.sgd(0.05, momentum=0.9)
+GRADIENT = jax.jit(jax.grad(mlp_loss))
 
 
 def nested(inside: fm.Quorum | fm.Deadline | None, sites: object = UNEVEN, **knobs: Any) -> fm.Policy:
@@ -39,7 +40,7 @@ def naive(counted: list[int]) -> Any:
     params, state, share = mlp(), INNER.init(mlp()), BATCH // 4
     for step in range(STEPS):
         rows = np.concatenate([np.arange(share) + step * BATCH + r * share for r in counted])
-        gradient = jax.grad(mlp_loss)(params, {k: v[rows] for k, v in SOURCE.items()})
+        gradient = GRADIENT(params, {k: v[rows] for k, v in SOURCE.items()})
         update, state = INNER.update(gradient, state, params)
         params = optax.apply_updates(params, update)
     return params

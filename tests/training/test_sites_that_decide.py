@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from tests.training.test_site_quorum import (
     BATCH,
     CLOCKS,
     EXAMPLES,
+    GRADIENT,
     INNER,
     ITEM,
     REPLICAS,
@@ -53,7 +55,7 @@ def local(counted: list[int], gossip: bool = False, mirrored: bool = False, bad:
         for s, site in enumerate(sites):
             mine = [r for r in site or UNEVEN[s] if (step, r) not in bad]
             rows = [np.arange(share) + step * BATCH + r * share for r in mine]
-            gradient = jax.grad(mlp_loss)(own[s], {k: v[np.concatenate(rows)] for k, v in SOURCE.items()})
+            gradient = GRADIENT(own[s], {k: v[np.concatenate(rows)] for k, v in SOURCE.items()})
             update, states[s] = INNER.update(gradient, states[s], own[s])
             updates.append(update)
         if mirrored:  # each site adds the steps of both, by the share of its replicas
@@ -86,21 +88,26 @@ def machines(slow: int | None) -> Any:
     return base if slow is None else fm.sim.Straggler(base, factor=1000, workers=(slow,))
 
 
-@pytest.mark.parametrize("case", CASES, ids=NAMES)
-def test_a_straggler_is_left_out_and_the_rest_is_local_sgd_of_sites(case: Any) -> None:
-    _, policy, slow, counted, kind = case
-    result = fit(simulated(4, machines(slow)), policy)
+@cache
+def virtual_fit(number: int) -> fm.TrainingResult:
+    """The simulated fit of a case, once for all tests."""
+    _, policy, slow, *_ = CASES[number]
+    return fit(simulated(4, machines(slow)), policy)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
+def test_a_straggler_is_left_out_and_the_rest_is_local_sgd_of_sites(number: int) -> None:
+    *_, counted, kind = CASES[number]
+    result = virtual_fit(number)
     close(result.params, local(counted, **kind))
     assert result.ledger.used == len(counted) * STEPS
     assert result.ledger.outstanding == 0
 
 
-@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[5]], ids=[NAMES[i] for i in (1, 3, 5)])
-def test_real_workers_do_so_too(threads_cluster: fm.Cluster, case: Any) -> None:
-    _, policy, slow, counted, kind = case
-    delays = {} if slow is None else {f"worker:{slow}": 2.0}
-    real, virtual = fit(threads_cluster, policy, delays=delays), fit(simulated(4, machines(slow)), policy)
-    close(real.params, local(counted, **kind))
+@pytest.mark.parametrize("number", [1, 3, 5], ids=[NAMES[i] for i in (1, 3, 5)])
+def test_real_workers_do_so_too(threads_cluster: fm.Cluster, number: int) -> None:
+    _, policy, slow, counted, _ = CASES[number]
+    real, virtual = fit(threads_cluster, policy, delays={f"worker:{slow}": 2.0}), virtual_fit(number)
     assert real.ledger.used == len(counted) * STEPS
     jax.tree.map(np.testing.assert_array_equal, real.params, virtual.params)
     for layer, row in real.traffic.items():
