@@ -10,7 +10,7 @@ import math
 import queue
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -135,9 +135,8 @@ class Fit:
         progress = Progress(self._options.total, self._options.progress)
         began = self._time.now()
 
-        def show(records: Sequence[Record], *, over: bool = False) -> None:
-            for record in self._observer.ready(records, over=over):
-                record["seconds"] = self._time.now() - began
+        def show(records: Iterable[Record], *, over: bool = False) -> None:
+            for record in records:
                 progress.show(record)
                 for callback in callbacks:
                     callback(record)
@@ -151,8 +150,10 @@ class Fit:
                     self._step(protocol.Pause())
                 records = self._history.ready()
                 if records or self._observer.holds:
-                    show(records)
-            show(self._history.rest(), over=True)
+                    show(self._observer.ready(records, self._time.now() - began))
+            seconds = self._time.now() - began
+            sent = {store: counts["pushed_bytes"] for store, counts in enumerate(self._bytes().values())}
+            show(self._observer.rest(self._history.rest(), seconds, sent), over=True)
             seconds = self._time.now() - began
         finally:
             progress.close()

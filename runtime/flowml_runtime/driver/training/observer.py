@@ -11,6 +11,9 @@ clocks, and where replicas take portions of a batch arrivals belong to portions.
 whom others waited (`waiting`). A record waits for the decisions about its clock, and until homes have said how stale
 its contributions were, but not while MAX_AHEAD newer ones are there. All figures of a fit without common clocks are
 those since the record before.
+
+Workers count bytes when they send them, and report them when a step ends. The last record waits until the fit is over:
+it gets what is known only then, such as what workers have sent since their last report.
 """
 
 from __future__ import annotations
@@ -70,6 +73,8 @@ class Observer:
 
     def __init__(self, training: Training, terms: Terms, began: float, first: int = 0) -> None:
         """`first` is the step of the first record."""
+        self._final = terms.total_clocks - 1
+        """The step of the last record."""
         self._training = training
         self._terms = terms
         self._names = [policy_name(training, group.stores) for group in terms.groups]
@@ -99,7 +104,8 @@ class Observer:
         """The step of the next record."""
         self._open: dict[int, _Seen] = {}
         self._held: deque[Record] = deque()
-        self._newest: Record | None = None
+        self._told_bytes: Counter[int] = Counter()
+        """By store, the bytes of all reports."""
         self._last: tuple[Mapping[str, int], Mapping[str, Mapping[int, int]]] = ({}, {})
         """The bytes and the staleness of the record before. Equal ones are shared, because records are many."""
         self._compared = 0
@@ -137,6 +143,7 @@ class Observer:
         seen = self._at(clock)
         for store, nbytes in report.pushed:
             seen.pushed[store] = seen.pushed.get(store, 0) + nbytes
+            self._told_bytes[store] += nbytes
         if not report.slots:
             return  # the stage that has the loss counts for its replica
         if self._among is not None:
@@ -169,13 +176,25 @@ class Observer:
         """Whether records wait for the decisions about their clocks."""
         return bool(self._held)
 
-    def ready(self, records: Iterable[Record], *, over: bool = False) -> Iterator[Record]:
-        """Complete the records about which all is known, in order. At the end of a fit that is all of them."""
+    def ready(self, records: Iterable[Record], seconds: float) -> Iterator[Record]:
+        """Complete the records about which all is known, in order, but not the last one. They are ready after `seconds`
+        of the fit."""
         self._held.extend(records)
-        while self._held and (over or self._is_known(self._held[0]["step"])):
+        while self._held and self._is_known(self._held[0]["step"]):
+            self._held[0].setdefault("seconds", seconds)
+            if self._held[0]["step"] == self._final:
+                return
             yield self._complete(self._held.popleft())
-        if over and self._newest is not None:
-            self._add_rest(self._newest)
+
+    def rest(self, records: Iterable[Record], seconds: float, sent: Mapping[int, int]) -> Iterator[Record]:
+        """Complete all remaining records at the end of the fit. `sent`: by store, the bytes of all contributions."""
+        self._held.extend(records)
+        while self._held:
+            record = self._held.popleft()
+            record.setdefault("seconds", seconds)
+            if not self._held:
+                self._add_rest(record["step"], sent)
+            yield self._complete(record)
 
     def staleness(self) -> dict[str, dict[int, int]]:
         """By layer, how many contributions of the fit were behind by how many versions."""
@@ -249,18 +268,21 @@ class Observer:
         pushed = {stores[s].name: seen.pushed[s] for s in sorted(seen.pushed)}
         return pushed, {stores[s].name: dict(sorted(seen.stale[s].items())) for s in sorted(seen.stale)}
 
-    def _add_rest(self, record: Record) -> None:
-        """What homes and stages have told after the last record was complete belongs to it."""
-        for step in sorted(self._open):
-            pushed, stale = self._counts(self._open.pop(step))
-            record["pushed_bytes"] = dict(Counter(record["pushed_bytes"]) + Counter(pushed))
-            known = record["staleness"]
-            added = {n: dict(sorted((Counter(known.get(n)) + Counter(found)).items())) for n, found in stale.items()}
-            record["staleness"] = {**known, **added}
+    def _add_rest(self, step: int, sent: Mapping[int, int]) -> None:
+        """Whatever is known at the end, and belongs to no record before, belongs to the last one."""
+        seen = self._of(step)
+        for other in [s for s in self._open if s != step]:
+            late = self._open.pop(other)
+            seen.pushed.update(late.pushed)
+            for store, found in late.stale.items():
+                seen.stale.setdefault(store, Counter()).update(found)
+        for store, nbytes in sent.items():
+            if nbytes > self._told_bytes[store]:
+                seen.pushed[store] += nbytes - self._told_bytes[store]
 
     def _complete(self, record: Record) -> Record:
         seen = self._open.pop(record["step"], None) or _Seen()
-        self._next, self._newest = record["step"] + 1, record
+        self._next = record["step"] + 1
         pushed, stale = self._counts(seen)
         before = self._last
         self._last = (before[0] if before[0] == pushed else pushed, before[1] if before[1] == stale else stale)

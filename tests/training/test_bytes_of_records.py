@@ -1,0 +1,76 @@
+"""The bytes in the records of a fit add up to its traffic, whatever the policy, and no record changes afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+
+STEPS, BATCH = 6, 24
+X = np.random.default_rng(0).normal(size=(STEPS * BATCH, 6)).astype(np.float32)
+SOURCE = {"x": X, "y": X.sum(axis=1, keepdims=True)}
+PARAMS = {"w": jnp.zeros((6, 1)), "b": jnp.zeros(1)}
+SERVER, AVERAGE = fm.ParameterServer(), fm.AllReduce()
+SITES = ((0,), (1, 2, 3))
+POLICIES = {
+    "sync": fm.Policy(),
+    "rhythm": fm.policies.every(4),
+    "quorum": fm.policies.quorum(0.75),
+    "compensate": fm.policies.compensate(0.75),
+    "bound": fm.policies.asynchronous(staleness=2),
+    "free": fm.policies.asynchronous(),
+    "sum": fm.policies.all_reduce(),
+    "gossip": fm.policies.gossip(),
+    "local": fm.policies.local_sgd(4),
+    "shared": fm.policies.hogwild(),
+    "coded": fm.policies.coded(stragglers=1),
+    "copies": fm.policies.speculate(3, after=0.1),
+    "sites": fm.Policy(topology=fm.Hierarchy(AVERAGE, SERVER, SITES)),
+    "site quorum": fm.Policy(topology=fm.Hierarchy(SERVER, SERVER, SITES, fm.Quorum(0.66))),
+    "filtered": fm.Policy(filters=(fm.filters.TopK(0.5),)),
+}
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    return jnp.mean((batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2)
+
+
+def check(cluster: Any, policy: fm.Policy, **options: Any) -> Any:
+    seen: list[dict[str, Any]] = []
+    trainer = fm.Trainer(loss, optax.sgd(0.05), cluster=cluster, replicas=4, policies=policy, **options)
+    result = trainer.fit(
+        PARAMS,
+        SOURCE,
+        batch_size=BATCH,
+        steps=STEPS,
+        progress=False,
+        callbacks=[lambda record: seen.append(copy.deepcopy(record))],
+    )
+    assert len(seen) == STEPS and seen == result.history, "a record has changed after callbacks had it"
+    for layer, counts in result.traffic.items():
+        assert sum(r["pushed_bytes"].get(layer, 0) for r in seen) == counts["pushed_bytes"], layer
+        stale = sum((Counter(r["staleness"].get(layer)) for r in seen), Counter[int]())
+        assert stale == Counter(result.staleness.get(layer)), layer
+    return result
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_the_bytes_of_records_add_up_in_virtual_time(policy: fm.Policy) -> None:
+    workers = 1 if policy == POLICIES["shared"] else 4
+    machines = fm.sim.Straggler(fm.sim.Constant(0.1), factor=3, workers=(workers - 1,))
+    network = fm.sim.Network(1e-4, 1e9)
+    result = check(fm.SimulatedCluster(workers, machines, network, devices_per_worker=4 // workers), policy)
+    assert any(counts["pushes"] for counts in result.traffic.values())
+
+
+@pytest.mark.parametrize("name", ["quorum", "copies", "site quorum", "free"])
+def test_the_bytes_of_records_add_up_on_threads(threads_cluster: fm.Cluster, name: str) -> None:
+    check(threads_cluster, POLICIES[name], delays={"worker:3": 0.02})
