@@ -390,7 +390,7 @@ class Executor:
         while self._inside:
             store, part, weight = self._inside[0]
             member, own = self._members[store], self._own.get(store)
-            found = [] if self._updated == store else member.total(part, step.clock)
+            found = [] if self._updated == store else member.total(part, step.clock, self._machine.given_up)
             if not found and self._updated != store:
                 return False
             if member.leads or (own is not None and not member.served):  # others need no sum, but may relay it

@@ -42,8 +42,8 @@ class _News(msgspec.Struct):
     begins: float = 0.0
 
 
-_NEWS = frozenset({wire.Published, wire.Applied})
-"""Messages that may let a step go on although the machine wants nothing."""
+_NEWS = frozenset[type]({wire.Published, wire.Applied})
+"""As `Node._news_types`, where no sites decide alone. There a step may wait for a sum that does not come."""
 
 _WAKE = 3
 """The kind of the event that a Wake asked for; see `network.KINDS`."""
@@ -91,6 +91,8 @@ class Node:
         self.counts = Counts(0)
         self._handles = 0
         """The number of the newest handle."""
+        self._news_types = _NEWS | {wire.Commit} if world.terms.final else _NEWS
+        """Messages that may let a step go on although the machine wants nothing."""
         self._turns = 0
         """The work of the homes here that is not done yet."""
         self._free = 0.0
@@ -128,7 +130,7 @@ class Node:
             self._ACT[type(action)](self, action)
         if self.world.stepped is not None:
             self.world.stepped(self, event, wanted)
-        if wanted or (type(event) is protocol.Received and type(event.message) in _NEWS):
+        if wanted or (type(event) is protocol.Received and type(event.message) in self._news_types):
             self.walk()
 
     def note(self, event: protocol.Updated | protocol.Computed) -> None:

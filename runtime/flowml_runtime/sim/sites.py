@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowml.plan import Site
@@ -13,7 +13,7 @@ from flowml_runtime.protocol.training.accumulator import Sum
 from flowml_runtime.protocol.training.actions import Start
 from flowml_runtime.sim.neighbours import Neighbours
 from flowml_runtime.sim.program import At
-from flowml_runtime.sim.values import Value
+from flowml_runtime.sim.values import NO_ARRAYS, Value
 from flowml_runtime.worker.training.exchange.reductions import summed
 
 if TYPE_CHECKING:
@@ -92,13 +92,16 @@ class Member:
         else:
             node.world.collectives.push(node.name, step, self._store, part, given.weight, given.value, self._site)
 
-    def total(self, part: int, clock: int) -> list[Value]:
-        """The sum of the gradients of the site; nothing if it is not here yet."""
+    def total(self, part: int, clock: int, given_up: Callable[[int, int], bool]) -> list[Value]:
+        """The sum of the gradients of the site, without arrays if it has `given_up` (store, clock); nothing if it is
+        not here yet."""
         key = (self._store, self._at[0], summed(part), clock)
         if key in self._node.told:
             for earlier in range(self._summed + 1, clock):
                 self._node.told.pop((*key[:3], earlier), None)
             self._summed = clock
+        elif given_up(self._store, clock):
+            return [NO_ARRAYS]
         return [self._node.told.pop(key)] if key in self._node.told else []
 
 

@@ -136,6 +136,10 @@ class Portions:
         step = self._running
         return step is not None and step.number == number and step.state == "abandoned"
 
+    def given_up(self, store: int, number: int) -> bool:
+        """Whether a site has gone on without the running step. No batch that is cut into portions has sites."""
+        return False
+
     def pushes(self, store: int, number: int) -> bool:
         """Whether the running step ends with a push to `store`: each does, to all."""
         return True

@@ -191,6 +191,11 @@ class Replica:
         """Whether the running step of `clock` can stop, because it will not count."""
         return self._running is not None and self._running.clock == clock and self._running.state == "abandoned"
 
+    def given_up(self, store: int, clock: int) -> bool:
+        """Whether the site of a store has gone on without the running step of `clock`, which may count for others."""
+        step = self._running
+        return step is not None and step.clock == clock and self._terms.site_groups.get(store) in step.lost
+
     def pushes(self, store: int, clock: int) -> bool:
         """Whether the running step of `clock` ends with a push to `store`."""
         step = self._running

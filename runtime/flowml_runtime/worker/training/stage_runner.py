@@ -383,7 +383,7 @@ class StageRunner(EdgeServices):
         """
         for store, part, weight in self._inside:
             member, own, clock = self._members[store], self._own.get(store), self._now.clock
-            summed = member.total(part, clock, self._in_vain)
+            summed = member.total(part, clock, self._in_vain, self.machine.given_up)
             if not member.leads and (own is None or member.served):
                 continue
             found = self.adopt(summed)

@@ -9,6 +9,7 @@ says that nothing has changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,11 +93,15 @@ class Member:
         with self._run.changed:
             self._run.told[self._store, self._replica, summed(part), clock] = arrays
 
-    def total(self, part: int, clock: int, in_vain: Callable[[], bool]) -> Sequence[Array]:
-        """The sum of the gradients of the site at `clock`. Nothing, if none of them may be applied."""
+    def total(
+        self, part: int, clock: int, in_vain: Callable[[], bool], given_up: Callable[[int, int], bool]
+    ) -> Sequence[Array]:
+        """The sum of the gradients of the site at `clock`. Nothing, if none of them may be applied, or if the site has
+        `given_up` (store, clock)."""
         self._forget(summed(part), self._summed + 1, clock)
         self._summed = clock
-        return self._wait(summed(part), clock, in_vain, f"the sum of gradients of {self._name!r} of its site")
+        what = f"the sum of gradients of {self._name!r} of its site"
+        return self._wait(summed(part), clock, in_vain, what, partial(given_up, self._store, clock))
 
     def _forget(self, source: int, first: int, clock: int) -> None:
         """Drop what came for the clocks before `clock` that this replica has left out."""
@@ -104,8 +109,15 @@ class Member:
             for earlier in range(first, clock):
                 self._run.told.pop((self._store, self._replica, source, earlier), None)
 
-    def _wait(self, source: int, clock: int, in_vain: Callable[[], bool], what: str) -> Sequence[Array]:
+    def _wait(
+        self,
+        source: int,
+        clock: int,
+        in_vain: Callable[[], bool],
+        what: str,
+        given_up: Callable[[], bool] = lambda: False,
+    ) -> Sequence[Array]:
         run, key = self._run, (self._store, self._replica, source, clock)
         with run.changed:
-            run.wait_for(lambda: key in run.told, in_vain, what, run.step_of(clock))
-            return run.told.pop(key)
+            run.wait_for(lambda: key in run.told or given_up(), in_vain, what, run.step_of(clock))
+            return run.told.pop(key, ())
