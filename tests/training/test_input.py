@@ -71,7 +71,7 @@ def test_layouts_and_lengths(
 
 POLICIES: list[tuple[dict[str, Any], str]] = [
     ({"conv*": fm.Policy()}, r"policies\['conv\*'\] matches no parameter; there are: fc0/bias, fc0/kernel"),
-    ({"fc*": "sync"}, r"policies\['fc\*'\] is 'sync'; give a flowml.Policy"),
+    ({"fc*": "sync"}, r"policies\['fc\*'\] is 'sync', of type str; give a flowml.Policy or one of flowml.policies"),
 ]
 
 
