@@ -96,6 +96,11 @@ class Replica:
             g.number for g in terms.groups if g.number in terms.above and terms.counted_as(g, replica) != replica
         )
         """The groups above its site, about which the leader of the site decides what to do."""
+        self._followed = any(
+            s.sites_decide and s.policy.local and len(site := terms.site_of(i, replica)) > 1 and site[0] == replica
+            for i, s in enumerate(terms.stores)
+        )
+        """Whether others begin each of their steps with its parameters."""
         self._committed = [-1] * len(terms.groups)
         """The newest clock that each group has decided."""
         self.committed = -1
@@ -378,6 +383,8 @@ class Replica:
             return clock
         runs_all = any(self._committed[group] < terms.last_clock for group in terms.never_skipped)
         while not runs_all and clock <= newest and terms.may_skip(clock):
+            if self._followed and terms.counts_anyway(clock):
+                break  # others may run it
             due = (g.number for g in terms.due_groups(clock) if g.number not in self._follows)
             if any(clock > self._committed[number] for number in due):
                 break
