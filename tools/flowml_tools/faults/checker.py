@@ -39,13 +39,15 @@ _CLOSE = 1e-9
 def check(history: History) -> list[str]:
     """The violations in a history, as sentences. A run that was interrupted is checked as far as it came."""
     seen = Timeline.of(history)
-    rules = (_decisions, _sites, _applies, _reads, _publications, _payloads, _items, _bytes)
+    rules = (_decisions, _sites, _alone, _applies, _reads, _publications, _payloads, _items, _bytes)
     return [text for rule in rules for text in rule(seen)]
 
 
 def _decisions(seen: Timeline) -> Iterator[str]:
     terms = seen.terms
     for group in terms.groups:
+        if group.final:
+            continue
         due = [c for c in range(terms.total_clocks) if group.every.due(c, terms.last_clock)]
         commits = seen.commits[group.number]
         clocks = [c.message.clock for c in commits]
@@ -118,6 +120,28 @@ def _sites(seen: Timeline) -> Iterator[str]:
                 continue
             if len(made.there) < min(quorum.need(len(site)), len({*site} - gone)):
                 yield f"{where} at clock {made.clock} has {sorted(made.there)} before its quorum {quorum}"
+
+
+def _alone(seen: Timeline) -> Iterator[str]:
+    """Each site that decides alone decides the clocks in order, and its sums contain what the decisions name."""
+    for group in seen.terms.final:
+        due = [c for c in range(seen.terms.total_clocks) if group.every.due(c, seen.terms.last_clock)]
+        for number, site in enumerate(group.sites):
+            decided = seen.site_commits.get((group.number, number), {})
+            where = f"the site of replica {site[0]} for group {group.number}"
+            if list(decided) != due[: len(decided)]:
+                yield f"{where} has decided clocks {list(decided)}, and {due} are due"
+            for store in group.stores:
+                sums = seen.inner_sums[store, site[0]]
+                keys = Counter(key for _, found in sums for key in found)
+                twice = [key for key, n in keys.items() if n > 1]
+                if twice:
+                    yield f"{where} has the contribution of {_named(twice[0])} twice"
+                for clock, found in sums:
+                    told = decided[clock]
+                    named = {(r, clock) for r in site if r not in told.excluded} | {*told.folded}
+                    if not {*found} <= named or not named - {*found} <= seen.empty_at(store, named):
+                        yield f"{where} at clock {clock} has {sorted(found)} in store {store}, not {sorted(named)}"
 
 
 Chosen = tuple[int, int, float]

@@ -269,8 +269,6 @@ def policies(rng: random.Random, replicas: int, stores: int, kind: str | None = 
         chosen = tuple(rng.choice(pool) for _ in range(stores))
         check_composition({str(i): p for i, p in enumerate(chosen)}, replicas)
         for p in chosen:
-            if p.sites_decide:
-                raise PolicyError("the checker does not know the decisions of sites that have parameters of their own")
             if isinstance(p.topology, Hierarchy) and p.sited:
                 sites = len(p.topology.split(range(replicas)))
                 check_count("a layer", p.quorum, sites, "sites")

@@ -75,6 +75,12 @@ class Timeline:
     """(store, leader of the site) -> its sums."""
     _at_leaders: dict[int, dict[Key, set[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
     """Store with a quorum in sites -> contribution -> its parts that are at the leader of its site."""
+    site_commits: dict[tuple[int, int], dict[int, wire.Commit]] = field(default_factory=lambda: defaultdict(dict))
+    """(group, site) -> clock -> what a site that decides alone has decided first."""
+    inner_sums: dict[tuple[int, int], list[tuple[int, list[Key]]]] = field(default_factory=lambda: defaultdict(list))
+    """(store, leader) -> the clock of each sum that the leader of such a site gets, and the contributions in it."""
+    _empty: dict[int, set[Key]] = field(default_factory=lambda: defaultdict(set))
+    """Store -> the contributions to sums of sites that have no weight."""
     _sites_gone: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     """As `_gone`, the leaders of sites that send nothing more."""
     _gone: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
@@ -118,6 +124,8 @@ class Timeline:
                 if event.handle is not None:
                     handles[turn.who, event.handle] = told
                 if self.terms.stores[told.store].relayed and not told.of_site:
+                    if not told.weight or told.empty:
+                        self._empty[told.store].add((told.replica, told.clock))
                     self._at_leaders[told.store][told.replica, told.clock].add(told.part)
                     return
                 parts = self._parts[turn.who, told.store][told.replica, told.clock]
@@ -167,8 +175,19 @@ class Timeline:
                 keys = tuple((w.replica, w.clock) for w in whose)
                 made = SiteSum(place, turn.who, told.clock, keys, self._there(told))
                 self.site_sums[told.store, told.replica].append(made)
+            case actions.Forward(parts=(wire.Gossip() as told, *_)):
+                whose = [handles[turn.who, handled[0]] for handled, _ in action.contributions]
+                self.inner_sums[told.store, told.replica].append((told.clock, [(w.replica, w.clock) for w in whose]))
+            case actions.Send(message=wire.Commit(site=int(site), group=group) as told) if self.terms.groups[
+                group
+            ].final:
+                self.site_commits[group, site].setdefault(told.clock, told)
             case _:
                 pass
+
+    def empty_at(self, store: int, keys: Iterable[Key]) -> set[Key]:
+        """Those of these contributions that are without weight."""
+        return {key for key in keys if key in self._empty[store]}
 
     def _there(self, told: wire.Contribution) -> frozenset[int]:
         """The replicas of a site whose contributions to all stores of the group are at its leader."""
