@@ -65,6 +65,7 @@ def test_ten_thousand_steps_hold_no_more_than_the_first() -> None:
         run(STEPS)
         after = held(processes)
     for pid, (memory, descriptors, threads) in before.items():
-        assert after[pid][1] <= descriptors + 2, "descriptors"  # a pool may have a slot more by chance
-        assert after[pid][2] <= threads, "threads"
+        # A pool may have a slot more by chance, and a library start a thread late. A leak would be thousands.
+        assert after[pid][1] <= descriptors + 2, "descriptors"
+        assert after[pid][2] <= threads + 2, "threads"
         assert after[pid][0] - memory < ALLOWED_BYTES, f"{(after[pid][0] - memory) / 2**20:.1f} MiB more"
