@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,18 @@ def test_the_update_of_a_fit_is_that_of_all_its_work_items(replicas: int, n: flo
     need = policy.quorum.need(replicas)
     assert result.ledger.used == replicas * steps
     assert float(result.params) == pytest.approx(-replicas * steps / need)
+
+
+def test_replicas_that_have_nothing_left_to_do_do_not_lower_the_quorum_of_the_others() -> None:
+    """Contributions of the last step came in groups of two, one and one, and the last ones counted as stale."""
+    machines: Any = fm.sim.Constant(0.1)
+    for worker, factor in ((1, 1.37), (2, 1.71), (3, 2.91)):
+        machines = fm.sim.Straggler(machines, factor, workers=(worker,))
+    cluster = fm.SimulatedCluster(4, machines, fm.sim.Network(1e-4, 1e9), arithmetic=True)
+    trainer = fm.Trainer(linear, optax.sgd(1.0), cluster=cluster, replicas=4, policies=fm.policies.softsync(1))
+    result = trainer.fit(jnp.zeros(()), {"x": np.ones(4, np.float32)}, batch_size=4, steps=1, progress=False)
+    assert dict(result.staleness) == {"": {0: 4}}
+    assert float(result.params) == pytest.approx(-1)
 
 
 def test_a_share_is_one_of_the_replicas_that_are_not_lost() -> None:

@@ -214,7 +214,8 @@ def _arrivals(seen: Timeline, home: str, store: int) -> Iterator[str]:
         if not all(math.isclose(f, d, rel_tol=_CLOSE) for f, d in zip(apply.factors, due, strict=True)):
             yield f"version {apply.action.version} of {where} has coefficients {apply.factors} in place of {due}"
         leaving = seen.leaving_at(home, apply.place)
-        few = len(apply.keys) < min(need, len(set(senders) - leaving)) and all(r not in leaving for r, _ in apply.keys)
+        there, others = {replica for replica, _ in apply.keys}, set(senders) - leaving
+        few = len(apply.keys) < need and not others <= there and not leaving & there
         if policy.staleness == UNBOUNDED and few:
             yield f"version {apply.action.version} of {where} is made of {len(apply.keys)} contributions before {need}"
 

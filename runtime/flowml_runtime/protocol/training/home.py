@@ -255,11 +255,14 @@ class Home:
         return [*applied, SendApplied(index, replica, clock, store.version), *self._finish(index)]
 
     def _is_enough(self, store: Store, clocks: Clocks) -> bool:
-        """Whether the kept contributions may be applied: there is a quorum of them, or a reader may wait for them."""
-        if isinstance(base_of(store.terms.policy.apply), Consensus) and not clocks.floor:
-            return len({replica for replica, _ in store.batch if clocks[replica] < RETIRED}) == clocks.active
-        need = min(self._need(store), clocks.active)
-        return len(store.batch) >= need or clocks.awaits(store.batch, store.terms.policy.staleness)
+        """Whether the kept contributions may be applied: there is a quorum of them, a reader may wait for them, or all
+        replicas wait for them that could still contribute."""
+        all_wait = len(store.batch) >= clocks.active and (
+            len({replica for replica, _ in store.batch if clocks[replica] < RETIRED}) == clocks.active
+        )
+        if all_wait or (isinstance(base_of(store.terms.policy.apply), Consensus) and not clocks.floor):
+            return all_wait
+        return len(store.batch) >= self._need(store) or clocks.awaits(store.batch, store.terms.policy.staleness)
 
     def _need(self, store: Store) -> int:
         """The number of contributions that are applied together. A share is one of the replicas that are not lost."""
