@@ -98,16 +98,25 @@ REPLICAS, ITEM, CLOCKS = 6, 2, 5
 EXAMPLES = REPLICAS * ITEM * CLOCKS
 
 
-def drawn(seed: int) -> tuple[fm.Policy, Any]:
-    """Any quorums at both levels with any late rule, and machines."""
-    rng = np.random.default_rng(seed)
+def drawn_quorums(seed: int, rng: np.random.Generator) -> tuple[Any, fm.Quorum, Any]:
+    """Any quorums inside sites and between them, with one late rule, and machines."""
     late, shares = ("drop", "requeue", "fold")[seed % 3], (0.4, 0.5, 0.75, 1.0, 1)
     inside: Any = fm.Quorum(shares[rng.integers(5)], late=late)
     if seed % 4 == 3:
         inside = fm.Deadline(0.5, grace=0.05, late=late)
     between = fm.Quorum(shares[rng.integers(5)], late=late)
-    staleness, apply = 0 if late == "fold" else 2 * int(rng.integers(2)), ("sum", "mean")[seed // 3 % 2]
     machines = (fm.sim.LogNormal(mean_s=0.1, sigma=1.0), fm.sim.ShiftedExponential(0.05, 0.1))[rng.integers(2)]
+    return inside, between, machines
+
+
+def drawn(seed: int) -> tuple[fm.Policy, Any]:
+    """Any quorums at both levels with any late rule, and machines."""
+    rng = np.random.default_rng(seed)
+    inside, between, machines = drawn_quorums(seed, rng)
+    staleness, apply = (
+        0 if isinstance(between.late, fm.Fold) else 2 * int(rng.integers(2)),
+        ("sum", "mean")[seed // 3 % 2],
+    )
     return nested(inside, SITES, quorum=between, staleness=staleness, apply=apply), machines
 
 

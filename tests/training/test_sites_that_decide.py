@@ -29,6 +29,7 @@ from tests.training.test_site_quorum import (
     UNEVEN,
     by_example,
     close,
+    drawn_quorums,
     fit,
     naive,
     simulated,
@@ -160,21 +161,17 @@ def test_leaders_add_up_what_their_sites_have(threads_cluster: fm.Cluster, remot
 def drawn(seed: int) -> tuple[fm.Policy, Any]:
     """Any quorums at both levels with any late rule, and machines."""
     rng = np.random.default_rng(seed)
-    late, shares = ("drop", "requeue", "fold")[seed % 3], (0.4, 0.5, 0.75, 1.0, 1)
-    inside: Any = fm.Quorum(shares[rng.integers(5)], late=late)
-    if seed % 4 == 3:
-        inside = fm.Deadline(0.5, grace=0.05, late=late)
+    inside, between, speeds = drawn_quorums(seed, rng)
     knobs: dict[str, Any] = {"payload": fm.Delta(), "every": int(rng.integers(1, 4))}
     kind = ("clocks", "clocks", "arrivals", "gossip", "sums")[int(rng.integers(5))]
     if kind == "clocks":
-        knobs["quorum"] = fm.Quorum(shares[rng.integers(5)], late=late)
+        knobs["quorum"] = between
     elif kind == "arrivals":
         knobs |= {"staleness": 4, "apply": "sum"}
     elif kind == "gossip":
         knobs = {"remote": GRAPH, "every": knobs["every"]}
     else:
         knobs = {"remote": (fm.Ring(), fm.AllReduce())[rng.integers(2)], "staleness": int(rng.integers(2))}
-    speeds = (fm.sim.LogNormal(mean_s=0.1, sigma=1.0), fm.sim.ShiftedExponential(0.05, 0.1))[rng.integers(2)]
     return nested(inside, sites=SITES, **knobs), speeds
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import equinox as eqx
@@ -10,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from flax import nnx
 
 import flowml as fm
@@ -116,7 +116,7 @@ def test_equinox_state(threads_cluster: fm.Cluster) -> None:
 
 
 def test_haiku_state(threads_cluster: fm.Cluster) -> None:
-    hk: Any = pytest.importorskip("haiku")
+    hk: Any = importlib.import_module("haiku")  # it has no types
 
     def forward(x: Any) -> Any:
         x = hk.BatchNorm(True, True, 0.9)(hk.Linear(16)(x), is_training=True)

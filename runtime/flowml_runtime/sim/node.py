@@ -75,8 +75,8 @@ class Node:
         self.shown: dict[int, tuple[int, Value]] = {}
         """Store -> (version, value) as read here."""
         self.batches: set[int] = set()
-        """The work items whose examples have come. They stay, because a late item may be granted again."""
-        """The work items whose data are here, if the driver feeds them."""
+        """The work items whose examples have come, if the driver feeds them. They stay, because a late item may be
+        granted again."""
         self.states: set[int] = set()
         """The stores whose own optimizer state is here, if replicas update their parameters themselves."""
         self.told: dict[tuple[int, int, int, int], Value] = {}
