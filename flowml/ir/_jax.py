@@ -17,6 +17,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax._src import config as jax_config
+from jax._src import core as jax_core
 from jax._src import source_info_util, xla_bridge
 from jax._src.interpreters import mlir
 from jax._src.interpreters import partial_eval as pe
@@ -117,6 +118,11 @@ class ClosesOverTracerError(UnsupportedError):
 def jit_is_off() -> bool:
     """Whether `jax.disable_jit` is on in this thread."""
     return bool(jax_config.config_states["jax_disable_jit"].value)
+
+
+def is_tracing() -> bool:
+    """Whether this thread is inside a transformation of JAX, such as jit or vmap."""
+    return not jax_core.trace_state_clean()
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,11 @@ class Dataflow(Generic[P, R]):
         """The plan for these arguments, which may be `jax.ShapeDtypeStruct`s. Compiles if necessary; runs nothing."""
         return self._program(self._current(), self._not_traced("plan", args, kwargs)).plan
 
+    def key(self, *args: Any, **kwargs: Any) -> Hashable | None:
+        """For the runtime: what calls that run the same program have in common. None if an argument is being traced."""
+        given = self._sort(args, kwargs)
+        return None if given is None else given.key
+
     def programs_on(self, cluster: ClusterLike) -> dict[Hashable, _Program]:
         """The programs that are compiled for a cluster."""
         return self._programs.get(cluster) or {}

@@ -35,6 +35,11 @@ Options of flowml go before FILE.py. Arguments after it go to the script.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cluster(parser)
+    parser.add_argument(
+        "--jit",
+        choices=("auto",),
+        help="auto: run jax.jit functions of the script on the cluster where that is faster, and report what ran where",
+    )
     parser.add_argument("file", metavar="FILE.py", help="the script")
     parser.add_argument("args", nargs=argparse.REMAINDER, metavar="ARGS", help="its arguments")
 
@@ -57,9 +62,24 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     path = script(arguments.file)
-    with cluster(arguments):
-        run_script(path, arguments.args)
+    with cluster(arguments) as made:
+        if arguments.jit is None:
+            run_script(path, arguments.args)
+        else:
+            run_with_auto_jit(path, arguments.args, made)
     return 0
+
+
+def run_with_auto_jit(path: Path, args: list[str], made: Cluster) -> None:
+    """Run a script whose `jax.jit` functions may run on the cluster. Print to stderr which did, and why."""
+    from flowml_runtime.auto_jit import auto_jit
+
+    with auto_jit(made, path.resolve().parent) as record:
+        try:
+            run_script(path, args)
+        finally:
+            for line in record.lines() or ["no function of the script was called through jax.jit"]:
+                print(f"flowml: {line}", file=sys.stderr)
 
 
 def cluster(arguments: argparse.Namespace) -> Cluster:

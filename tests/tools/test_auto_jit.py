@@ -1,0 +1,185 @@
+"""`flowml run --jit auto`: jit functions of an unmodified script run on a cluster where that is faster."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flowml as fm
+from flowml_runtime.auto_jit import AutoJit, Record, auto_jit
+from flowml_runtime.driver.trial import TIMED_CALLS, WARMING_CALLS
+
+HERE = Path(__file__).parent
+TRIAL = WARMING_CALLS + TIMED_CALLS
+
+
+class Clock:
+    """A clock that shows how long calls took: `jit_s` and `cluster_s`, by the way that a function runs now."""
+
+    def __init__(self, jit_s: float, cluster_s: float) -> None:
+        self.took = {False: jit_s, True: cluster_s}
+        self.record: Record | None = None
+        self._now_s, self._began = 0.0, False
+
+    def __call__(self) -> float:
+        self._began = not self._began
+        if not self._began:
+            assert self.record is not None
+            ways = self.record.functions[0].ways.values()
+            self._now_s += self.took[any(way.on_cluster for way in ways)]
+        return self._now_s
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[fm.Cluster]:
+    with fm.Cluster.threads(workers=2) as made:
+        yield made
+
+
+def step(params: dict[str, jax.Array], x: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+    """A training step whose two layers are pinned to two workers, so that every plan has a cut."""
+
+    def loss(params: dict[str, jax.Array]) -> jax.Array:
+        with fm.device("worker:0"):
+            hidden = jnp.tanh(x @ params["a"])
+        with fm.device("worker:1"):
+            return jnp.mean((hidden @ params["b"]) ** 2)
+
+    value, grads = jax.value_and_grad(loss)(params)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), value
+
+
+def start() -> tuple[dict[str, jax.Array], jax.Array]:
+    a, b, x = (jax.random.normal(k, (160, 160)) / 12 for k in jax.random.split(jax.random.key(3), 3))
+    return {"a": a, "b": b}, x
+
+
+def under(cluster: fm.Cluster, clock: Clock, fn: Callable[..., object], **options: object) -> tuple[AutoJit, Record]:
+    with auto_jit(cluster, HERE, now_s=clock) as record:
+        jitted = jax.jit(fn, **options)  # pyright: ignore
+    clock.record = record
+    assert isinstance(jitted, AutoJit)
+    return jitted, record
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_step_runs_on_the_cluster_if_its_calls_are_faster_there(cluster: fm.Cluster, faster: bool) -> None:
+    jitted, record = under(cluster, Clock(2e-3, 1e-3 if faster else 3e-3), step, donate_argnums=0)
+    params, x = start()
+    expected, _ = start()
+    plain = jax.jit(step)
+    kinds: list[bool] = []
+    for _ in range(2 * TRIAL + 3):
+        params, value = jitted(params, x)
+        expected, wanted = plain(expected, x)
+        kinds.append(isinstance(params["a"], fm.Remote))
+        assert float(value) == pytest.approx(float(wanted), rel=1e-6)
+    assert kinds == [False] * TRIAL + [True] * TRIAL + [faster] * 3
+    np.testing.assert_allclose(params["a"], expected["a"], rtol=1e-5, atol=1e-7)
+    (line,) = record.lines()
+    assert line.startswith(f"step: {TRIAL + 3 * (not faster)} with jit, {TRIAL + 3 * faster} on the cluster (")
+    assert line.endswith(f"{1 if faster else 3} ms a call on the cluster, 2 ms with jit)")
+
+
+def test_a_function_whose_arguments_are_on_the_cluster_goes_there(cluster: fm.Cluster) -> None:
+    params, x = start()
+    there = fm.put(params, cluster)
+    jitted, record = under(cluster, Clock(2e-3, 1e-3), lambda p, x: jnp.sum(x @ p["a"]))
+    np.testing.assert_allclose(jitted(there, x), jnp.sum(x @ params["a"]), rtol=1e-5)
+    assert record.lines() == ["<lambda>: 1 on the cluster (arguments are on the cluster)"]
+
+
+def test_short_calls_and_plans_of_one_device_stay_with_jit(cluster: fm.Cluster) -> None:
+    for seconds, why in ((1e-4, "0.1 ms a call is too short to gain"), (2e-3, "no cut over devices is expected")):
+        jitted, record = under(cluster, Clock(seconds, 1e-9), lambda x: x + 1)
+        for _ in range(TRIAL + 2):
+            assert type(jitted(jnp.ones(3))) is type(jnp.ones(3))
+        (line,) = record.lines()
+        assert why in line
+        assert f"{TRIAL + 2} with jit" in line
+
+
+def test_each_signature_is_judged_by_itself(cluster: fm.Cluster) -> None:
+    jitted, record = under(cluster, Clock(1e-4, 1e-9), lambda x, n: x * n, static_argnums=1)
+    for x, n in ((jnp.ones(3), 2), (jnp.ones(4), 2), (jnp.ones(3), 3), (np.ones(3, np.float32), 2)):
+        np.testing.assert_array_equal(jitted(x, n), x * n)
+        assert len(jitted.ways) == len(record.lines())
+    assert len(jitted.ways) == 3  # an array of NumPy has the program of one of JAX
+
+
+def test_what_jit_alone_can_do_stays_with_jit(cluster: fm.Cluster) -> None:
+    with auto_jit(cluster, HERE) as record:
+
+        class Scale:
+            @partial(jax.jit, static_argnums=0)
+            def twice(self, x: jax.Array) -> jax.Array:
+                return 2 * x
+
+        @jax.jit
+        def inner(x: jax.Array) -> jax.Array:
+            return jnp.sin(x)
+
+        @jax.jit(static_argnames="n")
+        def power(x: jax.Array, n: int) -> jax.Array:
+            return inner(x) ** n
+
+        shown: list[float] = []
+
+        @jax.jit
+        def shows(x: jax.Array) -> jax.Array:
+            jax.debug.callback(lambda v: shown.append(float(v)), x)
+            return x
+
+        placed = jax.jit(lambda x: x, compiler_options={})
+
+    assert not isinstance(placed, AutoJit)
+    x = jnp.float32(0.5)
+    assert Scale().twice(x) == 1
+    assert power(x, n=2) == pytest.approx(np.sin(0.5) ** 2)
+    assert jax.grad(inner)(x) == pytest.approx(np.cos(0.5))
+    np.testing.assert_allclose(jax.vmap(inner)(jnp.ones(3)), np.sin(np.ones(3)), rtol=1e-6)
+    assert inner.lower(x).compile()(x) == pytest.approx(np.sin(0.5))
+    for _ in range(3):
+        shows(x)
+    jax.effects_barrier()
+    assert shown == [0.5] * 3
+    with pytest.raises(TypeError, match="as an abstract array"):
+        inner("text")  # pyright: ignore
+    assert [line.split(":")[0] for line in record.lines()] == ["twice", "power", "shows"]
+    assert "jit" not in vars(jax.jit) and not isinstance(jax.jit(lambda x: x), AutoJit)
+
+
+SCRIPT = """
+from functools import partial
+import jax, jax.numpy as jnp, optax
+from jax import jit
+
+@partial(jit, donate_argnums=(0, 1))
+def train(w, state, x):
+    value, grad = jax.value_and_grad(lambda w: jnp.mean((x @ w) ** 2))(w)
+    updates, state = optimizer.update(grad, state, w)
+    return optax.apply_updates(w, updates), state, value
+
+optimizer = optax.adam(1e-2)
+w, x = jnp.ones((8, 2)), jnp.ones((4, 8))
+state = optimizer.init(w)
+for _ in range(20):
+    w, state, value = train(w, state, x)
+print(f"loss {value:.6f}")
+"""
+
+
+def test_the_command_runs_a_script_and_says_what_ran_where(tmp_path: Path) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    plain = subprocess.run([sys.executable, path], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "flowml_tools.main", "run", "--jit", "auto", "--workers", "2", str(path)]
+    auto = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert auto.stdout == plain.stdout != ""
+    assert "flowml: train: 20 with jit (" in auto.stderr
