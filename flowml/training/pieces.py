@@ -25,11 +25,26 @@ class Piece:
     coefficient: float = 1.0
 
 
-def pieces(training: Training, replica: int, sequence: int, start: int) -> tuple[Piece, ...]:
-    """What `replica` computes in the step of the work item `sequence`, which begins at `start`, by microbatch."""
+def short_items(rest: int, items: int, microbatches: int) -> tuple[int, ...]:
+    """The sizes of the `items` of a short batch of `rest` examples: as equal as whole microbatches allow.
+
+    Raises ValueError if it does not divide.
+    """
+    each, more = divmod(rest // microbatches, items)
+    if rest % microbatches or not each:
+        raise ValueError(
+            f"last='use': the last batch of an epoch has {rest} examples, which do not divide into {items} work items "
+            f"of {microbatches} microbatches each; give last='drop', another batch_size, or fewer microbatches"
+        )
+    return tuple((each + (i < more)) * microbatches for i in range(items))
+
+
+def pieces(training: Training, replica: int, sequence: int, start: int, item: int = 0) -> tuple[Piece, ...]:
+    """What `replica` computes in the step of the work item `sequence`, by microbatch. It is `item` examples from
+    `start`; 0 stands for the usual number."""
     count, code, replicas = training.microbatches, training.code, len(training.replicas)
     if code is None:
-        size = training.item_size // count
+        size = (item or training.item_size) // count
         return tuple(Piece(start + m * size, size, sequence, m) for m in range(count))
     row = code.row(replica)
     each = count // len(row)  # microbatches of a partition

@@ -133,7 +133,7 @@ def step_function(
     aux_shape = aux_shape[1] if state else aux_shape
     leaves, aux_tree = jax.tree_util.tree_flatten_with_path(aux_shape)
     named = _weight_leaf(weight, [_jax.path_name(p) for p, _ in leaves], [x for _, x in leaves])
-    if callable(weight) and weight is not one:
+    if callable(weight) and weight not in (one, by_examples):
         _check_weight(jax.eval_shape(weight, batch), f"weight={name_of(weight)}")
     weighted = weight is not None and (counts or any(t.weighted for t in treatments))
     summed = tuple(i == named or not jnp.issubdtype(x.dtype, jnp.inexact) for i, (_, x) in enumerate(leaves))
@@ -153,6 +153,7 @@ def step_function(
         if weighted:
             assert weight is not None
             count = one(scalar) if weight is one else wide(jnp.asarray(weight_of(weight, aux, batch)))
+            count = count * one(scalar) if weight is by_examples else count
             metrics = [x if is_sum else scaled(x, count) for x, is_sum in zip(metrics, (False, *summed), strict=True)]
             metrics.append(jnp.where(count < 0, jnp.full_like(count, jnp.nan), count))  # refused, as its gradient is
         metrics = [multiplied(jnp.asarray(x), coefficient) for x in metrics]
@@ -202,6 +203,11 @@ def one(loss: Any) -> jax.Array:
     It depends on the loss in form only, so that the stage that computes the loss makes it, after the loss.
     """
     return jnp.where(loss == loss, jnp.float32(1), jnp.float32(1))
+
+
+def by_examples(batch: Any) -> jax.Array:
+    """The weight of a batch by its examples."""
+    return jnp.float32(jax.tree_util.tree_leaves(batch)[0].shape[0])
 
 
 def weight_of(weight: Weight, aux: Any, batch: Any) -> Any:

@@ -57,7 +57,7 @@ def _essence(store: StoreSpec) -> StoreSpec:
 
 
 def _rest(training: Training) -> tuple[object, ...]:
-    divided = training.microbatches, training.item_size, training.code
+    divided = training.microbatches, training.code
     return *divided, training.batch_paths, training.takes_rng, training.schedule
 
 

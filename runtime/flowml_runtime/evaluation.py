@@ -39,12 +39,20 @@ class Evaluation:
         self._programs: dict[Any, Function] = {}
 
     def means(
-        self, cluster: Any, fn: Function, values: Sequence[Any], source: Any, batch_size: int, plan: Plan | None
+        self,
+        cluster: Any,
+        fn: Function,
+        values: Sequence[Any],
+        source: Any,
+        batch_size: int,
+        plan: Plan | None,
+        most: int | None = None,
     ) -> dict[str, Any]:
-        """The means over all examples of what `fn` returns for batches. `plan` says where training has `values`."""
+        """The means over all examples, or the first `most`, of what `fn` returns for batches. `plan` says where
+        training has `values`."""
         totals: Any = None
         examples = 0
-        for rows, found in self._results(cluster, fn, values, source, batch_size, plan):
+        for rows, found in self._results(cluster, fn, values, source, batch_size, plan, most):
             if not isinstance(found, Mapping):
                 raise TypeError(f"{name_of(fn)} returns a {type(found).__name__}; metrics return a dict of means")
             scaled = jax.tree.map(lambda x, rows=rows: np.asarray(x, np.float64) * rows, dict(found))  # pyright: ignore
@@ -68,16 +76,25 @@ class Evaluation:
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
     def _results(
-        self, cluster: Any, fn: Function, values: Sequence[Any], source: Any, batch_size: int, plan: Plan | None
+        self,
+        cluster: Any,
+        fn: Function,
+        values: Sequence[Any],
+        source: Any,
+        batch_size: int,
+        plan: Plan | None,
+        most: int | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """For each batch the number of its examples, and what the function returns."""
         size, data = whole_number("batch_size", batch_size, least=1), as_source(source)
-        if not data.examples:
-            raise ValueError("the source has no examples; there is nothing to evaluate")
+        examples = data.examples if most is None else most
+        if not examples:
+            fewer = f" that fill a batch of {size}" if data.examples else ""
+            raise ValueError(f"the source has no examples{fewer}; there is nothing to evaluate")
         program = self._program(cluster, fn)
         held = values if isinstance(cluster, SimulatedCluster) else _brought(cluster, values, plan)
-        for start in range(0, data.examples, size):
-            rows = np.arange(start, min(start + size, data.examples))
+        for start in range(0, examples, size):
+            rows = np.arange(start, min(start + size, examples))
             yield len(rows), program(*held, jax.tree_util.tree_unflatten(data.tree, data.take(rows)))
 
     def _program(self, cluster: Any, fn: Function) -> Function:

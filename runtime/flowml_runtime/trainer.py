@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -26,76 +26,40 @@ from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, Unsupporte
 from flowml.ir._jax import jit_is_off, path_name, trace_context
 from flowml.numbers import whole_number
 from flowml.placement import Placement
-from flowml.plan import Plan, Training
+from flowml.plan import Plan
 from flowml.policy import Policy
-from flowml.training.compiler import TrainingCompiled, TrainingSpec, compile_training
+from flowml.training.compiler import TrainingSpec, compile_training
 from flowml.training.local import Restarting
 from flowml.training.state import Rule
-from flowml.training.step import Weight, name_of
+from flowml.training.step import Weight, by_examples, name_of
 from flowml.training.variants import difference, placed_alike
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.current import blocks
 from flowml_runtime.driver.checkpoint import Checkpoint
-from flowml_runtime.driver.interrupts import heeding_interrupts
+from flowml_runtime.driver.interrupts import Interrupts, heeding_interrupts
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import shown
 from flowml_runtime.driver.training.delays import Delays, delays_of, rows_of, workers_of
 from flowml_runtime.driver.training.feeding import MAX_SHAPES, batch_structs
 from flowml_runtime.driver.training.fit import Fit
-from flowml_runtime.driver.training.history import Record
+from flowml_runtime.driver.training.fit_arguments import Asked, Callback, Last, check_rest, compiling, rest_of
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
 from flowml_runtime.driver.training.probe import mean_warning
+from flowml_runtime.driver.training.program import Program, discard
 from flowml_runtime.driver.training.result import TrainingResult, result_of, with_shapes
-from flowml_runtime.driver.training.resuming import saving_of
+from flowml_runtime.driver.training.resuming import check_supported, saving_of
 from flowml_runtime.driver.training.saving import Saving
 from flowml_runtime.driver.training.snapshots import Figures, figures
 from flowml_runtime.driver.training.structs import check_values, structs, structs_of
-from flowml_runtime.driver.training.training_session import TrainingCluster, TrainingSession
+from flowml_runtime.driver.training.training_session import TrainingCluster
+from flowml_runtime.driver.training.validation import Validation, joined, loss_metrics, parts
 from flowml_runtime.evaluation import Evaluation
-from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.sim.cluster import SimulatedCluster
-
-Callback = Callable[[Record], Any]
 
 MAX_PROGRAMS = 2 * MAX_SHAPES + 8
 """How many programs a trainer keeps, and the workers for it: at least those of one fit. One more discards the one that
 was used longest ago."""
-
-
-@dataclass(eq=False)
-class _Program:
-    """A training step compiled for one cluster, shapes, dtypes and JAX settings. The first fit loads it."""
-
-    compiled: TrainingCompiled
-    session: TrainingSession
-    handle: LoadedPlan | None = None
-    next_step: int = 0
-
-    @property
-    def training(self) -> Training:
-        training = self.compiled.plan.training
-        assert training is not None
-        return training
-
-    @property
-    def parameters(self) -> int:
-        """The number of leaves of the parameters."""
-        return sum(len(store.leaves) for store in self.training.stores)
-
-    def load(self) -> LoadedPlan:
-        """Load the plan on its workers, or load it again if one of them was lost and is back."""
-        known = self.handle
-        self.handle = self.session.load(self.compiled.plan) if known is None else self.session.reload(known)
-        return self.handle
-
-    def reserve(self, total: int) -> int:
-        """Reserve step numbers for a fit of `total` steps; returns the first. No other fit of the plan uses them."""
-        first = self.next_step
-        end = first + Terms.of(self.training, total).most_clocks
-        whole_number("the number of work items of all fits of this Trainer", end * len(self.training.replicas))
-        self.next_step = end
-        return first
 
 
 class OptimizerState(NamedTuple):
@@ -183,16 +147,19 @@ class Trainer:
         self._delays = delays_of(delays)
         self._on_nonfinite: OnNonFinite = cast(OnNonFinite, choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite)))
         self._check_replicas = whole_number("check_replicas", check_replicas)
-        self._programs: dict[Any, _Program] = {}
+        self._programs: dict[Any, Program] = {}
         self._evaluation = Evaluation(self._spec.placement)
+        self._own_metrics = loss_metrics(self._spec)
         self._fitting = threading.Lock()
         self._looked = False
-        weakref.finalize(self, _discard, self._programs).atexit = False
+        weakref.finalize(self, discard, self._programs).atexit = False
 
     def plan(self, params: Any, batch: Any, state: Any = None) -> Plan:
         """The plan for one global batch (arrays or `jax.ShapeDtypeStruct`s), with its policies. Runs nothing."""
         self._check_state(state, shapes=True)
-        return self._program(self._here(), structs_of(params, state), structs(batch, "batch leaf")).compiled.plan
+        return self._program(
+            self._here(), self._spec, structs_of(params, state), structs(batch, "batch leaf")
+        ).compiled.plan
 
     def fit(
         self,
@@ -204,9 +171,12 @@ class Trainer:
         steps: int | None = None,
         seed: int = 0,
         shuffle: bool = True,
+        last: Last = "drop",
         opt_state: Any = None,
         state: Any = None,
         callbacks: Sequence[Callback] = (),
+        validation: Any = None,
+        validate_every: int | None = None,
         progress: bool | None = None,
         checkpoint: Checkpoint | None = None,
         resume: Literal["auto"] | None = None,
@@ -219,8 +189,10 @@ class Trainer:
                 `source[indices]` -> batch pytree. Such an object stays in the caller's process, which sends its
                 batches to the workers; it may return the same buffer each time. The shape of an example may change
                 from one work item to the next: the first of each shape compiles a program, for 32 shapes at most.
-            batch_size: the examples of a global batch, a multiple of replicas x microbatches. An epoch skips the
-                examples at its end that do not fill a batch.
+            batch_size: the examples of a global batch, a multiple of replicas x microbatches.
+            last: `"drop"` skips the examples at the end of an epoch that do not fill a batch. `"use"` makes a shorter
+                batch of them, whose replicas and microbatches count by their examples, so that the step equals one on
+                that batch.
             epochs, steps: how long to train; give one of them.
             seed: seeds the order of each epoch (`flowml.data.epoch_order`) and the keys.
             shuffle: False visits the examples in order.
@@ -229,6 +201,10 @@ class Trainer:
             state: the first state of the model, for a loss with `has_state`.
             callbacks: called with each step's record, in the caller's thread. The workers run at most two steps ahead
                 and then wait; a callback longer than the cluster's `deadline_s` may make them miss a deadline.
+            validation: a source, on which the loss is measured, or (source, metrics) as `evaluate` takes them. The
+                results are in the records, as "validation", and in `result.validation`. Replicas stop for as long as it
+                takes to copy what they keep to the driver, and go on while it is measured.
+            validate_every: the number of steps between two validations; the default is an epoch. One is at the end.
             progress: show a line of progress on stderr. The default is to show it if stderr is a terminal.
             checkpoint: where and how often to write snapshots, from which a later fit goes on.
             resume: `"auto"` goes on from the newest complete snapshot of `checkpoint`, or begins if there is none.
@@ -241,43 +217,57 @@ class Trainer:
             FlowmlError: if a fit of this trainer is already running.
             CheckpointError: if the snapshot is of another fit or behind its end, or no file can be read or written.
         """
-        data, callbacks = as_source(source), _callbacks(callbacks)
-        batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
-        shuffle, progress = flag("shuffle", shuffle), None if progress is None else flag("progress", progress)
-        total = _total_steps(data, batch_size, epochs, steps)
         check_values(params, "parameter")
         self._check_state(state)
+        size = batch_size, epochs, steps, seed, shuffle, last
+        asked = Asked.of(source, size, callbacks, progress, (validation, validate_every), (checkpoint, resume))
         cluster = self._here()
         workers_of(cluster.devices, self._delays)  # raises an error before anything is compiled
         with self._alone(), heeding_interrupts() as interrupts:
-            order = epoch_order(data.examples, seed, 0, shuffle=shuffle)
-            shapes, model = structs_of(params, state), Model.of(state, self._state_rules, self._spec.replicas)
-            batch = self._first_batch(data, order, batch_size)
-            program = self._program(cluster, shapes, batch)
-            about = figures(program.training, data, batch_size, seed, shuffle)
-            saving = self._saving(cluster, program, params, opt_state, model, (checkpoint, resume), about, total)
-            interrupts.check()
-            handle = program.load()
-            self._look_at_loss(program, params, data, order, batch_size)
-            options = self._options(cluster, program, total, about, progress)
-            variant = partial(self._variant, cluster, program, shapes)
-            compiled, leaves = program.compiled, jax.tree_util.tree_leaves
-            fit = Fit(cluster.session, handle, data, options, compiled, variant, interrupts, saving, model.replicas)
-            outcome = fit.run(leaves(saving.trees[0]), leaves(saving.trees[1]), callbacks)
-        return _told(cluster, result_of(*saving.trees, outcome, with_shapes(compiled.plan, fit.shapes), model))
+            fit, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
+            trees, leaves = fit.saving.trees, jax.tree_util.tree_leaves
+            outcome = fit.run(leaves(trees[0]), leaves(trees[1]), asked.callbacks)
+        return _told(cluster, result_of(*trees, outcome, with_shapes(plan, fit.shapes), model))
+
+    def _begin(
+        self, cluster: TrainingCluster, asked: Asked, params: Any, opt_state: Any, state: Any, interrupts: Interrupts
+    ) -> tuple[Fit, Plan, Model]:
+        """Compile and load what a fit needs."""
+        data, batch_size = asked.data, asked.batch_size
+        order = epoch_order(data.examples, asked.seed, 0, shuffle=asked.shuffle)
+        shapes, model = structs_of(params, state), Model.of(state, self._state_rules, self._spec.replicas)
+        spec = replace(self._spec, weight=by_examples) if asked.rest and self._spec.weight is None else self._spec
+        program = self._program(cluster, spec, shapes, self._first_batch(data, order, batch_size))
+        check_rest(program.training, asked.rest, simulated=isinstance(cluster, SimulatedCluster))
+        about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest)
+        saving = self._saving(cluster, program, params, opt_state, model, asked, about)
+        interrupts.check()
+        handle = program.load()
+        self._look_at_loss(program, params, data, order, batch_size)
+        options, variant = self._options(cluster, program, asked), partial(self._variant, cluster, program, shapes)
+        fit = Fit(cluster.session, handle, data, options, program.compiled, variant, interrupts, saving, model.replicas)
+        return fit, program.compiled.plan, model
 
     def evaluate(
-        self, params: Any, source: Any, metrics: Callable[..., Any], *, state: Any = None, batch_size: int = 128
+        self,
+        params: Any,
+        source: Any,
+        metrics: Callable[..., Any],
+        *,
+        state: Any = None,
+        batch_size: int = 128,
+        last: Last = "use",
     ) -> dict[str, Any]:
         """The means over all examples of `metrics(params, batch)` -> dict of means over the examples of the batch.
 
         If the loss has state, it is `metrics(params, state, batch)`. It runs on the cluster, with the placement of
-        training. The last batch may be shorter; each counts by its examples. On a `SimulatedCluster` it takes no
-        virtual time.
+        training. The last batch may be shorter; each counts by its examples. `last="drop"` leaves it out. On a
+        `SimulatedCluster` it takes no virtual time.
         """
-        return self._evaluation.means(
-            *self._evaluated(metrics, params, state), source, batch_size, self._plan_of(params)
-        )
+        found, data = self._evaluated(metrics, params, state), as_source(source)
+        size = whole_number("batch_size", batch_size, least=1)
+        used = data.examples - (0 if rest_of(data, size, last) else data.examples % size)
+        return self._evaluation.means(*found, data, size, self._plan_of(params), used)
 
     def predict(
         self, params: Any, source: Any, fn: Callable[..., Any], *, state: Any = None, batch_size: int = 128
@@ -286,6 +276,21 @@ class Trainer:
         order: a pytree of arrays with a row for each. It runs as `evaluate` does."""
         found = self._evaluated(fn, params, state)
         return self._evaluation.predictions(*found, source, batch_size, self._plan_of(params))
+
+    def _validation(self, cluster: TrainingCluster, program: Program, asked: Asked) -> Validation:
+        """What measures the parameters of a fit."""
+        if isinstance(cluster, SimulatedCluster):
+            raise UnsupportedError("a simulated fit validates nothing; leave validation= out, and use evaluate() after")
+        check_supported(program.training, "validation", "validation=")
+        source, metrics = parts(asked.validation, self._spec)
+        rows, plan = max(1, asked.batch_size // self._spec.replicas), program.compiled.plan
+
+        def measure(params: Any, state: Any) -> dict[str, Any]:
+            values = [params, state] if self._spec.has_state else [params]
+            found = self._evaluation.means(cluster, metrics or self._own_metrics, values, source, rows, plan)
+            return found if metrics else joined(found)
+
+        return Validation(asked.validate_every, measure)
 
     def _evaluated(self, fn: Callable[..., Any], params: Any, state: Any) -> tuple[Any, Callable[..., Any], list[Any]]:
         if not callable(fn):
@@ -310,48 +315,51 @@ class Trainer:
         if not shapes:
             check_values(state, "state leaf")
 
-    def _options(
-        self, cluster: TrainingCluster, program: _Program, total: int, about: Figures, progress: bool | None
-    ) -> FitOptions:
-        run = program.reserve(total)
+    def _options(self, cluster: TrainingCluster, program: Program, asked: Asked) -> FitOptions:
+        run = program.reserve(asked.total)
         workers = workers_of(cluster.devices, self._delays)
         return FitOptions(
             run=run,
-            total=total,
-            batch_size=about.batch_size,
-            seed=about.seed,
-            shuffle=about.shuffle,
-            delays=rows_of(self._delays, workers, about.seed, program.next_step - run),
+            total=asked.total,
+            batch_size=asked.batch_size,
+            seed=asked.seed,
+            shuffle=asked.shuffle,
+            delays=rows_of(self._delays, workers, asked.seed, program.next_step - run),
             check_replicas=self._check_replicas,
             on_nonfinite=self._on_nonfinite,
-            progress=progress,
+            progress=asked.progress,
+            rest=asked.rest,
         )
 
     def _saving(
         self,
         cluster: TrainingCluster,
-        program: _Program,
+        program: Program,
         params: Any,
         opt_state: Any,
         model: Model,
-        asked: tuple[Checkpoint | None, Literal["auto"] | None],
+        asked: Asked,
         about: Figures,
-        total: int,
     ) -> Saving:
-        """The values with which a fit begins, and its snapshots. `asked` are `checkpoint` and `resume`."""
+        """The values with which a fit begins, and its snapshots."""
         params = jax.tree_util.tree_map(_own, params)
         state = self._state(params, opt_state, program.compiled.outer)
-        if asked[0] is not None and isinstance(cluster, SimulatedCluster):
+        if asked.checkpoint is not None and isinstance(cluster, SimulatedCluster):
             raise UnsupportedError("a simulated fit writes no checkpoints; leave checkpoint= out")
-        return saving_of(*asked, program.training, (params, state), model, about, total)
+        given = asked.checkpoint, asked.resume
+        saving = saving_of(*given, program.training, (params, state), model, about, asked.total)
+        if asked.validation is not None:
+            saving.validation = self._validation(cluster, program, asked)
+        return saving
 
-    def _look_at_loss(self, program: _Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
+    def _look_at_loss(self, program: Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
         """Warn once if the average of the loss over replicas and microbatches differs from the loss of the batch."""
-        if not (self._looked or self._spec.has_state) and program.session.arithmetic:
+        whole = source.examples >= batch_size
+        if whole and not (self._looked or self._spec.has_state) and program.session.arithmetic:
             self._looked = True
             warning = mean_warning(self._spec, program.compiled.plan, params, source, order, batch_size)
             if warning:
-                warnings.warn(warning, FlowmlWarning, stacklevel=3)
+                warnings.warn(warning, FlowmlWarning, stacklevel=4)
 
     def _here(self) -> TrainingCluster:
         cluster: TrainingCluster = self._cluster if self._cluster is not None else blocks.current()
@@ -374,11 +382,11 @@ class Trainer:
         leaves = source.arrays if source.arrays is not None else source.take(order[:item])
         return batch_structs(source, leaves, batch_size)
 
-    def _variant(self, cluster: TrainingCluster, base: _Program, values: tuple[Any, Any], batch: Any) -> LoadedPlan:
+    def _variant(self, cluster: TrainingCluster, base: Program, values: tuple[Any, Any], batch: Any) -> LoadedPlan:
         """A plan for batches of another shape, whose programs can run steps of the base's plan."""
-        program = self._program(cluster, values, batch)
+        program = self._program(cluster, base.spec, values, batch)
         if difference(base.compiled, program.compiled):  # the shape has led to another placement, for one
-            program = self._program(cluster, values, batch, like=base)
+            program = self._program(cluster, base.spec, values, batch, like=base)
             differs = difference(base.compiled, program.compiled)
             if differs:
                 shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree_util.tree_leaves(batch))
@@ -390,34 +398,39 @@ class Trainer:
         return program.load()
 
     def _program(
-        self, cluster: TrainingCluster, values: tuple[Any, Any], batch: Any, like: _Program | None = None
-    ) -> _Program:
+        self,
+        cluster: TrainingCluster,
+        spec: TrainingSpec,
+        values: tuple[Any, Any],
+        batch: Any,
+        like: Program | None = None,
+    ) -> Program:
         """The program for these ShapeDtypeStructs, of (parameters, state) and a batch, and the cluster's current
         devices, compiled if it is new. If `like` is given, it is placed as that is."""
         if jit_is_off():
             raise UnsupportedError("jax.disable_jit() is on, and workers run what is compiled; train without it")
         leaves, tree = jax.tree_util.tree_flatten((values, batch))
-        key = (cluster, cluster.devices, tuple((x.shape, str(x.dtype)) for x in leaves), tree, trace_context(), like)
+        shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
+        key = (cluster, cluster.devices, spec.weight, shapes, tree, trace_context(), like)
         program = self._programs.pop(key, None)
         if program is None:
             platforms = tuple(dict.fromkeys(d.platform for d in cluster.devices))
-            share = len(cluster.devices) // self._spec.replicas
-            links = cluster.links_for(self._spec.placement, share)
-            spec, devices = self._spec, cluster.devices
+            links = cluster.links_for(spec.placement, len(cluster.devices) // spec.replicas)
+            placed, devices = spec, cluster.devices
             if like is not None:
-                spec, devices = placed_alike(spec, like.compiled.plan, devices)
+                placed, devices = placed_alike(spec, like.compiled.plan, devices)
             try:
-                with shown(partial(_compiling, name_of(spec.loss), batch)):
+                with shown(partial(compiling, name_of(spec.loss), batch)):
                     compiled = compile_training(
-                        spec, values[0], batch, devices, links=links, platforms=platforms, state=values[1]
+                        placed, values[0], batch, devices, links=links, platforms=platforms, state=values[1]
                     )
             except PlacementError as error:
                 raise cluster.session.explained(error, "the training step") from None
-            program = _Program(compiled, cluster.session)
+            program = Program(compiled, cluster.session, spec)
         self._programs[key] = program  # as the newest
         if len(self._programs) > MAX_PROGRAMS:
             oldest = next(iter(self._programs))
-            _discard({oldest: self._programs.pop(oldest)})
+            discard({oldest: self._programs.pop(oldest)})
         return program
 
     def _state(self, params: Any, opt_state: Any, outer: Sequence[Any]) -> Any:
@@ -449,36 +462,6 @@ class Trainer:
             ]
             opt_state = OptimizerState(opt_state.own, tuple(begun))
         return jax.tree_util.tree_map(_own, opt_state)
-
-
-def _compiling(name: str, batch: Any) -> str:
-    shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree_util.tree_leaves(batch)[:4])
-    return f"compiling {name} for batches of {shapes}"
-
-
-def _discard(programs: Mapping[Any, _Program]) -> None:
-    """Request that the plans of a deleted trainer be unloaded. A finalizer may run on any thread, so it never waits."""
-    for program in programs.values():
-        if program.handle is not None:
-            program.session.release(program.handle)
-
-
-def _total_steps(source: Source, batch_size: int, epochs: int | None, steps: int | None) -> int:
-    if (epochs is None) == (steps is None):
-        raise ValueError("give fit() either epochs= or steps=")
-    per_epoch = source.examples // batch_size
-    if per_epoch < 1:
-        raise ValueError(f"batch_size {batch_size} needs at least that many examples; the source has {source.examples}")
-    total = whole_number("epochs", epochs) * per_epoch if steps is None else whole_number("steps", steps)
-    if total < 1:
-        raise ValueError(f"epochs={epochs}, steps={steps}: there is nothing to do; give at least 1")
-    return total
-
-
-def _callbacks(given: Any) -> Sequence[Callback]:
-    if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not all(callable(c) for c in given):
-        raise TypeError(f"callbacks={given!r}: give a list of functions that take a record, such as [print]")
-    return given
 
 
 def _told(cluster: TrainingCluster, result: TrainingResult) -> TrainingResult:

@@ -403,7 +403,7 @@ class Arithmetic:
 
     def _pieces(self, step: _Step) -> tuple[Piece, ...]:
         item = step.start.item
-        return pieces(self._training, step.start.replica, item.sequence, item.start)
+        return pieces(self._training, step.start.replica, item.sequence, item.start, item.size)
 
 
 class _Sum:

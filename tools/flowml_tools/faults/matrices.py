@@ -138,7 +138,7 @@ class Matrices(Arithmetic):
         """The sum of the gradients of the microbatches that the step computes."""
         found = np.zeros(shape)
         item = step.start.item
-        for m, piece in enumerate(pieces(self._training, step.at[0], item.sequence, item.start)):
+        for m, piece in enumerate(pieces(self._training, step.at[0], item.sequence, item.start, item.size)):
             if not (m and step.leaves_out(m)):
                 found.flat[piece.sequence] += piece.coefficient
         return found

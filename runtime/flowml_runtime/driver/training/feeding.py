@@ -23,8 +23,8 @@ from flowml_runtime.driver.loaded_plan import LoadedPlan
 MAX_SHAPES = 32
 """Of the batches of one fit. Each takes a compilation, and memory on every worker."""
 
-Shapes = tuple[tuple[tuple[int, ...], str], ...]
-"""Shape of an example and dtype, for each leaf."""
+Shapes = tuple[int, tuple[tuple[tuple[int, ...], str], ...]]
+"""The examples of a work item, and for each leaf the shape of an example and the dtype."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,16 @@ class Feeding:
         assert training is not None
         self._source = source
         self._load = load
-        self._rows = training.item_size * training.items
+        self._item, self._items = training.item_size, training.items
         self._paths = training.batch_paths
-        first = tuple((tuple(s.shape[1:]), s.dtype) for s in training.batch_specs)
+        self._coded = training.code is not None
+        first = self._item, tuple((tuple(s.shape[1:]), s.dtype) for s in training.batch_specs)
         self._variants: dict[Shapes, Variant] = {first: Variant.of(handle)}
 
     @property
     def shapes(self) -> tuple[str, ...]:
         """What an example of each shape is, as text."""
-        return tuple(", ".join(_text(p, s) for p, s in zip(self._paths, k, strict=True)) for k in self._variants)
+        return tuple(map(self._told, self._variants))
 
     def take(self, indices: np.ndarray) -> tuple[Variant, Sequence[np.ndarray]]:
         """The examples at `indices`, and the programs for them; for a new shape these are compiled and loaded here.
@@ -78,14 +79,15 @@ class Feeding:
                     f"source[indices] gave shape {leaf.shape} for {path or 'the batch'!r} and {len(indices)} indices; "
                     f"its first dimension must be {len(indices)}, a row for each index"
                 )
-        structs = batch_structs(self._source, leaves, self._rows)
-        key: Shapes = tuple((x.shape[1:], str(x.dtype)) for x in jax.tree_util.tree_leaves(structs))
+        rows = self._item if self._coded else len(indices)
+        structs = batch_structs(self._source, leaves, rows * self._items)
+        key: Shapes = rows, tuple((x.shape[1:], str(x.dtype)) for x in jax.tree_util.tree_leaves(structs))
         if key not in self._variants:
             self._variants[key] = self._add(key, structs)
         return self._variants[key], leaves
 
     def _add(self, key: Shapes, structs: Any) -> Variant:
-        what = ", ".join(_text(p, s) for p, s in zip(self._paths, key, strict=True))
+        what = self._told(key)
         if len(self._variants) == MAX_SHAPES:
             raise ValueError(
                 f"a fit takes batches of at most {MAX_SHAPES} shapes, because a program is compiled for each, and the "
@@ -102,6 +104,11 @@ class Feeding:
                 f"the source gave a batch with examples {what}, after others with {self.shapes[0]}, and the loss does "
                 f"not take it ({type(error).__name__}: {reason}); give examples of one shape, or a loss that takes both"
             ) from error
+
+    def _told(self, key: Shapes) -> str:
+        rows, leaves = key
+        short = f" in work items of {rows}" if rows != self._item else ""
+        return ", ".join(_text(p, s) for p, s in zip(self._paths, leaves, strict=True)) + short
 
 
 def batch_structs(source: Source, leaves: Sequence[Any], rows: int) -> Any:

@@ -33,7 +33,7 @@ from flowml.placement.links import SHARED_MEMORY
 from flowml.plan import ArraySpec, Training
 from flowml.policy import Requeue
 from flowml.training.compiler import TrainingCompiled
-from flowml.training.pieces import pieces
+from flowml.training.pieces import pieces, short_items
 from flowml.training.step import Metrics
 from flowml_runtime import wire
 from flowml_runtime.driver.interrupts import Interrupts
@@ -84,15 +84,15 @@ class Fit:
         self._training: Training = training
         self._source = source
         self._options = options
-        self._saving = saving
+        self.saving = saving
         self._ids: dict[str, Any] = {"plan_id": handle.plan_id, "run": options.run}
         self._inbox: queue.SimpleQueue[Entry] = queue.SimpleQueue()
         replicas = len(training.replicas)
         terms, places = Terms.of(training, options.total), Places.of(training)
-        steps_per_epoch = source.examples // options.batch_size
+        short = short_items(options.rest, training.items, training.microbatches) if options.rest else ()
         work = Work(
             replicas=replicas,
-            items_per_epoch=steps_per_epoch * training.items,
+            items_per_epoch=source.examples // options.batch_size * training.items + len(short),
             item_size=training.item_size,
             total_clocks=options.total,
             aligned=terms.aligned,
@@ -101,13 +101,13 @@ class Fit:
             groups=tuple(group_names(training, terms)),
             portions=training.items // replicas,
             epoch_share=training.stores[0].policy.epoch_share or 1.0,
+            short=short,
             requeues=isinstance(training.stores[0].policy.late, Requeue),
             copies=training.speculation.copies if training.speculation else None,
         )
         self._aligned = terms.aligned
-        resumed = saving.resumed
-        ledger = resumed.content.ledger if resumed else None
-        self._machine = protocol.TrainingDriver(self._start_message(), terms, work, places, saving.rhythm, ledger)
+        start, kept = self._start_message(), saving.resumed.content.ledger if saving.resumed else None
+        self._machine = protocol.TrainingDriver(start, terms, work, places, saving.rhythm, kept)
         computed = session.arithmetic  # else reports have no values, and every loss is NaN
         self._history = History(
             training,
@@ -136,7 +136,7 @@ class Fit:
         began = self._time.now()
 
         def show(records: Iterable[Record], *, over: bool = False) -> None:
-            for record in records:
+            for record in self.saving.validated(records, aligned=self._aligned, over=over):
                 progress.show(record)
                 for callback in callbacks:
                     callback(record)
@@ -146,10 +146,10 @@ class Fit:
             self._step(protocol.Begin(), params, state)
             while not self._machine.over:
                 self._take(self._next())
-                if self._saving.due(self._history.reached, self._time.now(), aligned=self._aligned):
+                if self.saving.due(self._history.reached, self._time.now(), aligned=self._aligned):
                     self._step(protocol.Pause())
                 records = self._history.ready()
-                if records or self._observer.holds:
+                if records or self._observer.holds or self.saving.measures:
                     show(self._observer.ready(records, self._time.now() - began))
             seconds = self._time.now() - began
             sent = {store: counts["pushed_bytes"] for store, counts in enumerate(self._bytes().values())}
@@ -158,7 +158,7 @@ class Fit:
         finally:
             progress.close()
             self._stop()
-            self._saving.finish()
+            self.saving.finish()
         return self._outcome(params, state, seconds)
 
     # The endpoint's threads.
@@ -217,7 +217,7 @@ class Fit:
             delays=options.delays,
             check_replicas=options.check_replicas,
             on_nonfinite=options.on_nonfinite,
-            stopped=self._saving.resumed.content.stopped if self._saving.resumed else None,
+            stopped=self.saving.resumed.content.stopped if self.saving.resumed else None,
         )
 
     def _take(self, entry: Entry) -> None:
@@ -314,7 +314,7 @@ class Fit:
             return [np.asarray(as_buffer(state[i]), buffer_struct(spec).dtype) for i, spec in pairs]
 
         arrays = [*(np.asarray(params[i]) for i in store.leaves), *buffers(store.state, store.state_specs)]
-        resumed, version = self._saving.resumed, 0
+        resumed, version = self.saving.resumed, 0
         if resumed is not None:
             arrays, version = resumed.values(store), resumed.version(action.store)
         message = wire.StoreValue(**ids, version=version, specs=(*store.specs, *store.state_specs))
@@ -328,8 +328,8 @@ class Fit:
 
     def _send_buffers(self) -> None:
         """Send the workers what they kept at the snapshot, before the values of homes."""
-        assert self._saving.resumed is not None
-        for worker, owner, names, arrays in self._saving.resumed.sent(self._training):
+        assert self.saving.resumed is not None
+        for worker, owner, names, arrays in self.saving.resumed.sent(self._training):
             specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
             self._send(worker, wire.Buffers(**self._ids, owner=owner, names=tuple(names), specs=specs), arrays)
         for worker in self._handle.workers:
@@ -338,7 +338,7 @@ class Fit:
     def _save(self, action: protocol.Save, clocks: Sequence[int]) -> None:
         """Write a snapshot. Its step is the clock of all replicas, or what they have reported without common clocks."""
         step, now = max(clocks) if self._aligned else self._history.reached, self._time.now()
-        self._saving.save(self._training, step, action, self._machine.ledger.kept(clocks), self._taken, now)
+        self.saving.save(self._training, step, action, self._machine.ledger.kept(clocks), self._taken, now)
 
     def _send_model(self) -> None:
         """Send each stage the leaves of the model's state that stay there."""
@@ -420,7 +420,7 @@ class Fit:
     def _feed(self, replica: int, item: wire.Item) -> None:
         """Send each stage of a replica the leaves that it reads, and word of the programs that run on them."""
         order = self._order(item.epoch)
-        mine = pieces(self._training, replica, item.sequence, item.start)
+        mine = pieces(self._training, replica, item.sequence, item.start, item.size)
         variant, leaves = self._feeding.take(np.concatenate([order[p.start : p.start + p.size] for p in mine]))
         for device in self._training.replicas[replica]:
             slots = variant.slots.get(device, ())

@@ -31,6 +31,8 @@ class FitOptions:
     check_replicas: int
     on_nonfinite: OnNonFinite
     progress: bool | None
+    rest: int = 0
+    """The examples of a short batch at the end of each epoch, if it is used."""
 
 
 @dataclass(frozen=True)

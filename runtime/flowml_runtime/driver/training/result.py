@@ -24,8 +24,9 @@ class TrainingResult:
     """The result of a fit: parameters, optimizer state, one record per step, and the ledger of all work items.
 
     `history` is a list of dicts with the keys "step", "epoch", "loss", "seconds" (since the start), "replicas" (whose
-    loss is in the mean), and "aux" if the loss returns it. What the policies did at the step is in "waits",
-    "pushed_bytes" and "staleness", by policy or layer. `traffic` counts bytes by layer, and `staleness` how many
+    loss is in the mean), "aux" if the loss returns it, and "validation" where it was measured. What the policies did at
+    the step is in "waits", "pushed_bytes" and "staleness", by policy or layer.
+    `traffic` counts bytes by layer, and `staleness` how many
     contributions were how many versions behind; `table()` formats them, and `stragglers()` says who was late.
     On a `SimulatedCluster` all seconds are virtual, `virtual_seconds` is their number, `events` that of the events, and
     `trace_hash` is the same for two runs that did the same at the same times; else these three are None.
@@ -47,6 +48,11 @@ class TrainingResult:
     """The last state of the model, if the loss has one."""
     replica_states: tuple[Any, ...] = field(default=(), repr=False)
     """The same of each replica, before `state_rules` joined them."""
+
+    @property
+    def validation(self) -> list[Record]:
+        """The results of `fit(validation=)`, in order: "step", the last one that they include, and the metrics."""
+        return [{"step": r["step"], **r["validation"]} for r in self.history if "validation" in r]
 
     def table(self) -> str:
         """One line per layer: policy, home, fates of work items, and bytes compared with plain gradients every step."""

@@ -35,10 +35,10 @@ def saving_of(
     if checkpoint is None:
         if resume is not None:
             raise ValueError("resume='auto' needs checkpoint=fm.Checkpoint(path), which says where the snapshots are")
-        return Saving(trees=trees, model=model)
+        return Saving(None, None, now, trees, model, total)
     if not isinstance(checkpoint, Checkpoint):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"checkpoint={checkpoint!r}: give an fm.Checkpoint(path, every_steps=...)")
-    _check_supported(training)
+    check_supported(training, "checkpoints", "checkpoint=")
     directory = checkpoint.directory
     checkpoints.prepare(directory)
     if resume is None:
@@ -47,10 +47,10 @@ def saving_of(
                 f"{directory} has checkpoints of an earlier fit; give resume='auto' to go on from the newest, or "
                 "another directory"
             )
-        return Saving(checkpoint, None, now, trees, model)
+        return Saving(checkpoint, None, now, trees, model, total)
     found = newest(directory)
     if found is None:
-        return Saving(checkpoint, None, now, trees, model)
+        return Saving(checkpoint, None, now, trees, model, total)
     path, snapshot = found
     check(snapshot, path, training, now, (*trees, model.state()))
     steps = snapshot.content.steps
@@ -61,10 +61,10 @@ def saving_of(
         )
     leaves = (snapshot.content.params, snapshot.content.opt_state)
     values = tuple(restored(tree, snapshot.leaves(of)) for tree, of in zip(trees, leaves, strict=True))
-    return Saving(checkpoint, snapshot, now, (values[0], values[1]), model)
+    return Saving(checkpoint, snapshot, now, (values[0], values[1]), model, total)
 
 
-def _check_supported(training: Training) -> None:
+def check_supported(training: Training, noun: str, argument: str) -> None:
     """Raise UnsupportedError for a policy of which a snapshot would not hold everything."""
     for store in training.stores:
         policy = store.policy
@@ -79,6 +79,6 @@ def _check_supported(training: Training) -> None:
         else:
             continue
         raise UnsupportedError(
-            f"layer {store.name!r} ({policy.describe()}): checkpoints of {what} are not available yet; leave "
-            "checkpoint= out, or give the layer another policy"
+            f"layer {store.name!r} ({policy.describe()}): {noun} of {what} are not available yet; leave "
+            f"{argument} out, or give the layer another policy"
         )

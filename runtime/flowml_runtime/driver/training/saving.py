@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,11 @@ from flowml.errors import CheckpointError, FlowmlWarning
 from flowml.plan import Training
 from flowml_runtime import service
 from flowml_runtime.driver.checkpoint import Checkpoint
+from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.model import Model
+from flowml_runtime.driver.training.result import restored
 from flowml_runtime.driver.training.snapshots import Figures, Snapshot, taken
+from flowml_runtime.driver.training.validation import Validation
 from flowml_runtime.protocol.training.ledger import LedgerState
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save
 
@@ -32,8 +35,11 @@ class Saving:
         figures: Figures | None = None,
         trees: tuple[Any, Any] = (None, None),
         model: Model | None = None,
+        total: int = 0,
     ) -> None:
-        """`trees` are the parameters and the optimizer state with which the fit begins, `model` the model's state."""
+        """`trees` are the parameters and the optimizer state with which the fit of `total` steps begins, `model` the
+        model's state."""
+        self.validation: Validation | None = None
         self.resumed = resumed
         self.first = resumed.content.steps if resumed else 0
         """The number of steps that are done already."""
@@ -41,7 +47,8 @@ class Saving:
         self._figures = figures
         self.trees = trees
         self._model = model or Model()
-        self._saved_step = self.first
+        self._total = total
+        self._saved_step = self._validated_step = self.first
         self._saved_at: float | None = None
         self._writer: threading.Thread | None = None
         self._wrong: str | None = None
@@ -49,19 +56,32 @@ class Saving:
     @property
     def rhythm(self) -> Rhythm | None:
         """The rhythm of snapshots, where replicas share clocks."""
-        return None if self._checkpoint is None else Rhythm(self._checkpoint.every_steps or 0)
+        if self._checkpoint is None and self.validation is None:
+            return None
+        written = self._checkpoint.every_steps if self._checkpoint else None
+        return Rhythm(written or 0, self.validation.every if self.validation else 0)
 
     def due(self, step: int, now: float, *, aligned: bool) -> bool:
         """Whether a snapshot is due that the rhythm of clocks does not bring."""
-        known = self._checkpoint
-        if known is None:
-            return False
         if self._saved_at is None:
             self._saved_at = now
+        if self._checkpoint is not None and self._checkpoint.every_s is not None and self._is_old(step, now):
+            return True
+        return not aligned and (self._is_old(step, now) or self._is_unmeasured(step))
+
+    def _is_old(self, step: int, now: float) -> bool:
+        """Whether the last checkpoint is older than it should be."""
+        known, saved_at = self._checkpoint, now if self._saved_at is None else self._saved_at
+        if known is None or step <= self._saved_step:
+            return False
         if known.every_s is not None:
-            return step > self._saved_step and now - self._saved_at >= known.every_s
-        every = known.every_steps
-        return every is not None and not aligned and step // every > self._saved_step // every
+            return now - saved_at >= known.every_s
+        return known.every_steps is not None and step // known.every_steps > self._saved_step // known.every_steps
+
+    def _is_unmeasured(self, step: int) -> bool:
+        """Whether a validation is due."""
+        every = self.validation.every if self.validation else 0
+        return every > 0 and step // every > self._validated_step // every
 
     def save(
         self,
@@ -72,16 +92,35 @@ class Saving:
         take: Callable[[int | None], Any],
         now: float,
     ) -> None:
-        """Write a snapshot. `take` gives the arrays of a handle."""
+        """Write a snapshot, or have it validated, or both. `take` gives the arrays of a handle."""
         buffers: dict[str, Mapping[str, Any]] = {
             owner: dict(zip(names, take(handle), strict=True)) for owner, names, handle in action.buffers
         }
-        self._saved_step, self._saved_at = step, now
-        if self._checkpoint is None or self._figures is None or step == self.first:
+        if self._figures is None or step == self.first:
             return
         snapshot = taken(training, self._figures, step, action.stopped, ledger, buffers, self.trees, self._model)
-        self.finish()
-        self._writer = service.start("checkpoint", partial(self._write, snapshot), self._failed)
+        over = step >= self._total
+        if self.validation is not None and (over or self._is_unmeasured(step)):
+            self._validated_step = step
+            values = zip((*self.trees, self._model.state()), snapshot.trees, strict=True)
+            params, _, state = (restored(like, snapshot.leaves(leaves)) for like, leaves in values)
+            self.validation.give(step, params, state)
+        if self._checkpoint is not None and (over or self._is_old(step, now)):
+            self._saved_step, self._saved_at = step, now
+            self.finish()
+            self._writer = service.start("checkpoint", partial(self._write, snapshot), self._failed)
+
+    @property
+    def measures(self) -> bool:
+        """Whether there are values that `validated` will measure."""
+        return self.validation is not None and self.validation.waits
+
+    def validated(self, records: Iterable[Record], *, aligned: bool, over: bool) -> Iterable[Record]:
+        """Measure what is to be validated. Returns these records and those before that waited for the results."""
+        if self.validation is None:
+            return records
+        self.validation.run()
+        return self.validation.completed(records, aligned=aligned, over=over)
 
     def finish(self) -> None:
         """Wait until the last snapshot is written. Warns if it could not be."""

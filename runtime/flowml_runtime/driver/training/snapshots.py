@@ -62,6 +62,8 @@ class Figures(msgspec.Struct, frozen=True):
     examples: int
     seed: int
     shuffle: bool
+    rest: int = 0
+    """The examples of a short batch at the end of each epoch, if it is used."""
 
 
 class Content(msgspec.Struct, frozen=True):
@@ -112,6 +114,11 @@ class Snapshot:
     def leaves(self, leaves: Sequence[Leaf]) -> list[Any]:
         """Their values. Those of typed keys are keys."""
         return [from_buffer(self.arrays[leaf.buffer], leaf.dtype) for leaf in leaves]
+
+    @property
+    def trees(self) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...], tuple[Leaf, ...]]:
+        """The leaves of the parameters, the optimizer state and the model's state."""
+        return self.content.params, self.content.opt_state, self.content.state
 
     def values(self, store: StoreSpec) -> list[Any]:
         """The buffers of a store's home."""
@@ -215,11 +222,11 @@ def _key(key: Any) -> Key:
             return ("attr", str(getattr(key, "key", key)))
 
 
-def figures(training: Training, source: Source, batch_size: int, seed: int, shuffle: bool) -> Figures:
+def figures(training: Training, source: Source, batch_size: int, seed: int, shuffle: bool, rest: int) -> Figures:
     """Those of a fit."""
     replicas = len(training.replicas)
     stages = len(training.replicas[0])
-    return Figures(replicas, stages, training.microbatches, batch_size, source.examples, seed, shuffle)
+    return Figures(replicas, stages, training.microbatches, batch_size, source.examples, seed, shuffle, rest)
 
 
 def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, trees: tuple[Any, Any, Any]) -> None:

@@ -249,6 +249,7 @@ class TrainingDriver:
         """The number of the newest event."""
         self._start = msgspec.structs.replace(start, hold=self._snapshots.hold)
         self._steps = range(start.run, start.run + terms.most_clocks)
+        self._item_size = work.item_size
         self._places = places
         self._stateful = bool(terms.stateful)
         self._to_retire = {(r, s) for r, stages in enumerate(places.stages) for s in range(len(stages))}
@@ -362,8 +363,8 @@ class TrainingDriver:
     def _grant(self, ask: wire.Ask) -> list[Action]:
         actions: list[Action] = []
         for grant in self.ledger.step(Asked(ask.replica, ask.clocks, ask.returned, ask.copy)):
-            if self._start.source == "fed":
-                actions += [Feed(grant.replica, item, self.number) for _, item in grant.items]
+            fed = (i for _, i in grant.items if self._start.source == "fed" or i.size != self._item_size)
+            actions += [Feed(grant.replica, item, self.number) for item in fed]
             answer = wire.Grant(**self._ids(), replica=grant.replica, items=grant.items, exhausted=grant.exhausted)
             actions.append(Send(self._places.stages[grant.replica][:1], answer))
         return actions

@@ -358,8 +358,16 @@ class Ledger:
             replicas=tuple(a.tally() for a in self._replicas),
             seen=self._seen(order) if order else (),
             left_out=sum(self._cut.values()),
+            lacking=self._lacking(),
             groups={name: a.tally() for name, a in zip(self._work.groups, self._groups, strict=True)},
         )
+
+    def _lacking(self) -> int:
+        """The examples by which the short items that count are smaller than others."""
+        work = self._work
+        lack = [(work.items_per_epoch - 1 - i, work.item_size - size) for i, size in enumerate(reversed(work.short))]
+        firsts = [epoch * work.items_per_epoch for epoch in range(work.epochs)] if lack else []
+        return sum(few for at in firsts for i, few in lack if self._over.get(at + i) in ("used", "folded"))
 
     def _seen(self, order: Callable[[int], Sequence[int]]) -> tuple[tuple[int, int], ...]:
         """(times, number of examples that took part so many times), including 0 times."""
@@ -371,9 +379,8 @@ class Ledger:
             base = epoch * self._work.items_per_epoch
             for index in range(self._work.items_per_epoch):
                 if self._over.get(base + index) in ("used", "folded"):
-                    start = index * self._work.item_size
-                    used = self._work.item_size - self._cut.get(base + index, 0)
-                    times.update(examples[start : start + used])
+                    start, size = self._work.span(index)
+                    times.update(examples[start : start + size - self._cut.get(base + index, 0)])
         return tuple(sorted(Counter(times[e] for e in everything).items()))
 
     def validate(self) -> None:

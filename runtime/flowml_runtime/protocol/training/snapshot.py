@@ -32,9 +32,13 @@ AT_END = NO_HOLD - 1
 
 
 class Rhythm(msgspec.Struct, frozen=True):
-    """A snapshot after every so many clocks, counted from the first of the fit, and at the end; 0: only at the end."""
+    """A snapshot after every so many clocks, counted from the first of the fit, and at the end; 0: only at the end.
+
+    A second number counts too, if it is not 0.
+    """
 
     every: int = 0
+    also: int = 0
 
 
 class Save(msgspec.Struct, frozen=True):
@@ -125,8 +129,7 @@ class Snapshots:
 
     def _next(self, clock: int) -> int:
         """The hold after the snapshot before `clock`."""
-        every = self._rhythm.every if self._rhythm else 0
         if not self._terms.aligned:
             return AT_END
-        total = self._terms.last_clock + 1
-        return min(total, (clock // every + 1) * every) if every else total
+        numbers = (self._rhythm.every, self._rhythm.also) if self._rhythm else ()
+        return min([self._terms.last_clock + 1, *((clock // n + 1) * n for n in numbers if n)])

@@ -59,11 +59,13 @@ class Summary:
     kept: Mapping[str, float] = field(default_factory=dict[str, float])
     duplicate: int = 0
     left_out: int = 0
+    lacking: int = 0
+    """The examples by which the used items of short batches are smaller than `item_size`."""
 
     @property
     def examples(self) -> int:
         """The number of examples that took part, each as often as it did."""
-        return (self.used + self.folded) * self.item_size - self.left_out
+        return (self.used + self.folded) * self.item_size - self.left_out - self.lacking
 
     def __str__(self) -> str:
         """The totals, and at most `MOST_ROWS` epochs, replicas and groups of layers each. `table` has all of them."""

@@ -46,6 +46,8 @@ class Work:
     """The share of its items at which an epoch of a run ends that is not aligned."""
     requeues: bool = False
     """Whether the items that are left then are done first in the next epoch."""
+    short: tuple[int, ...] = ()
+    """The sizes of the items of the last clock of an epoch, if they are smaller than the others."""
     copies: int | None = None
     """The most copies of an item, if idle replicas take the next item of a clock, or a copy; see `speculation`."""
 
@@ -65,6 +67,13 @@ class Work:
     def clocks_per_epoch(self) -> int:
         """The clocks of an epoch, in which each replica gets one item. Up to R - 1 items of an epoch are left over."""
         return self.items_per_epoch // self.row
+
+    def span(self, index: int) -> tuple[int, int]:
+        """Where an item of an epoch begins, and how many examples it has."""
+        whole = self.items_per_epoch - len(self.short)
+        if index < whole:
+            return index * self.item_size, self.item_size
+        return whole * self.item_size + sum(self.short[: index - whole]), self.short[index - whole]
 
     @property
     def epochs(self) -> int:
@@ -222,12 +231,13 @@ class WorkQueue:
 
     def _fresh_item(self, epoch: int) -> wire.Item | None:
         """The next item of an epoch that was not drawn before."""
-        index, size = self._fresh.get(epoch, 0), self._work.item_size
+        index = self._fresh.get(epoch, 0)
         if index >= self._size(epoch):
             return None
         self._fresh[epoch] = index + 1
         self.drawn += 1
-        return wire.Item(epoch * self._work.items_per_epoch + index, epoch, index * size, size)
+        start, size = self._work.span(index)
+        return wire.Item(epoch * self._work.items_per_epoch + index, epoch, start, size)
 
     def _size(self, epoch: int) -> int:
         if self._work.aligned:

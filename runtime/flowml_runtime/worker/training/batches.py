@@ -24,6 +24,10 @@ class Batches:
         self._fed: OrderedDict[int, tuple[str, dict[int, Array]]] = OrderedDict()
         """By work item the variant, and the leaves."""
 
+    def fed(self, item: wire.Item) -> bool:
+        """Whether the driver sends the examples of a work item. Of an array source it sends only short items."""
+        return self._run.start.source == "fed" or item.size != self._run.training.item_size
+
     def give(self, batch: wire.Batch, arrays: Sequence[Array]) -> None:
         """Store the leaves of a work item. Work items arrive in the order of grants, which is the order of clocks."""
         self._fed.pop(batch.sequence, None)  # the work item was given back and granted again
@@ -46,7 +50,7 @@ class Batches:
     ) -> dict[int, Array]:
         """The examples of a microbatch of a work item, by slot."""
         run, start = self._run, self._run.start
-        if start.source == "shipped":
+        if not self.fed(item):
             with run.changed:
                 run.wait_for(lambda: all(s in run.source for s in slots), self._in_vain, "the data source", step)
             return of_source(start, run.source, slots, item.epoch, piece)

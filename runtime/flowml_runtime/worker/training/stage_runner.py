@@ -174,7 +174,8 @@ class StageRunner(EdgeServices):
         # no deadline: the thread sleeps until it has work or is closed
         while (start := self._starts.get()) is not None:
             self._now = start
-            self._pieces = pieces(self.run.training, self.replica, start.item.sequence, start.item.start)
+            item = start.item
+            self._pieces = pieces(self.run.training, self.replica, item.sequence, item.start, item.size)
             if not self.run.stopped:
                 self._step(start.clock)
                 self._mailbox.finish((self.plan_id, self.run.step_of(start.clock), self.device))
@@ -217,11 +218,13 @@ class StageRunner(EdgeServices):
 
     def _choose(self) -> StepProgram:
         """The program for the batch of this step. A fed batch is waited for here."""
-        if self.run.start.source == "fed":
+        variant, item = "", self._now.item
+        if self._batches.fed(item):
             try:
-                self._variants.use(self._batches.wait(self._now.item, self.run.step_of(self._now.clock)))
+                variant = self._batches.wait(item, self.run.step_of(self._now.clock))
             except FlowmlError as error:
                 raise StepFault("feed") from error
+        self._variants.use(variant)
         return self._variants.program
 
     def _return_states(self, clock: int) -> None:

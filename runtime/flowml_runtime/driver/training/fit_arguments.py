@@ -1,0 +1,109 @@
+"""Checks the arguments of a fit before anything is compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+
+from flowml.arguments import choice, flag
+from flowml.data import Source, as_source
+from flowml.errors import UnsupportedError
+from flowml.numbers import whole_number
+from flowml.plan import Training
+from flowml.training.pieces import short_items
+from flowml_runtime.driver.checkpoint import Checkpoint
+from flowml_runtime.driver.training.history import Record
+
+Callback = Callable[[Record], Any]
+Last = Literal["drop", "use"]
+"""What to do with the examples at the end of an epoch that do not fill a batch."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of a fit. `rest` is the number of examples of the short batch at the end of each epoch, if there is
+    one and it is used."""
+
+    data: Source
+    batch_size: int
+    total: int
+    rest: int
+    seed: int
+    shuffle: bool
+    progress: bool | None
+    callbacks: Sequence[Callback]
+    validation: Any
+    validate_every: int
+    checkpoint: Checkpoint | None
+    resume: Literal["auto"] | None
+
+    @staticmethod
+    def of(
+        source: Any,
+        size: tuple[int, int | None, int | None, int, bool, Last],
+        callbacks: Any,
+        progress: bool | None,
+        validation: tuple[Any, int | None],
+        saving: tuple[Checkpoint | None, Literal["auto"] | None],
+    ) -> Asked:
+        """`size` is batch size, epochs, steps, seed, shuffle and last; `validation` is validation and validate_every;
+        `saving` is checkpoint and resume. Raises ValueError or TypeError for what makes no sense."""
+        data, callbacks = as_source(source), _checked(callbacks)
+        batch_size, epochs, steps, seed, shuffle, last = size
+        batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
+        shuffle, progress = flag("shuffle", shuffle), None if progress is None else flag("progress", progress)
+        rest = rest_of(data, batch_size, last)
+        total = _total_steps(data, batch_size, epochs, steps, rest)
+        given, every = validation
+        if given is None and every is not None:
+            raise ValueError("validate_every is for validation=; give both or neither")
+        every = max(1, data.examples // batch_size + bool(rest)) if every is None else every
+        every = whole_number("validate_every", every, least=1)
+        return Asked(data, batch_size, total, rest, seed, shuffle, progress, callbacks, given, every, *saving)
+
+
+def rest_of(source: Source, batch_size: int, last: Last) -> int:
+    """The examples of the short batch that ends an epoch; 0 if there is none, or it is dropped."""
+    return source.examples % batch_size if choice("last", last, get_args(Last)) == "use" else 0
+
+
+def check_rest(training: Training, rest: int, *, simulated: bool) -> None:
+    """Raise ValueError or UnsupportedError if a fit of this plan cannot use a short batch of `rest` examples."""
+    if not rest:
+        return
+    if training.code is not None or training.speculation is not None:
+        what = "a code" if training.code is not None else "portions that replicas take in turn"
+        raise UnsupportedError(f"last='use': with {what} all batches have one size; give last='drop'")
+    if simulated:
+        raise UnsupportedError("last='use': simulated workers run batches of one size; give last='drop'")
+    short_items(rest, training.items, training.microbatches)
+
+
+def _total_steps(source: Source, batch_size: int, epochs: int | None, steps: int | None, rest: int) -> int:
+    """The steps of a fit, whose epochs end with a batch of `rest` examples if that is not 0. Raises ValueError if there
+    are none."""
+    if (epochs is None) == (steps is None):
+        raise ValueError("give fit() either epochs= or steps=")
+    per_epoch = source.examples // batch_size + bool(rest)
+    if per_epoch < 1:
+        raise ValueError(f"batch_size {batch_size} needs at least that many examples; the source has {source.examples}")
+    total = whole_number("epochs", epochs) * per_epoch if steps is None else whole_number("steps", steps)
+    if total < 1:
+        raise ValueError(f"epochs={epochs}, steps={steps}: there is nothing to do; give at least 1")
+    return total
+
+
+def _checked(given: Any) -> Sequence[Callback]:
+    """The callbacks of a fit. Raises TypeError for anything else."""
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not all(callable(c) for c in given):
+        raise TypeError(f"callbacks={given!r}: give a list of functions that take a record, such as [print]")
+    return given
+
+
+def compiling(name: str, batch: Any) -> str:
+    """What a line of progress says."""
+    shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in jax.tree_util.tree_leaves(batch)[:4])
+    return f"compiling {name} for batches of {shapes}"
