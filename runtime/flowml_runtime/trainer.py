@@ -48,7 +48,7 @@ from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
 from flowml_runtime.driver.training.probe import mean_warning
 from flowml_runtime.driver.training.program import Program, discard
 from flowml_runtime.driver.training.result import TrainingResult, result_of, with_shapes
-from flowml_runtime.driver.training.resuming import check_supported, saving_of
+from flowml_runtime.driver.training.resuming import saving_of
 from flowml_runtime.driver.training.saving import Saving
 from flowml_runtime.driver.training.snapshots import Figures, figures
 from flowml_runtime.driver.training.structs import check_values, structs, structs_of
@@ -281,7 +281,6 @@ class Trainer:
         """What measures the parameters of a fit."""
         if isinstance(cluster, SimulatedCluster):
             raise UnsupportedError("a simulated fit validates nothing; leave validation= out, and use evaluate() after")
-        check_supported(program.training, "validation", "validation=")
         source, metrics = parts(asked.validation, self._spec)
         rows, plan = max(1, asked.batch_size // self._spec.replicas), program.compiled.plan
 

@@ -5,6 +5,7 @@ the order of sending, but for links that are held.
 
     run replicas=3 stages=1 clocks=2 items=6 stores=quorum(2;4),every(2)
                          begin a run, with all stores at the first stage of replica 0. quorum(2;4): two, each 4th clock.
+                         fold(2): two, and late ones join a later clock. softsync(2): two at a time, without clocks
                          save=K: with a snapshot every K clocks and at the end; save=0: only at the end
     finish R[.S]         the stage pushes what is due and leaves its step
     push R[.S], leave R[.S]   the same in two
@@ -20,12 +21,14 @@ the order of sending, but for links that are held.
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from flowml import policies
-from flowml.policy import Policy, check_composition
+from flowml.policy import UNBOUNDED, Policy, Quorum, check_composition
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.ledger import LedgerState, Work
@@ -40,6 +43,8 @@ RULES = {
     "sync": policies.synchronous,
     "quorum": lambda n, k=1: policies.quorum(int(n), every=int(k)),
     "every": lambda k: policies.every(int(k)),
+    "fold": lambda n, k=1: policies.quorum(int(n), late="fold", every=int(k)),
+    "softsync": lambda n: Policy(staleness=UNBOUNDED, quorum=Quorum(int(n), late="fold")),
     "async": lambda *s: policies.asynchronous(*map(int, s)),
     "sum": policies.all_reduce,
 }
@@ -80,6 +85,10 @@ class Scenario:
         self._told = set(TOLD)
         self._lines: list[str] = []
         self.saved: tuple[wire.Stopped, LedgerState] | None = None
+        self.waited = False
+        """Whether contributions waited at a snapshot."""
+        self.applied, self._saved_applied = Counter[int](), Counter[int]()
+        """The contributions in the newest version of each store, and in that of the newest snapshot."""
         self._clear()
 
     def _clear(self) -> None:
@@ -127,6 +136,7 @@ class Scenario:
 
     def _begin(self) -> None:
         stopped, ledger = self.saved or (None, None)
+        self.applied = self._saved_applied.copy()
         ids: dict[str, Any] = {**IDS, "seed": 0, "shuffle": False, "examples": 1, "source": "shipped"}
         start = wire.StartTraining(**ids, total_clocks=self.terms.total_clocks, stopped=stopped)
         self.driver = driver.TrainingDriver(start, self.terms, self.work, self.places, self._rhythm, ledger)
@@ -251,8 +261,18 @@ class Scenario:
             case actions.Return(store, version, value):
                 self._send(name, ("driver",), wire.StoreValue(**IDS, store=store, version=version), arrays=value)
             case actions.Export(stages, stores):
-                self._send(name, ("driver",), wire.Exported(**IDS, stages=stages, stores=stores, buffers=0))
+                waiting = tuple(part for part, _ in action.waiting)
+                about: dict[str, Any] = {"stages": stages, "stores": stores, "sites": action.sites, "waiting": waiting}
+                self._send(name, ("driver",), wire.Exported(**IDS, **about, buffers=0))
+            case driver.SendBuffers():
+                assert self.saved is not None
+                for part in self.saved[0].waiting:
+                    message = wire.Contribution(**IDS, **msgspec.structs.asdict(part), incarnation=0)
+                    self._send(name, self.places.homes[part.store][:1], message, arrays=not part.empty)
+            case actions.Apply(store, _, contributions):
+                self.applied[store] += len(contributions)
             case Save(stopped):
+                self._saved_applied, self.waited = self.applied.copy(), self.waited or bool(stopped.waiting)
                 self.saved = stopped, self.driver.ledger.kept(stopped.clocks)
             case driver.Over():
                 self._tell("driver", driver.Stop())

@@ -18,6 +18,11 @@ RUNS = (
     "replicas=2 clocks=4 stores=async(2),async save=0",
     "replicas=2 clocks=6 stores=quorum(1) save=3",
     "replicas=3 clocks=6 stores=every(2),async(1) save=4",
+    "replicas=3 clocks=6 stores=fold(1) save=2",
+    "replicas=3 clocks=6 stores=fold(2;2),fold(2;2) save=3",
+    "replicas=3 clocks=6 stores=fold(1),quorum(2) save=3",
+    "replicas=3 clocks=4 stores=softsync(2) save=0",
+    "replicas=3 clocks=6 stores=softsync(3),fold(1) save=2",
 )
 SEEDS = 60
 
@@ -56,6 +61,7 @@ def walk(run: str, rng: random.Random) -> Scenario:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_with_snapshots_ends_and_uses_each_item(run: str) -> None:
+    waited = False
     for seed in range(SEEDS):
         scenario = walk(run, random.Random(seed))
         while not scenario.driver.over:
@@ -64,6 +70,12 @@ def test_a_run_with_snapshots_ends_and_uses_each_item(run: str) -> None:
             scenario.do(commands[-1])
         scenario.validate()
         ledger = scenario.driver.ledger.summary()
-        items = ledger.used + ledger.dropped + ledger.unseen
+        items = ledger.used + ledger.dropped + ledger.folded + ledger.unseen
         assert items == scenario.work.total_items or scenario.terms.aligned, f"seed {seed}"
         assert scenario.terms.aligned or ledger.used == items, f"seed {seed}: {ledger}"
+        waited |= scenario.waited
+        if run.count("(") == run.count("fold(") and scenario.terms.stores[0].every == 1:
+            assert set(scenario.applied.values()) == {ledger.used + ledger.folded}, f"seed {seed}: {ledger}"
+        for store, terms in enumerate(scenario.terms.stores):
+            assert terms.clocked or scenario.applied[store] == ledger.used, f"seed {seed}: {scenario.applied}"
+    assert waited == ("fold" in run or "softsync" in run)

@@ -209,12 +209,6 @@ def test_a_snapshot_comes_after_so_many_seconds(threads_cluster: fm.Cluster, tmp
     assert len(steps) > 1
 
 
-def test_what_no_snapshot_holds_is_refused(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
-    one = case(threads_cluster, tmp_path, fm.policies.quorum(1, late="fold"))
-    with pytest.raises(fm.UnsupportedError, match="late contributions that are folded in are not available yet"):
-        one.fit(checkpoint=one.checkpoint())
-
-
 def test_another_fit_is_refused_with_what_differs(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
     one = case(threads_cluster, tmp_path)
     one.fit(steps=2, checkpoint=one.checkpoint())

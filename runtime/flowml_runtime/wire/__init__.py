@@ -49,6 +49,7 @@ from flowml_runtime.wire.training import Published as Published
 from flowml_runtime.wire.training import Report as Report
 from flowml_runtime.wire.training import Retired as Retired
 from flowml_runtime.wire.training import Settled as Settled
+from flowml_runtime.wire.training import SiteState as SiteState
 from flowml_runtime.wire.training import Source as Source
 from flowml_runtime.wire.training import StageState as StageState
 from flowml_runtime.wire.training import Staleness as Staleness
@@ -60,6 +61,7 @@ from flowml_runtime.wire.training import StoreValue as StoreValue
 from flowml_runtime.wire.training import Traffic as Traffic
 from flowml_runtime.wire.training import TrainingMessage as TrainingMessage
 from flowml_runtime.wire.training import Unsettled as Unsettled
+from flowml_runtime.wire.training import Waiting as Waiting
 
 # Membership.
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 
 from flowml_runtime.wire.base import MAX_ARRAYS, Count
-from flowml_runtime.wire.training import StageState, StoreState, TrainingMessage
+from flowml_runtime.wire.training import SiteState, StageState, StoreState, TrainingMessage, Waiting
 
 Owner = Annotated[str, msgspec.Meta(max_length=1024)]
 
@@ -29,7 +29,8 @@ class Hold(TrainingMessage, frozen=True):
 
 class Paused(TrainingMessage, frozen=True):
     """A replica has stopped as the Hold before the clock `hold` says. Its next clock is `clock`. `pushed` are pairs
-    (store, clock) of its newest pushes to stores that apply on arrival."""
+    (store, clock) of its newest pushes that may wait at a home: to stores that apply on arrival, or that fold late ones
+    in."""
 
     replica: Count
     hold: Count
@@ -38,11 +39,13 @@ class Paused(TrainingMessage, frozen=True):
 
 
 class Export(TrainingMessage, frozen=True):
-    """All replicas have stopped, with these next clocks. Once everything that they have sent is applied here, tell what
-    lives between steps. `pushed` are rows (replica, store, clock) as in `Paused`."""
+    """All replicas have stopped, with these next clocks. Once everything that they have sent is applied or waits here,
+    tell what lives between steps. `pushed` are rows (replica, store, clock) as in `Paused`. `last`: the replicas have
+    no more work, so what waits for others is applied."""
 
     clocks: tuple[Count, ...]
     pushed: tuple[tuple[Count, Count, Count], ...] = ()
+    last: bool = False
 
 
 class Exported(TrainingMessage, frozen=True):
@@ -51,6 +54,8 @@ class Exported(TrainingMessage, frozen=True):
     stages: tuple[StageState, ...]
     stores: tuple[StoreState, ...]
     buffers: Count
+    sites: tuple[SiteState, ...] = ()
+    waiting: tuple[Waiting, ...] = ()
 
 
 class Buffers(TrainingMessage, frozen=True):

@@ -40,13 +40,15 @@ class Unsettled(msgspec.Struct, frozen=True):
     counted: tuple[Before, ...] = ()
     folded: tuple[Count, ...] = ()
     left_out: Count | None = None
+    joined: Count | None = None
 
 
 class StageState(msgspec.Struct, frozen=True):
     """Where the machine of a stage stood at a snapshot. `begun` is its newest clock, `committed` that of each group.
 
-    `pushed` are pairs (store, clock) of the newest pushes to stores that apply on arrival, `applied` say which version
-    holds such a push as (store, clock, version), and `taken` are pairs (store, clock) of the newest takes.
+    `pushed` are pairs (store, clock) of the newest pushes that may wait at a home, `applied` say which version
+    holds one to a store that applies on arrival as (store, clock, version), and `taken` are pairs (store, clock) of the
+    newest takes.
     """
 
     replica: Count
@@ -69,12 +71,38 @@ class StoreState(msgspec.Struct, frozen=True):
     clocks: tuple[Count, ...] = ()
 
 
+class Waiting(msgspec.Struct, frozen=True):
+    """A part of a contribution that waits at a snapshot: for a later clock, or for others. The fields are those of
+    `Contribution`. It waits at the home, or at the leader of a site if the store has such, and it is not `of_site`."""
+
+    store: Count
+    part: Count
+    replica: Count
+    clock: Count
+    base_version: Count
+    weight: Count
+    empty: bool = False
+    of_site: bool = False
+
+
+class SiteState(msgspec.Struct, frozen=True):
+    """Where the machine of a site stood at a snapshot. `committed` is the newest clock that is decided about the sites.
+    `sums` are those that wait for a later clock: (clock, the replicas in it, (replica, clock) of those folded in)."""
+
+    group: Count
+    site: Count
+    committed: Before
+    sums: tuple[tuple[Count, tuple[Count, ...], tuple[tuple[Count, Count], ...]], ...] = ()
+
+
 class Stopped(msgspec.Struct, frozen=True):
     """Where all machines of a run stood at a snapshot. `clocks` are the next clocks of the replicas."""
 
     clocks: tuple[Count, ...]
     stages: tuple[StageState, ...]
     stores: tuple[StoreState, ...]
+    sites: tuple[SiteState, ...] = ()
+    waiting: tuple[Waiting, ...] = ()
 
 
 class TrainingMessage(PlanMessage, frozen=True, kw_only=True):

@@ -329,9 +329,8 @@ class Fit:
     def _send_buffers(self) -> None:
         """Send the workers what they kept at the snapshot, before the values of homes."""
         assert self.saving.resumed is not None
-        for worker, owner, names, arrays in self.saving.resumed.sent(self._training):
-            specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
-            self._send(worker, wire.Buffers(**self._ids, owner=owner, names=tuple(names), specs=specs), arrays)
+        for worker, message, arrays in self.saving.resumed.messages(self._training, self._ids):
+            self._send(worker, message, arrays)
         for worker in self._handle.workers:
             self._send(worker, wire.Buffers(**self._ids))
 

@@ -1,12 +1,11 @@
-"""Finds the snapshot from which a fit goes on, and says what cannot be checkpointed."""
+"""Finds the snapshot from which a fit goes on."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from flowml.errors import CheckpointError, UnsupportedError
+from flowml.errors import CheckpointError
 from flowml.plan import Training
-from flowml.policy import Fold
 from flowml_runtime.driver.checkpoint import Checkpoint, newest
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.result import restored
@@ -38,7 +37,6 @@ def saving_of(
         return Saving(None, None, now, trees, model, total)
     if not isinstance(checkpoint, Checkpoint):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"checkpoint={checkpoint!r}: give an fm.Checkpoint(path, every_steps=...)")
-    check_supported(training, "checkpoints", "checkpoint=")
     directory = checkpoint.directory
     checkpoints.prepare(directory)
     if resume is None:
@@ -62,23 +60,3 @@ def saving_of(
     leaves = (snapshot.content.params, snapshot.content.opt_state)
     values = tuple(restored(tree, snapshot.leaves(of)) for tree, of in zip(trees, leaves, strict=True))
     return Saving(checkpoint, snapshot, now, (values[0], values[1]), model, total)
-
-
-def check_supported(training: Training, noun: str, argument: str) -> None:
-    """Raise UnsupportedError for a policy of which a snapshot would not hold everything."""
-    for store in training.stores:
-        policy = store.policy
-        if training.speculation is not None:
-            what = "portions of batches that replicas take in turn"
-        elif store.relayed:
-            what = "a quorum inside sites"
-        elif policy.clocked and isinstance(policy.late, Fold):
-            what = "late contributions that are folded in"
-        elif not policy.clocked and not policy.shared and policy.quorum.need(len(training.replicas)) > 1:
-            what = "contributions that wait for others at a home without clocks"
-        else:
-            continue
-        raise UnsupportedError(
-            f"layer {store.name!r} ({policy.describe()}): {noun} of {what} are not available yet; leave "
-            f"{argument} out, or give the layer another policy"
-        )

@@ -27,6 +27,7 @@ from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import as_buffer, from_buffer
 from flowml_runtime.environment import checkpoints
 from flowml_runtime.protocol.training.ledger import LedgerState
+from flowml_runtime.worker.training.resident import of_waiting
 
 Key = tuple[str, str | int]
 """A step of a leaf's path: the kind of its container ("dict", "list", "attr") and the key in it."""
@@ -127,13 +128,31 @@ class Snapshot:
     def version(self, store: int) -> int:
         return self.content.stopped.stores[store].version
 
-    def sent(self, training: Training) -> Iterable[tuple[str, str, list[str], list[Any]]]:
-        """(worker, owner, names, arrays) of all buffers but the values of homes, for the workers of a plan."""
-        values = {_values(store) for store in training.stores}
+    def messages(self, training: Training, ids: dict[str, Any]) -> Iterable[tuple[str, wire.Wire, list[Any]]]:
+        """(worker, message, arrays) of what workers restore, but for the values of homes. Contributions that waited for
+        a later clock, or for others, come again."""
+        waiting = {of_waiting(training.stores[w.store].name, w): w for w in self.content.stopped.waiting}
+        for owner, part in waiting.items():
+            arrays = [self.arrays[f"{owner}/{name}"] for name in self.content.owners.get(owner, ())]
+            about: dict[str, Any] = {**msgspec.structs.asdict(part), "incarnation": 0, "specs": _specs(arrays)}
+            yield _receiver(training, part), wire.Contribution(**ids, **about), arrays
+        others = {_values(store) for store in training.stores} | waiting.keys()
         for owner, names in self.content.owners.items():
-            if owner not in values:
+            if owner not in others:
                 arrays = [self.arrays[f"{owner}/{name}"] for name in names]
-                yield _place(owner, training), owner, list(names), arrays
+                told = wire.Buffers(**ids, owner=owner, names=names, specs=_specs(arrays))
+                yield _place(owner, training), told, arrays
+
+
+def _specs(arrays: Iterable[Any]) -> tuple[ArraySpec, ...]:
+    return tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
+
+
+def _receiver(training: Training, part: wire.Waiting) -> str:
+    """The worker where a part of a contribution waits: the home, or that of the leader of its site."""
+    store = training.stores[part.store]
+    site = store.site_of(part.replica) if store.relayed and not part.of_site else None
+    return worker_of(store.copies[0] if site is None else training.replicas[site.replicas[0]][0])
 
 
 def _values(store: StoreSpec) -> str:
@@ -147,6 +166,8 @@ def _place(owner: str, training: Training) -> str:
         return worker_of(training.replicas[int(number)][int(rest[1])])
     if kind == "reader":
         return number
+    if kind == "site":
+        return worker_of(training.replicas[int(number)][0])
     found = next(store for store in training.stores if owner.startswith(f"home/{store.name}/"))
     return worker_of(found.copies[0])
 

@@ -88,7 +88,7 @@ class Accounts:
             return tuple(sorted(groups))
 
         return tuple(
-            wire.Unsettled(c, a.item, row(a.open), row(a.lost), row(a.counted), row(a.folded), a.left_out)
+            wire.Unsettled(c, a.item, row(a.open), row(a.lost), row(a.counted), row(a.folded), a.left_out, a.joined)
             for c, a in self._accounts.items()
         )
 
@@ -96,7 +96,7 @@ class Accounts:
         """Go on where a snapshot was taken."""
         for u in kept:
             groups = set(u.open), set(u.counted), set(u.folded), u.left_out, set(u.lost)
-            self._accounts[u.clock] = _Account(u.item, *groups)
+            self._accounts[u.clock] = _Account(u.item, *groups, u.joined)
 
     @property
     def clocks(self) -> tuple[int, ...]:

@@ -221,12 +221,15 @@ class TellTraffic(msgspec.Struct, frozen=True):
 
 class Export(msgspec.Struct, frozen=True):
     """Tell the driver what lives here between steps: where the machines stand, and all buffers. Replicas have these
-    next clocks; what they have sent before is applied by the actions so far."""
+    next clocks; what they have sent before is applied by the actions so far, or `waiting`: the handle stays with the
+    machine."""
 
     stages: tuple[wire.StageState, ...]
     stores: tuple[wire.StoreState, ...]
     clocks: tuple[int, ...]
     cause: int
+    sites: tuple[wire.SiteState, ...] = ()
+    waiting: tuple[tuple[wire.Waiting, Handle], ...] = ()
 
 
 class Hand(msgspec.Struct, frozen=True):

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 
-from flowml.policy import window
+from flowml.policy import Every, window
 from flowml_runtime.protocol.errors import ensure
 from flowml_runtime.protocol.training.terms import RETIRED, Terms
 
 
-def contained(terms: Terms, store: int, clock: int) -> int:
-    """How many clocks the pushes to a store contain that replicas make before `clock`."""
-    every = terms.stores[store].policy.every
+def contained(terms: Terms, every: Every, clock: int) -> int:
+    """How many clocks the pushes of this rhythm contain that replicas make before `clock`."""
     return clock if terms.aligned and clock > terms.last_clock else window(clock, every.push, every.offset)
 
 

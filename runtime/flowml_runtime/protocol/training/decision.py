@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 
 import msgspec
 
@@ -80,8 +81,11 @@ class _Clock(msgspec.Struct):
 class Decision:
     """Decides the clocks of one group. `began` is the time in seconds at which the run begins."""
 
-    def __init__(self, terms: Terms, group: Group, began: float = 0.0, first: int = 0) -> None:
-        """`first` is the first clock that may need a decision."""
+    def __init__(
+        self, terms: Terms, group: Group, began: float = 0.0, first: int = 0, late: Iterable[tuple[int, int]] = ()
+    ) -> None:
+        """`first` is the first clock that may need a decision. `late` are contributions to earlier clocks, (replica,
+        clock), that will arrive before any other: they wait since a snapshot."""
         self._terms = terms
         self._group = group
         self._senders = frozenset(group.senders)
@@ -105,6 +109,10 @@ class Decision:
         """If late contributions are folded in: replica -> excluded clock -> the stores that have it."""
         self._late: list[tuple[int, int]] = []
         """Late contributions that are complete, as (replica, clock)."""
+        self._restoring = set(late)
+        """Those of a snapshot that have still to arrive. Nothing is decided without them."""
+        for replica, clock in self._restoring:
+            self._owed.setdefault(replica, {})[clock] = set()
         self._open_next(began)
 
     @property
@@ -122,9 +130,9 @@ class Decision:
                         "not due"
                     )
                 if event.clock < self._clock:
-                    self._arrive_late(event)
-                    return []
-                if not self._arrive(event, now):
+                    if not self._arrive_late(event):
+                        return []
+                elif not self._arrive(event, now):
                     return []
             case Tick():
                 self._wake = -math.inf
@@ -191,14 +199,19 @@ class Decision:
         self._hopeless -= event.replica in self._gone
         return True
 
-    def _arrive_late(self, event: Arrived) -> None:
-        owed = self._owed.get(event.replica, {})
-        stores = owed.get(event.clock)
+    def _arrive_late(self, event: Arrived) -> bool:
+        """Whether it is the last one of a snapshot, so that decisions begin."""
+        stores = self._owed.get(event.replica, {}).get(event.clock)
         if stores is None:
-            return
+            return False
         stores.add(event.store)
-        if len(stores) == len(self._group.stores):
-            self._count_late(event.replica, event.clock)
+        if len(stores) < len(self._group.stores):
+            return False
+        self._count_late(event.replica, event.clock)
+        if not self._restoring:
+            return False
+        self._restoring.discard((event.replica, event.clock))
+        return not self._restoring
 
     def _count_late(self, replica: int, clock: int) -> None:
         self._late.append((replica, clock))
@@ -208,6 +221,8 @@ class Decision:
 
     def _decide(self, now: float) -> list[Action]:
         found: list[Action] = []
+        if self._restoring:
+            return found
         while self._clock < self._terms.total_clocks:
             arrivals = self._now.arrivals
             arrivals.began, arrivals.window_s = self._began, self._spread.window_s
@@ -274,7 +289,7 @@ class Decision:
             missing = [s for s in kept.stores.values() if len(s) == len(self._group.stores)]
             ensure(not missing, f"a complete replica is not counted at clock {clock}")
             ensure(not kept.stores.keys() & kept.arrivals.times.keys(), f"a replica is counted twice at clock {clock}")
-        if self._clock >= self._terms.total_clocks:
+        if self._clock >= self._terms.total_clocks or self._restoring:
             return
         complete = self._complete()
         ensure(self._hopeless == len(self._gone - complete.keys()), "replicas that are gone are counted wrongly")

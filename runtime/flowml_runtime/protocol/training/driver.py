@@ -290,7 +290,8 @@ class TrainingDriver:
                 return [*self._snapshots.pause(self._ids(), self.ledger.newest)]
             case ReplicaLost(replica):
                 self.ledger.step(event)
-                return self._close(retired=[at for at in self._to_retire if at[0] == replica])
+                go_on = self._snapshots.lose(self._ids())
+                return [*go_on, *self._close(retired=[at for at in self._to_retire if at[0] == replica])]
             case Stop():
                 self._ended = True
                 return [Send(self._places.workers, wire.StopTraining(**self._ids()))]

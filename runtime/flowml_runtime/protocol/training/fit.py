@@ -12,7 +12,7 @@ import msgspec
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
-from flowml_runtime.protocol.training import decision, home, pace, replica, site, stage
+from flowml_runtime.protocol.training import decision, home, pace, replica, resting, site, stage
 from flowml_runtime.protocol.training.accounts import Settle, joined
 from flowml_runtime.protocol.training.actions import (
     Abandon,
@@ -22,7 +22,6 @@ from flowml_runtime.protocol.training.actions import (
     Computed,
     Count,
     CountSum,
-    Export,
     Forward,
     Hand,
     Load,
@@ -40,7 +39,6 @@ from flowml_runtime.protocol.training.actions import (
     Updated,
     Wake,
 )
-from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.items import NO_HOLD, batch
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.portions import Portions
@@ -50,7 +48,7 @@ from flowml_runtime.protocol.training.terms import Tick as TimeCame
 At = tuple[int, int]
 """(replica, stage)"""
 
-Stage = replica.Replica | Portions
+Stage = resting.Stage
 
 
 class _Ids(TypedDict):
@@ -73,7 +71,7 @@ class Fit:
         self.stages: dict[At, Stage] = {
             at: replica.Replica(terms, *at, ahead, states.get(at))
             if terms.speculation is None
-            else Portions(terms, *at)
+            else Portions(terms, *at, first)
             for at in places.stages_on(me)
         }
         self._me = me
@@ -81,11 +79,14 @@ class Fit:
         self._terms = terms
         self._places = places
         self._stores = places.stores_on(me)
-        self._home = home.Home(terms, self._stores, stopped.stores)
+        self._home = home.Home(terms, self._stores, stopped)
         self._leaders = tuple(places.homes[group.stores[0]][0] for group in terms.groups)
         """The leader of each group."""
+        late = {(w.store, w.replica, w.clock) for w in stopped.waiting if w.of_site == terms.stores[w.store].relayed}
         self._decisions = {
-            group.number: decision.Decision(terms, group, began, first)
+            group.number: decision.Decision(
+                terms, group, began, first, {(r, c) for s, r, c in late if s in group.stores}
+            )
             for group in terms.groups
             if self._leaders[group.number] == me and not group.final
         }
@@ -96,7 +97,7 @@ class Fit:
         self._relayed = [number for number in self._decisions if terms.groups[number].relayed]
         """Those about sites that decide for themselves."""
         self._sites = {
-            (group.number, number): site.Site(terms, group, number, began)
+            (group.number, number): site.Site(terms, group, number, began, start.stopped)
             for group in terms.groups
             if group.relayed
             for number in (places.led_by(me, group.stores[0]))
@@ -150,20 +151,20 @@ class Fit:
         if asked is None or not self._rests(asked):
             return []
         self.asked = None
-        stages = tuple(m.kept() for m in self.stages.values() if isinstance(m, replica.Replica))
+        flushed = self._at_home(home.Flush()) if asked.last else []
         mine = [s for s in self._stores if self._places.homes[s][0] == self._me]
-        return [Export(stages, tuple(self._home.kept(store, asked.pushed) for store in mine), asked.clocks, self.cause)]
+        sites = self._sites.values()
+        return [*flushed, resting.export(self.stages.values(), self._home, mine, sites, asked, self.cause)]
 
     def _rests(self, asked: wire.Export) -> bool:
-        last = max(asked.clocks)
-        for at, machine in self.stages.items():
-            if not isinstance(machine, replica.Replica) or not machine.rests(asked.clocks[at[0]]):
-                return False
-        for number, store in enumerate(self._terms.stores):
-            read = any(self._me in readers for readers in self._places.readers[number].values())
-            if read and store.clocked and self._shown.get(number, (0, -1))[1] < contained(self._terms, number, last):
-                return False
-        return self._home.rests(asked.clocks, asked.pushed)
+        readers = enumerate(self._places.readers)
+        read = [number for number, told in readers if any(self._me in names for names in told.values())]
+        return (
+            resting.stages_rest(self.stages, asked)
+            and resting.knows_all(self._terms, read, self._shown, asked)
+            and all(site.rests(asked.clocks, asked.pushed) for site in self._sites.values())
+            and self._home.rests(asked.clocks, asked.pushed)
+        )
 
     def validate(self) -> None:
         for machine in (*self.stages.values(), self._home, *self._decisions.values(), *self._sites.values()):

@@ -50,7 +50,14 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.clocks import Clocks, contained
 from flowml_runtime.protocol.training.staleness import Staleness
-from flowml_runtime.protocol.training.store import ContributionReceived, Gathering, Handle, Store, parts
+from flowml_runtime.protocol.training.store import (
+    ContributionReceived,
+    Gathering,
+    Handle,
+    Store,
+    parts,
+    waiting_part,
+)
 from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, Terms
 
 
@@ -68,6 +75,10 @@ class Updated(msgspec.Struct, frozen=True):
     replica: int
     clock: int
     applied: bool = True
+
+
+class Flush(msgspec.Struct, frozen=True):
+    """Apply what waits for others: all replicas have stopped at the end."""
 
 
 class StageRetired(msgspec.Struct, frozen=True):
@@ -130,39 +141,51 @@ class Finished(msgspec.Struct, frozen=True):
     store: int
 
 
-Event = StoreLoaded | ContributionReceived | Updated | Committed | StageRetired | ReplicaLost
+Event = StoreLoaded | ContributionReceived | Updated | Committed | Flush | StageRetired | ReplicaLost
 Action = Apply | Publish | SendApplied | SendArrived | Release | Finished
 
 
 class Home:
     """The stores of one worker."""
 
-    def __init__(self, terms: Terms, stores: Iterable[int], kept: Iterable[wire.StoreState] = ()) -> None:
-        """`kept`: where stores stood at the snapshot from which the run goes on."""
+    def __init__(self, terms: Terms, stores: Iterable[int], stopped: wire.Stopped | None = None) -> None:
+        """`stopped`: where stores stood at the snapshot from which the run goes on."""
         self._terms = terms
         self._lost: set[int] = set()
         self._stores = {
             i: Store(s, senders, None if s.clocked else Clocks(terms.replicas, senders))
             for i, s, senders in ((i, terms.stores[i], terms.stores[i].senders(terms.members)) for i in stores)
         }
-        for state in kept:
+        for state in stopped.stores if stopped else ():
             if state.store in self._stores:
-                self._stores[state.store].restore(state)
+                waiting = (w for w in stopped.waiting if w.store == state.store) if stopped else ()
+                store = self._stores[state.store]
+                store.restore(state, (w for w in waiting if w.of_site == store.terms.relayed))
         self.staleness = Staleness(terms, self._stores)
 
     def kept(self, store: int, pushed: Iterable[tuple[int, int, int]]) -> wire.StoreState:
         """Where a store stands, for a snapshot. `pushed` as in `rests`."""
         return self._stores[store].kept(store, {replica: clock for replica, index, clock in pushed if index == store})
 
+    def waiting(self, index: int) -> list[tuple[wire.Waiting, Handle]]:
+        """The parts of contributions that wait at a store, for a snapshot."""
+        store = self._stores[index]
+        return [waiting_part(part, of_site=store.terms.relayed) for part in store.waiting()]
+
     def rests(self, clocks: Sequence[int], pushed: Iterable[tuple[int, int, int]]) -> bool:
-        """Whether everything is applied that replicas with these next clocks have sent. `pushed` are rows (replica,
-        store, clock) of the newest pushes to stores that apply on arrival."""
-        for index, store in self._stores.items():
-            if store.clocks is None and store.floor < contained(self._terms, index, max(clocks)):
+        """Whether everything that replicas with these next clocks have sent is applied, or waits here. `pushed` are
+        rows (replica, store, clock) of the newest pushes to stores where they may wait."""
+        for store in self._stores.values():
+            every = store.terms.policy.every
+            if store.clocks is None and store.floor < contained(self._terms, every, max(clocks)):
+                return False
+            owed = store.owed.items() if store.terms.forwarded else ()  # each site sends a sum of each clock
+            if not all(store.has(leader, clock) for leader, late in owed for clock in late):
                 return False
         for replica, index, clock in pushed:
-            arriving = self._stores.get(index)
-            if arriving is not None and arriving.clocks is not None and arriving.clocks[replica] <= clock:
+            store = self._stores.get(index)
+            mine = store is not None and replica in store.senders and not store.terms.forwarded
+            if store is not None and mine and not store.has(replica, clock):
                 return False
         return True
 
@@ -188,6 +211,8 @@ class Home:
                 return self._load(store, version)
             case Updated():
                 return self._count(event)
+            case Flush():
+                return self._flush()
             case StageRetired(replica, stage):
                 return self._retire(replica, (stage,))
             case ReplicaLost(replica):
@@ -195,9 +220,9 @@ class Home:
 
     def _load(self, index: int, version: int) -> list[Action]:
         store = self._stores[index]
-        if store.version >= 0:
+        if store.loaded:
             raise ProtocolError(f"store {index} is loaded twice")
-        store.version = version
+        store.loaded, store.version = True, version
         return [Publish(index, version, store.floor), *self._finish(index)]
 
     def _count(self, update: Updated) -> list[Action]:
@@ -267,6 +292,10 @@ class Home:
     def _need(self, store: Store) -> int:
         """The number of contributions that are applied together. A share is one of the replicas that are not lost."""
         return store.terms.policy.quorum.need(len(store.senders) - len(self._lost.intersection(store.senders)))
+
+    def _flush(self) -> list[Action]:
+        stores = [(index, store.clocks) for index, store in self._stores.items() if store.batch]
+        return [a for index, clocks in stores if clocks is not None for a in self._apply_batch(index, clocks)]
 
     def _apply_batch(self, index: int, clocks: Clocks) -> list[Action]:
         """Apply what is kept, a quorum at a time and the oldest first, and publish what that makes.
@@ -386,7 +415,7 @@ class Home:
             store.floor = store.clocks.floor
             if store.batch and self._is_enough(store, store.clocks):
                 actions += self._apply_batch(index, store.clocks)
-            elif store.version >= 0:
+            elif store.loaded:
                 actions.append(Publish(index, store.version, store.floor, value=False))
             actions += self._finish(index)
         return actions
@@ -410,7 +439,7 @@ class Home:
             done = store.committed == self._terms.last_clock
         else:
             done = store.floor == RETIRED
-        if not done or store.finished or store.version < 0:
+        if not done or store.finished or not store.loaded:
             return []
         store.finished = True
         late = [gathering for row in store.gathering.values() for gathering in row.values()]

@@ -161,7 +161,7 @@ class Ledger:
 
     def kept(self, clocks: Sequence[int]) -> LedgerState:
         """All accounts, for a snapshot of replicas with these next clocks. What they have not begun is not granted."""
-        held = [(r, self._clocks[at], item) for at, (r, item) in self._outstanding.items()]
+        held = [(r, self._clock_of(at), item) for at, (r, item) in self._outstanding.items()]
         unbegun = [(r, clock, item) for r, clock, item in held if clock >= clocks[r]]
         return LedgerState(
             self._granted - len(unbegun),
@@ -177,6 +177,9 @@ class Ledger:
     def restore(self, state: LedgerState, clocks: Sequence[int]) -> None:
         """Go on where a snapshot was taken."""
         self._granted, self._cut, self._newest = state.granted, dict(state.cut), [clock - 1 for clock in clocks]
+        if self._portions is not None:
+            self._portions.restore(max(clocks))
+            self._newest = [-1] * len(clocks)  # requests are numbered, and not for clocks
         self._unasked = sum(newest < 0 for newest in self._newest)
         for replica, clock, item in state.outstanding:
             self._outstanding[item.sequence, item.copy] = (replica, item)
@@ -187,10 +190,14 @@ class Ledger:
         self._over = {first + i: fate for first, count, fate in state.over for i in range(count)}
         self._queue.restore(state.queue)
 
+    def _clock_of(self, at: tuple[int, int]) -> int:
+        """The clock for which an item was granted."""
+        return self._clocks[at] if self._portions is None else at[0] // self._work.row
+
     @property
     def newest(self) -> int:
         """The newest clock for which a replica has asked for work."""
-        return max(self._newest)
+        return max(self._newest) if self._portions is None else self._portions.batches - 1
 
     @property
     def outstanding(self) -> int:

@@ -10,6 +10,8 @@ begins them; the clock of a portion is the number of its batch. The first stage 
   has computed no portion to its end does not know how long to wait: it asks at once, and only if a replica is lost.
 * A commit decides which grant of each portion counts. Every other step of that portion is abandoned if it runs, and
   does not begin if it has not begun. The leading stage settles grants that count as used, and all others as duplicates.
+* A Hold stops it before a batch. It tells the driver once it runs nothing and waits for no answer; a portion of that
+  batch that it holds stays with it.
 * It retires after the last commit.
 
 The other stages follow its Begins in order. A commit may overtake the Begin of a step that counts; such a step still
@@ -30,6 +32,7 @@ from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.accounts import Settle
 from flowml_runtime.protocol.training.cut import Cut
 from flowml_runtime.protocol.training.decision import Wake
+from flowml_runtime.protocol.training.items import NO_HOLD
 from flowml_runtime.protocol.training.stage import (
     STEPS,
     UNDECIDED,
@@ -43,6 +46,7 @@ from flowml_runtime.protocol.training.stage import (
     Granted,
     Hold,
     LeaderRetired,
+    Paused,
     Retire,
     Start,
     Started,
@@ -76,7 +80,8 @@ class _Step:
 class Portions:
     """One stage of one replica. Stage 0 leads."""
 
-    def __init__(self, terms: Terms, replica: int, stage: int) -> None:
+    def __init__(self, terms: Terms, replica: int, stage: int, first: int = 0) -> None:
+        """`first` is the first batch of the run."""
         speculation = terms.speculation
         if speculation is None:
             raise ProtocolError("the batches of this run are not cut into portions")
@@ -92,7 +97,9 @@ class Portions:
         """Whether a replica is lost, so that a portion that only it had may have to be computed again."""
         self._requests = 0
         self._begun = -1
-        self._committed = -1
+        self._committed = first - 1
+        self._hold, self._paused = NO_HOLD, False
+        """No portion of this batch or a later one is begun. Whether the driver knows that the replica has stopped."""
         self._floors: dict[int, int] = {}
         self._steps: list[_Step] = []
         """The steps that are not over, in the order of grants, or of Begins."""
@@ -172,7 +179,9 @@ class Portions:
                 self._lost, actions = True, []
                 if self._wake_s == math.inf:  # it has computed no portion to its end
                     self._wake_s = now
-            case Tick() | Applied() | Hold():  # no fit with portions takes snapshots
+            case Hold(clock):
+                self._hold, self._paused, actions = clock, False, []
+            case Tick() | Applied():
                 actions = []
         return [*actions, *self._advance(now)]
 
@@ -258,13 +267,26 @@ class Portions:
         if not self._opened:
             return []
         ready = next((s for s in self._steps if s.number < 0 and s.clock == self._committed + 1), None)
-        if ready is not None:
+        if ready is not None and ready.clock < self._hold:
             self._begun += 1
             ready.number = self._begun
             return [Begin(ready.number, ready.item, last=False), *self._start(ready, now)]
+        if self._hold != NO_HOLD and self._committed + 1 >= self._hold:
+            return self._pause()
         if self._committed == self._terms.last_clock:
             return self._retire()
         return self._ask(now)
+
+    def _pause(self) -> list[Action | Wake]:
+        """Say once that a Hold has stopped the replica, which waits for no answer. It may hold a later portion."""
+        if self._paused or self._asked:
+            return []
+        self._paused = True
+        return [Paused(self._hold, self._committed + 1)]
+
+    def rests(self, clock: int, newest: int) -> bool:
+        """Whether nothing runs here, and all is decided about the batches before `clock`."""
+        return self._running is None and not self._queue and self._committed + 1 == clock
 
     def _start_queued(self, now: float) -> list[Action | Wake]:
         while self._queue and self._queue[0].state == "skipped":

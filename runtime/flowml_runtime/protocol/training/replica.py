@@ -41,6 +41,7 @@ from flowml.policy import Policy, can_read, window
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.accounts import Accounts, Settle
+from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.cut import Cut
 from flowml_runtime.protocol.training.items import LOOK_AHEAD, Items
 from flowml_runtime.protocol.training.stage import (
@@ -106,7 +107,7 @@ class Replica:
         self.committed = -1
         """The clock of the newest commit received; -1 before the first."""
         self._pushed: dict[int, int] = {}
-        """For each store that applies on arrival, the newest clock at which this stage has pushed."""
+        """For each store at whose home a push may wait, the newest clock at which this stage has pushed."""
         self._included: list[tuple[int, int]] = []
         """(group, clock) of the commits that include this replica and came before their Begin."""
         self._steps: list[Step] = []
@@ -144,11 +145,13 @@ class Replica:
             self._accounts.kept(),
         )
 
-    def rests(self, clock: int) -> bool:
-        """Whether nothing runs or waits for a decision here, `clock` is the next to begin, and it is known which
-        versions hold its pushes: a run that goes on does not hear of them."""
-        stores = [(s, c) for s, c in self._pushed.items() if not self._terms.stores[s].shared]
+    def rests(self, clock: int, newest: int) -> bool:
+        """Whether nothing runs or waits for a decision here, `clock` is the next to begin, all decisions are known
+        about clocks before `newest`, and which versions hold its pushes: a run that goes on does not hear of them."""
+        terms = self._terms
+        stores = [(s, c) for s, c in self._pushed.items() if not (terms.stores[s].clocked or terms.stores[s].shared)]
         known = all(s in self._applied and self._applied[s].clock >= c for s, c in stores)
+        known = known and all(self._committed[g.number] + 1 >= contained(terms, g.every, newest) for g in terms.groups)
         return known and self._running is None and not self._steps and self._begun + 1 == clock
 
     @property
@@ -288,8 +291,8 @@ class Replica:
             raise ProtocolError(f"replica {self._me} finished clock {clock}, which does not run")
         step.take("finish")
         self._running = None
-        for store, terms in enumerate(self._terms.stores) if self._terms.arrives else ():
-            if not terms.clocked and (step.last or terms.policy.every.due(clock, self._terms.last_clock)):
+        for store in self._terms.may_wait:
+            if step.last or self._terms.stores[store].policy.every.due(clock, self._terms.last_clock):
                 self._pushed[store] = clock
         fates = self._accounts.finish(clock, self.cut.left_out) if self._leads else ()
         return [*self._settle(fates)] if fates else []

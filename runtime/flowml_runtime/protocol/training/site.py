@@ -14,7 +14,8 @@ replica. So no worker has to do with all replicas.
   joins a later one as a whole.
 * Otherwise a late contribution is released, and all of a clock if the site is too late for it.
 * If the sites go on without a site that has not decided its sum of a clock, it decides none: what its replicas send for
-  that clock is late.
+  that clock is late. If late contributions are folded in, it sends an empty sum, so that a home knows what has still to
+  come.
 * If sites have parameters of their own, what a site decides is final (`Group.final`): its replicas are told at
   once, and `Forward` sends the sum to the leader, which updates the parameters. The leader is in each sum. If the
   decision about sites drops one, that gives up its steps until then, because it takes the global parameters.
@@ -27,15 +28,17 @@ What the caller must do is the same as for `home` and `decision`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from flowml.policy import Fold
 from flowml.policy.waits import Waits
+from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.decision import Arrived, Decision, ReplicaRetired, Wake
 from flowml_runtime.protocol.training.home import Release
-from flowml_runtime.protocol.training.store import ContributionReceived, Gathering, Handle, parts
+from flowml_runtime.protocol.training.store import ContributionReceived, Gathering, Handle, parts, waiting_part
 from flowml_runtime.protocol.training.terms import Committed, Group, ReplicaLost, Terms, Tick
 
 
@@ -84,12 +87,17 @@ class _Sum:
 class Site:
     """One site, for one group of stores. `began` is the time in seconds at which the run begins."""
 
-    def __init__(self, terms: Terms, group: Group, number: int, began: float = 0.0) -> None:
-        self._terms, self._group = terms, group
+    def __init__(
+        self, terms: Terms, group: Group, number: int, began: float = 0.0, stopped: wire.Stopped | None = None
+    ) -> None:
+        """`stopped`: where machines stood at the snapshot from which the run goes on."""
+        self._terms, self._group, self._number = terms, group, number
         self._inside = group.at_site(number)
         self.members = group.sites[number]
         self.leader = self.members[0]
-        self._decision = Decision(terms, self._inside, began)
+        waiting = [w for w in stopped.waiting if self._waits_here(w)] if stopped else []
+        late, first = {(w.replica, w.clock) for w in waiting}, max(stopped.clocks) if stopped else 0
+        self._decision = Decision(terms, self._inside, began, first, late)
         self._rows: dict[int, dict[tuple[int, int], Gathering]] = {}
         """Clock -> (store, replica) -> its contribution."""
         self._owed: dict[int, set[int]] = {}
@@ -101,6 +109,46 @@ class Site:
         self._fed_back = tuple(s for s in group.stores if terms.stores[s].feeds_back)
         self._left: set[int] = set()
         self._lost: set[int] = set()
+        for replica, clock in late:
+            self._owed.setdefault(replica, set()).add(clock)
+        for state in stopped.sites if stopped else ():
+            if (state.group, state.site) == (group.number, number):
+                self._committed = state.committed
+                self._sums = {c: _Sum(frozenset(there), folded, Waits()) for c, there, folded in state.sums}
+
+    def _waits_here(self, part: wire.Waiting) -> bool:
+        return part.store in self._group.stores and not part.of_site and part.replica in self.members
+
+    def kept(self) -> wire.SiteState:
+        """Where the machine stands, for a snapshot."""
+        sums = tuple((c, tuple(sorted(s.there)), s.folded) for c, s in sorted(self._sums.items()))
+        return wire.SiteState(self._group.number, self._number, self._committed, sums)
+
+    def waiting(self) -> list[tuple[wire.Waiting, Handle]]:
+        """The parts of contributions that wait here, for a snapshot."""
+        gathered = (gathering for row in self._rows.values() for gathering in row.values())
+        return [waiting_part(part, of_site=False) for part in parts(gathered)]
+
+    def rests(self, clocks: Sequence[int], pushed: Iterable[tuple[int, int, int]]) -> bool:
+        """Whether all is decided about what replicas with these next clocks have sent, and all that is late waits here.
+        `pushed` as in `Home.rests`."""
+        group, last = self._group, max(clocks)
+        above = group if not group.final else None if group.above is None else self._terms.groups[group.above]
+        if self._decision.clock < contained(self._terms, group.every, last):
+            return False
+        if above is not None and self._committed + 1 < contained(self._terms, above.every, last):
+            return False
+        if not group.folds:
+            return True
+        newest = [(r, s, clocks[r] - 1) for r in self.members for s in group.stores] if group.led else pushed
+        return all(self._has(store, replica, clock) for replica, store, clock in newest)
+
+    def _has(self, store: int, replica: int, clock: int) -> bool:
+        """Whether a push to this site is in a sum, or waits here."""
+        if store not in self._group.stores or clock not in self._owed.get(replica, ()):
+            return True
+        found = self._rows.get(clock, {}).get((store, replica))
+        return found is not None and len(found.parts) == len(self._terms.stores[store].stages)
 
     def handles(self) -> list[Handle]:
         """The payloads that are kept and may still be forwarded."""
@@ -196,12 +244,12 @@ class Site:
     def _commit(self, event: Committed, now: float) -> list[Action]:
         """The group has decided which sites a clock contains. Say which replicas of this one it contains."""
         clock, folds = event.clock, self._group.folds
-        if self._group.final:
-            return [] if folds or not event.leaves_out(self.leader) else self._skip_to(clock, now)
         actions: list[Action] = []
         if clock <= self._committed:
             return actions
         self._committed = clock
+        if self._group.final:
+            return actions if folds or not event.leaves_out(self.leader) else self._skip_to(clock, now)
         if self._fed_back:
             actions.append(SumSettled(clock, self._fed_back, folds or not event.leaves_out(self.leader)))
         known = self._sums.get(clock)
@@ -234,12 +282,15 @@ class Site:
     def _give_up(self, clock: int, now: float) -> list[Action]:
         """The group has gone on without the site. If that has decided the clock, its sum is late as a whole."""
         actions: list[Action] = []
-        for over in range(self._decision.clock, clock + 1):
-            for replica in self.members if self._group.folds else ():
+        for over in range(self._decision.clock, clock + 1) if self._group.folds else ():
+            for replica in self.members:
                 self._owed.setdefault(replica, set()).add(over)
+            if not self._group.final and self._group.every.due(over, self._terms.last_clock):
+                self._sums[over] = _Sum(frozenset(), (), Waits())
+                actions += [Forward(store, over, 0, 0, ()) for store in self._group.stores]
         if not self._group.folds:
             late = [self._rows.pop(c) for c in list(self._rows) if c <= clock]
-            actions = self._release(parts(g for row in late for g in row.values()))
+            actions += self._release(parts(g for row in late for g in row.values()))
         for made in self._decision.pass_over(clock, now):
             actions += [made] if isinstance(made, Wake) else self._sum(made)
         return actions

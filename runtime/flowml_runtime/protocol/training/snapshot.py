@@ -4,11 +4,13 @@
 
 * Replicas stop before a clock of the rhythm, or soon after `pause`, and before they retire. So a snapshot
   lies between two clocks of each replica, and one is taken at the end.
-* A worker tells what it keeps when everything that replicas have sent is applied there.
+* A worker tells what it keeps when everything that replicas have sent is applied there, or waits for a later clock or
+  for others. Of the latter nothing is left at the end.
 * The run goes on when the host has the buffers. It writes them meanwhile.
 * A run without common clocks stops where each replica happens to be, if no replica waits for another. Else one that
   has stopped would be waited for. So all stop before the same clock, and one that has no more items retires, but for
   the last one: the homes stay open for it.
+* A run that has lost a replica takes no more snapshots, because no run with as many replicas could go on from one.
 * Work items that a replica holds and has not begun count as not granted, if there are no common clocks.
 """
 
@@ -21,7 +23,7 @@ import msgspec
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
-from flowml_runtime.protocol.training.actions import Send
+from flowml_runtime.protocol.training.actions import Release, Send
 from flowml_runtime.protocol.training.items import NO_HOLD
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.store import Handle
@@ -77,8 +79,17 @@ class Snapshots:
         self.hold = clock
         return [Send(self._workers, wire.Hold(**ids, clock=clock))]
 
-    def take(self, ids: dict[str, Any], peer: str, message: Any, handle: Handle | None) -> list[Send | Save]:
+    def lose(self, ids: dict[str, Any]) -> list[Send | Release]:
+        """A replica is lost. The others go on."""
+        held, self._rhythm, self.hold = self.hold != NO_HOLD, None, NO_HOLD
+        told, self._buffers = self._buffers, []
+        forgotten = [Release(handle, ids["cause"]) for _, _, handle in told if handle is not None]
+        return [*forgotten, *([Send(self._workers, wire.Hold(**ids, clock=NO_HOLD))] if held else [])]
+
+    def take(self, ids: dict[str, Any], peer: str, message: Any, handle: Handle | None) -> list[Send | Save | Release]:
         """Process a Paused, an Exported or Buffers. `ids` are for the messages to send."""
+        if self._rhythm is None:
+            return [] if handle is None else [Release(handle, ids["cause"])]
         match message:
             case wire.Paused(replica=replica):
                 if message.hold != self.hold:
@@ -88,7 +99,8 @@ class Snapshots:
                     return self._release(ids, message)
                 self._under_way = True
                 pushed = tuple((r, *pair) for r, paused in sorted(self._paused.items()) for pair in paused.pushed)
-                return [Send(self._workers, wire.Export(**ids, clocks=self._clocks, pushed=pushed))]
+                told = wire.Export(**ids, clocks=self._clocks, pushed=pushed, last=self._is_last)
+                return [Send(self._workers, told)]
             case wire.Exported():
                 self._exported[peer] = message
             case wire.Buffers(owner=owner, names=names):
@@ -100,13 +112,18 @@ class Snapshots:
             return []
         return [self._save(ids["cause"]), *self._go_on(ids)]
 
-    def _release(self, ids: dict[str, Any], paused: wire.Paused) -> list[Send | Save]:
+    def _release(self, ids: dict[str, Any], paused: wire.Paused) -> list[Send | Save | Release]:
         """Let a replica that has stopped because it has no more items retire, unless it is the last."""
         last = len(self._released) == self._terms.replicas - 1
         if not self._terms.paced_by_slowest or paused.clock >= paused.hold or last or paused.replica in self._released:
             return []
         self._released.add(paused.replica)
         return [Send(self._workers, wire.Hold(**ids, clock=NO_HOLD, replica=paused.replica))]
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether the replicas have no more work."""
+        return self.hold > self._terms.last_clock if self._terms.aligned else self.hold == AT_END
 
     @property
     def _clocks(self) -> tuple[int, ...]:
@@ -116,7 +133,9 @@ class Snapshots:
         told = list(self._exported.values())
         stages = sorted((s for one in told for s in one.stages), key=lambda s: (s.replica, s.stage))
         stores = sorted((s for one in told for s in one.stores), key=lambda s: s.store)
-        stopped = wire.Stopped(self._clocks, tuple(stages), tuple(stores))
+        sites = sorted((s for one in told for s in one.sites), key=lambda s: (s.group, s.site))
+        waiting = sorted((w for one in told for w in one.waiting), key=lambda w: (w.store, w.clock, w.replica, w.part))
+        stopped = wire.Stopped(self._clocks, tuple(stages), tuple(stores), tuple(sites), tuple(waiting))
         return Save(stopped, tuple(sorted(self._buffers, key=lambda b: b[0])), cause)
 
     def _go_on(self, ids: dict[str, Any]) -> Sequence[Send]:

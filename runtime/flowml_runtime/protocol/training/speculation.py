@@ -44,6 +44,15 @@ class PortionQueue:
         self._orphans: dict[int, None] = {}
         """The portions that only lost replicas had."""
 
+    @property
+    def batches(self) -> int:
+        """The number of batches of which portions are granted."""
+        return -(-self._next // self._work.row)
+
+    def restore(self, batches: int) -> None:
+        """Go on where a snapshot was taken, after so many batches."""
+        self._next = batches * self._work.row
+
     def take(self, replica: int) -> wire.Item | None:
         """The next portion, for a replica that has finished all it had."""
         self._finish(replica, self._doing[replica])

@@ -71,7 +71,7 @@ class Hold(msgspec.Struct, frozen=True):
 
 class Paused(msgspec.Struct, frozen=True):
     """The replica has stopped as the newest Hold says, before the clock `hold`: its next clock is `clock`. `pushed` are
-    pairs (store, clock) of the newest pushes to stores that apply on arrival."""
+    pairs (store, clock) of the newest pushes that may wait at a home."""
 
     hold: int
     clock: int

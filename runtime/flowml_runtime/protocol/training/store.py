@@ -75,7 +75,8 @@ class Store:
     clocks: Clocks | None
     """The clocks of a store that applies on arrival. Other stores have one clock for all replicas, `floor`."""
     floor: int = 0
-    version: int = -1  # not loaded
+    version: int = -1
+    loaded: bool = False
     gathering: dict[int, dict[int, Gathering]] = field(default_factory=dict[int, dict[int, Gathering]])
     """Clock -> replica -> its contribution."""
     committed: int = -1
@@ -88,20 +89,37 @@ class Store:
     finished: bool = False
 
     def kept(self, number: int, pushed: Mapping[int, int]) -> wire.StoreState:
-        """Where it stands, for a snapshot. Nothing is gathered then. `pushed`: the newest pushes of replicas, some of
-        which may have retired already; a run that goes on may have work for them."""
+        """Where it stands, for a snapshot. `pushed`: the newest pushes of replicas, some of which may have retired
+        already; a run that goes on may have work for them."""
         if self.clocks is None:
             return wire.StoreState(number, self.version, self.floor, self.committed, ())
+        left = {replica: clock + 1 for replica, clock in pushed.items()}
+        left |= dict(sorted(self.batch, reverse=True))
         clocks, senders = self.clocks.all, frozenset(self.senders)
-        clocks = tuple(pushed.get(r, -1) + 1 if c == RETIRED and r in senders else c for r, c in enumerate(clocks))
+        clocks = tuple(left.get(r, 0) if c == RETIRED and r in senders else c for r, c in enumerate(clocks))
         return wire.StoreState(number, self.version, min(clocks), self.committed, clocks)
 
-    def restore(self, state: wire.StoreState) -> None:
-        """Go on where a snapshot was taken. The version comes with the values."""
-        self.floor, self.committed = state.floor, state.committed
+    def restore(self, state: wire.StoreState, waiting: Iterable[wire.Waiting]) -> None:
+        """Go on where a snapshot was taken. The values, and the contributions that are `waiting`, come later."""
+        self.version, self.floor, self.committed = state.version, state.floor, state.committed
         for replica, clock in enumerate(state.clocks):
             if self.clocks is not None and self.clocks[replica] < clock:
                 self.clocks.raise_to(clock, replica)
+        for part in waiting if self.clocks is None else ():
+            self.owed.setdefault(part.replica, set()).add(part.clock)
+
+    def has(self, replica: int, clock: int) -> bool:
+        """Whether the push of a replica is applied, refused, or waits here."""
+        if self.clocks is not None:
+            return self.clocks[replica] > clock or (replica, clock) in self.batch
+        if clock > self.committed:
+            return False
+        late = self.gathering.get(clock, {}).get(replica)
+        return clock not in self.owed.get(replica, ()) or (late is not None and self.is_complete(late))
+
+    def waiting(self) -> list[ContributionReceived]:
+        """What waits here for a later clock or for others, at a snapshot."""
+        return parts([*(g for row in self.gathering.values() for g in row.values()), *self.batch.values()])
 
     def absent(self, full: Iterable[Gathering], living: Iterable[int]) -> int:
         """The weight of the `living` senders of a clock without that of the contributions that are here, where each
@@ -168,6 +186,12 @@ class Store:
 def parts(gathered: Iterable[Gathering]) -> list[ContributionReceived]:
     """All parts of some contributions."""
     return [part for gathering in gathered for part in gathering.parts.values()]
+
+
+def waiting_part(part: ContributionReceived, *, of_site: bool) -> tuple[wire.Waiting, Handle]:
+    """A part that waits, for a snapshot."""
+    about = part.store, part.part, part.replica, part.clock, part.base_version, part.weight, part.empty
+    return wire.Waiting(*about, of_site), part.handle
 
 
 def _where(part: ContributionReceived) -> str:

@@ -330,6 +330,13 @@ class Terms:
         return any(not s.clocked for s in self.stores)
 
     @cached_property
+    def may_wait(self) -> tuple[int, ...]:
+        """The stores at whose homes a contribution may wait: for its place in the staleness of others, or, if it was
+        late, for a later clock."""
+        stores = enumerate(self.stores)
+        return tuple(n for n, s in stores if not s.clocked or (s.decided and isinstance(s.policy.late, Fold)))
+
+    @cached_property
     def _counts_always(self) -> bool:
         """Whether every step counts for some store: one without decisions, or of a group that leaves no replica out."""
         if any(not s.decided and not s.sites_decide for s in self.stores):

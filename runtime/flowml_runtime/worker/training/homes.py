@@ -27,7 +27,7 @@ from flowml_runtime.worker.training.filtered import Decoder
 from flowml_runtime.worker.training.published import WHOLE, PublicCopy
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
 from flowml_runtime.worker.training.resident import Arrays as Buffers
-from flowml_runtime.worker.training.resident import Resident, of_home
+from flowml_runtime.worker.training.resident import Resident, loaded, of_home
 from flowml_runtime.worker.training.run import Fault, Run
 
 _Sent = tuple[wire.Contribution | None, Sequence[Array]]
@@ -83,7 +83,7 @@ class Homes:
         spec, add = self._specs[store], self._run.residents.add
         if worker_of(spec.copies[0]) == self._run.me:
             values = partial(self._export, store)
-            add(Resident(of_home(spec.name, VALUES), values, _loaded, lane))
+            add(Resident(of_home(spec.name, VALUES), values, loaded, lane))
         if spec.policy.home_filters:
             known = partial(self._decoder.export, store), partial(self._decoder.restore, store)
             add(Resident(of_home(spec.name, "decoder"), *known, lane))
@@ -232,7 +232,3 @@ class Homes:
     def _send_published(self, worker: str, message: wire.Published, arrays: Arrays, timeout_s: float | None) -> None:
         self._run.send(worker, message, arrays, timeout_s)
         self._run.count_publish(message.store, sum(s.nbytes for s in message.specs), worker)
-
-
-def _loaded(_: Buffers) -> None:
-    """The values of a store come as its first value, with `Load`."""

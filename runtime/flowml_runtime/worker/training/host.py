@@ -40,7 +40,7 @@ from flowml_runtime.worker.training.exchange.reductions import Given, Reductions
 from flowml_runtime.worker.training.exchange.relays import Relays
 from flowml_runtime.worker.training.homes import Homes
 from flowml_runtime.worker.training.published import Reader
-from flowml_runtime.worker.training.resident import Arrays, Resident
+from flowml_runtime.worker.training.resident import Arrays, Resident, loaded, of_waiting, row
 from flowml_runtime.worker.training.run import Run
 from flowml_runtime.worker.training.stage_runner import StageRunner
 
@@ -363,7 +363,10 @@ class _Fit:
         """Send the driver what lives here between steps. Does not wait."""
         run, found = self.run, self.run.residents.found.values()
         ids: dict[str, Any] = {"plan_id": run.plan_id, "run": run.number, "cause": action.cause}
-        run.send(run.driver, wire.Exported(**ids, stages=action.stages, stores=action.stores, buffers=len(found)))
+        waiting = [self._waiting(part, handle) for part, handle in action.waiting if not part.empty]
+        parts, expected = tuple(part for part, _ in action.waiting), len(found) + len(waiting)
+        about: dict[str, Any] = {"stages": action.stages, "stores": action.stores, "sites": action.sites}
+        run.send(run.driver, wire.Exported(**ids, **about, waiting=parts, buffers=expected))
 
         def tell(resident: Resident) -> None:
             arrays = resident.export()
@@ -371,8 +374,14 @@ class _Fit:
             message = wire.Buffers(**ids, owner=resident.owner, names=tuple(arrays), specs=specs)
             run.send(run.driver, message, list(arrays.values()))
 
-        for resident in found:
+        for resident in (*found, *waiting):
             (resident.lane or self._exports).put(partial(tell, resident), self._fail)
+
+    def _waiting(self, part: wire.Waiting, handle: int) -> Resident:
+        """A part of a contribution that waits for a later clock, as the arrays that came. It is restored by coming
+        again."""
+        arrays = row("array", self._payloads[handle])
+        return Resident(of_waiting(self.run.training.stores[part.store].name, part), lambda: arrays, loaded)
 
     def _adds_up(self, told: wire.Gossip) -> bool:
         """Whether it is the sum of a site, and leaders add these up among themselves."""

@@ -6,6 +6,8 @@ owner's name says what it belongs to, and not on which worker it is:
     home/LAYER/...                        parameters, optimizer state, what decoders and public copies remember
     replica/NUMBER/stage/NUMBER/LAYER/... own parameters, sums of gradients, residuals, what neighbours have
     reader/WORKER/LAYER                   what the filters of published versions remember
+    site/LEADER/LAYER/...                 what the filters of the sums of a site remember
+    waiting/LAYER/...                     contributions that wait for a later clock or for others, as they came
 
 Every object that keeps an array from one step to the next registers itself in the `Residents` of its worker's run. A
 test walks all objects of a run and finds those that do not.
@@ -22,6 +24,7 @@ import numpy as np
 
 from flowml.errors import FlowmlError
 from flowml.policy import filters
+from flowml_runtime import wire
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array
 
@@ -96,6 +99,22 @@ def states_of(arrays: Arrays, name: str) -> dict[tuple[int, ...], dict[str, Arra
 def of_stage(replica: int, stage: int, store: str, what: str) -> str:
     """The owner of what a stage keeps for a store."""
     return f"replica/{replica}/stage/{stage}/{store}/{what}"
+
+
+def of_site(leader: int, store: str, what: str) -> str:
+    """The owner of what the leader of a site keeps for a store."""
+    return f"site/{leader}/{store}/{what}"
+
+
+def of_waiting(store: str, part: wire.Waiting) -> str:
+    """The owner of a part of a contribution that waits."""
+    of = f"site/{part.replica}" if part.of_site else f"replica/{part.replica}"
+    return f"waiting/{store}/{of}/clock/{part.clock}/{part.part}"
+
+
+def loaded(_: Arrays) -> None:
+    """Restores nothing, because what was exported comes in another message: values of stores as their first ones,
+    contributions that wait as contributions."""
 
 
 def of_home(store: str, what: str) -> str:

@@ -22,9 +22,11 @@ from flowml_runtime import wire
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.protocol.training.actions import CountSum, Forward, PassOn
+from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.worker.training.exchange.reductions import sum_of
 from flowml_runtime.worker.training.filtered import Encoder
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
+from flowml_runtime.worker.training.resident import Resident, of_site
 from flowml_runtime.worker.training.run import Fault, Run
 
 Given = Sequence[tuple[Sequence[Sequence[Array]], float]]
@@ -38,9 +40,9 @@ class Relays:
         self._run = run
         self._payloads = payloads
         self._on_fault = on_fault
-        self._encoders: dict[int, Encoder] = {}
-        """By leader."""
         self._lane = Lane(f"{run.me} sites run {run.number}")
+        self._encoders = {leader: self._filters(leader) for leader in self._leaders()}
+        """By leader, if the sums of its site are filtered."""
         self._publisher = Publisher(f"{run.me} sites run {run.number}", self._send, partial(self._fail, 0, "publish"))
 
     def forward(self, action: Forward) -> None:
@@ -82,14 +84,14 @@ class Relays:
                 arrays = weighted_sum([(parts[message.part], factor) for parts, factor in given])
                 specs = run.training.stores[message.store].parts[message.part].payload
                 message = msgspec.structs.replace(message, specs=specs)
-                encoder = self._encoder(message.replica)
-                if encoder.filters(message.store):
+                encoder = self._encoders.get(message.replica)
+                if encoder is not None and encoder.filters(message.store):
                     message, arrays = encoder.encode(message, arrays, parameters)
             run.count_push(message.store, message.part, sum(s.nbytes for s in message.specs), to)
             run.send(to, message, arrays)
 
     def _settle(self, action: CountSum) -> None:
-        self._encoder(action.leader).settle(action.clock, action.stores, counts=action.counts)
+        self._encoders[action.leader].settle(action.clock, action.stores, counts=action.counts)
 
     def _to_leader(self, to: str, message: wire.Gossip, given: Given) -> None:
         """Send the leader of a site the sum of gradients."""
@@ -100,11 +102,23 @@ class Relays:
             run.count_crossing(message.store, sum(s.nbytes for s in specs))
         run.send(to, msgspec.structs.replace(message, specs=specs), arrays)
 
-    def _encoder(self, leader: int) -> Encoder:
-        if leader not in self._encoders:
-            found = self._encoders[leader] = Encoder(self._run.training.stores, leader, self._run.start.seed)
-            self._run.encoders.append(found)
-        return self._encoders[leader]
+    def _leaders(self) -> list[int]:
+        """The leaders of the sites here whose sums are filtered."""
+        filtered = (s for s in self._run.training.stores if s.relayed and s.policy.home_filters)
+        led = ((site.replicas[0], store) for store in filtered for site in store.sites)
+        relay = Places.of(self._run.training).stages
+        return [*dict.fromkeys(leader for leader, _ in led if relay[leader][0] == self._run.me)]
+
+    def _filters(self, leader: int) -> Encoder:
+        """The filters of the sums of a site."""
+        run = self._run
+        encoder = Encoder(run.training.stores, leader, run.start.seed)
+        run.encoders.append(encoder)
+        for number, store in enumerate(run.training.stores):
+            if run.terms.stores[number].forwarded and store.policy.home_filters:
+                both = partial(encoder.export, number), partial(encoder.restore, number)
+                run.residents.add(Resident(of_site(leader, store.name, "filters"), *both, self._lane))
+        return encoder
 
     def _send(self, worker: str, message: wire.Published, arrays: Arrays, timeout_s: float | None) -> None:
         self._run.send(worker, message, arrays, timeout_s)
