@@ -221,3 +221,23 @@ def test_another_fit_is_refused_with_what_differs(threads_cluster: fm.Cluster, t
         other.resumed()
     with pytest.raises(ValueError, match="needs checkpoint="):
         one.fit(resume="auto")
+
+
+@pytest.mark.parametrize("policy", [None, fm.policies.asynchronous()], ids=["common clocks", "on arrival"])
+def test_callbacks_hear_of_a_step_while_a_fit_goes_on(
+    threads_cluster: fm.Cluster, tmp_path: Path, policy: fm.Policy | None
+) -> None:
+    """Records of a fit that goes on came only at its end, so that no callback could stop it."""
+    one, steps = case(threads_cluster, tmp_path, policy), 400
+    one.fit(steps=STOP, checkpoint=one.checkpoint())
+    heard: list[int] = []
+
+    def stop(record: dict[str, Any]) -> None:
+        heard.append(record["step"])
+        if len(checkpoints.snapshots(one.path)) > 1:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        one.fit(steps=steps, checkpoint=one.checkpoint(), resume="auto", callbacks=[stop])
+    assert heard[0] == STOP
+    assert heard[-1] < steps - 1

@@ -115,6 +115,7 @@ class Fit:
             compiled.metrics if computed else Metrics(),
             leaves_out=options.on_nonfinite == "refuse" and computed,
             first=saving.first,
+            done=kept.used if kept else 0,
         )
         self._observer = Observer(training, terms, session.time.now(), saving.first)
         self._payloads: dict[int, Sequence[Any]] = {}
@@ -335,7 +336,7 @@ class Fit:
             self._send(worker, wire.Buffers(**self._ids))
 
     def _save(self, action: protocol.Save, clocks: Sequence[int]) -> None:
-        """Write a snapshot. Its step is the clock of all replicas, or what they have reported without common clocks."""
+        """Take a snapshot. Its step is the clock of all replicas, or what they have reported without common clocks."""
         step, now = max(clocks) if self._aligned else self._history.reached, self._time.now()
         self.saving.save(self._training, step, action, self._machine.ledger.kept(clocks), self._taken, now)
 

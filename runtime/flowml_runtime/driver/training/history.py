@@ -54,10 +54,17 @@ class History:
     """Gathers reports into records. A record contains only the work items that count."""
 
     def __init__(
-        self, training: Training, clocks_per_epoch: int, metrics: Metrics, *, leaves_out: bool = False, first: int = 0
+        self,
+        training: Training,
+        clocks_per_epoch: int,
+        metrics: Metrics,
+        *,
+        leaves_out: bool = False,
+        first: int = 0,
+        done: int = 0,
     ) -> None:
         """`leaves_out`: losses that are not finite are left out and counted, as such gradients are. `first` is the step
-        of the first record."""
+        of the first record. `done` is the number of work items that were used before."""
         self._first = first
         self._leaves_out = leaves_out
         self._members = training.items
@@ -85,7 +92,9 @@ class History:
         """By replica, the losses that were left out of a record."""
         self._left_out: tuple[int, int] | None = None
         """(step, replica) of the first such loss, until there is a warning of it."""
-        self._complete = first * self._members
+        self._complete = first * self._members if self._aligned else done
+        self._before = self._complete - first * self._members
+        """Those reports of the first step that came before, in a fit that goes on."""
         self.records: list[Record] = []
 
     @property
@@ -114,7 +123,7 @@ class History:
         if not self._aligned:
             step, place = divmod(self._complete, self._members)
         self._complete += 1
-        if step >= len(self.records):
+        if step >= self.step:
             self._open.setdefault(step, {}).setdefault(place, unit)
 
     def committed(self, clock: int, excluded: Collection[int], coefficients: Sequence[tuple[int, float]] = ()) -> None:
@@ -198,10 +207,11 @@ class History:
         return found
 
     def _is_complete(self) -> bool:
-        step = len(self.records)
+        step = self.step
         if not self._drops:
             units = self._open.get(step)
-            return units is not None and len(units) == self._members
+            before = 0 if self.records else self._before
+            return units is not None and len(units) + before == self._members
         if step not in self._counted:
             return False
         ahead = len(self._open) >= MAX_AHEAD and sum(map(self._is_full, self._open)) >= MAX_AHEAD

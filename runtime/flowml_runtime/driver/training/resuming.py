@@ -34,7 +34,7 @@ def saving_of(
     if checkpoint is None:
         if resume is not None:
             raise ValueError("resume='auto' needs checkpoint=fm.Checkpoint(path), which says where the snapshots are")
-        return Saving(None, None, now, trees, model, total)
+        return Saving(None, None, now, trees, model)
     if not isinstance(checkpoint, Checkpoint):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"checkpoint={checkpoint!r}: give an fm.Checkpoint(path, every_steps=...)")
     directory = checkpoint.directory
@@ -45,10 +45,10 @@ def saving_of(
                 f"{directory} has checkpoints of an earlier fit; give resume='auto' to go on from the newest, or "
                 "another directory"
             )
-        return Saving(checkpoint, None, now, trees, model, total)
+        return Saving(checkpoint, None, now, trees, model)
     found = newest(directory)
     if found is None:
-        return Saving(checkpoint, None, now, trees, model, total)
+        return Saving(checkpoint, None, now, trees, model)
     path, snapshot = found
     check(snapshot, path, training, now, (*trees, model.state()))
     steps = snapshot.content.steps
@@ -59,4 +59,4 @@ def saving_of(
         )
     leaves = (snapshot.content.params, snapshot.content.opt_state)
     values = tuple(restored(tree, snapshot.leaves(of)) for tree, of in zip(trees, leaves, strict=True))
-    return Saving(checkpoint, snapshot, now, (values[0], values[1]), model, total)
+    return Saving(checkpoint, snapshot, now, (values[0], values[1]), model)

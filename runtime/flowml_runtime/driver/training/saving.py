@@ -35,10 +35,8 @@ class Saving:
         figures: Figures | None = None,
         trees: tuple[Any, Any] = (None, None),
         model: Model | None = None,
-        total: int = 0,
     ) -> None:
-        """`trees` are the parameters and the optimizer state with which the fit of `total` steps begins, `model` the
-        model's state."""
+        """`trees` are the parameters and the optimizer state with which the fit begins, `model` the model's state."""
         self.validation: Validation | None = None
         self.resumed = resumed
         self.first = resumed.content.steps if resumed else 0
@@ -47,7 +45,6 @@ class Saving:
         self._figures = figures
         self.trees = trees
         self._model = model or Model()
-        self._total = total
         self._saved_step = self._validated_step = self.first
         self._saved_at: float | None = None
         self._writer: threading.Thread | None = None
@@ -99,7 +96,7 @@ class Saving:
         if self._figures is None or step == self.first:
             return
         snapshot = taken(training, self._figures, step, action.stopped, ledger, buffers, self.trees, self._model)
-        over = step >= self._total
+        over = action.last
         if self.validation is not None and (over or self._is_unmeasured(step)):
             self._validated_step = step
             values = zip((*self.trees, self._model.state()), snapshot.trees, strict=True)

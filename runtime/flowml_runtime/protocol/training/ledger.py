@@ -114,6 +114,11 @@ class LedgerState(msgspec.Struct, frozen=True):
     over: tuple[tuple[int, int, State], ...]
     queue: QueueState
 
+    @property
+    def used(self) -> int:
+        """The number of items that were used."""
+        return sum(account.fates.get("used", 0) for account in self.replicas)
+
 
 @dataclass(slots=True)
 class _Account:

@@ -44,11 +44,13 @@ class Rhythm(msgspec.Struct, frozen=True):
 
 
 class Save(msgspec.Struct, frozen=True):
-    """A snapshot is complete: where the machines stand, and the buffers as (owner, names, handle)."""
+    """A snapshot is complete: where the machines stand, and the buffers as (owner, names, handle). `last`: the replicas
+    have no more work."""
 
     stopped: wire.Stopped
     buffers: tuple[tuple[str, tuple[str, ...], Handle | None], ...]
     cause: int
+    last: bool = False
 
 
 class Snapshots:
@@ -136,7 +138,7 @@ class Snapshots:
         sites = sorted((s for one in told for s in one.sites), key=lambda s: (s.group, s.site))
         waiting = sorted((w for one in told for w in one.waiting), key=lambda w: (w.store, w.clock, w.replica, w.part))
         stopped = wire.Stopped(self._clocks, tuple(stages), tuple(stores), tuple(sites), tuple(waiting))
-        return Save(stopped, tuple(sorted(self._buffers, key=lambda b: b[0])), cause)
+        return Save(stopped, tuple(sorted(self._buffers, key=lambda b: b[0])), cause, self._is_last)
 
     def _go_on(self, ids: dict[str, Any]) -> Sequence[Send]:
         if not self._terms.aligned:
