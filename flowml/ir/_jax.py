@@ -7,7 +7,7 @@ StableHLO, and restore weak types.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,9 +19,11 @@ import numpy as np
 from jax._src import config as jax_config
 from jax._src import core as jax_core
 from jax._src import source_info_util, xla_bridge
-from jax._src.interpreters import mlir
+from jax._src.interpreters import mlir, pxla
 from jax._src.interpreters import partial_eval as pe
+from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.lib.mlir.dialects import hlo  # pyright: ignore[reportPrivateImportUsage]
 from jax.extend import core as jex
 
 from flowml.arrays import KEY_WORDS, ArraySpec
@@ -401,7 +403,7 @@ def export(
         return known[form]
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("ALL")]
     exported = jax.export.export(jitted, platforms=list(platforms), disabled_checks=unchecked)(*inputs)
-    if "custom_call" in (text := exported.mlir_module()) and (found := forbidden(_operations(text))):
+    if found := forbidden(_operations(exported)):
         raise UnsupportedError(f"it is {found}, which no worker runs")
     data = bytes(exported.serialize())
     if form is not None:
@@ -413,7 +415,7 @@ def load_exported(data: bytes) -> jax.export.Exported:
     """Read bytes made by `export`. Raises UnsupportedError for others, because their sender is not trusted."""
     try:
         exported = jax.export.deserialize(bytearray(data))
-        found = forbidden(_operations(exported.mlir_module()))
+        found = forbidden(_operations(exported))
     except Exception as error:  # several libraries raise errors of many types
         raise UnsupportedError(f"is damaged ({type(error).__name__})") from None
     if exported.ordered_effects or exported.unordered_effects:
@@ -425,18 +427,21 @@ def load_exported(data: bytes) -> jax.export.Exported:
     return exported
 
 
-def _operations(module: str) -> Iterator[tuple[str, str]]:
+def _operations(exported: jax.export.Exported) -> list[tuple[str, str]]:
     """Every operation of a module with all its regions: (name, target of a custom call or "")."""
-    with mlir.make_ir_context():
-        parsed = ir.Module.parse(module)  # the module keeps its operations alive
-        todo = [parsed.operation]
-        while todo:
-            operation = todo.pop()
-            target = ""
-            if operation.name.endswith("custom_call"):
-                target = ir.StringAttr(operation.attributes["call_target_name"]).value
-            yield operation.name, target
-            todo.extend(o.operation for region in operation.regions for block in region for o in block)
+    found: list[tuple[str, str]] = []
+
+    def visit(operation: Any) -> Any:
+        target = ""
+        if operation.name.endswith("custom_call"):
+            target = ir.StringAttr(operation.attributes["call_target_name"]).value
+        found.append((operation.name, target))
+        return ir.WalkResult.ADVANCE
+
+    with mlir.make_ir_context() as context:
+        module = hlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
+        module.operation.walk(visit, ir.WalkOrder.PRE_ORDER)
+    return found
 
 
 def compiled(lowered: jax.stages.Lowered, *, committed: bool) -> jax.stages.Compiled:
@@ -450,11 +455,25 @@ def compiled(lowered: jax.stages.Lowered, *, committed: bool) -> jax.stages.Comp
     return lowered.compile()
 
 
-def with_weak_type(array: jax.Array) -> jax.Array:
-    """The same array, marked as weakly typed like the results of Python scalars."""
-    from jax._src.lax.lax import _convert_element_type  # pyright: ignore
+def array_type(struct: jax.ShapeDtypeStruct, *, weak: bool) -> Any:
+    """The type of an array of this shape and dtype."""
+    return jax_core.ShapedArray(struct.shape, struct.dtype, weak_type=weak)
 
-    return cast(jax.Array, _convert_element_type(array, array.dtype, weak_type=True))
+
+def array_of(buffer: Any, aval: Any, *, copy: bool) -> jax.Array:
+    """An array of type `aval` from a buffer of its shape and dtype. With `copy` it has memory of its own.
+
+    Nothing is compiled and the array is not bound to a device, even if its type is weak or has 64 bits. A `jax.Array`
+    stays on its device; a NumPy array goes to the default one.
+    """
+    if isinstance(buffer, jax.Array):
+        (device,), sharding = buffer.devices(), buffer.sharding
+    else:
+        device = pxla.get_default_device()
+        sharding = jax.sharding.SingleDeviceSharding(device)
+    wide = True if is_wide(aval.dtype.name) else None
+    put: Any = xla_client.batched_device_put  # pyright: ignore[reportPrivateImportUsage]
+    return cast(jax.Array, put(aval, sharding, [buffer], [device], False, copy, enable_x64=wide))
 
 
 def literal_value(atom: Any) -> np.ndarray:

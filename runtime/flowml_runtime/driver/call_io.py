@@ -1,15 +1,14 @@
 """Converts the arguments of a call to the inputs of a plan, and the outputs of a plan to the results of the call.
 
 `Feeder` turns arguments into plain buffers of the declared dtype: typed keys into their key data, Python scalars into
-arrays. `Restorer` turns outputs into `jax.Array`s with the weak types and key types of the original function. All small
-results go through one compiled identity, which is several times cheaper than a `device_put` for each. Large results
-enter JAX without a copy.
+arrays. `Restorer` turns outputs into `jax.Array`s with the weak types and key types of the original function, and
+compiles nothing for it. Large results enter JAX without a copy.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,14 +16,14 @@ import jax.api_util
 import jax.numpy as jnp
 import numpy as np
 
-from flowml.ir._jax import exact_types, is_wide, key_implementation, with_weak_type
-from flowml.plan import ArraySpec, Output, Plan
+from flowml.ir._jax import array_of, array_type, exact_types, is_wide, key_implementation
+from flowml.plan import ArraySpec, Constant, Plan
 from flowml_runtime.driver.remote import Remote
 from flowml_runtime.execution.programs import Array, buffer_struct, constant_array
 from flowml_runtime.transport.arrays import own_copy
 
 LARGE_BYTES = 2**18
-"""From this size on, entering JAX without a copy saves more time than its `device_put` costs."""
+"""From this size on a result shares memory with the message that brought it. A smaller one would keep it all alive."""
 
 Signature = tuple[tuple[int, ...], Any, bool]
 """(shape, dtype, weak type): the part of a leaf for which a call is compiled."""
@@ -98,64 +97,52 @@ class Restorer:
     """Turns the fetched outputs of a plan into its flat results."""
 
     def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+        self._outputs = plan.outputs
         self._wide = any(is_wide(o.spec.dtype) for o in plan.outputs)
+        used = {o.index for o in plan.outputs if o.kind == "constant"}
+        self._constants = {i: _buffer(plan.constants[i]) for i in used}
         seen: set[tuple[str, int]] = set()
-        self._plain = [
-            _is_plain(o) and (o.kind, o.index) not in seen and not seen.add((o.kind, o.index)) for o in plan.outputs
+        self._own = [
+            o.kind == "fetch" and (o.kind, o.index) not in seen and not seen.add((o.kind, o.index))
+            for o in plan.outputs
         ]
-        self._compiled: dict[tuple[int, ...], Callable[..., list[jax.Array]]] = {}
+        """The results whose memory nobody else reads: the first one of each fetched value."""
+        self._avals = [buffer_type(o.spec) for o in plan.outputs]
 
     def __call__(self, fetched: Sequence[Array], inputs: Sequence[Any], kept: Sequence[Remote] = ()) -> list[Any]:
         """The results. `kept` are the handles of the outputs that stay, by slot."""
-        if self._wide:  # the thread that takes the result may have 64 bits disabled
-            with exact_types():
-                return self._restore(fetched, inputs, kept)
-        return self._restore(fetched, inputs, kept)
+        sources: dict[str, Any] = {"fetch": fetched, "input": inputs, "keep": kept, "constant": self._constants}
+        if not self._wide:
+            return [self._result(p, sources[o.kind][o.index]) for p, o in enumerate(self._outputs)]
+        with exact_types():  # the thread that takes the result may have 64 bits disabled
+            return [self._result(p, sources[o.kind][o.index]) for p, o in enumerate(self._outputs)]
 
-    def _restore(self, fetched: Sequence[Array], inputs: Sequence[Any], kept: Sequence[Remote]) -> list[Any]:
-        outputs = self._plan.outputs
-        sources: dict[str, Sequence[Any]] = {"fetch": fetched, "input": inputs, "keep": kept}
-        results: list[Any] = [None if o.kind == "constant" else sources[o.kind][o.index] for o in outputs]
-        through: list[int] = []
-        for position, (value, plain) in enumerate(zip(results, self._plain, strict=True)):
-            if type(value) is Remote:
-                continue
-            if outputs[position].spec.dtype == "float0":
-                results[position] = np.zeros(outputs[position].spec.shape, jax.dtypes.float0)
-            elif not plain or not (isinstance(value, jax.Array) or value.nbytes >= LARGE_BYTES):
-                through.append(position)
-            elif not isinstance(value, jax.Array):
-                results[position] = jax.device_put(value)
-        if through:
-            key = tuple(through)
-            restore = self._compiled.get(key) or self._compile(key)
-            restored = restore(*[results[p] for p in through if outputs[p].kind != "constant"])
-            for position, value in zip(through, restored, strict=True):
-                results[position] = value
-        return results
-
-    def _compile(self, positions: tuple[int, ...]) -> Callable[..., list[jax.Array]]:
-        """An executable that returns new arrays, because the owner of an argument that is returned may donate it."""
-        outputs = [self._plan.outputs[p] for p in positions]
-        constants = [constant_array(self._plan.constants[o.index]) if o.kind == "constant" else None for o in outputs]
-
-        def restore(*buffers: Any) -> list[Any]:
-            given = iter(buffers)
-            return [typed(next(given) if c is None else c, o.spec) for o, c in zip(outputs, constants, strict=True)]
-
-        structs = [buffer_struct(o.spec) for o in outputs if o.kind != "constant"]
-        compiled = jax.jit(restore).lower(*structs).compile()
-        self._compiled[positions] = compiled
-        return compiled
+    def _result(self, position: int, value: Any) -> Any:
+        if type(value) is Remote:
+            return value
+        return restored(value, self._outputs[position].spec, self._avals[position], own=self._own[position])
 
 
-def _is_plain(output: Output) -> bool:
-    return output.kind == "fetch" and not output.spec.weak_type and not output.spec.dtype.startswith("key<")
+def restored(value: Array, spec: ArraySpec, aval: Any = None, *, own: bool) -> Any:
+    """A buffer as a result of the type `aval`, that of the spec. It is copied if it is not the result's `own`.
+
+    The owner of a value that is also an argument or another result may donate it.
+    """
+    if spec.dtype == "float0":
+        return np.zeros(spec.shape, jax.dtypes.float0)
+    here, is_key = isinstance(value, jax.Array), spec.dtype.startswith("key<")
+    if own and here and not spec.weak_type and not is_key:
+        return value
+    own = own and (here or value.nbytes >= LARGE_BYTES)
+    array = array_of(value, aval or buffer_type(spec), copy=not own)
+    return jax.random.wrap_key_data(array, impl=key_implementation(spec.dtype)) if is_key else array
 
 
-def typed(buffer: Any, spec: ArraySpec) -> Any:
-    """A buffer as an array of the spec's key type or weak type."""
-    if spec.dtype.startswith("key<"):
-        return jax.random.wrap_key_data(buffer, impl=key_implementation(spec.dtype))
-    return with_weak_type(buffer) if spec.weak_type else buffer
+def buffer_type(spec: ArraySpec) -> Any:
+    """The type of the buffer of a result."""
+    return array_type(buffer_struct(spec), weak=spec.weak_type)
+
+
+def _buffer(constant: Constant) -> np.ndarray[Any, Any] | None:
+    """The values of a constant, unless its type has none."""
+    return None if constant.spec.dtype == "float0" else np.asarray(constant_array(constant))

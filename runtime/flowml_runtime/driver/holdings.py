@@ -16,7 +16,7 @@ from flowml.errors import ClusterError, FlowmlError, WorkerLostError
 from flowml.ir._jax import exact_types
 from flowml.plan import ArraySpec
 from flowml_runtime import service, wire
-from flowml_runtime.driver.call_io import typed
+from flowml_runtime.driver.call_io import restored
 from flowml_runtime.driver.remote import Batch, Kind, Remote
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.programs import Array
@@ -112,7 +112,9 @@ class Holdings:
                     remotes[i].made()  # the call may have failed meanwhile, and says more
                 raise
         with exact_types():
-            return [typed(jax.device_put(found[i]), r.kind.spec) for i, r in enumerate(remotes)]
+            return [
+                restored(found[i], r.kind.spec, own=not isinstance(found[i], jax.Array)) for i, r in enumerate(remotes)
+            ]
 
     def freed(self, batch: Batch, index: int) -> None:
         """A handle was deleted or donated. For finalizers: takes no lock, never waits."""

@@ -1,0 +1,50 @@
+"""What the first call of a function costs: what is compiled for it, where, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import flowml as fm
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@contextmanager
+def compiled() -> Iterator[list[str]]:
+    """What this process compiles meanwhile."""
+    events: list[str] = []
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event == COMPILED:
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_the_driver_compiles_nothing(process_cluster: fm.Cluster) -> None:
+    def results(x: jax.Array, key: jax.Array) -> tuple[jax.Array | float, ...]:
+        return x + 1, jnp.sum(x), 2.0, jnp.int8(3) * 2, jax.random.split(key), x, jnp.sum(x)
+
+    program, x, key = fm.dataflow(results, cluster=process_cluster), np.arange(6, dtype=np.float32), jax.random.key(3)
+    jax.block_until_ready(key)
+    with compiled() as events:
+        got = program(x, key)
+    assert not events
+    for mine, expected in zip(got, jax.jit(results)(x, key), strict=True):
+        assert (mine.dtype, mine.shape) == (expected.dtype, expected.shape)
+        assert getattr(mine, "weak_type", None) == getattr(expected, "weak_type", None)
+        assert not mine.committed
+    np.testing.assert_array_equal(jax.random.key_data(got[4]), jax.random.key_data(jax.random.split(key)))
+    kept = fm.dataflow(lambda x: x * 2, cluster=process_cluster, keep=0)(x)
+    with compiled() as events:
+        np.testing.assert_array_equal(np.asarray(kept), x * 2)
+    assert not events
