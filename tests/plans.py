@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import msgspec
 
 from flowml.instructions import Feed, Fetch, Free, Instruction, Recv, Run, Send
-from flowml.ir._jax import export, struct_of
+from flowml.ir._jax import struct_of
+from flowml.ir.exports import export
 from flowml.plan import ArraySpec, Constant, Estimate, Message, Output, Plan, Program, Task, Transfer, fingerprint
 
 W0, W1 = "worker:0/cpu:0", "worker:1/cpu:0"

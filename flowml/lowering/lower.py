@@ -18,6 +18,7 @@ import jax
 from flowml.errors import UnsupportedError, one_line
 from flowml.ir import _jax
 from flowml.ir.cost import node_bytes, node_flops
+from flowml.ir.exports import export
 from flowml.ir.forms import form_of
 from flowml.ir.graph import Graph, Literal, Node
 from flowml.lowering.schedule import Schedule, TaskGroup
@@ -48,7 +49,7 @@ class ExecutableTable:
     def export(self, fn: Callable[..., Any], inputs: Sequence[Any], form: Any = None) -> str:
         """Export a function of flat arrays and return its key. `form` is the function's form, if known."""
         with _jax.under(self.settings):
-            return self.store(_jax.export(fn, inputs, self.platforms, self.known, form))
+            return self.store(export(fn, inputs, self.platforms, self.known, form))
 
     def add_function(
         self,

@@ -26,7 +26,8 @@ import numpy as np
 
 from flowml.errors import FlowmlError, UnsupportedError
 from flowml.instructions import Feed, Fetch, Keep, Push, Read, Recv, Run, Send
-from flowml.ir._jax import compiled, exact_types, is_wide, key_implementation, load_exported, spec_of, under
+from flowml.ir._jax import compiled, exact_types, is_wide, key_implementation, spec_of, under
+from flowml.ir.exports import load_exported
 from flowml.plan import ArraySpec, Constant, Plan, Program, Setting, Task, fingerprint
 from flowml_runtime.transport.arrays import Array, aligned_empty, wire_layout
 
