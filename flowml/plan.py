@@ -246,6 +246,11 @@ class StoreSpec(msgspec.Struct, frozen=True):
         """The site of a replica; None if the store has no sites."""
         return next((site for site in self.sites if replica in site.replicas), None)
 
+    def leader_of(self, replica: int) -> int:
+        """The replica that stands for `replica` towards others: itself, if it is in no site."""
+        site = self.site_of(replica)
+        return site.replicas[0] if site else replica
+
     @property
     def relayed(self) -> bool:
         """Whether the leader of each site gathers contributions, decides, and passes values on."""

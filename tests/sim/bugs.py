@@ -25,6 +25,7 @@ from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.protocol.training.site import Site
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
+from flowml_runtime.sim import arithmetic
 from flowml_runtime.sim.neighbours import Neighbours
 from flowml_runtime.sim.sites import Member
 from flowml_runtime.worker.training.exchange.mirrors import Filtered
@@ -230,6 +231,22 @@ def _loses_a_late_contribution_of_a_site(patch: Patch) -> None:
     patch.setattr(Site, "_forward", forward)
 
 
+def _divides_the_step_of_a_site_by_all_of_its_replicas(patch: Patch) -> None:
+    """Also where not all of them are in the sum."""
+    real: Callable[..., Any] = arithmetic.for_leader
+
+    def for_leader(training: Any, message: Any, given: Any) -> Any:
+        site = training.stores[message.store].site_of(message.replica)
+        whole = len(site.replicas) * training.microbatches
+        return real(training, msgspec.structs.replace(message, weight=whole), given)
+
+    patch.setattr(arithmetic, "for_leader", for_leader)
+
+
+def _goes_on_with_parameters_that_its_leader_has_updated(patch: Patch) -> None:
+    patch.setattr(arithmetic.Arithmetic, "follow", lambda *_: None)
+
+
 def _counts_a_site_as_one_replica(patch: Patch) -> None:
     real: Callable[..., None] = Member.__init__
 
@@ -299,6 +316,8 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "differences of versions are published": _publishes_differences_of_versions,
     "a site is summed before its quorum": _sums_a_site_before_its_quorum,
     "a late contribution to a site is lost": _loses_a_late_contribution_of_a_site,
+    "the step of a site is divided by all of its replicas": _divides_the_step_of_a_site_by_all_of_its_replicas,
+    "a replica does not follow the leader of its site": _goes_on_with_parameters_that_its_leader_has_updated,
     "a site counts as one replica": _counts_a_site_as_one_replica,
     "a replica leaves before it has relayed a sum": _leaves_before_it_has_relayed_the_sum_of_its_site,
     "a late neighbour is left out of an average": _averages_without_a_late_neighbour,

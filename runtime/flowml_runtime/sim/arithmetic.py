@@ -250,8 +250,8 @@ class Arithmetic:
         return found
 
     def _sender(self, spec: StoreSpec, at: At) -> int:
-        """The number of a replica among those that take part in rounds."""
-        return (spec.leaders or tuple(range(len(self._training.replicas)))).index(at[0])
+        """The number of a replica, or of its site, among those that take part in rounds."""
+        return (spec.leaders or tuple(range(len(self._training.replicas)))).index(spec.leader_of(at[0]))
 
     def _averaging_of(self, at: At, store: int) -> Averaging:
         found = self._averaging.get((at, store))

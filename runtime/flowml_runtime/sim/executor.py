@@ -68,7 +68,7 @@ class Executor:
         }
         """The stores whose parameters this replica updates itself."""
         self._members = members(node, at, self._own)
-        self._neighbours = neighbours(node, at, filter(self._leads, self._own))
+        self._neighbours = neighbours(node, at, self._own, self._members)
         self._exchanged = (-1, -1)  # (store, clock) of the newest round of gossip that is over
         self._inside: list[tuple[int, int, int]] = []  # (store, part, weight) of the sums that this step waits for
         self._updated = -1  # the own store that this step has updated last

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flowml.plan import Site
@@ -30,6 +30,7 @@ class Member:
         gathers = any(r.schedule == "gather" for r in site.reductions)
         self.served = store in node.world.layout.local and (gathers or terms.sites_decide)
         self.decides = terms.sites_decide
+        self.exchanges = self.leads or (terms.policy.mirrored and not self.served)
         self.weight = 1 if isinstance(terms.policy.remote, Gossip) else len(site.replicas)
         self.collective = terms.collective
         self._remote = terms.policy.remote
@@ -106,7 +107,7 @@ class Member:
 
 
 class Mirrors:
-    """The exchanges of one store on one stage of a sender."""
+    """The exchanges of one store on one stage of a sender. For another replica of its site it only weighs the steps."""
 
     def __init__(self, node: Node, at: At, store: int, gossip: Gossip, senders: Sequence[int]) -> None:
         world = node.world
@@ -116,6 +117,7 @@ class Mirrors:
         self._store = store
         self._gossip = gossip
         self._staleness = int(terms.policy.staleness)
+        self._leads = at[0] in senders
         self._workers = {r: world.places.stages[r][terms.stages[0]] for r in senders}
         self._heard = dict.fromkeys((r for r in senders if r != at[0]), -1)
 
@@ -125,7 +127,7 @@ class Mirrors:
     def updated(self, step: Start) -> None:
         """The step has updated the own parameters."""
         world, node, last = self._node.world, self._node, self._last(step.clock)
-        if not last and not self._gossip.due(step.clock):
+        if not self._leads or not (last or self._gossip.due(step.clock)):
             world.values.changes(self._at, self._store, step.clock, sends=False, last=False)
             return
         value, nbytes = world.values.changes(self._at, self._store, step.clock, sends=True, last=last)
@@ -138,7 +140,7 @@ class Mirrors:
     def end(self, step: Start) -> bool:
         """Add the changes of others. Returns whether all that the step waits for are here."""
         clock, last, told = step.clock, self._last(step.clock), self._node.told
-        if not last and not self._gossip.due(clock):
+        if not self._leads or not (last or self._gossip.due(clock)):
             return True
         newest = newest_changes(clock, self._staleness, self._gossip.every)
         end = min(newest, self._node.world.terms.last_clock) + 1
@@ -168,12 +170,14 @@ def members(node: Node, at: At, own: Collection[int]) -> dict[int, Member]:
     return found
 
 
-def neighbours(node: Node, at: At, stores: Iterable[int]) -> dict[int, Neighbours | Mirrors]:
-    """The rounds of gossip of a stage, for those of these stores that have any."""
+def neighbours(
+    node: Node, at: At, stores: Iterable[int], within: Mapping[int, Member]
+) -> dict[int, Neighbours | Mirrors]:
+    """The rounds of gossip of a stage, for those of these stores that have any. `within` are its places in sites."""
     found: dict[int, Neighbours | Mirrors] = {}
     for store in stores:
         terms = node.world.terms.stores[store]
-        if isinstance(terms.policy.remote, Gossip):
+        if isinstance(terms.policy.remote, Gossip) and (store not in within or within[store].exchanges):
             kind = Mirrors if terms.policy.mirrored else Neighbours
             found[store] = kind(node, at, store, terms.policy.remote, terms.senders(node.world.terms.replicas))
     return found

@@ -8,6 +8,7 @@
     reads       no step reads, and no contribution is based on, a version older than the staleness bound allows, as far
                 as that was pushed before the version was taken, or one without the own contributions of the steps
                 before the take where those are applied at once; steps between two takes read the same version
+    sites' own  the replicas of a site that has parameters of its own compute each step with the same ones
     publications  versions and floors that a home publishes, and versions that a worker reads, never go back
     payloads    each payload is applied, read, or freed, once
     items       the ledger adds up, and a store contains each item that its group used once, and no other
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -29,8 +30,8 @@ from flowml.policy.apply import base_of, scales
 from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.terms import Group, ReplicaLost
-from flowml_tools.faults.contents import contents
-from flowml_tools.faults.history import DRIVER, History, Matrix, Read, Sent
+from flowml_tools.faults.contents import Fate, contents
+from flowml_tools.faults.history import DRIVER, History, Holds, Matrix, Read, Sent
 from flowml_tools.faults.timeline import Commit, Timeline
 
 _CLOSE = 1e-9
@@ -39,7 +40,7 @@ _CLOSE = 1e-9
 def check(history: History) -> list[str]:
     """The violations in a history, as sentences. A run that was interrupted is checked as far as it came."""
     seen = Timeline.of(history)
-    rules = (_decisions, _sites, _alone, _applies, _reads, _publications, _payloads, _items, _bytes)
+    rules = (_decisions, _sites, _alone, _applies, _reads, _held, _publications, _payloads, _items, _bytes)
     return [text for rule in rules for text in rule(seen)]
 
 
@@ -133,15 +134,18 @@ def _alone(seen: Timeline) -> Iterator[str]:
                 yield f"{where} has decided clocks {list(decided)}, and {due} are due"
             for store in group.stores:
                 sums = seen.inner_sums[store, site[0]]
-                keys = Counter(key for _, found in sums for key in found)
+                keys = Counter(key for made in sums for key in made.keys)
                 twice = [key for key, n in keys.items() if n > 1]
                 if twice:
                     yield f"{where} has the contribution of {_named(twice[0])} twice"
-                for clock, found in sums:
-                    told = decided[clock]
-                    named = {(r, clock) for r in site if r not in told.excluded} | {*told.folded}
-                    if not {*found} <= named or not named - {*found} <= seen.empty_at(store, named):
-                        yield f"{where} at clock {clock} has {sorted(found)} in store {store}, not {sorted(named)}"
+                for made in sums:
+                    told = decided[made.clock]
+                    named = {(r, made.clock) for r in site if r not in told.excluded} | {*told.folded}
+                    lacks = [key for key in named - {*made.keys} if seen.weight_inside(store, key)]
+                    if lacks or not {*made.keys} <= named:
+                        yield f"{where} at clock {made.clock} has {made.keys} in store {store}, not {sorted(named)}"
+                    elif made.keys and made.weight != (right := seen.sum_weight(store, made)):
+                        yield f"{where} at clock {made.clock} divides by {made.weight} in store {store}, not by {right}"
 
 
 Chosen = tuple[int, int, float]
@@ -232,7 +236,7 @@ def _stale(
 def _reads(seen: Timeline) -> Iterator[str]:
     takes: dict[tuple[int, int, int], int] = {}
     for fact in seen.facts:
-        if isinstance(fact, Read):
+        if isinstance(fact, Read) and not seen.follows(fact.store, fact.replica):
             version = fact.version if fact.value is None else _version(seen, fact, fact.value)
             if version is None:
                 where = f"replica {fact.replica} at clock {fact.clock}"
@@ -253,6 +257,18 @@ def _reads(seen: Timeline) -> Iterator[str]:
         for replica, clock in seen.complete(seen.places.homes[store][0], store):
             for base in seen.bases(seen.places.homes[store][0], store, replica, clock):
                 yield from _read(seen, store, replica, clock, base, "contributes from")
+
+
+def _held(seen: Timeline) -> Iterator[str]:
+    """The replicas of a site compute each step with the same parameters, which are its own."""
+    first: dict[tuple[int, int, int], Holds] = {}
+    for fact in seen.facts:
+        if isinstance(fact, Holds):
+            leader = seen.site_of(fact.store, fact.replica)[0]
+            other = first.setdefault((fact.store, leader, fact.clock), fact)
+            if not np.array_equal(fact.value, other.value):
+                who = f"replicas {other.replica} and {fact.replica} of one site"
+                yield f"{who} compute with different parameters of store {fact.store} at clock {fact.clock}"
 
 
 def _version(seen: Timeline, read: Read, value: Matrix) -> int | None:
@@ -347,17 +363,16 @@ def _payloads(seen: Timeline) -> Iterator[str]:
     for (who, handle), times in ended.items():
         if times > given[who, handle]:
             yield f"{who} names payload {handle} {times} times"
-    dead = {w for r in seen.lost for w in seen.places.stages[r]}
+    dead = seen.crashed | {w for r in seen.lost for w in seen.places.stages[r]}
     left = [k for k in given if seen.whole and not ended[k] and k[0] not in dead]
     if left:
         yield f"{left[0][0]} never names payload {left[0][1]}, and {len(left) - 1} others are left too"
 
 
 def _items(seen: Timeline) -> Iterator[str]:
-    granted: dict[tuple[int, int], int] = {}
-    fates: dict[int, tuple[str, tuple[int, ...], int]] = {}
+    granted: dict[tuple[int, int], tuple[int, int]] = {}  # (item, copy) -> its replica, and the clock of its step
+    fates: dict[int, Fate] = {}
     counts: Counter[str] = Counter()
-    left_out: dict[int, int] = {}
     speculates = seen.terms.speculation is not None
     for turn in seen.turns:
         if turn.who != DRIVER:
@@ -366,40 +381,41 @@ def _items(seen: Timeline) -> Iterator[str]:
             case actions.Received(message=wire.Settled() as told) if told.replica not in seen.lost_at(turn):
                 for item, fate in told.fates:
                     counts[fate] += 1
-                    if granted.pop((item.sequence, item.copy), None) != told.replica:
+                    replica, clock = granted.pop((item.sequence, item.copy), (-1, -1))
+                    if replica != told.replica:
                         yield f"item {item.sequence} is {fate} at replica {told.replica}, which does not have it"
                     if fate != "duplicate":
-                        fates[item.sequence] = fate, told.missing, told.replica
-                        left_out[item.sequence] = told.left_out
+                        fates[item.sequence] = Fate(fate, told.replica, clock, told.missing, told.left_out)
             case actions.Received(message=wire.Ask() as told) if told.replica not in seen.lost_at(turn):
                 for item in told.returned:
                     counts["returned"] += 1
-                    if granted.pop((item.sequence, item.copy), None) != told.replica:
+                    if granted.pop((item.sequence, item.copy), (-1, -1))[0] != told.replica:
                         yield f"item {item.sequence} is returned by replica {told.replica}, which does not have it"
             case ReplicaLost(replica):
-                for item in [i for i, r in granted.items() if r == replica and not speculates]:
+                for key in [i for i, (r, _) in granted.items() if r == replica and not speculates]:
                     counts["dropped"] += 1
-                    del granted[item]
+                    del granted[key]
             case _:
                 pass
         for action in turn.wanted:
             if isinstance(action, actions.Send) and isinstance(action.message, wire.Grant):
-                for _, item in action.message.items:
+                for clock, item in action.message.items:
                     key = item.sequence, item.copy
-                    if key in granted or (not item.copy and fates.get(key[0], ("requeued",))[0] != "requeued"):
+                    settled = item.sequence in fates and fates[item.sequence].name != "requeued"
+                    if key in granted or (settled and not item.copy):
                         yield f"item {item.sequence} is granted again"
-                    granted[key] = action.message.replica
-    for sequence, copy in [i for i, r in granted.items() if speculates and r in seen.lost]:  # one result counts
+                    granted[key] = action.message.replica, clock
+    for sequence, copy in [i for i, (r, _) in granted.items() if speculates and r in seen.lost]:  # one result counts
         counts["duplicate" if sequence in fates else "used"] += 1
-        fates.setdefault(sequence, ("used", (), granted.pop((sequence, copy))))
-        granted.pop((sequence, copy), None)
+        fates.setdefault(sequence, Fate("used", *granted[sequence, copy]))
+        del granted[sequence, copy]
     if seen.summary is not None:
         if not seen.coded:
             yield from _ledger(seen, granted, counts)
-        yield from contents(seen, fates, left_out)
+        yield from contents(seen, fates)
 
 
-def _ledger(seen: Timeline, granted: dict[tuple[int, int], int], counts: Counter[str]) -> Iterator[str]:
+def _ledger(seen: Timeline, granted: Collection[tuple[int, int]], counts: Counter[str]) -> Iterator[str]:
     summary, work = seen.summary, seen.work
     assert summary is not None
     if granted:

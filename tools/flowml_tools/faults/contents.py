@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -27,19 +28,32 @@ _CLOSE = 1e-9
 CHOOSING = ("top_k", "random_k", "significance")
 """The filters that send some coordinates as they are."""
 
-Fates = Mapping[int, tuple[str, tuple[int, ...], int]]
-"""Item -> its fate, the groups without it, and its replica."""
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What became of a work item, and the replica and the clock of the step that computed it."""
+
+    name: str
+    replica: int
+    clock: int
+    missing: tuple[int, ...] = ()
+    """The groups without it."""
+    left_out: int = 0
+    """The number of its microbatches that were not computed."""
 
 
-def contents(seen: Timeline, fates: Fates, left_out: Mapping[int, int]) -> Iterator[str]:
-    """`left_out` are the microbatches of items that were not computed."""
+Fates = Mapping[int, Fate]
+"""By item."""
+
+
+def contents(seen: Timeline, fates: Fates) -> Iterator[str]:
     for store, terms in enumerate(seen.terms.stores):
         if isinstance(terms.policy.quorum, Coded):
             yield from _decoded(seen, store)
         elif isinstance(terms.policy.remote, Gossip):
             yield from _gossiped(seen, store, fates)
         elif _adds_up(seen, store):
-            yield from _items(seen, store, fates, left_out)
+            yield from _items(seen, store, fates)
             yield from _weights(seen, store)
         if terms.collective:
             yield from _copies(seen, store)
@@ -68,30 +82,50 @@ def _amounts(payload: int | Matrix) -> dict[int, float]:
     return {int(q): float(flat[q]) for q in np.flatnonzero(np.abs(flat) > _CLOSE)}
 
 
-def _items(seen: Timeline, store: int, fates: Fates, left_out: Mapping[int, int]) -> Iterator[str]:
+def _due(seen: Timeline, store: int, fates: Fates) -> Fates:
+    """The items that must be in a store."""
+    group = seen.terms.group_of.get(store, -1)
+    return {
+        q: f
+        for q, f in fates.items()
+        if f.name in ("used", "folded") and group not in f.missing and f.replica not in seen.lost
+    }
+
+
+def _shares(seen: Timeline, store: int, due: Fates) -> dict[int, float]:
+    """How much of each item is in the change of the parameters of its replica, or of its site, that update themselves.
+
+    Their step takes the mean over the gradients in it: those of all replicas of a site, or what a site that decides
+    alone has in its sum.
+    """
+    whole, inside = seen.terms.microbatches, seen.shares_inside(store)
+    if seen.terms.stores[store].sites_decide:
+        each = {q: inside.get((f.replica, f.clock), 0.0) for q, f in due.items()}
+    else:
+        each = {q: 1 / (whole * len(seen.site_of(store, f.replica))) for q, f in due.items()}
+    return {q: (whole - due[q].left_out) * share for q, share in each.items()}
+
+
+def _items(seen: Timeline, store: int, fates: Fates) -> Iterator[str]:
     """The items in a store are those that its group used. What a lost replica said last may have been in vain."""
     if not seen.made and seen.whole:
         return  # a real run notes no values
-    terms, group = seen.terms, seen.terms.group_of.get(store, -1)
-    exact, policy = any(m.value is not None for m in seen.made), terms.stores[store].policy
-    whole = terms.microbatches if exact else 1
+    exact, policy = any(m.value is not None for m in seen.made), seen.terms.stores[store].policy
+    whole = seen.terms.microbatches if exact else 1
     decays = seen.folds_inside(store) and getattr(policy.late, "decay", 1.0) < 1  # within the sums of sites
-    due = {
-        q: replica
-        for q, (fate, missing, replica) in fates.items()
-        if fate in ("used", "folded") and group not in missing and replica not in seen.lost
-    }
+    due = _due(seen, store, fates)
+    if policy.local:
+        shares, decays = _shares(seen, store, due), False
+    else:
+        shares = {q: whole - f.left_out if exact else 1 for q, f in due.items()}
     for home in seen.places.homes[store]:
         total: defaultdict[int, float] = defaultdict(float)
         for payload in _payloads(seen, home, store):
             for q, amount in _amounts(payload).items():
                 total[q] += amount
         for q, amount in total.items():
-            used = whole - left_out.get(q, 0) if exact else 1
-            if policy.local:
-                used /= whole * len(seen.site_of(store, due[q])) if q in due else 1
-            if abs(amount - used) > _CLOSE and q in due and not decays:
-                yield f"item {q} is {amount:g} times in store {store} at {home}, in place of {used:g}"
+            if q in due and abs(amount - shares[q]) > _CLOSE and not decays:
+                yield f"item {q} is {amount:g} times in store {store} at {home}, in place of {shares[q]:g}"
         found = {q for q, amount in total.items() if abs(amount) > _CLOSE}
         lacks, more = sorted(due.keys() - found), sorted(found - due.keys())
         if lacks or (more and not seen.lost):  # a lost replica cannot say what became of its items
@@ -162,17 +196,16 @@ def _gossiped(seen: Timeline, store: int, fates: Fates) -> Iterator[str]:
     senders = seen.terms.stores[store].senders(seen.terms.replicas)
     if len(made) != 1 or len(sent) != len(senders):
         yield f"store {store} at {home} ends with {len(made)} versions, the last from {len(sent)} of {len(senders)}"
-    due = np.zeros(sent[0].size)
-    for q, (_, _, replica) in fates.items():
-        due[q] = -1 / len(seen.site_of(store, replica))
-    found = np.sum(sent, axis=0).reshape(-1)
+    due, found = np.zeros(sent[0].size), np.sum(sent, axis=0).reshape(-1)
+    counted = _due(seen, store, fates)
+    for q, share in _shares(seen, store, counted).items():
+        due[q] = -share
+        if policy.mirrored and policy.apply.averages:
+            due[q] *= len(seen.site_of(store, counted[q].replica)) / seen.terms.replicas
     if policy.mirrored:
         apart = [r for r, (a, b) in enumerate(pairwise(sent), 1) if not np.allclose(a, b, atol=1e-6)]
         if apart:
             yield f"the mirrors {apart[0] - 1} and {apart[0]} of store {store} end with different parameters"
-        if policy.apply.averages:
-            for q in fates:
-                due[q] = -1 / seen.terms.replicas
         found = sent[0].reshape(-1)
     wrong = np.flatnonzero(np.abs(found - due) > 1e-6)
     if wrong.size:

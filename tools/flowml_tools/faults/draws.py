@@ -173,38 +173,56 @@ def _mirrored(rng: random.Random, replicas: int) -> Knobs:
         "topology": Gossip("complete", every=rng.choice([1, 1, 2, 3])),
         "payload": Delta(),
         "staleness": rng.choice([0, 0, 1, 2]),
-        "filters": rng.choice([(), _chain(rng), (filters.significance(0.3),)]),
+        "filters": rng.choice(
+            [(), _chain(rng), (filters.significance(0.3),), (filters.top_k(2).with_error_feedback(),)]
+        ),
         "apply": rng.choice(["mean", "sum"]),
     }
 
 
-def _sited(rng: random.Random, replicas: int) -> Knobs:
+def _sites(rng: random.Random, replicas: int) -> tuple[int, Any]:
+    """How many sites, and which."""
     count = rng.randint(1, replicas)
     odd = tuple(range(0, replicas, 2)), tuple(range(1, replicas, 2))
     sites = rng.choice([count, count, odd])
-    number = sites if isinstance(sites, int) else 2
+    return (sites if isinstance(sites, int) else 2), sites
+
+
+def _sited(rng: random.Random, replicas: int) -> Knobs:
+    number, sites = _sites(rng, replicas)
     local = rng.choice([ParameterServer(), *REDUCTIONS])
-    if rng.random() < 0.3:
-        return _site_quorum(rng, number, sites)
     draw = rng.choice([_gossip, _mirrored, _local, _filtered, _published, _plain, _plain])
     knobs = draw(rng, number)
     remote = knobs.get("topology", ParameterServer())
     return {**knobs, "topology": Hierarchy(local, remote, sites)}
 
 
-def _site_quorum(rng: random.Random, number: int, sites: Any) -> Knobs:
+def _site_quorum(rng: random.Random, late: Any) -> Quorum | Deadline:
+    share = rng.choice([1, 0.5, 0.75])
+    return Quorum(share, late=late) if rng.random() < 0.7 else Deadline(0.5, 0.3, late=late)
+
+
+def _gathered(rng: random.Random, replicas: int) -> Knobs:
     """The leader of each site decides which of its replicas are in the sum of the site."""
-    late: Any = rng.choice([*LATE, Fold(0.5)])
+    (number, sites), late = _sites(rng, replicas), rng.choice([*LATE, Fold(0.5)])
+    inside, between = (rng.choice([None, _site_quorum(rng, late), _site_quorum(rng, late)]) for _ in range(2))
+    knobs = rng.choice([_plain, _plain, _filtered])(rng, number)
+    topology = Hierarchy(ParameterServer(), ParameterServer(), sites, quorum=inside)
+    always = {"payload": Gradient(), "quorum": between or Quorum(), "staleness": rng.choice([0, 0, 1, 2])}
+    return {**knobs, **always, "topology": topology}
 
-    def quorum() -> Quorum | Deadline | None:
-        if rng.random() < 0.3:
-            return None
-        share = rng.choice([1, 0.5, 0.75])
-        return Quorum(share, late=late) if rng.random() < 0.7 else Deadline(0.5, 0.3, late=late)
 
-    topology = Hierarchy(ParameterServer(), ParameterServer(), sites, quorum=quorum())
-    knobs = {**rng.choice([_plain, _plain, _filtered])(rng, number), "payload": Gradient(), "topology": topology}
-    return {**knobs, "quorum": quorum() or Quorum(), "staleness": rng.choice([0, 0, 1, 2])}
+def _deciding(rng: random.Random, replicas: int) -> Knobs:
+    """Each site decides alone: it has parameters of its own, or its leader adds gradients up with other leaders."""
+    (number, sites), late = _sites(rng, replicas), rng.choice([*LATE, Fold(0.5)])
+    knobs = dict(rng.choice([_local, _local, _gossip, _mirrored, _plain])(rng, number))
+    remote = knobs.get("topology", ParameterServer())
+    if isinstance(knobs.get("payload"), Gradient | Factors):
+        knobs, remote = {**knobs, "payload": Gradient(), "quorum": None}, rng.choice(REDUCTIONS)
+    elif rng.random() < 0.5 and "quorum" in knobs:
+        knobs["quorum"] = _site_quorum(rng, late)
+    topology = Hierarchy(ParameterServer(), remote, sites, quorum=_site_quorum(rng, late))
+    return {**knobs, "topology": topology}
 
 
 def _shared(rng: random.Random, replicas: int) -> Knobs:
@@ -219,10 +237,23 @@ KINDS: dict[str, Callable[[random.Random, int], Knobs]] = {
     "gossip": _gossip,
     "mirrored": _mirrored,
     "sited": _sited,
+    "gathered": _gathered,
+    "deciding": _deciding,
     "shared": _shared,
 }
 """The kinds of one layer's policy, which get the number of replicas."""
-SHARES = {"plain": 12, "filtered": 5, "local": 4, "published": 2, "gossip": 2, "mirrored": 1, "sited": 3, "shared": 1}
+SHARES = {
+    "plain": 12,
+    "filtered": 5,
+    "local": 4,
+    "published": 2,
+    "gossip": 2,
+    "mirrored": 1,
+    "sited": 3,
+    "gathered": 1,
+    "deciding": 2,
+    "shared": 1,
+}
 """How often each kind is drawn."""
 
 

@@ -46,6 +46,16 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Holds:
+    """The parameters of its own, or of its site, with which a step of `replica` at `clock` computes."""
+
+    store: int
+    replica: int
+    clock: int
+    value: Matrix
+
+
+@dataclass(frozen=True, slots=True)
 class Made:
     """A home has made a version, whose value is `value`, from these contributions: (replica, clock, payload).
 
@@ -110,7 +120,7 @@ class Sent:
     published: bool
 
 
-Fact = Turn | Read | Made | Shown | Gave | Encoded | Kept | Sent
+Fact = Turn | Read | Holds | Made | Shown | Gave | Encoded | Kept | Sent
 
 
 @dataclass
@@ -124,6 +134,8 @@ class History:
     work: Work
     facts: list[Fact] = field(default_factory=list[Fact])
     summary: Summary | None = None
+    crashed: frozenset[str] = frozenset()
+    """The workers that have stopped."""
     traffic: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
 
     def story(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from flowml_runtime.sim.arithmetic import Arithmetic, Arrays, Compiled
 from flowml_runtime.sim.node import NEVER
 from flowml_runtime.sim.program import At, StageProgram
 from flowml_runtime.sim.values import Value
-from flowml_tools.faults.history import Encoded, Gave, History, Kept, Made, Matrix, Shown
+from flowml_tools.faults.history import Encoded, Gave, History, Holds, Kept, Made, Matrix, Shown
 from flowml_tools.faults.history import Read as HasRead
 
 DTYPE = "float64"
@@ -123,7 +123,10 @@ class Matrices(Arithmetic):
                 if given is not None:
                     place = self._histories[start.run].terms.place(at[0], start.clock, start.item.sequence)
                     self._note(start.run, HasRead(store, *place, given[0], given[1][0]))
-                self.taken(at, start.clock, store, None if given is None else given[1])
+                held = self.taken(at, start.clock, store, None if given is None else given[1])
+                spec = self._training.stores[store]
+                if spec.sites and spec.local is not None:
+                    self._note(start.run, Holds(store, at[0], start.clock, np.asarray(held[0])))
             case Push(store):
                 return [self._gradient(state, self._training.stores[store].specs[0].shape)]
             case Send():

@@ -54,6 +54,17 @@ class SiteSum:
     """The replicas whose contributions to this clock had reached the leader."""
 
 
+@dataclass(frozen=True, slots=True)
+class InnerSum:
+    """What the leader of a site that decides alone gets for a clock: a sum, and the weight by which it is divided."""
+
+    place: int
+    who: str
+    clock: int
+    keys: tuple[Key, ...]
+    weight: int
+
+
 @dataclass
 class Timeline:
     """The facts of a history by what they are about."""
@@ -73,14 +84,14 @@ class Timeline:
     """(home, store) -> contribution -> its parts."""
     site_sums: dict[tuple[int, int], list[SiteSum]] = field(default_factory=lambda: defaultdict(list))
     """(store, leader of the site) -> its sums."""
-    _at_leaders: dict[int, dict[Key, set[int]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(set)))
-    """Store with a quorum in sites -> contribution -> its parts that are at the leader of its site."""
+    _at_leaders: dict[int, dict[Key, dict[int, int]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
+    )
+    """Store with a quorum in sites -> contribution -> its parts at the leader of its site -> their weights."""
     site_commits: dict[tuple[int, int], dict[int, wire.Commit]] = field(default_factory=lambda: defaultdict(dict))
     """(group, site) -> clock -> what a site that decides alone has decided first."""
-    inner_sums: dict[tuple[int, int], list[tuple[int, list[Key]]]] = field(default_factory=lambda: defaultdict(list))
-    """(store, leader) -> the clock of each sum that the leader of such a site gets, and the contributions in it."""
-    _empty: dict[int, set[Key]] = field(default_factory=lambda: defaultdict(set))
-    """Store -> the contributions to sums of sites that have no weight."""
+    inner_sums: dict[tuple[int, int], list[InnerSum]] = field(default_factory=lambda: defaultdict(list))
+    """(store, leader) -> the sums of such a site."""
     _sites_gone: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     """As `_gone`, the leaders of sites that send nothing more."""
     _gone: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
@@ -93,6 +104,7 @@ class Timeline:
         history = self.history
         self.terms, self.places, self.work = history.terms, history.places, history.work
         self.summary, self.traffic, self.facts = history.summary, history.traffic, history.facts
+        self.crashed = history.crashed
         self.whole = history.summary is not None
         """Whether the run has ended well."""
         self.coded = self.work.coded
@@ -124,9 +136,8 @@ class Timeline:
                 if event.handle is not None:
                     handles[turn.who, event.handle] = told
                 if self.terms.stores[told.store].relayed and not told.of_site:
-                    if not told.weight or told.empty:
-                        self._empty[told.store].add((told.replica, told.clock))
-                    self._at_leaders[told.store][told.replica, told.clock].add(told.part)
+                    known = self._at_leaders[told.store][told.replica, told.clock]
+                    known.setdefault(told.part, 0 if told.empty else told.weight)
                     return
                 parts = self._parts[turn.who, told.store][told.replica, told.clock]
                 parts.setdefault(told.part, told)
@@ -177,7 +188,9 @@ class Timeline:
                 self.site_sums[told.store, told.replica].append(made)
             case actions.Forward(parts=(wire.Gossip() as told, *_)):
                 whose = [handles[turn.who, handled[0]] for handled, _ in action.contributions]
-                self.inner_sums[told.store, told.replica].append((told.clock, [(w.replica, w.clock) for w in whose]))
+                inner = InnerSum(place, turn.who, told.clock, tuple((w.replica, w.clock) for w in whose), told.weight)
+                if not told.part:
+                    self.inner_sums[told.store, told.replica].append(inner)
             case actions.Send(message=wire.Commit(site=int(site), group=group) as told) if self.terms.groups[
                 group
             ].final:
@@ -185,9 +198,32 @@ class Timeline:
             case _:
                 pass
 
-    def empty_at(self, store: int, keys: Iterable[Key]) -> set[Key]:
-        """Those of these contributions that are without weight."""
-        return {key for key in keys if key in self._empty[store]}
+    def weight_inside(self, store: int, key: Key) -> int:
+        """The weight of a contribution to the sum of a site."""
+        return min(self._at_leaders[store][key].values(), default=0)
+
+    def sum_weight(self, store: int, made: InnerSum) -> int:
+        """What the sum of a site that decides alone is divided by: the weight of all contributions of its clock, of
+        those that come later too if they are folded in then."""
+        group = self.terms.groups[self.terms.site_groups[store]]
+        site = self.site_of(store, made.keys[0][0])
+        weights = {key: self.weight_inside(store, key) for key in made.keys}
+        absent = 0
+        if group.folds:
+            decided = self.site_commits[group.number, group.sites.index(site)][made.clock]
+            absent = len({*decided.excluded} - self.lost_to(made.who, made.place))
+        on_time = sum(weight for (_, clock), weight in weights.items() if clock == made.clock)
+        return max(on_time + absent * max(weights.values()), 1)
+
+    def shares_inside(self, store: int) -> dict[Key, float]:
+        """How much a microbatch of each contribution counts in the step of its site, which decides alone."""
+        found: dict[Key, float] = {}
+        late = self.terms.stores[store].policy.late
+        decay = late.decay if isinstance(late, Fold) else 1.0
+        for site in self.terms.stores[store].sites:
+            for made in self.inner_sums[store, site[0]]:
+                found |= {key: decay ** (made.clock - key[1]) / self.sum_weight(store, made) for key in made.keys}
+        return found
 
     def _there(self, told: wire.Contribution) -> frozenset[int]:
         """The replicas of a site whose contributions to all stores of the group are at its leader."""
@@ -208,6 +244,11 @@ class Timeline:
     def site_of(self, store: int, replica: int) -> tuple[int, ...]:
         """The replicas whose work comes together in one contribution to a store."""
         return next((site for site in self.terms.stores[store].sites if replica in site), (replica,))
+
+    def follows(self, store: int, replica: int) -> bool:
+        """Whether a replica computes with the parameters of its site, which the leader updates and tells."""
+        terms = self.terms.stores[store]
+        return terms.sites_decide and terms.policy.local and self.site_of(store, replica)[0] != replica
 
     def folds_inside(self, store: int) -> bool:
         """Whether late contributions join later sums of their site. Their weight stays with their clock."""

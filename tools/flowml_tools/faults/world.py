@@ -178,6 +178,7 @@ class World:
         self.clock.after(0, 0, self.driver.tell, driver.Begin())
         self.clock.run(MOST_EVENTS)
         self._wires.settle()
+        self.history.crashed = frozenset(self.crashed)
         if self.driver.machine.over:
             self.history.summary = self.driver.machine.ledger.summary()
             for told in self.driver.machine.traffic.values():

@@ -222,18 +222,21 @@ class Terms:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """The groups of stores with decisions, in the order of their first stores."""
-        found: dict[tuple[Completion, Quorum | Deadline | None, Every, bool, Sites], list[int]] = {}
+        """The groups of stores with decisions, in the order of their first stores. Stores whose sites decide alone, by
+        different rules, are in different groups: an item of a site may be in some of its sums and not in others."""
+        found: dict[tuple[Completion, Quorum | Deadline | None, bool, Every, bool, Sites], list[int]] = {}
         for number, store in enumerate(self.stores):
             if store.decided:
                 policy, sites = store.policy, store.sites
-                inside = policy.site_quorum if sites and not store.sites_decide else None
                 discards = self._may_drop(store) and policy.local and not isinstance(policy.late, Fold)
-                found.setdefault((policy.quorum, inside, policy.every, discards, sites), []).append(number)
+                inside = policy.site_quorum if sites else None
+                key = policy.quorum, inside, store.sites_decide, policy.every, discards, sites
+                found.setdefault(key, []).append(number)
         groups: list[Group] = []
-        for number, ((quorum, inside, every, discards, sites), stores) in enumerate(found.items()):
+        for number, ((quorum, inside, decide, every, discards, sites), stores) in enumerate(found.items()):
             first = self.stores[stores[0]]
             senders, drops, late = first.senders(self.members), self._may_drop(first), first.policy.late
+            inside = None if decide else inside
             groups.append(Group(number, quorum, every, tuple(stores), drops, senders, discards, sites, inside, late))
         return (*groups, *self._final(groups))
 

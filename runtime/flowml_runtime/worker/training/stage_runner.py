@@ -91,7 +91,7 @@ class StageRunner(EdgeServices):
         self._neighbours = {
             s: (Mirrors if own.spec.policy.mirrored else Neighbours)(run, s, at[0], loaded, self.adopt, own.dtype)
             for s, own in self._own.items()
-            if isinstance(own.spec.policy.remote, Gossip) and self._leads(s)
+            if isinstance(own.spec.policy.remote, Gossip) and (s not in self._members or self._members[s].exchanges)
         }
         self._inside: list[tuple[int, int, int]] = []  # (store, part, steps) of the sums that this step waits for
         self._encoder = Encoder(run.training.stores, self.replica, run.start.seed, Kernels(loaded.device))
@@ -121,7 +121,7 @@ class StageRunner(EdgeServices):
                 own = self._own[store]
                 add(Resident(owner("own"), own.export, partial(own.restore, adopt=self.adopt)))
             found = self._neighbours.get(store)
-            if found is not None:
+            if found is not None and self._leads(store):
                 add(Resident(owner("mirror"), found.export, found.restore))
             if any(part.stage == self.stage for part in spec.parts):
                 add(Resident(owner("sums"), partial(self._sums.export, store), partial(self._sums.restore, store)))

@@ -5,6 +5,9 @@ since the last time, encoded by the filters of the policy, to all others. What a
 and goes with a later change, so a significance filter sends an element when its accumulated change is large beside the
 parameter (Hsieh et al., *Gaia*, NSDI 2017). The last step sends everything, so all mirrors end with the same sum.
 
+The other replicas of a site update the same parameters. Their steps count as those of the leader do, until it passes on
+what it has joined.
+
 With staleness s a sender waits, at the end of step c, for the changes of step c - s of all others, and adds all that
 have come. With staleness 0 two runs agree to the bit.
 """
@@ -121,7 +124,10 @@ def share_of(spec: StoreSpec, replica: int, replicas: int) -> float:
 
 
 class Mirrors:
-    """The exchanges of one store on one stage of a sender. The executor's thread uses it, and no other."""
+    """The exchanges of one store on one stage of a sender. The executor's thread uses it, and no other.
+
+    For another replica of its site it only weighs the steps.
+    """
 
     def __init__(self, run: Run, store: int, replica: int, loaded: LoadedProgram, adopt: Adopt, dtype: str) -> None:
         spec, replicas = run.training.stores[store], run.training.replicas
@@ -133,12 +139,13 @@ class Mirrors:
         self._spec = spec
         self._adopt = adopt
         self._senders = spec.leaders or tuple(range(len(replicas)))
+        self._leads = replica in self._senders
         self._workers = {r: worker_of(replicas[r][spec.parts[0].stage]) for r in self._senders}
         self._heard = dict.fromkeys((r for r in self._senders if r != replica), -1)
         """The newest clock of each other sender whose changes are added."""
         self._told = -1
         """The newest clock whose changes it has sent."""
-        number, share = self._senders.index(replica), share_of(spec, replica, len(replicas))
+        number, share = self._senders.index(spec.leader_of(replica)), share_of(spec, replica, len(replicas))
         self._mirror = Mirror(spec, number, share, loaded, dtype, run.start.seed)
 
     def export(self) -> Arrays:
@@ -173,7 +180,7 @@ class Mirrors:
         """The step of `clock` has updated the own values, whose parameters were `before`."""
         self._mirror.join(own, before, ())
         last = clock == self._run.terms.last_clock
-        if not last and not self._gossip.due(clock):
+        if not self._leads or not (last or self._gossip.due(clock)):
             return
         self._tell(clock, self._mirror.changes(clock, own, last=last), cause)
         deltas = self._receive(clock if last else clock - int(self._spec.policy.staleness), clock, in_vain)

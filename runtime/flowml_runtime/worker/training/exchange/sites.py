@@ -38,6 +38,8 @@ class Member:
         gathers = any(r.schedule == "gather" for r in site.reductions)
         self.served = spec.local is not None and (gathers or spec.sites_decide)
         """Whether only the leader updates the parameters of the site, and the others get them at each step."""
+        self.exchanges = self.leads or (spec.policy.mirrored and not self.served)
+        """Whether it has a part in exchanges between sites: as leader, or as one whose steps a mirror weighs."""
         self._run = run
         self._remote = spec.policy.remote
         self._store = store

@@ -1,0 +1,24 @@
+"""Layers whose sites decide by different rules about the same steps: the ledger says for each which items it has."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowml.policy import Delta, Gossip, Hierarchy, ParameterServer, Policy, Quorum
+from flowml_tools.faults.campaign import check_rest
+from flowml_tools.faults.checker import check
+from flowml_tools.faults.layout import make
+
+
+@pytest.mark.parametrize("remote", [ParameterServer(), Gossip("complete")])
+def test_an_item_that_one_rule_drops_and_another_folds_in_counts(remote: Gossip | ParameterServer) -> None:
+    """The layers had one decision about sites, and an item that was late for one of them was dropped for both."""
+    rules = [
+        Policy(topology=Hierarchy(ParameterServer(), remote, 1, quorum=Quorum(1, late="drop")), payload=Delta()),
+        Policy(topology=Hierarchy(ParameterServer(), remote, 1, quorum=Quorum(1, late="fold")), payload=Delta()),
+    ]
+    for seed in range(3):
+        run = make(rules, replicas=3, stages=1, clocks=6, seed=seed, speeds=(1, 1, 3))
+        run.go()
+        check_rest(run)
+        assert check(run.history) == []
