@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flowml.policy import Delta, Gossip, Hierarchy, ParameterServer, Policy, Quorum
+from flowml.policy import Delta, Gossip, Hierarchy, ParameterServer, Policy, Quorum, Tree
 from flowml_tools.faults.campaign import check_rest
 from flowml_tools.faults.checker import check
 from flowml_tools.faults.layout import make
@@ -19,6 +19,27 @@ def test_an_item_that_one_rule_drops_and_another_folds_in_counts(remote: Gossip 
     ]
     for seed in range(3):
         run = make(rules, replicas=3, stages=1, clocks=6, seed=seed, speeds=(1, 1, 3))
+        run.go()
+        check_rest(run)
+        assert check(run.history) == []
+
+
+def test_a_leader_runs_the_steps_that_others_of_its_site_run_for_another_layer() -> None:
+    """It left out steps of which its sites were late, and another replica of its site waited for its parameters there:
+    for another layer that one was in a site of its own, which had not decided."""
+    alone = ((0, 2, 4), (1, 3, 5)), ((0,), (1, 2), (3,), (4, 5))
+    server = ParameterServer()
+    rules = [
+        Policy(
+            topology=Hierarchy(server, server, alone[0], quorum=Quorum(0.5)),
+            payload=Delta(),
+            every=5,
+            quorum=Quorum(0.5),
+        ),
+        Policy(topology=Hierarchy(server, Tree(2), alone[1], quorum=Quorum(0.5))),
+    ]
+    for seed in range(12):
+        run = make(rules, replicas=6, stages=1, clocks=6, seed=seed, speeds=(1, 6, 1, 2, 1, 6))
         run.go()
         check_rest(run)
         assert check(run.history) == []

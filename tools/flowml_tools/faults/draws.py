@@ -246,7 +246,7 @@ SHARES = {
     "plain": 12,
     "filtered": 5,
     "local": 4,
-    "published": 2,
+    "published": 3,
     "gossip": 2,
     "mirrored": 1,
     "sited": 3,

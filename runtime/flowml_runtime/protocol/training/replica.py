@@ -77,6 +77,15 @@ def _holds(policy: Policy) -> bool:
     return policy.staleness > 0 and policy.every.pull != 1 and not policy.local and not policy.shared
 
 
+def _followers(terms: Terms, replica: int) -> set[int]:
+    """The replicas that begin each of their steps with the parameters of `replica`, which leads their site."""
+    found: set[int] = set()
+    for number, store in enumerate(terms.stores):
+        if store.sites_decide and store.policy.local and (site := terms.site_of(number, replica))[0] == replica:
+            found.update(site[1:])
+    return found
+
+
 class Replica:
     """One stage of one replica. Stage 0 leads."""
 
@@ -97,11 +106,16 @@ class Replica:
             g.number for g in terms.groups if g.number in terms.above and terms.counted_as(g, replica) != replica
         )
         """The groups above its site, about which the leader of the site decides what to do."""
-        self._followed = any(
-            s.sites_decide and s.policy.local and len(site := terms.site_of(i, replica)) > 1 and site[0] == replica
-            for i, s in enumerate(terms.stores)
-        )
+        followers = _followers(terms, replica)
+        self._followed = bool(followers)
         """Whether others begin each of their steps with its parameters."""
+        self._needed = any(
+            terms.site_of(g.stores[0], other) != terms.site_of(g.stores[0], replica)
+            for g in terms.groups
+            if g.sites
+            for other in followers
+        )
+        """Whether one of those may run a step about which all sites of this replica have decided without it."""
         self._committed = [-1] * len(terms.groups)
         """The newest clock that each group has decided."""
         self.committed = -1
@@ -276,7 +290,7 @@ class Replica:
             counted = frozenset(g for g in undecided if (g, clock) in self._included)
             undecided, lost, included = undecided - decided - counted, decided - counted, bool(counted)
         state = "queued"
-        if included or self._terms.counts_anyway(clock):
+        if included or self._counts_anyway(clock):
             state = "queued, used"
         elif not undecided:
             state = "skipped"
@@ -386,13 +400,17 @@ class Replica:
             return clock
         runs_all = any(self._committed[group] < terms.last_clock for group in terms.never_skipped)
         while not runs_all and clock <= newest and terms.may_skip(clock):
-            if self._followed and terms.counts_anyway(clock):
+            if self._followed and self._counts_anyway(clock):
                 break  # others may run it
             due = (g.number for g in terms.due_groups(clock) if g.number not in self._follows)
             if any(clock > self._committed[number] for number in due):
                 break
             clock += 1
         return clock
+
+    def _counts_anyway(self, clock: int) -> bool:
+        """Whether the step of `clock` runs to its end, whatever is decided about it."""
+        return self._needed or self._terms.counts_anyway(clock)
 
     def _may_start(self, clock: int, last: bool) -> bool:
         """Whether the step of `clock` may start: if it pushes gathered gradients, all earlier fates must be known."""
