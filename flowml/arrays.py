@@ -33,6 +33,10 @@ class ArraySpec(msgspec.Struct, frozen=True):
         return math.prod(self.shape) * _item_bytes(self.dtype)
 
 
+TOKEN = ArraySpec((0,), "bool")
+"""The type of a token: a value without content, which says that an effect has happened. A node with an effect makes
+one. If the effect is ordered, the node also reads the token of the one before it."""
+
 KEY_WORDS: Mapping[str, int] = {"fry": 2, "rbg": 4, "urbg": 4}
 """The number of uint32 words in a key of each PRNG implementation, by the short name in its dtype."""
 

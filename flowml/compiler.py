@@ -16,11 +16,14 @@ import jax
 import numpy as np
 
 from flowml.devices import Device, as_devices
+from flowml.effects import EffectsOption
 from flowml.errors import UnsupportedError
 from flowml.ir import _jax
+from flowml.ir.axes import is_pmapped, pmapped
 from flowml.ir.calls import Call, bind, leaks, static_of
 from flowml.ir.cost import node_seconds
 from flowml.ir.graph import Graph, Literal
+from flowml.ir.host import RUN, Effects
 from flowml.ir.label import label
 from flowml.ir.simplify import simplify
 from flowml.ir.trace import Trace, trace
@@ -47,6 +50,8 @@ class Compiled:
     plan: Plan
     in_tree: Any
     out_tree: Any
+    left_out: tuple[str, ...] = ()
+    """Calls of `jax.debug` that were left out."""
 
 
 def compile(  # noqa: A001 - the public name
@@ -59,18 +64,21 @@ def compile(  # noqa: A001 - the public name
     donate_argnums: int | Sequence[int] | None = None,
     donate_argnames: str | Sequence[str] | None = None,
     platforms: Sequence[str] = ("cpu",),
+    effects: str = "run",
     **kwargs: Any,
 ) -> Plan:
     """Compile `fn` for `devices` without a cluster. Nothing is run.
 
     Arguments are arrays or `jax.ShapeDtypeStruct`s. `platforms` are the platforms to lower for; this machine
-    need not have them. Raises PlacementError or UnsupportedError.
+    need not have them. With `effects="drop"` what `jax.debug` does is left out. Raises PlacementError or
+    UnsupportedError.
     """
     if not callable(fn):
         raise TypeError(f"compile() takes a function, got {type(fn).__name__}")
     # Arguments are copied to the workers, so there is nothing to donate, and these are only checked.
     static_of(fn, donate_argnums, donate_argnames, "donate")
-    return compile_function(
+    option = EffectsOption(effects)
+    compiled = compile_function(
         fn,
         args,
         kwargs,
@@ -79,7 +87,10 @@ def compile(  # noqa: A001 - the public name
         static_argnums=static_argnums,
         static_argnames=static_argnames,
         platforms=platforms,
-    ).plan
+        effects=option.where(python=True),
+    )
+    option.tell(getattr(fn, "__name__", type(fn).__name__), compiled.left_out, stacklevel=2)
+    return compiled.plan
 
 
 def compile_function(
@@ -93,11 +104,21 @@ def compile_function(
     static_argnames: str | Sequence[str] | None = None,
     platforms: Sequence[str] = ("cpu",),
     links: Links | None = None,
+    effects: Effects = RUN,
 ) -> Compiled:
     """Like `compile`, but also returns the trees of the call. `links` are the known links between the devices."""
     title = getattr(fn, "__name__", type(fn).__name__)
     call = bind(fn, args, kwargs, static_of(fn, static_argnums, static_argnames), title)
-    return compile_call(fn, call, devices=devices, placement=placement, platforms=platforms, name=title, links=links)
+    return compile_call(
+        fn,
+        call,
+        devices=devices,
+        placement=placement,
+        platforms=platforms,
+        name=title,
+        links=links,
+        effects=effects,
+    )
 
 
 def compile_call(
@@ -110,13 +131,19 @@ def compile_call(
     name: str,
     links: Links | None = None,
     stay: Callable[[Trace], Stay] = lambda _: _NOTHING,
+    effects: Effects = RUN,
 ) -> Compiled:
     """Compile a call of `fn` made by `bind`. `stay` says what stays on the devices.
 
     Raises UnsupportedError if the call stores values of the trace.
     """
     before = leaks(fn)
-    traced = trace(call.fn, call.args, call.kwargs, name)
+    try:
+        traced = trace(call.fn, call.args, call.kwargs, name, effects)
+    except (ValueError, UnsupportedError) as error:
+        if is_pmapped(fn):
+            raise pmapped(name, error) from None
+        raise
     leaked = [where for where, value in leaks(fn).items() if before.get(where) != value]
     if leaked:
         raise UnsupportedError(
@@ -125,7 +152,7 @@ def compile_call(
         )
     places = as_devices(devices)
     plan = compile_graph(name, traced, places, placement, links or Links(), tuple(platforms), stay(traced))
-    return Compiled(plan, traced.in_tree, traced.out_tree)
+    return Compiled(plan, traced.in_tree, traced.out_tree, traced.left_out)
 
 
 def compile_graph(
@@ -183,6 +210,7 @@ def compile_graph(
         links=links_used(links, routing.messages),
         donated=tuple(sorted(i for i in stay.donated if graph.inputs[i] not in graph.output_values)),
         settings=table.settings,
+        ordered=graph.ordered,
     )
     verify_plan(plan)
     return plan
@@ -193,10 +221,11 @@ def _bind(
 ) -> tuple[Bindings, tuple[Output, ...], tuple[Constant, ...]]:
     """Number the feeds, fetches, kept values and constants of a graph.
 
-    Inputs and outputs belong to the driver, except the outputs at the positions `stays`.
+    Inputs and outputs belong to the driver, except the outputs at the positions `stays`. The driver fetches the tokens
+    too, so that a call ends when its effects have happened, but they are no outputs.
     """
     made = [(v, n in stays) for n, v in enumerate(graph.outputs) if not isinstance(v, Literal) and v in graph.producer]
-    slots = {v: i for i, v in enumerate(dict.fromkeys(v for v, kept in made if not kept))}
+    slots = {v: i for i, v in enumerate(dict.fromkeys((*(v for v, kept in made if not kept), *graph.tokens)))}
     keeps = {v: i for i, v in enumerate(dict.fromkeys(v for v, kept in made if kept))}
     position = {v: i for i, v in enumerate(graph.inputs)}
     kept = [v for v in graph.constants if v not in compiled_in or v in graph.output_values]

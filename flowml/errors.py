@@ -42,7 +42,7 @@ class PlacementError(FlowmlError):
 
 
 class UnsupportedError(FlowmlError):
-    """A function cannot be traced into a dataflow graph, for example because it has an effect."""
+    """A function cannot become a dataflow graph, for example because it calls Python where workers do not run it."""
 
 
 class PlanError(FlowmlError):

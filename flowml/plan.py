@@ -399,6 +399,8 @@ class Plan(msgspec.Struct, frozen=True):
     """The inputs that a call takes away from its caller, if they stay on a device."""
     settings: tuple[Setting, ...] = ()
     """JAX's settings when the function was traced. A worker uses them for all work on this plan."""
+    ordered: bool = False
+    """Whether its effects are ordered: a call of it begins after the last such call has ended."""
 
     @property
     def transfers(self) -> tuple[Transfer, ...]:

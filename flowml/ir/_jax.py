@@ -34,9 +34,6 @@ from flowml.plan import Setting
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
 """Calls whose bodies are inlined into the graph. Custom rules are not needed after differentiation."""
 
-CALLBACK = "pure_callback"
-UNSUPPORTED = frozenset({"debug_callback", "debug_print", "io_callback", "infeed", "outfeed"})
-
 _OUTSIDE_CONTEXT = ("jax_default_prng_impl", "jax_enable_custom_prng", "jax_legacy_prng_key")
 """Settings that change the result of tracing but are not part of JAX's trace context."""
 
@@ -137,10 +134,19 @@ class Traced:
     output_names: tuple[str, ...]
     trees: tuple[tuple[int, ...], ...]
     """For each argument that is more than one array, the positions of its leaves among the inputs."""
+    left_out: tuple[Any, ...] = ()
 
 
-def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
-    """Trace `fn` as `jax.jit` would. Leaves are arrays or ShapeDtypeStructs."""
+def trace(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    without: Callable[[Any], tuple[Any, Sequence[Any]]] | None = None,
+) -> Traced:
+    """Trace `fn` as `jax.jit` would. Leaves are arrays or ShapeDtypeStructs.
+
+    `without` returns a program without some of its operations, and these.
+    """
     with jax.disable_jit(False):  # a plan is compiled even if jit is disabled
         traced = jax.jit(fn, keep_unused=True).trace(*args, **kwargs)
     leaves, in_tree = jax.tree_util.tree_flatten_with_path((tuple(args), dict(kwargs)))
@@ -148,7 +154,10 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
         raise ClosesOverTracerError(
             "the function closes over a value that another JAX transformation is tracing; pass it as an argument"
         )
-    closed = without_dead_code(traced.jaxpr)
+    closed, left_out = without_refs(traced.jaxpr), ()
+    if without is not None:
+        closed, left_out = without(closed)
+    closed = without_dead_code(closed)
     outs, out_tree = jax.tree_util.tree_flatten_with_path(traced.out_info)
     return Traced(
         jaxpr=closed.jaxpr,
@@ -158,6 +167,7 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
         input_names=tuple(path_name(p[2:] if _is_args(p) else p[1:]) for p, _ in leaves),
         output_names=tuple(path_name(p) for p, _ in outs),
         trees=_trees(leaves),
+        left_out=tuple(left_out),
     )
 
 
@@ -191,6 +201,20 @@ def without_dead_code(closed: Any) -> Any:
     jaxpr, constants, _ = pe.dce_jaxpr_consts(closed.jaxpr, used, instantiate=True)
     kept = [c for c, used in zip(closed.consts, constants, strict=True) if used]
     return jex.ClosedJaxpr(jaxpr, kept)
+
+
+def without_refs(closed: Any) -> Any:
+    """The program in which values take the place of the mutable Refs that it makes, as jit runs it."""
+    if not any(type(e).__name__ == "InternalMutableArrayEffect" for e in closed.jaxpr.effects):
+        return closed
+    from jax._src.state.discharge import discharge_state
+
+    return discharge_state(closed)
+
+
+def aval_of(spec: ArraySpec) -> Any:
+    """JAX's description of an array with this spec."""
+    return jax.typeof(np.zeros(spec.shape, spec.dtype))
 
 
 def spec_of(aval: Any) -> ArraySpec:
@@ -340,18 +364,6 @@ def as_function(closed: Any) -> Callable[..., tuple[Any, ...]]:
         return tuple(jex.jaxpr_as_fun(closed)(*arrays))
 
     return task
-
-
-def callback_function(equation: Any) -> Callable[..., list[np.ndarray]]:
-    """The Python function behind a `pure_callback`, on flat NumPy arrays."""
-    callback, results = equation.params["callback"], equation.params["result_avals"]
-    dtypes = [np.dtype(a.dtype) for a in results]
-
-    def call(*arrays: Any) -> list[np.ndarray]:
-        flat = jax.tree_util.tree_leaves(callback(*arrays))
-        return [np.asarray(x, d) for x, d in zip(flat, dtypes, strict=True)]
-
-    return call
 
 
 def struct(aval: Any) -> jax.ShapeDtypeStruct:

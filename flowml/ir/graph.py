@@ -40,6 +40,8 @@ class Node:
     layer: str = ""
     device: str = ""
     equation: Any = field(default=None, repr=False, compare=False)
+    calls_python: bool = False
+    """It is a task of its own, because no executable of XLA can call a Python function of another process."""
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -64,6 +66,10 @@ class Graph:
     output_names: tuple[str, ...]
     constants: Mapping[int, Any] = field(repr=False)
     parameters: frozenset[int] = frozenset()
+    tokens: tuple[int, ...] = ()
+    """The tokens of all effects. They must be made, also if no node reads them."""
+    ordered: bool = False
+    """Whether some effects are ordered."""
 
     @cached_property
     def producer(self) -> dict[int, Node]:
@@ -84,8 +90,8 @@ class Graph:
 
     @property
     def output_values(self) -> tuple[int, ...]:
-        """Distinct values among the outputs, in order."""
-        return tuple(dict.fromkeys(o for o in self.outputs if not isinstance(o, Literal)))
+        """Distinct values among the outputs, in order, and the tokens."""
+        return tuple(dict.fromkeys((*(o for o in self.outputs if not isinstance(o, Literal)), *self.tokens)))
 
     @cached_property
     def is_wide(self) -> bool:

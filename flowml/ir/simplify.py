@@ -70,7 +70,7 @@ def _rename(operand: Operand, renamed: dict[int, int]) -> Operand:
 
 
 def _key(node: Node) -> Any:
-    if node.op == _jax.CALLBACK or _jax.nested_jaxprs(node.equation):
+    if node.calls_python or _jax.nested_jaxprs(node.equation):
         return None
     inputs = tuple(i.key if isinstance(i, Literal) else i for i in node.inputs)
     parameters = tuple(sorted(node.equation.params.items()))

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from flowml.ir import _jax
+from flowml.arrays import TOKEN
+from flowml.ir import _jax, host
+from flowml.ir.axes import body_on_one, unbound_axis
 from flowml.ir.graph import Graph, Literal, Node, Operand
+from flowml.ir.host import RUN, Effects
 from flowml.ir.obstacles import check_argument, check_equation
 from flowml.ir.parameters import argument_parameters, closed_over_layers
 from flowml.ir.scopes import Stack, parse
@@ -32,6 +35,8 @@ class Trace:
     out_tree: Any
     parameters: Mapping[int, str]
     closed_over: Mapping[int, str]
+    left_out: tuple[str, ...] = ()
+    """What was left out, as the user wrote it, and where."""
 
 
 def trace(
@@ -39,14 +44,18 @@ def trace(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     name: str = "function",
+    effects: Effects = RUN,
 ) -> Trace:
     """Trace `fn`. Raises UnsupportedError if it contains something that a dataflow graph cannot hold."""
-    traced = _jax.trace(fn, args, kwargs)
+    try:
+        traced = _jax.trace(fn, args, kwargs, host.without_debugging if effects.drop else None)
+    except NameError as error:
+        raise unbound_axis(error, name) or error from None
     for position, (variable, path) in enumerate(zip(traced.jaxpr.invars, traced.input_names, strict=True)):
         check_argument(variable.aval, name, f"argument {path!r}" if path else f"array {position} of the arguments")
     for variable in traced.jaxpr.constvars:
         check_argument(variable.aval, name, "an array that it closes over")
-    builder = _Builder(name)
+    builder = _Builder(name, effects.python)
     constants = {builder.new_value(v.aval): c for v, c in zip(traced.jaxpr.constvars, traced.constants, strict=True)}
     inputs = tuple(builder.new_value(v.aval) for v in traced.jaxpr.invars)
     environment: dict[Any, Operand] = dict(zip(traced.jaxpr.constvars, constants, strict=True))
@@ -62,9 +71,13 @@ def trace(
         outputs=tuple(outputs),
         output_names=traced.output_names,
         constants={**constants, **builder.constants},
+        tokens=tuple(builder.tokens),
+        ordered=builder.last is not None,
     )
     parameters = argument_parameters(graph, traced.trees)
-    return Trace(graph, traced.in_tree, traced.out_tree, parameters, closed_over_layers(graph, parameters, fn))
+    left_out = tuple(found.construct for found in traced.left_out)
+    closed_over = closed_over_layers(graph, parameters, fn)
+    return Trace(graph, traced.in_tree, traced.out_tree, parameters, closed_over, left_out)
 
 
 @dataclass
@@ -72,10 +85,15 @@ class _Builder:
     """Collects nodes while walking jaxprs; owns the numbering of values."""
 
     name: str
+    python: bool
+    """Whether the workers run Python."""
     nodes: list[Node] = field(default_factory=list[Node])
     values: dict[int, ArraySpec] = field(default_factory=dict[int, ArraySpec])
     avals: dict[int, Any] = field(default_factory=dict[int, Any])
     constants: dict[int, Any] = field(default_factory=dict[int, Any])
+    tokens: list[int] = field(default_factory=list[int])
+    last: int | None = None
+    """The token of the last ordered effect."""
 
     def new_value(self, aval: Any) -> int:
         value = len(self.values)
@@ -92,7 +110,7 @@ class _Builder:
         for equation in jaxpr.eqns:
             stack = prefix + _jax.name_stack(equation)
             operands = [read(a) for a in equation.invars]
-            body = _jax.called_jaxpr(equation)
+            body = _jax.called_jaxpr(equation) or body_on_one(equation)
             if body is not None:
                 inner, constants = body
                 inner_environment: dict[Any, Operand] = dict(zip(inner.invars, operands, strict=True))
@@ -107,16 +125,25 @@ class _Builder:
         return [read(a) for a in jaxpr.outvars]
 
     def _append(self, equation: Any, operands: list[Operand], stack: Stack, environment: dict[Any, Operand]) -> None:
-        check_equation(equation, self.name, stack)
-        outputs = tuple(self.new_value(v.aval) for v in equation.outvars)
+        check_equation(equation, self.name, stack, self.python)
+        outputs = [self.new_value(v.aval) for v in equation.outvars]
         environment.update(zip(equation.outvars, outputs, strict=True))
+        calls = list(host.calls(equation))
+        if any(call.is_effect for call in calls):
+            token = self.new_value(_jax.aval_of(TOKEN))
+            outputs.append(token)
+            self.tokens.append(token)
+            if any(call.is_ordered for call in calls):
+                operands = operands if self.last is None else [*operands, self.last]
+                self.last = token
         node = Node(
             id=len(self.nodes),
             op=equation.primitive.name,
             inputs=tuple(operands),
-            outputs=outputs,
+            outputs=tuple(outputs),
             scope=parse(stack),
             equation=equation,
+            calls_python=bool(calls),
         )
         self.nodes.append(node)
 

@@ -16,11 +16,12 @@ import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
 import jax
 
 from flowml.errors import UnsupportedError, one_line
-from flowml.ir import _jax
+from flowml.ir import _jax, host
 from flowml.ir.cost import node_bytes, node_flops
 from flowml.ir.exports import export
 from flowml.ir.forms import form_of
 from flowml.ir.graph import Graph, Literal, Node
+from flowml.lowering.recipe import recipe_of_node
 from flowml.lowering.schedule import Schedule, TaskGroup
 from flowml.plan import ArraySpec, Setting, Task, fingerprint
 
@@ -48,8 +49,12 @@ class ExecutableTable:
 
     def export(self, fn: Callable[..., Any], inputs: Sequence[Any], form: Any = None) -> str:
         """Export a function of flat arrays and return its key. `form` is the function's form, if known."""
+        return self.store(self.exported(fn, inputs, form))
+
+    def exported(self, fn: Callable[..., Any], inputs: Sequence[Any], form: Any = None) -> bytes:
+        """A function of flat arrays as StableHLO."""
         with _jax.under(self.settings):
-            return self.store(export(fn, inputs, self.platforms, self.known, form))
+            return export(fn, inputs, self.platforms, self.known, form)
 
     def add_function(
         self,
@@ -81,7 +86,7 @@ def compile_in_constants(graph: Graph, plan: Schedule) -> Schedule:
     XLA then evaluates at compile time what depends only on them, with the same bits as for jit. If a plan has several
     tasks, the arrays are arguments, so that equal layers with different arrays share an executable.
     """
-    if len(plan.groups) != 1 or plan.groups[0].is_callback:
+    if len(plan.groups) != 1 or plan.groups[0].calls_python:
         return plan
     (group,) = plan.groups
     constants = tuple(v for v in group.inputs if v in graph.constants)
@@ -112,9 +117,9 @@ def lower_groups(
 def _lower_group(
     graph: Graph, group: TaskGroup, table: ExecutableTable, seconds: Mapping[int, float], donate: tuple[int, ...]
 ) -> Task:
-    if group.is_callback:
+    if group.calls_python:
         kind = "python"
-        executable = table.store(cloudpickle.dumps(_callback(group)))
+        executable = _pickled(group, table)
     else:
         kind = "xla"
         try:
@@ -177,20 +182,18 @@ def _name(group: TaskGroup, layers: Sequence[str]) -> str:
     return f"task{group.index}:{span}"
 
 
-def _callback(group: TaskGroup) -> Callable[..., list[Any]]:
+def _pickled(group: TaskGroup, table: ExecutableTable) -> str:
+    """Pickle the recipe of a node that calls Python. Raises UnsupportedError if something in it cannot be pickled."""
     (node,) = group.nodes
-    call = _jax.callback_function(node.equation)
-    position = {v: i for i, v in enumerate(group.inputs)}
-    wanted = [node.outputs.index(v) for v in group.outputs]
-    operands = [
-        (-1, _jax.literal_value(i.value)) if isinstance(i, Literal) else (position[i], None) for i in node.inputs
-    ]
-
-    def run(*arrays: Any) -> list[Any]:
-        results = call(*(arrays[p] if p >= 0 else constant for p, constant in operands))
-        return [results[i] for i in wanted]
-
-    return run
+    recipe = recipe_of_node(node, group.inputs, group.outputs, table.exported)
+    try:
+        return table.store(cloudpickle.dumps(recipe))
+    except Exception as error:  # pickling runs code of the user's objects
+        found = next(host.calls(node.equation))
+        raise UnsupportedError(
+            f"{found.construct} cannot be sent to a worker, because its function, or what it closes over, cannot be "
+            f"pickled ({error}); make such objects inside the function"
+        ) from error
 
 
 def _last_readers(graph: Graph, plan: Schedule, made: Container[int]) -> dict[int, int]:
@@ -214,7 +217,7 @@ def _last_readers(graph: Graph, plan: Schedule, made: Container[int]) -> dict[in
 def _donations(graph: Graph, group: TaskGroup, last: Mapping[int, int], may: Container[int]) -> tuple[int, ...]:
     """Arguments in `may` that this task is the last to read, that only this device reads, and whose shape equals that
     of a result."""
-    if group.is_callback:
+    if group.calls_python:
         return ()
     room = Counter(_shape(graph.values[v]) for v in group.outputs)
     donated: list[int] = []

@@ -28,6 +28,8 @@ def partition(graph: Graph, assignment: Mapping[int, str]) -> Graph:
 
 def is_cheap(graph: Graph, node: Node) -> bool:
     """Whether copying `node` to another device costs less than sending its result there."""
+    if node.calls_python:
+        return False
     if all(isinstance(i, Literal) for i in node.inputs):
         return node.op in _CHEAP or sum(graph.values[v].nbytes for v in node.outputs) <= 1024
     incoming = sum(graph.values[v].nbytes for v in set(node.reads))

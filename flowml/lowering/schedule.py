@@ -1,8 +1,8 @@
 """Groups each device's nodes into a few large tasks, and orders tasks and microbatches.
 
-The level of a node is the largest number of device changes on a path to it; a callback counts as a change. No path
-leaves the nodes of one device and level and returns to them, so these nodes form one task. Tasks sorted by level are in
-topological order. This order is global, so no placement can deadlock.
+The level of a node is the largest number of device changes on a path to it; a node that calls Python counts as a
+change. No path leaves the nodes of one device and level and returns to them, so these nodes form one task. Tasks sorted
+by level are in topological order. This order is global, so no placement can deadlock.
 
 A training stage should send each layer's gradient as soon as it exists. A task may therefore be cut further at
 milestones: one segment holds everything that a milestone needs and no earlier milestone needed.
@@ -15,7 +15,6 @@ from bisect import insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from flowml.ir import _jax
 from flowml.ir.graph import Graph, Node
 from flowml.lowering.partition import is_cheap
 
@@ -39,8 +38,8 @@ class TaskGroup:
     compiled_in: tuple[int, ...] = ()
 
     @property
-    def is_callback(self) -> bool:
-        return any(n.op == _jax.CALLBACK for n in self.nodes)
+    def calls_python(self) -> bool:
+        return any(n.calls_python for n in self.nodes)
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _levels(graph: Graph) -> dict[int, int]:
     for node in graph.nodes:
         level = 0
         for parent in graph.parents(node):
-            apart = parent.device != node.device or _jax.CALLBACK in (parent.op, node.op)
+            apart = parent.device != node.device or parent.calls_python or node.calls_python
             level = max(level, levels[parent.id] + apart)
         levels[node.id] = level
     _sink_cheap(graph, levels)
@@ -142,7 +141,7 @@ def _group(graph: Graph, milestones: Sequence[Sequence[int]]) -> tuple[TaskGroup
     segments = _segments(graph, levels, milestones)
     members: dict[tuple[int, int, str, int], list[Node]] = {}
     for node in graph.nodes:
-        callback = node.id if node.op == _jax.CALLBACK else -1
+        callback = node.id if node.calls_python else -1
         members.setdefault((levels[node.id], segments[node.id], node.device, callback), []).append(node)
     exported = set(graph.output_values)
     home = {v: key for key, nodes in members.items() for n in nodes for v in n.outputs}

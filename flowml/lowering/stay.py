@@ -78,7 +78,7 @@ def in_order_of_call(graph: Graph, plan: Schedule) -> Schedule:
     returned = {v: i for i, v in enumerate(graph.output_values)}
     groups = tuple(
         g
-        if g.is_callback
+        if g.calls_python
         else replace(
             g,
             inputs=tuple(sorted(g.inputs, key=lambda v: given.get(v, len(given)))),

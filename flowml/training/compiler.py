@@ -24,6 +24,7 @@ from flowml.errors import PlacementError
 from flowml.ir import _jax
 from flowml.ir.cost import node_seconds
 from flowml.ir.graph import Graph
+from flowml.ir.host import RUN, Effects
 from flowml.ir.label import label, layer_of
 from flowml.ir.simplify import simplify
 from flowml.ir.trace import trace
@@ -115,6 +116,8 @@ class TrainingCompiled:
     plan: Plan
     outer: tuple[Any, ...]
     metrics: Metrics
+    left_out: tuple[str, ...] = ()
+    """Calls of `jax.debug` that were left out."""
 
 
 def compile_training(
@@ -122,10 +125,11 @@ def compile_training(
     params: Any,
     batch: Any,
     devices: Iterable[Device | str],
-    *,
     links: Links | None = None,
     platforms: Sequence[str] = ("cpu",),
+    *,
     state: Any = None,
+    effects: Effects = RUN,
 ) -> TrainingCompiled:
     """Compile a training step for `spec.replicas` copies of the model. `batch` is one global batch (or specs), and
     `state` that of the model, if the loss has one.
@@ -160,12 +164,11 @@ def compile_training(
         state=(state,) if spec.has_state else (),
     )
     rng = jax.ShapeDtypeStruct((RNG_WORDS,), jnp.uint32)
-    takes_rng = loss_takes_rng(spec.loss, has_state=spec.has_state)
-    fed = {"rng": rng} if takes_rng else {}
+    fed = {"rng": rng} if loss_takes_rng(spec.loss, has_state=spec.has_state) else {}
     if code is not None:
         fed["coefficient"] = jax.ShapeDtypeStruct((), coefficient_dtype([x.dtype for _, x in leaves]))
     held = (state,) if spec.has_state else ()
-    traced = trace(step.call, (params, microbatch, *fed.values(), *held), {}, name=name_of(spec.loss))
+    traced = trace(step.call, (params, microbatch, *fed.values(), *held), {}, name_of(spec.loss), effects)
     optimizers = Optimizers.of(spec.optimizer, tuple(policies[p] for p in paths), params, spec.replicas)
     plan, slots = _Compiler(
         spec=spec,
@@ -187,7 +190,7 @@ def compile_training(
         batch_paths=tuple(_jax.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(microbatch)[0]),
         state_paths=tuple(_jax.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(state)[0]),
     ).compile(traced.graph, traced.closed_over)
-    return TrainingCompiled(plan, optimizers.outer_optimizers, step.metrics(slots))
+    return TrainingCompiled(plan, optimizers.outer_optimizers, step.metrics(slots), traced.left_out)
 
 
 def _template_devices(spec: TrainingSpec, devices: Sequence[Device]) -> tuple[Device, ...]:

@@ -20,6 +20,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
+from flowml.effects import EffectsChoice, EffectsOption
 from flowml.errors import PlacementError
 from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
 from flowml.ir.calls import Call, Returned, bind, finish, static_of
@@ -58,6 +59,8 @@ class ClusterLike(Protocol):
     def devices(self) -> Sequence[Device]: ...
     @property
     def session(self) -> Session: ...
+    @property
+    def python(self) -> bool: ...
     def links_for(self, placement: Any) -> Links: ...
 
 
@@ -156,6 +159,7 @@ class Dataflow(Generic[P, R]):
         donate_argnums: int | Sequence[int] | None = None,
         donate_argnames: str | Sequence[str] | None = None,
         keep: Any = None,
+        effects: EffectsChoice = "run",
         now_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         if not callable(fn):
@@ -164,6 +168,7 @@ class Dataflow(Generic[P, R]):
             raise TypeError(f"cluster={cluster!r} is of type {type(cluster).__name__}; give an fm.Cluster")
         self._donate = static_of(fn, donate_argnums, donate_argnames, "donate")
         self._keep = Keep.of(keep)
+        self._effects = EffectsOption(effects)
         update_wrapper(self, fn)
         self._fn = fn
         self._name = str(getattr(fn, "__name__", type(fn).__name__))
@@ -353,9 +358,11 @@ class Dataflow(Generic[P, R]):
                     name=self._name,
                     links=cluster.links_for(placement),
                     stay=lambda traced: stay_of(self._keep, traced, call, held, donated, self._name),
+                    effects=self._effects.where(python=cluster.python),
                 )
         except PlacementError as error:
             raise cluster.session.explained(error, self._name) from None
+        self._effects.tell(self._name, compiled.left_out, stacklevel=6)
         trial = trial_of(compiled.plan, placement) if self._keep is None and not held else None
         return _Program(compiled.plan, compiled.out_tree, call.returned, trial=trial)
 
@@ -431,6 +438,7 @@ def dataflow(
     donate_argnums: int | Sequence[int] | None = None,
     donate_argnames: str | Sequence[str] | None = None,
     keep: Any = None,
+    effects: EffectsChoice = "run",
 ) -> Dataflow[P, R]: ...
 @overload
 def dataflow(
@@ -443,6 +451,7 @@ def dataflow(
     donate_argnums: int | Sequence[int] | None = None,
     donate_argnames: str | Sequence[str] | None = None,
     keep: Any = None,
+    effects: EffectsChoice = "run",
 ) -> Callable[[Callable[P, R]], Dataflow[P, R]]: ...
 def dataflow(
     fn: Callable[P, R] | None = None,
@@ -454,6 +463,7 @@ def dataflow(
     donate_argnums: int | Sequence[int] | None = None,
     donate_argnames: str | Sequence[str] | None = None,
     keep: Any = None,
+    effects: EffectsChoice = "run",
 ) -> Dataflow[P, R] | Callable[[Callable[P, R]], Dataflow[P, R]]:
     """Run a JAX function as a dataflow program on a cluster. Use it as a function or a decorator, like `jax.jit`.
 
@@ -469,6 +479,8 @@ def dataflow(
         keep: outputs that stay on the workers, as `fm.Remote`s: positions of the returned tuple, patterns of paths in
             the result ("0/params/*"), or "auto" for outputs larger than 64 KiB. The program of a call whose arguments
             stay on workers runs where they are, with placement "auto".
+        effects: "run" runs callbacks and debug prints on workers that allow Python; "drop" leaves out what `jax.debug`
+            does, with one warning.
 
     Returns: an object that is called like `fn`, with `.submit(...)` -> Future and `.plan(...)` -> Plan. A call
     raises FlowmlError if it fails on the cluster, TypeError if an argument is not an array.
@@ -481,6 +493,7 @@ def dataflow(
         "donate_argnums": donate_argnums,
         "donate_argnames": donate_argnames,
         "keep": keep,
+        "effects": effects,
     }
     if fn is None:
         return lambda function: Dataflow(function, **options)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from flowml.data import as_source
+from flowml.effects import EffectsChoice
 from flowml.errors import UnsupportedError
 from flowml.ir._jax import path_name
 from flowml.numbers import whole_number
@@ -34,8 +35,9 @@ Function = Callable[..., Any]
 class Evaluation:
     """The programs of the functions that a trainer has evaluated."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Placement, effects: EffectsChoice) -> None:
         self._placement = placement
+        self._effects: EffectsChoice = effects
         self._programs: dict[Any, Function] = {}
 
     def means(
@@ -106,7 +108,7 @@ class Evaluation:
                     raise UnsupportedError(f"{cluster} computes nothing; give it arithmetic=True to evaluate on it")
                 program = jax.jit(fn)  # what is evaluated takes no virtual time
             else:
-                program = dataflow(fn, cluster=cluster, placement=self._placement)
+                program = dataflow(fn, cluster=cluster, placement=self._placement, effects=self._effects)
         self._programs[key] = program  # as the newest
         if len(self._programs) > MOST_PROGRAMS:
             del self._programs[next(iter(self._programs))]

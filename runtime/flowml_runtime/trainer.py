@@ -22,6 +22,7 @@ import numpy as np
 
 from flowml.arguments import choice, flag
 from flowml.data import Source, as_source, epoch_order
+from flowml.effects import EffectsChoice, EffectsOption
 from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, UnsupportedError
 from flowml.ir._jax import jit_is_off, path_name, trace_context
 from flowml.numbers import whole_number
@@ -105,8 +106,8 @@ class Trainer:
             the stage that computes it; a microbatch takes what the one before it has left.
         state_rules: state path pattern -> how the values of replicas are joined at the end of a fit: `"mean"` (the
             default for floats), `"max"` (the default for integers), `"sum"` of what each replica has added, `"first"`
-            (the value of replica 0, the default for keys) or `"local"` (they are not joined; that of replica 0 is
-            shown).
+            (the value of replica 0, the default for keys) or `"local"` (not joined; that of replica 0 is shown).
+        effects: what becomes of callbacks and debug prints; see `flowml.dataflow`.
 
     Raises:
         ValueError, PolicyError: if arguments contradict each other.
@@ -129,6 +130,7 @@ class Trainer:
         on_nonfinite: OnNonFinite = "refuse",
         has_state: bool = False,
         state_rules: Mapping[str, Rule] | None = None,
+        effects: EffectsChoice = "run",
     ) -> None:
         methods = (getattr(optimizer, "init", None), getattr(optimizer, "update", None))
         if isinstance(optimizer, type) or not all(map(callable, methods)):
@@ -148,7 +150,8 @@ class Trainer:
         self._on_nonfinite: OnNonFinite = cast(OnNonFinite, choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite)))
         self._check_replicas = whole_number("check_replicas", check_replicas)
         self._programs: dict[Any, Program] = {}
-        self._evaluation = Evaluation(self._spec.placement)
+        self._effects = EffectsOption(effects)
+        self._evaluation = Evaluation(self._spec.placement, effects)
         self._own_metrics = loss_metrics(self._spec)
         self._fitting = threading.Lock()
         self._looked = False
@@ -420,11 +423,13 @@ class Trainer:
                 placed, devices = placed_alike(spec, like.compiled.plan, devices)
             try:
                 with shown(partial(compiling, name_of(spec.loss), batch)):
+                    effects = self._effects.where(python=cluster.python)
                     compiled = compile_training(
-                        placed, values[0], batch, devices, links=links, platforms=platforms, state=values[1]
+                        placed, values[0], batch, devices, links, platforms, state=values[1], effects=effects
                     )
             except PlacementError as error:
                 raise cluster.session.explained(error, "the training step") from None
+            self._effects.tell(name_of(spec.loss), compiled.left_out, stacklevel=4)
             program = Program(compiled, cluster.session, spec)
         self._programs[key] = program  # as the newest
         if len(self._programs) > MAX_PROGRAMS:

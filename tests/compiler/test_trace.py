@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import flowml as fm
@@ -136,25 +135,3 @@ def test_equal_nodes_of_different_layers_stay_apart() -> None:
         return a * b
 
     assert [n.op for n in simplify(trace(fn, (X,), {}).graph).nodes].count("sin") == 2
-
-
-def printing(x: jax.Array) -> jax.Array:
-    with fm.layer("loud"):
-        jax.debug.print("{}", x.sum())
-    return x
-
-
-def test_effects_are_refused_with_function_layer_and_primitive() -> None:
-    with pytest.raises(fm.UnsupportedError, match=r"printing in layer 'loud' uses debug_\w+"):
-        fm.compile(printing, X, devices=["worker:0"])
-
-
-def test_callbacks_inside_loops_are_refused() -> None:
-    def host(v: Any) -> Any:
-        return np.asarray(v) + 1
-
-    def fn(x: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, 2, lambda _, v: jax.pure_callback(host, v, v), x)
-
-    with pytest.raises(fm.UnsupportedError, match="pure_callback inside"):
-        fm.compile(fn, X, devices=["worker:0"])

@@ -28,6 +28,7 @@ from flowml_runtime.driver.real_time import RealTime
 from flowml_runtime.driver.remote import Kind, Remote
 from flowml_runtime.driver.residents import MAX_PROGRAMS, Residents
 from flowml_runtime.driver.steps import unloaded
+from flowml_runtime.driver.turns import Turns
 from flowml_runtime.environment.forks import check_owner, is_foreign, this_process
 from flowml_runtime.execution.device_thread import Deadlines
 from flowml_runtime.execution.faults import cluster_closed, load_failed, step_error, step_failed, worker_lost
@@ -89,6 +90,7 @@ class Session:
         self._in_flight = in_flight
         self._deadline_s = deadline_s
         self._deadlines = Deadlines(f"{endpoint.name} deadlines")
+        self._turns = Turns()
         self._lock = threading.Lock()
         self._loading: dict[str, Loading] = {}
         self._plans: dict[str, LoadedPlan] = {}
@@ -233,7 +235,8 @@ class Session:
         With `copy` the caller may overwrite NumPy inputs as soon as this returns. Raises at once if the plan
         lost a worker; the future raises every later error.
         """
-        return self._start(handle, inputs, copy=copy)
+        start = partial(self._start, handle, inputs, copy=copy)
+        return self._turns.take(start) if handle.plan.ordered else start()
 
     def _start(self, handle: LoadedPlan, inputs: Sequence[Any], *, copy: bool) -> Future[list[Any]]:
         self.check_owner()
@@ -301,9 +304,9 @@ class Session:
     def call(self, handle: LoadedPlan, inputs: Sequence[Any]) -> list[Any]:
         """Run one step and return its flat results. On a worker in this process it does not wait for them, like jit."""
         local = handle.local
-        if local is None or len(handle.steps) or any(type(i) is Remote for i in inputs):
+        if local is None or handle.plan.ordered or len(handle.steps) or any(type(i) is Remote for i in inputs):
             if not handle.waits:  # everything stays: the call need not wait, and later calls may start
-                return self._start(handle, inputs, copy=True).as_argument()
+                return self.submit(handle, inputs).as_argument()
             # no deadline: the worker bounds each wait of the step, and a computation may take any time
             return self.submit(handle, inputs, copy=False).result()
         buffers = handle.prepare(inputs, copy=False)

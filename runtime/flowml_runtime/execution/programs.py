@@ -26,22 +26,11 @@ import numpy as np
 
 from flowml.errors import FlowmlError, UnsupportedError
 from flowml.instructions import Feed, Fetch, Keep, Push, Read, Recv, Run, Send
-from flowml.ir._jax import compiled, exact_types, is_wide, key_implementation, spec_of, under
+from flowml.ir._jax import exact_types, spec_of, under
 from flowml.ir.exports import load_exported
-from flowml.plan import ArraySpec, Constant, Plan, Program, Setting, Task, fingerprint
-from flowml_runtime.transport.arrays import Array, aligned_empty, wire_layout
-
-JaxDevice = Any
-"""jax.Device, which type checkers treat as a variable."""
-
-TaskFunction = Callable[..., Sequence[Array]]
-"""Takes the task's inputs as positional arguments, returns its outputs."""
-
-
-def buffer_struct(spec: ArraySpec) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of the buffer of an array inside a worker and on the wire."""
-    shape, dtype, _ = wire_layout(spec)
-    return jax.ShapeDtypeStruct(shape, dtype)
+from flowml.plan import ArraySpec, Constant, Plan, Program, Task, fingerprint
+from flowml_runtime.execution.task_functions import JaxDevice, TaskFunction, buffer_struct, compile_task, python_task
+from flowml_runtime.transport.arrays import Array, aligned_empty
 
 
 def aligned_copy(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -169,7 +158,7 @@ class LoadedProgram:
     runs: Mapping[int, TaskFunction]
     tasks: Mapping[int, TaskFunction]
     """Tasks that no Run names; see `store_tasks`."""
-    constants: Mapping[int, jax.Array]
+    constants: Mapping[int, Array]
     """Buffer -> resident array."""
     keep: tuple[object, ...] = field(default=(), repr=False)
     """Objects that must stay alive to keep the functions in the worker's cache."""
@@ -305,7 +294,7 @@ def _make_all(
     def make(need: _Need) -> _Compiled:
         task = plan.tasks[need.task]
         if task.kind == "python":
-            return _Compiled(_under(plan.settings, _load_python(plan, task, python, parts)))
+            return _Compiled(_load_python(plan, task, need.device, python, parts))
         if task.kind != "xla":
             raise FlowmlError(f"task {task.name!r} is of kind {task.kind!r}; this worker knows 'xla' and 'python'")
         found = exported[task.executable]
@@ -389,46 +378,14 @@ def _compile(exported: jax.export.Exported, task: Task, need: _Need) -> TaskFunc
             f"task {task.name!r} was compiled for {', '.join(exported.platforms)}, but its device is a {platform}; "
             "compile the plan for the devices that it will run on"
         )
-    wrap = [key_implementation(s.dtype) if s.dtype.startswith("key<") else None for s in task.inputs]
-    unwrap = [s.dtype.startswith("key<") for s in task.outputs]
 
-    def flat(*buffers: Any) -> list[Any]:
-        arrays = [b if w is None else jax.random.wrap_key_data(b, impl=w) for b, w in zip(buffers, wrap, strict=True)]
-        results = jax.tree_util.tree_leaves(exported.call(*arrays))
-        return [jax.random.key_data(r) if u else r for r, u in zip(results, unwrap, strict=True)]
+    def run(*arrays: Any) -> list[Any]:
+        return jax.tree_util.tree_leaves(exported.call(*arrays))
 
-    # On the default device results stay uncommitted, like jit's. On others the task must name its device.
-    options: dict[str, Any] = {}
-    elsewhere = need.device != jax.local_devices()[0]
-    if elsewhere:
-        here = jax.sharding.SingleDeviceSharding(need.device)
-        options = {"in_shardings": here, "out_shardings": here}
-    jitted = jax.jit(flat, donate_argnums=need.donate, **options)
-    run = compiled(jitted.lower(*[buffer_struct(s) for s in task.inputs]), committed=elsewhere)
-    return _exactly(run) if any(is_wide(s.dtype) for s in task.inputs) else run
+    return compile_task(run, task, need.device, need.donate)
 
 
-def _exactly(function: TaskFunction) -> TaskFunction:
-    """The function, called so that 64-bit arrays keep their dtype."""
-
-    def call(*buffers: Any) -> Sequence[Array]:
-        with exact_types():
-            return function(*buffers)
-
-    return call
-
-
-def _under(settings: tuple[Setting, ...], function: TaskFunction) -> TaskFunction:
-    """The function, called under the plan's JAX settings."""
-
-    def call(*buffers: Any) -> Sequence[Array]:
-        with under(settings):
-            return function(*buffers)
-
-    return call
-
-
-def _load_python(plan: Plan, task: Task, allowed: bool, parts: Parts) -> TaskFunction:
+def _load_python(plan: Plan, task: Task, device: JaxDevice, allowed: bool, parts: Parts) -> TaskFunction:
     if not allowed:
         raise FlowmlError(
             f"task {task.name!r} is a Python callback, and this worker does not run Python from plans; "
@@ -436,21 +393,4 @@ def _load_python(plan: Plan, task: Task, allowed: bool, parts: Parts) -> TaskFun
         )
     import cloudpickle
 
-    function: Callable[..., Any] = cloudpickle.loads(_executable(plan, task.executable, parts))
-    structs = [buffer_struct(s) for s in task.outputs]
-
-    def call(*buffers: Any) -> list[Any]:
-        results = [np.asarray(r) for r in function(*[np.asarray(b) for b in buffers])]
-        got = [(r.shape, r.dtype) for r in results]
-        declared = [(tuple(s.shape), np.dtype(s.dtype)) for s in structs]
-        if got != declared:
-            raise TypeError(
-                f"callback {task.name!r} returned {_listed(got)}, but was declared to return {_listed(declared)}"
-            )
-        return results
-
-    return call
-
-
-def _listed(arrays: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> str:
-    return ", ".join(f"{dtype}[{','.join(map(str, shape))}]" for shape, dtype in arrays) or "nothing"
+    return python_task(cloudpickle.loads(_executable(plan, task.executable, parts)), task, plan.settings, device)

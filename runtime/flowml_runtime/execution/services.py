@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
+from flowml.arrays import TOKEN
 from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
 from flowml.instructions import Send
 from flowml.ir._jax import exact_types
@@ -348,7 +349,7 @@ class DataflowServices(EdgeServices):
             self._send_fetched(step, (done,), 0, (ArraySpec((0,), "uint8"),), (_NOTHING,))
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
-        specs = tuple(self._outputs[s] for s in slots)
+        specs = tuple(self._outputs.get(s, TOKEN) for s in slots)
         held = ready(arrays) if self._at_home else host_view(arrays, self.loaded.device)
         self._send_fetched(step, slots, microbatch, specs, held)
 

@@ -1,7 +1,8 @@
 """Checks before a fit that the loss is a mean over examples, because replicas and microbatches average it.
 
 The loss is evaluated on a few examples of the first batch: on each half and on both together. There is no check if that
-would take long, if the loss accepts only certain shapes, or if it is random.
+would take long, if the loss accepts only certain shapes, if it is random, or if it calls Python, which a fit does as
+often as its steps say and not once more.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowml.data import Source
+from flowml.ir.host import has_calls
 from flowml.plan import Plan
 from flowml.training.compiler import TrainingSpec
 from flowml.training.step import loss_takes_rng, name_of, weight_of
@@ -32,7 +34,7 @@ def mean_warning(
     spec: TrainingSpec, plan: Plan, params: Any, source: Source, order: np.ndarray, batch: int
 ) -> str | None:
     """A warning if the loss is not a (weighted) mean over examples, else None. `order` starts with the first batch."""
-    if spec.replicas * spec.microbatches == 1 or any(t.kind == "python" for t in plan.tasks):
+    if spec.replicas * spec.microbatches == 1:
         return None
     seconds = plan.estimate.single_device_seconds / batch
     alike = batch if source.arrays is not None else batch // spec.replicas  # those of a work item have one shape
@@ -66,10 +68,13 @@ def mean_warning(
 
 
 def _evaluate(spec: TrainingSpec, params: Any, batch: Any) -> tuple[float, float] | None:
-    """The loss and its weight; None if it is random."""
+    """The loss and its weight; None if it is random or calls Python."""
     takes_rng = loss_takes_rng(spec.loss)
+    arguments = [(params, batch, *([jax.random.key(k)] if takes_rng else [])) for k in range(1 + takes_rng)]
     evaluate = jax.jit(lambda *args: _with_weight(spec, *args))
-    values = [evaluate(params, batch, *([jax.random.key(k)] if takes_rng else [])) for k in range(1 + takes_rng)]
+    if any(map(has_calls, evaluate.trace(*arguments[0]).jaxpr.jaxpr.eqns)):
+        return None
+    values = [evaluate(*given) for given in arguments]
     losses = {float(v[0]) for v in values}
     return (losses.pop(), float(values[0][1])) if len(losses) == 1 else None
 

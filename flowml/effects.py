@@ -1,0 +1,34 @@
+"""The option `effects` of functions that compile a program: what becomes of calls of Python, such as a debug print."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from flowml.arguments import choice
+from flowml.errors import FlowmlWarning
+from flowml.ir.host import Effects
+
+EffectsChoice = Literal["run", "drop"]
+
+
+class EffectsOption:
+    """`"run"` runs every call of Python on the workers. `"drop"` leaves out those of `jax.debug`, with one warning."""
+
+    def __init__(self, given: str) -> None:
+        """Raises ValueError for another option."""
+        self._drop = choice("effects", given, get_args(EffectsChoice)) == "drop"
+        self._told = False
+
+    def where(self, *, python: bool) -> Effects:
+        """The effects of a program for workers that run Python, or do not."""
+        return Effects(python, self._drop)
+
+    def tell(self, name: str, left_out: Sequence[str], stacklevel: int) -> None:
+        """Warn, once, of what was left out of the function `name`."""
+        if left_out and not self._told:
+            self._told = True
+            rest = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+            text = f'{name} runs without {left_out[0]}{rest}, because of effects="drop"'
+            warnings.warn(text, FlowmlWarning, stacklevel=stacklevel + 1)

@@ -1,0 +1,137 @@
+"""Makes the function of a task from its executable: compiled StableHLO, or Python where this worker allows it.
+
+A task that calls Python is a pickled recipe (`flowml.lowering.recipe`), or a plain function of NumPy arrays. A recipe
+that is one call runs on the thread of the step. Any other is traced and compiled here, and XLA calls the Python
+functions on its own threads. XLA reports an exception of theirs as an error of its own, so the exception itself is kept
+and raised instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowml.ir import host
+from flowml.ir._jax import compiled, exact_types, is_wide, key_implementation, under
+from flowml.lowering.recipe import Recipe
+from flowml.plan import ArraySpec, Setting, Task
+from flowml_runtime.transport.arrays import Array, wire_layout
+
+JaxDevice = Any
+"""jax.Device, which type checkers treat as a variable."""
+
+TaskFunction = Callable[..., Sequence[Array]]
+"""Takes the task's inputs as positional arguments, returns its outputs."""
+
+
+def buffer_struct(spec: ArraySpec) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of the buffer of an array inside a worker and on the wire."""
+    shape, dtype, _ = wire_layout(spec)
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def compile_task(
+    run: Callable[..., Sequence[Any]], task: Task, device: JaxDevice, donate: Sequence[int] = ()
+) -> TaskFunction:
+    """Compile a function of the task's arrays as one of their buffers. It may return more than the task's outputs."""
+    wrap = [key_implementation(s.dtype) if s.dtype.startswith("key<") else None for s in task.inputs]
+    unwrap = [s.dtype.startswith("key<") for s in task.outputs]
+
+    def flat(*buffers: Any) -> list[Any]:
+        arrays = [b if w is None else jax.random.wrap_key_data(b, impl=w) for b, w in zip(buffers, wrap, strict=True)]
+        results = run(*arrays)
+        known = [jax.random.key_data(r) if u else r for r, u in zip(results, unwrap, strict=False)]
+        return [*known, *results[len(known) :]]
+
+    # On the default device results stay uncommitted, like jit's. On others the task must name its device.
+    options: dict[str, Any] = {}
+    elsewhere = device != jax.local_devices()[0]
+    if elsewhere:
+        here = jax.sharding.SingleDeviceSharding(device)
+        options = {"in_shardings": here, "out_shardings": here}
+    jitted = jax.jit(flat, donate_argnums=donate, **options)
+    call = compiled(jitted.lower(*[buffer_struct(s) for s in task.inputs]), committed=elsewhere)
+    return _exactly(call) if any(is_wide(s.dtype) for s in task.inputs) else call
+
+
+def _exactly(function: TaskFunction) -> TaskFunction:
+    """The function, called so that 64-bit arrays keep their dtype."""
+
+    def call(*buffers: Any) -> Sequence[Array]:
+        with exact_types():
+            return function(*buffers)
+
+    return call
+
+
+def python_task(function: Any, task: Task, settings: tuple[Setting, ...], device: JaxDevice) -> TaskFunction:
+    """What was unpickled for a task, as a function of its buffers, which runs under the plan's JAX settings."""
+    with under(settings):
+        run = _traced(function, task, settings, device) if _needs_xla(function) else _called(function, task)
+
+    def call(*buffers: Any) -> Sequence[Array]:
+        with under(settings):
+            return run(*buffers)
+
+    return call
+
+
+def _needs_xla(function: Any) -> bool:
+    return isinstance(function, Recipe) and not function.is_call
+
+
+def _traced(recipe: Recipe, task: Task, settings: tuple[Setting, ...], device: JaxDevice) -> TaskFunction:
+    raised: list[BaseException] = []
+
+    def wrap(call: host.Call) -> Callable[..., Any]:
+        def guarded(*arrays: Any) -> list[np.ndarray]:
+            try:
+                with under(settings):  # XLA calls on a thread of its own
+                    return call(*arrays)
+            except BaseException as error:
+                raised.append(error)
+                raise
+
+        return guarded
+
+    def run(*arrays: Any) -> list[Any]:
+        outputs, token = recipe.run(arrays, jnp.zeros((), bool), wrap)
+        return [*outputs, token]
+
+    execute = compile_task(run, task, device)
+
+    def call(*buffers: Any) -> Sequence[Array]:
+        raised.clear()
+        try:
+            *outputs, _ = jax.block_until_ready(execute(*buffers))
+        except Exception:
+            if raised:
+                raise raised[0] from None
+            raise
+        return outputs
+
+    return call
+
+
+def _called(function: Callable[..., Any], task: Task) -> TaskFunction:
+    structs = [buffer_struct(s) for s in task.outputs]
+
+    def call(*buffers: Any) -> list[Any]:
+        results = [np.asarray(r) for r in function(*[np.asarray(b) for b in buffers])]
+        got = [(r.shape, r.dtype) for r in results]
+        declared = [(tuple(s.shape), np.dtype(s.dtype)) for s in structs]
+        if got != declared:
+            raise TypeError(
+                f"callback {task.name!r} returned {_listed(got)}, but was declared to return {_listed(declared)}"
+            )
+        return results
+
+    return call
+
+
+def _listed(arrays: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> str:
+    return ", ".join(f"{dtype}[{','.join(map(str, shape))}]" for shape, dtype in arrays) or "nothing"
