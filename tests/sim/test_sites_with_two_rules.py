@@ -43,3 +43,22 @@ def test_a_leader_runs_the_steps_that_others_of_its_site_run_for_another_layer()
         run.go()
         check_rest(run)
         assert check(run.history) == []
+
+
+def test_a_late_gradient_joins_a_step_of_each_of_its_sites() -> None:
+    """Where it joined different steps for two layers, the fate of both was taken from the push after the later step."""
+    server, sites = ParameterServer(), (((0, 4), (1, 2, 3)), ((0, 4), (1, 2), (3,)))
+    rules = [
+        Policy(
+            topology=Hierarchy(server, server, found, quorum=Quorum(0.5, late="fold")),
+            payload=Delta(),
+            every=3,
+            quorum=Quorum(share, late="fold"),
+        )
+        for found, share in zip(sites, (1, 0.5), strict=True)
+    ]
+    for seed in range(20):
+        run = make(rules, replicas=5, stages=1, clocks=16, seed=seed, speeds=(1, 1, 2, 8, 1))
+        run.go()
+        check_rest(run)
+        assert check(run.history) == []

@@ -40,7 +40,7 @@ class Unsettled(msgspec.Struct, frozen=True):
     counted: tuple[Before, ...] = ()
     folded: tuple[Count, ...] = ()
     left_out: Count | None = None
-    joined: Count | None = None
+    joined: tuple[tuple[Count, Count], ...] = ()
 
 
 class StageState(msgspec.Struct, frozen=True):

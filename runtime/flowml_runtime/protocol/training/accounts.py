@@ -63,8 +63,9 @@ class _Account(msgspec.Struct):
     left_out: int | None = None
     """The number of its microbatches that its step left out; None while the step may still leave some out."""
     lost: set[int] = set()
-    joined: int | None = None
-    """The later step of the site of which the gradient is a part, if it came too late for its own."""
+    joined: tuple[tuple[int, int], ...] = ()
+    """(group whose sites decide alone, the later step of the site of which the gradient is a part), if it came too late
+    for its own."""
 
 
 class Accounts:
@@ -135,7 +136,7 @@ class Accounts:
             if replica == sender:
                 self._count(group.number, clock, folded=True)
                 if group.final and clock in self._accounts:
-                    self._accounts[clock].joined = event.clock
+                    self._accounts[clock].joined += ((group.number, event.clock),)
         clocks = [c for c in self._accounts if c <= event.clock]
         return self._settle(clocks) if clocks else []
 
@@ -190,8 +191,8 @@ class Accounts:
             if above is None or inside in account.open or above not in account.open:
                 continue
             every, last = self._terms.groups[above].every, self._terms.last_clock
-            joined = clock if account.joined is None else account.joined
-            fate = "dropped" if inside in account.lost else self._pushed.get((above, every.next_due(joined, last)))
+            push = every.next_due(dict(account.joined).get(inside, clock), last)
+            fate = "dropped" if inside in account.lost else self._pushed.get((above, push))
             if fate is None:
                 continue
             account.open.discard(above)
