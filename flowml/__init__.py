@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flowml.errors import DivergedError as DivergedError
     from flowml.errors import FlowmlError as FlowmlError
     from flowml.errors import FlowmlWarning as FlowmlWarning
+    from flowml.errors import NonFiniteError as NonFiniteError
     from flowml.errors import PlacementError as PlacementError
     from flowml.errors import PlanError as PlanError
     from flowml.errors import PolicyError as PolicyError
@@ -94,6 +95,7 @@ _HOMES = {
     "DivergedError": "flowml.errors",
     "FlowmlError": "flowml.errors",
     "FlowmlWarning": "flowml.errors",
+    "NonFiniteError": "flowml.errors",
     "PlacementError": "flowml.errors",
     "PlanError": "flowml.errors",
     "PolicyError": "flowml.errors",

@@ -65,6 +65,10 @@ class WorkerError(FlowmlError):
     """A task, callback or data source raised an exception on a worker."""
 
 
+class NonFiniteError(WorkerError, FloatingPointError):
+    """A result has a NaN or an infinity, and the call was made under `jax_debug_nans` or `jax_debug_infs`."""
+
+
 class DivergedError(FlowmlError):
     """Replicas that must hold the same parameters differ. The text names the layer, the replicas and the step."""
 

@@ -26,7 +26,7 @@ from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import hlo  # pyright: ignore[reportPrivateImportUsage]
 from jax.extend import core as jex
 
-from flowml.arrays import KEY_WORDS, ArraySpec
+from flowml.arrays import ArraySpec
 from flowml.errors import UnsupportedError
 from flowml.ir.scopes import as_text
 from flowml.plan import Setting
@@ -34,8 +34,17 @@ from flowml.plan import Setting
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
 """Calls whose bodies are inlined into the graph. Custom rules are not needed after differentiation."""
 
-_OUTSIDE_CONTEXT = ("jax_default_prng_impl", "jax_enable_custom_prng", "jax_legacy_prng_key")
-"""Settings that change the result of tracing but are not part of JAX's trace context."""
+_OUTSIDE_CONTEXT = (
+    "jax_default_prng_impl",
+    "jax_enable_custom_prng",
+    "jax_legacy_prng_key",
+    "jax_debug_nans",
+    "jax_debug_infs",
+)
+"""Settings that change the result of tracing or of a call but are not part of JAX's trace context."""
+
+_IN_KEY = tuple(n for n in (*_OUTSIDE_CONTEXT, "jax_check_tracer_leaks") if n in jax_config.config_states)
+"""What the key of a program has besides JAX's trace context. jit looks nothing up while it checks for leaks."""
 
 SETTINGS = (
     "jax_enable_x64",
@@ -59,8 +68,15 @@ def backends_started() -> bool:
 
 
 def trace_context() -> Hashable:
-    """The settings that decide the result of tracing: the key of JAX's caches, and `_OUTSIDE_CONTEXT`."""
-    return jax_config.trace_context(), tuple(jax_config.config_states[name].value for name in _OUTSIDE_CONTEXT)
+    """The settings that decide the result of tracing: the key of JAX's caches, and `_IN_KEY`.
+
+    A version of JAX without that key has the value of every setting in its place.
+    """
+    states = jax_config.config_states
+    own = (
+        jax_config.trace_context() if hasattr(jax_config, "trace_context") else tuple(s.value for s in states.values())
+    )
+    return own, tuple([states[name].value for name in _IN_KEY])
 
 
 def settings(*, wide: bool) -> tuple[Setting, ...]:
@@ -232,32 +248,6 @@ def float0_literal(aval: Any) -> Any:
     return jex.Literal(np.zeros(aval.shape, jax.dtypes.float0), aval)
 
 
-def obstacle(aval: Any) -> str:
-    """Why a value cannot be part of a dataflow graph, and the fix; "" if it can."""
-    if not hasattr(aval, "shape") or not hasattr(aval, "dtype") or hasattr(aval, "inner_aval"):
-        return f"is of type {type(aval).__name__}, which is not an array; keep it out of the dataflow function"
-    if jnp.issubdtype(aval.dtype, jax.dtypes.extended) and str(aval.dtype)[4:-1] not in KEY_WORDS:
-        known = ", ".join(_KEY_IMPLEMENTATIONS.values())
-        return f"is of dtype {aval.dtype}, which workers do not know; use keys of JAX's own kinds ({known})"
-    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
-    return _over_a_mesh(mesh) if getattr(mesh, "explicit_axes", ()) else ""  # else not part of the type
-
-
-def mesh_obstacle(equation: Any) -> str:
-    """Like `obstacle`, for the meshes in the parameters of an equation, such as a constraint or `shard_map`."""
-    parameters = (p for value in equation.params.values() for p in (value, getattr(value, "mesh", None)))
-    return next((found for found in map(_over_a_mesh, parameters) if found), "")
-
-
-def _over_a_mesh(mesh: Any) -> str:
-    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh) or mesh.empty or mesh.size == 1:
-        return ""
-    return (
-        f"is laid out over a mesh of {mesh.size} devices, and a dataflow function places whole arrays; leave the mesh "
-        "for this call, and pass arrays of one device"
-    )
-
-
 def identity(array: Any) -> Any:
     """A key that is equal for an array that a function closes over and for the constant traced from it."""
     if isinstance(array, np.ndarray):
@@ -361,9 +351,22 @@ def as_function(closed: Any) -> Callable[..., tuple[Any, ...]]:
     """A closed jaxpr as a function of a flat list of arrays."""
 
     def task(*arrays: Any) -> tuple[Any, ...]:
-        return tuple(jex.jaxpr_as_fun(closed)(*arrays))
+        given = [_moved(a, v.aval, into=True) for a, v in zip(arrays, closed.jaxpr.invars, strict=True)]
+        results = jex.jaxpr_as_fun(closed)(*given)
+        return tuple(_moved(r, v.aval, into=False) for r, v in zip(results, closed.jaxpr.outvars, strict=True))
 
     return task
+
+
+def _moved(array: Any, aval: Any, *, into: bool) -> Any:
+    """A value in the memory that a task computes with (`into`), or that tasks exchange values in.
+
+    They differ where a `jax.checkpoint` policy offloads a value to the host and the task that made it ends.
+    """
+    memory: Any = getattr(aval, "memory_space", None)
+    if getattr(memory, "name", "Device") != "Host":
+        return array
+    return jax.device_put(array, memory if into else type(memory).Device)
 
 
 def struct(aval: Any) -> jax.ShapeDtypeStruct:
@@ -378,12 +381,12 @@ def struct_of(spec: ArraySpec) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype), weak_type=spec.weak_type)
 
 
-_KEY_IMPLEMENTATIONS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
+KEY_IMPLEMENTATIONS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
 
 
 def key_implementation(dtype: str) -> str:
     """The PRNG implementation of a dtype such as `key<fry>`, as `jax.random.wrap_key_data` expects it."""
-    return _KEY_IMPLEMENTATIONS[dtype[4:-1]]
+    return KEY_IMPLEMENTATIONS[dtype[4:-1]]
 
 
 def key_dtype(dtype: str) -> Any:
@@ -410,12 +413,23 @@ def operations(exported: jax.export.Exported) -> list[tuple[str, str]]:
 def compiled(lowered: jax.stages.Lowered, *, committed: bool) -> jax.stages.Compiled:
     """Compile a lowered program. Unless `committed`, its results are not bound to a device, as with jit.
 
-    JAX by default binds the results of a program that calls an exported one.
+    JAX by default binds the results of a program that calls an exported one. It also refuses arrays of 4 bits that are
+    bound to a device, because they name their layout in another way than the program. jit takes them.
     """
     options = cast(Any, lowered)._lowering.compile_args
     if not committed and "committed" in options:
         options["committed"] = False
-    return lowered.compile()
+    made = lowered.compile()
+    executable: Any = getattr(made, "_executable", None)
+    layouts: Any = getattr(executable, "_xla_in_layouts", None)
+    if layouts is not None:
+        narrow = [_is_narrow(aval.dtype) for aval in executable.in_avals]
+        executable._xla_in_layouts = [None if n else x for x, n in zip(layouts, narrow, strict=True)]
+    return made
+
+
+def _is_narrow(dtype: Any) -> bool:
+    return not jnp.issubdtype(dtype, jax.dtypes.extended) and str(dtype).lstrip("u").startswith(("int4", "float4"))
 
 
 def array_type(struct: jax.ShapeDtypeStruct, *, weak: bool) -> Any:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from flowml.arrays import KEY_WORDS
 from flowml.errors import UnsupportedError
 from flowml.ir import _jax, host
 from flowml.ir.scopes import Stack, parse
@@ -17,7 +21,7 @@ _OUTSIDE = frozenset({"infeed", "outfeed"})
 
 def check_argument(aval: Any, function: str, name: str) -> None:
     """Raise UnsupportedError if an argument or a closed-over value cannot be sent to a worker."""
-    obstacle = _jax.obstacle(aval)
+    obstacle = _obstacle(aval)
     if obstacle:
         raise UnsupportedError(f"{function}: {name} {obstacle}")
 
@@ -46,7 +50,35 @@ def check_equation(equation: Any, function: str, stack: Stack, python: bool, ins
         raise UnsupportedError(
             f"{user} uses {op}{place}, whose side effect has no place in a dataflow graph; remove it"
         )
-    obstacles = (_jax.mesh_obstacle(equation), *(_jax.obstacle(v.aval) for v in equation.outvars))
+    obstacles = (_mesh_obstacle(equation), *(_obstacle(v.aval) for v in equation.outvars))
     obstacle = next((o for o in obstacles if o), "")
     if obstacle:
         raise UnsupportedError(f"{user}: what {op}{place} makes {obstacle}")
+
+
+def _obstacle(aval: Any) -> str:
+    """Why a value cannot be part of a dataflow graph, and the fix; "" if it can."""
+    if not hasattr(aval, "shape") or not hasattr(aval, "dtype") or hasattr(aval, "inner_aval"):
+        return f"is of type {type(aval).__name__}, which is not an array; keep it out of the dataflow function"
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended) and str(aval.dtype)[4:-1] not in KEY_WORDS:
+        known = ", ".join(_jax.KEY_IMPLEMENTATIONS.values())
+        return f"is of dtype {aval.dtype}, which workers do not know; use keys of JAX's own kinds ({known})"
+    if str(aval.dtype).startswith("float6_"):
+        return f"is of dtype {aval.dtype}, which XLA cannot hold; use float8_e4m3fn"
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return _over_a_mesh(mesh) if getattr(mesh, "explicit_axes", ()) else ""  # else not part of the type
+
+
+def _mesh_obstacle(equation: Any) -> str:
+    """Like `_obstacle`, for the meshes in the parameters of an equation, such as a constraint or `shard_map`."""
+    parameters = (p for value in equation.params.values() for p in (value, getattr(value, "mesh", None)))
+    return next((found for found in map(_over_a_mesh, parameters) if found), "")
+
+
+def _over_a_mesh(mesh: Any) -> str:
+    if not isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh) or mesh.empty or mesh.size == 1:
+        return ""
+    return (
+        f"is laid out over a mesh of {mesh.size} devices, and a dataflow function places whole arrays; leave the mesh "
+        "for this call, and pass arrays of one device"
+    )

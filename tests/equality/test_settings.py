@@ -57,6 +57,10 @@ def outside(x: jax.Array) -> jax.Array:
     return x + x[9]
 
 
+def log(x: jax.Array) -> jax.Array:
+    return jnp.log(x)
+
+
 SETTINGS_THAT_MATTER: dict[str, tuple[Callable[[jax.Array], jax.Array], Context]] = {
     "jax_default_prng_impl": (uniform, lambda: jax.default_prng_impl("rbg")),
     "jax_default_prng_impl, raw keys": (raw_key, lambda: jax.default_prng_impl("rbg")),
@@ -70,6 +74,8 @@ SETTINGS_THAT_MATTER: dict[str, tuple[Callable[[jax.Array], jax.Array], Context]
     "jax_softmax_custom_jvp": (softmax, lambda: state("jax_softmax_custom_jvp")(True)),
     "jax_check_static_indices": (outside, lambda: state("jax_check_static_indices")(True)),
     "jax_legacy_prng_key": (raw_key, lambda: state("jax_legacy_prng_key")("error")),
+    "jax_debug_nans": (log, lambda: jax.debug_nans(True)),
+    "jax_debug_infs": (log, lambda: jax.debug_infs(True)),
     "jax_enable_custom_prng": (raw_key, lambda: state("jax_enable_custom_prng")(True)),
 }
 

@@ -6,7 +6,15 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from flowml.errors import ClusterError, DeadlineError, DivergedError, FlowmlError, WorkerError, WorkerLostError
+from flowml.errors import (
+    ClusterError,
+    DeadlineError,
+    DivergedError,
+    FlowmlError,
+    NonFiniteError,
+    WorkerError,
+    WorkerLostError,
+)
 from flowml.plan import Plan
 from flowml_runtime import wire
 from flowml_runtime.service import named, sendable, text_of
@@ -16,6 +24,7 @@ _KINDS: dict[type[BaseException], wire.FaultKind] = {
     DeadlineError: "deadline",
     WorkerLostError: "lost",
     DivergedError: "diverged",
+    NonFiniteError: "nonfinite",
 }
 MAX_TEXT = 2**20
 """The most characters that a message's text field takes."""
@@ -87,7 +96,8 @@ def step_error(plan: Plan, message: wire.StepFailed, remedy: str) -> FlowmlError
         return worker_lost(plan, message.step, message.worker, message.error, remedy)
     if message.kind == "deadline":
         return DeadlineError(message.error, worker=message.worker, step=message.step, node=message.node)
-    return WorkerError(
+    kind = NonFiniteError if message.kind == "nonfinite" else WorkerError
+    return kind(
         f"{message.error} (in {message.node!r} on {message.worker}, step {message.step} of {plan.name!r})",
         worker=message.worker,
         step=message.step,

@@ -29,6 +29,7 @@ from flowml.instructions import Feed, Fetch, Keep, Push, Read, Recv, Run, Send
 from flowml.ir._jax import exact_types, spec_of, under
 from flowml.ir.exports import load_exported
 from flowml.plan import ArraySpec, Constant, Plan, Program, Task, fingerprint
+from flowml_runtime.execution.debugging import checked, checks, leaving
 from flowml_runtime.execution.task_functions import JaxDevice, TaskFunction, buffer_struct, compile_task, python_task
 from flowml_runtime.transport.arrays import Array, aligned_empty
 
@@ -216,11 +217,15 @@ def _assemble(
 ) -> LoadedProgram:
     runs = {i: ready[_Need(_run(program, i).task, donate, device)] for i, donate in donations.items()}
     tasks = {t: ready[_own(plan, t, device)] for t in homed}
+    functions = {i: c.call for i, c in runs.items()}
+    if names := tuple(checks(plan)):
+        for i, results in leaving(program).items():
+            functions[i] = checked(functions[i], plan.tasks[_run(program, i).task], results, names)
     return LoadedProgram(
         plan=plan,
         program=program,
         device=device,
-        runs={i: c.call for i, c in runs.items()},
+        runs=functions,
         tasks={t: c.call for t, c in tasks.items()},
         constants={buffer: resident[program.device, index] for buffer, index in program.constants},
         keep=(*runs.values(), *tasks.values()),

@@ -239,7 +239,7 @@ class Taken(PlanMessage, frozen=True):
     device: Name
 
 
-FaultKind = Literal["error", "deadline", "cancelled", "lost", "diverged"]
+FaultKind = Literal["error", "deadline", "cancelled", "lost", "diverged", "nonfinite"]
 """Which error a fault becomes for the caller."""
 
 

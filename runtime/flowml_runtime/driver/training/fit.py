@@ -26,6 +26,7 @@ from flowml.errors import (
     DivergedError,
     FlowmlError,
     FlowmlWarning,
+    NonFiniteError,
     WorkerError,
     WorkerLostError,
 )
@@ -400,10 +401,9 @@ class Fit:
                 step=self._history.step,
             )
         worker, step, node = failed.worker, failed.step - self._options.run, failed.node
-        if failed.kind == "deadline":
-            return DeadlineError(failed.error, worker=worker, step=step, node=node)
-        if failed.kind == "diverged":
-            return DivergedError(failed.error, worker=worker, step=step, node=node)
+        kinds = {"deadline": DeadlineError, "diverged": DivergedError, "nonfinite": NonFiniteError}
+        if failed.kind in kinds:
+            return kinds[failed.kind](failed.error, worker=worker, step=step, node=node)
         return WorkerError(
             f"{worker} failed during training in {node!r} at step {step}: {failed.error}",
             worker=worker,
