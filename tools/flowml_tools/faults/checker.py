@@ -109,7 +109,10 @@ def _sites(seen: Timeline) -> Iterator[str]:
         twice = [key for key, n in keys.items() if n > 1]
         if twice:
             yield f"{where} has the contribution of {_named(twice[0])} twice"
+        gave_up = {c.message.clock: c.place for c in seen.commits[group.number] if leader in c.message.excluded}
         for made in sums:
+            if group.folds and not made.keys and gave_up.get(made.clock, made.place) < made.place:
+                continue  # the others have gone on without the site, which says that all of the clock is late
             late = [key for key in made.keys if key[1] != made.clock]
             if late and not group.folds:
                 yield f"{where} at clock {made.clock} has the late contribution of {_named(late[0])}"
