@@ -10,13 +10,12 @@ and unwraps it. Tasks accept NumPy and JAX arrays, since an aligned NumPy view e
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from flowml.ir.exports import load_exported
 from flowml.plan import ArraySpec, Constant, Plan, Program, Task, fingerprint
 from flowml_runtime.execution.debugging import checked, checks, leaving
 from flowml_runtime.execution.task_functions import JaxDevice, TaskFunction, buffer_struct, compile_task, python_task
+from flowml_runtime.execution.turns import Turns
 from flowml_runtime.transport.arrays import Array, aligned_empty
 
 
@@ -124,9 +124,13 @@ class _Compiled:
 
 
 class ExecutableCache:
-    """Caches the executables of all workers of a process, so that equal tasks of their plans are compiled once."""
+    """Caches the executables of all workers of a process, so that equal tasks of their plans are compiled once.
 
-    def __init__(self) -> None:
+    `turns` share the compilations with other processes.
+    """
+
+    def __init__(self, turns: Turns | None = None) -> None:
+        self.turns = turns or Turns()
         self._lock = threading.Lock()
         self._turns: dict[Any, threading.Lock] = {}
         """For each key the lock of the thread that compiles it, so that it is compiled only once."""
@@ -312,15 +316,17 @@ def _make_all(
             reason = str(error).strip().partition("\n")[0]
             raise FlowmlError(f"task {task.name!r} cannot be compiled: {type(error).__name__}: {reason}") from error
 
-    def key(need: _Need) -> tuple[object, ...]:
+    def key(need: _Need) -> tuple[Any, ...]:
         """Tasks of one key are made once. One Python function may be declared to return several shapes."""
         task = plan.tasks[need.task]
         return task.executable, need.donate, need.device, task.outputs if task.kind == "python" else ()
 
-    unique = {key(n): n for n in ordered}
-    workers = max(1, min(len(unique), os.cpu_count() or 1))
-    with ThreadPoolExecutor(workers, thread_name_prefix="flowml-compile") as pool:
-        made = dict(zip(unique, pool.map(make, unique.values()), strict=True))
+    def turn(key: tuple[Any, ...]) -> str:
+        if key[0] not in exported:
+            return ""
+        return fingerprint(repr((exported[key[0]].digest, key[1], key[2].id)).encode())
+
+    made = cache.turns.make_all({key(n): partial(make, n) for n in ordered}, turn)
     return {n: made[key(n)] for n in ordered}
 
 

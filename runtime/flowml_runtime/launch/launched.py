@@ -19,6 +19,7 @@ from flowml_runtime.launch.options import counts, refusing
 from flowml_runtime.membership.coordinator import CoordinatorHost
 from flowml_runtime.transport.addresses import advertised_host
 from flowml_runtime.transport.security import TLS, check_exposure, new_token, split_address
+from flowml_runtime.worker.compile_cache import settings_here
 from flowml_runtime.worker.config import WorkerConfig
 
 TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
@@ -91,6 +92,8 @@ class LaunchedCluster:
                     tls=files and (str(files.cert), str(files.key), str(files.ca)),
                     shared_memory=shared,
                     checksum=checksum,
+                    compiled=processes.shared_folder,
+                    compile_cache=settings_here(),
                 )
                 processes.start(config, began + start_timeout_s)
             host.wait_for(names, start_timeout_s, began)

@@ -40,6 +40,7 @@ ASK_S = 5.0
 LOG_LINES = 5
 """Number of lines of a worker's log that an error quotes."""
 
+_SHARED = "compiled"
 _STARTER = "the process that starts workers"
 _SUSPENDED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 _reports = msgspec.json.Decoder(Report)
@@ -96,6 +97,11 @@ class LocalWorkers:
             self._expected.add(config.name)
         if not self._request(Start(config, str(self._log(config.name))), deadline_s - time.monotonic()):
             raise ClusterError(f"{config.name} could not be started in time; allow more with start_timeout_s=")
+
+    @property
+    def shared_folder(self) -> str:
+        """A folder for the workers alone, which is removed at their end. "" if there is none."""
+        return "" if self._folder is None else str(self._folder / _SHARED)
 
     def close(self) -> None:
         """Ask the workers to end, then kill those that do not. All have ended when this returns. Idempotent."""
@@ -234,11 +240,12 @@ class LocalWorkers:
 
 
 def _log_folder() -> Path | None:
-    """A new folder for logs. None if no temporary folder is writable; then there are no logs."""
+    """A new folder for logs and what workers share. None if no temporary folder is writable; then there are none."""
     for place in (None, os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm"):
         with suppress(OSError):
             folder = Path(tempfile.mkdtemp(prefix="flowml-", dir=place))
             folder.chmod(0o700)  # whatever the umask
+            (folder / _SHARED).mkdir()
             return folder
     return None
 

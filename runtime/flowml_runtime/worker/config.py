@@ -23,6 +23,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     shared_memory: bool = True
     """False: use gRPC for peers on this machine too."""
     checksum: bool | None = None
+    compiled: str = ""
+    """A folder that the workers of this machine share, where they keep what they compile. "": they share nothing."""
+    compile_cache: tuple[tuple[str, str | int | float | bool | None], ...] = ()
+    """The settings of JAX's persistent compilation cache: (name, value)."""
 
     def __repr__(self) -> str:
         return f"WorkerConfig(name={self.name!r}, coordinator={self.coordinator!r})"  # no token in logs

@@ -18,10 +18,11 @@ import jax
 from flowml_runtime import wire
 from flowml_runtime.environment.machine import cores, memory_bytes
 from flowml_runtime.execution.future import wait_heeding_signals
-from flowml_runtime.execution.programs import JaxDevice
+from flowml_runtime.execution.programs import ExecutableCache, JaxDevice
 from flowml_runtime.membership.member import Membership, passing_name
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
 from flowml_runtime.transport.security import TLS
+from flowml_runtime.worker.compile_cache import share_compilations
 from flowml_runtime.worker.config import WorkerConfig
 from flowml_runtime.worker.worker import Worker
 
@@ -41,6 +42,7 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
     if config.cores:
         os.sched_setaffinity(0, config.cores)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    turns = share_compilations(config)
     devices = _devices(config)
     tls = TLS.of(dict(zip(("cert", "key", "ca"), config.tls, strict=True))) if config.tls else None
     hosted = _Hosted()
@@ -59,7 +61,7 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
         name = membership.join(config.name, infos, python=config.python)
         named = {f"{name}/{info.name}": device for info, device in zip(infos, devices, strict=True)}
         hosted.name = name
-        hosted.worker = Worker(name, named, endpoint, python=config.python)
+        hosted.worker = Worker(name, named, endpoint, python=config.python, cache=ExecutableCache(turns))
         endpoint.on_sent = hosted.worker.traffic.sent
         hosted.ready.set()
         joined(name)
