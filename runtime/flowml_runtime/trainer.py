@@ -242,7 +242,8 @@ class Trainer:
         spec = replace(self._spec, weight=by_examples) if asked.rest and self._spec.weight is None else self._spec
         program = self._program(cluster, spec, shapes, self._first_batch(data, order, batch_size))
         check_rest(program.training, asked.rest, simulated=isinstance(cluster, SimulatedCluster))
-        about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest)
+        workers = _kind_of(cluster)
+        about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest, workers)
         saving = self._saving(cluster, program, params, opt_state, model, asked, about)
         interrupts.check()
         handle = program.load()
@@ -282,8 +283,11 @@ class Trainer:
 
     def _validation(self, cluster: TrainingCluster, program: Program, asked: Asked) -> Validation:
         """What measures the parameters of a fit."""
-        if isinstance(cluster, SimulatedCluster):
-            raise UnsupportedError("a simulated fit validates nothing; leave validation= out, and use evaluate() after")
+        if not cluster.session.arithmetic:
+            raise UnsupportedError(
+                "a simulated fit without arithmetic has no parameters to validate; leave validation= out, or give "
+                "fm.SimulatedCluster(arithmetic=True)"
+            )
         source, metrics = parts(asked.validation, self._spec)
         rows, plan = max(1, asked.batch_size // self._spec.replicas), program.compiled.plan
 
@@ -346,8 +350,6 @@ class Trainer:
         """The values with which a fit begins, and its snapshots."""
         params = jax.tree_util.tree_map(_own, params)
         state = self._state(params, opt_state, program.compiled.outer)
-        if asked.checkpoint is not None and isinstance(cluster, SimulatedCluster):
-            raise UnsupportedError("a simulated fit writes no checkpoints; leave checkpoint= out")
         given = asked.checkpoint, asked.resume
         saving = saving_of(*given, program.training, (params, state), model, about, asked.total)
         if asked.validation is not None:
@@ -466,6 +468,13 @@ class Trainer:
             ]
             opt_state = OptimizerState(opt_state.own, tuple(begun))
         return jax.tree_util.tree_map(_own, opt_state)
+
+
+def _kind_of(cluster: TrainingCluster) -> str:
+    """What kind the workers of a cluster are, for a snapshot."""
+    if not isinstance(cluster, SimulatedCluster):
+        return "real"
+    return "simulated" if cluster.session.arithmetic else "simulated without arithmetic"
 
 
 def _told(cluster: TrainingCluster, result: TrainingResult) -> TrainingResult:

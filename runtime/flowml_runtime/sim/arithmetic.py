@@ -6,9 +6,9 @@ of a real one wherever the policy leaves no choice to timing.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,23 +17,23 @@ import numpy as np
 from flowml.devices import worker_of
 from flowml.errors import SimulationError
 from flowml.plan import Plan, StoreSpec
+from flowml.policy import Gossip
 from flowml.policy.filters import compares
 from flowml.training.pieces import Piece, pieces
 from flowml_runtime import wire
-from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.programs import Array, ExecutableCache, LoadedProgram, load_programs
 from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.execution.services import host_view
 from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare
 from flowml_runtime.protocol import collective
 from flowml_runtime.protocol.training.actions import Start
+from flowml_runtime.sim.flying import Flying
 from flowml_runtime.sim.program import At
-from flowml_runtime.sim.values import Chunk, Report, Value
+from flowml_runtime.sim.values import Report, Value
 from flowml_runtime.transport.buffers import BufferPool
 from flowml_runtime.worker.training.applying import applied, given_of
 from flowml_runtime.worker.training.examples import Fetched, beside_batch, of_batch, of_source
 from flowml_runtime.worker.training.exchange.averaging import Averaging
-from flowml_runtime.worker.training.exchange.collectives import Flight, flat, parts_of
 from flowml_runtime.worker.training.exchange.copies import Copies
 from flowml_runtime.worker.training.exchange.mirrors import Mirror, share_of
 from flowml_runtime.worker.training.exchange.reductions import sum_of
@@ -43,8 +43,10 @@ from flowml_runtime.worker.training.finite import all_finite, counted
 from flowml_runtime.worker.training.model_state import ModelState
 from flowml_runtime.worker.training.own_values import OwnValues
 from flowml_runtime.worker.training.published import PublicCopy
+from flowml_runtime.worker.training.resident import Resident, loaded, of_home, of_stage
 
 Arrays = Sequence[Array]
+Named = Mapping[str, Array]
 
 
 class Compiled:
@@ -207,16 +209,21 @@ class Arithmetic:
         if spec.local is None:
             assert given is not None
             return given
-        own = self._own.get((at, store))
-        if own is None:
-            device = self._device(at)
-            loaded = self._compiled.loaded[device]
-            own = self._own[at, store] = OwnValues(spec, loaded.plan, loaded.tasks, at[0])
-            own.state = self._states[worker_of(device), store]
+        own = self._own_of(at, store)
         own.begin(clock)
         if given is not None:
             own.take(clock, given)
         return own.params
+
+    def _own_of(self, at: At, store: int) -> OwnValues:
+        """Made for the first step, or for the buffers of a snapshot, in which case the state comes with these."""
+        own = self._own.get((at, store))
+        if own is None:
+            device = self._device(at)
+            compiled = self._compiled.loaded[device]
+            own = self._own[at, store] = OwnValues(self._training.stores[store], compiled.plan, compiled.tasks, at[0])
+            own.state = self._states.get((worker_of(device), store), ())
+        return own
 
     def update(self, at: At, store: int, gradient: Value, *, refused: bool) -> None:
         own = self._own[at, store]
@@ -244,7 +251,7 @@ class Arithmetic:
     def _copies_of(self, at: At, store: int) -> Copies:
         found = self._copies.get((at, store))
         if found is None:
-            own, loaded = self._own[at, store], self._compiled.loaded[self._device(at)]
+            own, loaded = self._own_of(at, store), self._compiled.loaded[self._device(at)]
             first, number = host_view(own.started, loaded.device), self._sender(own.spec, at)
             found = self._copies[at, store] = Copies(own.spec, number, self._start.seed, first)
         return found
@@ -286,7 +293,7 @@ class Arithmetic:
     def _mirror_of(self, at: At, store: int) -> Mirror:
         found = self._mirrors.get((at, store))
         if found is None:
-            own, loaded = self._own[at, store], self._compiled.loaded[self._device(at)]
+            own, loaded = self._own_of(at, store), self._compiled.loaded[self._device(at)]
             number, share = self._sender(own.spec, at), share_of(own.spec, at[0], len(self._training.replicas))
             found = self._mirrors[at, store] = Mirror(own.spec, number, share, loaded, own.dtype, self._start.seed)
         return found
@@ -302,12 +309,16 @@ class Arithmetic:
         return all_finite(counted([np.asarray(a) for a in value], spec, self._training.microbatches))
 
     def filtered(self, at: At, message: wire.Contribution, value: Value, parameters: Value = None) -> tuple[Value, int]:
-        encoder = self._encoders.get(at)
-        if encoder is None:
-            encoder = self._encoders[at] = Encoder(self._training.stores, at[0], self._start.seed)
+        encoder = self._encoder_of(at)
         compared = self._compared.get((at, message.store)) if parameters is None else parameters
         sent, arrays = encoder.encode(message, value, compared)
         return self._decoder.decode(sent, arrays), sum(spec.nbytes for spec in sent.specs)
+
+    def _encoder_of(self, at: At) -> Encoder:
+        found = self._encoders.get(at)
+        if found is None:
+            found = self._encoders[at] = Encoder(self._training.stores, at[0], self._start.seed)
+        return found
 
     def settle(self, at: At, clock: int, stores: Sequence[int], counts: bool) -> None:
         if at in self._encoders:
@@ -316,8 +327,8 @@ class Arithmetic:
     def kept(self, at: At) -> Mapping[int, float]:
         return self._encoders[at].kept() if at in self._encoders else {}
 
-    def flight(self, schedule: collective.Schedule, rank: int, values: Sequence[Value]) -> _Sum:
-        return _Sum(schedule, rank, self.total(values), self._pool)
+    def flight(self, schedule: collective.Schedule, rank: int, values: Sequence[Value]) -> Flying:
+        return Flying(schedule, rank, self.total(values), self._pool)
 
     def total(self, values: Sequence[Value]) -> Arrays:
         """The sum over the replicas of one worker."""
@@ -356,9 +367,13 @@ class Arithmetic:
         spec, values = self._training.stores[store], self.newest(worker, store)
         if not spec.policy.pull_filters:
             return values, None
-        copy = self._public.setdefault((worker, store), PublicCopy(spec, (self._start.seed, store)))
+        copy = self._public_of(worker, store)
         _, sent = copy.advance(version, values)
         return copy.values or values, sum(np.asarray(a).nbytes for a in sent)
+
+    def _public_of(self, worker: str, store: int) -> PublicCopy:
+        spec = self._training.stores[store]
+        return self._public.setdefault((worker, store), PublicCopy(spec, (self._start.seed, store)))
 
     def newest(self, worker: str, store: int) -> Arrays:
         """The parameters of a store at one of its homes."""
@@ -388,6 +403,62 @@ class Arithmetic:
                 )
             self._batches[message.device, message.sequence] = dict(zip(message.slots, leaves, strict=True))
 
+    def residents(self, worker: str) -> Iterable[Resident]:
+        for at, model in self._models.items():
+            if worker_of(self._device(at)) == worker:
+                yield from self._of_stage(at)
+                if model.specs:
+                    yield Resident(of_stage(*at, "model", "state"), model.export, partial(model.restore, adopt=list))
+        for store, spec in enumerate(self._training.stores):
+            if worker_of(spec.copies[0]) == worker:
+                yield Resident(of_home(spec.name, "values"), partial(self._values, worker, store), loaded)
+                if spec.policy.home_filters:
+                    both = partial(self._decoder.export, store), partial(self._decoder.restore, store)
+                    yield Resident(of_home(spec.name, "decoder"), *both)
+                if spec.policy.pull_filters:
+                    copy = self._public_of(worker, store)
+                    restore = copy.restore if spec.policy.clocked else copy.restart
+                    yield Resident(of_home(spec.name, "public"), copy.export, restore)
+
+    def _of_stage(self, at: At) -> Iterable[Resident]:
+        """What a stage keeps of each store."""
+        for store, spec in enumerate(self._training.stores):
+            owner, mine = partial(of_stage, *at, spec.name), any(part.stage == at[1] for part in spec.parts)
+            if mine and spec.policy.home_filters:  # those of the sum of a site are its leader's
+                encoder = self._encoder_of(at)
+                yield Resident(owner("filters"), partial(encoder.export, store), partial(encoder.restore, store))
+            if spec.local is None or spec.parts[0].stage != at[1]:
+                continue
+            both = partial(self._export_own, at, store), partial(self._restore_own, at, store)
+            yield Resident(owner("own"), *both)
+            if isinstance(spec.policy.remote, Gossip) and at[0] in (
+                spec.leaders or range(len(self._training.replicas))
+            ):
+                both = partial(self._export_mirror, at, store), partial(self._restore_mirror, at, store)
+                yield Resident(owner("mirror"), *both)
+
+    def _values(self, worker: str, store: int) -> Named:
+        names = (buffer.name for buffer in self._training.stores[store].buffers)
+        return dict(zip(names, self.final(worker, store) or (), strict=True))
+
+    def _export_own(self, at: At, store: int) -> Named:
+        return self._own[at, store].export() if (at, store) in self._own else {}
+
+    def _restore_own(self, at: At, store: int, arrays: Named) -> None:
+        if arrays:
+            self._own_of(at, store).restore(arrays, adopt=list)
+
+    def _export_mirror(self, at: At, store: int) -> Named:
+        if (at, store) in self._mirrors:
+            return self._mirrors[at, store].filtered.export()
+        return self._copies[at, store].export() if (at, store) in self._copies else {}
+
+    def _restore_mirror(self, at: At, store: int, arrays: Named) -> None:
+        if self._training.stores[store].policy.mirrored:
+            self._mirror_of(at, store).filtered.restore(arrays)
+        elif arrays:
+            self._copies_of(at, store).restore(arrays)
+
     def _device(self, at: At) -> str:
         return self._training.replicas[at[0]][at[1]]
 
@@ -404,30 +475,3 @@ class Arithmetic:
     def _pieces(self, step: _Step) -> tuple[Piece, ...]:
         item = step.start.item
         return pieces(self._training, step.start.replica, item.sequence, item.start, item.size)
-
-
-class _Sum:
-    """One rank's part of a sum, with values."""
-
-    def __init__(self, schedule: collective.Schedule, rank: int, arrays: Arrays, pool: BufferPool) -> None:
-        self._shapes = [np.shape(a) for a in arrays]
-        self._pool = pool
-        future: Future[Any] = Future("a sum", list)
-        self._flight = Flight("a sum", (0, 0), flat(arrays), schedule, rank, future, math.inf)
-
-    @property
-    def done(self) -> bool:
-        return self._flight.machine.done
-
-    def started(self) -> list[Chunk]:
-        return self._carry_out(collective.Started())
-
-    def received(self, peer: int, chunk: Chunk) -> list[Chunk]:
-        return self._carry_out(collective.Received(peer, chunk.action.piece, chunk.action.take, chunk.value))
-
-    def _carry_out(self, event: collective.Event) -> list[Chunk]:
-        chunks, _ = self._flight.carry_out(self._flight.machine.step(event), self._pool)
-        return [Chunk(action.peer, action, values, values.nbytes) for action, values in chunks]
-
-    def total(self) -> Arrays:
-        return parts_of(self._flight.result(self._pool), self._shapes)

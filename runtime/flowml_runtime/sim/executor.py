@@ -18,6 +18,7 @@ from flowml_runtime.execution.step_program import StepFault
 from flowml_runtime.protocol.rendezvous import Cancelled
 from flowml_runtime.protocol.training.accumulator import Accumulator, Sum
 from flowml_runtime.protocol.training.actions import Computed, Start, StepFinished, Updated
+from flowml_runtime.sim.kept import Kept
 from flowml_runtime.sim.network import DRIVER, KINDS
 from flowml_runtime.sim.program import At, StageProgram
 from flowml_runtime.sim.sites import members, neighbours
@@ -53,12 +54,11 @@ class Executor:
         self._next = 0  # the next of the steps of `_bound`
         self._position = 0  # in the program, of the instruction that is carried out
         self._state: Any = None
-        self._seconds = 0.0
-        self._began = 0.0
+        self._seconds = self._began = 0.0
         self._waited = 0.0  # how long the step has waited for other replicas and homes
         self._stalled = math.inf  # since when it waits for them; infinite if it does not
         self._computes_since = math.inf  # when the first task of the step began; infinite before
-        self._computes = False
+        self._computes = self._abandoned = False
         self._given: list[Value] | None = None  # what the Recv at this position waits for: empty until it is here
         self._taken: dict[int, tuple[int, Value]] = {}  # the version and value that each store was read with last
         self._own = {
@@ -72,7 +72,10 @@ class Executor:
         self._exchanged = (-1, -1)  # (store, clock) of the newest round of gossip that is over
         self._inside: list[tuple[int, int, int]] = []  # (store, part, weight) of the sums that this step waits for
         self._updated = -1  # the own store that this step has updated last
-        self._abandoned = False
+
+    def kept(self) -> Kept:
+        """What it keeps between steps, for a snapshot."""
+        return Kept(self._node, self.at, self._gathered, self._taken, self._own, self._neighbours)
 
     def start(self, step: Start) -> None:
         """Begin a step. The next `walk` runs it."""
@@ -440,8 +443,7 @@ class Executor:
         if not terms.shared:
             node.contribute(self.at, sent, total.value, self._counts)
             return
-        message: Any = sent.message
-        value = total.value
+        message, value = sent.message, total.value
         if world.values.computes:
             message, value = world.checked(node, message, part, value)
         self._share(step, store, message, value)
@@ -461,14 +463,12 @@ class Executor:
 
     def _gather(self, step: Start, store: int, part: int, own: Value) -> Sum[Value] | None:
         """What the step pushes; None if it does not push, and leaves its gradient here."""
-        pushes = self._machine.pushes(store, step.clock)
-        weight = self._machine.cut.weight(store)
+        pushes, weight = self._machine.pushes(store, step.clock), self._machine.cut.weight(store)
         if self._world.terms.stores[store].every == 1:
             return Sum(own, weight) if pushes else None
         gathered = self._gathered.get((store, part))
         if gathered is None:
-            add = partial(self._world.values.add, self.at, store, part)
-            gathered = self._gathered[store, part] = Accumulator(add)
+            gathered = self._gathered[store, part] = Accumulator(partial(self._world.values.add, self.at, store, part))
         if pushes:
             return gathered.push(step.clock, own, weight)
         gathered.gather(step.clock, own, weight)

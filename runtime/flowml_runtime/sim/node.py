@@ -19,6 +19,7 @@ from flowml_runtime.sim.values import Value
 from flowml_runtime.worker.training.counts import Counts
 from flowml_runtime.worker.training.exchange.reductions import summed
 from flowml_runtime.worker.training.filtered import added
+from flowml_runtime.worker.training.resident import Resident, Residents, of_waiting, row
 
 if TYPE_CHECKING:
     from flowml_runtime.sim.world import World
@@ -101,6 +102,10 @@ class Node:
         """(reader, store) -> the newest version that was not sent at once."""
         self._published: set[int] = set()
         """The stores of which a version was published."""
+        self._restoring = False
+        """Whether buffers are still to come of the snapshot from which the run goes on."""
+        self._asked: protocol.Export | None = None
+        """What the driver has asked for, until all is here."""
 
     def receive(self, peer: str, message: Any, value: Value) -> None:
         """A message has arrived. `value` stands for its arrays; None if it has none."""
@@ -169,12 +174,15 @@ class Node:
 
     def lacks(self, at: At, item: int) -> bool:
         """Whether a stage cannot begin a step on a work item, because what the driver gives it has not arrived."""
-        return (self._fed and item not in self.batches) or (at[1] in self._stateful and at not in self._models)
+        lacks = (self._fed and item not in self.batches) or (at[1] in self._stateful and at not in self._models)
+        return self._restoring or lacks
 
     def _open(self, action: protocol.Open) -> None:
         self.start = action.start
         self._fed, self._stateful = action.start.source == "fed", self.world.terms.stateful
-        self.given = self._fed or bool(self._stateful)
+        stopped = action.start.stopped
+        self._restoring, self._asked = stopped is not None, None
+        self.given = self._fed or bool(self._stateful) or self._restoring
         self.ids = {"plan_id": action.start.plan_id, "run": action.start.run}
         places, programs = self.world.places, self.world.programs
         self.counts = Counts(len(self.world.terms.stores))
@@ -185,6 +193,9 @@ class Node:
         self._models.clear()
         self.states.clear()
         self.shared.clear()
+        self.shared |= (
+            {s.store: s.version for s in stopped.stores if self.world.terms.stores[s.store].shared} if stopped else {}
+        )
         self.locked.clear()
         self.told.clear()
         self.stages = {at: Executor(self, at, programs[at]) for at in places.stages_on(self.name)}
@@ -356,6 +367,40 @@ class Node:
         kept = added(map(self.world.values.kept, self.stages))
         self.send(DRIVER, wire.Traffic(**self.ids, cause=action.cause, worker=self.name, stores=rows, kept=kept))
 
+    def _export(self, action: protocol.Export) -> None:
+        self._asked = action
+        self._in_turn(0.0, self._send_buffers)
+
+    def _send_buffers(self) -> None:
+        """Tell the driver what lives here between steps, once all has come that neighbours have sent."""
+        asked, kept = self._asked, [stage.kept() for stage in self.stages.values()]
+        if asked is None or not all(one.rests for one in kept):
+            return
+        self._asked = None
+        names = self.world.layout.names
+        ids: dict[str, Any] = {**self.ids, "cause": asked.cause}
+        found = {r.owner: r.export() for r in self._residents()}
+        found |= {
+            of_waiting(names[w.store], w): row("array", self.payloads[h]) for w, h in asked.waiting if not w.empty
+        }
+        about: dict[str, Any] = {"stages": asked.stages, "stores": asked.stores, "sites": asked.sites}
+        waiting = tuple(part for part, _ in asked.waiting)
+        self.send(DRIVER, wire.Exported(**ids, **about, waiting=waiting, buffers=len(found)))
+        for owner, arrays in found.items():
+            self.send(DRIVER, wire.Buffers(**ids, owner=owner, names=tuple(arrays)), tuple(arrays.values()))
+
+    def _residents(self) -> list[Resident]:
+        """The buffers that live here between steps."""
+        kept = (resident for stage in self.stages.values() for resident in stage.kept().residents())
+        return [*kept, *self.world.values.residents(self.name)]
+
+    def _restore(self, message: wire.Buffers, value: Value) -> None:
+        if not message.owner:
+            self._restoring = False
+            return
+        residents = Residents({resident.owner: resident for resident in self._residents()})
+        residents.restore(message.owner, dict(zip(message.names, value or (), strict=True)))
+
     def _hand(self, action: protocol.Hand) -> None:
         value = None if action.handle is None else self.payloads.pop(action.handle)
         if isinstance(action.message, wire.Batch):
@@ -364,6 +409,9 @@ class Node:
             self._models.add((action.message.replica, action.message.stage))
         elif isinstance(action.message, wire.OwnState):
             self.states.add(action.message.store)
+        elif isinstance(action.message, wire.Buffers):
+            self._restore(action.message, value)
+            return
         elif isinstance(action.message, wire.Gossip):
             told = action.message
             if told.part is not None and self.world.terms.stores[told.store].collective:
@@ -371,6 +419,8 @@ class Node:
                 return
             source = told.source if told.part is None else summed(told.part)
             self.told[told.store, told.replica, source, told.clock] = value
+            if self._asked is not None:
+                self._send_buffers()
             return
         self.world.values.hand(self.name, action.message, value)
 
@@ -397,6 +447,7 @@ class Node:
         protocol.Publish: _publish,
         protocol.Return: _return,
         protocol.TellTraffic: _tell_traffic,
+        protocol.Export: _export,
         protocol.Hand: _hand,
         protocol.Fail: _fail,
         protocol.Release: _release,

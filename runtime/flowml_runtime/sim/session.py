@@ -135,7 +135,8 @@ class SimulatedSession:
         if isinstance(message, wire.StartTraining) and (message.plan_id, message.run) != self._begun:
             self._begin(message)
         if self._world is not None:
-            self._world.deliver(peer, message, arrays or (NO_ARRAYS if message.specs else None))
+            full = isinstance(message, wire.Contribution) and not message.empty
+            self._world.deliver(peer, message, arrays or (NO_ARRAYS if message.specs or full else None))
 
     def way(self, peer: str) -> str:
         return SAME_PROCESS

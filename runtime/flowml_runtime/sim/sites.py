@@ -15,6 +15,7 @@ from flowml_runtime.sim.neighbours import Neighbours
 from flowml_runtime.sim.program import At
 from flowml_runtime.sim.values import NO_ARRAYS, Value
 from flowml_runtime.worker.training.exchange.reductions import summed
+from flowml_runtime.worker.training.resident import Arrays, number, row, row_of
 
 if TYPE_CHECKING:
     from flowml_runtime.sim.node import Node
@@ -120,6 +121,32 @@ class Mirrors:
         self._leads = at[0] in senders
         self._workers = {r: world.places.stages[r][terms.stages[0]] for r in senders}
         self._heard = dict.fromkeys((r for r in senders if r != at[0]), -1)
+        self._told = -1
+        """The newest clock whose changes it has sent."""
+
+    @property
+    def rests(self) -> bool:
+        """Whether all has come that others have sent in the steps until now."""
+        told, mine = self._node.told, (self._store, self._at[0])
+        return all(c >= self._told or (*mine, s, self._told) in told for s, c in self._heard.items())
+
+    def export(self) -> Arrays:
+        """What is added of others, and what has come and is not added yet, for a snapshot between two steps."""
+        told, mine = self._node.told.items(), (self._store, self._at[0])
+        come = {(s, c): value for (*at, s, c), value in told if (*at,) == mine and s in self._heard}
+        arrays = (
+            {f"told/{s}.{c}/count": number(len(v or ())), **row(f"told/{s}.{c}", v or ())} for (s, c), v in come.items()
+        )
+        heard = {f"heard/{source}": number(clock) for source, clock in self._heard.items()}
+        return {**heard, **{name: array for found in arrays for name, array in found.items()}}
+
+    def restore(self, arrays: Arrays) -> None:
+        """Go on where a snapshot was taken."""
+        self._heard = {source: int(arrays[f"heard/{source}"]) for source in self._heard}
+        for key in arrays:
+            if key.endswith("/count"):
+                source, clock = map(int, key.split("/")[1].split("."))
+                self._node.told[self._store, self._at[0], source, clock] = row_of(arrays, f"told/{source}.{clock}")
 
     def begin(self, step: Start) -> None:
         """The step has its parameters."""
@@ -130,6 +157,7 @@ class Mirrors:
         if not self._leads or not (last or self._gossip.due(step.clock)):
             world.values.changes(self._at, self._store, step.clock, sends=False, last=False)
             return
+        self._told = step.clock
         value, nbytes = world.values.changes(self._at, self._store, step.clock, sends=True, last=last)
         nbytes = world.sizes.stores[self._store] if nbytes is None else nbytes  # at most
         ids: dict[str, Any] = {**node.ids, "cause": step.cause, "store": self._store, "source": self._at[0]}

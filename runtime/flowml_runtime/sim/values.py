@@ -5,7 +5,7 @@ The simulator passes values along with messages and never looks at them. `Values
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.collective import Schedule, SendChunk
 from flowml_runtime.protocol.training.actions import Start
 from flowml_runtime.sim.program import At
+from flowml_runtime.worker.training.resident import Resident
 
 Value = Any
 """The arrays of one message. None stands for a message without arrays."""
@@ -184,6 +185,10 @@ class Values(Protocol):
         """A Source, a Batch, an OwnState or a ModelState has arrived."""
         ...
 
+    def residents(self, worker: str) -> Iterable[Resident]:
+        """The values that live on a worker between steps."""
+        ...
+
 
 _NAN = np.array(np.nan, np.float32)
 NO_ARRAYS: Value = ()
@@ -295,3 +300,6 @@ class Nothing:
             self._states[message.store] = value
         elif isinstance(message, wire.ModelState):
             self._models[message.replica, message.stage] = value
+
+    def residents(self, worker: str) -> Iterable[Resident]:
+        return ()

@@ -318,7 +318,7 @@ class Fit:
         arrays = [*(np.asarray(params[i]) for i in store.leaves), *buffers(store.state, store.state_specs)]
         resumed, version = self.saving.resumed, 0
         if resumed is not None:
-            arrays, version = resumed.values(store), resumed.version(action.store)
+            arrays, version = resumed.values(store) or arrays, resumed.version(action.store)
         message = wire.StoreValue(**ids, version=version, specs=(*store.specs, *store.state_specs))
         for worker in action.to:
             self._send(worker, message, arrays)

@@ -65,6 +65,8 @@ class Figures(msgspec.Struct, frozen=True):
     shuffle: bool
     rest: int = 0
     """The examples of a short batch at the end of each epoch, if it is used."""
+    workers: str = "real"
+    """What kind the workers are: a snapshot of simulated ones lacks what only real ones keep."""
 
 
 class Content(msgspec.Struct, frozen=True):
@@ -122,7 +124,9 @@ class Snapshot:
         return self.content.params, self.content.opt_state, self.content.state
 
     def values(self, store: StoreSpec) -> list[Any]:
-        """The buffers of a store's home."""
+        """The buffers of a store's home. None without arithmetic, where stores keep their first values."""
+        if _values(store) not in self.content.owners:
+            return []
         return [self.arrays[f"{_values(store)}/{b.name}"] for b in store.buffers]
 
     def version(self, store: int) -> int:
@@ -243,11 +247,13 @@ def _key(key: Any) -> Key:
             return ("attr", str(getattr(key, "key", key)))
 
 
-def figures(training: Training, source: Source, batch_size: int, seed: int, shuffle: bool, rest: int) -> Figures:
+def figures(
+    training: Training, source: Source, batch_size: int, seed: int, shuffle: bool, rest: int, workers: str
+) -> Figures:
     """Those of a fit."""
     replicas = len(training.replicas)
     stages = len(training.replicas[0])
-    return Figures(replicas, stages, training.microbatches, batch_size, source.examples, seed, shuffle, rest)
+    return Figures(replicas, stages, training.microbatches, batch_size, source.examples, seed, shuffle, rest, workers)
 
 
 def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, trees: tuple[Any, Any, Any]) -> None:

@@ -125,6 +125,10 @@ class Portions:
         """The clock of the newest commit received; -1 before the first."""
         return self._committed
 
+    def holds(self, store: int) -> bool:
+        """Whether later portions compute with what one has read of a store, which none does."""
+        return False
+
     def takes(self, store: int, number: int) -> bool:
         """Whether a portion reads the newest version, as each does."""
         return True

@@ -163,14 +163,18 @@ class Replica:
         """Whether nothing runs or waits for a decision here, `clock` is the next to begin, all decisions are known
         about clocks before `newest`, and which versions hold its pushes: a run that goes on does not hear of them."""
         terms = self._terms
-        stores = [(s, c) for s, c in self._pushed.items() if not (terms.stores[s].clocked or terms.stores[s].shared)]
-        known = all(s in self._applied and self._applied[s].clock >= c for s, c in stores)
+        told = (s for s in self._pushed if terms.tells_applied(s, self._me))
+        known = all(s in self._applied and self._applied[s].clock >= self._pushed[s] for s in told)
         known = known and all(self._committed[g.number] + 1 >= contained(terms, g.every, newest) for g in terms.groups)
         return known and self._running is None and not self._steps and self._begun + 1 == clock
 
     @property
     def retired(self) -> bool:
         return self._retired
+
+    def holds(self, store: int) -> bool:
+        """Whether later steps compute with what one has read of a store."""
+        return store in self._holds
 
     def takes(self, store: int, clock: int) -> bool:
         """Whether the step of `clock` reads the newest version, and not the one that was taken last."""
@@ -391,7 +395,9 @@ class Replica:
         if self._paused or not self._leads or not self._work.opened:
             return []
         self._paused = True
-        return [*self._told_fates(), Paused(self._work.hold, self._begun + 1, tuple(sorted(self._pushed.items())))]
+        returned, pushed = self._work.give_back(), tuple(sorted(self._pushed.items()))
+        given_back = [Ask((), returned)] if returned else []
+        return [*self._told_fates(), *given_back, Paused(self._work.hold, self._begun + 1, pushed)]
 
     def _next_clock(self) -> int:
         """The clock after the newest one that has begun, without those that every group due there has decided."""

@@ -339,6 +339,11 @@ class Terms:
         stores = enumerate(self.stores)
         return tuple(n for n, s in stores if not s.clocked or (s.decided and isinstance(s.policy.late, Fold)))
 
+    def tells_applied(self, store: int, replica: int) -> bool:
+        """Whether the home of a store tells the replica which versions hold its pushes."""
+        terms = self.stores[store]
+        return not (terms.clocked or terms.shared) and replica in terms.senders(self.members)
+
     @cached_property
     def _counts_always(self) -> bool:
         """Whether every step counts for some store: one without decisions, or of a group that leaves no replica out."""

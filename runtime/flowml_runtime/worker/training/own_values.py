@@ -34,6 +34,14 @@ class OwnRhythm:
         self._since = 0
         """The first step that the next push sends, if a decision may drop those of the push before."""
 
+    def numbers(self) -> Arrays:
+        """Where it stands, for a snapshot between two steps."""
+        return {"steps": number(self.steps), "taken": number(self._taken), "since": number(self._since)}
+
+    def set_numbers(self, arrays: Arrays) -> None:
+        """Go on where a snapshot was taken."""
+        self.steps, self._taken, self._since = (int(arrays[name]) for name in ("steps", "taken", "since"))
+
     @property
     def began(self) -> bool:
         """Whether it has taken any."""
@@ -100,17 +108,13 @@ class OwnValues(OwnRhythm):
     def export(self) -> Arrays:
         """All buffers, for a snapshot between two steps."""
         found = (row(name, getattr(self, name)) for name in _KEPT)
-        return {k: a for one in found for k, a in one.items()} | {
-            "steps": number(self.steps),
-            "taken": number(self._taken),
-            "since": number(self._since),
-        }
+        return {k: a for one in found for k, a in one.items()} | dict(self.numbers())
 
     def restore(self, arrays: Arrays, adopt: Callable[[Sequence[Array]], Sequence[Array]]) -> None:
         """Go on with the buffers of a snapshot."""
         for name in _KEPT:
             setattr(self, name, adopt(row_of(arrays, name)))
-        self.steps, self._taken, self._since = (int(arrays[name]) for name in ("steps", "taken", "since"))
+        self.set_numbers(arrays)
 
     def forget(self) -> None:
         super().forget()
