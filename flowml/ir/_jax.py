@@ -31,7 +31,7 @@ from flowml.errors import UnsupportedError
 from flowml.ir.scopes import as_text
 from flowml.plan import Setting
 
-INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"})
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "custom_jvp_call", "custom_vjp_call"})
 """Calls whose bodies are inlined into the graph. Custom rules are not needed after differentiation."""
 
 _OUTSIDE_CONTEXT = (

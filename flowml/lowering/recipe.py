@@ -274,7 +274,7 @@ class _Writer:
         match name:
             case "scan":
                 options = {k: parameters[k] for k in ("length", "reverse", "unroll")}
-                return Scan(self._of(parameters["jaxpr"]), parameters["num_consts"], parameters["num_carry"], options)
+                return Scan(self._of(parameters["jaxpr"]), *_scan_counts(equation), options)
             case "while":
                 test, body = self._of(parameters["cond_jaxpr"]), self._of(parameters["body_jaxpr"])
                 return While(test, body, parameters["cond_nconsts"], parameters["body_nconsts"])
@@ -297,6 +297,15 @@ class _Writer:
 
 RECOMPUTED = frozenset({"checkpoint", "remat", "remat2"})
 """The primitives of `jax.checkpoint`."""
+
+
+def _scan_counts(equation: Any) -> tuple[int, int]:
+    """The numbers of constants and of carried values of a scan."""
+    parameters = equation.params
+    if "num_consts" in parameters:
+        return parameters["num_consts"], parameters["num_carry"]
+    constants, carried, _ = parameters["ft_in"].update(equation.invars).unpack()  # from JAX 0.12 on
+    return len(list(constants)), len(list(carried))
 
 
 def _read_from(jaxpr: Any, position: int) -> set[Any]:

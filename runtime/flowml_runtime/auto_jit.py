@@ -143,7 +143,9 @@ class AutoJit:
         except FlowmlError as error:
             way.settle(False, str(error).partition("\n")[0])
             return
-        if len(plan.partitions) > 1:
+        if any(task.kind == "python" for task in plan.tasks):
+            way.settle(False, "it calls Python, and on a worker that would use copies of the script's objects")
+        elif len(plan.partitions) > 1:
             way.on_cluster = True
         else:
             way.settle(False, f"{_ms(jit_s)} a call; no cut over devices is expected to be faster")
