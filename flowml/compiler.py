@@ -77,7 +77,7 @@ def compile(  # noqa: A001 - the public name
         raise TypeError(f"compile() takes a function, got {type(fn).__name__}")
     # Arguments are copied to the workers, so there is nothing to donate, and these are only checked.
     static_of(fn, donate_argnums, donate_argnames, "donate")
-    option = EffectsOption(effects)
+    option, devices = EffectsOption(effects), as_devices(devices)
     compiled = compile_function(
         fn,
         args,
@@ -87,7 +87,7 @@ def compile(  # noqa: A001 - the public name
         static_argnums=static_argnums,
         static_argnames=static_argnames,
         platforms=platforms,
-        effects=option.where(python=True),
+        effects=option.on(devices),
     )
     option.tell(getattr(fn, "__name__", type(fn).__name__), compiled.left_out, stacklevel=2)
     return compiled.plan

@@ -21,6 +21,7 @@ class Device:
         flops_per_s: rate of computation in flop/s.
         bytes_per_s: rate of memory access in bytes/s.
         dispatch_s: seconds to start a task.
+        python: whether its worker runs Python functions that a program calls.
 
     The defaults are typical of one CPU core. A cluster replaces them by what it measured.
     """
@@ -31,6 +32,7 @@ class Device:
     flops_per_s: float = 2e10
     bytes_per_s: float = 5e9
     dispatch_s: float = 2e-5
+    python: bool = True
 
     @property
     def worker(self) -> str:

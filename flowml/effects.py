@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 from flowml.arguments import choice
+from flowml.devices import Device
 from flowml.errors import FlowmlWarning
 from flowml.ir.host import Effects
 
@@ -21,9 +22,9 @@ class EffectsOption:
         self._drop = choice("effects", given, get_args(EffectsChoice)) == "drop"
         self._told = False
 
-    def where(self, *, python: bool) -> Effects:
-        """The effects of a program for workers that run Python, or do not."""
-        return Effects(python, self._drop)
+    def on(self, devices: Iterable[Device]) -> Effects:
+        """The effects of a program on these devices, of which only those of some workers may run Python."""
+        return Effects(any(device.python for device in devices), self._drop)
 
     def tell(self, name: str, left_out: Sequence[str], stacklevel: int) -> None:
         """Warn, once, of what was left out of the function `name`."""

@@ -22,11 +22,28 @@ def body_on_one(equation: Any) -> tuple[Any, Sequence[Any]] | None:
     """The body (jaxpr, constants) of a `shard_map` over a mesh of one device, without its axes; None for others."""
     if equation.primitive.name != "shard_map" or equation.params["mesh"].size != 1:
         return None
-    run: Callable[..., Sequence[Any]] = jex.jaxpr_as_fun(jex.ClosedJaxpr(equation.params["jaxpr"], ()))
+    body = _without_identities(equation.params["jaxpr"])
+    run: Callable[..., Sequence[Any]] = jex.jaxpr_as_fun(jex.ClosedJaxpr(body, ()))
     for axis in equation.params["mesh"].axis_names:
         run = _over(axis, run)
     closed = jax.make_jaxpr(run)(*[_jax.struct(a.aval) for a in equation.invars])
     return closed.jaxpr, closed.consts
+
+
+_IDENTITIES = frozenset({"psum_invariant", "pvary", "pcast"})
+"""Operations that do nothing on one device, and that `vmap` does not know."""
+
+
+def _without_identities(jaxpr: Any) -> Any:
+    same: dict[Any, Any] = {}
+    equations: list[Any] = []
+    for equation in jaxpr.eqns:
+        read = [a if _jax.is_literal(a) else same.get(a, a) for a in equation.invars]
+        if equation.primitive.name in _IDENTITIES:
+            same.update(zip(equation.outvars, read, strict=True))
+        else:
+            equations.append(equation.replace(invars=read))
+    return jaxpr.replace(eqns=equations, outvars=[a if _jax.is_literal(a) else same.get(a, a) for a in jaxpr.outvars])
 
 
 def _over(axis: str, run: Callable[..., Sequence[Any]]) -> Callable[..., Sequence[Any]]:

@@ -18,6 +18,7 @@ from flowml.arguments import is_text, seconds
 from flowml.devices import Device, find_device
 from flowml.errors import PlacementError, named, one_line, shadowed
 from flowml.ir.graph import Graph, Node
+from flowml.ir.host import calls
 from flowml.ir.label import matches
 from flowml.numbers import whole_number
 from flowml.placement.auto import choose
@@ -110,8 +111,25 @@ def place(
     else:
         choices = _apply_rule(graph, devices, placement, links)
     assignment = _follow_data(graph, {**choices.assignment, **pins}, choices.default or devices[0].name)
+    assignment = _where_python_runs(graph, devices, assignment, pins)
     check_memory(graph, assignment, devices, placement.memory_bytes if isinstance(placement, AutoPlacement) else None)
     return Choices(assignment, choices.weighed, choices.notes)
+
+
+def _where_python_runs(
+    graph: Graph, devices: Sequence[Device], assignment: Mapping[int, str], pins: Mapping[int, str]
+) -> dict[int, str]:
+    """The assignment, in which nodes that call Python are on devices that run it."""
+    allowed = [d.name for d in devices if d.python]
+    moved = [n for n in graph.nodes if n.calls_python and assignment[n.id] not in allowed]
+    for node in moved:
+        if node.id in pins or not allowed:
+            pinned = f" is pinned to {pins[node.id]}, but" if node.id in pins else ":"
+            raise PlacementError(
+                f"{next(calls(node.equation)).construct}{pinned} Python runs only on "
+                f"{named(allowed) or 'other replicas'}; pin it there, or start all workers with allow_python"
+            )
+    return {**assignment, **{n.id: allowed[0] for n in moved}}
 
 
 def _are_large(graph: Graph, held: Mapping[int, str]) -> bool:

@@ -251,7 +251,10 @@ class _Walk:
             self.boxes[box.id] = box
 
     def _fetch_box(self) -> Box:
-        slots = sorted({s for i in self.program.instructions if isinstance(i, Fetch) for s in i.slots})
+        fetched = {s for i in self.program.instructions if isinstance(i, Fetch) for s in i.slots}
+        slots = sorted(fetched & set(self.fetched)) or sorted(
+            fetched
+        )  # without the tokens of effects, if there is more
         names = tuple("loss" if self.plan.training and s == 0 else f"output {s}" for s in slots)
         title = names[0] if len(names) == 1 else f"outputs {listed(tuple(map(str, slots)), 3)}"
         total = sum(spec.nbytes for slot in slots for spec in self.fetched.get(slot, ()))

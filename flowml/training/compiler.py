@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -203,12 +203,20 @@ def _template_devices(spec: TrainingSpec, devices: Sequence[Device]) -> tuple[De
                 f"{spec.replicas} replicas of {wanted} stages need {spec.replicas * wanted} devices, "
                 f"there are {len(devices)}; start more workers or ask for fewer replicas or stages"
             )
-        return tuple(devices[:wanted])
+        return _alike(devices, wanted, spec.replicas)
     if share < 1:
         raise PlacementError(
             f"{spec.replicas} replicas need at least as many devices, there are {len(devices)}; start more workers"
         )
-    return tuple(devices[:share])
+    return _alike(devices, share, spec.replicas)
+
+
+def _alike(devices: Sequence[Device], width: int, replicas: int) -> tuple[Device, ...]:
+    """The devices of the first replica. One runs Python if those at its place in all replicas do."""
+    return tuple(
+        replace(d, python=all(devices[r * width + i].python for r in range(replicas)))
+        for i, d in enumerate(devices[:width])
+    )
 
 
 def _microbatch(batch: Any, replicas: int, items: int, microbatches: int, code: Code | None) -> tuple[int, Any]:

@@ -73,6 +73,7 @@ class Cluster:
         self.endpoint = endpoint
         self.session = Session(endpoint, (), deadline_s=deadline_s, remedy=remedy)
         self.python = python
+        """Whether plans of this driver may bring Python to workers that allow it."""
         self.pids: Mapping[str, int] = {}
         """Worker -> process id, for workers that this cluster started."""
         self._table: LinkTable | None = None
@@ -282,8 +283,7 @@ class Cluster:
         )
         stack.callback(membership.leave)
         membership.join(name, timeout_s=timeout_s)
-        python = options.allow_python and all(m.python for m in membership.members if m.devices)
-        cluster = cls(endpoint, python, options.deadline_s, options.remedy)
+        cluster = cls(endpoint, options.allow_python, options.deadline_s, options.remedy)
         cluster._table = driver.table = LinkTable(
             endpoint,
             driver.prober,
@@ -337,12 +337,12 @@ class _Driver:
     def adopt(self, cluster: Cluster, membership: Membership) -> None:
         with self._lock:
             self._cluster = cluster
-            cluster.session.devices = _devices(membership.members)
+            cluster.session.devices = _devices(membership.members, cluster.python)
 
     def on_members(self, members: tuple[wire.Member, ...]) -> None:
         with self._lock:
             if self._cluster is not None:
-                self._cluster.session.devices = _devices(members)
+                self._cluster.session.devices = _devices(members, self._cluster.python)
 
     def on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
         if isinstance(message, wire.Probe | wire.Probed):
@@ -379,12 +379,14 @@ def current_cluster() -> Cluster:
     return found
 
 
-def _devices(members: tuple[wire.Member, ...]) -> tuple[Device, ...]:
-    """The devices of all workers, in the order of the worker numbers."""
+def _devices(members: tuple[wire.Member, ...], python: bool) -> tuple[Device, ...]:
+    """The devices of all workers, in the order of their numbers. `python` says whether the driver allows Python."""
     workers = sorted((m for m in members if m.devices), key=lambda m: int(m.worker.rpartition(":")[2]))
-    return tuple(_device(d.name, d.platform, d.memory_bytes, d.cores) for m in workers for d in m.devices)
+    return tuple(
+        _device(d.name, d.platform, d.memory_bytes, d.cores, python and m.python) for m in workers for d in m.devices
+    )
 
 
-def _device(name: str, platform: str, memory: int, share: float) -> Device:
+def _device(name: str, platform: str, memory: int, share: float, python: bool = True) -> Device:
     speed = {"flops_per_s": _CORE_FLOPS_PER_S * share} if platform == "cpu" else {}
-    return Device(name, platform=platform, memory_bytes=memory, **speed)
+    return Device(name, platform=platform, memory_bytes=memory, python=python, **speed)

@@ -59,8 +59,6 @@ class ClusterLike(Protocol):
     def devices(self) -> Sequence[Device]: ...
     @property
     def session(self) -> Session: ...
-    @property
-    def python(self) -> bool: ...
     def links_for(self, placement: Any) -> Links: ...
 
 
@@ -358,7 +356,7 @@ class Dataflow(Generic[P, R]):
                     name=self._name,
                     links=cluster.links_for(placement),
                     stay=lambda traced: stay_of(self._keep, traced, call, held, donated, self._name),
-                    effects=self._effects.where(python=cluster.python),
+                    effects=self._effects.on(cluster.devices),
                 )
         except PlacementError as error:
             raise cluster.session.explained(error, self._name) from None

@@ -425,7 +425,7 @@ class Trainer:
                 placed, devices = placed_alike(spec, like.compiled.plan, devices)
             try:
                 with shown(partial(compiling, name_of(spec.loss), batch)):
-                    effects = self._effects.where(python=cluster.python)
+                    effects = self._effects.on(devices)
                     compiled = compile_training(
                         placed, values[0], batch, devices, links, platforms, state=values[1], effects=effects
                     )

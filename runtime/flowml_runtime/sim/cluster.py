@@ -73,9 +73,6 @@ class SimulatedCluster:
         self.on_result: Callable[[Any], None] = lambda result: None
         """Called with the result of each fit."""
 
-    python = True
-    """Real workers of a plan that calls Python would have to allow it. Here this process runs the tasks."""
-
     @property
     def session(self) -> SimulatedSession:
         return self._session
