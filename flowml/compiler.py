@@ -32,7 +32,7 @@ from flowml.lowering.lower import ExecutableTable, compile_in_constants, lower_g
 from flowml.lowering.partition import partition
 from flowml.lowering.program import Bindings, emit, route
 from flowml.lowering.schedule import Schedule, schedule
-from flowml.lowering.stay import Stay, in_order_of_call, relay, sent
+from flowml.lowering.stay import Stay, in_order_of_call, relay, sent, settled
 from flowml.lowering.verify import verify_plan, verify_schedule
 from flowml.placement import Placement, place
 from flowml.placement.estimate import estimate
@@ -174,7 +174,8 @@ def compile_graph(
     verify_graph(graph, "label")
     choices = place(graph, devices, placement, links, held)
     verify_placed(graph, choices.assignment, devices)
-    graph, relayed = relay(partition(graph, choices.assignment), held)
+    graph = partition(graph, choices.assignment)
+    graph, relayed = relay(graph, {**settled(graph, stay), **held})
     verify_partitioned(graph)
     by_name = {d.name: d for d in devices}
     seconds = {n.id: node_seconds(graph, n, by_name[n.device]) for n in graph.nodes}

@@ -30,6 +30,20 @@ class Stay:
     donated: frozenset[int] = frozenset()
 
 
+def settled(graph: Graph, stay: Stay) -> dict[int, str]:
+    """The devices on which inputs of the placed graph will be from the second call on, if outputs replace them.
+
+    In a training loop the donated inputs are one state, and the outputs that stay are the next one. An input of a
+    program that is read there in the first call too is in its place in all calls, so that one program serves them.
+    """
+    given = [graph.inputs[i] for i in sorted(stay.donated)]
+    made = [graph.outputs[i] for i in sorted(stay.kept)]
+    if [graph.values[v] for v in given] != [None if isinstance(o, Literal) else graph.values[o] for o in made]:
+        return {}
+    pairs = zip(given, made, strict=True)
+    return {v: graph.producer[o].device for v, o in pairs if not isinstance(o, Literal) and o in graph.producer}
+
+
 def relay(graph: Graph, held: Mapping[int, str]) -> tuple[Graph, tuple[int, ...]]:
     """The placed graph, in which each held input is read only on its own device; and the copies that are sent.
 

@@ -40,11 +40,11 @@ def pipeline_items(graph: Graph) -> list[list[Node]]:
     Data is what is computed from an input that is neither a parameter nor a key. Nodes that prepare a layer's weights
     or split its keys do not show the layer's position in the model.
     """
-    data = _data_nodes(graph)
+    data, joined = _data_nodes(graph), _joined(graph)
     groups: dict[str | int, list[Node]] = {}
     begins: dict[str | int, int] = {}
     for position, node in enumerate(graph.nodes):
-        key = node.layer or -1 - node.id
+        key = joined.get(node.layer, node.layer) or -1 - node.id
         groups.setdefault(key, []).append(node)
         if node.id in data:
             begins.setdefault(key, position)
@@ -55,6 +55,21 @@ def pipeline_items(graph: Graph) -> list[list[Node]]:
         return items
     step = -(-len(items) // _MAX_ITEMS)
     return [[n for item in items[i : i + step] for n in item] for i in range(0, len(items), step)]
+
+
+def _joined(graph: Graph) -> dict[str, str]:
+    """Layer -> the layer that it belongs to: the one that reads its parameters first.
+
+    The update of a parameter has the layer of the parameter's path, and where it is used that of a scope. They have
+    one stage, so that a new parameter is made where the next step reads it.
+    """
+    first: dict[int, str] = {}
+    behind: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        for value in graph.parameters.intersection(node.reads) if node.layer else ():
+            behind.setdefault(node.layer, set()).add(first.setdefault(value, node.layer))
+    alone = {layer: next(iter(found)) for layer, found in behind.items() if len(found) == 1}
+    return {layer: home for layer, home in alone.items() if alone.get(home) == home}
 
 
 def _data_nodes(graph: Graph) -> set[int]:

@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests import zoo_functions as functions
-from tests import zoo_models as models
+from tests.zoo import functions, models
 
 Function = Callable[..., Any]
 Make = Callable[[], tuple[Function, tuple[Any, ...]]]

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 import flowml as fm
-from tests import zoo_models as models
+from tests.zoo import models
 
 Function = Callable[..., Any]
 Made = tuple[Function, tuple[Any, ...]]
