@@ -297,7 +297,7 @@ class _Compiler:
         alone = self.items == 1 and len(stages) == 1
         milestones = [] if alone else [p.sent for s in stores for p in s.parts]
         tasks = schedule(graph, seconds, milestones=milestones, microbatches=self.microbatches, kind=spec.schedule)
-        tasks, notes = ordered(tasks, state)
+        tasks, notes = ordered(tasks, state, graph.ordered)
         verify_schedule(graph, tasks)
         slots = self._slots(graph)
         leaves = self._state_leaves(graph, state, stages, max(slots))

@@ -188,12 +188,13 @@ def settle(graph: Graph, inputs: Sequence[int], first: int) -> tuple[Graph, Stat
     return graph, StateValues(tuple(inputs), tuple(outputs), tuple(devices))
 
 
-def ordered(plan: Schedule, state: StateValues) -> tuple[Schedule, tuple[str, ...]]:
-    """A schedule in which microbatches see the state in order, and notes for the user."""
-    if _in_order(plan, state):
+def ordered(plan: Schedule, state: StateValues, effects: bool) -> tuple[Schedule, tuple[str, ...]]:
+    """A schedule in which microbatches see the state in order, and notes for the user. With `effects` the loss has
+    ordered effects, those of a microbatch before those of the next."""
+    if plan.microbatches == 1 or (not effects and _in_order(plan, state)):
         return plan, ()
-    note = "Microbatches run one after the other, because the state of a layer crosses devices."
-    return in_turn(plan), (note,)
+    why = "its effects are ordered" if effects else "the state of a layer crosses devices"
+    return in_turn(plan), (f"Microbatches run one after the other, because {why}.",)
 
 
 def _in_order(plan: Schedule, state: StateValues) -> bool:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, ca
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
+from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from flowml.effects import EffectsChoice, EffectsOption
 from flowml.errors import PlacementError
 from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
 from flowml.ir.calls import Call, Returned, bind, finish, static_of
 from flowml.leaves import why_no_array
+from flowml_runtime.chained import brought, noticed, without_futures
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import shown
@@ -33,7 +34,7 @@ from flowml_runtime.driver.session import Session
 from flowml_runtime.driver.steps import UnloadedError
 from flowml_runtime.driver.trial import Trial, trial_of
 from flowml_runtime.execution.future import Future
-from flowml_runtime.keep import Keep, described, donated_inputs, reads_there, stay_of
+from flowml_runtime.keep import EVERYTHING, Keep, described, donated_inputs, reads_there, stay_of
 
 if TYPE_CHECKING:
     from flowml.devices import Device
@@ -82,11 +83,13 @@ class _Arguments:
     """The arguments of a call: bound to the function, the key of its program, and the flat arrays."""
 
     call: Call
-    key: tuple[Any, Any, Any, Hashable]
-    """(arguments that are not arrays, tree structure, signatures, settings)"""
+    key: tuple[Hashable, ...]
+    """(arguments that are not arrays, tree structure, signatures, settings), and in `submit` what stays otherwise."""
     leaves: list[Any]
     positional: int
     """The number of positional arguments, static ones included."""
+    keep: Keep | None = None
+    """What stays on the workers, if not what the function says."""
 
     @property
     def held(self) -> dict[int, str]:
@@ -167,6 +170,7 @@ class Dataflow(Generic[P, R]):
         self._donate = static_of(fn, donate_argnums, donate_argnames, "donate")
         self._keep = Keep.of(keep)
         self._effects = EffectsOption(effects)
+        self.chained = False
         update_wrapper(self, fn)
         self._fn = fn
         self._name = str(getattr(fn, "__name__", type(fn).__name__))
@@ -230,9 +234,13 @@ class Dataflow(Generic[P, R]):
                 f"update; call {self._name}()"
             )
 
+        if self.chained:
+            given = replace(given, keep=EVERYTHING, key=(*given.key, EVERYTHING))
+
         def start(session: Session, program: _Program, handle: LoadedPlan) -> Future[R]:
             finish_call = partial(_finish, program, given.call)  # without `self`: a future must not keep the program
-            return session.submit(handle, given.leaves).then(finish_call)
+            future = session.submit(handle, given.leaves).then(finish_call)
+            return brought(future) if given.keep else noticed(future, self) if self._keep is None else future
 
         return self._loaded(given, start)
 
@@ -271,7 +279,7 @@ class Dataflow(Generic[P, R]):
 
         Raises TypeError for an argument that is not an array, ValueError for a static one that has no hash.
         """
-        args, kwargs = _without_futures(args), _without_futures(kwargs)
+        args, kwargs = without_futures(args), without_futures(kwargs)
         call = bind(self._fn, args, kwargs, self._static, self._name)
         leaves, tree = tree_flatten((call.args, call.kwargs))
         try:
@@ -340,7 +348,7 @@ class Dataflow(Generic[P, R]):
     def _compile(self, cluster: ClusterLike, placement: Any, given: _Arguments) -> _Program:
         from flowml.compiler import compile_call
 
-        call, held = given.call, given.held
+        call, held, keep = given.call, given.held, given.keep or self._keep
         if held:
             call = replace(call, args=described(call.args), kwargs=described(call.kwargs))
         donated = donated_inputs(call, self._static, self._donate, given.positional)
@@ -355,13 +363,13 @@ class Dataflow(Generic[P, R]):
                     platforms=_platforms(cluster.devices),
                     name=self._name,
                     links=cluster.links_for(placement),
-                    stay=lambda traced: stay_of(self._keep, traced, call, held, donated, self._name),
+                    stay=lambda traced: stay_of(keep, traced, call, held, donated, self._name),
                     effects=self._effects.on(cluster.devices),
                 )
         except PlacementError as error:
             raise cluster.session.explained(error, self._name) from None
         self._effects.tell(self._name, compiled.left_out, stacklevel=6)
-        trial = trial_of(compiled.plan, placement) if self._keep is None and not held else None
+        trial = trial_of(compiled.plan, placement) if keep is None and not held else None
         return _Program(compiled.plan, compiled.out_tree, call.returned, trial=trial)
 
     def _current(self) -> ClusterLike:
@@ -384,13 +392,6 @@ class Dataflow(Generic[P, R]):
                     return OverflowError(f"{self._name}: {where}: {error}; give a number that fits, or an array")
                 return TypeError(f"{self._name}: {where} {why_no_array(leaf, _PASS_ARRAYS)}")
         raise AssertionError("every leaf is an array")
-
-
-def _without_futures(arguments: Any) -> Any:
-    """The arguments, with the results of other calls in place of their futures."""
-    if not any(isinstance(leaf, Future) for leaf in tree_leaves(arguments)):
-        return arguments
-    return tree_map(lambda leaf: leaf.as_argument() if isinstance(leaf, Future) else leaf, arguments)
 
 
 def _forget(function: weakref.ref[Dataflow[Any, Any]], cluster: weakref.ref[ClusterLike], handle: LoadedPlan) -> None:

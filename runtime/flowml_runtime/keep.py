@@ -27,9 +27,11 @@ _FIX = "give positions of the returned tuple, patterns of paths in the result su
 
 @dataclass(frozen=True)
 class Keep:
-    """Which outputs stay: all large ones, those at positions of the returned tuple, and those whose paths match."""
+    """Which outputs stay: all large ones, all that are computed, those at positions of the returned tuple, and those
+    whose paths match."""
 
     auto: bool = False
+    everything: bool = False
     positions: tuple[int, ...] = ()
     patterns: tuple[str, ...] = ()
 
@@ -53,6 +55,8 @@ class Keep:
         tree = traced.out_tree if returned.plain else returned.tree
         leaves = _leaves(returned, tree.num_leaves)
         kept: set[int] = set()
+        if self.everything:
+            kept |= {i for i, o in enumerate(graph.outputs) if o in graph.producer and i in leaves.values()}
         if self.auto:
             specs = [graph.values[o] if isinstance(o, int) else None for o in graph.outputs]
             kept |= {i for i, s in enumerate(specs) if s is not None and s.nbytes > AUTO_BYTES and i in leaves.values()}
@@ -67,6 +71,10 @@ class Keep:
                 )
             kept |= hit
         return frozenset(kept)
+
+
+EVERYTHING = Keep(everything=True)
+"""All that the program makes stays."""
 
 
 def _leaves(returned: Returned, count: int) -> dict[int, int]:

@@ -133,3 +133,17 @@ def test_axes_that_something_binds_keep_their_meaning() -> None:
         assert {layer for task in program.plan(X).tasks for layer in task.layers} >= {"inner"}
         single = fm.dataflow(jax.pmap(lambda v: jax.lax.psum(v, "b") * 2, axis_name="b"), cluster=cluster)
         np.testing.assert_allclose(single(X[None]), X[None] * 2)
+
+
+def test_microbatches_with_ordered_effects_run_in_turn() -> None:
+    def loss(params: Any, batch: Any) -> jax.Array:
+        jax.debug.print("{}", params["w"], ordered=True)
+        return jnp.mean(jnp.tanh(batch @ params["w"]) @ params["v"])
+
+    spec = TrainingSpec(loss, optax.sgd(0.1), microbatches=3, placement=fm.Pipeline(2))
+    params = {"v": jnp.ones((3, 2)), "w": jnp.ones((3, 3))}
+    plan = compile_training(spec, params, np.ones((6, 3), np.float32), ["worker:0", "worker:1"]).plan
+    assert "Microbatches run one after the other, because its effects are ordered." in plan.notes
+    for program in plan.programs:
+        order = [i.microbatch for i in program.instructions if isinstance(i, Run) and i.role == "compute"]
+        assert order == sorted(order)

@@ -51,6 +51,8 @@ class Future(Generic[T]):
         self._callbacks: list[Callable[[Future[T]], object]] = []
         self.at_once: Callable[[], T] | None = None
         """The result if nothing of it has to be waited for, because it consists of handles."""
+        self.argument: Callable[[], T] | None = None
+        """The result for another call, if that is not `result()`."""
 
     def done(self) -> bool:
         """True once there is a result or an error."""
@@ -73,6 +75,8 @@ class Future(Generic[T]):
         at_once = self.at_once
         if at_once is not None and not self._completed:
             return at_once()
+        if self.argument is not None:
+            return self.argument()
         return self.result()  # no deadline: that of the call whose argument this is
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
