@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import flowml as fm
 
@@ -48,3 +49,17 @@ def test_the_driver_compiles_nothing(process_cluster: fm.Cluster) -> None:
     with compiled() as events:
         np.testing.assert_array_equal(np.asarray(kept), x * 2)
     assert not events
+
+
+def test_the_driver_compiles_for_a_fit_only_what_checks_the_loss(process_cluster: fm.Cluster) -> None:
+    def loss(params: dict[str, jax.Array], batch: jax.Array) -> jax.Array:
+        return jnp.mean((batch @ params["w"]) ** 2)
+
+    def fit() -> None:
+        trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=process_cluster, replicas=2)
+        trainer.fit({"w": np.ones((4, 2), np.float32)}, np.ones((16, 4), np.float32), batch_size=8, steps=1)
+
+    fit()
+    with compiled() as events:
+        fit()
+    assert len(events) == 2  # for a whole batch and for each half

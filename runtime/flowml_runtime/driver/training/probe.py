@@ -25,6 +25,9 @@ MOST_EXAMPLES = 32
 MOST_SECONDS = 1.0
 """The longest evaluation to make, as estimated by the cost model."""
 
+_QUICKLY: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
+"""Compiling takes most of the time, and what is compiled runs two or four times."""
+
 _CLOSE, _CLOSE_NARROW = 1e-3, 3e-2
 """The largest relative difference between a mean over examples and the mean of its halves that rounding can explain:
 if all dtypes have the precision of float32 or more, and if some dtype has less."""
@@ -47,12 +50,12 @@ def mean_warning(
         for piece in (slice(None), slice(half), slice(half, None))
     ]
     try:
-        found = [_evaluate(spec, params, b) for b in batches]
+        found = _evaluate(spec, params, batches)
     except Exception:  # the user's function may accept only the shapes that the fit gives it
         return None
-    if None in found:
+    if found is None:
         return None
-    (whole, _), (first, one), (second, other) = (f for f in found if f is not None)
+    (whole, _), (first, one), (second, other) = found
     mean = (first * one + second * other) / (one + other) if min(one, other) >= 0 and one + other else math.nan
     scale = max(abs(whole), abs(first), abs(second))
     close = _CLOSE_NARROW if _is_narrow([params, leaves]) else _CLOSE
@@ -67,16 +70,25 @@ def mean_warning(
     )
 
 
-def _evaluate(spec: TrainingSpec, params: Any, batch: Any) -> tuple[float, float] | None:
-    """The loss and its weight; None if it is random or calls Python."""
+def _evaluate(spec: TrainingSpec, params: Any, batches: Sequence[Any]) -> list[tuple[float, float]] | None:
+    """The loss and its weight for each batch; None if it is random or calls Python."""
     takes_rng = loss_takes_rng(spec.loss)
-    arguments = [(params, batch, *([jax.random.key(k)] if takes_rng else [])) for k in range(1 + takes_rng)]
     evaluate = jax.jit(lambda *args: _with_weight(spec, *args))
-    if any(map(has_calls, evaluate.trace(*arguments[0]).jaxpr.jaxpr.eqns)):
-        return None
-    values = [evaluate(*given) for given in arguments]
-    losses = {float(v[0]) for v in values}
-    return (losses.pop(), float(values[0][1])) if len(losses) == 1 else None
+    compiled: dict[Any, Any] = {}
+    found: list[tuple[float, float]] = []
+    for batch in batches:
+        arguments = [(params, batch, *([jax.random.key(k)] if takes_rng else [])) for k in range(1 + takes_rng)]
+        shapes = tuple(x.shape for x in jax.tree_util.tree_leaves(batch))
+        if shapes not in compiled:
+            traced = evaluate.trace(*arguments[0])
+            if any(map(has_calls, traced.jaxpr.jaxpr.eqns)):
+                return None
+            compiled[shapes] = traced.lower().compile(_QUICKLY)
+        values = [compiled[shapes](*given) for given in arguments]
+        if len({float(v[0]) for v in values}) > 1:
+            return None
+        found.append((float(values[0][0]), float(values[0][1])))
+    return found
 
 
 def _with_weight(spec: TrainingSpec, params: Any, batch: Any, *rng: Any) -> tuple[Any, Any]:
