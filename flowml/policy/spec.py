@@ -175,6 +175,12 @@ class Policy(msgspec.Struct, frozen=True):
         return isinstance(self.topology, SharedMemory)
 
     @property
+    def holds(self) -> bool:
+        """Whether steps compute with the version that an earlier one has taken, until the rhythm takes another. With
+        staleness 0 every step between two takes reads the same version anyway."""
+        return self.staleness > 0 and self.every.pull != 1 and not self.local and not self.shared
+
+    @property
     def owes(self) -> bool:
         """Whether a replica takes global parameters between two pushes. The steps since the last stay to be sent."""
         return self.every.pull != self.every.push

@@ -36,12 +36,16 @@ _TASK = 2
 class Executor:
     """The steps of one stage. Its node calls `walk` when something has happened that the step may wait for."""
 
+    # There are more attributes than the small table of an instance without slots holds.
+    _OF_STAGE = "at waits receives _node _world _clock _arithmetic _counts _program _machine _bound _machine_number"
+    _KEPT = "_gathered _taken _own _members _neighbours _exchanged"
+    _OF_STEP = "_step _next _position _state _seconds _began _waited _stalled _computes_since _computes _given _inside"
+    __slots__ = (*_OF_STAGE.split(), *_KEPT.split(), *_OF_STEP.split(), "_updated", "_abandoned")
+
     def __init__(self, node: Node, at: At, program: StageProgram) -> None:
         self.at = at
-        self.waits = False  # whether a step is under way that waits for something on its worker
-        self._node = node
-        self._world = node.world
-        self._clock = node.world.clock
+        self.waits = False  # whether a step waits for something on its worker
+        self._node, self._world, self._clock = node, node.world, node.world.clock
         self._arithmetic = node.world.values.computes
         self._counts = node.counts  # those of its run, which a step may outlive
         self._program = program
@@ -51,8 +55,7 @@ class Executor:
         self._machine_number = self._world.machine(node.number, program.device)
         self._gathered: dict[tuple[int, int], Accumulator[Value]] = {}
         self._step: Start | None = None
-        self._next = 0  # the next of the steps of `_bound`
-        self._position = 0  # in the program, of the instruction that is carried out
+        self._next = self._position = 0  # of the steps of `_bound`, and of instructions in the program
         self._state: Any = None
         self._seconds = self._began = 0.0
         self._waited = 0.0  # how long the step has waited for other replicas and homes
@@ -82,12 +85,10 @@ class Executor:
         world = self._world
         if self.receives:
             self._node.mailbox.advance(self.at, self._number(step))
-        self._step, self._next, self._given, self._abandoned, self._updated = step, 0, None, False, -1
-        self._inside = []
+        self._step, self._next, self._given, self._abandoned, self._updated, self._inside = step, 0, None, False, -1, []
         self._seconds = world.seconds(self._machine_number, step.clock)
-        self._computes_since = math.inf
         self._state = world.values.begin(self.at, step, self._leaves_out)
-        self._began, self._waited, self._stalled = world.clock.now, 0.0, math.inf
+        self._began, self._waited, self._stalled, self._computes_since = world.clock.now, 0.0, math.inf, math.inf
         self.waits = True
 
     def abandon(self, clock: int) -> None:
@@ -160,10 +161,9 @@ class Executor:
         slots, arrays = world.values.report(self._state) or ((), None)
         if not slots and not pushed:
             return
-        ids = self._node.ids
         message = wire.Report(
-            plan_id=ids["plan_id"],
-            run=ids["run"],
+            plan_id=self._node.start.plan_id,
+            run=self._node.start.run,
             cause=step.cause,
             replica=step.replica,
             clock=step.clock,

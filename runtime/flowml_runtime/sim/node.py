@@ -30,6 +30,8 @@ class _Ids(TypedDict):
     run: int
 
 
+_NONE: frozenset[Any] = frozenset()
+
 NEVER = wire.StartTraining(plan_id="none", run=0, total_clocks=0, seed=0, shuffle=False, examples=0, source="shipped")
 """What a worker has that no run has begun on."""
 
@@ -62,23 +64,22 @@ class Node:
         self.number = number
         self.lives = True
         self.machine = TrainingWorker(name, DRIVER, world.terms, world.places)
-        self.mailbox: Rendezvous[list[Value], list[Value]] = Rendezvous()
-        self.ids: _Ids = {"plan_id": "", "run": 0}
+        self.mailbox: Rendezvous[list[Value], list[Value]] = world.mailbox if world.terms.stages == 1 else Rendezvous()
         self.start = NEVER
         self._fed = False
         """Whether the driver sends the examples of each work item."""
         self._stateful: frozenset[int] = frozenset()
         """The stages on which the driver's state of the model stays."""
-        self._models: set[At] = set()
+        self._models: frozenset[At] = _NONE
         """Those whose first state is here."""
         self.given = False
         """Whether the driver gives the stages something that a step waits for."""
-        self.shown: dict[int, tuple[int, Value]] = {}
-        """Store -> (version, value) as read here."""
-        self.batches: set[int] = set()
+        self.shown: list[tuple[int, Value]] = []
+        """(version, value) of each store, as read here."""
+        self.batches: dict[int, None] = {}
         """The work items whose examples have come, if the driver feeds them. They stay, because a late item may be
         granted again."""
-        self.states: set[int] = set()
+        self.states: frozenset[int] = _NONE
         """The stores whose own optimizer state is here, if replicas update their parameters themselves."""
         self.told: dict[tuple[int, int, int, int], Value] = {}
         """(store, replica, source, clock) -> what a replica here has got from a neighbour."""
@@ -100,12 +101,17 @@ class Node:
         """When all of it is done."""
         self._news: dict[tuple[str, int], _News] = {}
         """(reader, store) -> the newest version that was not sent at once."""
-        self._published: set[int] = set()
+        self._published: frozenset[int] = _NONE
         """The stores of which a version was published."""
         self._restoring = False
         """Whether buffers are still to come of the snapshot from which the run goes on."""
         self._asked: protocol.Export | None = None
         """What the driver has asked for, until all is here."""
+
+    @property
+    def ids(self) -> _Ids:
+        """The common fields of the messages of the run."""
+        return {"plan_id": self.start.plan_id, "run": self.start.run}
 
     def receive(self, peer: str, message: Any, value: Value) -> None:
         """A message has arrived. `value` stands for its arrays; None if it has none."""
@@ -183,15 +189,12 @@ class Node:
         stopped = action.start.stopped
         self._restoring, self._asked = stopped is not None, None
         self.given = self._fed or bool(self._stateful) or self._restoring
-        self.ids = {"plan_id": action.start.plan_id, "run": action.start.run}
         places, programs = self.world.places, self.world.programs
         self.counts = Counts(len(self.world.terms.stores))
-        self.shown.clear()
+        self.shown = [(0, None)] * len(self.world.terms.stores)
         self._news.clear()
-        self._published.clear()
+        self._published = self._models = self.states = _NONE
         self.batches.clear()
-        self._models.clear()
-        self.states.clear()
         self.shared.clear()
         self.shared |= (
             {s.store: s.version for s in stopped.stores if self.world.terms.stores[s.store].shared} if stopped else {}
@@ -240,8 +243,7 @@ class Node:
         given = [([pop(h) for h in handles], factor) for handles, factor in action.contributions]
         world, store = self.world, action.parts[0].store
         seconds = world.homes.seconds(len(given) * sum(world.sizes.parts[store]))
-        parameters = self.shown[store][1] if store in self.shown else None
-        self._in_turn(seconds, self._send_sum, action, given, parameters)
+        self._in_turn(seconds, self._send_sum, action, given, self.shown[store][1])
 
     def _send_sum(
         self, action: protocol.Forward, given: Sequence[tuple[Sequence[Value], float]], parameters: Value
@@ -336,7 +338,7 @@ class Node:
         world = self.world
         value, exact = world.values.current(self.name, store, version)
         first = store not in self._published and not is_lossless(world.terms.stores[store].policy.pull_filters)
-        self._published.add(store)
+        self._published |= {store}
         usual = world.sizes.stores[store] if first else world.sizes.published[store]
         return value, usual if exact is None else exact
 
@@ -404,11 +406,11 @@ class Node:
     def _hand(self, action: protocol.Hand) -> None:
         value = None if action.handle is None else self.payloads.pop(action.handle)
         if isinstance(action.message, wire.Batch):
-            self.batches.add(action.message.sequence)
+            self.batches[action.message.sequence] = None
         elif isinstance(action.message, wire.ModelState):
-            self._models.add((action.message.replica, action.message.stage))
+            self._models |= {(action.message.replica, action.message.stage)}
         elif isinstance(action.message, wire.OwnState):
-            self.states.add(action.message.store)
+            self.states |= {action.message.store}
         elif isinstance(action.message, wire.Buffers):
             self._restore(action.message, value)
             return

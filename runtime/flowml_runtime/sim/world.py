@@ -21,6 +21,7 @@ from flowml.plan import Part, Plan, Site
 from flowml.sim import AT_ONCE, Homes, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.execution.faults import step_failed
+from flowml_runtime.protocol.rendezvous import Rendezvous
 from flowml_runtime.protocol.training import actions
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
@@ -126,6 +127,8 @@ class World:
         self.terms, self.places, self.sizes = layout.terms, layout.places, layout.sizes
         self.programs = layout.programs
         self.wires = Wires(self.clock, self.network, self.numbers, self.tamper)
+        self.mailbox: Rendezvous[list[Value], list[Value]] = Rendezvous()
+        """Of all workers, if no stage waits for values of another."""
         self.nodes = {name: Node(self, name, self.numbers[name]) for name in self.places.workers}
         self._bound: dict[tuple[tuple[Instruction, ...], tuple[float, ...]], Bound] = {}
         """Stages of replicas that have the same instructions share them."""

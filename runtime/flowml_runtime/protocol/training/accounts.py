@@ -52,17 +52,26 @@ def joined(actions: Iterable[object]) -> Iterable[tuple[tuple[tuple[int, ...], i
     return found.items()
 
 
+NONE: frozenset[int] = frozenset()
+"""The empty set that all machines of a simulation share."""
+
+_ANYWAY = frozenset((-1,))
+"""What counts an item if some store has no decisions."""
+
+
 class _Account(msgspec.Struct):
+    """Its sets are frozen, so that the accounts of all replicas can share them."""
+
     item: wire.Item
-    open: set[int]
+    open: frozenset[int]
     """The groups in which its fate is unknown."""
-    counted: set[int] = set()
+    counted: frozenset[int] = NONE
     """The groups that count it in time, and -1 for stores without decisions."""
-    folded: set[int] = set()
+    folded: frozenset[int] = NONE
     """Those that count it in a later clock."""
     left_out: int | None = None
     """The number of its microbatches that its step left out; None while the step may still leave some out."""
-    lost: set[int] = set()
+    lost: frozenset[int] = NONE
     joined: tuple[tuple[int, int], ...] = ()
     """(group whose sites decide alone, the later step of the site of which the gradient is a part), if it came too late
     for its own."""
@@ -74,10 +83,7 @@ class Accounts:
     def __init__(self, terms: Terms, replica: int) -> None:
         self._terms = terms
         self._me = replica
-        self._groups = range(len(terms.groups))
         self._waits = terms.cut is not None
-        self._anyway: set[int] = set() if len(terms.group_of) == len(terms.stores) else {-1}
-        """Whether some store has no decisions."""
         self._accounts: dict[int, _Account] = {}
         self._pushed: dict[tuple[int, int], Fate] = {}
         """(group above, clock) -> what became of the push of the site."""
@@ -85,7 +91,7 @@ class Accounts:
     def kept(self) -> tuple[wire.Unsettled, ...]:
         """The items that are not settled, for a snapshot."""
 
-        def row(groups: set[int]) -> tuple[int, ...]:
+        def row(groups: frozenset[int]) -> tuple[int, ...]:
             return tuple(sorted(groups))
 
         return tuple(
@@ -96,7 +102,7 @@ class Accounts:
     def restore(self, kept: Iterable[wire.Unsettled]) -> None:
         """Go on where a snapshot was taken."""
         for u in kept:
-            groups = set(u.open), set(u.counted), set(u.folded), u.left_out, set(u.lost)
+            groups = frozenset(u.open), frozenset(u.counted), frozenset(u.folded), u.left_out, frozenset(u.lost)
             self._accounts[u.clock] = _Account(u.item, *groups, u.joined)
 
     @property
@@ -107,17 +113,19 @@ class Accounts:
     def open(self, clock: int, item: wire.Item, committed: Sequence[int]) -> None:
         """The step of `clock` begins. `committed` is the newest clock of each group."""
         left_out = None if self._waits else 0
-        account = self._accounts[clock] = _Account(item, set(self._groups), set(self._anyway), left_out=left_out)
+        terms = self._terms
+        anyway = NONE if len(terms.group_of) == len(terms.stores) else _ANYWAY
+        account = self._accounts[clock] = _Account(item, terms.numbers, anyway, left_out=left_out)
         decided = [g for g in self._terms.groups if clock <= committed[g.number] and g.number not in self._terms.above]
         if decided:
             due = {g.number for g in self._terms.due_groups(clock)}
-            account.lost = {g.number for g in decided if g.discards or (g.number in due and not g.folds)}
+            account.lost = frozenset(g.number for g in decided if g.discards or (g.number in due and not g.folds))
             account.open -= account.lost
 
     def finish(self, clock: int, left_out: int = 0) -> list[Settle]:
         """The step of `clock` has finished without its last `left_out` microbatches. Without decisions, that settles
         its item."""
-        if self._groups and not self._waits:
+        if self._terms.groups and not self._waits:
             return []
         self._accounts[clock].left_out = left_out
         return self._settle([clock])
@@ -150,7 +158,7 @@ class Accounts:
         for clock, account in self._accounts.items():
             self._follow(account, clock)
             account.lost |= account.open | {g.number for g in self._terms.final if g.above in account.open}
-            account.open.clear()
+            account.open = NONE
         return self._settle(list(self._accounts))
 
     def _lose(self, group: Group, clock: int) -> None:
@@ -160,8 +168,8 @@ class Accounts:
         lost = [c for c in self._accounts if c == clock or (c < clock and group.discards)]
         for account in map(self._accounts.__getitem__, lost):
             if group.number in account.open:
-                account.open.discard(group.number)
-                account.lost.add(group.number)
+                account.open -= {group.number}
+                account.lost |= {group.number}
 
     def _count(self, group: int, newest: int, *, folded: bool) -> None:
         """A commit contains the push of `newest`, with all gradients since the push before that is still late."""
@@ -171,8 +179,11 @@ class Accounts:
         for clock in mine:
             if clock > late:
                 account = self._accounts[clock]
-                account.open.discard(group)
-                (account.folded if folded else account.counted).add(group)
+                account.open -= {group}
+                if folded:
+                    account.folded |= {group}
+                else:
+                    account.counted |= {group}
 
     def _note(self, group: Group, event: Committed, leader: int) -> None:
         """The group above has decided what becomes of the pushes of the site."""
@@ -195,11 +206,13 @@ class Accounts:
             fate = "dropped" if inside in account.lost else self._pushed.get((above, push))
             if fate is None:
                 continue
-            account.open.discard(above)
+            account.open -= {above}
             if fate == "dropped":
                 account.lost |= {inside, above}
+            elif fate == "folded" or inside in account.folded:
+                account.folded |= {above}
             else:
-                (account.folded if fate == "folded" or inside in account.folded else account.counted).add(above)
+                account.counted |= {above}
 
     def _settle(self, clocks: Sequence[int]) -> list[Settle]:
         found: list[Settle] = []
@@ -212,9 +225,10 @@ class Accounts:
         return found
 
     def _fate(self, account: _Account) -> Settle:
-        inside = {g.number for g in self._terms.final if g.above is not None}  # the groups above them say what counts
-        account.counted -= inside
-        account.folded -= inside
+        if self._terms.final:  # the groups above them say what counts
+            inside = {g.number for g in self._terms.final if g.above is not None}
+            account.counted -= inside
+            account.folded -= inside
         if account.counted:
             lost = tuple(sorted(account.lost)) if account.lost else ()
             return Settle(account.item, "used", lost, account.left_out or 0)

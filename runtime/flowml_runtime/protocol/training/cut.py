@@ -12,6 +12,7 @@ microbatches that end before it is sent.
 
 from __future__ import annotations
 
+from flowml_runtime.protocol.training.accounts import NONE
 from flowml_runtime.protocol.training.terms import Terms
 
 
@@ -20,7 +21,8 @@ class Cut:
 
     def __init__(self, terms: Terms, stage: int) -> None:
         self._rule = terms.cut
-        self._summed = frozenset(i for i, s in enumerate(terms.stores) if s.collective or (s.sites and not s.relayed))
+        sums = (i for i, s in enumerate(terms.stores) if s.collective or (s.sites and not s.relayed))
+        self._summed = frozenset(sums) or NONE
         self._all = terms.microbatches
         self._decides = stage == terms.cuts_at
         self.used = terms.microbatches

@@ -108,8 +108,8 @@ class Fit:
         """The number of the event that is processed. `now` is its time."""
         self._alone = next(iter(self.stages)) if len(self.stages) == 1 else None
         """The only stage here, as on most workers."""
-        self._shown: dict[int, tuple[int, int]] = {}
-        """(version, floor) of each store that is read here."""
+        self._shown = [(-1, -1)] * len(terms.stores)
+        """(version, floor) of each store, as read here."""
         self._hold = start.hold
         self.asked: wire.Export | None = None
         """What the driver has asked for, until everything is applied."""
@@ -236,7 +236,7 @@ class Fit:
     def _published(self, message: wire.Published, event: Received) -> list[Action]:
         store, news, handle = message.store, (message.version, message.floor), event.handle
         terms = self._terms.stores[store]
-        if (terms.collective or terms.relayed) and news <= self._shown.get(store, (-1, -1)):
+        if (terms.collective or terms.relayed) and news <= self._shown[store]:
             return [] if handle is None else [Release(handle, self.cause)]
         self._shown[store] = news
         actions = self._at_stages(self.stages, stage.StorePublished(store, message.version, message.floor))

@@ -48,6 +48,7 @@ from flowml.policy import Consensus, Fold
 from flowml.policy.apply import base_of, scales
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training.accounts import NONE
 from flowml_runtime.protocol.training.clocks import Clocks, contained
 from flowml_runtime.protocol.training.staleness import Staleness
 from flowml_runtime.protocol.training.store import (
@@ -151,7 +152,7 @@ class Home:
     def __init__(self, terms: Terms, stores: Iterable[int], stopped: wire.Stopped | None = None) -> None:
         """`stopped`: where stores stood at the snapshot from which the run goes on."""
         self._terms = terms
-        self._lost: set[int] = set()
+        self._lost = NONE
         self._stores = {
             i: Store(s, senders, None if s.clocked else Clocks(terms.replicas, senders))
             for i, s, senders in ((i, terms.stores[i], terms.stores[i].senders(terms.members)) for i in stores)
@@ -161,7 +162,7 @@ class Home:
                 waiting = (w for w in stopped.waiting if w.store == state.store) if stopped else ()
                 store = self._stores[state.store]
                 store.restore(state, (w for w in waiting if w.of_site == store.terms.relayed))
-        self.staleness = Staleness(terms, self._stores)
+        self.staleness = Staleness.of(terms, self._stores)
 
     def kept(self, store: int, pushed: Iterable[tuple[int, int, int]]) -> wire.StoreState:
         """Where a store stands, for a snapshot. `pushed` as in `rests`."""
@@ -422,7 +423,7 @@ class Home:
 
     def _lose(self, replica: int) -> list[Action]:
         """Retire all stages of a lost replica. Stores that are not clocked drop its incomplete contributions."""
-        self._lost.add(replica)
+        self._lost |= {replica}
         released: list[Action] = []
         for store in self._stores.values():
             if not store.terms.clocked:

@@ -37,10 +37,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flowml.policy import Policy, can_read, window
+from flowml.policy import can_read, window
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
-from flowml_runtime.protocol.training.accounts import Accounts, Settle
+from flowml_runtime.protocol.training.accounts import NONE, Accounts, Settle
 from flowml_runtime.protocol.training.clocks import contained
 from flowml_runtime.protocol.training.cut import Cut
 from flowml_runtime.protocol.training.items import LOOK_AHEAD, Items
@@ -71,12 +71,6 @@ from flowml_runtime.protocol.training.stage import (
 from flowml_runtime.protocol.training.terms import Committed, ReplicaLost, Terms, Tick
 
 
-def _holds(policy: Policy) -> bool:
-    """Whether steps compute with the version that an earlier one has taken, until the rhythm takes another. With
-    staleness 0 every step between two takes reads the same version anyway."""
-    return policy.staleness > 0 and policy.every.pull != 1 and not policy.local and not policy.shared
-
-
 def _followers(terms: Terms, replica: int) -> set[int]:
     """The replicas that begin each of their steps with the parameters of `replica`, which leads their site."""
     found: set[int] = set()
@@ -97,14 +91,14 @@ class Replica:
         self._terms, self._me = terms, replica
         self._stage = stage
         self._leads = stage == 0
-        self._published: dict[int, StorePublished] = {}
+        self._published: list[StorePublished | None] = [None] * len(terms.stores)
+        """The newest version of each store."""
         self._applied: dict[int, Applied] = {}
-        self._holds = frozenset(i for i, s in enumerate(terms.stores) if _holds(s.policy))
+        self._holds = frozenset(i for i, s in enumerate(terms.stores) if s.policy.holds) or NONE
         self._taken: dict[int, int] = {}
         """The clock at which each store of `_holds` was taken last."""
-        self._follows = frozenset(
-            g.number for g in terms.groups if g.number in terms.above and terms.counted_as(g, replica) != replica
-        )
+        above = (g for g in terms.groups if g.number in terms.above)
+        self._follows = frozenset(g.number for g in above if terms.counted_as(g, replica) != replica) or NONE
         """The groups above its site, about which the leader of the site decides what to do."""
         followers = _followers(terms, replica)
         self._followed = bool(followers)
@@ -191,7 +185,7 @@ class Replica:
 
     def may_read(self, store: int, clock: int) -> bool:
         """Whether the newest version of `store` published here is fresh enough for the step of `clock`."""
-        news, terms = self._published.get(store), self._terms.stores[store]
+        news, terms = self._published[store], self._terms.stores[store]
         if news is None or terms.shared:
             return news is not None
         every = terms.policy.every
@@ -210,7 +204,7 @@ class Replica:
 
     def version(self, store: int) -> int:
         """The newest version of `store` published here; -1 before the first."""
-        news = self._published.get(store)
+        news = self._published[store]
         return -1 if news is None else news.version
 
     def should_abandon(self, clock: int) -> bool:
@@ -259,7 +253,7 @@ class Replica:
         return actions
 
     def _publish(self, event: StorePublished) -> None:
-        known = self._published.get(event.store)
+        known = self._published[event.store]
         if known is not None and event.version < known.version:
             raise ProtocolError(f"store {event.store} went back from version {known.version} to {event.version}")
         self._published[event.store] = event
@@ -285,7 +279,7 @@ class Replica:
         if clock <= self._begun or self._last_begun:
             raise ProtocolError(f"replica {self._me} begins clock {clock} after clock {self._begun}")
         self._begun, self._last_begun = clock, last
-        due, undecided, lost = self._terms.due_groups(clock), self._terms.dropping, frozenset[int]()
+        due, undecided, lost = self._terms.due_groups(clock), self._terms.dropping, NONE
         if due is not self._terms.groups or self._follows:
             undecided &= {group.number for group in due if group.number not in self._follows}
         included = False
@@ -460,7 +454,7 @@ class Replica:
 
     def _has_sums(self) -> bool:
         """Whether the last version of each sum is here. Until then this worker passes on what others send of it."""
-        news = map(self._published.get, self._terms.summed_at[self._stage])
+        news = map(self._published.__getitem__, self._terms.summed_at[self._stage])
         return all(n is not None and n.floor > self._terms.last_clock for n in news)
 
     def _close(self) -> list[Action]:

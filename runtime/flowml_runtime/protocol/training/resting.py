@@ -7,7 +7,7 @@ messages, before it decides anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.actions import Export
@@ -27,13 +27,13 @@ def stages_rest(stages: Mapping[tuple[int, int], Stage], asked: wire.Export) -> 
     return all(machine.rests(asked.clocks[at[0]], newest) for at, machine in stages.items())
 
 
-def knows_all(terms: Terms, read: Iterable[int], shown: Mapping[int, tuple[int, int]], asked: wire.Export) -> bool:
+def knows_all(terms: Terms, read: Iterable[int], shown: Sequence[tuple[int, int]], asked: wire.Export) -> bool:
     """Whether the stores that are `read` here have shown everything that replicas have sent: (version, floor)."""
     newest = max(asked.clocks)
     for store in read:
         if terms.stores[store].clocked:
             floor = contained(terms, terms.stores[store].policy.every, newest)
-            if shown.get(store, (0, -1))[1] < floor:
+            if shown[store][1] < floor:
                 return False
     return True
 

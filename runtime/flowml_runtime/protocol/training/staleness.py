@@ -39,9 +39,14 @@ def counted(store: StoreTerms) -> bool:
 class Staleness:
     """The counts of one worker, for those of its `stores` that are counted."""
 
-    def __init__(self, terms: Terms, stores: Mapping[int, Store]) -> None:
-        self._aligned, self._replicas = terms.aligned, terms.replicas
-        self._stores = {number: store for number, store in stores.items() if counted(store.terms)}
+    @staticmethod
+    def of(terms: Terms, stores: Mapping[int, Store]) -> Staleness:
+        """The counts of the stores of a worker; most workers have none."""
+        mine = {number: store for number, store in stores.items() if counted(store.terms)}
+        return Staleness(aligned=terms.aligned, replicas=terms.replicas, stores=mine) if mine else _NOTHING
+
+    def __init__(self, *, aligned: bool, replicas: int, stores: Mapping[int, Store]) -> None:
+        self._aligned, self._replicas, self._stores = aligned, replicas, stores
         self._applied = {number: _before(store) for number, store in self._stores.items()}
         self._told = {number: self._reached(number) for number in self._stores}
         """By store, the first step of which it may tell more."""
@@ -95,6 +100,10 @@ class Staleness:
         if store.finished:
             return RETIRED
         return store.floor if self._aligned else self._applied[index] // self._replicas * store.terms.every
+
+
+_NOTHING = Staleness(aligned=True, replicas=1, stores={})
+"""What all workers share that count nothing."""
 
 
 def _before(store: Store) -> int:

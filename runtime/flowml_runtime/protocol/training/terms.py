@@ -389,6 +389,11 @@ class Terms:
         return frozenset(g.number for g in self.groups if g.drops and not g.folds)
 
     @cached_property
+    def numbers(self) -> frozenset[int]:
+        """Those of all groups."""
+        return frozenset(group.number for group in self.groups)
+
+    @cached_property
     def never_skipped(self) -> tuple[int, ...]:
         """The groups that fold in late pushes of several steps. A slow replica that skipped clocks would never come
         to its push, so it runs all of them, and each of its pushes joins some decision."""
@@ -438,10 +443,8 @@ class Terms:
         It does for stores without decisions, for a group that gathers it for a later push, and for one that waits for
         every replica or folds late contributions in.
         """
-        if self._at_every_clock:
+        if self._at_every_clock or self._counts_always:
             return self._counts_always
-        if self._counts_always:
-            return True
         return any(not g.every.due(clock, self.last_clock) for g in self.groups if g.number not in self.above)
 
     def flushes(self, clock: int, last: bool) -> bool:
