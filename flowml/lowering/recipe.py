@@ -4,8 +4,8 @@ StableHLO cannot name a Python function of another process. A recipe therefore s
 Python: what is between two calls is exported as StableHLO, and the calls, loops and branches become steps. The worker
 builds them with JAX's public functions and compiles them to one executable.
 
-A *token* orders calls. Every ordered call takes the token of the call before it and returns the next one, also from one
-iteration of a loop to the next.
+A *token* orders calls. Every ordered call takes the token of the call before it and returns it, also from one iteration
+of a loop to the next. Its value is the number of the run, which every call gets.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from flowml.ir.exports import load_exported
 from flowml.ir.graph import Literal, Node
 
 Host = Callable[[host.Call], Callable[..., Any]]
-"""Wraps a call for the program that makes it."""
+"""Turns a call into a function of the token and its arrays."""
 
 Export = Callable[[Callable[..., Any], Sequence[Any]], bytes]
 """Exports a function of flat arrays as StableHLO."""
@@ -135,12 +135,12 @@ def _call(call: host.Call, arrays: list[Any], token: Any, wrap: Host) -> tuple[S
     structs = [_jax.struct_of(s) for s in call.results]
     function = wrap(call)
     if call.pure:
-        return jax.pure_callback(function, structs, *arrays), token
+        return jax.pure_callback(function, structs, token, *arrays), token
     if not call.ordered:
-        return io_callback(function, structs, *arrays), token
+        return io_callback(function, structs, token, *arrays), token
 
     def in_turn(token: Any, *given: Any) -> Any:
-        return function(*given), np.asarray(token)
+        return function(token, *given), np.asarray(token)
 
     return io_callback(in_turn, (structs, jax.ShapeDtypeStruct(token.shape, token.dtype)), token, *arrays)
 

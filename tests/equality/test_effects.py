@@ -3,8 +3,10 @@ placement. What they print is compared as text, and what callbacks do by a file 
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ import flowml as fm
 from tests.training.reference import assert_close, assert_same
 
 X = jnp.arange(4.0)
+BARRIERS: list[threading.Barrier] = []
+"""What calls in this process wait for."""
 
 
 def host_sin(v: Any) -> Any:
@@ -37,6 +41,13 @@ def counted(v: Any) -> Any:
 
 def like(x: jax.Array) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def refuse_together(v: Any) -> Any:
+    if v >= 0:
+        BARRIERS[0].wait(60)  # another call is here too
+        raise ValueError(f"of {int(v)}")
+    return np.asarray(v)
 
 
 def plain(x: jax.Array) -> jax.Array:
@@ -345,3 +356,43 @@ def test_processes_run_effects_where_python_is_allowed(tmp_path: Path, capfd: py
             program(X + 2)
         assert program(X + 1) == 4
     assert Counter(capfd.readouterr().out.splitlines())["last 3.0"] == 1
+
+
+def test_errors_of_calls_on_several_threads_are_not_mixed_up() -> None:
+    def fn(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 2, lambda i, v: io_callback(refuse_together, like(v), v) + 1, x)
+
+    BARRIERS[:] = [threading.Barrier(2)]
+    with fm.Cluster.threads(workers=1) as cluster:
+        program = fm.dataflow(fn, cluster=cluster)
+        assert program(np.float32(-3)) == -1
+        with ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(program, np.float32(n)) for n in (10, 20)]
+        for future, n in zip(found, (10, 20), strict=True):
+            with pytest.raises(fm.WorkerError, match=f"^ValueError: of {n} "):
+                future.result(60)
+
+
+def test_equinox_loops_with_checks_are_differentiated(
+    threads_cluster: fm.Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fn(x: jax.Array) -> Any:
+        def body(carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            i, v = carry
+            jax.debug.print("step {}", i)
+            return i + 1, eqx.error_if(jnp.sin(v) * 1.5, v[0] > 9, "v is too large")
+
+        def loss(v: jax.Array) -> jax.Array:
+            start = (jnp.int32(0), v)
+            loop: Any = eqx.internal.while_loop
+            return loop(lambda c: c[0] < 3, body, start, kind="checkpointed", max_steps=4)[1].sum()
+
+        return jax.value_and_grad(loss)(x)
+
+    expected = jax.jit(fn)(X)
+    wanted = said(capsys)
+    program = fm.dataflow(fn, cluster=threads_cluster)
+    assert_close(program(X), expected)
+    assert said(capsys) == wanted
+    with pytest.raises(fm.WorkerError, match="v is too large"):
+        program(X + 10)

@@ -8,11 +8,11 @@ and raised instead.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flowml.ir import host
@@ -35,10 +35,15 @@ def buffer_struct(spec: ArraySpec) -> jax.ShapeDtypeStruct:
 
 
 def compile_task(
-    run: Callable[..., Sequence[Any]], task: Task, device: JaxDevice, donate: Sequence[int] = ()
+    run: Callable[..., Sequence[Any]],
+    task: Task,
+    device: JaxDevice,
+    donate: Sequence[int] = (),
+    more: Sequence[jax.ShapeDtypeStruct] = (),
 ) -> TaskFunction:
-    """Compile a function of the task's arrays as one of their buffers. It may return more than the task's outputs."""
-    wrap = [key_implementation(s.dtype) if s.dtype.startswith("key<") else None for s in task.inputs]
+    """Compile a function of the task's arrays as one of their buffers. It takes `more` arrays, and may return more."""
+    keys = [key_implementation(s.dtype) if s.dtype.startswith("key<") else None for s in task.inputs]
+    wrap = [*keys, *(None for _ in more)]
     unwrap = [s.dtype.startswith("key<") for s in task.outputs]
 
     def flat(*buffers: Any) -> list[Any]:
@@ -54,7 +59,7 @@ def compile_task(
         here = jax.sharding.SingleDeviceSharding(device)
         options = {"in_shardings": here, "out_shardings": here}
     jitted = jax.jit(flat, donate_argnums=donate, **options)
-    call = compiled(jitted.lower(*[buffer_struct(s) for s in task.inputs]), committed=elsewhere)
+    call = compiled(jitted.lower(*[buffer_struct(s) for s in task.inputs], *more), committed=elsewhere)
     return _exactly(call) if any(is_wide(s.dtype) for s in task.inputs) else call
 
 
@@ -85,33 +90,37 @@ def _needs_xla(function: Any) -> bool:
 
 
 def _traced(recipe: Recipe, task: Task, settings: tuple[Setting, ...], device: JaxDevice) -> TaskFunction:
-    raised: list[BaseException] = []
+    raised: dict[int, BaseException] = {}
+    """Number of a run -> the first exception of its calls. Several threads may run the task at once."""
+    numbers = itertools.count()
 
     def wrap(call: host.Call) -> Callable[..., Any]:
-        def guarded(*arrays: Any) -> list[np.ndarray]:
+        def guarded(number: Any, *arrays: Any) -> list[np.ndarray]:
             try:
                 with under(settings):  # XLA calls on a thread of its own
                     return call(*arrays)
             except BaseException as error:
-                raised.append(error)
+                raised.setdefault(int(number), error)
                 raise
 
         return guarded
 
     def run(*arrays: Any) -> list[Any]:
-        outputs, token = recipe.run(arrays, jnp.zeros((), bool), wrap)
+        outputs, token = recipe.run(arrays[:-1], arrays[-1], wrap)
         return [*outputs, token]
 
-    execute = compile_task(run, task, device)
+    execute = compile_task(run, task, device, more=[jax.ShapeDtypeStruct((), np.int32)])
 
     def call(*buffers: Any) -> Sequence[Array]:
-        raised.clear()
+        number = next(numbers) % 2**31
         try:
-            *outputs, _ = jax.block_until_ready(execute(*buffers))
+            *outputs, _ = jax.block_until_ready(execute(*buffers, np.int32(number)))
         except Exception:
-            if raised:
-                raise raised[0] from None
+            if number in raised:
+                raise raised[number] from None
             raise
+        finally:
+            raised.pop(number, None)
         return outputs
 
     return call
