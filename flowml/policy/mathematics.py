@@ -56,11 +56,12 @@ def coefficients(apply: Apply, weights: Sequence[int], microbatches: int, absent
     return tuple(each if w else 0.0 for w in weights)
 
 
-def shares(apply: Apply, weights: Sequence[int], absent: int = 0) -> tuple[float, ...]:
-    """The coefficient of each payload that is one replica's change or parameters after `weights[i]` microbatches.
+def shares(apply: Apply, weights: Sequence[int], absent: int = 0, summed: int = 1) -> tuple[float, ...]:
+    """The coefficient of each payload that is one replica's change or parameters after `weights[i]` microbatches, or
+    the sum of those of `summed` replicas, which have the same number.
 
     A kind that averages weighs each by its microbatches, so that a replica counts by the examples that it has seen. The
     others add the changes as they are. `absent` is as in `coefficients`.
     """
     total = max(sum(weights) + absent, 1)
-    return tuple((w / total if apply.averages else 1.0) if w else 0.0 for w in weights)
+    return tuple((w / total / summed if apply.averages else 1.0) if w else 0.0 for w in weights)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from flowml.errors import PolicyError
-from flowml.policy.apply import Consensus, Mean, Mix, Outer, Sum, base_of
+from flowml.policy.apply import Consensus, Distill, Mean, Mix, Outer, Sum, base_of
 from flowml.policy.graphs import CompleteGraph
 from flowml.policy.late import Fold, late_name
 from flowml.policy.quorum import Coded, Deadline, Quorum
@@ -206,17 +206,34 @@ def _check_site_quorum(policy: Policy, inside: Quorum | Deadline, topology: str)
 def _check_local(policy: Policy) -> None:
     payload = f"payload={policy.payload!r}"
     if policy.collective:
-        raise PolicyError(
-            f"topology={policy.topology!r} with {payload} is not sound: a replica that adds up with others has one "
-            "copy of the parameters, its own, and what it sends refers to global ones that a home keeps; use "
-            "topology=flowml.ParameterServer(), a Hierarchy with remote=flowml.ParameterServer(), or payload=Gradient()"
-        )
+        _check_summed(policy, payload)
     if policy.clocked and not policy.quorum.waits_for_all:
         _check_dropping(policy, payload)
     if isinstance(base_of(policy.apply), Consensus):
         _check_consensus(policy, payload)
     if isinstance(policy.payload, Weights):
         _check_weights(policy, payload)
+
+
+def _check_summed(policy: Policy, payload: str) -> None:
+    """Check that what replicas add up among themselves is all that the global parameters need. Each holds a copy."""
+    topology, kind = f"topology={policy.topology!r}", base_of(policy.apply)
+    if policy.sited:
+        raise PolicyError(
+            f"{topology} with {payload} is not sound: what leaders add up has to count by the replicas of their sites, "
+            "and a sum of changes does not know them; use a Hierarchy with remote=flowml.ParameterServer() or "
+            "flowml.Gossip('complete'), or payload=Gradient()"
+        )
+    if isinstance(kind, Consensus | Distill):
+        raise PolicyError(
+            f"{topology} with apply={policy.apply!r} is not sound: it needs what each replica sends, and a sum has "
+            "only all of it together; use topology=flowml.ParameterServer()"
+        )
+    if policy.quorum != Quorum():
+        raise PolicyError(
+            f"{topology} with {payload} and quorum={policy.quorum} is not sound: changes of unequal numbers of "
+            "examples count alike in a sum; leave quorum out, or use topology=flowml.ParameterServer()"
+        )
 
 
 def _check_consensus(policy: Policy, payload: str) -> None:

@@ -185,11 +185,14 @@ class Policy(msgspec.Struct, frozen=True):
         """Whether a replica takes global parameters between two pushes. The steps since the last stay to be sent."""
         return self.every.pull != self.every.push
 
-    def coefficients(self, weights: Sequence[int], microbatches: int, absent: int = 0) -> tuple[float, ...]:
-        """The coefficient of each contribution, by their weights; see `mathematics.coefficients` and `shares`."""
+    def coefficients(
+        self, weights: Sequence[int], microbatches: int, absent: int = 0, summed: int = 1
+    ) -> tuple[float, ...]:
+        """The coefficient of each contribution, by their weights; see `mathematics.coefficients` and `shares`. Each is
+        the sum of what so many replicas send."""
         apply = Mean() if isinstance(self.remote, Gossip) else self.apply  # the home gets parameters, once
         if self.local:
-            return shares(apply, weights, absent)
+            return shares(apply, weights, absent, summed)
         return coefficients(apply, weights, microbatches, absent)
 
     @property

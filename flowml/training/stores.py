@@ -192,16 +192,28 @@ class StorePlanner:
     def _by_stage(
         self, graph: Graph, group: tuple[int, ...], contributions: Contributions
     ) -> Sequence[tuple[int, ...]]:
-        """The leaves of a group that one stage can update by itself, if replicas update parameters of their own."""
+        """The leaves of a group that one stage can update by itself, if replicas update parameters of their own. If
+        replicas add these up, they have one dtype."""
         policy = self.policies[self.paths[group[0]]]
         if not (policy.local or policy.shared):
             return [group]
+        if self._collective(policy):
+            dtypes = {leaf: graph.values[graph.inputs[leaf]].dtype for leaf in group}
+            if len(set(dtypes.values())) > 1 and self._are_coupled(group):
+                raise PolicyError(
+                    f"{parameter_path(self.paths[group[0]])!r} ({policy.describe()}): the optimizer couples "
+                    f"parameters of the dtypes {named(sorted(set(dtypes.values())))}, and a sum over replicas has one; "
+                    "give them one dtype, or topology=fm.ParameterServer()"
+                )
+            if len(set(dtypes.values())) > 1:
+                alike = (tuple(leaf for leaf in group if dtypes[leaf] == d) for d in dict.fromkeys(dtypes.values()))
+                return [part for found in alike for part in self._by_stage(graph, found, contributions)]
         users: dict[frozenset[str], list[int]] = {}
         for leaf in group:
             readers = {n.device for n in graph.consumers.get(graph.inputs[leaf], ())}
             made = {graph.producer[v].device for v in contributions.values[leaf]}
             users.setdefault(frozenset(readers | made), []).append(leaf)
-        coupled = any(len(set(found) & set(group)) > 1 for found in self._coupled) and len(users) > 1
+        coupled = self._are_coupled(group) and len(users) > 1
         if coupled or any(len(devices) > 1 for devices in users):
             if isinstance(base_of(policy.apply), Distill):
                 raise apart(policy, set().union(*users))
@@ -212,6 +224,10 @@ class StorePlanner:
                 f"devices use them; place them on one device, or give them {other}"
             )
         return [tuple(found) for found in users.values()]
+
+    def _are_coupled(self, group: Sequence[int]) -> bool:
+        """Whether the optimizer couples some of these leaves."""
+        return any(len(set(found) & set(group)) > 1 for found in self._coupled)
 
     def _collective(self, policy: Policy) -> bool:
         """Whether replicas add up gradients among themselves."""
@@ -224,7 +240,8 @@ class StorePlanner:
         policy = self.policies[self.paths[group[0]]]
         values = [v for leaf in group for v in contributions.values[leaf]]
         nodes = [graph.producer[v] for v in values]
-        kinds = {(n.device, graph.values[v].dtype) for n, v in zip(nodes, values, strict=True)}
+        added = [graph.inputs[leaf] for leaf in group] if policy.local else values  # changes are like parameters
+        kinds = {(n.device, graph.values[v].dtype) for n, v in zip(nodes, added, strict=True)}
         return Bundle(
             group,
             nbytes=sum(graph.values[v].nbytes for v in values),
@@ -247,7 +264,7 @@ class StorePlanner:
         stage_of: Mapping[str, int],
     ) -> StoreDraft:
         policy = self.policies[self.paths[group[0]]]
-        collective = self._collective(policy)
+        collective = self._collective(policy) and not policy.local  # else what is added up is not what a step makes
         weighted = self.treatments[group[0]].weighted
         plain: dict[tuple[int, str], list[int]] = {}
         parts: list[PartDraft] = []
@@ -342,10 +359,10 @@ class StorePlanner:
         local: Local | None = None
         if store.policy.local:
             every = self.optimizers
-            one = self.microbatches == 1 and not (store.policy.adds_up and self.replicas > 1)
+            one = self.microbatches == 1 and not (store.policy.sited and self.replicas > 1)
             dtype = coefficient_dtype(s.dtype for s in specs)
             local = local_tasks(store.name, store.policy, specs, store.leaves, every, given, table, dtype, exact=one)
-            parts = (Part(parts[0].stage, parts[0].leaves, specs),)
+            parts = (Part(parts[0].stage, parts[0].leaves, specs, reduction=parts[0].reduction),)
             given = Payload(parts, given.shapes, {}, weighted=False, steps=False)
         collective = self._collective(store.policy)
         update = self.optimizers.at_home(store.policy, store.leaves, len(sites) or self.replicas)

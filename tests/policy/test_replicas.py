@@ -15,6 +15,7 @@ from flowml.policy import (
     UNBOUNDED,
     AllReduce,
     Coded,
+    Consensus,
     Delta,
     Every,
     Gradient,
@@ -118,7 +119,14 @@ def test_an_outer_optimizer_does_not_travel() -> None:
         (lambda: named.diloco(4, delay=4), "give delay=0 to 3"),
         (lambda: Policy(every=Every(4, pull=8)), "give staleness=7 or more"),
         (lambda: Policy(every=Every(4, delay=1)), "use payload=Delta"),
-        (lambda: Policy(topology=AllReduce(), payload=Delta()), "use topology=flowml.ParameterServer"),
+        (
+            lambda: Policy(topology=Hierarchy(AllReduce(), AllReduce(), 2), payload=Delta()),
+            "use a Hierarchy with remote",
+        ),
+        (
+            lambda: Policy(topology=AllReduce(), payload=Delta(), apply=Consensus(0.1)),
+            "use topology=flowml.ParameterServer",
+        ),
         (lambda: Policy(topology=SITES, payload=Delta()), "a Hierarchy with remote=flowml.ParameterServer"),
         (lambda: Policy(quorum=Coded(1), payload=Delta(), every=4), "use payload=Gradient"),
         (lambda: Policy(quorum=Quorum(0.75), payload=Weights(), apply=Mix(0.1), every=4), "leave quorum out"),

@@ -396,7 +396,8 @@ class Home:
         if not exact:
             weights = [weight for _, _, weight in weighed if weight]
             absent = missing * max(weights) if living is None else store.absent((g for g, _ in full), living)
-            each = store.terms.policy.coefficients(weights, self._terms.microbatches, absent)
+            summed = self._terms.replicas if store.terms.collective else 1
+            each = store.terms.policy.coefficients(weights, self._terms.microbatches, absent, summed)
             factors = [c * factor for c, factor in zip(each, factors, strict=True)]
         contributions = tuple((g.handles(), c) for (g, _), c in zip(full, factors, strict=True))
         apply = Apply(index, store.version, contributions, staleness if scales(store.terms.policy.apply) else ())
