@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from flowml.arguments import choice, flag
@@ -42,6 +43,7 @@ from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import shown
 from flowml_runtime.driver.training.delays import Delays, delays_of, rows_of, workers_of
 from flowml_runtime.driver.training.feeding import MAX_SHAPES, batch_structs
+from flowml_runtime.driver.training.fingerprint import fingerprint
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Asked, Callback, Last, check_rest, compiling, rest_of
 from flowml_runtime.driver.training.model import Model
@@ -351,6 +353,11 @@ class Trainer:
         params = jax.tree_util.tree_map(_own, params)
         state = self._state(params, opt_state, program.compiled.outer)
         given = asked.checkpoint, asked.resume
+        if asked.checkpoint is not None:
+            outer = program.compiled.outer
+            states = (state.own, *state.outer) if isinstance(state, OptimizerState) else (state,)
+            pairs = list(zip((self._spec.optimizer, *outer), states, strict=True))
+            about = msgspec.structs.replace(about, update=fingerprint(pairs, params))
         saving = saving_of(*given, program.training, (params, state), model, about, asked.total)
         if asked.validation is not None:
             saving.validation = self._validation(cluster, program, asked)

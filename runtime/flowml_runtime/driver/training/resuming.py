@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
-from flowml.errors import CheckpointError
+from flowml.errors import CheckpointError, FlowmlWarning
 from flowml.plan import Training
 from flowml_runtime.driver.checkpoint import Checkpoint, newest
+from flowml_runtime.driver.training.fingerprint import differ
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.result import restored
 from flowml_runtime.driver.training.saving import Saving
@@ -51,6 +53,14 @@ def saving_of(
         return Saving(checkpoint, None, now, trees, model)
     path, snapshot = found
     check(snapshot, path, training, now, (*trees, model.state()))
+    if differ(snapshot.content.figures.update, now.update):
+        warnings.warn(
+            f"the update of the optimizer is another one than that which wrote the checkpoint {path}, such as with "
+            "another learning rate or schedule; the fit goes on with the new one and the state of the old one. If that "
+            "is not meant, give the optimizer of the fit that wrote it",
+            FlowmlWarning,
+            stacklevel=5,
+        )
     steps = snapshot.content.steps
     if steps > total:
         raise CheckpointError(

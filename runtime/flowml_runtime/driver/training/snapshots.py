@@ -65,6 +65,8 @@ class Figures(msgspec.Struct, frozen=True):
     shuffle: bool
     rest: int = 0
     """The examples of a short batch at the end of each epoch, if it is used."""
+    update: str = ""
+    """The name of the optimizer's update, as in `fingerprint`. Another one is no error: rates may be changed."""
     workers: str = "real"
     """What kind the workers are: a snapshot of simulated ones lacks what only real ones keep."""
 
@@ -253,7 +255,9 @@ def figures(
     """Those of a fit."""
     replicas = len(training.replicas)
     stages = len(training.replicas[0])
-    return Figures(replicas, stages, training.microbatches, batch_size, source.examples, seed, shuffle, rest, workers)
+    return Figures(
+        replicas, stages, training.microbatches, batch_size, source.examples, seed, shuffle, rest, workers=workers
+    )
 
 
 def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, trees: tuple[Any, Any, Any]) -> None:
@@ -263,7 +267,7 @@ def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, tree
     differs = [
         f"{name}={getattr(snapshot.content.figures, name)} there and {getattr(now, name)} here"
         for name in Figures.__struct_fields__
-        if getattr(snapshot.content.figures, name) != getattr(now, name)
+        if name != "update" and getattr(snapshot.content.figures, name) != getattr(now, name)
     ]
     differs += [f"layer {n!r} is only {'there' if n in known else 'here'}" for n in sorted(known.keys() ^ mine.keys())]
     for name in sorted(known.keys() & mine.keys()):
