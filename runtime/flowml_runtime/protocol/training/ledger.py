@@ -242,8 +242,8 @@ class Ledger:
             if item is not None:
                 if item.copy:
                     self._count_copy(item)
-                self._outstanding[item.sequence, item.copy] = (replica, item)
-                self._clocks[item.sequence, item.copy] = clock
+                at = item.sequence, item.copy
+                self._outstanding[at], self._clocks[at] = (replica, item), clock
                 items.append((clock, item))
         self._granted += len(items)
         short = len(items) < len(clocks)
