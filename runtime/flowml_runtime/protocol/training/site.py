@@ -95,6 +95,7 @@ class Site:
         self._inside = group.at_site(number)
         self.members = group.sites[number]
         self.leader = self.members[0]
+        self._within = frozenset(self.members)
         waiting = [w for w in stopped.waiting if self._waits_here(w)] if stopped else []
         late, first = {(w.replica, w.clock) for w in waiting}, max(stopped.clocks) if stopped else 0
         self._decision = Decision(terms, self._inside, began, first, late)
@@ -117,7 +118,7 @@ class Site:
                 self._sums = {c: _Sum(frozenset(there), folded, Waits()) for c, there, folded in state.sums}
 
     def _waits_here(self, part: wire.Waiting) -> bool:
-        return part.store in self._group.stores and not part.of_site and part.replica in self.members
+        return part.store in self._group.stores and not part.of_site and part.replica in self._within
 
     def kept(self) -> wire.SiteState:
         """Where the machine stands, for a snapshot."""
@@ -168,7 +169,7 @@ class Site:
 
     def _receive(self, part: ContributionReceived, now: float) -> list[Action]:
         terms = self._terms.stores[part.store]
-        if part.part >= len(terms.stages) or part.replica not in self.members:
+        if part.part >= len(terms.stages) or part.replica not in self._within:
             raise ProtocolError(
                 f"part {part.part} of replica {part.replica} does not belong to the site of {self.leader}"
             )
@@ -200,7 +201,7 @@ class Site:
         for replica in made.excluded if folds else ():
             self._owed.setdefault(replica, set()).add(clock)
         if not self._group.final:
-            self._sums[clock] = _Sum(frozenset(self.members) - excluded, made.folded, made.waits)
+            self._sums[clock] = _Sum(self._within - excluded, made.folded, made.waits)
         row = self._rows.pop(clock, {})
         late = {at: row.pop(at) for at in list(row) if at[1] in excluded}
         if late and folds:
@@ -296,7 +297,7 @@ class Site:
         return actions
 
     def _leave(self, event: ReplicaRetired | ReplicaLost, replica: int, now: float) -> list[Action]:
-        if replica not in self.members or replica in self._left:
+        if replica not in self._within or replica in self._left:
             return []
         self._left.add(replica)
         if isinstance(event, ReplicaLost):
