@@ -33,7 +33,9 @@ def test_items_that_are_costly_to_hold_are_asked_for_one_at_a_time() -> None:
     assert batch(shared, fed=False) == MOST_AHEAD
     assert batch(shared, fed=True) == LOOK_AHEAD
     assert batch(terms(Policy(quorum=Quorum(3)), clocks=8), fed=False) == LOOK_AHEAD
-    assert batch(terms(Policy(quorum=Quorum(3)), clocks=10), fed=False) == 4, "it asks three times, and tells fates then"
+    assert batch(terms(Policy(quorum=Quorum(3)), clocks=10), fed=False) == 4, (
+        "it asks three times, and tells fates then"
+    )
     assert batch(terms(Policy(quorum=Quorum(3, late=Requeue()))), fed=False) == LOOK_AHEAD
     assert batch(terms(Policy(staleness=2)), fed=False) == LOOK_AHEAD
 
