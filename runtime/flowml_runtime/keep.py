@@ -53,16 +53,18 @@ class Keep:
         """The flat outputs of a function that stay. Raises ValueError for a position or pattern without outputs."""
         graph = traced.graph
         tree = traced.out_tree if returned.plain else returned.tree
-        leaves = _leaves(returned, tree.num_leaves)
+        leaves = _leaves(traced, returned, tree.num_leaves)
+        flat = {i for found in leaves.values() for i in found}
         kept: set[int] = set()
         if self.everything:
-            kept |= {i for i, o in enumerate(graph.outputs) if o in graph.producer and i in leaves.values()}
+            kept |= {i for i, o in enumerate(graph.outputs) if o in graph.producer and i in flat}
         if self.auto:
             specs = [graph.values[o] if isinstance(o, int) else None for o in graph.outputs]
-            kept |= {i for i, s in enumerate(specs) if s is not None and s.nbytes > AUTO_BYTES and i in leaves.values()}
+            large = {i for i, s in enumerate(specs) if s is not None and s.nbytes > AUTO_BYTES}
+            kept |= large & flat
         for position in self.positions:
-            kept |= {leaves[i] for i in _below(tree, position, name) if i in leaves}
-        names = {i: graph.output_names[i] for i in leaves.values()}
+            kept.update(n for i in _below(tree, position, name) for n in leaves.get(i, ()))
+        names = {i: graph.output_names[i] for i in sorted(flat)}
         for pattern in self.patterns:
             hit = {i for i, path in names.items() if fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}/*")}
             if not hit:
@@ -77,12 +79,18 @@ EVERYTHING = Keep(everything=True)
 """All that the program makes stays."""
 
 
-def _leaves(returned: Returned, count: int) -> dict[int, int]:
-    """Leaf of the user's result -> flat output of the trace, for leaves that are arrays."""
+def _leaves(traced: Trace, returned: Returned, count: int) -> dict[int, Sequence[int]]:
+    """Leaf of the user's result -> flat outputs of the trace. A leaf may be an nnx object that was passed in, which has
+    several: those of its new state."""
     if returned.plain:
-        return {i: i for i in range(count)}
+        return {i: (i,) for i in range(count)}
     arrays = [i for i in range(count) if i not in returned.fixed and i not in returned.same]
-    return {leaf: position for position, leaf in enumerate(arrays)}
+    found: dict[int, Sequence[int]] = {leaf: (position,) for position, leaf in enumerate(arrays)}
+    states, start = [], len(arrays)
+    for tree in traced.out_tree.children()[1].children():
+        states.append(range(start, start + tree.num_leaves))
+        start += tree.num_leaves
+    return found | {leaf: states[number] for leaf, number in returned.same.items()}
 
 
 def _below(tree: Any, position: int, name: str) -> range:

@@ -6,6 +6,7 @@ Each runs under three placements, and through a `Trainer` where that fits. A cal
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -20,11 +21,6 @@ from tests.zoo.loop import ROWS, STEPS, Loop, Made, Supervised
 from tests.zoo.loops import LOOPS
 
 SUPERVISED = tuple(loop for loop in LOOPS if loop.make.__annotations__["return"] == "Supervised")
-
-
-def made(loop: Loop) -> Made:
-    found = loop.make()
-    return found.made() if isinstance(found, Supervised) else found
 
 
 def placement_of(kind: str, loop: Loop) -> Any:
@@ -77,34 +73,36 @@ def moved(cluster: Any, call: Callable[[], Any]) -> tuple[Any, int]:
         del endpoint.send, session.on_message
 
 
-def reference(made: Made) -> tuple[Any, list[Any], int]:
-    """The last state and the metrics of all steps, under jit; and how often that compiles."""
-    step, state, metrics = made.jit(made.step), made.state, list[Any]()
-    for batch in made.batches:
-        state, found = step(state, batch)
-        metrics.append(found)
-    return state, metrics, step._cache_size() if made.jit is jax.jit else 1
+@cache
+def reference(loop: Loop) -> tuple[Made, Any, list[Any], int]:
+    """The loop, its last state and the metrics of all steps under jit, and how often that compiles."""
+    found = loop.make()
+    program = found.made() if isinstance(found, Supervised) else found
+    step, state, metrics = program.jit(program.step), program.state, list[Any]()
+    for batch in program.batches:
+        state, told = step(state, batch)
+        metrics.append(told)
+    return program, state, metrics, step._cache_size() if program.jit is jax.jit else 1
 
 
+@pytest.mark.parametrize("kind", ["auto", "pipeline", "pattern"])
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.name)
-def test_a_loop_equals_jit_and_moves_its_batch_and_metrics(loop: Loop, threads_cluster: fm.Cluster) -> None:
-    program = made(loop)
-    wanted, metrics, compiled = reference(program)
-    for kind in ("auto", "pipeline", "pattern"):
-        where = placement_of(kind, loop)
-        step = fm.dataflow(program.step, cluster=threads_cluster, placement=where, keep=0, donate_argnums=0)
-        state: Any = program.state
-        for number, batch in enumerate(program.batches):
-            (state, found), travelled = moved(threads_cluster, lambda s=state, b=batch, f=step: f(s, b))
-            close(found, metrics[number], loop.tolerance)
-            if number >= compiled:  # a call that compiles sends a plan, and the first one sends the state
-                most = max(2 * nbytes(batch) + nbytes(found), nbytes(state) // 100)
-                assert travelled <= most, f"{kind}: call {number} moves {travelled} bytes, more than {most}"
-        kept = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, fm.Remote)]
-        assert len(kept) == sum(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(wanted))
-        devices = {part.device for part in step.plan(state, program.batches[0]).partitions}
-        assert len(devices) == (1 if kind == "auto" else 2), f"{kind}: {devices}"
-        close(state, wanted, loop.tolerance)
+def test_a_loop_equals_jit_and_moves_its_batch_and_metrics(loop: Loop, kind: str, threads_cluster: fm.Cluster) -> None:
+    program, wanted, metrics, compiled = reference(loop)
+    where = placement_of(kind, loop)
+    step = fm.dataflow(program.step, cluster=threads_cluster, placement=where, keep=0, donate_argnums=0)
+    state: Any = program.state
+    for number, batch in enumerate(program.batches):
+        (state, found), travelled = moved(threads_cluster, lambda s=state, b=batch, f=step: f(s, b))
+        close(found, metrics[number], loop.tolerance)
+        if number >= compiled:  # a call that compiles sends a plan, and the first one sends the state
+            most = max(2 * nbytes(batch) + nbytes(found), nbytes(state) // 100)
+            assert travelled <= most, f"{kind}: call {number} moves {travelled} bytes, more than {most}"
+    kept = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, fm.Remote)]
+    assert len(kept) == sum(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(wanted))
+    devices = {part.device for part in step.plan(state, program.batches[0]).partitions}
+    assert len(devices) == (1 if kind == "auto" else 2), f"{kind}: {devices}"
+    close(state, wanted, loop.tolerance)
 
 
 @pytest.mark.parametrize("loop", SUPERVISED, ids=lambda loop: loop.name)
