@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from flowml.arrays import ArraySpec
+from flowml.captured import LARGE_BYTES, Captured, warn_of_size
 from flowml.devices import Device, as_devices
 from flowml.effects import EffectsOption
 from flowml.errors import UnsupportedError
@@ -214,6 +216,7 @@ def compile_graph(
         ordered=graph.ordered,
     )
     verify_plan(plan)
+    warn_of_size(name, (c.spec for c in constants if c.captured))
     return plan
 
 
@@ -230,14 +233,14 @@ def _bind(
     keeps = {v: i for i, v in enumerate(dict.fromkeys(v for v, kept in made if kept))}
     position = {v: i for i, v in enumerate(graph.inputs)}
     kept = [v for v in graph.constants if v not in compiled_in or v in graph.output_values]
-    constants = [Constant(graph.values[v], array_bytes(graph.constants[v])) for v in kept]
+    constants = [constant_of(graph.values[v], graph.constants[v]) for v in kept]
     numbers = {v: i for i, v in enumerate(kept)}
     outputs: list[Output] = []
     for number, output in enumerate(graph.outputs):
         kept = number in stays
         name = graph.output_names[number] if kept else ""
         if isinstance(output, Literal):
-            constants.append(Constant(_jax.spec_of(output.aval), array_bytes(_jax.literal_value(output.value))))
+            constants.append(constant_of(_jax.spec_of(output.aval), _jax.literal_value(output.value)))
             outputs.append(Output(constants[-1].spec, "constant", len(constants) - 1, kept, "", name))
         elif output in graph.producer and kept:
             device = graph.producer[output].device
@@ -252,11 +255,17 @@ def _bind(
     return bindings, tuple(outputs), tuple(constants)
 
 
-def array_bytes(array: Any) -> bytes:
-    """The bytes of a concrete array as they are sent (the key data, for typed keys)."""
+def constant_of(spec: ArraySpec, array: Any) -> Constant:
+    """A concrete array as a constant of a plan (the key data, for typed keys)."""
     if isinstance(array, jax.Array) and jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key):
         array = jax.random.key_data(array)
-    return np.ascontiguousarray(np.asarray(array)).tobytes()
+    values = np.asarray(array, order="C")
+    if values.nbytes < LARGE_BYTES:
+        return Constant(spec, values.tobytes())
+    # the owner of a NumPy array may write to it, and the program may be loaded again
+    return Constant(
+        spec, captured=Captured.of(values.reshape(-1).view(np.uint8), copy=not isinstance(array, jax.Array))
+    )
 
 
 def node_views(graph: Graph, tasks: Schedule, table: ExecutableTable) -> tuple[NodeView, ...]:

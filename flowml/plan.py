@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from flowml.arrays import ArraySpec, Dimension, Index, Shape
+from flowml.captured import Captured, from_plan, to_plan
 from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, PolicyError, named
 from flowml.home import Applies, Buffer, Local, Reduction, Site
@@ -26,7 +27,7 @@ from flowml.policy.filters import sent_size
 if TYPE_CHECKING:
     from os import PathLike
 
-FORMAT = 4
+FORMAT = 5
 """Version of the serialised form. A plan of another format is refused with both numbers in the error."""
 
 DRIVER = "driver"
@@ -117,8 +118,11 @@ class Program(msgspec.Struct, frozen=True):
 
 
 class Constant(msgspec.Struct, frozen=True):
+    """An array that a function closes over: its bytes, or what names those of a large one."""
+
     spec: ArraySpec
-    data: bytes
+    data: bytes = b""
+    captured: Captured | None = None
 
 
 class Output(msgspec.Struct, frozen=True):
@@ -437,12 +441,12 @@ class Plan(msgspec.Struct, frozen=True):
         return render(self, path)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the plan, executables included, to one file."""
+        """Write the plan, executables included, to one file. Of large closed-over arrays it holds digests."""
         Path(path).write_bytes(self.encode())
 
     def encode(self) -> bytes:
         """The plan as MessagePack, preceded by its format number and a checksum."""
-        return seal(msgspec.msgpack.encode(self), FORMAT)
+        return seal(msgspec.msgpack.encode(self, enc_hook=to_plan), FORMAT)
 
     @staticmethod
     def decode(data: bytes, origin: str = "plan") -> Plan:
@@ -479,5 +483,5 @@ def fingerprint(executable: bytes) -> str:
     return hashlib.sha256(executable).hexdigest()[:32]
 
 
-_decoder = msgspec.msgpack.Decoder(Plan)
+_decoder = msgspec.msgpack.Decoder(Plan, dec_hook=from_plan)
 """Made at import, in one thread: msgspec crashes if two threads resolve a type for the first time at once."""

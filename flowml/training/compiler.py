@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import msgspec
 
 from flowml.arguments import choice, flag, is_text
-from flowml.compiler import array_bytes, node_views
+from flowml.captured import warn_of_size
+from flowml.compiler import constant_of, node_views
 from flowml.devices import Device, as_devices
 from flowml.errors import PlacementError
 from flowml.ir import _jax
@@ -38,7 +39,7 @@ from flowml.numbers import whole_number
 from flowml.placement import Pipeline, Placement, place
 from flowml.placement.estimate import estimate
 from flowml.placement.links import Links, links_used
-from flowml.plan import ArraySpec, Constant, Plan, StateLeaf, StoreSpec, Training
+from flowml.plan import ArraySpec, Plan, StateLeaf, StoreSpec, Training
 from flowml.policy import DEFAULT_PATTERN, Code, Policy, check_batch, coded_by, cut_by, resolve, speculated_by
 from flowml.training.cuts import cuts, deciding_stage
 from flowml.training.drafts import StoreDraft, coefficient_dtype, value_of
@@ -306,7 +307,7 @@ class _Compiler:
         table = ExecutableTable(self.platforms, _jax.settings(wide=wide))
         pushed = {v for s in stores for p in s.parts for v in p.sent}
         numbers = lower_groups(graph, tasks, table, seconds, frozenset({*graph.output_values, *pushed}))
-        constants = tuple(Constant(graph.values[v], array_bytes(c)) for v, c in graph.constants.items())
+        constants = tuple(constant_of(graph.values[v], c) for v, c in graph.constants.items())
         parts = planner.lower_parts(graph, stores, table)
         programs = emit(
             graph, tasks, routing, numbers, self._bind(graph, stores, parts, state, leaves), feed_first=False
@@ -338,6 +339,7 @@ class _Compiler:
             settings=table.settings,
         )
         verify_plan(plan)
+        warn_of_size(plan.name, (c.spec for c in constants if c.captured))
         return plan, slots
 
     def _label(self, graph: Graph, held: Sequence[int], returned: int, closed_over: Mapping[int, str]) -> Graph:

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flowml as fm
+from flowml import compiler
 from flowml.errors import WorkerError, WorkerLostError
 from flowml.plan import Plan
 from flowml_runtime import wire
-from flowml_runtime.driver import loading
+from flowml_runtime.driver import holdings, loading
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.worker.arriving import Arriving
 from tests.network import Network
@@ -40,13 +41,13 @@ def with_constant(mib: int) -> Callable[[Any], Any]:
     return net
 
 
-def spied(network: Network) -> dict[str, list[tuple[wire.LoadPlan, int]]]:
+def spied(network: Network) -> dict[str, list[tuple[wire.Wire, int]]]:
     """What each worker is sent to load, and how many bytes with it."""
-    seen: dict[str, list[tuple[wire.LoadPlan, int]]] = {w.name: [] for w in network.workers}
+    seen: dict[str, list[tuple[wire.Wire, int]]] = {w.name: [] for w in network.workers}
 
     def spy(worker: Any) -> Callable[[str, wire.Wire, Sequence[Any]], None]:
         def receive(peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None:
-            if isinstance(message, wire.LoadPlan):
+            if isinstance(message, wire.LoadPlan | wire.BringPiece):
                 seen[worker.name].append((message, sum(a.nbytes for a in arrays)))
             worker.on_message(peer, message, arrays)
 
@@ -77,6 +78,8 @@ def test_a_large_constant_goes_in_pieces_to_the_worker_that_uses_it_and_to_no_ot
 def test_whatever_travels_in_pieces_computes_what_jit_computes(make: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "PART_BYTES", 0)
     monkeypatch.setattr(loading, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(holdings, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(compiler, "LARGE_BYTES", 0)
     keys = jax.random.split(jax.random.key(3), 5)
     half = jnp.arange(2000, dtype=jnp.bfloat16)
 
@@ -92,6 +95,7 @@ def test_whatever_travels_in_pieces_computes_what_jit_computes(make: str, monkey
             np.testing.assert_allclose(np.float32(got), np.float32(expected), rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:net closes over")
 def test_memory_of_a_worker_does_not_grow_with_the_constants_of_others() -> None:
     mib = 96
     with closing(fm.Cluster.local(workers=3)) as cluster:
@@ -120,11 +124,11 @@ def test_a_piece_out_of_order_fails_the_load_and_no_other() -> None:
         forward = network.workers[0].on_message
 
         def lossy(peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None:
-            if not (isinstance(message, wire.LoadPlan) and message.start == loading.PIECE_BYTES):
+            if not (isinstance(message, wire.BringPiece) and message.start == holdings.PIECE_BYTES):
                 forward(peer, message, arrays)
 
         network.receivers["worker:0"] = lossy
-        with pytest.raises(WorkerError, match=r"worker:0 cannot load plan 'net': .*part 'constant 0'.* out of order"):
+        with pytest.raises(WorkerError, match=r"worker:0 cannot load plan 'net': .*before an array that its function"):
             network.session.load(compiled(with_constant(20), X))
         network.receivers["worker:0"] = forward
         assert network.session.load(compiled(lambda x: x + 1, X)) is not None
@@ -136,7 +140,7 @@ def test_a_worker_lost_amid_the_pieces_is_named() -> None:
 
         def die(peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None:
             forward(peer, message, arrays)
-            if isinstance(message, wire.LoadPlan) and message.start == loading.PIECE_BYTES:
+            if isinstance(message, wire.BringPiece) and message.start == holdings.PIECE_BYTES:
                 del network.receivers["worker:0"]
 
         network.receivers["worker:0"] = die

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from flowml.devices import Device
 from flowml.errors import ClusterError, FlowmlError, WorkerLostError
@@ -20,7 +21,7 @@ from flowml_runtime.driver.call_io import restored
 from flowml_runtime.driver.remote import Batch, Kind, Remote
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.programs import Array
-from flowml_runtime.transport.arrays import own_copy, wire_layout
+from flowml_runtime.transport.arrays import own_copy, shaped, wire_layout
 from flowml_runtime.transport.endpoint import Sender
 
 TELL_S = 1.0
@@ -31,6 +32,9 @@ MOST = 0.9
 """The share of a device's memory that kept values may take."""
 
 SHOWN = 5
+
+PIECE_BYTES = 8 * 2**20
+"""The most bytes of a lent array in one message."""
 
 
 class Holdings:
@@ -93,6 +97,24 @@ class Holdings:
             sent = [_raw(arrays[i], kinds[i].spec) for i in here]
             self._endpoint.send(kinds[here[0]].worker, message, sent, self._deadline_s)
         return batch
+
+    def lend(self, data: np.ndarray[Any, Any], kind: Kind, call: str, *, whole: bool) -> Remote:
+        """Send the bytes of an array that no step overwrites to a device, where it stays.
+
+        They go in pieces, so that neither side holds a second copy; `whole` sends the array itself, for a worker in
+        this process.
+        """
+        (remote,) = self.batch([kind], call).handles()
+        if whole:
+            message = wire.Bring(device=kind.device, names=(remote.number,), specs=(kind.spec,), lent=True)
+            self._endpoint.send(kind.worker, message, [shaped(data, kind.spec)], self._deadline_s)
+            return remote
+        for start in range(0, data.nbytes, PIECE_BYTES):
+            piece = data[start : start + PIECE_BYTES]
+            specs = (ArraySpec(piece.shape, "uint8"),)
+            part = wire.BringPiece(device=kind.device, name=remote.number, whole=kind.spec, start=start, specs=specs)
+            self._endpoint.send(kind.worker, part, [piece], self._deadline_s)
+        return remote
 
     def recall(self, remotes: Sequence[Remote]) -> list[jax.Array]:
         """The values of handles, brought here. Waits until they are made."""

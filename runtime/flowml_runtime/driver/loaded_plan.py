@@ -13,6 +13,7 @@ from flowml.instructions import Fetch, Keep
 from flowml.plan import ArraySpec, Plan
 from flowml_runtime import wire
 from flowml_runtime.driver.call_io import Feeder, Restorer
+from flowml_runtime.driver.captures import Captures
 from flowml_runtime.driver.remote import Kind, Remote
 from flowml_runtime.driver.steps import Steps
 from flowml_runtime.execution.inline import LocalStep
@@ -81,6 +82,8 @@ class LoadedPlan:
     """(position, device) of the results that shall stay on a device and are inputs or constants."""
     overwrites: tuple[int, ...] = field(default=(), repr=False)
     """The inputs that a call takes away from its caller, if they stay on a device."""
+    captures: Captures = field(default_factory=dict[tuple[str, int], Remote], repr=False)
+    """The large arrays that the function closes over, on the devices that read them. They stay while this is loaded."""
     waits: bool = field(default=True, repr=False)
     """Whether a call waits for outputs that it fetches."""
 
@@ -110,7 +113,9 @@ def check_donations(handle: LoadedPlan, buffers: Sequence[Any]) -> str:
     return ""
 
 
-def loaded(plan_id: str, plan: Plan, workers: tuple[str, ...], in_flight: int, local: LocalStep | None) -> LoadedPlan:
+def loaded(
+    plan_id: str, plan: Plan, workers: tuple[str, ...], in_flight: int, local: LocalStep | None, captures: Captures
+) -> LoadedPlan:
     """The handle of a plan that `workers` have loaded."""
     sources: dict[int, str] = {}
     for program in plan.programs:
@@ -141,6 +146,7 @@ def loaded(plan_id: str, plan: Plan, workers: tuple[str, ...], in_flight: int, l
         kept_bytes=kept_bytes,
         brought=_brought(plan, ports),
         overwrites=plan.donated,
+        captures=captures,
         waits=any(o.kind == "fetch" for o in plan.outputs) or not plan.outputs,
     )
 

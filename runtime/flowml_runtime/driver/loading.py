@@ -1,31 +1,34 @@
 """Loads a plan: splits it into messages for each worker, and waits until all workers have compiled their part.
 
-LoadPlan    the worker's programs, with all small constants and executables
-PlanPiece   large constants and executables, each only to the workers that use it, one piece at a time, so that
-            neither side holds a second copy of a large array and no message exceeds the size limit
+The plan itself has the worker's programs, with all small constants and executables. Large executables follow, each only
+to the workers that use it, one piece at a time, so that no message exceeds the size limit. Large constants are on the
+devices before; see `captures`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import msgspec
 import numpy as np
 
-from flowml.devices import worker_of
-from flowml.errors import DeadlineError, FlowmlError
+from flowml.devices import Device, worker_of
+from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
 from flowml.instructions import Run
 from flowml.plan import ArraySpec, Plan
 from flowml_runtime import wire
+from flowml_runtime.driver.captures import Captured, Captures
 from flowml_runtime.driver.progress import shown
-from flowml_runtime.execution.programs import constant_key, executable_key, store_tasks
+from flowml_runtime.execution.programs import executable_key, store_tasks
+from flowml_runtime.transport.endpoint import Sender
 
 LOAD_DEADLINE_S = 1800.0
 """How long all workers together may take to compile a plan."""
 
 PART_BYTES = 2**20
-"""A constant or executable from this size on is sent in pieces of its own."""
+"""An executable from this size on is sent in pieces of its own."""
 
 PIECE_BYTES = 8 * 2**20
 
@@ -66,11 +69,40 @@ class Loading:
         return f"compiling {self.plan.name}, {ready} of {len(self.workers)} workers ready"
 
 
+class Sending(Protocol):
+    """The part of a session that sends a plan."""
+
+    remedy: str
+
+    @property
+    def deadline_s(self) -> float: ...
+    @property
+    def devices(self) -> tuple[Device, ...]: ...
+
+
+def send(endpoint: Sender, plan_id: str, loading: Loading, captured: Captured, session: Sending) -> Captures:
+    """Send a plan to its workers. Returns the arrays that it closes over, which are there before it.
+
+    Raises WorkerLostError for a worker that is lost meanwhile, and what `Captured.of` raises.
+    """
+    plan, workers = loading.plan, loading.workers
+    try:
+        captures = captured.of(plan, session.devices)
+        for worker in workers:
+            for message, data in messages(plan_id, plan, worker, workers, session.deadline_s, captures):
+                endpoint.send(worker, message, [data], LOAD_DEADLINE_S)
+    except WorkerLostError as lost:
+        text = f"{lost.worker} was lost before it had plan {plan.name!r}: {lost}; {session.remedy}"
+        raise WorkerLostError(text, worker=lost.worker) from None
+    return captures
+
+
 def messages(
-    plan_id: str, plan: Plan, worker: str, peers: tuple[str, ...], deadline_s: float
+    plan_id: str, plan: Plan, worker: str, peers: tuple[str, ...], deadline_s: float, captures: Captures
 ) -> Iterator[tuple[wire.LoadPlan, np.ndarray]]:
     """The messages that make `worker` load its part of the plan, each with its array of bytes."""
     part, large = _part(plan, worker)
+    held = tuple((d, i, remote.number) for (d, i), remote in captures.items() if worker_of(d) == worker)
     whole = {"": part.encode(), **large}
     pieces = [(key, start) for key, data in whole.items() for start in range(0, len(data), PIECE_BYTES)]
     for number, (key, start) in enumerate(pieces, 1):
@@ -80,6 +112,7 @@ def messages(
             plan_id=plan_id,
             peers=peers,
             deadline_s=deadline_s,
+            held=held if number == 1 else (),
             part=key,
             start=start,
             nbytes=data.nbytes,
@@ -90,7 +123,7 @@ def messages(
 
 
 def _part(plan: Plan, worker: str) -> tuple[Plan, dict[str, bytes]]:
-    """This worker's part of the plan: a plan with the small constants and executables, and the large ones by key.
+    """This worker's part of the plan: a plan with the constants and small executables, and the large ones by key.
 
     It leaves out other workers' executables and constants, and the graph for drawing. Constants keep their numbers.
     """
@@ -101,15 +134,7 @@ def _part(plan: Plan, worker: str) -> tuple[Plan, dict[str, bytes]]:
     executables = {k: v for k, v in plan.executables.items() if k in needed}
     used = {index for p in mine for _, index in p.constants}
     large = {executable_key(k): v for k, v in executables.items() if len(v) >= PART_BYTES}
-    large |= {constant_key(i): plan.constants[i].data for i in sorted(used) if _is_large(plan, i)}
-    constants = tuple(
-        c if i in used and not _is_large(plan, i) else msgspec.structs.replace(c, data=b"")
-        for i, c in enumerate(plan.constants)
-    )
+    constants = tuple(c if i in used else msgspec.structs.replace(c, data=b"") for i, c in enumerate(plan.constants))
     small = {k: v for k, v in executables.items() if len(v) < PART_BYTES}
     part = msgspec.structs.replace(plan, executables=small, constants=constants, nodes=(), choices=(), notes=())
     return part, large
-
-
-def _is_large(plan: Plan, constant: int) -> bool:
-    return len(plan.constants[constant].data) >= PART_BYTES

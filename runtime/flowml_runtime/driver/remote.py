@@ -174,6 +174,12 @@ class Remote:
             raise FlowmlError(f"{what} was not made: {reason}") from batch.error
         return batch.owner
 
+    def is_usable(self) -> bool:
+        """For the runtime: whether `check` raises nothing."""
+        batch = self._batch
+        gone = self._index in batch.gone or self.kind.worker in batch.lost
+        return batch.owner is not None and batch.error is None and not gone
+
     def made_by(self, future: Future[Any]) -> None:
         """For the runtime: the call of this future makes the value, and all values of its batch."""
         self._batch.made_by(future)

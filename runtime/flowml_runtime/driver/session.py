@@ -21,6 +21,7 @@ from flowml.errors import ClusterError, DeadlineError, FlowmlError, PlacementErr
 from flowml.plan import Plan
 from flowml_runtime import wire
 from flowml_runtime.driver import loading as shipping
+from flowml_runtime.driver.captures import Captured
 from flowml_runtime.driver.holdings import Holdings
 from flowml_runtime.driver.loaded_plan import LoadedPlan, check_donations, loaded
 from flowml_runtime.driver.loading import Loading
@@ -31,7 +32,14 @@ from flowml_runtime.driver.steps import unloaded
 from flowml_runtime.driver.turns import Turns
 from flowml_runtime.environment.forks import check_owner, is_foreign, this_process
 from flowml_runtime.execution.device_thread import Deadlines
-from flowml_runtime.execution.faults import cluster_closed, load_failed, step_error, step_failed, worker_lost
+from flowml_runtime.execution.faults import (
+    cluster_closed,
+    load_failed,
+    step_error,
+    step_failed,
+    unreachable,
+    worker_lost,
+)
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.inline import LocalStep
 from flowml_runtime.execution.programs import Array
@@ -101,6 +109,7 @@ class Session:
         """The number of dataflow plans that stay loaded; calls in flight may keep more."""
         self.held = Holdings(endpoint, deadline_s)
         """The values that stay on the workers."""
+        self._captured = Captured(self.held, lambda worker: worker in self._local)
         self._closed = False
 
     @property
@@ -152,12 +161,12 @@ class Session:
         if plan.training is None:
             self._residents.make_room(self._dataflow_plans(), self.max_programs - 1)
         try:
+            captures = shipping.send(self.endpoint, plan_id, loading, self._captured, self)
             if workers:
-                self._request(plan_id, loading)
                 loading.wait()  # no deadline: the wait itself is bounded by LOAD_DEADLINE_S
             only = self._local.get(workers[0]) if len(plan.programs) == 1 else None
             local = only.local_step(plan_id) if only is not None else None
-            handle = loaded(plan_id, plan, workers, self._in_flight, local)
+            handle = loaded(plan_id, plan, workers, self._in_flight, local, captures)
             with self._lock:
                 self._check_open()
                 self._plans[plan_id] = handle
@@ -345,6 +354,7 @@ class Session:
         handle.steps.stop(unloaded)
         handle.local = None  # it keeps the executable
         self._broadcast(handle.workers, wire.Unload(plan_id=handle.plan_id))
+        handle.captures = {}
 
     def release(self, handle: LoadedPlan) -> None:
         """Unload the plan of a deleted owner when no call is in flight. Finalizers may call this: it never waits."""
@@ -381,7 +391,7 @@ class Session:
         handler = self._handlers.get(plan_id)
         if handler is not None:
             if isinstance(message, wire.Unreachable):
-                handler.on_lost(message.peer, _unreachable(message))
+                handler.on_lost(message.peer, unreachable(message))
             else:
                 handler.on_message(peer, message, arrays)
             return
@@ -442,7 +452,7 @@ class Session:
         elif isinstance(message, wire.Failed):
             self._stop(handle, lambda step: load_failed(handle.plan, message))
         elif isinstance(message, wire.Unreachable):
-            self._without(handle, message.peer, _unreachable(message))
+            self._without(handle, message.peer, unreachable(message))
 
     def _fail_step(self, handle: LoadedPlan, step: int, error: BaseException) -> None:
         if handle.steps.fail(step, error):
@@ -476,23 +486,9 @@ class Session:
             except (WorkerLostError, TimeoutError):
                 continue  # a worker that takes no message is lost soon; its own deadlines end the step without it
 
-    def _request(self, plan_id: str, loading: Loading) -> None:
-        for worker in loading.workers:
-            parts = shipping.messages(plan_id, loading.plan, worker, loading.workers, self._deadline_s)
-            try:
-                for message, data in parts:
-                    self.endpoint.send(worker, message, [data], shipping.LOAD_DEADLINE_S)
-            except WorkerLostError as lost:
-                text = f"{worker} was lost before it had plan {loading.plan.name!r}: {lost}; {self.remedy}"
-                raise WorkerLostError(text, worker=worker) from None
-
     def _lost(self, plan: Plan, step: int, worker: str, reason: str) -> WorkerLostError:
         return worker_lost(plan, step, worker, reason, self.remedy)
 
     def _check_open(self) -> None:
         if self._closed:
             raise cluster_closed()
-
-
-def _unreachable(message: wire.Unreachable) -> str:
-    return f"{message.worker} cannot reach it: {message.reason}"

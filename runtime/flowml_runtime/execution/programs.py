@@ -42,14 +42,14 @@ def aligned_copy(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 Parts = Mapping[str, np.ndarray]
-"""Bytes of the constants and executables that are sent separately from their plan, by name."""
+"""Bytes of the executables that are sent separately from their plan, by name."""
 
 _NO_PARTS: Parts = {}
 
+Held = Mapping[tuple[str, int], Array]
+"""(device, constant of the plan) -> the array there."""
 
-def constant_key(index: int) -> str:
-    """The name of a constant among the parts of a plan."""
-    return f"constant {index}"
+_NONE_HELD: Held = {}
 
 
 def executable_key(fingerprint: str) -> str:
@@ -57,10 +57,13 @@ def executable_key(fingerprint: str) -> str:
     return f"executable {fingerprint}"
 
 
-def constant_array(constant: Constant, device: JaxDevice | None = None, data: np.ndarray | None = None) -> jax.Array:
-    """The buffer of a plan's constant on `device`. `data` are its bytes if they were sent separately from the plan."""
-    struct = buffer_struct(constant.spec)
-    values = np.frombuffer(constant.data if data is None else data, struct.dtype).reshape(struct.shape)
+def constant_array(constant: Constant, device: JaxDevice | None = None) -> jax.Array:
+    """The buffer of a plan's constant on `device`. Raises FlowmlError if it has no bytes."""
+    struct, captured = buffer_struct(constant.spec), constant.captured
+    data = constant.data if captured is None else captured.data
+    if data is None:
+        raise FlowmlError("a plan came without an array that its function closes over; compile it again")
+    values = np.frombuffer(data, struct.dtype).reshape(struct.shape)
     with exact_types():
         return jax.device_put(values, device)
 
@@ -183,11 +186,18 @@ class _Need:
 
 
 def load_programs(
-    plan: Plan, devices: Mapping[str, JaxDevice], cache: ExecutableCache, *, python: bool, parts: Parts = _NO_PARTS
+    plan: Plan,
+    devices: Mapping[str, JaxDevice],
+    cache: ExecutableCache,
+    *,
+    python: bool,
+    parts: Parts = _NO_PARTS,
+    held: Held = _NONE_HELD,
 ) -> dict[str, LoadedProgram]:
     """Compile what `plan` runs on `devices` (name -> JAX device). Raises FlowmlError naming task and device.
 
-    The loaded programs do not keep the serialised executables and constants.
+    `held` are the constants that are on the devices already. The loaded programs do not keep the serialised
+    executables and constants.
     """
     mine = [p for p in plan.programs if p.device in devices]
     donations = {p.device: safe_donations(plan, p) for p in mine}
@@ -199,9 +209,11 @@ def load_programs(
         needs |= {_own(plan, t, device) for t in homed[program.device]}
     ready = _make_all(plan, needs, cache, python, parts)
     resident = {
-        (p.device, index): constant_array(plan.constants[index], devices[p.device], parts.get(constant_key(index)))
+        (p.device, i): held[p.device, i]
+        if (p.device, i) in held
+        else constant_array(plan.constants[i], devices[p.device])
         for p in mine
-        for _, index in p.constants
+        for _, i in p.constants
     }
     plan = msgspec.structs.replace(plan, executables={}, constants=())
     return {

@@ -102,7 +102,7 @@ class SimulatedSession:
                 "fm.Cluster.local(), or look at the estimate of its plan, as in fm.compile(fn, *args, devices=...)"
             )
         workers = tuple(dict.fromkeys(worker_of(p.device) for p in plan.programs))
-        handle = loaded(f"simulated-{next(self._ids)}", plan, workers, 1, None)
+        handle = loaded(f"simulated-{next(self._ids)}", plan, workers, 1, None, {})
         self._plans[handle.plan_id] = _Loaded(handle, Layout.of(plan), self._values(plan))
         return handle
 

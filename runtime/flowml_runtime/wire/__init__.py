@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from flowml.arrays import ArraySpec
 from flowml_runtime.wire.base import DEADLINE_S as DEADLINE_S
 from flowml_runtime.wire.base import MAX_ARRAYS as MAX_ARRAYS
 from flowml_runtime.wire.base import MAX_DEADLINE_S as MAX_DEADLINE_S
@@ -161,11 +162,13 @@ class LoadPlan(PlanMessage, frozen=True):
     """A piece of a plan to load, as one uint8 array: first the plan itself (part ""), then its large parts, in order.
 
     The part has `nbytes` in all, and this piece begins at `start`. After the `last` piece the worker compiles
-    everything, then answers Loaded. `deadline_s` limits each wait of the plan's steps.
+    everything, then answers Loaded. `deadline_s` limits each wait of the plan's steps. The first piece says which
+    constants are kept values: (device, constant of the plan, name).
     """
 
     peers: tuple[Name, ...] = ()
     deadline_s: Annotated[float, msgspec.Meta(gt=0, le=MAX_DEADLINE_S)] = DEADLINE_S
+    held: Annotated[tuple[tuple[Name, Count, Count], ...], msgspec.Meta(max_length=MAX_ARRAYS)] = ()
     part: Annotated[str, msgspec.Meta(max_length=256)] = ""
     start: Count = 0
     nbytes: Count = 0
@@ -202,10 +205,20 @@ class Value(PlanMessage, frozen=True):
 
 
 class Bring(Message, frozen=True):
-    """Driver to worker: keep these arrays on `device` under `names`."""
+    """Driver to worker: keep these arrays on `device` under `names`. No step overwrites those that are `lent`."""
 
     device: Name
     names: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_ARRAYS)]
+    lent: bool = False
+
+
+class BringPiece(Message, frozen=True):
+    """Driver to worker: bytes from `start` on of an array to keep on `device` under `name`. No step overwrites it."""
+
+    device: Name
+    name: Count
+    whole: ArraySpec
+    start: Count = 0
 
 
 class Recall(Message, frozen=True):
@@ -299,7 +312,7 @@ class Traced(PlanMessage, frozen=True):
 # fmt: off
 Wire = (
     Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
-    | Loaded | Unload | Value | Bring | Recall | Recalled | Drop
+    | Loaded | Unload | Value | Bring | BringPiece | Recall | Recalled | Drop
     | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | ModelState | Gossip | Ask | Grant | Begin | Contribution
     | Arrived | Commit | Computed | Halt | Published | Applied | Collective | Settled | Report | NonFinite | Staleness

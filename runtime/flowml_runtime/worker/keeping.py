@@ -16,7 +16,8 @@ from flowml_runtime import wire
 from flowml_runtime.execution.faults import one_line
 from flowml_runtime.execution.kept import Cell, Kept
 from flowml_runtime.execution.lane import Lane
-from flowml_runtime.execution.programs import Array, JaxDevice
+from flowml_runtime.execution.programs import Array, Held, JaxDevice
+from flowml_runtime.transport.arrays import Buffer, aligned_empty, shaped, wire_layout
 from flowml_runtime.transport.endpoint import Sender
 
 MAX_REASON = 10_000
@@ -30,19 +31,30 @@ class Keeping:
         self.kept = Kept()
         self._endpoint = endpoint
         self._devices = devices
+        self._arriving: dict[tuple[str, int], tuple[Buffer, int]] = {}
+        """(driver, name) -> the bytes of a value that comes in pieces, and how many are there."""
+        self._lent: set[tuple[str, int]] = set()
+        """(driver, name) of the values that came in pieces."""
         self._answers = Lane(f"{name} kept values")
         """Sends what drivers read. A large value takes long to send."""
 
-    def on_message(self, driver: str, message: wire.Bring | wire.Recall | wire.Drop, arrays: Sequence[Array]) -> None:
+    def on_message(
+        self, driver: str, message: wire.Bring | wire.BringPiece | wire.Recall | wire.Drop, arrays: Sequence[Array]
+    ) -> None:
         match message:
             case wire.Bring():
                 device = self._devices.get(message.device)
                 if device is not None:  # else no call finds the values, and each says so
-                    self.kept.put(driver, message.names, [_placed(a, device) for a in arrays])
+                    self.kept.put(driver, message.names, [_placed(a, device, lent=message.lent) for a in arrays])
+            case wire.BringPiece():
+                self._take(driver, message, *arrays)
             case wire.Recall():
                 self._read(driver, message.number, self.kept.find(driver, message.names), 0)
             case wire.Drop():
                 self.kept.drop(driver, message.names)
+                if self._lent.intersection((driver, name) for name in message.names):
+                    self._lent.difference_update((driver, name) for name in message.names)
+                    self._answers.put(_collect, lambda _: None)
 
     def inputs(
         self,
@@ -69,11 +81,47 @@ class Keeping:
             next(cells) if name else _copy(next(sent)) if slot in overwritten else next(sent) for slot, name in given
         ]
 
+    def held(self, driver: str, names: Sequence[tuple[str, int, int]], plan: str) -> Held:
+        """The constants of a plan, given as (device, constant, name). Raises FlowmlError if one is not here."""
+        cells = self.kept.find(driver, [name for *_, name in names])
+        try:
+            if any(cell.value is None for cell in cells):
+                raise FlowmlError(f"{plan} came before an array that its function closes over; call the function again")
+            return {(device, i): cell.value for (device, i, _), cell in zip(names, cells, strict=True)}
+        finally:
+            self.kept.leave(cells)
+
+    def forget(self, driver: str) -> None:
+        """A driver is lost: forget everything of it."""
+        self.kept.forget(driver)
+        for key in [key for key in (*self._arriving, *self._lent) if key[0] == driver]:
+            self._arriving.pop(key, None)
+            self._lent.discard(key)
+
     def close(self) -> None:
         self._answers.close()
 
     def join(self, timeout_s: float) -> None:
         self._answers.join(timeout_s)
+
+    def _take(self, driver: str, piece: wire.BringPiece, data: Array) -> None:
+        """Add a piece to a value, and keep the value when all of its bytes are there.
+
+        One that is incomplete, or of pieces that do not follow one another, is not kept, and the plan that needs it
+        says so.
+        """
+        key, device = (driver, piece.name), self._devices.get(piece.device)
+        nbytes = wire_layout(piece.whole)[2]
+        whole, filled = (aligned_empty(nbytes), 0) if piece.start == 0 else self._arriving.pop(key, (None, 0))
+        end = piece.start + data.nbytes
+        if whole is None or device is None or filled != piece.start or end > nbytes:
+            return
+        whole[piece.start : end] = np.asarray(data).reshape(-1)
+        if end < nbytes:
+            self._arriving[key] = whole, end
+        else:
+            self._lent.add(key)
+            self.kept.put(driver, (piece.name,), [_placed(shaped(whole, piece.whole), device, lent=True)])
 
     def _read(self, driver: str, number: int, cells: Sequence[Cell], begin: int) -> None:
         """Answer once all cells have a value. Those before `begin` have one."""
@@ -99,10 +147,15 @@ class Keeping:
             self.kept.leave(cells)
 
 
-def _placed(array: Array, device: JaxDevice) -> jax.Array:
-    """A copy of an array on a device, which a program may overwrite."""
+def _placed(array: Array, device: JaxDevice, *, lent: bool = False) -> jax.Array:
+    """An array on a device: a copy, which a program may overwrite, unless it is only lent."""
     with exact_types():
-        return jax.device_put(_copy(array), device)
+        return jax.device_put(array if lent else _copy(array), device)
+
+
+def _collect() -> None:
+    """Make JAX give back memory that it did not allocate. It keeps arrays that are freed until its next operation."""
+    jax.device_put(np.zeros(()))
 
 
 def _copy(array: Array) -> Array:

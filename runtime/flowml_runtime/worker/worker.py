@@ -79,6 +79,8 @@ class _Hosted:
     deadline_s: float
     peers: tuple[str, ...]
     """All workers of the plan."""
+    held: tuple[tuple[str, int, int], ...]
+    """The constants that are here already: (device, constant, name of the kept value)."""
     arriving: Arriving = field(default_factory=Arriving)
     complete: bool = False
     """Whether all of it has arrived."""
@@ -141,7 +143,7 @@ class Worker:
                 self._trace(peer, message)
             case wire.Probe() | wire.Probed():
                 self._prober.on_message(peer, message)
-            case wire.Bring() | wire.Recall() | wire.Drop():
+            case wire.Bring() | wire.BringPiece() | wire.Recall() | wire.Drop():
                 self._keeping.on_message(peer, message, arrays)
             case _:
                 hosted = self._plans.get(getattr(message, "plan_id", ""))
@@ -151,7 +153,7 @@ class Worker:
     def on_lost(self, peer: str, reason: str) -> None:
         """A peer is lost. End the plans it drove, and tell the drivers of the other plans it took part in."""
         self._prober.on_lost(peer, reason)
-        self._keeping.kept.forget(peer)
+        self._keeping.forget(peer)
         for plan_id, hosted in list(self._plans.items()):
             if hosted.driver == peer:
                 self.unload(plan_id)
@@ -296,7 +298,7 @@ class Worker:
         with self._lock:
             hosted = self._plans.get(plan_id)
             if hosted is None and not message.part and not message.start:
-                hosted = self._plans[plan_id] = _Hosted(driver, message.deadline_s, message.peers)
+                hosted = self._plans[plan_id] = _Hosted(driver, message.deadline_s, message.peers, message.held)
                 self.mailbox.open(plan_id)
         if hosted is None or hosted.driver != driver or hosted.complete:
             return
@@ -317,8 +319,9 @@ class Worker:
         try:
             data, parts = hosted.arriving.taken()
             plan = Plan.decode(data.tobytes(), f"plan {plan_id}")
-            programs = load_programs(plan, self.devices, self._cache, python=self.python, parts=parts)
-            del data, parts
+            held = self._keeping.held(hosted.driver, hosted.held, f"plan {plan.name!r}")
+            programs = load_programs(plan, self.devices, self._cache, python=self.python, parts=parts, held=held)
+            del data, parts, held
             for link in plan.links:
                 if link.measured and worker_of(link.source) == self.name:
                     known = Link(link.latency_s, link.bytes_per_s, link.way, measured=True)
