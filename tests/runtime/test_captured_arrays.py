@@ -122,13 +122,15 @@ def test_memory_of_a_worker_that_has_a_large_array() -> None:
         f = fm.dataflow(lambda x: jnp.sin(array[0, 0]) + x.sum() + array[-1].max(), cluster=cluster)
         with pytest.warns(fm.FlowmlWarning, match=r"closes over 100,663,296 bytes of arrays .*float32\[256, 98304\]"):
             f(np.ones(2, "f"))
-        assert size <= grown() < 1.5 * size
+        assert size <= grown() < 2 * size  # the array, and what XLA itself takes; a second copy comes to more
+        first = grown()
         with pytest.warns(fm.FlowmlWarning):
             f(np.ones(3, "f"))
-        assert grown() < 1.5 * size  # another shape, the same array
+        assert grown() < first + size / 2  # another shape, the same array
+        both = grown()
         del f
         gc.collect()
-        assert until(lambda: grown() < size / 2)
+        assert until(lambda: grown() < both - size / 2)
 
 
 def test_a_fit_keeps_what_its_loss_closes_over() -> None:
