@@ -43,7 +43,7 @@ def loaded(threads_cluster: fm.Cluster) -> Iterator[tuple[Send, queue.SimpleQueu
             stack.callback(closing.close)
         driver.start(lambda _peer, message, _arrays: heard.put(message), lambda *_: None)
         endpoint.start(worker.on_message, worker.on_lost)
-        for message, piece in messages(PLAN, plan, "worker:0", (), WAIT_S):
+        for message, piece in messages(PLAN, plan, "worker:0", (), WAIT_S, {}):
             driver.send("worker:0", message, [piece])
         assert isinstance(heard.get(timeout=WAIT_S), wire.Loaded)
         yield lambda message, arrays=(): driver.send("worker:0", message, arrays), heard

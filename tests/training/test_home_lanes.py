@@ -86,7 +86,7 @@ class Peers:
         home.start(worker.on_message, worker.on_lost)
         for endpoint in (self.driver, self.other):
             endpoint.start(lambda _peer, message, _arrays: self.heard.put(message), lambda *_: None)
-        for message, piece in messages(PLAN, plan, self.home, (), WAIT_S):
+        for message, piece in messages(PLAN, plan, self.home, (), WAIT_S, {}):
             self.tell(message, [piece])
         self.until(lambda m: isinstance(m, wire.Loaded))
 

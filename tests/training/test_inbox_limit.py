@@ -43,7 +43,7 @@ def test_more_messages_than_wait_for_a_stuck_thread_end_the_fit_once(
     try:
         driver.start(lambda _peer, message, _arrays: heard.put(message), lambda *_: None)
         endpoint.start(worker.on_message, worker.on_lost)
-        for message, piece in messages(PLAN, plan, "worker:0", (), WAIT_S):
+        for message, piece in messages(PLAN, plan, "worker:0", (), WAIT_S, {}):
             driver.send("worker:0", message, [piece])
         assert isinstance(heard.get(timeout=WAIT_S), wire.Loaded)
         with hosts[0].changed:  # the thread takes one message in and is stuck there
