@@ -85,6 +85,13 @@ def test_a_finding_says_what_broke_and_how_to_see_it_again() -> None:
     assert any("is wrong about late work" in line for line in rest)
 
 
+def test_a_campaign_that_the_time_ends_says_how_many_seeds_it_has_done() -> None:
+    ended = flowml("--seeds", "100000", "--time", "1", "--jobs", "1")
+    assert ended.returncode == 0, ended.stderr
+    done = int(ended.stdout.split()[0])
+    assert ended.stdout.startswith(f"{done} seeds of 100000, which the time did not allow, in ")
+
+
 def test_the_command_repeats_one_seed() -> None:
     ended = flowml("--seed", "12", "--events", "3")
     assert ended.returncode == 0, ended.stderr

@@ -105,9 +105,10 @@ class Rendezvous(Generic[V, W]):
 
     def validate(self) -> None:
         """Check that a key has a value or a waiter but not both, that ended steps keep nothing, and all bounds."""
-        ensure(not set(self._values) & set(self._waiters), "a value and a waiter have not met")
-        over = any(self.is_over(k[0], k[1]) for k in [*self._values, *self._waiters])
-        ensure(not over, "something is kept for a step that is over")
+        if self._values or self._waiters:
+            ensure(not self._values.keys() & self._waiters.keys(), "a value and a waiter have not met")
+            over = any(self.is_over(k[0], k[1]) for k in (*self._values, *self._waiters))
+            ensure(not over, "something is kept for a step that is over")
         ensure(len(self._values) <= self._capacity, "more values are kept than there is room for")
         kept = all(steps and min(steps) >= self._floor.get(s, 0) for s, steps in self._cancelled.items())
         ensure(kept, "a cancelled step is remembered that is over")

@@ -58,7 +58,8 @@ def main(arguments: argparse.Namespace) -> int:
             print(f"\r{done} seeds, {failed} failed", end="", file=sys.stderr, flush=True)
     if arguments.coverage:
         _cover(seeds[:done])
-    print(f"{count(done, 'seed')} in {time.monotonic() - began:.0f} s: {failed or 'none'} broke a promise")
+    few = f" of {len(seeds)}, which the time did not allow," if done < len(seeds) else ""
+    print(f"{count(done, 'seed')}{few} in {time.monotonic() - began:.0f} s: {failed or 'none'} broke a promise")
     return 1 if failed else 0
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from flowml_runtime.protocol.training import actions, driver
@@ -23,8 +24,7 @@ DRIVER = "driver"
 Matrix = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(msgspec.Struct, frozen=True):
     """One event of the machine of `who`, and what the machine wanted."""
 
     at: float
@@ -34,8 +34,7 @@ class Turn:
     wanted: Sequence[actions.Action | driver.Action]
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(msgspec.Struct, frozen=True):
     """A step of `replica` at `clock` has read a version of a store, with this value if there are values."""
 
     store: int
@@ -45,8 +44,7 @@ class Read:
     value: Matrix | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Holds:
+class Holds(msgspec.Struct, frozen=True):
     """The parameters of its own, or of its site, with which a step of `replica` at `clock` computes."""
 
     store: int
@@ -55,8 +53,7 @@ class Holds:
     value: Matrix
 
 
-@dataclass(frozen=True, slots=True)
-class Made:
+class Made(msgspec.Struct, frozen=True):
     """A home has made a version, whose value is `value`, from these contributions: (replica, clock, payload).
 
     A payload is a sum of gradients: an integer whose digit q, in base 16, says how often work item q is in it, or a
@@ -70,8 +67,7 @@ class Made:
     value: Matrix | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
+class Shown(msgspec.Struct, frozen=True):
     """The home of a store publishes a version through filters, and its readers hold `value` then."""
 
     store: int
@@ -79,8 +75,7 @@ class Shown:
     value: Matrix
 
 
-@dataclass(frozen=True, slots=True)
-class Gave:
+class Gave(msgspec.Struct, frozen=True):
     """A replica that has parameters of its own pushes at `clock`. They have changed by `content` since what it took."""
 
     store: int
@@ -89,8 +84,7 @@ class Gave:
     content: Matrix
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
+class Encoded(msgspec.Struct, frozen=True):
     """The filters of a policy have made `got`, as the home decodes it, from the gradient `given`."""
 
     store: int
@@ -101,8 +95,7 @@ class Encoded:
     got: Matrix
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(msgspec.Struct, frozen=True):
     """What the error feedback of a replica has not sent yet. The newest counts."""
 
     store: int
@@ -111,8 +104,7 @@ class Kept:
     residual: Matrix
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(msgspec.Struct, frozen=True):
     """`nbytes` of a store have been given to the network: gradients, or parameters if `published`."""
 
     store: int

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from msgspec.structs import replace
 
 from flowml.plan import Training
 from flowml.sim import Network, NetworkModel
@@ -81,6 +83,17 @@ class _Counted(network.Wires):
                 self.histories[self.run].facts.append(Sent(args[0][0], nbytes, published=False))
         return super().send(source, to, nbytes, act, *args)
 
+    def broadcast(
+        self, source: str, receivers: Iterable[tuple[str, Act]], args: tuple[Any, ...], nbytes: int = 0
+    ) -> int:
+        receivers = list(receivers)
+        sent = super().broadcast(source, receivers, args, nbytes)
+        if nbytes:
+            message, to = args[1], [name for name, _ in receivers[:sent] if name != source]
+            facts = self.histories[message.run].facts
+            facts.extend(Sent(message.store, nbytes, published=True) for _ in to)
+        return sent
+
     def settle(self) -> None:
         """All that was published has been sent."""
         for history, place, about in self.news:
@@ -102,6 +115,8 @@ class World:
     network: NetworkModel | None = None
     """None: messages take no time, except for random delays."""
     under: network.Tamper | None = None
+    disturbed: bool = True
+    """Whether anything happens to messages: what `under` says, or random delays, and repetitions."""
     clock: Clock = field(default_factory=Clock)
     dead: set[int] = field(default_factory=set[int])
     """The replicas that are lost."""
@@ -125,7 +140,7 @@ class World:
         self.driver = Driver(self, self.history)
         model = self.network or Network(latency_s=0.0, bytes_per_s=1e30)
         numbers = {name: n for n, name in enumerate(self.places.workers)}
-        tamper = Disturbed(self.rng, self.twice, self.under)
+        tamper = Disturbed(self.rng, self.twice, self.under) if self.disturbed else None
         self.simulation = world.World(
             clock=self.clock,
             layout=layout,

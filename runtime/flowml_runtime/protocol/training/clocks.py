@@ -56,4 +56,5 @@ class Clocks:
 
     def validate(self) -> None:
         ensure(self.floor == min(self._of), "the least clock is wrong")
-        ensure(self._at == Counter(self._of), "clocks are counted wrongly")
+        counted = all(self._of.count(clock) == number for clock, number in self._at.items())
+        ensure(counted and sum(self._at.values()) == len(self._of), "clocks are counted wrongly")

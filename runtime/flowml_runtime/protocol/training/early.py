@@ -40,4 +40,5 @@ class EarlyMessages:
 
     def validate(self, newest: int) -> None:
         ensure(len(self._events) <= MAX_EARLY, "more is kept for later runs than the limit")
-        ensure(all(e.message.run > newest for _, e in self._events), f"a message is kept for run {newest} or before")
+        for _, event in self._events:
+            ensure(event.message.run > newest, f"a message is kept for run {newest} or before")

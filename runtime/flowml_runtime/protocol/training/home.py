@@ -456,4 +456,4 @@ class Home:
         handles = self.handles()
         ensure(len(handles) == len(set(handles)), "a payload is kept twice")
         for index, store in self._stores.items():
-            store.validate(f"store {index}")
+            store.validate(index)

@@ -114,7 +114,8 @@ class Items:
         return self.hold != NO_HOLD and (self._next >= self.hold or self.is_over())
 
     def validate(self) -> None:
-        ensure(all(c >= self._next for c in self._held), "an item is held for a clock that is over")
-        ensure(len(self._held) <= self._ahead, "too many items are held")
-        items = [*self._held.values(), *self._returned]
-        ensure(len(items) == len({i.sequence for i in items}), "an item is in two places")
+        if self._held or self._returned:
+            ensure(min(self._held, default=self._next) >= self._next, "an item is held for a clock that is over")
+            ensure(len(self._held) <= self._ahead, "too many items are held")
+            items = [*self._held.values(), *self._returned]
+            ensure(len(items) == len({i.sequence for i in items}), "an item is in two places")

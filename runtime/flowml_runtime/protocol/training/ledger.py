@@ -398,15 +398,11 @@ class Ledger:
     def validate(self) -> None:
         """Check that each granted item is settled, outstanding or given back, that none is settled twice, and that
         those given back wait to be granted again."""
-        totals = Counter[str]()
-        for account in self._epochs.values():
-            totals.update(account.fates)
-        by_replica = Counter[str]()
-        for account in self._replicas:
-            by_replica.update(account.fates)
-        ensure(totals == by_replica, "epochs and replicas have different accounts")
-        ensure(self._granted == totals.total() + len(self._outstanding), "an item was neither settled nor given back")
-        settled = totals["used"] + totals["dropped"] + totals["folded"]
+        totals = _added(self._epochs.values())
+        ensure(totals == _added(self._replicas), "epochs and replicas have different accounts")
+        given = sum(totals.values()) + len(self._outstanding)
+        ensure(self._granted == given, "an item was neither settled nor given back")
+        settled = sum(totals.get(fate, 0) for fate in ("used", "dropped", "folded"))
         ensure(settled == len(self._over), "an item was settled twice")
         cut = sum(self._cut.values())
         ensure(cut == sum(a.left_out for a in self._epochs.values()), "examples left out are counted wrongly")
@@ -418,6 +414,15 @@ class Ledger:
         else:
             somewhere = settled + len(self._outstanding) + self._queue.kept
             ensure(self._queue.drawn == somewhere, "an item that was given back is lost, or there twice")
+
+
+def _added(accounts: Iterable[_Account]) -> dict[str, int]:
+    """How many items of all accounts had each fate."""
+    totals: dict[str, int] = {}
+    for account in accounts:
+        for fate, count in account.fates.items():
+            totals[fate] = totals.get(fate, 0) + count
+    return totals
 
 
 def _runs(over: Mapping[int, State]) -> Iterator[tuple[int, int, State]]:

@@ -159,26 +159,30 @@ class Store:
                 if not part.empty:
                     raise ProtocolError(f"{_where(part)} has weight {part.weight}, another part of it {weight}")
 
-    def validate(self, where: str) -> None:
-        """Check that what is kept can still be used. `where` names the store."""
-        ensure(not (self.finished and self.gathering), f"{where} is finished but keeps contributions")
+    def validate(self, index: int) -> None:
+        """Check that what is kept can still be used. `index` is the number of the store."""
         if self.clocks is not None:
             self.clocks.validate()
-            ensure(self.floor == self.clocks.floor, f"{where} has the floor of other clocks")
-            ensure(all(c >= self.floor for _, c in self.batch), f"the floor of {where} is above what is kept")
+            ensure(self.floor == self.clocks.floor, f"store {index} has the floor of other clocks")
+            early = self.batch and min(c for _, c in self.batch) < self.floor
+            ensure(not early, f"the floor of store {index} is above what is kept")
+        if not self.gathering:
+            return
+        ensure(not self.finished, f"store {index} is finished but keeps contributions")
         for clock, row in self.gathering.items():
-            ensure(row, f"{where} keeps nothing for clock {clock}")
+            ensure(row, f"store {index} keeps nothing for clock {clock}")
             for replica in row if self.terms.decided and clock <= self.committed else ():
                 owes = clock in self.owed.get(replica, ())
-                ensure(owes, f"{where} keeps clock {clock} of replica {replica}, which is decided")
+                ensure(owes, f"store {index} keeps clock {clock} of replica {replica}, which is decided")
             for replica, gathering in row.items():
-                self._validate_gathering(gathering, f"{where}, replica {replica}, clock {clock}")
+                self._validate_gathering(gathering, f"store {index}, replica {replica}, clock {clock}")
 
     def _validate_gathering(self, gathering: Gathering, where: str) -> None:
         parts = gathering.parts.values()
         ensure(parts, f"{where}: a contribution of no parts is kept")
         ensure(len({p.weight for p in parts} - {0}) <= 1, f"{where}: parts have unequal weights")
-        ensure(all(p.incarnation == gathering.incarnation for p in parts), f"{where}: parts are of two lives")
+        lives = {p.incarnation for p in parts}
+        ensure(lives == {gathering.incarnation}, f"{where}: parts are of two lives")
         complete = self.is_complete(gathering)
         ensure(self.terms.decided or not complete, f"{where}: a complete contribution was not applied on arrival")
 
