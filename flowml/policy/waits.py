@@ -31,11 +31,14 @@ class Waits(msgspec.Struct, frozen=True):
         spread_s: the time from the first arrival that counts to the last one.
         late: (replica, how far behind the middle replica, what it cost), for replicas that were late but still counted,
             and for those that the clock waited for in vain. At most `MOST_LATE`.
+        spare_s: how much earlier the decision would have been, on average, if one replica that it leaves out had been
+            like those that arrived; 0 if it leaves out none, or did not come with an arrival.
     """
 
     waited_s: float = 0.0
     spread_s: float = 0.0
     late: tuple[tuple[int, float, float], ...] = ()
+    spare_s: float = 0.0
 
 
 def waits(
@@ -73,7 +76,18 @@ def waits(
     most = decided - began - took  # what the clock took longer than the middle replica's work
     factor = min(1.0, max(most, 0.0) / total) if total > 0 else 0.0
     rows = tuple((replica, time - middle, cost * factor) for replica, time, cost in found[-MOST_LATE:])
-    return Waits(decided - began, last - first, rows)
+    spare = _spare([time for _, time in arrived], members) if missing and decided <= last else 0.0
+    return Waits(decided - began, last - first, rows, spare)
+
+
+def _spare(times: Sequence[float], members: int) -> float:
+    """How much earlier the last of these arrivals would be on average, if one of `members` more were like the others.
+
+    That one is as likely between any two of the others. Before the last but one of k arrivals it makes that one the
+    last, and between the last two it is the last itself: in the middle of them, on average.
+    """
+    count = len(times)
+    return (times[-1] - times[-2]) * (count - 0.5) / members if count > 1 else 0.0
 
 
 def punctual(times: Sequence[float], middle: float, took: float) -> int:
@@ -91,3 +105,25 @@ def shared(late: Sequence[tuple[int, float]], before: float) -> list[tuple[int, 
         reached = time
         found.append((replica, time, share))
     return found
+
+
+def side_by_side(sites: Sequence[Waits], whole: Waits | None) -> Waits:
+    """What a clock waited for that is over when all of these sites have decided. `whole` is about the clock itself.
+
+    Without their late replicas it would be over when the slowest of the others is. The time after that is shared by the
+    sites that were still missing, as in `waits`.
+    """
+    costs = [sum(cost for *_, cost in site.late) for site in sites]
+    before = max(site.waited_s - cost for site, cost in zip(sites, costs, strict=True))
+    order = sorted((site.waited_s, number) for number, site in enumerate(sites))
+    share = {n: cost for n, _, cost in shared([(n, waited) for waited, n in order if waited > before], before)}
+    late = [
+        (replica, behind, cost * share.get(number, 0.0) / costs[number] if cost else 0.0)
+        for number, site in enumerate(sites)
+        for replica, behind, cost in site.late
+    ]
+    late.sort(key=lambda found: -found[2])
+    longest = sites[order[-1][1]]
+    spare = min(longest.spare_s, longest.waited_s - (order[-2][0] if len(order) > 1 else 0.0))
+    about = whole or Waits(longest.waited_s, max(site.spread_s for site in sites))
+    return Waits(about.waited_s, about.spread_s, tuple(late[:MOST_LATE]), spare)

@@ -47,6 +47,8 @@ class _Seen:
     late: dict[int, tuple[float, float]] = field(default_factory=dict[int, tuple[float, float]])
     """Replica -> (seconds behind, seconds that it cost), the largest of all policies."""
     left_out: set[int] = field(default_factory=set[int])
+    spare: float = 0.0
+    """How much earlier the decision would have been with one more good replica, the largest of all policies."""
     pushed: Counter[int] = field(default_factory=Counter[int])
     stale: dict[int, Counter[int]] = field(default_factory=dict[int, Counter[int]])
 
@@ -57,6 +59,7 @@ class _Seen:
         entry["spread_s"] = max(entry["spread_s"], found.spread_s)
         entry["left_out"] += excluded
         self.left_out.update(excluded)
+        self.spare = max(self.spare, found.spare_s)
         for replica, _, cost in found.late:
             entry["late"][replica] = entry["late"].get(replica, 0.0) + cost
         self.charge((replica, behind, entry["late"][replica]) for replica, behind, _ in found.late)
@@ -114,6 +117,8 @@ class Observer:
         self._arrived_late: Counter[int] = Counter()
         self._behind: Counter[int] = Counter()
         self._cost: Counter[int] = Counter()
+        self._spare: Counter[int] = Counter()
+        """By replica, how much earlier the decisions that left it out would have been with one more good one."""
         self._stale: dict[int, Counter[int]] = {}
         self._began = began
         self._retired: dict[int, float] = {}
@@ -229,6 +234,10 @@ class Observer:
     def _costs(self, until: Sequence[float]) -> dict[int, float]:
         """What late replicas have cost by the records, and after the last one."""
         costs = {r: float(self._cost[r]) for r in self._late}
+        usual = sum(self._left_out.values()) / self._terms.replicas  # if all were left out alike
+        for r, times in self._left_out.items():
+            if times > usual:
+                costs[r] += self._spare[r] * (times - usual) / (self._compared - usual)
         if self._terms.drops and costs:  # at the end the fit waits until a replica that is left out has stopped
             last = max(costs, key=until.__getitem__)
             costs[last] += max(until[last] - sorted(until)[(len(until) - 1) // 2], 0.0)
@@ -294,4 +303,6 @@ class Observer:
             self._arrived_late[replica] += 1
         self._late.update(seen.late.keys() | seen.left_out)
         self._left_out.update(seen.left_out)
+        for replica in seen.left_out if seen.spare else ():
+            self._spare[replica] += seen.spare  # pyright: ignore[reportArgumentType]
         return record

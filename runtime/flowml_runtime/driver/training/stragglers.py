@@ -56,9 +56,10 @@ class Stragglers(Sequence[Straggler]):
 
     What a replica cost is estimated from what the fit has recorded; nothing is run again.
 
-    * Where a home decides each clock, it is the time from the last arrival that was not late to the decision. A replica
-      that the decision leaves out costs no time; this is too little where steps vary, because the fastest three of four
-      good replicas are faster than three of three.
+    * Where a home decides each clock, it is the time from the last arrival that was not late to the decision.
+    * A replica that a decision leaves out delays it if steps vary, because the fastest three of four good replicas are
+      faster than three of three. What one more good replica would have saved is estimated from the last two arrivals of
+      each clock. It is charged to a replica as far as that is left out more often than all are on average.
     * Where replicas add up gradients or average parameters among themselves, the fit is modelled with and without what
       made them late, from the durations of their steps less their waits. The times of messages are left out of both.
       So it is with a policy whose decisions overlap (`delay=`), and where sites send what a home decides.
@@ -68,8 +69,9 @@ class Stragglers(Sequence[Straggler]):
     * With portions and copies, it is what a batch took longer than the good replicas needed for their shares.
 
     So the cost of one slow replica is within a tenth of what a second fit without it would save, if the times of steps
-    do not vary. It is shared among several by how far they are behind. A worker that is slow as a home only, and not in
-    the steps of its replica, is not named.
+    do not vary, and within a sixth if they do. That of a replica that decisions leave out is within a half. The cost is
+    shared among several by how far they are behind. A worker that is slow as a home only, and not in the steps of its
+    replica, is not named.
 
     Attributes:
         steps: the number of steps at which replicas were compared.

@@ -38,7 +38,7 @@ from typing import Any
 
 import msgspec
 
-from flowml.policy.waits import MOST_LATE, Waits
+from flowml.policy.waits import Waits, side_by_side
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.actions import Received, Release, Send
@@ -426,10 +426,9 @@ class _Commits:
         if len(known) < len(group.sites) + (not group.final):
             return None
         del self._of_sites[group.number, commit.clock]
-        whole = known.pop(None).waits if not group.final else _longest(commit.waits for commit in known.values())
+        whole = known.pop(None).waits if not group.final else None
         excluded = sorted(replica for commit in known.values() for replica in commit.excluded)
-        late = sorted((r for commit in known.values() for r in commit.waits.late), key=lambda found: -found[2])
-        return Waits(whole.waited_s, whole.spread_s, tuple(late[:MOST_LATE])), tuple(excluded)
+        return side_by_side([commit.waits for commit in known.values()], whole), tuple(excluded)
 
     def take(self, group: int, clock: int, excluded: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
         """The clocks that all groups have decided now, and the replicas that each of these groups leaves out.
@@ -452,9 +451,3 @@ class _Commits:
                 found.append((self._next, () if self._terms.sums else tuple(sorted(without))))
             self._next += 1
         return found
-
-
-def _longest(waits: Iterable[Waits]) -> Waits:
-    """What sites that decide side by side have waited for."""
-    found = list(waits)
-    return Waits(max(w.waited_s for w in found), max(w.spread_s for w in found))
