@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from jax._src import core as jax_core
 from jax._src import source_info_util, xla_bridge
 from jax._src.interpreters import mlir, pxla
 from jax._src.interpreters import partial_eval as pe
+from jax._src.lax import linalg
 from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import hlo  # pyright: ignore[reportPrivateImportUsage]
@@ -408,6 +410,23 @@ def operations(exported: jax.export.Exported) -> list[tuple[str, str]]:
         module = hlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
         module.operation.walk(visit, ir.WalkOrder.PRE_ORDER)
     return found
+
+
+_lapack_wanted: ContextVar[bool] = ContextVar("flowml_lapack_wanted", default=True)
+
+
+@contextmanager
+def lapack_if(needed: bool) -> Generator[None]:
+    """In the block, JAX loads SciPy for an exported program only if `needed`. That takes a third of a second."""
+    before = _lapack_wanted.set(needed)
+    try:
+        yield
+    finally:
+        _lapack_wanted.reset(before)
+
+
+_load_lapack = linalg.initialize_lapack
+linalg.initialize_lapack = lambda: _load_lapack() if _lapack_wanted.get() else None
 
 
 def compiled(lowered: jax.stages.Lowered, *, committed: bool) -> jax.stages.Compiled:

@@ -25,7 +25,7 @@ import numpy as np
 
 from flowml.errors import FlowmlError, UnsupportedError
 from flowml.instructions import Feed, Fetch, Keep, Push, Read, Recv, Run, Send
-from flowml.ir._jax import exact_types, spec_of, under
+from flowml.ir._jax import exact_types, lapack_if, spec_of, under
 from flowml.ir.exports import load_exported
 from flowml.plan import ArraySpec, Constant, Plan, Program, Task, fingerprint
 from flowml_runtime.execution.debugging import checked, checks, leaving
@@ -405,7 +405,8 @@ def _compile(exported: jax.export.Exported, task: Task, need: _Need) -> TaskFunc
     def run(*arrays: Any) -> list[Any]:
         return jax.tree_util.tree_leaves(exported.call(*arrays))
 
-    return compile_task(run, task, need.device, need.donate)
+    with lapack_if(b"lapack" in exported.mlir_module_serialized):
+        return compile_task(run, task, need.device, need.donate)
 
 
 def _load_python(plan: Plan, task: Task, device: JaxDevice, allowed: bool, parts: Parts) -> TaskFunction:

@@ -3,7 +3,8 @@
 The step is Adam on 20 layers of 1024 x 1024 (80 MiB of parameters, 240 MiB of state), with batches of 8 rows. All sides
 overwrite the state in place. On one device `jax.jit` runs in this process, and flowml in a worker with the same cores.
 On two workers the peer is `fm.Trainer` with the same two stages. The bytes of a call are those of the arrays that the
-driver sends and gets. The last row has as many leaves as a model of many small parts: there the time is Python's.
+driver sends and gets. One row has as many leaves as a model of many small parts: there the time is Python's. The last
+rows are about first calls, which compile.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from flowml_tools.bench import first_calls
 from flowml_tools.bench.rows import Goal, Peer, Row, Sample
 from flowml_tools.bench.timing import Probe, interleave, per_call, tell
 
@@ -24,7 +26,7 @@ STEPS = 6
 
 def rows(repeats: int | None) -> list[Row]:
     count = repeats or REPEATS
-    return [*_one_device(count), *_two_workers(count), _small_leaves(count)]
+    return [*_one_device(count), *_two_workers(count), _small_leaves(count), *first_calls.rows(repeats)]
 
 
 def loss(params: Any, x: Any) -> Any:
@@ -76,6 +78,7 @@ def loop(program: Callable[..., Any], state: Any, batch: Any) -> Callable[[], No
 
 def _one_device(repeats: int) -> list[Row]:
     import jax
+    import jax.numpy as jnp
 
     import flowml as fm
 
@@ -84,7 +87,7 @@ def _one_device(repeats: int) -> list[Row]:
     with fm.Cluster.local(workers=1) as cluster, fm.Cluster.threads(workers=1) as inside:
         programs = [fm.dataflow(step, cluster=c, keep=0, donate_argnums=0) for c in (cluster, inside)]
         jitted = jax.jit(step, donate_argnums=0)
-        loops = [*(loop(p, state, batch) for p in programs), loop(jitted, jax.device_put(state), batch)]
+        loops = [*(loop(p, state, batch) for p in programs), loop(jitted, jax.tree.map(jnp.array, state), batch)]
         ours, threads, peer = interleave("loops: one device", [per_call(once, CALLS) for once in loops], repeats)
     name = "Adam on 80 MiB, one device"
     return [
