@@ -130,3 +130,10 @@ def _gives_batches(source: Any) -> bool:
         if isinstance(leaf, list) and right and any(isinstance(x, np.ndarray | jax.Array) for _, x in lists):
             check_array(_name(path), leaf)
     return bool(lists) and all(rows)
+
+
+__all__ = ["Source", "as_source", "epoch_order"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -152,12 +152,9 @@ def as_markdown(document: str) -> str:
 
 
 def members(value: Any) -> list[tuple[str, Any]]:
-    """The public methods and properties of a class, or the names that a module hands on, else its functions."""
-    if isinstance(value, types.ModuleType) and hasattr(value, "__all__"):
-        return [(n, getattr(value, n)) for n in value.__all__ if callable(getattr(value, n))]
+    """The public methods and properties of a class, or the public names of a module."""
     if isinstance(value, types.ModuleType):
-        own = [(n, v) for n, v in vars(value).items() if getattr(v, "__module__", "") == value.__name__]
-        return [(n, v) for n, v in own if inspect.isfunction(v) and not n.startswith("_")]
+        return [(n, getattr(value, n)) for n in value.__all__ if callable(getattr(value, n))]
     if not inspect.isclass(value) or issubclass(value, Exception):
         return []
     found: list[tuple[str, Any]] = []

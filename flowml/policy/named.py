@@ -381,3 +381,39 @@ def speculate(portions: int = 4, *, after: float = 1.0, copies: int = 1, **overr
     those that take long; the first result counts (Dean et al., *Large Scale Distributed Deep Networks*, NeurIPS 2012,
     Sandblaster). See `flowml.Speculate`."""
     return algebra.Policy(quorum=algebra.Speculate(portions, after, copies), **overrides)
+
+
+__all__ = [
+    "synchronous",
+    "all_reduce",
+    "every",
+    "asynchronous",
+    "factors",
+    "quorum",
+    "backup_workers",
+    "deadline",
+    "drop_compute",
+    "compensate",
+    "softsync",
+    "double_buffer",
+    "local_sgd",
+    "diloco",
+    "decoupled_diloco",
+    "sparse_loco",
+    "elastic_averaging",
+    "average_once",
+    "downpour",
+    "admm",
+    "gossip",
+    "no_loco",
+    "choco",
+    "hogwild",
+    "gaia",
+    "coded",
+    "coded_reduce",
+    "speculate",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

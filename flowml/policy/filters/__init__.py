@@ -122,3 +122,7 @@ __all__ = [
     "compress",
 ]
 """The names of `flowml.filters`. The rest is for the compiler and the runtime."""
+
+
+def __dir__() -> list[str]:
+    return __all__
