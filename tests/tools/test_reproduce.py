@@ -1,0 +1,94 @@
+"""`flowml reproduce`: each claim runs at reduced size, and verdicts follow from findings."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flowml_tools.main import main
+from flowml_tools.reproduce import CLAIMS
+from flowml_tools.reproduce.claims import Finding, Outcome, at_least, at_most, between, near, out_of_reach
+from flowml_tools.reproduce.page import Run, markdown, text
+from flowml_tools.reproduce.plots import Line, Plot, draw
+
+EXPECTED = dict.fromkeys(CLAIMS, "reproduced")
+"""The verdicts at reduced size with seed 0. A change of one is a change of what the project can show."""
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_at_reduced_size(name: str) -> None:
+    claim = CLAIMS[name]
+    outcome = claim.run(False, 0)
+    assert outcome.verdict == EXPECTED[name], text(name, Run(claim, outcome, 0))
+    assert outcome.setting.endswith(".")
+    if outcome.plot is not None:
+        ET.fromstring(draw(outcome.plot))
+
+
+def test_a_verdict_follows_from_the_findings() -> None:
+    yes, no = Finding("a", "1", "1", agrees=True), Finding("b", "1", "3", agrees=False)
+    verdicts = {
+        (): "claimed, not reproduced",
+        (yes,): "reproduced",
+        (yes, no): "partly",
+        (no,): "claimed, not reproduced",
+    }
+    for findings, verdict in verdicts.items():
+        assert Outcome("It.", findings).verdict == verdict
+    assert Outcome("It.", (yes, no)).reason == "b: 3, claimed 1"
+
+
+def test_a_finding_agrees_within_its_bound_only() -> None:
+    assert near("x", 10, 10.9, within=0.1).agrees
+    assert not near("x", 10, 11.1, within=0.1).agrees
+    assert not near("x", 10, 8.9, within=0.1).agrees
+    assert not near("x", 10, float("nan"), within=0.1).agrees
+    assert at_least("x", 2, 2).agrees
+    assert not at_least("x", 2, 1.9).agrees
+    assert at_most("x", 2, 2).agrees
+    assert not at_most("x", 2, 2.1).agrees
+    assert between("x", 1, 2, 1.5).agrees
+    assert not between("x", 1, 2, 2.5).agrees
+    assert not out_of_reach("x", "88 %", "there is one machine").agrees
+
+
+def test_a_plot_has_every_finite_point() -> None:
+    points = [(1.0, 2.0), (10.0, float("inf")), (100.0, 30.0), (0.0, 1.0)]
+    plot = Plot("a < b", "x", "y", (Line("one", points), Line("none", [])), log_x=True, log_y=True)
+    assert draw(plot).count("<circle") == 2
+    assert ET.fromstring(draw(plot)).findtext("{http://www.w3.org/2000/svg}title") == "a < b"
+    assert draw(replace(plot, log_x=False, log_y=False)).count("<circle") == 3
+
+
+def test_the_command_writes_a_page_and_its_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "backup", "--seed", "3", "--out", str(tmp_path / "docs")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("backup: ")
+    assert "Seed 3." in printed
+    page = (tmp_path / "docs" / "reproduce.md").read_text()
+    assert "## backup" in page
+    for target in re.findall(r"\]\((reproduce/[^)]+)\)", page):
+        assert (tmp_path / "docs" / target).exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["no_such"], ["ssp", "--all"]])
+def test_a_wrong_call_says_which_claims_there_are(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", *arguments]) == 2
+    assert "there are adam, " in capsys.readouterr().err
+
+
+def test_the_page_of_the_documentation_has_every_claim() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reproduce.md").read_text()
+    assert re.findall(r"^## (\S+)$", page, re.MULTILINE) == list(CLAIMS)
+    for claim in CLAIMS.values():
+        assert claim.states in page
+
+
+def test_a_bar_in_a_cell_does_not_end_it() -> None:
+    claim = CLAIMS["ssp"]
+    run = Run(claim, Outcome("It.", (Finding("|x|", "1", "1", agrees=True),)), 0)
+    assert "\\|x\\|" in markdown({"ssp": run}, full=False)

@@ -1,0 +1,59 @@
+"""`flowml reproduce` runs the claims of papers and prints them beside what this machine finds.
+
+A claim is a module with a `CLAIM`, named for its paper, and listed in `CLAIMS` below. By default it runs at reduced
+size, in seconds; `--full` runs it at the size of the paper, or as near to it as one machine comes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flowml_tools.command import CommandError, natural
+from flowml_tools.reproduce import adam, backup, ssp
+from flowml_tools.reproduce.claims import Claim
+from flowml_tools.reproduce.page import Run, text, write
+
+SUMMARY = "the papers' claims beside ours"
+CLAIMS: dict[str, Claim] = {
+    module.__name__.rpartition(".")[2]: module.CLAIM
+    for module in (
+        adam,
+        ssp,
+        backup,
+    )
+}
+DESCRIPTION = (
+    "Run the claims of papers, and say whether they are reproduced. A claim takes seconds; with --full minutes.\n\n"
+    + "\n".join(f"  {name:<14}{claim.paper}" for name, claim in CLAIMS.items())
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", metavar="NAME", nargs="*", help="the claims to run, of the list above")
+    parser.add_argument("--all", action="store_true", help="run every claim")
+    parser.add_argument("--full", action="store_true", help="run at the size of the paper where this machine can")
+    parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of all random numbers (default 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write DIR/reproduce.md and its plots")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the claims. A claim that is not reproduced is a result, not a failure, so the status is 0."""
+    if arguments.all == bool(arguments.names):
+        raise CommandError(f"give names or --all; there are {', '.join(CLAIMS)}")
+    names: list[str] = list(CLAIMS) if arguments.all else list(dict.fromkeys(arguments.names))
+    for name in names:
+        if name not in CLAIMS:
+            raise CommandError(f"there is no claim {name!r}; there are {', '.join(CLAIMS)}")
+    folder: Path | None = arguments.out
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise CommandError(f"--out {str(folder)!r} is not a folder")
+    runs: dict[str, Run] = {}
+    for name in names:
+        claim = CLAIMS[name]
+        runs[name] = Run(claim, claim.run(arguments.full, arguments.seed), arguments.seed)
+        print(text(name, runs[name]), end="\n\n", flush=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"written: {write(folder, runs, full=arguments.full)}")
+    return 0

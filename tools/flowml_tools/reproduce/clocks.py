@@ -1,0 +1,65 @@
+"""Fits that several claims share: clocks and bytes without arithmetic, for a model of which only the size matters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import flowml as fm
+    from flowml.sim import ComputeModel, NetworkModel
+    from flowml_runtime.driver.training.result import TrainingResult
+
+
+def simulate(
+    policy: fm.Policy,
+    workers: int,
+    compute: ComputeModel,
+    network: NetworkModel | None = None,
+    *,
+    steps: int,
+    seed: int,
+    nbytes: int = 4,
+    each: int = 1,
+    microbatches: int = 1,
+    epochs: int | None = None,
+    homes: fm.sim.Homes | None = None,
+) -> TrainingResult:
+    """Virtual time, bytes and fates of `steps` steps on `workers` replicas, without arithmetic.
+
+    Args:
+        nbytes: the size of the one layer.
+        each: the examples of a replica's step.
+        epochs: divides the steps into so many epochs, for rules about epochs.
+        network: by default one that takes no noticeable time.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    import flowml as fm
+
+    def loss(params: Any, batch: Any) -> Any:
+        return jnp.mean((batch * jnp.mean(params["layer"])) ** 2)  # its gradient needs the parameters
+
+    batch = workers * each
+    source = np.zeros((batch * (steps // epochs if epochs else 1), 1), np.float32)
+    cluster = fm.SimulatedCluster(
+        workers,
+        compute,
+        network or fm.sim.Network(latency_s=1e-6, bytes_per_s=1e12),
+        seed=seed,
+        arithmetic=False,
+        homes=homes or fm.sim.Homes(),
+    )
+    trainer = fm.Trainer(
+        loss, optax.sgd(0.1), cluster=cluster, replicas=workers, policies=policy, microbatches=microbatches
+    )
+    length: dict[str, int] = {"epochs": epochs} if epochs else {"steps": steps}
+    params = {"layer": jnp.zeros(nbytes // 4)}
+    return trainer.fit(params, source, batch_size=batch, seed=seed, progress=False, **length)
+
+
+def step_s(result: TrainingResult) -> float:
+    """Virtual seconds of a step."""
+    assert result.virtual_seconds is not None
+    return result.virtual_seconds / len(result.history)

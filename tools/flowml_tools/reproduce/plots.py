@@ -1,0 +1,134 @@
+"""Draws the figure of a claim as SVG: lines over one axis, with ticks and a legend. It needs no other program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+
+WIDTH, HEIGHT = 640, 360
+LEFT, RIGHT, TOP, BOTTOM = 68, 150, 44, 48
+COLOURS = ("#3978d8", "#dd7a2e", "#20967f", "#b5509a", "#7f8f1f", "#cf4759", "#6b62d6", "#7d6a57")
+STYLE = """
+.plot text{font-family:ui-sans-serif,system-ui,'Segoe UI','DejaVu Sans',Arial,sans-serif;font-size:11px;fill:#1c2733}
+.plot .title{font-size:14px;font-weight:600}.plot .back{fill:#fff}.plot .rule{stroke:#d5dce5}
+@media (prefers-color-scheme:dark){.plot text{fill:#e7ecf2}.plot .back{fill:#12161c}.plot .rule{stroke:#323c48}}
+"""
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named line through points, or the points alone."""
+
+    name: str
+    points: Points
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Lines in one pair of axes. Points that are not finite, or not above 0 on a logarithmic axis, are left out."""
+
+    title: str
+    x: str
+    y: str
+    lines: tuple[Line, ...]
+    log_x: bool = False
+    log_y: bool = False
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Maps numbers to pixels. The range is that of the ticks."""
+
+    ticks: tuple[float, ...]
+    log: bool
+    begin: float
+    end: float
+
+    def at(self, value: float) -> float:
+        low, high = self.ticks[0], self.ticks[-1]
+        share = math.log(value / low) / math.log(high / low) if self.log else (value - low) / (high - low)
+        return self.begin + share * (self.end - self.begin)
+
+
+def draw(plot: Plot) -> str:
+    """The plot as an SVG document, on a background of its own, for light and dark pages."""
+    lines = [_finite(line, plot) for line in plot.lines]
+    points = [point for line in lines for point in line.points]
+    xs, ys = [x for x, _ in points] or [1.0], [y for _, y in points] or [1.0]
+    across = _axis(xs, plot.log_x, LEFT, WIDTH - RIGHT)
+    up = _axis(ys if plot.log_y else [0.0, *ys], plot.log_y, HEIGHT - BOTTOM, TOP)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
+        f'height="{HEIGHT}" role="img">',
+        f"<title>{escape(plot.title)}</title>",
+        f"<style>{STYLE}</style>",
+        f'<rect class="back" width="{WIDTH}" height="{HEIGHT}" rx="8"/>',
+        _text(LEFT, 24, plot.title, "start", "title"),
+        *(_tick_x(across, value) for value in across.ticks),
+        *(_tick_y(up, value) for value in up.ticks),
+        _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, plot.x, "middle"),
+        f'<g transform="rotate(-90 16 {HEIGHT / 2})">{_text(16, HEIGHT / 2, plot.y, "middle")}</g>',
+        *(_line(line, index, across, up) for index, line in enumerate(lines)),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _finite(line: Line, plot: Plot) -> Line:
+    def shown(x: float, y: float) -> bool:
+        fits = (x > 0 or not plot.log_x) and (y > 0 or not plot.log_y)
+        return fits and math.isfinite(x) and math.isfinite(y)
+
+    return Line(line.name, tuple(point for point in line.points if shown(*point)), line.dashed)
+
+
+def _axis(values: Sequence[float], log: bool, begin: float, end: float) -> _Axis:
+    low, high = min(values), max(values)
+    if log:
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        ticks = tuple(10.0**i for i in range(first, max(last, first + 1) + 1))
+        return _Axis(ticks, log, begin, end)
+    step = _step(high - low or abs(high) or 1.0)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return _Axis(tuple(step * i for i in range(first, max(last, first + 1) + 1)), log, begin, end)
+
+
+def _step(extent: float) -> float:
+    """A round distance between ticks, of which the extent has four to ten."""
+    size = 10.0 ** math.floor(math.log10(extent))
+    return next(size * part for part in (0.1, 0.2, 0.25, 0.5, 1.0) if extent <= 8 * size * part or part == 1.0)
+
+
+def _line(line: Line, index: int, across: _Axis, up: _Axis) -> str:
+    colour, y = COLOURS[index % len(COLOURS)], TOP + 8 + 18 * index
+    spots = [(across.at(a), up.at(b)) for a, b in line.points]
+    path = "L".join(f"{a:.1f},{b:.1f}" for a, b in spots)
+    dash = ' stroke-dasharray="5 4"' if line.dashed else ""
+    marks = "" if line.dashed else "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in spots)
+    drawn = f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dash}/>' if spots else ""
+    left = WIDTH - RIGHT + 14
+    key = f'<path d="M{left},{y - 4}h16" stroke="{colour}" stroke-width="2"{dash}/>'
+    return f'<g fill="{colour}">{drawn}{marks}{key}</g>{_text(left + 22, y, line.name, "start")}'
+
+
+def _tick_x(axis: _Axis, value: float) -> str:
+    at = axis.at(value)
+    rule = f'<path class="rule" d="M{at:.1f},{TOP}V{HEIGHT - BOTTOM}"/>'
+    return rule + _text(at, HEIGHT - BOTTOM + 16, f"{value:g}", "middle")
+
+
+def _tick_y(axis: _Axis, value: float) -> str:
+    at = axis.at(value)
+    rule = f'<path class="rule" d="M{LEFT},{at:.1f}H{WIDTH - RIGHT}"/>'
+    return rule + _text(LEFT - 6, at + 4, f"{value:g}", "end")
+
+
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
+    named = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{named}>{escape(text)}</text>'
