@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from flowml_tools.command import CommandError, natural
-from flowml_tools.reproduce import adam, backup, ssp
+from flowml_tools.reproduce import adam, backup, coded_reduce, coding, ssp
 from flowml_tools.reproduce.claims import Claim
 from flowml_tools.reproduce.page import Run, text, write
 
@@ -21,6 +21,8 @@ CLAIMS: dict[str, Claim] = {
         adam,
         ssp,
         backup,
+        coding,
+        coded_reduce,
     )
 }
 DESCRIPTION = (
