@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from flowml_tools.command import CommandError, natural
-from flowml_tools.reproduce import adam, backup, coded_reduce, coding, ssp
+from flowml_tools.reproduce import adam, backup, coded_reduce, coding, d_psgd, diloco, drop_compute, no_loco, rudra, ssp
 from flowml_tools.reproduce.claims import Claim
 from flowml_tools.reproduce.page import Run, text, write
 
@@ -23,6 +23,11 @@ CLAIMS: dict[str, Claim] = {
         backup,
         coding,
         coded_reduce,
+        drop_compute,
+        rudra,
+        d_psgd,
+        no_loco,
+        diloco,
     )
 }
 DESCRIPTION = (

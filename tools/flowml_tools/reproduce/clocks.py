@@ -73,5 +73,20 @@ def simulate(
 
 
 def step_s(result: TrainingResult) -> float:
-    """Virtual seconds of a step, without the wait for late replicas at the end of the fit."""
-    return result.history[-1]["seconds"] / len(result.history)
+    """Virtual seconds of a step, without the first and the last ones, in which a fit sends parameters besides."""
+    ends = [record["seconds"] for record in result.history]
+    return (ends[-2] - ends[0]) / (len(ends) - 2)
+
+
+def added_step_s(
+    policy: fm.Policy, workers: int, compute: ComputeModel, network: NetworkModel, *, steps: int, seed: int, nbytes: int
+) -> float:
+    """Virtual seconds by which a fit of twice as many steps is longer, for one of these steps.
+
+    What a fit sends at its beginning and end takes as long in both, also if it delays some replicas by several steps.
+    """
+    short, long = (
+        simulate(policy, workers, compute, network, steps=count, seed=seed, nbytes=nbytes).virtual_seconds or 0.0
+        for count in (steps, 2 * steps)
+    )
+    return (long - short) / steps

@@ -47,9 +47,9 @@ def run(full: bool, seed: int) -> Outcome:
     }
     ours, coded, ring = times.values()
     return Outcome(
-        f"Trees of 84 (4 children, 3 levels, s = 1) and 156 replicas (12, 2, s = 3), {tries} draws of s dead children of "
-        "every parent. Time: 84 simulated replicas, a gradient of 4 MB on links of 1 GB/s. A replica that computes a share "
-        "w of the batch takes 84 w (1 + Exp(1)) s, and one step in 200 has a pause besides, whatever w.",
+        f"Trees of 84 (4 children, 3 levels, s = 1) and 156 replicas (12, 2, s = 3), {tries} draws of s dead children "
+        "of every parent. Time: 84 simulated replicas, a gradient of 4 MB on links of 1 GB/s. A replica that computes "
+        "a share w of the batch takes 84 w (1 + Exp(1)) s, and one step in 200 has a pause besides, whatever w.",
         (
             holds(
                 "decoded with s dead children of every parent", "exactly", f"error {max(errors.values()):.1e}", exact

@@ -39,9 +39,9 @@ def run(full: bool, seed: int) -> Outcome:
     naive = [(delay, seconds(fm.Policy(), 1, delay)) for delay in DELAYS]
     coded = [(delay, seconds(fm.policies.coded(1), 2, delay)) for delay in DELAYS]
     return Outcome(
-        f"Every set of s late replicas of {replicas}, for s of {', '.join(map(str, cases))}, with the fractional and the "
-        "cyclic code. Time: one replica is delayed, a replica's share of the batch takes 1 s, and a code for one straggler "
-        "computes two shares.",
+        f"Every set of s late replicas of {replicas}, for s of {', '.join(map(str, cases))}, with the fractional and "
+        "the cyclic code. Time: one replica is delayed, a replica's share of the batch takes 1 s, and a code for one "
+        "straggler computes two shares.",
         (
             holds("sets of late replicas that are decoded", "all", f"{tried - undecoded} of {tried}", not undecoded),
             at_most("largest error of an entry of aB = 1", 1e-9, worst, "{:.1e}"),

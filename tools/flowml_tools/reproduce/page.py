@@ -13,8 +13,8 @@ INTRODUCTION = """\
 # The claims of the papers, beside ours
 
 This page is written by `flowml reproduce --all --out docs`{full}. Each claim has a setting, a seed, and findings: a
-number of ours beside that of the paper, with the bound within which they agree. Where a paper says in words what we have
-to measure, as "hides stragglers", the bound is ours. The verdict follows from the findings:
+number of ours beside that of the paper, with the bound within which they agree. Where a paper says in words what
+has to be measured, as "hides stragglers", the bound is ours. The verdict follows from the findings:
 *reproduced* if all agree, *partly* if some do, and *claimed, not reproduced* if none does. A figure that one machine
 cannot have is listed as not measured, and never agrees.
 
