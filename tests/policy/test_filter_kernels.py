@@ -35,6 +35,8 @@ CHAINS: list[tuple[f.Filter, ...]] = [
     (f.quantise(8),),
     (f.quantise(4, block=3),),
     (f.quantise(2, stochastic=True, block=64).with_error_feedback(),),
+    (f.quantise(1, stochastic=True).with_error_feedback(),),
+    (f.quantise(4, stochastic=True, block=0).with_error_feedback(),),
     (f.quantise(1, stochastic=True),),
     (f.quantise(1),),
     (f.sign().with_error_feedback(),),

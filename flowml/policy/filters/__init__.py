@@ -88,7 +88,8 @@ def low_rank(rank: int) -> LowRank:
 def quantise(bits: int, stochastic: bool = False, block: int = BLOCK) -> Quantise:
     """Sends 8, 4, 2 or 1 bits for each element, and a scale for each `block` elements (0: for the whole array).
 
-    `stochastic` rounds up or down at random so that the expectation of what arrives is what was sent.
+    `stochastic` rounds up or down at random so that the expectation of what arrives is what was sent. With error
+    feedback the scale is then the one with which the rounded elements are nearest to what they stand for.
     """
     return Quantise(bits=bits, stochastic=stochastic, block=block)
 

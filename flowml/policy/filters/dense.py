@@ -64,7 +64,8 @@ class Quantise(Filter, frozen=True):
         flat = wide(value).reshape(-1)
         noise = context.rng().integers(0, _ONE, flat.size, np.uint16) if self.stochastic else None
         with np.errstate(invalid="ignore"):  # a value that is not finite comes back as NaN
-            return list(context.run(quantised, flat, noise, bits=self.bits, block=self.block)), None
+            fitted = self.stochastic and context.feedback
+            return list(context.run(quantised, flat, noise, bits=self.bits, block=self.block, fitted=fitted)), None
 
     def decode(self, parts: Sequence[Array], form: Form, run: Run = on_numpy) -> Array:
         values = run(dequantised, *parts, bits=self.bits, block=self.block, size=form.size)
@@ -108,10 +109,11 @@ class LowRank(Filter, frozen=True):
         return run(product, *map(wide, parts), exact=False).astype(form.dtype, copy=False).reshape(form.shape)
 
 
-def quantised(flat: Any, noise: Any, *, bits: int, block: int, xp: Any) -> tuple[Any, Any]:
+def quantised(flat: Any, noise: Any, *, bits: int, block: int, fitted: bool = False, xp: Any) -> tuple[Any, Any]:
     """The packed codes, of `bits` bits for each element, and a scale for each block.
 
     `noise`, a random number below 2^16 for each element, makes rounding stochastic; None: to the nearest level.
+    `fitted` takes the scale with which these levels are nearest to the elements.
     """
     rows = _blocks(flat, block, xp)
     largest = xp.max(magnitudes(rows), axis=1).view(flat.dtype)
@@ -126,6 +128,10 @@ def quantised(flat: Any, noise: Any, *, bits: int, block: int, xp: Any) -> tuple
         scale = largest * flat.dtype.type(1 / levels)
         steps = rows * (_ONE / xp.where(largest > _TINY, scale, 1))[:, None]  # 1 / scale may be subnormal
         codes = _levels(steps, None if noise is None else _blocks(noise, block, xp), bits, levels, xp)
+        if fitted:
+            signed = codes.astype(np.int32) * 2 - 1 if bits == 1 else codes.astype(np.int32) - levels
+            inside = np.arange(rows.size).reshape(rows.shape) < flat.size
+            scale = _nearest_scale(rows, xp.where(inside, signed, 0), scale, bits, xp)
     scale = xp.where(finite, xp.where(largest > _TINY, scale, 0), xp.nan).astype(flat.dtype)
     return pack(codes.reshape(-1)[: flat.size].astype(_CODES), bits, xp), scale
 
@@ -138,6 +144,19 @@ def _levels(steps: Any, noise: Any, bits: int, levels: int, xp: Any) -> Any:
     if bits == 1:
         return 2 * noise.astype(np.int32) - _ONE < steps
     return xp.clip((steps + noise) >> 16, -levels, levels) + levels
+
+
+def _nearest_scale(rows: Any, levels: Any, scale: Any, bits: int, xp: Any) -> Any:
+    """The scale of each row with which its levels are nearest to it by least squares; `scale` if all levels are 0.
+
+    What is lost is then never larger than the row itself. Products with 1 and with powers of 2 are exact, so NumPy and
+    XLA, which may join a product and a sum, give the same bits.
+    """
+    signed, sizes = xp.where(levels < 0, -rows, rows), xp.abs(levels)
+    common = sum(_sums(xp.where((sizes >> bit) & 1 == 1, signed, 0), xp) * 2**bit for bit in range(bits))
+    squares = _sums((levels * levels).astype(rows.dtype), xp)
+    fits = (squares > 0) & xp.isfinite(common)  # a sum of huge elements may overflow
+    return xp.where(fits, common / xp.where(fits, squares, 1), scale)
 
 
 def dequantised(packed: Any, scales: Any, *, bits: int, block: int, size: int, xp: Any) -> Any:
