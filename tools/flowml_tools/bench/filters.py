@@ -50,11 +50,11 @@ def rows(repeats: int | None, sides: Sequence[int] = SIDES) -> list[Row]:
             name = ", ".join(map(str, chain))
             tell(f"filters: {name} of {side} x {side}")
             value = np.random.default_rng(0).normal(size=(side, side)).astype(np.float32)
-            ours, theirs = (_sample(run, chain, value, repeats or REPEATS) for run in ways)
-            sent = _sent(ways[1], chain, value)
+            ours, theirs = (sample(run, chain, value, repeats or REPEATS) for run in ways)
+            wire = sent(ways[1], chain, value)
             seconds = min(ours.median, theirs.median)
-            pays = f"{(value.nbytes - sent) / seconds / 1e6:,.0f} MB/s" if sent < value.nbytes else "never"
-            group = (name, f"{value.size:,}", f"{value.nbytes / sent:.1f} x fewer", pays)
+            pays = f"{(value.nbytes - wire) / seconds / 1e6:,.0f} MB/s" if wire < value.nbytes else "never"
+            group = (name, f"{value.size:,}", f"{value.nbytes / wire:.1f} x fewer", pays)
             found.append(Row(f"{name}, {value.size:,}", "s", ours, Peer("NumPy", theirs), group=group))
     return found
 
@@ -81,7 +81,7 @@ def _context(run: f.Run, chain: f.Chain, value: Array, clock: int) -> f.Context:
     return f.Context((clock,), clock, 1.0, np.full_like(value, 0.0 if isinstance(chain[0], f.KKT) else 100.0), run=run)
 
 
-def _sample(run: f.Run, chain: f.Chain, value: Array, repeats: int) -> Sample:
+def sample(run: f.Run, chain: f.Chain, value: Array, repeats: int) -> Sample:
     """The seconds of encoding and decoding, after two pushes that may compile."""
     import jax
 
@@ -97,7 +97,7 @@ def _sample(run: f.Run, chain: f.Chain, value: Array, repeats: int) -> Sample:
     return Sample(tuple(found[2:]))
 
 
-def _sent(run: f.Run, chain: f.Chain, value: Array) -> int:
+def sent(run: f.Run, chain: f.Chain, value: Array) -> int:
     """The bytes that are sent of one array."""
     wire, _ = f.encode(chain, value, {}, _context(run, chain, value, 1))
     return max(sum(a.nbytes for a in wire), 1)

@@ -10,7 +10,26 @@ import argparse
 from pathlib import Path
 
 from flowml_tools.command import CommandError, natural
-from flowml_tools.reproduce import adam, backup, coded_reduce, coding, d_psgd, diloco, drop_compute, no_loco, rudra, ssp
+from flowml_tools.reproduce import (
+    adam,
+    admm,
+    backup,
+    coded_reduce,
+    coding,
+    d_psgd,
+    decoupled,
+    diloco,
+    drop_compute,
+    ensemble,
+    gaia,
+    no_loco,
+    one_bit,
+    power_sgd,
+    rudra,
+    ssp,
+    top_k,
+    zinkevich,
+)
 from flowml_tools.reproduce.claims import Claim
 from flowml_tools.reproduce.page import Run, text, write
 
@@ -28,6 +47,14 @@ CLAIMS: dict[str, Claim] = {
         d_psgd,
         no_loco,
         diloco,
+        decoupled,
+        gaia,
+        zinkevich,
+        admm,
+        ensemble,
+        power_sgd,
+        one_bit,
+        top_k,
     )
 }
 DESCRIPTION = (

@@ -14,7 +14,7 @@ def run(full: bool, seed: int) -> Outcome:
 
     import flowml as fm
 
-    replicas, steps, rhythms = (8, 8000, (20, 100, 500)) if full else (2, 2000, (500,))
+    replicas, steps, rhythms = (8, 8000, (20, 100, 500)) if full else (2, 1000, (500,))
     params, examples, _ = problem(seed)
     task: tuple[Any, Any, Any] = loss, params, examples
     bytes_of, ends = {}, {}
