@@ -329,14 +329,16 @@ class Collective(TrainingMessage, frozen=True):
 class Settled(TrainingMessage, frozen=True):
     """The fate of work items, for the ledger: (item, fate). Each grant of an item is settled exactly once.
 
-    `missing` are the groups of stores for which these items do not count, although they count for others. `left_out` is
-    the number of microbatches of each item that were not computed.
+    `missing` are the groups of stores for which these items do not count, although they count for others, and `late`
+    those that count them in a later clock, although others count them in time. `left_out` is the number of microbatches
+    of each item that were not computed.
     """
 
     replica: Count
     fates: tuple[tuple[Item, Literal["used", "dropped", "folded", "requeued", "duplicate"]], ...]
     missing: tuple[Count, ...] = ()
     left_out: Count = 0
+    late: tuple[Count, ...] = ()
 
 
 class Report(TrainingMessage, frozen=True):

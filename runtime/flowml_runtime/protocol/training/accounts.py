@@ -13,7 +13,8 @@ another. An account closes when the fate of the item's gradients is known in eve
 * Stores without decisions count every step that has finished.
 * If steps may leave out microbatches, the step must have finished too, because only then it is known how many.
 
-An item is settled as used if some store counts it; `missing` names the groups that have lost it. Otherwise it is
+An item is settled as used if some store counts it; `missing` names the groups that have lost it, and `late` those
+that count it in a later clock. Otherwise it is
 settled as folded if a later commit of some group contains it, as requeued if the late rule of a group that has lost
 it says so, and as dropped in any other case. At the end of a run, a group that has not counted an item has lost it.
 """
@@ -33,22 +34,30 @@ Fate = Literal["used", "dropped", "folded", "requeued", "duplicate"]
 
 
 class Settle(msgspec.Struct, frozen=True):
-    """Tell the ledger the fate of an item, and the groups for which it does not count although it is used."""
+    """Tell the ledger the fate of an item, and the groups for which it does not count although it is used, or counts
+    late."""
 
     item: wire.Item
     fate: Fate
     missing: tuple[int, ...] = ()
     left_out: int = 0
     """The number of its microbatches that were not computed, of an item that counts."""
+    late: tuple[int, ...] = ()
+    """The groups that count it in a later clock, although others count it in time."""
 
 
-def joined(actions: Iterable[object]) -> Iterable[tuple[tuple[tuple[int, ...], int], list[tuple[wire.Item, Fate]]]]:
-    """The items that are settled by these actions and their fates, by the groups that do without them and by the number
-    of microbatches that were left out."""
-    found: dict[tuple[tuple[int, ...], int], list[tuple[wire.Item, Fate]]] = {}
+Alike = tuple[tuple[int, ...], int, tuple[int, ...]]
+"""What items share that are told together: `missing`, `left_out` and `late`."""
+
+
+def joined(actions: Iterable[object]) -> Iterable[tuple[Alike, list[tuple[wire.Item, Fate]]]]:
+    """The items that are settled by these actions and their fates, by the groups that do without them, by the number of
+    microbatches that were left out, and by the groups that count them late."""
+    found: dict[Alike, list[tuple[wire.Item, Fate]]] = {}
     for action in actions:
         if type(action) is Settle:
-            found.setdefault((action.missing, action.left_out), []).append((action.item, action.fate))
+            alike = action.missing, action.left_out, action.late
+            found.setdefault(alike, []).append((action.item, action.fate))
     return found.items()
 
 
@@ -225,13 +234,14 @@ class Accounts:
         return found
 
     def _fate(self, account: _Account) -> Settle:
+        late = tuple(sorted(account.folded)) if account.folded else ()
         if self._terms.final:  # the groups above them say what counts
             inside = {g.number for g in self._terms.final if g.above is not None}
             account.counted -= inside
             account.folded -= inside
         if account.counted:
             lost = tuple(sorted(account.lost)) if account.lost else ()
-            return Settle(account.item, "used", lost, account.left_out or 0)
+            return Settle(account.item, "used", lost, account.left_out or 0, late)
         if account.folded:
             return Settle(account.item, "folded", tuple(sorted(account.lost)))
         requeues = any(isinstance(self._terms.groups[g].late, Requeue) for g in account.lost)

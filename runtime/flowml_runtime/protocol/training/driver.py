@@ -329,7 +329,7 @@ class TrainingDriver:
             case wire.Ask():
                 return self._grant(message)
             case wire.Settled(replica=replica, fates=fates, missing=missing):
-                self.ledger.step(Settled(replica, fates, missing, message.left_out))
+                self.ledger.step(Settled(replica, fates, missing, message.left_out, message.late))
                 return [NoteFates(fates, missing, cause)]
             case wire.Commit(clock=clock, group=group, coefficients=given):
                 if not self._commits.is_new(group, clock):

@@ -328,8 +328,8 @@ class Fit:
         return actions
 
     def _settle(self, at: At, made: Sequence[stage.Action | decision.Wake], actions: list[Action]) -> None:
-        for (missing, left_out), fates in joined(made):
-            about: dict[str, Any] = {"missing": missing, "left_out": left_out}
+        for (missing, left_out, late), fates in joined(made):
+            about: dict[str, Any] = {"missing": missing, "left_out": left_out, "late": late}
             told = wire.Settled(**self._ids, replica=at[0], fates=tuple(fates), **about)
             actions.append(Send(self._driver, told))
 

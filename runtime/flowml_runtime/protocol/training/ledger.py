@@ -73,13 +73,15 @@ class Asked(msgspec.Struct, frozen=True):
 
 
 class Settled(msgspec.Struct, frozen=True):
-    """The fate of items of a replica. `missing` are the groups that do not use them, although others do. `left_out` is
-    the number of microbatches of each that were not computed."""
+    """The fate of items of a replica. `missing` are the groups that do not use them, although others do, and `late`
+    those that fold them in, although others use them in time. `left_out` is the number of microbatches of each that
+    were not computed."""
 
     replica: int
     fates: tuple[tuple[wire.Item, Fate], ...]
     missing: tuple[int, ...] = ()
     left_out: int = 0
+    late: tuple[int, ...] = ()
 
 
 class Grant(msgspec.Struct, frozen=True):
@@ -213,8 +215,8 @@ class Ledger:
         match event:
             case Asked(replica, clocks, returned, copy):
                 return self._answer(replica, clocks, returned, copy)
-            case Settled(replica, fates, missing, left_out):
-                self._settle(replica, fates, missing, left_out)
+            case Settled(replica, fates, missing, left_out, late):
+                self._settle(replica, fates, missing, left_out, late)
             case ReplicaLost(replica):
                 self._lose(replica)
         return []
@@ -290,11 +292,12 @@ class Ledger:
         fates: Iterable[tuple[wire.Item, Fate]],
         missing: tuple[int, ...] = (),
         left_out: int = 0,
+        late: tuple[int, ...] = (),
     ) -> None:
         if replica in self._lost:
             return
         for item, fate in fates:
-            self._account(replica, item, fate, missing)
+            self._account(replica, item, fate, missing, late)
             if left_out:
                 self._leave_out(replica, item, fate, left_out)
 
@@ -309,7 +312,14 @@ class Ledger:
         for account in (self._epochs[item.epoch], self._replicas[replica], *self._groups):
             account.left_out += examples
 
-    def _account(self, replica: int, item: wire.Item, fate: Change, missing: tuple[int, ...] = ()) -> None:
+    def _account(
+        self,
+        replica: int,
+        item: wire.Item,
+        fate: Change,
+        missing: tuple[int, ...] = (),
+        late: tuple[int, ...] = (),
+    ) -> None:
         sequence = item.sequence
         if self._outstanding.get((sequence, item.copy)) != (replica, item):
             raise ProtocolError(f"replica {replica} says that item {sequence} was {fate}, but does not have it")
@@ -321,7 +331,7 @@ class Ledger:
         epoch[fate] = epoch.get(fate, 0) + 1
         own[fate] = own.get(fate, 0) + 1
         for group, account in enumerate(self._groups):
-            counted = "dropped" if group in missing else fate
+            counted = "dropped" if group in missing else "folded" if group in late else fate
             account.fates[counted] = account.fates.get(counted, 0) + 1
         if fate == "duplicate":
             return

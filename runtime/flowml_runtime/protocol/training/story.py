@@ -79,8 +79,9 @@ def said(message: wire.Wire | wire.TrainingMessage) -> str:
             return f"replica {replica} has computed {count} microbatches of clock {clock}"
         case wire.Halt(clock=clock):
             return f"enough microbatches of clock {clock} are computed"
-        case wire.Settled(replica=replica, fates=fates, missing=missing):
+        case wire.Settled(replica=replica, fates=fates, missing=missing, late=late):
             without = f" without {_many('group', missing)}" if missing else ""
+            without += f", late in {_many('group', late)}" if late else ""
             return ", ".join(f"item {i.sequence} of replica {replica} is {fate}{without}" for i, fate in fates)
         case wire.Hold(clock=clock, replica=None):
             return f"replicas {_held(clock)}"
