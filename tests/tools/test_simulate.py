@@ -57,6 +57,9 @@ def test_a_script_trains_in_virtual_time_and_its_fits_are_described(script: str)
         (("--compute", "weibull:1,2"), "names no model; there are constant, exponential, lognormal, pareto"),
         (("--compute", "lognormal:0.1"), "'0.1' is not 2 numbers, such as 0.1,0.3"),
         (("--compute", "constant:-1"), "Constant"),
+        (("--compute", "recorded:no.json"), "argument --compute: no.json cannot be read: No such file or directory"),
+        (("--compute", "constant:1", "--stragglers", "0.5,0.1"), "argument --stragglers: Straggler: factor=0.5 makes"),
+        (("--compute", "constant:1", "--network", "regions:no.csv"), "argument --network: no.csv cannot be read"),
         (("--compute", "constant:1", "--network", "fast"), "'fast' is not 2 numbers, such as 1e-3,60e6"),
         (("--compute", "constant:1", "--network=-1,2"), "argument --network: Network: latency_s=-1 makes no sense"),
     ],
@@ -66,6 +69,26 @@ def test_wrong_models_are_one_line(script: str, arguments: tuple[str, ...], text
     assert ended.returncode in (1, 2)
     assert text in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_recorded_times_stragglers_and_regions(script: str, tmp_path: Path) -> None:
+    """The times of a recorded job, and two regions half of 200 ms apart: a step sends and receives, and so do the start
+    and the end of the fit."""
+    table, job = tmp_path / "table.csv", tmp_path / "job.csv"
+    table.write_text("a,b,round_trip_or_delay_ms,gbit_per_s\nOslo,Rome,200,1\nOslo,Bern,400,1\nRome,Bern,400,1\n")
+    job.write_text(
+        "step,rank,dp_rank,stage,optype,seq_id,mc,start_ts,duration\n"
+        "0,0,0,0,forward-compute,0,0,0,0.04\n0,0,0,0,backward-compute,0,0,0.04,0.06\n"
+    )
+    models = ("--workers", "4", "--compute", f"recorded:{job}", "--no-arithmetic")
+    seconds = []
+    for more in ((), ("--stragglers", "3,0.5"), ("--network", f"regions:{table}:Oslo=2,Rome=2")):
+        ended = flowml(*models, *more, script, "10")
+        assert ended.returncode == 0, ended.stderr
+        found = re.match(r"10 steps of 4 replicas on 4 workers: (\S+) s of virtual time", ended.stdout)
+        assert found, ended.stdout
+        seconds.append(float(found[1]))
+    assert seconds == pytest.approx([1.0, 3.0, 10 * 0.3 + 2 * 0.2], rel=0.05)
 
 
 def test_options_may_follow_the_script_and_the_rest_goes_to_it(script: str) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flowml_tools.command import CommandError, natural, positive
 from flowml_tools.run import run_script
 from flowml_tools.script import script
 
 if TYPE_CHECKING:
-    from flowml.sim import ComputeModel, Network
+    from flowml.sim import ComputeModel, NetworkModel
     from flowml_runtime.driver.training.result import TrainingResult
 
 SUMMARY = "run a script under virtual time, on a simulated cluster"
@@ -19,9 +19,13 @@ DESCRIPTION = """\
 Run FILE.py like `python FILE.py ARGS`. Every fm.Trainer without a cluster of its own trains on a simulated one: the
 same code, with the times of models. After each fit its virtual time, bytes, work items and late workers are printed.
 
-  --compute   constant:SECONDS | exponential:SHIFT,MEAN | lognormal:MEAN,SIGMA | pareto:SCALE,ALPHA
-              seconds that a step of one replica computes, such as lognormal:0.1,0.3
-  --network   LATENCY,BYTES_PER_S of each pair of workers, such as 1e-3,60e6
+  --compute     constant:SECONDS | exponential:SHIFT,MEAN | lognormal:MEAN,SIGMA | pareto:SCALE,ALPHA | recorded:TRACE
+                seconds that a step of one replica computes, such as lognormal:0.1,0.3. TRACE is a file that
+                `flowml trace` wrote, or a recorded job (CSV or Parquet)
+  --stragglers  FACTOR,SHARE: this share of the workers is slower by this factor, such as 3,0.25
+  --network     LATENCY,BYTES_PER_S[,UPLINK[,DOWNLINK]] of each pair of workers, such as 1e-3,60e6; UPLINK and DOWNLINK
+                bound what a worker sends and receives at a time. Or regions:TABLE.csv[:REGION=WORKERS,...]; without
+                numbers the workers are spread over all regions of the table
 
 Options of flowml go before FILE.py, or all of them directly after it. The other arguments go to the script.
 """
@@ -32,7 +36,7 @@ MODELS = {
     "pareto": ("Pareto", 2),
 }
 """Name -> model of `flowml.sim`, and the number of its arguments."""
-OPTIONS = ("--workers", "--compute", "--network", "--seed", "--no-arithmetic")
+OPTIONS = ("--workers", "--compute", "--stragglers", "--network", "--seed", "--no-arithmetic")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=positive, metavar="N", help="simulated workers (required)")
     parser.add_argument("--compute", type=compute, metavar="MODEL", help="seconds of a replica's step (required)")
-    parser.add_argument(
-        "--network", type=network, default="1e-4,1e9", metavar="LATENCY,RATE", help="of each pair (1e-4,1e9)"
-    )
+    parser.add_argument("--stragglers", type=stragglers, metavar="FACTOR,SHARE", help="slow workers (none)")
+    parser.add_argument("--network", type=network, default="1e-4,1e9", metavar="NETWORK", help="the links (1e-4,1e9)")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the models (0)")
     parser.add_argument("--no-arithmetic", action="store_true", help="clocks and bytes only: losses are NaN")
 
@@ -77,8 +80,8 @@ def main(arguments: argparse.Namespace) -> int:
     path = script(options.file)
     cluster = SimulatedCluster(
         options.workers,
-        options.compute,
-        options.network,
+        options.compute if options.stragglers is None else options.stragglers(options.compute),
+        options.network(options.workers),
         seed=options.seed,
         arithmetic=not options.no_arithmetic,
     )
@@ -118,26 +121,69 @@ def described(result: TrainingResult, workers: int) -> str:
 def compute(text: str) -> ComputeModel:
     """An argparse type for models of machines, such as `lognormal:0.1,0.3`."""
     import flowml.sim
-    from flowml.errors import SimulationError
 
-    name, _, numbers = text.partition(":")
+    name, _, rest = text.partition(":")
+    if name == "recorded":
+        return _made(lambda: flowml.sim.Recorded(rest))
     if name not in MODELS:
-        raise argparse.ArgumentTypeError(f"{text!r} names no model; there are {', '.join(MODELS)}")
+        raise argparse.ArgumentTypeError(f"{text!r} names no model; there are {', '.join(MODELS)}, recorded")
     model, count = MODELS[name]
-    try:
-        return getattr(flowml.sim, model)(*_numbers(count)(numbers))
-    except SimulationError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return _made(lambda: getattr(flowml.sim, model)(*_numbers(count)(rest)))
 
 
-def network(text: str) -> Network:
-    """An argparse type for networks, such as `1e-3,60e6`."""
+def stragglers(text: str) -> Callable[[ComputeModel], ComputeModel]:
+    """An argparse type for slow workers, such as `3,0.25`: what makes some of a model's workers slow."""
     import flowml.sim
-    from flowml.errors import SimulationError
+
+    factor, share = _numbers(2, "3,0.25")(text)
+    _made(lambda: flowml.sim.Straggler(flowml.sim.Constant(1), factor, share=share))  # refused here, by this option
+    return lambda base: flowml.sim.Straggler(base, factor, share=share)
+
+
+def network(text: str) -> Callable[[int], NetworkModel]:
+    """An argparse type for networks, such as `1e-3,60e6` or `regions:table.csv:Oregon=2,Tokyo=2`: the network of a
+    number of workers."""
+    import flowml.sim
+
+    name, _, rest = text.partition(":")
+    if name == "regions":
+        path, _, members = rest.partition(":")
+        table = _made(lambda: flowml.sim.Regions.read(path))
+        chosen = _members(members) if members else None
+        if chosen is not None:
+            _made(lambda: flowml.sim.Sites(table, chosen))
+        return lambda workers: flowml.sim.Sites(table, chosen or _spread(table.names, workers))
+    count = max(2, min(4, text.count(",") + 1))
+    made = _made(lambda: flowml.sim.Network(*_numbers(count, "1e-3,60e6")(text)))
+    return lambda workers: made
+
+
+def _members(text: str) -> dict[str, int]:
+    """The number of workers of each region."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        region, _, count = part.partition("=")
+        if not region or not count.isdecimal():
+            raise argparse.ArgumentTypeError(f"{part!r} is not a region and its workers, such as Oregon=2")
+        found[region] = int(count)
+    return found
+
+
+def _spread(names: Sequence[str], workers: int) -> list[str]:
+    """The region of each worker: neighbours in one region, and as many in each as possible."""
+    return [names[worker * len(names) // workers] for worker in range(workers)]
+
+
+Made = TypeVar("Made")
+
+
+def _made(make: Callable[[], Made]) -> Made:
+    """What `make` makes. A model that makes no sense, or a file that cannot be read, is an error of the argument."""
+    from flowml.errors import FlowmlError
 
     try:
-        return flowml.sim.Network(*_numbers(2, "1e-3,60e6")(text))
-    except SimulationError as error:
+        return make()
+    except FlowmlError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 

@@ -56,7 +56,7 @@ def _tallies(training: Training, ledger: Summary) -> dict[str, Summary | Tally]:
 
 
 def group_names(training: Training, terms: Terms) -> list[str]:
-    """A name for each group of stores that decides alone: its layers and policy. Empty if one decides for all stores."""
+    """A name for each group of stores that decides alone: its layers and policy. Empty if one decides for all."""
     if len(terms.groups) < 2 and len(terms.group_of) == len(terms.stores):
         return []
     return [policy_name(training, group.stores) for group in terms.groups]
