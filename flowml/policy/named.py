@@ -13,6 +13,21 @@ from flowml import policy as algebra
 from flowml.errors import PolicyError
 from flowml.policy import filters
 from flowml.policy.late import LateName, late_of, number
+from flowml.policy.published import (
+    adam_auto,
+    adam_convolution,
+    adam_epoch,
+    deep_compression,
+    ensemble_compression,
+    one_bit,
+    parameter_server,
+    power_sgd,
+    qsgd,
+    ring,
+    skeleton,
+    ssp,
+    vote,
+)
 
 
 class _Common(TypedDict, total=False):
@@ -412,6 +427,19 @@ __all__ = [
     "coded",
     "coded_reduce",
     "speculate",
+    "ring",
+    "ssp",
+    "parameter_server",
+    "adam_convolution",
+    "adam_epoch",
+    "adam_auto",
+    "ensemble_compression",
+    "vote",
+    "power_sgd",
+    "one_bit",
+    "qsgd",
+    "deep_compression",
+    "skeleton",
 ]
 
 

@@ -41,6 +41,7 @@ from flowml.placement.estimate import estimate
 from flowml.placement.links import Links, links_used
 from flowml.plan import ArraySpec, Plan, StateLeaf, StoreSpec, Training
 from flowml.policy import DEFAULT_PATTERN, Code, Policy, check_batch, coded_by, cut_by, resolve, speculated_by
+from flowml.policy.published import PolicyRule
 from flowml.training.cuts import cuts, deciding_stage
 from flowml.training.drafts import StoreDraft, coefficient_dtype, value_of
 from flowml.training.local import Optimizers, fragmented
@@ -70,7 +71,7 @@ class TrainingSpec:
     placement: Placement = "auto"
     microbatches: int = 1
     schedule: str = "1f1b"
-    policies: Mapping[str, Policy] | Policy | None = None
+    policies: Mapping[str, Policy] | Policy | PolicyRule | None = None
     weight: Weight | None = None
     has_state: bool = False
 
@@ -90,10 +91,11 @@ class TrainingSpec:
                     f"policies has the pattern {pattern!r} of type {type(pattern).__name__}; give patterns of "
                     'parameter paths as text, such as {"*": fm.policies.every(4)}'
                 )
-        if not isinstance(self.policies, Mapping | None):
+        if not (isinstance(self.policies, Mapping | None) or callable(self.policies)):
             raise TypeError(
                 f"policies={self.policies!r} is a {type(self.policies).__name__}; give a mapping from patterns of "
-                'parameter paths to policies, such as {"*": fm.policies.every(4)}, or one fm.Policy for all'
+                'parameter paths to policies, such as {"*": fm.policies.every(4)}, one fm.Policy for all, or a rule '
+                "(path, shape) -> fm.Policy"
             )
         if not (self.weight is None or isinstance(self.weight, str) or callable(self.weight)):
             raise TypeError(
@@ -103,10 +105,14 @@ class TrainingSpec:
         choice("schedule", self.schedule, SCHEDULES)
         flag("has_state", self.has_state)
 
-    def resolve(self, paths: Sequence[str]) -> dict[str, Policy]:
-        """The policy of each parameter."""
+    def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Policy]:
+        """The policy of each parameter, by the shapes of all."""
         assert not isinstance(self.policies, Policy)
-        return fragmented({path: policy for path, (_, policy) in resolve(self.policies or {}, paths).items()})
+        if callable(self.policies):
+            policies = {path: self.policies(path, shape) for path, shape in shapes.items()}
+        else:
+            policies = self.policies or {}
+        return fragmented({path: policy for path, (_, policy) in resolve(policies, shapes).items()})
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def compile_training(
     template = _template_devices(spec, everyone)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = tuple(_jax.path_name(p) for p, _ in leaves)
-    policies = spec.resolve(paths)
+    policies = spec.resolve({path: jnp.shape(leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)})
     code, speculation = coded_by(policies.values(), spec.replicas), speculated_by(policies.values())
     items = spec.replicas * (speculation.portions if speculation else 1)
     cut = cut_by(policies.values(), spec.replicas, spec.microbatches)

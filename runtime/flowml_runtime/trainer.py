@@ -30,6 +30,7 @@ from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.plan import Plan
 from flowml.policy import Policy
+from flowml.policy.published import PolicyRule
 from flowml.training.compiler import TrainingSpec, compile_training
 from flowml.training.local import Restarting
 from flowml.training.state import Rule
@@ -87,7 +88,7 @@ class Trainer:
         microbatches: the number of pieces into which the pipeline splits a replica's share of a batch.
         schedule: `"1f1b"` or `"gpipe"`.
         policies: parameter path pattern -> `flowml.Policy`. The first match wins; a parameter without a match gets
-            `Policy()`. A single policy applies to all parameters.
+            `Policy()`. A single policy is for all parameters, and a function of (path, shape) chooses for each.
         weight: the weight of a batch, for a loss that is a mean over something other than examples, such as the tokens
             that are not padding. Give the name of a leaf of aux (`"tokens"`, `"counts/tokens"`), or a function of
             the batch. The loss stays a mean; each microbatch and replica counts by its weight, so that a step equals
@@ -125,7 +126,7 @@ class Trainer:
         placement: Placement = "auto",
         microbatches: int = 1,
         schedule: str = "1f1b",
-        policies: Mapping[str, Policy] | Policy | None = None,
+        policies: Mapping[str, Policy] | Policy | PolicyRule | None = None,
         weight: Weight | None = None,
         delays: Delays | None = None,
         check_replicas: int = 100,

@@ -73,7 +73,7 @@ CLAIMS: dict[str, Claim] = {
 }
 DESCRIPTION = (
     "Run the claims of papers, and say whether they are reproduced. A claim takes seconds; with --full minutes.\n\n"
-    + "\n".join(f"  {name:<14}{claim.paper}" for name, claim in CLAIMS.items())
+    + "\n".join(f"  {name:<17}{claim.paper}" for name, claim in CLAIMS.items())
 )
 
 

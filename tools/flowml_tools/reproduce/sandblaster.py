@@ -67,7 +67,8 @@ def _difference(seed: int) -> float:
 
     with jax.enable_x64(True):
         start = {"w": jnp.asarray(0.1 * rng.normal(size=(16, 1)))}
-        params, state = start, lbfgs.init(start)
+        params: Any = start
+        state = lbfgs.init(start)
         for _ in range(20):
             updates, state = lbfgs.update(jax.grad(loss)(params, source), state, params)
             params = optax.apply_updates(params, updates)
