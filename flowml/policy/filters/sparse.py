@@ -195,7 +195,7 @@ class Significance(_Compared, frozen=True):
 
     def chosen(self, flat: Array, parameter: Array, context: Context) -> Array:
         limit = self.threshold / math.sqrt(context.clock + 1) if self.decay else self.threshold
-        return context.run(significant, flat, parameter, flat.dtype.type(limit))
+        return context.run(significant, flat, parameter, flat.dtype.type(limit * context.weight))
 
 
 class KKT(_Compared, frozen=True):

@@ -67,6 +67,8 @@ class Encoder:
         part = store.parts[message.part]
         weight = () if part.factors else arrays[len(part.leaves) :]
         number = float(np.asarray(weight[0])) if weight else message.weight
+        if store.policy.local:
+            number = 1.0  # a change or parameters, and no sum of gradients
         context = filters.Context(clock=message.clock, weight=number, run=self._kernels)
         sent: list[Buffer] = []
         for i, array in enumerate(arrays):
