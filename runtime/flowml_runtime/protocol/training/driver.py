@@ -18,7 +18,8 @@
     Paused, Exported, Buffers   a snapshot is taken: see `snapshot`.
     Retired         a stage pushes nothing more.
 
-The fit is over when every stage of every replica that is not lost has retired, and every home has finished its stores.
+The fit is over when every stage of every replica that is not lost has retired, every home has finished its stores, and
+the last snapshot is complete.
 These messages may arrive in any order, and repeatedly. Messages of other runs, and all after the end, are dropped.
 An error on a worker, or its loss, ends the fit with an error. There is one exception: after every stage has retired,
 a worker that has sent all of its result may be lost.
@@ -255,12 +256,14 @@ class TrainingDriver:
         self._to_retire = {(r, s) for r, stages in enumerate(places.stages) for s in range(len(stages))}
         self._to_finish = {(store, home) for store, homes in enumerate(places.homes) for home in homes}
         self._commits = _Commits(terms, max(clocks))
+        self._closed = False
+        """Whether the ledger is closed, because the fit is over."""
         self._ended = False
 
     @property
     def over(self) -> bool:
-        """Whether every stage has retired and every store is finished."""
-        return not self._to_retire and not self._to_finish
+        """Whether every stage has retired, every store is finished, and the last snapshot is here."""
+        return not self._to_retire and not self._to_finish and not self._snapshots.under_way
 
     @property
     def trained(self) -> bool:
@@ -285,7 +288,8 @@ class TrainingDriver:
             case StepFailed(message):
                 return [Fail(message, self.number)] if message.step in self._steps else []
             case WorkerLost(worker):
-                return [Fail(event, self.number)] if self._to_retire or self.unfinished(worker) else []
+                done = not self._to_retire and not self._snapshots.under_way and not self.unfinished(worker)
+                return [] if done else [Fail(event, self.number)]
             case Pause():
                 return [*self._snapshots.pause(self._ids(), self.ledger.newest)]
             case ReplicaLost(replica):
@@ -350,7 +354,7 @@ class TrainingDriver:
             case wire.OwnState(store=store, replica=0):
                 return [KeepState(store, event.handle, cause)]
             case wire.Paused() | wire.Exported() | wire.Buffers():
-                return [*self._snapshots.take(self._ids(), event.peer, message, event.handle)]
+                return [*self._snapshots.take(self._ids(), event.peer, message, event.handle), *self._close()]
             case wire.ModelState(replica=replica, stage=stage):
                 return [KeepModel(replica, stage, event.handle, cause)]
             case wire.Traffic():
@@ -381,12 +385,11 @@ class TrainingDriver:
 
     def _close(self, retired: Iterable[tuple[int, int]] = (), finished: Iterable[tuple[int, str]] = ()) -> list[Action]:
         """Note which stages have retired, and which homes have finished which stores. Returns Over when all have."""
-        if self.over:
-            return []
         self._to_retire.difference_update(retired)
         self._to_finish.difference_update(finished)
-        if not self.over:
+        if self._closed or not self.over:
             return []
+        self._closed = True
         self.ledger.close()
         return [Over(self.number)]
 

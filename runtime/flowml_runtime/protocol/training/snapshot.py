@@ -66,14 +66,15 @@ class Snapshots:
         self._paused: dict[int, wire.Paused] = {}
         self._exported: dict[str, wire.Exported] = {}
         self._buffers: list[tuple[str, tuple[str, ...], Handle | None]] = []
-        self._under_way = False
+        self.under_way = False
+        """Whether workers have been asked for what they keep, and some have not answered."""
         self._released: set[int] = set()
         """The replicas that may retire, because they have no more items and others may wait for them."""
 
     def pause(self, ids: dict[str, Any], newest: int) -> list[Send]:
         """Stop soon: before the clock after the `newest` one that was granted, or at once if no replica waits for
         another."""
-        if self._rhythm is None or self._under_way or self._paused:
+        if self._rhythm is None or self.under_way or self._paused:
             return []
         clock = newest + 1 if self._terms.aligned or self._terms.paced_by_slowest else 0
         if clock >= self.hold:
@@ -84,7 +85,7 @@ class Snapshots:
     def lose(self, ids: dict[str, Any]) -> list[Send | Release]:
         """A replica is lost. The others go on."""
         held, self._rhythm, self.hold = self.hold != NO_HOLD, None, NO_HOLD
-        told, self._buffers = self._buffers, []
+        told, self._buffers, self.under_way = self._buffers, [], False
         forgotten = [Release(handle, ids["cause"]) for _, _, handle in told if handle is not None]
         return [*forgotten, *([Send(self._workers, wire.Hold(**ids, clock=NO_HOLD))] if held else [])]
 
@@ -97,9 +98,9 @@ class Snapshots:
                 if message.hold != self.hold:
                     return []  # it has not heard of the newest Hold, and tells again when it has
                 self._paused[replica] = message
-                if len(self._paused) < self._terms.replicas or self._under_way:
+                if len(self._paused) < self._terms.replicas or self.under_way:
                     return self._release(ids, message)
-                self._under_way = True
+                self.under_way = True
                 pushed = tuple((r, *pair) for r, paused in sorted(self._paused.items()) for pair in paused.pushed)
                 told = wire.Export(**ids, clocks=self._clocks, pushed=pushed, last=self._is_last)
                 return [Send(self._workers, told)]
@@ -145,7 +146,7 @@ class Snapshots:
             self.hold = NO_HOLD if self.hold == AT_END else AT_END
         else:
             self.hold = NO_HOLD if self.hold > self._terms.last_clock else self._next(max(self._clocks))
-        self._paused, self._exported, self._buffers, self._under_way = {}, {}, [], False
+        self._paused, self._exported, self._buffers, self.under_way = {}, {}, [], False
         return [Send(self._workers, wire.Hold(**ids, clock=self.hold))]
 
     def _next(self, clock: int) -> int:
