@@ -16,7 +16,7 @@ import atexit
 import os
 import threading
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from flowml.arguments import flag, flag_or_none, seconds
 from flowml.devices import Device
-from flowml.errors import ClusterError
+from flowml.errors import ClusterError, WorkerLostError
 from flowml.numbers import whole_number
 from flowml.placement import AutoPlacement, Pipeline, Placement
 from flowml.placement.links import ASSUMED, SAME_PROCESS, Links
@@ -46,6 +46,9 @@ _START_ANOTHER = "close this cluster and start another"
 
 _LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
 """What to do about a lost coordinator."""
+
+BACK_S = 60.0
+"""How long a worker that takes the place of a lost one may take to join."""
 
 _BY_REFERENCE = Links(ASSUMED[SAME_PROCESS])
 _CORE_FLOPS_PER_S = Device("").flops_per_s
@@ -78,8 +81,13 @@ class Cluster:
         """Worker -> process id, for workers that this cluster started."""
         self._table: LinkTable | None = None
         """None if all workers are in this process."""
+        self._end_worker: Callable[[str], None] | None = None
+        self._start_worker: Callable[[str], None] | None = None
+        """End a worker, and start one under its name. None if others started the workers."""
         self._stack = ExitStack()
         self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        """Notified when the devices change."""
         self._owner = this_process()
         self._closed = False
         atexit.register(self.close)
@@ -88,6 +96,43 @@ class Cluster:
     def devices(self) -> tuple[Device, ...]:
         """The devices of the current workers."""
         return self.session.devices
+
+    def have(self, devices: Sequence[Device]) -> None:
+        """These are the devices now."""
+        with self._changed:
+            self.session.devices = devices
+            self._changed.notify_all()
+
+    def end_worker(self, worker: str) -> None:
+        """End a worker at once, as kill -9 does, to see what a program does then. Raises ClusterError if this cluster
+        did not start it."""
+        check_owner(self._owner)
+        if self._end_worker is None:
+            raise ClusterError(f"{worker} was not started by this cluster; end it where it was started")
+        self._end_worker(worker)
+
+    def bring_back(self, workers: Sequence[str], timeout_s: float = BACK_S) -> None:
+        """Have workers again that were lost: start new ones under their names, or wait until others have done that.
+
+        Raises WorkerLostError if one is not there in time.
+        """
+        check_owner(self._owner)
+        if self._end_worker is not None and self._start_worker is not None:
+            for worker in workers:
+                self._end_worker(worker)  # it may be suspended, or out of reach
+            self._wait_for_devices(lambda there: there.isdisjoint(workers), workers, "known to be lost", timeout_s)
+            for worker in workers:
+                self._start_worker(worker)
+        self._wait_for_devices(lambda there: there.issuperset(workers), workers, "there again", timeout_s)
+
+    def _wait_for_devices(
+        self, holds: Callable[[set[str]], bool], workers: Sequence[str], what: str, timeout_s: float
+    ) -> None:
+        with self._changed:
+            if self._changed.wait_for(lambda: holds({d.worker for d in self.devices}), timeout_s):
+                return
+        names, remedy = ", ".join(workers), self.session.remedy
+        raise WorkerLostError(f"not within {timeout_s:g} s: {names} {what}; {remedy}", worker=workers[0])
 
     @property
     def max_programs(self) -> int:
@@ -183,6 +228,7 @@ class Cluster:
             options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, shares_memory(transport), checksum)
             cluster = cls._join(launched.address, launched.token, None, "driver", options, stack)
             cluster.pids = launched.pids
+            cluster._end_worker, cluster._start_worker = launched.end_worker, launched.start_worker
             cluster._stack.callback(launched.processes.kill_stopped)  # runs first, so that nothing is sent to them
             return cluster
 
@@ -192,7 +238,7 @@ class Cluster:
 
         `deadline_s` is as in `local`.
         """
-        from flowml_runtime.launch.threads import start_workers
+        from flowml_runtime.launch.threads import ThreadWorkers
 
         check_startable()
         with refusing():
@@ -207,12 +253,22 @@ class Cluster:
             endpoint = hub.endpoint("driver")
             stack.callback(endpoint.close)
             cluster = cls(endpoint, True, deadline_s, _START_ANOTHER)
-            endpoint.start(cluster.session.on_message, cluster.session.on_lost)
-            cluster.session.devices = tuple(d for own in devices.values() for d in own)
-            for worker, own in start_workers(hub, devices):
-                stack.callback(own.close)
-                stack.callback(worker.close)
-                cluster.session.attach(worker)
+            started = ThreadWorkers(hub, devices)
+            stack.callback(started.close)
+
+            def on_lost(peer: str, reason: str) -> None:
+                cluster.have([d for d in cluster.devices if d.worker != peer])
+                cluster.session.on_lost(peer, reason)
+
+            def start(name: str) -> None:
+                cluster.session.attach(started.start(name))
+                there = {d.worker for d in cluster.devices} | {name}
+                cluster.have([d for worker, own in devices.items() if worker in there for d in own])
+
+            endpoint.start(cluster.session.on_message, on_lost)
+            for name in devices:
+                start(name)
+            cluster._end_worker, cluster._start_worker = started.end, start
             cluster._stack = stack.pop_all()
         return cluster
 
@@ -337,12 +393,12 @@ class _Driver:
     def adopt(self, cluster: Cluster, membership: Membership) -> None:
         with self._lock:
             self._cluster = cluster
-            cluster.session.devices = _devices(membership.members, cluster.python)
+            cluster.have(_devices(membership.members, cluster.python))
 
     def on_members(self, members: tuple[wire.Member, ...]) -> None:
         with self._lock:
             if self._cluster is not None:
-                self._cluster.session.devices = _devices(members, self._cluster.python)
+                self._cluster.have(_devices(members, self._cluster.python))
 
     def on_message(self, peer: str, message: wire.Wire, arrays: list[Any]) -> None:
         if isinstance(message, wire.Probe | wire.Probed):

@@ -14,10 +14,9 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 
@@ -25,14 +24,13 @@ from flowml.arguments import choice, flag
 from flowml.data import Source, as_source, epoch_order
 from flowml.effects import EffectsChoice, EffectsOption
 from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, UnsupportedError
-from flowml.ir._jax import jit_is_off, path_name, trace_context
+from flowml.ir._jax import jit_is_off, trace_context
 from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.plan import Plan
 from flowml.policy import Policy
 from flowml.policy.published import PolicyRule
 from flowml.training.compiler import TrainingSpec, compile_training
-from flowml.training.local import Restarting
 from flowml.training.state import Rule
 from flowml.training.step import Weight, by_examples, name_of
 from flowml.training.variants import difference, placed_alike
@@ -47,6 +45,8 @@ from flowml_runtime.driver.training.feeding import MAX_SHAPES, batch_structs
 from flowml_runtime.driver.training.fingerprint import fingerprint
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Asked, Callback, Last, check_rest, compiling, rest_of
+from flowml_runtime.driver.training.initial import OptimizerState, first_state, own_array
+from flowml_runtime.driver.training.lasting import OnLoss, Runs, check_losses
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
 from flowml_runtime.driver.training.probe import mean_warning
@@ -64,13 +64,6 @@ from flowml_runtime.sim.cluster import SimulatedCluster
 MAX_PROGRAMS = 2 * MAX_SHAPES + 8
 """How many programs a trainer keeps, and the workers for it: at least those of one fit. One more discards the one that
 was used longest ago."""
-
-
-class OptimizerState(NamedTuple):
-    """The optimizer state of a fit with layers that have an outer optimizer: the Trainer's, and each outer one's."""
-
-    own: Any
-    outer: tuple[Any, ...]
 
 
 class Trainer:
@@ -186,6 +179,7 @@ class Trainer:
         progress: bool | None = None,
         checkpoint: Checkpoint | None = None,
         resume: Literal["auto"] | None = None,
+        on_loss: OnLoss = "raise",
     ) -> TrainingResult:
         """Train from `params` and return the result. The arguments are not modified.
 
@@ -216,6 +210,9 @@ class Trainer:
             resume: `"auto"` goes on from the newest complete snapshot of `checkpoint`, or begins if there is none.
                 Epochs or steps are those of the whole fit. Values then come from the snapshot, the history begins with
                 the first new step, and the ledger counts the whole fit.
+            on_loss: what to do when a worker is lost. `"raise"` ends the fit with WorkerLostError. `"replace"` starts
+                the worker again, or waits until it joins again, and goes on from the newest snapshot, which the driver
+                keeps in memory. The steps since then are done again.
 
         Raises:
             ValueError: if the batch size does not divide, the source is too small, or a batch does not fit the loss.
@@ -226,19 +223,20 @@ class Trainer:
         check_values(params, "parameter")
         self._check_state(state)
         size = batch_size, epochs, steps, seed, shuffle, last
-        asked = Asked.of(source, size, callbacks, progress, (validation, validate_every), (checkpoint, resume))
+        validated = validation, validate_every
+        asked = Asked.of(source, size, callbacks, progress, validated, (checkpoint, resume), on_loss)
         cluster = self._here()
-        workers_of(cluster.devices, self._delays)  # raises an error before anything is compiled
+        check_losses(cluster, asked.on_loss)
         with self._alone(), heeding_interrupts() as interrupts:
-            fit, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
-            trees, leaves = fit.saving.trees, jax.tree_util.tree_leaves
-            outcome = fit.run(leaves(trees[0]), leaves(trees[1]), asked.callbacks)
-        return _told(cluster, result_of(*trees, outcome, with_shapes(plan, fit.shapes), model))
+            runs, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
+            outcome = runs.run(asked.callbacks)
+        return _told(cluster, result_of(*runs.fit.saving.trees, outcome, with_shapes(plan, runs.fit.shapes), model))
 
     def _begin(
         self, cluster: TrainingCluster, asked: Asked, params: Any, opt_state: Any, state: Any, interrupts: Interrupts
-    ) -> tuple[Fit, Plan, Model]:
+    ) -> tuple[Runs, Plan, Model]:
         """Compile and load what a fit needs."""
+        workers_of(cluster.devices, self._delays)  # raises an error before anything is compiled
         data, batch_size = asked.data, asked.batch_size
         order = epoch_order(data.examples, asked.seed, 0, shuffle=asked.shuffle)
         shapes, model = structs_of(params, state), Model.of(state, self._state_rules, self._spec.replicas)
@@ -252,8 +250,15 @@ class Trainer:
         handle = program.load()
         self._look_at_loss(program, params, data, order, batch_size)
         options, variant = self._options(cluster, program, asked), partial(self._variant, cluster, program, shapes)
-        fit = Fit(cluster.session, handle, data, options, program.compiled, variant, interrupts, saving, model.replicas)
-        return fit, program.compiled.plan, model
+
+        def make(handle: LoadedPlan, run: int, saving: Saving) -> Fit:
+            now = replace(options, run=run)
+            return Fit(
+                cluster.session, handle, data, now, program.compiled, variant, interrupts, saving, model.replicas
+            )
+
+        runs = Runs(cluster, program, make, make(handle, options.run, saving), asked.on_loss)
+        return runs, program.compiled.plan, model
 
     def evaluate(
         self,
@@ -351,8 +356,8 @@ class Trainer:
         about: Figures,
     ) -> Saving:
         """The values with which a fit begins, and its snapshots."""
-        params = jax.tree_util.tree_map(_own, params)
-        state = self._state(params, opt_state, program.compiled.outer)
+        params = jax.tree_util.tree_map(own_array, params)
+        state = first_state(self._spec.optimizer, program.compiled.outer, params, opt_state)
         given = asked.checkpoint, asked.resume
         if asked.checkpoint is not None:
             outer = program.compiled.outer
@@ -362,6 +367,7 @@ class Trainer:
         saving = saving_of(*given, program.training, (params, state), model, about, asked.total)
         if asked.validation is not None:
             saving.validation = self._validation(cluster, program, asked)
+        saving.keeps = asked.on_loss != "raise"
         return saving
 
     def _look_at_loss(self, program: Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
@@ -447,36 +453,6 @@ class Trainer:
             discard({oldest: self._programs.pop(oldest)})
         return program
 
-    def _state(self, params: Any, opt_state: Any, outer: Sequence[Any]) -> Any:
-        """The initial optimizer state, with that of the outer optimizers if there are any. Raises ValueError if
-        `opt_state` belongs to another optimizer or model."""
-
-        def init(params: Any) -> Any:
-            own = self._spec.optimizer.init(params)
-            return OptimizerState(own, tuple(o.init(params) for o in outer)) if outer else own
-
-        if opt_state is None:
-            return jax.tree_util.tree_map(jnp.asarray, init(params))
-        expected = jax.eval_shape(init, params)
-        check_values(opt_state, "opt_state leaf")
-        given = structs(opt_state, "opt_state leaf")
-        got, want = jax.tree_util.tree_structure(given), jax.tree_util.tree_structure(expected)
-        if got != want:
-            raise ValueError(f"opt_state belongs to another optimizer: it has structure {got}, not {want}")
-        leaves = jax.tree_util.tree_leaves_with_path(expected)
-        for (path, e), g in zip(leaves, jax.tree_util.tree_leaves(given), strict=True):
-            if (g.shape, g.dtype) != (e.shape, e.dtype):
-                raise ValueError(
-                    f"opt_state belongs to other parameters: {path_name(path)!r} is {g.dtype}{list(g.shape)}, "
-                    f"not {e.dtype}{list(e.shape)}"
-                )
-        if isinstance(opt_state, OptimizerState):
-            begun = [
-                o.init(params) if isinstance(o, Restarting) else s for o, s in zip(outer, opt_state.outer, strict=True)
-            ]
-            opt_state = OptimizerState(opt_state.own, tuple(begun))
-        return jax.tree_util.tree_map(_own, opt_state)
-
 
 def _kind_of(cluster: TrainingCluster) -> str:
     """What kind the workers of a cluster are, for a snapshot."""
@@ -490,11 +466,6 @@ def _told(cluster: TrainingCluster, result: TrainingResult) -> TrainingResult:
     if isinstance(cluster, SimulatedCluster):
         cluster.on_result(result)
     return result
-
-
-def _own(leaf: Any) -> jax.Array:
-    """A JAX array that shares no memory with a NumPy array, because the caller may change that one later."""
-    return jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
 
 
 __all__ = ["Trainer", "TrainingResult"]

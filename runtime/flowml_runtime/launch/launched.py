@@ -77,9 +77,10 @@ class LaunchedCluster:
             self.address = f"{reached_at}:{split_address(host.address)[1]}"
             self.pids: Mapping[str, int] = processes.pids
             names = worker_names(workers)
+            self._start_timeout_s, self._configs = start_timeout_s, dict[str, WorkerConfig]()
             processes.wait_ready(began + start_timeout_s)
             for name, own in zip(names, share_cores(cores(), workers), strict=True):
-                config = WorkerConfig(
+                config = self._configs[name] = WorkerConfig(
                     coordinator=self.address,
                     token=self.token,
                     name=name,
@@ -105,6 +106,15 @@ class LaunchedCluster:
         wait_heeding_signals(self._over)
         if self._failure:
             raise ClusterError(f"the coordinator has ended: {self._failure}; start the cluster again")
+
+    def end_worker(self, worker: str) -> None:
+        """Kill the process of a worker, if it still runs. All members lose it."""
+        self.processes.kill(worker)
+
+    def start_worker(self, worker: str) -> None:
+        """Start a process under the name of a worker that is lost. Raises ClusterError if it does not join in time."""
+        began = time.monotonic()
+        self.processes.start(self._configs[worker], began + self._start_timeout_s)
 
     def close(self) -> None:
         """End the workers and the coordinator. Idempotent. Does nothing in a fork of the process that started them."""

@@ -133,6 +133,15 @@ class LocalWorkers:
                 if psutil.Process(pid).status() in _SUSPENDED:
                     self._request(Kill(worker, signal.SIGKILL))
 
+    def kill(self, worker: str) -> None:
+        """Kill a worker, and return when its process has ended. Does nothing if it has ended before."""
+        with self._changed:
+            runs = worker in self._expected
+        if runs:
+            self._request(Kill(worker, signal.SIGKILL))
+            with self._changed:
+                self._changed.wait_for(lambda: worker not in self._expected, KILL_S)
+
     def works(self, worker: str) -> bool:
         """Whether a worker's process has run since the last call, or would run if it got a core.
 

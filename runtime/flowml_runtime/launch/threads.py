@@ -7,22 +7,42 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from flowml.devices import Device
-from flowml_runtime.execution.programs import ExecutableCache
+from flowml_runtime.execution.programs import ExecutableCache, JaxDevice
 from flowml_runtime.transport.endpoint import Endpoint, ThreadHub
 from flowml_runtime.worker.worker import Worker
 
 
-def start_workers(hub: ThreadHub, devices: Mapping[str, Sequence[Device]]) -> list[tuple[Worker, Endpoint]]:
-    """Start a worker for each name. Its devices are mapped to this process's JAX devices in turn."""
-    real = jax.local_devices(backend="cpu")
-    started: list[tuple[Worker, Endpoint]] = []
-    cache = ExecutableCache()
-    taken = 0
-    for name, own in devices.items():
-        endpoint = hub.endpoint(name)
-        named = {d.name: real[(taken + i) % len(real)] for i, d in enumerate(own)}
-        taken += len(own)
-        worker = Worker(name, named, endpoint, python=True, cache=cache)
+class ThreadWorkers:
+    """The workers of one process, by name. Their devices are mapped to this process's JAX devices in turn."""
+
+    def __init__(self, hub: ThreadHub, devices: Mapping[str, Sequence[Device]]) -> None:
+        """Starts nothing yet."""
+        real = jax.local_devices(backend="cpu")
+        names = [(worker, device.name) for worker, own in devices.items() for device in own]
+        self._hub = hub
+        self._devices: dict[str, dict[str, JaxDevice]] = {worker: {} for worker in devices}
+        for i, (worker, name) in enumerate(names):
+            self._devices[worker][name] = real[i % len(real)]
+        self._cache = ExecutableCache()
+        self._running: dict[str, tuple[Worker, Endpoint]] = {}
+
+    def start(self, name: str) -> Worker:
+        """Start a worker. One that has this name already is closed first."""
+        self.end(name)
+        endpoint = self._hub.endpoint(name)
+        worker = Worker(name, self._devices[name], endpoint, python=True, cache=self._cache)
         endpoint.start(worker.on_message, worker.on_lost)
-        started.append((worker, endpoint))
-    return started
+        self._running[name] = worker, endpoint
+        return worker
+
+    def end(self, name: str) -> None:
+        """Close a worker, which the others lose. Does nothing if there is none."""
+        if name in self._running:
+            worker, endpoint = self._running.pop(name)
+            endpoint.close()
+            worker.close()
+
+    def close(self) -> None:
+        """Close all workers."""
+        for name in reversed(list(self._running)):
+            self.end(name)

@@ -191,11 +191,14 @@ class ThreadHub:
         self._endpoints: dict[str, ThreadEndpoint] = {}
 
     def endpoint(self, name: str) -> ThreadEndpoint:
-        """A new endpoint. It receives messages once it is started."""
+        """A new endpoint. It receives messages once it is started. The others may send to it, even if they have lost an
+        earlier one of this name."""
         endpoint = ThreadEndpoint(self, name)
         with self._lock:
             if name in self._endpoints:
                 raise ValueError(f"there is an endpoint {name!r} already")
+            for other in self._endpoints.values():
+                other.find_again(name)
             self._endpoints[name] = endpoint
         return endpoint
 
@@ -276,6 +279,11 @@ class ThreadEndpoint:
     def forget(self, peer: str) -> None:
         with self._lock:
             self._lost.setdefault(peer, "it was forgotten")
+
+    def find_again(self, peer: str) -> None:
+        """For the hub: there is a new endpoint of this name."""
+        with self._lock:
+            self._lost.pop(peer, None)
 
     def close(self) -> None:
         self._hub.remove(self.name)

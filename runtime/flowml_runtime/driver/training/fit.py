@@ -6,7 +6,6 @@ the thread that called `fit`, and Ctrl-C ends the fit there.
 
 from __future__ import annotations
 
-import math
 import queue
 import time
 import warnings
@@ -20,16 +19,7 @@ import numpy as np
 
 from flowml.data import Source, epoch_order
 from flowml.devices import worker_of
-from flowml.errors import (
-    ClusterError,
-    DeadlineError,
-    DivergedError,
-    FlowmlError,
-    FlowmlWarning,
-    NonFiniteError,
-    WorkerError,
-    WorkerLostError,
-)
+from flowml.errors import ClusterError, FlowmlError, FlowmlWarning, WorkerError, WorkerLostError
 from flowml.placement.links import SHARED_MEMORY
 from flowml.plan import ArraySpec, Training
 from flowml.policy import Requeue
@@ -40,6 +30,7 @@ from flowml_runtime import wire
 from flowml_runtime.driver.interrupts import Interrupts
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import Progress
+from flowml_runtime.driver.training.failures import failed_error
 from flowml_runtime.driver.training.feeding import Feeding, Variant, whole
 from flowml_runtime.driver.training.history import History, Record
 from flowml_runtime.driver.training.inbox import Entry, Lost
@@ -47,6 +38,7 @@ from flowml_runtime.driver.training.observer import Observer
 from flowml_runtime.driver.training.outcome import FitOptions, Outcome, as_buffer, from_buffer
 from flowml_runtime.driver.training.saving import Saving
 from flowml_runtime.driver.training.tables import group_names
+from flowml_runtime.driver.training.traffic import kept_norms, sent_bytes
 from flowml_runtime.driver.training.training_session import IgnoreMessages, TrainingSession
 from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol
@@ -127,15 +119,26 @@ class Fit:
         self._slots = Variant.of(handle).slots
         self._feeding = Feeding(handle, source, variant)
         self._orders: dict[int, np.ndarray] = {}
-        self._lost: protocol.WorkerLost | None = None
+        self.lost: protocol.WorkerLost | None = None
+        """The first loss of which this run has heard."""
         self._now = 0.0
         """When the message arrived that is processed."""
 
-    def run(self, params: Sequence[Any], state: Sequence[Any], callbacks: Sequence[Callable[[Record], Any]]) -> Outcome:
-        """Train to the end. If the fit ends early for any reason, the workers are told to stop."""
+    def run(
+        self,
+        params: Sequence[Any],
+        state: Sequence[Any],
+        callbacks: Sequence[Callable[[Record], Any]],
+        held: Iterable[Record] = (),
+        before_s: float = 0.0,
+    ) -> Outcome:
+        """Train to the end. If the fit ends early for any reason, the workers are told to stop.
+
+        `held` are the records of an earlier run, `before_s` seconds ago, that this one is to show.
+        """
         self._session.register(self._handle.plan_id, self)
         progress = Progress(self._options.total, self._options.progress)
-        began = self._time.now()
+        began = self._time.now() - before_s
 
         def show(records: Iterable[Record], *, over: bool = False) -> None:
             for record in self.saving.validated(records, aligned=self._aligned, over=over):
@@ -145,6 +148,7 @@ class Fit:
             _warn(self._history.loss_warning(over=over), stacklevel=5)
 
         try:
+            show(held)
             self._step(protocol.Begin(), params, state)
             while not self._machine.over:
                 self._take(self._next())
@@ -154,7 +158,8 @@ class Fit:
                 if records or self._observer.holds or self.saving.measures:
                     show(self._observer.ready(records, self._time.now() - began))
             seconds = self._time.now() - began
-            sent = {store: counts["pushed_bytes"] for store, counts in enumerate(self._bytes().values())}
+            counts = sent_bytes(self._training, self._machine.traffic.values()).values()
+            sent = {store: found["pushed_bytes"] for store, found in enumerate(counts)}
             show(self._observer.rest(self._history.rest(), seconds, sent), over=True)
             seconds = self._time.now() - began
         finally:
@@ -162,6 +167,10 @@ class Fit:
             self._stop()
             self.saving.finish()
         return self._outcome(params, state, seconds)
+
+    def held(self, step: int, seconds: float) -> list[Record]:
+        """The records before a step that this run, which has ended early after `seconds`, has not shown."""
+        return [r for r in self._observer.rest(self._history.rest(), seconds, {}) if r["step"] < step]
 
     # The endpoint's threads.
 
@@ -188,8 +197,8 @@ class Fit:
                     for worker in self._handle.workers:
                         check = wire.StepCheck(plan_id=self._handle.plan_id, step=self._options.run, device=worker)
                         self._session.tell(worker, check)
-                if gone and self._lost is not None:  # it owed the driver nothing, but other workers wait for it
-                    raise self._error(self._lost) from None
+                if gone and self.lost is not None:  # it owed the driver nothing, but other workers wait for it
+                    raise self._error(self.lost) from None
                 if gone:  # and no worker was reported lost
                     raise ClusterError(
                         f"the cluster was closed during training at step {self._history.step}; start another and "
@@ -237,8 +246,9 @@ class Fit:
             self._payloads[handle] = arrays
             return Received(peer, message, handle)
         if isinstance(message, Lost):
-            self._lost = protocol.WorkerLost(peer, message.reason)
-            return self._lost
+            lost = protocol.WorkerLost(peer, message.reason)
+            self.lost = self.lost or lost
+            return lost
         if isinstance(message, wire.StepFailed):
             return protocol.StepFailed(message)
         return None  # a message that does not belong to this fit
@@ -393,24 +403,25 @@ class Fit:
             raise self._error(protocol.WorkerLost(worker, str(error))) from error
 
     def _error(self, failed: wire.StepFailed | protocol.WorkerLost) -> FlowmlError:
-        if isinstance(failed, protocol.WorkerLost):
-            return WorkerLostError(
-                f"{failed.worker} was lost {self._when(failed.worker)}: {failed.reason}; "
-                f"{self._session.remedy}, and continue from the parameters you have",
-                worker=failed.worker,
-                step=self._history.step,
-            )
-        worker, step, node = failed.worker, failed.step - self._options.run, failed.node
-        kinds = {"deadline": DeadlineError, "diverged": DivergedError, "nonfinite": NonFiniteError}
-        if failed.kind in kinds:
-            return kinds[failed.kind](failed.error, worker=worker, step=step, node=node)
-        return WorkerError(
-            f"{worker} failed during training in {node!r} at step {step}: {failed.error}",
-            worker=worker,
-            step=step,
-            node=node,
-            remote_traceback=failed.traceback or None,
+        if isinstance(failed, wire.StepFailed):
+            return failed_error(failed, self._options.run)
+        self.lost = self.lost or failed
+        return WorkerLostError(
+            f"{failed.worker} was lost {self._when(failed.worker)}: {failed.reason}; "
+            f"{self._session.remedy}, and continue from the parameters you have",
+            worker=failed.worker,
+            step=self._history.step,
         )
+
+    @property
+    def total(self) -> int:
+        """The number of steps of the whole fit."""
+        return self._options.total
+
+    @property
+    def step(self) -> int:
+        """The step of the next record."""
+        return self._history.step
 
     @property
     def shapes(self) -> tuple[str, ...]:
@@ -454,7 +465,7 @@ class Fit:
             summary,
             nonfinite=self._history.nonfinite_counts(),
             nonfinite_losses=dict(self._history.nonfinite_losses),
-            kept=self._kept(),
+            kept=kept_norms(self._training, self._machine.traffic.values()),
         )
         return Outcome(
             final,
@@ -462,7 +473,7 @@ class Fit:
             self._history.records,
             summary,
             seconds,
-            self._bytes(),
+            sent_bytes(self._training, self._machine.traffic.values()),
             self._observer.staleness(),
             self._observer.stragglers(summary, seconds),
             self._time.simulated(),
@@ -476,23 +487,6 @@ class Fit:
             order = epoch_order(self._source.examples, options.seed, epoch, shuffle=options.shuffle)
             self._orders = {**dict(list(self._orders.items())[-1:]), epoch: order}
         return self._orders[epoch]
-
-    def _kept(self) -> dict[str, float]:
-        """By layer the norm of what error feedback has not sent."""
-        squares: dict[int, float] = {}
-        for store, found in (pair for traffic in self._machine.traffic.values() for pair in traffic.kept):
-            squares[store] = squares.get(store, 0.0) + found
-        return {self._training.stores[store].name: math.sqrt(squares[store]) for store in sorted(squares)}
-
-    def _bytes(self) -> dict[str, dict[str, int]]:
-        """Bytes by store, summed over all workers."""
-        names = ("pushes", "pushed_bytes", "pushed_wire_bytes", "published_wire_bytes")
-        totals: dict[str, dict[str, int]] = {s.name: dict.fromkeys(names, 0) for s in self._training.stores}
-        for traffic in self._machine.traffic.values():
-            for store, *counts in traffic.stores:
-                for name, amount in zip(names, counts, strict=True):
-                    totals[self._training.stores[store].name][name] += amount
-        return totals
 
 
 def _warn(warning: str | None, stacklevel: int) -> None:

@@ -18,6 +18,8 @@ from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.training.history import Record
 
 Callback = Callable[[Record], Any]
+OnLoss = Literal["raise", "replace"]
+"""What to do when a worker is lost."""
 Last = Literal["drop", "use"]
 """What to do with the examples at the end of an epoch that do not fill a batch."""
 
@@ -39,6 +41,7 @@ class Asked:
     validate_every: int
     checkpoint: Checkpoint | None
     resume: Literal["auto"] | None
+    on_loss: OnLoss
 
     @staticmethod
     def of(
@@ -48,6 +51,7 @@ class Asked:
         progress: bool | None,
         validation: tuple[Any, int | None],
         saving: tuple[Checkpoint | None, Literal["auto"] | None],
+        on_loss: OnLoss,
     ) -> Asked:
         """`size` is batch size, epochs, steps, seed, shuffle and last; `validation` is validation and validate_every;
         `saving` is checkpoint and resume. Raises ValueError or TypeError for what makes no sense."""
@@ -62,7 +66,8 @@ class Asked:
             raise ValueError("validate_every is for validation=; give both or neither")
         every = max(1, data.examples // batch_size + bool(rest)) if every is None else every
         every = whole_number("validate_every", every, least=1)
-        return Asked(data, batch_size, total, rest, seed, shuffle, progress, callbacks, given, every, *saving)
+        choice("on_loss", on_loss, get_args(OnLoss))
+        return Asked(data, batch_size, total, rest, seed, shuffle, progress, callbacks, given, every, *saving, on_loss)
 
 
 def rest_of(source: Source, batch_size: int, last: Last) -> int:

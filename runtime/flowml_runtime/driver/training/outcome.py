@@ -36,6 +36,20 @@ class FitOptions:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """A loss of workers after which a fit went on.
+
+    `step` is the step that the fit had reached, and `resumed_at` the one at which it went on, `seconds` later.
+    """
+
+    workers: tuple[str, ...]
+    reason: str
+    step: int
+    resumed_at: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Outcome:
     params: list[Any]
     state: list[Any]
@@ -48,6 +62,7 @@ class Outcome:
     simulated: Simulated | None
     model: tuple[tuple[Any, ...], ...] = ()
     """The last state of the model at each replica."""
+    losses: tuple[Loss, ...] = ()
 
 
 def as_buffer(value: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flowml.devices import worker_of
 from flowml.numbers import whole_number
 from flowml.plan import Training
 from flowml.training.compiler import TrainingCompiled, TrainingSpec
@@ -35,10 +36,23 @@ class Program:
         """The number of leaves of the parameters."""
         return sum(len(store.leaves) for store in self.training.stores)
 
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """The workers that run it."""
+        return tuple(dict.fromkeys(worker_of(p.device) for p in self.compiled.plan.programs))
+
     def load(self) -> LoadedPlan:
         """Load the plan on its workers, or load it again if one of them was lost and is back."""
         known = self.handle
         self.handle = self.session.load(self.compiled.plan) if known is None else self.session.reload(known)
+        return self.handle
+
+    def load_again(self) -> LoadedPlan:
+        """Load the plan under a new name, because workers of the old one were lost. The others still have their
+        executables then, so they compile nothing."""
+        old, self.handle = self.handle, self.session.load(self.compiled.plan)
+        if old is not None:
+            self.session.release(old)
         return self.handle
 
     def reserve(self, total: int) -> int:

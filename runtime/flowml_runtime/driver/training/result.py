@@ -13,7 +13,7 @@ import msgspec
 from flowml.plan import Plan
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.model import Model
-from flowml_runtime.driver.training.outcome import Outcome
+from flowml_runtime.driver.training.outcome import Loss, Outcome
 from flowml_runtime.driver.training.stragglers import Stragglers
 from flowml_runtime.driver.training.tables import layer_table
 from flowml_runtime.protocol.training.summary import Summary
@@ -46,6 +46,8 @@ class TrainingResult:
     events: int | None = None
     state: Any = None
     """The last state of the model, if the loss has one."""
+    losses: tuple[Loss, ...] = ()
+    """The losses of workers after which the fit went on, in order."""
     replica_states: tuple[Any, ...] = field(default=(), repr=False)
     """The same of each replica, before `state_rules` joined them."""
 
@@ -77,6 +79,7 @@ def result_of(params: Any, state: Any, outcome: Outcome, plan: Plan, model: Mode
         traffic=outcome.traffic,
         staleness=outcome.staleness,
         late=outcome.stragglers,
+        losses=outcome.losses,
         virtual_seconds=simulated.virtual_seconds if simulated else None,
         trace_hash=simulated.trace_hash if simulated else None,
         events=simulated.events if simulated else None,

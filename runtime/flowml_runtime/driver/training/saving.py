@@ -24,6 +24,11 @@ from flowml_runtime.driver.training.validation import Validation
 from flowml_runtime.protocol.training.ledger import LedgerState
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save
 
+LEAST_PAUSE_S = 0.25
+"""The least time between two snapshots that are taken for memory."""
+MOST_SHARE = 1 / 20
+"""Of the time of a fit, for such snapshots."""
+
 
 class Saving:
     """The snapshots of one fit: the one from which it goes on, if any, and those that it writes, if any."""
@@ -49,11 +54,32 @@ class Saving:
         self._saved_at: float | None = None
         self._writer: threading.Thread | None = None
         self._wrong: str | None = None
+        self.keeps = False
+        """Whether the newest snapshot stays in memory, so that the fit can go on from it after a loss."""
+        self.newest = resumed
+        """The newest snapshot in memory."""
+        self._kept_at: float | None = None
+        self._asked_at: float | None = None
+        """When the snapshot for memory became due that is being taken."""
+        self._pause_s = LEAST_PAUSE_S
+
+    def again(self) -> Saving:
+        """The snapshots of the run that goes on from the newest one in memory, or from the beginning."""
+        found, trees = self.newest, self.trees
+        if found is not None:
+            pairs = zip(trees, (found.content.params, found.content.opt_state), strict=True)
+            params, state = (restored(tree, found.leaves(leaves)) for tree, leaves in pairs)
+            trees = params, state
+        after = Saving(self._checkpoint, found, self._figures, trees, self._model)
+        after.keeps, after.validation = self.keeps, self.validation
+        if after.validation is not None:
+            after.validation.go_back(after.first)
+        return after
 
     @property
     def rhythm(self) -> Rhythm | None:
         """The rhythm of snapshots, where replicas share clocks."""
-        if self._checkpoint is None and self.validation is None:
+        if self._checkpoint is None and self.validation is None and not self.keeps:
             return None
         written = self._checkpoint.every_steps if self._checkpoint else None
         return Rhythm(written or 0, self.validation.every if self.validation else 0)
@@ -61,7 +87,10 @@ class Saving:
     def due(self, step: int, now: float, *, aligned: bool) -> bool:
         """Whether a snapshot is due that the rhythm of clocks does not bring."""
         if self._saved_at is None:
-            self._saved_at = now
+            self._saved_at = self._kept_at = now
+        if self.keeps and now - (self._kept_at or 0.0) >= self._pause_s:
+            self._asked_at = now if self._asked_at is None else self._asked_at
+            return True
         if self._checkpoint is not None and self._checkpoint.every_s is not None and self._is_old(step, now):
             return True
         return not aligned and (self._is_old(step, now) or self._is_unmeasured(step))
@@ -97,6 +126,7 @@ class Saving:
             return
         snapshot = taken(training, self._figures, step, action.stopped, ledger, buffers, self.trees, self._model)
         over = action.last
+        self._keep(snapshot, now)
         if self.validation is not None and (over or self._is_unmeasured(step)):
             self._validated_step = step
             values = zip((*self.trees, self._model.state()), snapshot.trees, strict=True)
@@ -106,6 +136,13 @@ class Saving:
             self._saved_step, self._saved_at = step, now
             self.finish()
             self._writer = service.start("checkpoint", partial(self._write, snapshot), self._failed)
+
+    def _keep(self, snapshot: Snapshot, now: float) -> None:
+        """Keep a snapshot in memory. The next one is due when the fit has trained much longer than this one took."""
+        if self.keeps:
+            took = 0.0 if self._asked_at is None else now - self._asked_at
+            self.newest, self._kept_at, self._asked_at = snapshot, now, None
+            self._pause_s = max(LEAST_PAUSE_S, took / MOST_SHARE)
 
     @property
     def measures(self) -> bool:

@@ -39,6 +39,13 @@ class Validation:
         """The values after so many steps. `run` measures them."""
         self._waiting = steps, params, state
 
+    def go_back(self, step: int) -> None:
+        """Forget what belongs to this step and later ones, because they are done again."""
+        if self._waiting is not None and self._waiting[0] > step:
+            self._waiting = None
+        self._found = {s: found for s, found in self._found.items() if s < step}
+        self._held = deque(record for record in self._held if record["step"] < step)
+
     @property
     def waits(self) -> bool:
         """Whether values are to be measured."""

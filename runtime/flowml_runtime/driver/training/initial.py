@@ -1,0 +1,57 @@
+"""The values with which a fit begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flowml.ir._jax import path_name
+from flowml.training.local import Restarting
+from flowml_runtime.driver.training.structs import check_values, structs
+
+
+class OptimizerState(NamedTuple):
+    """The optimizer state of a fit with layers that have an outer optimizer: the Trainer's, and each outer one's."""
+
+    own: Any
+    outer: tuple[Any, ...]
+
+
+def first_state(optimizer: Any, outer: Sequence[Any], params: Any, opt_state: Any) -> Any:
+    """The initial optimizer state, with that of the outer optimizers if there are any. Raises ValueError if
+    `opt_state` belongs to another optimizer or model."""
+
+    def init(params: Any) -> Any:
+        own = optimizer.init(params)
+        return OptimizerState(own, tuple(o.init(params) for o in outer)) if outer else own
+
+    if opt_state is None:
+        return jax.tree_util.tree_map(jnp.asarray, init(params))
+    expected = jax.eval_shape(init, params)
+    check_values(opt_state, "opt_state leaf")
+    given = structs(opt_state, "opt_state leaf")
+    got, want = jax.tree_util.tree_structure(given), jax.tree_util.tree_structure(expected)
+    if got != want:
+        raise ValueError(f"opt_state belongs to another optimizer: it has structure {got}, not {want}")
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    for (path, e), g in zip(leaves, jax.tree_util.tree_leaves(given), strict=True):
+        if (g.shape, g.dtype) != (e.shape, e.dtype):
+            raise ValueError(
+                f"opt_state belongs to other parameters: {path_name(path)!r} is {g.dtype}{list(g.shape)}, "
+                f"not {e.dtype}{list(e.shape)}"
+            )
+    if isinstance(opt_state, OptimizerState):
+        begun = [
+            o.init(params) if isinstance(o, Restarting) else s for o, s in zip(outer, opt_state.outer, strict=True)
+        ]
+        opt_state = OptimizerState(opt_state.own, tuple(begun))
+    return jax.tree_util.tree_map(own_array, opt_state)
+
+
+def own_array(leaf: Any) -> jax.Array:
+    """A JAX array that shares no memory with a NumPy array, because the caller may change that one later."""
+    return jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
