@@ -17,6 +17,7 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.late import Fold
+from flowml.policy.wording import wrong_kind
 
 if TYPE_CHECKING:
     from flowml.policy.spec import Policy
@@ -313,6 +314,8 @@ def as_apply(value: object, knob: str = "apply", kinds: tuple[type, ...] = APPLI
     if type(found) not in kinds:
         if hasattr(value, "init") and hasattr(value, "update"):
             raise PolicyError(f"{knob}=... is an optax optimizer, not an apply; give {knob}=flowml.Outer(optimizer)")
+        if isinstance(value, type) and value in kinds:
+            raise wrong_kind(knob, value, kinds)
         others = ", ".join(f"flowml.{k.__name__}" for k in kinds if k not in (Mean, Sum))
         raise PolicyError(f"{knob}={value!r} is not available; give {knob}='mean', {knob}='sum', or one of {others}")
     return found

@@ -18,6 +18,7 @@ from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.codes import Code, CyclicRepetition, FractionalRepetition, TreeCode
 from flowml.policy.late import Drop, Fold, Late, LateName, late_name, late_of, number
+from flowml.policy.wording import brief
 
 _ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
 
@@ -235,6 +236,9 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
             return arrivals.count >= self.need(arrivals.members)
         samples = round(arrivals.members * arrivals.full * arrivals.rows)
         return arrivals.weight * arrivals.rows >= self.need(samples) - _ROUNDING
+
+    def __repr__(self) -> str:
+        return brief(self, hidden=("counted",))
 
     def __str__(self) -> str:
         of = ", of='microbatches'" if self.cuts else ""

@@ -19,6 +19,7 @@ from flowml.policy.late import Fold, late_name
 from flowml.policy.quorum import Coded, Deadline, Quorum
 from flowml.policy.rhythm import ONCE
 from flowml.policy.topology import Gossip
+from flowml.policy.wording import brief
 
 if TYPE_CHECKING:
     from flowml.policy.spec import Policy
@@ -36,6 +37,9 @@ class Delta(msgspec.Struct, frozen=True, tag=True):
     def __post_init__(self) -> None:
         _check_alpha(self)
 
+    def __repr__(self) -> str:
+        return brief(self)
+
 
 class Weights(msgspec.Struct, frozen=True, tag=True):
     """Replicas update local parameters, and send these. `alpha` is as in `Delta`."""
@@ -44,6 +48,9 @@ class Weights(msgspec.Struct, frozen=True, tag=True):
 
     def __post_init__(self) -> None:
         _check_alpha(self)
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 LocalPayload = Delta | Weights

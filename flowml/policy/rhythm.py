@@ -64,6 +64,15 @@ class Every(msgspec.Struct, frozen=True, tag=True):
         msgspec.structs.force_setattr(self, name, number)
         return number
 
+    def __repr__(self) -> str:
+        if self == Once():
+            return "Once()"
+        more = [f"{n}={getattr(self, n)}" for n in ("offset", "delay") if getattr(self, n)]
+        more += [f"fragments={self.fragments}"] if self.fragments > 1 else []
+        return (
+            f"Every({', '.join([str(self.push), *([f'pull={self.pull}'] if self.pull != self.push else []), *more])})"
+        )
+
     def fragment(self, number: int) -> Every:
         """The rhythm of fragment `number`. The last one has the offset of the whole."""
         offset = (self.offset + (number + 1) * self.push // self.fragments) % self.push

@@ -35,6 +35,7 @@ from flowml.policy.topology import (
     remote_of,
 )
 from flowml.policy.topology import describe as describe_topology
+from flowml.policy.wording import brief, wrong_kind
 
 UNBOUNDED = math.inf
 """A staleness without bound: a read never waits."""
@@ -116,6 +117,9 @@ class Policy(msgspec.Struct, frozen=True):
         if isinstance(self.remote, Gossip):
             self._gossip(self.remote)
         _check_sound(self)
+
+    def __repr__(self) -> str:
+        return brief(self)
 
     def _share(self) -> None:
         """Replicas see each update at once, so none is late and no read waits."""
@@ -326,8 +330,7 @@ def _check_parts(policy: Policy) -> None:
     )
     for name, value, types in kinds:
         if type(value) not in types:
-            known = " or ".join(f"flowml.{t.__name__}()" for t in types)
-            raise PolicyError(f"{name}={value!r} is not known; give {name}={known}")
+            raise wrong_kind(name, value, types)
 
 
 def _check_sound(policy: Policy) -> None:
@@ -441,7 +444,12 @@ def _check_speculating(policy: Policy) -> None:
 def _changed(policy: Policy) -> str:
     names, plain = ("topology", "staleness", "every", "payload", "filters", "apply"), Policy()
     changed = {n: getattr(policy, n) for n in names if getattr(policy, n) != getattr(plain, n)}
-    return ", ".join(f"{n}={value.push if isinstance(value, Every) else value!r}" for n, value in changed.items())
+    changed |= {"filters": f"({', '.join(map(str, policy.filters))},)"} if policy.filters else {}
+    return ", ".join(f"{n}={_short(value)}" for n, value in changed.items())
+
+
+def _short(value: object) -> str:
+    return value if isinstance(value, str) else repr(value.push if isinstance(value, Every) else value)
 
 
 def _check_arriving(policy: Policy) -> None:

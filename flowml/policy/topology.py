@@ -20,8 +20,9 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.completion import describe_completion
-from flowml.policy.graphs import Graph, RingGraph, Weights, as_graph, name_of, readers
+from flowml.policy.graphs import Graph, OwnMatrix, RingGraph, Weights, as_graph, name_of, readers
 from flowml.policy.quorum import Deadline, Quorum
+from flowml.policy.wording import brief, wrong_kind
 
 DOUBLING_BYTES = 2 * 2**20
 """Largest gradient on one host for which fewer hops are faster than fewer bytes. The measured limit is 3 to 8 MiB for
@@ -92,6 +93,13 @@ class Gossip(msgspec.Struct, frozen=True, tag=True):
             raise PolicyError(f"Gossip(pull={self.pull!r}): it multiplies a distance; give a number of at least 0")
         msgspec.structs.force_setattr(self, "pull", float(self.pull))
 
+    def __repr__(self) -> str:
+        name = name_of(self.graph)
+        named = not isinstance(self.graph, OwnMatrix) and as_graph(name.replace(" ", "_")) == self.graph
+        graph = repr(name.replace(" ", "_")) if named else name
+        more = [f"{n}={getattr(self, n):g}" for n in ("every", "pull") if getattr(self, n) != 1]
+        return f"Gossip({', '.join([graph, *more])})"
+
     def due(self, clock: int) -> bool:
         """Whether the step of `clock` ends with a round."""
         return (clock + 1) % self.every == 0
@@ -146,6 +154,9 @@ class Hierarchy(msgspec.Struct, frozen=True, tag=True):
         if self.quorum is not None:
             _check_inside(self.local, self.quorum)
 
+    def __repr__(self) -> str:
+        return brief(self)
+
     def split(self, hosts: Sequence[Hashable]) -> tuple[tuple[int, ...], ...]:
         """The replicas of each site, where `hosts` is the machine of each replica.
 
@@ -189,7 +200,9 @@ def _check_local(local: Topology) -> None:
             "no step at whose end the site has one gradient to send; give local=flowml.AllReduce(), which adds up "
             "directly between the replicas of one machine"
         )
-    elif type(local) not in (ParameterServer, AllReduce, Ring, Tree):
+    elif type(local) not in TOPOLOGIES:
+        raise wrong_kind("local", local, INSIDE)
+    elif type(local) not in INSIDE:
         raise PolicyError(
             f"Hierarchy(local={local!r}) is not sound: a site takes part in the exchange of sites as one replica, so "
             "its replicas hold equal parameters; give local=flowml.AllReduce(), or local=flowml.ParameterServer()"
@@ -222,7 +235,9 @@ def _check_remote(remote: Topology) -> None:
             f"Hierarchy(remote={remote!r}) is not sound: sites are on different workers, which share no memory; give "
             "remote=flowml.ParameterServer() with staleness=flowml.UNBOUNDED, which applies what arrives at once"
         )
-    if type(remote) not in (ParameterServer, AllReduce, Ring, Tree, Gossip):
+    if type(remote) not in TOPOLOGIES:
+        raise wrong_kind("remote", remote, BETWEEN)
+    if type(remote) not in BETWEEN:
         raise PolicyError(
             f"Hierarchy(remote={remote!r}): between sites give flowml.ParameterServer(), flowml.Ring(), "
             "flowml.AllReduce(), flowml.Tree() or flowml.Gossip(); a hierarchy of more levels is nested in `local`"
@@ -261,6 +276,10 @@ class SharedMemory(msgspec.Struct, frozen=True, tag=True):
 Topology = ParameterServer | AllReduce | Ring | Tree | Hierarchy | Gossip | SharedMemory
 
 TOPOLOGIES = (ParameterServer, AllReduce, Ring, Tree, Hierarchy, Gossip, SharedMemory)
+INSIDE = (ParameterServer, AllReduce, Ring, Tree)
+"""What may be inside a site, beside a hierarchy."""
+BETWEEN = (*INSIDE, Gossip)
+"""What may be between sites."""
 
 
 def is_sited(topology: Topology) -> bool:

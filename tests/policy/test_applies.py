@@ -81,7 +81,7 @@ def test_descriptions(kind: Any, words: str) -> None:
     ("wrong", "reason"),
     [
         (lambda: make(apply="prox"), "apply='mean', apply='sum', or one of flowml.StalenessScaled"),
-        (lambda: make(apply=Mix), "is not available; give apply='mean'"),
+        (lambda: make(apply=Mix), "is a class; give a value of it, as apply=flowml.Mix"),
         (lambda: make(apply=optax.sgd(0.1)), "flowml.Outer"),
         (lambda: StalenessScaled(0), r"StalenessScaled\(rate=0\): .* above 0"),
         (lambda: StalenessScaled(math.nan), "above 0"),

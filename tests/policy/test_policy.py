@@ -93,8 +93,9 @@ def test_what_a_knob_does_not_have_says_what_it_has(make: Callable[[], object], 
         (lambda: make_policy(filters=5), "filters=5: give a tuple of filters, such as (flowml.filters.top_k(0.01),)"),
         (
             lambda: make_policy(topology="ring"),
-            "topology='ring' is not known; give topology=flowml.ParameterServer() or flowml.AllReduce() or "
-            "flowml.Ring() or flowml.Tree() or flowml.Hierarchy() or flowml.Gossip() or flowml.SharedMemory()",
+            "topology='ring' is not known; give topology=flowml.Ring() or flowml.ParameterServer() or "
+            "flowml.AllReduce() or flowml.Tree() or flowml.Hierarchy(local, remote) or flowml.Gossip() or "
+            "flowml.SharedMemory()",
         ),
     ],
 )

@@ -225,6 +225,8 @@ def check_chain(filters: Sequence[object]) -> tuple[Filter, ...]:
     chain: list[Filter] = []
     roles: set[Any] = {"values"}
     for value in filters:
+        if callable(value) and not isinstance(value, Filter) and (name := getattr(value, "__name__", "")):
+            raise PolicyError(f"filters: {name} is not a filter, but a function that makes one; call it, as {name}(…)")
         if not isinstance(value, Filter):
             raise PolicyError(f"filters: {value!r} is not a filter; give those of flowml.filters, such as top_k(0.01)")
         if chain:

@@ -1,0 +1,49 @@
+"""Words policies in errors: how a value is written in Python, and what to write in place of one of the wrong kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from flowml.errors import PolicyError
+
+_ARGUMENTS = {
+    "Quorum": "0.75",
+    "Deadline": "0.75",
+    "Coded": "1",
+    "Hierarchy": "local, remote",
+    "Outer": "optimizer",
+    "Mix": "0.1",
+    "Consensus": "1.0",
+    "Vote": "10",
+    "Prox": "l1=1e-4",
+    "Distill": "predict, inputs, steps=100, optimizer=optimizer",
+}
+"""Class -> the arguments with which an error shows it, if it needs some."""
+
+
+def brief(value: msgspec.Struct, hidden: Sequence[str] = ()) -> str:
+    """The call that makes a value, without the arguments that have their default, and without the `hidden` fields."""
+    given = [
+        f"{field.name}={getattr(value, field.name)!r}"
+        for field in msgspec.structs.fields(value)
+        if field.name not in hidden and getattr(value, field.name) != field.default
+    ]
+    return f"{type(value).__name__}({', '.join(given)})"
+
+
+def example(kind: type) -> str:
+    """How a value of a class is written: `flowml.Ring()`, `flowml.Quorum(0.75)`."""
+    return f"flowml.{kind.__name__}({_ARGUMENTS.get(kind.__name__, '')})"
+
+
+def wrong_kind(knob: str, value: object, kinds: Sequence[type]) -> PolicyError:
+    """The error for a value that is of none of these classes. The one that was meant, by its name, comes first."""
+    if isinstance(value, type) and value in kinds:
+        return PolicyError(f"{knob}={value.__name__} is a class; give a value of it, as {knob}={example(value)}")
+    if knob == "quorum" and isinstance(value, int | float):
+        return PolicyError(f"quorum={value!r} is not known; give quorum=flowml.Quorum({value!r})")
+    meant = str(value).replace("_", "").replace("-", "").replace(" ", "").lower() if isinstance(value, str) else ""
+    known = " or ".join(map(example, sorted(kinds, key=lambda kind: kind.__name__.lower() != meant)))
+    return PolicyError(f"{knob}={value!r} is not known; give {knob}={known}")

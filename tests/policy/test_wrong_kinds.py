@@ -1,0 +1,62 @@
+"""A value of the wrong kind is answered with what to write in its place, and errors show values as users write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import flowml as fm
+
+WRONG: dict[str, tuple[Callable[[], object], str]] = {
+    "a class": (
+        lambda: fm.Policy(payload=fm.Delta),
+        "payload=Delta is a class; give a value of it, as payload=flowml.Delta()",
+    ),
+    "a class of an apply": (lambda: fm.Policy(apply=fm.Outer), "as apply=flowml.Outer(optimizer)"),
+    "a class of a site": (lambda: fm.Hierarchy(fm.Ring, fm.Ring()), "local=Ring is a class; give a value of it"),
+    "a class between sites": (lambda: fm.Hierarchy(fm.Ring(), fm.Tree), "remote=Tree is a class; give a value of it"),
+    "a number": (lambda: fm.Policy(quorum=0.75), "quorum=0.75 is not known; give quorum=flowml.Quorum(0.75)"),
+    "a name": (
+        lambda: fm.Policy(topology="all_reduce"),
+        "'all_reduce' is not known; give topology=flowml.AllReduce() or flowml.P",
+    ),
+    "an unknown name": (lambda: fm.Policy(quorum="most"), "quorum=flowml.Quorum(0.75) or flowml.Deadline(0.75)"),
+    "a function": (
+        lambda: fm.Policy(filters=(fm.filters.top_k,)),
+        "not a filter, but a function that makes one; call it",
+    ),
+    "a filter of a code": (
+        lambda: fm.Policy(quorum=fm.Coded(1), filters=(fm.filters.top_k(0.1),)),
+        "with filters=(top_k(0.1),) is not sound",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_error_says_what_to_write(name: str) -> None:
+    make, text = WRONG[name]
+    with pytest.raises(fm.PolicyError) as caught:
+        make()
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (fm.Gossip("exponential", every=3), "Gossip('exponential', every=3)"),
+        (fm.Gossip(np.full((2, 2), 0.5)), "Gossip(2x2 matrix)"),
+        (
+            fm.Hierarchy(fm.Ring(), fm.ParameterServer(), sites=2),
+            "Hierarchy(local=Ring(), remote=ParameterServer(), sites=2)",
+        ),
+        (fm.Every(4, offset=1), "Every(4, offset=1)"),
+        (fm.Every(4, pull=2), "Every(4, pull=2)"),
+        (fm.Once(), "Once()"),
+        (fm.Delta(), "Delta()"),
+        (fm.Quorum(2, late="fold"), "Quorum(count_or_fraction=2, late=Fold(decay=1.0))"),
+    ],
+)
+def test_values_are_shown_as_they_are_written(value: object, text: str) -> None:
+    assert repr(value) == text
