@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from flowml.policy import Weights as Weights
     from flowml.policy import filters as filters
     from flowml.policy import named as policies  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from flowml_runtime import methods as methods
     from flowml_runtime.cluster import Cluster as Cluster
     from flowml_runtime.dataflow import dataflow as dataflow
     from flowml_runtime.driver.checkpoint import Checkpoint as Checkpoint
@@ -142,6 +143,7 @@ _HOMES = {
     "Weights": "flowml.policy",
     "device": "flowml.ir.scopes",
     "layer": "flowml.ir.scopes",
+    "methods": "flowml_runtime.methods",
     "Cluster": "flowml_runtime.cluster",
     "dataflow": "flowml_runtime.dataflow",
     "put": "flowml_runtime.put",
@@ -154,7 +156,7 @@ _HOMES = {
     "TrainingResult": "flowml_runtime.driver.training.result",
 }
 
-_MODULES = {"policies", "filters", "data", "sim"}
+_MODULES = {"policies", "filters", "data", "sim", "methods"}
 """Names that stand for a whole module."""
 
 __all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]

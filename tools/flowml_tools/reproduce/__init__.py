@@ -14,6 +14,7 @@ from flowml_tools.reproduce import (
     adam,
     admm,
     backup,
+    chaos,
     coded_reduce,
     coding,
     compensation,
@@ -35,6 +36,7 @@ from flowml_tools.reproduce import (
     sparse_loco,
     ssp,
     top_k,
+    voting,
     zinkevich,
 )
 from flowml_tools.reproduce.claims import Claim
@@ -49,6 +51,7 @@ CLAIMS: dict[str, Claim] = {
         sandblaster,
         parameter_server,
         ssp,
+        chaos,
         zinkevich,
         local_sgd,
         elastic,
@@ -66,6 +69,7 @@ CLAIMS: dict[str, Claim] = {
         gaia,
         admm,
         ensemble,
+        voting,
         power_sgd,
         one_bit,
         top_k,

@@ -27,15 +27,18 @@ def train(
     compute: ComputeModel | None = None,
     network: NetworkModel | None = None,
     shuffle: bool = True,
+    devices: int = 1,
 ) -> TrainingResult:
-    """Train `(loss, parameters, source)` on simulated replicas, with real arithmetic."""
+    """Train `(loss, parameters, source)` on simulated replicas, with real arithmetic. `devices` of each worker are so
+    many replicas."""
     import flowml as fm
 
     cluster = fm.SimulatedCluster(
-        workers,
+        workers // devices,
         compute or fm.sim.Constant(1.0),
         network or fm.sim.Network(latency_s=1e-4, bytes_per_s=1e9),
         seed=seed,
+        devices_per_worker=devices,
     )
     function, params, source = problem
     trainer = fm.Trainer(function, optimizer, cluster=cluster, replicas=workers, policies=policy)
