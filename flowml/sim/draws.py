@@ -30,7 +30,7 @@ def uniform(seed: int, workers: Counters, steps: Counters, stream: int) -> Float
     shape = np.broadcast_shapes(np.shape(workers), np.shape(steps))
     state = np.array([seed & _WORD], np.uint64)
     for counter in (stream, workers, steps):
-        state = _mix(state ^ np.atleast_1d(np.asarray(counter, np.int64)).view(np.uint64))
+        state = mixed(state ^ np.atleast_1d(np.asarray(counter, np.int64)).view(np.uint64))
     # 52 bits and a half fit into a float64 exactly, so 0 and 1 never occur.
     found = ((state >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return np.broadcast_to(found, shape or (1,)).reshape(shape)
@@ -42,7 +42,8 @@ def normal(seed: int, workers: Counters, steps: Counters, stream: int) -> Floats
     return radius * np.cos(2 * np.pi * uniform(seed, workers, steps, stream + 1))
 
 
-def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mixed(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Each word as one that looks like chance."""
     state = state + _INCREMENT
     state = (state ^ (state >> np.uint64(30))) * _FIRST
     state = (state ^ (state >> np.uint64(27))) * _SECOND

@@ -36,6 +36,9 @@ class SimulatedCluster:
         faults: `fm.sim.Crash`, `fm.sim.Partition` and `fm.sim.Disorder`. Their times count from the start of each fit.
             A crash ends a fit like the loss of a real worker does, and so does a worker that leaves in an
             `fm.sim.Churn`.
+        jobs: how many processes of this machine simulate, each some of the workers. By default one, or one for each
+            core for thousands of workers without arithmetic. What cannot be divided runs in one process, with a
+            warning if more were asked for.
 
     Raises:
         SimulationError: if the models make no sense, or do not fit the number of workers.
@@ -52,6 +55,7 @@ class SimulatedCluster:
         seed: int = 0,
         arithmetic: bool = True,
         faults: Sequence[Fault | Churn] = (),
+        jobs: int | None = None,
     ) -> None:
         workers = whole_number("workers", workers, least=1)
         kinds = ("compute", compute, ComputeModel), ("network", network, NetworkModel), ("homes", homes, Homes)
@@ -68,7 +72,8 @@ class SimulatedCluster:
         each = whole_number("devices_per_worker", devices_per_worker, least=1)
         self._devices = tuple(Device(f"worker:{i}/cpu:{d}") for i in range(workers) for d in range(each))
         self._arithmetic = flag("arithmetic", arithmetic)
-        models = Models(workers, compute, network, whole_number("seed", seed), found, homes, each)
+        count = None if jobs is None else whole_number("jobs", jobs, least=1)
+        models = Models(workers, compute, network, whole_number("seed", seed), found, homes, each, count)
         self._session = SimulatedSession(models, arithmetic=self._arithmetic)
         self.on_result: Callable[[Any], None] = lambda result: None
         """Called with the result of each fit."""

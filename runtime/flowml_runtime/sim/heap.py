@@ -1,18 +1,25 @@
 """The virtual clock of a simulation: events in the order of their times, and of their scheduling where times are equal.
 
 An event is a function call. Its *label* is a number that says what happens where. The trace hash covers the time and
-the label of every event, so two runs with one hash did the same things at the same times.
+the label of every event, so two runs with one hash did the same things at the same times. It is a sum over events, so
+that several processes can each hash their own.
+
+A clock stops at the end of its *window*, `until`, and then calls `meet`, which may move that end. So several clocks
+agree (`parallel`). A clock that is alone has a window without end.
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
+from bisect import bisect_right
 from collections.abc import Callable
 from heapq import heappop, heappush
 from operator import length_hint
 from typing import Any
 
 import numpy as np
+
+from flowml.sim.draws import mixed
 
 Act = Callable[..., None]
 _Event = tuple[int, Act, tuple[Any, ...]]
@@ -22,6 +29,7 @@ _Group = list[_Event]
 
 _FLUSH = 8192
 """Events that are gathered before they are hashed."""
+_WORD = 2**64 - 1
 
 
 class Clock:
@@ -30,6 +38,10 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
         """The time of the event that happens now, in seconds."""
+        self.until = math.inf
+        """The end of the window. Events at this time or later wait."""
+        self.meet: Callable[[], bool] = lambda: False
+        """Called at the end of the window. Returns whether there is another one."""
         self._heap: list[tuple[float, int, _Group]] = []
         self._scheduled = 0
         self._last = -1.0
@@ -45,8 +57,10 @@ class Clock:
         """The times of these events, each once for all events of its group."""
         self._firsts: list[int] = []
         """The place in `_labels` of the first event of each of these times."""
+        self._most: float = _FLUSH
+        """How many events are gathered within a window."""
         self._hashed = 0
-        self._hash = hashlib.blake2b(digest_size=16)
+        self._sums = [0, 0]
 
     @property
     def events(self) -> int:
@@ -69,6 +83,22 @@ class Clock:
         self._scheduled = number = self._scheduled + 1
         heappush(self._heap, (when, number, group))
 
+    def put_all(self, when: float, number: int, group: _Group) -> None:
+        """Let a group of events happen at the time `when`. Those of one time happen in the order of their numbers."""
+        heappush(self._heap, (when, number, group))
+
+    @property
+    def head(self) -> float:
+        """The time of the next event; infinite if there is none."""
+        return self._heap[0][0] if self._heap else math.inf
+
+    def open(self, until: float, number: int) -> None:
+        """Begin the next window, which ends at `until`. What is scheduled in it gets numbers from `number` on."""
+        if len(self._labels) >= _FLUSH:
+            self._flush()
+        self._most = math.inf  # a part of a window may have to be forgotten
+        self.until, self._scheduled, self._last = until, number, -1.0
+
     def after(self, delay: float, label: int, act: Act, *args: Any) -> None:
         """Call `act(*args)` in `delay` seconds."""
         self.put(self.now + delay, label, act, args)
@@ -86,9 +116,11 @@ class Clock:
                     return True
             if self._open is self._group:
                 self._last = -1.0  # none joins a group whose end has come
-            if not heap:
-                return False
-            if len(labels) >= _FLUSH:
+            if not heap or heap[0][0] >= self.until:
+                if not self.meet():
+                    return False
+                continue
+            if len(labels) >= self._most:
                 self._flush()
             self.now, _, self._group = heappop(heap)
             self._rest = iter(self._group)
@@ -105,14 +137,31 @@ class Clock:
     def trace_hash(self) -> str:
         """A hash of the time and label of every event so far."""
         self._flush()
-        return self._hash.hexdigest()
+        return "".join(f"{part:016x}" for part in self._sums)
+
+    def counted(self, last: float) -> tuple[int, tuple[int, int]]:
+        """The number of events until the time `last`, inclusive, and what the hash has of them. Later ones are
+        forgotten. They are all of the newest window."""
+        kept = bisect_right(self._times, last)
+        if kept < len(self._times):
+            del self._labels[self._firsts[kept] :], self._times[kept:], self._firsts[kept:]
+        self._flush()
+        first, second = self._sums
+        return self._hashed, (first, second)
+
+    def add(self, events: int, sums: tuple[int, int]) -> None:
+        """Count the events of another clock as well."""
+        self._hashed += events
+        self._sums = [(a + b) & _WORD for a, b in zip(self._sums, sums, strict=True)]
 
     def _flush(self) -> None:
         count = len(self._labels)
-        trace = np.empty((count, 2))
-        trace[:, 0] = np.repeat(self._times, np.diff([*self._firsts, count]))
-        trace[:, 1] = self._labels
-        self._hash.update(trace.tobytes())
+        if not count:
+            return
+        times = np.repeat(np.asarray(self._times, np.float64), np.diff([*self._firsts, count]))
+        first = mixed(mixed(times.view(np.uint64)) ^ np.asarray(self._labels, np.int64).view(np.uint64))
+        for n, part in enumerate((first, mixed(first))):
+            self._sums[n] = (self._sums[n] + int(part.sum())) & _WORD
         self._hashed += count
         self._labels.clear()
         self._times, self._firsts = self._times[-1:], [0] * bool(self._times)

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from flowml.sim import NetworkModel
@@ -35,6 +35,10 @@ class Tamper(Protocol):
         ...
 
 
+Put = Callable[[float, int, Act, tuple[Any, ...]], None]
+"""Schedules the arrival of a message, as `Clock.put` does."""
+
+
 class _Queue:
     """A shared link. It is free from `free` on."""
 
@@ -48,9 +52,12 @@ class _Queue:
 class _Path:
     """The link from one worker to another. `last` is the arrival of its last message, as far as it is known."""
 
-    __slots__ = ("down", "first", "followers", "free", "label", "last", "latency", "own_rate", "rate", "up")
+    __slots__ = ("down", "first", "followers", "free", "label", "last", "latency", "own_rate", "put", "rate", "up")
 
-    def __init__(self, number: int, latency: float, rate: float, up: tuple[_Queue, ...], down: tuple[_Queue, ...]):
+    def __init__(
+        self, number: int, latency: float, rate: float, up: tuple[_Queue, ...], down: tuple[_Queue, ...], put: Put
+    ) -> None:
+        self.put = put
         self.label = number * KINDS + _DELIVER
         self.latency = latency
         self.own_rate = rate
@@ -70,15 +77,23 @@ class Wires:
     """All messages under way."""
 
     def __init__(
-        self, clock: Clock, model: NetworkModel, numbers: Mapping[str, int], tamper: Tamper | None = None
+        self,
+        clock: Clock,
+        model: NetworkModel,
+        numbers: Mapping[str, int],
+        tamper: Tamper | None = None,
+        put_for: Callable[[int], Put] | None = None,
     ) -> None:
-        """`numbers` are those of the workers, by name."""
+        """`numbers` are those of the workers, by name. `put_for` says by the number of a receiver what schedules an
+        arrival there, where the clock does not (`parallel`)."""
+        put = clock.put
+        self._put_for: Callable[[int], Put] = put_for or (lambda number: put)
         self._clock = clock
         self._model = model
         self._numbers = {DRIVER: -1, **numbers}
         self._tamper = tamper
         self._paths: dict[tuple[str, str], _Path] = {}
-        self._latencies: tuple[dict[str, float], dict[str, float]] = {}, {}
+        self._latencies: tuple[dict[str, tuple[float, Put]], dict[str, tuple[float, Put]]] = {}, {}
         """Those of messages from each worker to the driver, and to each worker from it."""
         self._queues: dict[tuple[str | int, ...], _Queue] = {}
 
@@ -102,19 +117,19 @@ class Wires:
             self.send(source, to, 0, act, *args)
             return
         worker, known = (to, self._latencies[1]) if source == DRIVER else (source, self._latencies[0])
-        latency = known.get(worker)
-        if latency is None:
-            latency = known[worker] = self._model.link(self._numbers[source], self._numbers[to]).latency_s
-        clock = self._clock
-        clock.put(clock.now + latency, self._numbers[to] * KINDS + _DELIVER, act, args)
+        number, found = self._numbers[to], known.get(worker)
+        if found is None:
+            latency = self._model.link(self._numbers[source], number).latency_s
+            found = known[worker] = latency, self._put_for(number)
+        latency, put = found
+        put(self._clock.now + latency, number * KINDS + _DELIVER, act, args)
 
     def broadcast(
         self, source: str, receivers: Iterable[tuple[str, Act]], args: tuple[Any, ...], nbytes: int = 0
     ) -> int:
         """Send one message to several workers, as `send` does to one after the other, as long as it begins at once and
         shares nothing with others. Returns how many it was sent to; `send` it to the rest."""
-        clock, paths, sent = self._clock, self._paths, 0
-        now = clock.now
+        paths, sent, now = self._paths, 0, self._clock.now
         for to, act in receivers if self._tamper is None else ():
             path = paths.get((source, to)) or self._path(source, to)
             if path.followers is not None:
@@ -128,7 +143,7 @@ class Wires:
             if arrives < path.last:
                 arrives = path.last
             path.last = arrives
-            clock.put(arrives, path.label, act, args)
+            path.put(arrives, path.label, act, args)
             sent += 1
         return sent
 
@@ -147,12 +162,11 @@ class Wires:
                     down = (*down, queue)
                 else:
                     up = (*up, queue)
-        path = self._paths[source, to] = _Path(b, link.latency_s if a != b else 0.0, rate, up, down)
+        path = self._paths[source, to] = _Path(b, link.latency_s if a != b else 0.0, rate, up, down, self._put_for(b))
         return path
 
     def _send(self, path: _Path, nbytes: int, delay: float, act: Act, args: tuple[Any, ...]) -> float:
-        clock = self._clock
-        begins = clock.now
+        begins = self._clock.now
         if nbytes:
             if path.free > begins:
                 begins = path.free
@@ -174,7 +188,7 @@ class Wires:
         if arrives < path.last:
             arrives = path.last
         path.last = arrives
-        clock.put(arrives, path.label, act, args)
+        path.put(arrives, path.label, act, args)
         return begins
 
     def _begin_to_arrive(self, path: _Path, when: float, nbytes: int, act: Act, args: tuple[Any, ...]) -> None:

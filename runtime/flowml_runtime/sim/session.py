@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import gc
 import queue
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeVar
 
 from flowml.devices import worker_of
-from flowml.errors import FlowmlError, PlacementError, SimulationError
+from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, SimulationError
 from flowml.instructions import Fetch
 from flowml.placement.links import SAME_PROCESS
 from flowml.plan import Plan
@@ -28,6 +29,9 @@ from flowml_runtime.sim.arithmetic import Compiled
 from flowml_runtime.sim.faults import NetworkFaults
 from flowml_runtime.sim.heap import Clock
 from flowml_runtime.sim.network import DRIVER, KINDS
+from flowml_runtime.sim.parallel import Team
+from flowml_runtime.sim.partition import firsts, lookahead, processes, why_not
+from flowml_runtime.sim.post import Here
 from flowml_runtime.sim.values import NO_ARRAYS, Nothing, Values
 from flowml_runtime.sim.world import Layout, World
 
@@ -48,6 +52,8 @@ class Models:
     homes: Homes = AT_ONCE
     devices: int = 1
     """The devices of each worker."""
+    jobs: int | None = None
+    """How many processes simulate; None lets `partition` decide."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class SimulatedSession:
         """The plan and the run of `_world`. The workers of a run get one StartTraining each."""
         self._passed = 0.0
         """The seconds of the runs before that of `_world`."""
+        self._team: Team | None = None
+        """The processes of a run that goes on, if there are several."""
         self._world: World | None = None
         """The run of the newest fit."""
 
@@ -119,6 +127,9 @@ class SimulatedSession:
     def register(self, plan_id: str, handler: PlanHandler) -> None:
         """Pass every later message of this plan to `handler`. A fit does so before it begins, and another after it."""
         self._handlers[plan_id] = handler
+        if self._team is not None:
+            team, self._team = self._team, None
+            team.end()
         if self._paused:
             self._paused = False
             gc.enable()
@@ -148,21 +159,35 @@ class SimulatedSession:
         if gc.isenabled() and not self.arithmetic:  # it would look at the state of all workers again and again
             self._paused = True
             gc.disable()
-        clock, network = Clock(), [f for f in models.faults if not isinstance(f, Crash)]
-        self._world = World(
-            clock=clock,
-            tamper=NetworkFaults(clock, network, models.seed) if network else None,
-            layout=own.layout.lasting(start.total_clocks),
-            values=own.values(start),
-            times=ComputeTimes(models.compute, models.seed, models.workers * models.devices),
-            devices=models.devices,
-            network=models.network,
-            homes=models.homes,
-            to_driver=self._handlers[start.plan_id].on_message,
-            numbers=self._numbers,
-            run=start.run,
-            delays=dict(start.delays),
-        )
+        driver, layout = self._handlers[start.plan_id].on_message, own.layout.lasting(start.total_clocks)
+        network = [f for f in models.faults if not isinstance(f, Crash)]
+
+        def make(clock: Clock, here: Here | None, to_driver: Callable[..., None]) -> World:
+            return World(
+                clock=clock,
+                tamper=NetworkFaults(clock, network, models.seed) if network else None,
+                layout=layout,
+                values=own.values(start),
+                times=ComputeTimes(models.compute, models.seed, models.workers * models.devices),
+                devices=models.devices,
+                network=models.network,
+                homes=models.homes,
+                to_driver=to_driver,
+                numbers=self._numbers,
+                run=start.run,
+                here=here,
+                delays=dict(start.delays),
+            )
+
+        firsts = self._firsts(layout)
+        if len(firsts) > 1:
+            latency = lookahead(models.network)
+            assert latency
+            self._team = Team(make, driver, firsts, self._numbers, latency)
+            self._world = self._team.world
+            return
+        self._world = make(Clock(), None, driver)
+        clock = self._world.clock
         for fault in models.faults:
             worker = f"worker:{fault.worker}" if isinstance(fault, Crash) else ""
             if isinstance(fault, Crash) and worker in self._world.nodes:
@@ -170,6 +195,17 @@ class SimulatedSession:
                 clock.at(fault.at_s, label, self._world.silence, worker)
                 reason = f"it stopped at {fault.at_s:g} s"
                 clock.at(fault.at_s + fault.noticed_s, label, self._handlers[start.plan_id].on_lost, worker, reason)
+
+    def _firsts(self, layout: Layout) -> list[int]:
+        """The first workers of the processes that simulate a run."""
+        asked = self._models.jobs
+        count = processes(layout) if asked is None else asked
+        why = None
+        if count > 1:
+            why = why_not(layout, self._models.network, self._models.faults, arithmetic=self.arithmetic)
+        if why is not None and asked is not None:
+            warnings.warn(f"jobs={asked}: the simulation runs in one process, because {why}", FlowmlWarning, 2)
+        return [0] if why is not None or count == 1 else firsts(layout, self._numbers, count)
 
     def _values(self, plan: Plan) -> Callable[[wire.StartTraining], Values]:
         if self.arithmetic:

@@ -190,7 +190,7 @@ class Values(Protocol):
         ...
 
 
-_NAN = np.array(np.nan, np.float32)
+NAN = np.array(np.nan, np.float32)
 NO_ARRAYS: Value = ()
 """The arrays of a message that would have some."""
 
@@ -205,7 +205,7 @@ class Nothing:
         self._held: dict[int, Value] = {}
         self._states: dict[int, Value] = {}
         self._models: dict[At, Value] = {}
-        self._reports = tuple((found, (_NAN,) * len(found)) if found else None for found in slots)
+        self._reports = tuple((found, (NAN,) * len(found)) if found else None for found in slots)
 
     def begin(self, at: At, start: Start, leaves_out: Callable[[int], bool]) -> Any:
         return at[1]

@@ -30,6 +30,7 @@ from flowml_runtime.sim.executor import Executor
 from flowml_runtime.sim.heap import Clock
 from flowml_runtime.sim.network import DRIVER, Tamper, Wires
 from flowml_runtime.sim.node import Node
+from flowml_runtime.sim.post import Here, Nodes
 from flowml_runtime.sim.program import At, Edge, Sizes, StageProgram, programs
 from flowml_runtime.sim.values import Value, Values
 from flowml_runtime.worker.training.finite import sentence
@@ -119,6 +120,8 @@ class World:
     stepped: Callable[[Node, actions.Event, Sequence[actions.Action]], None] | None = None
     """Called after each event of a worker's machine, when the wanted actions have been carried out."""
     homes: Homes = AT_ONCE
+    here: Here | None = None
+    """Which of the workers are in this process; None if all are."""
     delays: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     """Seconds added to the steps of a worker, as in `wire.StartTraining`."""
 
@@ -126,10 +129,12 @@ class World:
         layout = self.layout
         self.terms, self.places, self.sizes = layout.terms, layout.places, layout.sizes
         self.programs = layout.programs
-        self.wires = Wires(self.clock, self.network, self.numbers, self.tamper)
+        here = self.here
+        self.wires = Wires(self.clock, self.network, self.numbers, self.tamper, None if here is None else here.put_for)
         self.mailbox: Rendezvous[list[Value], list[Value]] = Rendezvous()
         """Of all workers, if no stage waits for values of another."""
-        self.nodes = {name: Node(self, name, self.numbers[name]) for name in self.places.workers}
+        workers = self.places.workers if here is None else filter(here.has, self.places.workers)
+        self.nodes = Nodes({name: Node(self, name, self.numbers[name]) for name in workers})
         self._bound: dict[tuple[tuple[Instruction, ...], tuple[float, ...]], Bound] = {}
         """Stages of replicas that have the same instructions share them."""
         self.collectives = Collectives(self, layout.parts)

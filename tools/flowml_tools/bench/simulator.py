@@ -77,7 +77,7 @@ def _most_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(policy: Any, workers: int, steps: int) -> tuple[float, int]:
+def measure(policy: Any, workers: int, steps: int, jobs: int | None = None) -> tuple[float, int]:
     """The processor seconds of a fit, and the number of its events."""
     import jax.numpy as jnp
     import numpy as np
@@ -92,7 +92,7 @@ def measure(policy: Any, workers: int, steps: int) -> tuple[float, int]:
     params = {"w": jnp.ones(4)}
     source = {"x": np.zeros((examples, 4), np.float32), "y": np.zeros(examples, np.float32)}
     models = fm.sim.LogNormal(mean_s=0.1, sigma=0.3), fm.sim.Network(latency_s=1e-3, bytes_per_s=1e9)
-    cluster = fm.SimulatedCluster(workers, *models, arithmetic=False)
+    cluster = fm.SimulatedCluster(workers, *models, arithmetic=False, jobs=jobs)
     trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, replicas=workers, policies=policy)
     trainer.plan(params, {"x": source["x"][:workers], "y": source["y"][:workers]})
     began = time.process_time()

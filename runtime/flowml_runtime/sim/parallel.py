@@ -1,0 +1,200 @@
+"""Simulates with several processes. Each has some of the workers, with a clock of its own.
+
+Let L be the least latency of a link between two processes, and t the time of the first event of all. What happens in
+the window [t, t + L) sends messages that arrive at t + L or later. So each process lets its events of the window happen
+without word of the others. Then they exchange the messages, and the next window begins (Chandy and Misra, 1979).
+
+Process 0 is that of the driver, with the first of the workers. It forks the others when a run begins, so that they
+have the plan without a copy, and ends them with the run. They compute nothing with JAX: only runs without arithmetic
+are divided. `partition` says which runs are, and how.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, NoReturn
+
+from flowml.errors import FlowmlError, SimulationError
+from flowml_runtime.sim.heap import Clock
+from flowml_runtime.sim.post import Here, to_driver
+from flowml_runtime.sim.world import World
+
+Make = Callable[[Clock, Here, Callable[..., None]], World]
+"""Makes the workers of one process. The last argument takes messages to the driver."""
+
+_Order = tuple[int, float, dict[int, bytes]]
+"""A window to let happen: its number, its end, and what has arrived from each process."""
+_Answer = tuple[float, dict[int, bytes]]
+"""At the end of a window: as `Here.take`."""
+
+
+class Team:
+    """The processes of a run, as process 0 sees them. Its `world` has the workers that are in that."""
+
+    def __init__(
+        self,
+        make: Make,
+        driver: Callable[..., None],
+        firsts: Sequence[int],
+        numbers: Mapping[str, int],
+        lookahead: float,
+    ) -> None:
+        """`firsts` are the numbers of the first workers of the processes. `lookahead` is L."""
+        self._lookahead = lookahead
+        self._window = 0
+        self._works = False
+        """Whether the other processes owe an answer."""
+        self._meets = False
+        """Whether the processes exchange messages. If an interrupt ends that, none knows what others wait for."""
+        self._pids: list[int] = []
+        self._pipes: list[Connection] = []
+        self._clock = clock = Clock()
+        clock.until, clock.meet = 0.0, self._meet
+        for index in range(1, len(firsts)):
+            self._fork(make, Here(Clock(), index, firsts, numbers))
+        self._here = Here(clock, 0, firsts, numbers)
+        self.world = make(clock, self._here, driver)
+        self._here.join(numbers, self.world.nodes, driver)
+
+    def _fork(self, make: Make, here: Here) -> None:
+        mine, theirs = Pipe()
+        with warnings.catch_warnings():  # of threads, such as those of XLA, which the other process does not need
+            warnings.simplefilter("ignore")
+            sys.stdout.flush()
+            pid = os.fork()
+        if pid == 0:
+            try:
+                for pipe in (*self._pipes, mine):
+                    pipe.close()
+                _serve(theirs, make, here)
+            finally:
+                os._exit(1)
+        theirs.close()
+        self._pids.append(pid)
+        self._pipes.append(mine)
+
+    def _meet(self) -> bool:
+        """Exchange messages with the other processes, and begin the next window. Returns whether there is one."""
+        self._meets = True
+        going_on = self._exchange()
+        self._meets = False
+        return going_on
+
+    def _exchange(self) -> bool:
+        least, sent = self._here.take()
+        mail: list[dict[int, bytes]] = [{} for _ in range(len(self._pipes) + 1)]
+        for source, (first, found) in enumerate([(least, sent), *self._answers()]):
+            least = min(least, first)
+            for to, data in found.items():
+                mail[to][source] = data
+        if least == math.inf:
+            return False
+        self._window += 1
+        until = least + self._lookahead
+        if until == least:
+            until = math.nextafter(least, math.inf)
+        for pipe, arrived in zip(self._pipes, mail[1:], strict=True):
+            self._send(pipe, (self._window, until, arrived))
+        self._works = True
+        self._here.open(self._window, until, mail[0])
+        return True
+
+    def _answers(self) -> list[_Answer]:
+        if not self._works:
+            return []
+        self._works = False
+        return [self._receive(number) for number in range(len(self._pipes))]
+
+    def _send(self, pipe: Connection, order: _Order | float) -> None:
+        try:
+            pipe.send_bytes(pickle.dumps(order))
+        except OSError:
+            self._end_all()
+            raise SimulationError(_GONE) from None
+
+    def _receive(self, number: int) -> Any:
+        try:
+            answer = pickle.loads(self._pipes[number].recv_bytes())
+        except (OSError, EOFError):
+            self._end_all()
+            raise SimulationError(_GONE) from None
+        if isinstance(answer, BaseException):
+            self._end_all()
+            raise answer
+        return answer
+
+    def end(self) -> None:
+        """The run is over now. Ends the other processes, and counts their events until now."""
+        if not self._pipes:
+            return
+        try:
+            if self._meets:
+                return
+            self._answers()
+            for pipe in self._pipes:
+                self._send(pipe, self._clock.now)
+            for number in range(len(self._pipes)):
+                self._clock.add(*self._receive(number))
+        finally:
+            self._end_all()
+
+    def _end_all(self) -> None:
+        pipes, self._pipes = self._pipes, []
+        pids, self._pids = self._pids, []
+        for pipe in pipes:
+            pipe.close()  # at which the process ends
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+_GONE = (
+    "a process of the simulation has ended; if it was killed, memory may be short: simulate fewer workers, or give "
+    "SimulatedCluster(jobs=1), which takes less"
+)
+
+
+def _serve(pipe: Connection, make: Make, here: Here) -> NoReturn:
+    """Let windows happen as process 0 says, until the run is over."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends process 0, and that ends this one
+    clock = here.clock
+    try:
+        world = make(clock, here, to_driver)
+        here.join(world.numbers, world.nodes, to_driver)
+        while True:
+            order: _Order | float = pickle.loads(pipe.recv_bytes())
+            if isinstance(order, tuple):
+                here.open(*order)
+                clock.go_on(_always)
+                pipe.send_bytes(pickle.dumps(here.take()))
+            else:
+                pipe.send_bytes(pickle.dumps(clock.counted(order)))
+    except (EOFError, OSError):
+        os._exit(0)
+    except BaseException as error:
+        pipe.send_bytes(pickle.dumps(_told(error)))
+        os._exit(1)
+
+
+def _always() -> bool:
+    return True
+
+
+def _told(error: BaseException) -> BaseException:
+    """An error as process 0 raises it."""
+    if isinstance(error, FlowmlError):
+        try:
+            pickle.loads(pickle.dumps(error))
+            return error
+        except Exception:  # it does not survive that
+            pass
+    where = "".join(traceback.format_exception(error))
+    return SimulationError(f"a process of the simulation has failed with {type(error).__name__}: {error}\n\n{where}")

@@ -1,0 +1,214 @@
+"""Messages from workers of one process of a simulation to those of another.
+
+Where a receiver is in another process, its functions are replaced by those of `Away`, and the clock's by an outbox. At
+the end of a window the outbox becomes bytes, and the other process puts what they hold on its own clock. There are no
+arrays in them but NaN losses and first values, because only simulations without arithmetic are divided.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from flowml_runtime import wire
+from flowml_runtime.protocol.training.actions import Received
+from flowml_runtime.sim.heap import Act, Clock
+from flowml_runtime.sim.network import KINDS, Put
+from flowml_runtime.sim.values import NAN, NO_ARRAYS, Value
+
+if TYPE_CHECKING:
+    from flowml_runtime.sim.node import Node
+
+_RECEIVE, _TELL, _NEWS, _EDGE, _DRIVER = range(5)
+_BITS = 40
+"""The events that a process schedules in a window have numbers of so many bits."""
+
+Key = tuple[tuple[int, int], int, int, int]
+
+
+def to_driver(peer: str, message: wire.Wire, value: Value) -> None:
+    """Stands for what takes the messages to a driver in another process."""
+    raise AssertionError
+
+
+class Away:
+    """Stands for a worker in another process. Its functions say what an event there calls."""
+
+    @staticmethod
+    def receive(peer: str, message: Any, value: Value) -> None:
+        raise AssertionError
+
+    @staticmethod
+    def tell(event: Received) -> None:
+        raise AssertionError
+
+    @staticmethod
+    def receive_news(peer: str, news: Any) -> None:
+        raise AssertionError
+
+    @staticmethod
+    def receive_edge(key: Key, value: Value) -> None:
+        raise AssertionError
+
+
+_KINDS: dict[Act, int] = {
+    Away.receive: _RECEIVE,
+    Away.tell: _TELL,
+    Away.receive_news: _NEWS,
+    Away.receive_edge: _EDGE,
+    to_driver: _DRIVER,
+}
+
+
+class Nodes(dict[str, "Node"]):
+    """The workers of this process, by name. A worker of another process is `Away`."""
+
+    def __missing__(self, name: str) -> Node:
+        return cast("Node", Away)
+
+
+class _Sent(msgspec.Struct, array_like=True):
+    """A message, and the labels of the events of its arrival at `when`.
+
+    `value` is None, the number of NaNs in it, or pickled.
+    """
+
+    when: float
+    kind: int
+    peer: str
+    message: wire.Wire | None
+    value: int | bytes | None
+    labels: list[int]
+    key: Key | None = None
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(list[_Sent]).decode
+
+
+class _Outbox:
+    """What goes to one other process."""
+
+    def __init__(self) -> None:
+        self._sent: list[_Sent] = []
+        self._last: tuple[Any, ...] = ()
+        self._held: list[tuple[float, int, tuple[Any, ...]]] = []
+        """Versions on their way, until their sending begins: a newer one may replace them before."""
+
+    def put(self, when: float, label: int, act: Act, args: tuple[Any, ...]) -> None:
+        """As `Clock.put`."""
+        if args is self._last and self._sent[-1].when == when:
+            self._sent[-1].labels.append(label)
+            return
+        kind = _KINDS[act]
+        if kind == _NEWS:
+            self._held.append((when, label, args))
+            return
+        self._last = args
+        if kind == _TELL:
+            event: Received = args[0]
+            sent = _Sent(when, kind, event.peer, cast("wire.Wire", event.message), None, [label])
+        elif kind == _EDGE:
+            sent = _Sent(when, kind, "", None, _packed(args[1]), [label], args[0])
+        else:
+            sent = _Sent(when, kind, args[0], args[1], _packed(args[2]), [label])
+        self._sent.append(sent)
+
+    def take(self, until: float) -> tuple[float, bytes | None]:
+        """All that has begun before `until`, and when the next of it arrives, or may begin."""
+        least, rest = math.inf, list[tuple[float, int, tuple[Any, ...]]]()
+        for when, label, (peer, news) in self._held:
+            if news.begins >= until:
+                rest.append((when, label, (peer, news)))
+                least = min(least, news.begins)
+            else:
+                self._sent.append(_Sent(when, _RECEIVE, peer, news.message, _packed(news.value), [label]))
+        self._held = rest
+        if not self._sent:
+            return least, None
+        least = min(least, *(sent.when for sent in self._sent))
+        data = _encode(self._sent)
+        self._sent, self._last = [], ()
+        return least, data
+
+
+def _packed(value: Value) -> int | bytes | None:
+    if value is None:
+        return None
+    return len(value) if all(array is NAN for array in value) else pickle.dumps(tuple(value))
+
+
+def _unpacked(value: int | bytes | None) -> Value:
+    if isinstance(value, bytes):
+        return pickle.loads(value)  # of a process that this one has forked, or was forked from
+    return None if value is None else (NAN,) * value if value else NO_ARRAYS
+
+
+class Here:
+    """One of the processes of a simulation: `index` of those that begin with the workers of these numbers."""
+
+    def __init__(self, clock: Clock, index: int, firsts: Sequence[int], numbers: Mapping[str, int]) -> None:
+        self.clock = clock
+        self.index = index
+        self._firsts = firsts
+        self._numbers = numbers
+        self._outboxes = [_Outbox() for _ in firsts]
+        self._names: list[str] = []
+        self._receivers: Mapping[str, Node] = {}
+        self._to_driver: Callable[..., None] = to_driver
+
+    def join(self, numbers: Mapping[str, int], receivers: Mapping[str, Node], driver: Callable[..., None]) -> None:
+        """These take what arrives."""
+        self._names, self._receivers, self._to_driver = list(numbers), receivers, driver
+
+    def has(self, worker: str) -> bool:
+        """Whether a worker is in this process."""
+        return self._process(self._numbers[worker]) == self.index
+
+    def put_for(self, number: int) -> Put:
+        """What schedules an arrival at a worker, or at the driver, which is in process 0."""
+        process = self._process(number)
+        return self.clock.put if process == self.index else self._outboxes[process].put
+
+    def _process(self, number: int) -> int:
+        return bisect_right(self._firsts, max(number, 0)) - 1
+
+    def take(self) -> tuple[float, dict[int, bytes]]:
+        """At the end of a window, what goes to other processes, and when the first event after it may happen."""
+        least, found = self.clock.head, dict[int, bytes]()
+        for process, outbox in enumerate(self._outboxes):
+            first, data = outbox.take(self.clock.until)
+            least = min(least, first)
+            if data is not None:
+                found[process] = data
+        return least, found
+
+    def open(self, window: int, until: float, arrived: Mapping[int, bytes]) -> None:
+        """Begin a window with what has arrived from other processes in the one before. Events of one time happen in the
+        order of the windows in which they were scheduled, and then of the processes."""
+        count, clock = len(self._firsts), self.clock
+        for process, data in arrived.items():
+            number = ((window - 1) * count + process) << _BITS
+            for n, sent in enumerate(_decode(data)):
+                clock.put_all(sent.when, number + n, self._events(sent))
+        clock.open(until, (window * count + self.index) << _BITS)
+
+    def _events(self, sent: _Sent) -> list[tuple[int, Act, tuple[Any, ...]]]:
+        kind, labels = sent.kind, sent.labels
+        if kind == _DRIVER:
+            return [(label, self._to_driver, (sent.peer, sent.message, _unpacked(sent.value))) for label in labels]
+        names, nodes = self._names, self._receivers
+        found = [nodes[names[label // KINDS]] for label in labels]
+        if kind == _TELL:
+            event = (Received(sent.peer, cast("wire.TrainingMessage", sent.message)),)
+            return [(label, node.tell, event) for label, node in zip(labels, found, strict=True)]
+        if kind == _EDGE:
+            edge = sent.key, _unpacked(sent.value)
+            return [(label, node.receive_edge, edge) for label, node in zip(labels, found, strict=True)]
+        args = sent.peer, sent.message, _unpacked(sent.value)
+        return [(label, node.receive, args) for label, node in zip(labels, found, strict=True)]

@@ -1,0 +1,172 @@
+"""A simulation with several processes does what one process does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+
+SITES = fm.Hierarchy(fm.ParameterServer(), fm.ParameterServer(), 3, fm.Quorum(0.75))
+POLICIES: dict[str, Any] = {
+    "synchronous": fm.policies.synchronous(),
+    "quorum": fm.policies.quorum(0.75),
+    "stale": fm.policies.asynchronous(2),
+    "local": fm.policies.local_sgd(3),
+    "sites": fm.Policy(topology=SITES, quorum=fm.Quorum(0.9)),
+    "speculation": fm.policies.speculate(2),
+    "deadline": fm.policies.deadline(0.5),
+    "ring": fm.policies.gossip(),
+    "two rules": {"a": fm.policies.quorum(0.5), "**": fm.policies.synchronous()},
+}
+PARAMS = {"a": jnp.ones(4), "b": jnp.ones(3)}
+REGIONS = fm.sim.Sites({("x", "y"): (2e-3, 1e7)}, {"x": 7, "y": 5})
+
+
+def loss(params: Any, batch: Any) -> Any:
+    hidden = jnp.tanh(batch["x"] @ params["a"])
+    return jnp.mean((hidden * params["b"].sum()) ** 2)
+
+
+def fit(
+    jobs: int | None,
+    policy: Any = None,
+    compute: fm.sim.ComputeModel | None = None,
+    network: fm.sim.NetworkModel | None = None,
+    *,
+    workers: int = 12,
+    callbacks: Any = (),
+    **options: Any,
+) -> fm.TrainingResult:
+    compute, network = compute or fm.sim.LogNormal(0.1, 0.3), network or fm.sim.Network(1e-3, 1e6, 4e6)
+    options = {"arithmetic": False, **options}
+    cluster = fm.SimulatedCluster(workers, compute, network, jobs=jobs, **options)
+    policies = fm.policies.quorum(0.75) if policy is None else policy
+    trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, replicas=12, policies=policies)
+    source = {"x": np.zeros((96, 4), np.float32)}
+    return trainer.fit(PARAMS, source, batch_size=24, steps=12, progress=False, callbacks=callbacks)
+
+
+def known(result: fm.TrainingResult) -> tuple[object, ...]:
+    """What is known of a fit, as text where NaN may be in it."""
+    table, late = result.table(), str(result.stragglers())
+    return result.trace_hash, result.events, result.virtual_seconds, result.ledger, table, late, repr(result.history)
+
+
+def no_children() -> bool:
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    return True
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_any_number_of_processes_does_the_same(name: str) -> None:
+    assert known(fit(3, POLICIES[name])) == known(fit(1, POLICIES[name]))
+
+
+@pytest.mark.parametrize(
+    ("compute", "network"),
+    [
+        (fm.sim.Constant(0.1), fm.sim.Network(1e-3, 1e6)),
+        (fm.sim.Straggler(fm.sim.Constant(0.1), 3, share=0.25), fm.sim.Network(1e-3, 1e4)),
+        (fm.sim.LogNormal(0.1, 0.3), REGIONS),
+    ],
+)
+def test_on_any_machines_and_links(compute: fm.sim.ComputeModel, network: fm.sim.NetworkModel) -> None:
+    alone = known(fit(1, None, compute, network))
+    assert known(fit(2, None, compute, network)) == alone
+
+
+@pytest.mark.parametrize(
+    ("jobs", "options", "why"),
+    [
+        (2, {"arithmetic": True}, "arithmetic is on"),
+        (2, {"faults": [fm.sim.Disorder(lost=0.1)]}, "faults"),
+        (2, {"network": fm.sim.Network(1e-3, 1e6, None, 1e6)}, "downlinks"),
+        (2, {"network": fm.sim.Network(0.0, 1e6)}, "latency of 0"),
+        (2, {"policy": fm.policies.all_reduce()}, "add up over all"),
+    ],
+)
+def test_what_cannot_be_divided_runs_in_one_process(jobs: int, options: dict[str, Any], why: str) -> None:
+    with pytest.warns(fm.FlowmlWarning, match=f"jobs=2: the simulation runs in one process, because .*{why}"):
+        asked = fit(jobs, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fm.FlowmlWarning)
+        assert fit(None, **options).trace_hash == asked.trace_hash
+
+
+def test_bad_numbers_of_processes() -> None:
+    with pytest.raises(ValueError, match="jobs=0: give at least 1"):
+        fit(0)
+    with pytest.raises(TypeError, match="jobs="):
+        fit(1.5)  # pyright: ignore[reportArgumentType]
+
+
+class Fails(fm.sim.Constant):
+    """Fails in the process that draws the times of step 5 and is not the one of the driver."""
+
+    def draw(self, seed: int, workers: Any, steps: Any) -> Any:
+        if os.getpid() != _DRIVER and np.max(steps) >= 5:
+            self.fail()
+        return super().draw(seed, workers, steps)
+
+    def fail(self) -> None:
+        raise ZeroDivisionError("there is no such step")
+
+
+class Dies(Fails):
+    def fail(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+_DRIVER = os.getpid()
+
+
+def test_an_error_in_another_process_is_raised_with_its_text() -> None:
+    with pytest.raises(fm.SimulationError, match="ZeroDivisionError: there is no such step"):
+        fit(2, compute=Fails(0.1))
+    assert no_children()
+    assert fit(2).events
+
+
+def test_a_process_that_is_killed_ends_the_fit() -> None:
+    with pytest.raises(fm.SimulationError, match=r"a process of the simulation has ended.*jobs=1"):
+        fit(2, compute=Dies(0.1))
+    assert no_children()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_processes_end_with_the_fit(error: type[BaseException]) -> None:
+    def stop(record: Any) -> None:
+        if record["step"] == 3:
+            raise error
+
+    with pytest.raises(error):
+        fit(3, callbacks=[stop])
+    assert no_children()
+
+
+def test_an_interrupt_of_the_whole_group_ends_only_the_driver() -> None:
+    """Ctrl-C reaches all processes of a terminal's group."""
+    others: list[int] = []
+
+    def stop(record: Any) -> None:
+        if record["step"] == 3:
+            for child in _children():
+                os.kill(child, signal.SIGINT)
+                others.append(child)
+
+    assert known(fit(3, callbacks=[stop])) == known(fit(1))
+    assert len(others) == 2
+
+
+def _children() -> list[int]:
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return list(map(int, file.read().split()))
