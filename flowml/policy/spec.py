@@ -1,8 +1,7 @@
 """Defines `Policy` and the values that it is made of, and rejects unsound compositions.
 
-Each knob is a frozen value that checks itself; `Policy` checks that its knobs are sound together. Some choices
-of the design do not work yet (docs/policies.md lists them). Such a choice is never ignored: it raises an error that
-names the available ones.
+Each knob is a frozen value that checks itself; `Policy` checks that its knobs are sound together. A value that a knob
+does not have is never ignored: it raises an error that names those it has.
 """
 
 from __future__ import annotations
