@@ -102,6 +102,13 @@ class SimulatedSession:
     def check_owner(self) -> None:
         """A simulation has no processes, so a fork may go on with its copy."""
 
+    def check_workers(self, so: str) -> None:
+        """Called before values are put on workers that keep them."""
+        raise SimulationError(
+            f"simulated workers keep no values, so {so}; give the arrays to fit() of an fm.Trainer, or use "
+            "fm.Cluster.local()"
+        )
+
     def load(self, plan: Plan) -> LoadedPlan:
         """Load a plan on the simulated workers."""
         if plan.training is None:
