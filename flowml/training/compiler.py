@@ -146,7 +146,7 @@ def compile_training(
     everyone = as_devices(devices)
     template = _template_devices(spec, everyone)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = tuple(_jax.path_name(p) for p, _ in leaves)
+    paths = tuple(_jax.path_name(p) or "params" for p, _ in leaves)  # a single array has an empty path
     policies = spec.resolve({path: jnp.shape(leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)})
     code, speculation = coded_by(policies.values(), spec.replicas), speculated_by(policies.values())
     items = spec.replicas * (speculation.portions if speculation else 1)

@@ -243,9 +243,10 @@ def _check_parameters(params: Any) -> None:
         raise ValueError("params has no arrays; there is nothing to train")
     for path, leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            name = _jax.path_name(path) or "params"
             raise ValueError(
-                f"parameter {_jax.path_name(path)!r} has dtype {leaf.dtype}; parameters must be floating, so pass the "
-                "others in the batch or close over them in the loss"
+                f"parameter {name!r} has dtype {leaf.dtype}; parameters must be floating, so pass the others in the "
+                "batch or close over them in the loss"
             )
 
 
