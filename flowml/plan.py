@@ -324,6 +324,13 @@ class Training(msgspec.Struct, frozen=True):
     code: Code | None = None
     cuts_at: Index = 0
     state: tuple[StateLeaf, ...] = ()
+    lost: tuple[Index, ...] = ()
+    """The replicas that take no part, because they are lost (`training.without`). Those of `replicas` keep numbers."""
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """The replicas that take part."""
+        return tuple(r for r in range(len(self.replicas)) if r not in self.lost)
 
     @property
     def speculation(self) -> Speculate | None:

@@ -97,6 +97,11 @@ class Cluster:
         """The devices of the current workers."""
         return self.session.devices
 
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The workers that were lost, are not back, and that this cluster can start again."""
+        return () if self._start_worker is None else self.session.lost
+
     def have(self, devices: Sequence[Device]) -> None:
         """These are the devices now."""
         with self._changed:

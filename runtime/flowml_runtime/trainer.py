@@ -46,7 +46,7 @@ from flowml_runtime.driver.training.fingerprint import fingerprint
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Asked, Callback, Last, check_rest, compiling, rest_of
 from flowml_runtime.driver.training.initial import OptimizerState, first_state, own_array
-from flowml_runtime.driver.training.lasting import OnLoss, Runs, check_losses
+from flowml_runtime.driver.training.lasting import Losses, OnLoss, Runs, prepare
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
 from flowml_runtime.driver.training.probe import mean_warning
@@ -180,6 +180,7 @@ class Trainer:
         checkpoint: Checkpoint | None = None,
         resume: Literal["auto"] | None = None,
         on_loss: OnLoss = "raise",
+        min_replicas: int | None = None,
     ) -> TrainingResult:
         """Train from `params` and return the result. The arguments are not modified.
 
@@ -210,9 +211,9 @@ class Trainer:
             resume: `"auto"` goes on from the newest complete snapshot of `checkpoint`, or begins if there is none.
                 Epochs or steps are those of the whole fit. Values then come from the snapshot, the history begins with
                 the first new step, and the ledger counts the whole fit.
-            on_loss: what to do when a worker is lost. `"raise"` ends the fit with WorkerLostError. `"replace"` starts
-                the worker again, or waits until it joins again, and goes on from the newest snapshot, which the driver
-                keeps in memory. The steps since then are done again.
+            on_loss: what to do when a worker is lost. `"raise"` ends the fit. `"replace"` starts it again and goes on
+                from the newest snapshot, which the driver keeps in memory; `"shrink"` goes on without its replica, if
+                at least `min_replicas` are left.
 
         Raises:
             ValueError: if the batch size does not divide, the source is too small, or a batch does not fit the loss.
@@ -224,9 +225,8 @@ class Trainer:
         self._check_state(state)
         size = batch_size, epochs, steps, seed, shuffle, last
         validated = validation, validate_every
-        asked = Asked.of(source, size, callbacks, progress, validated, (checkpoint, resume), on_loss)
+        asked = Asked.of(source, size, callbacks, progress, validated, (checkpoint, resume), (on_loss, min_replicas))
         cluster = self._here()
-        check_losses(cluster, asked.on_loss)
         with self._alone(), heeding_interrupts() as interrupts:
             runs, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
             outcome = runs.run(asked.callbacks)
@@ -236,6 +236,7 @@ class Trainer:
         self, cluster: TrainingCluster, asked: Asked, params: Any, opt_state: Any, state: Any, interrupts: Interrupts
     ) -> tuple[Runs, Plan, Model]:
         """Compile and load what a fit needs."""
+        prepare(cluster, asked.on_loss)
         workers_of(cluster.devices, self._delays)  # raises an error before anything is compiled
         data, batch_size = asked.data, asked.batch_size
         order = epoch_order(data.examples, asked.seed, 0, shuffle=asked.shuffle)
@@ -247,7 +248,8 @@ class Trainer:
         about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest, workers)
         saving = self._saving(cluster, program, params, opt_state, model, asked, about)
         interrupts.check()
-        handle = program.load()
+        losses = Losses(cluster, program, asked.on_loss, asked.min_replicas)
+        handle = losses.load()
         self._look_at_loss(program, params, data, order, batch_size)
         options, variant = self._options(cluster, program, asked), partial(self._variant, cluster, program, shapes)
 
@@ -257,7 +259,7 @@ class Trainer:
                 cluster.session, handle, data, now, program.compiled, variant, interrupts, saving, model.replicas
             )
 
-        runs = Runs(cluster, program, make, make(handle, options.run, saving), asked.on_loss)
+        runs = Runs(program, make, make(handle, options.run, saving), losses)
         return runs, program.compiled.plan, model
 
     def evaluate(

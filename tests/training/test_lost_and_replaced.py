@@ -13,7 +13,8 @@ import optax
 import pytest
 
 import flowml as fm
-from flowml.errors import UnsupportedError
+from flowml.errors import UnsupportedError, WorkerLostError
+from tests.conftest import wait_until
 from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
 
 STEPS, EVERY = 40, 5
@@ -129,9 +130,78 @@ def test_without_a_checkpoint_the_driver_keeps_what_is_needed(processes: fm.Clus
     assert_same(found.params, fit(processes, "synchronous").params)
 
 
+@pytest.mark.parametrize("policy", ["synchronous", "quorum", "bounded", "DiLoCo"])
+def test_a_fit_goes_on_with_fewer_replicas(processes: fm.Cluster, policy: str, tmp_path: Path) -> None:
+    seen: list[int] = []
+    try:
+        callbacks = [killing(processes, {12: "worker:0", 27: "worker:2"}, seen)]
+        with pytest.warns(fm.FlowmlWarning, match=r"was left out with its replica; the fit goes on from step"):
+            found = fit(processes, policy, tmp_path, callbacks=callbacks, on_loss="shrink")
+        assert {d.worker for d in processes.devices} == {"worker:1", "worker:3"}
+        restored = fm.restore(tmp_path)
+    finally:
+        processes.bring_back(processes.lost)
+    assert seen == [record["step"] for record in found.history] == list(range(STEPS))
+    assert [loss.workers for loss in found.losses] == [("worker:0",), ("worker:2",)]
+    ledger = found.ledger
+    assert ledger.used + ledger.dropped + ledger.folded + ledger.unseen == STEPS * REPLICAS
+    assert ledger.outstanding == 0
+    if policy in UNALIGNED:
+        assert ledger.used == STEPS * REPLICAS, "the others take the items of the lost replicas"
+    else:
+        assert [found.history[step]["replicas"] for step in (0, STEPS - 1)] == [3 if policy == "quorum" else 4, 2]
+        resumed_at = [loss.resumed_at for loss in found.losses]
+        steps = [resumed_at[0], resumed_at[1] - resumed_at[0], STEPS - resumed_at[1]]
+        if policy != "quorum":
+            assert ledger.used + ledger.dropped == 4 * steps[0] + 3 * steps[1] + 2 * steps[2]
+            unsent = sum(step % 4 for step in resumed_at) if policy == "DiLoCo" else 0
+            assert ledger.dropped == unsent, "what a lost replica had not sent when the snapshot was taken"
+    assert restored.step == STEPS
+    assert_same(restored.params, found.params)
+    if policy != "DiLoCo":  # which learns slowly at first, whole or not
+        assert found.history[-1]["loss"] < found.history[0]["loss"] / 2
+
+
+def test_a_pipeline_shrinks_by_whole_replicas(processes: fm.Cluster, tmp_path: Path) -> None:
+    layout = {"replicas": 2, "placement": fm.Pipeline(2), "microbatches": 2}
+    try:
+        callbacks = [killing(processes, {12: "worker:1"}, [])]
+        with pytest.warns(fm.FlowmlWarning, match=r"worker:1 was lost"):
+            found = fit(processes, "synchronous", tmp_path, callbacks=callbacks, on_loss="shrink", **layout)
+    finally:
+        processes.bring_back(processes.lost)
+    assert [found.history[step]["replicas"] for step in (0, STEPS - 1)] == [2, 1]
+    assert found.ledger.used == 2 * found.losses[0].resumed_at + STEPS - found.losses[0].resumed_at
+
+
+def test_too_few_replicas_end_the_fit(threads: fm.Cluster) -> None:
+    callbacks = [killing(threads, {5: "worker:0", 8: "worker:2"}, [])]
+    try:
+        with (
+            pytest.warns(fm.FlowmlWarning, match="worker:0 was lost"),
+            pytest.raises(WorkerLostError, match=r"2 of 4 replicas are left, and the fit needs 3 \(min_replicas=\)"),
+        ):
+            fit(threads, "synchronous", callbacks=callbacks, on_loss="shrink", min_replicas=3)
+    finally:
+        threads.bring_back(threads.lost)
+
+
+def test_workers_that_were_lost_before_are_replaced_first(threads: fm.Cluster) -> None:
+    threads.end_worker("worker:1")
+    wait_until(lambda: threads.lost == ("worker:1",), "the loss is known")
+    assert fit(threads, "synchronous", on_loss="replace").losses == ()
+    assert len(threads.devices) == REPLICAS
+
+
 def test_what_cannot_be(threads: fm.Cluster) -> None:
     with pytest.raises(ValueError, match="on_loss"):
         fit(threads, "synchronous", on_loss="ignore")
+    with pytest.raises(ValueError, match="min_replicas is for on_loss='shrink'"):
+        fit(threads, "synchronous", on_loss="replace", min_replicas=2)
+    with pytest.raises(ValueError, match="min_replicas=5 can never be met: the Trainer has 4 replicas"):
+        fit(threads, "synchronous", on_loss="shrink", min_replicas=5)
+    with pytest.raises(UnsupportedError, match=r"the replicas exchange layer .* give on_loss='replace'"):
+        fit(threads, "sums", on_loss="shrink")
     simulated = fm.SimulatedCluster(workers=4, compute=fm.sim.Constant(0.1), network=fm.sim.Network(1e-4, 1e9))
     with pytest.raises(UnsupportedError, match="churn"):
         fit(simulated, "synchronous", on_loss="replace")  # type: ignore[arg-type]

@@ -228,6 +228,11 @@ class Session:
             raise self._error_of_missing(gone, what)
         raise ClusterError(f"the cluster has no workers, so {what}; {self.remedy}")
 
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """The workers that were lost and are not back."""
+        return tuple(self._missing())
+
     def _missing(self) -> dict[str, str]:
         """Lost workers that are not back, with the reasons."""
         there = {d.worker for d in self.devices}

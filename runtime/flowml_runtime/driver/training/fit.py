@@ -336,7 +336,8 @@ class Fit:
             own = wire.OwnState(**ids, specs=store.local.state_specs)
             arrays = buffers(store.local.state, store.local.state_specs)
             for worker in dict.fromkeys(map(worker_of, store.readers)):
-                self._send(worker, own, arrays)
+                if worker in self._handle.workers:
+                    self._send(worker, own, arrays)
 
     def _send_buffers(self) -> None:
         """Send the workers what they kept at the snapshot, before the values of homes."""

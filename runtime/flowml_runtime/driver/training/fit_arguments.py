@@ -18,7 +18,7 @@ from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.training.history import Record
 
 Callback = Callable[[Record], Any]
-OnLoss = Literal["raise", "replace"]
+OnLoss = Literal["raise", "replace", "shrink"]
 """What to do when a worker is lost."""
 Last = Literal["drop", "use"]
 """What to do with the examples at the end of an epoch that do not fill a batch."""
@@ -42,6 +42,7 @@ class Asked:
     checkpoint: Checkpoint | None
     resume: Literal["auto"] | None
     on_loss: OnLoss
+    min_replicas: int
 
     @staticmethod
     def of(
@@ -51,10 +52,11 @@ class Asked:
         progress: bool | None,
         validation: tuple[Any, int | None],
         saving: tuple[Checkpoint | None, Literal["auto"] | None],
-        on_loss: OnLoss,
+        losses: tuple[OnLoss, int | None],
     ) -> Asked:
         """`size` is batch size, epochs, steps, seed, shuffle and last; `validation` is validation and validate_every;
-        `saving` is checkpoint and resume. Raises ValueError or TypeError for what makes no sense."""
+        `saving` is checkpoint and resume; `losses` is on_loss and min_replicas. Raises ValueError or TypeError for what
+        makes no sense."""
         data, callbacks = as_source(source), _checked(callbacks)
         batch_size, epochs, steps, seed, shuffle, last = size
         batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
@@ -66,8 +68,12 @@ class Asked:
             raise ValueError("validate_every is for validation=; give both or neither")
         every = max(1, data.examples // batch_size + bool(rest)) if every is None else every
         every = whole_number("validate_every", every, least=1)
+        on_loss, least = losses
         choice("on_loss", on_loss, get_args(OnLoss))
-        return Asked(data, batch_size, total, rest, seed, shuffle, progress, callbacks, given, every, *saving, on_loss)
+        if least is not None and on_loss != "shrink":
+            raise ValueError("min_replicas is for on_loss='shrink'; give both, or leave min_replicas out")
+        losses = on_loss, whole_number("min_replicas", 1 if least is None else least, least=1)
+        return Asked(data, batch_size, total, rest, seed, shuffle, progress, callbacks, given, every, *saving, *losses)
 
 
 def rest_of(source: Source, batch_size: int, last: Last) -> int:

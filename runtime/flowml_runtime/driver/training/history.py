@@ -68,6 +68,8 @@ class History:
         self._first = first
         self._leaves_out = leaves_out
         self._members = training.items
+        self._row = training.items - len(training.lost) * (training.items // len(training.replicas))
+        """The reports of a step of replicas that share clocks, if none is left out."""
         self._portions = training.speculation is not None
         self._microbatches = training.microbatches
         self._coded_microbatches = float(training.microbatches / training.code.load) if training.code else 0.0
@@ -92,8 +94,10 @@ class History:
         """By replica, the losses that were left out of a record."""
         self._left_out: tuple[int, int] | None = None
         """(step, replica) of the first such loss, until there is a warning of it."""
-        self._complete = first * self._members if self._aligned else done
-        self._before = self._complete - first * self._members
+        if not self._aligned:
+            self._row = self._members
+        self._complete = first * self._row if self._aligned else done
+        self._before = self._complete - first * self._row
         """Those reports of the first step that came before, in a fit that goes on."""
         self.records: list[Record] = []
 
@@ -105,7 +109,7 @@ class History:
     @property
     def reached(self) -> int:
         """The number of steps that are reported in full, if replicas share no clocks."""
-        return self._complete // self._members
+        return self._complete // self._row
 
     def report(self, report: wire.Report, arrays: Sequence[Any]) -> None:
         step, place = report.clock, report.replica
@@ -211,7 +215,7 @@ class History:
         if not self._drops:
             units = self._open.get(step)
             before = 0 if self.records else self._before
-            return units is not None and len(units) + before == self._members
+            return units is not None and len(units) + before == self._row
         if step not in self._counted:
             return False
         ahead = len(self._open) >= MAX_AHEAD and sum(map(self._is_full, self._open)) >= MAX_AHEAD

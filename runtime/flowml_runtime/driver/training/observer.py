@@ -88,7 +88,7 @@ class Observer:
         ]
         """By group the stores whose contributions are never stale."""
         among, alone = modelled(terms)
-        self._among = Among(terms, among, began, first) if among else None
+        self._among = Among(terms, among, began, first) if among and not training.lost else None
         self._alone = policy_name(training, alone) if alone else None
         self._modelled = [terms.speculation is not None or set(g.stores) <= set(alone) for g in terms.groups]
         """By group whether reports say what its clocks waited for, instead of the leader."""
@@ -123,6 +123,8 @@ class Observer:
         self._began = began
         self._retired: dict[int, float] = {}
         """By replica, how many seconds after the beginning it had no more work."""
+        for replica in training.lost:
+            self.retired(replica, began)
 
     def committed(self, note: NoteWaits) -> None:
         """A group has decided a clock."""

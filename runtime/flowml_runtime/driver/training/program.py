@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from flowml.devices import worker_of
 from flowml.numbers import whole_number
 from flowml.plan import Training
 from flowml.training.compiler import TrainingCompiled, TrainingSpec
+from flowml.training.without import without
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.training.training_session import TrainingSession
 from flowml_runtime.protocol.training.terms import Terms
@@ -24,6 +25,8 @@ class Program:
     spec: TrainingSpec
     handle: LoadedPlan | None = None
     next_step: int = 0
+    gone: frozenset[str] = frozenset()
+    """The workers whose replicas `handle` leaves out."""
 
     @property
     def training(self) -> Training:
@@ -36,23 +39,25 @@ class Program:
         """The number of leaves of the parameters."""
         return sum(len(store.leaves) for store in self.training.stores)
 
-    @property
-    def workers(self) -> tuple[str, ...]:
-        """The workers that run it."""
-        return tuple(dict.fromkeys(worker_of(p.device) for p in self.compiled.plan.programs))
+    def workers(self, gone: Collection[str] = ()) -> tuple[str, ...]:
+        """The workers that run it, without replicas that have a stage on those that are `gone`."""
+        plan = without(self.compiled.plan, gone) if gone else self.compiled.plan
+        return tuple(dict.fromkeys(worker_of(p.device) for p in plan.programs))
 
-    def load(self) -> LoadedPlan:
-        """Load the plan on its workers, or load it again if one of them was lost and is back."""
-        known = self.handle
-        self.handle = self.session.load(self.compiled.plan) if known is None else self.session.reload(known)
-        return self.handle
+    def load(self, gone: Collection[str] = (), *, anew: bool = False) -> LoadedPlan:
+        """Load the plan on its workers, or load it again if one of them was lost and is back.
 
-    def load_again(self) -> LoadedPlan:
-        """Load the plan under a new name, because workers of the old one were lost. The others still have their
-        executables then, so they compile nothing."""
-        old, self.handle = self.handle, self.session.load(self.compiled.plan)
-        if old is not None:
-            self.session.release(old)
+        Replicas with a stage on workers that are `gone` are left out. `anew`: under a new name, because workers of the
+        old one were lost. The others still have their executables then, so they compile nothing.
+        """
+        known, left_out = self.handle, frozenset(gone)
+        if known is not None and left_out == self.gone and not anew:
+            self.handle = self.session.reload(known)
+            return self.handle
+        plan = self.compiled.plan
+        self.handle, self.gone = self.session.load(without(plan, gone) if gone else plan), left_out
+        if known is not None:
+            self.session.release(known)
         return self.handle
 
     def reserve(self, total: int) -> int:

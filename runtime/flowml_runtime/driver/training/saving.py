@@ -63,9 +63,9 @@ class Saving:
         """When the snapshot for memory became due that is being taken."""
         self._pause_s = LEAST_PAUSE_S
 
-    def again(self) -> Saving:
-        """The snapshots of the run that goes on from the newest one in memory, or from the beginning."""
-        found, trees = self.newest, self.trees
+    def again(self, training: Training) -> Saving:
+        """The snapshots of the run of `training` that goes on from the newest one in memory, or from the beginning."""
+        found, trees = self.newest and self.newest.of_live(training), self.trees
         if found is not None:
             pairs = zip(trees, (found.content.params, found.content.opt_state), strict=True)
             params, state = (restored(tree, found.leaves(leaves)) for tree, leaves in pairs)

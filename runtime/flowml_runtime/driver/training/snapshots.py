@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,25 @@ class Snapshot:
         """Their values. Those of typed keys are keys."""
         return [from_buffer(self.arrays[leaf.buffer], leaf.dtype) for leaf in leaves]
 
+    def of_live(self, training: Training) -> Snapshot:
+        """The part for a run of `training` that leaves out the replicas that are lost. What of their contributions
+        waits is dropped, as the ledger says."""
+        lost, content = training.lost, self.content
+        if not lost:
+            return self
+        stopped = content.stopped
+        waiting = {w: of_waiting(training.stores[w.store].name, w) for w in stopped.waiting if w.replica in lost}
+        left = {*waiting.values(), *(o for o in content.owners if o.startswith(tuple(f"replica/{r}/" for r in lost)))}
+        there = {worker_of(d) for r in training.live for d in training.replicas[r]}
+        left.update(o for o in content.owners if o.startswith("reader/") and o.split("/")[1] not in there)
+        stopped = msgspec.structs.replace(
+            stopped,
+            stages=tuple(s for s in stopped.stages if s.replica not in lost),
+            waiting=tuple(w for w in stopped.waiting if w not in waiting),
+        )
+        owners = {owner: names for owner, names in content.owners.items() if owner not in left}
+        return replace(self, content=msgspec.structs.replace(content, stopped=stopped, owners=owners))
+
     @property
     def trees(self) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...], tuple[Leaf, ...]]:
         """The leaves of the parameters, the optimizer state and the model's state."""
@@ -224,7 +243,7 @@ def _states(training: Training, buffers: Mapping[str, Mapping[str, Any]], model:
 
 def _places(training: Training, stopped: wire.Stopped) -> dict[tuple[str, int], str]:
     """("params" or "opt_state", number of a leaf) -> its buffer. If several stores keep a leaf, the one with the most
-    applies has it, as at the end of a fit; what replica 0 keeps of its own optimizer state stands for all."""
+    applies has it, as at the end of a fit; what the first replica keeps of its own optimizer state stands for all."""
     found: dict[tuple[str, int], str] = {}
     kinds = {"parameter": "params", "state": "opt_state"}
     for state in sorted(stopped.stores, key=lambda s: (s.version, -s.store)):
@@ -232,7 +251,7 @@ def _places(training: Training, stopped: wire.Stopped) -> dict[tuple[str, int], 
         found.update({(kinds[b.kind], b.index): f"{_values(store)}/{b.name}" for b in store.buffers})
     for store in training.stores:
         for i, leaf in enumerate(store.local.state if store.local else ()):
-            owner = f"replica/0/stage/{store.parts[0].stage}/{store.name}/own"
+            owner = f"replica/{training.live[0]}/stage/{store.parts[0].stage}/{store.name}/own"
             found["opt_state", leaf] = f"{owner}/state/{i}"
     return found
 

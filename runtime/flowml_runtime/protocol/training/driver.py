@@ -11,8 +11,8 @@
     NonFinite       which replicas' gradients were left out because they hold NaN or infinity, for the summary.
     StoreValue      a home has finished a store. The value of the store's first home counts, once; other homes hold
                     copies of it.
-    OwnState        the last optimizer state of a store whose parameters replicas update themselves. That of replica 0
-                    counts.
+    OwnState        the last optimizer state of a store whose parameters replicas update themselves. That of the
+                    first replica that takes part counts.
     ModelState      the last state of the model on a stage. It comes before the Retired of the stage.
     Traffic         the bytes that a worker has sent for each store. The newest message counts.
     Paused, Exported, Buffers   a snapshot is taken: see `snapshot`.
@@ -241,6 +241,8 @@ class TrainingDriver:
         self.ledger = Ledger(work)
         if ledger is not None:
             self.ledger.restore(ledger, clocks)
+        for replica in places.lost:
+            self.ledger.step(ReplicaLost(replica))
         self._snapshots = Snapshots(terms, places, rhythm, max(clocks))
         self.traffic: dict[str, wire.Traffic] = {}
         """The newest Traffic message of each worker."""
@@ -252,6 +254,8 @@ class TrainingDriver:
         self._steps = range(start.run, start.run + terms.most_clocks)
         self._item_size = work.item_size
         self._places = places
+        self._first = min(set(range(terms.replicas)).difference(places.lost))
+        """The first replica that takes part."""
         self._stateful = bool(terms.stateful)
         self._to_retire = {(r, s) for r, stages in enumerate(places.stages) for s in range(len(stages))}
         self._to_finish = {(store, home) for store, homes in enumerate(places.homes) for home in homes}
@@ -351,7 +355,7 @@ class TrainingDriver:
                 return [NoteNonFinite(store, clock, replicas, cause)]
             case wire.StoreValue():
                 return self._finish(event.peer, message, event.handle)
-            case wire.OwnState(store=store, replica=0):
+            case wire.OwnState(store=store, replica=replica) if replica == self._first:
                 return [KeepState(store, event.handle, cause)]
             case wire.Paused() | wire.Exported() | wire.Buffers():
                 return [*self._snapshots.take(self._ids(), event.peer, message, event.handle), *self._close()]

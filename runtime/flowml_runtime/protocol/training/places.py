@@ -30,17 +30,24 @@ class Places:
     readers: tuple[Mapping[str, tuple[str, ...]], ...]
     leads: tuple[Mapping[str, tuple[int, ...]], ...] = ()
     passes_on: tuple[Mapping[str, tuple[str, ...]], ...] = ()
+    lost: tuple[int, ...] = ()
+    """The replicas that take no part. They have no stages."""
 
     @staticmethod
     def of(training: Training) -> Places:
         homes = tuple(_workers(s.copies) for s in training.stores)
+        gone = {device for replica in training.lost for device in training.replicas[replica]}
         readers = tuple(
-            {home: _workers(_told(s, home, training.replicas)) for home in homes[i]}
+            {home: _workers(d for d in _told(s, home, training.replicas) if d not in gone) for home in homes[i]}
             for i, s in enumerate(training.stores)
         )
-        stages = tuple(tuple(map(worker_of, devices)) for devices in training.replicas)
+        stages = tuple(
+            () if replica in training.lost else tuple(map(worker_of, devices))
+            for replica, devices in enumerate(training.replicas)
+        )
         leads = tuple(_leads(s, stages) for s in training.stores)
-        return Places(stages, homes, readers, leads, tuple(_passes_on(s, stages) for s in training.stores))
+        passes_on = tuple(_passes_on(s, stages) for s in training.stores)
+        return Places(stages, homes, readers, leads, passes_on, training.lost)
 
     def led_by(self, worker: str, store: int) -> tuple[int, ...]:
         """The numbers of the sites of a store for which this worker decides."""

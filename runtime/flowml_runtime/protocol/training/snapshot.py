@@ -10,7 +10,7 @@
 * A run without common clocks stops where each replica happens to be, if no replica waits for another. Else one that
   has stopped would be waited for. So all stop before the same clock, and one that has no more items retires, but for
   the last one: the homes stay open for it.
-* A run that has lost a replica takes no more snapshots, because no run with as many replicas could go on from one.
+* A run that loses a replica takes no more snapshots. One that begins without it does, of the others.
 * Work items that a replica holds and has not begun count as not granted, if there are no common clocks.
 """
 
@@ -59,6 +59,7 @@ class Snapshots:
     def __init__(self, terms: Terms, places: Places, rhythm: Rhythm | None, first: int) -> None:
         self._terms = terms
         self._workers = places.workers
+        self._live = terms.replicas - len(places.lost)
         self._rhythm = rhythm
         ended = terms.aligned and first > terms.last_clock
         self.hold = NO_HOLD if rhythm is None or ended else self._next(first)
@@ -98,7 +99,7 @@ class Snapshots:
                 if message.hold != self.hold:
                     return []  # it has not heard of the newest Hold, and tells again when it has
                 self._paused[replica] = message
-                if len(self._paused) < self._terms.replicas or self.under_way:
+                if len(self._paused) < self._live or self.under_way:
                     return self._release(ids, message)
                 self.under_way = True
                 pushed = tuple((r, *pair) for r, paused in sorted(self._paused.items()) for pair in paused.pushed)
@@ -117,7 +118,7 @@ class Snapshots:
 
     def _release(self, ids: dict[str, Any], paused: wire.Paused) -> list[Send | Save | Release]:
         """Let a replica that has stopped because it has no more items retire, unless it is the last."""
-        last = len(self._released) == self._terms.replicas - 1
+        last = len(self._released) == self._live - 1
         if not self._terms.paced_by_slowest or paused.clock >= paused.hold or last or paused.replica in self._released:
             return []
         self._released.add(paused.replica)
@@ -130,7 +131,9 @@ class Snapshots:
 
     @property
     def _clocks(self) -> tuple[int, ...]:
-        return tuple(self._paused[r].clock for r in range(self._terms.replicas))
+        """The next clock of each replica. One that takes no part holds up nothing."""
+        newest = max(paused.clock for paused in self._paused.values())
+        return tuple(self._paused[r].clock if r in self._paused else newest for r in range(self._terms.replicas))
 
     def _save(self, cause: int) -> Save:
         told = list(self._exported.values())

@@ -83,7 +83,7 @@ class TrainingWorker:
         self.newest = -1
         """The newest run that has begun, or was stopped before it began."""
         self._early = EarlyMessages(me, driver)
-        self._lost: list[ReplicaLost] = []
+        self._lost = [ReplicaLost(replica) for replica in places.lost]
         """Lost replicas. They stay lost: later runs do not wait for them either."""
         self.number = 0
         """The number of the newest event."""
