@@ -28,7 +28,7 @@ def run(full: bool, seed: int) -> Outcome:
 
     import flowml as fm
 
-    steps, counts = (4000, (2, 4, 8, 16, 32, 64)) if full else (1000, (8, 16))
+    steps, counts = (4000, (2, 4, 8, 16, 32, 64)) if full else (600, (8, 16))
 
     def goodput(policy: fm.Policy, learners: int) -> float:
         found = simulate(policy, learners, _failing(learners), steps=steps, seed=seed)
@@ -43,7 +43,7 @@ def run(full: bool, seed: int) -> Outcome:
         final_loss(
             task,
             train(
-                policy, 8, steps=120, seed=seed, problem=task, optimizer=optax.sgd(0.1), batch=64, compute=_failing(8)
+                policy, 8, steps=80, seed=seed, problem=task, optimizer=optax.sgd(0.1), batch=64, compute=_failing(8)
             ),
         )
         for policy in (fm.policies.decoupled_diloco(10, quorum=1), fm.policies.diloco(10))
@@ -51,7 +51,7 @@ def run(full: bool, seed: int) -> Outcome:
     return Outcome(
         f"{CHIPS:,} chips in {', '.join(map(str, counts))} learners, each one simulated replica; {steps} steps of 1 "
         f"s, a failure of a chip once a year, {RECOVERY_S:.0f} s to recover, of which 27 % follows for learners that "
-        "wait. Rounds of 20 steps, a quorum of 1 and a learnt grace time. Loss: 8 learners, 12 rounds of 10 "
+        "wait. Rounds of 20 steps, a quorum of 1 and a learnt grace time. Loss: 8 learners, 8 rounds of 10 "
         "steps, a network of 32 x 64 x 8, real arithmetic.",
         (
             near("goodput of 8 decoupled learners", 0.88, decoupled[8], 0.05, "{:.0%}"),

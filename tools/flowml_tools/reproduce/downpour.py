@@ -16,7 +16,7 @@ def run(full: bool, seed: int) -> Outcome:
 
     import flowml as fm
 
-    steps, pushes = (800, (1, 2, 5, 10, 20)) if full else (160, (1, 10))
+    steps, pushes = (800, (1, 2, 5, 10, 20)) if full else (120, (1, 10))
     params, examples, _ = problem(seed)
     task: tuple[Any, Any, Any] = loss, params, examples
     slow = fm.sim.Straggler(fm.sim.LogNormal(1.0, 0.1), 5, workers=(1,))

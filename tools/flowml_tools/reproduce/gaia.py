@@ -21,7 +21,7 @@ def run(full: bool, seed: int) -> Outcome:
 
     import flowml as fm
 
-    sites, each, steps = (11, 2, 400) if full else (2, 2, 80)
+    sites, each, steps = (11, 2, 400) if full else (2, 2, 50)
     replicas = sites * each
     params, examples, _ = problem(seed)
     task: tuple[Any, Any, Any] = loss, params, examples

@@ -36,12 +36,12 @@ def run(full: bool, seed: int) -> Outcome:
     params, examples, _ = problem(seed)
     task: tuple[Any, Any, Any] = loss, params, examples
     ends = [
-        final_loss(task, train(policy, 8, steps=160, seed=seed, problem=task, optimizer=optax.sgd(0.1), batch=64))
+        final_loss(task, train(policy, 8, steps=100, seed=seed, problem=task, optimizer=optax.sgd(0.1), batch=64))
         for policy in (fm.policies.no_loco(10), fm.policies.diloco(10))
     ]
     return Outcome(
         f"{', '.join(map(str, replicas))} simulated replicas on links of 50 ms and 10 MB/s at the receiver, 4 MB of "
-        "parameters, a synchronisation after each step. Loss: 8 replicas, 16 rounds of 10 steps, a network of 32 x 64 "
+        "parameters, a synchronisation after each step. Loss: 8 replicas, 10 rounds of 10 steps, a network of 32 x 64 "
         "x 8, real arithmetic.",
         (
             at_least("time of a synchronisation by a tree of 256, against pairs", 10.0, speed[256]),

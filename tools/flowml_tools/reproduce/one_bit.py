@@ -9,7 +9,7 @@ from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most, nea
 def run(full: bool, seed: int) -> Outcome:
     import flowml as fm
 
-    steps = 1000 if full else 80
+    steps = 1000 if full else 60
     kept = payoff.measure((fm.filters.sign().with_error_feedback(),), steps=steps, seed=seed, rate=0.3)
     lost = payoff.measure((fm.filters.sign(),), steps=steps, seed=seed, rate=0.3)
     return Outcome(

@@ -12,7 +12,7 @@ def run(full: bool, seed: int) -> Outcome:
     import flowml as fm
 
     found = payoff.measure(
-        (fm.filters.low_rank(RANK).with_error_feedback(),), steps=1000 if full else 80, seed=seed, rate=0.3
+        (fm.filters.low_rank(RANK).with_error_feedback(),), steps=1000 if full else 60, seed=seed, rate=0.3
     )
     return Outcome(
         f"Rank {RANK}. {payoff.SETTING}",

@@ -69,8 +69,9 @@ def _difference(seed: int) -> float:
         start = {"w": jnp.asarray(0.1 * rng.normal(size=(16, 1)))}
         params: Any = start
         state = lbfgs.init(start)
+        slope, update = jax.jit(jax.grad(loss)), jax.jit(lbfgs.update)
         for _ in range(20):
-            updates, state = lbfgs.update(jax.grad(loss)(params, source), state, params)
+            updates, state = update(slope(params, source), state, params)
             params = optax.apply_updates(params, updates)
         slow = fm.sim.Straggler(fm.sim.Constant(1.0), SLOWER, workers=(1,))
         cluster = fm.SimulatedCluster(4, slow, fm.sim.Network(1e-4, 1e9), seed=seed)

@@ -14,7 +14,7 @@ def run(full: bool, seed: int) -> Outcome:
     def chain(share: float) -> tuple[object, ...]:
         return (fm.filters.top_k(share).with_error_feedback(),)
 
-    steps = 2000 if full else 300
+    steps = 2000 if full else 200
     small = payoff.measure(chain(0.02), steps=steps, seed=seed, rate=0.3)
     large = payoff.measure(chain(SHARE), steps=1, seed=seed, rate=0.3)
     return Outcome(
