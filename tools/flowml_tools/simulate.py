@@ -36,7 +36,7 @@ MODELS = {
     "pareto": ("Pareto", 2),
 }
 """Name -> model of `flowml.sim`, and the number of its arguments."""
-OPTIONS = ("--workers", "--compute", "--stragglers", "--network", "--seed", "--no-arithmetic")
+OPTIONS = ("--workers", "--compute", "--stragglers", "--network", "--seed", "--jobs", "--no-arithmetic")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +51,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stragglers", type=stragglers, metavar="FACTOR,SHARE", help="slow workers (none)")
     parser.add_argument("--network", type=network, default="1e-4,1e9", metavar="NETWORK", help="the links (1e-4,1e9)")
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the models (0)")
+    parser.add_argument("--jobs", type=positive, metavar="N", help="processes that simulate (1, or cores if that pays)")
     parser.add_argument("--no-arithmetic", action="store_true", help="clocks and bytes only: losses are NaN")
 
 
@@ -84,6 +85,7 @@ def main(arguments: argparse.Namespace) -> int:
         options.network(options.workers),
         seed=options.seed,
         arithmetic=not options.no_arithmetic,
+        jobs=options.jobs,
     )
     fits: list[str] = []
 

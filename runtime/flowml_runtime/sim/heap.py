@@ -87,6 +87,11 @@ class Clock:
         """Let a group of events happen at the time `when`. Those of one time happen in the order of their numbers."""
         heappush(self._heap, (when, number, group))
 
+    def clear(self) -> None:
+        """Forget all that has not happened."""
+        self._heap.clear()
+        self._open, self._rest = [], iter(())
+
     @property
     def head(self) -> float:
         """The time of the next event; infinite if there is none."""

@@ -1,8 +1,9 @@
 """Simulates with several processes. Each has some of the workers, with a clock of its own.
 
-Let L be the least latency of a link between two processes, and t the time of the first event of all. What happens in
-the window [t, t + L) sends messages that arrive at t + L or later. So each process lets its events of the window happen
-without word of the others. Then they exchange the messages, and the next window begins (Chandy and Misra, 1979).
+Let L be the least latency of a link between two processes, and t the time of the first event of all. What happens from
+t on sends messages that arrive at t + L or later. So each process lets its events of the window [t, t + L) happen
+without word of the others; then they exchange messages (Chandy and Misra, 1979). Windows here are half as long. So a
+process need not have what others sent in the window before, only in the one before that, and waits less for them.
 
 Process 0 is that of the driver, with the first of the workers. It forks the others when a run begins, so that they
 have the plan without a copy, and ends them with the run. They compute nothing with JAX: only runs without arithmetic
@@ -24,15 +25,15 @@ from typing import Any, NoReturn
 
 from flowml.errors import FlowmlError, SimulationError
 from flowml_runtime.sim.heap import Clock
-from flowml_runtime.sim.post import Here, to_driver
+from flowml_runtime.sim.post import Here, Mail, to_driver
 from flowml_runtime.sim.world import World
 
 Make = Callable[[Clock, Here, Callable[..., None]], World]
 """Makes the workers of one process. The last argument takes messages to the driver."""
 
-_Order = tuple[int, float, dict[int, bytes]]
-"""A window to let happen: its number, its end, and what has arrived from each process."""
-_Answer = tuple[float, dict[int, bytes]]
+_Order = tuple[int, float, dict[tuple[int, int], bytes]]
+"""A window to let happen, as in `Here.open`."""
+_Answer = tuple[float, dict[int, Mail]]
 """At the end of a window: as `Here.take`."""
 
 
@@ -50,8 +51,10 @@ class Team:
         """`firsts` are the numbers of the first workers of the processes. `lookahead` is L."""
         self._lookahead = lookahead
         self._window = 0
-        self._works = False
-        """Whether the other processes owe an answer."""
+        self._owed = 0
+        """The windows of which the other processes have not said yet what they send."""
+        self._flying = math.inf
+        """When the first message arrives that the other processes got with the newest window."""
         self._meets = False
         """Whether the processes exchange messages. If an interrupt ends that, none knows what others wait for."""
         self._pids: list[int] = []
@@ -89,28 +92,28 @@ class Team:
         return going_on
 
     def _exchange(self) -> bool:
-        least, sent = self._here.take()
-        mail: list[dict[int, bytes]] = [{} for _ in range(len(self._pipes) + 1)]
-        for source, (first, found) in enumerate([(least, sent), *self._answers()]):
+        own = self._here.take()
+        mail: list[dict[tuple[int, int], bytes]] = [{} for _ in range(len(self._pipes) + 1)]
+        answers = self._answers() if self._owed == 2 else []  # at first there is nothing to do in the others
+        least, flying = self._flying, math.inf
+        for source, (first, found) in enumerate([own, *answers]):
             least = min(least, first)
-            for to, data in found.items():
-                mail[to][source] = data
+            for to, (arrives, data) in found.items():
+                mail[to][self._window - (source > 0), source] = data
+                flying = min(flying, arrives if to else math.inf)
         if least == math.inf:
             return False
-        self._window += 1
-        until = least + self._lookahead
-        if until == least:
-            until = math.nextafter(least, math.inf)
+        until = min(least + self._lookahead, max(least, self._clock.until) + self._lookahead / 2)
+        until = max(until, math.nextafter(least, math.inf))
+        self._window, self._flying = self._window + 1, flying
         for pipe, arrived in zip(self._pipes, mail[1:], strict=True):
             self._send(pipe, (self._window, until, arrived))
-        self._works = True
+        self._owed += 1
         self._here.open(self._window, until, mail[0])
         return True
 
     def _answers(self) -> list[_Answer]:
-        if not self._works:
-            return []
-        self._works = False
+        self._owed -= 1
         return [self._receive(number) for number in range(len(self._pipes))]
 
     def _send(self, pipe: Connection, order: _Order | float) -> None:
@@ -138,7 +141,8 @@ class Team:
         try:
             if self._meets:
                 return
-            self._answers()
+            while self._owed:
+                self._answers()
             for pipe in self._pipes:
                 self._send(pipe, self._clock.now)
             for number in range(len(self._pipes)):

@@ -21,8 +21,8 @@ DIVIDED = 4000
 """From so many workers on a simulation is divided by itself. With fewer it is over before that pays."""
 MOST = 4
 """The most processes of such a simulation."""
-_DRIVER = 0.3
-"""The work of the driver, and of homes, as a share of that of all workers."""
+_DRIVER, _HOMES = 0.22, 0.28
+"""The work of the driver, and of homes to which all replicas push, as shares of that of all workers."""
 
 
 def processes(layout: Layout) -> int:
@@ -62,10 +62,11 @@ def firsts(layout: Layout, numbers: Mapping[str, int], count: int) -> list[int]:
     """The number of the first worker of each process. There are fewer processes if there are not enough workers."""
     workers = sorted(numbers[worker] for worker in layout.places.workers)
     marks = _marks(layout, numbers) or workers[1:]
-    each = (1 + _DRIVER) / count
+    driver = _DRIVER + _HOMES * any(not store.relayed for store in layout.terms.stores)
+    each = (1 + driver) / count
     found = [0]
     for process in range(count - 1):
-        share = max(each - _DRIVER, 0.02) + process * each
+        share = max(each - driver, 0.02) + process * each
         at = bisect_left(marks, workers[min(math.ceil(share * len(workers)), len(workers) - 1)])
         if at < len(marks) and marks[at] > found[-1]:
             found.append(marks[at])

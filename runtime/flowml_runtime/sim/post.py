@@ -28,6 +28,8 @@ _RECEIVE, _TELL, _NEWS, _EDGE, _DRIVER = range(5)
 _BITS = 40
 """The events that a process schedules in a window have numbers of so many bits."""
 
+Mail = tuple[float, bytes]
+"""What goes from one process to another after a window, and when the first of it arrives."""
 Key = tuple[tuple[int, int], int, int, int]
 
 
@@ -119,8 +121,8 @@ class _Outbox:
             sent = _Sent(when, kind, args[0], args[1], _packed(args[2]), [label])
         self._sent.append(sent)
 
-    def take(self, until: float) -> tuple[float, bytes | None]:
-        """All that has begun before `until`, and when the next of it arrives, or may begin."""
+    def take(self, until: float) -> tuple[float, Mail | None]:
+        """All that has begun before `until`, and when the first of it arrives, or of the rest begins."""
         least, rest = math.inf, list[tuple[float, int, tuple[Any, ...]]]()
         for when, label, (peer, news) in self._held:
             if news.begins >= until:
@@ -131,10 +133,10 @@ class _Outbox:
         self._held = rest
         if not self._sent:
             return least, None
-        least = min(least, *(sent.when for sent in self._sent))
-        data = _encode(self._sent)
+        first = min(sent.when for sent in self._sent)
+        mail = first, _encode(self._sent)
         self._sent, self._last = [], ()
-        return least, data
+        return min(least, first), mail
 
 
 def _packed(value: Value) -> int | bytes | None:
@@ -178,22 +180,22 @@ class Here:
     def _process(self, number: int) -> int:
         return bisect_right(self._firsts, max(number, 0)) - 1
 
-    def take(self) -> tuple[float, dict[int, bytes]]:
+    def take(self) -> tuple[float, dict[int, Mail]]:
         """At the end of a window, what goes to other processes, and when the first event after it may happen."""
-        least, found = self.clock.head, dict[int, bytes]()
+        least, found = self.clock.head, dict[int, Mail]()
         for process, outbox in enumerate(self._outboxes):
-            first, data = outbox.take(self.clock.until)
+            first, mail = outbox.take(self.clock.until)
             least = min(least, first)
-            if data is not None:
-                found[process] = data
+            if mail is not None:
+                found[process] = mail
         return least, found
 
-    def open(self, window: int, until: float, arrived: Mapping[int, bytes]) -> None:
-        """Begin a window with what has arrived from other processes in the one before. Events of one time happen in the
-        order of the windows in which they were scheduled, and then of the processes."""
+    def open(self, window: int, until: float, arrived: Mapping[tuple[int, int], bytes]) -> None:
+        """Begin a window with what has arrived: (window, process) -> what that has sent in that window. Events of one
+        time happen in the order of the windows in which they were scheduled, and then of the processes."""
         count, clock = len(self._firsts), self.clock
-        for process, data in arrived.items():
-            number = ((window - 1) * count + process) << _BITS
+        for (sent_in, process), data in arrived.items():
+            number = (sent_in * count + process) << _BITS
             for n, sent in enumerate(_decode(data)):
                 clock.put_all(sent.when, number + n, self._events(sent))
         clock.open(until, (window * count + self.index) << _BITS)

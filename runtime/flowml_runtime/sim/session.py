@@ -89,7 +89,9 @@ class SimulatedSession:
         self._team: Team | None = None
         """The processes of a run that goes on, if there are several."""
         self._world: World | None = None
-        """The run of the newest fit."""
+        """The run of a fit that goes on."""
+        self._simulated: Simulated | None = None
+        """What the newest run before took."""
 
     @property
     def time(self) -> SimulatedSession:
@@ -137,9 +139,18 @@ class SimulatedSession:
         if self._team is not None:
             team, self._team = self._team, None
             team.end()
+        self._end()
         if self._paused:
             self._paused = False
             gc.enable()
+
+    def _end(self) -> None:
+        """Keep of the newest run what is known of it."""
+        if self._world is not None:
+            clock, self._world, world = self._world.clock, None, self._world
+            self._passed += clock.now
+            self._simulated = Simulated(clock.now, clock.trace_hash, clock.events)
+            world.clear()
 
     def tell(self, worker: str, message: wire.Wire) -> None:
         """Messages about steps that are overdue are not needed here."""
@@ -161,7 +172,6 @@ class SimulatedSession:
 
     def _begin(self, start: wire.StartTraining) -> None:
         own, models = self._plans[start.plan_id], self._models
-        self._passed = self.now()
         self._begun = (start.plan_id, start.run)
         if gc.isenabled() and not self.arithmetic:  # it would look at the state of all workers again and again
             self._paused = True
@@ -246,5 +256,4 @@ class SimulatedSession:
         return inbox.get_nowait()
 
     def simulated(self) -> Simulated | None:
-        world = self._world
-        return None if world is None else Simulated(world.clock.now, world.clock.trace_hash, world.clock.events)
+        return self._simulated

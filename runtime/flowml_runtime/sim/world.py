@@ -139,6 +139,14 @@ class World:
         """Stages of replicas that have the same instructions share them."""
         self.collectives = Collectives(self, layout.parts)
 
+    def clear(self) -> None:
+        """The run is over. Parts refer to each other, and without this only the collector of cyclic garbage would find
+        them, which looks at all of them again and again."""
+        for node in self.nodes.values():
+            node.stages.clear()
+        self.nodes.clear()
+        self.clock.clear()
+
     def deliver(self, worker: str, message: wire.TrainingMessage, value: Value = None) -> None:
         """The driver sends a message to a worker."""
         self.wires.exchange(DRIVER, worker, self.nodes[worker].receive, (DRIVER, message, value))

@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", metavar="NAMES", nargs="*", help=f"{', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="also write the rows, with every measurement")
     parser.add_argument("--repeats", type=positive, metavar="N", help="measurements a row (default: as each needs)")
+    parser.add_argument("--jobs", type=positive, metavar="N", help="processes of `simulator` (default: one a core)")
     parser.add_argument("--make-peers", action="store_true", help="install Ray and TensorFlow for later runs, and end")
 
 
@@ -81,7 +82,8 @@ def main(arguments: argparse.Namespace) -> int:
     results: dict[str, Sequence[Row]] = {}
     for name in names:
         try:
-            results[name] = BENCHMARKS[name].rows(arguments.repeats)
+            own = {"jobs": arguments.jobs} if name == "simulator" else {}
+            results[name] = BENCHMARKS[name].rows(arguments.repeats, **own)
         except BenchError as error:
             raise BenchError(f"{name}: {error}") from None
         finally:
