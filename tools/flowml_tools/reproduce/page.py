@@ -14,7 +14,8 @@ INTRODUCTION = """\
 
 This page is written by `flowml reproduce --all --out docs`{full}. Each claim has a setting, a seed, and findings: a
 number of ours beside that of the paper, with the bound within which they agree. Where a paper says in words what
-has to be measured, as "hides stragglers", the bound is ours. The verdict follows from the findings:
+has to be measured, as "hides stragglers", the bound is ours. Rates, thresholds and kinds of stragglers that a paper
+does not give were chosen after first runs, so that there is an effect to see. The verdict follows from the findings:
 *reproduced* if all agree, *partly* if some do, and *claimed, not reproduced* if none does. A figure that one machine
 cannot have is listed as not measured, and never agrees.
 
