@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from flowml.arrays import ArraySpec, Index
+from flowml.arrays import ArraySpec, Dimension, Index
 
 
 class Applies(msgspec.Struct, frozen=True):
@@ -33,6 +33,53 @@ class Applies(msgspec.Struct, frozen=True):
     @property
     def tasks(self) -> tuple[int, ...]:
         return tuple(t for t in (self.apply, self.fold, self.finish) if t is not None)
+
+
+class Share(msgspec.Struct, frozen=True):
+    """One task of a home in a coupling, an index into Plan.tasks. It takes the gradients, the parameters, the state,
+    and of the common values those at `takes`. `task` is None if the home has nothing to share in the round. What it
+    returns has `nbytes`."""
+
+    task: Index | None
+    takes: tuple[Index, ...] = ()
+    nbytes: Dimension = 0
+
+
+class Coupled(msgspec.Struct, frozen=True):
+    """How a home updates parameters that the optimizer couples to those of other homes.
+
+    The tasks of `Applies` then only return the gradients, from the parameters and the contributions. In each round of
+    the coupling, a task of `shares` returns what the other homes need. In the end `update` returns the new parameters
+    and the new state.
+    """
+
+    coupling: Index
+    shares: tuple[Share, ...]
+    update: Share
+
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        return tuple(share.task for share in (*self.shares, self.update) if share.task is not None)
+
+
+class Combine(msgspec.Struct, frozen=True):
+    """The task, an index into Plan.tasks, that returns more common values after a round: from the state that they
+    depend on, the common values at `takes`, and what all homes have shared in the round, in the order of stores."""
+
+    task: Index
+    takes: tuple[Index, ...] = ()
+
+
+class Coupling(msgspec.Struct, frozen=True):
+    """Stores whose homes exchange a few values at each clock, because the optimizer couples their parameters.
+
+    `state` are positions in the flattened optimizer state; every one of these stores keeps these leaves, and they are
+    equal everywhere.
+    """
+
+    stores: tuple[Index, ...]
+    rounds: tuple[Combine, ...]
+    state: tuple[Index, ...] = ()
 
 
 class Buffer(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ from flowml.arrays import ArraySpec, Dimension, Index, Shape
 from flowml.captured import Captured, from_plan, to_plan
 from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, PolicyError, named
-from flowml.home import Applies, Buffer, Local, Reduction, Site
+from flowml.home import Applies, Buffer, Coupled, Coupling, Local, Reduction, Site
 from flowml.instructions import Instruction, Run
 from flowml.policy import Code, Policy, Speculate
 from flowml.policy.filters import sent_size
@@ -27,7 +27,7 @@ from flowml.policy.filters import sent_size
 if TYPE_CHECKING:
     from os import PathLike
 
-FORMAT = 5
+FORMAT = 6
 """Version of the serialised form. A plan of another format is refused with both numbers in the error."""
 
 DRIVER = "driver"
@@ -180,6 +180,7 @@ class StoreSpec(msgspec.Struct, frozen=True):
     numbers for each replica, and each reads its replica's copy.
     With `local` the readers update parameters of their own, and the one part is what they send of these.
     With `sites` only the leader of each site takes part. The others get its values.
+    If the store is `coupled`, its home and those of other stores exchange values before each update.
     """
 
     name: str
@@ -192,6 +193,7 @@ class StoreSpec(msgspec.Struct, frozen=True):
     homes: tuple[str, ...] = ()
     local: Local | None = None
     sites: tuple[Site, ...] = ()
+    coupled: Coupled | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -324,6 +326,7 @@ class Training(msgspec.Struct, frozen=True):
     code: Code | None = None
     cuts_at: Index = 0
     state: tuple[StateLeaf, ...] = ()
+    couplings: tuple[Coupling, ...] = ()
     lost: tuple[Index, ...] = ()
     """The replicas that take no part, because they are lost (`training.without`). Those of `replicas` keep numbers."""
 

@@ -22,6 +22,7 @@ from flowml.captured import warn_of_size
 from flowml.compiler import constant_of, node_views
 from flowml.devices import Device, as_devices
 from flowml.errors import PlacementError
+from flowml.home import Coupling
 from flowml.ir import _jax
 from flowml.ir.cost import node_seconds
 from flowml.ir.graph import Graph
@@ -339,7 +340,7 @@ class _Compiler:
             choices=choices.weighed,
             notes=(*choices.notes, *planner.notes, *notes),
             nodes=node_views(graph, tasks, table),
-            training=self._training(whole, specs, max(slots), leaves),
+            training=self._training(whole, specs, planner.couplings, max(slots), leaves),
             platforms=self.platforms,
             links=links_used(self.links, whole.messages, specs),
             settings=table.settings,
@@ -366,7 +367,12 @@ class _Compiler:
         )
 
     def _training(
-        self, whole: Replicated, stores: tuple[StoreSpec, ...], aux_leaves: int, state: tuple[StateLeaf, ...]
+        self,
+        whole: Replicated,
+        stores: tuple[StoreSpec, ...],
+        couplings: tuple[Coupling, ...],
+        aux_leaves: int,
+        state: tuple[StateLeaf, ...],
     ) -> Training:
         training = Training(
             replicas=whole.replicas,
@@ -381,6 +387,7 @@ class _Compiler:
             aux_leaves=aux_leaves,
             code=self.code,
             state=state,
+            couplings=couplings,
         )
         if not cuts(training):
             return training

@@ -41,6 +41,7 @@ from flowml.plan import ArraySpec
 from flowml.policy import Consensus, Delta, Gossip, Mix, Outer, Policy, Prox, Weights
 from flowml.policy.apply import base_of
 from flowml.training.apply import HomeTasks, Payload
+from flowml.training.couplings import Exchange, Use, together, uses
 from flowml.training.distil import Distilling, distilling
 from flowml.training.optimizer import OptimizerSlices, slice_optimizer
 from flowml.training.step import wide
@@ -139,15 +140,19 @@ class Optimizers:
             first[o], at = at, at + len(slices.state_specs)
         return Optimizers(own, outer, first, tuple(made.values()), distilling(policies, params))
 
-    def coupled(self, policies: Sequence[Policy]) -> list[list[int]]:
-        """The leaves that an optimizer couples, where `policies` are those of the leaves."""
+    def uses(self, policies: Sequence[Policy]) -> list[tuple[Use, int]]:
+        """Where each optimizer updates which leaves, where `policies` are those of the leaves, and where its state
+        begins."""
         if self.distilling is not None:
-            return [list(range(len(policies)))]
-        found = self.own.groups
-        for outer, slices in self.outer.items():
-            groups = ([leaf for leaf in group if base_of(policies[leaf].apply) == outer] for group in slices.groups)
-            found += [group for group in groups if group]
-        return found
+            return []
+        first = {id(slices): self.first[outer] for outer, slices in self.outer.items()}
+        return [(use, first.get(id(use.slices), 0)) for use in uses(self.own, self.outer, policies)]
+
+    def coupled(self, policies: Sequence[Policy]) -> list[tuple[list[int], str]]:
+        """The leaves that must share a home, and why."""
+        if self.distilling is not None:
+            return [(list(range(len(policies))), "they are distilled together")]
+        return [found for use, _ in self.uses(policies) for found in together(use)]
 
     def at_home(self, policy: Policy, leaves: Sequence[int], replicas: int) -> HomeUpdate:
         """How the home of these leaves updates them."""
@@ -160,9 +165,14 @@ class Optimizers:
             found = HomeUpdate(self.distilling.update, (), ())
         else:
             found = HomeUpdate(_averaging(policy, len(leaves), replicas if policy.clocked else 1), (), ())
-        if not isinstance(policy.apply, Prox):
-            return found
-        return replace(found, update=proximal(policy.apply, found.update, len(leaves)))
+        return after_update(policy, found, len(leaves))
+
+    def exchanged(self, policy: Policy, exchange: Exchange, store: int, leaves: int) -> HomeUpdate:
+        """How the home of a store with so many leaves updates them, with what it exchanges with others."""
+        member = exchange.division.members[exchange.stores.index(store)]
+        specs = tuple(exchange.slices.state_specs[s] for s in member.state)
+        state = tuple(exchange.first + s for s in member.state)
+        return after_update(policy, HomeUpdate(member.update.run, state, specs), leaves)
 
     def at_replica(self, policy: Policy, leaves: Sequence[int]) -> HomeUpdate | None:
         """The outer optimizer that each replica has itself, because a gossip topology has no home in its rounds."""
@@ -180,10 +190,22 @@ class HomeUpdate:
     state_specs: tuple[ArraySpec, ...]
 
 
+def after_update(policy: Policy, update: HomeUpdate, leaves: int) -> HomeUpdate:
+    """The update, and what the policy does to its parameters."""
+    if not isinstance(policy.apply, Prox):
+        return update
+    return replace(update, update=proximal(policy.apply, update.update, leaves))
+
+
 def _sliced(slices: OptimizerSlices, leaves: Sequence[int], first: int) -> HomeUpdate:
-    state = slices.state_of(leaves)
+    if slices.is_closed(leaves):
+        state = slices.state_of(leaves)
+        update = slices.update(leaves, state)
+    else:
+        (alone,) = slices.divide([leaves]).members
+        state, update = alone.state, alone.update.run
     specs = tuple(slices.state_specs[i] for i in state)
-    return HomeUpdate(slices.update(leaves, state), tuple(first + i for i in state), specs)
+    return HomeUpdate(update, tuple(first + i for i in state), specs)
 
 
 def _averaging(policy: Policy, leaves: int, together: int) -> Callable[..., tuple[Any, ...]]:

@@ -2,13 +2,14 @@
 
 The whole update (`optimizer.update`, then `apply_updates`) is traced once over the full tree. The dependencies of each
 new parameter show which layers the optimizer couples: an elementwise rule couples none, clipping by the global norm
-couples all. Coupled leaves must be in one store. Every store keeps the state that it reads and that depends on no
-gradient, such as a step count.
+couples all. What couples them is computed by all of their homes (see `coupled`), or they share one. Every store keeps
+the state that it reads and that depends on no gradient, such as a step count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,9 +19,11 @@ import jax
 from flowml.errors import UnsupportedError
 from flowml.ir import _jax
 from flowml.ir.graph import Graph, Literal
-from flowml.ir.simplify import drop_dead, needed_for
+from flowml.ir.simplify import drop_dead
 from flowml.ir.trace import trace
 from flowml.plan import ArraySpec
+from flowml.training.coupled import Coupling, Inputs, divide, program
+from flowml.training.ownership import Ownership, opened, ownership, together
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,11 @@ class OptimizerSlices:
     """The traced update of a whole parameter tree, and its slices.
 
     The inputs of `graph` are the gradients, the parameters and the state leaves, in that order. Its outputs are the
-    new parameters and the new state leaves.
+    new parameters and the new state leaves. In `whole` branches compute one side only.
     """
 
     graph: Graph
+    whole: Graph
     count: int
     state_tree: Any
     state_specs: tuple[ArraySpec, ...]
@@ -40,7 +44,7 @@ class OptimizerSlices:
     depends: tuple[int, ...]
     """For each output, the inputs that it depends on, as a bit set."""
 
-    @property
+    @cached_property
     def groups(self) -> list[list[int]]:
         """Leaves of the parameters that the optimizer couples, each group sorted."""
         parent = list(range(self.count))
@@ -60,6 +64,15 @@ class OptimizerSlices:
         for leaf in range(self.count):
             found.setdefault(find(leaf), []).append(leaf)
         return list(found.values())
+
+    @cached_property
+    def _group_of(self) -> dict[int, int]:
+        return {leaf: number for number, group in enumerate(self.groups) for leaf in group}
+
+    def is_closed(self, leaves: Sequence[int]) -> bool:
+        """Whether the optimizer couples these leaves to no others."""
+        counts = Counter(self._group_of[leaf] for leaf in leaves)
+        return all(count == len(self.groups[number]) for number, count in counts.items())
 
     @cached_property
     def _closures(self) -> tuple[int, ...]:
@@ -118,24 +131,39 @@ class OptimizerSlices:
 
     def update(self, leaves: Sequence[int], state: Sequence[int]) -> Callable[..., tuple[Any, ...]]:
         """The update of one store: a function of flat (gradients, parameters, state) to (parameters, state)."""
-        outputs = tuple(self.graph.outputs[i] for i in (*leaves, *(self.count + s for s in state)))
+        graph = self.whole if len(leaves) == self.count else self.graph
+        outputs = tuple(graph.outputs[i] for i in (*leaves, *(self.count + s for s in state)))
         inputs = tuple(
-            self.graph.inputs[i]
+            graph.inputs[i]
             for i in (*leaves, *(self.count + leaf for leaf in leaves), *(2 * self.count + s for s in state))
         )
-        kept = needed_for(self.graph, outputs)
-        equations = [
-            (n.equation, [i.value if isinstance(i, Literal) else i for i in n.inputs], n.outputs) for n in kept.nodes
-        ]
-        constants = tuple(kept.constants)
-        values = tuple(o for o in outputs if not isinstance(o, Literal))
-        run = _jax.as_function(_jax.build_jaxpr(equations, self.graph.avals, (*inputs, *constants), values))
+        return program(graph, inputs, (), outputs, frozenset())[0]
 
-        def updated(*arrays: Any) -> tuple[Any, ...]:
-            results = iter(run(*arrays, *(kept.constants[c] for c in constants)))
-            return tuple(_jax.literal_value(o.value) if isinstance(o, Literal) else next(results) for o in outputs)
+    @cached_property
+    def _states(self) -> list[tuple[int, Any]]:
+        """The input and the output of each leaf of the state."""
+        return list(zip(self.graph.inputs[2 * self.count :], self.graph.outputs[self.count :], strict=True))
 
-        return updated
+    @cached_property
+    def together(self) -> tuple[list[int], dict[int, str]]:
+        """The least leaf with which each leaf must share a home, and the operations that say so, by that leaf."""
+        return together(self.graph, self.count, self._states)
+
+    @cached_property
+    def _owners(self) -> tuple[int, ...]:
+        """The leaf to which each leaf of the state belongs, or less than 0."""
+        first, _ = self.together
+        given = {self.graph.inputs[half * self.count + i]: first[i] for half in (0, 1) for i in range(self.count)}
+        owner = ownership(self.graph, given, self._states).owner
+        return tuple(owner.get(value, -1) for value, _ in self._states)
+
+    def divide(self, stores: Sequence[Sequence[int]]) -> Coupling:
+        """The update of several stores with these leaves, which exchange what couples them. Others count as zeros."""
+
+        def owned(given: Mapping[int, int]) -> Ownership:
+            return ownership(self.graph, given, self._states)
+
+        return divide(Inputs(self.graph, self.count, self._owners), stores, owned)
 
 
 def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
@@ -166,14 +194,16 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
     graph = drop_dead(trace(update, (params, params, state), {}, name="the optimizer").graph)
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
     specs = tuple(_jax.spec_of(x) for x in jax.tree_util.tree_leaves(params))
+    divisible = opened(graph, len(specs))
     return OptimizerSlices(
+        divisible,
         graph,
         len(specs),
         tree,
         state_specs=tuple(_jax.spec_of(x) for _, x in leaves),
         state_paths=tuple(_jax.path_name(path) for path, _ in leaves),
         param_specs=specs,
-        depends=_dependencies(graph),
+        depends=_dependencies(divisible),
     )
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax.numpy as jnp
 
 from flowml.errors import FlowmlWarning, PolicyError, named
-from flowml.home import Applies, Buffer, Local
+from flowml.home import Applies, Buffer, Coupled, Coupling, Local
 from flowml.ir.graph import Graph
 from flowml.ir.label import layer_of, parameter_path
 from flowml.lowering.lower import ExecutableTable
@@ -32,6 +32,7 @@ from flowml.policy.apply import Vote, base_of, most_at_once, scales
 from flowml.policy.filters import Form, check_array
 from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
 from flowml.training.buckets import Bundle, pack
+from flowml.training.couplings import Exchange, across_clocks, exchanges, lower, lower_member
 from flowml.training.distil import apart
 from flowml.training.drafts import Contributions, PartDraft, StoreDraft, coefficient_dtype, strong, value_of
 from flowml.training.factors import OuterProduct, find_outer_product, product_function, send_factors
@@ -59,19 +60,22 @@ class StorePlanner:
     notes: list[str] = field(default_factory=list[str])
     products: Mapping[int, OuterProduct] = field(default_factory=dict[int, OuterProduct])
     product_graph: Graph | None = None
+    couplings: tuple[Coupling, ...] = ()
+    """The stores whose homes exchange values, once they are lowered."""
+    _exchange_of: dict[int, tuple[int, Exchange]] = field(default_factory=dict[int, tuple[int, Exchange]])
 
     def __post_init__(self) -> None:
         policies = {parameter_path(p): q for p, q in self.policies.items()}
         self.notes.extend(check_composition(policies, self.replicas))
-        for group in self._coupled:
-            self._check_coupled(group)
+        for group, why in self._coupled:
+            self._check_coupled(group, why)
         self.notes.extend(self._scaled_but_remembered(policies))
+        self.notes.extend(self._coupling_notes())
 
     def _scaled_but_remembered(self, policies: Mapping[str, Policy]) -> list[str]:
         """Warn of layers whose stale gradients are scaled, but which an optimizer remembers."""
         remembers = self.optimizers.own.remembers_gradients
-        found = [n for leaf, (n, p) in enumerate(policies.items()) if scales(p.apply) and remembers([leaf])]
-        if not found:
+        if not (found := [n for i, (n, p) in enumerate(policies.items()) if scales(p.apply) and remembers([i])]):
             return []
         warning = (
             f"{named(found)}: stale gradients are scaled, but the optimizer remembers gradients, so a stale one acts "
@@ -80,9 +84,27 @@ class StorePlanner:
         warnings.warn(warning, FlowmlWarning, stacklevel=2)
         return [warning]
 
-    @property
-    def _coupled(self) -> list[list[int]]:
-        return self.optimizers.coupled([self.policies[path] for path in self.paths])
+    def _coupling_notes(self) -> list[str]:
+        """Say which layers share a home because of the optimizer, and warn of those that it couples across clocks."""
+        layers = list(map(layer_of, self.paths))
+        across = [note for use, _ in self.optimizers.uses(self._of_leaves) for note in across_clocks(use, layers)]
+        for note in across:
+            warnings.warn(f"{note}; give these layers the same quorum, topology and every", FlowmlWarning, stacklevel=2)
+        shared = [
+            f"{named(names)} share a home: the optimizer couples them, and {why}."
+            for group, why in self._coupled
+            if len(names := tuple(dict.fromkeys(layers[leaf] for leaf in group))) > 1 and self.replicas > 1
+        ]
+        return [*(f"{note}." for note in across), *shared]
+
+    @cached_property
+    def _of_leaves(self) -> list[Policy]:
+        return [self.policies[path] for path in self.paths]
+
+    @cached_property
+    def _coupled(self) -> list[tuple[list[int], str]]:
+        """The leaves that share a home because of the optimizer, and why."""
+        return self.optimizers.coupled(self._of_leaves)
 
     def _groups(self, alone: bool) -> list[tuple[int, ...]]:
         """Groups of leaves that share a store: those of one layer and policy, and those that the optimizer couples.
@@ -101,7 +123,7 @@ class StorePlanner:
         for i, path in enumerate(self.paths):
             layer = "" if alone else layer_of(path)
             parent[find(i)] = find(first.setdefault((layer, self.policies[path]), i))
-        for group in self._coupled:
+        for group, _ in self._coupled:
             for leaf in group:
                 parent[find(leaf)] = find(group[0])
         found: dict[int, list[int]] = {}
@@ -109,14 +131,13 @@ class StorePlanner:
             found.setdefault(find(i), []).append(i)
         return [tuple(g) for g in found.values()]
 
-    def _check_coupled(self, group: Sequence[int]) -> None:
-        policies = {self.policies[self.paths[i]] for i in group}
-        if len(policies) > 1:
-            a = self.paths[group[0]]
-            b = next(self.paths[i] for i in group if self.policies[self.paths[i]] != self.policies[a])
+    def _check_coupled(self, group: Sequence[int], why: str) -> None:
+        a, *others = (self.paths[i] for i in group)
+        b = next((path for path in others if self.policies[path] != self.policies[a]), None)
+        if b is not None:
             raise PolicyError(
-                f"the optimizer couples {a!r} and {b!r} (as clipping by the global norm does), so they need one "
-                "policy; give both the same, or use an optimizer that updates each parameter on its own"
+                f"the optimizer couples {a!r} and {b!r}, and {why}, so they need one policy; give both the same, or "
+                "use an optimizer that updates each parameter on its own"
             )
 
     def contributions(self, graph: Graph, fetched: int) -> tuple[Graph, Contributions]:
@@ -227,7 +248,7 @@ class StorePlanner:
 
     def _are_coupled(self, group: Sequence[int]) -> bool:
         """Whether the optimizer couples some of these leaves."""
-        return any(len(set(found) & set(group)) > 1 for found in self._coupled)
+        return any(len(set(found) & set(group)) > 1 for found, _ in self._coupled)
 
     def _collective(self, policy: Policy) -> bool:
         """Whether replicas add up gradients among themselves."""
@@ -334,14 +355,18 @@ class StorePlanner:
     ) -> tuple[StoreSpec, ...]:
         """Choose each store's home and export its apply task."""
         loads: dict[str, int] = {device: 0 for replica in replicas for device in replica}
+        found = exchanges(self.optimizers.uses(self._of_leaves), [store.leaves for store in stores])
+        self.couplings = tuple(lower(exchange, number, table) for number, exchange in enumerate(found))
+        self._exchange_of = {store: (number, e) for number, e in enumerate(found) for store in e.stores}
         return tuple(
-            self._lower_store(graph, store, [b for b in bindings if b.store == s], table, replicas, loads)
+            self._lower_store(graph, s, store, [b for b in bindings if b.store == s], table, replicas, loads)
             for s, store in enumerate(stores)
         )
 
     def _lower_store(
         self,
         graph: Graph,
+        number: int,
         store: StoreDraft,
         bindings: Sequence[PartBinding],
         table: ExecutableTable,
@@ -365,7 +390,7 @@ class StorePlanner:
             parts = (Part(parts[0].stage, parts[0].leaves, specs, reduction=parts[0].reduction),)
             given = Payload(parts, given.shapes, {}, weighted=False, steps=False)
         collective = self._collective(store.policy)
-        update = self.optimizers.at_home(store.policy, store.leaves, len(sites) or self.replicas)
+        update, exchange = self._update(number, store, len(sites) or self.replicas)
         candidates = [replicas[leaders.get(r, r)][parts[0].stage] for r in range(self.replicas)]
         check_shared(store.name, store.policy, candidates)
         homes = one_a_worker(candidates) if collective else (min(candidates, key=lambda d: loads[d]),)
@@ -378,11 +403,26 @@ class StorePlanner:
             readers=tuple(replica[stage] for replica in replicas for stage in store.readers),
             parts=parts,
             policy=store.policy.travelling,
-            applies=self._applies(store, given, specs, update, table, len(sites) or self.replicas),
+            applies=self._applies(store, given, specs, exchange or update, table, len(sites) or self.replicas),
             homes=homes if collective else (),
             local=local,
             sites=sites,
+            coupled=None if exchange is None else self._couple(number, store, specs, update, table),
         )
+
+    def _update(self, number: int, store: StoreDraft, senders: int) -> tuple[HomeUpdate, HomeUpdate | None]:
+        """How the home of a store updates it, and how it makes gradients before, if it exchanges values with others."""
+        leaves = len(store.leaves)
+        if (found := self._exchange_of.get(number)) is None:
+            return self.optimizers.at_home(store.policy, store.leaves, senders), None
+        update = self.optimizers.exchanged(store.policy, found[1], number, leaves)
+        return update, HomeUpdate(lambda *arrays: arrays[:leaves], (), ())
+
+    def _couple(
+        self, number: int, store: StoreDraft, specs: Sequence[ArraySpec], update: HomeUpdate, table: ExecutableTable
+    ) -> Coupled:
+        (coupling, exchange), given = self._exchange_of[number], (*specs, *specs, *update.state_specs)
+        return lower_member(exchange, coupling, number, update.update, given, store.name, table)
 
     def _check_vote(self, store: StoreDraft, shapes: Sequence[tuple[int, ...]]) -> None:
         kind = base_of(store.policy.apply)

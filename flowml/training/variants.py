@@ -53,7 +53,9 @@ def _essence(store: StoreSpec) -> StoreSpec:
     """The store without its tasks, whose numbers differ among plans."""
     parts = tuple(msgspec.structs.replace(p, accumulate=None, pack=None, finish=None) for p in store.parts)
     local = store.local and msgspec.structs.replace(store.local, update=0, send=None, take=None, fold=None, mix=None)
-    return msgspec.structs.replace(store, applies=Applies(store.applies.width, 0), parts=parts, local=local)
+    return msgspec.structs.replace(
+        store, applies=Applies(store.applies.width, 0), parts=parts, local=local, coupled=None
+    )
 
 
 def _rest(training: Training) -> tuple[object, ...]:

@@ -86,22 +86,34 @@ def test_factors_take_their_bytes_and_fall_back_where_the_gradient_is_smaller() 
     assert any("factors would take" in n for n in large.notes)
 
 
-def test_coupled_layers_share_a_store_and_others_do_not() -> None:
-    clipped = compiled(replicas=2, optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)))
-    plain = compiled(replicas=2, optimizer=optax.adam(1e-3))
+CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+
+
+def test_coupled_layers_exchange_values_and_others_do_not() -> None:
+    clipped, plain = compiled(replicas=2, optimizer=CLIPPED), compiled(replicas=2, optimizer=optax.adam(1e-3))
     assert clipped.training is not None and plain.training is not None
-    assert len(clipped.training.stores) == 1
-    assert [s.name for s in plain.training.stores] == ["l0", "l1", "l2", "l3"]
-    assert all(0 in s.state for s in plain.training.stores)  # the step count goes with every store
+    for training in (clipped.training, plain.training):
+        assert [s.name for s in training.stores] == ["l0", "l1", "l2", "l3"]
+        assert all(0 in s.state for s in training.stores)  # the step count goes with every store
+    assert not plain.training.couplings
+    (coupling,) = clipped.training.couplings
+    assert (coupling.stores, len(coupling.rounds)) == ((0, 1, 2, 3), 1)
+    shared = [s.coupled.shares[0].nbytes for s in clipped.training.stores if s.coupled is not None]
+    assert shared == [4, 8, 8, 8]  # sums of the squares of two gradients, which the first home can add up
 
 
-def test_coupled_layers_need_one_policy() -> None:
-    with pytest.raises(fm.PolicyError, match=r"the optimizer couples 'l0/b' and 'l1/b'"):
-        compiled(
-            replicas=2,
-            optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0)),
-            policies={"l0*": fm.policies.every(2)},
-        )
+def test_coupled_layers_share_a_home_where_contributions_share_no_clock() -> None:
+    plan = compiled(replicas=2, optimizer=CLIPPED, policies=fm.policies.asynchronous())
+    assert plan.training is not None and len(plan.training.stores) == 1
+    assert any("l0, l1, l2, l3 share a home" in note and "share no clock" in note for note in plan.notes)
+
+
+def test_coupled_layers_of_several_clocks_are_coupled_apart() -> None:
+    with pytest.warns(fm.FlowmlWarning, match="the optimizer couples l0 and l1, l2, l3, which share no clock"):
+        plan = compiled(replicas=2, optimizer=CLIPPED, policies={"l0*": fm.policies.every(2)})
+    assert plan.training is not None
+    assert [c.stores for c in plan.training.couplings] == [(1, 2, 3)]
+    assert plan.training.stores[0].coupled is None
 
 
 def test_homes_are_spread_over_the_replicas_of_their_stage() -> None:

@@ -81,12 +81,6 @@ def test_policies(threads_cluster: fm.Cluster, policies: dict[str, Any], message
         fit(threads_cluster, policies=policies, replicas=2)
 
 
-def test_an_optimizer_that_couples_layers_of_different_policies(threads_cluster: fm.Cluster) -> None:
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
-    with pytest.raises(PolicyError, match=r"the optimizer couples 'fc0/bias' and 'fc1/bias' .* give both the same"):
-        fit(threads_cluster, optimizer=optimizer, policies={"fc1*": fm.policies.every(2)}, replicas=2)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [

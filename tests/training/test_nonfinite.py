@@ -96,15 +96,23 @@ def test_every_layer_of_a_replica(threads_cluster: fm.Cluster) -> None:
         assert result.ledger.used == 2 * STEPS
 
 
-def test_a_sum_of_several_stages_is_left_out_as_a_whole(threads_cluster: fm.Cluster) -> None:
-    """Clipping by the global norm couples both layers, which two stages make: one part is NaN, none is applied."""
+def test_layers_that_the_optimizer_couples(threads_cluster: fm.Cluster) -> None:
+    """Clipping by the global norm couples both layers, which two stages make: one part is NaN, the other is applied."""
     optimizer = optax.chain(optax.clip_by_global_norm(1e6), optax.sgd(0.1))
     trainer = fm.Trainer(
         loss, optimizer, cluster=threads_cluster, replicas=2, placement={"a": "worker:0", "b": "worker:1"}
     )
     with pytest.warns(fm.FlowmlWarning, match="of replica 1 at step 1"):
         result = trainer.fit(params(), source(), batch_size=ROWS, steps=STEPS, shuffle=False)
-    assert_close(result.params, loop({("a", 1, 1), ("b", 1, 1)}))
+    assert_close(result.params, loop({("b", 1, 1)}))
+
+
+def test_no_coupled_layer_is_updated_if_one_has_nothing_to_apply(threads_cluster: fm.Cluster) -> None:
+    optimizer = optax.chain(optax.clip_by_global_norm(1e6), optax.sgd(0.1))
+    trainer = fm.Trainer(loss, optimizer, cluster=threads_cluster, placement={"a": "worker:0", "b": "worker:1"})
+    with pytest.warns(fm.FlowmlWarning, match="of replica 0 at step 1"):
+        result = trainer.fit(params(), source(), batch_size=ROWS, steps=STEPS, shuffle=False)
+    assert_close(result.params, loop({("a", 1, 0), ("b", 1, 0)}, replicas=1))
 
 
 @pytest.mark.parametrize("policy", [fm.policies.every(2), fm.policies.asynchronous(), fm.policies.quorum(0.5)], ids=str)

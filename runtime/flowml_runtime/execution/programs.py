@@ -101,6 +101,9 @@ def store_tasks(plan: Plan, device: str) -> tuple[int, ...]:
         return ()
     stores, replicas = plan.training.stores, plan.training.replicas
     applied = [t for s in stores if device in s.copies for t in s.applies.tasks]
+    coupled = [s.coupled for s in stores if device in s.copies and s.coupled is not None]
+    applied += [t for c in coupled for t in c.tasks]
+    applied += [r.task for c in coupled for r in plan.training.couplings[c.coupling].rounds]
     gathered = [
         p.accumulate
         for s in stores

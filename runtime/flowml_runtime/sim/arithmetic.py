@@ -26,12 +26,13 @@ from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.execution.services import host_view
 from flowml_runtime.execution.step_program import StepFault, StepProgram, prepare
 from flowml_runtime.protocol import collective
-from flowml_runtime.protocol.training.actions import Start
+from flowml_runtime.protocol.training.actions import Couple, Start
+from flowml_runtime.sim.couplings import Couplings
 from flowml_runtime.sim.flying import Flying
 from flowml_runtime.sim.program import At
-from flowml_runtime.sim.values import Report, Value
+from flowml_runtime.sim.values import Contributed, Report, Value
 from flowml_runtime.transport.buffers import BufferPool
-from flowml_runtime.worker.training.applying import applied, given_of
+from flowml_runtime.worker.training.applying import Given, applied, given_of
 from flowml_runtime.worker.training.examples import Fetched, beside_batch, of_batch, of_source
 from flowml_runtime.worker.training.exchange.averaging import Averaging
 from flowml_runtime.worker.training.exchange.copies import Copies
@@ -152,6 +153,7 @@ class Arithmetic:
         self._copies: dict[tuple[At, int], Copies] = {}
         self._mirrors: dict[tuple[At, int], Mirror] = {}
         self._encoders: dict[At, Encoder] = {}
+        self._couplings = Couplings(self._training)
         self._decoder = Decoder(self._training.stores)
         self._public: dict[tuple[str, int], PublicCopy] = {}
         """(worker, store) -> what its readers hold, where what is published is filtered."""
@@ -357,11 +359,30 @@ class Arithmetic:
         staleness: Sequence[int],
     ) -> None:
         held = self._held[worker, store]
-        contributions = [([a for part in parts for a in part], coefficient) for parts, coefficient in given]
-        taken = given_of(held.spec, contributions, staleness)
+        taken = self._given(held.spec, given, staleness)
         results = applied(held.program, held.spec, [*held.params, *held.state], taken)
         split = len(held.spec.specs)
         held.params, held.state = list(results[:split]), list(results[split:])
+
+    def _given(self, spec: StoreSpec, sent: Contributed, staleness: Sequence[int]) -> list[Given]:
+        contributions = [([a for part in parts for a in part], coefficient) for parts, coefficient in sent]
+        return given_of(spec, contributions, staleness)
+
+    def couple(
+        self, worker: str, action: Couple, sent: Mapping[int, Contributed], heard: Sequence[tuple[Sequence[int], Value]]
+    ) -> Arrays:
+        held = {store: self._held[worker, store] for store in action.stores}
+        given = {a.store: self._given(held[a.store].spec, sent[a.store], a.staleness) for a in action.applies}
+        values = {store: [*h.params, *h.state] for store, h in held.items()}
+        program = held[action.stores[0]].program
+        shared, made = self._couplings.run(worker, action, program, values, given, heard)
+        for store, buffers in made.items():
+            split = len(held[store].params)
+            held[store].params, held[store].state = buffers[:split], buffers[split:]
+        return shared
+
+    def uncouple(self, worker: str) -> None:
+        self._couplings.clear(worker)
 
     def current(self, worker: str, store: int, version: int) -> tuple[Value, int | None]:
         spec, values = self._training.stores[store], self.newest(worker, store)

@@ -238,6 +238,24 @@ class Node:
         seconds = world.homes.seconds(len(given) * sum(world.sizes.parts[store]))
         self._in_turn(seconds, world.values.apply, self.name, store, action.version, given, action.staleness)
 
+    def _couple(self, action: protocol.Couple) -> None:
+        pop, world = self.payloads.pop, self.world
+        sent = {a.store: [([pop(h) for h in hs], factor) for hs, factor in a.contributions] for a in action.applies}
+        heard = [(stores, pop(h) if h else ()) for stores, h in action.given]
+        nbytes = sum(len(given) * sum(world.sizes.parts[store]) for store, given in sent.items())
+        self._in_turn(world.homes.seconds(nbytes) if sent else 0.0, self._send_shared, action, sent, heard)
+
+    def _send_shared(self, action: protocol.Couple, sent: Any, heard: Any) -> None:
+        value = self.world.values.couple(self.name, action, sent, heard)
+        about: dict[str, Any] = {"coupling": action.coupling, "round": action.round, "clock": action.clock}
+        message = wire.Shared(**self.ids, cause=action.cause, **about, stores=action.stores)
+        nbytes = sum(self.world.sizes.shared[store][action.round] for store in action.stores) if action.to else 0
+        for worker in action.to:
+            self.send(worker, message, value, nbytes)
+
+    def _uncouple(self, action: protocol.Uncouple) -> None:
+        self._in_turn(0.0, self.world.values.uncouple, self.name)
+
     def _forward(self, action: protocol.Forward) -> None:
         pop = self.payloads.pop
         given = [([pop(h) for h in handles], factor) for handles, factor in action.contributions]
@@ -443,6 +461,8 @@ class Node:
         protocol.Show: _show,
         protocol.Load: _load,
         protocol.Apply: _apply,
+        protocol.Couple: _couple,
+        protocol.Uncouple: _uncouple,
         protocol.Forward: _forward,
         protocol.CountSum: _count_sum,
         protocol.PassOn: _pass_on,

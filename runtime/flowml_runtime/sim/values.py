@@ -13,12 +13,15 @@ import numpy as np
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.collective import Schedule, SendChunk
-from flowml_runtime.protocol.training.actions import Start
+from flowml_runtime.protocol.training.actions import Couple, Start
 from flowml_runtime.sim.program import At
 from flowml_runtime.worker.training.resident import Resident
 
 Value = Any
 """The arrays of one message. None stands for a message without arrays."""
+
+Contributed = Sequence[tuple[Sequence[Value], float]]
+"""The parts of each contribution, and its coefficient."""
 
 Report = tuple[tuple[int, ...], Sequence[Any]]
 """The fetch slots of a step and their arrays."""
@@ -169,6 +172,17 @@ class Values(Protocol):
         in `home.Apply`."""
         ...
 
+    def couple(
+        self, worker: str, action: Couple, sent: Mapping[int, Contributed], heard: Sequence[tuple[Sequence[int], Value]]
+    ) -> Value:
+        """Compute a round of a coupling from what each store applies, and what all have shared in the round before.
+        Returns what the stores here share in it."""
+        ...
+
+    def uncouple(self, worker: str) -> None:
+        """Forget what was gathered for the rounds of couplings."""
+        ...
+
     def current(self, worker: str, store: int, version: int) -> tuple[Value, int | None]:
         """The value of a version of a store to publish, and the bytes that filters make of it; None: not known."""
         ...
@@ -284,6 +298,14 @@ class Nothing:
         given: Sequence[tuple[Sequence[Value], float]],
         staleness: Sequence[int],
     ) -> None:
+        return None
+
+    def couple(
+        self, worker: str, action: Couple, sent: Mapping[int, Contributed], heard: Sequence[tuple[Sequence[int], Value]]
+    ) -> Value:
+        return NO_ARRAYS
+
+    def uncouple(self, worker: str) -> None:
         return None
 
     def current(self, worker: str, store: int, version: int) -> tuple[Value, None]:

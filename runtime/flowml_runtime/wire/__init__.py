@@ -50,6 +50,7 @@ from flowml_runtime.wire.training import Published as Published
 from flowml_runtime.wire.training import Report as Report
 from flowml_runtime.wire.training import Retired as Retired
 from flowml_runtime.wire.training import Settled as Settled
+from flowml_runtime.wire.training import Shared as Shared
 from flowml_runtime.wire.training import SiteState as SiteState
 from flowml_runtime.wire.training import Source as Source
 from flowml_runtime.wire.training import StageState as StageState
@@ -315,8 +316,8 @@ Wire = (
     | Loaded | Unload | Value | Bring | BringPiece | Recall | Recalled | Drop
     | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | ModelState | Gossip | Ask | Grant | Begin | Contribution
-    | Arrived | Commit | Computed | Halt | Published | Applied | Collective | Settled | Report | NonFinite | Staleness
-    | Traffic | Retired | StopTraining | Hold | Paused | Export | Exported | Buffers
+    | Arrived | Commit | Computed | Halt | Published | Applied | Collective | Shared | Settled | Report | NonFinite
+    | Staleness | Traffic | Retired | StopTraining | Hold | Paused | Export | Exported | Buffers
 )
 # fmt: on
 

@@ -326,6 +326,17 @@ class Collective(TrainingMessage, frozen=True):
     take: Count
 
 
+class Shared(TrainingMessage, frozen=True):
+    """From the homes of a coupling on one worker to those on another: what these `stores` share in a round at `clock`,
+    in their order. `empty`: one of them has nothing to apply, so none of the coupling is updated at this clock."""
+
+    coupling: Count
+    round: Count
+    clock: Count
+    stores: tuple[Count, ...]
+    empty: bool = False
+
+
 class Settled(TrainingMessage, frozen=True):
     """The fate of work items, for the ledger: (item, fate). Each grant of an item is settled exactly once.
 

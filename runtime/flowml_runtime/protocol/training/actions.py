@@ -158,6 +158,30 @@ class Apply(msgspec.Struct, frozen=True):
     staleness: tuple[int, ...] = ()
 
 
+class Couple(msgspec.Struct, frozen=True):
+    """Compute one round of a coupling at the homes of these stores here, and send `Shared` to the workers in `to`.
+
+    In round 0 `applies` says what each store applies. In a later one `given` has what all homes have shared in the one
+    before, as (stores, handle). After the last round there is no `to`: update the stores.
+    """
+
+    coupling: int
+    clock: int
+    round: int
+    stores: tuple[int, ...]
+    applies: tuple[Apply, ...]
+    given: tuple[tuple[tuple[int, ...], Handle], ...]
+    to: tuple[str, ...]
+    cause: int
+
+
+class Uncouple(msgspec.Struct, frozen=True):
+    """Forget what these stores have gathered for the rounds of a coupling. They are not updated."""
+
+    stores: tuple[int, ...]
+    cause: int
+
+
 class Forward(msgspec.Struct, frozen=True):
     """Send the home the sum of a site, or its leader if sites decide alone: `parts` are the messages, one for each part
     of the contributions, and `to` says to whom each goes.
@@ -267,6 +291,8 @@ Action = (
     | Show
     | Load
     | Apply
+    | Couple
+    | Uncouple
     | Forward
     | CountSum
     | PassOn

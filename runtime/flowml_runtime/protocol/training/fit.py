@@ -39,6 +39,7 @@ from flowml_runtime.protocol.training.actions import (
     Updated,
     Wake,
 )
+from flowml_runtime.protocol.training.couple import couple, shared
 from flowml_runtime.protocol.training.items import NO_HOLD, batch
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.portions import Portions
@@ -141,8 +142,7 @@ class Fit:
 
     def lose(self, event: ReplicaLost) -> list[Action]:
         """Make the home and the leaders here stop waiting for a lost replica."""
-        sharing = [at for at, machine in self.stages.items() if isinstance(machine, Portions)]
-        portions = self._at_stages(sharing, event)
+        portions = self._at_stages([at for at, made in self.stages.items() if isinstance(made, Portions)], event)
         return [*self._leave(event), *self._at_home(event), *self._at_pace(event), *portions]
 
     def export(self) -> list[Action]:
@@ -242,14 +242,15 @@ class Fit:
         actions = self._at_stages(self.stages, stage.StorePublished(store, message.version, message.floor))
         others = self._places.others(self._me, store) if terms.relayed else ()
         if others:
-            passed = msgspec.structs.replace(message, cause=self.cause)
-            actions = [PassOn(others, passed, handle is not None), *actions]
+            actions = [PassOn(others, msgspec.structs.replace(message, cause=self.cause), handle is not None), *actions]
         shown = () if handle is None else (Show(store, message.version, handle, self.cause, message.base),)
         return [*shown, *actions]
 
     def _applied(self, message: wire.Applied, _: Received) -> list[Action]:
-        event = stage.Applied(message.store, message.clock, message.version)
-        return self._at_stages(self._of(message.replica), event)
+        return self._at_stages(self._of(message.replica), stage.Applied(message.store, message.clock, message.version))
+
+    def _shared(self, message: wire.Shared, event: Received) -> list[Action]:
+        return self._at_home(shared(message, event.handle))
 
     def _retired(self, message: wire.Retired, _: Received) -> list[Action]:
         if message.of_site:
@@ -289,6 +290,7 @@ class Fit:
         wire.Halt: _halted,
         wire.Published: _published,
         wire.Applied: _applied,
+        wire.Shared: _shared,
         wire.Retired: _retired,
         wire.StoreValue: _loaded,
         wire.Hold: _held,
@@ -367,8 +369,7 @@ class Fit:
             told += [*self._places.stages[at[0]][1:], *(self._leader_of(g, at[0]) for g in self._terms.groups)]
         message = wire.Retired(**self._ids, replica=at[0], stage=at[1])
         actions += [Send(tuple(dict.fromkeys(told)), message)] if told else []
-        traffic = TellTraffic(self.cause, at if at[1] in self._terms.stateful else None)
-        actions += [traffic, Send(self._driver, message)]
+        actions += [TellTraffic(self.cause, at if at[1] in self._terms.stateful else None), Send(self._driver, message)]
 
     _WANTED: ClassVar[dict[type, Callable[[Fit, At, Any, list[Action]], None]]] = {
         stage.Start: _start,
@@ -399,8 +400,7 @@ class Fit:
 
     def _tell_computed(self, at: At) -> list[Action]:
         """Tell how many microbatches the running step of a stage has computed."""
-        cut = self.stages[at].cut
-        event = pace.Computed(at[0], cut.clock, cut.told())
+        event = pace.Computed(at[0], (cut := self.stages[at].cut).clock, cut.told())
         if self._pace is not None:
             return self._at_pace(event)
         count: dict[str, Any] = {"replica": event.replica, "clock": event.clock, "microbatches": event.microbatches}
@@ -475,6 +475,8 @@ class Fit:
                     actions.append(Send(tuple(dict.fromkeys(places.stages[who])), message))
                 case home.Apply(store, version, contributions, staleness):
                     actions.append(Apply(store, version, contributions, cause, staleness))
+                case home.Couple() | home.Forgo():
+                    actions += couple(action, places.partners[action.coupling][self._me], **self._ids)
                 case home.Publish(store, version, floor, value):
                     actions.append(Publish(store, version, floor, value, places.readers[store][self._me], cause))
                 case home.Release(handle):

@@ -22,6 +22,8 @@
   do the same, and no decision is needed.
 * Each apply raises the version by one, and each change of version or floor is published. A commit whose
   contributions are all empty moves only the floor.
+* Homes of stores that the optimizer couples exchange values before they apply a clock (see `exchange`). The floor moves
+  when they have applied it.
 * The first complete contribution for (store, replica, clock) counts. A part that is repeated, or of another copy, or of
   an older life of the replica, is ignored. A part of a younger life replaces the parts of an older one.
 * Stages retire one by one, each after its last contribution on the same ordered link, so that none is lost in transit.
@@ -42,14 +44,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import msgspec
-
 from flowml.policy import Consensus, Fold
 from flowml.policy.apply import base_of, scales
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training import exchange
 from flowml_runtime.protocol.training.accounts import NONE
 from flowml_runtime.protocol.training.clocks import Clocks, contained
+from flowml_runtime.protocol.training.home_events import (
+    Action,
+    Apply,
+    Couple,
+    Event,
+    Finished,
+    Flush,
+    Forgo,
+    Publish,
+    Release,
+    SendApplied,
+    SendArrived,
+    SharedReceived,
+    StageRetired,
+    StoreLoaded,
+    Updated,
+)
 from flowml_runtime.protocol.training.staleness import Staleness
 from flowml_runtime.protocol.training.store import (
     ContributionReceived,
@@ -60,90 +78,6 @@ from flowml_runtime.protocol.training.store import (
     waiting_part,
 )
 from flowml_runtime.protocol.training.terms import RETIRED, Committed, ReplicaLost, Terms
-
-
-class StoreLoaded(msgspec.Struct, frozen=True):
-    """The store's first value has arrived."""
-
-    store: int
-    version: int = 0
-
-
-class Updated(msgspec.Struct, frozen=True):
-    """A replica has updated a store that it shares, unless its gradient was not `applied`."""
-
-    store: int
-    replica: int
-    clock: int
-    applied: bool = True
-
-
-class Flush(msgspec.Struct, frozen=True):
-    """Apply what waits for others: all replicas have stopped at the end."""
-
-
-class StageRetired(msgspec.Struct, frozen=True):
-    """Stage `stage` of `replica` sends no more contributions."""
-
-    replica: int
-    stage: int
-
-
-class Apply(msgspec.Struct, frozen=True):
-    """Make version `version` of the store from the payloads of each replica's parts and their coefficient.
-
-    `staleness` has, for each contribution, the number of versions between the one that it is based on and the newest;
-    it is empty if the policy does not ask for it. The host may free the handles afterwards.
-    """
-
-    store: int
-    version: int
-    contributions: tuple[tuple[tuple[Handle, ...], float], ...]
-    staleness: tuple[int, ...] = ()
-
-
-class Publish(msgspec.Struct, frozen=True):
-    """Send the store's floor to its readers, and its value too if `value`, after every preceding Apply."""
-
-    store: int
-    version: int
-    floor: int
-    value: bool = True
-
-
-class SendApplied(msgspec.Struct, frozen=True):
-    """Tell the stages of `replica` that `version` of the store holds its contribution of `clock`."""
-
-    store: int
-    replica: int
-    clock: int
-    version: int
-
-
-class SendArrived(msgspec.Struct, frozen=True):
-    """Tell the leader that this contribution is complete."""
-
-    store: int
-    replica: int
-    clock: int
-    weight: int = 1
-    copy: int = 0
-
-
-class Release(msgspec.Struct, frozen=True):
-    """Free a payload that will never be applied."""
-
-    handle: Handle
-
-
-class Finished(msgspec.Struct, frozen=True):
-    """Nothing can change this store any more."""
-
-    store: int
-
-
-Event = StoreLoaded | ContributionReceived | Updated | Committed | Flush | StageRetired | ReplicaLost
-Action = Apply | Publish | SendApplied | SendArrived | Release | Finished
 
 
 class Home:
@@ -162,6 +96,12 @@ class Home:
                 waiting = (w for w in stopped.waiting if w.store == state.store) if stopped else ()
                 store = self._stores[state.store]
                 store.restore(state, (w for w in waiting if w.of_site == store.terms.relayed))
+        mine = [tuple(s for s in c.stores if s in self._stores) for c in terms.couplings]
+        self._exchanges = [
+            exchange.Exchange(number, frozenset(c.stores), here, len(c.rounds))
+            for number, (c, here) in enumerate(zip(terms.couplings, mine, strict=True))
+        ]
+        self._exchange_of = {store: e for e in self._exchanges for store in e.mine}
         self.staleness = Staleness.of(terms, self._stores)
 
     def kept(self, store: int, pushed: Iterable[tuple[int, int, int]]) -> wire.StoreState:
@@ -176,6 +116,8 @@ class Home:
     def rests(self, clocks: Sequence[int], pushed: Iterable[tuple[int, int, int]]) -> bool:
         """Whether everything that replicas with these next clocks have sent is applied, or waits here. `pushed` are
         rows (replica, store, clock) of the newest pushes to stores where they may wait."""
+        if not all(found.rests for found in self._exchanges):
+            return False
         for store in self._stores.values():
             every = store.terms.policy.every
             if store.clocks is None and store.floor < contained(self._terms, every, max(clocks)):
@@ -200,7 +142,8 @@ class Home:
     def handles(self) -> list[Handle]:
         """The payloads that are kept and may still be applied."""
         rows = [row for store in self._stores.values() for row in (*store.gathering.values(), store.batch)]
-        return [handle for row in rows for gathering in row.values() for handle in gathering.handles()]
+        found = [handle for row in rows for gathering in row.values() for handle in gathering.handles()]
+        return [*found, *(handle for e in self._exchanges for handle in e.handles())]
 
     def step(self, event: Event) -> list[Action]:
         match event:
@@ -218,6 +161,11 @@ class Home:
                 return self._retire(replica, (stage,))
             case ReplicaLost(replica):
                 return self._lose(replica)
+            case SharedReceived(coupling, number, clock, stores, handle):
+                if coupling >= len(self._exchanges) or not self._exchanges[coupling].mine:
+                    raise ProtocolError(f"coupling {coupling} is not here")
+                found = self._exchanges[coupling]
+                return self._take_turns(found, found.hear(clock, number, stores, handle))
 
     def _load(self, index: int, version: int) -> list[Action]:
         store = self._stores[index]
@@ -265,7 +213,8 @@ class Home:
             return part.clock <= store.committed and part.clock not in store.owed.get(part.replica, ())
         if part.replica in self._lost or (part.replica, part.clock) in store.batch:
             return True
-        return part.clock < (store.floor if store.clocks is None else store.clocks[part.replica])
+        floor = max(store.floor, store.committed + 1)
+        return part.clock < (floor if store.clocks is None else store.clocks[part.replica])
 
     def _take_arrival(self, index: int, replica: int, clock: int) -> list[Action]:
         """Apply a complete contribution to a store without decisions, or keep it until there are enough."""
@@ -274,8 +223,8 @@ class Home:
         if gathering is None:
             raise ProtocolError(f"the contribution of replica {replica} at clock {clock} is not there")
         if store.clocks is None:
-            store.floor = clock + 1
-            return [*self._apply(index, [(gathering, 1.0)]), *self._finish(index)]
+            store.committed = clock
+            return [*self._apply(index, [(gathering, 1.0)], clock), *self._finish(index)]
         store.batch[replica, clock] = gathering
         applied = self._apply_batch(index, store.clocks) if self._is_enough(store, store.clocks) else []
         return [*applied, SendApplied(index, replica, clock, store.version), *self._finish(index)]
@@ -337,11 +286,10 @@ class Home:
             there = {replica for replica, gathering in row.items() if store.is_complete(gathering)}
             missing = next(r for r in store.senders if r not in there and r not in excluded)
             raise ProtocolError(f"clock {clock} is committed with replica {missing}, which store {index} lacks")
-        store.floor = clock + 1
         chosen = [(gathering, 1.0) for _, gathering in taken]
         if not isinstance(late_rule, Fold):
             given = dict(event.coefficients)
-            actions = self._decode(index, dict(taken), given) if given else self._apply(index, chosen)
+            actions = self._decode(index, dict(taken), given, clock) if given else self._apply(index, chosen, clock)
             return [*actions, *self._release(parts(late.values())), *self._finish(index)]
         if late:
             store.gathering[clock] = late
@@ -358,9 +306,11 @@ class Home:
             living = (
                 None  # the mean is one over the steps that are here: a late change counts by its steps when it comes
             )
-        return [*self._apply(index, chosen, living=living), *self._finish(index)]
+        return [*self._apply(index, chosen, clock, living=living), *self._finish(index)]
 
-    def _decode(self, index: int, row: Mapping[int, Gathering], coefficients: Mapping[int, float]) -> list[Action]:
+    def _decode(
+        self, index: int, row: Mapping[int, Gathering], coefficients: Mapping[int, float], clock: int
+    ) -> list[Action]:
         """Apply the contributions that a code needs with its coefficients: all of them, or none if one is empty."""
         unknown = coefficients.keys() - row.keys()
         if unknown:
@@ -368,9 +318,34 @@ class Home:
         whole = all(row[replica].weight for replica in coefficients)
         used = [(row[replica], a) for replica, a in sorted(coefficients.items()) if whole]
         rest = self._release(parts(g for replica, g in row.items() if not whole or replica not in coefficients))
-        return [*rest, *self._apply(index, used, exact=True)]
+        return [*rest, *self._apply(index, used, clock, exact=True)]
 
     def _apply(
+        self,
+        index: int,
+        chosen: list[tuple[Gathering, float]],
+        clock: int | None = None,
+        *,
+        living: list[int] | None = None,
+        missing: int = 0,
+        exact: bool = False,
+    ) -> list[Action]:
+        """Apply the contributions that have weight, and publish. The floor then follows `clock`, if there is one.
+
+        Each comes with a factor of its coefficient, or with the coefficient itself if `exact`. A mean is one over the
+        contributions that are here and as many more as are `missing`, or over those of all `living` senders.
+        """
+        store, found = self._stores[index], self._exchange_of.get(index)
+        if found is not None and clock is not None:
+            return self._take_turns(found, found.offer(clock, exchange.Offer(index, chosen, living, exact)))
+        store.floor = store.floor if clock is None else clock + 1
+        rest, made = self._make(index, chosen, living=living, missing=missing, exact=exact)
+        if made is None:
+            return [*rest, Publish(index, store.version, store.floor, value=False)]
+        store.version += 1
+        return [*rest, made, Publish(index, store.version, store.floor)]
+
+    def _make(
         self,
         index: int,
         chosen: list[tuple[Gathering, float]],
@@ -378,20 +353,15 @@ class Home:
         living: list[int] | None = None,
         missing: int = 0,
         exact: bool = False,
-    ) -> list[Action]:
-        """Apply the contributions that have weight, and publish. The caller has set the floor.
-
-        Each comes with a factor of its coefficient, or with the coefficient itself if `exact`. A mean is one over the
-        contributions that are here and as many more as are `missing`, or over those of all `living` senders.
-        """
+    ) -> tuple[list[Action], Apply | None]:
+        """How the next version is made as `_apply` says, if some contribution has weight, after the first actions."""
         store = self._stores[index]
         weighed = [(g, factor, g.weight) for g, factor in chosen]
         full = [(g, factor) for g, factor, weight in weighed if weight]
         rest = self._release(parts(g for g, _, weight in weighed if not weight)) if len(full) < len(chosen) else []
         staleness = self.staleness.add(index, [g for g, _ in full])
         if not full:
-            return [*rest, Publish(index, store.version, store.floor, value=False)]
-        store.version += 1
+            return rest, None
         factors = [factor for _, factor in full]
         if not exact:
             weights = [weight for _, _, weight in weighed if weight]
@@ -400,8 +370,44 @@ class Home:
             each = store.terms.policy.coefficients(weights, self._terms.microbatches, absent, summed)
             factors = [c * factor for c, factor in zip(each, factors, strict=True)]
         contributions = tuple((g.handles(), c) for (g, _), c in zip(full, factors, strict=True))
-        apply = Apply(index, store.version, contributions, staleness if scales(store.terms.policy.apply) else ())
-        return [*rest, apply, Publish(index, store.version, store.floor)]
+        scaled = staleness if scales(store.terms.policy.apply) else ()
+        return rest, Apply(index, store.version + 1, contributions, scaled)
+
+    def _take_turns(self, found: exchange.Exchange, turns: Iterable[exchange.Turn]) -> list[Action]:
+        actions: list[Action] = []
+        for turn in turns:
+            match turn:
+                case exchange.Begin(clock, offers):
+                    applies: list[Apply] = []
+                    for offer in offers:
+                        self._stores[offer.store].floor = clock + 1
+                        rest, made = self._make(offer.store, offer.chosen, living=offer.living, exact=offer.exact)
+                        actions += rest
+                        applies += [] if made is None else [made]
+                    actions.append(Couple(found.number, clock, 0, found.mine, tuple(applies)))
+                case exchange.Advance(clock, number, given, last):
+                    actions.append(Couple(found.number, clock, number, found.mine, (), given, last))
+                    actions += self._end_clock(found.mine, clock, updated=True) if last else ()
+                case exchange.Forgo(clock, offers, told, begun):
+                    actions.append(Forgo(found.number, clock, found.mine, told, begun))
+                    left = [] if begun else [g for offer in offers for g, _ in offer.chosen]
+                    actions += [*self._release(parts(left)), *self._end_clock(found.mine, clock, updated=False)]
+                case exchange.Forget(handle):
+                    actions.append(Release(handle))
+        return actions
+
+    def _is_exchanging(self, index: int) -> bool:
+        found = self._exchange_of.get(index)
+        return found is not None and not found.rests
+
+    def _end_clock(self, stores: Iterable[int], clock: int, *, updated: bool) -> list[Action]:
+        """The stores of a coupling here have applied a clock, or given it up."""
+        actions: list[Action] = []
+        for index in stores:
+            store = self._stores[index]
+            store.floor, store.version = clock + 1, store.version + updated
+            actions += [Publish(index, store.version, store.floor, updated), *self._finish(index)]
+        return actions
 
     def _retire(self, replica: int, stages: Iterable[int]) -> list[Action]:
         actions: list[Action] = []
@@ -435,10 +441,8 @@ class Home:
 
     def _finish(self, index: int) -> list[Action]:
         store = self._stores[index]
-        if store.terms.collective:
-            done = store.floor > self._terms.last_clock
-        elif store.terms.clocked:
-            done = store.committed == self._terms.last_clock
+        if store.terms.clocked:
+            done = store.floor > self._terms.last_clock and not self._is_exchanging(index)
         else:
             done = store.floor == RETIRED
         if not done or store.finished or not store.loaded:
@@ -457,3 +461,5 @@ class Home:
         ensure(len(handles) == len(set(handles)), "a payload is kept twice")
         for index, store in self._stores.items():
             store.validate(index)
+        for found in self._exchanges:
+            found.validate()

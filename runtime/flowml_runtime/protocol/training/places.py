@@ -23,6 +23,7 @@ class Places:
 
     If the sites of store i decide for themselves, the workers of the leaders' first stages do that: `leads[i][worker]`
     are the numbers of the sites of one, and `passes_on[i][worker]` the workers to which it passes on what it gets.
+    `partners[i][worker]` are the workers to whose homes one sends what its homes share in coupling i.
     """
 
     stages: tuple[tuple[str, ...], ...]
@@ -30,6 +31,7 @@ class Places:
     readers: tuple[Mapping[str, tuple[str, ...]], ...]
     leads: tuple[Mapping[str, tuple[int, ...]], ...] = ()
     passes_on: tuple[Mapping[str, tuple[str, ...]], ...] = ()
+    partners: tuple[Mapping[str, tuple[str, ...]], ...] = ()
     lost: tuple[int, ...] = ()
     """The replicas that take no part. They have no stages."""
 
@@ -47,7 +49,8 @@ class Places:
         )
         leads = tuple(_leads(s, stages) for s in training.stores)
         passes_on = tuple(_passes_on(s, stages) for s in training.stores)
-        return Places(stages, homes, readers, leads, passes_on, training.lost)
+        partners = tuple(_partners([training.stores[i] for i in c.stores]) for c in training.couplings)
+        return Places(stages, homes, readers, leads, passes_on, partners, training.lost)
 
     def led_by(self, worker: str, store: int) -> tuple[int, ...]:
         """The numbers of the sites of a store for which this worker decides."""
@@ -119,6 +122,16 @@ def _passes_on(store: StoreSpec, stages: Sequence[Sequence[str]]) -> dict[str, t
         readers = (worker_of(r) for n in site.replicas for r in store.read_by(n, len(stages)))
         found.setdefault(relay, {}).update(dict.fromkeys(r for r in readers if r != relay))
     return {relay: tuple(readers) for relay, readers in found.items()}
+
+
+def _partners(stores: Sequence[StoreSpec]) -> dict[str, tuple[str, ...]]:
+    """For each worker with homes of these stores, all workers with homes of the same copies, itself included."""
+    found: dict[str, dict[str, None]] = {}
+    for copies in zip(*(store.copies for store in stores), strict=True):
+        workers = _workers(copies)
+        for worker in workers:
+            found.setdefault(worker, {}).update(dict.fromkeys(workers))
+    return {worker: tuple(others) for worker, others in found.items()}
 
 
 def _told(store: StoreSpec, home: str, replicas: Sequence[Sequence[str]]) -> Iterable[str]:

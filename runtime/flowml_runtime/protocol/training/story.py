@@ -122,6 +122,10 @@ def _said_of_store(message: wire.Wire | wire.TrainingMessage) -> str:
             return f"version {version} of store {store} holds what replica {replica} gave at clock {clock}"
         case wire.StoreValue(store=store, version=version):
             return f"store {store} is at version {version}"
+        case wire.Shared(clock=clock, stores=stores, empty=True):
+            return f"{_many('store', stores)}: one has nothing to apply at clock {clock}"
+        case wire.Shared(clock=clock, stores=stores, round=number):
+            return f"{_many('store', stores)} share values in round {number} of clock {clock}"
         case _:
             return type(message).__name__
 
@@ -203,6 +207,12 @@ def _wants_of_store(action: actions.Action | driver.Action) -> str:
         case actions.Apply(store, version, contributions):
             weights = ", ".join(f"{factor:g}" for _, factor in contributions)
             return f"makes version {version} of store {store} from {len(contributions)} contributions × {weights}"
+        case actions.Couple(_, clock, _, stores, _, _, ()):
+            return f"updates {_many('store', stores)} with the values that are shared at clock {clock}"
+        case actions.Couple(_, clock, number, stores, _, _, to):
+            return f"shares values of {_many('store', stores)} in round {number} of clock {clock} with {', '.join(to)}"
+        case actions.Uncouple(stores):
+            return f"does not update {_many('store', stores)}"
         case actions.Forward(to, messages, contributions):
             store, clock = messages[0].store, messages[0].clock
             whom = ", ".join(dict.fromkeys(to))

@@ -14,7 +14,7 @@ from functools import cached_property
 
 import msgspec
 
-from flowml.plan import Training
+from flowml.plan import Coupling, Training
 from flowml.policy import (
     UNBOUNDED,
     Completion,
@@ -170,6 +170,7 @@ class Terms:
     rows: float = 1
     cuts_at: int = 0
     stateful: frozenset[int] = frozenset()
+    couplings: tuple[Coupling, ...] = ()
 
     @staticmethod
     def of(training: Training, total_clocks: int) -> Terms:
@@ -179,8 +180,8 @@ class Terms:
         )
         replicas, stages = len(training.replicas), len(training.replicas[0])
         rows = training.item_size * (training.code.load * replicas if training.code else 1) / training.microbatches
-        held = frozenset(leaf.stage for leaf in training.state)
-        return Terms(replicas, stages, training.microbatches, stores, total_clocks, float(rows), training.cuts_at, held)
+        rest = float(rows), training.cuts_at, frozenset(leaf.stage for leaf in training.state), training.couplings
+        return Terms(replicas, stages, training.microbatches, stores, total_clocks, *rest)
 
     @cached_property
     def speculation(self) -> Speculate | None:

@@ -68,9 +68,10 @@ def given_of(
 def applied(
     program: LoadedProgram, spec: StoreSpec, values: Sequence[Array], given: Sequence[Given]
 ) -> Sequence[Array]:
-    """The new values of the store's buffers. Contributions are added in the given order."""
+    """The new values of the store's buffers, or its gradients if it is coupled. Contributions are added in the given
+    order."""
     applies, tasks = spec.applies, program.tasks
-    dtype = program.plan.tasks[applies.apply].inputs[len(spec.buffers)].dtype
+    dtype = program.plan.tasks[applies.apply].inputs[len(values)].dtype
     if len(given) <= applies.width:
         return tasks[applies.apply](*values, *_arguments(spec, given, dtype))
     if applies.fold is None or applies.finish is None:

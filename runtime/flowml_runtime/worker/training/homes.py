@@ -19,9 +19,10 @@ from flowml_runtime.execution.kernels import Kernels
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array, LoadedProgram
 from flowml_runtime.execution.services import host_view
-from flowml_runtime.protocol.training.actions import Apply, Load, Publish, Release, Return
+from flowml_runtime.protocol.training.actions import Apply, Couple, Load, Publish, Release, Return, Uncouple
 from flowml_runtime.protocol.training.terms import RETIRED
-from flowml_runtime.worker.training.applying import Held, applied, given_of
+from flowml_runtime.worker.training.applying import Given, Held, applied, given_of
+from flowml_runtime.worker.training.coupled import CoupledHomes, Heard
 from flowml_runtime.worker.training.exchange.agreement import Agreement
 from flowml_runtime.worker.training.filtered import Decoder
 from flowml_runtime.worker.training.published import WHOLE, PublicCopy
@@ -33,8 +34,13 @@ from flowml_runtime.worker.training.run import Fault, Run
 _Sent = tuple[wire.Contribution | None, Sequence[Array]]
 """The arrays of a part as they came, with their message if they are filtered."""
 
+HomeAction = Load | Apply | Couple | Uncouple | Publish | Return | Release
+
 VALUES = "values"
 """What the owner of the parameters and the optimizer state of a home is called."""
+
+_Contributed = Sequence[tuple[Sequence[_Sent], float]]
+"""The parts of each contribution, and its coefficient."""
 
 _Job = tuple[int, Callable[[], None]]
 """(store, the work to do for it)"""
@@ -61,6 +67,11 @@ class Homes:
         self._specs = run.training.stores
         self._homes = {i: home for i, s in enumerate(self._specs) for home in s.copies if worker_of(home) == run.me}
         self._held: dict[int, Held] = {}
+        self._coupled = {
+            (c, home): CoupledHomes(run.training, c, programs[home])
+            for c, coupling in enumerate(run.training.couplings)
+            for home in dict.fromkeys(self._homes[s] for s in coupling.stores if s in self._homes)
+        }
         kernels = {home: Kernels(programs[home].device) for home in self._homes.values()}
         self._decoder = Decoder(self._specs, {i: kernels[home] for i, home in self._homes.items()})
         self._public = {
@@ -96,7 +107,7 @@ class Homes:
         held = self._held[store]
         return dict(zip((b.name for b in held.spec.buffers), host_view(held.values, held.program.device), strict=True))
 
-    def carry_out(self, actions: Iterable[Load | Apply | Publish | Return | Release]) -> None:
+    def carry_out(self, actions: Iterable[HomeAction]) -> None:
         """Queue the actions that one event has caused."""
         jobs: dict[str, list[_Job]] = {}
         """Grouped by device, so that each lane is woken once."""
@@ -110,9 +121,22 @@ class Homes:
                     if message is None or not self._decoder.remembers(message.store):
                         continue
                     store, job = message.store, partial(self._remember, self._sent(handle))
-                case Apply(store, _, contributions):
-                    sent = [([self._sent(h) for h in handles], c) for handles, c in contributions]
-                    job = partial(self._apply, action, sent)
+                case Apply(store):
+                    job = partial(self._apply, action, self._taken(action))
+                case Couple(stores=stores):
+                    sent = {a.store: (a, self._taken(a)) for a in action.applies}
+                    heard = [(who, self._payloads.pop(h) if h else ()) for who, h in action.given]
+                    for home, mine in self._by_home(stores).items():
+                        coupled = self._coupled[action.coupling, home]
+                        jobs.setdefault(home, []).append(
+                            (mine[0], partial(self._couple, action, coupled, mine, sent, heard))
+                        )
+                    continue
+                case Uncouple(stores):
+                    for home, mine in self._by_home(stores).items():
+                        found = [c.clear for (_, where), c in self._coupled.items() if where == home]
+                        jobs.setdefault(home, []).extend((mine[0], clear) for clear in found)
+                    continue
                 case Publish(store):
                     job = partial(self._publish, action)
                 case Return(store):
@@ -120,6 +144,15 @@ class Homes:
             jobs.setdefault(self._homes[store], []).append((store, job))
         for home, ordered in jobs.items():
             self._lanes[home].put(partial(self._do, ordered), partial(self._fail, self._run.number, "a home"))
+
+    def _by_home(self, stores: Iterable[int]) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for store in stores:
+            found.setdefault(self._homes[store], []).append(store)
+        return found
+
+    def _taken(self, action: Apply) -> _Contributed:
+        return [([self._sent(h) for h in handles], c) for handles, c in action.contributions]
 
     def _sent(self, handle: int) -> _Sent:
         return self._contributions.pop(handle, None), self._payloads.pop(handle)
@@ -163,17 +196,54 @@ class Homes:
         """Decode a part that is not applied, because later ones refer to it."""
         self._decoded(sent)
 
-    def _apply(self, action: Apply, sent: Sequence[tuple[Sequence[_Sent], float]]) -> None:
-        """Apply what was sent, in the order of replicas."""
-        held = self._held[action.store]
-        recorder, step = self._run.recorder, self._run.step_of(action.version)
+    def _given(self, action: Apply, sent: _Contributed) -> list[Given]:
         arrays = [([a for part in parts for a in self._decoded(part)], coefficient) for parts, coefficient in sent]
-        given = given_of(held.spec, arrays, action.staleness)
+        return given_of(self._specs[action.store], arrays, action.staleness)
+
+    def _apply(self, action: Apply, sent: _Contributed) -> None:
+        """Apply what was sent, in the order of replicas."""
+        held, given = self._held[action.store], self._given(action, sent)
+        recorder, step = self._run.recorder, self._run.step_of(action.version)
         with recorder.record(f"{held.home} home", "apply", f"store {held.spec.name}", step):
             results = applied(held.program, held.spec, held.values, given)
             if recorder.on:
                 jax.block_until_ready(results)  # otherwise the recorder would not see the end of the task
         held.values = list(results)
+
+    def _couple(
+        self,
+        action: Couple,
+        coupled: CoupledHomes,
+        stores: Sequence[int],
+        sent: Mapping[int, tuple[Apply, _Contributed]],
+        heard: Heard,
+    ) -> None:
+        """Compute a round of a coupling for these stores, which live on one device."""
+        recorder, step = self._run.recorder, self._run.step_of(action.clock)
+        values = {store: self._held[store].values for store in stores}
+        what = f"round {action.round} of coupling {action.coupling}" if action.to else f"coupling {action.coupling}"
+        with recorder.record(f"{self._homes[stores[0]]} home", "apply", what, step):
+            if not action.to:
+                for store, made in coupled.end(values, heard).items():
+                    self._held[store].values = made
+                return
+            if action.round:
+                shared = coupled.go_on(action.round, values, heard)
+            else:
+                shared = coupled.begin(values, {store: self._given(*sent[store]) for store in stores})
+            arrays = host_view(shared, coupled.program.device)
+        message = wire.Shared(
+            plan_id=self._run.plan_id,
+            run=self._run.number,
+            cause=action.cause,
+            coupling=action.coupling,
+            round=action.round,
+            clock=action.clock,
+            stores=tuple(stores),
+            specs=tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays),
+        )
+        for worker in action.to:
+            self._run.send(worker, message, arrays)
 
     def _publish(self, action: Publish) -> None:
         """Give the parameters to the publisher, which lends them to readers, so no apply may overwrite them.

@@ -38,7 +38,7 @@ from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.worker.training.exchange.agreement import Agreement
 from flowml_runtime.worker.training.exchange.reductions import Given, Reductions, summed
 from flowml_runtime.worker.training.exchange.relays import Relays
-from flowml_runtime.worker.training.homes import Homes
+from flowml_runtime.worker.training.homes import HomeAction, Homes
 from flowml_runtime.worker.training.published import Reader
 from flowml_runtime.worker.training.resident import Arrays, Resident, loaded, of_waiting, row
 from flowml_runtime.worker.training.run import Run
@@ -321,11 +321,7 @@ class _Fit:
 
     def stores(self, actions: Sequence[protocol.Action]) -> None:
         """Queue the actions on the stores here. Does not wait: the threads of their devices carry them out in order."""
-        mine = [
-            a
-            for a in actions
-            if isinstance(a, protocol.Load | protocol.Apply | protocol.Publish | protocol.Return | protocol.Release)
-        ]
+        mine = [a for a in actions if isinstance(a, HomeAction)]
         if mine:
             self._homes.carry_out(mine)
 
@@ -336,7 +332,7 @@ class _Fit:
             case protocol.Send(to, message):
                 for worker in to:
                     run.send(worker, message)
-            case protocol.Load() | protocol.Apply() | protocol.Publish() | protocol.Return():
+            case _ if isinstance(action, HomeAction):
                 pass  # `stores` has queued it
             case protocol.Forward():
                 self._relays.forward(action)
