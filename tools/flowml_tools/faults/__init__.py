@@ -8,6 +8,7 @@ values      integers in place of arrays, which show what a version contains
 matrices    matrices that do, where replicas do more than add up gradients
 history     the record; `timeline` puts it in order, and `checker` and `contents` find violations in it
 coverage    which values of knobs have met which kinds of faults
+knobs       which knobs no case draws, and why
 campaign    many seeds, and what to print of one that fails
 """
 

@@ -81,14 +81,20 @@ def campaign(seeds: Sequence[int], seconds: float = float("inf"), jobs: int = 1)
 
 
 def _begin() -> None:
-    """In a process of the pool: what is imported stays, and a run leaves little, so garbage is looked for rarely."""
+    """In a process of the pool: what is imported stays, and garbage is collected between chunks only (`_run_all`)."""
     gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
+    gc.disable()
 
 
 def _run_all(seeds: Iterable[int], end: float) -> list[Finding | None]:
-    """Run these seeds, unless it is too late, in seconds since the epoch."""
-    return [run(Case.of(seed)) for seed in seeds if time.time() < end]
+    """Run these seeds, unless it is too late, in seconds since the epoch.
+
+    Garbage is collected once, at the end. Collections in a run go through all that lives in it and free little: they
+    took a tenth of the time.
+    """
+    found = [run(Case.of(seed)) for seed in seeds if time.time() < end]
+    gc.collect()
+    return found
 
 
 def check_rest(world: World) -> None:

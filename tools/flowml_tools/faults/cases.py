@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from flowml import sim
@@ -35,7 +35,7 @@ class Case:
     clocks: int
     items: int
     compute: sim.ComputeModel
-    network: sim.Network
+    network: sim.NetworkModel
     faults: tuple[sim.Fault, ...]
     source: Literal["fed", "shipped"]
     twice: float
@@ -78,7 +78,7 @@ class Case:
             crashed = rng.randrange(shared or workers), rng.uniform(0, 6)
         elif fate < 0.3:
             interrupted = rng.uniform(0, 4)
-        return Case(
+        case = Case(
             seed=seed,
             policies=chosen,
             replicas=replicas,
@@ -96,6 +96,7 @@ class Case:
             interrupted_s=interrupted,
             again=not any(p.local or p.adds_up or p.filters or p.pull_filters for p in chosen),
         )
+        return _in_another_place(case, shared or workers)
 
     def world(self) -> World:
         """The run, ready to go."""
@@ -166,6 +167,34 @@ def _compute(rng: random.Random) -> sim.ComputeModel:
         lambda: sim.Straggler(base, factor=20, probability=0.1),
     )
     return rng.choice(stalls)()
+
+
+def _in_another_place(case: Case, workers: int) -> Case:
+    """A tenth of the cases with rarer machines, networks and times of faults. They are drawn from numbers of their
+    own, so that the other cases stay as they are."""
+    rng = random.Random(f"another place {case.seed}")
+    if rng.random() >= 0.1:
+        return case
+    base = sim.Empirical([0.1, 0.2, 0.2, 0.9])
+    compute = rng.choice(
+        [
+            case.compute,
+            base,
+            sim.Recorded([[0.1, 0.4, 0.2], [0.3]]),
+            sim.Straggler(base, factor=5, share=0.3),
+            sim.Straggler(base, factor=10, probability=0.2, burst_steps=3),
+        ]
+    )
+    rates = {"uplink_bytes_per_s": rng.choice([1e4, None]), "downlink_bytes_per_s": rng.choice([1e4, None])}
+    local = sim.Network(0.01, 1e5, **rates)
+    regions = sim.Regions({("near", "far"): (0.2, 1e4), ("near", "near"): (0.01, 1e5), ("far", "far"): (0.01, 1e5)})
+    up, lines, driver = rng.choice([None, 2e4]), rng.random() < 0.5, rng.choice([None, "far"])
+    members = [rng.choice(["near", "far"]) for _ in range(workers)]
+    sites = sim.Sites(regions, members, local, uplink_bytes_per_s=up, shared_lines=lines, driver=driver)
+    start = rng.uniform(0, 2)
+    window = {"start_s": start, "end_s": start + rng.choice([0.5, 3.0])}
+    faults = [replace(f, **window) if isinstance(f, sim.Disorder) else f for f in case.faults]
+    return replace(case, compute=compute, network=rng.choice([case.network, local, sites]), faults=tuple(faults))
 
 
 def _faults(rng: random.Random, workers: int) -> tuple[sim.Fault, ...]:
