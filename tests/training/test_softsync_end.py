@@ -43,7 +43,7 @@ def test_replicas_that_have_nothing_left_to_do_do_not_lower_the_quorum_of_the_ot
     cluster = fm.SimulatedCluster(4, machines, fm.sim.Network(1e-4, 1e9), arithmetic=True)
     trainer = fm.Trainer(linear, optax.sgd(1.0), cluster=cluster, replicas=4, policies=fm.policies.softsync(1))
     result = trainer.fit(jnp.zeros(()), {"x": np.ones(4, np.float32)}, batch_size=4, steps=1, progress=False)
-    assert dict(result.staleness) == {"": {0: 4}}
+    assert dict(result.staleness) == {"params": {0: 4}}
     assert float(result.params) == pytest.approx(-1)
 
 

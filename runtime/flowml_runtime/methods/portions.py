@@ -79,7 +79,7 @@ class Portions:
             if worker not in self._busy:
                 begin(worker)
         while len(counted) < self.count:
-            worker, now, portion, done = self._done.get()
+            worker, now, portion, done = self._done.get()  # no deadline: each portion is a call, which has one
             self._busy.discard(worker)
             part, gradient = done.result()
             if now == self._round and portion not in counted:

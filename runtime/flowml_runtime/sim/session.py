@@ -199,7 +199,7 @@ class SimulatedSession:
         firsts = self._firsts(layout)
         if len(firsts) > 1:
             latency = lookahead(models.network)
-            assert latency
+            assert latency is not None
             self._team = Team(make, driver, firsts, self._numbers, latency)
             self._world = self._team.world
             return
