@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import weakref
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
 
@@ -12,7 +14,7 @@ import numpy as np
 from flowml.arrays import ArraySpec
 from flowml.errors import FlowmlError
 from flowml.ir._jax import exact_types
-from flowml_runtime import wire
+from flowml_runtime import service, wire
 from flowml_runtime.execution.faults import one_line
 from flowml_runtime.execution.kept import Cell, Kept
 from flowml_runtime.execution.lane import Lane
@@ -33,8 +35,7 @@ class Keeping:
         self._devices = devices
         self._arriving: dict[tuple[str, int], tuple[Buffer, int]] = {}
         """(driver, name) -> the bytes of a value that comes in pieces, and how many are there."""
-        self._lent: set[tuple[str, int]] = set()
-        """(driver, name) of the values that came in pieces."""
+        self._lent = LentMemory(f"{name} lent memory")
         self._answers = Lane(f"{name} kept values")
         """Sends what drivers read. A large value takes long to send."""
 
@@ -52,9 +53,6 @@ class Keeping:
                 self._read(driver, message.number, self.kept.find(driver, message.names), 0)
             case wire.Drop():
                 self.kept.drop(driver, message.names)
-                if self._lent.intersection((driver, name) for name in message.names):
-                    self._lent.difference_update((driver, name) for name in message.names)
-                    self._answers.put(_collect, lambda _: None)
 
     def inputs(
         self,
@@ -94,12 +92,12 @@ class Keeping:
     def forget(self, driver: str) -> None:
         """A driver is lost: forget everything of it."""
         self.kept.forget(driver)
-        for key in [key for key in (*self._arriving, *self._lent) if key[0] == driver]:
-            self._arriving.pop(key, None)
-            self._lent.discard(key)
+        for key in [key for key in self._arriving if key[0] == driver]:
+            del self._arriving[key]
 
     def close(self) -> None:
         self._answers.close()
+        self._lent.close()
 
     def join(self, timeout_s: float) -> None:
         self._answers.join(timeout_s)
@@ -120,8 +118,9 @@ class Keeping:
         if end < nbytes:
             self._arriving[key] = whole, end
         else:
-            self._lent.add(key)
-            self.kept.put(driver, (piece.name,), [_placed(shaped(whole, piece.whole), device, lent=True)])
+            value = _placed(shaped(whole, piece.whole), device, lent=True)
+            self._lent.watch(value)
+            self.kept.put(driver, (piece.name,), [value])
 
     def _read(self, driver: str, number: int, cells: Sequence[Cell], begin: int) -> None:
         """Answer once all cells have a value. Those before `begin` have one."""
@@ -153,9 +152,35 @@ def _placed(array: Array, device: JaxDevice, *, lent: bool = False) -> jax.Array
         return jax.device_put(array if lent else _copy(array), device)
 
 
-def _collect() -> None:
-    """Make JAX give back memory that it did not allocate. It keeps arrays that are freed until its next operation."""
-    jax.device_put(np.zeros(()))
+class LentMemory:
+    """Gives back the memory of arrays that JAX did not allocate. JAX keeps such memory until its next operation.
+
+    A value is dropped before the last program that reads it ends, so the end of the array itself is watched.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._ended: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        """Whether to continue. Finalizers run at any line of any thread, and may use no other queue."""
+        self._watches = False
+
+    def watch(self, array: jax.Array) -> None:
+        """Give the memory of `array` back when nothing refers to it. Called on one thread."""
+        weakref.finalize(array, self._ended.put, True).atexit = False
+        if not self._watches:
+            self._watches = True
+            self._serve("")
+
+    def close(self) -> None:
+        self._ended.put(False)
+
+    def _serve(self, reason: str) -> None:
+        service.start(self._name, self._run, self._serve)
+
+    def _run(self) -> None:
+        while self._ended.get():  # no deadline: the thread sleeps until it has work or is closed
+            with service.going_on("memory could not be given back"):
+                jax.device_put(np.zeros(()))  # any operation
 
 
 def _copy(array: Array) -> Array:
