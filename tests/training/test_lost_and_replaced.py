@@ -48,16 +48,21 @@ def threads() -> Iterator[fm.Cluster]:
 
 def fit(cluster: fm.Cluster, policy: str, path: Path | None = None, **options: Any) -> fm.TrainingResult:
     layout = {key: options.pop(key) for key in ("placement", "replicas", "microbatches") if key in options}
+    source = options.pop("source", None)
     trainer = fm.Trainer(
         mlp_loss,
-        optax.adam(1e-2),
+        options.pop("optimizer", None) or optax.adam(1e-2),
         cluster=cluster,
         policies=POLICIES[policy],
         **{"replicas": REPLICAS, **layout},
     )
     if path is not None:
         options["checkpoint"] = fm.Checkpoint(path, every_steps=EVERY)
-    return trainer.fit(mlp(), data(), **{"batch_size": BATCH, "steps": STEPS, "seed": 3, "progress": False, **options})
+    return trainer.fit(
+        mlp(),
+        data() if source is None else source,
+        **{"batch_size": BATCH, "steps": STEPS, "seed": 3, "progress": False, **options},
+    )
 
 
 def killing(cluster: fm.Cluster, at: dict[int, str], seen: list[int]) -> Callable[[dict[str, Any]], None]:
@@ -128,6 +133,54 @@ def test_without_a_checkpoint_the_driver_keeps_what_is_needed(processes: fm.Clus
     with pytest.warns(fm.FlowmlWarning, match=r"worker:1 was lost"):
         found = fit(processes, "synchronous", callbacks=callbacks, on_loss="replace")
     assert_same(found.params, fit(processes, "synchronous").params)
+
+
+COUPLED = optax.chain(optax.clip_by_global_norm(0.05), optax.adam(1e-2))
+"""Homes of several workers exchange values before each update."""
+
+
+def test_homes_that_exchange_values_are_replaced(threads: fm.Cluster, tmp_path: Path) -> None:
+    assert_survives(threads, "synchronous", tmp_path, {12: "worker:0", 27: "worker:2"}, optimizer=COUPLED)
+
+
+def test_homes_that_exchange_values_move(threads: fm.Cluster) -> None:
+    callbacks = [killing(threads, {12: "worker:0"}, [])]
+    try:
+        with pytest.warns(fm.FlowmlWarning, match="worker:0 was lost"):
+            found = fit(threads, "synchronous", callbacks=callbacks, on_loss="shrink", optimizer=COUPLED)
+    finally:
+        threads.bring_back(threads.lost)
+    resumed_at = found.losses[0].resumed_at
+    assert found.ledger.used == 4 * resumed_at + 3 * (STEPS - resumed_at)
+    assert found.history[-1]["loss"] < found.history[0]["loss"]
+
+
+class Ends:
+    """Ends a worker whenever one example is read, as a step that needs too much memory would."""
+
+    def __init__(self, cluster: fm.Cluster) -> None:
+        self._cluster, self._rows = cluster, data()
+        self.ended = 0
+
+    def __len__(self) -> int:
+        return len(self._rows["x"])
+
+    def __getitem__(self, index: Any) -> Any:
+        if len(self) // 2 in index:
+            self.ended += 1
+            self._cluster.end_worker("worker:1")
+        return {name: rows[index] for name, rows in self._rows.items()}
+
+
+@pytest.mark.filterwarnings("ignore:worker.1 was lost")
+def test_a_step_that_ends_its_worker_each_time_ends_the_fit(threads: fm.Cluster) -> None:
+    source = Ends(threads)
+    try:
+        with pytest.raises(WorkerLostError, match=r"lost 11 times without a new step in between.*memory"):
+            fit(threads, "synchronous", source=source, shuffle=False, on_loss="replace")
+    finally:
+        threads.bring_back(threads.lost)
+    assert source.ended >= 11
 
 
 @pytest.mark.parametrize("policy", ["synchronous", "quorum", "bounded", "DiLoCo"])

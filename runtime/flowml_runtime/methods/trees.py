@@ -167,13 +167,19 @@ State = list[tuple[jax.Array, jax.Array, jax.Array]]
 """For each worker its bins, labels and margins."""
 
 
-def _by_rows(settings: Settings, state: State) -> Any:
-    """One tree on examples that are divided among workers."""
+def _root(settings: Settings, state: State) -> tuple[list[jax.Array], list[jax.Array]]:
+    """For each worker the node of each of its examples, which is the root, and the slopes of their losses."""
     nodes, slopes = [], []
     for w, (binned, y, margin) in enumerate(state):
         with _on(w):
             nodes.append(jnp.zeros(len(binned), jnp.int32))
             slopes.append(settings.slopes(margin, y))
+    return nodes, slopes
+
+
+def _by_rows(settings: Settings, state: State) -> Any:
+    """One tree on examples that are divided among workers."""
+    nodes, slopes = _root(settings, state)
     features, cuts = [], []
     for level in range(settings.depth):
         count, sums = 2**level, []
@@ -205,11 +211,7 @@ def _by_rows(settings: Settings, state: State) -> Any:
 
 def _by_features(settings: Settings, first: Sequence[int], state: State) -> Any:
     """One tree on features that are divided among workers. `first` is the first feature of each."""
-    nodes, slopes = [], []
-    for w, (binned, y, margin) in enumerate(state):
-        with _on(w):
-            nodes.append(jnp.zeros(len(binned), jnp.int32))
-            slopes.append(settings.slopes(margin, y))
+    nodes, slopes = _root(settings, state)
     features, cuts = [], []
     for level in range(settings.depth):
         offers = []

@@ -102,7 +102,7 @@ class SimulatedSession:
         return self
 
     def check_owner(self) -> None:
-        """A simulation has no processes, so a fork may go on with its copy."""
+        """A simulation has no processes between fits, so a fork may go on with its copy."""
 
     def check_workers(self, so: str) -> None:
         """Called before values are put on workers that keep them."""

@@ -89,8 +89,7 @@ def _begin() -> None:
 def _run_all(seeds: Iterable[int], end: float) -> list[Finding | None]:
     """Run these seeds, unless it is too late, in seconds since the epoch.
 
-    Garbage is collected once, at the end. Collections in a run go through all that lives in it and free little: they
-    took a tenth of the time.
+    Garbage is collected once, at the end. Collections in a run go through all that lives in it and free little.
     """
     found = [run(Case.of(seed)) for seed in seeds if time.time() < end]
     gc.collect()

@@ -33,6 +33,9 @@ from flowml_runtime.driver.training.outcome import Loss, Outcome
 from flowml_runtime.driver.training.program import Program
 from flowml_runtime.driver.training.saving import Saving
 
+MOST_IN_VAIN = 10
+"""How many losses without a new step in between a fit survives. More say that a step itself ends the worker."""
+
 Make = Callable[[LoadedPlan, int, Saving], Fit]
 """A loaded plan, the number of a run, and its snapshots -> the run."""
 
@@ -120,6 +123,10 @@ class Runs:
         self._told = -1
         """The newest step whose record callbacks have seen."""
         self._survived: list[Loss] = []
+        self._in_vain = 0
+        """The newest losses without a new step before them."""
+        self._reached = -1
+        """`_told` at the newest loss."""
 
     def run(self, callbacks: Sequence[Callback]) -> Outcome:
         """Train to the end. Raises the error of a loss that the fit cannot go on after."""
@@ -148,6 +155,15 @@ class Runs:
         """Prepare the next run after a loss. Returns the records that it is to show first."""
         before, now = self.fit, self._program.session.time.now
         lost_at = now()
+        self._in_vain = self._in_vain + 1 if self._told == self._reached else 1
+        self._reached = self._told
+        if self._in_vain > MOST_IN_VAIN and isinstance(error, WorkerLostError):
+            raise WorkerLostError(
+                f"{error}. Workers were lost {self._in_vain} times without a new step in between, so the step itself "
+                "may end them; look at their memory and at the code that runs in the step",
+                worker=error.worker,
+                step=error.step,
+            ) from error
         handle, gone = self._losses.after(error)
         assert handle.plan.training is not None
         saving = before.saving.again(handle.plan.training)
