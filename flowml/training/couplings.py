@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from flowml.disjoint import DisjointSets
 from flowml.errors import named
 from flowml.home import Combine, Coupled, Coupling, Share
 from flowml.lowering.lower import ExecutableTable
@@ -122,21 +123,11 @@ def exchanges(found: Iterable[tuple[Use, int]], stores: Sequence[Sequence[int]])
     for use, first in found:
         if not use.divides:
             continue
-        parent = list(range(len(stores)))
-
-        def find(i: int, parent: list[int] = parent) -> int:
-            while parent[i] != i:
-                parent[i] = i = parent[parent[i]]
-            return i
-
+        coupled_stores = DisjointSets(len(stores))
         for group in use.groups():
             for leaves in group:
-                for leaf in leaves:
-                    parent[find(store_of[leaf])] = find(store_of[leaves[0]])
-        sets: dict[int, list[int]] = {}
-        for number in range(len(stores)):
-            sets.setdefault(find(number), []).append(number)
-        for members in sets.values():
+                coupled_stores.join(store_of[leaf] for leaf in leaves)
+        for members in coupled_stores.sets():
             if len(members) > 1:
                 division = use.slices.divide([stores[m] for m in members])
                 made.append(Exchange(tuple(members), division, use.slices, first))

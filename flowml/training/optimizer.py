@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from flowml.disjoint import DisjointSets
 from flowml.errors import UnsupportedError
 from flowml.ir import _jax
 from flowml.ir.graph import Graph, Literal
@@ -47,23 +48,11 @@ class OptimizerSlices:
     @cached_property
     def groups(self) -> list[list[int]]:
         """Leaves of the parameters that the optimizer couples, each group sorted."""
-        parent = list(range(self.count))
-
-        def find(i: int) -> int:
-            while parent[i] != i:
-                parent[i] = i = parent[parent[i]]
-            return i
-
+        found = DisjointSets(self.count)
         own = {self._behind[leaf] | 1 << leaf for leaf in range(self.count)}
         for leaves in own.union(self._behind[self.count :]):
-            first, *others = _bits(leaves) or [0]
-            for leaf in others:
-                low, high = sorted((find(first), find(leaf)))
-                parent[high] = low
-        found: dict[int, list[int]] = {}
-        for leaf in range(self.count):
-            found.setdefault(find(leaf), []).append(leaf)
-        return list(found.values())
+            found.join(_bits(leaves))
+        return found.sets()
 
     @cached_property
     def _group_of(self) -> dict[int, int]:

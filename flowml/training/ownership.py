@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from flowml.arrays import ArraySpec
+from flowml.disjoint import DisjointSets
 from flowml.ir import _jax
 from flowml.ir.graph import Graph, Literal, Node
 from flowml.ir.simplify import drop_dead
@@ -115,27 +116,20 @@ def _levels(graph: Graph, owner: Mapping[int, int]) -> dict[int, int]:
 def together(graph: Graph, count: int, states: Sequence[tuple[int, Any]]) -> tuple[list[int], dict[int, str]]:
     """The least leaf with which each of `count` leaves must stay together, and the operations that say so, by that
     leaf. The inputs of `graph` begin with the gradients and the parameters."""
-    parent = list(range(count))
-
-    def find(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    because: dict[int, str] = {}
+    stay, because = DisjointSets(count), dict[int, str]()
     while True:
-        inputs = {graph.inputs[half * count + i]: find(i) for half in (0, 1) for i in range(count)}
+        inputs = {graph.inputs[half * count + i]: stay.find(i) for half in (0, 1) for i in range(count)}
         found = ownership(graph, inputs, states)
         sets = [(node.op, owners) for node, owners in found.joined]
         if not sets and found.levels > MOST_LEVELS:
             sets = [("a chain of operations", frozenset(o for o in found.owner.values() if o >= 0))]
         for op, owners in sets:
-            first = min(map(find, owners))
-            for other in owners:
-                because.setdefault(first, because.pop(find(other), op))
-                parent[find(other)] = first
+            firsts = sorted(map(stay.find, owners))
+            for other in firsts:
+                because.setdefault(firsts[0], because.pop(other, op))
+            stay.join(owners)
         if not sets:
-            return list(map(find, range(count))), because
+            return list(map(stay.find, range(count))), because
 
 
 def opened(graph: Graph, count: int) -> Graph:

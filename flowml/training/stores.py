@@ -18,6 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from flowml.disjoint import DisjointSets
 from flowml.errors import FlowmlWarning, PolicyError, named
 from flowml.home import Applies, Buffer, Coupled, Coupling, Local
 from flowml.ir.graph import Graph
@@ -112,24 +113,13 @@ class StorePlanner:
         `alone` means one replica on one device. No gradient is sent early then, so one store for each policy is
         enough, and one update applies it.
         """
-        parent = {i: i for i in range(len(self.paths))}
-
-        def find(i: int) -> int:
-            while parent[i] != i:
-                i = parent[i]
-            return i
-
-        first: dict[tuple[str, Policy], int] = {}
+        found, first = DisjointSets(len(self.paths)), dict[tuple[str, Policy], int]()
         for i, path in enumerate(self.paths):
             layer = "" if alone else layer_of(path)
-            parent[find(i)] = find(first.setdefault((layer, self.policies[path]), i))
+            found.join((i, first.setdefault((layer, self.policies[path]), i)))
         for group, _ in self._coupled:
-            for leaf in group:
-                parent[find(leaf)] = find(group[0])
-        found: dict[int, list[int]] = {}
-        for i in range(len(self.paths)):
-            found.setdefault(find(i), []).append(i)
-        return [tuple(g) for g in found.values()]
+            found.join(group)
+        return [tuple(group) for group in found.sets()]
 
     def _check_coupled(self, group: Sequence[int], why: str) -> None:
         a, *others = (self.paths[i] for i in group)
