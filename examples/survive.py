@@ -67,7 +67,7 @@ def main() -> None:
         names = " and ".join(lost.workers)
         print(f"{names}, lost at step {lost.step}: on from step {lost.resumed_at} after {lost.seconds:.2f} s")
     ledger = survived.ledger
-    print(f"accuracy with {len(survived.losses)} losses: {evaluate(survived.params, test):.1%}")
+    print(f"losses: {len(survived.losses)}; accuracy: {evaluate(survived.params, test):.1%}")
     print(f"items: {ledger.used} used, {ledger.dropped} dropped, {ledger.unseen} unseen, {ledger.outstanding} open")
     if args.on_loss == "replace":
         whole = train("raise", args.epochs, 0, args.seed)
