@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from flowml_runtime.environment.machine import cores
+from flowml_runtime.environment.spread import Spread
 
 MOST_BYTES = 256 * 2**20
 """The most bytes of executables in a folder of a cluster's own. The oldest ones are removed."""
@@ -38,8 +38,9 @@ T = TypeVar("T")
 class Turns:
     """The turns in one folder. Without a folder every turn is free, because nobody shares it."""
 
-    def __init__(self, folder: Path | None = None, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, folder: Path | None = None, most_bytes: int = MOST_BYTES, spread: Spread | None = None) -> None:
         self._folder = folder
+        self._spread = spread or Spread()
         self._most_bytes = most_bytes
 
     def make_all(self, makes: Mapping[K, Callable[[], T]], name: Callable[[K], str]) -> dict[K, T]:
@@ -47,8 +48,10 @@ class Turns:
 
         `name` is that of a key's turn; "" for what takes no time.
         """
-        threads = max(1, min(len(makes), len(cores())))
-        with ThreadPoolExecutor(threads, thread_name_prefix="flowml-compile") as pool:
+        spread = self._spread
+        threads = max(1, min(len(makes), len(spread.cores)))
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="flowml-compile", initializer=spread.here)
+        with pool, spread.first():
 
             def made(keys: list[K], wait_s: float) -> dict[K, T]:
                 def one(key: K) -> dict[K, T]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from flowml_runtime.environment.spread import Spread
 from flowml_runtime.execution.turns import Turns
 from flowml_runtime.worker.config import WorkerConfig
 
@@ -34,7 +35,7 @@ def settings_here() -> tuple[tuple[str, Any], ...]:
     return tuple((name, getattr(jax.config, name)) for name in _SETTINGS if hasattr(jax.config, name))
 
 
-def share_compilations(config: WorkerConfig) -> Turns:
+def share_compilations(config: WorkerConfig, spread: Spread) -> Turns:
     """Apply the settings in this worker, before it compiles anything."""
     import jax
 
@@ -42,9 +43,9 @@ def share_compilations(config: WorkerConfig) -> Turns:
         jax.config.update(name, value)
     here: Any = jax.config
     if not config.compiled or not here.jax_enable_compilation_cache:
-        return Turns()
+        return Turns(spread=spread)
     if here.jax_compilation_cache_dir is None:
         jax.config.update(_FOLDER, config.compiled)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return Turns(Path(config.compiled))
+    return Turns(Path(config.compiled), spread=spread)

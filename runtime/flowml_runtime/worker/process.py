@@ -17,6 +17,7 @@ import jax
 
 from flowml_runtime import wire
 from flowml_runtime.environment.machine import cores, memory_bytes
+from flowml_runtime.environment.spread import Spread, threads
 from flowml_runtime.execution.future import wait_heeding_signals
 from flowml_runtime.execution.programs import ExecutableCache, JaxDevice
 from flowml_runtime.membership.member import Membership, passing_name
@@ -39,11 +40,13 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
     Raises ClusterError if the cluster cannot be joined. After any exception in this thread (SystemExit from a signal
     handler, KeyboardInterrupt) the worker leaves the cluster before it ends.
     """
+    everywhere = cores()
     if config.cores:
         os.sched_setaffinity(0, config.cores)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    turns = share_compilations(config)
+    before = threads()
     devices = _devices(config)
+    turns = share_compilations(config, Spread(everywhere, threads() - before))
     tls = TLS.of(dict(zip(("cert", "key", "ca"), config.tls, strict=True))) if config.tls else None
     hosted = _Hosted()
     bind = bind_towards(config.coordinator)
