@@ -30,6 +30,7 @@ from jax.extend import core as jex
 
 from flowml.arrays import ArraySpec
 from flowml.errors import UnsupportedError
+from flowml.ir.keys import key_dtype
 from flowml.ir.scopes import as_text
 from flowml.plan import Setting
 
@@ -60,6 +61,9 @@ SETTINGS = (
     *_OUTSIDE_CONTEXT,
 )
 """Settings that are part of a plan: the 64-bit setting, and those that change what the code of a callback computes."""
+
+ArrayImpl: type = xla_client.ArrayImpl  # pyright: ignore[reportPrivateImportUsage]
+"""The class of all arrays of this process. `jax.Array`, its base, has not all of its methods."""
 
 _WIDE = frozenset({"int64", "uint64", "float64", "complex128"})
 
@@ -262,16 +266,6 @@ def is_inexact(aval: Any) -> bool:
     return bool(jnp.issubdtype(aval.dtype, jnp.inexact))
 
 
-def is_key(aval: Any) -> bool:
-    """Whether an abstract value is a PRNG key, or may be the data of a key."""
-    return bool(jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)) or aval.dtype == np.uint32
-
-
-def is_random(primitive: str) -> bool:
-    """Whether a primitive makes keys or random bits."""
-    return primitive.startswith(("random_", "threefry", "rng_"))
-
-
 def is_literal(atom: Any) -> bool:
     return isinstance(atom, jex.Literal)
 
@@ -383,18 +377,6 @@ def struct_of(spec: ArraySpec) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype), weak_type=spec.weak_type)
 
 
-KEY_IMPLEMENTATIONS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
-
-
-def key_implementation(dtype: str) -> str:
-    """The PRNG implementation of a dtype such as `key<fry>`, as `jax.random.wrap_key_data` expects it."""
-    return KEY_IMPLEMENTATIONS[dtype[4:-1]]
-
-
-def key_dtype(dtype: str) -> Any:
-    return jax.eval_shape(lambda: jax.random.key(0, impl=key_implementation(dtype))).dtype
-
-
 def operations(exported: jax.export.Exported) -> list[tuple[str, str]]:
     """Every operation of a module with all its regions: (name, target of a custom call or "")."""
     found: list[tuple[str, str]] = []
@@ -465,11 +447,16 @@ def array_of(buffer: Any, aval: Any, *, copy: bool) -> jax.Array:
     if isinstance(buffer, jax.Array):
         (device,), sharding = buffer.devices(), buffer.sharding
     else:
-        device = pxla.get_default_device()
-        sharding = jax.sharding.SingleDeviceSharding(device)
+        sharding = default_sharding()
+        (device,) = sharding.device_set
     wide = True if is_wide(aval.dtype.name) else None
     put: Any = xla_client.batched_device_put  # pyright: ignore[reportPrivateImportUsage]
     return cast(jax.Array, put(aval, sharding, [buffer], [device], False, copy, enable_x64=wide))
+
+
+def default_sharding() -> jax.sharding.SingleDeviceSharding:
+    """The sharding of arrays that are made without one."""
+    return jax.sharding.SingleDeviceSharding(pxla.get_default_device())
 
 
 def literal_value(atom: Any) -> np.ndarray:
@@ -477,23 +464,19 @@ def literal_value(atom: Any) -> np.ndarray:
     return np.asarray(atom.val, atom.aval.dtype)
 
 
-def register_array_like(kind: type, spec: Callable[[Any], ArraySpec]) -> None:
-    """Let JAX take objects of a type as arrays. It gets the value by `__jax_array__` when it needs it.
+def register_array_like(kind: type) -> None:
+    """Let JAX take objects of a subclass of `jax.Array` as arguments. It gets the value by `__jax_array__` when it
+    needs it.
 
     Without these tables `jax.jit`, and with it most of `jax.numpy`, refuses all types but its own.
     """
     try:
         from jax._src import core, dtypes
-        from jax._src.interpreters import pxla
 
         def shard(arrays: Sequence[Any], shardings: Any, layouts: Any, copy: Any) -> Any:
             return pxla.shard_args(shardings, layouts, copy, [a.__jax_array__() for a in arrays])  # pyright: ignore
 
-        def aval(array: Any) -> Any:
-            described = struct_of(spec(array))
-            return core.ShapedArray(described.shape, described.dtype, weak_type=described.weak_type)  # pyright: ignore
-
-        core.pytype_aval_mappings[kind] = aval
+        core.pytype_aval_mappings[kind] = lambda array: array.aval
         pxla.shard_arg_handlers[kind] = shard
         dtypes.canonicalize_value_handlers[kind] = lambda array, **_: array.__jax_array__()
     except (ImportError, AttributeError, TypeError):  # another version of JAX: jnp.asarray still takes the objects

@@ -14,9 +14,9 @@ import numpy as np
 
 from flowml.devices import Device
 from flowml.errors import PlacementError
-from flowml.ir._jax import is_key, is_random
 from flowml.ir.cost import node_seconds
 from flowml.ir.graph import Graph, Node
+from flowml.ir.keys import is_key, is_random
 from flowml.placement.links import Links
 
 _MAX_ITEMS = 600

@@ -162,17 +162,17 @@ def _fetched(leaf: Any) -> Any:
 
 def _described(leaf: Any) -> Any:
     """A leaf without its value, which the call may have used up."""
-    if isinstance(leaf, (jax.Array, Remote)):
+    if isinstance(leaf, jax.Array):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type)
     return leaf
 
 
 def _kind(leaf: Any) -> Hashable | None:
     """What a lookup of the last call compares: equal kinds have equal programs. None: every call looks in full."""
-    if isinstance(leaf, jax.Array):
-        return type(leaf), leaf.aval
     if type(leaf) is Remote:
         return Remote, leaf.kind
+    if isinstance(leaf, jax.Array):
+        return type(leaf), leaf.aval
     return (np.ndarray, leaf.shape, leaf.dtype) if type(leaf) is np.ndarray else None
 
 

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -18,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax import nnx, serialization
 
 import flowml as fm
 from flowml.errors import ClusterError, FlowmlError, PlacementError, WorkerLostError
@@ -96,9 +99,10 @@ def test_a_training_loop_equals_jit_and_moves_only_batches(
     step = fm.dataflow(train, cluster=cluster, keep=0, donate_argnums=0, placement=PLACEMENTS[placement])
     score = fm.dataflow(evaluate, cluster=cluster, placement=PLACEMENTS[placement])
     jitted, expected = jax.jit(train), state
+    counted = Counted(cluster, monkeypatch)
     for n in range(6):
         if n == 2:
-            counted = Counted(cluster, monkeypatch)
+            counted.fed = counted.fetched = 0
         state, metrics = step(state, batch)
         expected, wanted = jitted(expected, batch)
         np.testing.assert_array_equal(metrics["loss"], wanted["loss"])
@@ -213,11 +217,69 @@ def test_a_handle_is_used_like_an_array(threads_cluster: fm.Cluster) -> None:
     scalar = fm.put(2.5, threads_cluster)
     assert (float(scalar), int(scalar), bool(scalar), scalar.item(), f"{scalar:.2f}") == (2.5, 2, True, 2.5, "2.50")
     assert jax.block_until_ready(held) is held
-    assert copy.deepcopy(held) is held
-    with pytest.raises(TypeError, match="cannot be pickled, because it is on a worker"):
-        pickle.dumps(held)
+    copies = (copy.copy(held), copy.deepcopy(held), held.copy(), pickle.loads(pickle.dumps(held)))
     with pytest.raises(AttributeError, match="no_such"):
         _ = held.no_such
+    held.delete()
+    for copied in copies:
+        assert not isinstance(copied, fm.Remote)
+        np.testing.assert_array_equal(copied, want)
+
+
+def test_a_handle_has_all_that_an_array_has(threads_cluster: fm.Cluster) -> None:
+    want = jnp.arange(6, dtype="f").reshape(2, 3)
+    held: Any = fm.put(want, threads_cluster, "worker:1")
+    for name in sorted({*dir(want)} - {"__annotations__", "__dict__", "__numpy_dtype__", "__weakref__", "device"}):
+        try:
+            expected = getattr(want, name)
+        except (AttributeError, NotImplementedError):
+            continue
+        if not name.startswith("__") or hasattr(jax.Array, name):
+            assert callable(getattr(held, name)) == callable(expected), name
+    assert isinstance(held, jax.Array)
+    assert eqx.is_inexact_array(held)
+    assert (held.aval, held.weak_type, held.itemsize, held.sharding, held.committed) == (
+        want.aval,
+        want.weak_type,
+        want.itemsize,
+        want.sharding,
+        want.committed,
+    )
+    assert (held.devices(), held.tolist(), held.T.shape) == (want.devices(), want.tolist(), (3, 2))
+    np.testing.assert_array_equal(held.at[0].set(7), want.at[0].set(7))
+    np.testing.assert_array_equal(np.full(3, 2, "f") * held, 2 * want)
+    assert isinstance(np.full(3, 2, "f") * held, jax.Array)
+    assert [s.data.shape for s in held.addressable_shards] == [(2, 3)]
+    np.testing.assert_array_equal(jnp.from_dlpack(held), want)
+    assert range(9)[fm.put(np.int32(4), threads_cluster)] == 4
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(held)
+    with pytest.raises(TypeError, match="immutable"):
+        held[0] = 1.0
+    key = fm.put(jax.random.key(3), threads_cluster)
+    assert jax.random.key_impl(key) == "threefry2x32"
+    np.testing.assert_array_equal(jax.random.normal(key, (3,)), jax.random.normal(jax.random.key(3), (3,)))
+
+
+def test_libraries_take_handles_for_arrays(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    params = {"w": np.full((2, 3), 3, "f")}
+    held = fm.put(params, threads_cluster)
+    jax.tree.map(np.testing.assert_array_equal, OPTIMIZER.init(held), OPTIMIZER.init(params))
+    assert optax.tree.norm(held) == optax.tree.norm(params)
+    arrays, others = eqx.partition({**held, "rate": 0.1}, eqx.is_array)
+    assert arrays["w"] is held["w"]
+    assert others == {"w": None, "rate": 0.1}
+    assert eqx.filter_jit(lambda t: t["w"][0, 0] * t["n"])({**held, "n": 2}) == 6
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    model.kernel = nnx.Param(held["w"])
+    np.testing.assert_array_equal(nnx.jit(lambda m, x: m(x))(model, np.ones((1, 2), "f")), np.full((1, 3), 6))
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "c", held)
+        saver.wait_until_finished()
+        jax.tree.map(np.testing.assert_array_equal, saver.restore(tmp_path / "c"), params)
+    jax.tree.map(
+        np.testing.assert_array_equal, serialization.msgpack_restore(serialization.msgpack_serialize(held)), params
+    )
 
 
 def test_keep_chooses_outputs_by_position_pattern_or_size(threads_cluster: fm.Cluster) -> None:

@@ -16,7 +16,8 @@ import jax.api_util
 import jax.numpy as jnp
 import numpy as np
 
-from flowml.ir._jax import array_of, array_type, exact_types, is_wide, key_implementation
+from flowml.ir._jax import array_of, array_type, exact_types, is_wide
+from flowml.ir.keys import key_implementation
 from flowml.plan import ArraySpec, Constant, Plan
 from flowml_runtime.driver.remote import Remote
 from flowml_runtime.execution.programs import Array, buffer_struct, constant_array
@@ -31,13 +32,13 @@ Signature = tuple[tuple[int, ...], Any, bool]
 
 def signature(leaf: Any) -> Signature:
     """The signature of an argument leaf, with the dtype that JAX gives it. Raises TypeError if it is not an array."""
+    if type(leaf) is Remote:
+        return leaf.kind.signature
     if isinstance(leaf, jax.Array):
         return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)  # arrays of typed keys have no weak type
     if type(leaf) is np.ndarray:
         config: Any = jax.config
         return leaf.shape, _jax_dtype(leaf.dtype, config.jax_enable_x64), False
-    if type(leaf) is Remote:
-        return leaf.kind.signature
     if isinstance(leaf, jax.ShapeDtypeStruct):
         extended = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
         return leaf.shape, leaf.dtype if extended else jax.dtypes.canonicalize_dtype(leaf.dtype), bool(leaf.weak_type)

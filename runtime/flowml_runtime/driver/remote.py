@@ -1,5 +1,8 @@
 """Defines `Remote`, the handle of an array that stays on a worker.
 
+A handle is a `jax.Array`: libraries tell arrays from other leaves by that type. What only the value can answer, such as
+`x.at` or `x.mean()`, fetches it.
+
 The values that one call keeps, or that one `put` brings, form a `Batch`. Their numbers on the workers are consecutive.
 A worker forgets a value when its handle is deleted or donated.
 """
@@ -14,7 +17,8 @@ import numpy as np
 
 from flowml.devices import worker_of
 from flowml.errors import ClusterError, FlowmlError, WorkerLostError
-from flowml.ir._jax import key_dtype, register_array_like
+from flowml.ir._jax import ArrayImpl, array_type, default_sharding, register_array_like, struct_of
+from flowml.ir.keys import key_dtype
 from flowml.plan import ArraySpec
 
 if TYPE_CHECKING:
@@ -82,14 +86,17 @@ class Batch:
         self.future = None  # its result has the handles of this batch
 
 
-class Remote:
+class Remote(jax.Array):
     """An array that stays on a worker. Programs of the same cluster take it as an argument.
 
-    `fetch()`, `np.asarray`, `float` and functions of `jax.numpy` bring its value here. The worker frees it when the
-    handle is deleted, or donated to a call.
+    It is a `jax.Array`: shape, dtype and sharding are known here, and `fetch()`, `np.asarray`, `float`, the methods of
+    an array and functions of `jax.numpy` bring its value. The worker frees it when the handle is deleted, or donated
+    to a call.
     """
 
     __slots__ = ("__weakref__", "_batch", "_index", "kind")
+    __array_priority__ = 100
+    """As of every JAX array: operators of NumPy arrays leave the computation to it."""
 
     def __init__(self, batch: Batch, index: int) -> None:
         """For the runtime: programs with `keep` and `fm.put` make handles."""
@@ -133,9 +140,41 @@ class Remote:
         return self.kind.spec.nbytes
 
     @property
-    def device(self) -> str:
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def aval(self) -> Any:
+        return array_type(struct_of(self.kind.spec), weak=self.kind.spec.weak_type)
+
+    @property
+    def device(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The name of the device that has the value, as in "worker:0/cpu:0"."""
         return self.kind.device
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding:
+        """That of the fetched value: the whole array on the default device of this process."""
+        return default_sharding()
+
+    def devices(self) -> set[Any]:
+        """The device of this process on which the fetched value is."""
+        return set(self.sharding.device_set)
+
+    @property
+    def committed(self) -> bool:
+        return False
+
+    @property
+    def is_fully_addressable(self) -> bool:
+        return True
+
+    @property
+    def is_fully_replicated(self) -> bool:
+        return True
+
+    def copy_to_host_async(self) -> None:
+        """Nothing: `fetch` and `np.asarray` bring the value when it is needed."""
 
     def fetch(self) -> jax.Array:
         """The value, as an array in this process. Waits until it is made.
@@ -201,6 +240,10 @@ class Remote:
         self.made()
         return self
 
+    def is_ready(self) -> bool:
+        """Whether the value is made, or its call failed."""
+        return self._batch.future is None
+
     def is_deleted(self) -> bool:
         """Whether the value was donated or deleted."""
         return self._index in self._batch.gone
@@ -209,18 +252,20 @@ class Remote:
         """Free the value now, and not when the handle is collected."""
         self._go("was deleted")
 
-    def __copy__(self) -> Remote:
-        return self
+    def __copy__(self) -> jax.Array:
+        """The value, in this process: a copy of an array outlives a call that the array is donated to."""
+        return self.fetch()
 
-    def __deepcopy__(self, memo: Any) -> Remote:
-        return self
+    def __deepcopy__(self, memo: Any) -> jax.Array:
+        return self.fetch()
 
     def __reduce__(self) -> Any:
-        raise TypeError(f"{self._what()} cannot be pickled, because it is on a worker; pickle its value: fetch()")
+        """The value is pickled."""
+        return self.fetch().__reduce__()
 
     def __getattr__(self, name: str) -> Any:
-        """What else an array has, such as `mean` or `T`: of the value."""
-        if name.startswith("_") or not hasattr(jax.Array, name):
+        """What else an array has, such as `tolist`: of the value."""
+        if name.startswith("__") or not hasattr(ArrayImpl, name):
             raise AttributeError(f"'Remote' object has no attribute {name!r}")
         return getattr(self.fetch(), name)
 
@@ -233,7 +278,7 @@ class Remote:
     def __format__(self, spec: str) -> str:
         return format(self.fetch(), spec) if spec else repr(self)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: Any = None, context: Any = None, copy: bool | None = None) -> np.ndarray:
         array = np.asarray(self.fetch())
         return array if dtype is None else array.astype(dtype)
 
@@ -263,22 +308,26 @@ class Remote:
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    def operator(self: Remote, *others: Any) -> Any:
-        return getattr(self.fetch(), name)(*(o.fetch() if isinstance(o, Remote) else o for o in others))
+    def operator(self: Remote, *others: Any, **options: Any) -> Any:
+        given = (o.fetch() if isinstance(o, Remote) else o for o in others)
+        return getattr(self.fetch(), name)(*given, **options)
 
     operator.__name__ = name
     return operator
 
 
-_BINARY = (
-    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "divmod"),
-    *("and", "or", "xor", "lshift", "rshift"),
-)
-for _name in (
-    *(f"__{prefix}{name}__" for name in _BINARY for prefix in ("", "r")),
-    *("__neg__", "__pos__", "__abs__", "__invert__", "__round__", "__complex__"),
-    *("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__"),
-):
-    setattr(Remote, _name, _operator(_name))
+def _of_the_value(name: str) -> Any:
+    return property(lambda self: getattr(self.fetch(), name), doc="")
 
-register_array_like(Remote, lambda remote: remote.kind.spec)
+
+def _complete() -> None:
+    """Give handles what an array has and `Remote` does not define: the base class has no value to answer with."""
+    own = {*dir(object), *vars(Remote), "__numpy_dtype__"}
+    for name in {*dir(jax.Array), "__dlpack__", "__dlpack_device__", "__complex__"} - own:
+        setattr(Remote, name, _operator(name) if name.startswith("__") else _of_the_value(name))
+    for name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+        setattr(Remote, name, _operator(name))
+
+
+_complete()
+register_array_like(Remote)

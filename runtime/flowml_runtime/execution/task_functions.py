@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from flowml.ir import host
-from flowml.ir._jax import compiled, exact_types, is_wide, key_implementation, under
+from flowml.ir._jax import compiled, exact_types, is_wide, under
+from flowml.ir.keys import key_implementation
 from flowml.lowering.recipe import Recipe
 from flowml.plan import ArraySpec, Setting, Task
 from flowml_runtime.transport.arrays import Array, wire_layout

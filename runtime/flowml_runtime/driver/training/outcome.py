@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 
-from flowml.ir._jax import key_implementation
+from flowml.ir.keys import key_implementation
 from flowml_runtime.driver.training.delays import Rows
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.stragglers import Stragglers
