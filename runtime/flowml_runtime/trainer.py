@@ -52,7 +52,7 @@ from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
 from flowml_runtime.driver.training.probe import mean_warning
 from flowml_runtime.driver.training.program import Program, discard
 from flowml_runtime.driver.training.result import TrainingResult, result_of, with_shapes
-from flowml_runtime.driver.training.resuming import saving_of
+from flowml_runtime.driver.training.resuming import saving_of, writing
 from flowml_runtime.driver.training.saving import Saving
 from flowml_runtime.driver.training.snapshots import Figures, figures
 from flowml_runtime.driver.training.structs import check_values, structs, structs_of
@@ -227,7 +227,7 @@ class Trainer:
         validated = validation, validate_every
         asked = Asked.of(source, size, callbacks, progress, validated, (checkpoint, resume), (on_loss, min_replicas))
         cluster = self._here()
-        with self._alone(), heeding_interrupts() as interrupts:
+        with self._alone(), writing(checkpoint, resume), heeding_interrupts() as interrupts:
             runs, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
             outcome = runs.run(asked.callbacks)
         return _told(cluster, result_of(*runs.fit.saving.trees, outcome, with_shapes(plan, runs.fit.shapes), model))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import msgspec
 import numpy as np
 import optax
@@ -20,6 +24,10 @@ from flowml_runtime.environment import checkpoints
 from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
 
 ARRAYS = {"a/b": np.arange(6, dtype=np.float32).reshape(2, 3), "c": np.asarray(7), "empty": np.zeros((0, 4), np.int8)}
+
+
+class Stopped(Exception):
+    """Ends a fit."""
 
 
 def written(path: Path, steps: tuple[int, ...] = (1, 2)) -> list[Path]:
@@ -80,7 +88,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another format": (
         lambda p: change_manifest(p, lambda body: body.update(format=2)),
-        "has format 2, .* reads format 1",
+        "has format 2, .* reads format 1; install a newer version",
     ),
     "a huge array": (
         lambda p: change_manifest(p, lambda body: body["arrays"][0]["spec"].update(shape=[2**40, 2**40])),
@@ -150,6 +158,83 @@ def test_a_fit_that_ends_before_its_snapshot_is_refused(threads_cluster: fm.Clus
     with pytest.raises(fm.CheckpointError, match=r"has 4 steps, and the fit has 2 in all; .* give at least 4 steps"):
         fitted(threads_cluster, tmp_path, 2, resume="auto")
     assert fitted(threads_cluster, tmp_path, 4, resume="auto").history == []
+
+
+def test_a_newer_format_is_no_damage(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    """A fit that went on from an older snapshot would remove what the newer version has written."""
+    fitted(threads_cluster, tmp_path, 4)
+    change_manifest(checkpoints.snapshots(tmp_path)[0], lambda body: body.update(format=2))
+    with pytest.raises(fm.CheckpointError, match=r"step-0+4 has format 2, .*; install a newer version"):
+        fitted(threads_cluster, tmp_path, 8, resume="auto")
+
+
+def test_a_write_that_fails_is_warned_of_while_the_fit_goes_on(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    """The disk is full after some bytes: a limit of the process refuses the rest of a file, as a quota would."""
+
+    def loss(params: Any, batch: Any) -> Any:
+        return jnp.mean((batch["x"] @ params["w"]) ** 2)
+
+    params, source = {"w": np.ones((128, 512), np.float32)}, {"x": np.ones((16, 128), np.float32)}
+    trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=threads_cluster)
+    before, seen = resource.getrlimit(resource.RLIMIT_FSIZE), list[str]()
+
+    def fill(record: dict[str, Any]) -> None:
+        if record["step"] == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+        if caught:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            seen.extend(str(w.message) for w in caught)
+            caught.clear()
+            raise Stopped
+
+    checkpoint = fm.Checkpoint(tmp_path, every_steps=2)
+    options: dict[str, Any] = {"batch_size": 8, "seed": 1, "progress": False, "checkpoint": checkpoint}
+    try:
+        with warnings.catch_warnings(record=True) as caught, pytest.raises(Stopped):
+            warnings.simplefilter("always")
+            trainer.fit(params, source, steps=100_000, callbacks=[fill], **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "could not be written" in seen[0] and "File too large" in seen[0] and "the fit goes on" in seen[0]
+    assert not list(tmp_path.glob(".writing*")), "what was written of it is removed"
+
+
+def test_a_second_fit_in_the_same_directory_is_refused(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def resume_too(_: dict[str, Any]) -> None:
+        if not refused:
+            with pytest.raises(fm.CheckpointError) as error:
+                fitted(threads_cluster, tmp_path, 4, resume="auto")
+            refused.append(str(error.value))
+
+    fitted(threads_cluster, tmp_path, 4, callbacks=[resume_too])
+    here = f"process {os.getpid()} on {socket.gethostname()}"
+    assert refused == [f"{tmp_path} is in use by a fit of {here}; wait for its end, stop it, or give another directory"]
+    assert len(fitted(threads_cluster, tmp_path, 6, resume="auto").history) == 2, "the lock is given back"
+    assert not (tmp_path / checkpoints.LOCK).exists()
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from flowml_runtime.environment import checkpoints
+with checkpoints.locked(Path(sys.argv[1])):
+    print("has it", flush=True)
+    sys.stdin.read()  # until it is killed
+"""
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
+    command, pipe = [sys.executable, "-c", HOLDER, str(tmp_path)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"has it\n"
+        expected = pytest.raises(fm.CheckpointError, match=rf"in use by a fit of process {process.pid} on ")
+        with expected, checkpoints.locked(tmp_path):
+            pass
+        process.send_signal(signal.SIGKILL)
+    with checkpoints.locked(tmp_path):
+        assert (tmp_path / checkpoints.LOCK).read_text().split()[0] == str(os.getpid())
 
 
 WRITER = """

@@ -218,10 +218,37 @@ def test_another_fit_is_refused_with_what_differs(threads_cluster: fm.Cluster, t
     with pytest.raises(fm.CheckpointError, match=r"seed=3 there and 4 here"):
         one.fit(checkpoint=one.checkpoint(), resume="auto", seed=4)
     other = case(threads_cluster, tmp_path, optimizer=optax.sgd(0.1, momentum=0.9))
-    with pytest.raises(fm.CheckpointError, match=r"'fc0' keeps .*mu/fc0/bias' as float32\[16\] there and nothing here"):
+    with pytest.raises(fm.CheckpointError, match=r"opt_state leaf '0/mu/fc0/bias', float32\[16\], is only there"):
         other.resumed()
     with pytest.raises(ValueError, match="needs checkpoint="):
         one.fit(resume="auto")
+
+
+def test_another_model_is_refused_leaf_by_leaf(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    params = mlp()
+    checkpoint = fm.Checkpoint(tmp_path)
+    options: dict[str, Any] = {"batch_size": BATCH, "steps": 2, "progress": False, "checkpoint": checkpoint}
+    fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads_cluster).fit(params, data(), **options)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        extra = sum(jax.numpy.sum(leaf) ** 2 for leaf in jax.tree.leaves(params["more"])) if "more" in params else 0.0
+        layers = {name: layer for name, layer in params.items() if name != "more"}
+        return mlp_loss(jax.tree.map(lambda x: x.astype(np.float32), layers), batch) + extra
+
+    def refused(params: Any) -> str:
+        with pytest.raises(fm.CheckpointError) as error:
+            trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=threads_cluster)
+            trainer.fit(params, data(), resume="auto", **options)
+        return str(error.value)
+
+    wide = {**mlp((24, 16)), "fc0": {**mlp((24, 16))["fc0"], "bias": np.zeros(24, np.float16)}}
+    text = refused(wide | {"more": {"scale": np.ones(3, np.float32)}})
+    assert "belongs to another model or optimizer: params leaf 'more/scale', float32[3], is only here" in text
+    assert "'fc0/bias' is float32[16] there and float16[24] here" in text
+    assert "'fc1/kernel' is float32[16, 16] there and float32[24, 16] here" in text
+    assert "fc1/bias" not in text, "what is equal is not listed"
+    many = refused(params | {"more": {f"{i}": np.ones(3, np.float32) for i in range(50)}})
+    assert "and 42 more" in many and len(many) < 1500
 
 
 @pytest.mark.parametrize("policy", [None, fm.policies.asynchronous()], ids=["common clocks", "on arrival"])

@@ -57,12 +57,14 @@ class Checkpoint:
 def newest(directory: Path, *, why: bool = True) -> tuple[Path, Snapshot] | None:
     """The newest snapshot of a directory that is complete; None if there is none. Warns of each that is damaged.
 
-    Raises CheckpointError if there are some, and all are damaged.
+    Raises CheckpointError if there are some, and all are damaged, or the newest is of another version of flowml.
     """
     errors: list[CheckpointError] = []
     for path in checkpoints.snapshots(directory):
         try:
             found = path, Snapshot.read(path)
+        except checkpoints.FormatError:
+            raise
         except CheckpointError as error:
             errors.append(error)
             continue

@@ -2,6 +2,7 @@
 
     PATH/step-000000000400/buffers.bin      the bytes of all arrays, each at a multiple of 64
     PATH/step-000000000400/manifest.json    {"checksum": of the body, "body": {"format", "content", "arrays": [...]}}
+    PATH/.fit                               locked by the fit that writes there
 
 A snapshot is written into a directory of another name. Its files are on the disk (fsync) before the directory gets its
 name, in one step, and before an older snapshot is removed. So a directory `step-...` is complete, whenever the process
@@ -11,22 +12,26 @@ read. Each array and the manifest have a checksum, so that a changed or truncate
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import socket
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import msgspec
 import numpy as np
 import xxhash
 
 from flowml.arrays import ArraySpec, dtype_of
-from flowml.errors import CheckpointError
+from flowml.errors import CheckpointError, FlowmlWarning
 
 FORMAT = 1
-DATA, MANIFEST = "buffers.bin", "manifest.json"
+DATA, MANIFEST, LOCK = "buffers.bin", "manifest.json", ".fit"
 ALIGNMENT = 64
 MOST_BYTES = 2**30
 """Of a manifest."""
@@ -34,6 +39,10 @@ MOST_BYTES = 2**30
 _Offset = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _NAME = re.compile(r"step-(\d{12})")
 _UNFINISHED = re.compile(r"\.(?:writing|damaged)-\d{12}-(\d+)")
+
+
+class FormatError(CheckpointError):
+    """A snapshot that another version of flowml has written. It is not damaged, so an older one does not replace it."""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -99,6 +108,62 @@ def prepare(directory: Path) -> None:
         )
 
 
+@contextmanager
+def locked(directory: Path) -> Generator[None]:
+    """Be the only fit that writes into a directory. Raises CheckpointError if another one does.
+
+    The kernel gives the lock back when the process ends, however it ends, so that none is left by a killed one. The
+    file says who has it.
+    """
+    path = directory / LOCK
+    file = _lock(path)
+    if file is None:
+        raise CheckpointError(
+            f"{directory} is in use by a fit of {_holder(path)}; wait for its end, stop it, or give another directory"
+        )
+    with file:
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()} {socket.gethostname()}".encode())
+            file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is locked: later it may be that of another fit
+
+
+def _lock(path: Path) -> BinaryIO | None:
+    """The locked file; None if another process, or another fit of this one, has it. It is open while it is locked."""
+    while True:
+        file = path.open("a+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError as error:
+            warnings.warn(
+                f"{path.parent} is on a file system without locks ({error.strerror}), so nothing keeps a second "
+                "fit from writing there too",
+                FlowmlWarning,
+                stacklevel=5,
+            )
+            return file
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # the fit that had it has removed it meanwhile
+
+
+def _holder(path: Path) -> str:
+    try:
+        pid, host = path.read_text().split()
+    except (OSError, ValueError):
+        return "another process"
+    return f"process {pid} on {host}"
+
+
 def snapshots(directory: Path) -> list[Path]:
     """The snapshots of a directory, the newest first."""
     found = [p for p in directory.iterdir() if _NAME.fullmatch(p.name)] if directory.is_dir() else []
@@ -138,9 +203,9 @@ def _body(path: Path) -> Body:
             raise CheckpointError(f"the manifest of the checkpoint {path.parent} was changed or is damaged; {_FIX}")
         found = msgspec.json.decode(manifest.body, type=_Version).format
         if found != FORMAT:
-            raise CheckpointError(
+            raise FormatError(
                 f"the checkpoint {path.parent} has format {found}, and this version of flowml reads format {FORMAT}; "
-                "read it with the version that wrote it"
+                f"{'install a newer version' if found > FORMAT else 'read it with the version that wrote it'}"
             )
         return msgspec.json.decode(manifest.body, type=Body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

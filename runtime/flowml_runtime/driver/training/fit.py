@@ -152,6 +152,7 @@ class Fit:
             self._step(protocol.Begin(), params, state)
             while not self._machine.over:
                 self._take(self._next())
+                self.saving.tell()
                 if self.saving.due(self._history.reached, self._time.now(), aligned=self._aligned):
                     self._step(protocol.Pause())
                 records = self._history.ready()

@@ -3,17 +3,41 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from flowml.errors import CheckpointError, FlowmlWarning
 from flowml.plan import Training
 from flowml_runtime.driver.checkpoint import Checkpoint, newest
+from flowml_runtime.driver.training.differing import check
 from flowml_runtime.driver.training.fingerprint import differ
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.result import restored
 from flowml_runtime.driver.training.saving import Saving
-from flowml_runtime.driver.training.snapshots import Figures, check
+from flowml_runtime.driver.training.snapshots import Figures
 from flowml_runtime.environment import checkpoints
+
+
+@contextmanager
+def writing(checkpoint: Checkpoint | None, resume: Literal["auto"] | None) -> Generator[None]:
+    """Have the directory of snapshots, which no other fit writes meanwhile.
+
+    Raises CheckpointError if another one does, or it cannot be written, ValueError or TypeError for arguments that make
+    no sense.
+    """
+    if resume not in ("auto", None):
+        raise ValueError(f"resume={resume!r}: give 'auto', or leave it out")
+    if checkpoint is None:
+        if resume is not None:
+            raise ValueError("resume='auto' needs checkpoint=fm.Checkpoint(path), which says where the snapshots are")
+        yield
+        return
+    if not isinstance(checkpoint, Checkpoint):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"checkpoint={checkpoint!r}: give an fm.Checkpoint(path, every_steps=...)")
+    checkpoints.prepare(checkpoint.directory)
+    with checkpoints.locked(checkpoint.directory):
+        yield
 
 
 def saving_of(
@@ -28,19 +52,12 @@ def saving_of(
     """The snapshots of a fit of `total` steps with these figures, which would begin with these parameters, this
     optimizer state, and this state of the model.
 
-    Raises CheckpointError if the snapshot to go on from belongs to another fit or is behind its end, if that is not
-    asked for, or if the directory cannot be written.
+    Raises CheckpointError if the snapshot to go on from belongs to another fit or is behind its end, or if that is not
+    asked for.
     """
-    if resume not in ("auto", None):
-        raise ValueError(f"resume={resume!r}: give 'auto', or leave it out")
     if checkpoint is None:
-        if resume is not None:
-            raise ValueError("resume='auto' needs checkpoint=fm.Checkpoint(path), which says where the snapshots are")
         return Saving(None, None, now, trees, model)
-    if not isinstance(checkpoint, Checkpoint):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"checkpoint={checkpoint!r}: give an fm.Checkpoint(path, every_steps=...)")
     directory = checkpoint.directory
-    checkpoints.prepare(directory)
     if resume is None:
         if checkpoints.snapshots(directory):
             raise CheckpointError(

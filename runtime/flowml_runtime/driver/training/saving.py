@@ -161,9 +161,13 @@ class Saving:
         if self._writer is not None:
             self._writer.join()  # no deadline: a disk takes as long as it takes
             self._writer = None
+        self.tell(stacklevel=6)
+
+    def tell(self, stacklevel: int = 5) -> None:
+        """Warn if a snapshot could not be written."""
         if self._wrong is not None:
             wrong, self._wrong = self._wrong, None
-            warnings.warn(wrong, FlowmlWarning, stacklevel=6)
+            warnings.warn(wrong, FlowmlWarning, stacklevel=stacklevel)
 
     def _write(self, snapshot: Snapshot) -> None:
         assert self._checkpoint is not None

@@ -213,19 +213,19 @@ def taken(
     places = _places(training, stopped)
     leaves: list[tuple[Leaf, ...]] = []
     joined = model.after(_states(training, buffers, model)).state()
-    for what, tree in zip(_TREES, (*trees, joined), strict=True):
+    for what, tree in zip(TREES, (*trees, joined), strict=True):
         made: list[Leaf] = []
         for i, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
             buffer = places.get((what, i), f"{what}/{i}")
             arrays.setdefault(buffer, np.asarray(as_buffer(value)))
-            made.append(Leaf(tuple(map(_key, path)), str(value.dtype), buffer))
+            made.append(Leaf(tuple(map(key_of, path)), str(value.dtype), buffer))
         leaves.append(tuple(made))
     owners = {owner: tuple(found) for owner, found in buffers.items()}
     layers = tuple(map(Layer.of, training.stores))
     return Snapshot(Content(steps, figures, layers, stopped, ledger, owners, *leaves), arrays)
 
 
-_TREES = ("params", "opt_state", "state")
+TREES = ("params", "opt_state", "state")
 
 
 def _states(training: Training, buffers: Mapping[str, Mapping[str, Any]], model: Model) -> tuple[tuple[Any, ...], ...]:
@@ -256,7 +256,8 @@ def _places(training: Training, stopped: wire.Stopped) -> dict[tuple[str, int], 
     return found
 
 
-def _key(key: Any) -> Key:
+def key_of(key: Any) -> Key:
+    """A step of a path of JAX."""
     match key:
         case jax.tree_util.DictKey(key=name):
             return ("dict", name if isinstance(name, str | int) else str(name))
@@ -277,43 +278,3 @@ def figures(
     return Figures(
         replicas, stages, training.microbatches, batch_size, source.examples, seed, shuffle, rest, workers=workers
     )
-
-
-def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, trees: tuple[Any, Any, Any]) -> None:
-    """Raise CheckpointError if the snapshot belongs to another fit: it says what differs. `trees`: as in `_TREES`."""
-    known = {layer.name: layer for layer in snapshot.content.layers}
-    mine = {store.name: Layer.of(store) for store in training.stores}
-    differs = [
-        f"{name}={getattr(snapshot.content.figures, name)} there and {getattr(now, name)} here"
-        for name in Figures.__struct_fields__
-        if name != "update" and getattr(snapshot.content.figures, name) != getattr(now, name)
-    ]
-    differs += [f"layer {n!r} is only {'there' if n in known else 'here'}" for n in sorted(known.keys() ^ mine.keys())]
-    for name in sorted(known.keys() & mine.keys()):
-        there, here = known[name], mine[name]
-        if there.policy != here.policy:
-            differs.append(f"layer {name!r} has the policy {there.policy} there and {here.policy} here")
-        before, after = dict(there.buffers), dict(here.buffers)
-        for buffer in sorted(before.keys() | after.keys()):
-            if before.get(buffer) != after.get(buffer):
-                differs.append(
-                    f"{name!r} keeps {buffer!r} as {_spec(before, buffer)} there and {_spec(after, buffer)} here"
-                )
-    for what, tree in zip(_TREES, trees, strict=True):
-        there = {leaf.path: leaf.dtype for leaf in getattr(snapshot.content, what)}
-        here = {tuple(map(_key, p)): str(x.dtype) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for path_ in dict.fromkeys((*there, *here)):
-            if there.get(path_) != here.get(path_):
-                name = "/".join(str(key) for _, key in path_)
-                differs.append(f"{what} leaf {name!r} is {there.get(path_)} there and {here.get(path_)} here")
-    if differs:
-        text = "; ".join(differs[:8]) + (f"; and {len(differs) - 8} more" if len(differs) > 8 else "")
-        raise CheckpointError(
-            f"the checkpoint {path} belongs to another fit: {text}; resume with the same arguments, or begin from the "
-            "values of fm.restore(path)"
-        )
-
-
-def _spec(buffers: Mapping[str, ArraySpec], name: str) -> str:
-    spec = buffers.get(name)
-    return "nothing" if spec is None else f"{spec.dtype}{list(spec.shape)}"

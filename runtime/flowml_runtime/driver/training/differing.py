@@ -1,0 +1,83 @@
+"""Says in what a snapshot differs from the fit that is to go on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from flowml.errors import CheckpointError
+from flowml.plan import ArraySpec, Training
+from flowml_runtime.driver.training.snapshots import TREES, Figures, Key, Layer, Snapshot, key_of
+
+MOST = 8
+"""The most differences that an error names."""
+
+
+def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, trees: tuple[Any, Any, Any]) -> None:
+    """Raise CheckpointError if the snapshot belongs to another fit: it says what differs. `trees`: as in `TREES`."""
+    differs = list(_figures(snapshot.content.figures, now))
+    leaves = [text for what, tree in zip(TREES, trees, strict=True) for text in _leaves(snapshot, what, tree)]
+    differs += leaves or _layers(snapshot.content.layers, map(Layer.of, training.stores))
+    if not differs:
+        return
+    text = "; ".join(differs[:MOST]) + (f"; and {len(differs) - MOST} more" if len(differs) > MOST else "")
+    of = "another model or optimizer" if leaves else "another fit"
+    raise CheckpointError(
+        f"the checkpoint {path} belongs to {of}: {text}; resume with the same arguments, or begin from the values of "
+        "fm.restore(path)"
+    )
+
+
+def _figures(there: Figures, here: Figures) -> Iterable[str]:
+    for name in Figures.__struct_fields__:
+        if name != "update" and getattr(there, name) != getattr(here, name):
+            yield f"{name}={getattr(there, name)} there and {getattr(here, name)} here"
+
+
+def _leaves(snapshot: Snapshot, what: str, tree: Any) -> Iterable[str]:
+    """What differs leaf by leaf: first those that only one has, then those of another type."""
+    leaves = getattr(snapshot.content, what)
+    pairs = zip(leaves, snapshot.leaves(leaves), strict=True)
+    there = {leaf.path: (leaf.dtype, tuple(value.shape)) for leaf, value in pairs}
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    here = {tuple(map(key_of, p)): (str(x.dtype), tuple(x.shape)) for p, x in paths}
+    for mine, other, where in ((there, here, "there"), (here, there, "here")):
+        for path, spec in mine.items():
+            if path not in other:
+                yield f"{what} leaf {_name(path)!r}, {_shown(*spec)}, is only {where}"
+    for path, spec in there.items():
+        if here.get(path, spec) != spec:
+            yield f"{what} leaf {_name(path)!r} is {_shown(*spec)} there and {_shown(*here[path])} here"
+
+
+def _name(path: Iterable[Key]) -> str:
+    return "/".join(str(key) for _, key in path)
+
+
+def _shown(dtype: str, shape: tuple[int, ...]) -> str:
+    return f"{dtype}{list(shape)}"
+
+
+def _layers(there: Iterable[Layer], here: Iterable[Layer]) -> list[str]:
+    """What differs in the layers and in what is kept for each."""
+    known, mine = {layer.name: layer for layer in there}, {layer.name: layer for layer in here}
+    differs = [f"layer {n!r} is only {'there' if n in known else 'here'}" for n in sorted(known.keys() ^ mine.keys())]
+    for name in sorted(known.keys() & mine.keys()):
+        old, new = known[name], mine[name]
+        if old.policy != new.policy:
+            differs.append(f"layer {name!r} has the policy {old.policy} there and {new.policy} here")
+        before, after = dict(old.buffers), dict(new.buffers)
+        for buffer in sorted(before.keys() | after.keys()):
+            if before.get(buffer) != after.get(buffer):
+                differs.append(
+                    f"{name!r} keeps {buffer!r} as {_spec(before, buffer)} there and {_spec(after, buffer)} here"
+                )
+    return differs
+
+
+def _spec(buffers: Mapping[str, ArraySpec], name: str) -> str:
+    spec = buffers.get(name)
+    return "nothing" if spec is None else f"{spec.dtype}{list(spec.shape)}"
