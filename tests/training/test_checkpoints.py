@@ -51,7 +51,7 @@ def case(cluster: fm.Cluster, path: Path, policies: Any = None, optimizer: Any =
     trainer = fm.Trainer(mlp_loss, optimizer or optax.adam(1e-2), cluster=cluster, policies=policies, **options)
 
     def fit(**more: Any) -> fm.TrainingResult:
-        options = {"batch_size": BATCH, "steps": STEPS, "seed": 3, "progress": False, **more}
+        options: dict[str, Any] = {"batch_size": BATCH, "steps": STEPS, "seed": 3, "progress": False, **more}
         return trainer.fit(mlp(), data(), **options)
 
     return Case(fit, path / "checkpoints")
