@@ -163,7 +163,8 @@ def _fetched(leaf: Any) -> Any:
 def _described(leaf: Any) -> Any:
     """A leaf without its value, which the call may have used up."""
     if isinstance(leaf, jax.Array):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type)
+        weak = getattr(leaf, "weak_type", False)  # arrays of typed keys have no weak type
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
     return leaf
 
 

@@ -342,7 +342,9 @@ def test_memory_is_freed_with_the_handles(threads_cluster: fm.Cluster, begin: An
     assert threads_cluster.session.held.on("worker:0/cpu:0") == sum(r.nbytes for r in jax.tree.leaves(state))
     extra = fm.put(np.ones(3), threads_cluster)
     extra.delete()
-    with pytest.raises(ClusterError, match="was deleted"):
+    with pytest.raises(
+        ClusterError, match=r"was deleted by delete\(\) at test_kept_values.py:\d+ \(test_memory_is_freed"
+    ):
         extra.fetch()
     wait_until(lambda: held() == count, "a deleted value is freed")
     del state
@@ -354,7 +356,10 @@ def test_a_donated_value_is_gone_and_its_error_says_to_which_call(threads_cluste
     double = fm.dataflow(lambda x: x * 2, cluster=threads_cluster, keep=0, donate_argnums=0)
     value = fm.put(np.ones(3, "f"), threads_cluster)
     result = double(value)
-    with pytest.raises(ClusterError, match=r"was donated to step \d+ of <lambda>; use what that call returned"):
+    here = r"test_kept_values\.py:\d+ \(test_a_donated_value_is_gone_and_its_error_says_to_which_call\)"
+    with pytest.raises(
+        ClusterError, match=rf"was donated to step \d+ of <lambda> at {here}; use what that call returned"
+    ):
         value.fetch()
     with pytest.raises(ClusterError, match="was donated to step"):
         double(value)

@@ -105,6 +105,19 @@ def test_short_calls_and_plans_of_one_device_stay_with_jit(cluster: fm.Cluster) 
         assert f"{TRIAL + 2} with jit" in line
 
 
+def test_typed_keys_are_arguments_as_under_jit(cluster: fm.Cluster) -> None:
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key, sub = jax.random.split(key)
+        return key, jax.random.normal(sub, (200, 200))
+
+    key = expected = jax.random.key(1)
+    jitted, record = under(cluster, Clock(2e-3, 1e-3), draw)
+    for _ in range(TRIAL + 1):
+        (key, got), (expected, wanted) = jitted(key), jax.jit(draw)(expected)
+        np.testing.assert_array_equal(got, wanted)
+    assert "no cut over devices is expected" in record.lines()[0]
+
+
 def test_each_signature_is_judged_by_itself(cluster: fm.Cluster) -> None:
     jitted, record = under(cluster, Clock(1e-4, 1e-9), lambda x, n: x * n, static_argnums=1)
     for x, n in ((jnp.ones(3), 2), (jnp.ones(4), 2), (jnp.ones(3), 3), (np.ones(3, np.float32), 2)):

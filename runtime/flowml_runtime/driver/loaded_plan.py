@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from flowml_runtime.driver.call_io import Feeder, Restorer
 from flowml_runtime.driver.captures import Captures
 from flowml_runtime.driver.remote import Kind, Remote
 from flowml_runtime.driver.steps import Steps
+from flowml_runtime.environment.callers import calling_line
 from flowml_runtime.execution.inline import LocalStep
 from flowml_runtime.execution.programs import Array, feed_slots
 
@@ -111,6 +112,15 @@ def check_donations(handle: LoadedPlan, buffers: Sequence[Any]) -> str:
                 "a copy, or do not donate it"
             )
     return ""
+
+
+def donate(call: str, buffers: Iterable[Any]) -> None:
+    """The handles among these buffers can no longer be used, because the call overwrites their values."""
+    remotes = [b for b in buffers if type(b) is Remote]
+    if remotes:
+        why = f"was donated to {call} at {calling_line()}; use what that call returned"
+        for remote in remotes:
+            remote.give_up(why)
 
 
 def loaded(

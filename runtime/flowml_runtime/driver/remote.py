@@ -20,6 +20,7 @@ from flowml.errors import ClusterError, FlowmlError, WorkerLostError
 from flowml.ir._jax import ArrayImpl, array_type, default_sharding, register_array_like, struct_of
 from flowml.ir.keys import key_dtype
 from flowml.plan import ArraySpec
+from flowml_runtime.environment.callers import calling_line
 
 if TYPE_CHECKING:
     from flowml_runtime.execution.future import Future
@@ -223,11 +224,8 @@ class Remote(jax.Array):
         """For the runtime: the call of this future makes the value, and all values of its batch."""
         self._batch.made_by(future)
 
-    def donate(self, call: str) -> None:
-        """For the runtime: a call overwrites the value."""
-        self._go(f"was donated to {call}; use what that call returned")
-
-    def _go(self, why: str) -> None:
+    def give_up(self, why: str) -> None:
+        """For the runtime: the value can no longer be used. `why` follows the name of the value in errors."""
         self._batch.gone[self._index] = why
         if self._batch.owner is not None:
             self._batch.owner.freed(self._batch, self._index)
@@ -250,7 +248,8 @@ class Remote(jax.Array):
 
     def delete(self) -> None:
         """Free the value now, and not when the handle is collected."""
-        self._go("was deleted")
+        if not self.is_deleted():
+            self.give_up(f"was deleted by delete() at {calling_line()}")
 
     def __copy__(self) -> jax.Array:
         """The value, in this process: a copy of an array outlives a call that the array is donated to."""

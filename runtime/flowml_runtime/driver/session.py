@@ -23,7 +23,7 @@ from flowml_runtime import wire
 from flowml_runtime.driver import loading as shipping
 from flowml_runtime.driver.captures import Captured
 from flowml_runtime.driver.holdings import Holdings
-from flowml_runtime.driver.loaded_plan import LoadedPlan, check_donations, loaded
+from flowml_runtime.driver.loaded_plan import LoadedPlan, check_donations, donate, loaded
 from flowml_runtime.driver.loading import Loading
 from flowml_runtime.driver.real_time import RealTime
 from flowml_runtime.driver.remote import Kind, Remote
@@ -267,9 +267,8 @@ class Session:
                 if kept:
                     kept[0].made_by(future)
                 self._feed(handle, step, buffers, first)
-            for position in handle.overwrites if handle.overwrites else ():
-                if type(buffers[position]) is Remote:
-                    buffers[position].donate(future.name)
+            if handle.overwrites:
+                donate(future.name, [buffers[p] for p in handle.overwrites])
             return future
         except BaseException as error:  # a Ctrl-C comes at any line; the future finds what had begun by then
             begun = handle.steps.step_of(future)
