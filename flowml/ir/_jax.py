@@ -156,18 +156,18 @@ class Traced:
     output_names: tuple[str, ...]
     trees: tuple[tuple[int, ...], ...]
     """For each argument that is more than one array, the positions of its leaves among the inputs."""
-    left_out: tuple[Any, ...] = ()
+    left_out: tuple[Any, ...]
 
 
 def trace(
     fn: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    without: Callable[[Any], tuple[Any, Sequence[Any]]] | None = None,
+    rewrite: Callable[[Any], tuple[Any, Sequence[Any]]],
 ) -> Traced:
     """Trace `fn` as `jax.jit` would. Leaves are arrays or ShapeDtypeStructs.
 
-    `without` returns a program without some of its operations, and these.
+    `rewrite` returns the program that is to be run, and the operations that it leaves out.
     """
     with jax.disable_jit(False):  # a plan is compiled even if jit is disabled
         traced = jax.jit(fn, keep_unused=True).trace(*args, **kwargs)
@@ -176,9 +176,7 @@ def trace(
         raise ClosesOverTracerError(
             "the function closes over a value that another JAX transformation is tracing; pass it as an argument"
         )
-    closed, left_out = without_refs(traced.jaxpr), ()
-    if without is not None:
-        closed, left_out = without(closed)
+    closed, left_out = rewrite(without_refs(traced.jaxpr))
     closed = without_dead_code(closed)
     outs, out_tree = jax.tree_util.tree_flatten_with_path(traced.out_info)
     return Traced(

@@ -17,6 +17,7 @@ from jax.extend import core as jex
 
 from flowml.arrays import ArraySpec
 from flowml.ir import _jax
+from flowml.ir.bodies import map_bodies
 
 DEBUGGING = {"debug_callback": "jax.debug.callback", "debug_print": "jax.debug.print"}
 PURE = "pure_callback"
@@ -138,23 +139,10 @@ def _without(jaxpr: Any, inside: tuple[str, ...], dropped: list[Found]) -> Any:
         if any(call.is_debugging for call in calls(equation)):
             name = equation.primitive.name
             around = inside if name in _jax.INLINED else (*inside, name)
-            parameters = {k: _mapped(v, around, dropped) for k, v in equation.params.items()}
+            parameters = map_bodies(equation.params, lambda body, _, around=around: _without(body, around, dropped))
             equation = equation.replace(params=parameters, effects=_left(equation.effects))
         equations.append(equation)
     return jaxpr.replace(eqns=equations, effects=_left(jaxpr.effects))
-
-
-def _mapped(value: Any, inside: tuple[str, ...], dropped: list[Found]) -> Any:
-    """A parameter of an equation, with the programs in it mapped."""
-    match value:
-        case jex.ClosedJaxpr():
-            return jex.ClosedJaxpr(_without(value.jaxpr, inside, dropped), value.consts)
-        case jex.Jaxpr():
-            return _without(value, inside, dropped)
-        case tuple():
-            return tuple(_mapped(v, inside, dropped) for v in value)
-        case _:
-            return value
 
 
 def _left(effects: Any) -> frozenset[Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from flowml.arrays import TOKEN
 from flowml.ir import _jax, host
 from flowml.ir.axes import body_on_one, unbound_axis
+from flowml.ir.foreign import expanded
 from flowml.ir.graph import Graph, Literal, Node, Operand
 from flowml.ir.host import RUN, Effects
 from flowml.ir.obstacles import check_argument, check_equation
@@ -48,7 +50,7 @@ def trace(
 ) -> Trace:
     """Trace `fn`. Raises UnsupportedError if it contains something that a dataflow graph cannot hold."""
     try:
-        traced = _jax.trace(fn, args, kwargs, host.without_debugging if effects.drop else None)
+        traced = _jax.trace(fn, args, kwargs, partial(_rewritten, drop=effects.drop))
     except NameError as error:
         raise unbound_axis(error, name) or error from None
     for position, (variable, path) in enumerate(zip(traced.jaxpr.invars, traced.input_names, strict=True)):
@@ -78,6 +80,11 @@ def trace(
     left_out = tuple(found.construct for found in traced.left_out)
     closed_over = closed_over_layers(graph, parameters, fn)
     return Trace(graph, traced.in_tree, traced.out_tree, parameters, closed_over, left_out)
+
+
+def _rewritten(closed: Any, *, drop: bool) -> tuple[Any, Sequence[host.Found]]:
+    closed = expanded(closed)
+    return host.without_debugging(closed) if drop else (closed, ())
 
 
 @dataclass

@@ -12,7 +12,6 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import cloudpickle  # pyright: ignore[reportMissingTypeStubs]
 import jax
 
 from flowml.errors import UnsupportedError, one_line
@@ -21,6 +20,7 @@ from flowml.ir.cost import node_bytes, node_flops
 from flowml.ir.exports import export
 from flowml.ir.forms import form_of
 from flowml.ir.graph import Graph, Literal, Node
+from flowml.lowering.pickling import dumps
 from flowml.lowering.recipe import recipe_of_node
 from flowml.lowering.schedule import Schedule, TaskGroup
 from flowml.plan import ArraySpec, Setting, Task, fingerprint
@@ -187,7 +187,7 @@ def _pickled(group: TaskGroup, table: ExecutableTable) -> str:
     (node,) = group.nodes
     recipe = recipe_of_node(node, group.inputs, group.outputs, table.exported)
     try:
-        return table.store(cloudpickle.dumps(recipe))
+        return table.store(dumps(recipe))
     except Exception as error:  # pickling runs code of the user's objects
         found = next(host.calls(node.equation))
         raise UnsupportedError(
