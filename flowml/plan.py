@@ -27,7 +27,7 @@ from flowml.policy.filters import sent_size
 if TYPE_CHECKING:
     from os import PathLike
 
-FORMAT = 6
+FORMAT = 7
 """Version of the serialised form. A plan of another format is refused with both numbers in the error."""
 
 DRIVER = "driver"

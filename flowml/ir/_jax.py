@@ -9,12 +9,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax._src import config as jax_config
@@ -24,8 +22,6 @@ from jax._src.interpreters import mlir, pxla
 from jax._src.interpreters import partial_eval as pe
 from jax._src.lax import linalg
 from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-from jax._src.lib.mlir.dialects import hlo  # pyright: ignore[reportPrivateImportUsage]
 from jax.extend import core as jex
 
 from flowml.arrays import ArraySpec
@@ -375,60 +371,15 @@ def struct_of(spec: ArraySpec) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype), weak_type=spec.weak_type)
 
 
-def operations(exported: jax.export.Exported) -> list[tuple[str, str]]:
-    """Every operation of a module with all its regions: (name, target of a custom call or "")."""
-    found: list[tuple[str, str]] = []
-
-    def visit(operation: Any) -> Any:
-        target = ""
-        if operation.name.endswith("custom_call"):
-            target = ir.StringAttr(operation.attributes["call_target_name"]).value
-        found.append((operation.name, target))
-        return ir.WalkResult.ADVANCE
-
-    with mlir.make_ir_context() as context:
-        module = hlo.deserialize_portable_artifact(context, exported.mlir_module_serialized)
-        module.operation.walk(visit, ir.WalkOrder.PRE_ORDER)
-    return found
+def lowered(traced: Any, platform: str) -> Any:
+    """The module of StableHLO for a traced function, as jit lowers it on `platform`."""
+    parameters = mlir.LoweringParameters(hoist_constants_as_args=False)
+    return traced.lower(lowering_platforms=(platform,), _private_parameters=parameters)._lowering.stablehlo()
 
 
-_lapack_wanted: ContextVar[bool] = ContextVar("flowml_lapack_wanted", default=True)
-
-
-@contextmanager
-def lapack_if(needed: bool) -> Generator[None]:
-    """In the block, JAX loads SciPy for an exported program only if `needed`. That takes a third of a second."""
-    before = _lapack_wanted.set(needed)
-    try:
-        yield
-    finally:
-        _lapack_wanted.reset(before)
-
-
-_load_lapack = linalg.initialize_lapack
-linalg.initialize_lapack = lambda: _load_lapack() if _lapack_wanted.get() else None
-
-
-def compiled(lowered: jax.stages.Lowered, *, committed: bool) -> jax.stages.Compiled:
-    """Compile a lowered program. Unless `committed`, its results are not bound to a device, as with jit.
-
-    JAX by default binds the results of a program that calls an exported one. It also refuses arrays of 4 bits that are
-    bound to a device, because they name their layout in another way than the program. jit takes them.
-    """
-    options = cast(Any, lowered)._lowering.compile_args
-    if not committed and "committed" in options:
-        options["committed"] = False
-    made = lowered.compile()
-    executable: Any = getattr(made, "_executable", None)
-    layouts: Any = getattr(executable, "_xla_in_layouts", None)
-    if layouts is not None:
-        narrow = [_is_narrow(aval.dtype) for aval in executable.in_avals]
-        executable._xla_in_layouts = [None if n else x for x, n in zip(layouts, narrow, strict=True)]
-    return made
-
-
-def _is_narrow(dtype: Any) -> bool:
-    return not jnp.issubdtype(dtype, jax.dtypes.extended) and str(dtype).lstrip("u").startswith(("int4", "float4"))
+def load_lapack() -> None:
+    """Register the kernels of LAPACK. They are SciPy's, which takes a third of a second to load."""
+    linalg.initialize_lapack()
 
 
 def array_type(struct: jax.ShapeDtypeStruct, *, weak: bool) -> Any:

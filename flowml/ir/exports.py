@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import jax
 import jax.export
+import msgspec
 
 from flowml.errors import UnsupportedError
-from flowml.ir import _jax
+from flowml.ir import _jax, _mlir
+from flowml.ir._compiled import compile_module
 from flowml.ir.forms import form_of
 from flowml.ir.stablehlo import forbidden
 
@@ -21,41 +24,100 @@ def export(
     known: MutableMapping[Any, bytes] | None = None,
     form: Any = None,
 ) -> bytes:
-    """Lower a function of flat arrays for `platforms` and serialise it as StableHLO.
+    """Lower a function of flat arrays and serialise it as StableHLO: one module for each of `platforms`.
 
     `known` maps forms to earlier exports for the same platforms and settings; a form in it is not lowered again. `form`
-    is the form of the function, if it is known without tracing. JAX's check that later versions support custom calls
-    is off, because workers have the same version; the calls on our list are allowed. Raises UnsupportedError for other
-    custom calls, and any error that JAX raises for what it cannot export.
+    is the form of the function, if it is known without tracing. Raises UnsupportedError for operations that no worker
+    runs, and any error that JAX raises for what it cannot lower.
     """
     known = {} if known is None else known
-    jitted = jax.jit(fn, keep_unused=True)
-    if form is None:
-        closed = jitted.trace(*inputs).jaxpr
-        form = form_of(closed.jaxpr, closed.consts)
-    if form in known:
+    if form is not None and form in known:
         return known[form]
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call("ALL")]
-    exported = jax.export.export(jitted, platforms=list(platforms), disabled_checks=unchecked)(*inputs)
-    if found := forbidden(_jax.operations(exported)):
-        raise UnsupportedError(f"it is {found}, which no worker runs")
-    data = bytes(exported.serialize())
+    traced = jax.jit(fn, keep_unused=True).trace(*inputs)
+    if form is None:
+        form = form_of(traced.jaxpr.jaxpr, traced.jaxpr.consts)
+        if form in known:
+            return known[form]
+    modules: dict[str, bytes] = {}
+    for platform in platforms:
+        module = _jax.lowered(traced, platform)
+        if found := _refused(module):
+            raise UnsupportedError(f"it is {found}, which no worker runs")
+        modules[platform] = _mlir.write(module)
+    data = msgspec.msgpack.encode(modules)
     if form is not None:
         known[form] = data
     return data
 
 
-def load_exported(data: bytes) -> jax.export.Exported:
-    """Read bytes made by `export`. Raises UnsupportedError for others, because their sender is not trusted."""
-    try:
-        exported = jax.export.deserialize(bytearray(data))
-        found = forbidden(_jax.operations(exported))
-    except Exception as error:  # several libraries raise errors of many types
-        raise UnsupportedError(f"is damaged ({type(error).__name__})") from None
-    if exported.ordered_effects or exported.unordered_effects:
-        found = "a side effect"
-    if exported.nr_devices != 1:
-        found = f"a program for {exported.nr_devices} devices"
-    if found:
-        raise UnsupportedError(f"holds {found}, which no worker runs")
-    return exported
+def export_traceable(fn: Callable[..., Any], inputs: Sequence[Any], platforms: Sequence[str]) -> bytes:
+    """Like `export`, in the form of `jax.export`, whose functions another function may call while it is traced.
+
+    JAX's check that later versions support custom calls is off, because workers have the same version.
+    """
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call("ALL")]
+    jitted = jax.jit(fn, keep_unused=True)
+    exported = jax.export.export(jitted, platforms=list(platforms), disabled_checks=unchecked)(*inputs)
+    if found := _refused(_mlir.read(_mlir.context(), exported.mlir_module_serialized)):
+        raise UnsupportedError(f"it is {found}, which no worker runs")
+    return bytes(exported.serialize())
+
+
+def _refused(module: Any) -> str:
+    """What a module is or holds that no worker runs; "" if it is nothing."""
+    if (several := _mlir.devices(module)) != 1:
+        return f"a program for {several} devices"
+    return forbidden(_mlir.operations(module))
+
+
+class Imported:
+    """An executable of `export`, read and checked for one platform. Several threads may use it."""
+
+    def __init__(self, data: bytes, platform: str, context: Any) -> None:
+        """Read it into a context of `_mlir`, for devices of a platform as JAX names it ("gpu" is CUDA or ROCm).
+
+        Raises UnsupportedError for other bytes and for what no worker runs, because the sender is not trusted.
+        """
+        self._lock = threading.Lock()
+        self._context = context
+        try:
+            modules = msgspec.msgpack.decode(data, type=dict[str, bytes])
+            self.platforms = tuple(modules)
+            names = ("cuda", "rocm") if platform == "gpu" else (platform,)
+            self._data = next((modules[n] for n in names if n in modules), b"")
+            self._module: Any = _mlir.read(context, self._data) if self._data else None
+            found = _refused(self._module) if self._data else ""
+            self._lapack = bool(self._data) and _mlir.calls(self._module, "lapack_")
+        except Exception as error:  # several libraries raise errors of many types
+            raise UnsupportedError(f"is damaged ({type(error).__name__})") from None
+        if found:
+            raise UnsupportedError(f"holds {found}, which no worker runs")
+
+    @property
+    def fits(self) -> bool:
+        """Whether it was made for this platform too."""
+        return bool(self._data)
+
+    def takes(self, inputs: Sequence[jax.ShapeDtypeStruct], outputs: Sequence[jax.ShapeDtypeStruct]) -> bool:
+        """Whether it is a function from such arrays to such arrays. To be asked before it is compiled."""
+        return self._module is None or _mlir.takes(self._module, inputs, outputs)
+
+    def compile(
+        self,
+        inputs: Sequence[jax.ShapeDtypeStruct],
+        outputs: Sequence[jax.ShapeDtypeStruct],
+        device: Any,
+        *,
+        donate: Sequence[int],
+        committed: bool,
+    ) -> Callable[..., list[jax.Array]]:
+        """Compile it for a device, to overwrite the arguments `donate`. Raises any error of XLA."""
+        with self._lock:
+            module, self._module = self._module, None
+        if module is None:  # compiled before, with other donations or for another device
+            module = _mlir.read(self._context, self._data)
+        if donate:
+            _mlir.overwrite(module, donate)
+        if self._lapack:
+            _jax.load_lapack()
+        return compile_module(module, inputs, outputs, device, committed=committed)

@@ -17,7 +17,7 @@ import jax
 from flowml.errors import UnsupportedError, one_line
 from flowml.ir import _jax, host
 from flowml.ir.cost import node_bytes, node_flops
-from flowml.ir.exports import export
+from flowml.ir.exports import export, export_traceable
 from flowml.ir.forms import form_of
 from flowml.ir.graph import Graph, Literal, Node
 from flowml.lowering.pickling import dumps
@@ -49,12 +49,13 @@ class ExecutableTable:
 
     def export(self, fn: Callable[..., Any], inputs: Sequence[Any], form: Any = None) -> str:
         """Export a function of flat arrays and return its key. `form` is the function's form, if known."""
-        return self.store(self.exported(fn, inputs, form))
-
-    def exported(self, fn: Callable[..., Any], inputs: Sequence[Any], form: Any = None) -> bytes:
-        """A function of flat arrays as StableHLO."""
         with _jax.under(self.settings):
-            return export(fn, inputs, self.platforms, self.known, form)
+            return self.store(export(fn, inputs, self.platforms, self.known, form))
+
+    def traceable(self, fn: Callable[..., Any], inputs: Sequence[Any]) -> bytes:
+        """A function of flat arrays as StableHLO, for a recipe."""
+        with _jax.under(self.settings):
+            return export_traceable(fn, inputs, self.platforms)
 
     def add_function(
         self,
@@ -170,8 +171,6 @@ def _culprit(graph: Graph, nodes: Sequence[Node], table: ExecutableTable, error:
             error = own
             break
     reason = str(error).strip().partition("\n")[0]
-    if isinstance(error, KeyError):  # missing in JAX's table of what it can serialise
-        reason = f"it makes or takes arrays of {error.args[0]}, which jax.export does not know"
     what = _jax.whereabouts(node.equation, node.layer)
     return UnsupportedError(f"{what} cannot run on a worker: {reason}; compute it outside the dataflow function")
 
@@ -185,7 +184,7 @@ def _name(group: TaskGroup, layers: Sequence[str]) -> str:
 def _pickled(group: TaskGroup, table: ExecutableTable) -> str:
     """Pickle the recipe of a node that calls Python. Raises UnsupportedError if something in it cannot be pickled."""
     (node,) = group.nodes
-    recipe = recipe_of_node(node, group.inputs, group.outputs, table.exported)
+    recipe = recipe_of_node(node, group.inputs, group.outputs, table.traceable)
     try:
         return table.store(dumps(recipe))
     except Exception as error:  # pickling runs code of the user's objects

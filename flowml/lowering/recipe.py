@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import io_callback
@@ -22,7 +23,6 @@ from jax.experimental import io_callback
 from flowml.arrays import TOKEN
 from flowml.errors import UnsupportedError
 from flowml.ir import _jax, host
-from flowml.ir.exports import load_exported
 from flowml.ir.graph import Literal, Node
 
 Host = Callable[[host.Call], Callable[..., Any]]
@@ -118,7 +118,7 @@ def _run(what: What, arrays: list[Any], token: Any, wrap: Host) -> tuple[Sequenc
         case host.Call():
             return _call(what, arrays, token, wrap)
         case Computation():
-            return jax.tree_util.tree_leaves(load_exported(what.data).call(*arrays)), token
+            return jax.tree_util.tree_leaves(jax.export.deserialize(bytearray(what.data)).call(*arrays)), token
         case Inline():
             return what.body.run(jax.lax.optimization_barrier(arrays) if what.apart else arrays, token, wrap)
         case Scan():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,17 @@ import flowml as fm
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
+TRACED = "/jax/core/compile/jaxpr_trace_duration"
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+
+
 @contextmanager
-def compiled() -> Iterator[list[str]]:
-    """What this process compiles meanwhile."""
+def compiled(*counted: str) -> Generator[list[str]]:
+    """What this process compiles meanwhile, or other events."""
     events: list[str] = []
 
-    def listen(event: str, duration: float, **_: object) -> None:
-        if event == COMPILED:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event in (counted or (COMPILED,)):
             events.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -32,7 +37,7 @@ def compiled() -> Iterator[list[str]]:
 
 
 def test_the_driver_compiles_nothing(process_cluster: fm.Cluster) -> None:
-    def results(x: jax.Array, key: jax.Array) -> tuple[jax.Array | float, ...]:
+    def results(x: Any, key: jax.Array) -> tuple[Any, ...]:
         return x + 1, jnp.sum(x), 2.0, jnp.int8(3) * 2, jax.random.split(key), x, jnp.sum(x)
 
     program, x, key = fm.dataflow(results, cluster=process_cluster), np.arange(6, dtype=np.float32), jax.random.key(3)
@@ -49,6 +54,19 @@ def test_the_driver_compiles_nothing(process_cluster: fm.Cluster) -> None:
     with compiled() as events:
         np.testing.assert_array_equal(np.asarray(kept), x * 2)
     assert not events
+
+
+def test_workers_compile_the_modules_of_a_plan_without_tracing_or_lowering_again() -> None:
+    def results(x: Any, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.linalg.qr(x)[0], jax.random.split(key)
+
+    x, key = np.arange(6, dtype=np.float32).reshape(3, 2), jax.random.key(3)
+    with fm.Cluster.threads(workers=1) as cluster:
+        fm.dataflow(lambda x: x + 1, cluster=cluster)(x)
+        plan = fm.dataflow(results, cluster=cluster).plan(x, key)
+        with compiled(TRACED, LOWERED, COMPILED) as events:
+            cluster.session.load(plan)
+    assert events == [COMPILED]
 
 
 def test_the_driver_compiles_for_a_fit_only_what_checks_the_loss(process_cluster: fm.Cluster) -> None:

@@ -11,13 +11,13 @@ from contextlib import suppress
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import msgspec
 import numpy as np
 import pytest
 
 import flowml as fm
+from flowml.ir import _mlir
 from flowml.plan import Plan, fingerprint
 
 X = jnp.linspace(0.0, 1.0, 4)
@@ -43,15 +43,14 @@ def with_executable(plan: Plan, data: bytes) -> Plan:
     )
 
 
-def exported(fn: Callable[..., Any], *targets: str) -> bytes:
-    """What `jax.export` makes of a function if it is told to look away."""
-    checks = [jax.export.DisabledSafetyCheck.custom_call(t) for t in targets]
-    return bytes(jax.export.export(jax.jit(fn), disabled_checks=checks)(X).serialize())
+def exported(fn: Callable[..., Any], **options: Any) -> bytes:
+    """What the compiler would make of a function if it looked away."""
+    return msgspec.msgpack.encode({"cpu": _mlir.write(jax.jit(fn, **options).lower(X).compiler_ir())})
 
 
 def calls(target: str) -> bytes:
     shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
-    return exported(lambda x: (jax.ffi.ffi_call(target, shape)(x, index=np.uint64(0)),), target)
+    return exported(lambda x: (jax.ffi.ffi_call(target, shape)(x, index=np.uint64(0)),))
 
 
 def stays_well(cluster: fm.Cluster) -> None:
@@ -84,7 +83,7 @@ def test_a_custom_call_inside_a_loop_is_found(cluster: fm.Cluster) -> None:
         return (jax.lax.fori_loop(0, 3, lambda _, v: jax.lax.cond(v[0] > 0, call, jnp.sin, v), x),)
 
     with pytest.raises(fm.WorkerError, match="holds a custom call of 'anybodys'"):
-        cluster.session.load(with_executable(honest(), exported(fn, "anybodys")))
+        cluster.session.load(with_executable(honest(), exported(fn)))
 
 
 @pytest.mark.parametrize("collective", ["psum", "all_gather"])
@@ -124,6 +123,21 @@ def test_an_executable_of_other_arrays_is_refused(fn: Any, cluster: fm.Cluster) 
     with pytest.raises(fm.WorkerError, match="has other arrays than the task"):
         cluster.session.load(with_executable(honest(), exported(fn)))
     stays_well(cluster)
+
+
+def test_an_executable_overwrites_no_arguments_of_its_own_accord(cluster: fm.Cluster) -> None:
+    data = exported(lambda x: (x + 2,), donate_argnums=0)
+    handle, given = cluster.session.load(with_executable(honest(), data)), X + 1
+    for _ in range(2):
+        np.testing.assert_allclose(cluster.session.call(handle, [given])[0], X + 3)
+    np.testing.assert_allclose(given, X + 1)
+
+
+def test_an_executable_for_other_devices_is_refused(cluster: fm.Cluster) -> None:
+    (data,) = honest().executables.values()
+    modules = msgspec.msgpack.decode(data, type=dict[str, bytes])
+    with pytest.raises(fm.WorkerError, match="was compiled for tpu, but its device is a cpu"):
+        cluster.session.load(with_executable(honest(), msgspec.msgpack.encode({"tpu": modules["cpu"]})))
 
 
 def test_damaged_executables_are_refused_or_run(seed: int) -> None:

@@ -13,23 +13,29 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
-import jax.export
 import msgspec
 import numpy as np
 
 from flowml.errors import FlowmlError, UnsupportedError
 from flowml.instructions import Feed, Fetch, Keep, Push, Read, Recv, Run, Send
-from flowml.ir._jax import exact_types, lapack_if, spec_of, under
-from flowml.ir.exports import load_exported
-from flowml.plan import ArraySpec, Constant, Plan, Program, Task, fingerprint
+from flowml.ir import _mlir
+from flowml.ir._jax import exact_types, under
+from flowml.ir.exports import Imported
+from flowml.plan import Constant, Plan, Program, Task, fingerprint
 from flowml_runtime.execution.debugging import checked, checks, leaving
-from flowml_runtime.execution.task_functions import JaxDevice, TaskFunction, buffer_struct, compile_task, python_task
+from flowml_runtime.execution.task_functions import (
+    JaxDevice,
+    TaskFunction,
+    buffer_struct,
+    compile_module_of,
+    python_task,
+)
 from flowml_runtime.execution.turns import Turns
 from flowml_runtime.transport.arrays import Array, aligned_empty
 
@@ -308,12 +314,7 @@ def _make_all(
 ) -> dict[_Need, _Compiled]:
     _check_settings(plan)
     ordered = sorted(needs, key=lambda n: (n.task, n.donate, n.device.id))
-    exported: dict[str, _Exported] = {}
-    for task in (plan.tasks[n] for n in dict.fromkeys(n.task for n in ordered)):
-        if task.kind == "xla":
-            found = exported.get(task.executable) or _exported(plan, task, parts)
-            _check_arrays(task, found.program)
-            exported[task.executable] = found
+    executables = _read_executables(plan, ordered, parts)
 
     def make(need: _Need) -> _Compiled:
         task = plan.tasks[need.task]
@@ -321,10 +322,13 @@ def _make_all(
             return _Compiled(_load_python(plan, task, need.device, python, parts))
         if task.kind != "xla":
             raise FlowmlError(f"task {task.name!r} is of kind {task.kind!r}; this worker knows 'xla' and 'python'")
-        found = exported[task.executable]
+        found = executables[task.executable]
         try:
             with under(plan.settings):
-                return cache.get((found.digest, need.donate, need.device), lambda: _compile(found.program, task, need))
+                return cache.get(
+                    (found.digest, need.donate, need.device),
+                    lambda: compile_module_of(task, found.module, need.device, need.donate),
+                )
         except FlowmlError:
             raise
         except Exception as error:  # any error of XLA
@@ -337,9 +341,9 @@ def _make_all(
         return task.executable, need.donate, need.device, task.outputs if task.kind == "python" else ()
 
     def turn(key: tuple[Any, ...]) -> str:
-        if key[0] not in exported:
+        if key[0] not in executables:
             return ""
-        return fingerprint(repr((exported[key[0]].digest, key[1], key[2].id)).encode())
+        return fingerprint(repr((executables[key[0]].digest, key[1], key[2].id)).encode())
 
     made = cache.turns.make_all({key(n): partial(make, n) for n in ordered}, turn)
     return {n: made[key(n)] for n in ordered}
@@ -368,48 +372,45 @@ def _executable(plan: Plan, key: str, parts: Parts) -> bytes:
 
 
 @dataclass(frozen=True)
-class _Exported:
+class _Executable:
     """A checked executable. Plans share compiled executables by digest and not by the plan's name for them, because
     that name may be wrong."""
 
     digest: str
-    program: jax.export.Exported
+    module: Imported
 
 
-def _exported(plan: Plan, task: Task, parts: Parts) -> _Exported:
-    data = _executable(plan, task.executable, parts)
-    try:
-        return _Exported(fingerprint(data), load_exported(data))
-    except UnsupportedError as error:
-        raise FlowmlError(f"the executable of task {task.name!r} {error}; compile the plan with flowml") from None
+def _read_executables(plan: Plan, needs: Iterable[_Need], parts: Parts) -> dict[str, _Executable]:
+    """Read and check what the tasks of `needs` run. Raises FlowmlError for what no worker runs, or other arrays."""
+    context = _mlir.context()
+    found: dict[str, _Executable] = {}
+    for number, platform in dict.fromkeys((n.task, n.device.platform) for n in needs):
+        task = plan.tasks[number]
+        if task.kind != "xla":
+            continue
+        if task.executable not in found:
+            data = _executable(plan, task.executable, parts)
+            try:
+                found[task.executable] = _Executable(fingerprint(data), Imported(data, platform, context))
+            except UnsupportedError as error:
+                raise FlowmlError(
+                    f"the executable of task {task.name!r} {error}; compile the plan with flowml"
+                ) from None
+        _check(task, found[task.executable].module, platform)
+    return found
 
 
-def _check_arrays(task: Task, exported: jax.export.Exported) -> None:
-    arrays = ((task.inputs, exported.in_avals), (task.outputs, exported.out_avals))
-    if any(_flat(declared) != _flat([spec_of(a) for a in found]) for declared, found in arrays):
+def _check(task: Task, module: Imported, platform: str) -> None:
+    if not module.fits:
+        raise FlowmlError(
+            f"task {task.name!r} was compiled for {', '.join(module.platforms)}, but its device is a {platform}; "
+            "compile the plan for the devices that it will run on"
+        )
+    inputs, outputs = (tuple(map(buffer_struct, specs)) for specs in (task.inputs, task.outputs))
+    if not module.takes(inputs, outputs):
         raise FlowmlError(
             f"the executable of task {task.name!r} has other arrays than the task; compile the plan again"
         )
-
-
-def _flat(specs: Sequence[ArraySpec]) -> list[tuple[tuple[int, ...], str]]:
-    return [(tuple(s.shape), s.dtype) for s in specs]
-
-
-def _compile(exported: jax.export.Exported, task: Task, need: _Need) -> TaskFunction:
-    platform = need.device.platform
-    accepted = ("cuda", "rocm") if platform == "gpu" else (platform,)
-    if not set(accepted) & set(exported.platforms):
-        raise FlowmlError(
-            f"task {task.name!r} was compiled for {', '.join(exported.platforms)}, but its device is a {platform}; "
-            "compile the plan for the devices that it will run on"
-        )
-
-    def run(*arrays: Any) -> list[Any]:
-        return jax.tree_util.tree_leaves(exported.call(*arrays))
-
-    with lapack_if(b"lapack" in exported.mlir_module_serialized):
-        return compile_task(run, task, need.device, need.donate)
 
 
 def _load_python(plan: Plan, task: Task, device: JaxDevice, allowed: bool, parts: Parts) -> TaskFunction:

@@ -16,7 +16,9 @@ import jax
 import numpy as np
 
 from flowml.ir import host
-from flowml.ir._jax import compiled, exact_types, is_wide, under
+from flowml.ir._compiled import compiled
+from flowml.ir._jax import exact_types, is_wide, under
+from flowml.ir.exports import Imported
 from flowml.ir.keys import key_implementation
 from flowml.lowering.recipe import Recipe
 from flowml.plan import ArraySpec, Setting, Task
@@ -35,11 +37,22 @@ def buffer_struct(spec: ArraySpec) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def compile_module_of(task: Task, module: Imported, device: JaxDevice, donate: Sequence[int]) -> TaskFunction:
+    """Compile the module of a task, as a function of the buffers of its arrays."""
+    inputs, outputs = (tuple(map(buffer_struct, specs)) for specs in (task.inputs, task.outputs))
+    call = module.compile(inputs, outputs, device, donate=donate, committed=_is_elsewhere(device))
+    return _exactly(call) if any(is_wide(s.dtype) for s in task.inputs) else call
+
+
+def _is_elsewhere(device: JaxDevice) -> bool:
+    """Whether a task must name its device. On the default one results stay uncommitted, like jit's."""
+    return device != jax.local_devices()[0]
+
+
 def compile_task(
     run: Callable[..., Sequence[Any]],
     task: Task,
     device: JaxDevice,
-    donate: Sequence[int] = (),
     more: Sequence[jax.ShapeDtypeStruct] = (),
 ) -> TaskFunction:
     """Compile a function of the task's arrays as one of their buffers. It takes `more` arrays, and may return more."""
@@ -53,13 +66,12 @@ def compile_task(
         known = [jax.random.key_data(r) if u else r for r, u in zip(results, unwrap, strict=False)]
         return [*known, *results[len(known) :]]
 
-    # On the default device results stay uncommitted, like jit's. On others the task must name its device.
     options: dict[str, Any] = {}
-    elsewhere = device != jax.local_devices()[0]
+    elsewhere = _is_elsewhere(device)
     if elsewhere:
         here = jax.sharding.SingleDeviceSharding(device)
         options = {"in_shardings": here, "out_shardings": here}
-    jitted = jax.jit(flat, donate_argnums=donate, **options)
+    jitted = jax.jit(flat, **options)
     call = compiled(jitted.lower(*[buffer_struct(s) for s in task.inputs], *more), committed=elsewhere)
     return _exactly(call) if any(is_wide(s.dtype) for s in task.inputs) else call
 
