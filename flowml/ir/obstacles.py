@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flowml.arrays import KEY_WORDS
 from flowml.errors import UnsupportedError
 from flowml.ir import _jax, host
+from flowml.ir.keys import KEY_IMPLEMENTATIONS
 from flowml.ir.scopes import Stack, parse
 
 _OUTSIDE = frozenset({"infeed", "outfeed"})
@@ -61,7 +62,7 @@ def _obstacle(aval: Any) -> str:
     if not hasattr(aval, "shape") or not hasattr(aval, "dtype") or hasattr(aval, "inner_aval"):
         return f"is of type {type(aval).__name__}, which is not an array; keep it out of the dataflow function"
     if jnp.issubdtype(aval.dtype, jax.dtypes.extended) and str(aval.dtype)[4:-1] not in KEY_WORDS:
-        known = ", ".join(_jax.KEY_IMPLEMENTATIONS.values())
+        known = ", ".join(KEY_IMPLEMENTATIONS.values())
         return f"is of dtype {aval.dtype}, which workers do not know; use keys of JAX's own kinds ({known})"
     if str(aval.dtype).startswith("float6_"):
         return f"is of dtype {aval.dtype}, which XLA cannot hold; use float8_e4m3fn"
