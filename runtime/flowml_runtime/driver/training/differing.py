@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from flowml.errors import CheckpointError
-from flowml.plan import ArraySpec, Training
-from flowml_runtime.driver.training.snapshots import TREES, Figures, Key, Layer, Snapshot, key_of
+from flowml.plan import Training
+from flowml_runtime.driver.training.snapshots import TREES, Figures, Key, Snapshot, key_of, values_of
 
+_MAY_DIFFER = ("update", "replicas", "stages", "microbatches")
+"""The figures of which others are no error: see `reshaping`."""
 MOST = 8
 """The most differences that an error names."""
 
@@ -20,7 +22,7 @@ def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, tree
     """Raise CheckpointError if the snapshot belongs to another fit: it says what differs. `trees`: as in `TREES`."""
     differs = list(_figures(snapshot.content.figures, now))
     leaves = [text for what, tree in zip(TREES, trees, strict=True) for text in _leaves(snapshot, what, tree)]
-    differs += leaves or _layers(snapshot.content.layers, map(Layer.of, training.stores))
+    differs += leaves or _policies(snapshot, training)
     if not differs:
         return
     text = "; ".join(differs[:MOST]) + (f"; and {len(differs) - MOST} more" if len(differs) > MOST else "")
@@ -33,7 +35,7 @@ def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, tree
 
 def _figures(there: Figures, here: Figures) -> Iterable[str]:
     for name in Figures.__struct_fields__:
-        if name != "update" and getattr(there, name) != getattr(here, name):
+        if name not in _MAY_DIFFER and getattr(there, name) != getattr(here, name):
             yield f"{name}={getattr(there, name)} there and {getattr(here, name)} here"
 
 
@@ -61,23 +63,14 @@ def _shown(dtype: str, shape: tuple[int, ...]) -> str:
     return f"{dtype}{list(shape)}"
 
 
-def _layers(there: Iterable[Layer], here: Iterable[Layer]) -> list[str]:
-    """What differs in the layers and in what is kept for each."""
-    known, mine = {layer.name: layer for layer in there}, {layer.name: layer for layer in here}
-    differs = [f"layer {n!r} is only {'there' if n in known else 'here'}" for n in sorted(known.keys() ^ mine.keys())]
-    for name in sorted(known.keys() & mine.keys()):
-        old, new = known[name], mine[name]
-        if old.policy != new.policy:
-            differs.append(f"layer {name!r} has the policy {old.policy} there and {new.policy} here")
-        before, after = dict(old.buffers), dict(new.buffers)
-        for buffer in sorted(before.keys() | after.keys()):
-            if before.get(buffer) != after.get(buffer):
-                differs.append(
-                    f"{name!r} keeps {buffer!r} as {_spec(before, buffer)} there and {_spec(after, buffer)} here"
-                )
-    return differs
-
-
-def _spec(buffers: Mapping[str, ArraySpec], name: str) -> str:
-    spec = buffers.get(name)
-    return "nothing" if spec is None else f"{spec.dtype}{list(spec.shape)}"
+def _policies(snapshot: Snapshot, training: Training) -> Iterable[str]:
+    """The parameters whose policies differ."""
+    there = {f"{values_of(layer.name)}/{name}": layer for layer in snapshot.content.layers for name, _ in layer.buffers}
+    here = {leaf: store for store in training.stores for leaf in store.leaves}
+    told: set[tuple[str, str]] = set()
+    for number, leaf in enumerate(snapshot.content.params):
+        old, new = there.get(leaf.buffer), here.get(number)
+        policies = old.policy if old else "none", new.policy.describe() if new else "none"
+        if policies[0] != policies[1] and policies not in told:
+            told.add(policies)
+            yield f"parameter {_name(leaf.path)!r} has the policy {policies[0]} there and {policies[1]} here"

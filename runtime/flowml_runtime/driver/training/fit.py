@@ -22,14 +22,14 @@ from flowml.devices import worker_of
 from flowml.errors import ClusterError, FlowmlError, FlowmlWarning, WorkerError, WorkerLostError
 from flowml.placement.links import SHARED_MEMORY
 from flowml.plan import ArraySpec, Training
-from flowml.policy import Requeue
 from flowml.training.compiler import TrainingCompiled
-from flowml.training.pieces import pieces, short_items
+from flowml.training.pieces import pieces
 from flowml.training.step import Metrics
 from flowml_runtime import wire
 from flowml_runtime.driver.interrupts import Interrupts
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import Progress
+from flowml_runtime.driver.training.amount import work_of
 from flowml_runtime.driver.training.failures import failed_error
 from flowml_runtime.driver.training.feeding import Feeding, Variant, whole
 from flowml_runtime.driver.training.history import History, Record
@@ -37,13 +37,11 @@ from flowml_runtime.driver.training.inbox import Entry, Lost
 from flowml_runtime.driver.training.observer import Observer
 from flowml_runtime.driver.training.outcome import FitOptions, Outcome, as_buffer, from_buffer
 from flowml_runtime.driver.training.saving import Saving
-from flowml_runtime.driver.training.tables import group_names
 from flowml_runtime.driver.training.traffic import kept_norms, sent_bytes
 from flowml_runtime.driver.training.training_session import IgnoreMessages, TrainingSession
 from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol
 from flowml_runtime.protocol.training.actions import Received, Release, Send
-from flowml_runtime.protocol.training.ledger import Work
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.story import entry
 from flowml_runtime.protocol.training.terms import Terms
@@ -80,24 +78,8 @@ class Fit:
         self.saving = saving
         self._ids: dict[str, Any] = {"plan_id": handle.plan_id, "run": options.run}
         self._inbox: queue.SimpleQueue[Entry] = queue.SimpleQueue()
-        replicas = len(training.replicas)
         terms, places = Terms.of(training, options.total), Places.of(training)
-        short = short_items(options.rest, training.items, training.microbatches) if options.rest else ()
-        work = Work(
-            replicas=replicas,
-            items_per_epoch=source.examples // options.batch_size * training.items + len(short),
-            item_size=training.item_size,
-            total_clocks=options.total,
-            aligned=terms.aligned,
-            coded=training.code is not None,
-            microbatches=training.microbatches,
-            groups=tuple(group_names(training, terms)),
-            portions=training.items // replicas,
-            epoch_share=training.stores[0].policy.epoch_share or 1.0,
-            short=short,
-            requeues=isinstance(training.stores[0].policy.late, Requeue),
-            copies=training.speculation.copies if training.speculation else None,
-        )
+        work = work_of(training, terms, source.examples, options.batch_size, options.rest)
         self._aligned = terms.aligned
         start, kept = self._start_message(), saving.resumed.content.ledger if saving.resumed else None
         self._machine = protocol.TrainingDriver(start, terms, work, places, saving.rhythm, kept)

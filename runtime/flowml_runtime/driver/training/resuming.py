@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 from flowml.errors import CheckpointError, FlowmlWarning
@@ -13,9 +14,10 @@ from flowml_runtime.driver.checkpoint import Checkpoint, newest
 from flowml_runtime.driver.training.differing import check
 from flowml_runtime.driver.training.fingerprint import differ
 from flowml_runtime.driver.training.model import Model
+from flowml_runtime.driver.training.reshaping import reshaped
 from flowml_runtime.driver.training.result import restored
 from flowml_runtime.driver.training.saving import Saving
-from flowml_runtime.driver.training.snapshots import Figures
+from flowml_runtime.driver.training.snapshots import Figures, Snapshot
 from flowml_runtime.environment import checkpoints
 
 
@@ -84,6 +86,21 @@ def saving_of(
             f"the checkpoint {path} is behind the end of this fit: it has {steps} steps, and the fit has "
             f"{total} in all; steps= and epochs= count from the beginning, so give at least {steps} steps"
         )
+    snapshot = _in_form(snapshot, path, training, total, now, model)
     leaves = (snapshot.content.params, snapshot.content.opt_state)
     values = tuple(restored(tree, snapshot.leaves(of)) for tree, of in zip(trees, leaves, strict=True))
     return Saving(checkpoint, snapshot, now, (values[0], values[1]), model)
+
+
+def _in_form(snapshot: Snapshot, path: Path, training: Training, total: int, now: Figures, model: Model) -> Snapshot:
+    """The snapshot in the form of this fit. Warns of what of it has no place there."""
+    found, there = reshaped(snapshot, training, total, now, model), snapshot.content.figures
+    if found.left_out:
+        forms = [f"{f.replicas} replicas of {f.stages} stages and {f.microbatches} microbatches" for f in (there, now)]
+        warnings.warn(
+            f"the checkpoint {path} was written by {forms[0]}, and the fit goes on with {forms[1]}, without "
+            f"{'; without '.join(found.left_out)}. Parameters and optimizer state are the same",
+            FlowmlWarning,
+            stacklevel=6,
+        )
+    return found.snapshot

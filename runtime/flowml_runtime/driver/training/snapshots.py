@@ -83,6 +83,8 @@ class Content(msgspec.Struct, frozen=True):
     params: tuple[Leaf, ...]
     opt_state: tuple[Leaf, ...]
     state: tuple[Leaf, ...] = ()
+    state_stages: tuple[int, ...] = ()
+    """The stage of each leaf of the model's state."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,9 @@ class Snapshot:
 
     def values(self, store: StoreSpec) -> list[Any]:
         """The buffers of a store's home. None without arithmetic, where stores keep their first values."""
-        if _values(store) not in self.content.owners:
+        if values_of(store.name) not in self.content.owners:
             return []
-        return [self.arrays[f"{_values(store)}/{b.name}"] for b in store.buffers]
+        return [self.arrays[f"{values_of(store.name)}/{b.name}"] for b in store.buffers]
 
     def version(self, store: int) -> int:
         return self.content.stopped.stores[store].version
@@ -161,7 +163,7 @@ class Snapshot:
             arrays = [self.arrays[f"{owner}/{name}"] for name in self.content.owners.get(owner, ())]
             about: dict[str, Any] = {**msgspec.structs.asdict(part), "incarnation": 0, "specs": _specs(arrays)}
             yield _receiver(training, part), wire.Contribution(**ids, **about), arrays
-        others = {_values(store) for store in training.stores} | waiting.keys()
+        others = {values_of(store.name) for store in training.stores} | waiting.keys()
         for owner, names in self.content.owners.items():
             if owner not in others:
                 arrays = [self.arrays[f"{owner}/{name}"] for name in names]
@@ -180,8 +182,9 @@ def _receiver(training: Training, part: wire.Waiting) -> str:
     return worker_of(store.copies[0] if site is None else training.replicas[site.replicas[0]][0])
 
 
-def _values(store: StoreSpec) -> str:
-    return f"home/{store.name}/values"
+def values_of(layer: str) -> str:
+    """The owner of the values of a store's home."""
+    return f"home/{layer}/values"
 
 
 def _place(owner: str, training: Training) -> str:
@@ -222,7 +225,8 @@ def taken(
         leaves.append(tuple(made))
     owners = {owner: tuple(found) for owner, found in buffers.items()}
     layers = tuple(map(Layer.of, training.stores))
-    return Snapshot(Content(steps, figures, layers, stopped, ledger, owners, *leaves), arrays)
+    stages = tuple(leaf.stage for leaf in training.state)
+    return Snapshot(Content(steps, figures, layers, stopped, ledger, owners, *leaves, state_stages=stages), arrays)
 
 
 TREES = ("params", "opt_state", "state")
@@ -248,7 +252,7 @@ def _places(training: Training, stopped: wire.Stopped) -> dict[tuple[str, int], 
     kinds = {"parameter": "params", "state": "opt_state"}
     for state in sorted(stopped.stores, key=lambda s: (s.version, -s.store)):
         store = training.stores[state.store]
-        found.update({(kinds[b.kind], b.index): f"{_values(store)}/{b.name}" for b in store.buffers})
+        found.update({(kinds[b.kind], b.index): f"{values_of(store.name)}/{b.name}" for b in store.buffers})
     for store in training.stores:
         for i, leaf in enumerate(store.local.state if store.local else ()):
             owner = f"replica/{training.live[0]}/stage/{store.parts[0].stage}/{store.name}/own"

@@ -177,7 +177,7 @@ class Ledger:
             tuple(account.kept() for account in self._replicas),
             tuple(account.kept() for account in self._groups),
             dict(self._cut),
-            tuple(_runs(self._over)),
+            tuple(runs_of(self._over)),
             self._queue.state(unbegun),
         )
 
@@ -435,7 +435,7 @@ def _added(accounts: Iterable[_Account]) -> dict[str, int]:
     return totals
 
 
-def _runs(over: Mapping[int, State]) -> Iterator[tuple[int, int, State]]:
+def runs_of(over: Mapping[int, State]) -> Iterator[tuple[int, int, State]]:
     """The items that are over in order, as runs (first, number, fate)."""
     first, count, fate = 0, 0, None
     for sequence in sorted(over):

@@ -75,6 +75,11 @@ class Work:
             return index * self.item_size, self.item_size
         return whole * self.item_size + sum(self.short[: index - whole]), self.short[index - whole]
 
+    def item(self, sequence: int) -> wire.Item:
+        """The item with this number."""
+        epoch, index = divmod(sequence, self.items_per_epoch)
+        return wire.Item(sequence, epoch, *self.span(index))
+
     @property
     def epochs(self) -> int:
         """The number of epochs begun. The last one may be incomplete."""
@@ -236,8 +241,7 @@ class WorkQueue:
             return None
         self._fresh[epoch] = index + 1
         self.drawn += 1
-        start, size = self._work.span(index)
-        return wire.Item(epoch * self._work.items_per_epoch + index, epoch, start, size)
+        return self._work.item(epoch * self._work.items_per_epoch + index)
 
     def _size(self, epoch: int) -> int:
         if self._work.aligned:

@@ -1,0 +1,438 @@
+"""Brings a snapshot into the form of a fit with other replicas, stages, microbatches, or another placement.
+
+Parameters, optimizer state and the clocks say the same in every form. Two cases differ in what else goes on:
+
+* The replicas and stores are the same, and only their places have changed: everything goes on, under the names of the
+  new stages. With other microbatches, sums of gradients in their unit do not.
+* Otherwise every machine begins at the clock of the snapshot. The ledger is counted in the new items. Parameters and
+  optimizer state of replicas' own become their mean, or stay, if the replicas are the same. So do sums of gradients and
+  residuals, each of which is a share of a mean over replicas. What else belongs to one replica, or waits for a later
+  clock, is dropped, and the caller is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+
+from flowml.devices import worker_of
+from flowml.errors import CheckpointError, named
+from flowml.plan import StoreSpec, Training
+from flowml.policy import filters
+from flowml_runtime import wire
+from flowml_runtime.driver.training.amount import with_replicas, work_of
+from flowml_runtime.driver.training.model import Model
+from flowml_runtime.driver.training.snapshots import Content, Figures, Layer, Snapshot, values_of
+from flowml_runtime.protocol.training.clocks import contained
+from flowml_runtime.protocol.training.recounting import recounted
+from flowml_runtime.protocol.training.terms import Group, Terms
+from flowml_runtime.worker.training.resident import of_stage
+
+_SUMS, _STEPS = "gradients that waited for the next push", "local steps since the last push"
+_FILTERS = "what the filters remember"
+
+Buffers = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """A snapshot in another form, and sentences about what of it is left out."""
+
+    snapshot: Snapshot
+    left_out: tuple[str, ...] = ()
+
+
+def reshaped(snapshot: Snapshot, training: Training, total: int, now: Figures, model: Model) -> Reshaped:
+    """The snapshot for a fit of `total` steps of this plan, with the figures `now`. `model`: with which it begins.
+
+    Raises CheckpointError if the plan cannot go on from a snapshot in another form.
+    """
+    content = snapshot.content
+    same = _same_stores(content, training)
+    unit = content.figures.stages, content.figures.microbatches
+    stays = not _where(content, training) and _readers_stay(content, training) and not _state_moves(content, training)
+    if same and stays and unit == (now.stages, now.microbatches):
+        return Reshaped(snapshot)
+    if training.speculation is not None and content.figures.replicas != now.replicas:
+        raise CheckpointError(
+            f"the checkpoint is of {content.figures.replicas} replicas that take portions of a batch, and "
+            f"{now.replicas} replicas cut it into others; give as many replicas, or begin from fm.restore(path)"
+        )
+    made = _Moved(snapshot, training, now, model) if same else _Anew(snapshot, training, now, model)
+    return made.result(Terms.of(training, total))
+
+
+def _same_stores(content: Content, training: Training) -> bool:
+    """Whether replicas and stores are the same, and each store that is on other stages is on one there and here."""
+    if content.figures.replicas != len(training.replicas):
+        return False
+    if content.layers != tuple(map(Layer.of, training.stores)):
+        return False
+    return all(len(old) == len(new) == 1 for old, new in _where(content, training).values())
+
+
+def _where(content: Content, training: Training) -> dict[str, tuple[frozenset[int], frozenset[int]]]:
+    """The stages of each store there and here, where they differ."""
+    found: dict[str, tuple[frozenset[int], frozenset[int]]] = {}
+    for store in training.stores:
+        tail = f"/{store.name}/sums"
+        there = frozenset(int(o.split("/")[3]) for o in content.owners if _is_of_stage(o) and o.endswith(tail))
+        here = frozenset(part.stage for part in store.parts)
+        if there and there != here:
+            found[store.name] = there, here
+    return found
+
+
+def _is_of_stage(owner: str) -> bool:
+    return owner.startswith("replica/")
+
+
+def _readers_stay(content: Content, training: Training) -> bool:
+    """Whether each layer whose readers remember something is read by the same workers."""
+    there: dict[str, set[str]] = {}
+    for owner in content.owners:
+        if owner.startswith("reader/"):
+            _, worker, layer = owner.split("/", 2)
+            there.setdefault(layer, set()).add(worker)
+    return all({*map(worker_of, s.readers)} == there[s.name] for s in training.stores if s.name in there)
+
+
+def _state_moves(content: Content, training: Training) -> bool:
+    """Whether leaves of the model's state are on other stages."""
+    return tuple(leaf.stage for leaf in training.state) != content.state_stages
+
+
+@dataclass
+class _Form:
+    """A snapshot on its way into another form."""
+
+    old: Snapshot
+    training: Training
+    now: Figures
+    model: Model
+    owners: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    arrays: dict[str, Any] = field(default_factory=dict[str, Any])
+    left_out: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    """What is left out, in words -> of which layers."""
+
+    def __post_init__(self) -> None:
+        content = self.old.content
+        leaves = (*content.params, *content.opt_state, *content.state)
+        self.arrays.update({leaf.buffer: self.old.arrays[leaf.buffer] for leaf in leaves})
+
+    def of(self, owner: str) -> Buffers | None:
+        """The buffers of an owner of the snapshot."""
+        names = self.old.content.owners.get(owner)
+        return None if names is None else {name: self.old.arrays[f"{owner}/{name}"] for name in names}
+
+    def give(self, owner: str, buffers: Mapping[str, Any]) -> None:
+        self.owners[owner] = tuple(buffers)
+        self.arrays.update({f"{owner}/{name}": array for name, array in buffers.items()})
+
+    def leave_out(self, what: str, layer: str) -> None:
+        found = self.left_out.setdefault(what, [])
+        if layer not in found:
+            found.append(layer)
+
+    def give_state(self) -> None:
+        """The state of the model, as its rules have joined that of all replicas. What is added up begins at one."""
+        joined = [self.old.arrays[leaf.buffer] for leaf in self.old.content.state]
+        for r, begun in enumerate(self.model.replicas if joined else ()):
+            leaves = [
+                b if rule == "sum" and r else j for rule, j, b in zip(self.model.rules, joined, begun, strict=True)
+            ]
+            for stage in dict.fromkeys(leaf.stage for leaf in self.training.state):
+                mine = [leaves[i] for i, leaf in enumerate(self.training.state) if leaf.stage == stage]
+                self.give(f"replica/{r}/stage/{stage}/model/state", {f"leaf/{i}": a for i, a in enumerate(mine)})
+
+    def made(self, stopped: wire.Stopped, ledger: Any) -> Reshaped:
+        content = msgspec.structs.replace(
+            self.old.content,
+            figures=self.now,
+            layers=tuple(map(Layer.of, self.training.stores)),
+            stopped=stopped,
+            ledger=ledger,
+            owners=self.owners,
+            state_stages=tuple(leaf.stage for leaf in self.training.state),
+        )
+        told = tuple(f"{what} of {named(layers)}" for what, layers in self.left_out.items())
+        return Reshaped(replace(self.old, content=content, arrays=self.arrays), told)
+
+
+class _Moved(_Form):
+    """The replicas and stores are the same, and some are elsewhere."""
+
+    def result(self, terms: Terms) -> Reshaped:
+        content, where = self.old.content, _where(self.old.content, self.training)
+        readers = {*map(worker_of, (d for store in self.training.stores for d in store.readers))}
+        moves = _state_moves(content, self.training)
+        stays = _readers_stay(content, self.training)
+        for owner in content.owners:
+            kind = owner.split("/")
+            if kind[0] != "replica":
+                if kind[0] != "reader" or (stays and kind[1] in readers):
+                    self.give(owner, self.of(owner) or {})
+            elif owner.endswith("/model/state"):
+                if not moves:
+                    self.give(owner, self.of(owner) or {})
+            elif kind[-1] != "read":
+                self._move(owner, where)
+        self._give_read()
+        if moves:
+            self.give_state()
+        stages = [self._stage(terms, r, s) for r in self.training.live for s in range(terms.stages)]
+        return self.made(msgspec.structs.replace(content.stopped, stages=tuple(stages)), content.ledger)
+
+    def _move(self, owner: str, where: Mapping[str, tuple[frozenset[int], frozenset[int]]]) -> None:
+        _, r, _, stage, *rest = owner.split("/")
+        layer, what = "/".join(rest[:-1]), rest[-1]
+        buffers = self.of(owner) or {}
+        if what == "sums" and buffers and self.old.content.figures.microbatches != self.now.microbatches:
+            self.leave_out(_SUMS, layer)
+            return
+        to = min(where[layer][1]) if layer in where else int(stage)
+        self.give(of_stage(int(r), to, layer, what), buffers)
+
+    def _give_read(self) -> None:
+        """What replicas have read of stores, at the stages that read them now."""
+        count = len(self.training.replicas)
+        for store in self.training.stores:
+            for r in self.training.live:
+                prefix, tail = f"replica/{r}/", f"/{store.name}/read"
+                old = [o for o in self.old.content.owners if o.startswith(prefix) and o.endswith(tail)]
+                found = next((b for b in map(self.of, old) if b), None)
+                for device in store.read_by(r, count) if found else ():
+                    stage = self.training.replicas[r].index(device)
+                    self.give(of_stage(r, stage, store.name, "read"), found or {})
+
+    def _stage(self, terms: Terms, replica: int, stage: int) -> wire.StageState:
+        """Where a stage stands: where all stages of its replica do, with what concerns its stores."""
+        old = [s for s in self.old.content.stopped.stages if s.replica == replica]
+        pushes = {n for n, s in enumerate(terms.stores) if stage in s.stages}
+        device, count = self.training.replicas[replica][stage], len(self.training.replicas)
+        reads = {n for n, s in enumerate(self.training.stores) if device in s.read_by(replica, count)}
+        return wire.StageState(
+            replica,
+            stage,
+            old[0].begun,
+            old[0].committed,
+            tuple(sorted({p for s in old for p in s.pushed if p[0] in pushes})),
+            tuple(sorted({a for s in old for a in s.applied if a[0] in pushes | reads})),
+            tuple(sorted({t for s in old for t in s.taken if t[0] in reads})),
+            next(s for s in old if s.stage == 0).unsettled if stage == 0 else (),
+        )
+
+
+class _Anew(_Form):
+    """Replicas or stores are others: every machine begins at one clock."""
+
+    def result(self, terms: Terms) -> Reshaped:
+        figures, content = self.old.content.figures, self.old.content
+        source = figures.examples, figures.batch_size, figures.rest
+        work = work_of(self.training, terms, *source)
+        rows = max(content.stopped.clocks) if terms.aligned else 0
+        before = with_replicas(work, figures.replicas, figures.microbatches, *source)
+        waits = {(w.replica, w.clock) for w in content.stopped.waiting}
+
+        def lost(replica: int, clock: int) -> bool:
+            return not self.left_out.keys().isdisjoint((_SUMS, _STEPS)) or (replica, clock) in waits
+
+        clock = rows
+        if not terms.aligned:
+            clock = -(-recounted(content.ledger, before, work, rows, lost).granted // terms.replicas)
+        self._live = sorted({s.replica for s in content.stopped.stages}) or list(range(figures.replicas))
+        for store in self.training.stores:
+            self._give(store, clock, aligned=terms.aligned)
+        ledger = recounted(content.ledger, before, work, rows, lost)
+        self._note_what_is_left()
+        self.give_state()
+        return self.made(self._stopped(terms, clock), ledger)
+
+    def _version(self, number: int) -> int:
+        """The version of a store: the newest of those that had its parameters."""
+        content, mine = self.old.content, {*self.training.stores[number].leaves}
+        homes = {content.params[i].buffer.rsplit("/values/", 1)[0] for i in mine if i < len(content.params)}
+        versions = {f"home/{layer.name}": s.version for layer, s in _pairs(content)}
+        return max((versions[home] for home in homes if home in versions), default=0)
+
+    def _stopped(self, terms: Terms, clock: int) -> wire.Stopped:
+        committed = tuple(_committed(terms, group, clock) for group in terms.groups)
+        stages = [wire.StageState(r, s, clock - 1, committed) for r in self.training.live for s in range(terms.stages)]
+        stores: list[wire.StoreState] = []
+        for number, store in enumerate(terms.stores):
+            floor = contained(terms, store.policy.every, clock)
+            version = self._version(number)
+            stores.append(wire.StoreState(number, version, floor, floor - 1, (floor,) * terms.replicas))
+        sites = [
+            wire.SiteState(group.number, number, _decided(terms, group, clock))
+            for group in terms.groups
+            if group.relayed
+            for number in range(len(group.sites))
+        ]
+        return wire.Stopped((clock,) * terms.replicas, tuple(stages), tuple(stores), tuple(sites))
+
+    def _give(self, store: StoreSpec, clock: int, *, aligned: bool) -> None:
+        """Give a home and the replicas what they keep for a store."""
+        self._give_values(store)
+        if store.local is not None:
+            self._give_own(store, clock, aligned=aligned)
+        mine = [{o: b for o, b in self._of_replica(r, store.name).items() if b} for r in self._live]
+        same = self.old.content.figures.microbatches == self.now.microbatches and store.name in self._layers()
+        stages = {part.stage for part in store.parts}
+        for what, words, join in (
+            ("sums", _SUMS, _joined_sums),
+            ("filters", _FILTERS, _joined_residuals),
+        ):
+            found = [one[what] for one in mine if what in one]
+            if not found:
+                continue
+            joined = join(found) if same and len(found) == len(self._live) and len(stages) == 1 else None
+            if joined is None:
+                self.leave_out(words, store.name)
+                continue
+            for r in self.training.live:
+                stays = len(self._live) == len(self.training.live)
+                self.give(of_stage(r, min(stages), store.name, what), found[r] if stays else joined)
+
+    def _give_values(self, store: StoreSpec) -> None:
+        """Give a home its values. Several stores may have a leaf of optimizer state, such as a count of their updates:
+        each new one gets that of the store that had its parameters."""
+        content = self.old.content
+        layers = dict.fromkeys(layer for layer, _ in map(self._place, store.leaves) if layer)
+        buffers: dict[str, Any] = {}
+        for b in store.buffers:
+            buffer = (content.params if b.kind == "parameter" else content.opt_state)[b.index].buffer
+            mine = (f"{values_of(layer)}/{buffer.partition('/values/')[2]}" for layer in layers)
+            buffers[b.name] = self.old.arrays[next((m for m in mine if m in self.old.arrays), buffer)]
+        if any(values_of(layer) in content.owners for layer in layers):
+            self.give(values_of(store.name), buffers)
+
+    def _layers(self) -> set[str]:
+        """The stores that keep the same."""
+        return {layer.name for layer in self.old.content.layers} & {
+            layer.name for layer in map(Layer.of, self.training.stores) if layer in self.old.content.layers
+        }
+
+    def _of_replica(self, replica: int, layer: str) -> dict[str, Buffers]:
+        """What a replica keeps of a layer that is on one stage, by its kind."""
+        found: dict[str, Buffers] = {}
+        for owner in self.old.content.owners:
+            kind = owner.split("/")
+            if kind[:2] == ["replica", str(replica)] and "/".join(kind[4:-1]) == layer:
+                buffers = self.of(owner) or {}
+                found[kind[-1]] = found.get(kind[-1], {}) | buffers
+        return found
+
+    def _give_own(self, store: StoreSpec, clock: int, *, aligned: bool) -> None:
+        """Give each replica parameters and optimizer state of its own: those that it had, or the mean."""
+        found = [self._own(store, r) for r in self._live]
+        whole = [one for one in found if one is not None]
+        if len(whole) < len(found) or not whole:
+            if any("own" in self._of_replica(r, layer.name) for r in self._live for layer in self.old.content.layers):
+                self.leave_out(_STEPS, store.name)
+            return
+        keeps = len(whole) == len(self.training.live) and not store.policy.filters
+        joined = {name: _mean([one[name] for one in whole]) for name in whole[0]}
+        for number, r in enumerate(self.training.live):
+            buffers = whole[number] if keeps else joined
+            if not aligned:
+                every = store.policy.every
+                taken = every.taken(clock - 1) if clock else -1
+                numbers = {"steps": clock - every.pushed(clock), "taken": taken, "since": 0}
+                buffers = buffers | {name: np.asarray(value, np.int64) for name, value in numbers.items()}
+            self.give(of_stage(r, store.parts[0].stage, store.name, "own"), buffers)
+
+    def _own(self, store: StoreSpec, replica: int) -> Buffers | None:
+        """What a replica keeps of its own for the parameters of a store, whose layers may have been others."""
+        assert store.local is not None
+        content, found = self.old.content, Buffers()
+        first = None
+        for place, leaf in enumerate(store.leaves):
+            layer, index = self._place(leaf)
+            own = self._of_replica(replica, layer).get("own") if layer else None
+            if own is None or f"params/{index}" not in own:
+                return None
+            first = first or own
+            found[f"params/{place}"] = own[f"params/{index}"]
+            found[f"started/{place}"] = own.get(f"started/{index}", own[f"params/{index}"])
+            if f"kept/{index}" in own:
+                half = sum(name.startswith("kept/") for name in own) // 2
+                found[f"kept/{place}"] = own[f"kept/{index}"]
+                found[f"kept/{place + len(store.leaves)}"] = own[f"kept/{half + index}"]
+        for place, leaf in enumerate(store.local.state):
+            buffer = content.opt_state[leaf].buffer
+            head, _, rest = buffer.partition("/own/state/")
+            owner = "/".join(["replica", str(replica), *head.split("/")[2:]])
+            name = f"{owner}/own/state/{rest}" if rest else buffer
+            found[f"state/{place}"] = self.old.arrays.get(name, self.old.arrays[buffer])
+        return found | {name: (first or {})[name] for name in ("steps", "taken", "since") if name in (first or {})}
+
+    def _place(self, leaf: int) -> tuple[str, int]:
+        """The layer that had a parameter, and its number there."""
+        buffer = self.old.content.params[leaf].buffer
+        for layer in self.old.content.layers:
+            head = f"{values_of(layer.name)}/"
+            names = [name for name, _ in layer.buffers]
+            if buffer.startswith(head) and buffer.removeprefix(head) in names:
+                return layer.name, names.index(buffer.removeprefix(head))
+        return "", 0
+
+    def _note_what_is_left(self) -> None:
+        """Note what belongs to owners that are not there, and what waits."""
+        here = {store.name for store in self.training.stores}
+        for owner, names in self.old.content.owners.items():
+            kind = owner.split("/")
+            layer = "/".join(kind[4:-1])
+            if kind[0] == "replica" and names and layer not in here and kind[-1] in ("sums", "filters"):
+                words = {"sums": _SUMS, "filters": _FILTERS}
+                self.leave_out(words[kind[-1]], layer)
+            elif kind[0] == "replica" and names and kind[-1] == "mirror":
+                self.leave_out("copies of neighbours and changes that were not sent", layer)
+        for part in self.old.content.stopped.waiting:
+            self.leave_out("contributions that waited for a later clock", self.old.content.layers[part.store].name)
+
+
+def _pairs(content: Content) -> Iterable[tuple[Layer, wire.StoreState]]:
+    return ((content.layers[state.store], state) for state in content.stopped.stores)
+
+
+def _committed(terms: Terms, group: Group, clock: int) -> int:
+    """The newest clock before `clock` about which a group has decided."""
+    return contained(terms, group.every, clock) - 1
+
+
+def _decided(terms: Terms, group: Group, clock: int) -> int:
+    """The newest clock about which the sites of a group have decided."""
+    above = group if not group.final else None if group.above is None else terms.groups[group.above]
+    return -1 if above is None else _committed(terms, above, clock)
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of floating arrays; of others, such as counts and keys, the first."""
+    first = np.asarray(values[0])
+    if not jnp.issubdtype(first.dtype, jnp.inexact):
+        return first
+    wide = np.complex128 if jnp.issubdtype(first.dtype, jnp.complexfloating) else np.float64
+    return np.mean([np.asarray(v, wide) for v in values], axis=0, dtype=wide).astype(first.dtype)
+
+
+def _joined_sums(found: Sequence[Buffers]) -> Buffers | None:
+    """The mean of sums of gradients, if they have the same weights."""
+    weights = [{n: int(a) for n, a in one.items() if n.endswith("/weight")} for one in found]
+    if any(one != weights[0] for one in weights) or any(one.keys() != found[0].keys() for one in found):
+        return None
+    return {n: _mean([one[n] for one in found]) for n in found[0]}
+
+
+def _joined_residuals(found: Sequence[Buffers]) -> Buffers | None:
+    """The mean of residuals, if the filters remember nothing else."""
+    if any(one.keys() != found[0].keys() for one in found):
+        return None
+    if any(n.split("/")[-1] != filters.RESIDUAL for n in found[0]):
+        return None
+    return {n: _mean([one[n] for one in found]) for n in found[0]}

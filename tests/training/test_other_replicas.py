@@ -1,0 +1,181 @@
+"""A fit goes on from a checkpoint with other replicas, stages, microbatches, placement or workers."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+from flowml_runtime.environment import checkpoints
+from tests.training.reference import BATCH, data, mlp, mlp_loss
+from tests.training.test_checkpoints import ASYNCHRONOUS, POLICIES, STEPS, STOP, Stopped
+
+Form = tuple[int, int, int]
+"""(replicas, stages, microbatches)"""
+FIRST: Form = (2, 1, 1)
+EXACT: dict[str, tuple[Any, Form, tuple[Form, ...]]] = {
+    "parameter server": (None, FIRST, ((1, 1, 1), (3, 1, 2), (1, 2, 3))),
+    "all-reduce": (fm.policies.all_reduce(), FIRST, ((4, 1, 1), (2, 2, 2))),
+    "every": ({"fc0*": fm.policies.every(3), "*": fm.Policy()}, FIRST, ((4, 1, 1), (1, 1, 1))),
+    "coded": (fm.policies.coded(1), (4, 1, 1), ((2, 1, 1),)),
+}
+"""Policies with which a step is a mean over the batch, however it is divided: the form that is stopped, and others."""
+
+
+def fit(cluster: fm.Cluster, form: Form, policies: Any, placement: Any = None, **more: Any) -> fm.TrainingResult:
+    replicas, stages, microbatches = form
+    trainer = fm.Trainer(
+        mlp_loss,
+        optax.adam(1e-2),
+        cluster=cluster,
+        replicas=replicas,
+        microbatches=microbatches,
+        placement=placement or (fm.Pipeline(stages=stages) if stages > 1 else "auto"),
+        policies=policies,
+    )
+    options: dict[str, Any] = {"batch_size": BATCH, "steps": STEPS, "seed": 3, "progress": False, **more}
+    return trainer.fit(mlp(), data(), **options)
+
+
+def stopped(cluster: fm.Cluster, path: Path, form: Form, policies: Any, placement: Any = None) -> None:
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] >= STOP:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        checkpoint = fm.Checkpoint(path, every_steps=STOP)
+        fit(cluster, form, policies, placement, checkpoint=checkpoint, callbacks=[stop])
+
+
+def copied(path: Path, form: Form) -> Path:
+    """A copy of a directory of checkpoints, for a fit in this form."""
+    target = path.with_name("-".join(map(str, form)))
+    shutil.copytree(path, target)
+    return target
+
+
+def resumed(
+    cluster: fm.Cluster, path: Path, form: Form, policies: Any, placement: Any = None, **more: Any
+) -> fm.TrainingResult:
+    checkpoint = fm.Checkpoint(path, every_steps=STOP)
+    return fit(cluster, form, policies, placement, checkpoint=checkpoint, resume="auto", **more)
+
+
+def assert_close(found: fm.TrainingResult, expected: fm.TrainingResult) -> None:
+    for a, b in zip(
+        jax.tree.leaves((found.params, found.opt_state)),
+        jax.tree.leaves((expected.params, expected.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-6)
+
+
+def assert_adds_up(result: fm.TrainingResult, replicas: int) -> None:
+    ledger = result.ledger
+    assert [r["step"] for r in result.history] == list(range(STOP, STEPS))
+    assert ledger.outstanding == 0
+    assert ledger.used + ledger.dropped + ledger.folded + ledger.unseen == STEPS * replicas
+    assert sum(r.used for r in ledger.replicas) == ledger.used
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_mean_over_the_batch_goes_on_in_any_form(threads_cluster: fm.Cluster, tmp_path: Path, name: str) -> None:
+    policies, first, forms = EXACT[name]
+    whole = fit(threads_cluster, first, policies)
+    stopped(threads_cluster, tmp_path / "first", first, policies)
+    for form in forms:
+        path = copied(tmp_path / "first", form)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = resumed(threads_cluster, path, form, policies)
+        assert_close(found, whole)
+        assert_adds_up(found, form[0])
+        assert found.ledger.seen == whole.ledger.seen
+
+
+def test_other_workers_and_another_number_of_them(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    whole = fit(threads_cluster, FIRST, None)
+    there, here = ({"fc0": f"worker:{w}", "*": f"worker:{1 - w}"} for w in (0, 1))
+    stopped(threads_cluster, tmp_path / "first", (2, 2, 1), None, there)
+    path = copied(tmp_path / "first", (2, 2, 1))
+    assert_close(resumed(threads_cluster, path, (2, 2, 1), None, here), whole)
+    with fm.Cluster.threads(workers=1) as alone:
+        assert_close(resumed(alone, copied(tmp_path / "first", (1, 1, 1)), (1, 1, 1), None), whole)
+
+
+def test_what_a_resumed_fit_writes_goes_on_too(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    policies = EXACT["every"][0]
+    whole = fit(threads_cluster, FIRST, policies)
+    stopped(threads_cluster, tmp_path, FIRST, policies)
+    resumed(threads_cluster, tmp_path, (4, 1, 1), policies, steps=STOP + 1)
+    found = resumed(threads_cluster, tmp_path, FIRST, policies)
+    assert len(found.history) == STEPS - STOP - 1
+    assert found.ledger.used == whole.ledger.used and found.ledger.seen == whole.ledger.seen
+
+
+LEFT_OUT: dict[str, str] = {
+    "residuals": "without what the filters remember of fc0. Param",
+    "significance and duals": "changes that were not sent of fc0",
+    "own parameters": "",
+    "fragments": "",
+    "gossip and copies": "copies of neighbours",
+}
+"""Policies with buffers for each replica -> what a fit with other replicas does without."""
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_buffers_of_replicas_go_on_with_other_replicas(threads_cluster: fm.Cluster, tmp_path: Path, name: str) -> None:
+    policies = POLICIES[name]
+    whole = fit(threads_cluster, FIRST, policies)
+    stopped(threads_cluster, tmp_path, FIRST, policies)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = resumed(threads_cluster, tmp_path, (3, 1, 1), policies)
+    told = " ".join(str(w.message) for w in caught if "was written by" in str(w.message))
+    assert LEFT_OUT[name] in told and bool(LEFT_OUT[name]) == bool(told)
+    assert_adds_up(found, 3)
+    assert found.history[-1]["loss"] < 1.3 * whole.history[-1]["loss"]
+
+
+@pytest.mark.parametrize("name", [*LEFT_OUT, "sums"])
+def test_the_same_replicas_go_on_elsewhere_as_if_they_had_not_moved(
+    threads_cluster: fm.Cluster, tmp_path: Path, name: str
+) -> None:
+    """With two stages in place of one, and with the layers on other workers."""
+    policies = POLICIES[name]
+    whole = fit(threads_cluster, FIRST, policies)
+    stopped(threads_cluster, tmp_path, FIRST, policies)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = resumed(threads_cluster, tmp_path, (2, 2, 1), policies)
+    assert_close(found, whole)
+    assert found.ledger == whole.ledger
+
+
+@pytest.mark.parametrize("name", ASYNCHRONOUS)
+def test_without_common_clocks_the_items_are_counted_anew(
+    threads_cluster: fm.Cluster, tmp_path: Path, name: str
+) -> None:
+    steps, policies = 24, ASYNCHRONOUS[name]
+    checkpoint = fm.Checkpoint(tmp_path, every_steps=4)
+
+    def stop(_: dict[str, Any]) -> None:
+        if checkpoints.snapshots(tmp_path):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        fit(threads_cluster, FIRST, policies, steps=steps, checkpoint=checkpoint, callbacks=[stop])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = fit(threads_cluster, (4, 1, 1), policies, steps=steps, checkpoint=checkpoint, resume="auto")
+    ledger = found.ledger
+    assert ledger.outstanding == 0
+    assert ledger.used + ledger.dropped + ledger.folded + ledger.unseen == 4 * steps
+    assert found.history[-1]["loss"] < 0.8
