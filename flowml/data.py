@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from flowml.leaves import check_array
+from flowml.rows import swapped
 
 
 def epoch_order(examples: int, seed: int, epoch: int, *, shuffle: bool = True) -> np.ndarray:
@@ -35,12 +36,17 @@ class Source:
     take: Callable[[np.ndarray], list[np.ndarray]]
     arrays: tuple[np.ndarray, ...] | None
 
+    def shapes_of(self, leaves: Sequence[np.ndarray]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the leaves of a batch, by their names."""
+        paths = jax.tree_util.tree_leaves_with_path(jax.tree_util.tree_unflatten(self.tree, leaves))
+        return {_name(path): leaf.shape for path, leaf in paths}
+
 
 def as_source(source: Any) -> Source:
     """Adapt a user's source.
 
-    Raises ValueError if arrays have different lengths, TypeError if `source` is not a source or a leaf is not an array
-    of numbers.
+    Raises ValueError if arrays have different lengths or their rows are not the examples, TypeError if `source` is not
+    a source or a leaf is not an array of numbers.
     """
     if isinstance(source, Source):
         return source
@@ -79,8 +85,10 @@ def _array_source(leaves: Sequence[tuple[Any, Any]], tree: Any) -> Source:
     sizes = {a.shape[0] if a.ndim else None for a in arrays}
     if len(sizes) != 1 or None in sizes:
         shapes = ", ".join(str(a.shape) for a in arrays)
+        wrong = swapped({_name(path): a.shape for (path, _), a in zip(leaves, arrays, strict=True)})
         raise ValueError(
-            f"the arrays of a source differ in their first dimension: {shapes}; each needs one row an example"
+            f"the arrays of a source differ in their first dimension: {shapes}; "
+            f"{wrong or 'each needs one row an example'}"
         )
     return Source(arrays[0].shape[0], tree, lambda indices: [a[indices] for a in arrays], arrays)
 
@@ -114,17 +122,25 @@ def _own(leaf: Any) -> np.ndarray:
     return np.array(leaf) if isinstance(leaf, np.ndarray) else np.asarray(leaf)
 
 
+def _swapped(leaves: Sequence[tuple[Any, Any]], examples: int) -> str:
+    return swapped({_name(path): np.shape(leaf) for path, leaf in leaves}, examples)
+
+
 def _gives_batches(source: Any) -> bool:
     """Whether a source accepts an array of indices. A source of single records fails or treats it as one index.
 
     The test uses two indices, because an array of one can be used as a number. Raises TypeError if the source accepts
-    the array but returns a list where an array is needed.
+    the array but returns a list where an array is needed, ValueError if it returns the examples in another dimension.
     """
     try:
         batch = source[np.zeros(2, np.int64)]
     except Exception:
         return False
     lists = jax.tree_util.tree_flatten_with_path(batch, is_leaf=lambda x: isinstance(x, list))[0]
+    if wrong := _swapped(lists, 2):  # unless it is a single record, which has this shape for any indices
+        more = jax.tree_util.tree_flatten_with_path(source[np.zeros(3, np.int64)])[0]
+        if _swapped(more, 3):
+            raise ValueError(f"source[indices] gave for 2 indices {wrong}")
     rows = [np.shape(x)[:1] == (2,) for _, x in lists]
     for (path, leaf), right in zip(lists, rows, strict=True):
         if isinstance(leaf, list) and right and any(isinstance(x, np.ndarray | jax.Array) for _, x in lists):

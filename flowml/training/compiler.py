@@ -43,6 +43,7 @@ from flowml.placement.links import Links, links_used
 from flowml.plan import ArraySpec, Plan, StateLeaf, StoreSpec, Training
 from flowml.policy import DEFAULT_PATTERN, Code, Policy, check_batch, coded_by, cut_by, resolve, speculated_by
 from flowml.policy.published import PolicyRule
+from flowml.rows import swapped
 from flowml.training.cuts import cuts, deciding_stage
 from flowml.training.drafts import StoreDraft, coefficient_dtype, value_of
 from flowml.training.local import Optimizers, fragmented
@@ -234,8 +235,10 @@ def _microbatch(batch: Any, replicas: int, items: int, microbatches: int, code: 
         raise ValueError("the batch has no arrays; the source must give a pytree with at least one")
     sizes = {_jax.path_name(p) or "batch": (x.shape[0] if x.shape else None) for p, x in leaves}
     if len(set(sizes.values())) != 1 or None in sizes.values():
+        wrong = swapped({_jax.path_name(p) or "batch": x.shape for p, x in leaves})
         raise ValueError(
-            f"the arrays of a batch differ in their first dimension: {sizes}; each needs one row an example"
+            f"the arrays of a batch differ in their first dimension: {sizes}; "
+            f"{wrong or 'each needs one row an example'}"
         )
     size = next(iter(sizes.values()))
     pieces = items * microbatches

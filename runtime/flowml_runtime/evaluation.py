@@ -19,6 +19,7 @@ from flowml.ir._jax import path_name
 from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.plan import Plan
+from flowml.rows import swapped
 from flowml.training.step import name_of
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.dataflow import dataflow
@@ -70,9 +71,11 @@ class Evaluation:
         for rows, result in self._results(cluster, fn, values, source, batch_size, plan):
             for path, leaf in jax.tree_util.tree_leaves_with_path(result):
                 if np.shape(leaf)[:1] != (rows,):
+                    what = path_name(path) or "an array"
+                    wrong = swapped({what: np.shape(leaf)}, rows)
                     raise ValueError(
-                        f"{name_of(fn)} returns {path_name(path) or 'an array'} of shape {list(np.shape(leaf))} for "
-                        f"{rows} examples; a prediction has one row for each, and evaluate() takes means"
+                        f"{name_of(fn)} returns {what} of shape {list(np.shape(leaf))} for {rows} examples; "
+                        f"{wrong or 'a prediction has one row for each, and evaluate() takes means'}"
                     )
             found.append(jax.tree.map(np.asarray, result))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)

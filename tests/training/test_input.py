@@ -21,8 +21,12 @@ SGD = optax.sgd(0.1)
 
 def fit(cluster: fm.Cluster, params: Any = None, source: Any = None, loss: Any = mlp_loss, **options: Any) -> Any:
     """A fit that is right in all that is not given."""
-    length = {k: options.pop(k) for k in ("steps", "epochs", "batch_size", "opt_state") if k in options}
-    length = {"batch_size": BATCH, **({} if {"steps", "epochs"} & set(length) else {"steps": 1}), **length}
+    given = {k: options.pop(k) for k in ("steps", "epochs", "batch_size", "opt_state") if k in options}
+    length: dict[str, Any] = {
+        "batch_size": BATCH,
+        **({} if {"steps", "epochs"} & set(given) else {"steps": 1}),
+        **given,
+    }
     trainer = fm.Trainer(loss, options.pop("optimizer", SGD), cluster=cluster, **options)
     return trainer.fit(mlp() if params is None else params, SOURCE if source is None else source, **length)
 
@@ -172,6 +176,49 @@ def test_arrays_of_different_lengths(threads_cluster: fm.Cluster) -> None:
         fit(threads_cluster, source=iter([1, 2]))
     with pytest.raises(ValueError, match=r"the source, a Records, has no examples"):
         fit(threads_cluster, source=Records(0))
+
+
+SEQUENCES = {"x": np.zeros((5, 96, 12), "f"), "y": np.zeros((96, 2), "f")}
+"""Time-major inputs beside targets with one row an example."""
+
+
+class TimeMajor:
+    """A source that gives batches, with the examples in the second dimension of "x"."""
+
+    def __len__(self) -> int:
+        return 96
+
+    def __getitem__(self, indices: Any) -> Any:
+        return {"x": SEQUENCES["x"][:, indices], "y": SEQUENCES["y"][indices]}
+
+
+class OneShape(TimeMajor):
+    """A source of single records of shape (3, 2), which are not two examples."""
+
+    def __getitem__(self, indices: Any) -> Any:
+        return {"x": np.ones((3, 2), "f")}
+
+
+FIX = r"give np\.swapaxes\(x, 0, 1\) for it, so that a row is an example"
+
+
+def test_time_major_batches_are_refused_by_name(threads_cluster: fm.Cluster) -> None:
+    told = r"of shape \(5, 96, 12\) has the 96 examples in the second dimension \(time-major\); " + FIX
+    with pytest.raises(ValueError, match=rf"first dimension: .*; source leaf 'x' {told}"):
+        fit(threads_cluster, source=SEQUENCES)
+    with pytest.raises(ValueError, match=rf"the arrays of a batch differ in .*; x {told}"):
+        fm.Trainer(mlp_loss, SGD, cluster=threads_cluster).plan(mlp(), SEQUENCES)
+    with pytest.raises(
+        ValueError, match=rf"gave for 2 indices source leaf 'x' of shape \(5, 2, 12\) has the 2 .*{FIX}"
+    ):
+        fit(threads_cluster, source=TimeMajor())
+    with pytest.raises(ValueError, match=r"the source has 5; if the 96 examples are in the second dimension of source"):
+        fit(threads_cluster, source={"x": SEQUENCES["x"]})
+    trainer = fm.Trainer(mlp_loss, SGD, cluster=threads_cluster)
+    with pytest.raises(ValueError, match=rf"an array of shape \(5, 96\) has the 96 examples .*{FIX}"):
+        trainer.predict(mlp(), {"x": np.zeros((96, 2), "f")}, lambda params, batch: jnp.ones((5, len(batch["x"]))))
+    loss = lambda params, batch: jnp.mean(params["fc0"]["bias"]) ** 2 + jnp.mean(batch["x"])  # noqa: E731
+    assert np.isfinite(fit(threads_cluster, source=OneShape(), loss=loss).history[0]["loss"])
 
 
 class Rows:

@@ -18,6 +18,7 @@ from flowml.data import Source
 from flowml.errors import FlowmlError
 from flowml.instructions import Feed
 from flowml.plan import ArraySpec
+from flowml.rows import swapped
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 
 MAX_SHAPES = 32
@@ -77,7 +78,10 @@ class Feeding:
             if leaf.shape[:1] != (len(indices),):
                 raise ValueError(
                     f"source[indices] gave shape {leaf.shape} for {path or 'the batch'!r} and {len(indices)} indices; "
-                    f"its first dimension must be {len(indices)}, a row for each index"
+                    + (
+                        swapped({path or "it": leaf.shape}, len(indices))
+                        or f"its first dimension must be {len(indices)}, a row for each index"
+                    )
                 )
         rows = self._item if self._coded else len(indices)
         structs = batch_structs(self._source, leaves, rows * self._items)

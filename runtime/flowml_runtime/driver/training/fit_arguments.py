@@ -13,6 +13,7 @@ from flowml.data import Source, as_source
 from flowml.errors import UnsupportedError
 from flowml.numbers import whole_number
 from flowml.plan import Training
+from flowml.rows import seems_swapped
 from flowml.training.pieces import short_items
 from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.training.history import Record
@@ -100,7 +101,10 @@ def _total_steps(source: Source, batch_size: int, epochs: int | None, steps: int
         raise ValueError("give fit() either epochs= or steps=")
     per_epoch = source.examples // batch_size + bool(rest)
     if per_epoch < 1:
-        raise ValueError(f"batch_size {batch_size} needs at least that many examples; the source has {source.examples}")
+        raise ValueError(
+            f"batch_size {batch_size} needs at least that many examples; the source has {source.examples}"
+            f"{seems_swapped(source.shapes_of(source.arrays or ()))}"
+        )
     total = whole_number("epochs", epochs) * per_epoch if steps is None else whole_number("steps", steps)
     if total < 1:
         raise ValueError(f"epochs={epochs}, steps={steps}: there is nothing to do; give at least 1")

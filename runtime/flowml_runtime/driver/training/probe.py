@@ -18,6 +18,7 @@ import numpy as np
 from flowml.data import Source
 from flowml.ir.host import has_calls
 from flowml.plan import Plan
+from flowml.rows import seems_swapped
 from flowml.training.compiler import TrainingSpec
 from flowml.training.step import loss_takes_rng, name_of, weight_of
 
@@ -67,6 +68,7 @@ def mean_warning(
         f"{first:.6g} and {second:.6g}, on both together {whole:.6g} instead of {mean:.6g}; so the gradient of "
         f"{spec.replicas} replicas x {spec.microbatches} microbatches differs from that of the whole batch; give "
         "Trainer(weight=) what it is a mean over: a leaf of aux, such as 'tokens', or a function of the batch"
+        f"{seems_swapped(source.shapes_of(leaves))}"
     )
 
 
