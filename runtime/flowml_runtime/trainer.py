@@ -8,7 +8,6 @@ history of losses. The workers train without it until the homes send the trained
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ import numpy as np
 from flowml.arguments import choice, flag
 from flowml.data import Source, as_source, epoch_order
 from flowml.effects import EffectsChoice, EffectsOption
-from flowml.errors import FlowmlError, FlowmlWarning, PlacementError, UnsupportedError
+from flowml.errors import FlowmlError, PlacementError, UnsupportedError
 from flowml.ir._jax import jit_is_off, trace_context
 from flowml.numbers import whole_number
 from flowml.placement import Placement
@@ -49,7 +48,7 @@ from flowml_runtime.driver.training.initial import OptimizerState, first_state, 
 from flowml_runtime.driver.training.lasting import Losses, OnLoss, Runs, prepare
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
-from flowml_runtime.driver.training.probe import mean_warning
+from flowml_runtime.driver.training.probe import Looked, mean_warning
 from flowml_runtime.driver.training.program import Program, discard
 from flowml_runtime.driver.training.result import TrainingResult, result_of, with_shapes
 from flowml_runtime.driver.training.resuming import saving_of, writing
@@ -249,8 +248,9 @@ class Trainer:
         saving = self._saving(cluster, program, params, opt_state, model, asked, about)
         interrupts.check()
         losses = Losses(cluster, program, asked.on_loss, asked.min_replicas)
-        handle = losses.load()
-        self._look_at_loss(program, params, data, order, batch_size)
+        looked = self._look_at_loss(program, params, data, order, batch_size)
+        handle = losses.load(looked.look)
+        looked.warn(stacklevel=4)
         options, variant = self._options(cluster, program, asked), partial(self._variant, cluster, program, shapes)
 
         def make(handle: LoadedPlan, run: int, saving: Saving) -> Fit:
@@ -372,14 +372,13 @@ class Trainer:
         saving.keeps = asked.on_loss != "raise"
         return saving
 
-    def _look_at_loss(self, program: Program, params: Any, source: Source, order: Any, batch_size: int) -> None:
-        """Warn once if the average of the loss over replicas and microbatches differs from the loss of the batch."""
+    def _look_at_loss(self, program: Program, params: Any, source: Source, order: Any, batch_size: int) -> Looked:
+        """What looks whether the average of the loss over replicas and microbatches is the loss of the batch, once."""
         whole = source.examples >= batch_size
-        if whole and not (self._looked or self._spec.has_state) and program.session.arithmetic:
-            self._looked = True
-            warning = mean_warning(self._spec, program.compiled.plan, params, source, order, batch_size)
-            if warning:
-                warnings.warn(warning, FlowmlWarning, stacklevel=4)
+        if not whole or self._looked or self._spec.has_state or not program.session.arithmetic:
+            return Looked(lambda: None)
+        self._looked = True
+        return Looked(partial(mean_warning, self._spec, program.compiled.plan, params, source, order, batch_size))
 
     def _here(self) -> TrainingCluster:
         cluster: TrainingCluster = self._cluster if self._cluster is not None else blocks.current()

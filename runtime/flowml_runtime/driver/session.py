@@ -139,8 +139,8 @@ class Session:
         with self._lock:
             self._local[worker.name] = worker
 
-    def load(self, plan: Plan) -> LoadedPlan:
-        """Make every worker of the plan compile its part. Returns when all have compiled.
+    def load(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> LoadedPlan:
+        """Make every worker of the plan compile its part. Calls `meanwhile`, and returns when all have compiled.
 
         Raises PlacementError for a device that does not exist, WorkerError if a worker cannot load its
         part, WorkerLostError if one dies meanwhile, DeadlineError if they take too long.
@@ -162,6 +162,7 @@ class Session:
             self._residents.make_room(self._dataflow_plans(), self.max_programs - 1)
         try:
             captures = shipping.send(self.endpoint, plan_id, loading, self._captured, self)
+            meanwhile()
             if workers:
                 loading.wait()  # no deadline: the wait itself is bounded by LOAD_DEADLINE_S
             only = self._local.get(workers[0]) if len(plan.programs) == 1 else None

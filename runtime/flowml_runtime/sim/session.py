@@ -111,7 +111,7 @@ class SimulatedSession:
             "fm.Cluster.local()"
         )
 
-    def load(self, plan: Plan) -> LoadedPlan:
+    def load(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> LoadedPlan:
         """Load a plan on the simulated workers."""
         if plan.training is None:
             raise SimulationError(
@@ -119,6 +119,7 @@ class SimulatedSession:
                 "fm.Cluster.local(), or look at the estimate of its plan, as in fm.compile(fn, *args, devices=...)"
             )
         workers = tuple(dict.fromkeys(worker_of(p.device) for p in plan.programs))
+        meanwhile()
         handle = loaded(f"simulated-{next(self._ids)}", plan, workers, 1, None, {})
         self._plans[handle.plan_id] = _Loaded(handle, Layout.of(plan), self._values(plan))
         return handle

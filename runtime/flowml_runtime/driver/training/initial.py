@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flowml.ir._jax import path_name
+from flowml.ir._jax import array_of, array_type, path_name
 from flowml.training.local import Restarting
+from flowml_runtime.driver.training.fills import filled
 from flowml_runtime.driver.training.structs import check_values, structs
 
 
@@ -30,7 +31,8 @@ def first_state(optimizer: Any, outer: Sequence[Any], params: Any, opt_state: An
         return OptimizerState(own, tuple(o.init(params) for o in outer)) if outer else own
 
     if opt_state is None:
-        return jax.tree_util.tree_map(jnp.asarray, init(params))
+        found = filled(init, params)
+        return jax.tree_util.tree_map(jnp.asarray, init(params)) if found is None else found
     expected = jax.eval_shape(init, params)
     check_values(opt_state, "opt_state leaf")
     given = structs(opt_state, "opt_state leaf")
@@ -54,4 +56,9 @@ def first_state(optimizer: Any, outer: Sequence[Any], params: Any, opt_state: An
 
 def own_array(leaf: Any) -> jax.Array:
     """A JAX array that shares no memory with a NumPy array, because the caller may change that one later."""
-    return jnp.array(leaf) if isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
+    if not isinstance(leaf, np.ndarray):
+        return jnp.asarray(leaf)
+    if leaf.dtype == jax.dtypes.float0 or jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+        return jnp.array(leaf)
+    kind = array_type(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), weak=False)
+    return array_of(leaf, kind, copy=True)  # without a compiler

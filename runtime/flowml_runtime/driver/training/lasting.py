@@ -69,10 +69,10 @@ class Losses:
                     f"min_replicas={least} can never be met: the Trainer has {len(program.training.replicas)} replicas"
                 )
 
-    def load(self) -> LoadedPlan:
-        """Load the plan of the fit."""
+    def load(self, meanwhile: Callable[[], None]) -> LoadedPlan:
+        """Load the plan of the fit. Calls `meanwhile` while workers compile it."""
         try:
-            return self._program.load()
+            return self._program.load(meanwhile=meanwhile)
         except WorkerLostError as error:
             if self.on_loss == "raise":
                 raise

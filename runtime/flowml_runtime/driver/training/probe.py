@@ -8,7 +8,8 @@ often as its steps say and not once more.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flowml.data import Source
+from flowml.errors import FlowmlWarning
 from flowml.ir.host import has_calls
 from flowml.plan import Plan
 from flowml.rows import seems_swapped
@@ -32,6 +34,21 @@ _QUICKLY: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 _CLOSE, _CLOSE_NARROW = 1e-3, 3e-2
 """The largest relative difference between a mean over examples and the mean of its halves that rounding can explain:
 if all dtypes have the precision of float32 or more, and if some dtype has less."""
+
+
+class Looked:
+    """Looks at a loss while workers compile, and warns when they have."""
+
+    def __init__(self, find: Callable[[], str | None]) -> None:
+        self._find = find
+        self._found: str | None = None
+
+    def look(self) -> None:
+        self._found = self._find()
+
+    def warn(self, stacklevel: int) -> None:
+        if self._found:
+            warnings.warn(self._found, FlowmlWarning, stacklevel=stacklevel + 1)
 
 
 def mean_warning(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,18 +44,22 @@ class Program:
         plan = without(self.compiled.plan, gone) if gone else self.compiled.plan
         return tuple(dict.fromkeys(worker_of(p.device) for p in plan.programs))
 
-    def load(self, gone: Collection[str] = (), *, anew: bool = False) -> LoadedPlan:
+    def load(
+        self, gone: Collection[str] = (), *, anew: bool = False, meanwhile: Callable[[], None] = lambda: None
+    ) -> LoadedPlan:
         """Load the plan on its workers, or load it again if one of them was lost and is back.
 
-        Replicas with a stage on workers that are `gone` are left out. `anew`: under a new name, because workers of the
-        old one were lost. The others still have their executables then, so they compile nothing.
+        Calls `meanwhile` while they compile. Replicas with a stage on workers that are `gone` are left out. `anew`:
+        under a new name, because workers of the old one were lost. The others still have their executables then, so
+        they compile nothing.
         """
         known, left_out = self.handle, frozenset(gone)
         if known is not None and left_out == self.gone and not anew:
+            meanwhile()
             self.handle = self.session.reload(known)
             return self.handle
         plan = self.compiled.plan
-        self.handle, self.gone = self.session.load(without(plan, gone) if gone else plan), left_out
+        self.handle, self.gone = self.session.load(without(plan, gone) if gone else plan, meanwhile), left_out
         if known is not None:
             self.session.release(known)
         return self.handle
