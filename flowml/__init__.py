@@ -80,6 +80,8 @@ if TYPE_CHECKING:
     from flowml_runtime.driver.remote import Remote as Remote
     from flowml_runtime.driver.training.result import TrainingResult as TrainingResult
     from flowml_runtime.put import put as put
+    from flowml_runtime.saved import load as load
+    from flowml_runtime.saved import save as save
     from flowml_runtime.sim.cluster import SimulatedCluster as SimulatedCluster
     from flowml_runtime.trainer import Trainer as Trainer
 
@@ -147,6 +149,8 @@ _HOMES = {
     "Cluster": "flowml_runtime.cluster",
     "dataflow": "flowml_runtime.dataflow",
     "put": "flowml_runtime.put",
+    "load": "flowml_runtime.saved",
+    "save": "flowml_runtime.saved",
     "Remote": "flowml_runtime.driver.remote",
     "SimulatedCluster": "flowml_runtime.sim.cluster",
     "Checkpoint": "flowml_runtime.driver.checkpoint",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +16,8 @@ from flowml.errors import CheckpointError, FlowmlWarning
 from flowml.numbers import whole_number
 from flowml_runtime.driver.training.snapshots import Key, Leaf, Snapshot
 from flowml_runtime.environment import checkpoints
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Checkpoint:
         return Path(self.path)
 
 
-def newest(directory: Path, *, why: bool = True) -> tuple[Path, Snapshot] | None:
+def newest(
+    directory: Path, read: Callable[[Path], T] = Snapshot.read, what: str = "The fit goes on from"
+) -> tuple[Path, T] | None:
     """The newest snapshot of a directory that is complete; None if there is none. Warns of each that is damaged.
 
     Raises CheckpointError if there are some, and all are damaged, or the newest is of another version of flowml.
@@ -62,14 +66,14 @@ def newest(directory: Path, *, why: bool = True) -> tuple[Path, Snapshot] | None
     errors: list[CheckpointError] = []
     for path in checkpoints.snapshots(directory):
         try:
-            found = path, Snapshot.read(path)
+            found = path, read(path)
         except checkpoints.FormatError:
             raise
         except CheckpointError as error:
             errors.append(error)
             continue
-        for error in errors if why else ():
-            warnings.warn(f"{error}. The fit goes on from {path.name}", FlowmlWarning, stacklevel=3)
+        for error in errors:
+            warnings.warn(f"{error}. {what} {path.name}", FlowmlWarning, stacklevel=4)
         return found
     if errors:
         raise CheckpointError(
@@ -116,10 +120,10 @@ def restore(path: str | os.PathLike[str]) -> Restored:
 
 def _tree(snapshot: Snapshot, leaves: Sequence[Leaf]) -> Any:
     values = [jnp.asarray(value) for value in snapshot.leaves(leaves)]
-    return _built([(leaf.path, value) for leaf, value in zip(leaves, values, strict=True)])
+    return nested([(leaf.path, value) for leaf, value in zip(leaves, values, strict=True)])
 
 
-def _built(leaves: Sequence[tuple[Sequence[Key], Any]]) -> Any:
+def nested(leaves: Sequence[tuple[Sequence[Key], Any]]) -> Any:
     """The nested containers whose leaves have these paths."""
     if not leaves:
         return {}
@@ -128,7 +132,7 @@ def _built(leaves: Sequence[tuple[Sequence[Key], Any]]) -> Any:
     groups: dict[str | int, list[tuple[Sequence[Key], Any]]] = {}
     for path, value in leaves:
         groups.setdefault(path[0][1], []).append((path[1:], value))
-    built = {key: _built(found) for key, found in groups.items()}
+    built = {key: nested(found) for key, found in groups.items()}
     if leaves[0][0][0][0] != "list":
         return built
     places = cast(dict[int, Any], built)

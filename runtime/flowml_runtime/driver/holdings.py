@@ -6,19 +6,22 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from flowml.devices import Device
-from flowml.errors import ClusterError, FlowmlError, WorkerLostError
+from flowml.errors import CheckpointError, ClusterError, FlowmlError, WorkerLostError
 from flowml.ir._jax import exact_types
 from flowml.plan import ArraySpec
 from flowml_runtime import service, wire
 from flowml_runtime.driver.call_io import restored
 from flowml_runtime.driver.remote import Batch, Kind, Remote
+from flowml_runtime.environment.checkpoints import Entry
 from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.transport.arrays import own_copy, shaped, wire_layout
@@ -49,8 +52,8 @@ class Holdings:
         """Device -> bytes of the values that have not been freed."""
         self._next = 1
         self._asked = itertools.count(1)
-        self._answers: dict[int, tuple[str, Future[list[Array]]]] = {}
-        """Number of a Recall -> the worker and the answer."""
+        self._answers: dict[int, tuple[str, Future[list[Any]]]] = {}
+        """Number of a Recall or Write -> the worker and the answer: the values, or where they are."""
         self._freed: queue.SimpleQueue[tuple[Batch, int] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -124,7 +127,8 @@ class Holdings:
         asked: list[tuple[list[int], Future[list[Array]]]] = []
         for worker in dict.fromkeys(r.kind.worker for r in remotes):
             mine = [i for i, r in enumerate(remotes) if r.kind.worker == worker]
-            asked.append((mine, self._ask(worker, [remotes[i].number for i in mine])))
+            recall = partial(wire.Recall, names=tuple(remotes[i].number for i in mine))
+            asked.append((mine, self._ask(worker, recall)))
         for mine, answer in asked:
             try:
                 # no deadline: a computation may take any time, and a lost worker ends the wait
@@ -138,16 +142,43 @@ class Holdings:
                 restored(found[i], r.kind.spec, own=not isinstance(found[i], jax.Array)) for i, r in enumerate(remotes)
             ]
 
+    def write(self, remotes: Sequence[Remote], folder: Path, token: str) -> Iterator[tuple[Remote, Entry]]:
+        """Have the workers write values into a folder: each, and where it is. Waits until they are on the disk. Those
+        of workers that do not see the folder are left out.
+
+        Raises CheckpointError if a disk refuses, and what `recall` raises.
+        """
+        for remote in remotes:
+            remote.made()
+        parts: list[list[Remote]] = []
+        for worker in dict.fromkeys(r.kind.worker for r in remotes):
+            mine = [r for r in remotes if r.kind.worker == worker]
+            parts += (mine[i : i + wire.MAX_ARRAYS] for i in range(0, len(mine), wire.MAX_ARRAYS))
+        asked: list[tuple[list[Remote], str, Future[list[wire.Part]]]] = []
+        for number, mine in enumerate(parts):
+            file, names = f"worker{number}.bin", tuple(r.number for r in mine)
+            question = partial(wire.Write, names=names, folder=str(folder.resolve()), file=file, token=token)
+            asked.append((mine, file, self._ask(mine[0].kind.worker, question)))
+        for mine, file, answer in asked:
+            # no deadline: a disk takes as long as it takes, and a lost worker ends the wait
+            for remote, part in zip(mine, answer.result(), strict=False):
+                yield remote, Entry("", part.spec, part.offset, part.checksum, file)
+
     def freed(self, batch: Batch, index: int) -> None:
         """A handle was deleted or donated. For finalizers: takes no lock, never waits."""
         self._freed.put((batch, index))
 
-    def on_message(self, message: wire.Recalled, arrays: Sequence[Array]) -> None:
+    def on_message(self, message: wire.Recalled | wire.Written, arrays: Sequence[Array]) -> None:
         with self._lock:
             _, future = self._answers.pop(message.number, ("", None))
-        if future is not None:
-            error = FlowmlError(f"a kept value cannot be read: {message.error}") if message.error else None
-            future.complete(list(arrays), error)
+        if future is None:
+            return
+        error: FlowmlError | None = None
+        if message.error and isinstance(message, wire.Recalled):
+            error = FlowmlError(f"a kept value cannot be read: {message.error}")
+        elif message.error:
+            error = CheckpointError(f"kept values cannot be written: {message.error}")
+        future.complete(list(message.parts if isinstance(message, wire.Written) else arrays), error)
 
     def on_lost(self, worker: str, reason: str) -> None:
         """All values on a worker are lost."""
@@ -174,13 +205,13 @@ class Holdings:
             if thread is not threading.current_thread():
                 thread.join(CLOSE_S)
 
-    def _ask(self, worker: str, names: Sequence[int]) -> Future[list[Array]]:
+    def _ask(self, worker: str, question: Callable[..., wire.Recall | wire.Write]) -> Future[list[Any]]:
         number = next(self._asked)
-        future: Future[list[Array]] = Future("reading a kept value", list)
+        future: Future[list[Any]] = Future("reading a kept value", list)
         with self._lock:
             self._answers[number] = worker, future
         try:
-            self._endpoint.send(worker, wire.Recall(number=number, names=tuple(names)), (), self._deadline_s)
+            self._endpoint.send(worker, question(number=number), (), self._deadline_s)
         except WorkerLostError as lost:
             self.on_lost(worker, str(lost))
         return future

@@ -23,6 +23,9 @@ from flowml.plan import ArraySpec
 from flowml_runtime.environment.callers import calling_line
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from flowml_runtime.environment.checkpoints import Entry
     from flowml_runtime.execution.future import Future
 
 
@@ -30,6 +33,7 @@ class Owner(Protocol):
     """The part of a session that handles use."""
 
     def recall(self, remotes: Sequence[Remote]) -> list[jax.Array]: ...
+    def write(self, remotes: Sequence[Remote], folder: Path, token: str) -> Iterator[tuple[Remote, Entry]]: ...
     def freed(self, batch: Batch, index: int) -> None: ...
 
 

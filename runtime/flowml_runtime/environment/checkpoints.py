@@ -15,10 +15,11 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import socket
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -31,13 +32,14 @@ from flowml.arrays import ArraySpec, dtype_of
 from flowml.errors import CheckpointError, FlowmlWarning
 
 FORMAT = 1
-DATA, MANIFEST, LOCK = "buffers.bin", "manifest.json", ".fit"
+DATA, MANIFEST, LOCK, TOKEN = "buffers.bin", "manifest.json", ".fit", ".token"
 ALIGNMENT = 64
 MOST_BYTES = 2**30
 """Of a manifest."""
 
 _Offset = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _NAME = re.compile(r"step-(\d{12})")
+_FILE = re.compile(r"[a-z]+\d*\.bin")
 _UNFINISHED = re.compile(r"\.(?:writing|damaged)-\d{12}-(\d+)")
 
 
@@ -52,6 +54,7 @@ class Entry(msgspec.Struct, frozen=True):
     spec: ArraySpec
     offset: _Offset
     checksum: str
+    file: str = DATA
 
 
 class Body(msgspec.Struct, frozen=True):
@@ -73,25 +76,56 @@ class _Version(msgspec.Struct, frozen=True):
 
 def write(directory: Path, step: int, content: bytes, arrays: Mapping[str, Any], keep: int) -> Path:
     """Write a snapshot, and remove all but the newest `keep`. `content` is JSON. Raises OSError if the disk refuses."""
+    with writing(directory, step) as folder:
+        return complete(folder, content, write_arrays(folder / DATA, arrays), keep)
+
+
+@contextmanager
+def writing(directory: Path, step: int) -> Generator[Path]:
+    """A folder for the files of a snapshot, which is removed unless it is made `complete`."""
     directory.mkdir(parents=True, exist_ok=True)
-    target = directory / f"step-{step:012d}"
-    writing = directory / f".writing-{step:012d}-{os.getpid()}"
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir()
+    folder = directory / f".writing-{step:012d}-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     try:
-        entries = _write_arrays(writing / DATA, arrays)
-        body = msgspec.json.encode(Body(FORMAT, msgspec.Raw(content), tuple(entries)))
-        _write_file(writing / MANIFEST, msgspec.json.encode(_Manifest(_checksum(body), msgspec.Raw(body))))
-        _sync(writing)
-        if target.exists():  # it is damaged, else the fit would have gone on from it
-            target.rename(directory / f".damaged-{step:012d}-{os.getpid()}")
-        writing.rename(target)
-        _sync(directory)
+        yield folder
     except BaseException:
-        shutil.rmtree(writing, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def complete(folder: Path, content: bytes, entries: Sequence[Entry], keep: int) -> Path:
+    """Make the snapshot in a folder of `writing` complete, whose arrays are in files there."""
+    directory, number = folder.parent, folder.name.split("-")[1]
+    body = msgspec.json.encode(Body(FORMAT, msgspec.Raw(content), tuple(entries)))
+    _write_file(folder / MANIFEST, msgspec.json.encode(_Manifest(_checksum(body), msgspec.Raw(body))))
+    (folder / TOKEN).unlink(missing_ok=True)
+    _sync(folder)
+    target = directory / f"step-{number}"
+    if target.exists():  # it is damaged, else the fit would have gone on from it
+        target.rename(directory / f".damaged-{number}-{os.getpid()}")
+    folder.rename(target)
+    _sync(directory)
     _remove(directory, keep)
     return target
+
+
+def invite(folder: Path) -> str:
+    """Let those who know what is returned write a file into a folder of `writing`."""
+    token = secrets.token_hex(16)
+    (folder / TOKEN).write_text(token)
+    return token
+
+
+def write_invited(folder: Path, file: str, token: str, arrays: Mapping[str, Any]) -> list[Entry] | None:
+    """Write a file into a folder where another process has invited to do so. None if that is not seen here: the other
+    process has another disk. Raises OSError if the disk refuses."""
+    try:
+        if not _FILE.fullmatch(file) or (folder / TOKEN).read_text() != token:
+            return None
+    except (OSError, ValueError):
+        return None
+    return write_arrays(folder / file, arrays)
 
 
 def prepare(directory: Path) -> None:
@@ -183,9 +217,16 @@ def read(snapshot: Path) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]]:
     """
     try:
         body = _body(snapshot / MANIFEST)
-        with (snapshot / DATA).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            arrays = {entry.name: _array(snapshot, file, size, entry) for entry in body.arrays}
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        for name in dict.fromkeys(entry.file for entry in body.arrays) or (DATA,):
+            if not _FILE.fullmatch(name):
+                raise CheckpointError(
+                    f"the checkpoint {snapshot} names the file {name!r}, which it cannot have; {_FIX}"
+                )
+            with (snapshot / name).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                mine = (entry for entry in body.arrays if entry.file == name)
+                arrays.update((entry.name, _array(snapshot, file, size, entry)) for entry in mine)
     except OSError as error:
         raise CheckpointError(f"the checkpoint {snapshot} cannot be read: {error.strerror or error}; {_FIX}") from None
     return bytes(body.content), arrays
@@ -230,9 +271,10 @@ def _array(snapshot: Path, file: Any, size: int, entry: Entry) -> np.ndarray[Any
     return buffer.view(dtype).reshape(entry.spec.shape)
 
 
-def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> list[Entry]:
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> list[Entry]:
+    """Write arrays to a new file. Raises OSError if the disk refuses."""
     entries: list[Entry] = []
-    with path.open("wb") as file:
+    with path.open("xb") as file:
         for name, value in arrays.items():
             array = np.ascontiguousarray(value).reshape(np.shape(value))  # the first makes a number a row
             if array.dtype.hasobject:
@@ -242,7 +284,7 @@ def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> list[Entry]:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             data = array.reshape(-1).view(np.uint8)
             spec = ArraySpec(array.shape, array.dtype.name)
-            entries.append(Entry(name, spec, file.tell(), _checksum(data)))
+            entries.append(Entry(name, spec, file.tell(), _checksum(data), path.name))
             file.write(data.data)
         file.flush()
         os.fsync(file.fileno())

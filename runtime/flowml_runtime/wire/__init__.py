@@ -236,6 +236,33 @@ class Recalled(Message, frozen=True):
     error: Text = ""
 
 
+class Write(Message, frozen=True):
+    """Driver to worker: write the kept values `names`, once they are made, to the new file `file` in `folder`. The
+    driver has put `token` there, so that a worker that sees another disk can say so. Answered by Written `number`."""
+
+    number: Count
+    names: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_ARRAYS)]
+    folder: Text
+    file: Name
+    token: Name
+
+
+class Part(msgspec.Struct, frozen=True):
+    """An array in a file: where its bytes begin, and their checksum."""
+
+    spec: ArraySpec
+    offset: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    checksum: Name
+
+
+class Written(Message, frozen=True):
+    """Where the values of Write `number` are in the file. Without `parts` the worker does not see the folder."""
+
+    number: Count
+    parts: Annotated[tuple[Part, ...], msgspec.Meta(max_length=MAX_ARRAYS)] = ()
+    error: Text = ""
+
+
 class Drop(Message, frozen=True):
     """Driver to worker: the kept values `names` are not needed any more."""
 
@@ -313,7 +340,7 @@ class Traced(PlanMessage, frozen=True):
 # fmt: off
 Wire = (
     Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
-    | Loaded | Unload | Value | Bring | BringPiece | Recall | Recalled | Drop
+    | Loaded | Unload | Value | Bring | BringPiece | Recall | Recalled | Write | Written | Drop
     | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | ModelState | Gossip | Ask | Grant | Begin | Contribution
     | Arrived | Commit | Computed | Halt | Published | Applied | Collective | Shared | Settled | Report | NonFinite

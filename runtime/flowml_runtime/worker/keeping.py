@@ -1,11 +1,12 @@
-"""Serves a driver's messages about the values that stay on this worker: bring, read and free them."""
+"""Serves a driver's messages about the values that stay on this worker: bring, read, write and free them."""
 
 from __future__ import annotations
 
 import queue
 import weakref
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flowml.arrays import ArraySpec
 from flowml.errors import FlowmlError
 from flowml.ir._jax import exact_types
 from flowml_runtime import service, wire
+from flowml_runtime.environment.checkpoints import write_invited
 from flowml_runtime.execution.faults import one_line
 from flowml_runtime.execution.kept import Cell, Kept
 from flowml_runtime.execution.lane import Lane
@@ -40,7 +42,10 @@ class Keeping:
         """Sends what drivers read. A large value takes long to send."""
 
     def on_message(
-        self, driver: str, message: wire.Bring | wire.BringPiece | wire.Recall | wire.Drop, arrays: Sequence[Array]
+        self,
+        driver: str,
+        message: wire.Bring | wire.BringPiece | wire.Recall | wire.Write | wire.Drop,
+        arrays: Sequence[Array],
     ) -> None:
         match message:
             case wire.Bring():
@@ -50,7 +55,9 @@ class Keeping:
             case wire.BringPiece():
                 self._take(driver, message, *arrays)
             case wire.Recall():
-                self._read(driver, message.number, self.kept.find(driver, message.names), 0)
+                self._read(partial(self._answer, driver, message.number), self.kept.find(driver, message.names), 0)
+            case wire.Write():
+                self._read(partial(self._write, driver, message), self.kept.find(driver, message.names), 0)
             case wire.Drop():
                 self.kept.drop(driver, message.names)
 
@@ -122,21 +129,32 @@ class Keeping:
             self._lent.watch(value)
             self.kept.put(driver, (piece.name,), [value])
 
-    def _read(self, driver: str, number: int, cells: Sequence[Cell], begin: int) -> None:
-        """Answer once all cells have a value. Those before `begin` have one."""
+    def _read(self, use: Callable[[Sequence[Cell]], None], cells: Sequence[Cell], begin: int) -> None:
+        """Use all cells once they have a value. Those before `begin` have one."""
         for position in range(begin, len(cells)):
             claim = self.kept.claim(cells[position], sole=False)
-            if claim.then(partial(self._read, driver, number, cells, position)):
+            if claim.then(partial(self._read, use, cells, position)):
                 return
-        self._answers.put(partial(self._answer, driver, number, cells), lambda _: self.kept.leave(cells))
+        self._answers.put(partial(use, cells), lambda _: self.kept.leave(cells))
+
+    def _write(self, driver: str, message: wire.Write, cells: Sequence[Cell]) -> None:
+        arrays, error = _values(cells)
+        parts: Sequence[wire.Part] = ()
+        try:
+            named = {str(i): array for i, array in enumerate(arrays)}
+            found = write_invited(Path(message.folder), message.file, message.token, named) if not error else None
+            parts = [wire.Part(e.spec, e.offset, e.checksum) for e in found or ()]
+        except (OSError, FlowmlError) as failure:
+            error = one_line(failure)[:MAX_REASON]
+        try:
+            self._endpoint.send(driver, wire.Written(number=message.number, parts=tuple(parts), error=error))
+        except FlowmlError:
+            return  # the driver is lost
+        finally:
+            self.kept.leave(cells)
 
     def _answer(self, driver: str, number: int, cells: Sequence[Cell]) -> None:
-        error = next((c.error for c in cells if c.error), "")
-        arrays: Sequence[np.ndarray] = ()
-        try:
-            arrays = [] if error else [np.asarray(c.value) for c in cells]
-        except Exception as failure:  # the computation failed, or the value was donated
-            error = one_line(failure)[:MAX_REASON]
+        arrays, error = _values(cells)
         specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
         try:
             self._endpoint.send(driver, wire.Recalled(number=number, error=error, specs=specs), arrays)
@@ -144,6 +162,15 @@ class Keeping:
             return  # the driver is lost
         finally:
             self.kept.leave(cells)
+
+
+def _values(cells: Sequence[Cell]) -> tuple[Sequence[np.ndarray], str]:
+    """The values of cells, or why one does not exist."""
+    error = next((c.error for c in cells if c.error), "")
+    try:
+        return ([], error) if error else ([np.asarray(c.value) for c in cells], "")
+    except Exception as failure:  # the computation failed, or the value was donated
+        return [], one_line(failure)[:MAX_REASON]
 
 
 def _placed(array: Array, device: JaxDevice, *, lent: bool = False) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from flowml.errors import CheckpointError
 from flowml.plan import Training
 from flowml_runtime.driver.training.snapshots import TREES, Figures, Key, Snapshot, key_of, values_of
 
+Specs = Mapping[tuple[Key, ...], tuple[str, tuple[int, ...]]]
+"""The dtype and the shape of each leaf, by its path."""
 _MAY_DIFFER = ("update", "replicas", "stages", "microbatches")
 """The figures of which others are no error: see `reshaping`."""
 MOST = 8
@@ -25,11 +27,10 @@ def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, tree
     differs += leaves or _policies(snapshot, training)
     if not differs:
         return
-    text = "; ".join(differs[:MOST]) + (f"; and {len(differs) - MOST} more" if len(differs) > MOST else "")
     of = "another model or optimizer" if leaves else "another fit"
     raise CheckpointError(
-        f"the checkpoint {path} belongs to {of}: {text}; resume with the same arguments, or begin from the values of "
-        "fm.restore(path)"
+        f"the checkpoint {path} belongs to {of}: {bounded(differs)}; resume with the same arguments, or begin "
+        "from the values of fm.restore(path)"
     )
 
 
@@ -39,20 +40,31 @@ def _figures(there: Figures, here: Figures) -> Iterable[str]:
             yield f"{name}={getattr(there, name)} there and {getattr(here, name)} here"
 
 
-def _leaves(snapshot: Snapshot, what: str, tree: Any) -> Iterable[str]:
-    """What differs leaf by leaf: first those that only one has, then those of another type."""
+def _leaves(snapshot: Snapshot, what: str, tree: Any) -> list[str]:
     leaves = getattr(snapshot.content, what)
     pairs = zip(leaves, snapshot.leaves(leaves), strict=True)
     there = {leaf.path: (leaf.dtype, tuple(value.shape)) for leaf, value in pairs}
     paths = jax.tree_util.tree_leaves_with_path(tree)
     here = {tuple(map(key_of, p)): (str(x.dtype), tuple(x.shape)) for p, x in paths}
+    return differences(f"{what} leaf", there, here)
+
+
+def differences(what: str, there: Specs, here: Specs) -> list[str]:
+    """What differs leaf by leaf: first those that only one has, then those of another type."""
+    found: list[str] = []
     for mine, other, where in ((there, here, "there"), (here, there, "here")):
-        for path, spec in mine.items():
-            if path not in other:
-                yield f"{what} leaf {_name(path)!r}, {_shown(*spec)}, is only {where}"
+        found += [
+            f"{what} {_name(p)!r}, {_shown(*spec)}, is only {where}" for p, spec in mine.items() if p not in other
+        ]
     for path, spec in there.items():
         if here.get(path, spec) != spec:
-            yield f"{what} leaf {_name(path)!r} is {_shown(*spec)} there and {_shown(*here[path])} here"
+            found.append(f"{what} {_name(path)!r} is {_shown(*spec)} there and {_shown(*here[path])} here")
+    return found
+
+
+def bounded(differs: Sequence[str]) -> str:
+    """The first of these differences, and how many more there are."""
+    return "; ".join(differs[:MOST]) + (f"; and {len(differs) - MOST} more" if len(differs) > MOST else "")
 
 
 def _name(path: Iterable[Key]) -> str:

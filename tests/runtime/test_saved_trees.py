@@ -1,0 +1,170 @@
+"""`fm.save` and `fm.load`: written by the workers that hold the values, complete or not there, and checked."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+from flowml_runtime import wire
+from flowml_runtime.environment import checkpoints
+from flowml_runtime.worker.keeping import Keeping
+
+
+def state(cluster: fm.Cluster) -> Any:
+    params = {"a": jnp.arange(6.0).reshape(2, 3), "b": {"w": jnp.ones(4, jnp.bfloat16)}}
+    placed = fm.put(params, cluster, {"a": "worker:0", "*": "worker:1"})
+    return {
+        "params": placed,
+        "opt": optax.adam(0.1).init(params),
+        "key": jax.random.key(3),
+        "step": 7,
+        "n": np.arange(3),
+    }
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if jnp.issubdtype(jnp.result_type(b), jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        assert jnp.result_type(a) == jnp.result_type(b)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.fixture(params=["threads_cluster", "process_cluster", "grpc_cluster"])
+def cluster(request: pytest.FixtureRequest) -> fm.Cluster:
+    return request.getfixturevalue(request.param)
+
+
+def test_a_tree_comes_back_here_and_where_it_was(cluster: fm.Cluster, tmp_path: Path) -> None:
+    tree = state(cluster)
+    where = fm.save(tree, tmp_path)
+    files = sorted(p.name for p in where.iterdir())
+    assert files == ["buffers.bin", "manifest.json", "worker0.bin", "worker1.bin"], "each worker has written its values"
+    assert_equal(fm.load(tmp_path, like=tree), tree)
+    plain = fm.load(tmp_path)
+    assert_equal(plain["opt"][0]["mu"], tree["opt"][0].mu)
+    there = fm.load(tmp_path, cluster, like=tree)
+    assert (there["params"]["a"].device, there["params"]["b"]["w"].device) == ("worker:0/cpu:0", "worker:1/cpu:0")
+    assert type(there["opt"]) is type(tree["opt"])
+    assert_equal(jax.tree.map(lambda x: x.fetch(), there), tree)
+    moved = fm.load(tmp_path, cluster, {"a": "worker:1", "*": "worker:0"}, like=tree)
+    assert (moved["params"]["a"].device, moved["params"]["b"]["w"].device) == ("worker:1/cpu:0", "worker:0/cpu:0")
+    assert_equal(jax.tree.map(lambda x: x.fetch(), moved), tree)
+
+
+def test_workers_with_another_disk_send_their_values(
+    threads_cluster: fm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = state(threads_cluster)
+    monkeypatch.setattr("flowml_runtime.worker.keeping.write_invited", lambda *_: None)
+    where = fm.save(tree, tmp_path)
+    assert sorted(p.name for p in where.iterdir()) == ["buffers.bin", "manifest.json"]
+    assert_equal(fm.load(tmp_path, like=tree), tree)
+
+
+def test_values_that_are_still_computed_are_waited_for(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    step = fm.dataflow(lambda s: s * 2 + 1, cluster=threads_cluster, keep=0, donate_argnums=0)
+    value = fm.put(jnp.zeros(1000), threads_cluster)
+    for _ in range(5):
+        value = step(value)
+    fm.save([value], tmp_path)
+    later = step(value)  # overwrites what was saved
+    assert_equal(fm.load(tmp_path)[0], jnp.full(1000, 31.0))
+    assert_equal(later.fetch(), jnp.full(1000, 63.0))
+
+
+def test_the_newest_complete_tree_is_loaded(tmp_path: Path) -> None:
+    for n in range(4):
+        fm.save({"n": n}, tmp_path, keep=2)
+    paths = checkpoints.snapshots(tmp_path)
+    assert [int(fm.load(p)["n"]) for p in paths] == [3, 2]
+    data = paths[0] / checkpoints.DATA
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    with pytest.warns(fm.FlowmlWarning, match=r"changed or is damaged.* Loaded is step-0+3"):
+        assert int(fm.load(tmp_path)["n"]) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(fm.CheckpointError, match="cannot be read"):
+        fm.load(tmp_path / "empty")
+
+
+def test_other_trees_and_leaves_are_refused(tmp_path: Path) -> None:
+    fm.save({"w": np.ones((2, 3), np.float32), "b": np.ones(3, np.float32)}, tmp_path)
+    with pytest.raises(fm.CheckpointError) as error:
+        fm.load(tmp_path, like={"w": np.ones((2, 4), np.float32), "c": np.ones(3, np.float32)})
+    text = str(error.value)
+    assert "leaf 'b', float32[3], is only there; leaf 'c', float32[3], is only here" in text
+    assert "leaf 'w' is float32[2, 3] there and float32[2, 4] here" in text
+    with pytest.raises(TypeError, match="save: leaf 'x'"):
+        fm.save({"x": "text"}, tmp_path)
+    with pytest.raises(fm.CheckpointError, match="does not hold a fit"):
+        fm.restore(tmp_path)
+    checkpoints.write(tmp_path / "fit", 1, b"{}", {}, keep=1)
+    with pytest.raises(fm.CheckpointError, match="holds a fit, and no tree"):
+        fm.load(tmp_path / "fit")
+
+
+@pytest.mark.parametrize("where", ["the driver", "a worker"])
+def test_a_full_disk_leaves_what_was_saved_before(threads_cluster: fm.Cluster, tmp_path: Path, where: str) -> None:
+    large: Any = np.ones(100_000, np.float32)
+    if where == "a worker":
+        large = fm.put(large, threads_cluster)
+    fm.save({"n": 1}, tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(fm.CheckpointError, match="File too large"):
+            fm.save({"n": 2, "large": large}, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000000001"]
+    assert int(fm.load(tmp_path)["n"]) == 1
+
+
+class Answers:
+    """Takes what a worker answers."""
+
+    def __init__(self) -> None:
+        self.written: list[wire.Written] = []
+
+    def send(self, peer: str, message: Any, arrays: Any = (), timeout_s: float = 0.0) -> None:
+        self.written.append(message)
+
+
+@pytest.mark.parametrize(
+    ("file", "token"), [("../out.bin", None), ("w.bin", "guess"), ("/tmp/w.bin", None), ("a.txt", None)]
+)
+def test_a_worker_writes_only_where_it_is_invited(tmp_path: Path, file: str, token: str | None) -> None:
+    """A message from a driver must not make a worker write to any other place of its disk."""
+    (tmp_path / "in").mkdir()
+    real = checkpoints.invite(tmp_path / "in")
+    answers = Answers()
+    keeping = Keeping("worker", answers, {})  # type: ignore[arg-type]
+    keeping.kept.put("driver", (1,), [jnp.ones(3)])
+    keeping.on_message(
+        "driver", wire.Write(number=1, names=(1,), folder=str(tmp_path / "in"), file=file, token=token or real), ()
+    )
+    keeping.close()
+    keeping.join(10)
+    assert [(w.parts, w.error) for w in answers.written] == [((), "")]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [checkpoints.TOKEN, "in"]
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "secret.bin").write_bytes(b"12345678")
+    where = fm.save({"n": np.zeros(2, np.float32)}, tmp_path / "tree")
+    path = where / checkpoints.MANIFEST
+    found = msgspec.json.decode(path.read_bytes())
+    found["body"]["arrays"][0]["file"] = "../../secret.bin"
+    found["checksum"] = checkpoints._checksum(msgspec.json.encode(found["body"]))  # pyright: ignore[reportPrivateUsage]
+    path.write_bytes(msgspec.json.encode(found))
+    with pytest.raises(fm.CheckpointError, match="names the file"):
+        fm.load(where)
