@@ -53,11 +53,14 @@ def estimate(
         for instruction in program.instructions:
             if isinstance(instruction, Send):
                 repeats[instruction.message] += 1
+    peaks: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
+    """Of programs that have the same instructions, as those of replicas do."""
+    for p in programs:
+        if (alike := (id(p.instructions), p.constants)) not in peaks:
+            peaks[alike] = peak_bytes(p, tasks, messages, sizes["inputs"], sizes["constants"], stores)
     return Estimate(
         step_seconds=max((w.clock_s for w in walkers), default=0.0),
-        peak_bytes={
-            p.device: peak_bytes(p, tasks, messages, sizes["inputs"], sizes["constants"], stores) for p in programs
-        },
+        peak_bytes={p.device: peaks[id(p.instructions), p.constants] for p in programs},
         transfer_bytes=sum(messages[m].nbytes * n for m, n in repeats.items()),
         single_device_seconds=single_device_seconds,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -300,11 +301,13 @@ class ComputeTimes:
 
     KEPT = 64
 
-    def __init__(self, model: ComputeModel, seed: int, workers: int) -> None:
+    def __init__(self, model: ComputeModel, seed: int, workers: int, *, first: int = 0) -> None:
+        """`workers` are those from the number `first` on."""
         self._model = model
         self._seed = seed
-        self._workers = np.arange(workers)
-        self._rows: dict[int, list[float]] = {}
+        self._first = first
+        self._workers = np.arange(first, first + workers)
+        self._rows: dict[int, array[float]] = {}
 
     def seconds(self, worker: int, step: int) -> float:
         """`model.seconds(seed, worker, step)`."""
@@ -312,5 +315,6 @@ class ComputeTimes:
         if row is None:
             if len(self._rows) == self.KEPT:
                 del self._rows[next(iter(self._rows))]
-            row = self._rows[step] = self._model.drawn(self._seed, self._workers, step).tolist()
-        return row[worker]
+            drawn = self._model.drawn(self._seed, self._workers, step)
+            row = self._rows[step] = array("d", np.asarray(drawn, np.float64).tobytes())
+        return row[worker - self._first]

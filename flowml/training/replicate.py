@@ -47,8 +47,11 @@ def _message(message: Message, block: Mapping[str, str]) -> Message:
 
 
 def _program(program: Program, block: Mapping[str, str], first: int) -> Program:
-    instructions = tuple(
-        msgspec.structs.replace(i, message=i.message + first) if isinstance(i, Send | Recv) else i
-        for i in program.instructions
-    )
+    """A program without messages shares its instructions with that of the template: there may be very many replicas."""
+    instructions = program.instructions
+    if any(isinstance(i, Send | Recv) for i in instructions):
+        instructions = tuple(
+            msgspec.structs.replace(i, message=i.message + first) if isinstance(i, Send | Recv) else i
+            for i in instructions
+        )
     return Program(block[program.device], instructions, program.constants)

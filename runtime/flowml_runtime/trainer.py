@@ -36,6 +36,7 @@ from flowml.training.variants import difference, placed_alike
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.current import blocks
 from flowml_runtime.driver.checkpoint import Checkpoint
+from flowml_runtime.driver.collector import paused_collector
 from flowml_runtime.driver.interrupts import Interrupts, heeding_interrupts
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import shown
@@ -227,7 +228,8 @@ class Trainer:
         asked = Asked.of(source, size, callbacks, progress, validated, (checkpoint, resume), (on_loss, min_replicas))
         cluster = self._here()
         with self._alone(), writing(checkpoint, resume), heeding_interrupts() as interrupts:
-            runs, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
+            with paused_collector(len(cluster.devices)):
+                runs, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
             outcome = runs.run(asked.callbacks)
         return _told(cluster, result_of(*runs.fit.saving.trees, outcome, with_shapes(plan, runs.fit.shapes), model))
 
@@ -439,7 +441,8 @@ class Trainer:
             if like is not None:
                 placed, devices = placed_alike(spec, like.compiled.plan, devices)
             try:
-                with shown(partial(compiling, name_of(spec.loss), batch)):
+                told = shown(partial(compiling, name_of(spec.loss), batch))
+                with told, paused_collector(len(cluster.devices)):
                     effects = self._effects.on(devices)
                     compiled = compile_training(
                         placed, values[0], batch, devices, links, platforms, state=values[1], effects=effects

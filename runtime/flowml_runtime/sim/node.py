@@ -87,12 +87,10 @@ class Node:
         """Store -> its version, where the replicas here update it themselves."""
         self.locked: dict[int, float] = {}
         """Store -> when the replicas here, which update it themselves, have made the updates that have begun."""
-        self.payloads: dict[int, Value] = {}
+        self.payloads = world.payloads
         """The values of the machine's handles."""
         self.stages: dict[At, Executor] = {}
         self.counts = Counts(0)
-        self._handles = 0
-        """The number of the newest handle."""
         self._news_types = _NEWS | {wire.Commit} if world.terms.final else _NEWS
         """Messages that may let a step go on although the machine wants nothing."""
         self._turns = 0
@@ -118,7 +116,7 @@ class Node:
         if value is None:
             self.tell(protocol.Received(peer, message))
         elif self.lives:
-            self._handles = handle = self._handles + 1
+            handle = next(self.world.handles)
             self.payloads[handle] = value
             self.tell(protocol.Received(peer, message, handle))
 

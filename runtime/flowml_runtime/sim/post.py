@@ -172,6 +172,11 @@ class Here:
         """Whether a worker is in this process."""
         return self._process(self._numbers[worker]) == self.index
 
+    def workers(self, count: int) -> range:
+        """The numbers of the workers in this process, of `count` in all."""
+        ends = [*self._firsts[1:], count]
+        return range(self._firsts[self.index], ends[self.index])
+
     def put_for(self, number: int) -> Put:
         """What schedules an arrival at a worker, or at the driver, which is in process 0."""
         process = self._process(number)

@@ -181,12 +181,14 @@ class SimulatedSession:
         network = [f for f in models.faults if not isinstance(f, Crash)]
 
         def make(clock: Clock, here: Here | None, to_driver: Callable[..., None]) -> World:
+            own_workers = range(models.workers) if here is None else here.workers(models.workers)
+            first, count = own_workers.start * models.devices, len(own_workers) * models.devices
             return World(
                 clock=clock,
                 tamper=NetworkFaults(clock, network, models.seed) if network else None,
                 layout=layout,
                 values=own.values(start),
-                times=ComputeTimes(models.compute, models.seed, models.workers * models.devices),
+                times=ComputeTimes(models.compute, models.seed, count, first=first),
                 devices=models.devices,
                 network=models.network,
                 homes=models.homes,

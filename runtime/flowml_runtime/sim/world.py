@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, Protocol
 
 import msgspec
@@ -134,6 +135,9 @@ class World:
         self.mailbox: Rendezvous[list[Value], list[Value]] = Rendezvous()
         """Of all workers, if no stage waits for values of another."""
         workers = self.places.workers if here is None else filter(here.has, self.places.workers)
+        self.payloads: dict[int, Value] = {}
+        """The values of the handles of all machines. Few are there at a time, and a table for each worker is large."""
+        self.handles = count(1)
         self.nodes = Nodes({name: Node(self, name, self.numbers[name]) for name in workers})
         self._bound: dict[tuple[tuple[Instruction, ...], tuple[float, ...]], Bound] = {}
         """Stages of replicas that have the same instructions share them."""
