@@ -228,8 +228,7 @@ class Trainer:
         asked = Asked.of(source, size, callbacks, progress, validated, (checkpoint, resume), (on_loss, min_replicas))
         cluster = self._here()
         with self._alone(), writing(checkpoint, resume), heeding_interrupts() as interrupts:
-            with paused_collector(len(cluster.devices)):
-                runs, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
+            runs, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
             outcome = runs.run(asked.callbacks)
         return _told(cluster, result_of(*runs.fit.saving.trees, outcome, with_shapes(plan, runs.fit.shapes), model))
 
@@ -257,9 +256,9 @@ class Trainer:
 
         def make(handle: LoadedPlan, run: int, saving: Saving) -> Fit:
             now = replace(options, run=run)
-            return Fit(
-                cluster.session, handle, data, now, program.compiled, variant, interrupts, saving, model.replicas
-            )
+            own = interrupts, saving, model.replicas
+            with paused_collector(len(cluster.devices)):
+                return Fit(cluster.session, handle, data, now, program.compiled, variant, *own)
 
         runs = Runs(program, make, make(handle, options.run, saving), losses)
         return runs, program.compiled.plan, model
