@@ -1,8 +1,9 @@
 """Runs the outermost `jax.jit` calls of an unmodified script on a cluster, where that is faster.
 
-Inside `auto_jit`, `jax.jit` of the script's own files makes an `AutoJit`. The first calls of each signature run with
-jit and are timed. Then the cost model plans the function for the cluster. If the plan uses more than one device, the
-next calls run on the cluster with `keep="auto"`; they are timed too, and the faster way is kept.
+Inside `auto_jit`, `jax.jit` of the script's own files, also by `flax.nnx.jit` or `equinox.filter_jit`, makes an
+`AutoJit`. The first calls of each signature run with jit and are timed. Then the cost model plans the function for the
+cluster. If the plan uses more than one device, the next calls run on the cluster with `keep="auto"`; they are timed
+too, and the faster way is kept.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ SHORT_S = 1e-3
 
 _SHARED = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
 """The options that jit and dataflow programs share."""
+_WRAPPERS = ("equinox._jit", "equinox._compile_utils", "flax.nnx.transforms.compilation")
+"""The modules of `equinox.filter_jit` and `flax.nnx.jit`. They split objects into arrays and the rest, and give
+`jax.jit` a function of arrays."""
 _HARMLESS = ("keep_unused", "inline")
 """The options of jit that do not change what a program computes or where."""
 
@@ -205,9 +209,8 @@ def auto_jit(
 
     def jit(*functions: Any, **options: Any) -> Any:
         jitted = original(*functions, **options)
-        if not _is_in(sys._getframe(1).f_code.co_filename, folder):  # pyright: ignore[reportPrivateUsage]
-            return jitted
-        if options.keys() - {*_SHARED, *_HARMLESS}:
+        given = {name for name, value in options.items() if not _is_none(value)}
+        if given - {*_SHARED, *_HARMLESS} or not _is_in(_caller(), folder):
             return jitted
         return made(jitted, options) if functions else lambda function: made(jitted(function), options)
 
@@ -222,6 +225,19 @@ def auto_jit(
         yield record
     finally:
         jax.jit = original
+
+
+def _is_none(option: Any) -> bool:
+    """Whether an option of jit says nothing. flax gives None for each argument."""
+    return option is None or (isinstance(option, tuple | list) and all(map(_is_none, option)))
+
+
+def _caller() -> str:
+    """The file that called `jax.jit`, or a library's function that does nothing but prepare arguments for it."""
+    frame: Any = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_WRAPPERS):
+        frame = frame.f_back
+    return frame.f_code.co_filename
 
 
 def _is_in(file: str, folder: Path) -> bool:

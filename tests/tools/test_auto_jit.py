@@ -1,15 +1,21 @@
 """`flowml run --jit auto`: jit functions of an unmodified script run on a cluster where that is faster."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 import flowml as fm
 from flowml_runtime.auto_jit import AutoJit, Record, auto_jit
@@ -103,6 +109,81 @@ def test_short_calls_and_plans_of_one_device_stay_with_jit(cluster: fm.Cluster) 
         (line,) = record.lines()
         assert why in line
         assert f"{TRIAL + 2} with jit" in line
+
+
+class Layers(nnx.Module):
+    """Two layers that are pinned to two workers, with state that a step updates in place."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.a = nnx.Linear(160, 160, rngs=rngs)
+        self.norm = nnx.BatchNorm(160, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, rngs=rngs)
+        self.b = nnx.Linear(160, 160, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        with fm.device("worker:0"):
+            x = self.drop(self.norm(nnx.relu(self.a(x))))
+        with fm.device("worker:1"):
+            return self.b(x)
+
+
+def nnx_step(model: Layers, optimizer: nnx.Optimizer[Layers], x: jax.Array) -> jax.Array:
+    value, gradients = nnx.value_and_grad(lambda m: jnp.mean(m(x) ** 2))(model)
+    optimizer.update(model, gradients)
+    return value
+
+
+@pytest.mark.parametrize("graph_updates", [True, False])
+def test_flax_objects_are_updated_by_steps_on_the_cluster(cluster: fm.Cluster, graph_updates: bool) -> None:
+    def begin() -> tuple[Layers, nnx.Optimizer[Layers]]:
+        model = Layers(nnx.Rngs(0))
+        return model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+
+    (model, optimizer), expected, (_, x) = begin(), begin(), start()
+    clock = Clock(2e-3, 1e-3)
+    with auto_jit(cluster, HERE, now_s=clock) as clock.record:
+        jitted = nnx.jit(nnx_step, graph_updates=graph_updates)
+        mean = nnx.jit(lambda model, x: jnp.mean(model.a(x)))
+    plain = nnx.jit(nnx_step)
+    for _ in range(2 * TRIAL + 3):
+        assert float(jitted(model, optimizer, x)) == pytest.approx(float(plain(*expected, x)), rel=1e-4)
+    assert isinstance(model.a.kernel.get_value(), fm.Remote)
+    np.testing.assert_allclose(model.norm.mean.get_value(), expected[0].norm.mean.get_value(), rtol=1e-4)
+    assert float(mean(model, x)) == pytest.approx(float(jnp.mean(expected[0].a(x))), rel=1e-3)
+    line, other = clock.record.lines()
+    assert line.startswith(f"nnx_step: {TRIAL} with jit, {TRIAL + 3} on the cluster (1 ms a call on the cluster")
+    assert other == "<lambda>: 1 on the cluster (arguments are on the cluster)"
+
+
+@pytest.mark.parametrize("donate", ["none", "all-except-first"])
+def test_equinox_modules_run_on_the_cluster(cluster: fm.Cluster, donate: Any) -> None:
+    def update(x: jax.Array, model: eqx.nn.MLP, *, rate: float) -> tuple[eqx.nn.MLP, jax.Array]:
+        def loss(model: eqx.nn.MLP) -> jax.Array:
+            with fm.device("worker:0"):
+                hidden = jnp.tanh(jax.vmap(model.layers[0])(x))
+            with fm.device("worker:1"):
+                return jnp.mean(jax.vmap(model.layers[1])(hidden) ** 2)
+
+        value, gradients = eqx.filter_value_and_grad(loss)(model)
+        return eqx.apply_updates(model, jax.tree.map(lambda g: -rate * g, gradients)), value
+
+    def reference(*args: Any, **kwargs: Any) -> Any:  # equinox caches the jit of a name
+        return update(*args, **kwargs)
+
+    model, expected = (eqx.nn.MLP(160, 160, 160, 1, key=jax.random.key(0)) for _ in range(2))
+    (_, x), clock = start(), Clock(2e-3, 1e-3)
+    with auto_jit(cluster, HERE, now_s=clock) as clock.record:
+        jitted = eqx.filter_jit(update, donate=donate)
+    plain = eqx.filter_jit(reference)
+    for _ in range(2 * TRIAL + 3):
+        model, value = jitted(x, model, rate=0.1)
+        expected, wanted = plain(x, expected, rate=0.1)
+        assert float(value) == pytest.approx(float(wanted), rel=1e-4)
+    assert isinstance(model.layers[0].weight, fm.Remote)
+    assert model.activation is expected.activation
+    np.testing.assert_allclose(model.layers[1].weight, expected.layers[1].weight, rtol=1e-4, atol=1e-6)
+    (line,) = clock.record.lines()
+    assert line.startswith(f"update: {TRIAL} with jit, {TRIAL + 3} on the cluster (1 ms a call on the cluster")
 
 
 def test_typed_keys_are_arguments_as_under_jit(cluster: fm.Cluster) -> None:
