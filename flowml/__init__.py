@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from flowml import data as data
     from flowml import sim as sim
+    from flowml.advice import Advice as Advice
     from flowml.compiler import compile as compile
     from flowml.devices import Device as Device
     from flowml.errors import CheckpointError as CheckpointError
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from flowml.policy import filters as filters
     from flowml.policy import named as policies  # noqa: F401  # pyright: ignore[reportUnusedImport]
     from flowml_runtime import methods as methods
+    from flowml_runtime.advise import advise as advise
     from flowml_runtime.cluster import Cluster as Cluster
     from flowml_runtime.dataflow import dataflow as dataflow
     from flowml_runtime.driver.checkpoint import Checkpoint as Checkpoint
@@ -146,6 +148,8 @@ _HOMES = {
     "device": "flowml.ir.scopes",
     "layer": "flowml.ir.scopes",
     "methods": "flowml_runtime.methods",
+    "Advice": "flowml.advice",
+    "advise": "flowml_runtime.advise",
     "Cluster": "flowml_runtime.cluster",
     "dataflow": "flowml_runtime.dataflow",
     "put": "flowml_runtime.put",

@@ -7,6 +7,7 @@ history of losses. The workers train without it until the homes send the trained
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -153,6 +154,26 @@ class Trainer:
         self._looked = False
         weakref.finalize(self, discard, self._programs).atexit = False
 
+    @property
+    def spec(self) -> TrainingSpec:
+        """What is trained, and how."""
+        return self._spec
+
+    @property
+    def cluster(self) -> Cluster | SimulatedCluster | None:
+        """The cluster that it was given; None if it takes the current one."""
+        return self._cluster
+
+    def with_policies(
+        self, policies: Mapping[str, Policy] | Policy | PolicyRule | None, cluster: SimulatedCluster | None = None
+    ) -> Trainer:
+        """A trainer of the same model with other policies, and on `cluster` if it is given."""
+        other = copy.copy(self)
+        other._spec, other._cluster = replace(self._spec, policies=policies), cluster or self._cluster
+        other._programs, other._fitting = {}, threading.Lock()
+        weakref.finalize(other, discard, other._programs).atexit = False
+        return other
+
     def plan(self, params: Any, batch: Any, state: Any = None) -> Plan:
         """The plan for one global batch (arrays or `jax.ShapeDtypeStruct`s), with its policies. Runs nothing."""
         self._check_state(state, shapes=True)
@@ -197,8 +218,7 @@ class Trainer:
             epochs, steps: how long to train; give one of them.
             seed: seeds the order of each epoch (`flowml.data.epoch_order`) and the keys.
             shuffle: False visits the examples in order.
-            opt_state: continue from this instead of `optimizer.init(params)`. Epochs count from 0 again; for another
-                order give another seed.
+            opt_state: continue from this instead of `optimizer.init(params)`. Epochs count from 0, in their same order.
             state: the first state of the model, for a loss with `has_state`.
             callbacks: called with each step's record, in the caller's thread. The workers run at most two steps ahead
                 and then wait; a callback longer than the cluster's `deadline_s` may make them miss a deadline.
@@ -230,7 +250,8 @@ class Trainer:
         with self._alone(), writing(checkpoint, resume), heeding_interrupts() as interrupts:
             runs, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
             outcome = runs.run(asked.callbacks)
-        return _told(cluster, result_of(*runs.fit.saving.trees, outcome, with_shapes(plan, runs.fit.shapes), model))
+        result = result_of(*runs.fit.saving.trees, outcome, with_shapes(plan, runs.fit.shapes), model)
+        return self._told(cluster, result, asked, params, state)
 
     def _begin(
         self, cluster: TrainingCluster, asked: Asked, params: Any, opt_state: Any, state: Any, interrupts: Interrupts
@@ -381,6 +402,17 @@ class Trainer:
         self._looked = True
         return Looked(partial(mean_warning, self._spec, program.compiled.plan, params, source, order, batch_size))
 
+    def _told(
+        self, cluster: TrainingCluster, result: TrainingResult, asked: Asked, params: Any, state: Any
+    ) -> TrainingResult:
+        """The result, after those that watch a simulated cluster have heard of it."""
+        if isinstance(cluster, SimulatedCluster):
+            cluster.on_result(result)
+            if cluster.on_fit is not None:
+                order = epoch_order(asked.data.examples, asked.seed, 0, shuffle=asked.shuffle)
+                cluster.on_fit(self, params, self._first_batch(asked.data, order, asked.batch_size), state)
+        return result
+
     def _here(self) -> TrainingCluster:
         cluster: TrainingCluster = self._cluster if self._cluster is not None else blocks.current()
         cluster.session.check_owner()
@@ -462,13 +494,6 @@ def _kind_of(cluster: TrainingCluster) -> str:
     if not isinstance(cluster, SimulatedCluster):
         return "real"
     return "simulated" if cluster.session.arithmetic else "simulated without arithmetic"
-
-
-def _told(cluster: TrainingCluster, result: TrainingResult) -> TrainingResult:
-    """The result, after a simulated cluster has heard of it."""
-    if isinstance(cluster, SimulatedCluster):
-        cluster.on_result(result)
-    return result
 
 
 __all__ = ["Trainer", "TrainingResult"]

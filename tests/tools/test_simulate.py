@@ -108,3 +108,18 @@ def test_a_script_that_trains_nothing_is_an_error(tmp_path: Path) -> None:
     ended = flowml("--workers", "2", "--compute", "constant:1", str(path))
     assert ended.stdout == "done\n" and ended.returncode == 2
     assert "has trained nothing on the simulated cluster; call fit() of an fm.Trainer" in ended.stderr
+
+
+def test_advise_ranks_other_policies_after_each_fit(script: str) -> None:
+    models = ("--workers", "4", "--compute", "constant:0.1", "--stragglers", "5,0.25", "--no-arithmetic", "--advise")
+    ended = flowml(script, *models, "3")
+    assert ended.returncode == 0, ended.stderr
+    fit, _, text = ended.stdout.partition("\n\n")
+    assert fit.startswith("3 steps of 4 replicas")
+    assert text.startswith(
+        "4 replicas, the time to 2,048 examples (128 steps of 16). A step of a replica computes 200 ms"
+    )
+    names = [line.split("  ")[0] for line in text.splitlines()]
+    assert names.index("as given") < names.index("synchronous()")  # the script's quorum
+    assert ended.stdout.rstrip().endswith("loss nan")
+    assert ended.stderr == ""  # not a terminal: no line of progress

@@ -18,6 +18,7 @@ SUMMARY = "run a script under virtual time, on a simulated cluster"
 DESCRIPTION = """\
 Run FILE.py like `python FILE.py ARGS`. Every fm.Trainer without a cluster of its own trains on a simulated one: the
 same code, with the times of models. After each fit its virtual time, bytes, work items and late workers are printed.
+With --advise other policies are simulated too, and ranked by the time to as many examples.
 
   --compute     constant:SECONDS | exponential:SHIFT,MEAN | lognormal:MEAN,SIGMA | pareto:SCALE,ALPHA | recorded:TRACE
                 seconds that a step of one replica computes, such as lognormal:0.1,0.3. TRACE is a file that
@@ -36,7 +37,8 @@ MODELS = {
     "pareto": ("Pareto", 2),
 }
 """Name -> model of `flowml.sim`, and the number of its arguments."""
-OPTIONS = ("--workers", "--compute", "--stragglers", "--network", "--seed", "--jobs", "--no-arithmetic")
+FLAGS = ("--no-arithmetic", "--advise")
+OPTIONS = ("--workers", "--compute", "--stragglers", "--network", "--seed", "--jobs", *FLAGS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +55,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=natural, default=0, metavar="N", help="of the models (0)")
     parser.add_argument("--jobs", type=positive, metavar="N", help="processes that simulate (1, or cores if that pays)")
     parser.add_argument("--no-arithmetic", action="store_true", help="clocks and bytes only: losses are NaN")
+    parser.add_argument("--advise", action="store_true", help="after each fit, rank other policies on these machines")
 
 
 def _split(arguments: argparse.Namespace) -> tuple[argparse.Namespace, list[str]]:
@@ -61,7 +64,7 @@ def _split(arguments: argparse.Namespace) -> tuple[argparse.Namespace, list[str]
         return arguments, arguments.args
     args, end = arguments.args, 0
     while end < len(args) and (name := args[end].partition("=")[0]) in OPTIONS:
-        end += 1 if "=" in args[end] or name == "--no-arithmetic" else 2
+        end += 1 if "=" in args[end] or name in FLAGS else 2
     parser = argparse.ArgumentParser(prog="flowml simulate", allow_abbrev=False, add_help=False)
     _add_options(parser)
     options = parser.parse_args(args[:end], arguments)
@@ -94,6 +97,12 @@ def main(arguments: argparse.Namespace) -> int:
         print(fits[-1], flush=True)
 
     cluster.on_result = on_result
+    if options.advise:
+        from flowml_runtime.advise import advise
+
+        cluster.on_fit = lambda trainer, params, batch, state: print(
+            f"\n{advise(trainer, params, batch, cluster=cluster, state=state)}", flush=True
+        )
     with cluster:
         run_script(path, args)
     if not fits:

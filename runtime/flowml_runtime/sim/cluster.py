@@ -77,6 +77,8 @@ class SimulatedCluster:
         self._session = SimulatedSession(models, arithmetic=self._arithmetic)
         self.on_result: Callable[[Any], None] = lambda result: None
         """Called with the result of each fit."""
+        self.on_fit: Callable[[Any, Any, Any, Any], None] | None = None
+        """Called after that with the trainer, its first parameters, the shapes of a batch, and the model's state."""
 
     @property
     def session(self) -> SimulatedSession:
@@ -95,6 +97,25 @@ class SimulatedCluster:
     def links_for(self, placement: Placement, devices: int | None = None) -> Links:
         """The links to compile with."""
         return self.links
+
+    @property
+    def models(self) -> Models:
+        return self._session.models
+
+    def without_arithmetic(self, compute: ComputeModel | None = None) -> SimulatedCluster:
+        """A cluster of the same models and seed that keeps clocks and bytes only, with other machines if given."""
+        m = self.models
+        return SimulatedCluster(
+            m.workers,
+            compute or m.compute,
+            m.network,
+            homes=m.homes,
+            devices_per_worker=m.devices,
+            seed=m.seed,
+            arithmetic=False,
+            faults=m.faults,
+            jobs=m.jobs,
+        )
 
     def close(self) -> None:
         """Nothing has to be closed."""

@@ -94,6 +94,10 @@ class SimulatedSession:
         """What the newest run before took."""
 
     @property
+    def models(self) -> Models:
+        return self._models
+
+    @property
     def time(self) -> SimulatedSession:
         return self
 
