@@ -82,10 +82,11 @@ class Feeder:
             raise TypeError(f"plan {self._name!r} takes {len(self._specs)} arrays, got {len(leaves)}")
         buffers: list[Array] = []
         for leaf, (shape, dtype, key, name) in zip(leaves, self._specs, strict=True):
-            if type(leaf) is Remote:
-                buffer: Array = leaf
-            elif isinstance(leaf, jax.Array):
-                buffer = jax.random.key_data(leaf) if key else leaf
+            if type(leaf) is Remote and leaf.kind.spec.shape == shape:
+                buffers.append(leaf)
+                continue
+            if isinstance(leaf, jax.Array):
+                buffer: Array = jax.random.key_data(leaf) if key and type(leaf) is not Remote else leaf
             else:
                 buffer = own_copy(leaf, dtype) if copy else np.asarray(leaf, dtype)
             if (leaf if key else buffer).shape != shape:

@@ -6,7 +6,7 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,12 +54,14 @@ class Holdings:
         self._asked = itertools.count(1)
         self._answers: dict[int, tuple[str, Future[list[Any]]]] = {}
         """Number of a Recall or Write -> the worker and the answer: the values, or where they are."""
-        self._freed: queue.SimpleQueue[tuple[Batch, int] | None] = queue.SimpleQueue()
+        self._freed: queue.SimpleQueue[tuple[Batch, Sequence[int]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def batch(self, kinds: Sequence[Kind], call: str) -> Batch:
-        """A new batch of values."""
+    def batch(self, kinds: Sequence[Kind], call: str, sizes: Mapping[str, int] | None = None) -> Batch:
+        """A new batch of values. `sizes` are their bytes by device, if known."""
+        if sizes is None:
+            sizes = bytes_on_devices(kinds)
         with self._lock:
             if self._closed:
                 raise ClusterError("the cluster is closed; start another")
@@ -68,8 +70,8 @@ class Holdings:
             batch = Batch(self, self._next, kinds, call)
             self._next += len(kinds)
             self._batches.add(batch)
-            for kind in kinds:
-                self._bytes[kind.device] = self._bytes.get(kind.device, 0) + kind.nbytes
+            for device, nbytes in sizes.items():
+                self._bytes[device] = self._bytes.get(device, 0) + nbytes
         return batch
 
     def check_room(self, adds: Mapping[str, int], devices: Sequence[Device], call: str) -> None:
@@ -164,9 +166,9 @@ class Holdings:
             for remote, part in zip(mine, answer.result(), strict=False):
                 yield remote, Entry("", part.spec, part.offset, part.checksum, file)
 
-    def freed(self, batch: Batch, index: int) -> None:
-        """A handle was deleted or donated. For finalizers: takes no lock, never waits."""
-        self._freed.put((batch, index))
+    def freed(self, batch: Batch, indices: Sequence[int]) -> None:
+        """Handles were deleted or donated. For finalizers: takes no lock, never waits."""
+        self._freed.put((batch, indices))
 
     def on_message(self, message: wire.Recalled | wire.Written, arrays: Sequence[Array]) -> None:
         with self._lock:
@@ -238,16 +240,17 @@ class Holdings:
                 return
             del item
 
-    def _note(self, batch: Batch, index: int, names: dict[str, list[int]]) -> None:
-        """A value is not needed any more: add it to the `names` of its worker, unless that was done before."""
-        kind = batch.kinds[index]
+    def _note(self, batch: Batch, indices: Sequence[int], names: dict[str, list[int]]) -> None:
+        """Values are not needed any more: add them to the `names` of their workers, unless that was done before."""
         with self._lock:
-            if index not in batch.alive:
-                return
-            batch.alive.discard(index)
-            self._bytes[kind.device] -= kind.nbytes
-        if kind.worker not in batch.lost:
-            names.setdefault(kind.worker, []).append(batch.first + index)
+            freed = [i for i in indices if i in batch.alive]
+            batch.alive.difference_update(freed)
+            for device, nbytes in bytes_on_devices([batch.kinds[i] for i in freed]).items():
+                self._bytes[device] -= nbytes
+        for index in freed:
+            worker = batch.kinds[index].worker
+            if worker not in batch.lost:
+                names.setdefault(worker, []).append(batch.first + index)
 
     def _drop(self, worker: str, numbers: Sequence[int]) -> None:
         for start in range(0, len(numbers), wire.MAX_ARRAYS):
@@ -262,6 +265,14 @@ class Holdings:
         with self._lock:
             if self._thread is threading.current_thread():
                 self._thread = service.start("flowml-free", self._free, self._free_on)
+
+
+def bytes_on_devices(kinds: Iterable[Kind]) -> dict[str, int]:
+    """Device -> the bytes of the values there."""
+    found: dict[str, int] = {}
+    for kind in kinds:
+        found[kind.device] = found.get(kind.device, 0) + kind.nbytes
+    return found
 
 
 def _raw(array: Any, spec: ArraySpec) -> Array:

@@ -14,6 +14,7 @@ from flowml.plan import ArraySpec, Plan
 from flowml_runtime import wire
 from flowml_runtime.driver.call_io import Feeder, Restorer
 from flowml_runtime.driver.captures import Captures
+from flowml_runtime.driver.holdings import bytes_on_devices
 from flowml_runtime.driver.remote import Kind, Remote
 from flowml_runtime.driver.steps import Steps
 from flowml_runtime.environment.callers import calling_line
@@ -96,14 +97,18 @@ class LoadedPlan:
     def growth(self, buffers: Sequence[Any]) -> dict[str, int]:
         """Bytes that a call adds to the values that stay, by device."""
         adds = dict(self.kept_bytes)
-        for remote in (buffers[i] for i in self.overwrites if type(buffers[i]) is Remote):
-            adds[remote.kind.device] = adds.get(remote.kind.device, 0) - remote.kind.nbytes
+        taken = [buffers[i] for i in self.overwrites]
+        for device, nbytes in bytes_on_devices([r.kind for r in taken if type(r) is Remote]).items():
+            adds[device] = adds.get(device, 0) - nbytes
         return adds
 
 
 def check_donations(handle: LoadedPlan, buffers: Sequence[Any]) -> str:
     """What is wrong if a call donates a value that it is given twice; "" if it does not."""
-    times = Counter(id(b) for b in buffers if type(b) is Remote)
+    held = [id(b) for b in buffers if type(b) is Remote]
+    if len(set(held)) == len(held):
+        return ""
+    times = Counter(held)
     for position in handle.overwrites:
         if times[id(buffers[position])] > 1:
             name = handle.plan.input_names[position] or position
@@ -118,9 +123,7 @@ def donate(call: str, buffers: Iterable[Any]) -> None:
     """The handles among these buffers can no longer be used, because the call overwrites their values."""
     remotes = [b for b in buffers if type(b) is Remote]
     if remotes:
-        why = f"was donated to {call} at {calling_line()}; use what that call returned"
-        for remote in remotes:
-            remote.give_up(why)
+        Remote.give_up_all(remotes, f"was donated to {call} at {calling_line()}; use what that call returned")
 
 
 def loaded(
@@ -141,7 +144,7 @@ def loaded(
     nbytes = sum(s.nbytes for s in (*plan.inputs, *(o.spec for o in plan.outputs)))
     steps = Steps(plan.name, len(sources), min(in_flight, max(2, IN_FLIGHT_BYTES // max(nbytes, 1))))
     kinds = _kinds(plan)
-    kept_bytes = {d: sum(k.nbytes for k in kinds if k.device == d) for d in plan.devices}
+    kept_bytes = bytes_on_devices(kinds)
     return LoadedPlan(
         plan_id,
         plan,

@@ -9,7 +9,7 @@ A worker forgets a value when its handle is deleted or donated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -34,7 +34,7 @@ class Owner(Protocol):
 
     def recall(self, remotes: Sequence[Remote]) -> list[jax.Array]: ...
     def write(self, remotes: Sequence[Remote], folder: Path, token: str) -> Iterator[tuple[Remote, Entry]]: ...
-    def freed(self, batch: Batch, index: int) -> None: ...
+    def freed(self, batch: Batch, indices: Sequence[int]) -> None: ...
 
 
 class Kind:
@@ -86,6 +86,16 @@ class Batch:
         self.future = future
         future.when_done(self._settle)
 
+    def give_up(self, indices: Sequence[int], why: str) -> None:
+        """These values can no longer be used. `why` follows the name of a value in errors."""
+        self.gone.update(dict.fromkeys(indices, why))
+        if self.owner is not None:
+            self.owner.freed(self, indices)
+
+    def is_sound(self, owner: Owner) -> bool:
+        """Whether calls of the session `owner` can use all of the values."""
+        return self.owner is owner and not self.gone and not self.lost and self.error is None
+
     def _settle(self, future: Future[Any]) -> None:
         self.error = future.exception()
         self.future = None  # its result has the handles of this batch
@@ -111,9 +121,9 @@ class Remote(jax.Array):
         """For the runtime: the type and place of the value."""
 
     def __del__(self) -> None:
-        owner = self._batch.owner
-        if owner is not None:
-            owner.freed(self._batch, self._index)
+        batch = self._batch
+        if batch.owner is not None and self._index not in batch.gone:
+            batch.owner.freed(batch, (self._index,))
 
     @property
     def number(self) -> int:
@@ -199,7 +209,10 @@ class Remote(jax.Array):
 
     def check(self, owner: Owner | None) -> Owner:
         """The session of the value. Raises an error if it cannot be used (for calls of the session `owner`)."""
-        batch, what = self._batch, self._what()
+        batch = self._batch
+        if batch.owner is not None and (owner is None or owner is batch.owner) and self.is_usable():
+            return batch.owner
+        what = self._what()
         if batch.owner is None:
             raise ClusterError(f"{what} is gone: its cluster is closed; fetch values before you close the cluster")
         if owner is not None and owner is not batch.owner:
@@ -213,10 +226,8 @@ class Remote(jax.Array):
                 "have fetched or saved",
                 worker=self.kind.worker,
             )
-        if batch.error is not None:
-            reason = str(batch.error).partition("\n")[0]
-            raise FlowmlError(f"{what} was not made: {reason}") from batch.error
-        return batch.owner
+        reason = str(batch.error).partition("\n")[0]
+        raise FlowmlError(f"{what} was not made: {reason}") from batch.error
 
     def is_usable(self) -> bool:
         """For the runtime: whether `check` raises nothing."""
@@ -228,11 +239,21 @@ class Remote(jax.Array):
         """For the runtime: the call of this future makes the value, and all values of its batch."""
         self._batch.made_by(future)
 
-    def give_up(self, why: str) -> None:
-        """For the runtime: the value can no longer be used. `why` follows the name of the value in errors."""
-        self._batch.gone[self._index] = why
-        if self._batch.owner is not None:
-            self._batch.owner.freed(self._batch, self._index)
+    @staticmethod
+    def check_all(remotes: Sequence[Remote], owner: Owner) -> None:
+        """`check` of all arguments of a call of the session `owner`. Most of them are of one batch or a few."""
+        if not all(batch.is_sound(owner) for batch in {r._batch for r in remotes}):
+            for remote in remotes:
+                remote.check(owner)
+
+    @staticmethod
+    def give_up_all(remotes: Iterable[Remote], why: str) -> None:
+        """For the runtime: the values can no longer be used. `why` follows the name of a value in errors."""
+        found: dict[Batch, list[int]] = {}
+        for remote in remotes:
+            found.setdefault(remote._batch, []).append(remote._index)
+        for batch, indices in found.items():
+            batch.give_up(indices, why)
 
     def _what(self) -> str:
         return f"the kept value {self.kind.name!r} of {self._batch.call}"
@@ -253,7 +274,7 @@ class Remote(jax.Array):
     def delete(self) -> None:
         """Free the value now, and not when the handle is collected."""
         if not self.is_deleted():
-            self.give_up(f"was deleted by delete() at {calling_line()}")
+            self._batch.give_up((self._index,), f"was deleted by delete() at {calling_line()}")
 
     def __copy__(self) -> jax.Array:
         """The value, in this process: a copy of an array outlives a call that the array is donated to."""

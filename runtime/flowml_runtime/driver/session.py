@@ -288,8 +288,7 @@ class Session:
         """Check the inputs that stay on workers, and make the handles of the outputs that will: they, and the number of
         the first."""
         held = [b for b in buffers if type(b) is Remote]
-        for remote in held:
-            remote.check(self.held)
+        Remote.check_all(held, self.held)
         if handle.overwrites and held:
             twice = check_donations(handle, buffers)
             if twice:
@@ -298,7 +297,7 @@ class Session:
             return [], 0
         call = f"a call of {handle.plan.name}"
         self.held.check_room(handle.growth(buffers), self.devices, call)
-        batch = self.held.batch(handle.kinds, call)
+        batch = self.held.batch(handle.kinds, call, handle.kept_bytes)
         return batch.handles(), batch.first
 
     def _results(

@@ -120,6 +120,14 @@ class Kept:
                 cell.waiting.append((claim, sole))
         return claim
 
+    def taken(self, fed: Sequence[Array | Cell], sole: Sequence[bool]) -> list[Array] | None:
+        """The inputs of a step, if all values are made and, where `sole`, no other step is still to read them."""
+        with self._lock:
+            for given, alone in zip(fed, sole, strict=True):
+                if type(given) is Cell and (given.error or not given.ready(sole=alone)):
+                    return None
+            return [given.value if type(given) is Cell else given for given in fed]
+
     def expire(self, cells: Iterable[Cell], claim: Claim) -> bool:
         """End an overdue wait. False, without effect, if the claim is done or not for one of the cells."""
         with self._lock:

@@ -313,7 +313,10 @@ class DataflowServices(EdgeServices):
         self.on_fault(step, node, error)
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
-        return [self._fed[s] for s in slots] if not self._cells else [self._given(step, s) for s in slots]
+        fed = [self._fed[s] for s in slots]
+        if not self._cells:
+            return fed
+        return self._kept.taken(fed, [s in self._overwritten for s in slots]) or [self._given(step, s) for s in slots]
 
     def _given(self, step: int, slot: int) -> Array:
         """An input. A kept one may have to be made first, or be in use by a step that was fed before."""

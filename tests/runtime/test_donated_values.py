@@ -1,0 +1,90 @@
+"""What is donated, what stays beside it, and that the memory of a kept state is overwritten in place."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import flowml as fm
+from flowml.errors import ClusterError
+from flowml_runtime.driver.remote import Remote
+from tests.conftest import wait_until
+
+SIDE = 64
+DEVICE = "worker:0/cpu:0"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[fm.Cluster]:
+    with fm.Cluster.threads(workers=1) as cluster:
+        yield cluster
+
+
+def grown(state: Any, x: Any) -> Any:
+    return jax.tree_util.tree_map(lambda a: a * 2 + x, state), x + 1
+
+
+def held(cluster: fm.Cluster) -> int:
+    gc.collect()
+    return cluster.session.held.on(DEVICE)
+
+
+def test_values_of_one_call_may_be_donated_apart(cluster: fm.Cluster) -> None:
+    both = fm.dataflow(lambda x: (x + 1, x + 2, x + 3), cluster=cluster, keep=(0, 1, 2))
+    double = fm.dataflow(lambda a: a * 2, cluster=cluster, keep=0, donate_argnums=0)
+    wait_until(lambda: held(cluster) == 0, "handles of earlier tests are freed")
+    a, b, c = both(np.zeros(4, np.float32))
+    nbytes = a.nbytes
+    result = double(a)
+    np.testing.assert_array_equal(double(b), np.full(4, 4))  # a sibling of a donated value is usable
+    np.testing.assert_array_equal(c, np.full(4, 3))
+    np.testing.assert_array_equal(result, np.full(4, 2))
+    for gone in (a, b):
+        with pytest.raises(ClusterError, match="was donated to step"):
+            double(gone)
+        with pytest.raises(ClusterError, match="was donated to step"):
+            np.asarray(gone)
+    assert not c.is_deleted() and a.is_deleted()
+    wait_until(lambda: held(cluster) == 2 * nbytes, "only what can be used is kept")
+    del a, b, gone
+    assert held(cluster) == 2 * nbytes  # the donated values are not freed twice
+    del c, result
+    wait_until(lambda: held(cluster) == 0, "everything is freed")
+
+
+def test_a_kept_state_is_overwritten_in_place_and_equals_jit(cluster: fm.Cluster) -> None:
+    start = {"a": np.ones((SIDE, SIDE), np.float32), "b": [np.arange(5.0, dtype=np.float32), np.float32(3)]}
+    program = fm.dataflow(grown, cluster=cluster, keep=0, donate_argnums=0)
+    jitted = jax.jit(grown)
+    state, wanted, at = start, start, list[set[int]]()
+    for step in range(6):
+        x = np.float32(step)
+        state, shown = program(state, x)
+        wanted, expected = jitted(wanted, x)
+        assert float(shown) == float(expected)
+        at.append(addresses(cluster, state))
+    for mine, theirs in zip(*map(jax.tree_util.tree_leaves, (state, wanted)), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert at[-1] == at[-2]
+
+
+def addresses(cluster: fm.Cluster, state: Any) -> set[int]:
+    """Where the worker has the large arrays of a kept state."""
+    session: Any = cluster.session
+    (worker,) = session._local.values()
+    names = [x.number for x in jax.tree_util.tree_leaves(state) if isinstance(x, Remote) and x.nbytes > 4096]
+    (cells,) = [[mine[n] for n in names] for mine in worker._keeping.kept._cells.values() if mine]
+    return {cell.value.unsafe_buffer_pointer() for cell in cells}
+
+
+def test_an_argument_of_another_shape_is_refused_by_its_name(cluster: fm.Cluster) -> None:
+    program = fm.dataflow(lambda a: a * 2, cluster=cluster)
+    handle = cluster.session.load(program.plan(np.zeros(3, np.float32)))
+    for given in (np.zeros(2, np.float32), fm.put(np.zeros(2, np.float32), cluster)):
+        with pytest.raises(TypeError, match=r"argument .* has shape \(2,\), not \(3,\)"):
+            cluster.session.submit(handle, [given])
