@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from flowml.policy import Policy
-from flowml_tools.faults.campaign import campaign, run
+from flowml_runtime.protocol.errors import InvariantError
+from flowml_tools.faults.campaign import campaign, check_rest, run
 from flowml_tools.faults.cases import Case
 from flowml_tools.faults.checker import check
 from flowml_tools.faults.coverage import FAULTS, Coverage
@@ -83,6 +84,20 @@ def test_a_finding_says_what_broke_and_how_to_see_it_again() -> None:
     assert rest[-6] == "last events:"
     assert all(" s  worker:" in line or " s  driver " in line for line in rest[-5:])
     assert any("is wrong about late work" in line for line in rest)
+
+
+def test_what_a_living_worker_keeps_is_found_and_not_what_a_dead_one_had() -> None:
+    world = make([Policy()], replicas=3, clocks=12)
+    world.crash(0, when=20.0)
+    world.go()
+    check_rest(world)
+    handles = dict(world.history.given())
+    world.simulation.payloads[handles[world.worker(0)]] = 1
+    check_rest(world)
+    alive = world.worker(1)
+    world.simulation.payloads[handles[alive]] = 1
+    with pytest.raises(InvariantError, match=f"workers keep payloads: .*{alive}"):
+        check_rest(world)
 
 
 def test_a_campaign_that_the_time_ends_says_how_many_seeds_it_has_done() -> None:

@@ -102,9 +102,19 @@ def check_rest(world: World) -> None:
     if not ended:
         ensure(world.driver.machine.over, "the run has come to rest before its end")
         ensure(sorted(world.driver.final) == list(range(len(world.terms.stores))), "the value of a store has not come")
+    kept = (
+        {}
+        if not world.simulation.payloads
+        else {
+            handle: who
+            for history in world.histories.values()
+            for who, handle in history.given()
+            if handle in world.simulation.payloads and not world.is_dead(who)
+        }
+    )
+    ensure(not kept, f"workers keep payloads: {kept}")
     for name, node in world.nodes.items():
         if not world.is_dead(name):
-            ensure(not node.payloads, f"{name} keeps payloads {sorted(node.payloads)}")
             ensure(not node.stages, f"{name} keeps stages {sorted(node.stages)}")
             left = [key for key in node.told if not world.terms.stores[key[0]].sites_decide]  # of steps left out
             ensure(ended or not left, f"{name} keeps what others told it: {sorted(left)}")

@@ -7,7 +7,7 @@ finds violations of the promises in a history; it decides nothing and calls no m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,12 @@ class History:
     crashed: frozenset[str] = frozenset()
     """The workers that have stopped."""
     traffic: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
+
+    def given(self) -> Iterator[tuple[str, int]]:
+        """The workers that got payloads, and the numbers of these."""
+        for f in self.facts:
+            if isinstance(f, Turn) and f.who != DRIVER and isinstance(f.event, actions.Received) and f.event.handle:
+                yield f.who, f.event.handle
 
     def story(self) -> tuple[str, ...]:
         """The events in sentences, without those that only passed values on."""
