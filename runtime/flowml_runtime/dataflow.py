@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from flowml.effects import EffectsChoice, EffectsOption
-from flowml.errors import PlacementError
+from flowml.errors import FlowmlError, PlacementError, WorkerLostError
 from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
 from flowml.ir.calls import Call, Returned, bind, finish, static_of
 from flowml.leaves import why_no_array
@@ -35,6 +35,8 @@ from flowml_runtime.driver.steps import UnloadedError
 from flowml_runtime.driver.trial import Trial, trial_of
 from flowml_runtime.execution.future import Future
 from flowml_runtime.keep import EVERYTHING, Keep, described, donated_inputs, reads_there, stay_of
+from flowml_runtime.recent import Recent, kind_of
+from flowml_runtime.reviving import revived
 
 if TYPE_CHECKING:
     from flowml.devices import Device
@@ -63,6 +65,15 @@ class ClusterLike(Protocol):
     def links_for(self, placement: Any) -> Links: ...
 
 
+@runtime_checkable
+class Restarts(Protocol):
+    """A cluster that has lost workers again, when asked."""
+
+    @property
+    def lost(self) -> Sequence[str]: ...
+    def bring_back(self, workers: Sequence[str]) -> None: ...
+
+
 @dataclass
 class _Program:
     """The program of one signature. The first call loads it on the cluster."""
@@ -76,6 +87,11 @@ class _Program:
     """Removes it from the programs of its function, unless it has been loaded again since."""
     on_one_device: bool = False
     """Whether this is the one-device program with which a trial compares a pipeline."""
+
+    def is_stranded(self, devices: Sequence[Device]) -> bool:
+        """Whether it has lost a worker that is not back, so that it has to be placed anew."""
+        stopped = self.handle is not None and self.handle.steps.stopped
+        return stopped and not {d.name for d in devices}.issuperset(self.plan.devices)
 
 
 @dataclass(frozen=True)
@@ -98,52 +114,6 @@ class _Arguments:
         for leaf in found.values():
             leaf.check(None)
         return {i: leaf.kind.device for i, leaf in found.items()}
-
-
-_Kind = tuple[type, Any, Any]
-"""The kind of a leaf: (type, abstract value, None) for a JAX array, or (np.ndarray, shape, dtype)."""
-
-
-@dataclass(frozen=True)
-class _Recent:
-    """The last call. A call that fits it needs no lookup.
-
-    JAX arrays are compared by the identity of their abstract values, which stays the same in a loop.
-    """
-
-    cluster: weakref.ref[ClusterLike]
-    tree: Any
-    kinds: tuple[_Kind, ...]
-    settings: Hashable
-    handle: LoadedPlan
-    out_tree: Any
-    on_device: bool
-    """Whether all leaves are JAX arrays."""
-
-    def fits(self, cluster: ClusterLike, tree: Any, leaves: Sequence[Any]) -> bool:
-        if tree != self.tree:
-            return False
-        for leaf, (kind, first, second) in zip(leaves, self.kinds, strict=True):
-            if type(leaf) is not kind:
-                return False
-            if kind is Remote:
-                if leaf.kind is not first:
-                    return False
-            elif kind is np.ndarray:
-                if leaf.shape != first or leaf.dtype != second:
-                    return False
-            elif leaf.aval is not first:
-                return False
-        return self.cluster() is cluster and not self.handle.steps.stopped and trace_context() == self.settings
-
-
-def _kind(leaf: Any) -> _Kind | None:
-    """The kind of a leaf, or None if every call has to check the leaf in full."""
-    if type(leaf) is np.ndarray:
-        return np.ndarray, leaf.shape, leaf.dtype
-    if type(leaf) is Remote:
-        return Remote, leaf.kind, None
-    return (type(leaf), leaf.aval, None) if isinstance(leaf, jax.Array) else None
 
 
 class Dataflow(Generic[P, R]):
@@ -178,30 +148,51 @@ class Dataflow(Generic[P, R]):
         self._placement = placement
         self._static = static_of(fn, static_argnums, static_argnames)
         self._now_s = now_s
-        self._recent: _Recent | None = None
+        self._recent: Recent | None = None
         self._lock = threading.RLock()  # tracing a function may call its own program
         self._programs: weakref.WeakKeyDictionary[ClusterLike, dict[Hashable, _Program]] = weakref.WeakKeyDictionary()
         weakref.finalize(self, _release, self._programs).atexit = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run the function on the cluster. Inside another JAX transformation it is inlined, like jit."""
-        recent = self._recent
-        if recent is not None:
-            leaves, tree = tree_flatten((args, kwargs))
-            cluster = self._current()
-            if recent.fits(cluster, tree, leaves):
-                direct = recent.handle.direct if recent.on_device else None
-                try:
-                    if direct is None:
-                        return cast(R, tree_unflatten(recent.out_tree, cluster.session.call(recent.handle, leaves)))
-                    recent.handle.steps.use()
-                    return cast(R, tree_unflatten(recent.out_tree, direct(leaves)))
-                except UnloadedError:
-                    self._recent = None
-                except Exception:
-                    if direct is None:
-                        raise
-                    self._recent = None  # the full call below finds out what is wrong, and where
+        """Run the function on the cluster. Inside another JAX transformation it is inlined, like jit.
+
+        If arguments are lost with a worker, those that `fm.save` has written last are taken in their place.
+        """
+        try:
+            recent = self._recent
+            if recent is not None:
+                leaves, tree = tree_flatten((args, kwargs))
+                cluster = self._current()
+                if recent.fits(cluster, tree, leaves):
+                    direct = recent.handle.direct if recent.on_device else None
+                    try:
+                        if direct is None:
+                            return cast(R, tree_unflatten(recent.out_tree, cluster.session.call(recent.handle, leaves)))
+                        recent.handle.steps.use()
+                        return cast(R, tree_unflatten(recent.out_tree, direct(leaves)))
+                    except UnloadedError:
+                        self._recent = None
+                    except Exception:
+                        if direct is None:
+                            raise
+                        self._recent = None  # the full call below finds out what is wrong, and where
+            return self._call(args, kwargs)
+        except FlowmlError as error:
+            again = revived(error, args, kwargs, self._name)
+        return self._again(self._call, again)
+
+    def _again(self, use: Callable[[Any, Any], T], given: tuple[tuple[Any, ...], dict[str, Any]]) -> T:
+        """Use arguments in place of those that were lost. What needs lost workers by its placement gets them back."""
+        cluster = self._current()
+        try:
+            return use(*given)
+        except WorkerLostError as error:
+            if error.step is not None or not isinstance(cluster, Restarts):
+                raise
+            cluster.bring_back(cluster.lost)
+        return use(*given)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         given = None if jit_is_off() else self._sort(args, kwargs)
         if given is None:
             return self._fn(*args, **kwargs)
@@ -227,6 +218,13 @@ class Dataflow(Generic[P, R]):
             done: Future[R] = Future(self._name, lambda value: cast(R, value))
             done.complete(self._fn(*args, **kwargs))
             return done
+        try:
+            return self._submit(args, kwargs)
+        except FlowmlError as error:
+            again = revived(error, args, kwargs, self._name)
+        return self._again(self._submit, again)
+
+    def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[R]:
         given = self._not_traced("submit", args, kwargs)
         if given.call.objects is not None:
             raise TypeError(
@@ -265,14 +263,14 @@ class Dataflow(Generic[P, R]):
             )
         return given
 
-    def _remember(self, program: _Program, handle: LoadedPlan, given: _Arguments) -> _Recent | None:
+    def _remember(self, program: _Program, handle: LoadedPlan, given: _Arguments) -> Recent | None:
         leaves: Sequence[Any] = given.leaves
-        kinds = tuple(kind for kind in map(_kind, leaves) if kind is not None)
+        kinds = tuple(kind for kind in map(kind_of, leaves) if kind is not None)
         special, tree, _, settings = given.key
         if special != () or not program.returned.plain or len(kinds) < len(leaves):
             return None
         on_device = all(kind is not np.ndarray and kind is not Remote for kind, _, _ in kinds)
-        return _Recent(weakref.ref(self._current()), tree, kinds, settings, handle, program.out_tree, on_device)
+        return Recent(weakref.ref(self._current()), tree, kinds, settings, handle, program.out_tree, on_device)
 
     def _sort(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Arguments | None:
         """Sort the arguments of a call. Returns None if an argument is being traced.
@@ -335,12 +333,12 @@ class Dataflow(Generic[P, R]):
     def _compiled(self, cluster: ClusterLike, key: Hashable, placement: Any, given: _Arguments) -> _Program:
         programs = self._programs.get(cluster)
         found = programs.get(key) if programs is not None else None
-        if found is not None:
+        if found is not None and not found.is_stranded(cluster.devices):
             return found
         with self._lock:
             programs = self._programs.setdefault(cluster, {})
             found = programs.get(key)
-            if found is None:
+            if found is None or found.is_stranded(cluster.devices):
                 found = programs[key] = self._compile(cluster, placement, given)
                 found.forget = partial(_forget, weakref.ref(self), weakref.ref(cluster))
             return found
@@ -368,7 +366,7 @@ class Dataflow(Generic[P, R]):
                 )
         except PlacementError as error:
             raise cluster.session.explained(error, self._name) from None
-        self._effects.tell(self._name, compiled.left_out, stacklevel=6)
+        self._effects.tell(self._name, compiled.left_out, stacklevel=7)
         trial = trial_of(compiled.plan, placement) if keep is None and not held else None
         return _Program(compiled.plan, compiled.out_tree, call.returned, trial=trial)
 

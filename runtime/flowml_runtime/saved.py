@@ -7,7 +7,8 @@ come here first. The tree is there in one step, when all files are on the disk, 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-from jax.tree_util import tree_flatten_with_path, tree_structure, tree_unflatten
+from jax.tree_util import tree_flatten, tree_flatten_with_path, tree_structure, tree_unflatten
 
 from flowml.errors import CheckpointError
 from flowml.ir._jax import path_name
@@ -49,6 +50,64 @@ class Tree(msgspec.Struct, frozen=True):
     leaves: tuple[Leaf, ...]
 
 
+MOST_SAVED = 8
+"""How many saved trees a session knows, from which its loops may go on after a loss."""
+
+Kind = tuple[Any, tuple[tuple[tuple[int, ...], str], ...]]
+"""The structure of a pytree, and the shape and dtype of each leaf."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tree on the disk. `places` are the leaves, from and to, of itself and of its elements by their kinds; None for
+    a kind that several elements have."""
+
+    path: Path
+    places: Mapping[Kind, tuple[int, int] | None]
+
+    def place(self, value: Any) -> tuple[int, int] | None:
+        """The leaves that stand for this value; None if the tree has none of its kind, or several."""
+        return self.places.get(_kind(value))
+
+
+def _kind(value: Any) -> Kind:
+    leaves, structure = tree_flatten(value)
+    return structure, tuple((tuple(shape), str(dtype)) for shape, dtype, _ in map(signature, leaves))
+
+
+def _note(tree: Any, path: Path) -> None:
+    """Note where a tree is, for the sessions of its handles."""
+    leaves, structure = tree_flatten(tree)
+    remotes = [leaf for leaf in leaves if type(leaf) is Remote]
+    owners = {id(r.owner): r.owner for r in remotes if r.owner is not None}
+    places: dict[Kind, tuple[int, int] | None] = {}
+    start = 0
+    for child in structure.children() if owners else ():
+        end = start + child.num_leaves
+        kind = child, _kind(leaves[start:end])[1]
+        places[kind] = None if kind in places else (start, end)
+        start = end
+    places[structure, _kind(leaves)[1]] = 0, len(leaves)
+    for owner in owners.values():
+        owner.saved[:] = [Saved(path, places), *owner.saved][:MOST_SAVED]
+
+
+def records_of(remotes: Iterable[Remote]) -> list[Saved]:
+    """What was saved of values of the sessions of these, the newest first."""
+    owners = {id(r.owner): r.owner for r in remotes if r.owner is not None}
+    return [record for owner in owners.values() for record in owner.saved]
+
+
+def taken_from(record: Saved, values: Mapping[int, tuple[Any, tuple[int, int]]]) -> dict[int, Any]:
+    """Saved values in place of these, which have these leaves of the tree."""
+    tree, arrays = _read(record.path)
+    found: dict[int, Any] = {}
+    for number, (value, (start, end)) in values.items():
+        leaves = [jnp.asarray(from_buffer(arrays[str(i)], tree.leaves[i].dtype)) for i in range(start, end)]
+        found[number] = tree_unflatten(tree_structure(value), leaves)
+    return found
+
+
 def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
     """Write a pytree of arrays and handles to the directory `path`. Returns when it is on the disk.
 
@@ -73,12 +132,14 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
     try:
         with checkpoints.writing(directory, number) as folder:
             entries = _written(folder, values)
-            return checkpoints.complete(folder, content, entries, keep)
+            where = checkpoints.complete(folder, content, entries, keep)
     except (OSError, CheckpointError) as error:
         raise CheckpointError(
             f"no tree could be saved in {directory}: {error}; what was saved before is as it was; see "
             "whether the disk is full or read-only"
         ) from error
+    _note(tree, where)
+    return where
 
 
 def load(
@@ -112,8 +173,16 @@ def load(
     if like is not None:
         numbers = {leaf.path: i for i, leaf in enumerate(tree.leaves)}
         paths = (tuple(map(key_of, p)) for p, _ in tree_flatten_with_path(like)[0])
-        return tree_unflatten(tree_structure(like), [values[numbers[p]] for p in paths])
-    return nested([(leaf.path, value) for leaf, value in zip(tree.leaves, values, strict=True)])
+        loaded = tree_unflatten(tree_structure(like), [values[numbers[p]] for p in paths])
+    else:
+        loaded = nested([(leaf.path, value) for leaf, value in zip(tree.leaves, values, strict=True)])
+    if [_keys(map(key_of, p)) for p, _ in tree_flatten_with_path(loaded)[0]] == [_keys(x.path) for x in tree.leaves]:
+        _note(loaded, where)
+    return loaded
+
+
+def _keys(path: Iterable[Key]) -> list[str | int]:
+    return [key for _, key in path]
 
 
 def _leaf(path: Sequence[Any], value: Any) -> Leaf:

@@ -54,6 +54,7 @@ class Holdings:
         self._asked = itertools.count(1)
         self._answers: dict[int, tuple[str, Future[list[Any]]]] = {}
         """Number of a Recall or Write -> the worker and the answer: the values, or where they are."""
+        self.saved: list[Any] = []
         self._freed: queue.SimpleQueue[tuple[Batch, Sequence[int]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 class Owner(Protocol):
     """The part of a session that handles use."""
 
+    saved: list[Any]
+    """What `fm.save` and `fm.load` have written and read of its values, the newest first."""
+
     def recall(self, remotes: Sequence[Remote]) -> list[jax.Array]: ...
     def write(self, remotes: Sequence[Remote], folder: Path, token: str) -> Iterator[tuple[Remote, Entry]]: ...
     def freed(self, batch: Batch, indices: Sequence[int]) -> None: ...
@@ -99,6 +102,12 @@ class Batch:
     def _settle(self, future: Future[Any]) -> None:
         self.error = future.exception()
         self.future = None  # its result has the handles of this batch
+
+
+class _Perished(str):
+    """Why a value is gone with a worker, although it was elsewhere."""
+
+    __slots__ = ()
 
 
 class Remote(jax.Array):
@@ -254,6 +263,29 @@ class Remote(jax.Array):
             found.setdefault(remote._batch, []).append(remote._index)
         for batch, indices in found.items():
             batch.give_up(indices, why)
+
+    def perish(self) -> None:
+        """For the runtime: the value was donated to a call during which a worker was lost."""
+        self._batch.gone[self._index] = _Perished("was donated to a call during which a worker was lost")
+
+    def is_lost(self) -> bool:
+        """For the runtime: whether the value cannot be used because a worker was lost."""
+        batch = self._batch
+        perished = isinstance(batch.gone.get(self._index), _Perished) or isinstance(batch.error, WorkerLostError)
+        return batch.owner is not None and (perished or self.kind.worker in batch.lost)
+
+    def why_lost(self) -> str:
+        """For the runtime: why a lost value is lost, in words."""
+        batch = self._batch
+        if isinstance(batch.error, WorkerLostError):
+            return str(batch.error).partition("; ")[0]
+        workers = [self.kind.worker] if self.kind.worker in batch.lost else list(batch.lost)
+        return " and ".join(f"{w} was lost ({batch.lost[w]})" for w in workers) or "a worker was lost"
+
+    @property
+    def owner(self) -> Owner | None:
+        """For the runtime: the session of the value; None if its cluster is closed."""
+        return self._batch.owner
 
     def _what(self) -> str:
         return f"the kept value {self.kind.name!r} of {self._batch.call}"

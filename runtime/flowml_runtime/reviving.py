@@ -1,0 +1,82 @@
+"""Lets a loop with kept values go on after the loss of workers, from the state that `fm.save` has written last.
+
+A call whose arguments are lost takes the saved ones in their place. An argument is known by its structure, shapes and
+dtypes, as the saved tree or as an element of it. All arguments that the saved tree has are taken from there, also those
+that are not lost, because a mixture of two states would be none. A call during which a worker is lost raises the error,
+which says that the next call goes on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jax.tree_util import tree_leaves
+
+from flowml.errors import FlowmlError, FlowmlWarning, WorkerLostError
+from flowml_runtime.driver.remote import Remote
+from flowml_runtime.saved import Saved, records_of, taken_from
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Arguments:
+    """The arguments of a call that has failed with this error, with saved ones in place of those that were lost before
+    it began. Warns of it. Raises the error if there are none, or if a worker was lost during the call."""
+    given = [*args, *kwargs.values()]
+    remotes = [leaf for leaf in tree_leaves(given) if type(leaf) is Remote]
+    during = isinstance(error, WorkerLostError) and error.step is not None
+    for remote in remotes if during else ():
+        if remote.is_deleted():  # donated to this call, which was lost
+            remote.perish()
+    lost = [i for i, value in enumerate(given) if any(_is_lost(leaf) for leaf in tree_leaves(value))]
+    if not lost:
+        raise error
+    found = _saved(given, lost, remotes)
+    if found is None:
+        hint = f"fm.save the state of {name} now and then: then a call goes on from what was saved last"
+        raise _with_hint(error, hint) from error
+    record, places = found
+    if during:
+        hint = f"or call {name} again: it goes on from the state saved in {record.path}, on the workers that there are"
+        raise _with_hint(error, hint) from error
+    values = taken_from(record, {i: (given[i], place) for i, place in places.items()})
+    first = next(leaf for i in lost for leaf in tree_leaves(given[i]) if _is_lost(leaf))
+    why = first.why_lost()
+    warnings.warn(f"{why}; {name} goes on from the state saved in {record.path}", FlowmlWarning, stacklevel=3)
+    given = [values.get(i, value) for i, value in enumerate(given)]
+    return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
+
+
+def _is_lost(leaf: Any) -> bool:
+    return type(leaf) is Remote and leaf.is_lost()
+
+
+def _with_hint(error: FlowmlError, hint: str) -> FlowmlError:
+    """The same error with another remedy at its end."""
+    if not isinstance(error, WorkerLostError):
+        return type(error)(f"{error}; {hint}")
+    return WorkerLostError(f"{error}; {hint}", worker=error.worker, step=error.step)
+
+
+def _saved(
+    given: Sequence[Any], lost: Sequence[int], remotes: Iterable[Remote]
+) -> tuple[Saved, dict[int, tuple[int, int]]] | None:
+    """The newest saved tree that has all lost arguments, and for each argument that it has the range of its leaves."""
+    kept = [i for i, value in enumerate(given) if any(type(leaf) is Remote for leaf in tree_leaves(value))]
+    for record in records_of(remotes):
+        places: dict[int, tuple[int, int]] = {}
+        for i in sorted(kept, key=lambda i: i not in lost):
+            place = record.place(given[i])
+            if place is None:
+                continue
+            if place in places.values():  # two arguments of one kind, and the tree has one of them
+                if i in lost:
+                    break
+                continue
+            places[i] = place
+        else:
+            if all(i in places for i in lost):
+                return record, places
+    return None
