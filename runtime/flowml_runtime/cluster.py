@@ -47,6 +47,8 @@ _START_ANOTHER = "close this cluster and start another"
 _LAUNCH_AGAIN = "start the cluster again with `flowml launch`, and connect to it"
 """What to do about a lost coordinator."""
 
+NOTICE_S = 10.0
+"""The longest time after which a lost worker is known to be lost."""
 BACK_S = 60.0
 """How long a worker that takes the place of a lost one may take to join."""
 
@@ -129,6 +131,11 @@ class Cluster:
             for worker in workers:
                 self._start_worker(worker)
         self._wait_for_devices(lambda there: there.issuperset(workers), workers, "there again", timeout_s)
+
+    def notice(self, worker: str | None) -> None:
+        """For the runtime: wait until a worker with which the connection broke is known to be lost, if it is."""
+        with self._changed:
+            self._changed.wait_for(lambda: worker not in {d.worker for d in self.devices}, NOTICE_S)
 
     def _wait_for_devices(
         self, holds: Callable[[set[str]], bool], workers: Sequence[str], what: str, timeout_s: float

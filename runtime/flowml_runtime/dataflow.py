@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload, runtime_checkable
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from flowml.effects import EffectsChoice, EffectsOption
-from flowml.errors import FlowmlError, PlacementError, WorkerLostError
+from flowml.errors import FlowmlError, PlacementError
 from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
 from flowml.ir.calls import Call, Returned, bind, finish, static_of
 from flowml.leaves import why_no_array
@@ -36,7 +36,7 @@ from flowml_runtime.driver.trial import Trial, trial_of
 from flowml_runtime.execution.future import Future
 from flowml_runtime.keep import EVERYTHING, Keep, described, donated_inputs, reads_there, stay_of
 from flowml_runtime.recent import Recent, kind_of
-from flowml_runtime.reviving import revived
+from flowml_runtime.reviving import revived, with_workers
 
 if TYPE_CHECKING:
     from flowml.devices import Device
@@ -63,15 +63,6 @@ class ClusterLike(Protocol):
     @property
     def session(self) -> Session: ...
     def links_for(self, placement: Any) -> Links: ...
-
-
-@runtime_checkable
-class Restarts(Protocol):
-    """A cluster that has lost workers again, when asked."""
-
-    @property
-    def lost(self) -> Sequence[str]: ...
-    def bring_back(self, workers: Sequence[str]) -> None: ...
 
 
 @dataclass
@@ -179,18 +170,7 @@ class Dataflow(Generic[P, R]):
             return self._call(args, kwargs)
         except FlowmlError as error:
             again = revived(error, args, kwargs, self._name)
-        return self._again(self._call, again)
-
-    def _again(self, use: Callable[[Any, Any], T], given: tuple[tuple[Any, ...], dict[str, Any]]) -> T:
-        """Use arguments in place of those that were lost. What needs lost workers by its placement gets them back."""
-        cluster = self._current()
-        try:
-            return use(*given)
-        except WorkerLostError as error:
-            if error.step is not None or not isinstance(cluster, Restarts):
-                raise
-            cluster.bring_back(cluster.lost)
-        return use(*given)
+        return with_workers(self._current(), self._call, again)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R:
         given = None if jit_is_off() else self._sort(args, kwargs)
@@ -222,7 +202,7 @@ class Dataflow(Generic[P, R]):
             return self._submit(args, kwargs)
         except FlowmlError as error:
             again = revived(error, args, kwargs, self._name)
-        return self._again(self._submit, again)
+        return with_workers(self._current(), self._submit, again)
 
     def _submit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Future[R]:
         given = self._not_traced("submit", args, kwargs)

@@ -9,8 +9,8 @@ which says that the next call goes on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jax.tree_util import tree_leaves
 
@@ -18,7 +18,18 @@ from flowml.errors import FlowmlError, FlowmlWarning, WorkerLostError
 from flowml_runtime.driver.remote import Remote
 from flowml_runtime.saved import Saved, records_of, taken_from
 
+T = TypeVar("T")
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@runtime_checkable
+class Restarts(Protocol):
+    """A cluster that has lost workers again, when asked."""
+
+    @property
+    def lost(self) -> Sequence[str]: ...
+    def bring_back(self, workers: Sequence[str]) -> None: ...
+    def notice(self, worker: str | None) -> None: ...
 
 
 def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Arguments:
@@ -47,6 +58,21 @@ def revived(error: FlowmlError, args: Sequence[Any], kwargs: Mapping[str, Any], 
     warnings.warn(f"{why}; {name} goes on from the state saved in {record.path}", FlowmlWarning, stacklevel=3)
     given = [values.get(i, value) for i, value in enumerate(given)]
     return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
+
+
+def with_workers(cluster: Any, use: Callable[[Any, Any], T], given: Arguments) -> T:
+    """Use arguments in place of those that were lost. What needs lost workers by its placement gets them back."""
+    for _ in range(2):
+        try:
+            return use(*given)
+        except WorkerLostError as error:
+            if not isinstance(cluster, Restarts):
+                raise
+            if error.step is not None:  # the loss is not known everywhere yet
+                cluster.notice(error.worker)
+            else:
+                cluster.bring_back(cluster.lost)
+    return use(*given)
 
 
 def _is_lost(leaf: Any) -> bool:
