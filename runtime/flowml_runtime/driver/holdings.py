@@ -6,6 +6,7 @@ import itertools
 import queue
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -68,7 +69,7 @@ class Holdings:
                 raise ClusterError("the cluster is closed; start another")
             if self._thread is None:
                 self._thread = service.start("flowml-free", self._free, self._free_on)
-            batch = Batch(self, self._next, kinds, call)
+            batch = Batch(self, self._next, kinds, call, sizes)
             self._next += len(kinds)
             self._batches.add(batch)
             for device, nbytes in sizes.items():
@@ -227,7 +228,7 @@ class Holdings:
     def _free(self) -> None:
         # no deadline: the thread sleeps until it has work or is closed
         while (item := self._freed.get()) is not None:
-            names: dict[str, list[int]] = {}
+            names: defaultdict[str, list[int]] = defaultdict(list)
             while item is not None:
                 self._note(*item, names)
                 try:
@@ -241,17 +242,18 @@ class Holdings:
                 return
             del item
 
-    def _note(self, batch: Batch, indices: Sequence[int], names: dict[str, list[int]]) -> None:
+    def _note(self, batch: Batch, indices: Sequence[int], names: defaultdict[str, list[int]]) -> None:
         """Values are not needed any more: add them to the `names` of their workers, unless that was done before."""
+        kinds, first = batch.kinds, batch.first
         with self._lock:
-            freed = [i for i in indices if i in batch.alive]
-            batch.alive.difference_update(freed)
-            for device, nbytes in bytes_on_devices([batch.kinds[i] for i in freed]).items():
+            freed = batch.alive.intersection(indices)
+            batch.alive -= freed
+            whole = len(freed) == len(kinds)
+            for device, nbytes in (batch.sizes if whole else bytes_on_devices([kinds[i] for i in freed])).items():
                 self._bytes[device] -= nbytes
         for index in freed:
-            worker = batch.kinds[index].worker
-            if worker not in batch.lost:
-                names.setdefault(worker, []).append(batch.first + index)
+            if not batch.lost or kinds[index].worker not in batch.lost:
+                names[kinds[index].worker].append(first + index)
 
     def _drop(self, worker: str, numbers: Sequence[int]) -> None:
         for start in range(0, len(numbers), wire.MAX_ARRAYS):

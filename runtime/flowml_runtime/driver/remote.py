@@ -61,13 +61,15 @@ class Kind:
 class Batch:
     """The values of one call or `put`. Value i has the number `first` + i on its worker."""
 
-    __slots__ = ("__weakref__", "alive", "call", "error", "first", "future", "gone", "kinds", "lost", "owner")
+    __slots__ = ("__weakref__", "alive", "call", "error", "first", "future", "gone", "kinds", "lost", "owner", "sizes")
 
-    def __init__(self, owner: Owner, first: int, kinds: Sequence[Kind], call: str) -> None:
+    def __init__(self, owner: Owner, first: int, kinds: Sequence[Kind], call: str, sizes: Mapping[str, int]) -> None:
         self.owner: Owner | None = owner
         """None once the cluster is closed."""
         self.first = first
         self.kinds = kinds
+        self.sizes = sizes
+        """Device -> the bytes of all values there."""
         self.call = call
         """What made the values, as in "step 3 of train_step"."""
         self.future: Future[Any] | None = None

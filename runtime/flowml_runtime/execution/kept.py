@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flowml.errors import FlowmlError
 from flowml_runtime.execution.mailbox import Claim, Scope
@@ -33,7 +33,7 @@ class Cell:
     """Why there will be no value."""
     readers: int = 0
     """The steps that were fed with it and have not ended."""
-    waiting: list[tuple[Claim, bool]] = field(default_factory=list[tuple[Claim, bool]])
+    waiting: tuple[tuple[Claim, bool], ...] = ()
     """Claims, and whether each is of a step that overwrites the value."""
 
     def ready(self, *, sole: bool) -> bool:
@@ -61,7 +61,7 @@ class Kept:
         """A step was fed: its outputs `slots` will be named `first` + slot."""
         with self._lock:
             making = self._making[scope] = {slot: Cell() for slot in slots}
-            self._cells.setdefault(driver, {}).update((first + slot, cell) for slot, cell in making.items())
+            self._cells.setdefault(driver, {}).update(zip([first + s for s in making], making.values(), strict=True))
 
     def find(self, driver: str, names: Iterable[int]) -> list[Cell]:
         """The cells of these names, for a step that is fed. `leave` them when it ends."""
@@ -78,9 +78,11 @@ class Kept:
         with self._lock:
             making = self._making.get(scope, {})
             for slot, value in zip(slots, values, strict=True):
-                if slot in making:
-                    making[slot].value = value
-                    woken += _settled(making[slot])
+                cell = making.get(slot)
+                if cell is not None:
+                    cell.value = value
+                    if cell.waiting:
+                        woken += _settled(cell)
         _wake(woken)
 
     def end(self, scope: Scope, error: str = "") -> None:
@@ -117,7 +119,7 @@ class Kept:
             if cell.ready(sole=sole):
                 claim.settle(None)
             else:
-                cell.waiting.append((claim, sole))
+                cell.waiting = (*cell.waiting, (claim, sole))
         return claim
 
     def taken(self, fed: Sequence[Array | Cell], sole: Sequence[bool]) -> list[Array] | None:
@@ -133,7 +135,7 @@ class Kept:
         with self._lock:
             for cell in cells:
                 if not claim.done and any(waiting is claim for waiting, _ in cell.waiting):
-                    cell.waiting = [w for w in cell.waiting if w[0] is not claim]
+                    cell.waiting = tuple(w for w in cell.waiting if w[0] is not claim)
                     claim.settle(None, cancelled=True)
                     break
             else:
@@ -163,7 +165,7 @@ def _settled(cell: Cell) -> list[Claim]:
     """Settle the claims that can go on, and return them. The lock is held."""
     done = [claim for claim, sole in cell.waiting if cell.ready(sole=sole)]
     if done:
-        cell.waiting = [w for w in cell.waiting if not any(w[0] is claim for claim in done)]
+        cell.waiting = tuple(w for w in cell.waiting if not any(w[0] is claim for claim in done))
     for claim in done:
         claim.settle(None)
     return done
@@ -176,4 +178,4 @@ def _wake(claims: Iterable[Claim]) -> None:
 
 def cells_of(arrays: Iterable[Array]) -> list[Cell]:
     """The kept values among the inputs of a step."""
-    return [a for a in arrays if isinstance(a, Cell)]
+    return [a for a in arrays if type(a) is Cell]
