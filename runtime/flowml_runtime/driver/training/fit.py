@@ -132,11 +132,13 @@ class Fit:
         try:
             show(held)
             self._step(protocol.Begin(), params, state)
+            saves = self.saving.wanted  # not asked after each of the very many messages of a simulation
             while not self._machine.over:
                 self._take(self._next())
-                self.saving.tell()
-                if self.saving.due(self._history.reached, self._time.now(), aligned=self._aligned):
-                    self._step(protocol.Pause())
+                if saves:
+                    self.saving.tell()
+                    if self.saving.due(self._history.reached, self._time.now(), aligned=self._aligned):
+                        self._step(protocol.Pause())
                 records = self._history.ready()
                 if records or self._observer.holds or self.saving.measures:
                     show(self._observer.ready(records, self._time.now() - began))
@@ -168,13 +170,14 @@ class Fit:
 
     def _next(self) -> Entry:
         """The next message. Raises ClusterError if no more can arrive."""
-        asked = time.monotonic()
+        asked: float | None = None
         while True:
             self._interrupts.check()
             gone = self._handle.steps.stopped
             try:
                 return self._time.next(self._inbox)
             except queue.Empty:
+                asked = time.monotonic() if asked is None else asked
                 if time.monotonic() - asked >= self._session.deadline_s:  # the report of a failure may have been lost
                     asked = time.monotonic()
                     for worker in self._handle.workers:

@@ -79,10 +79,15 @@ class Saving:
     @property
     def rhythm(self) -> Rhythm | None:
         """The rhythm of snapshots, where replicas share clocks."""
-        if self._checkpoint is None and self.validation is None and not self.keeps:
+        if not self.wanted:
             return None
         written = self._checkpoint.every_steps if self._checkpoint else None
         return Rhythm(written or 0, self.validation.every if self.validation else 0)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there are snapshots at all."""
+        return self._checkpoint is not None or self.validation is not None or self.keeps
 
     def due(self, step: int, now: float, *, aligned: bool) -> bool:
         """Whether a snapshot is due that the rhythm of clocks does not bring."""
