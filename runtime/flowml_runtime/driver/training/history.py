@@ -40,7 +40,8 @@ class _Unit(msgspec.Struct):
     replica: int
     item: wire.Item
     step: int
-    values: dict[int, np.ndarray] = {}
+    values: dict[int, np.ndarray] | tuple[np.ndarray, ...] = {}
+    """By slot. A tuple if one report has them all, which takes less memory."""
     coefficient: float | None = None
     """What the values are multiplied by before they are added up; None without a code."""
 
@@ -78,6 +79,7 @@ class History:
         self._clocks_per_epoch = clocks_per_epoch
         self._ends_early = any(s.policy.epoch_share is not None for s in training.stores)
         self._slots = 1 + training.aux_leaves
+        self._all_slots = tuple(range(self._slots))
         self._metrics = metrics
         self._partial: dict[tuple[int, int], _Unit] = {}
         self._open: dict[int, dict[int, _Unit]] = {}
@@ -119,8 +121,10 @@ class History:
         unit = self._partial.pop(key, None) if self._partial else None
         if unit is None:
             unit = _Unit(report.replica, report.item, step)
-        for slot, array in zip(report.slots, arrays, strict=True):
-            unit.values[slot] = np.asarray(array)
+        if report.slots == self._all_slots:
+            unit.values = tuple(map(np.asarray, arrays))
+        elif isinstance(unit.values, dict):
+            unit.values |= zip(report.slots, map(np.asarray, arrays), strict=True)
         if len(unit.values) < self._slots:
             self._partial[key] = unit
             return
@@ -232,7 +236,8 @@ class History:
         used = self._counted.pop(step, units.keys() if not self._drops else ())
         kept = sorted((u for place, u in units.items() if place in used), key=lambda u: u.item.sequence)
         for unit in tuple(units.values())[-1:]:  # each has every slot
-            self._shapes.update((slot, value.shape) for slot, value in unit.values.items())
+            found = unit.values.items() if isinstance(unit.values, dict) else enumerate(unit.values)
+            self._shapes.update((slot, value.shape) for slot, value in found)
         coefficients = self._coefficients.pop(step, {})
         for unit in kept if coefficients else ():
             unit.coefficient = coefficients[unit.replica] * self._coded_microbatches

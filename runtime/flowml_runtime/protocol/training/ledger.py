@@ -28,7 +28,7 @@ What the caller must do:
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,6 +36,7 @@ import msgspec
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training.over import ItemsOver, State
 from flowml_runtime.protocol.training.speculation import PortionQueue
 from flowml_runtime.protocol.training.summary import Summary, Tally
 from flowml_runtime.protocol.training.terms import ReplicaLost
@@ -43,7 +44,6 @@ from flowml_runtime.protocol.training.work import QueueState, Work, WorkQueue
 
 Fate = Literal["used", "dropped", "folded", "requeued", "duplicate"]
 
-State = Literal["waiting", "granted", "used", "dropped", "folded"]
 Change = Literal["granted", "returned"] | Fate
 
 ITEMS: dict[tuple[State, Change], State] = {
@@ -58,6 +58,17 @@ ITEMS: dict[tuple[State, Change], State] = {
 
 A grant that comes back as a "duplicate" does not change the item, because another grant of it counts.
 """
+
+
+_Grant = int | tuple[int, int]
+"""The sequence number of an item, or that and the number of a copy. Nearly all are of the first kind, and a number
+takes less memory."""
+_NONE: tuple[int, int, wire.Item | None] = (-1, -1, None)
+"""What is outstanding of a grant that there is not."""
+
+
+def _at(sequence: int, copy: int) -> _Grant:
+    return (sequence, copy) if copy else sequence
 
 
 class Asked(msgspec.Struct, frozen=True):
@@ -150,17 +161,14 @@ class Ledger:
         self._queue = WorkQueue(work)
         self._portions = None if work.copies is None else PortionQueue(work)
         self._granted = 0
-        self._outstanding: dict[tuple[int, int], tuple[int, wire.Item]] = {}
-        """(sequence number, copy) -> the replica that has it, and the item."""
-        self._clocks: dict[tuple[int, int], int] = {}
-        """The clock for which each of them was granted."""
+        self._outstanding: dict[_Grant, tuple[int, int, wire.Item]] = {}
+        """The replica that has the item, the clock for which it got it, and the item."""
         self._epochs: defaultdict[int, _Account] = defaultdict(_Account)  # only epochs begun: there may be millions
         self._replicas = [_Account() for _ in range(work.replicas)]
         self._groups = [_Account() for _ in work.groups]
         self._cut: dict[int, int] = {}
         """Sequence number -> the number of examples at the end of a used item that were left out."""
-        self._over: dict[int, State] = {}
-        """Sequence number -> the fate of an item that does not come back."""
+        self._over = ItemsOver()
         self._newest = [-1] * work.replicas
         self._unasked = work.replicas
         """The number of replicas that are not lost and have not asked for an item yet."""
@@ -168,7 +176,7 @@ class Ledger:
 
     def kept(self, clocks: Sequence[int]) -> LedgerState:
         """All accounts, for a snapshot of replicas with these next clocks. What they have not begun is not granted."""
-        held = [(r, self._clock_of(at), item) for at, (r, item) in self._outstanding.items()]
+        held = [(r, self._clock_of(clock, item), item) for r, clock, item in self._outstanding.values()]
         unbegun = [(r, clock, item) for r, clock, item in held if clock >= clocks[r]]
         return LedgerState(
             self._granted - len(unbegun),
@@ -177,7 +185,7 @@ class Ledger:
             tuple(account.kept() for account in self._replicas),
             tuple(account.kept() for account in self._groups),
             dict(self._cut),
-            tuple(runs_of(self._over)),
+            tuple(self._over.runs()),
             self._queue.state(unbegun),
         )
 
@@ -189,17 +197,16 @@ class Ledger:
             self._newest = [-1] * len(clocks)  # requests are numbered, and not for clocks
         self._unasked = sum(newest < 0 for newest in self._newest)
         for replica, clock, item in state.outstanding:
-            self._outstanding[item.sequence, item.copy] = (replica, item)
-            self._clocks[item.sequence, item.copy] = clock
+            self._outstanding[_at(item.sequence, item.copy)] = replica, clock, item
         self._epochs.update((e, _Account.of(account)) for e, account in state.epochs.items())
         self._replicas = list(map(_Account.of, state.replicas))
         self._groups = list(map(_Account.of, state.groups))
-        self._over = {first + i: fate for first, count, fate in state.over for i in range(count)}
+        self._over = ItemsOver(state.over)
         self._queue.restore(state.queue)
 
-    def _clock_of(self, at: tuple[int, int]) -> int:
-        """The clock for which an item was granted."""
-        return self._clocks[at] if self._portions is None else at[0] // self._work.row
+    def _clock_of(self, clock: int, item: wire.Item) -> int:
+        """The clock of an item that was granted for `clock`. Requests for portions are numbered."""
+        return clock if self._portions is None else item.sequence // self._work.row
 
     @property
     def newest(self) -> int:
@@ -244,8 +251,7 @@ class Ledger:
             if item is not None:
                 if item.copy:
                     self._count_copy(item)
-                at = item.sequence, item.copy
-                self._outstanding[at], self._clocks[at] = (replica, item), clock
+                self._outstanding[_at(item.sequence, item.copy)] = replica, clock, item
                 items.append((clock, item))
         self._granted += len(items)
         short = len(items) < len(clocks)
@@ -266,14 +272,14 @@ class Ledger:
         """Another replica gets an item too, because the one that has had it longest takes long."""
         self._epochs[item.epoch].copied += 1
         for copy in range(item.copy):
-            if (item.sequence, copy) in self._outstanding:
-                self._replicas[self._outstanding[item.sequence, copy][0]].copied += 1
+            if (at := _at(item.sequence, copy)) in self._outstanding:
+                self._replicas[self._outstanding[at][0]].copied += 1
                 return
 
     def close(self) -> None:
         """The run has ended well. With a code, late replicas may not have asked for their last clocks. Of portions that
         lost replicas had, what they have sent counts where no other grant does."""
-        for replica, item in list(self._outstanding.values()) if self._portions else ():
+        for replica, _, item in list(self._outstanding.values()) if self._portions else ():
             if replica in self._lost:
                 self._account(replica, item, "duplicate" if item.sequence in self._over else "used")
         for replica in range(self._work.replicas if self._work.coded else 0):
@@ -283,7 +289,7 @@ class Ledger:
         """The replica is at `clock`: the items of its earlier clocks were used without it."""
         for item in self._queue.skipped(replica, clock):
             self._granted += 1
-            self._outstanding[item.sequence, item.copy] = (replica, item)
+            self._outstanding[_at(item.sequence, item.copy)] = replica, clock, item
             self._account(replica, item, "used")
 
     def _settle(
@@ -320,13 +326,13 @@ class Ledger:
         missing: tuple[int, ...] = (),
         late: tuple[int, ...] = (),
     ) -> None:
-        sequence = item.sequence
-        if self._outstanding.get((sequence, item.copy)) != (replica, item):
+        sequence, at = item.sequence, _at(item.sequence, item.copy)
+        owner, _, granted = self._outstanding.get(at, _NONE)
+        if owner != replica or granted != item:
             raise ProtocolError(f"replica {replica} says that item {sequence} was {fate}, but does not have it")
         if self._work.coded:
             fate = "used"
-        del self._outstanding[sequence, item.copy]
-        self._clocks.pop((sequence, item.copy), None)
+        del self._outstanding[at]
         epoch, own = self._epochs[item.epoch].fates, self._replicas[replica].fates
         epoch[fate] = epoch.get(fate, 0) + 1
         own[fate] = own.get(fate, 0) + 1
@@ -349,7 +355,7 @@ class Ledger:
             self._queue.give_back(item)
 
     def _lose(self, replica: int) -> None:
-        mine = [item for owner, item in self._outstanding.values() if owner == replica]
+        mine = [item for owner, _, item in self._outstanding.values() if owner == replica]
         if self._portions is None:
             self._settle(replica, [(item, "dropped") for item in mine])
             self._queue.leave(replica)
@@ -361,8 +367,8 @@ class Ledger:
     def summary(self, order: Callable[[int], Sequence[int]] | None = None) -> Summary:
         """The summary so far. With `order`, which returns an epoch's examples in order, it also has `seen`."""
         size = self._work.items_per_epoch
-        settled = Counter(s // size for s in self._over)
-        epochs = tuple(self._epochs[e].tally(unseen=size - settled[e]) for e in range(self._work.epochs))
+        unseen = (size - self._over.within(e * size, (e + 1) * size) for e in range(self._work.epochs))
+        epochs = tuple(self._epochs[e].tally(unseen=left) for e, left in enumerate(unseen))
         total: Counter[str] = Counter()
         for account in self._epochs.values():
             total.update(account.fates)
@@ -417,7 +423,7 @@ class Ledger:
         cut = sum(self._cut.values())
         ensure(cut == sum(a.left_out for a in self._epochs.values()), "examples left out are counted wrongly")
         ensure(cut == sum(a.left_out for a in self._replicas), "epochs and replicas left out different examples")
-        twice = self._portions is None and any(sequence in self._over for sequence, _ in self._outstanding)
+        twice = self._portions is None and any(i.sequence in self._over for _, _, i in self._outstanding.values())
         ensure(not twice, "an item is settled and outstanding")
         if self._portions is not None:
             self._portions.validate()
@@ -433,16 +439,3 @@ def _added(accounts: Iterable[_Account]) -> dict[str, int]:
         for fate, count in account.fates.items():
             totals[fate] = totals.get(fate, 0) + count
     return totals
-
-
-def runs_of(over: Mapping[int, State]) -> Iterator[tuple[int, int, State]]:
-    """The items that are over in order, as runs (first, number, fate)."""
-    first, count, fate = 0, 0, None
-    for sequence in sorted(over):
-        if fate is None or sequence != first + count or over[sequence] != fate:
-            if fate is not None:
-                yield first, count, fate
-            first, count, fate = sequence, 0, over[sequence]
-        count += 1
-    if fate is not None:
-        yield first, count, fate

@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
-from flowml_runtime.protocol.training.ledger import AccountState, LedgerState, State, runs_of
+from flowml_runtime.protocol.training.ledger import AccountState, LedgerState
+from flowml_runtime.protocol.training.over import ItemsOver, State
 from flowml_runtime.protocol.training.work import QueueState, Work
 
 _BEST: tuple[str, ...] = ("used", "folded", "dropped", "requeued", "waiting", "new")
@@ -33,7 +34,7 @@ def recounted(state: LedgerState, before: Work, now: Work, rows: int, lost: Call
     for sequence, examples in state.cut.items():
         epoch, index = divmod(sequence, before.items_per_epoch)
         cuts.setdefault(epoch, {})[index] = examples
-    over: dict[int, State] = {}
+    over = ItemsOver()
     cut: dict[int, int] = {}
     fresh: dict[int, int] = {}
     requeued: list[int] = []
@@ -54,7 +55,8 @@ def recounted(state: LedgerState, before: Work, now: Work, rows: int, lost: Call
         shorter = _cut(cuts.get(epoch, {}), first, before, now, mine)
         account = state.epochs.get(epoch, AccountState({}))
         epochs[epoch] = _account(account, mine.values(), sum(shorter.values()), before, now)
-        over |= mine
+        for sequence, fate in mine.items():
+            over[sequence] = fate
         cut |= shorter
     queue = QueueState(
         fresh,
@@ -68,7 +70,7 @@ def recounted(state: LedgerState, before: Work, now: Work, rows: int, lost: Call
     )
     total = _added(epochs.values())
     groups = tuple(_scaled(group, before, now) for group in _fitting(state.groups, len(now.groups)))
-    runs = tuple(runs_of(over))
+    runs = tuple(over.runs())
     granted = sum(total.fates.values())
     return LedgerState(granted, (), epochs, _divided(total, now.replicas), groups, cut, runs, queue)
 
