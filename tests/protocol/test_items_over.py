@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import cast
 
 from hypothesis import given
@@ -23,8 +24,7 @@ def test_items_are_over_as_in_a_dict(fates: dict[int, State], first: int, end: i
     runs = list(over.runs())
     assert {begin + i: fate for begin, count, fate in runs for i in range(count)} == fates
     assert all(
-        (begin + count, fate) != (after, next_fate)
-        for (begin, count, fate), (after, _, next_fate) in zip(runs, runs[1:], strict=False)
+        (begin + count, fate) != (after, next_fate) for (begin, count, fate), (after, _, next_fate) in pairwise(runs)
     ), "runs are as long as they can be"
     assert list(ItemsOver(runs).runs()) == runs and len(ItemsOver(runs)) == len(over)
 

@@ -37,6 +37,8 @@ class Tamper(Protocol):
 
 Put = Callable[[float, int, Act, tuple[Any, ...]], None]
 """Schedules the arrival of a message, as `Clock.put` does."""
+_Way = tuple[float, Put]
+"""A latency, and what schedules an arrival."""
 
 
 class _Queue:
@@ -90,11 +92,13 @@ class Wires:
         self._put_for: Callable[[int], Put] = put_for or (lambda number: put)
         self._clock = clock
         self._model = model
-        self._numbers = {DRIVER: -1, **numbers}
+        self._numbers = numbers
         self._tamper = tamper
         self._paths: dict[tuple[str, str], _Path] = {}
-        self._latencies: tuple[dict[str, tuple[float, Put]], dict[str, tuple[float, Put]]] = {}, {}
+        self._latencies: tuple[dict[str, _Way], dict[str, _Way]] = {}, {}
         """Those of messages from each worker to the driver, and to each worker from it."""
+        self._ways: dict[_Way, _Way] = {}
+        """The different ones. There are few, and each is kept once."""
         self._queues: dict[tuple[str | int, ...], _Queue] = {}
 
     def send(self, source: str, to: str, nbytes: int, act: Act, *args: Any) -> float:
@@ -116,11 +120,14 @@ class Wires:
         if self._tamper is not None:
             self.send(source, to, 0, act, *args)
             return
-        worker, known = (to, self._latencies[1]) if source == DRIVER else (source, self._latencies[0])
-        number, found = self._numbers[to], known.get(worker)
+        if source == DRIVER:
+            number, worker, known = self._numbers[to], to, self._latencies[1]
+        else:
+            number, worker, known = -1, source, self._latencies[0]
+        found = known.get(worker)
         if found is None:
-            latency = self._model.link(self._numbers[source], number).latency_s
-            found = known[worker] = latency, self._put_for(number)
+            way = self._model.link(self._number(source), number).latency_s, self._put_for(number)
+            found = known[worker] = self._ways.setdefault(way, way)
         latency, put = found
         put(self._clock.now + latency, number * KINDS + _DELIVER, act, args)
 
@@ -147,8 +154,12 @@ class Wires:
             sent += 1
         return sent
 
+    def _number(self, name: str) -> int:
+        """That of a worker, or -1 of the driver."""
+        return self._numbers.get(name, -1)
+
     def _path(self, source: str, to: str) -> _Path:
-        a, b = self._numbers[source], self._numbers[to]
+        a, b = self._number(source), self._number(to)
         link = self._model.link(a, b)
         rate = link.bytes_per_s
         up: tuple[_Queue, ...] = ()

@@ -160,6 +160,7 @@ class Here:
         self._firsts = firsts
         self._numbers = numbers
         self._outboxes = [_Outbox() for _ in firsts]
+        self._puts: list[Put] = [clock.put if n == index else outbox.put for n, outbox in enumerate(self._outboxes)]
         self._names: list[str] = []
         self._receivers: Mapping[str, Node] = {}
         self._to_driver: Callable[..., None] = to_driver
@@ -179,8 +180,7 @@ class Here:
 
     def put_for(self, number: int) -> Put:
         """What schedules an arrival at a worker, or at the driver, which is in process 0."""
-        process = self._process(number)
-        return self.clock.put if process == self.index else self._outboxes[process].put
+        return self._puts[self._process(number)]
 
     def _process(self, number: int) -> int:
         return bisect_right(self._firsts, max(number, 0)) - 1
