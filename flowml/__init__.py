@@ -81,6 +81,8 @@ if TYPE_CHECKING:
     from flowml_runtime.driver.checkpoint import restore as restore
     from flowml_runtime.driver.remote import Remote as Remote
     from flowml_runtime.driver.training.result import TrainingResult as TrainingResult
+    from flowml_runtime.orbax_files import from_orbax as from_orbax
+    from flowml_runtime.orbax_files import to_orbax as to_orbax
     from flowml_runtime.put import put as put
     from flowml_runtime.saved import load as load
     from flowml_runtime.saved import save as save
@@ -153,6 +155,8 @@ _HOMES = {
     "Cluster": "flowml_runtime.cluster",
     "dataflow": "flowml_runtime.dataflow",
     "put": "flowml_runtime.put",
+    "from_orbax": "flowml_runtime.orbax_files",
+    "to_orbax": "flowml_runtime.orbax_files",
     "load": "flowml_runtime.saved",
     "save": "flowml_runtime.saved",
     "Remote": "flowml_runtime.driver.remote",

@@ -27,7 +27,7 @@ from flowml_runtime.driver.checkpoint import nested, newest
 from flowml_runtime.driver.remote import Owner, Remote
 from flowml_runtime.driver.training.differing import MOST, bounded, differences
 from flowml_runtime.driver.training.outcome import as_buffer, from_buffer
-from flowml_runtime.driver.training.snapshots import Key, key_of
+from flowml_runtime.driver.training.snapshots import Key, hollow, key_of
 from flowml_runtime.environment import checkpoints
 from flowml_runtime.put import put
 
@@ -48,6 +48,8 @@ class Tree(msgspec.Struct, frozen=True):
     """What a manifest says. The array of leaf i is named "i"."""
 
     leaves: tuple[Leaf, ...]
+    hollow: tuple[tuple[Key, ...], ...] = ()
+    """The paths of containers without leaves."""
 
 
 MOST_SAVED = 8
@@ -125,7 +127,7 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
     directory = Path(path)
     whole_number("keep", keep, least=1)
     pairs, _ = tree_flatten_with_path(tree)
-    content = msgspec.json.encode(Tree(tuple(_leaf(p, value) for p, value in pairs)))
+    content = msgspec.json.encode(Tree(tuple(_leaf(p, value) for p, value in pairs), hollow(tree)))
     values = [value for _, value in pairs]
     before = checkpoints.snapshots(directory)
     number = checkpoints.step_of(before[0]) + 1 if before else 1
@@ -175,7 +177,8 @@ def load(
         paths = (tuple(map(key_of, p)) for p, _ in tree_flatten_with_path(like)[0])
         loaded = tree_unflatten(tree_structure(like), [values[numbers[p]] for p in paths])
     else:
-        loaded = nested([(leaf.path, value) for leaf, value in zip(tree.leaves, values, strict=True)])
+        pairs = [(leaf.path, value) for leaf, value in zip(tree.leaves, values, strict=True)]
+        loaded = nested([*pairs, *((path, {}) for path in tree.hollow)])
     if [_keys(map(key_of, p)) for p, _ in tree_flatten_with_path(loaded)[0]] == [_keys(x.path) for x in tree.leaves]:
         _note(loaded, where)
     return loaded

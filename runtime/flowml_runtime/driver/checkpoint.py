@@ -14,7 +14,7 @@ import numpy as np
 
 from flowml.errors import CheckpointError, FlowmlWarning
 from flowml.numbers import whole_number
-from flowml_runtime.driver.training.snapshots import Key, Leaf, Snapshot
+from flowml_runtime.driver.training.snapshots import TREES, Key, Leaf, Snapshot
 from flowml_runtime.environment import checkpoints
 
 T = TypeVar("T")
@@ -113,14 +113,17 @@ def restore(path: str | os.PathLike[str]) -> Restored:
         found = (directory, Snapshot.read(directory))
     assert found is not None
     snapshot, content = found[1], found[1].content
-    params, opt_state = (_tree(snapshot, leaves) for leaves in (content.params, content.opt_state))
-    state = _tree(snapshot, content.state) if content.state else None
+    params, opt_state, state = (
+        _tree(snapshot, what, leaves) for what, leaves in zip(TREES, snapshot.trees, strict=True)
+    )
+    state = state if content.state else None
     return Restored(params, opt_state, content.steps, snapshot.arrays, state)
 
 
-def _tree(snapshot: Snapshot, leaves: Sequence[Leaf]) -> Any:
+def _tree(snapshot: Snapshot, what: str, leaves: Sequence[Leaf]) -> Any:
     values = [jnp.asarray(value) for value in snapshot.leaves(leaves)]
-    return nested([(leaf.path, value) for leaf, value in zip(leaves, values, strict=True)])
+    found = [(leaf.path, value) for leaf, value in zip(leaves, values, strict=True)]
+    return nested([*found, *((path, {}) for path in snapshot.content.hollow.get(what, ()))])
 
 
 def nested(leaves: Sequence[tuple[Sequence[Key], Any]]) -> Any:

@@ -83,6 +83,8 @@ class Content(msgspec.Struct, frozen=True):
     params: tuple[Leaf, ...]
     opt_state: tuple[Leaf, ...]
     state: tuple[Leaf, ...] = ()
+    hollow: dict[str, tuple[tuple[Key, ...], ...]] = {}
+    """The paths of containers without leaves in "params", "opt_state" and "state"."""
     state_stages: tuple[int, ...] = ()
     """The stage of each leaf of the model's state."""
 
@@ -226,7 +228,9 @@ def taken(
     owners = {owner: tuple(found) for owner, found in buffers.items()}
     layers = tuple(map(Layer.of, training.stores))
     stages = tuple(leaf.stage for leaf in training.state)
-    return Snapshot(Content(steps, figures, layers, stopped, ledger, owners, *leaves, state_stages=stages), arrays)
+    empty: dict[str, tuple[tuple[Key, ...], ...]] = dict(zip(TREES, map(hollow, (*trees, joined)), strict=True))
+    content = Content(steps, figures, layers, stopped, ledger, owners, *leaves, hollow=empty, state_stages=stages)
+    return Snapshot(content, arrays)
 
 
 TREES = ("params", "opt_state", "state")
@@ -258,6 +262,12 @@ def _places(training: Training, stopped: wire.Stopped) -> dict[tuple[str, int], 
             owner = f"replica/{training.live[0]}/stage/{store.parts[0].stage}/{store.name}/own"
             found["opt_state", leaf] = f"{owner}/state/{i}"
     return found
+
+
+def hollow(tree: Any) -> tuple[tuple[Key, ...], ...]:
+    """The paths of the containers without leaves, such as the state of a transformation that has none."""
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not jax.tree_util.tree_leaves(node))
+    return tuple(tuple(map(key_of, path)) for path, node in nodes if not jax.tree_util.tree_leaves(node))
 
 
 def key_of(key: Any) -> Key:

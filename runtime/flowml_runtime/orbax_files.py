@@ -1,0 +1,105 @@
+"""Reads and writes checkpoints of Orbax, which most JAX programs use. It is an extra: `pip install flowml[orbax]`.
+
+An Orbax checkpoint holds pytrees of arrays. A fit goes on from one as from any values: `fit(params, opt_state=...)`.
+The buffers of replicas, the clocks and the ledger are only in checkpoints of flowml.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flowml.errors import CheckpointError, UnsupportedError
+from flowml_runtime.driver.checkpoint import restore
+from flowml_runtime.saved import load
+
+
+def to_orbax(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
+    """Write what `fm.restore(source)` or `fm.load(source)` returns as an Orbax checkpoint, to a new directory `path`.
+
+    Of a fit it has "params", "opt_state", "step" and, if the loss has state, "state". Orbax restores it with
+    `StandardCheckpointer().restore(path, like)`, where `like` may have the named tuples of optax. Needs no cluster.
+
+    Returns: the absolute path. Raises CheckpointError if the source cannot be read or the path is not new.
+    """
+    tree, target = _tree(source), Path(path).resolve()
+    if target.exists():
+        raise CheckpointError(f"{target} is there already; give the name of a new directory")
+    with _orbax().StandardCheckpointer() as checkpointer:
+        checkpointer.save(target, tree)
+    return target
+
+
+def from_orbax(path: str | os.PathLike[str], like: Any = None) -> Any:
+    """The pytree of an Orbax checkpoint, with its arrays on the default device of this process.
+
+    Args:
+        path: a directory that an Orbax checkpointer has written, or that of a `CheckpointManager`, whose newest step is
+            read. If it has several items, the result is a dict of those that are pytrees.
+        like: a pytree of arrays or `jax.ShapeDtypeStruct`s with the structure of the result, such as
+            `{"params": params, "opt_state": optimizer.init(params)}`. Without it containers are dicts and lists.
+
+    Raises CheckpointError if there is none, it is damaged, or differs from `like`.
+    """
+    found = _items(Path(path).resolve())
+    if not found:
+        raise CheckpointError(f"{path} is no checkpoint of Orbax; give the directory that a checkpointer has written")
+    if set(found) == {""}:
+        return _restored(found[""], like)
+    return {name: _restored(item, like and like.get(name)) for name, item in found.items()}
+
+
+def _tree(source: str | os.PathLike[str]) -> Any:
+    """What a directory of flowml holds."""
+    try:
+        fit = restore(source)
+    except CheckpointError as error:
+        try:
+            return load(source)
+        except CheckpointError:
+            raise error from None
+    tree = {"params": fit.params, "opt_state": fit.opt_state, "step": fit.step}
+    return tree if fit.state is None else tree | {"state": fit.state}
+
+
+def _items(path: Path) -> dict[str, Path]:
+    """The pytrees of a checkpoint by name. One that has no name has the name ""."""
+    if not path.is_dir():
+        return {}
+    if (path / "_METADATA").exists():
+        return {"": path}
+    steps = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    items = {p.name: p for p in sorted((steps[-1] if steps else path).iterdir()) if (p / "_METADATA").exists()}
+    return {"": items["default"]} if set(items) == {"default"} else items
+
+
+def _restored(path: Path, like: Any) -> Any:
+    orbax, here = _orbax(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def struct(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=here)
+
+    with orbax.StandardCheckpointer() as checkpointer:
+        try:
+            return checkpointer.restore(path, None if like is None else jax.tree.map(struct, like))
+        except (
+            Exception
+        ) as error:  # Orbax has no error of its own: a ValueError, KeyError, or what a file system raises
+            reason = " ".join(str(error).split())[:500]
+            what = "cannot be read" if like is None else "cannot be read as like="
+            raise CheckpointError(f"the Orbax checkpoint {path} {what}: {reason}") from error
+
+
+def _orbax() -> ModuleType:
+    try:
+        import orbax.checkpoint
+    except ImportError:
+        raise UnsupportedError(
+            "orbax-checkpoint is not installed, and reads and writes checkpoints of Orbax: pip install 'flowml[orbax]'"
+        ) from None
+    return orbax.checkpoint

@@ -1,0 +1,120 @@
+"""Checkpoints of Orbax: written by flowml and read by Orbax itself, and the other way round."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import flowml as fm
+from flowml.data import epoch_order
+from tests.training.reference import BATCH, assert_same, data, mlp, mlp_loss
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+
+
+def loop(params: Any, opt_state: Any, steps: range) -> tuple[Any, Any]:
+    """A loop of optax over the batches of a fit with seed 3."""
+    source = data()
+    per_epoch = len(source["x"]) // BATCH
+    for step in steps:
+        order = epoch_order(len(source["x"]), 3, step // per_epoch, shuffle=True)
+        rows = order[step % per_epoch * BATCH :][:BATCH]
+        batch = {name: array[rows] for name, array in source.items()}
+        gradient = jax.jit(jax.grad(mlp_loss))(params, batch)
+        updates, opt_state = OPTIMIZER.update(gradient, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    return params, opt_state
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def fit(cluster: fm.Cluster, **options: Any) -> fm.TrainingResult:
+    trainer = fm.Trainer(mlp_loss, OPTIMIZER, cluster=cluster, replicas=2)
+    return trainer.fit(options.pop("params", mlp()), data(), batch_size=BATCH, seed=3, progress=False, **options)
+
+
+def test_orbax_restores_what_a_fit_has_written_and_a_loop_of_optax_goes_on(
+    threads_cluster: fm.Cluster, tmp_path: Path
+) -> None:
+    whole = fit(threads_cluster, steps=8)
+    fit(threads_cluster, steps=5, checkpoint=fm.Checkpoint(tmp_path / "flowml"))
+    path = fm.to_orbax(tmp_path / "flowml", tmp_path / "orbax")
+    params = mlp()
+    like = {"params": params, "opt_state": OPTIMIZER.init(params), "step": 0}
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(path, like)
+    assert found["step"] == 5
+    assert_same(found["params"], fm.restore(tmp_path / "flowml").params)
+    params, opt_state = loop(found["params"], found["opt_state"], range(5, 8))
+    assert_close((params, opt_state), (whole.params, whole.opt_state))
+    with pytest.raises(fm.CheckpointError, match="is there already"):
+        fm.to_orbax(tmp_path / "flowml", path)
+
+
+@pytest.mark.parametrize("kind", ["standard", "pytree", "manager"])
+def test_a_fit_goes_on_from_what_orbax_has_written(threads_cluster: fm.Cluster, tmp_path: Path, kind: str) -> None:
+    params = mlp()
+    params, opt_state = loop(params, OPTIMIZER.init(params), range(4))  # an epoch
+    tree = {"params": params, "opt_state": opt_state}
+    path = tmp_path / "orbax"
+    if kind == "manager":
+        with ocp.CheckpointManager(path) as manager:
+            for step in (9, 10):
+                values = jax.tree.map(lambda x, s=step: x + (s - 10), tree)
+                manager.save(step, args=ocp.args.StandardSave(values))
+            manager.wait_until_finished()
+    else:
+        with (ocp.StandardCheckpointer if kind == "standard" else ocp.PyTreeCheckpointer)() as checkpointer:
+            checkpointer.save(path, tree)
+    found = fm.from_orbax(path, jax.eval_shape(lambda: {"params": mlp(), "opt_state": OPTIMIZER.init(mlp())}))
+    assert_same(found, tree)
+    assert type(found["opt_state"]) is type(opt_state)
+    plain = fm.from_orbax(path)
+    assert_same(plain["opt_state"][1][0]["mu"], opt_state[1][0].mu)
+    went_on = fit(threads_cluster, params=found["params"], opt_state=found["opt_state"], steps=4, shuffle=False)
+    again = fit(threads_cluster, params=params, opt_state=opt_state, steps=4, shuffle=False)
+    assert_same((went_on.params, went_on.opt_state), (again.params, again.opt_state))
+
+
+def test_items_by_name_saved_trees_and_keys(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {
+        "w": jnp.arange(4, dtype=jnp.bfloat16),
+        "key": jax.random.key(3),
+        "list": [np.arange(3), {"n": 7}],
+    }
+    fm.save(tree, tmp_path / "saved")
+    path = fm.to_orbax(tmp_path / "saved", tmp_path / "orbax")
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(path)
+    assert found["w"].dtype == jnp.bfloat16 and int(found["list"][1]["n"]) == 7
+    np.testing.assert_array_equal(jax.random.key_data(found["key"]), jax.random.key_data(tree["key"]))
+    with ocp.CheckpointManager(tmp_path / "named") as manager:
+        save, about = ocp.args.StandardSave, ocp.args.JsonSave({"n": 1})
+        manager.save(1, args=ocp.args.Composite(a=save({"x": jnp.ones(2)}), b=save({"y": jnp.zeros(3)}), about=about))
+        manager.wait_until_finished()
+    assert_same(fm.from_orbax(tmp_path / "named"), {"a": {"x": jnp.ones(2)}, "b": {"y": jnp.zeros(3)}})
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(fm.CheckpointError, match="is no checkpoint of Orbax"):
+        fm.from_orbax(tmp_path)
+    with pytest.raises(fm.CheckpointError, match="cannot be read"):
+        fm.to_orbax(tmp_path, tmp_path / "new")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "orbax", {"w": jnp.ones(3)})
+    with pytest.raises(fm.CheckpointError, match=r"cannot be read as like=: .*other"):
+        fm.from_orbax(tmp_path / "orbax", {"other": jnp.ones(3)})
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(fm.UnsupportedError, match=r"pip install 'flowml\[orbax\]'"):
+        fm.from_orbax(tmp_path / "orbax")
