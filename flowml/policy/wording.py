@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import msgspec
@@ -27,10 +28,16 @@ def brief(value: msgspec.Struct, hidden: Sequence[str] = ()) -> str:
     """The call that makes a value, without the arguments that have their default, and without the `hidden` fields."""
     given = [
         f"{field.name}={getattr(value, field.name)!r}"
-        for field in msgspec.structs.fields(value)
+        for field in _fields(type(value))
         if field.name not in hidden and getattr(value, field.name) != field.default
     ]
     return f"{type(value).__name__}({', '.join(given)})"
+
+
+@functools.cache
+def _fields(kind: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    """The fields of a class. msgspec evaluates its annotations for each call."""
+    return msgspec.structs.fields(kind)
 
 
 def example(kind: type) -> str:

@@ -43,7 +43,7 @@ def test_ten_thousand_random_runs_with_faults_keep_every_promise(capsys: pytest.
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_found(bug: str) -> None:
     with planted(bug):
-        found = next((f for f in campaign(range(WITHIN)) if f is not None), None)
+        found = next((f for _, f in campaign(range(WITHIN)) if f is not None), None)
     assert found is not None
     assert found.violations
     assert run(found.case) is None, "without the bug the same case keeps every promise"
@@ -74,7 +74,7 @@ def test_a_seed_repeats_to_the_event() -> None:
 
 def test_a_finding_says_what_broke_and_how_to_see_it_again() -> None:
     with planted("a late contribution is forgotten"):
-        found = next(f for f in campaign(range(WITHIN)) if f is not None)
+        found = next(f for _, f in campaign(range(WITHIN)) if f is not None)
         again = run(Case.of(found.case.seed))
     assert again == found
     first, *rest = found.report(events=5).splitlines()

@@ -18,6 +18,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 from flowml_tools.command import count, positive, seconds
 
@@ -48,23 +49,24 @@ def main(arguments: argparse.Namespace) -> int:
 
     if arguments.seed is not None:
         return _one(arguments.seed, arguments.events)
-    began, done, failed = time.monotonic(), 0, 0
+    began, failed = time.monotonic(), 0
     seeds = range(arguments.first, arguments.first + arguments.seeds)
-    for finding in campaign(seeds, arguments.time or float("inf"), arguments.jobs):
-        done += 1
+    ran: list[int] = []
+    for seed, finding in campaign(seeds, arguments.time or float("inf"), arguments.jobs):
+        ran.append(seed)
         if finding is not None:
             failed += 1
             print(f"{finding.report(arguments.events)}\n", flush=True)
-        if sys.stderr.isatty() and done % 100 == 0:
-            print(f"\r{done} seeds, {failed} failed", end="", file=sys.stderr, flush=True)
+        if sys.stderr.isatty() and len(ran) % 100 == 0:
+            print(f"\r{len(ran)} seeds, {failed} failed", end="", file=sys.stderr, flush=True)
     if arguments.coverage:
-        _cover(seeds[:done])
-    few = f" of {len(seeds)}, which the time did not allow," if done < len(seeds) else ""
-    print(f"{count(done, 'seed')}{few} in {time.monotonic() - began:.0f} s: {failed or 'none'} broke a promise")
+        _cover(ran)
+    few = f" of {len(seeds)}, which the time did not allow," if len(ran) < len(seeds) else ""
+    print(f"{count(len(ran), 'seed')}{few} in {time.monotonic() - began:.0f} s: {failed or 'none'} broke a promise")
     return 1 if failed else 0
 
 
-def _cover(seeds: range) -> None:
+def _cover(seeds: Sequence[int]) -> None:
     from flowml_tools.faults import draws
     from flowml_tools.faults.cases import Case
     from flowml_tools.faults.coverage import Coverage

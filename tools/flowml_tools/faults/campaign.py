@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from flowml_tools.faults.world import World
 
 COMMAND = "flowml faults --seed"
 _CHUNK = 50
-"""The seeds that a process runs at a time."""
+"""The seeds that a process runs at a time, and after which it collects garbage."""
 
 
 @dataclass(frozen=True)
@@ -62,38 +62,48 @@ def run(case: Case, *, always: bool = False) -> Finding | None:
     return Finding(case, tuple(found), world.history.story()) if found or always else None
 
 
-def campaign(seeds: Sequence[int], seconds: float = float("inf"), jobs: int = 1) -> Iterator[Finding | None]:
-    """Run the cases of these seeds, in order, in so many processes, and stop when the time is over."""
-    end = time.monotonic() + seconds
+def campaign(
+    seeds: Sequence[int], seconds: float = float("inf"), jobs: int = 1
+) -> Iterator[tuple[int, Finding | None]]:
+    """Run the cases of these seeds in so many processes, and stop when the time is over. Each seed with what it broke,
+    in order; with several processes the last ones that there was time for may have gaps."""
+    end = time.time() + seconds
     if jobs == 1:
-        for seed in seeds:
-            if time.monotonic() > end:
-                return
-            yield run(Case.of(seed))
+        yield from _run_all(seeds, end)
         return
     chunks = [seeds[i : i + _CHUNK] for i in range(0, len(seeds), _CHUNK)]
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         try:
-            for found in pool.map(_run_all, chunks, [time.time() + seconds] * len(chunks)):
+            for found in pool.map(_run_chunk, chunks, [end] * len(chunks)):
                 yield from found
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _begin() -> None:
-    """In a process of the pool: what is imported stays, and garbage is collected between chunks only (`_run_all`)."""
-    gc.freeze()
-    gc.disable()
+def _run_chunk(seeds: Sequence[int], end: float) -> list[tuple[int, Finding | None]]:
+    return list(_run_all(seeds, end))
 
 
-def _run_all(seeds: Iterable[int], end: float) -> list[Finding | None]:
-    """Run these seeds, unless it is too late, in seconds since the epoch.
+def _run_all(seeds: Sequence[int], end: float) -> Iterator[tuple[int, Finding | None]]:
+    """Run these seeds until `end`, in seconds since the epoch.
 
-    Garbage is collected once, at the end. Collections in a run go through all that lives in it and free little.
+    Garbage is collected between runs only, and what was there before is left alone. Collections in a run go through all
+    that lives in it and free little.
     """
-    found = [run(Case.of(seed)) for seed in seeds if time.time() < end]
-    gc.collect()
-    return found
+    collects = gc.isenabled()
+    gc.disable()
+    gc.freeze()
+    try:
+        for number, seed in enumerate(seeds, 1):
+            if time.time() >= end:
+                return
+            yield seed, run(Case.of(seed))
+            if number % _CHUNK == 0:
+                gc.collect()
+    finally:
+        gc.unfreeze()
+        if collects:
+            gc.enable()
 
 
 def check_rest(world: World) -> None:

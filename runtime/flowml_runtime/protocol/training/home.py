@@ -141,9 +141,14 @@ class Home:
 
     def handles(self) -> list[Handle]:
         """The payloads that are kept and may still be applied."""
-        rows = [row for store in self._stores.values() for row in (*store.gathering.values(), store.batch)]
-        found = [handle for row in rows for gathering in row.values() for handle in gathering.handles()]
-        return [*found, *(handle for e in self._exchanges for handle in e.handles())]
+        found: list[Handle] = []
+        for store in self._stores.values():
+            for row in (*store.gathering.values(), store.batch):
+                for gathering in row.values():
+                    found += gathering.handles()
+        for each in self._exchanges:
+            found += each.handles()
+        return found
 
     def step(self, event: Event) -> list[Action]:
         match event:

@@ -468,15 +468,22 @@ class Replica:
 
     def validate(self) -> None:
         """Check that steps are in order, that at most one runs, and that it is the newest that started."""
-        clocks = [s.clock for s in self._steps]
-        ensure(clocks == sorted(set(clocks)), "clocks are out of order")
-        ensure(not clocks or clocks[-1] <= self._begun, "a clock is kept that has not begun")
-        active = [s for s in self._steps if s.state in RUNNING]
-        ensure(active == ([self._running] if self._running else []), "other steps run than the one that should")
-        started = [s.state not in WAITING for s in self._steps if s.state != "skipped"]
-        ensure(started == sorted(started, reverse=True), "a step started before an earlier one")
+        last, active, waits = -1, None, False
+        for step in self._steps:
+            ensure(step.clock > last, "clocks are out of order")
+            last = step.clock
+            if step.state in RUNNING:
+                ensure(active is None and step is self._running, "other steps run than the one that should")
+                active = step
+            if step.state in WAITING:
+                waits = True
+            elif step.state != "skipped":
+                ensure(not waits, "a step started before an earlier one")
+        ensure(active is self._running, "other steps run than the one that should")
+        ensure(last <= self._begun, "a clock is kept that has not begun")
         early = self._included and any(c <= self._begun for _, c in self._included)
         ensure(not early, "the commit of a clock that has begun is kept")
-        ensure(not (self._retired and (self._running or self._accounts.clocks)), "a stage retired with work left")
+        unsettled = self._accounts.clocks
+        ensure(not (self._retired and (self._running or unsettled)), "a stage retired with work left")
         self._work.validate()
-        ensure(max(self._accounts.clocks, default=-1) <= self._begun, "an item is unsettled that was not begun")
+        ensure(not unsettled or max(unsettled) <= self._begun, "an item is unsettled that was not begun")

@@ -180,9 +180,9 @@ class Store:
     def _validate_gathering(self, gathering: Gathering, where: str) -> None:
         parts = gathering.parts.values()
         ensure(parts, f"{where}: a contribution of no parts is kept")
-        ensure(len({p.weight for p in parts} - {0}) <= 1, f"{where}: parts have unequal weights")
-        lives = {p.incarnation for p in parts}
-        ensure(lives == {gathering.incarnation}, f"{where}: parts are of two lives")
+        weights = {p.weight for p in parts if p.weight}
+        ensure(len(weights) <= 1, f"{where}: parts have unequal weights")
+        ensure(all(p.incarnation == gathering.incarnation for p in parts), f"{where}: parts are of two lives")
         complete = self.is_complete(gathering)
         ensure(self.terms.decided or not complete, f"{where}: a complete contribution was not applied on arrival")
 
