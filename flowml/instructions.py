@@ -65,7 +65,8 @@ class Fetch(msgspec.Struct, frozen=True, tag="fetch"):
 class Keep(msgspec.Struct, frozen=True, tag="keep"):
     """Keep buffers on the device after the step, as the kept outputs `slots`.
 
-    The last one of a program reports to the driver, as fetch slot `done`, that the device has all of its outputs.
+    The last one of a program reports to the driver, as fetch slot `done`, that the device has all of its outputs. It
+    does not if results of the same task are fetched next.
     """
 
     slots: tuple[Index, ...]

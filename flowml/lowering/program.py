@@ -95,16 +95,21 @@ def emit(
 
 
 def _with_reports(programs: Sequence[Program], slots: int) -> tuple[Program, ...]:
-    """The programs, in which the last `Keep` of each reports. The fetch slots from `slots` on are free."""
+    """The programs, in which the last `Keep` of each reports, unless the task's own fetch follows it, which the driver
+    waits for anyway. The fetch slots from `slots` on are free."""
     found: list[Program] = []
     for program in programs:
         code = list(program.instructions)
         last = max((n for n, i in enumerate(code) if isinstance(i, Keep)), default=None)
-        if last is not None:
+        if last is not None and not _fetches_next(code[last + 1 :]):
             code[last] = msgspec.structs.replace(code[last], done=slots)
             slots += 1
         found.append(msgspec.structs.replace(program, instructions=tuple(code)))
     return tuple(found)
+
+
+def _fetches_next(code: Sequence[Instruction]) -> bool:
+    return isinstance(next((i for i in code if not isinstance(i, Free)), None), Fetch)
 
 
 @dataclass
@@ -152,14 +157,14 @@ class _Emitter:
         for index in self.routing.sent_by.get(group.index, ()):
             sent = tuple(self.buffers[v, microbatch] for v in self.routing.values[index])
             self.code.append(Send(index, sent, microbatch))
-        fetched = [v for v in group.outputs if v in self.bindings.fetches]
-        if fetched:
-            slots = tuple(self.bindings.fetches[v] for v in fetched)
-            self.code.append(Fetch(slots, tuple(self.buffers[v, microbatch] for v in fetched), microbatch))
         kept = [v for v in group.outputs if v in self.bindings.keeps]
         if kept:
             slots = tuple(self.bindings.keeps[v] for v in kept)
             self.code.append(Keep(slots, tuple(self.buffers[v, microbatch] for v in kept)))
+        fetched = [v for v in group.outputs if v in self.bindings.fetches]
+        if fetched:
+            slots = tuple(self.bindings.fetches[v] for v in fetched)
+            self.code.append(Fetch(slots, tuple(self.buffers[v, microbatch] for v in fetched), microbatch))
         self._contribute(group, microbatch)
 
     def _find(self, value: int, microbatch: int) -> int:

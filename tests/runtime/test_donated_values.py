@@ -13,6 +13,7 @@ import pytest
 import flowml as fm
 from flowml.errors import ClusterError
 from flowml_runtime.driver.remote import Remote
+from flowml_runtime.driver.steps import Steps
 from tests.conftest import wait_until
 
 SIDE = 64
@@ -88,3 +89,37 @@ def test_an_argument_of_another_shape_is_refused_by_its_name(cluster: fm.Cluster
     for given in (np.zeros(2, np.float32), fm.put(np.zeros(2, np.float32), cluster)):
         with pytest.raises(TypeError, match=r"argument .* has shape \(2,\), not \(3,\)"):
             cluster.session.submit(handle, [given])
+
+
+def test_a_call_that_fetches_is_reported_by_one_message(cluster: fm.Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = fm.dataflow(grown, cluster=cluster, keep=0)
+    silent = fm.dataflow(lambda x: (x, x * 2), cluster=cluster, keep=(0, 1))
+    collect, told = Steps.collect, list[tuple[int, ...]]()
+
+    def collecting(steps: Steps, step: int, slots: Any, arrays: Any) -> None:
+        told.append(tuple(slots))
+        collect(steps, step, slots, arrays)
+
+    monkeypatch.setattr(Steps, "collect", collecting)
+    x = np.float32(2)
+    state, shown = program({"a": x}, x)
+    assert (float(state["a"]), float(shown), told) == (6.0, 3.0, [(0,)])
+    assert float(silent(x)[1]) == 4.0
+    assert told == [(0,), (0,)]
+
+
+def test_calls_leave_nothing_behind_where_they_keep_nothing() -> None:
+    def apart(x: Any) -> Any:
+        with fm.layer("a"):
+            y = x + 1
+        with fm.layer("b"):
+            return y * 2, y
+
+    with fm.Cluster.threads(workers=2) as cluster:
+        program = fm.dataflow(apart, cluster=cluster, placement={"a": "worker:0", "b": "worker:1"}, keep=0)
+        for number in range(3):
+            kept, shown = program(np.float32(number))
+            assert (float(kept), float(shown)) == ((number + 1) * 2, number + 1)
+        session: Any = cluster.session
+        making = [worker._keeping.kept._making for worker in session._local.values()]
+        wait_until(lambda: not any(making), "no step is to make a value")

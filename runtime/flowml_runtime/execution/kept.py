@@ -48,7 +48,7 @@ class Kept:
         self._lock = threading.Lock()
         self._cells: dict[str, dict[int, Cell]] = {}
         self._making: dict[Scope, dict[int, Cell]] = {}
-        """The outputs of the steps that were fed and have not ended, by slot."""
+        """The outputs that steps were fed for and have not made, by slot."""
 
     def put(self, driver: str, names: Sequence[int], values: Sequence[Array]) -> None:
         """Keep values that the driver sent."""
@@ -59,8 +59,11 @@ class Kept:
 
     def open(self, driver: str, scope: Scope, first: int, slots: Iterable[int]) -> None:
         """A step was fed: its outputs `slots` will be named `first` + slot."""
+        making = {slot: Cell() for slot in slots}
+        if not making:
+            return
         with self._lock:
-            making = self._making[scope] = {slot: Cell() for slot in slots}
+            self._making[scope] = making
             self._cells.setdefault(driver, {}).update(zip([first + s for s in making], making.values(), strict=True))
 
     def find(self, driver: str, names: Iterable[int]) -> list[Cell]:
@@ -78,11 +81,13 @@ class Kept:
         with self._lock:
             making = self._making.get(scope, {})
             for slot, value in zip(slots, values, strict=True):
-                cell = making.get(slot)
+                cell = making.pop(slot, None)
                 if cell is not None:
                     cell.value = value
                     if cell.waiting:
                         woken += _settled(cell)
+            if not making:
+                self._making.pop(scope, None)
         _wake(woken)
 
     def end(self, scope: Scope, error: str = "") -> None:
@@ -90,9 +95,8 @@ class Kept:
         woken: list[Claim] = []
         with self._lock:
             for cell in self._making.pop(scope, {}).values():
-                if cell.value is None:
-                    cell.error = error or "the step that makes it ended early"
-                    woken += _settled(cell)
+                cell.error = error or "the step that makes it ended early"
+                woken += _settled(cell)
         _wake(woken)
 
     def abandon(self, plan_id: str) -> None:

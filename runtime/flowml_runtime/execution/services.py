@@ -344,7 +344,6 @@ class DataflowServices(EdgeServices):
     def keep(self, step: int, slots: Sequence[int], done: int | None, arrays: Sequence[Array]) -> None:
         self._kept.fill((self.plan_id, step, self.device), slots, arrays)
         if done is not None:
-            self._kept.end((self.plan_id, step, self.device))
             ready(arrays)
             self._send_fetched(step, (done,), 0, (ArraySpec((0,), "uint8"),), (_NOTHING,))
 
