@@ -35,7 +35,7 @@ def rows(repeats: int | None) -> list[Row]:
                 for way, placement in (("auto", "auto"), ("two stages", fm.Pipeline(stages=2))):
                     ours, peer = _pair(fn, arguments, cluster, placement, ours_first=bool(number % 2))
                     ratios[way].setdefault(name, []).append(ours / peer)
-            for values, taken in zip(steps, _first_steps(cluster), strict=True):
+            for values, taken in zip(steps, _first_steps(cluster, ours_first=bool(number % 2)), strict=True):
                 values.append(taken)
     found = [
         Row(
@@ -57,21 +57,14 @@ def _pair(fn: Any, arguments: Any, cluster: Any, placement: Any, *, ours_first: 
 
     import flowml as fm
 
-    ways: list[Callable[[], Any]] = [
-        lambda: fm.dataflow(fn, cluster=cluster, placement=placement),
-        lambda: jax.jit(fn),
-    ]
-    taken = [0.0, 0.0]
-    for which in (0, 1) if ours_first else (1, 0):
-        jax.clear_caches()
-        made = ways[which]()
-        began = time.perf_counter()
-        jax.block_until_ready(made(*arguments))
-        taken[which] = time.perf_counter() - began
-    return taken[0], taken[1]
+    return _in_turn(
+        lambda: fm.dataflow(fn, cluster=cluster, placement=placement)(*arguments),
+        lambda: jax.jit(fn)(*arguments),
+        ours_first=ours_first,
+    )
 
 
-def _first_steps(cluster: Any) -> tuple[float, float]:
+def _first_steps(cluster: Any, *, ours_first: bool) -> tuple[float, float]:
     """The seconds until a fit of two replicas has made its first step, and those of a jitted step."""
     import jax
     import numpy as np
@@ -81,16 +74,26 @@ def _first_steps(cluster: Any) -> tuple[float, float]:
 
     state, x = begin(layers=4, width=64)
     source = np.concatenate([x, x])
-    jax.clear_caches()
-    began = time.perf_counter()
-    jax.block_until_ready(jax.jit(step)(state, source))
-    peer = time.perf_counter() - began
-    jax.clear_caches()
-    began = time.perf_counter()
-    fm.Trainer(loss, optimizer(), cluster=cluster, replicas=2).fit(
-        state[0], source, batch_size=len(source), steps=1, progress=False
-    )
-    return time.perf_counter() - began, peer
+
+    def fit() -> None:
+        trainer = fm.Trainer(loss, optimizer(), cluster=cluster, replicas=2)
+        trainer.fit(state[0], source, batch_size=len(source), steps=1, progress=False)
+
+    return _in_turn(fit, lambda: jax.jit(step)(state, source), ours_first=ours_first)
+
+
+def _in_turn(ours: Callable[[], Any], peer: Callable[[], Any], *, ours_first: bool) -> tuple[float, float]:
+    """The seconds of both, each with JAX's caches empty."""
+    import jax
+
+    taken = [0.0, 0.0]
+    ways = (ours, peer)
+    for which in (0, 1) if ours_first else (1, 0):
+        jax.clear_caches()
+        began = time.perf_counter()
+        jax.block_until_ready(ways[which]())
+        taken[which] = time.perf_counter() - began
+    return taken[0], taken[1]
 
 
 def functions() -> list[Function]:
