@@ -186,6 +186,60 @@ def test_equinox_modules_run_on_the_cluster(cluster: fm.Cluster, donate: Any) ->
     assert line.startswith(f"update: {TRIAL} with jit, {TRIAL + 3} on the cluster (1 ms a call on the cluster")
 
 
+STATEFUL = """
+import copy, pickle
+import jax, jax.numpy as jnp, numpy as np, optax
+from flax import serialization
+import flowml as fm
+
+optimizer = optax.adam(1e-2)
+
+@jax.jit
+def train(state, x):
+    params, moments = state
+    def loss(params):
+        with fm.device("worker:0"):
+            hidden = jnp.tanh(x @ params["a"])
+        with fm.device("worker:1"):
+            return jnp.mean((hidden @ params["b"]) ** 2)
+    value, gradients = jax.value_and_grad(loss)(params)
+    updates, moments = optimizer.update(gradients, moments, params)
+    return (optax.apply_updates(params, updates), moments), value
+
+params = {n: jax.random.normal(jax.random.key(i), (160, 160)) for i, n in enumerate("ab")}
+state, x = (params, optimizer.init(params)), np.ones((8, 160), np.float32)
+for i in range(STEPS):
+    state, value = train(state, x)
+    if i == STEPS - 3:
+        best = copy.deepcopy(state)
+w = state[0]["a"]
+show(value, isinstance(w, jax.Array), w.shape, w.dtype, w.sharding, w.T.shape, w[0, :2].sum(), (w > 0).sum(), len(w))
+show(w.at[0].set(0.0).mean(), jnp.linalg.norm(w), *(r.sum() for r in w[:2]), w.block_until_ready().ndim)
+show(f"{w.std():.3f}")
+show(optax.tree.norm(best[0]), optax.tree.norm(pickle.loads(pickle.dumps(state[0]))))
+show(jnp.abs(serialization.from_bytes(params, serialization.to_bytes(state[0]))["b"]).sum())
+show(train(jax.tree.map(lambda a: a * 0.5, best), x)[1])
+"""
+
+
+def test_a_script_copies_saves_and_shows_its_state_as_under_jit(cluster: fm.Cluster) -> None:
+    def shown() -> list[Any]:
+        found: list[Any] = []
+        code = compile(STATEFUL, str(HERE / "script.py"), "exec")
+        exec(code, {"show": lambda *values: found.extend(values), "STEPS": 2 * TRIAL + 3})
+        return found
+
+    plain, clock = shown(), Clock(2e-3, 1e-3)
+    with auto_jit(cluster, HERE, now_s=clock) as clock.record:
+        on_cluster = shown()
+    for got, want in zip(on_cluster, plain, strict=True):
+        if isinstance(want, jax.Array):
+            np.testing.assert_allclose(got, want, rtol=1e-5)
+        else:
+            assert got == want
+    assert f"{TRIAL + 3} on the cluster" in clock.record.lines()[0]
+
+
 def test_typed_keys_are_arguments_as_under_jit(cluster: fm.Cluster) -> None:
     def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         key, sub = jax.random.split(key)
