@@ -72,6 +72,8 @@ if TYPE_CHECKING:
     from flowml.policy import Weights as Weights
     from flowml.policy import filters as filters
     from flowml.policy import named as policies  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    from flowml.splits import Shards as Shards
+    from flowml.splits import WithReplacement as WithReplacement
     from flowml_runtime import methods as methods
     from flowml_runtime.advise import advise as advise
     from flowml_runtime.cluster import Cluster as Cluster
@@ -147,6 +149,8 @@ _HOMES = {
     "Tree": "flowml.policy",
     "Vote": "flowml.policy",
     "Weights": "flowml.policy",
+    "Shards": "flowml.splits",
+    "WithReplacement": "flowml.splits",
     "device": "flowml.ir.scopes",
     "layer": "flowml.ir.scopes",
     "methods": "flowml_runtime.methods",

@@ -1,7 +1,8 @@
 """Reads training data by random access: the number of examples, and the examples at given indices.
 
 A source is a pytree of arrays with equal first dimensions, or any object with `len(source)` and
-`source[indices]`. The order of an epoch depends only on the seed and the epoch, so every worker can compute it.
+`source[indices]`. The order of an epoch depends only on the seed, the epoch and the split (`flowml.splits`), so every
+worker can compute it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import numpy as np
 
 from flowml.leaves import check_array
 from flowml.rows import swapped
+from flowml.splits import Shards, Shuffle, WithReplacement
 
 
-def epoch_order(examples: int, seed: int, epoch: int, *, shuffle: bool = True) -> np.ndarray:
+def epoch_order(examples: int, seed: int, epoch: int, *, shuffle: Shuffle = True) -> np.ndarray:
     """The order in which epoch `epoch` visits the examples: int64 indices of shape (examples,)."""
+    if isinstance(shuffle, Shards | WithReplacement):
+        return shuffle.order(examples, seed, epoch)
     if not shuffle:
         return np.arange(examples)
     return np.random.default_rng([seed, epoch]).permutation(examples)

@@ -30,6 +30,7 @@ from flowml.placement import Placement
 from flowml.plan import Plan
 from flowml.policy import Policy
 from flowml.policy.published import PolicyRule
+from flowml.splits import Shuffle, dealt
 from flowml.training.compiler import TrainingSpec, compile_training
 from flowml.training.state import Rule
 from flowml.training.step import Weight, by_examples, name_of
@@ -45,7 +46,7 @@ from flowml_runtime.driver.training.delays import Delays, delays_of, rows_of, wo
 from flowml_runtime.driver.training.feeding import MAX_SHAPES, batch_structs
 from flowml_runtime.driver.training.fingerprint import fingerprint
 from flowml_runtime.driver.training.fit import Fit
-from flowml_runtime.driver.training.fit_arguments import Asked, Callback, Last, check_rest, compiling, rest_of
+from flowml_runtime.driver.training.fit_arguments import Asked, Callback, Last, check_items, compiling, rest_of
 from flowml_runtime.driver.training.initial import OptimizerState, first_state, own_array
 from flowml_runtime.driver.training.lasting import Losses, OnLoss, Runs, prepare
 from flowml_runtime.driver.training.model import Model
@@ -190,7 +191,7 @@ class Trainer:
         epochs: int | None = None,
         steps: int | None = None,
         seed: int = 0,
-        shuffle: bool = True,
+        shuffle: Shuffle = True,
         last: Last = "drop",
         opt_state: Any = None,
         state: Any = None,
@@ -217,7 +218,7 @@ class Trainer:
                 that batch.
             epochs, steps: how long to train; give one of them.
             seed: seeds the order of each epoch (`flowml.data.epoch_order`) and the keys.
-            shuffle: False visits the examples in order.
+            shuffle: False visits the examples in order; `fm.Shards` and `fm.WithReplacement` are other ways.
             opt_state: continue from this instead of `optimizer.init(params)`. Epochs count from 0, in their same order.
             state: the first state of the model, for a loss with `has_state`.
             callbacks: called with each step's record, in the caller's thread. The workers run at most two steps ahead
@@ -243,7 +244,7 @@ class Trainer:
         """
         check_values(params, "parameter")
         self._check_state(state)
-        size = batch_size, epochs, steps, seed, shuffle, last
+        size = batch_size, epochs, steps, seed, dealt(shuffle, self._spec.replicas, batch_size), last
         validated = validation, validate_every
         asked = Asked.of(source, size, callbacks, progress, validated, (checkpoint, resume), (on_loss, min_replicas))
         cluster = self._here()
@@ -264,7 +265,7 @@ class Trainer:
         shapes, model = structs_of(params, state), Model.of(state, self._state_rules, self._spec.replicas)
         spec = replace(self._spec, weight=by_examples) if asked.rest and self._spec.weight is None else self._spec
         program = self._program(cluster, spec, shapes, self._first_batch(data, order, batch_size))
-        check_rest(program.training, asked.rest, simulated=isinstance(cluster, SimulatedCluster))
+        check_items(program.training, asked.rest, asked.shuffle, simulated=isinstance(cluster, SimulatedCluster))
         workers = _kind_of(cluster)
         about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest, workers)
         saving = self._saving(cluster, program, params, opt_state, model, asked, about)

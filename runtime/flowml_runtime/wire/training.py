@@ -8,6 +8,7 @@ import msgspec
 
 from flowml.numbers import MOST
 from flowml.policy.waits import Waits
+from flowml.splits import Shuffle
 from flowml_runtime.wire.base import Count, Name, PlanMessage
 
 # Training. A clock is a step of one replica; a store homes the parameters of one layer group.
@@ -128,7 +129,7 @@ class StartTraining(TrainingMessage, frozen=True):
 
     total_clocks: Count
     seed: Count
-    shuffle: bool
+    shuffle: Shuffle
     examples: Count
     source: Literal["shipped", "fed"]
     delays: tuple[tuple[Name, tuple[float, ...]], ...] = ()

@@ -14,6 +14,7 @@ from flowml.errors import UnsupportedError
 from flowml.numbers import whole_number
 from flowml.plan import Training
 from flowml.rows import seems_swapped
+from flowml.splits import Shards, Shuffle, WithReplacement
 from flowml.training.pieces import short_items
 from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.training.history import Record
@@ -35,7 +36,7 @@ class Asked:
     total: int
     rest: int
     seed: int
-    shuffle: bool
+    shuffle: Shuffle
     progress: bool | None
     callbacks: Sequence[Callback]
     validation: Any
@@ -48,7 +49,7 @@ class Asked:
     @staticmethod
     def of(
         source: Any,
-        size: tuple[int, int | None, int | None, int, bool, Last],
+        size: tuple[int, int | None, int | None, int, Shuffle, Last],
         callbacks: Any,
         progress: bool | None,
         validation: tuple[Any, int | None],
@@ -61,7 +62,8 @@ class Asked:
         data, callbacks = as_source(source), _checked(callbacks)
         batch_size, epochs, steps, seed, shuffle, last = size
         batch_size, seed = whole_number("batch_size", batch_size, least=1), whole_number("seed", seed)
-        shuffle, progress = flag("shuffle", shuffle), None if progress is None else flag("progress", progress)
+        shuffle = shuffle if isinstance(shuffle, Shards | WithReplacement) else flag("shuffle", shuffle)
+        progress = None if progress is None else flag("progress", progress)
         rest = rest_of(data, batch_size, last)
         total = _total_steps(data, batch_size, epochs, steps, rest)
         given, every = validation
@@ -82,8 +84,11 @@ def rest_of(source: Source, batch_size: int, last: Last) -> int:
     return source.examples % batch_size if choice("last", last, get_args(Last)) == "use" else 0
 
 
-def check_rest(training: Training, rest: int, *, simulated: bool) -> None:
-    """Raise ValueError or UnsupportedError if a fit of this plan cannot use a short batch of `rest` examples."""
+def check_items(training: Training, rest: int, shuffle: Shuffle, *, simulated: bool) -> None:
+    """Raise ValueError or UnsupportedError if a fit of this plan cannot use a short batch of `rest` examples, or cannot
+    give its replicas examples of their own."""
+    if isinstance(shuffle, Shards):
+        _check_shards(training)
     if not rest:
         return
     if training.code is not None or training.speculation is not None:
@@ -92,6 +97,22 @@ def check_rest(training: Training, rest: int, *, simulated: bool) -> None:
     if simulated:
         raise UnsupportedError("last='use': simulated workers run batches of one size; give last='drop'")
     short_items(rest, training.items, training.microbatches)
+
+
+def _check_shards(training: Training) -> None:
+    """Raise UnsupportedError if a replica does not get its own work item of each step."""
+    if training.code is not None or training.speculation is not None:
+        what = "with a code replicas compute each other's examples"
+        raise UnsupportedError(
+            f"shuffle=Shards(): {what if training.code else 'replicas take portions in turn'}, so none has examples of "
+            "its own; give shuffle=True, or a policy without it"
+        )
+    if not any(store.policy.aligns for store in training.stores):
+        raise UnsupportedError(
+            "shuffle=Shards(): under these policies replicas have no common clock, and a free one takes the next work "
+            "item, so none has examples of its own; give shuffle=True or fm.WithReplacement(), or a policy with a "
+            "common clock, such as fm.policies.local_sgd(8)"
+        )
 
 
 def _total_steps(source: Source, batch_size: int, epochs: int | None, steps: int | None, rest: int) -> int:

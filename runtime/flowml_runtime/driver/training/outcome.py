@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 
 from flowml.ir.keys import key_implementation
+from flowml.splits import Shuffle
 from flowml_runtime.driver.training.delays import Rows
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.stragglers import Stragglers
@@ -26,7 +27,7 @@ class FitOptions:
     total: int
     batch_size: int
     seed: int
-    shuffle: bool
+    shuffle: Shuffle
     delays: Rows
     check_replicas: int
     on_nonfinite: OnNonFinite

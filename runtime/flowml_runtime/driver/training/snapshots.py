@@ -22,6 +22,7 @@ from flowml.data import Source
 from flowml.devices import worker_of
 from flowml.errors import CheckpointError, named
 from flowml.plan import ArraySpec, StoreSpec, Training
+from flowml.splits import Shuffle
 from flowml_runtime import wire
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import as_buffer, from_buffer
@@ -62,7 +63,7 @@ class Figures(msgspec.Struct, frozen=True):
     batch_size: int
     examples: int
     seed: int
-    shuffle: bool
+    shuffle: Shuffle
     rest: int = 0
     """The examples of a short batch at the end of each epoch, if it is used."""
     update: str = ""
@@ -284,7 +285,7 @@ def key_of(key: Any) -> Key:
 
 
 def figures(
-    training: Training, source: Source, batch_size: int, seed: int, shuffle: bool, rest: int, workers: str
+    training: Training, source: Source, batch_size: int, seed: int, shuffle: Shuffle, rest: int, workers: str
 ) -> Figures:
     """Those of a fit."""
     replicas = len(training.replicas)

@@ -11,6 +11,7 @@ import numpy as np
 
 from flowml.data import epoch_order
 from flowml.plan import Plan
+from flowml.splits import Shuffle
 from flowml.training.pieces import Piece
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array, aligned_copy
@@ -46,7 +47,7 @@ def beside_batch(plan: Plan, slots: Sequence[int], seed: int, piece: Piece) -> d
 
 
 @lru_cache(maxsize=4)
-def _order(examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray[Any, Any]:
+def _order(examples: int, seed: int, epoch: int, shuffle: Shuffle) -> np.ndarray[Any, Any]:
     return epoch_order(examples, seed, epoch, shuffle=shuffle)
 
 
