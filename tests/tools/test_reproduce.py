@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from flowml_tools.main import main
+from flowml_tools.plots import Line, Plot, draw
 from flowml_tools.reproduce import CLAIMS
 from flowml_tools.reproduce.claims import Finding, Outcome, at_least, at_most, between, near, out_of_reach
 from flowml_tools.reproduce.page import Run, markdown, text
-from flowml_tools.reproduce.plots import Line, Plot, draw
 
 EXPECTED = dict.fromkeys(CLAIMS, "reproduced") | dict.fromkeys(
     ("coded_reduce", "decoupled", "gaia", "sparse_loco"), "partly"

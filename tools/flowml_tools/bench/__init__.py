@@ -24,6 +24,7 @@ from flowml_tools.bench import (
     machines,
     memory,
     pipeline,
+    policies,
     simulator,
     stragglers,
     training,
@@ -33,6 +34,7 @@ from flowml_tools.bench.rows import BenchError, Row
 from flowml_tools.bench.table import render
 from flowml_tools.bench.timing import hush
 from flowml_tools.command import CommandError, positive
+from flowml_tools.plots import draw
 
 SUMMARY = "side-by-side measurements, peers included where installed"
 BENCHMARKS = {
@@ -50,6 +52,7 @@ BENCHMARKS = {
         fidelity,
         loops,
         filters,
+        policies,
     )
 }
 DESCRIPTION = (
@@ -64,6 +67,7 @@ PACKAGES = ("jax", "jaxlib", "numpy", "grpcio", "msgspec")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", metavar="NAMES", nargs="*", help=f"{', '.join(BENCHMARKS)} (default: all)")
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="also write the rows, with every measurement")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="also write the plot of `policies` there, as SVG")
     parser.add_argument("--repeats", type=positive, metavar="N", help="measurements a row (default: as each needs)")
     parser.add_argument("--jobs", type=positive, metavar="N", help="processes of `simulator` (default: one a core)")
     parser.add_argument("--make-peers", action="store_true", help="install Ray and TensorFlow for later runs, and end")
@@ -79,6 +83,9 @@ def main(arguments: argparse.Namespace) -> int:
     output: Path | None = arguments.json
     if output and not output.parent.is_dir():
         raise CommandError(f"the folder of {str(output)!r} does not exist")
+    folder: Path | None = arguments.plots
+    if folder and not folder.is_dir():
+        raise CommandError(f"--plots {str(folder)!r} is not a folder")
     results: dict[str, Sequence[Row]] = {}
     for name in names:
         try:
@@ -92,6 +99,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(shown(name, results[name]), flush=True)
         if output:
             output.write_text(report(results))
+        if folder and hasattr(BENCHMARKS[name], "plot"):
+            (folder / f"{name}.svg").write_text(draw(BENCHMARKS[name].plot(results[name])))
     return 0
 
 

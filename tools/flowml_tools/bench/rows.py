@@ -90,8 +90,8 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Our median divided by the peer's."""
-        return self.ours.median / self.peer.sample.median if self.peer.sample else None
+        """Our median divided by the peer's. None if that was not measured, or is 0."""
+        return self.ours.median / self.peer.sample.median if self.peer.sample and self.peer.sample.median else None
 
     @property
     def difference(self) -> float | None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most, near
 from flowml_tools.reproduce.clocks import simulate
-from flowml_tools.reproduce.plots import Line, Plot
 
 REPLICAS = 30
 SHARES = (0.5, 0.6, 0.75, 0.9, 1.0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most
-from flowml_tools.reproduce.plots import Line, Plot
 
 if TYPE_CHECKING:
     import flowml as fm

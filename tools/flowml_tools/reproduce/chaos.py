@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_most
 from flowml_tools.reproduce.learning import final_loss, loss, problem, train
-from flowml_tools.reproduce.plots import Line, Plot
 
 if TYPE_CHECKING:
     from flowml_runtime.driver.training.result import TrainingResult

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from flowml_tools.reproduce.plots import Plot
+from flowml_tools.plots import Plot
 
 Verdict = Literal["reproduced", "partly", "claimed, not reproduced"]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most, holds, near, out_of_reach
 from flowml_tools.reproduce.clocks import simulate, step_s
-from flowml_tools.reproduce.plots import Line, Plot
 
 if TYPE_CHECKING:
     import numpy as np

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import combinations
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most, holds
 from flowml_tools.reproduce.clocks import simulate, step_s
-from flowml_tools.reproduce.plots import Line, Plot
 
 DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most, between
 from flowml_tools.reproduce.clocks import added_step_s
 from flowml_tools.reproduce.learning import final_loss, loss, problem, train
-from flowml_tools.reproduce.plots import Line, Plot
 
 if TYPE_CHECKING:
     import flowml as fm

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_most, near
 from flowml_tools.reproduce.clocks import simulate
 from flowml_tools.reproduce.learning import final_loss, loss, problem, train
-from flowml_tools.reproduce.plots import Line, Plot
 
 if TYPE_CHECKING:
     import flowml as fm

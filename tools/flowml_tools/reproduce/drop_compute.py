@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most, holds
 from flowml_tools.reproduce.clocks import simulate, step_s
-from flowml_tools.reproduce.plots import Line, Plot
 
 MICROBATCHES, LIMIT_S = 12, 1.6
 

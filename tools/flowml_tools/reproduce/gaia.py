@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most
 from flowml_tools.reproduce.clocks import step_s
 from flowml_tools.reproduce.learning import final_loss, loss, problem, train
-from flowml_tools.reproduce.plots import Line, Plot
 
 if TYPE_CHECKING:
     import flowml as fm

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_most, near
 from flowml_tools.reproduce.learning import final_loss, loss, problem, pushed, train
-from flowml_tools.reproduce.plots import Line, Plot
 
 REPLICAS = 4
 

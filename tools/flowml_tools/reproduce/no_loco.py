@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most
 from flowml_tools.reproduce.clocks import added_step_s
 from flowml_tools.reproduce.learning import final_loss, loss, problem, train
-from flowml_tools.reproduce.plots import Line, Plot
 
 COMPUTE_S, NBYTES = 1e-3, 4_000_000
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowml_tools.plots import draw
 from flowml_tools.reproduce.claims import Claim, Finding, Outcome
-from flowml_tools.reproduce.plots import draw
 
 INTRODUCTION = """\
 # The claims of the papers, beside ours

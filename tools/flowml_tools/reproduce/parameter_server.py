@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most, holds
 from flowml_tools.reproduce.clocks import simulate, step_s
 from flowml_tools.reproduce.learning import pushed, train
-from flowml_tools.reproduce.plots import Line, Plot
 
 FEATURES, L1 = 2000, 0.01
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Finding, Outcome, at_least, at_most, near
 from flowml_tools.reproduce.clocks import simulate
 from flowml_tools.reproduce.learning import final_loss, train
-from flowml_tools.reproduce.plots import Line, Plot
 
 LEARNERS = 30
 

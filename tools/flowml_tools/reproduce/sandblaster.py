@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most
 from flowml_tools.reproduce.clocks import simulate, step_s
-from flowml_tools.reproduce.plots import Line, Plot
 
 WORKERS, SLOWER = 8, 5
 

@@ -6,9 +6,9 @@ always slow, because the others reach the bound and then go at its pace.
 
 from __future__ import annotations
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most
 from flowml_tools.reproduce.clocks import simulate, step_s
-from flowml_tools.reproduce.plots import Line, Plot
 
 REPLICAS = 16
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, at_most, holds
-from flowml_tools.reproduce.plots import Line, Plot
 
 
 def run(full: bool, seed: int) -> Outcome:

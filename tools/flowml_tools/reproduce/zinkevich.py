@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from flowml_tools.plots import Line, Plot
 from flowml_tools.reproduce.claims import Claim, Outcome, at_least, near
-from flowml_tools.reproduce.plots import Line, Plot
 
 STEPS = 60
 

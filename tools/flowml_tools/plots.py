@@ -1,4 +1,7 @@
-"""Draws the figure of a claim as SVG: lines over one axis, with ticks and a legend. It needs no other program."""
+"""Draws the figure of a claim or a benchmark as SVG: lines in one pair of axes, with ticks and a legend.
+
+It needs no other program.
+"""
 
 from __future__ import annotations
 
