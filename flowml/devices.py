@@ -72,6 +72,11 @@ def _full(name: str) -> str:
     return name if "/" in name else f"{name}/cpu:0"
 
 
+def platforms_of(devices: Iterable[Device]) -> tuple[str, ...]:
+    """The platforms to lower for, by the names with which JAX lowers."""
+    return tuple(dict.fromkeys("cuda" if d.platform == "gpu" else d.platform for d in devices))
+
+
 def find_device(name: str, devices: Sequence[Device], asked_by: str) -> Device:
     """The device called `name`; a worker's name alone means its first device. Raises PlacementError if unknown."""
     for device in devices:

@@ -20,6 +20,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
+from flowml.devices import platforms_of
 from flowml.effects import EffectsChoice, EffectsOption
 from flowml.errors import FlowmlError, PlacementError
 from flowml.ir._jax import ClosesOverTracerError, jit_is_off, trace_context
@@ -338,7 +339,7 @@ class Dataflow(Generic[P, R]):
                     call,
                     devices=cluster.devices,
                     placement=placement,
-                    platforms=_platforms(cluster.devices),
+                    platforms=platforms_of(cluster.devices),
                     name=self._name,
                     links=cluster.links_for(placement),
                     stay=lambda traced: stay_of(keep, traced, call, held, donated, self._name),
@@ -397,11 +398,6 @@ def _release(programs: Mapping[ClusterLike, Mapping[Hashable, _Program]]) -> Non
 
 def _on_one_device(graph: Graph, devices: Sequence[Device]) -> dict[int, Device]:
     return {node.id: devices[0] for node in graph.nodes}
-
-
-def _platforms(devices: Sequence[Device]) -> tuple[str, ...]:
-    """The platforms to lower for, by the names of `jax.export`."""
-    return tuple(dict.fromkeys("cuda" if d.platform == "gpu" else d.platform for d in devices))
 
 
 @overload

@@ -22,6 +22,7 @@ import numpy as np
 
 from flowml.arguments import choice, flag
 from flowml.data import Source, as_source, epoch_order
+from flowml.devices import platforms_of
 from flowml.effects import EffectsChoice, EffectsOption
 from flowml.errors import FlowmlError, PlacementError, UnsupportedError
 from flowml.ir._jax import jit_is_off, trace_context
@@ -467,7 +468,7 @@ class Trainer:
         key = (cluster, cluster.devices, spec.weight, shapes, tree, trace_context(), like)
         program = self._programs.pop(key, None)
         if program is None:
-            platforms = tuple(dict.fromkeys(d.platform for d in cluster.devices))
+            platforms = platforms_of(cluster.devices)
             links = cluster.links_for(spec.placement, len(cluster.devices) // spec.replicas)
             placed, devices = spec, cluster.devices
             if like is not None:
