@@ -8,10 +8,10 @@ there are sites, and one of sites. Fewer machines are measured, and the goal is 
 from __future__ import annotations
 
 import math
-import resource
 import time
 from typing import Any
 
+from flowml_tools.bench.peak import Peak
 from flowml_tools.bench.rows import Goal, Peer, Row, Sample
 from flowml_tools.bench.timing import tell
 
@@ -51,16 +51,17 @@ def rows(
 
 
 def _each(machines: int, steps: int, jobs: int | None) -> list[Row]:
-    """The time and memory of a fit with many machines, with those of its plan, for each machine.
-
-    What several processes share counts for each of them.
-    """
+    """The time and memory of a fit with many machines, with those of its plan, for each machine."""
     sites = math.isqrt(machines)
     tell(f"simulator: {machines} machines in {sites} sites")
     measure(hierarchical(2), 8, steps, jobs)  # imports, and compiles what does not depend on their number
-    before, began = _most_bytes(), time.perf_counter()
-    measure(hierarchical(sites), machines, steps, jobs)
-    seconds, nbytes = time.perf_counter() - began, _most_bytes() - before
+    with Peak() as before:
+        pass
+    with Peak() as peak:
+        began = time.perf_counter()
+        measure(hierarchical(sites), machines, steps, jobs)
+        seconds = time.perf_counter() - began
+    nbytes = peak.nbytes - before.nbytes
     title = f"{machines} machines × {steps} steps with their plan, quorum 0.75 in {sites} sites, 0.9 of sites, each"
     return [
         Row(title, "s", Sample((seconds / machines,)), Peer("no peer"), MACHINE_TIME),
@@ -74,12 +75,6 @@ def hierarchical(sites: int) -> Any:
 
     inside = fm.Hierarchy(fm.ParameterServer(), fm.ParameterServer(), sites, fm.Quorum(0.75))
     return fm.Policy(topology=inside, quorum=fm.Quorum(0.9))
-
-
-def _most_bytes() -> int:
-    """The most memory that this process has had, and the largest of those that it has ended."""
-    both = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
-    return sum(resource.getrusage(who).ru_maxrss for who in both) * 1024
 
 
 def measure(policy: Any, workers: int, steps: int, jobs: int | None = None) -> tuple[float, int]:
