@@ -35,8 +35,10 @@ class Peak:
         self._watcher.stdout.readline()  # no deadline: it writes one at its beginning
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        found, _ = self._watcher.communicate()  # no deadline: it ends when its input does
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        found, _ = self._watcher.communicate("\n")  # no deadline: it ends at that
         self.nbytes = int(found) if found else 0
 
 
