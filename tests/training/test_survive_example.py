@@ -17,3 +17,13 @@ def test_a_fit_whose_workers_are_killed_ends_with_the_same_bits(tmp_path: Path) 
     assert "losses: 1; accuracy: " in output
     assert "0 dropped, 0 unseen, 0 open" in output
     assert "the same bits: True" in output
+
+
+def test_a_loop_of_its_own_whose_workers_are_killed_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("mlxtend")
+    command = [sys.executable, str(ROOT / "examples" / "survive_loop.py"), "--steps", "45", "--kills", "1"]
+    output = run(command, tmp_path)
+    assert "kill -9 worker:" in output
+    assert "on from step 20" in output
+    assert "45 steps; accuracy: " in output
+    assert float(output.rsplit("accuracy: ", 1)[1].rstrip("%\n")) > 50
