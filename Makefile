@@ -40,8 +40,9 @@ wheel: $(STAMP)  ## build the wheel and use it in an environment of its own
 faults: $(STAMP)  ## 100,000 random training runs with faults, checked; FAULTS_ARGS="--seed 7" repeats one
 	@$(VENV)/bin/flowml faults $(or $(FAULTS_ARGS),--seeds 100000)
 
-reference: $(STAMP)  ## write docs/reference.md from the docstrings
+reference: $(STAMP)  ## write docs/reference.md from the docstrings, and docs/methods from docs/reproduce.md
 	@$(PY) scripts/reference.py
+	@$(PY) scripts/method_pages.py
 
 format: $(STAMP)  ## rewrite the sources in the house format
 	@$(PY) -m ruff format --quiet $(SOURCES)

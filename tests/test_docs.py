@@ -172,8 +172,15 @@ def test_the_reference_is_what_the_docstrings_say() -> None:
     assert check.returncode == 0, "docs/reference.md is out of date: run `make reference`"
 
 
+def test_the_pages_of_methods_say_what_reproduce_and_the_code_say() -> None:
+    command = [sys.executable, "scripts/method_pages.py", "--check"]
+    check = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=False)
+    assert check.returncode == 0, "docs/methods is out of date: run `make reference`"
+
+
 def test_links_lead_somewhere() -> None:
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "ARCHITECTURE.md"]:
+    methods = sorted((ROOT / "docs" / "methods").glob("*.md"))
+    for page in [*PAGES, *methods, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "ARCHITECTURE.md"]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
 

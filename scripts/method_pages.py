@@ -1,0 +1,249 @@
+"""Writes docs/methods/: a page for each claim of a paper, and their list. `--check` only compares.
+
+What a run has found comes from docs/reproduce.md, which `flowml reproduce` writes, and the composition from the code.
+Run this after either changes. Only when a method helps, and when it does not, is written here.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import flowml as fm
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+FOLDER = DOCS / "methods"
+
+
+class Method(NamedTuple):
+    """A method: its name, the calls that make it, and when to use it."""
+
+    title: str
+    calls: tuple[str, ...]
+    helps: str
+    hinders: str
+
+
+METHODS = {
+    "adam": Method(
+        "Project Adam",
+        ("fm.policies.adam_convolution(100)", "fm.policies.factors()", "fm.policies.adam_epoch(0.75)"),
+        "Some machines are slow now and then, and dense layers are large beside a replica's batch.",
+        "A replica's batch is so large that B (m + n) is more than m n: then factors send more than the gradient.",
+    ),
+    "downpour": Method(
+        "Downpour",
+        ("fm.policies.downpour(4, 2)",),
+        "Replicas differ in speed or may be lost: none waits for another, so a slow or dead one delays no one.",
+        "The model does not bear stale changes at its rate, or machines are equal and links fast.",
+    ),
+    "sandblaster": Method(
+        "Sandblaster L-BFGS",
+        ("fm.policies.speculate(4)",),
+        "Batches are large, as for L-BFGS, and some machine is much slower: fast ones take its portions.",
+        "Batches are small: each portion is a push of its own, so the bytes grow with their number.",
+    ),
+    "parameter_server": Method(
+        "Parameter Server",
+        ("fm.policies.parameter_server(0.1, staleness=4)",),
+        "Gradients are sparse and an L1 penalty cancels most of them; steps vary, and a bounded delay is harmless.",
+        "Gradients are dense: positions cost bytes, and there is nothing to leave out.",
+    ),
+    "ssp": Method(
+        "Stale synchronous parallel",
+        ("fm.policies.ssp(8)",),
+        "Each machine is slow now and then: within the bound the others go on.",
+        "One machine is always slow: all reach the bound, and then go at its pace.",
+    ),
+    "chaos": Method(
+        "CHAOS and Hogwild",
+        ("fm.policies.hogwild()",),
+        "Replicas are devices of one worker, and updates are small or touch different elements.",
+        "Replicas are on several machines, which share no memory; or the lock of a layer is what all wait for.",
+    ),
+    "zinkevich": Method(
+        "Parallel SGD with one average",
+        ("fm.policies.average_once()",),
+        "The loss is convex and links are so slow that only one exchange is affordable.",
+        "The loss is not convex: the mean of models that trained alone may be worse than each of them.",
+    ),
+    "local_sgd": Method(
+        "Local SGD",
+        ("fm.policies.local_sgd(8)",),
+        "Exchanging values takes longer than computing, and replicas see alike data.",
+        "Replicas see different data and drift apart between two averages, or one is always slow: rounds wait for it.",
+    ),
+    "elastic": Method(
+        "Elastic averaging",
+        ("fm.policies.elastic_averaging(16, 0.2)",),
+        "Links are slow and replicas differ in speed: exchanges are rare, and none waits.",
+        "Few steps are affordable: the pull holds replicas apart from the centre, which follows them slowly.",
+    ),
+    "backup": Method(
+        "Backup workers",
+        ("fm.policies.backup_workers(96)",),
+        "Step times have a heavy tail, and a few machines can be spared.",
+        "Machines are alike: then the spare ones' work is lost for nothing.",
+    ),
+    "compensation": Method(
+        "Live gradient compensation",
+        ("fm.policies.compensate(0.75)",),
+        "Slow replicas have data that others lack: what comes late counts one step later.",
+        "Replicas are late by many steps, so that what is folded in is very old.",
+    ),
+    "coding": Method(
+        "Gradient coding",
+        ("fm.policies.coded(1)", 'fm.policies.coded(1, code="cyclic")'),
+        "Updates must be exact, some replicas are very late, and computing is cheap beside waiting.",
+        "Computing is what takes the time: each example is computed s + 1 times. Gradients are compressed with a loss.",
+    ),
+    "coded_reduce": Method(
+        "CodedReduce",
+        ("fm.policies.coded_reduce(4, 3, 1)",),
+        "As for gradient coding, with many replicas: a tree computes less for as many stragglers in all.",
+        "Stragglers gather under one parent, more than it bears. Parents here do not add up: the home decodes.",
+    ),
+    "drop_compute": Method(
+        "DropCompute",
+        ("fm.policies.drop_compute(1.6)",),
+        "There are several microbatches, and any replica may be slow in a step: each stops at the threshold.",
+        "There is one microbatch, or communication is slow: a late message is not a late computation.",
+    ),
+    "rudra": Method(
+        "Rudra, n-softsync",
+        ("fm.policies.softsync(4)",),
+        "Replicas differ in speed, and a rate that is divided by the staleness keeps training stable.",
+        "The optimizer has momentum or divides by squares: the scaling is then lost, of which a warning tells.",
+    ),
+    "d_psgd": Method(
+        "D-PSGD",
+        ('fm.policies.gossip("ring")',),
+        "One home would be the bottleneck: each replica talks to its neighbours only.",
+        "There are many replicas in a sparse graph and different data: what one learns reaches others slowly.",
+    ),
+    "no_loco": Method(
+        "NoLoCo",
+        ("fm.policies.no_loco(32)",),
+        "There are hundreds of replicas far from each other: a synchronisation is one exchange of a pair.",
+        "Few replicas on fast links: an average over all costs as little, and keeps them equal.",
+    ),
+    "diloco": Method(
+        "DiLoCo",
+        ("fm.policies.diloco(500)", "fm.policies.diloco(32, fragments=2, delay=4, alpha=0.5)"),
+        "Islands of machines have slow links between them; streaming hides what is left.",
+        "Links are fast: then synchronous training learns more from each step. Rounds wait for a slow replica.",
+    ),
+    "decoupled": Method(
+        "Decoupled DiLoCo",
+        ("fm.policies.decoupled_diloco(20, quorum=1)",),
+        "Learners fail or differ in speed, and there are enough of them for a round without some.",
+        "Few equal learners: a quorum leaves out what could have counted for a short wait.",
+    ),
+    "sparse_loco": Method(
+        "SparseLoCo",
+        ("fm.policies.sparse_loco(32, 1 / 64, 2)",),
+        "The way up of each replica is very slow: a change is sent in 1/60 to 1/146 of its bytes.",
+        "Training is short: what is left out needs time to be sent. After 120 steps our loss was still higher.",
+    ),
+    "gaia": Method(
+        "Gaia",
+        ("fm.policies.gaia(0.1, sites=2, staleness=2)",),
+        "Sites with fast links inside and slow links between, and most changes small beside their parameter.",
+        "Links between sites are so slow that even significant changes do not fit: 60 times slower they were felt.",
+    ),
+    "admm": Method(
+        "Asynchronous ADMM",
+        ("fm.policies.admm(1.0, share=2, staleness=8)",),
+        "The problem is convex, as a lasso, and each replica keeps its own examples.",
+        "The loss is not convex: nothing promises an optimum. Replicas that see new examples in each step.",
+    ),
+    "ensemble": Method(
+        "Ensemble-compression",
+        (),
+        "Models that trained apart disagree: their mean output is better than their mean parameters.",
+        "Distilling costs more than it gains: replicas that exchange often are nearly equal.",
+    ),
+    "voting": Method(
+        "PV-tree voting",
+        (),
+        "There are many features, of which few matter: only their histograms are sent.",
+        "There are few features, or more votes than half of them: then all histograms are sent anyway.",
+    ),
+    "power_sgd": Method(
+        "PowerSGD",
+        ("fm.policies.power_sgd(4)",),
+        "Layers are large matrices and links are slow: two factors are sent instead.",
+        "Layers are vectors or small: there is nothing to factor. Links faster than encoding is.",
+    ),
+    "one_bit": Method(
+        "1-bit SGD",
+        ("fm.policies.one_bit()",),
+        "Links are slow, and error feedback has the time to repair what a sign loses.",
+        "Links faster than encoding is, or contributions that may be dropped together with their error.",
+    ),
+    "top_k": Method(
+        "Deep gradient compression",
+        ("fm.policies.deep_compression(0.001)",),
+        "Links are slow and training is long enough for small elements to be sent later.",
+        "Links faster than choosing the largest elements is, or short training.",
+    ),
+}
+
+
+WITH_ARGUMENTS = {
+    "ensemble": "fm.policies.ensemble_compression(predict, inputs, every, steps, optimizer)",
+    "voting": "fm.methods.boost(x, y, cluster, vote=2)",
+}
+"""The calls of methods that need a model or data."""
+
+
+def pages() -> dict[str, str]:
+    """The text of each file of the folder."""
+    found = sections((DOCS / "reproduce.md").read_text())
+    if list(found) != list(METHODS):
+        raise SystemExit(f"docs/reproduce.md has {', '.join(found)}, and here are {', '.join(METHODS)}")
+    rows = [f"| [{method.title}]({name}.md) | {_paper(found[name])} |" for name, method in METHODS.items()]
+    index = (
+        "# Methods of papers, one page each\n\nWritten by `scripts/method_pages.py`.\n\n| method | paper |\n|---|---|\n"
+    )
+    return {"README.md": index + "\n".join(rows) + "\n"} | {
+        f"{name}.md": page(name, method, found[name]) for name, method in METHODS.items()
+    }
+
+
+def sections(text: str) -> dict[str, str]:
+    """The section of each claim in docs/reproduce.md."""
+    parts = re.split(r"^## (\w+)\n", text, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], (part.strip() for part in parts[1::2]), strict=True))
+
+
+def page(name: str, method: Method, section: str) -> str:
+    paper, _, run = section.partition("\n\n")
+    made = [f"- `{call}` is `{eval(call, {'fm': fm})!r}`" for call in method.calls]
+    given = "\n".join(made) or f"- `{WITH_ARGUMENTS[name]}`"
+    return (
+        f"# {method.title}\n\n{paper}\n\n## Composition\n\n{given}\n\n**It helps** if: {method.helps}\n\n"
+        f"**It does not** if: {method.hinders}\n\n## What `flowml reproduce {name}` printed\n\n"
+        f"{run.replace('](reproduce/', '](../reproduce/')}\n"
+    )
+
+
+def _paper(section: str) -> str:
+    return section.partition(";")[0]
+
+
+def main() -> int:
+    texts = pages()
+    if "--check" in sys.argv[1:]:
+        there = {path.name: path.read_text() for path in FOLDER.glob("*.md")}
+        return 0 if there == texts else 1
+    FOLDER.mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (FOLDER / name).write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
