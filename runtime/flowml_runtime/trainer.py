@@ -62,7 +62,7 @@ from flowml_runtime.driver.training.structs import check_values, structs, struct
 from flowml_runtime.driver.training.training_session import TrainingCluster
 from flowml_runtime.driver.training.validation import Validation, joined, loss_metrics, parts
 from flowml_runtime.evaluation import Evaluation
-from flowml_runtime.sim.cluster import SimulatedCluster
+from flowml_runtime.sim.cluster import SimulatedCluster, kind_of
 
 MAX_PROGRAMS = 2 * MAX_SHAPES + 8
 """How many programs a trainer keeps, and the workers for it: at least those of one fit. One more discards the one that
@@ -267,7 +267,7 @@ class Trainer:
         spec = replace(self._spec, weight=by_examples) if asked.rest and self._spec.weight is None else self._spec
         program = self._program(cluster, spec, shapes, self._first_batch(data, order, batch_size))
         check_items(program.training, asked.rest, asked.shuffle, simulated=isinstance(cluster, SimulatedCluster))
-        workers = _kind_of(cluster)
+        workers = kind_of(cluster)
         about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest, workers)
         saving = self._saving(cluster, program, params, opt_state, model, asked, about)
         interrupts.check()
@@ -489,13 +489,6 @@ class Trainer:
             oldest = next(iter(self._programs))
             discard({oldest: self._programs.pop(oldest)})
         return program
-
-
-def _kind_of(cluster: TrainingCluster) -> str:
-    """What kind the workers of a cluster are, for a snapshot."""
-    if not isinstance(cluster, SimulatedCluster):
-        return "real"
-    return "simulated" if cluster.session.arithmetic else "simulated without arithmetic"
 
 
 __all__ = ["Trainer", "TrainingResult"]

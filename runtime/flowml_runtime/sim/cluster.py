@@ -132,6 +132,13 @@ class SimulatedCluster:
         return f"<SimulatedCluster of {self._workers} workers{off}>"
 
 
+def kind_of(cluster: object) -> str:
+    """What kind the workers of a cluster are, for a snapshot."""
+    if not isinstance(cluster, SimulatedCluster):
+        return "real"
+    return "simulated" if cluster.session.arithmetic else "simulated without arithmetic"
+
+
 def _faults(faults: Sequence[Fault | Churn], workers: int) -> tuple[Fault, ...]:
     """The faults, checked. Each departure in a Churn is a crash."""
     if not isinstance(faults, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
