@@ -33,10 +33,11 @@ def solve(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def iterate(a: jax.Array, b: jax.Array) -> jax.Array:
     """A solver with a function in place of a matrix, in a loop that is differentiated."""
-    operator = lx.FunctionLinearOperator(lambda v: a @ v, jax.ShapeDtypeStruct((4,), jnp.float32))
+    struct = jax.ShapeDtypeStruct((4,), jnp.float32)
+    operator = lx.FunctionLinearOperator(lambda v: a @ v, struct, lx.positive_semidefinite_tag)
 
     def step(carry: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        return lx.linear_solve(operator, carry, lx.GMRES(1e-5, 1e-5)).value, carry[0]
+        return lx.linear_solve(operator, carry, lx.CG(1e-5, 1e-5)).value, carry[0]
 
     return jax.grad(lambda b: jax.lax.scan(step, b, None, length=3)[1].sum())(b)
 
