@@ -144,7 +144,7 @@ def test_buffers_of_replicas_go_on_with_other_replicas(threads_cluster: fm.Clust
     assert found.history[-1]["loss"] < 1.3 * whole.history[-1]["loss"]
 
 
-@pytest.mark.parametrize("name", [*LEFT_OUT, "sums"])
+@pytest.mark.parametrize("name", ["residuals", "own parameters", "gossip and copies", "sums"])
 def test_the_same_replicas_go_on_elsewhere_as_if_they_had_not_moved(
     threads_cluster: fm.Cluster, tmp_path: Path, name: str
 ) -> None:
