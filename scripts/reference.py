@@ -23,8 +23,8 @@ SECTIONS = {
     "Where things run": ("layer", "device", "Device", "AutoPlacement", "Pipeline"),
     "Programs and plans": ("dataflow", "compile", "Plan", "Estimate", "Transfer"),
     "Clusters": ("Cluster",),
-    "Training": ("Trainer", "TrainingResult", "Checkpoint", "Restored", "restore"),
-    "Simulation": ("sim",),
+    "Training": ("Trainer", "TrainingResult", "Shards", "WithReplacement", "Checkpoint", "Restored", "restore"),
+    "Simulation": ("SimulatedCluster", "advise", "Advice", "sim"),
     "Policies": (),  # all names that no other section has, except errors
     "Errors": (),
 }
@@ -100,7 +100,7 @@ def signature_of(value: Any) -> str:
     text = str(signature.replace(parameters=parameters, return_annotation=result)).removesuffix(" -> None")
     if len(text) < 90:
         return text
-    star = parameters and next((i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY), None)
+    star = next((i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY), None)
     lines = [str(p) for p in parameters]
     if star is not None and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
         lines.insert(star, "*")
