@@ -93,14 +93,19 @@ def test_nothing_is_settled_twice_or_by_another() -> None:
         ledger.step(Asked(0, (0,)))
 
 
-def test_the_items_of_a_lost_replica_are_dropped_and_its_rows_left_to_others() -> None:
+def test_the_items_of_a_lost_replica_stay_out_until_the_end_and_its_rows_are_left_to_others() -> None:
     ledger = Ledger(ALIGNED)
     ledger.step(Asked(0, (0,)))
-    ledger.step(Asked(1, (0, 1)))
+    (mine,) = ledger.step(Asked(1, (0, 1, 2)))
     ledger.step(ReplicaLost(1))
-    assert ledger.step(Asked(1, (2,))) == []
-    assert items(ledger.step(Asked(0, (1, 2, 3)))) == [2, 5, 6]
-    assert ledger.summary().replicas[1].dropped == 2
+    assert ledger.step(Asked(1, (3,), (mine.items[2][1],))) == [], "but what it has told on its way counts"
+    ledger.step(Settled(1, ((mine.items[0][1], "used"),)))
+    assert items(ledger.step(Asked(0, (1, 2, 3)))) == [2, 5, 7]
+    assert [clock for _, clock, _ in ledger.held(1)] == [1]
+    ledger.validate()
+    ledger.close()
+    told = ledger.summary().replicas[1]
+    assert (told.used, told.dropped, told.returned) == (1, 1, 1)
     ledger.validate()
 
 

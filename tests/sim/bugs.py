@@ -5,7 +5,7 @@ Each patches the real machine in this process only. Nothing of it is in the prod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.protocol.training.site import Site
 from flowml_runtime.protocol.training.terms import Terms
+from flowml_runtime.protocol.training.untold import Untold
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.sim import arithmetic
 from flowml_runtime.sim.neighbours import Neighbours
@@ -79,8 +80,8 @@ def _commits_before_the_quorum(patch: Patch) -> None:
 def _counts_folded_items_as_used(patch: Patch) -> None:
     real: Callable[..., None] = Ledger._account  # pyright: ignore[reportPrivateUsage]
 
-    def account(self: Ledger, who: int, item: object, fate: str, missing: tuple[int, ...] = ()) -> None:
-        real(self, who, item, "used" if fate == "folded" else fate, missing)
+    def account(self: Ledger, who: int, item: object, fate: str, *rest: tuple[int, ...]) -> None:
+        real(self, who, item, "used" if fate == "folded" else fate, *rest)
 
     patch.setattr(Ledger, "_account", account)
 
@@ -88,6 +89,10 @@ def _counts_folded_items_as_used(patch: Patch) -> None:
 def _loses_a_settlement(patch: Patch) -> None:
     real: Callable[..., list[Any]] = Accounts._settle  # pyright: ignore[reportPrivateUsage]
     patch.setattr(Accounts, "_settle", lambda self, clocks: real(self, clocks)[:1])
+
+
+def _drops_what_a_lost_replica_has_not_told(patch: Patch) -> None:
+    patch.setattr(Untold, "fates", lambda *_: [])
 
 
 def _does_not_wait_for_its_own_writes(patch: Patch) -> None:
@@ -213,8 +218,8 @@ def _publishes_differences_of_versions(patch: Patch) -> None:
 def _sums_a_site_before_its_quorum(patch: Patch) -> None:
     real: Callable[..., Any] = Site.__init__
 
-    def begin(self: Any, terms: Any, group: Any, number: int, began: float = 0.0) -> None:
-        real(self, terms, group, number, began)
+    def begin(self: Any, terms: Any, group: Any, number: int, began: float = 0.0, *rest: Any) -> None:
+        real(self, terms, group, number, began, *rest)
         if isinstance(group.site_quorum, Quorum):
             inside = replace(self._inside, quorum=Quorum(1, late=group.site_quorum.late))
             self._decision = Decision(terms, inside, began)
@@ -299,6 +304,7 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "a clock is committed before its quorum": _commits_before_the_quorum,
     "folded items are counted as used": _counts_folded_items_as_used,
     "a settlement is lost": _loses_a_settlement,
+    "what a lost replica has not told is dropped": _drops_what_a_lost_replica_has_not_told,
     "a replica reads without its own writes": _does_not_wait_for_its_own_writes,
     "a replica takes more often than its policy says": _takes_in_each_step,
     "the decisions of groups are mixed up": _mixes_up_the_decisions_of_groups,
@@ -326,7 +332,7 @@ BUGS: dict[str, Callable[[Patch], None]] = {
 
 
 @contextmanager
-def planted(bug: str) -> Iterator[None]:
+def planted(bug: str) -> Generator[None]:
     """The machines of this process have this bug inside the block."""
     with pytest.MonkeyPatch.context() as patch:
         BUGS[bug](patch)

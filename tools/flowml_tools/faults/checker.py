@@ -21,17 +21,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from flowml.policy import UNBOUNDED, Coded, Consensus, Deadline, Gossip, Policy, Quorum, Sum, window
 from flowml.policy.apply import base_of, scales
-from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
-from flowml_runtime.protocol.training.terms import Group, ReplicaLost
-from flowml_tools.faults.contents import Fate, contents
-from flowml_tools.faults.history import DRIVER, History, Holds, Matrix, Read, Sent
+from flowml_runtime.protocol.training.terms import Group
+from flowml_tools.faults.history import History, Holds, Matrix, Read, Sent
+from flowml_tools.faults.items import items
 from flowml_tools.faults.timeline import Commit, Timeline
 
 _CLOSE = 1e-9
@@ -40,7 +39,7 @@ _CLOSE = 1e-9
 def check(history: History) -> list[str]:
     """The violations in a history, as sentences. A run that was interrupted is checked as far as it came."""
     seen = Timeline.of(history)
-    rules = (_decisions, _sites, _alone, _applies, _reads, _held, _publications, _payloads, _items, _bytes)
+    rules = (_decisions, _sites, _alone, _applies, _reads, _held, _publications, _payloads, items, _bytes)
     return [text for rule in rules for text in rule(seen)]
 
 
@@ -372,65 +371,6 @@ def _payloads(seen: Timeline) -> Iterator[str]:
     left = [k for k in given if seen.whole and not ended[k] and k[0] not in dead]
     if left:
         yield f"{left[0][0]} never names payload {left[0][1]}, and {len(left) - 1} others are left too"
-
-
-def _items(seen: Timeline) -> Iterator[str]:
-    granted: dict[tuple[int, int], tuple[int, int]] = {}  # (item, copy) -> its replica, and the clock of its step
-    fates: dict[int, Fate] = {}
-    counts: Counter[str] = Counter()
-    speculates = seen.terms.speculation is not None
-    for turn in seen.turns:
-        if turn.who != DRIVER:
-            continue
-        match turn.event:
-            case actions.Received(message=wire.Settled() as told) if told.replica not in seen.lost_at(turn):
-                for item, fate in told.fates:
-                    counts[fate] += 1
-                    replica, clock = granted.pop((item.sequence, item.copy), (-1, -1))
-                    if replica != told.replica:
-                        yield f"item {item.sequence} is {fate} at replica {told.replica}, which does not have it"
-                    if fate != "duplicate":
-                        fates[item.sequence] = Fate(fate, told.replica, clock, told.missing, told.left_out)
-            case actions.Received(message=wire.Ask() as told) if told.replica not in seen.lost_at(turn):
-                for item in told.returned:
-                    counts["returned"] += 1
-                    if granted.pop((item.sequence, item.copy), (-1, -1))[0] != told.replica:
-                        yield f"item {item.sequence} is returned by replica {told.replica}, which does not have it"
-            case ReplicaLost(replica):
-                for key in [i for i, (r, _) in granted.items() if r == replica and not speculates]:
-                    counts["dropped"] += 1
-                    del granted[key]
-            case _:
-                pass
-        for action in turn.wanted:
-            if isinstance(action, actions.Send) and isinstance(action.message, wire.Grant):
-                for clock, item in action.message.items:
-                    key = item.sequence, item.copy
-                    settled = item.sequence in fates and fates[item.sequence].name != "requeued"
-                    if key in granted or (settled and not item.copy):
-                        yield f"item {item.sequence} is granted again"
-                    granted[key] = action.message.replica, clock
-    for sequence, copy in [i for i, (r, _) in granted.items() if speculates and r in seen.lost]:  # one result counts
-        counts["duplicate" if sequence in fates else "used"] += 1
-        fates.setdefault(sequence, Fate("used", *granted[sequence, copy]))
-        del granted[sequence, copy]
-    if seen.summary is not None:
-        if not seen.coded:
-            yield from _ledger(seen, granted, counts)
-        yield from contents(seen, fates)
-
-
-def _ledger(seen: Timeline, granted: Collection[tuple[int, int]], counts: Counter[str]) -> Iterator[str]:
-    summary, work = seen.summary, seen.work
-    assert summary is not None
-    if granted:
-        yield f"items {sorted(granted)} were granted and never settled"
-    told = {n: getattr(summary, n) for n in ("used", "dropped", "folded", "requeued", "returned", "duplicate")}
-    if told != {n: counts[n] for n in told}:
-        yield f"the ledger says {told}, and workers settled {dict(counts)}"
-    total = summary.used + summary.dropped + summary.folded + summary.unseen
-    if total != work.epochs * work.items_per_epoch:
-        yield f"the ledger has {total} items in all, and the epochs have {work.epochs * work.items_per_epoch}"
 
 
 def _bytes(seen: Timeline) -> Iterator[str]:

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,7 @@ Fates = Mapping[int, Fate]
 
 
 def contents(seen: Timeline, fates: Fates) -> Iterator[str]:
+    yield from _names(seen, fates)
     for store, terms in enumerate(seen.terms.stores):
         if isinstance(terms.policy.quorum, Coded):
             yield from _decoded(seen, store)
@@ -88,8 +90,39 @@ def _due(seen: Timeline, store: int, fates: Fates) -> Fates:
     return {
         q: f
         for q, f in fates.items()
-        if f.name in ("used", "folded") and group not in f.missing and f.replica not in seen.lost
+        if f.name in ("used", "folded") and group not in f.missing and _is_known(seen, store, f)
     }
+
+
+def _is_known(seen: Timeline, store: int, fate: Fate) -> bool:
+    """Whether the ledger must know if a store has an item. What a lost replica sent last to a store without decisions
+    may have been in vain, and nobody says how much it had computed of a cut step, or which steps it had skipped before
+    a push of several."""
+    terms = seen.terms
+    skips = any(group.drops and group.every.push > 1 for group in terms.groups)
+    return fate.replica not in seen.lost or (store in terms.group_of and terms.cut is None and not skips)
+
+
+def _names(seen: Timeline, fates: Fates) -> Iterator[str]:
+    """An item is used if some store contains it in time, and folded if stores contain it in later clocks only."""
+    terms = seen.terms
+    stores = range(len(terms.stores))
+    plain = all(_adds_up(seen, n) and not isinstance(terms.stores[n].policy.remote, Gossip) for n in stores)
+    if not plain or seen.coded or terms.speculation or any(s.sites or s.shared for s in terms.stores) or not seen.made:
+        return
+    found: defaultdict[int, set[str]] = defaultdict(set)
+    for store in stores:
+        group = terms.group_of.get(store)
+        late = {key for c in seen.commits[group] for key in c.message.folded} if group is not None else set[Any]()
+        for key, payload in _payloads(seen, seen.places.homes[store][0], store):
+            for q in _amounts(payload):
+                found[q].add("folded" if key in late else "used")
+    for q, fate in fates.items():
+        due = "used" if "used" in found[q] else "folded" if found[q] else "neither used nor folded"
+        told = fate.name if fate.name in ("used", "folded") else "neither used nor folded"
+        known = all(_is_known(seen, n, fate) for n in stores)
+        if due != told and known and fate.left_out < terms.microbatches:
+            yield f"item {q} is {fate.name} at replica {fate.replica}, and stores have it {due}"
 
 
 def _shares(seen: Timeline, store: int, due: Fates) -> dict[int, float]:
@@ -120,15 +153,16 @@ def _items(seen: Timeline, store: int, fates: Fates) -> Iterator[str]:
         shares = {q: whole - f.left_out if exact else 1 for q, f in due.items()}
     for home in seen.places.homes[store]:
         total: defaultdict[int, float] = defaultdict(float)
-        for payload in _payloads(seen, home, store):
+        for _, payload in _payloads(seen, home, store):
             for q, amount in _amounts(payload).items():
                 total[q] += amount
         for q, amount in total.items():
             if q in due and abs(amount - shares[q]) > _CLOSE and not decays:
                 yield f"item {q} is {amount:g} times in store {store} at {home}, in place of {shares[q]:g}"
         found = {q for q, amount in total.items() if abs(amount) > _CLOSE}
-        lacks, more = sorted(due.keys() - found), sorted(found - due.keys())
-        if lacks or (more and not seen.lost):  # a lost replica cannot say what became of its items
+        unknown = {q for q, f in fates.items() if not _is_known(seen, store, f)}
+        lacks, more = sorted(due.keys() - found), sorted(found - due.keys() - unknown)
+        if lacks or more:
             yield f"store {store} at {home} lacks items {lacks} and has items {more} that do not count"
 
 
@@ -145,13 +179,16 @@ def _weights(seen: Timeline, store: int) -> Iterator[str]:
                 yield f"what replica {key[0]} gives store {store} at clock {key[1]} weighs {weight} and has {amount:g}"
 
 
-def _payloads(seen: Timeline, home: str, store: int) -> Iterator[int | Matrix]:
-    """What the contributions in a store at one home were before filters, and of own parameters their change."""
+def _payloads(seen: Timeline, home: str, store: int) -> Iterator[tuple[tuple[int, int], int | Matrix]]:
+    """What the contributions in a store at one home were before filters, and of own parameters their change, with
+    their replicas and clocks."""
     terms = seen.terms.stores[store]
     made = [m for m in seen.made if (m.home, m.store) == (home, store)]
     if not terms.policy.local and not terms.policy.home_filters:
-        for version in made:
-            yield from (payload for *_, payload in version.contributions)
+        keys = [a.keys for a in seen.applies.get((home, store), ())]
+        for number, version in enumerate(made):  # updates of shared parameters are no applies
+            mine = keys[number] if number < len(keys) else [(-1, -1)] * len(version.contributions)
+            yield from ((key, payload) for key, (*_, payload) in zip(mine, version.contributions, strict=True))
         return
     kinds = Gave if terms.policy.local else Encoded
     given = {
@@ -160,7 +197,7 @@ def _payloads(seen: Timeline, home: str, store: int) -> Iterator[int | Matrix]:
         if isinstance(f, kinds) and f.store == store and (isinstance(f, Gave) or f.part == 0)
     }
     for apply in seen.applies.get((home, store), ()):
-        yield from (given[key] for key in apply.keys)
+        yield from ((key, given[key]) for key in apply.keys)
 
 
 def _decoded(seen: Timeline, store: int) -> Iterator[str]:

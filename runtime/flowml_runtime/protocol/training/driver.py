@@ -42,12 +42,14 @@ import msgspec
 from flowml.policy.waits import Waits, side_by_side
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
+from flowml_runtime.protocol.training.accounts import joined
 from flowml_runtime.protocol.training.actions import Received, Release, Send
 from flowml_runtime.protocol.training.ledger import Asked, Fate, Ledger, LedgerState, Settled, Work
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save, Snapshots
 from flowml_runtime.protocol.training.store import Handle
 from flowml_runtime.protocol.training.terms import ReplicaLost, Terms
+from flowml_runtime.protocol.training.untold import Untold
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -243,6 +245,8 @@ class TrainingDriver:
             self.ledger.restore(ledger, clocks)
         for replica in places.lost:
             self.ledger.step(ReplicaLost(replica))
+        stages = start.stopped.stages if start.stopped else ()
+        self._untold = Untold(terms, {s.replica: s.unsettled for s in stages if s.stage == 0})
         self._snapshots = Snapshots(terms, places, rhythm, max(clocks))
         self.traffic: dict[str, wire.Traffic] = {}
         """The newest Traffic message of each worker."""
@@ -332,7 +336,8 @@ class TrainingDriver:
         if message.run != self._start.run or message.plan_id != self._start.plan_id:
             return [] if event.handle is None else [Release(event.handle, cause)]
         match message:
-            case wire.Report():
+            case wire.Report(replica=replica, clock=clock):
+                self._untold.report(replica, clock)
                 return [Note(message, event.handle, cause)]
             case wire.Ask():
                 return self._grant(message)
@@ -342,6 +347,7 @@ class TrainingDriver:
             case wire.Commit(clock=clock, group=group, coefficients=given):
                 if not self._commits.is_new(group, clock):
                     return []
+                self._untold.note(message, self.ledger.held)
                 joined = self._commits.joined(message)
                 if joined is None:
                     return []
@@ -394,8 +400,17 @@ class TrainingDriver:
         if self._closed or not self.over:
             return []
         self._closed = True
+        noted = [action for replica in self.ledger.lost for action in self._settle(replica)]
         self.ledger.close()
-        return [Over(self.number)]
+        return [*noted, Over(self.number)]
+
+    def _settle(self, replica: int) -> list[Action]:
+        """Settle the items of a lost replica, whose fates it has not told."""
+        noted: list[Action] = []
+        for (missing, left_out, late), fates in joined(self._untold.fates(replica, self.ledger.held(replica))):
+            self.ledger.step(Settled(replica, tuple(fates), missing, left_out, late))
+            noted.append(NoteFates(tuple(fates), missing, self.number))
+        return noted
 
 
 class _Commits:

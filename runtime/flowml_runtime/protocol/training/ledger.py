@@ -15,8 +15,8 @@ A work item is `item_size` examples from one epoch's order. The machine counts i
   is used; replicas finish the items that they have.
 
 Every granted item comes back exactly once: settled as used, dropped or folded in later, or given back (`returned`
-if it was never begun, `requeued` if it was). The items that a lost replica has not given back count as dropped,
-because the ledger does not know their fate.
+if it was never begun, `requeued` if it was). The items of a lost replica whose fates it has not told stay outstanding
+until the run is over. Then `untold` says what became of them, and the others count as dropped.
 
 What the caller must do:
 
@@ -176,7 +176,7 @@ class Ledger:
 
     def kept(self, clocks: Sequence[int]) -> LedgerState:
         """All accounts, for a snapshot of replicas with these next clocks. What they have not begun is not granted."""
-        held = [(r, self._clock_of(clock, item), item) for r, clock, item in self._outstanding.values()]
+        held = self.held()
         unbegun = [(r, clock, item) for r, clock, item in held if clock >= clocks[r]]
         return LedgerState(
             self._granted - len(unbegun),
@@ -231,11 +231,11 @@ class Ledger:
     def _answer(
         self, replica: int, clocks: Sequence[int], returned: Iterable[wire.Item], copy: int | None
     ) -> list[Grant]:
-        if replica in self._lost:
+        if replica in self._lost and self._portions:
             return []
         for item in returned:
             self._account(replica, item, "returned")
-        if not clocks:
+        if not clocks or replica in self._lost:
             return []
         if list(clocks) != sorted(set(clocks)) or clocks[0] <= self._newest[replica]:
             raise ProtocolError(f"replica {replica} asks for clocks {clocks} after clock {self._newest[replica]}")
@@ -276,11 +276,23 @@ class Ledger:
                 self._replicas[self._outstanding[at][0]].copied += 1
                 return
 
+    def held(self, replica: int | None = None) -> list[tuple[int, int, wire.Item]]:
+        """The items that are outstanding, of one replica or of all: (replica, the clock of the grant, item)."""
+        found = self._outstanding.values()
+        return [(r, self._clock_of(clock, item), item) for r, clock, item in found if replica in (None, r)]
+
+    @property
+    def lost(self) -> list[int]:
+        """The lost replicas."""
+        return sorted(self._lost)
+
     def close(self) -> None:
-        """The run has ended well. With a code, late replicas may not have asked for their last clocks. Of portions that
-        lost replicas had, what they have sent counts where no other grant does."""
-        for replica, _, item in list(self._outstanding.values()) if self._portions else ():
-            if replica in self._lost:
+        """The run has ended well. With a code, late replicas may not have asked for their last clocks. What lost
+        replicas still have is dropped. Of portions, what they have sent counts where no other grant does."""
+        for replica, _, item in list(self._outstanding.values()):
+            if replica in self._lost and self._portions is None:
+                self._account(replica, item, "dropped")
+            elif replica in self._lost:
                 self._account(replica, item, "duplicate" if item.sequence in self._over else "used")
         for replica in range(self._work.replicas if self._work.coded else 0):
             self._use_skipped(replica, self._work.total_clocks)
@@ -300,8 +312,8 @@ class Ledger:
         left_out: int = 0,
         late: tuple[int, ...] = (),
     ) -> None:
-        if replica in self._lost:
-            return
+        if replica in self._lost and self._portions:
+            return  # others compute its portions
         for item, fate in fates:
             self._account(replica, item, fate, missing, late)
             if left_out:
@@ -355,9 +367,7 @@ class Ledger:
             self._queue.give_back(item)
 
     def _lose(self, replica: int) -> None:
-        mine = [item for owner, _, item in self._outstanding.values() if owner == replica]
         if self._portions is None:
-            self._settle(replica, [(item, "dropped") for item in mine])
             self._queue.leave(replica)
         else:
             self._portions.leave(replica)  # which grants them again; `close` settles them
