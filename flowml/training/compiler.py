@@ -44,6 +44,7 @@ from flowml.plan import ArraySpec, Plan, StateLeaf, StoreSpec, Training
 from flowml.policy import DEFAULT_PATTERN, Code, Policy, check_batch, coded_by, cut_by, resolve, speculated_by
 from flowml.policy.published import PolicyRule
 from flowml.rows import swapped
+from flowml.training.couplings import policy_of_value
 from flowml.training.cuts import cuts, deciding_stage
 from flowml.training.drafts import StoreDraft, coefficient_dtype, value_of
 from flowml.training.local import Optimizers, fragmented
@@ -61,6 +62,7 @@ from flowml.training.step import (
     step_function,
 )
 from flowml.training.stores import StorePlanner
+from flowml.training.valued import VALUE, ValuedOptimizer
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,18 @@ class TrainingSpec:
     def resolve(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Policy]:
         """The policy of each parameter, by the shapes of all."""
         assert not isinstance(self.policies, Policy)
+        shapes = {path: shape for path, shape in shapes.items() if path != VALUE or not self.has_value}
         if callable(self.policies):
             policies = {path: self.policies(path, shape) for path, shape in shapes.items()}
         else:
             policies = self.policies or {}
-        return fragmented({path: policy for path, (_, policy) in resolve(policies, shapes).items()})
+        found = fragmented({path: policy for path, (_, policy) in resolve(policies, shapes).items()})
+        return {**found, VALUE: policy_of_value(found.values())} if self.has_value else found
+
+    @property
+    def has_value(self) -> bool:
+        """Whether the value of the loss is among the parameters, for the optimizer."""
+        return isinstance(self.optimizer, ValuedOptimizer)
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,8 @@ def compile_training(
     everyone = as_devices(devices)
     template = _template_devices(spec, everyone)
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    if spec.has_value:
+        leaves = [(path[1:] if path[0] != leaves[-1][0][0] else path, leaf) for path, leaf in leaves]
     paths = tuple(_jax.path_name(p) or "params" for p, _ in leaves)  # a single array has an empty path
     policies = spec.resolve({path: jnp.shape(leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)})
     code, speculation = coded_by(policies.values(), spec.replicas), speculated_by(policies.values())

@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from flowml.disjoint import DisjointSets
-from flowml.errors import named
+from flowml.errors import PolicyError, named
 from flowml.home import Combine, Coupled, Coupling, Share
 from flowml.lowering.lower import ExecutableTable
 from flowml.plan import ArraySpec
-from flowml.policy import Consensus, Gossip, Outer, Policy
-from flowml.policy.apply import base_of
+from flowml.policy import Consensus, Gossip, Gradient, Outer, Policy
+from flowml.policy.apply import Mean, base_of
 from flowml.training import coupled
 from flowml.training.drafts import strong
 from flowml.training.optimizer import OptimizerSlices
@@ -53,6 +55,28 @@ def clock_of(policy: Policy) -> Hashable | None:
     if policy.local and policy.collective:
         return None
     return policy.collective, policy.quorum, policy.every, policy.topology if policy.sited else None
+
+
+def policy_of_value(policies: Iterable[Policy]) -> Policy:
+    """The policy of the value, if the parameters have these. Raises PolicyError if they share no clock."""
+    first, *others = dict.fromkeys(policies)
+    clock = None if first.local else clock_of(first)
+    if clock is not None and all(not p.local and clock_of(p) == clock for p in others):
+        plain = {"payload": Gradient(), "filters": (), "pull_filters": (), "apply": Mean()}
+        return msgspec.structs.replace(first, **plain)
+    if others:
+        raise PolicyError(
+            "the optimizer wants the value of the loss (value=), which is computed once a clock from the replicas "
+            f"whose gradients are applied, and layers of the policies {first.describe()!r} and "
+            f"{others[0].describe()!r} share no clock; give all layers one policy, or one quorum, topology and every"
+        )
+    if first.filters and not first.local:
+        raise PolicyError(
+            f"the optimizer wants the value of the loss (value=), and with {first.describe()!r} it goes the way of the "
+            "gradients that are applied on arrival, whose filters would change it; leave filters out, or give a policy "
+            "whose layers commit clock by clock, such as fm.policies.bounded_staleness(2)"
+        )
+    return first
 
 
 def uses(

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from flowml.disjoint import DisjointSets
 from flowml.errors import UnsupportedError
@@ -25,6 +26,7 @@ from flowml.ir.trace import trace
 from flowml.plan import ArraySpec
 from flowml.training.coupled import Coupling, Inputs, divide, program
 from flowml.training.ownership import Ownership, opened, ownership, together
+from flowml.training.valued import ValuedOptimizer, ValueWantedError
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,8 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
         try:
             updated = optimizer.update(gradients, state, params)
         except (TypeError, ValueError) as error:
-            if "keyword-only argument" not in str(error) and "must be provided" not in str(error):
-                raise
-            raise UnsupportedError(
-                f"the optimizer wants more than gradients, state and parameters ({error}), which a Trainer "
-                "does not pass; use an optimizer without such arguments, or write the loop with fm.dataflow"
-            ) from None
+            _explain(optimizer, error, gradients, params, state)
+            raise
         if not isinstance(updated, tuple) or len(updated) != 2:
             raise TypeError(
                 f"the optimizer's update returns a {type(updated).__name__} instead of the tuple (updates, state); "
@@ -194,6 +192,29 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
         param_specs=specs,
         depends=_dependencies(divisible),
     )
+
+
+def _explain(optimizer: Any, error: Exception, gradients: Any, params: Any, state: Any) -> None:
+    """Raise ValueWantedError if an update that has failed works with the value of the loss, UnsupportedError if it
+    wants something else."""
+    if not isinstance(optimizer, ValuedOptimizer):
+        try:
+            jax.eval_shape(optimizer.update, gradients, state, params, value=jnp.zeros(()))
+        except Exception as wanted:  # it is the user's function, and raises what it likes
+            error = wanted if _wants(wanted) else error
+        else:
+            raise ValueWantedError("the optimizer wants the value of the loss") from None
+    if _wants(error):
+        raise UnsupportedError(
+            f"the optimizer wants more than gradients, state, parameters and the value of the loss ({error}). A line "
+            "search or a second gradient evaluates the loss again within one update, and the homes that update layers "
+            "do not hold the model; use an optimizer without such arguments, fm.methods.lbfgs for L-BFGS with a line "
+            "search, or write the loop with fm.dataflow"
+        ) from None
+
+
+def _wants(error: Exception) -> bool:
+    return "keyword-only argument" in str(error) or "must be provided" in str(error)
 
 
 def _dependencies(graph: Graph) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from flowml.placement import Placement
 from flowml.plan import Plan
 from flowml.rows import swapped
 from flowml.training.step import name_of
+from flowml.training.valued import VALUE
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.dataflow import dataflow
 from flowml_runtime.driver.remote import Remote
@@ -133,6 +134,11 @@ def _devices(plan: Plan) -> dict[int, str]:
     """The device of each leaf of parameters, then of state, at the first replica."""
     training = plan.training
     assert training is not None
-    found = {leaf: store.readers[0] for store in training.stores for leaf in store.leaves}
+    found = {
+        leaf: store.readers[0]
+        for store in training.stores
+        for leaf, path in zip(store.leaves, store.paths, strict=True)
+        if path != VALUE
+    }
     first = len(found)
     return found | {first + i: training.replicas[0][leaf.stage] for i, leaf in enumerate(training.state)}

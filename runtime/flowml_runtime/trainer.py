@@ -18,7 +18,6 @@ from typing import Any, Literal, cast, get_args
 
 import jax
 import msgspec
-import numpy as np
 
 from flowml.arguments import choice, flag
 from flowml.data import Source, as_source, epoch_order
@@ -35,6 +34,7 @@ from flowml.splits import Shuffle, dealt
 from flowml.training.compiler import TrainingSpec, compile_training
 from flowml.training.state import Rule
 from flowml.training.step import Weight, by_examples, name_of
+from flowml.training.valued import Valued, ValueWantedError, own_of, valued
 from flowml.training.variants import difference, placed_alike
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.current import blocks
@@ -44,7 +44,7 @@ from flowml_runtime.driver.interrupts import Interrupts, heeding_interrupts
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.progress import shown
 from flowml_runtime.driver.training.delays import Delays, delays_of, rows_of, workers_of
-from flowml_runtime.driver.training.feeding import MAX_SHAPES, batch_structs
+from flowml_runtime.driver.training.feeding import MAX_SHAPES, first_batch
 from flowml_runtime.driver.training.fingerprint import fingerprint
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Asked, Callback, Last, check_items, compiling, rest_of
@@ -153,7 +153,7 @@ class Trainer:
         self._evaluation = Evaluation(self._spec.placement, effects)
         self._own_metrics = loss_metrics(self._spec)
         self._fitting = threading.Lock()
-        self._looked = False
+        self._looked = self._valued = False  # valued: the optimizer is known to want the value of the loss
         weakref.finalize(self, discard, self._programs).atexit = False
 
     @property
@@ -179,9 +179,8 @@ class Trainer:
     def plan(self, params: Any, batch: Any, state: Any = None) -> Plan:
         """The plan for one global batch (arrays or `jax.ShapeDtypeStruct`s), with its policies. Runs nothing."""
         self._check_state(state, shapes=True)
-        return self._program(
-            self._here(), self._spec, structs_of(params, state), structs(batch, "batch leaf")
-        ).compiled.plan
+        batch = structs(batch, "batch leaf")
+        return self._first_program(self._here(), self._spec, params, state, batch)[0].compiled.plan
 
     def fit(
         self,
@@ -263,9 +262,10 @@ class Trainer:
         workers_of(cluster.devices, self._delays)  # raises an error before anything is compiled
         data, batch_size = asked.data, asked.batch_size
         order = epoch_order(data.examples, asked.seed, 0, shuffle=asked.shuffle)
-        shapes, model = structs_of(params, state), Model.of(state, self._state_rules, self._spec.replicas)
+        model = Model.of(state, self._state_rules, self._spec.replicas)
         spec = replace(self._spec, weight=by_examples) if asked.rest and self._spec.weight is None else self._spec
-        program = self._program(cluster, spec, shapes, self._first_batch(data, order, batch_size))
+        batch = first_batch(data, order, batch_size, spec.replicas)
+        program, params = self._first_program(cluster, spec, params, state, batch)
         check_items(program.training, asked.rest, asked.shuffle, simulated=isinstance(cluster, SimulatedCluster))
         workers = kind_of(cluster)
         about = figures(program.training, data, batch_size, asked.seed, asked.shuffle, asked.rest, workers)
@@ -275,7 +275,8 @@ class Trainer:
         looked = self._look_at_loss(program, params, data, order, batch_size)
         handle = losses.load(looked.look)
         looked.warn(stacklevel=4)
-        options, variant = self._options(cluster, program, asked), partial(self._variant, cluster, program, shapes)
+        variant = partial(self._variant, cluster, program, structs_of(params, state))
+        options = self._options(cluster, program, asked)
 
         def make(handle: LoadedPlan, run: int, saving: Saving) -> Fit:
             now = replace(options, run=run)
@@ -326,7 +327,7 @@ class Trainer:
         rows, plan = max(1, asked.batch_size // self._spec.replicas), program.compiled.plan
 
         def measure(params: Any, state: Any) -> dict[str, Any]:
-            values = [params, state] if self._spec.has_state else [params]
+            values = [own_of(params), state] if self._spec.has_state else [own_of(params)]
             found = self._evaluation.means(cluster, metrics or self._own_metrics, values, source, rows, plan)
             return found if metrics else joined(found)
 
@@ -340,7 +341,7 @@ class Trainer:
 
     def _plan_of(self, params: Any) -> Plan | None:
         """The newest plan for parameters of this structure, on the cluster in use."""
-        leaves, session = len(jax.tree_util.tree_leaves(params)), self._here().session
+        leaves, session = len(jax.tree_util.tree_leaves(params)) + self._valued, self._here().session
         mine = [p for p in self._programs.values() if p.session is session]
         return next((p.compiled.plan for p in reversed(mine) if p.parameters == leaves), None)
 
@@ -383,12 +384,12 @@ class Trainer:
     ) -> Saving:
         """The values with which a fit begins, and its snapshots."""
         params = jax.tree_util.tree_map(own_array, params)
-        state = first_state(self._spec.optimizer, program.compiled.outer, params, opt_state)
+        state = first_state(program.spec.optimizer, program.compiled.outer, params, opt_state)
         given = asked.checkpoint, asked.resume
         if asked.checkpoint is not None:
             outer = program.compiled.outer
             states = (state.own, *state.outer) if isinstance(state, OptimizerState) else (state,)
-            pairs = list(zip((self._spec.optimizer, *outer), states, strict=True))
+            pairs = list(zip((program.spec.optimizer, *outer), states, strict=True))
             about = msgspec.structs.replace(about, update=fingerprint(pairs, params))
         saving = saving_of(*given, program.training, (params, state), model, about, asked.total)
         if asked.validation is not None:
@@ -398,11 +399,10 @@ class Trainer:
 
     def _look_at_loss(self, program: Program, params: Any, source: Source, order: Any, batch_size: int) -> Looked:
         """What looks whether the average of the loss over replicas and microbatches is the loss of the batch, once."""
-        whole = source.examples >= batch_size
-        if not whole or self._looked or self._spec.has_state or not program.session.arithmetic:
+        if source.examples < batch_size or self._looked or self._spec.has_state or not program.session.arithmetic:
             return Looked(lambda: None)
         self._looked = True
-        return Looked(partial(mean_warning, self._spec, program.compiled.plan, params, source, order, batch_size))
+        return Looked(partial(mean_warning, program.spec, program.compiled.plan, params, source, order, batch_size))
 
     def _told(
         self, cluster: TrainingCluster, result: TrainingResult, asked: Asked, params: Any, state: Any
@@ -412,7 +412,8 @@ class Trainer:
             cluster.on_result(result)
             if cluster.on_fit is not None:
                 order = epoch_order(asked.data.examples, asked.seed, 0, shuffle=asked.shuffle)
-                cluster.on_fit(self, params, self._first_batch(asked.data, order, asked.batch_size), state)
+                batch = first_batch(asked.data, order, asked.batch_size, self._spec.replicas)
+                cluster.on_fit(self, params, batch, state)
         return result
 
     def _here(self) -> TrainingCluster:
@@ -430,12 +431,6 @@ class Trainer:
         finally:
             self._fitting.release()
 
-    def _first_batch(self, source: Source, order: np.ndarray, batch_size: int) -> Any:
-        """A global batch as ShapeDtypeStructs; its examples have the shape of those in the first work item."""
-        item = max(1, batch_size // self._spec.replicas)
-        leaves = source.arrays if source.arrays is not None else source.take(order[:item])
-        return batch_structs(source, leaves, batch_size)
-
     def _variant(self, cluster: TrainingCluster, base: Program, values: tuple[Any, Any], batch: Any) -> LoadedPlan:
         """A plan for batches of another shape, whose programs can run steps of the base's plan."""
         program = self._program(cluster, base.spec, values, batch)
@@ -450,6 +445,18 @@ class Trainer:
                     "the batch's"
                 )
         return program.load()
+
+    def _first_program(
+        self, cluster: TrainingCluster, spec: TrainingSpec, params: Any, state: Any, batch: Any
+    ) -> tuple[Program, Any]:
+        """The program, and the parameters as it takes them: with the value of the loss, if the optimizer wants it."""
+        if not self._valued:
+            try:
+                return self._program(cluster, spec, structs_of(params, state), batch), params
+            except ValueWantedError:
+                self._valued = True
+        params = Valued.of(params)
+        return self._program(cluster, valued(spec), structs_of(params, state), batch), params
 
     def _program(
         self,

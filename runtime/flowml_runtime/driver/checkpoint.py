@@ -14,6 +14,7 @@ import numpy as np
 
 from flowml.errors import CheckpointError, FlowmlWarning
 from flowml.numbers import whole_number
+from flowml.training.valued import VALUE
 from flowml_runtime.driver.training.snapshots import TREES, Key, Leaf, Snapshot
 from flowml_runtime.environment import checkpoints
 
@@ -117,6 +118,8 @@ def restore(path: str | os.PathLike[str]) -> Restored:
         _tree(snapshot, what, leaves) for what, leaves in zip(TREES, snapshot.trees, strict=True)
     )
     state = state if content.state else None
+    if content.params and content.params[-1].path == (("attr", VALUE),):
+        params = params["params"]
     return Restored(params, opt_state, content.steps, snapshot.arrays, state)
 
 

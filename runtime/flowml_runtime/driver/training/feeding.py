@@ -121,6 +121,13 @@ def batch_structs(source: Source, leaves: Sequence[Any], rows: int) -> Any:
     return jax.tree_util.tree_unflatten(source.tree, structs)
 
 
+def first_batch(source: Source, order: np.ndarray, batch_size: int, replicas: int) -> Any:
+    """A global batch as ShapeDtypeStructs; its examples have the shape of those in the first work item."""
+    item = max(1, batch_size // replicas)
+    leaves = source.arrays if source.arrays is not None else source.take(order[:item])
+    return batch_structs(source, leaves, batch_size)
+
+
 def whole(spec: ArraySpec, array: np.ndarray) -> ArraySpec:
     """The spec of an array of several of these."""
     return ArraySpec(array.shape, spec.dtype)

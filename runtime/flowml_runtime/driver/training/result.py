@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import msgspec
 
 from flowml.plan import Plan
+from flowml.training.valued import own_of
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import Loss, Outcome
@@ -70,7 +71,7 @@ def result_of(params: Any, state: Any, outcome: Outcome, plan: Plan, model: Mode
     ended = replace(model, replicas=outcome.model)
     simulated = outcome.simulated
     return TrainingResult(
-        params=restored(params, outcome.params),
+        params=own_of(restored(params, outcome.params)),
         opt_state=restored(state, outcome.state),
         history=outcome.history,
         ledger=outcome.ledger,
