@@ -49,7 +49,8 @@ def loop(optimizer: Any, steps: int = STEPS) -> tuple[Any, Any]:
 
 
 def fit(cluster: Any, optimizer: Any, loss: Any = mlp_loss, **options: Any) -> fm.TrainingResult:
-    trainer = fm.Trainer(loss, optimizer, cluster=cluster, **{"replicas": 2, **options})
+    options = {"replicas": 2, **options}
+    trainer = fm.Trainer(loss, optimizer, cluster=cluster, **options)
     return trainer.fit(mlp(), data(), batch_size=BATCH, steps=STEPS, seed=3, progress=False)
 
 
