@@ -450,13 +450,13 @@ class Trainer:
         self, cluster: TrainingCluster, spec: TrainingSpec, params: Any, state: Any, batch: Any
     ) -> tuple[Program, Any]:
         """The program, and the parameters as it takes them: with the value of the loss, if the optimizer wants it."""
-        if not self._valued:
-            try:
-                return self._program(cluster, spec, structs_of(params, state), batch), params
-            except ValueWantedError:
-                self._valued = True
-        params = Valued.of(params)
-        return self._program(cluster, valued(spec), structs_of(params, state), batch), params
+        try:
+            given = Valued.of(params) if self._valued else params
+            taken = valued(spec) if self._valued else spec
+            return self._program(cluster, taken, structs_of(given, state), batch), given
+        except ValueWantedError:
+            self._valued = True
+            return self._first_program(cluster, spec, params, state, batch)
 
     def _program(
         self,
