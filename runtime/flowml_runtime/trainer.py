@@ -450,9 +450,8 @@ class Trainer:
         self, cluster: TrainingCluster, spec: TrainingSpec, params: Any, state: Any, batch: Any
     ) -> tuple[Program, Any]:
         """The program, and the parameters as it takes them: with the value of the loss, if the optimizer wants it."""
+        taken, given = (valued(spec), Valued.of(params)) if self._valued else (spec, params)
         try:
-            given = Valued.of(params) if self._valued else params
-            taken = valued(spec) if self._valued else spec
             return self._program(cluster, taken, structs_of(given, state), batch), given
         except ValueWantedError:
             self._valued = True
