@@ -157,9 +157,7 @@ def compile_training(
     everyone = as_devices(devices)
     template = _template_devices(spec, everyone)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    if spec.has_value:
-        leaves = [(path[1:] if path[0] != leaves[-1][0][0] else path, leaf) for path, leaf in leaves]
-    paths = tuple(_jax.path_name(p) or "params" for p, _ in leaves)  # a single array has an empty path
+    paths = _paths(spec, [path for path, _ in leaves])
     policies = spec.resolve({path: jnp.shape(leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)})
     code, speculation = coded_by(policies.values(), spec.replicas), speculated_by(policies.values())
     items = spec.replicas * (speculation.portions if speculation else 1)
@@ -211,6 +209,14 @@ def compile_training(
         state_paths=tuple(_jax.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(state)[0]),
     ).compile(traced.graph, traced.closed_over)
     return TrainingCompiled(plan, optimizers.outer_optimizers, step.metrics(slots), traced.left_out)
+
+
+def _paths(spec: TrainingSpec, found: Sequence[tuple[Any, ...]]) -> tuple[str, ...]:
+    """The names of the parameters, as the caller's tree has them."""
+    if spec.has_value:
+        *mine, _ = found
+        return (*(_jax.path_name(path[1:]) or "params" for path in mine), VALUE)
+    return tuple(_jax.path_name(path) or "params" for path in found)  # a single array has an empty path
 
 
 def _template_devices(spec: TrainingSpec, devices: Sequence[Device]) -> tuple[Device, ...]:
