@@ -114,3 +114,16 @@ def test_a_fit_ends_at_the_limit_when_a_worker_stops_unnoticed(quorum: Completio
     trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=cluster, replicas=4, policies=fm.Policy(quorum=quorum))
     with pytest.raises(fm.DeadlineError, match=r"clock 7 cannot be completed: Quorum.* 20 s .*replicas 2 are missing"):
         trainer.fit(mlp(), data(), batch_size=BATCH, steps=20)
+
+
+def test_a_fit_ends_at_the_limit_of_its_first_clock_when_nothing_ever_arrives() -> None:
+    crashes = [fm.sim.Crash(worker=w, at_s=0.5, noticed_s=1e6) for w in (1, 2, 3)]
+    slow = fm.sim.Straggler(fm.sim.Constant(1.0), factor=1e6, workers=(0,))
+    cluster = fm.SimulatedCluster(
+        workers=4, compute=slow, network=fm.sim.Network(1e-3, 1e9), faults=crashes, arithmetic=False
+    )
+    rule = fm.Policy(quorum=fm.Quorum(0.5, limit_s=20.0))
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=cluster, replicas=4, policies=rule)
+    with pytest.raises(fm.DeadlineError, match=r"clock 0 cannot be completed: Quorum\(0.5\) is not there 20 s"):
+        trainer.fit(mlp(), data(), batch_size=BATCH, steps=20)
+    assert cluster.session.now() == pytest.approx(20, abs=1)

@@ -3,7 +3,7 @@
 cases       a seed determines policies, groups of layers, machines, network and faults
 layout      a run of given policies, without a model
 world       the real machines of driver and workers, joined by the simulator, and a record of all that happens
-draws       random policies, of every kind
+draws       random policies, of every kind; `rarer` puts rarer values into some of them
 values      integers in place of arrays, which show what a version contains
 matrices    matrices that do, where replicas do more than add up gradients
 history     the record; `timeline` puts it in order, and `checker` and `contents` find violations in it

@@ -17,6 +17,7 @@ from flowml_runtime.sim.faults import NetworkFaults
 from flowml_runtime.sim.heap import Clock
 from flowml_tools.faults.draws import policies
 from flowml_tools.faults.layout import make
+from flowml_tools.faults.rarer import rarer
 from flowml_tools.faults.world import World
 
 MOST_STEPS = 72
@@ -65,7 +66,7 @@ class Case:
     @staticmethod
     def drawn(rng: random.Random, seed: int) -> Case:
         replicas, stages = rng.choice([2, 2, 3, 3, 4, 5, 6]), rng.choice([1, 1, 2, 2, 3])
-        chosen = policies(rng, replicas, rng.choice([1, 1, 2, 3, 3]))
+        chosen = rarer(policies(rng, replicas, rng.choice([1, 1, 2, 3, 3])), replicas, seed)
         workers = replicas * stages
         shared = rng.choice([None, None, rng.randint(1, workers)])
         if any(p.shared for p in chosen):

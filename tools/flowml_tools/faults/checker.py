@@ -70,7 +70,7 @@ def _decisions(seen: Timeline) -> Iterator[str]:
 
 
 def _decision(seen: Timeline, group: Group, commit: Commit, began: float) -> Iterator[str]:
-    message, place = commit.message, commit.place
+    message, place, quorum = commit.message, commit.place, group.quorum
     everyone = group.senders
     there = [r for r in everyone if seen.has_arrived(group, r, message.clock, place)]
     where = f"clock {message.clock} of group {group.number}"
@@ -79,6 +79,8 @@ def _decision(seen: Timeline, group: Group, commit: Commit, began: float) -> Ite
     gone = seen.gone_at(seen.leader(group), place, sites=group.relayed)
     if not there:
         yield f"{where} is committed with nothing"
+    elif isinstance(quorum, Quorum) and commit.at > began + quorum.limit_s + _CLOSE:
+        yield f"{where} is committed {commit.at - began:g} s after the one before, past the limit of {quorum}"
     elif any(r not in there and r not in gone for r in everyone) and not _reached(seen, group, commit, there, began):
         yield f"{where} is committed with {there} before its quorum {group.quorum}"
 
@@ -97,6 +99,21 @@ def _reached(seen: Timeline, group: Group, commit: Commit, there: list[int], beg
         share = quorum.count_or_fraction
         return weight * terms.rows >= (share if quorum.counted else share * full * terms.rows) - _CLOSE
     return len(there) >= quorum.need(len(group.senders))
+
+
+def unmet(seen: Timeline, now: float) -> Iterator[str]:
+    """The leaders of the groups whose quorum has a limit that is over."""
+    for group in seen.terms.groups:
+        quorum = group.quorum
+        if not isinstance(quorum, Quorum) or group.final:
+            continue
+        leader, commits = seen.leader(group), seen.commits[group.number]
+        began = commits[-1].at if commits else seen.began.get(leader, math.inf)
+        due = [c for c in range(seen.terms.total_clocks) if group.every.due(c, seen.terms.last_clock)]
+        if now >= began + quorum.limit_s - _CLOSE and len(commits) < len(due):
+            there = [r for r in group.senders if seen.has_arrived(group, r, due[len(commits)], len(seen.facts))]
+            if quorum.of != "replicas" or len(there) < quorum.need(len(group.senders)):
+                yield leader
 
 
 def _sites(seen: Timeline) -> Iterator[str]:

@@ -29,7 +29,6 @@ _ROOTS: tuple[type, ...] = (
 _PLACES = ("flowml.policy", "flowml.sim")
 
 
-_ARITHMETIC = "it changes values only, and the runs compute with integers or small matrices that have no such values"
 NEVER = {
     "Churn": "it makes crashes and returns at the level of a cluster, and these runs have one fit",
     "Churn.changes": "as Churn",
@@ -37,25 +36,18 @@ NEVER = {
     "Crash.at_s": "as Crash",
     "Crash.noticed_s": "as Crash: a crash is noticed after 1 s",
     "Crash.worker": "as Crash",
-    "Compress.feedback": "a lossless filter has none",
-    "KeyCache.feedback": "a lossless filter has none",
-    "Compress.level": _ARITHMETIC,
+    "Compress.feedback": "a lossless filter refuses it",
+    "KeyCache.feedback": "a lossless filter refuses it",
     "Deadline.of=samples": "a Deadline refuses it",
     **dict.fromkeys(
         [f"Distill{f}" for f in ("", ".batch_size", ".inputs", ".loss", ".optimizer", ".predict", ".steps")],
         "it needs a model, which these runs do not have",
     ),
-    "Every.fragments": "a plan has resolved it to offsets before a run begins",
-    "Homes": "applies take no time in these runs, which lack it",
+    "Homes": "what takes time at a home may still be sent when its worker has told its bytes, so the reports lack it",
     "Homes.apply_s": "as Homes",
     "Homes.bytes_per_s": "as Homes",
-    "Outer.optimizer": _ARITHMETIC,
-    "Prox.after": "not drawn yet: Prox after a sum or a scaled mean",
-    "Quantise.block": _ARITHMETIC,
-    "Quantise.stochastic": _ARITHMETIC,
-    "Quorum.limit_s": "not drawn yet: a fit that ends because a quorum is not met in time",
-    "RandomPairs.seed": "not drawn yet: other random pairs",
-    "StalenessScaled.rate": "not drawn yet: a factor of a coefficient",
+    "Every.fragments": "a plan has resolved it to offsets before a run begins",
+    "Outer.optimizer": "it is compiled into the task of a home, and these runs have no compiled tasks",
 }
 """Why no case draws these."""
 

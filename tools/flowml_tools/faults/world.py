@@ -19,8 +19,10 @@ from flowml_runtime.protocol.training.terms import ReplicaLost
 from flowml_runtime.sim import network, world
 from flowml_runtime.sim.heap import Act, Clock
 from flowml_runtime.sim.node import Node
+from flowml_tools.faults.checker import unmet
 from flowml_tools.faults.history import DRIVER, History, Sent, Turn
 from flowml_tools.faults.matrices import Matrices
+from flowml_tools.faults.timeline import Timeline
 from flowml_tools.faults.values import Digits
 
 PLAN = "plan"
@@ -206,7 +208,7 @@ class World:
         self.clock.after(when, 0, self._interrupt, again)
 
     def _interrupt(self, again: bool) -> None:
-        if self.driver.machine.over:
+        if self.driver.machine.over or self.driver.ended:
             return
         self.driver.tell(driver.Stop())
         self.driver.ended = True
@@ -278,7 +280,11 @@ class Driver:
 
     def receive(self, peer: str, message: Any, value: Any) -> None:
         if isinstance(message, wire.StepFailed):
-            raise ProtocolError(f"{message.worker} fails at step {message.step}: {message.error}")
+            if message.worker not in unmet(Timeline.of(self.history), self.world.clock.now):
+                raise ProtocolError(f"{message.worker} fails at step {message.step}: {message.error}")
+            self.world.crashed.add(message.worker)  # it does nothing more
+            self.tell(driver.StepFailed(message))
+            return
         handle = None
         if value is not None:
             handle = next(self._handles)
@@ -327,7 +333,7 @@ class Driver:
                 del self._payloads[handle]
             case driver.Over():
                 self.tell(driver.Stop())
-            case driver.Fail(reason=driver.WorkerLost()) if self.world.crashed:
+            case driver.Fail():
                 self.ended = True
                 self.tell(driver.Stop())
             case driver.NoteFates(fates):

@@ -122,7 +122,12 @@ class Fit:
 
     def begin(self) -> list[Action]:
         held = [] if self._hold == NO_HOLD else self._at_stages(self._leading, stage.Hold(self._hold))
-        return [*held, *(a for at in self.stages for a in self._at_stage(at, stage.Started()))]
+        return [*held, *(a for at in self.stages for a in self._at_stage(at, stage.Started())), *self._tick()]
+
+    def _tick(self) -> list[Action]:
+        """Decide what time alone decides. When a run begins, this asks for the time of the first clock's limit."""
+        decided = self._decide(self._decisions, TimeCame())
+        return decided + [a for at in self._sites for a in self._at_site(at, TimeCame())]
 
     def close(self) -> list[Action]:
         """End the run here, and drop everything that its home has gathered."""
@@ -133,9 +138,7 @@ class Fit:
         if type(event) is StepFinished:
             return self._at_stage((event.replica, event.stage), stage.StepFinished(event.clock))
         if isinstance(event, Tick):
-            actions = self._decide(self._decisions, TimeCame())
-            actions += (a for at in self._sites for a in self._at_site(at, TimeCame()))
-            return [*actions, *self._at_stages(self.stages, TimeCame())]
+            return [*self._tick(), *self._at_stages(self.stages, TimeCame())]
         if isinstance(event, Updated):
             return self._at_home(home.Updated(event.store, event.replica, event.clock, event.applied))
         return self._tell_computed((event.replica, event.stage))
@@ -167,17 +170,14 @@ class Fit:
         )
 
     def validate(self) -> None:
-        for machine in (*self.stages.values(), self._home, *self._decisions.values(), *self._sites.values()):
+        paced = () if self._pace is None else (self._pace,)
+        for machine in (*self.stages.values(), self._home, *self._decisions.values(), *self._sites.values(), *paced):
             machine.validate()
-        if self._pace is not None:
-            self._pace.validate()
 
     @property
     def _ids(self) -> _Ids:
         """The common fields of every message of this worker."""
         return {"plan_id": self.plan_id, "run": self.run, "cause": self.cause}
-
-    # The handlers of messages.
 
     def _granted(self, message: wire.Grant, _: Received) -> list[Action]:
         return self._at_stage((message.replica, 0), stage.Granted(message.items, message.exhausted))
@@ -217,8 +217,8 @@ class Fit:
             told = [action for at in self._sites if at[0] == group.number for action in self._at_site(at, event)]
             return [*told, *self._at_home(event)]
         actions = self._at_stages(self.stages, event)
-        mine = [at for at in self._sites if self._terms.groups[at[0]].above == group.number]
-        actions += [action for at in mine for action in self._at_site(at, event)]
+        above = (at for at in self._sites if self._terms.groups[at[0]].above == group.number)
+        actions += (action for at in above for action in self._at_site(at, event))
         return actions + self._at_home(event) if self._stores else actions
 
     def _computed(self, message: wire.Computed, _: Received) -> list[Action]:

@@ -1,0 +1,94 @@
+"""Puts rarer values of knobs into policies that are drawn: what a value like it would do, with other numbers.
+
+They are drawn from numbers of their own, so that the other cases stay as they are. A composition that they make unsound
+stays as it was.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import msgspec
+
+from flowml import filters
+from flowml.errors import PolicyError
+from flowml.policy import (
+    UNBOUNDED,
+    Gossip,
+    Hierarchy,
+    Mean,
+    Mix,
+    Outer,
+    Policy,
+    Prox,
+    Quorum,
+    StalenessScaled,
+    Sum,
+    check_composition,
+)
+from flowml.policy.graphs import RandomPairs
+
+_BASES = (Sum(), Outer(), Mix(0.3), StalenessScaled(0.5), StalenessScaled())
+
+
+def rarer(policies: tuple[Policy, ...], replicas: int, seed: int) -> tuple[Policy, ...]:
+    """The policies of the stores, where equal ones stay equal."""
+    rng = random.Random(f"rarer {seed}")
+    if rng.random() >= 0.2:
+        return policies
+    found = {policy: _rarer(rng, policy) for policy in dict.fromkeys(policies)}
+    chosen = tuple(found[policy] for policy in policies)
+    try:
+        check_composition({str(i): p for i, p in enumerate(chosen)}, replicas)
+    except PolicyError:
+        return policies
+    return chosen
+
+
+def _rarer(rng: random.Random, policy: Policy) -> Policy:
+    changes: dict[str, Any] = {
+        "topology": _topology(rng, policy.topology),
+        "filters": tuple(_filter(rng, f) for f in policy.filters),
+        "pull_filters": tuple(_filter(rng, f) for f in policy.pull_filters),
+        "apply": _apply(rng, policy.apply),
+        "quorum": _limited(rng, policy),
+    }
+    for name, value in changes.items():
+        try:
+            policy = msgspec.structs.replace(policy, **{name: value})
+        except PolicyError:
+            continue
+    return policy
+
+
+def _topology(rng: random.Random, topology: Any) -> Any:
+    if isinstance(topology, Hierarchy):
+        return msgspec.structs.replace(topology, remote=_topology(rng, topology.remote))
+    if isinstance(topology, Gossip) and topology.graph == RandomPairs():
+        return Gossip(RandomPairs(rng.randint(1, 9)), topology.every, topology.pull)
+    return topology
+
+
+def _filter(rng: random.Random, one: Any) -> Any:
+    if isinstance(one, filters.Quantise) and one.bits > 1:
+        return msgspec.structs.replace(one, block=rng.choice([one.block, 2, 3]), stochastic=rng.choice([False, True]))
+    if isinstance(one, filters.Compress):
+        return filters.compress(rng.choice([1, 9]))
+    return one
+
+
+def _apply(rng: random.Random, apply: Any) -> Any:
+    if isinstance(apply, StalenessScaled):
+        return StalenessScaled(rng.choice([0.5, 2.0]))
+    if isinstance(apply, Prox) and apply.after == Mean():
+        return msgspec.structs.replace(apply, after=rng.choice(_BASES))
+    return apply
+
+
+def _limited(rng: random.Random, policy: Policy) -> Any:
+    """A limit that some clocks meet, and which ends the fit at others."""
+    quorum = policy.quorum
+    if not isinstance(quorum, Quorum) or policy.staleness == UNBOUNDED or not policy.clocked or quorum.cuts:
+        return quorum
+    return msgspec.structs.replace(quorum, limit_s=rng.choice([1.0, 5.0, 20.0, 100.0]))
