@@ -17,13 +17,13 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.late import Fold
-from flowml.policy.wording import wrong_kind
+from flowml.policy.wording import Value, wrong_kind
 
 if TYPE_CHECKING:
     from flowml.policy.spec import Policy
 
 
-class Mean(msgspec.Struct, frozen=True, tag=True):
+class Mean(Value, frozen=True, tag=True):
     """Apply the mean of the contributions: `"mean"`. Each counts by the number of microbatch gradients in it."""
 
     averages = True
@@ -35,7 +35,7 @@ class Mean(msgspec.Struct, frozen=True, tag=True):
         return ""
 
 
-class Sum(msgspec.Struct, frozen=True, tag=True):
+class Sum(Value, frozen=True, tag=True):
     """Apply the sum of the mean gradients of the steps, as if each were applied alone: `"sum"`."""
 
     averages = False
@@ -47,7 +47,7 @@ class Sum(msgspec.Struct, frozen=True, tag=True):
         return "sum"
 
 
-class StalenessScaled(msgspec.Struct, frozen=True, tag=True):
+class StalenessScaled(Value, frozen=True, tag=True):
     """Like the mean, but a contribution that missed σ versions counts `rate / σ` (Gupta et al., Rudra, 2016).
 
     σ is the number of versions between the one that the replica read and the one that the contribution makes, so a
@@ -71,7 +71,7 @@ class StalenessScaled(msgspec.Struct, frozen=True, tag=True):
         return "÷ staleness" if self.rate == 1 else f"{self.rate:g} ÷ staleness"
 
 
-class Outer(msgspec.Struct, frozen=True, tag=True):
+class Outer(Value, frozen=True, tag=True):
     """Give the mean to an optimizer of the home's own, which has its state there (Douillard et al., DiLoCo, 2023).
 
     With gradients it takes the place of the trainer's optimizer for these layers. With deltas, which point from the new
@@ -99,7 +99,7 @@ class Outer(msgspec.Struct, frozen=True, tag=True):
         return "outer"
 
 
-class Mix(msgspec.Struct, frozen=True, tag=True):
+class Mix(Value, frozen=True, tag=True):
     """Replicas and the home pull each other: both move by `pull` times their distance (Zhang et al., Deep learning with
     Elastic Averaging SGD, NeurIPS 2015). With k contributions at once the home moves by k · pull towards their mean.
 
@@ -121,7 +121,7 @@ class Mix(msgspec.Struct, frozen=True, tag=True):
         return f"mix {self.pull:g}"
 
 
-class Consensus(msgspec.Struct, frozen=True, tag=True):
+class Consensus(Value, frozen=True, tag=True):
     """The consensus step of ADMM: the home keeps the mean of what replicas reported last, each its parameters plus its
     dual variables (Boyd et al., *Distributed Optimization and ADMM*, 2011; Zhang and Kwok, *Asynchronous Distributed
     ADMM*, ICML 2014). `Prox` says what penalty the global parameters have.
@@ -147,7 +147,7 @@ class Consensus(msgspec.Struct, frozen=True, tag=True):
         return f"consensus {self.rho:g}"
 
 
-class Vote(msgspec.Struct, frozen=True, tag=True):
+class Vote(Value, frozen=True, tag=True):
     """Apply only the rows that win a vote: each contribution votes for its `rows` largest rows, and 2 · `rows` win.
 
     A row is what one index of a parameter's first dimension selects, such as a feature's histogram. Its size is its
@@ -179,7 +179,7 @@ class Examples:
         self.inputs = inputs
 
 
-class Distill(msgspec.Struct, frozen=True, tag=True):
+class Distill(Value, frozen=True, tag=True):
     """Train a model of the original size to give the mean of the outputs of the replicas' models (Sun et al.,
     *Ensemble-compression*, ECML 2017; Lin et al., *FedDF*, NeurIPS 2020).
 
@@ -247,7 +247,7 @@ class Distill(msgspec.Struct, frozen=True, tag=True):
 Base = Mean | Sum | StalenessScaled | Outer | Mix | Consensus | Vote | Distill
 
 
-class Prox(msgspec.Struct, frozen=True, tag=True):
+class Prox(Value, frozen=True, tag=True):
     """Apply as `after` does, then take the proximal step of l1 · |x| + l2 / 2 · x² inside a box, number by number.
 
     The new value is the x between `low` and `high` that minimises ½ (x - updated)² + l1 · |x| + l2 / 2 · x². Both

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowml.errors import PolicyError
+from flowml.policy.wording import Value
 
 TOLERANCE = 1e-9
 """The largest error of an entry of aᵀB. A set of replicas whose best coefficients have a larger one is not decoded."""
@@ -41,7 +42,7 @@ Row = tuple[tuple[int, float], ...]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_WORKERS)]
 
 
-class _Repetition(msgspec.Struct, frozen=True):
+class _Repetition(Value, frozen=True):
     """What the two codes have in common in which each share of the batch goes to s + 1 replicas."""
 
     workers: _Count
@@ -112,7 +113,7 @@ class CyclicRepetition(_Repetition, frozen=True, tag="cyclic"):
         return _cyclic_decoding(self, frozenset(arrived))
 
 
-class TreeCode(msgspec.Struct, frozen=True, tag="tree"):
+class TreeCode(Value, frozen=True, tag="tree"):
     """A tree of replicas below the home, in which each parent has n children, with a code at each parent.
 
     The replicas of the first level are 0 … n - 1, and the children of replica v are n (v + 1) … n (v + 1) + n - 1. The

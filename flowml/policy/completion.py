@@ -10,9 +10,10 @@ from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.late import Drop, Late, late_name, number
 from flowml.policy.quorum import Answer, Arrivals, Coded, Deadline, Decide, Of, Quorum, Wait
+from flowml.policy.wording import Value
 
 
-class Speculate(msgspec.Struct, frozen=True, tag=True):
+class Speculate(Value, frozen=True, tag=True):
     """The batch is cut into portions, an idle replica takes the next, and portions that take long are computed twice.
 
     The first result of a portion is applied, and a second one is refused. So each step applies the gradient of the

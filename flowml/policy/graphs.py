@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from flowml.errors import PolicyError
 from flowml.numbers import MOST
+from flowml.policy.wording import Value
 
 Matrix = NDArray[np.float64]
 Weights = dict[int, float]
@@ -36,14 +37,14 @@ MAX_OWN = 4096
 _Seed = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 
 
-class RingGraph(msgspec.Struct, frozen=True, tag="ring"):
+class RingGraph(Value, frozen=True, tag="ring"):
     """Each replica averages with the one before and the one after it, all with equal weights."""
 
     def row(self, replica: int, members: int, turn: int = 0) -> Weights:
         return _equal(replica, members, (-1, 1))
 
 
-class TorusGraph(msgspec.Struct, frozen=True, tag="torus"):
+class TorusGraph(Value, frozen=True, tag="torus"):
     """Replicas are on a grid with joined borders, as square as possible. Each averages with its four neighbours."""
 
     def row(self, replica: int, members: int, turn: int = 0) -> Weights:
@@ -53,7 +54,7 @@ class TorusGraph(msgspec.Struct, frozen=True, tag="torus"):
         return _shared(replica, [v * width + u for v, u in near])
 
 
-class ExponentialGraph(msgspec.Struct, frozen=True, tag="exponential"):
+class ExponentialGraph(Value, frozen=True, tag="exponential"):
     """Replica r averages with r + 1, r + 2, r + 4, …, all with equal weights.
 
     Edges are directed: W is not symmetric. A few neighbours give a large gap (Assran et al., ICML 2019; Ying et al.,
@@ -64,14 +65,14 @@ class ExponentialGraph(msgspec.Struct, frozen=True, tag="exponential"):
         return _equal(replica, members, [1 << k for k in range((members - 1).bit_length())])
 
 
-class CompleteGraph(msgspec.Struct, frozen=True, tag="complete"):
+class CompleteGraph(Value, frozen=True, tag="complete"):
     """Each replica averages with all others, which then hold the mean after one round."""
 
     def row(self, replica: int, members: int, turn: int = 0) -> Weights:
         return dict.fromkeys(range(members), 1 / members)
 
 
-class RandomPairs(msgspec.Struct, frozen=True, tag="pairs"):
+class RandomPairs(Value, frozen=True, tag="pairs"):
     """In each round every replica averages with one other, drawn from the seed and the round (as NoLoCo does).
 
     If their number is odd, one replica has no partner in the round.
@@ -83,7 +84,7 @@ class RandomPairs(msgspec.Struct, frozen=True, tag="pairs"):
         return _shared(replica, [partner(self.seed, turn, replica, members)], keep=0.5)
 
 
-class OwnMatrix(msgspec.Struct, frozen=True, tag="matrix"):
+class OwnMatrix(Value, frozen=True, tag="matrix"):
     """The user's W, one tuple for each row. `own_matrix` checks it."""
 
     rows: tuple[tuple[float, ...], ...]

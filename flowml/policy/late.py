@@ -7,17 +7,16 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Literal
 
-import msgspec
-
 from flowml.errors import PolicyError
 from flowml.numbers import whole
+from flowml.policy.wording import Value
 
 
-class Drop(msgspec.Struct, frozen=True, tag=True):
+class Drop(Value, frozen=True, tag=True):
     """Late contributions are discarded."""
 
 
-class Fold(msgspec.Struct, frozen=True, tag=True):
+class Fold(Value, frozen=True, tag=True):
     """Late contributions join a later clock, multiplied by `decay` for each clock between.
 
     `decay` 1 compensates fully for the loss of late gradients (Xu et al., Live Gradient Compensation, 2020).
@@ -31,7 +30,7 @@ class Fold(msgspec.Struct, frozen=True, tag=True):
             raise PolicyError(f"Fold(decay={value}): a late contribution is multiplied by a number in (0, 1]")
 
 
-class Requeue(msgspec.Struct, frozen=True, tag=True):
+class Requeue(Value, frozen=True, tag=True):
     """The work items of late contributions return to the queue, and other replicas do them in a later clock."""
 
 

@@ -18,7 +18,7 @@ from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.codes import Code, CyclicRepetition, FractionalRepetition, TreeCode
 from flowml.policy.late import Drop, Fold, Late, LateName, late_name, late_of, number
-from flowml.policy.wording import brief
+from flowml.policy.wording import Value, brief
 
 _ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
 
@@ -114,7 +114,7 @@ class Never:
 Answer = Wait | Decide | Never
 
 
-class Quorum(msgspec.Struct, frozen=True, tag=True):
+class Quorum(Value, frozen=True, tag=True):
     """How many contributions complete a clock, and what happens to later ones.
 
     Args:
@@ -245,7 +245,7 @@ class Quorum(msgspec.Struct, frozen=True, tag=True):
         return f"Quorum({self.count_or_fraction}{of})"
 
 
-class Deadline(msgspec.Struct, frozen=True, tag=True):
+class Deadline(Value, frozen=True, tag=True):
     """A quorum that waits some more for the others: until a grace window has passed, or until a time limit.
 
     Args:
@@ -355,7 +355,7 @@ class Deadline(msgspec.Struct, frozen=True, tag=True):
         return f"Deadline(limit_s={self.limit_s:g}, of='microbatches')" if self.cuts else f"Deadline({self.share})"
 
 
-class Coded(msgspec.Struct, frozen=True, tag=True):
+class Coded(Value, frozen=True, tag=True):
     """The gradient of the whole batch, from any large enough set of replicas, because each computes several shares.
 
     See `flowml.policy.codes` for the methods. No work is dropped when a replica is late.

@@ -19,13 +19,13 @@ from flowml.policy.late import Fold, late_name
 from flowml.policy.quorum import Coded, Deadline, Quorum
 from flowml.policy.rhythm import ONCE
 from flowml.policy.topology import Gossip
-from flowml.policy.wording import brief
+from flowml.policy.wording import Value, brief
 
 if TYPE_CHECKING:
     from flowml.policy.spec import Policy
 
 
-class Delta(msgspec.Struct, frozen=True, tag=True):
+class Delta(Value, frozen=True, tag=True):
     """Replicas update local parameters, and send the parameters they started from minus their local ones.
 
     `alpha` is the share of its own value that a replica keeps when it takes the global one: 0 takes the global value,
@@ -41,7 +41,7 @@ class Delta(msgspec.Struct, frozen=True, tag=True):
         return brief(self)
 
 
-class Weights(msgspec.Struct, frozen=True, tag=True):
+class Weights(Value, frozen=True, tag=True):
     """Replicas update local parameters, and send these. `alpha` is as in `Delta`."""
 
     alpha: float = 0.0

@@ -7,12 +7,13 @@ import msgspec
 from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.mathematics import due, window
+from flowml.policy.wording import Value
 
 ONCE = 2**31 - 1
 """The steps between pushes of a policy that pushes once, at the end of the run."""
 
 
-class Every(msgspec.Struct, frozen=True, tag=True):
+class Every(Value, frozen=True, tag=True):
     """A replica pushes every `push` steps and after the last one. All counts are in steps.
 
     Args:

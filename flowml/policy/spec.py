@@ -34,17 +34,17 @@ from flowml.policy.topology import (
     remote_of,
 )
 from flowml.policy.topology import describe as describe_topology
-from flowml.policy.wording import brief, wrong_kind
+from flowml.policy.wording import Value, brief, wrong_kind
 
 UNBOUNDED = math.inf
 """A staleness without bound: a read never waits."""
 
 
-class Gradient(msgspec.Struct, frozen=True, tag=True):
+class Gradient(Value, frozen=True, tag=True):
     """Replicas send gradients, summed over the microbatches and steps since their last push."""
 
 
-class Factors(msgspec.Struct, frozen=True, tag=True):
+class Factors(Value, frozen=True, tag=True):
     """Replicas send the operands a and δ of the product aᵀδ, and the home forms the gradient.
 
     This sends less for a large dense layer and a small batch (Chilimbi et al., Project Adam, OSDI 2014).
@@ -54,7 +54,7 @@ class Factors(msgspec.Struct, frozen=True, tag=True):
 Payload = Gradient | Factors | Delta | Weights
 
 
-class Policy(msgspec.Struct, frozen=True):
+class Policy(Value, frozen=True):
     """How the replicas of one layer are kept in step. `Policy()` is synchronous data parallelism.
 
     Attributes:

@@ -22,7 +22,7 @@ from flowml.numbers import whole
 from flowml.policy.completion import describe_completion
 from flowml.policy.graphs import Graph, OwnMatrix, RingGraph, Weights, as_graph, name_of, readers
 from flowml.policy.quorum import Deadline, Quorum
-from flowml.policy.wording import brief, wrong_kind
+from flowml.policy.wording import Value, brief, wrong_kind
 
 DOUBLING_BYTES = 2 * 2**20
 """Largest gradient on one host for which fewer hops are faster than fewer bytes. The measured limit is 3 to 8 MiB for
@@ -33,11 +33,11 @@ DOUBLING_BYTES_APART = 256 * 2**10
 a similar latency, so the limit is lower."""
 
 
-class ParameterServer(msgspec.Struct, frozen=True, tag=True):
+class ParameterServer(Value, frozen=True, tag=True):
     """Each layer has one home, which holds its parameters and optimizer state and applies the contributions."""
 
 
-class AllReduce(msgspec.Struct, frozen=True, tag=True):
+class AllReduce(Value, frozen=True, tag=True):
     """Every replica keeps a copy, and replicas add up their gradients among themselves.
 
     Small gradients use recursive doubling. Large gradients use reduce-scatter and all-gather: directly on one host,
@@ -45,11 +45,11 @@ class AllReduce(msgspec.Struct, frozen=True, tag=True):
     """
 
 
-class Ring(msgspec.Struct, frozen=True, tag=True):
+class Ring(Value, frozen=True, tag=True):
     """Like `AllReduce`, but always around a ring: each of N replicas sends 2 (N-1)/N of the gradient."""
 
 
-class Tree(msgspec.Struct, frozen=True, tag=True):
+class Tree(Value, frozen=True, tag=True):
     """Like `AllReduce`, but always up a tree to the first replica and down again; each node has `fanout` children."""
 
     fanout: int = 4
@@ -61,7 +61,7 @@ class Tree(msgspec.Struct, frozen=True, tag=True):
         msgspec.structs.force_setattr(self, "fanout", fanout)
 
 
-class Gossip(msgspec.Struct, frozen=True, tag=True):
+class Gossip(Value, frozen=True, tag=True):
     """Replicas have parameters of their own, and average them with those of their neighbours in a graph.
 
     Args:
@@ -113,7 +113,7 @@ class Gossip(msgspec.Struct, frozen=True, tag=True):
         return readers(self.graph, replica, members, clock // self.every)
 
 
-class Hierarchy(msgspec.Struct, frozen=True, tag=True):
+class Hierarchy(Value, frozen=True, tag=True):
     """Replicas form sites. Each site keeps in step inside by `local`, and sites keep in step by `remote`.
 
     The replicas of a site add up the gradients of each step by `local`. The site then takes part in `remote` as one
@@ -265,7 +265,7 @@ def _sites(sites: object) -> int | tuple[tuple[int, ...], ...] | None:
     return tuple(sorted(found))
 
 
-class SharedMemory(msgspec.Struct, frozen=True, tag=True):
+class SharedMemory(Value, frozen=True, tag=True):
     """The replicas are devices of one worker, and share the parameters: each updates them itself, at once.
 
     No message is sent, and no replica waits for another (Recht et al., *Hogwild*, NeurIPS 2011). A layer is replaced as

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
 
 import msgspec
 
@@ -22,6 +24,38 @@ _ARGUMENTS = {
     "Distill": "predict, inputs, steps=100, optimizer=optimizer",
 }
 """Class -> the arguments with which an error shows it, if it needs some."""
+
+
+class _Worded(msgspec.StructMeta):
+    """Makes values, and says in an error of ours which arguments a class has."""
+
+    def __call__(cls, *given: Any, **named: Any) -> Any:
+        try:
+            return super().__call__(*given, **named)
+        except TypeError:
+            wrong = _arguments(cls, given, named)
+            if wrong is None:
+                raise
+        raise PolicyError(wrong)
+
+
+class Value(msgspec.Struct, metaclass=_Worded, frozen=True):
+    """A part of a policy. An argument that it does not have raises PolicyError, with the nearest that it has."""
+
+
+def _arguments(kind: Any, given: Sequence[object], named: Mapping[str, object]) -> str | None:
+    """What is wrong with the arguments of a class; None if it is not their names or their number."""
+    name, fields = kind.__name__, _fields(kind)
+    known = [field.name for field in fields]
+    has = f"{name} has {', '.join(f'{one}=' for one in known)}" if known else f"{name}() has no arguments"
+    for one in named:
+        if one not in known:
+            near = get_close_matches(one, known, 1)
+            return f"{name} has no argument {one}=; {f'did you mean {near[0]}=? ' if near else ''}{has}"
+    if len(given) > len(known):
+        return f"{name} is given too many values ({len(given)}): {has}"
+    missing = [f"{field.name}=" for field in fields[len(given) :] if field.required and field.name not in named]
+    return f"{name} needs {' and '.join(missing)}; give {example(kind)}" if missing else None
 
 
 def brief(value: msgspec.Struct, hidden: Sequence[str] = ()) -> str:

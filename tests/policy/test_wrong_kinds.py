@@ -27,6 +27,26 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         lambda: fm.Policy(filters=(fm.filters.top_k,)),
         "not a filter, but a function that makes one; call it",
     ),
+    "an unknown argument": (
+        lambda: fm.Policy(quorom=fm.Quorum(0.5)),  # pyright: ignore[reportCallIssue]
+        "Policy has no argument quorom=; did you mean quorum=? Policy has topology=, staleness=, quorum=, every=, ",
+    ),
+    "an unknown argument of a part": (
+        lambda: fm.Gossip("ring", evry=3),  # pyright: ignore[reportCallIssue]
+        "Gossip has no argument evry=; did you mean every=? Gossip has graph=, every=, pull=",
+    ),
+    "an unknown argument of a named policy": (
+        lambda: fm.policies.local_sgd(8, stalenes=1),  # pyright: ignore[reportCallIssue]
+        "Policy has no argument stalenes=; did you mean staleness=?",
+    ),
+    "an argument that nothing is like": (
+        lambda: fm.Ring(3),  # pyright: ignore[reportCallIssue]
+        "Ring is given too many values (1): Ring() has no arguments",
+    ),
+    "a missing argument": (
+        fm.Mix,  # called without arguments
+        "Mix needs pull=; give flowml.Mix(0.1)",
+    ),
     "a filter of a code": (
         lambda: fm.Policy(quorum=fm.Coded(1), filters=(fm.filters.top_k(0.1),)),
         "with filters=(top_k(0.1),) is not sound",
@@ -60,3 +80,16 @@ def test_the_error_says_what_to_write(name: str) -> None:
 )
 def test_values_are_shown_as_they_are_written(value: object, text: str) -> None:
     assert repr(value) == text
+
+
+PARTS = (
+    *[fm.Policy, fm.Quorum, fm.Deadline, fm.Coded, fm.Speculate, fm.Every, fm.Fold, fm.Drop, fm.Requeue],
+    *[fm.Gradient, fm.Factors, fm.Delta, fm.Weights, fm.Outer, fm.Mix, fm.Consensus, fm.Prox, fm.Vote, fm.Distill],
+    *[fm.StalenessScaled, fm.ParameterServer, fm.AllReduce, fm.Ring, fm.Tree, fm.Hierarchy, fm.Gossip, fm.SharedMemory],
+)
+
+
+@pytest.mark.parametrize("kind", PARTS, ids=lambda kind: kind.__name__)
+def test_every_part_of_a_policy_names_the_argument_that_it_lacks(kind: type) -> None:
+    with pytest.raises(fm.PolicyError, match=f"^{kind.__name__} has no argument nothing_like_it=; {kind.__name__}"):
+        kind(nothing_like_it=1)

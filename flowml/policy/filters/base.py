@@ -29,6 +29,7 @@ import numpy as np
 from flowml.arrays import ArraySpec, dtype_of
 from flowml.errors import FlowmlError, PolicyError
 from flowml.numbers import whole
+from flowml.policy.wording import Value
 
 Array = np.ndarray[Any, Any]
 State = Mapping[str, Array]
@@ -104,7 +105,7 @@ class Context(NamedTuple):
         return np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed)))
 
 
-class Filter(msgspec.Struct, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=True):
+class Filter(Value, frozen=True, tag=True, kw_only=True, forbid_unknown_fields=True):
     """Base of the filters. `feedback` is the share of what the chain loses that is added to the next value; 0: none.
 
     Class attributes:
