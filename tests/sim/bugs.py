@@ -24,7 +24,6 @@ from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.protocol.training.site import Site
 from flowml_runtime.protocol.training.terms import Terms
-from flowml_runtime.protocol.training.untold import Untold
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.sim import arithmetic
 from flowml_runtime.sim.neighbours import Neighbours
@@ -89,10 +88,6 @@ def _counts_folded_items_as_used(patch: Patch) -> None:
 def _loses_a_settlement(patch: Patch) -> None:
     real: Callable[..., list[Any]] = Accounts._settle  # pyright: ignore[reportPrivateUsage]
     patch.setattr(Accounts, "_settle", lambda self, clocks: real(self, clocks)[:1])
-
-
-def _drops_what_a_lost_replica_has_not_told(patch: Patch) -> None:
-    patch.setattr(Untold, "fates", lambda *_: [])
 
 
 def _does_not_wait_for_its_own_writes(patch: Patch) -> None:
@@ -304,7 +299,6 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "a clock is committed before its quorum": _commits_before_the_quorum,
     "folded items are counted as used": _counts_folded_items_as_used,
     "a settlement is lost": _loses_a_settlement,
-    "what a lost replica has not told is dropped": _drops_what_a_lost_replica_has_not_told,
     "a replica reads without its own writes": _does_not_wait_for_its_own_writes,
     "a replica takes more often than its policy says": _takes_in_each_step,
     "the decisions of groups are mixed up": _mixes_up_the_decisions_of_groups,
