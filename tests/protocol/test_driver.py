@@ -72,7 +72,7 @@ def test_work_is_granted_to_the_first_stage_and_its_data_goes_first(source: str)
     assert granted == Send(("b0",), wire.Grant(**IDS, cause=1, replica=1, items=((0, items[0]), (1, items[1]))))
     assert fed == ([Feed(1, item, 1) for item in items] if source == "fed" else [])
     fates: tuple[tuple[wire.Item, Any], ...] = ((items[0], "used"),)
-    assert machine.step(Received("b0", wire.Settled(**IDS, replica=1, fates=fates))) == [NoteFates(fates, (), 2)]
+    assert machine.step(Received("b0", wire.Settled(**IDS, replica=1, fates=fates))) == [NoteFates(fates, (), (), 2)]
     assert machine.ledger.outstanding == 1
 
 

@@ -47,3 +47,12 @@ def test_a_step_that_outlives_its_run_updates_nothing_of_the_next() -> None:
         run = make([Policy(topology=SharedMemory())], replicas=3, stages=1, clocks=4, seed=seed, workers=1)
         run.interrupt(1.0 + seed / 4)
         check_all(run)
+
+
+@pytest.mark.parametrize("lost_after", range(12, 22))
+def test_a_lost_replica_may_be_late_in_one_layer_and_in_time_in_another(lost_after: int) -> None:
+    """The driver did not tell for which layers the items of a lost replica were folded in."""
+    rules = [Policy(quorum=Quorum(1, late="fold"), every=2), Policy(quorum=Quorum(0.6), every=3)]
+    run = make(rules, replicas=2, stages=1, clocks=6, seed=1, speeds=(1, 1.3), homes_on=0)
+    run.lose(1, lost_after + 0.5)
+    check_all(run)

@@ -46,7 +46,7 @@ class _Count:
             if isinstance(action, driver.NoteFates) and not isinstance(told, wire.Settled):
                 for item, fate in action.fates:  # of a lost replica
                     replica, _ = self.granted.get((item.sequence, item.copy), (-1, -1))
-                    yield from self._end(item, fate, replica, action.missing)
+                    yield from self._end(item, fate, replica, action.missing, late=action.late)
             elif isinstance(action, actions.Send) and isinstance(action.message, wire.Grant):
                 yield from self._grant(action.message)
 

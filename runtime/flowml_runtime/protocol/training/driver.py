@@ -127,6 +127,7 @@ class NoteFates(msgspec.Struct, frozen=True):
 
     fates: tuple[tuple[wire.Item, Fate], ...]
     missing: tuple[int, ...]
+    late: tuple[int, ...]
     cause: int
 
 
@@ -343,7 +344,7 @@ class TrainingDriver:
                 return self._grant(message)
             case wire.Settled(replica=replica, fates=fates, missing=missing):
                 self.ledger.step(Settled(replica, fates, missing, message.left_out, message.late))
-                return [NoteFates(fates, missing, cause)]
+                return [NoteFates(fates, missing, message.late, cause)]
             case wire.Commit(clock=clock, group=group, coefficients=given):
                 if not self._commits.is_new(group, clock):
                     return []
@@ -409,7 +410,7 @@ class TrainingDriver:
         noted: list[Action] = []
         for (missing, left_out, late), fates in joined(self._untold.fates(replica, self.ledger.held(replica))):
             self.ledger.step(Settled(replica, tuple(fates), missing, left_out, late))
-            noted.append(NoteFates(tuple(fates), missing, self.number))
+            noted.append(NoteFates(tuple(fates), missing, late, self.number))
         return noted
 
 
