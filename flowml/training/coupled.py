@@ -154,12 +154,33 @@ class _Demand:
             if self.owner(value) >= 0:
                 self._hold(leaf, self.owner(value))
         self._follow()
-        read = set[int]().union(*self.held)
+        read = set[int]().union(*self.held) | self._foreign()
         for value, leaf in self._state_of.items():
             if leaf not in read and value not in self.zeros:  # such as a count that is only shown to the user
                 for member in range(self.members):
                     self._hold(leaf, member)
         self._follow()
+
+    def _foreign(self) -> set[int]:
+        """The leaves of the state that only parameters have a part in which take none here. Others keep them."""
+        graph, inputs, mine, others = self.inputs.graph, self.inputs, 1, 2
+        behind = {v: others if v in self.zeros else mine for v in graph.inputs[: 2 * inputs.count]}
+        for value in inputs.states:
+            behind[value] = others if value in self.zeros else mine if self.owner(value) >= 0 else 0
+        changed = True
+        while changed:
+            for node in graph.nodes:
+                found = 0
+                for value in node.reads:
+                    found |= behind.get(value, 0)
+                behind.update(dict.fromkeys(node.outputs, found))
+            changed = False
+            for leaf, value in enumerate(inputs.states):
+                after = inputs.next_state(leaf)
+                found = 0 if isinstance(after, Literal) else behind.get(after, 0)
+                changed = changed or bool(found & ~behind[value])
+                behind[value] |= found
+        return {leaf for leaf, value in enumerate(inputs.states) if behind[value] == others}
 
     def _add(self, operand: Operand, at: int) -> None:
         if not isinstance(operand, Literal):

@@ -88,7 +88,8 @@ class OptimizerSlices:
 
     @cached_property
     def _state_by_leaf(self) -> tuple[dict[int, list[int]], list[int]]:
-        """State leaves by the first parameter they depend on, and leaves that depend on none and no update reads."""
+        """State leaves by the first parameter they depend on, and leaves that depend on none and no update reads, with
+        those that their own updates read."""
         read = 0
         for inputs in self._closures[: self.count]:
             read |= inputs >> 2 * self.count
@@ -98,7 +99,7 @@ class OptimizerSlices:
             if behind:
                 by_leaf.setdefault((behind & -behind).bit_length() - 1, []).append(state)
             elif not read >> state & 1:
-                free.append(state)
+                free += {state, *_bits(self._closures[self.count + state] >> 2 * self.count)}
         return by_leaf, free
 
     def state_of(self, leaves: Sequence[int]) -> tuple[int, ...]:

@@ -94,9 +94,6 @@ MORE: dict[str, Callable[[], Any]] = {
 
 APART = {
     "contrib.muon": "its tree may hold no masked leaves",
-    "MultiSteps": "beside other optimizers in a partition its update cannot be exported yet",
-    "inject_hyperparams": "beside other optimizers in a partition its update cannot be exported yet",
-    "inject_stateful_hyperparams": "beside other optimizers in a partition its update cannot be exported yet",
 }
 """Optimizers with a fit of their own."""
 
@@ -215,6 +212,17 @@ def test_fits_equal_the_plain_loop(names: list[str]) -> None:
     for path, want in jax.tree_util.tree_leaves_with_path(wanted[0]):
         got = result.params[path[0].key][path[1].key]
         np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+    _compare_states(result.opt_state, wanted[1])
+
+
+def _compare_states(got: Any, wanted: Any) -> None:
+    """Keys and their like are drawn alike, so every leaf is compared."""
+    found, expected = (jax.tree_util.tree_leaves_with_path(tree) for tree in (got, wanted))
+    assert [path for path, _ in found] == [path for path, _ in expected]
+    for (path, have), (_, want) in zip(found, expected, strict=True):
+        if jax.dtypes.issubdtype(want.dtype, jax.dtypes.prng_key):
+            have, want = jax.random.key_data(have), jax.random.key_data(want)
+        np.testing.assert_allclose(have, want, rtol=2e-3, atol=2e-4, err_msg=jax.tree_util.keystr(path))
 
 
 def test_the_tables_name_what_optax_has() -> None:
