@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowml.policy import UNBOUNDED, Arrivals, Quorum, Wait, spec
+from flowml.policy import Arrivals, Quorum, Wait, spec
 from flowml_runtime.protocol.training import replica
 from flowml_runtime.protocol.training.accounts import Accounts
 from flowml_runtime.protocol.training.accumulator import Accumulator
@@ -23,7 +23,6 @@ from flowml_runtime.protocol.training.ledger import Ledger, WorkQueue
 from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.protocol.training.site import Site
-from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.sim import arithmetic
 from flowml_runtime.sim.neighbours import Neighbours
@@ -171,13 +170,6 @@ def _takes_global_parameters_before_it_has_pushed_its_own(patch: Patch) -> None:
     patch.setattr(OwnRhythm, "takes", lambda self, clock: not self.mixes or self._taken < 0)
 
 
-def _leaves_out_a_push_of_own_parameters(patch: Patch) -> None:
-    bounded = property(
-        lambda self: frozenset(s.policy.every for s in self.stores if not s.clocked and s.policy.staleness < UNBOUNDED)
-    )
-    patch.setattr(Terms, "_awaited", bounded)
-
-
 def _loses_the_residual_with_a_dropped_push(patch: Patch) -> None:
     patch.setattr(Encoder, "settle", lambda *_, **__: None)
 
@@ -310,7 +302,6 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "a cut step weighs as a whole one": _weighs_a_cut_step_as_a_whole_one,
     "late work is folded in twice": _folds_late_work_in_twice,
     "global parameters are taken before the own are pushed": _takes_global_parameters_before_it_has_pushed_its_own,
-    "a push of own parameters is left out": _leaves_out_a_push_of_own_parameters,
     "a residual is lost with a dropped push": _loses_the_residual_with_a_dropped_push,
     "mirrors end without what filters still keep": _ends_without_what_filters_still_keep,
     "differences of versions are published": _publishes_differences_of_versions,

@@ -132,10 +132,10 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     found: list[tuple[int, ...]] = []
     load = Session.load
 
-    def noted(session: Session, plan: fm.Plan) -> LoadedPlan:
+    def noted(session: Session, plan: fm.Plan, meanwhile: Callable[[], None] = lambda: None) -> LoadedPlan:
         assert plan.training is not None
         found.append(plan.training.batch_specs[0].shape)
-        return load(session, plan)
+        return load(session, plan, meanwhile)
 
     monkeypatch.setattr(Session, "load", noted)
     return found

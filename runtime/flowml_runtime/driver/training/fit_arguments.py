@@ -122,9 +122,9 @@ def _total_steps(source: Source, batch_size: int, epochs: int | None, steps: int
         raise ValueError("give fit() either epochs= or steps=")
     per_epoch = source.examples // batch_size + bool(rest)
     if per_epoch < 1:
+        seems = "" if source.arrays is None else seems_swapped(source.shapes_of(source.arrays))
         raise ValueError(
-            f"batch_size {batch_size} needs at least that many examples; the source has {source.examples}"
-            f"{seems_swapped(source.shapes_of(source.arrays or ()))}"
+            f"batch_size {batch_size} needs at least that many examples; the source has {source.examples}{seems}"
         )
     total = whole_number("epochs", epochs) * per_epoch if steps is None else whole_number("steps", steps)
     if total < 1:
