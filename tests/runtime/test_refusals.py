@@ -46,6 +46,8 @@ def sample(info: inspect.Type) -> Any:
             return False
         case inspect.LiteralType():
             return info.values[0]
+        case inspect.UnionType():
+            return sample(info.types[0])
         case inspect.VarTupleType():
             return [sample(info.item_type)] if not isinstance(info.item_type, inspect.IntType) else []
         case inspect.TupleType():

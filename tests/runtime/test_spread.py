@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from flowml_runtime.environment.machine import share_cores
 from flowml_runtime.environment.spread import Spread, threads
 
 
-def test_a_pinned_worker_generates_code_on_every_core_and_computes_on_its_own(process_cluster: fm.Cluster) -> None:
+def test_a_pinned_worker_generates_code_on_every_core_and_computes_on_its_own() -> None:
     everywhere = os.sched_getaffinity(0)
-    fm.dataflow(lambda x: x * 2 + 1, cluster=process_cluster, placement=fm.Pipeline(1))(np.ones((4, 4), np.float32))
-    compiled = next(pid for pid in process_cluster.pids.values() if _allowed_on(pid, everywhere) >= len(everywhere))
-    share = dict(zip(process_cluster.pids.values(), share_cores(tuple(sorted(everywhere)), 2), strict=True))[compiled]
-    assert _computing(compiled) == {share}
+    with fm.Cluster.local(workers=2) as cluster:
+        fm.dataflow(lambda x: x * 2 + 1, cluster=cluster, placement=fm.Pipeline(1))(np.ones((4, 4), np.float32))
+        compiled = next(pid for pid in cluster.pids.values() if _allowed_on(pid, everywhere) >= len(everywhere))
+        share = dict(zip(cluster.pids.values(), share_cores(tuple(sorted(everywhere)), 2), strict=True))[compiled]
+        assert _computing(compiled) == {share}
 
 
 def test_threads_go_back_to_their_cores_after_a_compilation_that_fails() -> None:
@@ -30,10 +32,17 @@ def test_threads_go_back_to_their_cores_after_a_compilation_that_fails() -> None
             assert os.sched_getaffinity(0) == {min(own)}
             raise ValueError("no such operation")
         assert os.sched_getaffinity(0) == own
-    with spread.first():
+    with spread.first():  # as where an executable comes from a cache
         pass
+    over = threading.Event()
     with spread.first():
-        assert os.sched_getaffinity(0) == own
+        assert os.sched_getaffinity(0) == {min(own)}
+        made = threading.Thread(target=over.wait, args=(60,))
+        made.start()
+    with spread.first():
+        assert os.sched_getaffinity(0) == own, "the threads are there"
+    over.set()
+    made.join(60)
 
 
 def _allowed_on(pid: int, everywhere: set[int]) -> int:

@@ -41,17 +41,18 @@ class Spread:
 
     @contextmanager
     def first(self) -> Generator[None]:
-        """Allow XLA to make its compiling threads on every core, the first time that this block ends well."""
+        """Allow XLA to make its compiling threads on every core, until it has made them: it makes none where an
+        executable comes from a cache, or the compilation fails."""
         with self._lock:
             if self._compiled or not self._started:
                 yield
                 return
-            own = cores()
+            own, before = cores(), threads()
             moved = [thread for thread in self._started if _name(thread) != _COMPUTES]
             _move(moved, self.cores)
             try:
                 yield
-                self._compiled = True
+                self._compiled = any(_allowed(thread) == {*self.cores} for thread in threads() - before)
             finally:
                 _move(moved, own)
 
@@ -60,6 +61,12 @@ def _move(moved: Collection[int], where: tuple[int, ...]) -> None:
     for thread in moved:
         with suppress(OSError):  # it has ended, or a core is not allowed any more
             os.sched_setaffinity(thread, where)
+
+
+def _allowed(thread: int) -> set[int]:
+    with suppress(OSError):
+        return os.sched_getaffinity(thread)
+    return set()
 
 
 def _name(thread: int) -> str:
