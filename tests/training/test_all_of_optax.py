@@ -110,7 +110,7 @@ REFUSED = {
     "contrib.hutchinson_estimator_diag_hessian": "evaluates the loss within an update",
     "contrib.sophia": "evaluates the loss within an update",
 }
-"""Optimizers that no fit takes or no table can build, with the reason."""
+"""Optimizers without a fit here. The reasons are from their definitions; `test_extra_arguments` tries refusals."""
 
 
 def _public(module: ModuleType) -> Iterable[tuple[str, Any]]:
