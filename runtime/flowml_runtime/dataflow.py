@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
@@ -143,7 +143,9 @@ class Dataflow(Generic[P, R]):
         self._recent: Recent | None = None
         self._lock = threading.RLock()  # tracing a function may call its own program
         self._programs: weakref.WeakKeyDictionary[ClusterLike, dict[Hashable, _Program]] = weakref.WeakKeyDictionary()
-        weakref.finalize(self, _release, self._programs).atexit = False
+        self._loads: weakref.WeakKeyDictionary[ClusterLike, weakref.WeakSet[LoadedPlan]] = weakref.WeakKeyDictionary()
+        """What was loaded and may still be, also of programs that were forgotten while they were loaded again."""
+        weakref.finalize(self, _release, self._loads).atexit = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the function on the cluster. Inside another JAX transformation it is inlined, like jit.
@@ -285,6 +287,7 @@ class Dataflow(Generic[P, R]):
                     known = program.handle
                     handle = program.handle = session.load(program.plan) if known is None else session.reload(known)
                     handle.forget = partial(program.forget, handle)
+                    self._loads.setdefault(cluster, weakref.WeakSet()).add(handle)
             try:
                 return use(session, program, handle)
             except UnloadedError:  # it has just been unloaded to make room for another program
@@ -388,12 +391,11 @@ def _finish(program: _Program, call: Call, flat: Sequence[Any]) -> Any:
     return finish(call, program.returned, tree_unflatten(program.out_tree, flat))
 
 
-def _release(programs: Mapping[ClusterLike, Mapping[Hashable, _Program]]) -> None:
-    """Request that the programs of a deleted object be unloaded. A finalizer may run on any thread: it never waits."""
-    for cluster, compiled in programs.items():
-        for program in compiled.values():
-            if program.handle is not None:
-                cluster.session.release(program.handle)
+def _release(loads: Mapping[ClusterLike, Iterable[LoadedPlan]]) -> None:
+    """Request that the plans of a deleted object be unloaded. A finalizer may run on any thread: it never waits."""
+    for cluster, handles in loads.items():
+        for handle in handles:
+            cluster.session.release(handle)
 
 
 def _on_one_device(graph: Graph, devices: Sequence[Device]) -> dict[int, Device]:

@@ -106,11 +106,26 @@ def test_the_program_used_longest_ago_makes_room(cluster: fm.Cluster) -> None:
         for program in (first, second, first):
             program(X)
         third(X)
-        names = {id(p): [q.handle for q in p._programs[cluster].values()] for p in (first, second, third)}
-        stopped = [all(h is not None and h.steps.stopped for h in names[id(p)]) for p in (first, second, third)]
+        held = [list(p.programs_on(cluster).values()) for p in (first, second, third)]
+        stopped = [all(q.handle is not None and q.handle.steps.stopped for q in programs) for programs in held]
         assert stopped == [False, True, False]
     finally:
         cluster.max_programs = before
+
+
+def test_a_program_that_was_loaded_again_is_freed_with_its_function(cluster: fm.Cluster) -> None:
+    wait_until(lambda: all_freed(cluster), "programs of other tests are freed")
+    before, cluster.max_programs = cluster.max_programs, 1
+    try:
+        programs = [fm.dataflow(across(n), cluster=cluster) for n in range(2)]
+        plans = [program.plan(X) for program in programs]
+        for number in (0, 1, 0, 1, 0):
+            np.testing.assert_array_equal(programs[number](X), jax.jit(across(number))(X))
+        assert programs[0].plan(X) is plans[0], "it was compiled from the start"
+    finally:
+        cluster.max_programs = before
+    del programs
+    wait_until(lambda: all_freed(cluster), "what was loaded last is freed")
 
 
 def test_the_bound_is_a_positive_number(cluster: fm.Cluster) -> None:

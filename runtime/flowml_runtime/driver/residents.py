@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
@@ -74,6 +75,11 @@ class Residents(Generic[T]):
             plan = self._unloaded.popleft()()
             if plan is not None:
                 plan.forget()
+
+    def loads_again(self, plan: T) -> None:
+        """Do not make the owner of an unloaded plan forget it: it is being loaded again."""
+        with suppress(ValueError, IndexError):  # it is not there, or another thread makes room at the same time
+            self._unloaded.remove(weakref.ref(plan))
 
     def close(self) -> None:
         with self._lock:

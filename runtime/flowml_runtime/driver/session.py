@@ -198,6 +198,7 @@ class Session:
         if lost and any(p.device not in there for p in handle.plan.programs):
             return handle
         self.unload(handle)
+        self._residents.loads_again(handle)
         try:
             return self.load(handle.plan)
         except WorkerLostError:  # the worker has just left
