@@ -181,7 +181,9 @@ __all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedD
 def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
-        raise AttributeError(f"module 'flowml' has no attribute {name!r}")
+        from flowml.signatures import missing
+
+        raise missing("flowml", __all__, name)
     module = importlib.import_module(home)
     value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value

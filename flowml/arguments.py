@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
-from typing import cast
 
 import numpy as np
+
+from flowml.numbers import real
 
 MOST_S = 1e9
 """The longest time that is accepted: 31 years."""
@@ -54,12 +54,8 @@ def seconds(name: str, value: object, *, zero: bool = False) -> float:
 
     Raises ValueError for anything else.
     """
-    number = math.nan
-    if not isinstance(value, bool) and isinstance(value, Real):
-        try:
-            number = float(cast(float, value))
-        except OverflowError:
-            number = math.inf
+    found = real(value)
+    number = math.nan if found is None else found
     if not (0 < number <= MOST_S or (zero and number == 0)):
         raise ValueError(f"{name}={value!r}: give seconds {'of at least' if zero else 'above'} 0, at most {MOST_S:g}")
     return number

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 
 MOST = 2**53 - 1
 """The largest count. Every integer up to here is exact as a float, so all readers of messages agree on it."""
@@ -13,6 +14,16 @@ def whole(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         return None
     return int(value)
+
+
+def real(value: object) -> float | None:
+    """A Python or NumPy number as a float; None for anything else, including a bool. An int beyond all floats is ±∞."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # pyright: ignore[reportOperatorIssue]
 
 
 def whole_number(name: str, value: object, *, least: int = 0, most: int = MOST) -> int:

@@ -9,13 +9,12 @@ there.
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from flowml.errors import PolicyError
-from flowml.numbers import whole
+from flowml.numbers import real, whole
 from flowml.policy.late import Fold
 from flowml.policy.wording import Value, wrong_kind
 
@@ -281,7 +280,7 @@ class Prox(Value, frozen=True, tag=True):
             _check(
                 self, name, 0 <= _number(getattr(self, name)) < math.inf, "a penalty is multiplied by a number from 0"
             )
-        if not _number(self.low) <= _number(self.high):
+        if not _number(self.low) <= _number(self.high) or self.low == math.inf or self.high == -math.inf:
             raise PolicyError(f"Prox(low={self.low!r}, high={self.high!r}): no number lies in this box")
         if not self.l1 and not self.l2 and self.low == -math.inf and self.high == math.inf:
             raise PolicyError("Prox() changes nothing; give l1=, l2=, low= or high=")
@@ -390,7 +389,8 @@ def unsound(apply: Apply, payload: str, *, collective: bool) -> str | None:
 
 def _number(value: object) -> float:
     """A number of the user's as a float; NaN, which no range holds, for anything else."""
-    return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    found = real(value)
+    return math.nan if found is None else found
 
 
 def _check(kind: object, name: str, sound: bool, reason: str) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Real
 from typing import Literal
 
 from flowml.errors import PolicyError
-from flowml.numbers import whole
+from flowml.numbers import MOST, real, whole
 from flowml.policy.wording import Value
 
 
@@ -62,8 +61,9 @@ def late_name(late: Late) -> str:
 def number(value: object, otherwise: str) -> int | float:
     """A Python or NumPy number as an int or a float. Raises PolicyError for NaN, a bool or anything else."""
     count = whole(value)
-    if count is not None:
+    if count is not None and abs(count) <= MOST:
         return count
-    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+    found = real(value)
+    if found is None or math.isnan(found):
         raise PolicyError(otherwise.format(value))
-    return float(value)
+    return found

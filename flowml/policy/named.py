@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
 from flowml import policy as algebra
+from flowml.arguments import flag
 from flowml.errors import PolicyError
+from flowml.numbers import whole
 from flowml.policy import filters
 from flowml.policy.late import LateName, late_of, number
 from flowml.policy.published import (
@@ -28,6 +30,7 @@ from flowml.policy.published import (
     ssp,
     vote,
 )
+from flowml.signatures import worded
 
 
 class _Common(TypedDict, total=False):
@@ -164,13 +167,14 @@ def compensate(share: float = 0.75, **overrides: Unpack[_Pushing]) -> algebra.Po
 def softsync(n: float, scale: bool = True, **overrides: Unpack[_Sending]) -> algebra.Policy:
     """A home applies 1/n of the replicas' gradients at a time, so their staleness is about `n`; `scale` divides each by
     its staleness (Gupta et al., Rudra, 2016). Raises PolicyError for an `n` below 1."""
+    scaled = flag("scale", scale)
     if number(n, "softsync({!r}): give a number of at least 1") < 1:
         raise PolicyError(
             f"softsync({n}): give a number of at least 1; 1 applies the gradients of all replicas at once"
         )
     overrides.setdefault("staleness", algebra.UNBOUNDED)
     overrides.setdefault("quorum", algebra.Quorum(1 / n, late="fold"))
-    overrides.setdefault("apply", algebra.StalenessScaled() if scale else "mean")
+    overrides.setdefault("apply", algebra.StalenessScaled() if scaled else "mean")
     return algebra.Policy(**overrides)
 
 
@@ -200,7 +204,8 @@ def diloco(
         delay: what a replica sends is computed so many steps before.
         alpha: 0 takes the global values, 1 keeps a replica's own.
     """
-    rhythm = algebra.Every(every, fragments=fragments, delay=delay, offset=-delay % every if 0 <= delay < every else 0)
+    steps, late = whole(every) or 1, whole(delay) or 0
+    rhythm = algebra.Every(every, fragments=fragments, delay=delay, offset=-late % steps if 0 <= late < steps else 0)
     return algebra.Policy(every=rhythm, payload=algebra.Delta(alpha), apply=algebra.Outer(outer), **overrides)
 
 
@@ -308,8 +313,10 @@ def admm(
         l1, l2, low, high: the penalties and the box of the global parameters.
     """
     apply: algebra.Apply = algebra.Consensus(rho)
+    given = {"l1": l1, "l2": l2, "low": low, "high": high, "staleness": staleness}
+    l1, l2, low, high, staleness = (number(x, f"admm({name}={{!r}}): give a number") for name, x in given.items())
     if l1 or l2 or low > -math.inf or high < math.inf:
-        apply = algebra.Prox(l1 / rho, l2 / rho, low, high, apply)
+        apply = algebra.Prox(float(l1) / rho, float(l2) / rho, low, high, apply)
     completion = algebra.Quorum(share, late="fold") if staleness else algebra.Quorum(share)
     return algebra.Policy(every=every, staleness=staleness, quorum=completion, payload=algebra.Delta(), apply=apply)
 
@@ -441,6 +448,8 @@ __all__ = [
     "deep_compression",
     "skeleton",
 ]
+
+worded(globals(), __all__, PolicyError, "flowml.policies")
 
 
 def __dir__() -> list[str]:

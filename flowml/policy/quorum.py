@@ -18,7 +18,7 @@ from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.codes import Code, CyclicRepetition, FractionalRepetition, TreeCode
 from flowml.policy.late import Drop, Fold, Late, LateName, late_name, late_of, number
-from flowml.policy.wording import Value, brief
+from flowml.policy.wording import Value, brief, is_one_of
 
 _ROUNDING = 1e-9  # 1 - 1/3 of three members has to be two of them, although binary fractions are not exact
 
@@ -167,7 +167,7 @@ class Quorum(Value, frozen=True, tag=True):
         if self.cuts:
             _check_cut(f"Quorum({value}, of='microbatches')", self.late)
         msgspec.structs.force_setattr(self, "limit_s", _limit(self.limit_s, "Quorum"))
-        if self.over not in ("step", "epoch"):
+        if not is_one_of(self.over, ("step", "epoch")):
             raise PolicyError(f"Quorum(over={self.over!r}) is not known; give over='step' or over='epoch'")
         if self.ends_epoch and (self.of != "samples" or self.counted):
             raise PolicyError(
@@ -283,13 +283,13 @@ class Deadline(Value, frozen=True, tag=True):
         quorum = Quorum(self.share, late=self.late)  # checks both
         msgspec.structs.force_setattr(self, "share", quorum.count_or_fraction)
         msgspec.structs.force_setattr(self, "late", quorum.late)
-        if self.grace != "adaptive":
+        if not (isinstance(self.grace, str) and self.grace == "adaptive"):
             value = number(self.grace, "Deadline(grace={!r}): give seconds, or 'adaptive'")
             if not 0 <= value < math.inf:
                 raise PolicyError(f"Deadline(grace={value}): the wait is a number of seconds from 0, or 'adaptive'")
             msgspec.structs.force_setattr(self, "grace", float(value))
         msgspec.structs.force_setattr(self, "limit_s", _limit(self.limit_s, "Deadline"))
-        if self.of not in ("replicas", "microbatches"):
+        if not is_one_of(self.of, ("replicas", "microbatches")):
             raise PolicyError(f"Deadline(of={self.of!r}) is not known; give of='replicas' or of='microbatches'")
         if self.cuts:
             self._check_cut()
@@ -347,7 +347,7 @@ class Deadline(Value, frozen=True, tag=True):
         return Decide() if arrivals.count else Wait()
 
     def _grace_s(self, arrivals: Arrivals, need: int) -> float:
-        if self.grace != "adaptive":
+        if not (isinstance(self.grace, str) and self.grace == "adaptive"):
             return self.grace
         return arrivals.spread_s(need) if arrivals.window_s is None else arrivals.window_s
 
@@ -381,7 +381,7 @@ class Coded(Value, frozen=True, tag=True):
             if value is None or value < 0:
                 raise PolicyError(f"Coded({name}={getattr(self, name)!r}): give a whole number of at least 0")
             msgspec.structs.force_setattr(self, name, value)
-        if self.code not in ("fractional", "cyclic", "tree"):
+        if not is_one_of(self.code, ("fractional", "cyclic", "tree")):
             raise PolicyError(f"Coded(code={self.code!r}) is not known; give 'fractional', 'cyclic' or 'tree'")
         if self.code == "tree":
             TreeCode(self.children, self.levels, self.stragglers)
@@ -453,5 +453,5 @@ def _limit(limit_s: object, where: str) -> float:
 
 
 def _check_of(of: object) -> None:
-    if of not in ("replicas", "samples", "microbatches"):
+    if not is_one_of(of, ("replicas", "samples", "microbatches")):
         raise PolicyError(f"Quorum(of={of!r}) is not known; give of='replicas', 'samples' or 'microbatches'")

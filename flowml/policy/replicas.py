@@ -7,12 +7,12 @@ it at every step with its own gradient. The home keeps the global parameters, wh
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from flowml.errors import PolicyError
+from flowml.numbers import real
 from flowml.policy.apply import Consensus, Distill, Mean, Mix, Outer, Sum, base_of
 from flowml.policy.graphs import CompleteGraph
 from flowml.policy.late import Fold, late_name
@@ -67,9 +67,8 @@ def check_pull(name: str, policy: Policy, replicas: int, what: str = "replicas")
 
 def _share(value: object) -> float | None:
     """A number from 0 to 1 as a float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
-    return float(value) if 0 <= float(value) <= 1 else None
+    found = real(value)
+    return found if found is not None and 0 <= found <= 1 else None
 
 
 def _check_alpha(payload: LocalPayload) -> None:

@@ -8,6 +8,7 @@ from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.mathematics import due, window
 from flowml.policy.wording import Value
+from flowml.signatures import worded
 
 ONCE = 2**31 - 1
 """The steps between pushes of a policy that pushes once, at the end of the run."""
@@ -124,3 +125,6 @@ class Every(Value, frozen=True, tag=True):
 def Once() -> Every:
     """A replica pushes once, at the end of the run."""
     return Every(ONCE)
+
+
+worded(globals(), ("Once",), PolicyError)

@@ -12,13 +12,12 @@ import math
 import operator
 from collections.abc import Hashable, Sequence
 from itertools import pairwise
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from flowml.errors import PolicyError
-from flowml.numbers import whole
+from flowml.numbers import real, whole
 from flowml.policy.completion import describe_completion
 from flowml.policy.graphs import Graph, OwnMatrix, RingGraph, Weights, as_graph, name_of, readers
 from flowml.policy.quorum import Deadline, Quorum
@@ -89,9 +88,10 @@ class Gossip(Value, frozen=True, tag=True):
             )
         msgspec.structs.force_setattr(self, "every", every)
         msgspec.structs.force_setattr(self, "graph", as_graph(self.graph))
-        if isinstance(self.pull, bool) or not isinstance(self.pull, Real) or not 0 <= self.pull < math.inf:
+        pull = real(self.pull)
+        if pull is None or not 0 <= pull < math.inf:
             raise PolicyError(f"Gossip(pull={self.pull!r}): it multiplies a distance; give a number of at least 0")
-        msgspec.structs.force_setattr(self, "pull", float(self.pull))
+        msgspec.structs.force_setattr(self, "pull", pull)
 
     def __repr__(self) -> str:
         name = name_of(self.graph)

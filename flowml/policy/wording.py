@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import msgspec
 
 from flowml.errors import PolicyError
+from flowml.numbers import MOST
+from flowml.signatures import misfit
 
 _ARGUMENTS = {
     "Quorum": "0.75",
@@ -27,13 +28,14 @@ _ARGUMENTS = {
 
 
 class _Worded(msgspec.StructMeta):
-    """Makes values, and says in an error of ours which arguments a class has."""
+    """Makes values, and says in an error of ours which arguments a class has, and how large a count may be."""
 
     def __call__(cls, *given: Any, **named: Any) -> Any:
+        _check_counts(cls, given, named)
         try:
             return super().__call__(*given, **named)
         except TypeError:
-            wrong = _arguments(cls, given, named)
+            wrong = _misfit(cls, given, named)
             if wrong is None:
                 raise
         raise PolicyError(wrong)
@@ -43,19 +45,27 @@ class Value(msgspec.Struct, metaclass=_Worded, frozen=True):
     """A part of a policy. An argument that it does not have raises PolicyError, with the nearest that it has."""
 
 
-def _arguments(kind: Any, given: Sequence[object], named: Mapping[str, object]) -> str | None:
+def _misfit(kind: Any, given: Sequence[object], named: Mapping[str, object]) -> str | None:
     """What is wrong with the arguments of a class; None if it is not their names or their number."""
-    name, fields = kind.__name__, _fields(kind)
-    known = [field.name for field in fields]
-    has = f"{name} has {', '.join(f'{one}=' for one in known)}" if known else f"{name}() has no arguments"
-    for one in named:
-        if one not in known:
-            near = get_close_matches(one, known, 1)
-            return f"{name} has no argument {one}=; {f'did you mean {near[0]}=? ' if near else ''}{has}"
-    if len(given) > len(known):
-        return f"{name} is given too many values ({len(given)}): {has}"
-    missing = [f"{field.name}=" for field in fields[len(given) :] if field.required and field.name not in named]
-    return f"{name} needs {' and '.join(missing)}; give {example(kind)}" if missing else None
+    has = {field.name: field.required for field in _fields(kind)}
+    return misfit(_name(kind), has, len(given), named, f"give {example(kind)}")
+
+
+def _check_counts(kind: Any, given: Sequence[object], named: Mapping[str, object]) -> None:
+    """Refuse integers that no message holds, before anything is computed with them."""
+    for name, value in (*zip((field.name for field in _fields(kind)), given, strict=False), *named.items()):
+        if type(value) is int and abs(value) > MOST:
+            raise PolicyError(f"{_name(kind)}({name}=...): give less than 2**53, which is as far as messages count")
+
+
+def _name(kind: Any) -> str:
+    """The name by which users make values of a class."""
+    return getattr(kind, "call", kind.__name__)
+
+
+def is_one_of(value: object, choices: Sequence[str | None]) -> bool:
+    """Whether a value, of whatever type, is one of these names."""
+    return (value is None or isinstance(value, str)) and value in choices
 
 
 def brief(value: msgspec.Struct, hidden: Sequence[str] = ()) -> str:

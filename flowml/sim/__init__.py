@@ -10,6 +10,8 @@ All are frozen values that check themselves, and none reads a clock. Nothing her
 
 from __future__ import annotations
 
+from flowml.errors import SimulationError
+from flowml.signatures import worded
 from flowml.sim.churn import Change, Churn
 from flowml.sim.faults import Crash, Disorder, Fault, Partition
 from flowml.sim.homes import AT_ONCE, Homes
@@ -55,6 +57,8 @@ __all__ = [
     "Sites",
     "Straggler",
 ]
+
+worded(globals(), __all__, SimulationError, "flowml.sim")
 
 
 def __dir__() -> list[str]:

@@ -166,6 +166,8 @@ def _change(position: int, given: object) -> Change:
     if len(fields) != 3:
         raise SimulationError(f"Churn: {name} has {len(fields)} fields; give time_s, worker and up")
     time_s, worker, up = fields
+    if not isinstance(up, bool | np.bool_):
+        raise SimulationError(f"Churn: {name} up={up!r} makes no sense; give True or False")
     return Change(
         checks.number("Churn", f"{name} time_s", time_s), checks.count("Churn", f"{name} worker", worker), bool(up)
     )

@@ -303,6 +303,10 @@ class ComputeTimes:
 
     def __init__(self, model: ComputeModel, seed: int, workers: int, *, first: int = 0) -> None:
         """`workers` are those from the number `first` on."""
+        if not isinstance(model, ComputeModel):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SimulationError(f"ComputeTimes: model={model!r} is not a model; give one like Constant(0.1)")
+        seed = checks.integer("ComputeTimes", "seed", seed)
+        workers, first = (checks.count("ComputeTimes", *one) for one in (("workers", workers), ("first", first)))
         self._model = model
         self._seed = seed
         self._first = first

@@ -217,7 +217,13 @@ class Sites(NetworkModel):
         if self.uplink_bytes_per_s is not None:
             rate = checks.rate("Sites", "uplink_bytes_per_s", self.uplink_bytes_per_s)
             object.__setattr__(self, "uplink_bytes_per_s", rate)
-        used = dict.fromkeys([*sites, str(self.driver)])
+        if not isinstance(self.driver, str):
+            raise SimulationError(
+                f"Sites: driver={self.driver!r} is of type {type(self.driver).__name__}; give a region"
+            )
+        if not isinstance(self.shared_lines, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SimulationError(f"Sites: shared_lines={self.shared_lines!r}; give True or False")
+        used = dict.fromkeys([*sites, self.driver])
         for a in used:
             if a not in regions.names:
                 raise SimulationError(
@@ -272,9 +278,9 @@ def _sites(members: object) -> tuple[str, ...]:
         found = list(members)
     else:
         raise SimulationError("Sites: members is neither the list of each worker's region nor a mapping to how many")
-    wrong = next((m for m in found if not isinstance(m, str)), None)
-    if wrong is not None:
-        raise SimulationError(f"Sites: members has {wrong!r}, which is not the name of a region")
+    wrong = [m for m in found if not isinstance(m, str)]
+    if wrong:
+        raise SimulationError(f"Sites: members has {wrong[0]!r}, which is not the name of a region")
     if not found:
         raise SimulationError("Sites: members is empty; give at least one worker a region")
     return tuple(found)

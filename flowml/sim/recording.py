@@ -20,7 +20,9 @@ from os import PathLike
 from statistics import fmean, median
 from typing import Literal, TypeAlias
 
-from flowml.errors import SimulationError, TraceError
+from flowml.arguments import MOST_S
+from flowml.errors import SimulationError, TraceError, one_line
+from flowml.sim import checks
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class Operation:
     end_s: float
     transfer: Hashable = None
     line: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("step", "worker", "replica", "stage"):
+            checks.count("Operation", name, getattr(self, name))
+        if not isinstance(self.kind, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise SimulationError(f"Operation: kind={self.kind!r} is of type {type(self.kind).__name__}; give text")
+        start_s = checks.number("Operation", "start_s", self.start_s, least=-MOST_S)
+        checks.number("Operation", "end_s", self.end_s, least=start_s)
 
 
 Chosen: TypeAlias = Callable[[Operation], bool]
@@ -77,7 +87,11 @@ class Recording:
     """The duration of an unimpaired operation of each kind."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "operations", tuple(self.operations))
+        given = checks.sequence("Recording", "operations", self.operations, "fm.sim.Operation")
+        wrong = [one for one in given if not isinstance(one, Operation)]
+        if wrong:
+            raise SimulationError(f"Recording: {one_line(repr(wrong[0]))} is not an fm.sim.Operation")
+        object.__setattr__(self, "operations", tuple(given))
         if not self.operations:
             raise SimulationError("Recording: there are no operations; give at least one")
         steps: dict[int, list[Operation]] = defaultdict(list)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from flowml.errors import PolicyError
 from flowml.policy.filters.base import Context as Context
 from flowml.policy.filters.base import EncodingError as EncodingError
 from flowml.policy.filters.base import Filter as Filter
@@ -37,6 +38,7 @@ from flowml.policy.filters.chain import wire_forms as wire_forms
 from flowml.policy.filters.dense import BLOCK, LowRank, Quantise
 from flowml.policy.filters.lossless import Compress, KeyCache
 from flowml.policy.filters.sparse import KKT, RandomK, RandomSkip, Significance, TopK
+from flowml.signatures import worded
 
 AnyFilter = Significance | KKT | TopK | RandomK | RandomSkip | LowRank | Quantise | KeyCache | Compress
 
@@ -123,6 +125,8 @@ __all__ = [
     "compress",
 ]
 """The names of `flowml.filters`. The rest is for the compiler and the runtime."""
+
+worded(globals(), __all__, PolicyError, "flowml.filters")
 
 
 def __dir__() -> list[str]:

@@ -20,15 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import msgspec
 import numpy as np
 
+from flowml import numbers
 from flowml.arrays import ArraySpec, dtype_of
 from flowml.errors import FlowmlError, PolicyError
-from flowml.numbers import whole
 from flowml.policy.wording import Value
 
 Array = np.ndarray[Any, Any]
@@ -200,7 +199,7 @@ def magnitudes(value: Any) -> Any:
 
 def share(call: str, value: object) -> int | float:
     """A share in (0, 1], or a count of at least 1. Raises PolicyError for anything else."""
-    count = whole(value)
+    count = numbers.whole(value)
     if count is not None:
         if count < 1:
             raise PolicyError(f"{call}({count}): a count of elements is at least 1; for a share give a float in (0, 1]")
@@ -213,6 +212,7 @@ def share(call: str, value: object) -> int | float:
 
 def real(call: str, value: object, what: str) -> float:
     """A finite number as a float. Raises PolicyError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    number = numbers.real(value)
+    if number is None or not math.isfinite(number):
         raise PolicyError(f"{call}({value!r}): give {what}")
-    return float(value)
+    return number

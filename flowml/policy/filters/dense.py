@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 
+from flowml.arguments import flag
 from flowml.errors import PolicyError
 from flowml.numbers import whole
 from flowml.policy.filters.base import Array, Context, Filter, Form, Role, Run, magnitudes, on_numpy, wide
@@ -48,6 +49,7 @@ class Quantise(Filter, frozen=True):
             raise PolicyError(f"quantise({self.bits!r}): give 8, 4, 2 or 1 bits")
         if block is None or block < 0:
             raise PolicyError(f"quantise(block={self.block!r}): give a number of elements, or 0 for the whole array")
+        msgspec.structs.force_setattr(self, "stochastic", flag("stochastic", self.stochastic))
         msgspec.structs.force_setattr(self, "bits", bits)
         msgspec.structs.force_setattr(self, "block", block)
 

@@ -29,6 +29,7 @@ from flowml.policy.filters.base import (
     share,
     wide,
 )
+from flowml.policy.wording import is_one_of
 
 _WORD = np.dtype(np.uint32)
 _SEED = np.dtype(np.uint64)
@@ -189,7 +190,7 @@ class Significance(_Compared, frozen=True):
         threshold = real(self.call, self.threshold, "a threshold such as 0.01")
         if threshold < 0:
             raise PolicyError(f"significance({threshold}): a relative change is not negative; give a threshold above 0")
-        if self.decay not in ("sqrt", None):
+        if not is_one_of(self.decay, ("sqrt", None)):
             raise PolicyError(f"significance(decay={self.decay!r}): give decay='sqrt' or decay=None")
         msgspec.structs.force_setattr(self, "threshold", threshold)
 

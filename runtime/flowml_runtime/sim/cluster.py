@@ -12,6 +12,7 @@ from flowml.errors import SimulationError
 from flowml.numbers import whole_number
 from flowml.placement import Placement
 from flowml.placement.links import GRPC, Link, Links
+from flowml.signatures import worded
 from flowml.sim import AT_ONCE, Churn, ComputeModel, Crash, Fault, Homes, NetworkModel, Partition
 from flowml_runtime.current import blocks
 from flowml_runtime.sim.session import Models, SimulatedSession
@@ -171,3 +172,6 @@ def _number(device: str) -> int:
     """The number of a device's worker in a network model."""
     worker = device.partition("/")[0]
     return int(worker.rpartition(":")[2]) if ":" in worker else -1
+
+
+worded(globals(), ("SimulatedCluster",), SimulationError)
