@@ -7,6 +7,7 @@ StableHLO, and restore weak types.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -398,14 +399,24 @@ def array_of(buffer: Any, aval: Any, *, copy: bool) -> jax.Array:
     else:
         sharding = default_sharding()
         (device,) = sharding.device_set
-    wide = True if is_wide(aval.dtype.name) else None
+    wide = True if _is_wide_type(aval.dtype) else None
     put: Any = xla_client.batched_device_put  # pyright: ignore[reportPrivateImportUsage]
     return cast(jax.Array, put(aval, sharding, [buffer], [device], False, copy, enable_x64=wide))
 
 
 def default_sharding() -> jax.sharding.SingleDeviceSharding:
     """The sharding of arrays that are made without one."""
-    return jax.sharding.SingleDeviceSharding(pxla.get_default_device())
+    return _sharding_of(pxla.get_default_device())
+
+
+@functools.lru_cache
+def _sharding_of(device: Any) -> jax.sharding.SingleDeviceSharding:
+    return jax.sharding.SingleDeviceSharding(device)
+
+
+@functools.lru_cache
+def _is_wide_type(dtype: Any) -> bool:
+    return is_wide(dtype.name)
 
 
 def literal_value(atom: Any) -> np.ndarray:

@@ -102,9 +102,9 @@ def test_a_call_that_fetches_is_reported_by_one_message(cluster: fm.Cluster, mon
 
     monkeypatch.setattr(Steps, "collect", collecting)
     x = np.float32(2)
-    state, shown = program({"a": x}, x)
+    state, shown = program.submit({"a": x}, x).result(60)
     assert (float(state["a"]), float(shown), told) == (6.0, 3.0, [(0,)])
-    assert float(silent(x)[1]) == 4.0
+    assert float(silent.submit(x).result(60)[1]) == 4.0
     assert told == [(0,), (0,)]
 
 
@@ -123,3 +123,38 @@ def test_calls_leave_nothing_behind_where_they_keep_nothing() -> None:
         session: Any = cluster.session
         making = [worker._keeping.kept._making for worker in session._local.values()]
         wait_until(lambda: not any(making), "no step is to make a value")
+
+
+def test_a_step_with_kept_values_runs_on_its_callers_thread(
+    cluster: fm.Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = fm.dataflow(lambda x, y: (x @ x + y, y.sum()), cluster=cluster, keep=0, donate_argnums=0)
+    x, y = np.eye(64, dtype=np.float32), np.ones((64, 64), np.float32)
+    state, _ = program(x, y)
+    sent: list[Any] = []
+    monkeypatch.setattr(cluster.endpoint, "send", lambda *message: sent.append(message))
+    for _ in range(2):
+        given = state
+        state, total = program(given, y)
+        assert float(total) == 64 * 64
+        assert given.is_deleted()
+    jax.block_until_ready(state)
+    assert state.is_ready()
+    assert sent == []
+    monkeypatch.undo()
+    expected = x
+    for _ in range(3):
+        expected = expected @ expected + y
+    np.testing.assert_allclose(state, expected, rtol=1e-6)
+
+
+def test_a_call_does_not_overtake_one_that_reads_what_it_overwrites(cluster: fm.Cluster) -> None:
+    bump = fm.dataflow(lambda x: x + 1, cluster=cluster, keep=0, donate_argnums=0)
+    read = fm.dataflow(lambda x: x * 10, cluster=cluster)
+    value = bump(np.zeros(4, np.float32))
+    seen = []
+    for _ in range(20):
+        seen.append(read.submit(value))
+        value = bump(value)
+    assert [float(future.result(60)[0]) for future in seen] == [10.0 * (n + 1) for n in range(20)]
+    assert float(value[0]) == 21.0

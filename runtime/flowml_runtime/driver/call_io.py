@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 from flowml.ir._jax import array_of, array_type, exact_types, is_wide
 from flowml.ir.keys import key_implementation
 from flowml.plan import ArraySpec, Constant, Plan
-from flowml_runtime.driver.remote import Remote
+from flowml_runtime.driver.remote import Kind, Remote
 from flowml_runtime.execution.programs import Array, buffer_struct, constant_array
 from flowml_runtime.transport.arrays import own_copy
 
@@ -72,6 +73,8 @@ class Feeder:
             (s.shape, buffer_struct(s).dtype, s.dtype.startswith("key<"), n)
             for s, n in zip(plan.inputs, plan.input_names, strict=True)
         ]
+        self._known: tuple[list[Kind | None], tuple[int, ...]] = [], ()
+        """The kinds of the handles among the last arguments, and the positions of the others."""
 
     def __call__(self, leaves: Sequence[Any], *, copy: bool) -> list[Array]:
         """The input buffers. With `copy` they share no memory that the caller could write to.
@@ -80,19 +83,26 @@ class Feeder:
         """
         if len(leaves) != len(self._specs):
             raise TypeError(f"plan {self._name!r} takes {len(self._specs)} arrays, got {len(leaves)}")
-        buffers: list[Array] = []
-        for leaf, (shape, dtype, key, name) in zip(leaves, self._specs, strict=True):
-            if type(leaf) is Remote and leaf.kind.spec.shape == shape:
-                buffers.append(leaf)
-                continue
-            if isinstance(leaf, jax.Array):
-                buffer: Array = jax.random.key_data(leaf) if key and type(leaf) is not Remote else leaf
-            else:
-                buffer = own_copy(leaf, dtype) if copy else np.asarray(leaf, dtype)
-            if (leaf if key else buffer).shape != shape:
-                raise TypeError(f"argument {name} of {self._name!r} has shape {np.shape(leaf)}, not {shape}")
-            buffers.append(buffer)
+        buffers: list[Array] = list(leaves)
+        kinds = [leaf.kind if type(leaf) is Remote else None for leaf in leaves]
+        known, others = self._known
+        if kinds != known:
+            shapes = [shape for shape, *_ in self._specs]
+            same = [k is not None and k.spec.shape == s for k, s in zip(kinds, shapes, strict=True)]
+            others = tuple([i for i, given in enumerate(same) if not given])
+        for i in others:
+            buffers[i] = self._buffer(leaves[i], *self._specs[i], copy=copy)
+        self._known = kinds, others
         return buffers
+
+    def _buffer(self, leaf: Any, shape: tuple[int, ...], dtype: Any, key: bool, name: str, *, copy: bool) -> Array:
+        if isinstance(leaf, jax.Array):
+            buffer: Array = jax.random.key_data(leaf) if key and type(leaf) is not Remote else leaf
+        else:
+            buffer = own_copy(leaf, dtype) if copy else np.asarray(leaf, dtype)
+        if (leaf if key else buffer).shape != shape:
+            raise TypeError(f"argument {name} of {self._name!r} has shape {np.shape(leaf)}, not {shape}")
+        return buffer
 
 
 class Restorer:
@@ -110,14 +120,20 @@ class Restorer:
         ]
         """The results whose memory nobody else reads: the first one of each fetched value."""
         self._avals = [buffer_type(o.spec) for o in plan.outputs]
+        self._kept = [(p, o.index) for p, o in enumerate(plan.outputs) if o.kind == "keep"]
+        self._others = [p for p, o in enumerate(plan.outputs) if o.kind != "keep"]
 
     def __call__(self, fetched: Sequence[Array], inputs: Sequence[Any], kept: Sequence[Remote] = ()) -> list[Any]:
         """The results. `kept` are the handles of the outputs that stay, by slot."""
-        sources: dict[str, Any] = {"fetch": fetched, "input": inputs, "keep": kept, "constant": self._constants}
-        if not self._wide:
-            return [self._result(p, sources[o.kind][o.index]) for p, o in enumerate(self._outputs)]
-        with exact_types():  # the thread that takes the result may have 64 bits disabled
-            return [self._result(p, sources[o.kind][o.index]) for p, o in enumerate(self._outputs)]
+        sources: dict[str, Any] = {"fetch": fetched, "input": inputs, "constant": self._constants}
+        results: list[Any] = [None] * len(self._outputs)
+        for position, slot in self._kept:
+            results[position] = kept[slot]
+        with exact_types() if self._wide else nullcontext():  # the thread that takes it may have 64 bits disabled
+            for position in self._others:
+                output = self._outputs[position]
+                results[position] = self._result(position, sources[output.kind][output.index])
+        return results
 
     def _result(self, position: int, value: Any) -> Any:
         if type(value) is Remote:

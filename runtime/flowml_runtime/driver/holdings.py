@@ -60,6 +60,11 @@ class Holdings:
         self._thread: threading.Thread | None = None
         self._closed = False
 
+    @property
+    def asked(self) -> bool:
+        """Whether an answer of a worker is outstanding."""
+        return bool(self._answers)
+
     def batch(self, kinds: Sequence[Kind], call: str, sizes: Mapping[str, int] | None = None) -> Batch:
         """A new batch of values. `sizes` are their bytes by device, if known."""
         if sizes is None:
@@ -172,6 +177,11 @@ class Holdings:
         """Handles were deleted or donated. For finalizers: takes no lock, never waits."""
         self._freed.put((batch, indices))
 
+    def used_up(self, batch: Batch, indices: Sequence[int]) -> None:
+        """A call overwrites these values, so their worker forgets them without a message."""
+        with self._lock:
+            self._forget(batch, indices)
+
     def on_message(self, message: wire.Recalled | wire.Written, arrays: Sequence[Array]) -> None:
         with self._lock:
             _, future = self._answers.pop(message.number, ("", None))
@@ -246,14 +256,19 @@ class Holdings:
         """Values are not needed any more: add them to the `names` of their workers, unless that was done before."""
         kinds, first = batch.kinds, batch.first
         with self._lock:
-            freed = batch.alive.intersection(indices)
-            batch.alive -= freed
-            whole = len(freed) == len(kinds)
-            for device, nbytes in (batch.sizes if whole else bytes_on_devices([kinds[i] for i in freed])).items():
-                self._bytes[device] -= nbytes
+            freed = self._forget(batch, indices)
         for index in freed:
             if not batch.lost or kinds[index].worker not in batch.lost:
                 names[kinds[index].worker].append(first + index)
+
+    def _forget(self, batch: Batch, indices: Sequence[int]) -> set[int]:
+        """Count values as freed, and return those that were not before. The caller holds the lock."""
+        freed = batch.alive.intersection(indices)
+        batch.alive -= freed
+        kinds, whole = batch.kinds, len(freed) == len(batch.kinds)
+        for device, nbytes in (batch.sizes if whole else bytes_on_devices([kinds[i] for i in freed])).items():
+            self._bytes[device] -= nbytes
+        return freed
 
     def _drop(self, worker: str, numbers: Sequence[int]) -> None:
         for start in range(0, len(numbers), wire.MAX_ARRAYS):

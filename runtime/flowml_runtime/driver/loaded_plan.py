@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import not_
 from typing import Any
 
 from flowml.devices import worker_of
@@ -39,10 +41,10 @@ class FeedPort:
         arrays = [buffers[s] for s in self.slots]
         names: tuple[int, ...] = ()
         specs = self.specs
-        if any(type(a) is Remote for a in arrays):
+        if Remote in set(map(type, arrays)):
             names = tuple([a.number if type(a) is Remote else 0 for a in arrays])
-            specs = tuple([s for s, n in zip(specs, names, strict=True) if not n])
-            arrays = [a for a, n in zip(arrays, names, strict=True) if not n]
+            specs = tuple(compress(specs, map(not_, names)))
+            arrays = list(compress(arrays, map(not_, names)))
         value = wire.Value(
             plan_id=plan_id,
             step=step,
@@ -84,6 +86,10 @@ class LoadedPlan:
     """(position, device) of the results that shall stay on a device and are inputs or constants."""
     overwrites: tuple[int, ...] = field(default=(), repr=False)
     """The inputs that a call takes away from its caller, if they stay on a device."""
+    grown: tuple[Sequence[Kind], Mapping[str, int]] = field(default=((), {}), repr=False)
+    """What the last call overwrote, and the bytes that it added; see `growth`."""
+    unread: frozenset[int] = field(default=frozenset(), repr=False)
+    """Those of them that no device is fed with."""
     captures: Captures = field(default_factory=dict[tuple[str, int], Remote], repr=False)
     """The large arrays that the function closes over, on the devices that read them. They stay while this is loaded."""
     waits: bool = field(default=True, repr=False)
@@ -94,21 +100,35 @@ class LoadedPlan:
         """The whole plan as a function of JAX arrays, if it is one task in this process and no trace is recorded."""
         return None if self.local is None or self.local.recorded else self.local.direct
 
-    def growth(self, buffers: Sequence[Any]) -> dict[str, int]:
+    def growth(self, buffers: Sequence[Any]) -> Mapping[str, int]:
         """Bytes that a call adds to the values that stay, by device."""
-        adds = dict(self.kept_bytes)
-        taken = [buffers[i] for i in self.overwrites]
-        for device, nbytes in bytes_on_devices([r.kind for r in taken if type(r) is Remote]).items():
-            adds[device] = adds.get(device, 0) - nbytes
+        taken = [buffers[i].kind for i in self.overwrites if type(buffers[i]) is Remote]
+        known, adds = self.grown
+        if taken != known or not known:
+            adds = dict(self.kept_bytes)
+            for device, nbytes in bytes_on_devices(taken).items():
+                adds[device] = adds.get(device, 0) - nbytes
+            self.grown = taken, adds
         return adds
+
+    def donate(self, call: str, buffers: Sequence[Any]) -> None:
+        """The handles that a call was given to overwrite can no longer be used."""
+        taken = [buffers[i] for i in self.overwrites if type(buffers[i]) is Remote]
+        if not taken:
+            return
+        why = f"was donated to {call} at {calling_line()}; use what that call returned"
+        if self.unread:
+            unread = [buffers[i] for i in self.unread if type(buffers[i]) is Remote]
+            Remote.give_up_all(unread, why, told=False)
+            taken = [buffers[i] for i in self.overwrites if i not in self.unread and type(buffers[i]) is Remote]
+        Remote.give_up_all(taken, why, told=True)
 
 
 def check_donations(handle: LoadedPlan, buffers: Sequence[Any]) -> str:
     """What is wrong if a call donates a value that it is given twice; "" if it does not."""
-    held = [id(b) for b in buffers if type(b) is Remote]
-    if len(set(held)) == len(held):
+    if len(set(map(id, buffers))) == len(buffers):
         return ""
-    times = Counter(held)
+    times = Counter([id(b) for b in buffers if type(b) is Remote])
     for position in handle.overwrites:
         if times[id(buffers[position])] > 1:
             name = handle.plan.input_names[position] or position
@@ -117,13 +137,6 @@ def check_donations(handle: LoadedPlan, buffers: Sequence[Any]) -> str:
                 "a copy, or do not donate it"
             )
     return ""
-
-
-def donate(call: str, buffers: Iterable[Any]) -> None:
-    """The handles among these buffers can no longer be used, because the call overwrites their values."""
-    remotes = [b for b in buffers if type(b) is Remote]
-    if remotes:
-        Remote.give_up_all(remotes, f"was donated to {call} at {calling_line()}; use what that call returned")
 
 
 def loaded(
@@ -159,6 +172,7 @@ def loaded(
         kept_bytes=kept_bytes,
         brought=_brought(plan, ports),
         overwrites=plan.donated,
+        unread=frozenset(plan.donated) - {s for port in ports for s in port.slots},
         captures=captures,
         waits=any(o.kind == "fetch" for o in plan.outputs) or not plan.outputs,
     )

@@ -9,7 +9,9 @@ A worker forgets a value when its handle is deleted or donated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import repeat
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
@@ -38,6 +40,7 @@ class Owner(Protocol):
     def recall(self, remotes: Sequence[Remote]) -> list[jax.Array]: ...
     def write(self, remotes: Sequence[Remote], folder: Path, token: str) -> Iterator[tuple[Remote, Entry]]: ...
     def freed(self, batch: Batch, indices: Sequence[int]) -> None: ...
+    def used_up(self, batch: Batch, indices: Sequence[int]) -> None: ...
 
 
 class Kind:
@@ -61,7 +64,20 @@ class Kind:
 class Batch:
     """The values of one call or `put`. Value i has the number `first` + i on its worker."""
 
-    __slots__ = ("__weakref__", "alive", "call", "error", "first", "future", "gone", "kinds", "lost", "owner", "sizes")
+    __slots__ = (
+        "__weakref__",
+        "alive",
+        "call",
+        "error",
+        "first",
+        "future",
+        "gone",
+        "here",
+        "kinds",
+        "lost",
+        "owner",
+        "sizes",
+    )
 
     def __init__(self, owner: Owner, first: int, kinds: Sequence[Kind], call: str, sizes: Mapping[str, int]) -> None:
         self.owner: Owner | None = owner
@@ -74,6 +90,8 @@ class Batch:
         """What made the values, as in "step 3 of train_step"."""
         self.future: Future[Any] | None = None
         """Of the call, until it is done."""
+        self.here: Callable[[int], Any] | None = None
+        """The arrays by number, if the call ran on its caller's thread. They are computed later, as those of jit."""
         self.error: BaseException | None = None
         """Of the call."""
         self.alive = set(range(len(kinds)))
@@ -84,7 +102,7 @@ class Batch:
         """Lost worker -> reason."""
 
     def handles(self) -> list[Remote]:
-        return [Remote(self, i) for i in range(len(self.kinds))]
+        return list(map(Remote, repeat(self), range(len(self.kinds)), self.kinds))
 
     def made_by(self, future: Future[Any]) -> None:
         """The call of this future makes the values."""
@@ -96,6 +114,12 @@ class Batch:
         self.gone.update(dict.fromkeys(indices, why))
         if self.owner is not None:
             self.owner.freed(self, indices)
+
+    def used_up(self, indices: Sequence[int], why: str) -> None:
+        """A call overwrites these values. Their worker forgets them by itself."""
+        self.gone.update(dict.fromkeys(indices, why))
+        if self.owner is not None:
+            self.owner.used_up(self, indices)
 
     def is_sound(self, owner: Owner) -> bool:
         """Whether calls of the session `owner` can use all of the values."""
@@ -120,26 +144,23 @@ class Remote(jax.Array):
     to a call.
     """
 
-    __slots__ = ("__weakref__", "_batch", "_index", "kind")
+    __slots__ = ("__weakref__", "_batch", "_index", "kind", "number")
     __array_priority__ = 100
     """As of every JAX array: operators of NumPy arrays leave the computation to it."""
 
-    def __init__(self, batch: Batch, index: int) -> None:
+    def __init__(self, batch: Batch, index: int, kind: Kind) -> None:
         """For the runtime: programs with `keep` and `fm.put` make handles."""
         self._batch = batch
         self._index = index
-        self.kind = batch.kinds[index]
+        self.kind = kind
         """For the runtime: the type and place of the value."""
+        self.number = batch.first + index
+        """For the runtime: what the worker calls the value."""
 
     def __del__(self) -> None:
         batch = self._batch
         if batch.owner is not None and self._index not in batch.gone:
             batch.owner.freed(batch, (self._index,))
-
-    @property
-    def number(self) -> int:
-        """For the runtime: what the worker calls the value."""
-        return self._batch.first + self._index
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -213,9 +234,14 @@ class Remote(jax.Array):
 
     def made(self) -> None:
         """For the runtime: wait until the call that makes the value is done. Raises an error if it failed."""
-        future = self._batch.future
-        if future is not None:
-            future.exception()
+        batch = self._batch
+        if batch.future is not None:
+            batch.future.exception()
+        elif batch.here is not None:
+            try:
+                jax.block_until_ready(batch.here(self.number))
+            except Exception as error:
+                batch.error = batch.error or error
         self.check(None)
 
     def check(self, owner: Owner | None) -> Owner:
@@ -246,6 +272,14 @@ class Remote(jax.Array):
         gone = self._index in batch.gone or self.kind.worker in batch.lost
         return batch.owner is not None and batch.error is None and not gone
 
+    def made_here(self, here: Callable[[int], Any]) -> None:
+        """For the runtime: its call ran on its caller's thread, and `here` gives the arrays of its batch by number."""
+        self._batch.here = here
+
+    def fail(self, error: BaseException) -> None:
+        """For the runtime: the call that should have made the values of its batch failed."""
+        self._batch.error = error
+
     def made_by(self, future: Future[Any]) -> None:
         """For the runtime: the call of this future makes the value, and all values of its batch."""
         self._batch.made_by(future)
@@ -253,18 +287,20 @@ class Remote(jax.Array):
     @staticmethod
     def check_all(remotes: Sequence[Remote], owner: Owner) -> None:
         """`check` of all arguments of a call of the session `owner`. Most of them are of one batch or a few."""
-        if not all(batch.is_sound(owner) for batch in {r._batch for r in remotes}):
+        if not all(batch.is_sound(owner) for batch in set(map(_batch_of, remotes))):
             for remote in remotes:
                 remote.check(owner)
 
     @staticmethod
-    def give_up_all(remotes: Iterable[Remote], why: str) -> None:
-        """For the runtime: the values can no longer be used. `why` follows the name of a value in errors."""
-        found: dict[Batch, list[int]] = {}
-        for remote in remotes:
-            found.setdefault(remote._batch, []).append(remote._index)
-        for batch, indices in found.items():
-            batch.give_up(indices, why)
+    def give_up_all(remotes: Sequence[Remote], why: str, *, told: bool) -> None:
+        """For the runtime: the values can no longer be used. `why` follows the name of a value in errors.
+
+        If their workers are `told` by a call that overwrites the values, they get no message.
+        """
+        batches = set(map(_batch_of, remotes))
+        for batch in batches:
+            mine = remotes if len(batches) == 1 else [r for r in remotes if r._batch is batch]
+            (batch.used_up if told else batch.give_up)(list(map(_index_of, mine)), why)
 
     def perish(self) -> None:
         """For the runtime: the value was donated to a call during which a worker was lost."""
@@ -299,7 +335,9 @@ class Remote(jax.Array):
 
     def is_ready(self) -> bool:
         """Whether the value is made, or its call failed."""
-        return self._batch.future is None
+        batch = self._batch
+        array = batch.here(self.number) if batch.here is not None else None
+        return batch.future is None and (array is None or array.is_deleted() or array.is_ready())
 
     def is_deleted(self) -> bool:
         """Whether the value was donated or deleted."""
@@ -363,6 +401,12 @@ class Remote(jax.Array):
     def __repr__(self) -> str:
         spec = self.kind.spec
         return f"Remote({spec.dtype}[{','.join(map(str, spec.shape))}] {self.kind.name!r} on {self.kind.device})"
+
+
+_batch_of = attrgetter("_batch")
+_index_of = attrgetter("_index")
+kind_of = attrgetter("kind")
+number_of = attrgetter("number")
 
 
 def _operator(name: str) -> Callable[..., Any]:

@@ -21,12 +21,13 @@ from flowml.errors import ClusterError, DeadlineError, FlowmlError, PlacementErr
 from flowml.plan import Plan
 from flowml_runtime import wire
 from flowml_runtime.driver import loading as shipping
+from flowml_runtime.driver import own_thread, staying
 from flowml_runtime.driver.captures import Captured
 from flowml_runtime.driver.holdings import Holdings
-from flowml_runtime.driver.loaded_plan import LoadedPlan, check_donations, donate, loaded
+from flowml_runtime.driver.loaded_plan import LoadedPlan, loaded
 from flowml_runtime.driver.loading import Loading
 from flowml_runtime.driver.real_time import RealTime
-from flowml_runtime.driver.remote import Kind, Remote
+from flowml_runtime.driver.remote import Remote
 from flowml_runtime.driver.residents import MAX_PROGRAMS, Residents
 from flowml_runtime.driver.steps import unloaded
 from flowml_runtime.driver.turns import Turns
@@ -36,7 +37,6 @@ from flowml_runtime.execution.faults import (
     cluster_closed,
     load_failed,
     step_error,
-    step_failed,
     unreachable,
     worker_lost,
 )
@@ -44,7 +44,6 @@ from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.inline import LocalStep
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.execution.recorder import Recorder
-from flowml_runtime.execution.step_program import StepFault
 from flowml_runtime.execution.window import IN_FLIGHT
 from flowml_runtime.transport.endpoint import Sender
 
@@ -257,8 +256,12 @@ class Session:
     def _start(self, handle: LoadedPlan, inputs: Sequence[Any], *, copy: bool) -> Future[list[Any]]:
         self.check_owner()
         buffers = handle.prepare(inputs, copy=copy)
-        kept, first = self._keeping(handle, buffers)
-        finish = partial(self._results, handle, buffers, kept)
+        return self._begin(handle, buffers, *staying.outputs(handle, buffers, self.held, self.devices))
+
+    def _begin(
+        self, handle: LoadedPlan, buffers: Sequence[Any], kept: Sequence[Remote], first: int
+    ) -> Future[list[Any]]:
+        finish = partial(staying.results, handle, buffers, kept, self.held, self.devices)
         future = handle.steps.future(finish)
         if not handle.waits:
             future.at_once = partial(finish, ())
@@ -270,7 +273,7 @@ class Session:
                     kept[0].made_by(future)
                 self._feed(handle, step, buffers, first)
             if handle.overwrites:
-                donate(future.name, [buffers[p] for p in handle.overwrites])
+                handle.donate(future.name, buffers)
             return future
         except BaseException as error:  # a Ctrl-C comes at any line; the future finds what had begun by then
             begun = handle.steps.step_of(future)
@@ -285,53 +288,33 @@ class Session:
                 return future
             raise
 
-    def _keeping(self, handle: LoadedPlan, buffers: Sequence[Any]) -> tuple[list[Remote], int]:
-        """Check the inputs that stay on workers, and make the handles of the outputs that will: they, and the number of
-        the first."""
-        held = [b for b in buffers if type(b) is Remote]
-        Remote.check_all(held, self.held)
-        if handle.overwrites and held:
-            twice = check_donations(handle, buffers)
-            if twice:
-                raise ValueError(twice)
-        if not handle.kinds:
-            return [], 0
-        call = f"a call of {handle.plan.name}"
-        self.held.check_room(handle.growth(buffers), self.devices, call)
-        batch = self.held.batch(handle.kinds, call, handle.kept_bytes)
-        return batch.handles(), batch.first
-
-    def _results(
-        self, handle: LoadedPlan, buffers: Sequence[Any], kept: Sequence[Remote], fetched: Sequence[Array]
-    ) -> list[Any]:
-        """The flat results of a call. Inputs and constants that shall stay on a worker are brought to one."""
-        results = handle.restore(fetched, buffers, kept)
-        stay = [(p, device or self.devices[0].name) for p, device in handle.brought if type(results[p]) is not Remote]
-        if stay:
-            outputs = handle.plan.outputs
-            kinds = [Kind(outputs[p].spec, device, outputs[p].name) for p, device in stay]
-            brought = self.held.bring([results[p] for p, _ in stay], kinds, f"a call of {handle.plan.name}").handles()
-            for (position, _), remote in zip(stay, brought, strict=True):
-                results[position] = remote
-        return results
-
     def call(self, handle: LoadedPlan, inputs: Sequence[Any]) -> list[Any]:
         """Run one step and return its flat results. On a worker in this process it does not wait for them, like jit."""
         local = handle.local
-        if local is None or handle.plan.ordered or len(handle.steps) or any(type(i) is Remote for i in inputs):
-            if not handle.waits:  # everything stays: the call need not wait, and later calls may start
-                return self.submit(handle, inputs).as_argument()
-            # no deadline: the worker bounds each wait of the step, and a computation may take any time
-            return self.submit(handle, inputs, copy=False).result()
+        if local is None or handle.plan.ordered or len(handle.steps):
+            return self._submitted(handle, inputs)
+        if handle.kinds or Remote in set(map(type, inputs)):
+            if not local.keeps or self.held.asked or any(len(p.steps) for p in self._dataflow_plans()):
+                return self._submitted(handle, inputs)  # messages that are under way come first
+            return self._call_kept(handle, local, inputs)
         buffers = handle.prepare(inputs, copy=False)
-        step = handle.steps.skip()
-        try:
-            fetched = local(step, buffers)
-        except StepFault as fault:
-            cause = fault.__cause__ or fault
-            message = step_failed(handle.plan_id, step, handle.workers[0], fault.node, cause)
-            raise step_error(handle.plan, message, self.remedy) from cause
-        return handle.restore(fetched, buffers)
+        return handle.restore(own_thread.run(handle, local, buffers, self.remedy), buffers)
+
+    def _submitted(self, handle: LoadedPlan, inputs: Sequence[Any]) -> list[Any]:
+        if not handle.waits:  # everything stays: the call need not wait, and later calls may start
+            return self.submit(handle, inputs).as_argument()
+        # no deadline: the worker bounds each wait of the step, and a computation may take any time
+        return self.submit(handle, inputs, copy=False).result()
+
+    def _call_kept(self, handle: LoadedPlan, local: LocalStep, inputs: Sequence[Any]) -> list[Any]:
+        """Run a step that takes or leaves values on its worker in this process."""
+        self.check_owner()
+        buffers = handle.prepare(inputs, copy=not handle.waits)
+        kept, first = staying.outputs(handle, buffers, self.held, self.devices)
+        fetched = own_thread.run_kept(handle, local, buffers, kept, first, self.remedy)
+        if fetched is None:  # it has to wait for another call
+            return self._begin(handle, buffers, kept, first).as_argument()
+        return staying.results(handle, buffers, kept, self.held, self.devices, fetched)
 
     def register(self, plan_id: str, handler: PlanHandler) -> None:
         """Pass every later message of this plan, and every lost peer, to `handler`."""

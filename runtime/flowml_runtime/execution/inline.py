@@ -2,26 +2,39 @@
 
 Passing a step to the executor's thread and waiting for the answer costs several times as much as a small task. If one
 device holds the whole plan and no step of it is in flight, the caller runs the instruction list itself. The results
-are then as asynchronous as those of a jitted call.
+are then as asynchronous as those of a jitted call. So are the values that stay on the worker: the caller takes its
+inputs from the worker's kept values and leaves its outputs there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from flowml.instructions import Feed, Fetch, Free, Run
 from flowml.plan import Plan
-from flowml_runtime.execution.programs import Array, JaxDevice, LoadedProgram, TaskFunction
+from flowml_runtime.execution.kept import Cell, Kept
+from flowml_runtime.execution.programs import (
+    Array,
+    JaxDevice,
+    LoadedProgram,
+    TaskFunction,
+    feed_slots,
+    overwritten_slots,
+)
 from flowml_runtime.execution.recorder import Recorder
-from flowml_runtime.execution.services import adopt, at_home, host_view, must_adopt
+from flowml_runtime.execution.services import adopt, at_home, host_view, must_adopt, own_array
 from flowml_runtime.execution.step_program import StepProgram, run_step
 
 
 class LocalStep:
     """Runs steps of a loaded program on the caller's thread. Safe to use from several threads at once."""
 
-    def __init__(self, loaded: LoadedProgram, program: StepProgram, recorder: Recorder) -> None:
+    def __init__(
+        self, loaded: LoadedProgram, program: StepProgram, recorder: Recorder, kept: Kept, driver: str
+    ) -> None:
+        """`kept` has the values of `driver`, in whose process this is."""
         self._program = program
         self._recorder = recorder
         self._device = loaded.device
@@ -30,6 +43,14 @@ class LocalStep:
         self._home = at_home(loaded.device)
         self.direct = _direct(loaded) if self._home and not self._adopts else None
         """The task, from the plan's flat inputs to its flat outputs, if the plan consists of this task only."""
+        self._kept = kept
+        self._driver = driver
+        self._overwritten = overwritten_slots(loaded)
+        self._donated = frozenset(loaded.plan.donated).intersection(feed_slots(loaded.program))
+        self.value: Callable[[int], Array] = partial(kept.value, driver)
+        """A kept value by its number."""
+        self.keeps = all(task.kind == "xla" for task in loaded.plan.tasks)
+        """Whether steps with values that stay may run here. One that calls Python would hold up its caller."""
 
     @property
     def recorded(self) -> bool:
@@ -38,10 +59,43 @@ class LocalStep:
 
     def __call__(self, step: int, inputs: Sequence[Array]) -> list[Array]:
         """The fetched outputs by slot. Raises StepFault."""
+        return self._run(step, inputs).outputs
+
+    def take(self, names: Sequence[int]) -> Sequence[Cell] | None:
+        """The kept values among the inputs: `names` has their numbers, and 0 for other inputs. `keep` gives them back.
+
+        None if a step would have to wait for one. Those that the step overwrites are the driver's no more.
+        """
+        held = [(slot, name) for slot, name in enumerate(names) if name]
+        sole = [slot in self._overwritten for slot, _ in held]
+        last = [name for slot, name in held if slot in self._donated]
+        return self._kept.take(self._driver, [name for _, name in held], sole, last)
+
+    def keep(
+        self, step: int, inputs: Sequence[Array], names: Sequence[int], cells: Sequence[Cell], first: int
+    ) -> list[Array]:
+        """Run a step with values that it took. Its outputs that stay get the numbers `first` + slot.
+
+        Returns the fetched outputs by slot. Raises StepFault.
+        """
+        try:
+            taken = iter(cells)
+            given = [
+                next(taken).value if name else own_array(array) if slot in self._overwritten else array
+                for slot, (array, name) in enumerate(zip(inputs, names, strict=True))
+            ]
+            services = self._run(step, given)
+        finally:
+            self._kept.leave(cells)
+        kept = services.kept
+        self._kept.put(self._driver, [first + slot for slot in kept], list(kept.values()))
+        return services.outputs
+
+    def _run(self, step: int, inputs: Sequence[Array]) -> _LocalServices:
         given = adopt(inputs, self._device) if self._adopts else inputs
         services = _LocalServices(given, self._slots, self._device, self._recorder, home=self._home)
         run_step(self._program, step, services)
-        return services.outputs
+        return services
 
 
 def _direct(loaded: LoadedProgram) -> Callable[[Sequence[Any]], Sequence[Array]] | None:
@@ -99,6 +153,8 @@ class _LocalServices:
         self._device = device
         self._home = home
         self.outputs: list[Array] = [None] * slots
+        self.kept: dict[int, Array] = {}
+        """The outputs that stay, by slot."""
 
     def feed(self, step: int, slots: Sequence[int], microbatch: int) -> Sequence[Array]:
         return [self._inputs[s] for s in slots]
@@ -109,7 +165,7 @@ class _LocalServices:
             self.outputs[slot] = array
 
     def keep(self, step: int, slots: Sequence[int], done: int | None, arrays: Sequence[Array]) -> None:
-        raise NotImplementedError("a step on the caller's thread keeps nothing")
+        self.kept.update(zip(slots, arrays, strict=True))
 
     def should_abandon(self, step: int) -> bool:
         return False

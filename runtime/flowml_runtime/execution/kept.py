@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from flowml.errors import FlowmlError
 from flowml_runtime.execution.mailbox import Claim, Scope
@@ -24,9 +23,11 @@ class NotMadeError(FlowmlError):
     """A kept value does not exist, because the step that should have made it failed or its driver freed it."""
 
 
-@dataclass(eq=False, slots=True)
 class Cell:
-    """A kept value, or the place for one. `Kept` guards it."""
+    """A kept value, or the place for one. `Kept` guards it.
+
+    A step opens one for each output, so a cell begins with the values of its class: making one calls no Python.
+    """
 
     value: Array = None
     error: str = ""
@@ -35,6 +36,12 @@ class Cell:
     """The steps that were fed with it and have not ended."""
     waiting: tuple[tuple[Claim, bool], ...] = ()
     """Claims, and whether each is of a step that overwrites the value."""
+
+    @staticmethod
+    def of(value: Array = None, error: str = "") -> Cell:
+        cell = Cell()
+        cell.value, cell.error = value, error
+        return cell
 
     def ready(self, *, sole: bool) -> bool:
         """Whether a step can take it; `sole`: and overwrite it."""
@@ -55,7 +62,7 @@ class Kept:
         with self._lock:
             mine = self._cells.setdefault(driver, {})
             for name, value in zip(names, values, strict=True):
-                mine[name] = Cell(value)
+                mine[name] = Cell.of(value)
 
     def open(self, driver: str, scope: Scope, first: int, slots: Iterable[int]) -> None:
         """A step was fed: its outputs `slots` will be named `first` + slot."""
@@ -66,14 +73,45 @@ class Kept:
             self._making[scope] = making
             self._cells.setdefault(driver, {}).update(zip([first + s for s in making], making.values(), strict=True))
 
-    def find(self, driver: str, names: Iterable[int]) -> list[Cell]:
-        """The cells of these names, for a step that is fed. `leave` them when it ends."""
+    def find(self, driver: str, names: Sequence[int], last: Iterable[int] = ()) -> list[Cell]:
+        """The cells of these names, for a step that is fed. `leave` them when it ends.
+
+        The names in `last` are forgotten, because the step takes their values away from the driver.
+        """
         with self._lock:
             mine = self._cells.get(driver, {})
-            cells = [mine.get(name) or Cell(error="its driver has freed it") for name in names]
+            found = list(map(mine.get, names))
+            cells = [cell or Cell.of(error="its driver has freed it") for cell in found]
             for cell in cells:
                 cell.readers += 1
+            for name in last:
+                mine.pop(name, None)
             return cells
+
+    def take(self, driver: str, names: Sequence[int], sole: Sequence[bool], last: Iterable[int]) -> list[Cell] | None:
+        """Like `find`, for a step that runs at once: None, without effect, if it would have to wait for a value.
+
+        A step overwrites the values that are `sole`.
+        """
+        with self._lock:
+            mine = self._cells.get(driver, {})
+            cells = [mine.get(name) for name in names]
+            taken: list[Cell] = []
+            for cell, alone in zip(cells, sole, strict=True):
+                if cell is None or cell.value is None or cell.error or (alone and cell.readers):
+                    return None
+                taken.append(cell)
+            for cell in taken:
+                cell.readers += 1
+            for name in last:
+                mine.pop(name, None)
+            return taken
+
+    def value(self, driver: str, name: int) -> Array:
+        """A value as it is now: None if it is not made, or forgotten."""
+        with self._lock:
+            cell = self._cells.get(driver, {}).get(name)
+            return cell.value if cell is not None else None
 
     def fill(self, scope: Scope, slots: Sequence[int], values: Sequence[Array]) -> None:
         """A step has made outputs. If the driver has freed one, only steps that were fed with it get it."""
@@ -130,7 +168,7 @@ class Kept:
         """The inputs of a step, if all values are made and, where `sole`, no other step is still to read them."""
         with self._lock:
             for given, alone in zip(fed, sole, strict=True):
-                if type(given) is Cell and (given.error or not given.ready(sole=alone)):
+                if type(given) is Cell and (given.value is None or given.error or (alone and given.readers > 1)):
                     return None
             return [given.value if type(given) is Cell else given for given in fed]
 

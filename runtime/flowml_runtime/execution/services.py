@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flowml.arrays import TOKEN
@@ -81,6 +82,15 @@ def at_home(device: JaxDevice) -> bool:
     can be combined freely, but an array committed to a second device cannot.
     """
     return device == jax.local_devices()[0]
+
+
+def own_array(array: Array) -> Array:
+    """An array that a step may overwrite: a copy of one of the caller's, in the same process.
+
+    XLA overwrites no memory that it did not allocate.
+    """
+    with exact_types():
+        return jnp.copy(array) if isinstance(array, jax.Array) else array
 
 
 class EdgeServices:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flowml.arrays import ArraySpec
@@ -21,6 +20,7 @@ from flowml_runtime.execution.faults import one_line
 from flowml_runtime.execution.kept import Cell, Kept
 from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.programs import Array, Held, JaxDevice
+from flowml_runtime.execution.services import own_array
 from flowml_runtime.transport.arrays import Buffer, aligned_empty, shaped, wire_layout
 from flowml_runtime.transport.endpoint import Sender
 
@@ -68,22 +68,26 @@ class Keeping:
         arrays: Sequence[Array],
         outputs: Sequence[int],
         overwritten: Container[int],
+        donated: frozenset[int],
     ) -> Sequence[Array | Cell]:
         """The inputs of a step, in the order of its feed.
 
         `outputs` are the slots that the step keeps. It overwrites the inputs in `overwritten`, so it gets copies of
-        those that are arrays of the caller, in the same process.
+        those that are arrays of the caller, in the same process. The driver knows that kept values in `donated` inputs
+        are gone.
         """
         if feed.keep:
             self.kept.open(driver, (feed.plan_id, feed.step, feed.device), feed.keep, outputs)
         if not feed.names:
             given = zip(feed.slots, arrays, strict=True) if overwritten else ()
-            return [_copy(a) if s in overwritten else a for s, a in given] or arrays
-        cells = iter(self.kept.find(driver, [n for n in feed.names if n]))
+            return [own_array(a) if s in overwritten else a for s, a in given] or arrays
+        given = list(zip(feed.slots, feed.names, strict=True))
+        last = [name for slot, name in given if name and slot in donated] if donated else ()
+        cells = iter(self.kept.find(driver, [n for n in feed.names if n], last))
         sent = iter(arrays)
-        given = zip(feed.slots, feed.names, strict=True)
         return [
-            next(cells) if name else _copy(next(sent)) if slot in overwritten else next(sent) for slot, name in given
+            next(cells) if name else own_array(next(sent)) if slot in overwritten else next(sent)
+            for slot, name in given
         ]
 
     def held(self, driver: str, names: Sequence[tuple[str, int, int]], plan: str) -> Held:
@@ -176,7 +180,7 @@ def _values(cells: Sequence[Cell]) -> tuple[Sequence[np.ndarray], str]:
 def _placed(array: Array, device: JaxDevice, *, lent: bool = False) -> jax.Array:
     """An array on a device: a copy, which a program may overwrite, unless it is only lent."""
     with exact_types():
-        return jax.device_put(array if lent else _copy(array), device)
+        return jax.device_put(array if lent else own_array(array), device)
 
 
 class LentMemory:
@@ -208,9 +212,3 @@ class LentMemory:
         while self._ended.get():  # no deadline: the thread sleeps until it has work or is closed
             with service.going_on("memory could not be given back"):
                 jax.device_put(np.zeros(()))  # any operation
-
-
-def _copy(array: Array) -> Array:
-    """A copy of an array of the caller's. Arrays from other processes are nobody else's."""
-    with exact_types():
-        return jnp.copy(array) if isinstance(array, jax.Array) else array

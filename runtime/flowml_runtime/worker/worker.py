@@ -71,6 +71,10 @@ def _training_handler(
     return TrainingHost(worker, plan_id, plan, programs, driver, deadline_s)
 
 
+_Stays = tuple[tuple[int, ...], frozenset[int], frozenset[int]]
+"""The slots of the outputs that steps keep, and of the inputs that they overwrite, and that their callers donate."""
+
+
 @dataclass
 class _Hosted:
     """A plan on this worker. It exists as soon as its LoadPlan arrives; `executors` is set when it is compiled."""
@@ -86,10 +90,8 @@ class _Hosted:
     """Whether all of it has arrived."""
     executors: dict[str, Executor] = field(default_factory=dict[str, Executor])
     windows: dict[str, Windows] = field(default_factory=dict[str, Windows])
-    stays: dict[str, tuple[tuple[int, ...], frozenset[int]]] = field(
-        default_factory=dict[str, tuple[tuple[int, ...], frozenset[int]]]
-    )
-    """For each device, the slots of the outputs that its steps keep, and of the inputs that they overwrite."""
+    stays: dict[str, _Stays] = field(default_factory=dict[str, "_Stays"])
+    """By device."""
     local: LocalStep | None = None
     devices: tuple[str, ...] = ()
     training: TrainingHandler | None = None
@@ -282,8 +284,8 @@ class Worker:
         elif isinstance(message, wire.Value):
             executor = hosted.executors.get(message.device)
             if executor is not None and message.kind == "feed":
-                kept, lost = hosted.stays.get(message.device, ((), frozenset[int]()))
-                executor.feed(message.step, self._keeping.inputs(peer, message, arrays, kept, lost))
+                stays = hosted.stays[message.device]
+                executor.feed(message.step, self._keeping.inputs(peer, message, arrays, *stays))
         elif isinstance(message, wire.StepFailed):
             for device in hosted.devices:
                 self.mailbox.cancel((message.plan_id, message.step, device))
@@ -354,16 +356,18 @@ class Worker:
                 hosted.devices = tuple(programs)
                 steps = {d: prepare(p) for d, p in programs.items()}
                 hosted.executors = {d: self._executor(plan_id, hosted, p, steps[d]) for d, p in programs.items()}
-                if len(plan.programs) == 1 and programs and not any(kept for kept, _ in hosted.stays.values()):
+                if len(plan.programs) == 1 and programs:
                     ((device, loaded),) = programs.items()
-                    hosted.local = LocalStep(loaded, steps[device], self.recorder)
+                    kept = self._keeping.kept
+                    hosted.local = LocalStep(loaded, steps[device], self.recorder, kept, hosted.driver)
 
     def _executor(self, plan_id: str, hosted: _Hosted, loaded: LoadedProgram, program: StepProgram) -> Executor:
         driver = hosted.driver
         services = DataflowServices(
             plan_id, loaded, self.mailbox, self.endpoint, driver, hosted.deadline_s, self.recorder, self._keeping.kept
         )
-        hosted.stays[loaded.name] = kept_slots(loaded.program), overwritten_slots(loaded)
+        stays = kept_slots(loaded.program), overwritten_slots(loaded), frozenset(loaded.plan.donated)
+        hosted.stays[loaded.name] = stays
         hosted.windows[loaded.name] = services.windows
 
         def on_fault(step: int, node: str, error: BaseException) -> None:

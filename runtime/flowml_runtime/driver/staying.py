@@ -1,0 +1,51 @@
+"""What stays on the workers in one call: checks the inputs that are there, and makes the handles of the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from flowml.devices import Device
+from flowml_runtime.driver.holdings import Holdings
+from flowml_runtime.driver.loaded_plan import LoadedPlan, check_donations
+from flowml_runtime.driver.remote import Kind, Remote
+from flowml_runtime.execution.programs import Array
+
+
+def outputs(
+    handle: LoadedPlan, buffers: Sequence[Any], held: Holdings, devices: Sequence[Device]
+) -> tuple[list[Remote], int]:
+    """Check the inputs that stay on workers, and make the handles of the outputs that will: they, and the number of
+    the first."""
+    remotes = [b for b in buffers if type(b) is Remote]
+    Remote.check_all(remotes, held)
+    if handle.overwrites and remotes:
+        twice = check_donations(handle, buffers)
+        if twice:
+            raise ValueError(twice)
+    if not handle.kinds:
+        return [], 0
+    call = f"a call of {handle.plan.name}"
+    held.check_room(handle.growth(buffers), devices, call)
+    batch = held.batch(handle.kinds, call, handle.kept_bytes)
+    return batch.handles(), batch.first
+
+
+def results(
+    handle: LoadedPlan,
+    buffers: Sequence[Any],
+    kept: Sequence[Remote],
+    held: Holdings,
+    devices: Sequence[Device],
+    fetched: Sequence[Array],
+) -> list[Any]:
+    """The flat results of a call. Inputs and constants that shall stay on a worker are brought to one."""
+    flat = handle.restore(fetched, buffers, kept)
+    stay = [(p, device or devices[0].name) for p, device in handle.brought if type(flat[p]) is not Remote]
+    if stay:
+        specs = handle.plan.outputs
+        kinds = [Kind(specs[p].spec, device, specs[p].name) for p, device in stay]
+        brought = held.bring([flat[p] for p, _ in stay], kinds, f"a call of {handle.plan.name}").handles()
+        for (position, _), remote in zip(stay, brought, strict=True):
+            flat[position] = remote
+    return flat
