@@ -310,7 +310,7 @@ class Training(msgspec.Struct, frozen=True):
     Feed slots below `batch_leaves` are leaves of a microbatch. The next one is the uint32 triple
     (seed, item, microbatch) if the loss takes a key, and the one after it the coefficient of the microbatch if there is
     a code; `state` says which the others are. Fetch slot 0 is the loss, and the next ones are the leaves of `aux`. See
-    `training.pieces`, `training.cuts` and `training.state`.
+    `training.pieces`, `training.cuts` and `training.state`. `untrained` are the leaves of the parameters that are none.
     """
 
     replicas: tuple[tuple[str, ...], ...]
@@ -327,6 +327,7 @@ class Training(msgspec.Struct, frozen=True):
     cuts_at: Index = 0
     state: tuple[StateLeaf, ...] = ()
     couplings: tuple[Coupling, ...] = ()
+    untrained: tuple[tuple[str, ArraySpec], ...] = ()
     lost: tuple[Index, ...] = ()
     """The replicas that take no part, because they are lost (`training.without`). Those of `replicas` keep numbers."""
 

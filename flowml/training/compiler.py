@@ -62,6 +62,7 @@ from flowml.training.step import (
     step_function,
 )
 from flowml.training.stores import StorePlanner
+from flowml.training.untrained import Untrained
 from flowml.training.valued import VALUE, ValuedOptimizer
 
 
@@ -78,6 +79,8 @@ class TrainingSpec:
     policies: Mapping[str, Policy] | Policy | PolicyRule | None = None
     weight: Weight | None = None
     has_state: bool = False
+    untrained: Untrained | None = None
+    """The leaves of the parameters that are not trained, which the loss holds."""
 
     def __post_init__(self) -> None:
         for name in ("replicas", "microbatches"):
@@ -408,6 +411,7 @@ class _Compiler:
             code=self.code,
             state=state,
             couplings=couplings,
+            untrained=self.spec.untrained.specs if self.spec.untrained else (),
         )
         if not cuts(training):
             return training

@@ -100,6 +100,7 @@ def valued_loss(loss: Callable[..., Any]) -> Callable[..., Any]:
     return valued
 
 
-def valued(spec: TrainingSpec) -> TrainingSpec:
-    """The training of parameters with a value."""
-    return replace(spec, loss=valued_loss(spec.loss), optimizer=ValuedOptimizer(spec.optimizer))
+def with_value(spec: TrainingSpec, params: Any) -> tuple[TrainingSpec, Valued]:
+    """The training of parameters with a value, and these."""
+    spec = replace(spec, loss=valued_loss(spec.loss), optimizer=ValuedOptimizer(spec.optimizer))
+    return spec, Valued.of(params)

@@ -21,6 +21,7 @@ from flowml.placement import Placement
 from flowml.plan import Plan
 from flowml.rows import swapped
 from flowml.training.step import name_of
+from flowml.training.untrained import trained_leaves
 from flowml.training.valued import VALUE
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.dataflow import dataflow
@@ -122,7 +123,7 @@ class Evaluation:
 def _brought(cluster: Cluster, values: Sequence[Any], plan: Plan | None) -> Sequence[Any]:
     """The values on the workers, each where training has it; without a plan the program brings them itself."""
     leaves, tree = jax.tree_util.tree_flatten(tuple(values))
-    where = _devices(plan) if plan is not None else {}
+    where = _devices(plan, values[0]) if plan is not None else {}
     found: dict[int, Remote] = {}
     for device in dict.fromkeys(where.values()):
         mine = [i for i, d in where.items() if d == device and type(leaves[i]) is not Remote]
@@ -130,15 +131,16 @@ def _brought(cluster: Cluster, values: Sequence[Any], plan: Plan | None) -> Sequ
     return jax.tree_util.tree_unflatten(tree, [found.get(i, leaf) for i, leaf in enumerate(leaves)])
 
 
-def _devices(plan: Plan) -> dict[int, str]:
-    """The device of each leaf of parameters, then of state, at the first replica."""
-    training = plan.training
+def _devices(plan: Plan, params: Any) -> dict[int, str]:
+    """The device of each leaf of parameters, then of state, at the first replica. Leaves that are not trained have
+    none."""
+    training, places = plan.training, trained_leaves(params)
     assert training is not None
     found = {
-        leaf: store.readers[0]
+        places[leaf]: store.readers[0]
         for store in training.stores
         for leaf, path in zip(store.leaves, store.paths, strict=True)
         if path != VALUE
     }
-    first = len(found)
+    first = len(jax.tree_util.tree_leaves(params))
     return found | {first + i: training.replicas[0][leaf.stage] for i, leaf in enumerate(training.state)}

@@ -34,7 +34,8 @@ from flowml.splits import Shuffle, dealt
 from flowml.training.compiler import TrainingSpec, compile_training
 from flowml.training.state import Rule
 from flowml.training.step import Weight, by_examples, name_of
-from flowml.training.valued import Valued, ValueWantedError, own_of, valued
+from flowml.training.untrained import parted, trained_leaves
+from flowml.training.valued import ValueWantedError
 from flowml.training.variants import difference, placed_alike
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.current import blocks
@@ -54,7 +55,7 @@ from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
 from flowml_runtime.driver.training.probe import Looked, mean_warning
 from flowml_runtime.driver.training.program import Program, discard
-from flowml_runtime.driver.training.result import TrainingResult, result_of, with_shapes
+from flowml_runtime.driver.training.result import TrainingResult, result_of, whole_of, with_shapes
 from flowml_runtime.driver.training.resuming import saving_of, writing
 from flowml_runtime.driver.training.saving import Saving
 from flowml_runtime.driver.training.snapshots import Figures, figures
@@ -207,11 +208,10 @@ class Trainer:
         """Train from `params` and return the result. The arguments are not modified.
 
         Args:
-            params: pytree of floating arrays.
+            params: pytree of arrays. Integers, booleans and keys in it are not trained; the result has them too.
             source: a pytree of arrays with one row per example, or an object with `len(source)` and
-                `source[indices]` -> batch pytree. Such an object stays in the caller's process, which sends its
-                batches to the workers; it may return the same buffer each time. The shape of an example may change
-                from one work item to the next: the first of each shape compiles a program, for 32 shapes at most.
+                `source[indices]` -> batch pytree. Such an object stays in the caller's process; it may return the same
+                buffer each time, and examples of another shape, for 32 shapes at most, each with a program of its own.
             batch_size: the examples of a global batch, a multiple of replicas x microbatches.
             last: `"drop"` skips the examples at the end of an epoch that do not fill a batch. `"use"` makes a shorter
                 batch of them, whose replicas and microbatches count by their examples, so that the step equals one on
@@ -251,7 +251,7 @@ class Trainer:
         with self._alone(), writing(checkpoint, resume), heeding_interrupts() as interrupts:
             runs, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
             outcome = runs.run(asked.callbacks)
-        result = result_of(*runs.fit.saving.trees, outcome, with_shapes(plan, runs.fit.shapes), model)
+        result = result_of(runs.fit.saving.trees, outcome, with_shapes(plan, runs.fit.shapes), model)
         return self._told(cluster, result, asked, params, state)
 
     def _begin(
@@ -327,7 +327,7 @@ class Trainer:
         rows, plan = max(1, asked.batch_size // self._spec.replicas), program.compiled.plan
 
         def measure(params: Any, state: Any) -> dict[str, Any]:
-            values = [own_of(params), state] if self._spec.has_state else [own_of(params)]
+            values = [whole_of(program.spec.untrained, params), *([state] if self._spec.has_state else ())]
             found = self._evaluation.means(cluster, metrics or self._own_metrics, values, source, rows, plan)
             return found if metrics else joined(found)
 
@@ -341,7 +341,7 @@ class Trainer:
 
     def _plan_of(self, params: Any) -> Plan | None:
         """The newest plan for parameters of this structure, on the cluster in use."""
-        leaves, session = len(jax.tree_util.tree_leaves(params)) + self._valued, self._here().session
+        leaves, session = len(trained_leaves(params)) + self._valued, self._here().session
         mine = [p for p in self._programs.values() if p.session is session]
         return next((p.compiled.plan for p in reversed(mine) if p.parameters == leaves), None)
 
@@ -385,13 +385,13 @@ class Trainer:
         """The values with which a fit begins, and its snapshots."""
         params = jax.tree_util.tree_map(own_array, params)
         state = first_state(program.spec.optimizer, program.compiled.outer, params, opt_state)
-        given = asked.checkpoint, asked.resume
         if asked.checkpoint is not None:
             outer = program.compiled.outer
             states = (state.own, *state.outer) if isinstance(state, OptimizerState) else (state,)
             pairs = list(zip((program.spec.optimizer, *outer), states, strict=True))
             about = msgspec.structs.replace(about, update=fingerprint(pairs, params))
-        saving = saving_of(*given, program.training, (params, state), model, about, asked.total)
+        trees = params, state, program.spec.untrained
+        saving = saving_of(asked.checkpoint, asked.resume, program.training, trees, model, about, asked.total)
         if asked.validation is not None:
             saving.validation = self._validation(cluster, program, asked)
         saving.keeps = asked.on_loss != "raise"
@@ -449,8 +449,8 @@ class Trainer:
     def _first_program(
         self, cluster: TrainingCluster, spec: TrainingSpec, params: Any, state: Any, batch: Any
     ) -> tuple[Program, Any]:
-        """The program, and the parameters as it takes them: with the value of the loss, if the optimizer wants it."""
-        taken, given = (valued(spec), Valued.of(params)) if self._valued else (spec, params)
+        """The program, and the parameters as it takes them: those that are trained, with the value if it is wanted."""
+        taken, given = parted(spec, params, own_array, valued=self._valued)
         try:
             return self._program(cluster, taken, structs_of(given, state), batch), given
         except ValueWantedError:
@@ -471,7 +471,7 @@ class Trainer:
             raise UnsupportedError("jax.disable_jit() is on, and workers run what is compiled; train without it")
         leaves, tree = jax.tree_util.tree_flatten((values, batch))
         shapes = tuple((x.shape, str(x.dtype)) for x in leaves)
-        key = (cluster, cluster.devices, spec.weight, shapes, tree, trace_context(), like)
+        key = (cluster, cluster.devices, spec.weight, spec.untrained, shapes, tree, trace_context(), like)
         program = self._programs.pop(key, None)
         if program is None:
             platforms = platforms_of(cluster.devices)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -149,13 +148,9 @@ def test_losses(threads_cluster: fm.Cluster, loss: Any, error: type[Exception], 
 
 
 def test_parameters(threads_cluster: fm.Cluster) -> None:
-    with pytest.raises(ValueError, match=r"parameter 'fc0/steps' has dtype int32; parameters must be floating"):
-        fit(threads_cluster, params={**mlp(), "fc0": {**mlp()["fc0"], "steps": jnp.arange(3)}})
-    with pytest.raises(ValueError, match=r"parameter 'key' has dtype key<fry>; parameters must be floating"):
-        fit(threads_cluster, params={**mlp(), "key": jax.random.key(0)})
     with pytest.raises(TypeError, match=r"parameter 'fc0/name' is of type str, which is not an array; keep what"):
         fit(threads_cluster, params={**mlp(), "fc0": {**mlp()["fc0"], "name": "first"}})
-    with pytest.raises(ValueError, match=r"params has no arrays"):
+    with pytest.raises(ValueError, match=r"params has no floating arrays"):
         fit(threads_cluster, params={})
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from flowml.errors import CheckpointError, FlowmlWarning
 from flowml.numbers import whole_number
 from flowml.training.valued import VALUE
-from flowml_runtime.driver.training.snapshots import TREES, Key, Leaf, Snapshot
+from flowml_runtime.driver.training.snapshots import NONE, TREES, Key, Leaf, Snapshot
 from flowml_runtime.environment import checkpoints
 
 T = TypeVar("T")
@@ -115,18 +115,21 @@ def restore(path: str | os.PathLike[str]) -> Restored:
     assert found is not None
     snapshot, content = found[1], found[1].content
     params, opt_state, state = (
-        _tree(snapshot, what, leaves) for what, leaves in zip(TREES, snapshot.trees, strict=True)
+        _paths(snapshot, what, leaves) for what, leaves in zip(TREES, snapshot.trees, strict=True)
     )
-    state = state if content.state else None
     if content.params and content.params[-1].path == (("attr", VALUE),):
-        params = params["params"]
-    return Restored(params, opt_state, content.steps, snapshot.arrays, state)
+        params = [(path[1:], value) for path, value in params if path != (("attr", VALUE),)]
+    rest = _paths(snapshot, "", content.untrained)
+    above = {path[:i] for path, _ in rest for i in range(len(path) + 1)}
+    params = nested([*rest, *(found for found in params if found[0] not in above)])
+    return Restored(params, nested(opt_state), content.steps, snapshot.arrays, nested(state) if content.state else None)
 
 
-def _tree(snapshot: Snapshot, what: str, leaves: Sequence[Leaf]) -> Any:
+def _paths(snapshot: Snapshot, what: str, leaves: Sequence[Leaf]) -> list[tuple[tuple[Key, ...], Any]]:
+    """The leaves, and the containers without leaves, with their paths."""
     values = [jnp.asarray(value) for value in snapshot.leaves(leaves)]
     found = [(leaf.path, value) for leaf, value in zip(leaves, values, strict=True)]
-    return nested([*found, *((path, {}) for path in snapshot.content.hollow.get(what, ()))])
+    return [*found, *((path, {}) for path in snapshot.content.hollow.get(what, ()))]
 
 
 def nested(leaves: Sequence[tuple[Sequence[Key], Any]]) -> Any:
@@ -135,6 +138,8 @@ def nested(leaves: Sequence[tuple[Sequence[Key], Any]]) -> Any:
         return {}
     if not leaves[0][0]:
         return leaves[0][1]
+    if leaves[0][0][0][0] == NONE:
+        return None
     groups: dict[str | int, list[tuple[Sequence[Key], Any]]] = {}
     for path, value in leaves:
         groups.setdefault(path[0][1], []).append((path[1:], value))

@@ -7,10 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from flowml.errors import CheckpointError
 from flowml.plan import Training
-from flowml_runtime.driver.training.snapshots import TREES, Figures, Key, Snapshot, key_of, values_of
+from flowml.training.untrained import Untrained
+from flowml_runtime.driver.training.model import Model
+from flowml_runtime.driver.training.snapshots import (
+    TREES,
+    Figures,
+    Key,
+    Snapshot,
+    Trees,
+    key_of,
+    values_of,
+    with_untrained,
+)
 
 Specs = Mapping[tuple[Key, ...], tuple[str, tuple[int, ...]]]
 """The dtype and the shape of each leaf, by its path."""
@@ -20,10 +32,12 @@ MOST = 8
 """The most differences that an error names."""
 
 
-def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, trees: tuple[Any, Any, Any]) -> None:
-    """Raise CheckpointError if the snapshot belongs to another fit: it says what differs. `trees`: as in `TREES`."""
+def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, trees: Trees, model: Model) -> None:
+    """Raise CheckpointError if the snapshot belongs to another fit: it says what differs."""
     differs = list(_figures(snapshot.content.figures, now))
-    leaves = [text for what, tree in zip(TREES, trees, strict=True) for text in _leaves(snapshot, what, tree)]
+    mine = zip(TREES, (*trees[:2], model.state()), strict=True)
+    leaves = [text for what, tree in mine for text in _leaves(snapshot, what, tree)]
+    leaves += _untrained(snapshot, trees[2])
     differs += leaves or _policies(snapshot, training)
     if not differs:
         return
@@ -47,6 +61,19 @@ def _leaves(snapshot: Snapshot, what: str, tree: Any) -> list[str]:
     paths = jax.tree_util.tree_leaves_with_path(tree)
     here = {tuple(map(key_of, p)): (str(x.dtype), tuple(x.shape)) for p, x in paths}
     return differences(f"{what} leaf", there, here)
+
+
+def _untrained(snapshot: Snapshot, untrained: Untrained | None) -> list[str]:
+    """How the leaves that are not trained differ. Their values are constants of what runs."""
+    here = with_untrained(snapshot, untrained)
+    both = [{leaf.path: (leaf, s.arrays[leaf.buffer]) for leaf in s.content.untrained} for s in (snapshot, here)]
+    kinds = [{path: (leaf.dtype, tuple(x.shape)) for path, (leaf, x) in found.items()} for found in both]
+    found = differences("params leaf", *kinds)
+    return found or [
+        f"params leaf {_name(path)!r} is not trained and has other values there"
+        for path, (_, value) in both[0].items()
+        if not np.array_equal(value, both[1][path][1])
+    ]
 
 
 def differences(what: str, there: Specs, here: Specs) -> list[str]:

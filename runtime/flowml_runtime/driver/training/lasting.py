@@ -175,7 +175,7 @@ class Runs:
         return before.held(saving.first, lost_at - began)
 
     def _leaves(self) -> tuple[Sequence[Any], Sequence[Any]]:
-        params, state = self.fit.saving.trees
+        params, state, _ = self.fit.saving.trees
         return jax.tree_util.tree_leaves(params), jax.tree_util.tree_leaves(state)
 
 

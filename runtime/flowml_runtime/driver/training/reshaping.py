@@ -122,7 +122,7 @@ class _Form:
 
     def __post_init__(self) -> None:
         content = self.old.content
-        leaves = (*content.params, *content.opt_state, *content.state)
+        leaves = (*content.params, *content.opt_state, *content.state, *content.untrained)
         self.arrays.update({leaf.buffer: self.old.arrays[leaf.buffer] for leaf in leaves})
 
     def of(self, owner: str) -> Buffers | None:

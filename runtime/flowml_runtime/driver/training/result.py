@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import msgspec
 
 from flowml.plan import Plan
+from flowml.training.untrained import Untrained
 from flowml.training.valued import own_of
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import Loss, Outcome
+from flowml_runtime.driver.training.snapshots import Trees
 from flowml_runtime.driver.training.stragglers import Stragglers
 from flowml_runtime.driver.training.tables import layer_table
 from flowml_runtime.protocol.training.summary import Summary
@@ -66,12 +68,13 @@ class TrainingResult:
         return self.late
 
 
-def result_of(params: Any, state: Any, outcome: Outcome, plan: Plan, model: Model) -> TrainingResult:
-    """The result of a fit that began with these parameters, this optimizer state and this state of the model."""
+def result_of(trees: Trees, outcome: Outcome, plan: Plan, model: Model) -> TrainingResult:
+    """The result of a fit that began with these trees and this state of the model."""
+    params, state, untrained = trees
     ended = replace(model, replicas=outcome.model)
     simulated = outcome.simulated
     return TrainingResult(
-        params=own_of(restored(params, outcome.params)),
+        params=whole_of(untrained, restored(params, outcome.params)),
         opt_state=restored(state, outcome.state),
         history=outcome.history,
         ledger=outcome.ledger,
@@ -87,6 +90,12 @@ def result_of(params: Any, state: Any, outcome: Outcome, plan: Plan, model: Mode
         state=model.after(outcome.model).state() if model.tree else None,
         replica_states=tuple(map(ended.state, range(len(outcome.model)))) if model.tree else (),
     )
+
+
+def whole_of(untrained: Untrained | None, params: Any) -> Any:
+    """The parameters as the caller has them."""
+    mine = own_of(params)
+    return untrained.whole(mine) if untrained else mine
 
 
 def with_shapes(plan: Plan, shapes: Sequence[str]) -> Plan:

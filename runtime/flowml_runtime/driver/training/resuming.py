@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from flowml.errors import CheckpointError, FlowmlWarning
 from flowml.plan import Training
@@ -17,7 +17,7 @@ from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.reshaping import reshaped
 from flowml_runtime.driver.training.result import restored
 from flowml_runtime.driver.training.saving import Saving
-from flowml_runtime.driver.training.snapshots import Figures, Snapshot
+from flowml_runtime.driver.training.snapshots import Figures, Snapshot, Trees
 from flowml_runtime.environment import checkpoints
 
 
@@ -46,13 +46,13 @@ def saving_of(
     checkpoint: Checkpoint | None,
     resume: Literal["auto"] | None,
     training: Training,
-    trees: tuple[Any, Any],
+    trees: Trees,
     model: Model,
     now: Figures,
     total: int,
 ) -> Saving:
-    """The snapshots of a fit of `total` steps with these figures, which would begin with these parameters, this
-    optimizer state, and this state of the model.
+    """The snapshots of a fit of `total` steps with these figures, which would begin with these trees, and
+    this state of the model.
 
     Raises CheckpointError if the snapshot to go on from belongs to another fit or is behind its end, or if that is not
     asked for.
@@ -71,7 +71,7 @@ def saving_of(
     if found is None:
         return Saving(checkpoint, None, now, trees, model)
     path, snapshot = found
-    check(snapshot, path, training, now, (*trees, model.state()))
+    check(snapshot, path, training, now, trees, model)
     if differ(snapshot.content.figures.update, now.update):
         warnings.warn(
             f"the update of the optimizer is another one than that which wrote the checkpoint {path}, such as with "
@@ -88,8 +88,8 @@ def saving_of(
         )
     snapshot = _in_form(snapshot, path, training, total, now, model)
     leaves = (snapshot.content.params, snapshot.content.opt_state)
-    values = tuple(restored(tree, snapshot.leaves(of)) for tree, of in zip(trees, leaves, strict=True))
-    return Saving(checkpoint, snapshot, now, (values[0], values[1]), model)
+    values = tuple(restored(tree, snapshot.leaves(of)) for tree, of in zip(trees[:2], leaves, strict=True))
+    return Saving(checkpoint, snapshot, now, (values[0], values[1], trees[2]), model)
 
 
 def _in_form(snapshot: Snapshot, path: Path, training: Training, total: int, now: Figures, model: Model) -> Snapshot:

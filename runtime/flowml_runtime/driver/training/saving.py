@@ -19,7 +19,7 @@ from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.result import restored
-from flowml_runtime.driver.training.snapshots import Figures, Snapshot, taken
+from flowml_runtime.driver.training.snapshots import Figures, Snapshot, Trees, taken
 from flowml_runtime.driver.training.validation import Validation
 from flowml_runtime.protocol.training.ledger import LedgerState
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save
@@ -38,10 +38,10 @@ class Saving:
         checkpoint: Checkpoint | None = None,
         resumed: Snapshot | None = None,
         figures: Figures | None = None,
-        trees: tuple[Any, Any] = (None, None),
+        trees: Trees = (None, None, None),
         model: Model | None = None,
     ) -> None:
-        """`trees` are the parameters and the optimizer state with which the fit begins, `model` the model's state."""
+        """`trees` are those with which the fit begins, `model` the model's state."""
         self.validation: Validation | None = None
         self.resumed = resumed
         self.first = resumed.content.steps if resumed else 0
@@ -67,9 +67,9 @@ class Saving:
         """The snapshots of the run of `training` that goes on from the newest one in memory, or from the beginning."""
         found, trees = self.newest and self.newest.of_live(training), self.trees
         if found is not None:
-            pairs = zip(trees, (found.content.params, found.content.opt_state), strict=True)
+            pairs = zip(trees[:2], (found.content.params, found.content.opt_state), strict=True)
             params, state = (restored(tree, found.leaves(leaves)) for tree, leaves in pairs)
-            trees = params, state
+            trees = params, state, trees[2]
         after = Saving(self._checkpoint, found, self._figures, trees, self._model)
         after.keeps, after.validation = self.keeps, self.validation
         if after.validation is not None:
@@ -134,7 +134,7 @@ class Saving:
         self._keep(snapshot, now)
         if self.validation is not None and (over or self._is_unmeasured(step)):
             self._validated_step = step
-            values = zip((*self.trees, self._model.state()), snapshot.trees, strict=True)
+            values = zip((*self.trees[:2], self._model.state()), snapshot.trees, strict=True)
             params, _, state = (restored(like, snapshot.leaves(leaves)) for like, leaves in values)
             self.validation.give(step, params, state)
         if self._checkpoint is not None and (over or self._is_old(step, now)):

@@ -23,12 +23,16 @@ from flowml.devices import worker_of
 from flowml.errors import CheckpointError, named
 from flowml.plan import ArraySpec, StoreSpec, Training
 from flowml.splits import Shuffle
+from flowml.training.untrained import Untrained
 from flowml_runtime import wire
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import as_buffer, from_buffer
 from flowml_runtime.environment import checkpoints
 from flowml_runtime.protocol.training.ledger import LedgerState
 from flowml_runtime.worker.training.resident import of_waiting
+
+Trees = tuple[Any, Any, Untrained | None]
+"""The trained parameters, the optimizer state, and the parameters that are not trained."""
 
 Key = tuple[str, str | int]
 """A step of a leaf's path: the kind of its container ("dict", "list", "attr") and the key in it."""
@@ -86,6 +90,8 @@ class Content(msgspec.Struct, frozen=True):
     state: tuple[Leaf, ...] = ()
     hollow: dict[str, tuple[tuple[Key, ...], ...]] = {}
     """The paths of containers without leaves in "params", "opt_state" and "state"."""
+    untrained: tuple[Leaf, ...] = ()
+    """The leaves of the parameters that are not trained."""
     state_stages: tuple[int, ...] = ()
     """The stage of each leaf of the model's state."""
 
@@ -112,7 +118,7 @@ class Snapshot:
         missing = [
             name
             for name in (
-                *(leaf.buffer for leaf in (*content.params, *content.opt_state, *content.state)),
+                *(leaf.buffer for leaf in (*content.params, *content.opt_state, *content.state, *content.untrained)),
                 *(f"{owner}/{name}" for owner, names in content.owners.items() for name in names),
             )
             if name not in arrays
@@ -210,16 +216,16 @@ def taken(
     stopped: wire.Stopped,
     ledger: LedgerState,
     buffers: Mapping[str, Mapping[str, Any]],
-    trees: tuple[Any, Any],
+    trees: Trees,
     model: Model,
 ) -> Snapshot:
-    """The snapshot of what workers have told. `trees` are the parameters and the optimizer state that the fit began
-    with, for their structure, and for leaves that are in no buffer. `model` is the state that it began with."""
+    """The snapshot of what workers have told. `trees` are those that the fit began with, for their structure, and for
+    leaves that are in no buffer. `model` is the state that it began with."""
     arrays = {f"{owner}/{name}": a for owner, found in buffers.items() for name, a in found.items()}
     places = _places(training, stopped)
     leaves: list[tuple[Leaf, ...]] = []
     joined = model.after(_states(training, buffers, model)).state()
-    for what, tree in zip(TREES, (*trees, joined), strict=True):
+    for what, tree in zip(TREES, (*trees[:2], joined), strict=True):
         made: list[Leaf] = []
         for i, (path, value) in enumerate(jax.tree_util.tree_leaves_with_path(tree)):
             buffer = places.get((what, i), f"{what}/{i}")
@@ -229,12 +235,23 @@ def taken(
     owners = {owner: tuple(found) for owner, found in buffers.items()}
     layers = tuple(map(Layer.of, training.stores))
     stages = tuple(leaf.stage for leaf in training.state)
-    empty: dict[str, tuple[tuple[Key, ...], ...]] = dict(zip(TREES, map(hollow, (*trees, joined)), strict=True))
+    empty: dict[str, tuple[tuple[Key, ...], ...]] = dict(zip(TREES, map(hollow, (*trees[:2], joined)), strict=True))
     content = Content(steps, figures, layers, stopped, ledger, owners, *leaves, hollow=empty, state_stages=stages)
-    return Snapshot(content, arrays)
+    return with_untrained(Snapshot(content, arrays), trees[2])
+
+
+def with_untrained(snapshot: Snapshot, untrained: Untrained | None) -> Snapshot:
+    """The snapshot with these leaves that are not trained."""
+    pairs = zip(untrained.paths, untrained.leaves, strict=True) if untrained else ()
+    made = {Leaf(tuple(map(key_of, p)), str(x.dtype), f"untrained/{i}"): x for i, (p, x) in enumerate(pairs)}
+    arrays = {leaf.buffer: np.asarray(as_buffer(value)) for leaf, value in made.items()}
+    content = msgspec.structs.replace(snapshot.content, untrained=tuple(made))
+    return Snapshot(content, {**snapshot.arrays, **arrays})
 
 
 TREES = ("params", "opt_state", "state")
+NONE = "none"
+"""The kind of the last key in the path of a None."""
 
 
 def _states(training: Training, buffers: Mapping[str, Mapping[str, Any]], model: Model) -> tuple[tuple[Any, ...], ...]:
@@ -266,9 +283,14 @@ def _places(training: Training, stopped: wire.Stopped) -> dict[tuple[str, int], 
 
 
 def hollow(tree: Any) -> tuple[tuple[Key, ...], ...]:
-    """The paths of the containers without leaves, such as the state of a transformation that has none."""
+    """The paths of the containers without leaves, such as the state of a transformation that has none. That of a None
+    ends with `NONE`."""
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: not jax.tree_util.tree_leaves(node))
-    return tuple(tuple(map(key_of, path)) for path, node in nodes if not jax.tree_util.tree_leaves(node))
+    return tuple(
+        (*map(key_of, path), *(((NONE, 0),) if node is None else ()))
+        for path, node in nodes
+        if not jax.tree_util.tree_leaves(node)
+    )
 
 
 def key_of(key: Any) -> Key:

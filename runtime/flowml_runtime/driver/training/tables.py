@@ -16,7 +16,7 @@ FATES = ("used", "dropped", "folded", "requeued")
 def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], ledger: Summary, *, steps: int) -> str:
     """Policy, home, fates of work items and measured bytes by layer.
 
-    `plain` is the bytes of one gradient per replica and step.
+    `plain` is the bytes of one gradient per replica and step. Leaves that are not trained are at the end.
     """
     training = plan.training
     assert training is not None
@@ -42,6 +42,8 @@ def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], ledger: Su
                 bytes_text(counts.get("pushed_wire_bytes", 0) + counts.get("published_wire_bytes", 0)),
             )
         )
+    for name, spec in training.untrained:
+        rows.append((name, "not trained", "-", bytes_text(spec.nbytes), *("-" for _ in header[4:])))
     widths = [max(len(r[i]) for r in rows) for i in range(len(header))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])

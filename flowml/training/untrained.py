@@ -1,0 +1,168 @@
+"""Leaves of the parameters that are not trained: integers, booleans and keys. They ride along with a fit, untouched.
+
+The compiler sees the tree of the trained leaves, with None in place of the others, whose values are constants of the
+loss. An optimizer gets what `jax.grad(..., allow_int=True)` gives, gradients of float0, if it takes them, as one with
+masks for the whole tree does. Else it gets the tree of the trained leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, wraps
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xxhash
+
+from flowml.arrays import ArraySpec
+from flowml.ir import _jax
+from flowml.training.valued import with_value
+
+if TYPE_CHECKING:
+    from flowml.training.compiler import TrainingSpec
+
+
+def is_trained(leaf: Any) -> bool:
+    """Whether a leaf is one that can be trained. What is no array is refused elsewhere, with the trained ones."""
+    try:
+        dtype = jax.dtypes.result_type(leaf)
+    except TypeError:
+        return True
+    other = (jnp.integer, jnp.bool_, jax.dtypes.extended)
+    return dtype != jax.dtypes.float0 and not any(jnp.issubdtype(dtype, kind) for kind in other)
+
+
+def trained_leaves(params: Any) -> list[int]:
+    """The places of those that are trained, among all leaves."""
+    return [i for i, leaf in enumerate(jax.tree_util.tree_leaves(params)) if is_trained(leaf)]
+
+
+@dataclass(frozen=True, eq=False)
+class Untrained:
+    """The leaves that are not trained, by their places among all leaves of `tree`. Equal ones have equal values."""
+
+    tree: Any
+    places: tuple[int, ...]
+    paths: tuple[tuple[Any, ...], ...]
+    leaves: tuple[jax.Array, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(_jax.path_name(path) or "params" for path in self.paths)
+
+    @property
+    def specs(self) -> tuple[tuple[str, ArraySpec], ...]:
+        """The name and the type of each."""
+        return tuple(zip(self.names, map(_jax.spec_of, self.leaves), strict=True))
+
+    def whole(self, trained: Any, others: Sequence[Any] | None = None) -> Any:
+        """The tree with `others`, or the values of the leaves, in the places of those that are not trained."""
+        rest = iter(jax.tree_util.tree_leaves(trained))
+        own = dict(zip(self.places, self.leaves if others is None else others, strict=True))
+        found = [own[i] if i in own else next(rest) for i in range(self.tree.num_leaves)]
+        return jax.tree_util.tree_unflatten(self.tree, found)
+
+    def trained(self, whole: Any) -> Any:
+        """The tree with None in the places of leaves that are not trained."""
+        found = self.tree.flatten_up_to(whole)
+        for place in self.places:
+            found[place] = None
+        return jax.tree_util.tree_unflatten(self.tree, found)
+
+    @property
+    def zeros(self) -> list[np.ndarray[Any, Any]]:
+        """The gradients of these leaves in JAX."""
+        return [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in self.leaves]
+
+    @cached_property
+    def digest(self) -> str:
+        """A name of the values."""
+        digest = xxhash.xxh3_128()
+        for leaf in self.leaves:
+            key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            digest.update(f"{leaf.dtype}{leaf.shape}{_jax.spec_of(leaf).weak_type}".encode())
+            digest.update(np.ascontiguousarray(jax.random.key_data(leaf) if key else leaf).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def _key(self) -> Any:
+        return self.tree, self.places, self.digest
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Untrained) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@dataclass(frozen=True)
+class WholeOptimizer:
+    """An optimizer of whole trees, for the trained leaves. The others have gradients of float0."""
+
+    optimizer: Any
+    untrained: Untrained
+
+    def init(self, params: Any) -> Any:
+        return self.optimizer.init(self.untrained.whole(params))
+
+    def update(self, updates: Any, state: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+        whole = self.untrained.whole(updates, self.untrained.zeros), state, self.untrained.whole(params)
+        found, state = self.optimizer.update(*whole, **extra)
+        return self.untrained.trained(found), state
+
+
+def parted(
+    spec: TrainingSpec, params: Any, own: Callable[[Any], jax.Array], *, valued: bool
+) -> tuple[TrainingSpec, Any]:
+    """The training of the trained leaves alone, and these, with the value of the loss if it is `valued`. `own` makes an
+    array that no caller can change.
+
+    Raises TypeError for a leaf that is not trained and has no value.
+    """
+    paths, tree = jax.tree_util.tree_flatten_with_path(params)
+    places = tuple(i for i, (_, leaf) in enumerate(paths) if not is_trained(leaf))
+    if not places:
+        return with_value(spec, params) if valued else (spec, params)
+    for path, leaf in (paths[i] for i in places):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"parameter {_jax.path_name(path)!r} is {leaf.dtype}, so it is not trained, and its value is a "
+                "constant of the plan; give an array"
+            )
+    untrained = Untrained(tree, places, tuple(paths[i][0] for i in places), tuple(own(paths[i][1]) for i in places))
+    trained = untrained.trained(params)
+    optimizer = _optimizer(spec.optimizer, untrained, trained)
+    spec = replace(spec, loss=_loss(spec.loss, untrained), optimizer=optimizer, untrained=untrained)
+    return with_value(spec, trained) if valued else (spec, trained)
+
+
+def _loss(loss: Callable[..., Any], untrained: Untrained) -> Callable[..., Any]:
+    @wraps(loss)
+    def whole(params: Any, *rest: Any) -> Any:
+        return loss(untrained.whole(params), *rest)
+
+    return whole
+
+
+def _optimizer(optimizer: Any, untrained: Untrained, trained: Any) -> Any:
+    """The optimizer of the trained leaves: of whole trees, if it takes them."""
+    whole = WholeOptimizer(optimizer, untrained)
+    return whole if _takes(whole, trained) else optimizer
+
+
+def _takes(optimizer: Any, params: Any) -> bool:
+    """Whether an optimizer works with these parameters, perhaps with the value of the loss."""
+
+    def run(params: Any, **extra: Any) -> Any:
+        return optimizer.update(params, optimizer.init(params), params, **extra)
+
+    for extra in ({}, {"value": jnp.zeros(())}):
+        try:
+            jax.eval_shape(run, params, **extra)
+        except Exception:  # it is the user's function, and raises what it likes
+            continue
+        return True
+    return False
