@@ -37,6 +37,7 @@ from flowml_runtime.launch.options import MAX_THREAD_WORKERS, counts, refusing
 from flowml_runtime.links.prober import Prober
 from flowml_runtime.links.table import LinkTable, links_mode
 from flowml_runtime.membership.member import Membership, passing_name
+from flowml_runtime.protocol.membership import TIMEOUT_S
 from flowml_runtime.transport.endpoint import Endpoint, ThreadHub
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
 from flowml_runtime.transport.security import TLS, check_exposure, find_token
@@ -209,6 +210,7 @@ class Cluster:
         platform: str = "cpu",
         start_timeout_s: float = 120.0,
         deadline_s: float = wire.DEADLINE_S,
+        lost_after_s: float = TIMEOUT_S,
         transport: str = "auto",
         links: str | None = None,
         checksum: bool | None = None,
@@ -216,12 +218,14 @@ class Cluster:
         """Start worker processes on this machine. Each worker gets an equal share of the cores and is pinned to it.
 
         `allow_python` lets plans carry Python callbacks and data sources to the workers. `deadline_s` bounds each wait
-        of one worker for another; a wait that takes longer raises DeadlineError. `transport` is "auto" (shared memory)
-        or "grpc". `links` says where the cost model gets the links between workers: "measure" measures them once,
-        before the first automatic placement, and stores the result; "remembered" uses stored results and measures only
-        on request; "assume" uses assumed values. The default is the environment variable FLOWML_LINKS, else "measure".
-        `checksum=True` adds a checksum to every message, and a message with a wrong one is refused; None adds it only
-        between machines, False never. Raises ClusterError, with the end of its log, if a worker does not start.
+        of one worker for another; a wait that takes longer raises DeadlineError. A worker that is silent for
+        `lost_after_s`, such as a suspended one, is lost; one that is busy may be silent for half a minute. `transport`
+        is "auto" (shared memory) or "grpc". `links` says where the cost model gets the links between workers: "measure"
+        measures them once, before the first automatic placement, and stores the result; "remembered" uses stored
+        results and measures only on request; "assume" uses assumed values. The default is the environment variable
+        FLOWML_LINKS, else "measure". `checksum=True` adds a checksum to every message, and a message with a wrong one
+        is refused; None adds it only between machines, False never. Raises ClusterError, with the end of its log, if a
+        worker does not start.
         """
         with refusing():
             deadline_s = seconds("deadline_s", deadline_s)
@@ -235,6 +239,7 @@ class Cluster:
                 start_timeout_s=start_timeout_s,
                 transport=transport,
                 checksum=checksum,
+                lost_after_s=lost_after_s,
             )
             stack.callback(launched.close)
             options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, shares_memory(transport), checksum)

@@ -21,6 +21,7 @@ from flowml_tools.command import (
     count,
     positive,
     read_token,
+    seconds,
     tls,
 )
 
@@ -45,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to listen (default 127.0.0.1, any free port); beyond loopback TLS is required",
     )
     parser.add_argument("--token-file", type=Path, metavar="F", help="use the token in F, or write a new one there")
+    parser.add_argument(
+        "--lost-after",
+        type=seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="how long a worker may be silent before it is lost (default 5)",
+    )
     add_tls(parser)
     add_transport(parser)
     add_offer(parser)
@@ -66,6 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
             platform=arguments.platform,
             transport=arguments.transport,
             checksum=arguments.checksum,
+            lost_after_s=arguments.lost_after,
         )
         try:
             _announce(cluster.address, path, secured)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 
+from msgspec import structs
+
 from flowml.arguments import choice, flag, flag_or_none, seconds, text
 from flowml.errors import ClusterError
 from flowml_runtime.environment.forks import check_owner, check_startable, is_foreign, this_process
@@ -17,6 +19,7 @@ from flowml_runtime.launch.capacity import check_room, room
 from flowml_runtime.launch.local import LocalWorkers
 from flowml_runtime.launch.options import counts, refusing
 from flowml_runtime.membership.coordinator import CoordinatorHost
+from flowml_runtime.protocol.membership import TIMEOUT_S
 from flowml_runtime.transport.addresses import advertised_host
 from flowml_runtime.transport.security import TLS, check_exposure, new_token, split_address
 from flowml_runtime.worker.compile_cache import settings_here
@@ -42,12 +45,17 @@ class LaunchedCluster:
         start_timeout_s: float = 120.0,
         transport: str = "auto",
         checksum: bool | None = None,
+        lost_after_s: float = TIMEOUT_S,
     ) -> None:
-        """Returns when all workers have joined. If one does not, ends everything it started and raises ClusterError."""
+        """Returns when all workers have joined. If one does not, ends everything it started and raises ClusterError.
+
+        A worker that is silent for `lost_after_s` is lost.
+        """
         check_startable()
         with refusing():
             workers, devices_per_worker = counts(workers, devices_per_worker)
             start_timeout_s = seconds("start_timeout_s", start_timeout_s)
+            lost_after_s = seconds("lost_after_s", lost_after_s)
             allow_python, checksum = flag("allow_python", allow_python), flag_or_none("checksum", checksum)
             files, shared, platform = TLS.of(tls), shares_memory(transport), text("platform", platform)
             if token is not None:
@@ -55,9 +63,9 @@ class LaunchedCluster:
         self.token = new_token() if token is None else token
         check_exposure(bind, files, self.token, "listen on")
         reached_at = advertised_host(bind)
+        self._start_timeout_s = start_timeout_s
         self._owner = this_process()
-        self._over = threading.Event()
-        self._failure = ""
+        self._over, self._failure = threading.Event(), ""
         self._host: CoordinatorHost | None = None
         began = time.monotonic()
         check_room(workers, start_timeout_s, room())
@@ -71,34 +79,38 @@ class LaunchedCluster:
                 works=processes.works,
                 shared_memory=shared,
                 checksum=checksum,
+                timeout_s=lost_after_s,
                 on_failure=self._on_failure,
             )
             stack.callback(host.close)
             self.address = f"{reached_at}:{split_address(host.address)[1]}"
             self.pids: Mapping[str, int] = processes.pids
-            names = worker_names(workers)
-            self._start_timeout_s, self._configs = start_timeout_s, dict[str, WorkerConfig]()
-            processes.wait_ready(began + start_timeout_s)
-            for name, own in zip(names, share_cores(cores(), workers), strict=True):
-                config = self._configs[name] = WorkerConfig(
-                    coordinator=self.address,
-                    token=self.token,
-                    name=name,
-                    devices=devices_per_worker,
-                    cores=own,
-                    core_share=len(cores()) / workers,
-                    memory_bytes=memory_bytes() // workers,
-                    python=allow_python,
-                    platform=platform,
-                    tls=files and (str(files.cert), str(files.key), str(files.ca)),
-                    shared_memory=shared,
-                    checksum=checksum,
-                    compiled=processes.shared_folder,
-                    compile_cache=settings_here(),
-                )
-                processes.start(config, began + start_timeout_s)
-            host.wait_for(names, start_timeout_s, began)
+            common = WorkerConfig(
+                coordinator=self.address,
+                token=self.token,
+                devices=devices_per_worker,
+                core_share=len(cores()) / workers,
+                memory_bytes=memory_bytes() // workers,
+                python=allow_python,
+                platform=platform,
+                tls=files and (str(files.cert), str(files.key), str(files.ca)),
+                shared_memory=shared,
+                checksum=checksum,
+                compiled=processes.shared_folder,
+                compile_cache=settings_here(),
+            )
+            pairs = zip(worker_names(workers), share_cores(cores(), workers), strict=True)
+            self._configs = {name: structs.replace(common, name=name, cores=own) for name, own in pairs}
+            self._start_all(host, began)
             self._stack = stack.pop_all()
+
+    def _start_all(self, host: CoordinatorHost, began: float) -> None:
+        """Start the workers, and return when all have joined."""
+        deadline_s = began + self._start_timeout_s
+        self.processes.wait_ready(deadline_s)
+        for config in self._configs.values():
+            self.processes.start(config, deadline_s)
+        host.wait_for(tuple(self._configs), self._start_timeout_s, began)
 
     def wait(self) -> None:
         """Return when the cluster is closed. Raises ClusterError if its coordinator has failed."""

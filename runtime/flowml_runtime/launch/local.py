@@ -225,11 +225,12 @@ class LocalWorkers:
                     self._changed.notify_all()
             case Started(worker, pid):
                 self.pids[worker] = pid
-            case Exited(worker, _, reason) if reason:
+            case Exited(worker, _, _, reason) if reason:
                 self._ended(worker, reason)
-            case Exited(worker, status):
+            case Exited(worker, pid) if self.pids.get(worker) != pid:
+                pass  # another process has its name by now
+            case Exited(worker, pid, status):
                 how = f"was killed by {_signal(-status)}" if status < 0 else f"ended with status {status}"
-                pid = self.pids.get(worker, 0)
                 self._ended(worker, f"its process {pid} {how}{_quoted(self._log(worker))}")
 
     def _ended(self, worker: str, reason: str) -> None:

@@ -35,9 +35,11 @@ class Started(msgspec.Struct, frozen=True, tag=True):
 
 
 class Exited(msgspec.Struct, frozen=True, tag=True):
-    """Zygote to owner: a worker ended with `status` (of os.waitstatus_to_exitcode), or could not start for `reason`."""
+    """Zygote to owner: the process `pid` of a worker ended with `status` (of os.waitstatus_to_exitcode), or none (0)
+    could start for `reason`."""
 
     worker: str
+    pid: int
     status: int
     reason: str = ""
 

@@ -117,7 +117,8 @@ def _serve(control: socket.socket, owner: int, children: dict[int, _Child]) -> N
                 poll.unregister(handle)
                 del children[handle]
                 os.close(handle)
-                _tell(control, Exited(child.worker, os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])))
+                status = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
+                _tell(control, Exited(child.worker, child.pid, status))
                 continue
             received = hear(control)
             if not received:
@@ -141,7 +142,7 @@ def _obey(request: Request, control: socket.socket, children: dict[int, _Child])
             try:
                 return _start(config, log, control, list(children))
             except OSError as error:  # no more processes, descriptors or memory: only this worker fails
-                _tell(control, Exited(config.name, CANNOT_START, f"its process cannot be started: {error.strerror}"))
+                _tell(control, Exited(config.name, 0, CANNOT_START, f"its process cannot be started: {error.strerror}"))
                 return None
 
 

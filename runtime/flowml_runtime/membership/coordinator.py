@@ -16,6 +16,7 @@ from flowml_runtime import service, wire
 from flowml_runtime.membership.member import COORDINATOR
 from flowml_runtime.protocol.membership import (
     HEARTBEAT_S,
+    PATIENCE_S,
     TIMEOUT_S,
     Action,
     ConnectionLost,
@@ -35,6 +36,7 @@ from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
 from flowml_runtime.transport.security import TLS
 
 MAX_WAITING_EVENTS = 65536
+BEATS_IN_TIME = 4
 
 
 class CoordinatorHost:
@@ -49,18 +51,26 @@ class CoordinatorHost:
         works: Callable[[str], bool] = lambda _: False,
         shared_memory: bool = True,
         checksum: bool | None = None,
-        heartbeat_s: float = HEARTBEAT_S,
+        heartbeat_s: float | None = None,
         timeout_s: float = TIMEOUT_S,
         on_failure: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Raises ClusterError if the address cannot be bound, or not safely.
 
-        `works` says whether the process of a silent worker runs, as far as this process can see. Without
-        `shared_memory`, peers of this machine are reached by gRPC too. `on_failure` is called once if the coordinator
-        fails before `close`; its members lose it at the same time.
+        A member that is silent for `timeout_s` is lost. Members send heartbeats every `heartbeat_s`, by default at
+        least `BEATS_IN_TIME` times within that time. `works` says whether the process of a silent worker runs, as far
+        as this process can see. Without `shared_memory`, peers of this machine are reached by gRPC too. `on_failure` is
+        called once if the coordinator fails before `close`; its members lose it at the same time.
         """
         self._works = works
-        self._machine = Coordinator(flowml.__version__, wire.PROTOCOL, heartbeat_s=heartbeat_s, timeout_s=timeout_s)
+        heartbeat_s = min(HEARTBEAT_S, timeout_s / BEATS_IN_TIME) if heartbeat_s is None else heartbeat_s
+        self._machine = Coordinator(
+            flowml.__version__,
+            wire.PROTOCOL,
+            heartbeat_s=heartbeat_s,
+            timeout_s=timeout_s,
+            patience_s=max(PATIENCE_S, timeout_s),
+        )
         self._tick_s = heartbeat_s / 2
         self._events: queue.Queue[Event | None] = queue.Queue(MAX_WAITING_EVENTS)
         self._changed = threading.Condition()

@@ -87,7 +87,8 @@ class Endpoint(Sender, Protocol):
         ...
 
     def forget(self, peer: str) -> None:
-        """Close the connection to a peer after the messages sent so far, without a call of `on_lost`."""
+        """Close the connection to a peer after the messages sent so far, without a call of `on_lost`. Messages that
+        still come from it are refused."""
         ...
 
     def close(self) -> None:

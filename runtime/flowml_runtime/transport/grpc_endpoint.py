@@ -232,6 +232,8 @@ class GrpcEndpoint:
     def forget(self, peer: str) -> None:
         with self._lock:
             known = self._peers.pop(peer, None)
+            if known is not None:  # its later messages are not taken for those of another that gets its name
+                known.lost = known.lost or "it was forgotten"
         if known is not None and known.stream is not None:
             known.stream.finish()
 

@@ -1,0 +1,32 @@
+"""What a peer sends after it was forgotten is refused, although another has its name by then."""
+
+from __future__ import annotations
+
+import pytest
+
+from flowml_runtime import wire
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
+from tests.runtime.test_transport import TOKEN, WAIT_S, Peer, try_send
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["grpc", "shared memory"])
+def test_a_forgotten_peer_that_still_speaks_is_not_taken_for_the_next_of_its_name(shared: bool) -> None:
+    """The coordinator forgets a suspended worker, which may send when it goes on, before it notices anything."""
+    endpoint = GrpcEndpoint("a", TOKEN, shared_memory=shared)
+    first, second = (Peer(GrpcEndpoint(n, TOKEN, shared_memory=shared)).start() for n in ("b", "new"))
+    a = Peer(endpoint).start()
+    for peer in (first, second):
+        peer.endpoint.know({"a": endpoint.address})
+    first.endpoint.send("a", wire.Leave(worker="b"))
+    assert a.received()[1].worker == "b"
+    endpoint.forget("b")
+    second.endpoint.send("a", wire.Leave(worker="new"))
+    assert a.received()[0] == "new"
+    endpoint.rename("new", "b")
+    try_send(first.endpoint, "a", wire.Leave(worker="b", reason="it is the first that leaves"))
+    assert "counts as lost here" in first.lost.get(timeout=WAIT_S)[1]
+    second.endpoint.send("a", wire.Leave(worker="b", reason="it is the second"))
+    assert a.received()[1].reason == "it is the second"
+    assert a.lost.empty()
+    for peer in (a, first, second):
+        peer.endpoint.close()
