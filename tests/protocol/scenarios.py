@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +34,14 @@ from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.ledger import LedgerState, Work
 from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save
 from flowml_runtime.protocol.training.story import wants
 from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
 from flowml_runtime.protocol.training.worker import TrainingWorker
 
 IDS: dict[str, Any] = {"plan_id": "plan", "run": 0}
-RULES = {
+RULES: dict[str, Callable[..., Policy]] = {
     "sync": policies.synchronous,
     "quorum": lambda n, k=1: policies.quorum(int(n), every=int(k)),
     "every": lambda k: policies.every(int(k)),
@@ -161,6 +163,7 @@ class Scenario:
         running.pushed = True
         start, name = running.start, self.places.stages[replica][stage]
         machine = self.workers[name].stage(where)
+        assert isinstance(machine, Replica)
         for index, store in enumerate(self.terms.stores):
             self._gathered[replica, stage, index] += 1
             if not machine.pushes(index, start.clock):
@@ -263,6 +266,7 @@ class Scenario:
             case actions.Export(stages, stores):
                 waiting = tuple(part for part, _ in action.waiting)
                 about: dict[str, Any] = {"stages": stages, "stores": stores, "sites": action.sites, "waiting": waiting}
+                about["number"] = action.number
                 self._send(name, ("driver",), wire.Exported(**IDS, **about, buffers=0))
             case driver.SendBuffers():
                 assert self.saved is not None

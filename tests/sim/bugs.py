@@ -23,6 +23,7 @@ from flowml_runtime.protocol.training.ledger import Ledger, WorkQueue
 from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.protocol.training.site import Site
+from flowml_runtime.protocol.training.stage import Hold
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.sim import arithmetic
 from flowml_runtime.sim.neighbours import Neighbours
@@ -273,6 +274,20 @@ def _averages_without_a_late_neighbour(patch: Patch) -> None:
     patch.setattr(Neighbours, "end", end)
 
 
+def _saves_before_all_is_applied(patch: Patch) -> None:
+    patch.setattr(Home, "rests", lambda *_: True)
+
+
+def _stops_for_a_hold_that_is_over(patch: Patch) -> None:
+    real: Callable[..., list[Any]] = Replica._take  # pyright: ignore[reportPrivateUsage]
+
+    def take(self: Any, event: Any) -> list[Any]:
+        self._held = -1 if isinstance(event, Hold) else self._held
+        return real(self, event)
+
+    patch.setattr(Replica, "_take", take)
+
+
 def _does_not_count_a_shared_update(patch: Patch) -> None:
     real: Callable[..., list[Any]] = Home._count  # pyright: ignore[reportPrivateUsage]
 
@@ -312,6 +327,8 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "a site counts as one replica": _counts_a_site_as_one_replica,
     "a replica leaves before it has relayed a sum": _leaves_before_it_has_relayed_the_sum_of_its_site,
     "a late neighbour is left out of an average": _averages_without_a_late_neighbour,
+    "a snapshot is taken before all is applied": _saves_before_all_is_applied,
+    "a replica stops for a hold that is over": _stops_for_a_hold_that_is_over,
     "a shared update is not counted": _does_not_count_a_shared_update,
 }
 

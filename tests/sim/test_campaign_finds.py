@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import flowml as fm
 from flowml.policy import UNBOUNDED, Delta, ParameterServer, Policy, Quorum, SharedMemory, Speculate
+from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_tools.faults.campaign import check_rest
 from flowml_tools.faults.checker import check
@@ -63,6 +66,16 @@ def test_a_step_that_outlives_its_run_updates_nothing_of_the_next() -> None:
         run = make([Policy(topology=SharedMemory())], replicas=3, stages=1, clocks=4, seed=seed, workers=1)
         run.interrupt(1.0 + seed / 4)
         check_all(run)
+
+
+def test_no_snapshot_is_taken_after_the_last_one() -> None:
+    """One that was asked for while the fit ended replaced the last one by one of a fit that seemed to go on."""
+    for seed in range(12):
+        pauses = [seed / 2 + n / 4 for n in range(40)]
+        rule = Policy(staleness=1, quorum=Quorum(1), every=2)
+        for policy in (rule, Policy(staleness=UNBOUNDED)):
+            options: dict[str, Any] = {"rhythm": Rhythm(2), "pauses": pauses, "twice": 0.3}
+            check_all(make([policy], replicas=2, stages=2, clocks=4, seed=seed, **options))
 
 
 @pytest.mark.parametrize("lost_after", range(12, 22))

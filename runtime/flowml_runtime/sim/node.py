@@ -396,7 +396,7 @@ class Node:
             return
         self._asked = None
         names = self.world.layout.names
-        ids: dict[str, Any] = {**self.ids, "cause": asked.cause}
+        ids: dict[str, Any] = {**self.ids, "cause": asked.cause, "number": asked.number}
         found = {r.owner: r.export() for r in self._residents()}
         found |= {
             of_waiting(names[w.store], w): row("array", self.payloads[h]) for w, h in asked.waiting if not w.empty

@@ -5,6 +5,9 @@ Paused    first stage of a replica -> driver: it has stopped
 Export    driver -> workers: all replicas have stopped; tell what you keep
 Exported  worker -> driver: where the machines here stand, and how many `Buffers` come
 Buffers   worker -> driver, and driver -> worker at the beginning of a run that goes on
+
+Each Hold of a run has a larger number than those before it, and what is done because of one has its number too. So a
+message that comes again, or late, is known as one that has been dealt with.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ class Hold(TrainingMessage, frozen=True):
 
     clock: Count
     replica: Count | None = None
+    number: Count = 0
 
 
 class Paused(TrainingMessage, frozen=True):
@@ -36,6 +40,7 @@ class Paused(TrainingMessage, frozen=True):
     hold: Count
     clock: Count
     pushed: tuple[tuple[Count, Count], ...] = ()
+    number: Count = 0
 
 
 class Export(TrainingMessage, frozen=True):
@@ -46,6 +51,7 @@ class Export(TrainingMessage, frozen=True):
     clocks: tuple[Count, ...]
     pushed: tuple[tuple[Count, Count, Count], ...] = ()
     last: bool = False
+    number: Count = 0
 
 
 class Exported(TrainingMessage, frozen=True):
@@ -56,6 +62,7 @@ class Exported(TrainingMessage, frozen=True):
     buffers: Count
     sites: tuple[SiteState, ...] = ()
     waiting: tuple[Waiting, ...] = ()
+    number: Count = 0
 
 
 class Buffers(TrainingMessage, frozen=True):
@@ -63,3 +70,4 @@ class Buffers(TrainingMessage, frozen=True):
 
     owner: Owner = ""
     names: Annotated[tuple[Owner, ...], msgspec.Meta(max_length=MAX_ARRAYS)] = ()
+    number: Count = 0

@@ -6,7 +6,8 @@ world       the real machines of driver and workers, joined by the simulator, an
 draws       random policies, of every kind; `rarer` puts rarer values into some of them
 values      integers in place of arrays, which show what a version contains
 matrices    matrices that do, where replicas do more than add up gradients
-history     the record; `timeline` puts it in order, and `checker` and `contents` find violations in it
+history     the record; `timeline` puts it in order, and `checker` and `contents` find violations in it,
+            `snapshots` those of its snapshots
 coverage    which values of knobs have met which kinds of faults
 knobs       which knobs no case draws, and why
 campaign    many seeds, and what to print of one that fails

@@ -13,6 +13,7 @@ from typing import Literal
 from flowml import sim
 from flowml.policy import Gossip, Policy, Quorum
 from flowml.sim import ComputeTimes
+from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.sim.faults import NetworkFaults
 from flowml_runtime.sim.heap import Clock
 from flowml_tools.faults.draws import policies
@@ -47,6 +48,10 @@ class Case:
     """The worker that stops, and when. It ends the fit."""
     interrupted_s: float | None = None
     """When the fit is ended by its caller."""
+    rhythm: Rhythm | None = None
+    """When snapshots are taken; None: never."""
+    pauses: tuple[float, ...] = ()
+    """When snapshots are asked for beside those."""
     again: bool = False
     """Whether another fit then begins on the same workers, where steps of the first one may still run."""
 
@@ -97,7 +102,7 @@ class Case:
             interrupted_s=interrupted,
             again=not any(p.local or p.adds_up or p.filters or p.pull_filters for p in chosen),
         )
-        return _in_another_place(case, shared or workers)
+        return _with_snapshots(_in_another_place(case, shared or workers))
 
     def world(self) -> World:
         """The run, ready to go."""
@@ -118,6 +123,8 @@ class Case:
             under=NetworkFaults(clock, [f for f in self.faults if not isinstance(f, sim.Crash)], self.seed),
             disturbed=bool(self.faults or self.twice),
             clock=clock,
+            rhythm=self.rhythm,
+            pauses=self.pauses,
         )
         if self.lost is not None:
             run.lose(*self.lost)
@@ -140,6 +147,11 @@ class Case:
         trouble += [f"{self.twice:.0%} of messages come again"] if self.twice else []
         trouble += [f"replica {self.lost[0]} is lost at {self.lost[1]:.2f} s"] if self.lost else []
         trouble += [f"worker {self.crashed[0]} stops at {self.crashed[1]:.2f} s"] if self.crashed else []
+        also = f" and {self.rhythm.also}" if self.rhythm and self.rhythm.also else ""
+        trouble += [f"snapshots every {self.rhythm.every}{also} clocks"] if self.rhythm else []
+        trouble += (
+            [f"snapshots are asked for at {', '.join(f'{at:.2f}' for at in self.pauses)} s"] if self.pauses else []
+        )
         trouble += [f"the fit is ended at {self.interrupted_s:.2f} s"] if self.interrupted_s is not None else []
         return "\n".join([*lines, f"faults: {'; '.join(trouble) or 'none'}"])
 
@@ -168,6 +180,16 @@ def _compute(rng: random.Random) -> sim.ComputeModel:
         lambda: sim.Straggler(base, factor=20, probability=0.1),
     )
     return rng.choice(stalls)()
+
+
+def _with_snapshots(case: Case) -> Case:
+    """A quarter of the cases with snapshots, drawn from numbers of their own."""
+    rng = random.Random(f"snapshots {case.seed}")
+    if rng.random() >= 0.25:
+        return case
+    pauses = tuple(sorted(rng.uniform(0, 6) for _ in range(rng.randrange(3))))
+    rhythm = Rhythm(rng.choice([0, 1, 2, 3]), rng.choice([0, 0, 2]))
+    return replace(case, rhythm=rhythm, pauses=pauses, twice=rng.choice([case.twice, 0.3]))
 
 
 def _in_another_place(case: Case, workers: int) -> Case:

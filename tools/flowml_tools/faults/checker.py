@@ -12,6 +12,7 @@
     publications  versions and floors that a home publishes, and versions that a worker reads, never go back
     payloads    each payload is applied, read, or freed, once
     items       the ledger adds up, and a store contains each item that its group used once, and no other
+    snapshots   each is one cut through the run, as `snapshots` says
     bytes       workers report the bytes that they have sent
 
 Every rule computes what must hold from the policy, in the plainest way, and not as the machines do.
@@ -28,9 +29,11 @@ import numpy as np
 from flowml.policy import UNBOUNDED, Coded, Consensus, Deadline, Gossip, Policy, Quorum, Sum, window
 from flowml.policy.apply import base_of, scales
 from flowml_runtime.protocol.training import actions, driver
+from flowml_runtime.protocol.training.snapshot import Save
 from flowml_runtime.protocol.training.terms import Group
 from flowml_tools.faults.history import History, Holds, Matrix, Read, Sent
 from flowml_tools.faults.items import items
+from flowml_tools.faults.snapshots import snapshots
 from flowml_tools.faults.timeline import Commit, Timeline
 
 _CLOSE = 1e-9
@@ -39,7 +42,7 @@ _CLOSE = 1e-9
 def check(history: History) -> list[str]:
     """The violations in a history, as sentences. A run that was interrupted is checked as far as it came."""
     seen = Timeline.of(history)
-    rules = (_decisions, _sites, _alone, _applies, _reads, _held, _publications, _payloads, items, _bytes)
+    rules = (_decisions, _sites, _alone, _applies, _reads, _held, _publications, _payloads, items, snapshots, _bytes)
     return [text for rule in rules for text in rule(seen)]
 
 
@@ -239,6 +242,7 @@ def _arrivals(seen: Timeline, home: str, store: int) -> Iterator[str]:
         leaving = seen.leaving_at(home, apply.place)
         there, others = {replica for replica, _ in apply.keys}, set(senders) - leaving
         few = len(apply.keys) < need and not others <= there and not leaving & there
+        few = few and apply.place < seen.flushed.get(home, len(seen.facts))
         if isinstance(base_of(policy.apply), Consensus) and apply.place == made[0].place:
             continue  # the first update has a report of each, and applies all that have come
         if policy.staleness == UNBOUNDED and few:
@@ -379,6 +383,8 @@ def _payloads(seen: Timeline) -> Iterator[str]:
                 ):
                     if h is not None:
                         ended[turn.who, h] += 1
+                case Save(buffers=buffers):
+                    ended.update((turn.who, h) for _, _, h in buffers if h is not None)
                 case _:
                     pass
     for (who, handle), times in ended.items():

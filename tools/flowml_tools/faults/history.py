@@ -7,16 +7,18 @@ finds violations of the promises in a history; it decides nothing and calls no m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from flowml_runtime import wire
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.ledger import Summary, Work
 from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.protocol.training.story import entry
 from flowml_runtime.protocol.training.terms import Terms
 
@@ -112,7 +114,15 @@ class Sent(msgspec.Struct, frozen=True):
     published: bool
 
 
-Fact = Turn | Read | Holds | Made | Shown | Gave | Encoded | Kept | Sent
+class Saved(msgspec.Struct, frozen=True):
+    """The driver has a snapshot: where the machines stand, and by owner and name what lives between steps."""
+
+    stopped: wire.Stopped
+    buffers: Mapping[str, Mapping[str, Matrix]]
+    last: bool
+
+
+Fact = Turn | Read | Holds | Made | Shown | Gave | Encoded | Kept | Sent | Saved
 
 
 @dataclass
@@ -129,6 +139,8 @@ class History:
     crashed: frozenset[str] = frozenset()
     """The workers that have stopped."""
     traffic: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
+    rhythm: Rhythm | None = None
+    """When snapshots are taken; None: never."""
 
     def given(self) -> Iterator[tuple[str, int]]:
         """The workers that got payloads, and the numbers of these."""

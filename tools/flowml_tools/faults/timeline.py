@@ -98,13 +98,15 @@ class Timeline:
     """By worker: the replicas that it knew to be lost or retired, and from which place on."""
     _leaving: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     """As `_gone`, with replicas of which any stage has retired."""
+    flushed: dict[str, int] = field(default_factory=dict[str, int])
+    """By worker: where it was asked for the last snapshot, for which it applies what waits for others."""
     _lost: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         history = self.history
         self.terms, self.places, self.work = history.terms, history.places, history.work
         self.summary, self.traffic, self.facts = history.summary, history.traffic, history.facts
-        self.crashed = history.crashed
+        self.crashed, self.rhythm = history.crashed, history.rhythm
         self.whole = history.summary is not None
         """Whether the run has ended well."""
         self.coded = self.work.coded
@@ -145,6 +147,8 @@ class Timeline:
             case wire.Arrived(store=store, replica=replica, clock=clock, weight=weight):
                 key = self.terms.group_of.get(store, -1), replica, clock, store
                 self._arrived.setdefault(key, (place, weight))
+            case wire.Export(last=True):
+                self.flushed.setdefault(turn.who, place)
             case wire.Retired(replica=replica, of_site=True):
                 self._sites_gone[turn.who].append((place, replica))
             case wire.Retired(replica=replica, stage=stage):

@@ -15,12 +15,13 @@ from flowml.sim import Network, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training import actions, driver, ledger
+from flowml_runtime.protocol.training.snapshot import Rhythm, Save
 from flowml_runtime.protocol.training.terms import ReplicaLost
 from flowml_runtime.sim import network, world
 from flowml_runtime.sim.heap import Act, Clock
 from flowml_runtime.sim.node import Node
 from flowml_tools.faults.checker import unmet
-from flowml_tools.faults.history import DRIVER, History, Sent, Turn
+from flowml_tools.faults.history import DRIVER, History, Saved, Sent, Turn
 from flowml_tools.faults.matrices import Matrices
 from flowml_tools.faults.timeline import Timeline
 from flowml_tools.faults.values import Digits
@@ -29,27 +30,26 @@ PLAN = "plan"
 RUN = 100
 MOST_EVENTS = 50_000
 
-HARMLESS = (wire.Contribution, wire.Arrived, wire.Commit, wire.StartTraining, wire.Retired)
+HARMLESS = (
+    *(wire.Contribution, wire.Arrived, wire.Commit, wire.StartTraining, wire.Retired),
+    *(wire.Hold, wire.Paused, wire.Export, wire.Exported, wire.Buffers),
+)
 """The messages that change nothing when they come again, also later than others of their sender. To the driver, a
 StoreValue is one more."""
 
 
 class Disturbed:
-    """Random delays between any two, and messages that come twice. Implements `network.Tamper`."""
+    """Random delays between any two. Implements `network.Tamper`."""
 
-    def __init__(self, rng: random.Random, twice: float, under: network.Tamper | None) -> None:
+    def __init__(self, rng: random.Random, under: network.Tamper | None) -> None:
         self._rng = rng
-        self._twice = twice
         self._under = under
 
     def delays(self, source: str, to: str, message: object) -> tuple[float, ...]:
         rng = self._rng
-        harmless = isinstance(message, HARMLESS) or (to == DRIVER and isinstance(message, wire.StoreValue))
-        again = self._twice and harmless and rng.random() < self._twice
         if self._under is not None:
-            held = self._under.delays(source, to, message)
-            return (*held, held[0] + rng.random()) if again else held
-        return tuple(rng.choice([0.01, 0.1, 1.0, 5.0]) * rng.random() for _ in range(1 + bool(again)))
+            return self._under.delays(source, to, message)
+        return (rng.choice([0.01, 0.1, 1.0, 5.0]) * rng.random(),)
 
 
 class Speeds:
@@ -63,13 +63,29 @@ class Speeds:
 
 
 class _Counted(network.Wires):
-    """Notes the bytes that workers give to the network for each store."""
+    """Notes the bytes that workers give to the network for each store, and lets messages come again."""
 
     histories: dict[int, History]
     run: int
     news: list[tuple[History, int, Any]]
     """The publications, each with its place in a history. While one waits to be sent, a newer version may replace it,
     which may have more bytes."""
+    rng: random.Random
+    twice: float
+    """The share of messages that come again, of those that may."""
+
+    def _come_again(self, to: str, message: object, act: Act) -> Act:
+        """What a message does that comes once more, after it has come and perhaps after later ones of its sender."""
+        harmless = isinstance(message, HARMLESS) or (to == DRIVER and isinstance(message, wire.StoreValue))
+        if not harmless or self.rng.random() >= self.twice:
+            return act
+        delay = self.rng.choice([0.1, 1.0, 5.0]) * self.rng.random()
+
+        def come(*args: Any) -> None:
+            act(*args)
+            self._clock.after(delay, 0, act, *args)
+
+        return come
 
     def send(self, source: str, to: str, nbytes: int, act: Act, *args: Any) -> float:
         if nbytes and source != to:
@@ -83,6 +99,8 @@ class _Counted(network.Wires):
                 history.facts.append(sent)
             elif isinstance(args[0], tuple):  # a chunk of a sum, whose key begins with the store
                 self.histories[self.run].facts.append(Sent(args[0][0], nbytes, published=False))
+        if self.twice and source != to:
+            act = self._come_again(to, args[1], act)
         return super().send(source, to, nbytes, act, *args)
 
     def broadcast(
@@ -127,6 +145,10 @@ class World:
     source: Literal["fed", "shipped"] = "fed"
     training: Training | None = None
     """The plan's part about training, if the run computes with matrices instead of integers."""
+    rhythm: Rhythm | None = None
+    """When snapshots are taken; None: never."""
+    pauses: Sequence[float] = ()
+    """When snapshots are asked for, beside those of the rhythm."""
 
     def __post_init__(self) -> None:
         layout, self.rng = self.layout, random.Random(self.seed)
@@ -142,7 +164,7 @@ class World:
         self.driver = Driver(self, self.history)
         model = self.network or Network(latency_s=0.0, bytes_per_s=1e30)
         numbers = {name: n for n, name in enumerate(self.places.workers)}
-        tamper = Disturbed(self.rng, self.twice, self.under) if self.disturbed else None
+        tamper = Disturbed(self.rng, self.under) if self.disturbed else None
         self.simulation = world.World(
             clock=self.clock,
             layout=layout,
@@ -156,6 +178,7 @@ class World:
         )
         self._wires = _Counted(self.clock, model, numbers, tamper)
         self._wires.histories, self._wires.run, self._wires.news = self.histories, RUN, []
+        self._wires.rng, self._wires.twice = self.rng, self.twice
         self.simulation.wires = self._wires
         self.nodes = self.simulation.nodes
 
@@ -173,7 +196,7 @@ class World:
         return tuple(dict.fromkeys(stages[stage] for stages in self.places.stages))
 
     def _begin(self, run: int) -> History:
-        self.histories[run] = history = History(run, self.terms, self.places, self.work)
+        self.histories[run] = history = History(run, self.terms, self.places, self.work, rhythm=self.rhythm)
         return history
 
     def _receive(self, peer: str, message: wire.Wire, value: Any) -> None:
@@ -193,6 +216,8 @@ class World:
     def go(self) -> None:
         """Let the run, or the second one if the first is interrupted, come to its end."""
         self.clock.after(0, 0, self.driver.tell, driver.Begin())
+        for when in self.pauses:
+            self.clock.after(when, 0, self._pause)
         self.clock.run(MOST_EVENTS)
         self._wires.settle()
         self.history.crashed = frozenset(self.crashed)
@@ -202,6 +227,10 @@ class World:
                 for store, _, _, pushed, published in told.stores:
                     before = self.history.traffic.get(store, (0, 0))
                     self.history.traffic[store] = before[0] + pushed, before[1] + published
+
+    def _pause(self) -> None:
+        if not self.driver.machine.over and not self.driver.ended:
+            self.driver.tell(driver.Pause())
 
     def interrupt(self, when: float, *, again: bool = True) -> None:
         """End the first fit at this time, as an exception in a callback does, and perhaps begin another one at once."""
@@ -267,7 +296,7 @@ class Driver:
         self.history = history
         ids: dict[str, Any] = {"total_clocks": world.terms.total_clocks, "seed": 0, "shuffle": False, "examples": 1}
         start = wire.StartTraining(plan_id=PLAN, run=history.run, source=world.source, **ids)
-        self.machine = driver.TrainingDriver(start, world.terms, world.work, world.places)
+        self.machine = driver.TrainingDriver(start, world.terms, world.work, world.places, world.rhythm)
         self.final: dict[int, Any] = {}
         self.ended = False
         """Whether the fit has ended before it was over."""
@@ -323,6 +352,12 @@ class Driver:
                 pass  # for the history of a fit
             case driver.KeepState(_, handle):
                 self._payloads.pop(handle or 0)
+            case Save(stopped, buffers):
+                kept = {
+                    owner: dict(zip(names, self._payloads.pop(handle or 0, ()), strict=True))
+                    for owner, names, handle in buffers
+                }
+                self.history.facts.append(Saved(stopped, kept, action.last))
             case driver.NoteCommit():
                 self.commits.append(action)
             case driver.Keep(store, handle):

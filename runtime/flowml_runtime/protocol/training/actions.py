@@ -254,6 +254,7 @@ class Export(msgspec.Struct, frozen=True):
     cause: int
     sites: tuple[wire.SiteState, ...] = ()
     waiting: tuple[tuple[wire.Waiting, Handle], ...] = ()
+    number: int = 0
 
 
 class Hand(msgspec.Struct, frozen=True):

@@ -111,7 +111,8 @@ class Fit:
         """The only stage here, as on most workers."""
         self._shown = [(-1, -1)] * len(terms.stores)
         """(version, floor) of each store, as read here."""
-        self._hold = start.hold
+        self._hold, self._exported = start.hold, -1
+        """The number of the newest Export is `_exported`."""
         self.asked: wire.Export | None = None
         """What the driver has asked for, until everything is applied."""
 
@@ -271,10 +272,11 @@ class Fit:
 
     def _held(self, message: wire.Hold, _: Received) -> list[Action]:
         meant = [at for at in self._leading if message.replica in (None, at[0])]
-        return self._at_stages(meant, stage.Hold(message.clock))
+        return self._at_stages(meant, stage.Hold(message.clock, message.number))
 
     def _export(self, message: wire.Export, _: Received) -> list[Action]:
-        self.asked = message
+        if message.number > self._exported:
+            self.asked, self._exported = message, message.number
         return []
 
     def _handed(self, message: wire.TrainingMessage, event: Received) -> list[Action]:
@@ -317,8 +319,7 @@ class Fit:
         made = machine.step(event, self.now)
         if not made:
             return []
-        actions: list[Action] = []
-        settled = False
+        actions, settled = list[Action](), False
         for action in made:
             kind = type(action)  # not `match`, which is slow here, where every step passes
             if kind is Settle:
@@ -343,8 +344,7 @@ class Fit:
         actions.append(Send(self._driver, told))
 
     def _pause(self, at: At, paused: stage.Paused, actions: list[Action]) -> None:
-        told = wire.Paused(**self._ids, replica=at[0], hold=paused.hold, clock=paused.clock, pushed=paused.pushed)
-        actions.append(Send(self._driver, told))
+        actions.append(Send(self._driver, wire.Paused(**self._ids, replica=at[0], **msgspec.structs.asdict(paused))))
 
     def _begin(self, at: At, begin: stage.Begin, actions: list[Action]) -> None:
         others = self._places.stages[at[0]][1:]

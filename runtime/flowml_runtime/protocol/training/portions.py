@@ -98,7 +98,7 @@ class Portions:
         self._requests = 0
         self._begun = -1
         self._committed = first - 1
-        self._hold, self._paused = NO_HOLD, False
+        self._hold, self._held, self._paused = NO_HOLD, -1, False
         """No portion of this batch or a later one is begun. Whether the driver knows that the replica has stopped."""
         self._floors: dict[int, int] = {}
         self._steps: list[_Step] = []
@@ -183,9 +183,9 @@ class Portions:
                 self._lost, actions = True, []
                 if self._wake_s == math.inf:  # it has computed no portion to its end
                     self._wake_s = now
-            case Hold(clock):
-                self._hold, self._paused, actions = clock, False, []
-            case Tick() | Applied():
+            case Hold(clock, number) if number > self._held:
+                self._hold, self._held, self._paused, actions = clock, number, False, []
+            case Tick() | Applied() | Hold():
                 actions = []
         return [*actions, *self._advance(now)]
 
@@ -286,7 +286,7 @@ class Portions:
         if self._paused or self._asked:
             return []
         self._paused = True
-        return [Paused(self._hold, self._committed + 1)]
+        return [Paused(self._hold, self._committed + 1, number=self._held)]
 
     def rests(self, clock: int, newest: int) -> bool:
         """Whether nothing runs here, and all is decided about the batches before `clock`."""

@@ -124,6 +124,8 @@ class Replica:
         self._leader_retired = self._retired = False
         self.cut = Cut(terms, stage)
         self._work = Items(terms, ahead, 0 if state is None else state.begun + 1)
+        self._held = -1
+        """The number of the newest Hold."""
         self._paused = False
         """Whether the driver knows that the replica has stopped where a Hold says."""
         self._waits_to_tell = ahead > LOOK_AHEAD
@@ -269,10 +271,10 @@ class Replica:
                     self._work.opened = True
             case LeaderRetired():
                 self._leader_retired = True
-            case Hold(clock):
-                self._work.hold, self._paused = clock, False
-            case ReplicaLost():
-                pass  # the home and the leader of decisions stop waiting for it
+            case Hold(clock, number) if number > self._held:
+                self._work.hold, self._held, self._paused = clock, number, False
+            case Hold() | ReplicaLost():
+                pass  # it came again; the home and the leader of decisions stop waiting for the replica
         return []
 
     def _begin(self, clock: int, item: wire.Item, last: bool) -> list[Action]:
@@ -391,7 +393,7 @@ class Replica:
         self._paused = True
         returned, pushed = self._work.give_back(), tuple(sorted(self._pushed.items()))
         given_back = [Ask((), returned)] if returned else []
-        return [*self._told_fates(), *given_back, Paused(self._work.hold, self._begun + 1, pushed)]
+        return [*self._told_fates(), *given_back, Paused(self._work.hold, self._begun + 1, pushed, self._held)]
 
     def _next_clock(self) -> int:
         """The clock after the newest one that has begun, without those that every group due there has decided."""

@@ -51,4 +51,5 @@ def export(
         cause,
         tuple(site.kept() for site in led),
         tuple(waiting),
+        asked.number,
     )

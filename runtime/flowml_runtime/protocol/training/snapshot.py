@@ -11,6 +11,7 @@
   has stopped would be waited for. So all stop before the same clock, and one that has no more items retires, but for
   the last one: the homes stay open for it.
 * A run that loses a replica takes no more snapshots. One that begins without it does, of the others.
+* Each Hold has the next number. What comes because of an earlier one, or again, changes nothing.
 * Work items that a replica holds and has not begun count as not granted, if there are no common clocks.
 """
 
@@ -60,13 +61,18 @@ class Snapshots:
         self._terms = terms
         self._workers = places.workers
         self._live = terms.replicas - len(places.lost)
-        self._rhythm = rhythm
-        ended = terms.aligned and first > terms.last_clock
-        self.hold = NO_HOLD if rhythm is None or ended else self._next(first)
+        self._rhythm = None if terms.aligned and first > terms.last_clock else rhythm
+        """None also after the last snapshot."""
+        self.hold = NO_HOLD if self._rhythm is None else self._next(first)
         """The clock before which replicas stop."""
         self._paused: dict[int, wire.Paused] = {}
         self._exported: dict[str, wire.Exported] = {}
-        self._buffers: list[tuple[str, tuple[str, ...], Handle | None]] = []
+        self._buffers: dict[tuple[str, str], tuple[tuple[str, ...], Handle | None]] = {}
+        """(worker, owner) -> the names of the owner's buffers, and their handle."""
+        self._numbers = 0
+        """The Holds so far, without that with which the run began."""
+        self._number = 0
+        """The number of the newest Hold for all replicas."""
         self.under_way = False
         """Whether workers have been asked for what they keep, and some have not answered."""
         self._released: set[int] = set()
@@ -80,35 +86,41 @@ class Snapshots:
         clock = newest + 1 if self._terms.aligned or self._terms.paced_by_slowest else 0
         if clock >= self.hold:
             return []
-        self.hold = clock
-        return [Send(self._workers, wire.Hold(**ids, clock=clock))]
+        return [self._hold_all(ids, clock)]
+
+    def _hold_all(self, ids: dict[str, Any], clock: int) -> Send:
+        self._numbers += 1
+        self.hold, self._number = clock, self._numbers
+        return Send(self._workers, wire.Hold(**ids, clock=clock, number=self._number))
 
     def lose(self, ids: dict[str, Any]) -> list[Send | Release]:
         """A replica is lost. The others go on."""
-        held, self._rhythm, self.hold = self.hold != NO_HOLD, None, NO_HOLD
-        told, self._buffers, self.under_way = self._buffers, [], False
-        forgotten = [Release(handle, ids["cause"]) for _, _, handle in told if handle is not None]
-        return [*forgotten, *([Send(self._workers, wire.Hold(**ids, clock=NO_HOLD))] if held else [])]
+        held, self._rhythm = self.hold != NO_HOLD, None
+        told, self._buffers, self.under_way = self._buffers, {}, False
+        forgotten = [Release(handle, ids["cause"]) for _, handle in told.values() if handle is not None]
+        return [*forgotten, *([self._hold_all(ids, NO_HOLD)] if held else [])]
 
     def take(self, ids: dict[str, Any], peer: str, message: Any, handle: Handle | None) -> list[Send | Save | Release]:
         """Process a Paused, an Exported or Buffers. `ids` are for the messages to send."""
-        if self._rhythm is None:
+        if self._rhythm is None or message.number != self._number:
             return [] if handle is None else [Release(handle, ids["cause"])]
         match message:
             case wire.Paused(replica=replica):
-                if message.hold != self.hold:
-                    return []  # it has not heard of the newest Hold, and tells again when it has
+                if replica in self._paused:
+                    return []
                 self._paused[replica] = message
-                if len(self._paused) < self._live or self.under_way:
+                if len(self._paused) < self._live:
                     return self._release(ids, message)
                 self.under_way = True
                 pushed = tuple((r, *pair) for r, paused in sorted(self._paused.items()) for pair in paused.pushed)
-                told = wire.Export(**ids, clocks=self._clocks, pushed=pushed, last=self._is_last)
+                told = wire.Export(**ids, clocks=self._clocks, pushed=pushed, last=self._is_last, number=self._number)
                 return [Send(self._workers, told)]
-            case wire.Exported():
+            case wire.Exported() if self.under_way:
                 self._exported[peer] = message
             case wire.Buffers(owner=owner, names=names):
-                self._buffers.append((owner, names, handle))
+                if (peer, owner) in self._buffers or not self.under_way:
+                    return [] if handle is None else [Release(handle, ids["cause"])]
+                self._buffers[peer, owner] = names, handle
             case _:
                 raise ProtocolError(f"{type(message).__name__} does not belong to a snapshot")
         expected = sum(told.buffers for told in self._exported.values())
@@ -122,7 +134,8 @@ class Snapshots:
         if not self._terms.paced_by_slowest or paused.clock >= paused.hold or last or paused.replica in self._released:
             return []
         self._released.add(paused.replica)
-        return [Send(self._workers, wire.Hold(**ids, clock=NO_HOLD, replica=paused.replica))]
+        self._numbers += 1
+        return [Send(self._workers, wire.Hold(**ids, clock=NO_HOLD, replica=paused.replica, number=self._numbers))]
 
     @property
     def _is_last(self) -> bool:
@@ -141,16 +154,17 @@ class Snapshots:
         stores = sorted((s for one in told for s in one.stores), key=lambda s: s.store)
         sites = sorted((s for one in told for s in one.sites), key=lambda s: (s.group, s.site))
         waiting = sorted((w for one in told for w in one.waiting), key=lambda w: (w.store, w.clock, w.replica, w.part))
+        kept = sorted(self._buffers.items(), key=lambda one: one[0][1])
+        buffers = ((owner, names, handle) for (_, owner), (names, handle) in kept)
         stopped = wire.Stopped(self._clocks, tuple(stages), tuple(stores), tuple(sites), tuple(waiting))
-        return Save(stopped, tuple(sorted(self._buffers, key=lambda b: b[0])), cause, self._is_last)
+        return Save(stopped, tuple(buffers), cause, self._is_last)
 
     def _go_on(self, ids: dict[str, Any]) -> Sequence[Send]:
-        if not self._terms.aligned:
-            self.hold = NO_HOLD if self.hold == AT_END else AT_END
-        else:
-            self.hold = NO_HOLD if self.hold > self._terms.last_clock else self._next(max(self._clocks))
-        self._paused, self._exported, self._buffers, self.under_way = {}, {}, [], False
-        return [Send(self._workers, wire.Hold(**ids, clock=self.hold))]
+        clock = NO_HOLD if self._is_last else self._next(max(self._clocks))
+        if self._is_last:
+            self._rhythm = None
+        self._paused, self._exported, self._buffers, self.under_way = {}, {}, {}, False
+        return [self._hold_all(ids, clock)]
 
     def _next(self, clock: int) -> int:
         """The hold after the snapshot before `clock`."""

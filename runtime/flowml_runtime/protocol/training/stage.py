@@ -64,9 +64,11 @@ class LeaderRetired(msgspec.Struct, frozen=True):
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """Begin no clock from this one on, and do not retire; `items.NO_HOLD` allows everything."""
+    """Begin no clock from this one on, and do not retire; `items.NO_HOLD` allows everything. One whose number is not
+    larger than those before changes nothing."""
 
     clock: int
+    number: int = 0
 
 
 class Paused(msgspec.Struct, frozen=True):
@@ -76,6 +78,7 @@ class Paused(msgspec.Struct, frozen=True):
     hold: int
     clock: int
     pushed: tuple[tuple[int, int], ...] = ()
+    number: int = 0
 
 
 class Ask(msgspec.Struct, frozen=True):

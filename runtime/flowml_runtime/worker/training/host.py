@@ -359,6 +359,7 @@ class _Fit:
         """Send the driver what lives here between steps. Does not wait."""
         run, found = self.run, self.run.residents.found.values()
         ids: dict[str, Any] = {"plan_id": run.plan_id, "run": run.number, "cause": action.cause}
+        ids["number"] = action.number
         waiting = [self._waiting(part, handle) for part, handle in action.waiting if not part.empty]
         parts, expected = tuple(part for part, _ in action.waiting), len(found) + len(waiting)
         about: dict[str, Any] = {"stages": action.stages, "stores": action.stores, "sites": action.sites}

@@ -1,0 +1,107 @@
+"""Checks the snapshots of a history: each is one cut through the run, and no mixture of versions.
+
+The clocks at which the replicas have stopped say what a snapshot must contain: each contribution of an earlier clock
+is in the version of its store, or waits, or is never applied; and none of a later clock is there. All stages, homes
+and copies stand at this cut, and the values are those of these versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from flowml_tools.faults.history import Saved
+from flowml_tools.faults.timeline import Timeline
+
+
+def snapshots(seen: Timeline) -> Iterator[str]:
+    places = [(place, fact) for place, fact in enumerate(seen.facts) if isinstance(fact, Saved)]
+    for number, (place, saved) in enumerate(places):
+        where = f"snapshot {number}"
+        yield from _stages(seen, saved, where)
+        yield from _decided(seen, saved, place, where)
+        yield from _stores(seen, saved, place, where)
+    if seen.whole and seen.rhythm is not None and not seen.lost:
+        yield from _rhythm(seen, [saved for _, saved in places])
+
+
+def _rhythm(seen: Timeline, saved: list[Saved]) -> Iterator[str]:
+    """One at the end, and one at each clock that the rhythm says, if there are common clocks."""
+    assert seen.rhythm is not None
+    if [one.last for one in saved].count(True) != 1 or not saved[-1].last:
+        yield f"of {len(saved)} snapshots there is not exactly the last one at the end"
+    if not seen.terms.aligned:
+        return
+    taken = {max(one.stopped.clocks) for one in saved}
+    due = {c for n in (seen.rhythm.every, seen.rhythm.also) if n for c in range(n, seen.terms.total_clocks, n)}
+    if not due <= taken:
+        yield f"snapshots are due before clocks {sorted(due)}, and there are those before {sorted(taken)}"
+
+
+def _stages(seen: Timeline, saved: Saved, where: str) -> Iterator[str]:
+    clocks = saved.stopped.clocks
+    for stage in saved.stopped.stages:
+        if stage.begun + 1 != clocks[stage.replica]:
+            who = f"stage {stage.stage} of replica {stage.replica}"
+            yield f"{where} has {who} after clock {stage.begun}, and the replica before clock {clocks[stage.replica]}"
+
+
+def _decided(seen: Timeline, saved: Saved, place: int, where: str) -> Iterator[str]:
+    """Every stage knows of all decisions that are made. A replica stands before others only if it skips what they have
+    done, if they have common clocks."""
+    clocks = saved.stopped.clocks
+    for group in seen.terms.groups:
+        commits = [c.message for c in seen.commits[group.number] if c.place < place]
+        made = [commit.clock for commit in commits]
+        for replica, clock in enumerate(clocks if seen.terms.aligned and not group.sites else ()):
+            skipped = [c.clock for c in commits if c.clock >= clock and replica not in c.excluded]
+            if skipped:
+                yield f"{where} has replica {replica} before clock {clock}, which is in decisions {skipped}"
+        for stage in saved.stopped.stages:
+            if not group.relayed and stage.committed[group.number] != max(made, default=-1):
+                known = stage.committed[group.number]
+                yield f"{where} has replica {stage.replica} at decision {known} of group {group.number}, not {made}"
+
+
+def _stores(seen: Timeline, saved: Saved, place: int, where: str) -> Iterator[str]:
+    kept = {state.store: state for state in saved.stopped.stores}
+    if sorted(kept) != list(range(len(seen.terms.stores))):
+        yield f"{where} has stores {sorted(kept)}"
+        return
+    for store, state in kept.items():
+        if seen.terms.stores[store].shared:
+            continue
+        for home in seen.places.homes[store]:
+            made = sum(apply.place < place for apply in seen.applies.get((home, store), ()))
+            if made != state.version:
+                yield f"{where} has version {state.version} of store {store}, and {home} has made {made}"
+        yield from _cut(seen, saved, store, place, where)
+        yield from _value(seen, saved, store, state.version, where)
+
+
+def _cut(seen: Timeline, saved: Saved, store: int, place: int, where: str) -> Iterator[str]:
+    """What is in the version of a store is what its replicas have sent before they stopped."""
+    terms, clocks = seen.terms.stores[store], saved.stopped.clocks
+    waiting = {
+        (w.replica, w.clock) for w in saved.stopped.waiting if w.store == store and (w.of_site or not terms.relayed)
+    }
+    for apply in seen.applies.get((seen.places.homes[store][0], store), ()):
+        for replica, clock in apply.keys:
+            site = seen.site_of(store, replica)
+            whole = terms.collective or seen.terms.speculation is not None
+            next_clock = max(clocks) if whole else max(clocks[r] for r in site)
+            who = f"the contribution of replica {replica} at clock {clock} to store {store}"
+            if apply.place < place and clock >= next_clock:
+                yield f"{where} has {who}, which is before clock {next_clock}"
+            elif apply.place < place and (replica, clock) in waiting:
+                yield f"{where} has {who} twice: it also waits"
+            elif apply.place > place and clock < next_clock and (replica, clock) not in waiting and not terms.relayed:
+                yield f"{where} lacks {who}"
+
+
+def _value(seen: Timeline, saved: Saved, store: int, version: int, where: str) -> Iterator[str]:
+    for value in saved.buffers.get(f"home/{store}/values", {}).values():
+        known = seen.values.get(store, ())
+        if version and (version >= len(known) or not np.array_equal(known[version], value)):
+            yield f"{where} has a value of store {store} that is not that of version {version}"
