@@ -64,3 +64,40 @@ def test_a_count_stays_a_count() -> None:
     home.step(StageRetired(1, 0))
     (apply,) = (a for a in home.step(StageRetired(2, 0)) if isinstance(a, Apply))
     assert apply.contributions == (((7,), 1 / 3),)
+
+
+@pytest.mark.parametrize(("replicas", "n", "steps"), [(2, 1, 3), (4, 2, 3), (3, 1.5, 2), (5, 2, 3)])
+def test_weighted_gradients_count_alike_in_the_last_group(replicas: int, n: float, steps: int) -> None:
+    """All weights are 3, so weighted means are those without weights. The last group counted as a full one."""
+
+    def weighted(w: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return linear(w, batch), {"tokens": 3 * jnp.sum(batch["x"])}
+
+    source = {"x": np.ones(replicas * steps, np.float32)}
+    machines = fm.sim.Straggler(fm.sim.Constant(0.1), 3.5, workers=[0])
+    cluster = fm.SimulatedCluster(replicas, machines, fm.sim.Network(1e-4, 1e9), arithmetic=True)
+    policy = fm.policies.softsync(n, scale=False)
+    trainer = fm.Trainer(weighted, optax.sgd(1.0), cluster=cluster, replicas=replicas, policies=policy, weight="tokens")
+    result = trainer.fit(jnp.zeros(()), source, batch_size=replicas, steps=steps, progress=False)
+    assert result.ledger.used == replicas * steps
+    assert float(result.params) == pytest.approx(-replicas * steps / policy.quorum.need(replicas))
+
+
+def test_weighted_gradients_that_come_late_do_not_count_on_top() -> None:
+    """With a quorum that folds, a mean is one over all replicas, whether the gradients carry weights or not."""
+
+    def weighted(w: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return linear(w, batch), {"tokens": jnp.sum(batch["x"])}
+
+    found: list[float] = []
+    machines = fm.sim.Straggler(fm.sim.Constant(0.1), 1.5, workers=[3])
+    for loss, weight in ((linear, None), (weighted, "tokens")):
+        cluster = fm.SimulatedCluster(4, machines, fm.sim.Network(1e-4, 1e9), arithmetic=True)
+        policy = fm.policies.compensate(0.75)
+        trainer = fm.Trainer(loss, optax.sgd(1.0), cluster=cluster, replicas=4, policies=policy, weight=weight)
+        result = trainer.fit(
+            jnp.zeros(()), {"x": np.ones(24, np.float32)}, batch_size=4, steps=6, shuffle=False, progress=False
+        )
+        assert result.ledger.folded
+        found.append(float(result.params))
+    assert found[1] == pytest.approx(found[0])

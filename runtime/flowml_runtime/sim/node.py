@@ -234,7 +234,8 @@ class Node:
         given = [([pop(h) for h in handles], factor) for handles, factor in action.contributions]
         world, store = self.world, action.store
         seconds = world.homes.seconds(len(given) * sum(world.sizes.parts[store]))
-        self._in_turn(seconds, world.values.apply, self.name, store, action.version, given, action.staleness)
+        about = action.version, given, action.staleness, action.full
+        self._in_turn(seconds, world.values.apply, self.name, store, *about)
 
     def _couple(self, action: protocol.Couple) -> None:
         pop, world = self.payloads.pop, self.world

@@ -167,9 +167,10 @@ class Values(Protocol):
         version: int,
         given: Sequence[tuple[Sequence[Value], float]],
         staleness: Sequence[int],
+        full: float = 1.0,
     ) -> None:
-        """Make the next version of a store from the parts of each contribution, its coefficient, and its staleness as
-        in `home.Apply`."""
+        """Make the next version of a store from the parts of each contribution, its coefficient, and its staleness;
+        all as in `home.Apply`."""
         ...
 
     def couple(
@@ -297,6 +298,7 @@ class Nothing:
         version: int,
         given: Sequence[tuple[Sequence[Value], float]],
         staleness: Sequence[int],
+        full: float = 1.0,
     ) -> None:
         return None
 

@@ -184,6 +184,7 @@ class Matrices(Arithmetic):
         version: int,
         given: Sequence[tuple[Sequence[Value], float]],
         staleness: Sequence[int] = (),
+        full: float = 1.0,
     ) -> None:
         spec = self._training.stores[store]
         scales = map(spec.policy.apply.scale, staleness) if staleness else [1.0] * len(given)

@@ -96,6 +96,7 @@ class Digits(Nothing):
         version: int,
         given: Sequence[tuple[Sequence[Value], float]],
         staleness: Sequence[int] = (),
+        full: float = 1.0,
     ) -> None:
         made: list[tuple[int, int, int, float]] = []
         for parts, factor in given:

@@ -156,6 +156,7 @@ class Apply(msgspec.Struct, frozen=True):
     contributions: tuple[tuple[tuple[Handle, ...], float], ...]
     cause: int
     staleness: tuple[int, ...] = ()
+    full: float = 1.0
 
 
 class Couple(msgspec.Struct, frozen=True):

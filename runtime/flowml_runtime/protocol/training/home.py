@@ -367,16 +367,17 @@ class Home:
         staleness = self.staleness.add(index, [g for g, _ in full])
         if not full:
             return rest, None
-        factors = [factor for _, factor in full]
+        factors, part = [factor for _, factor in full], 1.0
         if not exact:
             weights = [weight for _, _, weight in weighed if weight]
             absent = missing * max(weights) if living is None else store.absent((g for g, _ in full), living)
             summed = self._terms.replicas if store.terms.collective else 1
             each = store.terms.policy.coefficients(weights, self._terms.microbatches, absent, summed)
+            part = sum(weights) / max(sum(weights) + absent, 1) if store.terms.policy.apply.averages else part
             factors = [c * factor for c, factor in zip(each, factors, strict=True)]
         contributions = tuple((g.handles(), c) for (g, _), c in zip(full, factors, strict=True))
         scaled = staleness if scales(store.terms.policy.apply) else ()
-        return rest, Apply(index, store.version + 1, contributions, scaled)
+        return rest, Apply(index, store.version + 1, contributions, scaled, part)
 
     def _take_turns(self, found: exchange.Exchange, turns: Iterable[exchange.Turn]) -> list[Action]:
         actions: list[Action] = []

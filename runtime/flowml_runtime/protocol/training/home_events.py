@@ -40,13 +40,16 @@ class Apply(msgspec.Struct, frozen=True):
     """Make version `version` of the store from the payloads of each replica's parts and their coefficient.
 
     `staleness` has, for each contribution, the number of versions between the one that it is based on and the newest;
-    it is empty if the policy does not ask for it. The host may free the handles afterwards.
+    it is empty if the policy does not ask for it. `full` is the weight of the contributions by that of all that a mean
+    is over, for gradients that carry weights of their own, to which coefficients are only relative. The host may free
+    the handles afterwards.
     """
 
     store: int
     version: int
     contributions: tuple[tuple[tuple[Handle, ...], float], ...]
     staleness: tuple[int, ...] = ()
+    full: float = 1.0
 
 
 class Publish(msgspec.Struct, frozen=True):

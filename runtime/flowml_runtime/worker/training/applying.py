@@ -58,11 +58,15 @@ def alone(spec: StoreSpec, arrays: Sequence[Array], weight: int, microbatches: i
 
 
 def given_of(
-    spec: StoreSpec, contributions: Sequence[tuple[list[Array], float]], staleness: Sequence[int]
+    spec: StoreSpec, contributions: Sequence[tuple[list[Array], float]], staleness: Sequence[int], full: float = 1.0
 ) -> list[Given]:
-    """The contributions of an apply from their arrays and coefficients. `staleness` is as in `home.Apply`."""
+    """The contributions of an apply from their arrays and coefficients. `staleness` and `full` are as in `home.Apply`.
+
+    What is not here of a mean of weighted gradients is taken to have the mean weight of what is.
+    """
     scales = map(spec.policy.apply.scale, staleness) if staleness else [1.0] * len(contributions)
-    return [Given(arrays, c, scale) for (arrays, c), scale in zip(contributions, scales, strict=True)]
+    part = full if spec.applies.weighted else 1.0
+    return [Given(arrays, c, scale * part) for (arrays, c), scale in zip(contributions, scales, strict=True)]
 
 
 def applied(
@@ -73,23 +77,23 @@ def applied(
     applies, tasks = spec.applies, program.tasks
     dtype = program.plan.tasks[applies.apply].inputs[len(values)].dtype
     if len(given) <= applies.width:
-        return tasks[applies.apply](*values, *_arguments(spec, given, dtype))
+        return tasks[applies.apply](*values, *_arguments(spec, given, dtype, given[0]))
     if applies.fold is None or applies.finish is None:
         raise FlowmlError(f"{len(given)} contributions at once, but the plan has no task that folds more than one")
     total: Sequence[Array] = [_zeros(s) for s in applies.accumulator]
     for first in range(0, len(given), applies.width):
-        total = tasks[applies.fold](*total, *_arguments(spec, given[first : first + applies.width], dtype))
+        total = tasks[applies.fold](*total, *_arguments(spec, given[first : first + applies.width], dtype, given[0]))
     return tasks[applies.finish](*values, *total)
 
 
-def _arguments(spec: StoreSpec, given: Sequence[Given], dtype: str) -> list[Array]:
+def _arguments(spec: StoreSpec, given: Sequence[Given], dtype: str, first: Given) -> list[Array]:
     """The coefficients, and the contributions. The first one fills the places of those that are missing.
 
-    Where gradients carry weights, only the ratios of coefficients count.
+    Where gradients carry weights, only the ratios of coefficients count: those to the `first` of the apply.
     """
     applies = spec.applies
     rows = np.zeros((2, applies.width), dtype)
-    unit = given[0].coefficient if applies.weighted else 1.0
+    unit = first.coefficient if applies.weighted else 1.0
     for i, one in enumerate(given):
         share = one.coefficient / unit
         rows[:, i] = share * one.scale, share
