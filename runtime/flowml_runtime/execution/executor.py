@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from flowml.errors import FlowmlError
-from flowml.instructions import Fetch, Run, Send
+from flowml.instructions import Fetch, Recv, Run, Send
 from flowml_runtime import wire
 from flowml_runtime.execution.device_thread import Deadlines, DeviceThread
 from flowml_runtime.execution.lane import Lane
@@ -41,6 +41,10 @@ class FedServices(StepServices, Protocol):
     def begin(self, arrays: Sequence[Array]) -> None: ...
     def release(self, arrays: Sequence[Array]) -> None:
         """A step that was fed with this will not begin."""
+        ...
+
+    def sends(self, step: int) -> bool:
+        """Whether results of a step that has ended are still to be sent."""
         ...
 
     def resume(self) -> None:
@@ -75,6 +79,14 @@ def may_be_quick(loaded: LoadedProgram) -> bool:
             case _:
                 pass
     return sent <= MAX_QUICK_BYTES
+
+
+def may_run_ahead(loaded: LoadedProgram) -> bool:
+    """Whether steps may begin while the results of earlier ones are still computed.
+
+    One that receives values may not: it takes them out of the windows that bound their memory.
+    """
+    return may_be_quick(loaded) and not any(isinstance(i, Recv) for i in loaded.program.instructions)
 
 
 QUICK_S = 1e-3
@@ -155,7 +167,7 @@ class Executor:
 
     def has(self, step: int) -> bool:
         """Whether this step was fed and something of it is still to be sent."""
-        return step in self._open
+        return step in self._open or self._services.sends(step)
 
     def lose(self, peer: str, reason: str) -> None:
         """A worker of the plan is lost, and its last message has arrived. Steps that need more of it fail."""

@@ -24,6 +24,7 @@ from flowml_runtime.execution.lane import LARGE_BYTES, ROOM, Lane
 from flowml_runtime.execution.mailbox import Cancelled, Claim, Mailbox, Parked
 from flowml_runtime.execution.programs import Array, JaxDevice, LoadedProgram, feed_slots, overwritten_slots
 from flowml_runtime.execution.recorder import Recorder
+from flowml_runtime.execution.results import Results
 from flowml_runtime.execution.window import Windows, window
 from flowml_runtime.transport.endpoint import Sender
 from flowml_runtime.transport.slots import SlotError
@@ -217,10 +218,12 @@ class DataflowServices(EdgeServices):
         deadline_s: float = wire.DEADLINE_S,
         recorder: Recorder | None = None,
         kept: Kept | None = None,
+        results: Results | None = None,
     ) -> None:
         super().__init__(plan_id, loaded, mailbox, sender, deadline_s, recorder)
         self._driver = driver
         self._kept = kept or Kept()
+        self._results = results
         self._cells: list[Cell] = []
         """The kept values that this step was fed with."""
         self._overwritten = overwritten_slots(loaded)
@@ -253,7 +256,12 @@ class DataflowServices(EdgeServices):
         self._awaited = self._driver
 
     def expect(self) -> None:
-        self._sender.expect(self._awaited)
+        if self._results is None or not self._results.pending:
+            self._sender.expect(self._awaited)
+
+    def sends(self, step: int) -> bool:
+        """Whether results of a step that has ended here are still to be sent."""
+        return self._results is not None and self._results.has(step)
 
     def end(self, step: int) -> None:
         """Release the inputs, which would otherwise stay alive until the next step."""
@@ -354,13 +362,24 @@ class DataflowServices(EdgeServices):
     def keep(self, step: int, slots: Sequence[int], done: int | None, arrays: Sequence[Array]) -> None:
         self._kept.fill((self.plan_id, step, self.device), slots, arrays)
         if done is not None:
-            ready(arrays)
-            self._send_fetched(step, (done,), 0, (ArraySpec((0,), "uint8"),), (_NOTHING,))
+            specs = (ArraySpec((0,), "uint8"),)
+            self._when_ready(step, arrays, lambda _: self._send_fetched(step, (done,), 0, specs, (_NOTHING,)))
 
     def fetch(self, step: int, slots: Sequence[int], microbatch: int, arrays: Sequence[Array]) -> None:
         specs = tuple(self._outputs.get(s, TOKEN) for s in slots)
-        held = ready(arrays) if self._at_home else host_view(arrays, self.loaded.device)
-        self._send_fetched(step, slots, microbatch, specs, held)
+
+        def send(arrays: Sequence[Array]) -> None:
+            held = arrays if self._at_home else host_view(arrays, self.loaded.device)
+            self._send_fetched(step, slots, microbatch, specs, held)
+
+        self._when_ready(step, arrays, send)
+
+    def _when_ready(self, step: int, arrays: Sequence[Array], send: Callable[[Sequence[Array]], None]) -> None:
+        """Send arrays when they are computed: at once, or on another thread if that takes long."""
+        if self._results is None or self.recorder.on:  # a trace shows what a device waits for
+            send(ready(arrays))
+        else:
+            self._results.send(step, arrays, send, lambda error: self.send_failed(step, "fetch", error))
 
     def _send_fetched(
         self, step: int, slots: Sequence[int], microbatch: int, specs: tuple[ArraySpec, ...], arrays: Sequence[Array]

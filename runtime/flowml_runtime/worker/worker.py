@@ -26,9 +26,10 @@ from flowml.placement.links import Link
 from flowml.plan import ArraySpec, Plan
 from flowml_runtime import service, wire
 from flowml_runtime.execution.device_thread import Deadlines, DeviceThread
-from flowml_runtime.execution.executor import Executor, may_be_quick
+from flowml_runtime.execution.executor import Executor, may_be_quick, may_run_ahead
 from flowml_runtime.execution.faults import MAX_TEXT, one_line, own_traceback, step_failed
 from flowml_runtime.execution.inline import LocalStep
+from flowml_runtime.execution.lane import Lane
 from flowml_runtime.execution.mailbox import Mailbox
 from flowml_runtime.execution.programs import (
     Array,
@@ -40,6 +41,7 @@ from flowml_runtime.execution.programs import (
     overwritten_slots,
 )
 from flowml_runtime.execution.recorder import Recorder, Span, clock_id, now_ns
+from flowml_runtime.execution.results import Results
 from flowml_runtime.execution.services import DataflowServices, reserve_edges
 from flowml_runtime.execution.step_program import StepProgram, prepare
 from flowml_runtime.execution.window import Windows
@@ -127,6 +129,7 @@ class Worker:
         self._plans: dict[str, _Hosted] = {}
         self._threads: dict[str, DeviceThread] = {}
         """The thread of each device that has been used."""
+        self._results: dict[str, Lane] = {}
         self._deadlines = Deadlines(f"{name}-deadlines")
         self._ending: list[threading.Thread] = []
         """Each closes the handler of a training plan that was unloaded."""
@@ -216,11 +219,15 @@ class Worker:
         for plan_id in list(self._plans):  # plans that arrived meanwhile
             self.unload(plan_id)
         with self._lock:
-            ending, threads = list(self._ending), list(self._threads.values())
+            ending, threads, lanes = list(self._ending), list(self._threads.values()), list(self._results.values())
         for device in threads:
             device.close()
         for device in threads:
             device.join(JOIN_S)
+        for lane in lanes:
+            lane.close()
+        for lane in lanes:
+            lane.join(JOIN_S)
         self._deadlines.close(JOIN_S)
         self._keeping.close()
         self._keeping.join(JOIN_S)
@@ -364,7 +371,15 @@ class Worker:
     def _executor(self, plan_id: str, hosted: _Hosted, loaded: LoadedProgram, program: StepProgram) -> Executor:
         driver = hosted.driver
         services = DataflowServices(
-            plan_id, loaded, self.mailbox, self.endpoint, driver, hosted.deadline_s, self.recorder, self._keeping.kept
+            plan_id,
+            loaded,
+            self.mailbox,
+            self.endpoint,
+            driver,
+            hosted.deadline_s,
+            self.recorder,
+            self._keeping.kept,
+            Results(self._lane_of(loaded.name)) if may_run_ahead(loaded) else None,
         )
         stays = kept_slots(loaded.program), overwritten_slots(loaded), frozenset(loaded.plan.donated)
         hosted.stays[loaded.name] = stays
@@ -394,6 +409,12 @@ class Worker:
         if device not in self._threads:
             self._threads[device] = DeviceThread(device)
         return self._threads[device]
+
+    def _lane_of(self, device: str) -> Lane:
+        """Where the results of a device's steps are waited for. The caller holds the lock."""
+        if device not in self._results:
+            self._results[device] = Lane(f"{device} results")
+        return self._results[device]
 
     def _tell(self, driver: str, message: wire.Wire) -> None:
         try:
