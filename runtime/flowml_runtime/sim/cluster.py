@@ -67,6 +67,7 @@ class SimulatedCluster:
                 )
         network.check(workers)
         compute.check(workers)
+        homes.check(workers)
         found = _faults(faults, workers)
         self._network = network
         self._workers = workers

@@ -351,7 +351,7 @@ class Executor:
     def _update_shared(self, step: Start, store: int, part: int, total: Sum[Value]) -> bool:
         """Update a store that the replicas here share. The step waits for its lock, and until the update is made."""
         world, node = self._world, self._node
-        seconds = world.homes.seconds(sum(world.sizes.parts[store]))
+        seconds = world.homes.seconds(sum(world.sizes.parts[store]), self._node.number)
         if not seconds:
             self._leave(step, store, part, total)
             return True

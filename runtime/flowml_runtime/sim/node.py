@@ -233,7 +233,7 @@ class Node:
         pop = self.payloads.pop
         given = [([pop(h) for h in handles], factor) for handles, factor in action.contributions]
         world, store = self.world, action.store
-        seconds = world.homes.seconds(len(given) * sum(world.sizes.parts[store]))
+        seconds = self._seconds(store, len(given) * sum(world.sizes.parts[store]))
         about = action.version, given, action.staleness, action.full
         self._in_turn(seconds, world.values.apply, self.name, store, *about)
 
@@ -242,7 +242,8 @@ class Node:
         sent = {a.store: [([pop(h) for h in hs], factor) for hs, factor in a.contributions] for a in action.applies}
         heard = [(stores, pop(h) if h else ()) for stores, h in action.given]
         nbytes = sum(len(given) * sum(world.sizes.parts[store]) for store, given in sent.items())
-        self._in_turn(world.homes.seconds(nbytes) if sent else 0.0, self._send_shared, action, sent, heard)
+        seconds = self._seconds(action.stores[0], nbytes) if sent else 0.0
+        self._in_turn(seconds, self._send_shared, action, sent, heard)
 
     def _send_shared(self, action: protocol.Couple, sent: Any, heard: Any) -> None:
         value = self.world.values.couple(self.name, action, sent, heard)
@@ -259,7 +260,7 @@ class Node:
         pop = self.payloads.pop
         given = [([pop(h) for h in handles], factor) for handles, factor in action.contributions]
         world, store = self.world, action.parts[0].store
-        seconds = world.homes.seconds(len(given) * sum(world.sizes.parts[store]))
+        seconds = world.homes.seconds(len(given) * sum(world.sizes.parts[store]), self.number)
         self._in_turn(seconds, self._send_sum, action, given, self.shown[store][1])
 
     def _send_sum(
@@ -300,6 +301,13 @@ class Node:
         message, value = action.message, self.shown[action.message.store][1] if action.value else None
         nbytes = self.world.sizes.stores[message.store] if action.value else 0
         self._send_to_readers(message, value, nbytes, action.to)
+
+    def _seconds(self, store: int, nbytes: int) -> float:
+        """How long an apply of so many bytes takes here. It is counted."""
+        seconds = self.world.homes.seconds(nbytes, self.number)
+        if seconds:
+            self.counts.worked(store, seconds)
+        return seconds
 
     def _in_turn(self, seconds: float, work: Callable[..., None], *args: Any) -> None:
         """Do work of a home that takes so long after all that was given before, as on the lane of its device."""
@@ -382,9 +390,10 @@ class Node:
             replica, stage = action.of
             message = wire.ModelState(**self.ids, cause=action.cause, replica=replica, stage=stage)
             self.send(DRIVER, message, self.world.values.model_state(action.of))
-        rows = self.counts.rows()
+        rows, homes = self.counts.rows(), self.counts.work()
         kept = added(map(self.world.values.kept, self.stages))
-        self.send(DRIVER, wire.Traffic(**self.ids, cause=action.cause, worker=self.name, stores=rows, kept=kept))
+        told = wire.Traffic(**self.ids, cause=action.cause, worker=self.name, stores=rows, kept=kept, homes=homes)
+        self.send(DRIVER, told)
 
     def _export(self, action: protocol.Export) -> None:
         self._asked = action

@@ -462,7 +462,7 @@ class Fit:
             seconds,
             sent_bytes(self._training, self._machine.traffic.values()),
             self._observer.staleness(),
-            self._observer.stragglers(summary, seconds),
+            self._observer.stragglers(summary, seconds, self._machine.traffic.values()),
             self._time.simulated(),
             tuple(map(tuple, self._model)),
         )

@@ -30,6 +30,7 @@ from flowml.policy import UNBOUNDED
 from flowml.policy.waits import Waits
 from flowml_runtime import wire
 from flowml_runtime.driver.training.history import MAX_AHEAD, Record
+from flowml_runtime.driver.training.slow_homes import slow_homes
 from flowml_runtime.driver.training.stragglers import Straggler, Stragglers, done, free_costs
 from flowml_runtime.driver.training.tables import policy_name
 from flowml_runtime.driver.training.waiting import Among, Bound, Portions, modelled
@@ -119,6 +120,8 @@ class Observer:
         self._cost: Counter[int] = Counter()
         self._spare: Counter[int] = Counter()
         """By replica, how much earlier the decisions that left it out would have been with one more good one."""
+        self._computed: Counter[int] = Counter()
+        """By replica, the seconds of its own work."""
         self._stale: dict[int, Counter[int]] = {}
         self._began = began
         self._retired: dict[int, float] = {}
@@ -153,6 +156,7 @@ class Observer:
             self._told_bytes[store] += nbytes
         if not report.slots:
             return  # the stage that has the loss counts for its replica
+        self._computed[report.replica] += report.seconds  # pyright: ignore[reportArgumentType]
         if self._among is not None:
             for decided, found in self._among.reported(report, now):
                 if self._alone is None:
@@ -207,8 +211,8 @@ class Observer:
         """By layer, how many contributions of the fit were behind by how many versions."""
         return {self._training.stores[s].name: dict(sorted(found.items())) for s, found in sorted(self._stale.items())}
 
-    def stragglers(self, ledger: Summary, seconds: float) -> Stragglers:
-        """The replicas that were late."""
+    def stragglers(self, ledger: Summary, seconds: float, traffic: Iterable[wire.Traffic]) -> Stragglers:
+        """The replicas that were late, and the homes that were slow."""
         until = [self._retired.get(r, seconds) for r in range(self._terms.replicas)]
         usual = None
         if self._terms.aligned:
@@ -231,7 +235,10 @@ class Observer:
             for r in sorted({*self._late, *costs, *copied})
         ]
         found.sort(key=lambda s: (-s.cost_s, -s.late, s.replica))
-        return Stragglers(self._compared, seconds, tuple(found), usual)
+        computed = sorted(self._computed.values())
+        middle = computed[(len(computed) - 1) // 2] if computed else 0.0
+        homes = slow_homes(self._training, self._terms, traffic, middle)
+        return Stragglers(self._compared, seconds, tuple(found), usual, homes)
 
     def _costs(self, until: Sequence[float]) -> dict[int, float]:
         """What late replicas have cost by the records, and after the last one."""

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median_high
 
+from flowml.errors import named
 from flowml_runtime.protocol.training.summary import Tally
 
 MOST_LINES = 5
@@ -51,6 +52,25 @@ class Straggler:
 
 
 @dataclass(frozen=True)
+class SlowHome:
+    """A worker that was slow as the home of layers.
+
+    Attributes:
+        worker: its name.
+        layers: those that have their home there.
+        seconds: how long it worked for them: on applies and on versions to publish.
+        usual_s: how long the middle home would have taken for as many applies of as many bytes.
+        cost_s: an estimate of how many seconds shorter the fit would have been with such a home.
+    """
+
+    worker: str
+    layers: tuple[str, ...]
+    seconds: float
+    usual_s: float
+    cost_s: float
+
+
+@dataclass(frozen=True)
 class Stragglers(Sequence[Straggler]):
     """The replicas of a fit that were late, those that cost most first. `print` says it in words.
 
@@ -71,25 +91,30 @@ class Stragglers(Sequence[Straggler]):
     So the cost of one slow replica is within a tenth of what a second fit without it would save, if the times of steps
     do not vary, and within a sixth if they do. The cost of a replica that decisions leave out is only an order of
     magnitude: where a second simulated fit saved at least 1% of the time, the estimate was 1.3 to 3 times that. The
-    cost is shared among several by how far they are behind. A worker that is slow as a home only, and not in the steps
-    of its replica, is not named.
+    cost is shared among several by how far they are behind.
+
+    A worker may also be slow as the home of layers. Homes measure how long they work for a layer. What a home took
+    longer than the middle one would have taken for the same work is its cost, as far as replicas waited for it. It is
+    up to a fifth too small where homes are few and of different sizes. With one home there is nothing to compare.
 
     Attributes:
         steps: the number of steps at which replicas were compared.
         seconds: how long the fit took.
         late: the replicas.
         usual: the number of work items that the middle replica did, if replicas share no clocks; else None.
+        homes: the workers that were slow as homes.
     """
 
     steps: int = 0
     seconds: float = 0.0
     late: tuple[Straggler, ...] = ()
     usual: int | None = None
+    homes: tuple[SlowHome, ...] = ()
 
     @property
     def cost_s(self) -> float:
-        """The seconds that all of them cost together."""
-        return sum(straggler.cost_s for straggler in self.late)
+        """The seconds that all of them cost together, the homes included."""
+        return sum(straggler.cost_s for straggler in (*self.late, *self.homes))
 
     def __len__(self) -> int:
         return len(self.late)
@@ -101,8 +126,9 @@ class Stragglers(Sequence[Straggler]):
         return self.late[index]
 
     def __str__(self) -> str:
+        homes = [self._home(home) for home in self.homes if home.cost_s >= LEAST * self.seconds][:MOST_LINES]
         if not self.late:
-            return f"No replica was late in {_steps(self.steps)}."
+            return "\n".join([f"No replica was late in {_steps(self.steps)}.", *homes])
         told = [s for s in self.late if s.cost_s >= LEAST * self.seconds or s.left_out or not s.late][:MOST_LINES]
         lines = [self._line(straggler) for straggler in told]
         rest = [straggler for straggler in self.late if straggler not in told]
@@ -112,7 +138,14 @@ class Stragglers(Sequence[Straggler]):
                 f"{who} late at up to {_steps(max(s.late for s in rest))}: others waited "
                 f"{_seconds(sum(s.cost_s for s in rest))} in all."
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *homes])
+
+    def _home(self, home: SlowHome) -> str:
+        share = f" ({home.cost_s / self.seconds:.0%} of the fit)" if self.seconds > 0 else ""
+        return (
+            f"{home.worker} was slow as the home of {named(home.layers)}: it took {_seconds(home.seconds)} where the "
+            f"middle home takes {_seconds(home.usual_s)}: others waited {_seconds(home.cost_s)} for it{share}."
+        )
 
     def _line(self, straggler: Straggler) -> str:
         if not straggler.late and self.usual is not None:

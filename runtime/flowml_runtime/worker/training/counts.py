@@ -13,6 +13,7 @@ class Counts:
 
     def __init__(self, stores: int) -> None:
         self._rows = [[0, 0, 0, 0] for _ in range(stores)]
+        self._work: dict[int, list[float]] = {}
         self._pushed: dict[int, int] = {}
         """Store -> the bytes pushed since `take_pushed`."""
 
@@ -36,6 +37,16 @@ class Counts:
     def publish(self, store: int, nbytes: int) -> None:
         """Count a version that is sent to another worker."""
         self._rows[store][_PUBLISHED] += nbytes
+
+    def worked(self, store: int, seconds: float) -> None:
+        """A home here has worked for a store."""
+        row = self._work.setdefault(store, [0, 0.0])
+        row[0] += 1
+        row[1] += seconds
+
+    def work(self) -> tuple[tuple[int, int, float], ...]:
+        """The work of the homes here, for `wire.Traffic.homes`."""
+        return tuple((store, int(jobs), seconds) for store, (jobs, seconds) in sorted(self._work.items()))
 
     def rows(self) -> tuple[Row, ...]:
         return tuple((i, *row) for i, row in enumerate(self._rows))  # pyright: ignore[reportReturnType]

@@ -7,6 +7,7 @@ store run in order, because they all go through one lane.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -177,8 +178,10 @@ class Homes:
         for store, job in jobs:
             if self._failed or self._run.stopped:
                 return
+            began = time.perf_counter()
             try:
                 job()
+                self._run.count_work(store, time.perf_counter() - began)
             except Exception as error:
                 self._fail(self._run.step_of(self._held[store].clock), f"store {self._specs[store].name}", error)
 

@@ -143,6 +143,11 @@ class Run:
         with self.counting:
             self.counts.crossing(store, nbytes)
 
+    def count_work(self, store: int, seconds: float) -> None:
+        """Count what a home here has done for a store."""
+        with self.counting:
+            self.counts.worked(store, seconds)
+
     def count_publish(self, store: int, nbytes: int, destination: str) -> None:
         if destination != self.me:
             with self.counting:
@@ -150,7 +155,7 @@ class Run:
 
     def traffic(self, cause: int) -> wire.Traffic:
         with self.counting:
-            rows = self.counts.rows()
+            rows, homes = self.counts.rows(), self.counts.work()
             kept = added(encoder.kept() for encoder in self.encoders)
         ids: dict[str, Any] = {"plan_id": self.plan_id, "run": self.number, "cause": cause}
-        return wire.Traffic(**ids, worker=self.me, stores=rows, kept=kept)
+        return wire.Traffic(**ids, worker=self.me, stores=rows, kept=kept, homes=homes)
