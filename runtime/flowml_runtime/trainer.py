@@ -251,7 +251,7 @@ class Trainer:
         with self._alone(), writing(checkpoint, resume), heeding_interrupts() as interrupts:
             runs, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
             outcome = runs.run(asked.callbacks)
-        result = result_of(runs.fit.saving.trees, outcome, with_shapes(plan, runs.fit.shapes), model)
+        result = result_of(runs.fit.saving.trees, outcome, with_shapes(plan, runs.fit.shapes), model, runs.first)
         return self._told(cluster, result, asked, params, state)
 
     def _begin(

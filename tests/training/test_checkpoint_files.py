@@ -121,6 +121,10 @@ def test_a_fit_goes_on_from_the_newest_complete_snapshot(threads_cluster: fm.Clu
     with pytest.warns(fm.FlowmlWarning, match=r"step-000000000006 was changed or is damaged.* goes on from step-0+4"):
         resumed = fitted(threads_cluster, tmp_path / "stopped", 8, resume="auto")
     assert [r["step"] for r in resumed.history] == [4, 5, 6, 7]
+    assert resumed.resumed_at == 4 and whole.resumed_at == 0
+    assert resumed.ledger == whole.ledger
+    assert resumed.table().endswith("pushes and bytes are those since step 4.")
+    assert "since step" not in whole.table()
     assert_same(resumed.params, whole.params)
     assert fm.restore(tmp_path / "stopped").step == 8
     assert fm.restore(newest).step == 6  # it was written again
@@ -157,7 +161,11 @@ def test_a_fit_that_ends_before_its_snapshot_is_refused(threads_cluster: fm.Clus
     fitted(threads_cluster, tmp_path, 4)
     with pytest.raises(fm.CheckpointError, match=r"has 4 steps, and the fit has 2 in all; .* give at least 4 steps"):
         fitted(threads_cluster, tmp_path, 2, resume="auto")
-    assert fitted(threads_cluster, tmp_path, 4, resume="auto").history == []
+    again = fitted(threads_cluster, tmp_path, 4, resume="auto")
+    assert again.history == [] and again.resumed_at == 4, "the history is that of this call, which had no step to do"
+    assert again.ledger.used == 4
+    assert again.table().endswith("pushes and bytes are those after step 4: no step was left.")
+    assert str(again.stragglers()) == "No replica was late in 0 steps."
 
 
 def test_a_newer_format_is_no_damage(threads_cluster: fm.Cluster, tmp_path: Path) -> None:

@@ -116,6 +116,8 @@ class Runs:
     def __init__(self, program: Program, make: Make, first: Fit, losses: Losses) -> None:
         self.fit = first
         """The newest run."""
+        self.first = first.saving.first
+        """The first step of the first run."""
         self._program = program
         self._make = make
         self._losses = losses

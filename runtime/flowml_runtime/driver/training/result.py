@@ -31,6 +31,9 @@ class TrainingResult:
     the step is in "waits", "pushed_bytes" and "staleness", by policy or layer.
     `traffic` counts bytes by layer, and `staleness` how many
     contributions were how many versions behind; `table()` formats them, and `stragglers()` says who was late.
+    Of a fit that went on from a checkpoint `resumed_at` is the first step of this call (else 0). The ledger is that of
+    the whole fit, as its checkpoints keep it. `history`, `seconds`, `traffic`, `staleness` and `stragglers()` are about
+    the steps since then.
     On a `SimulatedCluster` all seconds are virtual, `virtual_seconds` is their number, `events` that of the events, and
     `trace_hash` is the same for two runs that did the same at the same times; else these three are None.
     """
@@ -53,6 +56,7 @@ class TrainingResult:
     """The losses of workers after which the fit went on, in order."""
     replica_states: tuple[Any, ...] = field(default=(), repr=False)
     """The same of each replica, before `state_rules` joined them."""
+    resumed_at: int = 0
 
     @property
     def validation(self) -> list[Record]:
@@ -60,15 +64,22 @@ class TrainingResult:
         return [{"step": r["step"], **r["validation"]} for r in self.history if "validation" in r]
 
     def table(self) -> str:
-        """One line per layer: policy, home, fates of work items, and bytes compared with plain gradients every step."""
-        return layer_table(self.plan, self.traffic, self.ledger, steps=len(self.history))
+        """One line per layer: policy, home, fates of work items, and bytes compared with plain gradients every step.
+
+        Of a fit that went on from a checkpoint the bytes are those of the steps since then, and a last line says so.
+        """
+        table = layer_table(self.plan, self.traffic, self.ledger, steps=len(self.history))
+        if not self.resumed_at:
+            return table
+        since = f"since step {self.resumed_at}" if self.history else f"after step {self.resumed_at}: no step was left"
+        return f"{table}\nFates of work items are those of the whole fit; pushes and bytes are those {since}."
 
     def stragglers(self) -> Stragglers:
         """The replicas that were late, how often, and what it cost. `print` says it in words."""
         return self.late
 
 
-def result_of(trees: Trees, outcome: Outcome, plan: Plan, model: Model) -> TrainingResult:
+def result_of(trees: Trees, outcome: Outcome, plan: Plan, model: Model, first: int) -> TrainingResult:
     """The result of a fit that began with these trees and this state of the model."""
     params, state, untrained = trees
     ended = replace(model, replicas=outcome.model)
@@ -84,6 +95,7 @@ def result_of(trees: Trees, outcome: Outcome, plan: Plan, model: Model) -> Train
         staleness=outcome.staleness,
         late=outcome.stragglers,
         losses=outcome.losses,
+        resumed_at=first,
         virtual_seconds=simulated.virtual_seconds if simulated else None,
         trace_hash=simulated.trace_hash if simulated else None,
         events=simulated.events if simulated else None,
