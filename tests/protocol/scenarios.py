@@ -240,14 +240,14 @@ class Scenario:
     def _tell(self, name: str, event: Any) -> None:
         machine: Any = self.driver if name == "driver" else self.workers[name]
         for action in machine.step(event):
-            kind = type(action.message if isinstance(action, actions.Send) else action).__name__
+            kind = type(action.message if isinstance(action, actions.Send | actions.Leave) else action).__name__
             if kind in self._told:
                 self._lines.append(f"{'the driver' if name == 'driver' else f'worker {name}'} {wants(action)}")
             self._act(name, action)
 
     def _act(self, name: str, action: Any) -> None:
         match action:
-            case actions.Send(to, message):
+            case actions.Send(to, message) | actions.Leave(to, message):
                 self._send(name, to, message)
             case driver.SendStore(store, to):
                 version = self.saved[0].stores[store].version if self.saved else 0

@@ -15,6 +15,7 @@ from flowml_runtime.protocol.training.actions import (
     Apply,
     Close,
     Fail,
+    Leave,
     Load,
     Open,
     Publish,
@@ -25,7 +26,6 @@ from flowml_runtime.protocol.training.actions import (
     Show,
     Start,
     StepFinished,
-    TellTraffic,
 )
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
@@ -182,12 +182,11 @@ def test_a_stage_retires_to_those_that_wait_for_it_and_the_driver_hears_of_traff
     retired = wire.Retired(**IDS, cause=2, replica=1, stage=0)
     assert machine.step(Received("driver", wire.Grant(**IDS, replica=1, items=(), exhausted=True))) == [
         Send(("a0", "b1"), retired),  # the home that applies on arrival, and the other stage
-        TellTraffic(2),
-        Send(("driver",), retired),
+        Leave(("driver",), retired, 2),
     ]
     other = worker("b1", ARRIVING)
-    (_, to_driver) = other.step(Received("b0", retired))  # stage 1 sends nothing to this store
-    assert isinstance(to_driver, Send)
+    (to_driver,) = other.step(Received("b0", retired))  # stage 1 sends nothing to this store
+    assert isinstance(to_driver, Leave)
     assert to_driver.to == ("driver",)
 
 
@@ -195,9 +194,8 @@ def test_the_value_of_a_finished_store_comes_from_its_first_home_only() -> None:
     for name, value in (("a0", True), ("b0", False)):
         machine = worker(name, SUMMED)
         machine.step(Received("driver", wire.StoreValue(**IDS, store=0, version=0), handle=1))
-        for clock in range(4):
-            actions = machine.step(Received(name, contribution(0, clock), handle=2 + clock))
-        assert actions[-1] == Return(0, 4, value, machine.number)
+        told = [Received(name, contribution(0, clock), handle=2 + clock) for clock in range(4)]
+        assert [action for event in told for action in machine.step(event)][-1] == Return(0, 4, value, machine.number)
 
 
 def test_a_store_is_held_before_it_is_published() -> None:

@@ -85,3 +85,21 @@ def test_a_lost_replica_may_be_late_in_one_layer_and_in_time_in_another(lost_aft
     run = make(rules, replicas=2, stages=1, clocks=6, seed=1, speeds=(1, 1.3), homes_on=0)
     run.lose(1, lost_after + 0.5)
     check_all(run)
+
+
+def test_what_a_site_sends_late_is_in_the_bytes_that_its_leader_tells() -> None:
+    """A leader told its bytes when it retired, and its homes had sums left to add up and to send."""
+    for seed in range(12):
+        topology = fm.Hierarchy(ParameterServer(), ParameterServer(), 2, Quorum(1))
+        rules = [Policy(topology=topology, quorum=Quorum(0.3)), Policy(quorum=Quorum(0.3))]
+        homes = fm.sim.Homes(apply_s=0.5, bytes_per_s=100.0)
+        check_all(make(rules, replicas=2, stages=1, clocks=1, items=2, seed=seed, speeds=(1, 1.2), homes=homes))
+
+
+def test_an_apply_that_outlives_its_run_changes_nothing_of_the_next() -> None:
+    """A home that had begun another fit made the versions that the fit before had left it."""
+    for seed in range(12):
+        homes = fm.sim.Homes(apply_s=1.0)
+        run = make([Policy(staleness=UNBOUNDED)], replicas=3, stages=1, clocks=4, seed=seed, homes=homes)
+        run.interrupt(1.0 + seed / 4)
+        check_all(run)

@@ -97,6 +97,8 @@ class Node:
         """The work of the homes here that is not done yet."""
         self._free = 0.0
         """When all of it is done."""
+        self._closed = 0
+        """The runs that have ended here."""
         self._news: dict[tuple[str, int], _News] = {}
         """(reader, store) -> the newest version that was not sent at once."""
         self._published: frozenset[int] = _NONE
@@ -205,7 +207,10 @@ class Node:
                 self.mailbox.advance(at, action.start.run)
 
     def _close(self, action: protocol.Close) -> None:
+        """End the run here. Work of the homes whose turn has not come is dropped, as on the lanes of a real worker."""
         self.stages = {}
+        self._closed += 1
+        self._turns, self._free = 0, 0.0
 
     def _send(self, action: protocol.Send) -> None:
         self.world.broadcast(self.name, action.to, action.message)
@@ -317,9 +322,11 @@ class Node:
             return
         self._turns += 1
         self._free = max(self._free, clock.now) + seconds
-        clock.at(self._free, self.number * KINDS + _TURN, self._turn, work, args)
+        clock.at(self._free, self.number * KINDS + _TURN, self._turn, self._closed, work, args)
 
-    def _turn(self, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+    def _turn(self, closed: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+        if closed != self._closed:
+            return
         self._turns -= 1
         if self.lives:
             work(*args)
@@ -385,11 +392,18 @@ class Node:
         message = wire.StoreValue(**self.ids, cause=action.cause, store=action.store, version=action.version)
         self.send(DRIVER, message, world.values.final(self.name, action.store) if action.value else None)
 
-    def _tell_traffic(self, action: protocol.TellTraffic | protocol.Return) -> None:
-        if isinstance(action, protocol.TellTraffic) and action.of is not None:
+    def _leave(self, action: protocol.Leave) -> None:
+        if action.of is not None:
             replica, stage = action.of
             message = wire.ModelState(**self.ids, cause=action.cause, replica=replica, stage=stage)
             self.send(DRIVER, message, self.world.values.model_state(action.of))
+        self._in_turn(0.0, self._send_retired, action)
+
+    def _send_retired(self, action: protocol.Leave) -> None:
+        self._tell_traffic(action)
+        self.send(DRIVER, action.message)
+
+    def _tell_traffic(self, action: protocol.Leave | protocol.Return) -> None:
         rows, homes = self.counts.rows(), self.counts.work()
         kept = added(map(self.world.values.kept, self.stages))
         told = wire.Traffic(**self.ids, cause=action.cause, worker=self.name, stores=rows, kept=kept, homes=homes)
@@ -476,7 +490,7 @@ class Node:
         protocol.PassOn: _pass_on,
         protocol.Publish: _publish,
         protocol.Return: _return,
-        protocol.TellTraffic: _tell_traffic,
+        protocol.Leave: _leave,
         protocol.Export: _export,
         protocol.Hand: _hand,
         protocol.Fail: _fail,

@@ -5,6 +5,7 @@ The policies are those of `draws`.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Literal
 
 from flowml import sim
 from flowml.policy import Gossip, Policy, Quorum
-from flowml.sim import ComputeTimes
+from flowml.sim import AT_ONCE, ComputeTimes
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.sim.faults import NetworkFaults
 from flowml_runtime.sim.heap import Clock
@@ -48,6 +49,7 @@ class Case:
     """The worker that stops, and when. It ends the fit."""
     interrupted_s: float | None = None
     """When the fit is ended by its caller."""
+    homes: sim.Homes = AT_ONCE
     rhythm: Rhythm | None = None
     """When snapshots are taken; None: never."""
     pauses: tuple[float, ...] = ()
@@ -102,7 +104,7 @@ class Case:
             interrupted_s=interrupted,
             again=not any(p.local or p.adds_up or p.filters or p.pull_filters for p in chosen),
         )
-        return _with_snapshots(_in_another_place(case, shared or workers))
+        return _with_slow_homes(_with_snapshots(_in_another_place(case, shared or workers)), shared or workers)
 
     def world(self) -> World:
         """The run, ready to go."""
@@ -123,6 +125,7 @@ class Case:
             under=NetworkFaults(clock, [f for f in self.faults if not isinstance(f, sim.Crash)], self.seed),
             disturbed=bool(self.faults or self.twice),
             clock=clock,
+            homes=self.homes,
             rhythm=self.rhythm,
             pauses=self.pauses,
         )
@@ -143,6 +146,7 @@ class Case:
             f"policies: {rules}",
             f"compute: {self.compute}; network: {self.network}",
         ]
+        lines[-1] += f"; {self.homes}" if self.homes != AT_ONCE else ""
         trouble: list[str] = [str(f) for f in self.faults]
         trouble += [f"{self.twice:.0%} of messages come again"] if self.twice else []
         trouble += [f"replica {self.lost[0]} is lost at {self.lost[1]:.2f} s"] if self.lost else []
@@ -190,6 +194,15 @@ def _with_snapshots(case: Case) -> Case:
     pauses = tuple(sorted(rng.uniform(0, 6) for _ in range(rng.randrange(3))))
     rhythm = Rhythm(rng.choice([0, 1, 2, 3]), rng.choice([0, 0, 2]))
     return replace(case, rhythm=rhythm, pauses=pauses, twice=rng.choice([case.twice, 0.3]))
+
+
+def _with_slow_homes(case: Case, workers: int) -> Case:
+    """A fifth of the cases with applies that take time, drawn from numbers of their own."""
+    rng = random.Random(f"homes {case.seed}")
+    if rng.random() >= 0.2:
+        return case
+    slow = rng.choice([{}, {rng.randrange(workers): 5.0}])
+    return replace(case, homes=sim.Homes(rng.choice([0.0, 0.01, 0.3]), rng.choice([1e2, 1e3, math.inf]), slow))
 
 
 def _in_another_place(case: Case, workers: int) -> Case:

@@ -43,9 +43,6 @@ NEVER = {
         [f"Distill{f}" for f in ("", ".batch_size", ".inputs", ".loss", ".optimizer", ".predict", ".steps")],
         "it needs a model, which these runs do not have",
     ),
-    "Homes": "what takes time at a home may still be sent when its worker has told its bytes, so the reports lack it",
-    "Homes.apply_s": "as Homes",
-    "Homes.bytes_per_s": "as Homes",
     "Every.fragments": "a plan has resolved it to offsets before a run begins",
     "Outer.optimizer": "it is compiled into the task of a home, and these runs have no compiled tasks",
 }
@@ -74,7 +71,7 @@ def drawn(cases: Iterable[Case]) -> frozenset[str]:
     """The knobs that these cases set."""
     found: set[str] = set()
     for case in cases:
-        for value in (*case.policies, case.compute, case.network, *case.faults):
+        for value in (*case.policies, case.compute, case.network, case.homes, *case.faults):
             found.update(_set(value))
     return frozenset(found)
 

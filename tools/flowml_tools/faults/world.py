@@ -11,7 +11,7 @@ from typing import Any, Literal
 from msgspec.structs import replace
 
 from flowml.plan import Training
-from flowml.sim import Network, NetworkModel
+from flowml.sim import AT_ONCE, Homes, Network, NetworkModel
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.protocol.training import actions, driver, ledger
@@ -132,6 +132,7 @@ class World:
     seed: int
     twice: float = 0.0
     times: world.ComputeTimes | None = None
+    homes: Homes = AT_ONCE
     network: NetworkModel | None = None
     """None: messages take no time, except for random delays."""
     under: network.Tamper | None = None
@@ -171,6 +172,7 @@ class World:
             values=self.values,
             times=self.times or Speeds(self.rng, self.speeds, self.terms.stages),
             network=model,
+            homes=self.homes,
             to_driver=self._receive,
             numbers=numbers,
             tamper=tamper,

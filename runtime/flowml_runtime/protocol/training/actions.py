@@ -227,7 +227,7 @@ class Publish(msgspec.Struct, frozen=True):
 class Return(msgspec.Struct, frozen=True):
     """Send the driver a `StoreValue`, because the store is finished. It has the value if this is its first home.
 
-    The traffic of each store is sent before it, as with TellTraffic, and after all earlier publications.
+    The traffic of each store is sent before it, as with Leave, and after all earlier publications.
     """
 
     store: int
@@ -236,10 +236,12 @@ class Return(msgspec.Struct, frozen=True):
     cause: int
 
 
-class TellTraffic(msgspec.Struct, frozen=True):
-    """Send the driver the traffic of each store so far, and the model's state on a stage (replica, stage) that retires,
-    if it has some."""
+class Leave(msgspec.Struct, frozen=True):
+    """Send the driver that a stage has retired, after everything that the worker has to send before: the sums of sites,
+    then the model's state on the stage `of` (replica, stage) if it has some, and the traffic of each store."""
 
+    to: tuple[str, ...]
+    message: wire.Retired
     cause: int
     of: tuple[int, int] | None = None
 
@@ -300,7 +302,7 @@ Action = (
     | PassOn
     | Publish
     | Return
-    | TellTraffic
+    | Leave
     | Export
     | Hand
     | Fail

@@ -24,6 +24,7 @@ from flowml_runtime.protocol.training.actions import (
     CountSum,
     Forward,
     Hand,
+    Leave,
     Load,
     PassOn,
     Publish,
@@ -34,7 +35,6 @@ from flowml_runtime.protocol.training.actions import (
     Show,
     Start,
     StepFinished,
-    TellTraffic,
     Tick,
     Updated,
     Wake,
@@ -362,14 +362,14 @@ class Fit:
         actions.append(Wake(self.run, wake.at, self.cause))
 
     def _retire(self, at: At, _: stage.Retire, actions: list[Action]) -> None:
-        """Tell all that wait for this stage. The driver gets the traffic first, because Retired may end the run."""
+        """Tell all that wait for this stage. The driver gets all else first, because Retired may end the run."""
         stores = zip(self._terms.stores, self._places.homes, strict=True)
         told = [homes[0] for store, homes in stores if not store.clocked and at[1] in store.stages]
         if at[1] == 0:
             told += [*self._places.stages[at[0]][1:], *(self._leader_of(g, at[0]) for g in self._terms.groups)]
         message = wire.Retired(**self._ids, replica=at[0], stage=at[1])
         actions += [Send(tuple(dict.fromkeys(told)), message)] if told else []
-        actions += [TellTraffic(self.cause, at if at[1] in self._terms.stateful else None), Send(self._driver, message)]
+        actions.append(Leave(self._driver, message, self.cause, at if at[1] in self._terms.stateful else None))
 
     _WANTED: ClassVar[dict[type, Callable[[Fit, At, Any, list[Action]], None]]] = {
         stage.Start: _start,

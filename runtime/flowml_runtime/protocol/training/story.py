@@ -52,9 +52,7 @@ def entry(
     done = [
         wants(a)
         for a in wanted
-        if not isinstance(
-            a, actions.TellTraffic | driver.NoteFates | driver.NoteCommit | driver.NoteWaits | driver.Note
-        )
+        if not isinstance(a, driver.NoteFates | driver.NoteCommit | driver.NoteWaits | driver.Note)
     ]
     return Entry(run, number, cause, "; ".join([happened(event), *done]))
 
@@ -160,7 +158,7 @@ def happened(event: actions.Event | driver.Event) -> str:
 def wants(action: actions.Action | driver.Action) -> str:
     """Describe an action."""
     match action:
-        case actions.Send(to, message):
+        case actions.Send(to, message) | actions.Leave(to, message):
             return f"tells {', '.join(to)}: {said(message)}"
         case actions.Start(_, replica, stage, clock, item):
             return f"starts clock {clock} on stage {stage} of replica {replica} with item {item.sequence}"

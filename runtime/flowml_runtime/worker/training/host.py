@@ -346,14 +346,19 @@ class _Fit:
                 run.count_push(store, part, run.training.stores[store].parts[part].nbytes, run.me)
                 given = Given(store, part, told.replica, told.clock, told.weight, told.cause)
                 self.reductions.push(given, self._take(handle))
-            case protocol.TellTraffic(cause, of):
+            case protocol.Leave(_, message, cause, of):
                 if of is not None:
                     self._stages[of].model.send(cause)
-                run.send(run.driver, run.traffic(cause))
+                self._relays.after(partial(self._leave, message))
             case protocol.Hand(peer, wire.Collective() as message, handle):
                 self.reductions.on_message(peer, message, self._take(handle))
             case _:
                 raise FlowmlError(f"a worker cannot carry out {type(action).__name__}")
+
+    def _leave(self, message: wire.Retired) -> None:
+        """Tell the driver that a stage has retired, and first what was sent."""
+        self.run.send(self.run.driver, self.run.traffic(message.cause))
+        self.run.send(self.run.driver, message)
 
     def _export(self, action: protocol.Export) -> None:
         """Send the driver what lives here between steps. Does not wait."""

@@ -10,7 +10,7 @@ not wait for a large layer, and whether the leader's own step is late does not m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import msgspec
@@ -43,6 +43,8 @@ class Relays:
         self._lane = Lane(f"{run.me} sites run {run.number}")
         self._encoders = {leader: self._filters(leader) for leader in self._leaders()}
         """By leader, if the sums of its site are filtered."""
+        self._sums = False
+        """Whether there was a sum to send."""
         self._publisher = Publisher(f"{run.me} sites run {run.number}", self._send, partial(self._fail, 0, "publish"))
 
     def forward(self, action: Forward) -> None:
@@ -51,8 +53,15 @@ class Relays:
         given = [([self._payloads.pop(h) for h in handles], factor) for handles, factor in action.contributions]
         parameters = self._run.stores[store].values if store in self._run.stores else None
         name = f"store {self._run.training.stores[store].name}"
-        job = partial(self._forward, action, given, parameters)
+        job, self._sums = partial(self._forward, action, given, parameters), True
         self._lane.put(job, partial(self._fail, self._run.step_of(clock), name))
+
+    def after(self, job: Callable[[], None]) -> None:
+        """Do this when all sums so far have been sent."""
+        if self._sums:
+            self._lane.put(job, partial(self._fail, self._run.number, "the end of a stage"))
+        else:
+            job()
 
     def settle(self, action: CountSum) -> None:
         """The fate of sums is known, which may still be queued."""
