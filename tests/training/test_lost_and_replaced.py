@@ -25,11 +25,12 @@ POLICIES: dict[str, Any] = {
     "bounded": fm.policies.asynchronous(staleness=4),
     "asynchronous": fm.policies.asynchronous(),
     "DiLoCo": fm.policies.diloco(4),
+    "Downpour": fm.policies.downpour(2, 4, optax.adagrad(0.05)),
     "sums": fm.policies.all_reduce(),
 }
 EXACT = {"synchronous", "DiLoCo", "sums"}
 """Those whose result does not depend on who is faster."""
-UNALIGNED = {"bounded", "asynchronous"}
+UNALIGNED = {"bounded", "asynchronous", "Downpour"}
 """Those whose replicas share no clocks, so that snapshots are not at fixed steps."""
 
 
@@ -183,7 +184,7 @@ def test_a_step_that_ends_its_worker_each_time_ends_the_fit(threads: fm.Cluster)
     assert source.ended >= 11
 
 
-@pytest.mark.parametrize("policy", ["synchronous", "quorum", "bounded", "DiLoCo"])
+@pytest.mark.parametrize("policy", ["synchronous", "quorum", "bounded", "DiLoCo", "Downpour"])
 def test_a_fit_goes_on_with_fewer_replicas(processes: fm.Cluster, policy: str, tmp_path: Path) -> None:
     seen: list[int] = []
     try:
