@@ -69,6 +69,13 @@ METHODS = {
         "The loss is convex and links are so slow that only one exchange is affordable.",
         "The loss is not convex: the mean of models that trained alone may be worse than each of them.",
     ),
+    "double_buffering": Method(
+        "Double buffering",
+        ("fm.policies.double_buffer()",),
+        "An exchange takes about as long as a step's computation: then a step takes half the time.",
+        "An exchange takes hardly any time, or far longer than the computation: then there is little to hide, or too "
+        "little to hide it behind.",
+    ),
     "local_sgd": Method(
         "Local SGD",
         ("fm.policies.local_sgd(8)",),
@@ -131,9 +138,16 @@ METHODS = {
     ),
     "diloco": Method(
         "DiLoCo",
-        ("fm.policies.diloco(500)", "fm.policies.diloco(32, fragments=2, delay=4, alpha=0.5)"),
-        "Islands of machines have slow links between them; streaming hides what is left.",
+        ("fm.policies.diloco(500)",),
+        "Islands of machines have slow links between them.",
         "Links are fast: then synchronous training learns more from each step. Rounds wait for a slow replica.",
+    ),
+    "streaming_diloco": Method(
+        "Streaming DiLoCo",
+        ("fm.policies.diloco(32, fragments=2, delay=4, alpha=0.5)",),
+        "Links between islands are so slow that also the rounds of DiLoCo wait for them: fragments in turn need a "
+        "fraction of the rate, and the delay hides their exchange.",
+        "Links carry a whole round at once: a mixed, delayed change teaches a little less than DiLoCo's.",
     ),
     "decoupled": Method(
         "Decoupled DiLoCo",
