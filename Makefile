@@ -11,7 +11,7 @@ TEST_JOBS ?= 2
 SOURCES := flowml runtime tools tests examples scripts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types unit wheel faults reference peers pins clean
+.PHONY: help demo test lint format types unit wheel faults kills reference peers pins clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ wheel: $(STAMP)  ## build the wheel and use it in an environment of its own
 
 faults: $(STAMP)  ## 100,000 random training runs with faults, checked; FAULTS_ARGS="--seed 7" repeats one
 	@$(VENV)/bin/flowml faults $(or $(FAULTS_ARGS),--seeds 100000)
+
+kills: $(STAMP)  ## kill -9 of worker, home and leader at each point of a run, under four policies
+	@FLOWML_KILLS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal --timeout=120 tests/training/test_kills.py
 
 reference: $(STAMP)  ## write docs/reference.md from the docstrings, and docs/methods from docs/reproduce.md
 	@$(PY) scripts/reference.py

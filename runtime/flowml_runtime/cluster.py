@@ -82,6 +82,8 @@ class Cluster:
         """Whether plans of this driver may bring Python to workers that allow it."""
         self.pids: Mapping[str, int] = {}
         """Worker -> process id, for workers that this cluster started."""
+        self.launched: LaunchedCluster | None = None
+        """For the runtime: the processes that this cluster started."""
         self._table: LinkTable | None = None
         """None if all workers are in this process."""
         self._end_worker: Callable[[str], None] | None = None
@@ -244,7 +246,7 @@ class Cluster:
             stack.callback(launched.close)
             options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, shares_memory(transport), checksum)
             cluster = cls._join(launched.address, launched.token, None, "driver", options, stack)
-            cluster.pids = launched.pids
+            cluster.launched, cluster.pids = launched, launched.pids
             cluster._end_worker, cluster._start_worker = launched.end_worker, launched.start_worker
             cluster._stack.callback(launched.processes.kill_stopped)  # runs first, so that nothing is sent to them
             return cluster

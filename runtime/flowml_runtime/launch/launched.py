@@ -24,6 +24,7 @@ from flowml_runtime.transport.addresses import advertised_host
 from flowml_runtime.transport.security import TLS, check_exposure, new_token, split_address
 from flowml_runtime.worker.compile_cache import settings_here
 from flowml_runtime.worker.config import WorkerConfig
+from flowml_runtime.worker.ending import Ending
 
 TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
 """Paths of PEM files under "cert", "key" and "ca"."""
@@ -123,10 +124,13 @@ class LaunchedCluster:
         """Kill the process of a worker, if it still runs. All members lose it."""
         self.processes.kill(worker)
 
-    def start_worker(self, worker: str) -> None:
-        """Start a process under the name of a worker that is lost. Raises ClusterError if it does not join in time."""
-        began = time.monotonic()
-        self.processes.start(self._configs[worker], began + self._start_timeout_s)
+    def start_worker(self, worker: str, ending: Ending | None = None) -> None:
+        """Start a process under the name of a worker that is lost. Tests say at what point it is to end.
+
+        Raises ClusterError if it cannot be started in time.
+        """
+        config = structs.replace(self._configs[worker], ending=ending)
+        self.processes.start(config, time.monotonic() + self._start_timeout_s)
 
     def close(self) -> None:
         """End the workers and the coordinator. Idempotent. Does nothing in a fork of the process that started them."""

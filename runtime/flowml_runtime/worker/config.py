@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from flowml_runtime.worker.ending import Ending
+
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration of a worker. `cores=()` does not pin it; `name=""` lets the coordinator choose a name."""
@@ -27,6 +29,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A folder that the workers of this machine share, where they keep what they compile. "": they share nothing."""
     compile_cache: tuple[tuple[str, str | int | float | bool | None], ...] = ()
     """The settings of JAX's persistent compilation cache: (name, value)."""
+
+    ending: Ending | None = None
+    """For tests: where its process ends."""
 
     def __repr__(self) -> str:
         return f"WorkerConfig(name={self.name!r}, coordinator={self.coordinator!r})"  # no token in logs

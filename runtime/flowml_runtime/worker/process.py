@@ -25,6 +25,7 @@ from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
 from flowml_runtime.transport.security import TLS
 from flowml_runtime.worker.compile_cache import share_compilations
 from flowml_runtime.worker.config import WorkerConfig
+from flowml_runtime.worker.ending import Ends
 from flowml_runtime.worker.worker import Worker
 
 LOST_COORDINATOR = 1
@@ -58,7 +59,12 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
         shared_memory=config.shared_memory,
         checksum=config.checksum,
     )
-    membership = Membership(endpoint, config.coordinator, hosted.on_message, hosted.on_lost, on_end=hosted.end)
+    on_message = hosted.on_message
+    if config.ending is not None:
+        ends = Ends(config.ending)
+        ends.watch_sent(endpoint)
+        on_message = ends.watch_taken(on_message)
+    membership = Membership(endpoint, config.coordinator, on_message, hosted.on_lost, on_end=hosted.end)
     try:
         infos = _describe(config, devices)
         name = membership.join(config.name, infos, python=config.python)

@@ -1,0 +1,182 @@
+"""Workers are killed at named points of a run: no acknowledged update is lost, none is applied twice.
+
+`make kills` runs every cell of policy x role x point, and `make test` one of each policy and role. Fits with a common
+clock and no quorum must end with the same bits and the same ledger as one without a kill. For the others the model
+itself counts: its parameters are one number for each example, whose gradient is 1 for this example and 0 for all
+others. So each parameter shows how often, and with which weight, the work item of its example was applied.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+from flowml_runtime.worker.ending import Ending
+from tests.conftest import wait_until
+from tests.training.reference import assert_same
+from tests.training.test_lost_and_replaced import EVERY, POLICIES, REPLICAS, STEPS, fit
+
+ROLES = {"leader": "worker:0", "home": "worker:1", "worker": "worker:3"}
+"""Three layers have their homes on three workers. The home of the first leads; the last worker computes only."""
+CLOCKED = ("synchronous", "quorum", "DiLoCo")
+EXACT = ("synchronous", "DiLoCo")
+EVERY_POLICY = (*CLOCKED, "asynchronous")
+ALL = "FLOWML_KILLS" in os.environ
+
+
+def points(text: str) -> list[Ending]:
+    """The points of lines such as "before after send Report 12"."""
+    found: list[Ending] = []
+    for line in text.strip().splitlines():
+        *whens, verb, message, number = line.split()
+        found += [Ending(when, verb, message, int(number)) for when in whens]  # type: ignore[arg-type]
+    return found
+
+
+WORKER = points("""
+    before after take StartTraining 1
+    before after send Ask 2
+    before after take Grant 2
+    before after send Contribution 10
+    before after send Report 9
+    before after take Published 12
+    before after soon send Settled 2
+    before after send Paused 1
+    before after send Exported 1
+    before after take Hold 1
+    before after send Retired 1
+""")
+HOME = points("""
+    before after soon take StoreValue 1
+    before after soon take Contribution 25
+    before after soon send Published 14
+    before after take Export 1
+    before after send Buffers 2
+    before after send Exported 1
+    before after send StoreValue 1
+""")
+HOME_OF_CLOCKED = points("""
+    before after send Arrived 22
+    before after soon take Commit 6
+""")
+HOME_ON_ARRIVAL = points("""
+    before after soon send Applied 30
+""")
+LEADER = points("""
+    before after soon take Arrived 30
+    before after soon send Commit 18
+    before after soon take Contribution 25
+    before after soon send Published 14
+    before after send Exported 1
+    before after send StoreValue 1
+""")
+
+
+def cells() -> Iterator[tuple[str, str, Ending]]:
+    for policy in EVERY_POLICY:
+        clocked = policy in CLOCKED
+        yield from ((policy, "worker", at) for at in WORKER)
+        yield from ((policy, "home", at) for at in [*HOME, *(HOME_OF_CLOCKED if clocked else HOME_ON_ARRIVAL)])
+        yield from ((policy, "leader", at) for at in LEADER if clocked)
+
+
+def few(grid: Sequence[tuple[str, str, Ending]]) -> list[tuple[str, str, Ending]]:
+    """A cell of each policy and role, with other points each time."""
+    chosen: dict[tuple[str, str], list[tuple[str, str, Ending]]] = {}
+    for cell in grid:
+        chosen.setdefault(cell[:2], []).append(cell)
+    return [row[(7 * position + 3) % len(row)] for position, row in enumerate(chosen.values())]
+
+
+GRID = list(cells())
+EXAMPLES = STEPS * REPLICAS
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[fm.Cluster]:
+    with closing(fm.Cluster.local(workers=REPLICAS)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: fm.Cluster) -> dict[str, fm.TrainingResult]:
+    """Fits without a kill."""
+    return {policy: fit(cluster, policy) for policy in EXACT}
+
+
+def doom(cluster: fm.Cluster, worker: str, at: Ending) -> None:
+    """Have another process for a worker, which ends at a point. The next one lives."""
+    assert cluster.launched is not None
+    cluster.end_worker(worker)
+    wait_until(lambda: worker in cluster.lost, "the loss is known")
+    cluster.launched.start_worker(worker, at)
+    wait_until(lambda: worker not in cluster.lost, "another has joined", 60)
+
+
+def count(cluster: fm.Cluster, policy: str, path: Path | None = None, **options: Any) -> fm.TrainingResult:
+    """A fit whose parameters show the weight with which each example was applied."""
+
+    def loss(params: Any, batch: Any) -> Any:
+        return -sum(jnp.mean(batch @ params[layer]["w"]) for layer in "abc")
+
+    trainer = fm.Trainer(loss, optax.sgd(1.0), cluster=cluster, replicas=REPLICAS, policies=POLICIES[policy])
+    if path is not None:
+        options["checkpoint"] = fm.Checkpoint(path, every_steps=EVERY)
+    params = {layer: {"w": jnp.zeros(EXAMPLES)} for layer in "abc"}
+    source = np.eye(EXAMPLES, dtype=np.float32)
+    return trainer.fit(params, source, batch_size=REPLICAS, steps=STEPS, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("policy", "role", "at"), GRID if ALL else few(GRID), ids=lambda value: str(value).replace(" ", "-")
+)
+@pytest.mark.filterwarnings("ignore:worker.. was lost")
+def test_a_kill(
+    cluster: fm.Cluster,
+    whole: dict[str, fm.TrainingResult],
+    policy: str,
+    role: str,
+    at: Ending,
+    tmp_path: Path,
+) -> None:
+    victim = ROLES[role]
+    doom(cluster, victim, at)
+    pid = cluster.pids[victim]
+    found = (fit if policy in EXACT else count)(cluster, policy, tmp_path, on_loss="replace")
+    assert cluster.pids.get(victim) != pid, f"it has not come to the point {at}"
+    if at.message not in ("Retired", "StoreValue"):
+        assert [loss.workers for loss in found.losses] == [(victim,)]
+    assert [record["step"] for record in found.history] == list(range(STEPS))
+    assert fm.restore(tmp_path).step == STEPS
+    assert_same(fm.restore(tmp_path).params, found.params)
+    ledger = found.ledger
+    assert ledger.used + ledger.dropped + ledger.folded + ledger.unseen == EXAMPLES
+    assert ledger.outstanding == 0
+    if policy in EXACT:
+        same = whole[policy]
+        assert_same((found.params, found.opt_state), (same.params, same.opt_state))
+        assert found.ledger == same.ledger
+        return
+    layers = [np.asarray(found.params[layer]["w"]) for layer in "abc"]
+    for weights in layers:
+        np.testing.assert_array_equal(weights, layers[0], "all layers have the same items")
+    applied = layers[0][layers[0] != 0]
+    assert len(applied) == ledger.used + ledger.folded, "what was acknowledged was applied, and nothing else"
+    if policy == "asynchronous":
+        assert ledger.used == EXAMPLES
+        np.testing.assert_array_equal(applied, applied[0], "each once")
+    else:
+        counts = [record["replicas"] for record in found.history]
+        expected = np.sort(np.concatenate([np.full(n, np.float32(1) / n) for n in counts]))
+        np.testing.assert_allclose(
+            np.sort(applied), expected, rtol=1e-6, err_msg="each once, with its weight in the mean"
+        )
