@@ -8,6 +8,7 @@ the state that it reads and that depends on no gradient, such as a step count.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from flowml.ir.graph import Graph, Literal
 from flowml.ir.simplify import drop_dead
 from flowml.ir.trace import trace
 from flowml.plan import ArraySpec
+from flowml.training.adapted import GrownOptimizer, WantedError
 from flowml.training.coupled import Coupling, Inputs, divide, program
 from flowml.training.ownership import Ownership, opened, ownership, together
-from flowml.training.valued import ValuedOptimizer, ValueWantedError
+from flowml.training.valued import ValuedOptimizer
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,12 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
     params = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     state = jax.eval_shape(optimizer.init, params)
 
+    _check_wanted(optimizer, params, state)
+
     def update(gradients: Any, params: Any, state: Any) -> tuple[Any, Any]:
         try:
             updated = optimizer.update(gradients, state, params)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             _explain(optimizer, error, gradients, params, state)
             raise
         if not isinstance(updated, tuple) or len(updated) != 2:
@@ -176,8 +180,9 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
                 f"the optimizer's update returns a {type(updated).__name__} instead of the tuple (updates, state); "
                 "give an optax.GradientTransformation"
             )
-        updates, state = updated
-        return optax.apply_updates(params, updates), state
+        updates, after = updated
+        _check_updated(optimizer, (params, updates), (state, after))
+        return optax.apply_updates(params, updates), after
 
     graph = drop_dead(trace(update, (params, params, state), {}, name="the optimizer").graph)
     leaves, tree = jax.tree_util.tree_flatten_with_path(state)
@@ -195,8 +200,59 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
     )
 
 
+def _check_wanted(optimizer: Any, params: Any, state: Any) -> None:
+    """Raise WantedError if the update reads the value of the loss where it is given, UnsupportedError if it wants the
+    gradient of each example."""
+    from optax import contrib
+
+    private = contrib.DifferentiallyPrivateAggregateState
+    nodes = jax.tree_util.tree_leaves(state, is_leaf=lambda node: isinstance(node, private))
+    if any(isinstance(node, private) for node in nodes):
+        raise UnsupportedError(
+            "the optimizer wants the gradient of each example (contrib.differentially_private_aggregate), and a "
+            "Trainer has that of a batch; write the loop with fm.dataflow, with jax.vmap(jax.grad(loss), (None, 0))"
+        )
+    kinds = [p.kind for p in inspect.signature(optimizer.update).parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD in kinds and _reads_value(optimizer, params, state):
+        raise WantedError("value")
+
+
+def _check_updated(optimizer: Any, params: tuple[Any, Any], state: tuple[Any, Any]) -> None:
+    """Raise WantedError if the state is of another form after an update, TypeError if the update is none of these
+    parameters. Both are pairs: before and after."""
+    forms = [jax.tree_util.tree_structure(tree, is_leaf=lambda x: x is None) for tree in params]
+    if forms[0] != forms[1]:
+        raise TypeError(
+            f"the optimizer returns updates of the structure {forms[1]}, and the parameters are {forms[0]}; give an "
+            "optax.GradientTransformation of parameters: a measure such as optax.measure_with_ema belongs in "
+            "optax.monitor, and the fast and slow parameters of optax.lookahead in optax.LookaheadParams.init_synced"
+        )
+    before, after = (
+        [(path, x.shape, x.dtype) for path, x in jax.tree_util.tree_leaves_with_path(tree)] for tree in state
+    )
+    if before == after:
+        return
+    if isinstance(getattr(optimizer, "optimizer", None), GrownOptimizer) or isinstance(optimizer, GrownOptimizer):
+        raise TypeError("the state of the optimizer has another form after each update; keep its shapes and dtypes")
+    raise WantedError("state")
+
+
+def _reads_value(optimizer: Any, params: Any, state: Any) -> bool:
+    """Whether the update takes the value of the loss, and depends on it."""
+
+    def update(value: Any, gradients: Any, params: Any, state: Any) -> Any:
+        return optimizer.update(gradients, state, params, value=value)
+
+    try:
+        value = jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(float))
+        graph = drop_dead(trace(update, (value, params, params, state), {}, name="the optimizer").graph)
+    except Exception:  # it is the user's function, and raises what it likes
+        return False
+    return any(mask & 1 for mask in _dependencies(graph))
+
+
 def _explain(optimizer: Any, error: Exception, gradients: Any, params: Any, state: Any) -> None:
-    """Raise ValueWantedError if an update that has failed works with the value of the loss, UnsupportedError if it
+    """Raise WantedError if an update that has failed works with the value of the loss, UnsupportedError if it
     wants something else."""
     if not isinstance(optimizer, ValuedOptimizer):
         try:
@@ -204,7 +260,12 @@ def _explain(optimizer: Any, error: Exception, gradients: Any, params: Any, stat
         except Exception as wanted:  # it is the user's function, and raises what it likes
             error = wanted if _wants(wanted) else error
         else:
-            raise ValueWantedError("the optimizer wants the value of the loss") from None
+            raise WantedError("value") from None
+    if isinstance(error, AttributeError) and error.name == "fast":
+        raise TypeError(
+            "the optimizer is optax.lookahead, whose parameters are pairs; give "
+            "fit(optax.LookaheadParams.init_synced(params), ...), and the loss as it is: it gets the fast ones"
+        ) from None
     if _wants(error):
         raise UnsupportedError(
             f"the optimizer wants more than gradients, state, parameters and the value of the loss ({error}). A line "

@@ -19,7 +19,6 @@ import xxhash
 
 from flowml.arrays import ArraySpec
 from flowml.ir import _jax
-from flowml.training.valued import with_value
 
 if TYPE_CHECKING:
     from flowml.training.compiler import TrainingSpec
@@ -114,29 +113,33 @@ class WholeOptimizer:
         return self.untrained.trained(found), state
 
 
-def parted(
-    spec: TrainingSpec, params: Any, own: Callable[[Any], jax.Array], *, valued: bool
-) -> tuple[TrainingSpec, Any]:
-    """The training of the trained leaves alone, and these, with the value of the loss if it is `valued`. `own` makes an
-    array that no caller can change.
+def parted(spec: TrainingSpec, params: Any, own: Callable[[Any], jax.Array]) -> tuple[TrainingSpec, Any]:
+    """The training of the trained leaves alone, and these. `own` makes an array that no caller can change.
 
     Raises TypeError for a leaf that is not trained and has no value.
     """
     paths, tree = jax.tree_util.tree_flatten_with_path(params)
     places = tuple(i for i, (_, leaf) in enumerate(paths) if not is_trained(leaf))
     if not places:
-        return with_value(spec, params) if valued else (spec, params)
+        return spec, params
     for path, leaf in (paths[i] for i in places):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
                 f"parameter {_jax.path_name(path)!r} is {leaf.dtype}, so it is not trained, and its value is a "
                 "constant of the plan; give an array"
             )
-    untrained = Untrained(tree, places, tuple(paths[i][0] for i in places), tuple(own(paths[i][1]) for i in places))
+    values = tuple(_owned(*paths[i], own) for i in places)
+    untrained = Untrained(tree, places, tuple(paths[i][0] for i in places), values)
     trained = untrained.trained(params)
     optimizer = _optimizer(spec.optimizer, untrained, trained)
-    spec = replace(spec, loss=_loss(spec.loss, untrained), optimizer=optimizer, untrained=untrained)
-    return with_value(spec, trained) if valued else (spec, trained)
+    return replace(spec, loss=_loss(spec.loss, untrained), optimizer=optimizer, untrained=untrained), trained
+
+
+def _owned(path: tuple[Any, ...], leaf: Any, own: Callable[[Any], jax.Array]) -> jax.Array:
+    try:
+        return own(leaf)
+    except OverflowError as error:
+        raise ValueError(f"parameter {_jax.path_name(path)!r} is out of range: {error}; give a smaller one") from None
 
 
 def _loss(loss: Callable[..., Any], untrained: Untrained) -> Callable[..., Any]:

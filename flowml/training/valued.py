@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from flowml.errors import UnsupportedError
-
 if TYPE_CHECKING:
     from flowml.training.compiler import TrainingSpec
 
@@ -64,10 +62,6 @@ class ValuedOptimizer:
     def update(self, updates: Valued, state: Any, params: Valued) -> tuple[Any, Any]:
         found, state = self.optimizer.update(updates.params, state, params.params, value=updates.value)
         return Valued(found, jnp.zeros_like(updates.value)), state
-
-
-class ValueWantedError(UnsupportedError):
-    """The optimizer wants the value of the loss."""
 
 
 @jax.custom_jvp

@@ -31,11 +31,11 @@ from flowml.plan import Plan
 from flowml.policy import Policy
 from flowml.policy.published import PolicyRule
 from flowml.splits import Shuffle, dealt
+from flowml.training.adapted import WantedError, adapted
 from flowml.training.compiler import TrainingSpec, compile_training
 from flowml.training.state import Rule
 from flowml.training.step import Weight, by_examples, name_of
-from flowml.training.untrained import parted, trained_leaves
-from flowml.training.valued import ValueWantedError
+from flowml.training.untrained import trained_leaves
 from flowml.training.variants import difference, placed_alike
 from flowml_runtime.cluster import Cluster
 from flowml_runtime.current import blocks
@@ -133,7 +133,7 @@ class Trainer:
         effects: EffectsChoice = "run",
     ) -> None:
         methods = (getattr(optimizer, "init", None), getattr(optimizer, "update", None))
-        if isinstance(optimizer, type) or not all(map(callable, methods)):
+        if callable(optimizer) or not all(map(callable, methods)):
             raise TypeError(
                 f"optimizer must be an optax.GradientTransformation such as optax.adam(1e-3), got {optimizer!r}"
             )
@@ -154,7 +154,7 @@ class Trainer:
         self._evaluation = Evaluation(self._spec.placement, effects)
         self._own_metrics = loss_metrics(self._spec)
         self._fitting = threading.Lock()
-        self._looked = self._valued = False  # valued: the optimizer is known to want the value of the loss
+        self._looked, self._wants = False, frozenset[str]()  # what the optimizer is known to want
         weakref.finalize(self, discard, self._programs).atexit = False
 
     @property
@@ -341,7 +341,7 @@ class Trainer:
 
     def _plan_of(self, params: Any) -> Plan | None:
         """The newest plan for parameters of this structure, on the cluster in use."""
-        leaves, session = len(trained_leaves(params)) + self._valued, self._here().session
+        leaves, session = len(trained_leaves(params)) + ("value" in self._wants), self._here().session
         mine = [p for p in self._programs.values() if p.session is session]
         return next((p.compiled.plan for p in reversed(mine) if p.parameters == leaves), None)
 
@@ -450,11 +450,11 @@ class Trainer:
         self, cluster: TrainingCluster, spec: TrainingSpec, params: Any, state: Any, batch: Any
     ) -> tuple[Program, Any]:
         """The program, and the parameters as it takes them: those that are trained, with the value if it is wanted."""
-        taken, given = parted(spec, params, own_array, valued=self._valued)
+        taken, given = adapted(spec, params, own_array, self._wants)
         try:
             return self._program(cluster, taken, structs_of(given, state), batch), given
-        except ValueWantedError:
-            self._valued = True
+        except WantedError as error:
+            self._wants = self._wants | {error.what}
             return self._first_program(cluster, spec, params, state, batch)
 
     def _program(

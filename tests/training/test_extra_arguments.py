@@ -21,7 +21,15 @@ from tests.training.test_coupled_fits import simulated
 
 STEPS = 6
 PLATEAU = optax.chain(optax.adam(1e-2), contrib.reduce_on_plateau(patience=1, rtol=0.5))
+
+
+def _scaled(updates: Any, state: Any, params: Any = None, value: Any = None, **_: Any) -> Any:
+    return jax.tree.map(lambda u: u if value is None else u * value, updates), state
+
+
+ACCEPTING = optax.GradientTransformationExtraArgs(optax.identity().init, _scaled)
 VALUED: dict[str, Any] = {
+    "value=None": optax.chain(optax.sgd(0.1), ACCEPTING),
     "polyak_sgd": optax.polyak_sgd(),
     "momo": contrib.momo(),
     "momo_adam": contrib.momo_adam(),
@@ -117,6 +125,14 @@ def test_a_validation_measures_the_callers_parameters(threads_cluster: fm.Cluste
         mlp_loss(result.params, data()),
         rtol=1e-4,
     )
+
+
+def test_a_validation_measures_the_fast_parameters(threads_cluster: fm.Cluster) -> None:
+    trainer = fm.Trainer(mlp_loss, optax.lookahead(optax.sgd(0.1), 2, 0.5), cluster=threads_cluster, replicas=2)
+    pair = optax.LookaheadParams.init_synced(mlp())
+    result = trainer.fit(pair, data(), batch_size=BATCH, steps=3, validation=data(24, seed=1), progress=False)
+    wanted = mlp_loss(result.params.fast, data(24, seed=1))
+    np.testing.assert_allclose(result.validation[-1]["loss"], wanted, rtol=1e-4)
 
 
 @pytest.mark.parametrize("policies", [fm.policies.downpour(1, 1), fm.policies.diloco(2), fm.Policy(fm.Gossip())])

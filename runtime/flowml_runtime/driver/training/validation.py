@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flowml.training.adapted import fast_of
 from flowml.training.compiler import TrainingSpec
 from flowml.training.state import with_state
 from flowml.training.step import loss_takes_rng, name_of, scaled, weight_of
@@ -90,9 +91,9 @@ def loss_metrics(spec: TrainingSpec) -> Callable[..., dict[str, Any]]:
     def validation_loss(params: Any, *rest: Any) -> dict[str, Any]:
         *state, batch = rest
         if state:
-            scalar, (_, aux) = with_state(spec.loss)(params, batch, *state)
+            scalar, (_, aux) = with_state(spec.loss)(fast_of(params), batch, *state)
         else:
-            value = spec.loss(params, batch)
+            value = spec.loss(fast_of(params), batch)
             scalar, aux = value if isinstance(value, tuple) else (value, None)
         if spec.weight is None:
             return {"loss": scalar}
