@@ -43,8 +43,9 @@ faults: $(STAMP)  ## 100,000 random training runs with faults, checked; FAULTS_A
 kills: $(STAMP)  ## kill -9 of worker, home and leader at each point of a run, under four policies
 	@FLOWML_KILLS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal --timeout=120 tests/training/test_kills.py
 
-reference: $(STAMP)  ## write docs/reference.md from the docstrings, and docs/methods from docs/reproduce.md
+reference: $(STAMP)  ## write docs/reference.md from the docstrings, tables of docs/training.md and docs/methods
 	@$(PY) scripts/reference.py
+	@$(PY) -m scripts.optimizers
 	@$(PY) scripts/method_pages.py
 
 format: $(STAMP)  ## rewrite the sources in the house format

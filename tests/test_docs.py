@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import optax
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,6 +171,14 @@ def test_every_example_says_what_it_shows(path: Path) -> None:
 def test_the_reference_is_what_the_docstrings_say() -> None:
     check = subprocess.run([sys.executable, "scripts/reference.py", "--check"], cwd=ROOT, env=ENVIRONMENT, check=False)
     assert check.returncode == 0, "docs/reference.md is out of date: run `make reference`"
+
+
+def test_the_table_of_optimizers_says_how_they_run() -> None:
+    if f"optax=={optax.__version__}" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("another optax has other optimizers")
+    command = [sys.executable, "-m", "scripts.optimizers", "--check"]
+    check = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check=False)
+    assert check.returncode == 0, "the table of optimizers in docs/training.md is out of date: run `make reference`"
 
 
 def test_the_pages_of_methods_say_what_reproduce_and_the_code_say() -> None:
