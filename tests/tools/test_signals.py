@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.conftest import wait_until
 from tests.tools.conftest import COMMAND, environment
 from tests.tools.test_clusters import read_until
 
@@ -78,3 +80,17 @@ def test_a_script_in_the_background_ends_with_its_own_status(tmp_path: Path) -> 
     with start(tmp_path, "run", "--workers", "2", "s.py", prepare=ignore_interrupts) as process:
         assert process.communicate(timeout=60)[0] == "2.0\n"
         assert process.returncode == 3
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["of a terminal", "of kill"])
+def test_an_interrupt_ends_all_processes_of_a_campaign_without_a_traceback(tmp_path: Path, *, to_all: bool) -> None:
+    """Also of those that still import."""
+    with start(tmp_path, "faults", "--seeds", "1000000", "--jobs", "2", prepare=lambda: None) as process:
+        command = psutil.Process(process.pid)
+        wait_until(lambda: len(command.children()) >= 2, "its processes have begun", 60)
+        children = command.children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT) if to_all else process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 128 + signal.SIGINT
+        assert "Traceback" not in said
+        assert psutil.wait_procs(children, timeout=10)[1] == []

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from flowml_runtime.protocol.errors import ensure
@@ -74,10 +77,35 @@ def campaign(
     chunks = [seeds[i : i + _CHUNK] for i in range(0, len(seeds), _CHUNK)]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         try:
-            for found in pool.map(_run_chunk, chunks, [end] * len(chunks)):
+            with _deaf_children():
+                results = pool.map(_run_chunk, chunks, [end] * len(chunks))
+            for found in results:
                 yield from found
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf_children() -> Generator[None]:
+    """Processes that are started in the block ignore Ctrl-C, which is for all of a group: they would print tracebacks.
+    This process heeds it at the end of the block. A mask alone would not do: another thread would get the signal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    noted: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a process that is started inherits
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if noted and callable(handler):
+        handler(noted[0], None)
 
 
 def _run_chunk(seeds: Sequence[int], end: float) -> list[tuple[int, Finding | None]]:
