@@ -158,7 +158,8 @@ class _Comparison:
             for behind, count in counts.items():
                 versions[behind] = versions.get(behind, 0) + count
         computed = (ledger.used + ledger.folded + ledger.dropped) * ledger.item_size
-        wire = sum(t["pushed_wire_bytes"] + t["published_wire_bytes"] for t in result.traffic.values())
+        kinds = ("pushed", "published", "shared")
+        wire = sum(t[f"{kind}_wire_bytes"] for t in result.traffic.values() for kind in kinds)
         return Trial(
             name,
             policies,

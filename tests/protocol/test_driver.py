@@ -141,8 +141,8 @@ def test_reports_go_to_the_history_and_traffic_is_kept() -> None:
     report = wire.Report(**IDS, replica=0, clock=0, item=item, slots=(0,), seconds=0.1)
     assert machine.step(Received("a1", report, 3)) == [Note(report, 3, 1)]
     for count in (1, 2):
-        machine.step(Received("a1", wire.Traffic(**IDS, worker="a1", stores=((0, count, 0, 0, 0),))))
-    assert machine.traffic["a1"].stores == ((0, 2, 0, 0, 0),)
+        machine.step(Received("a1", wire.Traffic(**IDS, worker="a1", stores=((0, count, 0, 0, 0, 0),))))
+    assert machine.traffic["a1"].stores == ((0, 2, 0, 0, 0, 0),)
 
 
 def test_what_is_not_for_a_driver_is_refused() -> None:

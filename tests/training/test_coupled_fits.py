@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import flowml as fm
+from flowml.render.units import bytes_text
 from tests.training.reference import BATCH, data, mlp, mlp_loss
 from tests.training.test_checkpoints import STEPS, assert_goes_on, case
 
@@ -50,6 +51,19 @@ def test_a_simulated_fit_is_the_real_one(threads_cluster: fm.Cluster, name: str)
     real, virtual = fit(threads_cluster, name), fit(simulated(), name)
     for a, b in zip(jax.tree.leaves(virtual.params), jax.tree.leaves(real.params), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_traffic_has_what_homes_share(threads_cluster: fm.Cluster) -> None:
+    """The first of three homes shares one sum of squares, and each other one those of its two leaves."""
+    real, virtual = (fit(cluster, "clip") for cluster in (threads_cluster, simulated()))
+    assert real.traffic == virtual.traffic
+    training = real.plan.training
+    assert training is not None
+    workers = len({store.home for store in training.stores})
+    assert [t["shared_wire_bytes"] for t in real.traffic.values()] == [n * STEPS * (workers - 1) for n in (4, 8, 8)]
+    rows = {line.split()[0]: line for line in real.table().splitlines()[2:]}
+    for layer, sent in real.traffic.items():
+        assert rows[layer].endswith(bytes_text(sum(n for name, n in sent.items() if name.endswith("_wire_bytes"))))
 
 
 def test_a_simulated_fit_goes_on_bit_by_bit(tmp_path: Path) -> None:

@@ -254,9 +254,11 @@ class Node:
         value = self.world.values.couple(self.name, action, sent, heard)
         about: dict[str, Any] = {"coupling": action.coupling, "round": action.round, "clock": action.clock}
         message = wire.Shared(**self.ids, cause=action.cause, **about, stores=action.stores)
-        nbytes = sum(self.world.sizes.shared[store][action.round] for store in action.stores) if action.to else 0
+        sizes = [(store, self.world.sizes.shared[store][action.round]) for store in action.stores if action.to]
         for worker in action.to:
-            self.send(worker, message, value, nbytes)
+            self.send(worker, message, value, sum(nbytes for _, nbytes in sizes))
+        for store, nbytes in sizes:
+            self.counts.share(store, nbytes * sum(worker != self.name for worker in action.to))
 
     def _uncouple(self, action: protocol.Uncouple) -> None:
         self._in_turn(0.0, self.world.values.uncouple, self.name)

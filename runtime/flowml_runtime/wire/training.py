@@ -391,13 +391,13 @@ class Traffic(TrainingMessage, frozen=True):
     """What this worker sent for each store in the run, counted when it is sent.
 
     `stores`: (store, contributions pushed, their bytes, bytes of those that crossed to another worker,
-    bytes of published parameters that crossed).
+    bytes of published parameters that crossed, bytes that homes shared to couple layers, which crossed).
     `kept`: (store, the sum of squares of what error feedback here has not sent yet), where that is not 0.
     `homes`: (store with its home here, the applies and publications of it, how many seconds they took).
     """
 
     worker: Name
-    stores: tuple[tuple[Count, Count, Count, Count, Count], ...]
+    stores: tuple[tuple[Count, Count, Count, Count, Count, Count], ...]
     kept: tuple[tuple[Count, float], ...] = ()
     homes: tuple[tuple[Count, Count, float], ...] = ()
 

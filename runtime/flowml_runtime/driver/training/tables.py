@@ -39,7 +39,7 @@ def layer_table(plan: Plan, traffic: Mapping[str, Mapping[str, int]], ledger: Su
                 bytes_text(pushed),
                 bytes_text(plain),
                 f"{pushed / plain:.3f}" if plain else "-",
-                bytes_text(counts.get("pushed_wire_bytes", 0) + counts.get("published_wire_bytes", 0)),
+                bytes_text(sum(counts.get(f"{what}_wire_bytes", 0) for what in ("pushed", "published", "shared"))),
             )
         )
     for name, spec in training.untrained:

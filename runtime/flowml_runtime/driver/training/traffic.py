@@ -11,7 +11,7 @@ from flowml_runtime import wire
 
 def sent_bytes(training: Training, traffic: Iterable[wire.Traffic]) -> dict[str, dict[str, int]]:
     """Bytes by layer, summed over all workers."""
-    names = ("pushes", "pushed_bytes", "pushed_wire_bytes", "published_wire_bytes")
+    names = ("pushes", "pushed_bytes", "pushed_wire_bytes", "published_wire_bytes", "shared_wire_bytes")
     totals: dict[str, dict[str, int]] = {s.name: dict.fromkeys(names, 0) for s in training.stores}
     for told in traffic:
         for store, *counts in told.stores:

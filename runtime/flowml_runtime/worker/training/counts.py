@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-Row = tuple[int, int, int, int, int]
+Row = tuple[int, int, int, int, int, int]
 """The fields of an element of `wire.Traffic.stores`."""
 
-_COUNT, _BYTES, _WIRE, _PUBLISHED = range(4)
+_COUNT, _BYTES, _WIRE, _PUBLISHED, _SHARED = range(5)
 
 
 class Counts:
     """Not thread-safe."""
 
     def __init__(self, stores: int) -> None:
-        self._rows = [[0, 0, 0, 0] for _ in range(stores)]
+        self._rows = [[0, 0, 0, 0, 0] for _ in range(stores)]
         self._work: dict[int, list[float]] = {}
         self._pushed: dict[int, int] = {}
         """Store -> the bytes pushed since `take_pushed`."""
@@ -37,6 +37,10 @@ class Counts:
     def publish(self, store: int, nbytes: int) -> None:
         """Count a version that is sent to another worker."""
         self._rows[store][_PUBLISHED] += nbytes
+
+    def share(self, store: int, nbytes: int) -> None:
+        """Count what the home of a store sends to those of other stores that the optimizer couples to it."""
+        self._rows[store][_SHARED] += nbytes
 
     def worked(self, store: int, seconds: float) -> None:
         """A home here has worked for a store."""

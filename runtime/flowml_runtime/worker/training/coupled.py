@@ -56,6 +56,12 @@ class CoupledHomes:
         self.clear()
         return made
 
+    def shared_bytes(self, store: int, round: int) -> int:
+        """The bytes that a store shares in a round."""
+        coupled = self.training.stores[store].coupled
+        assert coupled is not None
+        return coupled.shares[round].nbytes
+
     def clear(self) -> None:
         self.gradients, self.commons = {}, []
 

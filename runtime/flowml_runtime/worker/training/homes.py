@@ -245,6 +245,9 @@ class Homes:
             stores=tuple(stores),
             specs=tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays),
         )
+        others = sum(worker != self._run.me for worker in action.to)
+        for store in stores:
+            self._run.count_shared(store, coupled.shared_bytes(store, action.round) * others)
         for worker in action.to:
             self._run.send(worker, message, arrays)
 

@@ -143,6 +143,11 @@ class Run:
         with self.counting:
             self.counts.crossing(store, nbytes)
 
+    def count_shared(self, store: int, nbytes: int) -> None:
+        """Count what a home here shares with those on other workers."""
+        with self.counting:
+            self.counts.share(store, nbytes)
+
     def count_work(self, store: int, seconds: float) -> None:
         """Count what a home here has done for a store."""
         with self.counting:
