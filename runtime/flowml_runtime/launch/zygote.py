@@ -46,6 +46,7 @@ from flowml_runtime.launch.spawning import (  # noqa: E402
 )
 from flowml_runtime.worker.config import WorkerConfig  # noqa: E402
 from flowml_runtime.worker.process import LOST_COORDINATOR, serve  # noqa: E402
+from flowml_runtime.worker.training import host as host_of_training  # noqa: E402
 
 if _given is None:
     del os.environ[_BLAS_THREADS]
@@ -54,6 +55,9 @@ else:
 
 CANNOT_START = 71
 """Exit status of a worker whose process the system cannot start: EX_OSERR."""
+
+_IMPORTED = host_of_training
+"""A worker needs it when it first trains. Imported here, it is imported once for all of them."""
 
 ORPHANS_S = 2.0
 """How long workers may take to end after their owner has ended."""
