@@ -28,10 +28,10 @@ MOST_EXAMPLES = 32
 MOST_SECONDS = 1.0
 """The longest evaluation to make, as estimated by the cost model."""
 
-_QUICKLY: dict[str, str | bool | int] = {
+_QUICKLY: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
     "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
+    "xla_cpu_parallel_codegen_split_count": "1",
 }
 """Compiling takes most of the time, and what is compiled runs two or four times. With these options it takes half."""
 
