@@ -74,3 +74,19 @@ def test_the_bytes_of_records_add_up_in_virtual_time(policy: fm.Policy) -> None:
 @pytest.mark.parametrize("name", ["quorum", "copies", "site quorum", "free"])
 def test_the_bytes_of_records_add_up_on_threads(threads_cluster: fm.Cluster, name: str) -> None:
     check(threads_cluster, POLICIES[name], delays={"worker:3": 0.02})
+
+
+@pytest.mark.parametrize("slow", [0, 1, 3])
+def test_the_bytes_of_a_site_are_in_the_record_of_their_clock(slow: int) -> None:
+    """Whether the leader's own step has ended when its site decides or not. The leaders are replicas 0 and 1."""
+    machines = fm.sim.Straggler(fm.sim.Constant(0.1), factor=3, workers=(slow,))
+    result = check(fm.SimulatedCluster(4, machines, fm.sim.Network(1e-4, 1e9)), POLICIES["site quorum"])
+    each = {name: {r["pushed_bytes"][name] for r in result.history[:-1]} for name in ("w", "b")}
+    assert all(len(found) == 1 for found in each.values()), each
+
+
+def test_the_bytes_of_a_site_are_in_the_record_of_their_clock_on_threads(threads_cluster: fm.Cluster) -> None:
+    policy = fm.Policy(topology=fm.Hierarchy(SERVER, SERVER, SITES, fm.Quorum(1.0)))
+    result = check(threads_cluster, policy, delays={"worker:3": 0.01})
+    each = {name: {r["pushed_bytes"][name] for r in result.history} for name in ("w", "b")}
+    assert all(len(found) == 1 for found in each.values()), each

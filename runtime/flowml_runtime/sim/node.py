@@ -274,7 +274,8 @@ class Node:
         self, action: protocol.Forward, given: Sequence[tuple[Sequence[Value], float]], parameters: Value
     ) -> None:
         """Send the home of a store the sum of a site. `parameters` are the newest of the store here."""
-        world, stages = self.world, self.world.terms.stores[action.parts[0].store].stages
+        world, first, sent = self.world, action.parts[0], 0
+        stages = world.terms.stores[first.store].stages
         for to, message in zip(action.to, action.parts, strict=True):
             if isinstance(message, wire.Gossip):
                 self._send_to_leader(to, message, [(values[message.part or 0], factor) for values, factor in given])
@@ -283,8 +284,11 @@ class Node:
             value, nbytes = world.values.weighted(terms) if given else None, 0
             if value is not None:
                 value, nbytes = world.filtered((message.replica, stages[message.part]), message, value, parameters)
-            self.counts.push(message.store, message.part, nbytes, crosses=to != self.name)
+            self.counts.push(message.store, message.part, nbytes, crosses=to != self.name, told=True)
             self.send(to, message, value, nbytes)
+            sent += nbytes
+        if isinstance(first, wire.Contribution):
+            self.send(DRIVER, wire.Forwarded.of(first, sent))
 
     def _count_sum(self, action: protocol.CountSum) -> None:
         if self.world.values.computes:
@@ -312,8 +316,7 @@ class Node:
     def _seconds(self, store: int, nbytes: int) -> float:
         """How long an apply of so many bytes takes here. It is counted."""
         seconds = self.world.homes.seconds(nbytes, self.number)
-        if seconds:
-            self.counts.worked(store, seconds)
+        self.counts.worked(store, seconds)
         return seconds
 
     def _in_turn(self, seconds: float, work: Callable[..., None], *args: Any) -> None:
@@ -406,8 +409,7 @@ class Node:
         self.send(DRIVER, action.message)
 
     def _tell_traffic(self, action: protocol.Leave | protocol.Return) -> None:
-        rows, homes = self.counts.rows(), self.counts.work()
-        kept = added(map(self.world.values.kept, self.stages))
+        rows, homes, kept = self.counts.rows(), self.counts.work(), added(map(self.world.values.kept, self.stages))
         told = wire.Traffic(**self.ids, cause=action.cause, worker=self.name, stores=rows, kept=kept, homes=homes)
         self.send(DRIVER, told)
 

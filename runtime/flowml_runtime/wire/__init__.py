@@ -39,6 +39,7 @@ from flowml_runtime.wire.training import Collective as Collective
 from flowml_runtime.wire.training import Commit as Commit
 from flowml_runtime.wire.training import Computed as Computed
 from flowml_runtime.wire.training import Contribution as Contribution
+from flowml_runtime.wire.training import Forwarded as Forwarded
 from flowml_runtime.wire.training import Gossip as Gossip
 from flowml_runtime.wire.training import Grant as Grant
 from flowml_runtime.wire.training import Halt as Halt
@@ -344,7 +345,7 @@ Wire = (
     | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | ModelState | Gossip | Ask | Grant | Begin | Contribution
     | Arrived | Commit | Computed | Halt | Published | Applied | Collective | Shared | Settled | Report | NonFinite
-    | Staleness | Traffic | Retired | StopTraining | Hold | Paused | Export | Exported | Buffers
+    | Staleness | Forwarded | Traffic | Retired | StopTraining | Hold | Paused | Export | Exported | Buffers
 )
 # fmt: on
 

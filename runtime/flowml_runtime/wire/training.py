@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -385,6 +385,24 @@ class Staleness(TrainingMessage, frozen=True):
     """
 
     stores: tuple[tuple[Count, Count, tuple[tuple[Count, Count, Count], ...]], ...]
+
+
+class Forwarded(TrainingMessage, frozen=True):
+    """The leader of a site has sent the sum of its site to the homes of a store: the bytes of all its parts.
+
+    It does so when the site has decided, which is after the leader's own step has ended unless that is the last one.
+    """
+
+    store: Count
+    leader: Count
+    clock: Count
+    nbytes: Count
+
+    @staticmethod
+    def of(part: Contribution, nbytes: int) -> Forwarded:
+        """About the sum of which this is a part."""
+        ids: dict[str, Any] = {"plan_id": part.plan_id, "run": part.run, "cause": part.cause}
+        return Forwarded(**ids, store=part.store, leader=part.replica, clock=part.clock, nbytes=nbytes)
 
 
 class Traffic(TrainingMessage, frozen=True):

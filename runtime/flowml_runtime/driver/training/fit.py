@@ -270,6 +270,8 @@ class Fit:
                     self._observer.committed(action)
                 case protocol.NoteStaleness(stores):
                     self._observer.stale(stores)
+                case protocol.NoteForwarded(message):
+                    self._observer.forwarded(message)
                 case protocol.Keep(store, handle):
                     self._values[store] = self._taken(handle)
                 case protocol.KeepState(store, handle):

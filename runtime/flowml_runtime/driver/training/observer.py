@@ -104,6 +104,14 @@ class Observer:
         self._bound = None if tightest is None else (policy_name(training, bound), Bound(terms, tightest))
         self._told = {number: first for number, store in enumerate(terms.stores) if counted(store)}
         """By store, the first step for which its home may tell more about staleness."""
+        self._forwarded = {
+            number: group.number for group in terms.groups for number in group.stores if terms.stores[number].forwarded
+        }
+        """Store -> its group, where leaders send the sums of sites."""
+        self._sums: dict[int, set[tuple[int, int]]] = {}
+        """Clock -> (store, leader) of the sums that were sent."""
+        self._without: dict[tuple[int, int], frozenset[int]] = {}
+        """(group, clock) -> the replicas that the decision leaves out."""
         self._next = first
         """The step of the next record."""
         self._open: dict[int, _Seen] = {}
@@ -134,6 +142,8 @@ class Observer:
         if note.clock <= self._decided[note.group]:
             return
         self._decided[note.group] = note.clock
+        if note.excluded and self._forwarded:
+            self._without[note.group, note.clock] = frozenset(note.excluded)
         seen = self._at(note.clock)
         if not self._modelled[note.group]:
             seen.take(self._names[note.group], note.waits, note.excluded)
@@ -181,6 +191,12 @@ class Observer:
             self._told[store] = max(self._told[store], reached)
             for step, behind, number in counts:
                 self._of(max(step, self._next)).stale.setdefault(store, Counter())[behind] += number
+
+    def forwarded(self, told: wire.Forwarded) -> None:
+        """The leader of a site has sent its sum."""
+        self._at(told.clock).pushed[told.store] += told.nbytes
+        self._told_bytes[told.store] += told.nbytes
+        self._sums.setdefault(told.clock, set()).add((told.store, told.leader))
 
     @property
     def holds(self) -> bool:
@@ -276,7 +292,18 @@ class Observer:
         if len(self._held) > MAX_AHEAD:
             return True
         stores, last = self._terms.stores, self._terms.last_clock
+        if not all(self._is_sent(store, group, step) for store, group in self._forwarded.items()):
+            return False
         return all(told > step or not stores[s].policy.every.due(step, last) for s, told in self._told.items())
+
+    def _is_sent(self, store: int, group: int, step: int) -> bool:
+        """Whether the sums are sent of all sites that count in this step."""
+        terms = self._terms.stores[store]
+        if not terms.policy.every.due(step, self._terms.last_clock):
+            return True
+        without = self._without.get((group, step), frozenset())
+        leaders = {(store, site[0]) for site in terms.sites if not without.issuperset(site)}
+        return leaders <= self._sums.get(step, set())
 
     def _counts(self, seen: _Seen) -> tuple[dict[str, int], dict[str, dict[int, int]]]:
         """The bytes and the staleness by layer. The staleness is added to that of the fit."""
@@ -300,6 +327,9 @@ class Observer:
 
     def _complete(self, record: Record) -> Record:
         seen = self._open.pop(record["step"], None) or _Seen()
+        self._sums.pop(record["step"], None)
+        for key in [key for key in self._without if key[1] == record["step"]]:
+            del self._without[key]
         self._next = record["step"] + 1
         pushed, stale = self._counts(seen)
         before = self._last

@@ -157,6 +157,13 @@ class NoteStaleness(msgspec.Struct, frozen=True):
     cause: int
 
 
+class NoteForwarded(msgspec.Struct, frozen=True):
+    """The sum of a site was sent, as in `wire.Forwarded`."""
+
+    message: wire.Forwarded
+    cause: int
+
+
 class NoteNonFinite(msgspec.Struct, frozen=True):
     """Count the gradients of these replicas for a store and clock as left out, and warn."""
 
@@ -216,6 +223,7 @@ Action = (
     | NoteFates
     | NoteCommit
     | NoteWaits
+    | NoteForwarded
     | NoteStaleness
     | NoteNonFinite
     | Keep
@@ -358,6 +366,8 @@ class TrainingDriver:
                 return [NoteWaits(group, clock, waits, excluded, cause), *noted]
             case wire.Staleness(stores=stores):
                 return [NoteStaleness(stores, cause)]
+            case wire.Forwarded():
+                return [NoteForwarded(message, cause)]
             case wire.NonFinite(store=store, clock=clock, replicas=replicas):
                 return [NoteNonFinite(store, clock, replicas, cause)]
             case wire.StoreValue():

@@ -43,7 +43,8 @@ def entry(
             | wire.Gossip
             | wire.Collective
             | wire.Traffic
-            | wire.Staleness,
+            | wire.Staleness
+            | wire.Forwarded,
         ):
             return None
         cause = f"{event.peer}#{run}.{event.message.cause}" if event.message.cause else ""

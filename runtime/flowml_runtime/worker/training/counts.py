@@ -17,13 +17,15 @@ class Counts:
         self._pushed: dict[int, int] = {}
         """Store -> the bytes pushed since `take_pushed`."""
 
-    def push(self, store: int, part: int, nbytes: int, *, crosses: bool) -> None:
-        """Count a part of a contribution. `crosses` means that it is sent to another worker."""
+    def push(self, store: int, part: int, nbytes: int, *, crosses: bool, told: bool = False) -> None:
+        """Count a part of a contribution. `crosses` means that it is sent to another worker, `told` that the driver
+        learns of its bytes in another way than by reports."""
         row = self._rows[store]
         row[_COUNT] += part == 0  # a contribution counts once, however many parts it has
         row[_BYTES] += nbytes
         row[_WIRE] += nbytes * crosses
-        self._pushed[store] = self._pushed.get(store, 0) + nbytes
+        if not told:
+            self._pushed[store] = self._pushed.get(store, 0) + nbytes
 
     def take_pushed(self) -> tuple[tuple[int, int], ...]:
         """(store, bytes of contributions) since this was called last, for `wire.Report`."""
@@ -43,7 +45,9 @@ class Counts:
         self._rows[store][_SHARED] += nbytes
 
     def worked(self, store: int, seconds: float) -> None:
-        """A home here has worked for a store."""
+        """A home here has worked for a store. Applies without a model take no time, and count nothing."""
+        if not seconds:
+            return
         row = self._work.setdefault(store, [0, 0.0])
         row[0] += 1
         row[1] += seconds

@@ -129,9 +129,9 @@ class Run:
                 )
         self.waited[threading.get_ident()] += time.monotonic() - began  # pyright: ignore[reportArgumentType]
 
-    def count_push(self, store: int, part: int, nbytes: int, destination: str) -> None:
+    def count_push(self, store: int, part: int, nbytes: int, destination: str, *, told: bool = False) -> None:
         with self.counting:
-            self.counts.push(store, part, nbytes, crosses=destination != self.me)
+            self.counts.push(store, part, nbytes, crosses=destination != self.me, told=told)
 
     def take_pushed(self) -> tuple[tuple[int, int], ...]:
         """(store, bytes of contributions) since this was called last."""

@@ -83,7 +83,7 @@ class Relays:
         self._publisher.close()
 
     def _forward(self, action: Forward, given: Given, parameters: Sequence[Array] | None) -> None:
-        run = self._run
+        run, nbytes, first = self._run, 0, action.parts[0]
         for to, message in zip(action.to, action.parts, strict=True):
             arrays: Sequence[Array] = ()
             if isinstance(message, wire.Gossip):
@@ -96,8 +96,12 @@ class Relays:
                 encoder = self._encoders.get(message.replica)
                 if encoder is not None and encoder.filters(message.store):
                     message, arrays = encoder.encode(message, arrays, parameters)
-            run.count_push(message.store, message.part, sum(s.nbytes for s in message.specs), to)
+            sent = sum(s.nbytes for s in message.specs)
+            run.count_push(message.store, message.part, sent, to, told=True)
             run.send(to, message, arrays)
+            nbytes += sent
+        if isinstance(first, wire.Contribution):
+            run.send(run.driver, wire.Forwarded.of(first, nbytes))
 
     def _settle(self, action: CountSum) -> None:
         self._encoders[action.leader].settle(action.clock, action.stores, counts=action.counts)
