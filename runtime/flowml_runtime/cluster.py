@@ -41,6 +41,7 @@ from flowml_runtime.protocol.membership import TIMEOUT_S
 from flowml_runtime.transport.endpoint import Endpoint, ThreadHub
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
 from flowml_runtime.transport.security import TLS, check_exposure, find_token
+from flowml_runtime.worker.compile_cache import CacheFolder
 
 _START_ANOTHER = "close this cluster and start another"
 """What to do about a lost worker if the cluster started its workers itself: it cannot start one more."""
@@ -233,6 +234,7 @@ class Cluster:
             deadline_s = seconds("deadline_s", deadline_s)
             mode = links_mode(links)
         with ExitStack() as stack:
+            folder = CacheFolder()
             launched = LaunchedCluster(
                 workers=workers,
                 devices_per_worker=devices_per_worker,
@@ -247,6 +249,7 @@ class Cluster:
             options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, shares_memory(transport), checksum)
             cluster = cls._join(launched.address, launched.token, None, "driver", options, stack)
             cluster.launched, cluster.pids = launched, launched.pids
+            cluster.session.before_loading = folder.warn
             cluster._end_worker, cluster._start_worker = launched.end_worker, launched.start_worker
             cluster._stack.callback(launched.processes.kill_stopped)  # runs first, so that nothing is sent to them
             return cluster

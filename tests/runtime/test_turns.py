@@ -123,3 +123,13 @@ def shared_folders(cluster: fm.Cluster) -> set[Path]:
     """The folders with turns that the workers of a cluster share."""
     logs = {Path(f"/proc/{pid}/fd/2").resolve().parent for pid in cluster.pids.values()}
     return {log / "compiled" for log in logs}
+
+
+def test_a_cache_that_is_set_after_the_start_is_told(process_cluster: fm.Cluster, tmp_path: Path) -> None:
+    def program() -> jax.Array:
+        return fm.dataflow(lambda x: x + 1, cluster=process_cluster)(jnp.ones(3))
+
+    with cached_in(tmp_path), pytest.warns(fm.FlowmlWarning, match="which they keep; set it before the cluster starts"):
+        program()
+    with cached_in(tmp_path):
+        program()  # it is told once, and warnings are errors

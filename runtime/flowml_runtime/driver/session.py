@@ -109,6 +109,8 @@ class Session:
         self.held = Holdings(endpoint, deadline_s)
         """The values that stay on the workers."""
         self._captured = Captured(self.held, lambda worker: worker in self._local)
+        self.before_loading: Callable[[], None] = lambda: None
+        """Called before a plan is loaded."""
         self._closed = False
 
     @property
@@ -145,6 +147,7 @@ class Session:
         part, WorkerLostError if one dies meanwhile, DeadlineError if they take too long.
         """
         self.check_owner()
+        self.before_loading()
         try:
             for program in plan.programs:
                 find_device(program.device, self.devices, f"plan {plan.name!r}")

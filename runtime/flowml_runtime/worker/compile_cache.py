@@ -7,10 +7,13 @@ and which is removed with it. Both hold only what the workers have compiled them
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+from flowml.errors import FlowmlWarning
 from flowml_runtime.environment.spread import Spread
 from flowml_runtime.execution.turns import Turns
 from flowml_runtime.worker.config import WorkerConfig
@@ -33,6 +36,35 @@ def settings_here() -> tuple[tuple[str, Any], ...]:
     import jax
 
     return tuple((name, getattr(jax.config, name)) for name in _SETTINGS if hasattr(jax.config, name))
+
+
+class CacheFolder:
+    """The folder that workers are started with. It tells if their owner sets another one later."""
+
+    def __init__(self) -> None:
+        self._first = _folder_here()
+        self._told = False
+
+    def warn(self) -> None:
+        """Warn once if this process now has another folder than the workers."""
+        now = _folder_here()
+        if now != self._first and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{_FOLDER} is {now!r}, and the workers were started with {self._first!r}, which they keep; set it "
+                "before the cluster starts",
+                FlowmlWarning,
+                stacklevel=2,
+            )
+
+
+def _folder_here() -> str | None:
+    if "jax" not in sys.modules:
+        return os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    import jax
+
+    config: Any = jax.config
+    return config.jax_compilation_cache_dir
 
 
 def share_compilations(config: WorkerConfig, spread: Spread) -> Turns:
