@@ -5,6 +5,7 @@ Each patches the real machine in this process only. Nothing of it is in the prod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from flowml.policy import Arrivals, Quorum, Wait, spec
+from flowml.policy import UNBOUNDED, Arrivals, Quorum, Wait, spec
 from flowml_runtime.protocol.training import replica
 from flowml_runtime.protocol.training.accounts import Accounts
 from flowml_runtime.protocol.training.accumulator import Accumulator
@@ -24,6 +25,8 @@ from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.protocol.training.site import Site
 from flowml_runtime.protocol.training.stage import Hold
+from flowml_runtime.protocol.training.terms import Terms
+from flowml_runtime.protocol.training.untold import Untold
 from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.sim import arithmetic
 from flowml_runtime.sim.neighbours import Neighbours
@@ -90,6 +93,17 @@ def _loses_a_settlement(patch: Patch) -> None:
     patch.setattr(Accounts, "_settle", lambda self, clocks: real(self, clocks)[:1])
 
 
+def _drops_what_a_lost_replica_has_not_told(patch: Patch) -> None:
+    patch.setattr(Untold, "fates", lambda *_: [])
+
+
+def _skips_the_clock_of_a_push_of_own_parameters(patch: Patch) -> None:
+    bounded = property(
+        lambda self: frozenset(s.policy.every for s in self.stores if not s.clocked and s.policy.staleness < UNBOUNDED)
+    )
+    patch.setattr(Terms, "_awaited", bounded)
+
+
 def _does_not_wait_for_its_own_writes(patch: Patch) -> None:
     patch.setattr(replica, "window", lambda *_: 0)
 
@@ -136,9 +150,9 @@ def _contributes_to_the_fit_after_its_own(patch: Patch) -> None:
 def _decodes_with_a_wrong_coefficient(patch: Patch) -> None:
     real: Callable[..., list[Any]] = Home._decode  # pyright: ignore[reportPrivateUsage]
 
-    def decode(self: Any, index: int, row: Any, coefficients: Any) -> list[Any]:
+    def decode(self: Any, index: int, row: Any, coefficients: Any, clock: int) -> list[Any]:
         wrong = {r: c if n else c * 1.01 for n, (r, c) in enumerate(coefficients.items())}
-        return real(self, index, row, wrong)
+        return real(self, index, row, wrong, clock)
 
     patch.setattr(Home, "_decode", decode)
 
@@ -160,9 +174,9 @@ def _weighs_a_cut_step_as_a_whole_one(patch: Patch) -> None:
 def _folds_late_work_in_twice(patch: Patch) -> None:
     real: Callable[..., list[Any]] = Home._apply  # pyright: ignore[reportPrivateUsage]
 
-    def apply(self: Any, index: int, chosen: Any, **options: Any) -> list[Any]:
+    def apply(self: Any, index: int, chosen: Any, clock: int | None = None, **options: Any) -> list[Any]:
         late = chosen[-1:] if len(chosen) > 1 and options.get("living") else []
-        return real(self, index, [*chosen, *late], **options)
+        return real(self, index, [*chosen, *late], clock, **options)
 
     patch.setattr(Home, "_apply", apply)
 
@@ -210,6 +224,18 @@ def _sums_a_site_before_its_quorum(patch: Patch) -> None:
         real(self, terms, group, number, began, *rest)
         if isinstance(group.site_quorum, Quorum):
             inside = replace(self._inside, quorum=Quorum(1, late=group.site_quorum.late))
+            self._decision = Decision(terms, inside, began)
+
+    patch.setattr(Site, "__init__", begin)
+
+
+def _waits_in_a_site_past_its_limit(patch: Patch) -> None:
+    real: Callable[..., Any] = Site.__init__
+
+    def begin(self: Any, terms: Any, group: Any, number: int, began: float = 0.0, *rest: Any) -> None:
+        real(self, terms, group, number, began, *rest)
+        if isinstance(group.site_quorum, Quorum):
+            inside = replace(self._inside, quorum=msgspec.structs.replace(group.site_quorum, limit_s=math.inf))
             self._decision = Decision(terms, inside, began)
 
     patch.setattr(Site, "__init__", begin)
@@ -306,6 +332,8 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "a clock is committed before its quorum": _commits_before_the_quorum,
     "folded items are counted as used": _counts_folded_items_as_used,
     "a settlement is lost": _loses_a_settlement,
+    "what a lost replica has not told is dropped": _drops_what_a_lost_replica_has_not_told,
+    "a push of own parameters is left out": _skips_the_clock_of_a_push_of_own_parameters,
     "a replica reads without its own writes": _does_not_wait_for_its_own_writes,
     "a replica takes more often than its policy says": _takes_in_each_step,
     "the decisions of groups are mixed up": _mixes_up_the_decisions_of_groups,
@@ -321,6 +349,7 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "mirrors end without what filters still keep": _ends_without_what_filters_still_keep,
     "differences of versions are published": _publishes_differences_of_versions,
     "a site is summed before its quorum": _sums_a_site_before_its_quorum,
+    "a site waits past its limit": _waits_in_a_site_past_its_limit,
     "a late contribution to a site is lost": _loses_a_late_contribution_of_a_site,
     "the step of a site is divided by all of its replicas": _divides_the_step_of_a_site_by_all_of_its_replicas,
     "a replica does not follow the leader of its site": _goes_on_with_parameters_that_its_leader_has_updated,

@@ -46,6 +46,7 @@ def test_a_planted_bug_is_found(bug: str) -> None:
         found = next((f for _, f in campaign(range(WITHIN)) if f is not None), None)
     assert found is not None
     assert found.violations
+    assert not any(broken.startswith("TypeError") for broken in found.violations), "the patch does not fit the machine"
     assert run(found.case) is None, "without the bug the same case keeps every promise"
 
 

@@ -330,10 +330,8 @@ class Node:
         clock.at(self._free, self.number * KINDS + _TURN, self._turn, self._closed, work, args)
 
     def _turn(self, closed: int, work: Callable[..., None], args: tuple[Any, ...]) -> None:
-        if closed != self._closed:
-            return
-        self._turns -= 1
-        if self.lives:
+        self._turns -= closed == self._closed
+        if self.lives and closed == self._closed:
             work(*args)
 
     def _publish(self, action: protocol.Publish) -> None:

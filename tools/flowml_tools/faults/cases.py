@@ -9,7 +9,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from flowml import sim
 from flowml.policy import Gossip, Policy, Quorum
@@ -17,7 +17,7 @@ from flowml.sim import AT_ONCE, ComputeTimes
 from flowml_runtime.protocol.training.snapshot import Rhythm
 from flowml_runtime.sim.faults import NetworkFaults
 from flowml_runtime.sim.heap import Clock
-from flowml_tools.faults.draws import policies
+from flowml_tools.faults.draws import apart, policies
 from flowml_tools.faults.layout import make
 from flowml_tools.faults.rarer import rarer
 from flowml_tools.faults.world import World
@@ -104,6 +104,7 @@ class Case:
             interrupted_s=interrupted,
             again=not any(p.local or p.adds_up or p.filters or p.pull_filters for p in chosen),
         )
+        case = _longer_after_a_loss(_with_own_parameters_apart(case))
         return _with_slow_homes(_with_snapshots(_in_another_place(case, shared or workers)), shared or workers)
 
     def world(self) -> World:
@@ -184,6 +185,28 @@ def _compute(rng: random.Random) -> sim.ComputeModel:
         lambda: sim.Straggler(base, factor=20, probability=0.1),
     )
     return rng.choice(stalls)()
+
+
+def _with_own_parameters_apart(case: Case) -> Case:
+    """A few cases with layers of own parameters without common clocks, beside one whose late replicas skip clocks, and
+    with a replica that is late. They are drawn from numbers of their own, as what follows."""
+    rng = random.Random(f"apart {case.seed}")
+    if rng.random() >= 0.04 or case.replicas < 3 or case.workers is not None:
+        return case
+    late = sim.Straggler(case.compute, factor=20, workers=tuple(range(case.stages)))
+    most = MOST_STEPS // (case.replicas * case.stages)
+    changes: dict[str, Any] = {"policies": apart(rng, case.replicas), "compute": late, "clocks": max(case.clocks, most)}
+    return replace(case, **changes, lost=None, again=False)
+
+
+def _longer_after_a_loss(case: Case) -> Case:
+    """Half of the cases that lose a replica have so many clocks that it asks for the work of several at once, and tells
+    their fates late."""
+    rng = random.Random(f"longer {case.seed}")
+    if case.lost is None or rng.random() >= 0.5:
+        return case
+    clocks = max(case.clocks, MOST_STEPS // (case.replicas * case.stages))
+    return replace(case, clocks=clocks, source="shipped", lost=(case.lost[0], rng.uniform(0, 0.4 * clocks)))
 
 
 def _with_snapshots(case: Case) -> Case:

@@ -31,7 +31,7 @@ from flowml.policy.apply import base_of, scales
 from flowml_runtime.protocol.training import actions, driver
 from flowml_runtime.protocol.training.snapshot import Save
 from flowml_runtime.protocol.training.terms import Group
-from flowml_tools.faults.history import History, Holds, Matrix, Read, Sent
+from flowml_tools.faults.history import History, Holds, Matrix, Read, Sent, Turn
 from flowml_tools.faults.items import items
 from flowml_tools.faults.snapshots import snapshots
 from flowml_tools.faults.timeline import Commit, Timeline
@@ -105,8 +105,9 @@ def _reached(seen: Timeline, group: Group, commit: Commit, there: list[int], beg
 
 
 def unmet(seen: Timeline, now: float) -> Iterator[str]:
-    """The leaders of the groups whose quorum has a limit that is over."""
+    """The leaders of the groups and sites whose quorum has a limit that is over."""
     for group in seen.terms.groups:
+        yield from _unmet_inside(seen, group, now)
         quorum = group.quorum
         if not isinstance(quorum, Quorum) or group.final:
             continue
@@ -117,6 +118,17 @@ def unmet(seen: Timeline, now: float) -> Iterator[str]:
             there = [r for r in group.senders if seen.has_arrived(group, r, due[len(commits)], len(seen.facts))]
             if quorum.of != "replicas" or len(there) < quorum.need(len(group.senders)):
                 yield leader
+
+
+def _unmet_inside(seen: Timeline, group: Group, now: float) -> Iterator[str]:
+    quorum = group.site_quorum
+    for site in group.sites if isinstance(quorum, Quorum) and quorum.of == "replicas" else ():
+        assert isinstance(quorum, Quorum)
+        newest, began = seen.site_decided(group, site[0], len(seen.facts))
+        later = (c for c in range(newest + 1, seen.terms.total_clocks) if group.every.due(c, seen.terms.last_clock))
+        there = [len(seen.there(group.stores[0], site[0], clock)) for clock in later]
+        if now >= began + quorum.limit_s - _CLOSE and there and there[0] < quorum.need(len(site)):
+            yield seen.places.relay(site)
 
 
 def _sites(seen: Timeline) -> Iterator[str]:
@@ -141,6 +153,9 @@ def _sites(seen: Timeline) -> Iterator[str]:
             gone = seen.gone_at(made.who, made.place)
             if not isinstance(quorum, Quorum) or quorum.of != "replicas":
                 continue
+            fact, (_, began) = seen.facts[made.place], seen.site_decided(group, leader, made.place)
+            if isinstance(fact, Turn) and fact.at > began + quorum.limit_s + _CLOSE:
+                yield f"{where} at clock {made.clock} is made {fact.at - began:g} s after the one before: {quorum}"
             if len(made.there) < min(quorum.need(len(site)), len({*site} - gone)):
                 yield f"{where} at clock {made.clock} has {sorted(made.there)} before its quorum {quorum}"
 

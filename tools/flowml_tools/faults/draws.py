@@ -310,6 +310,20 @@ def policies(rng: random.Random, replicas: int, stores: int, kind: str | None = 
     return _sound(model)
 
 
+def apart(rng: random.Random, replicas: int) -> tuple[Policy, ...]:
+    """Two sound policies: a quorum that late replicas skip clocks for, and own parameters that are not applied at its
+    clocks."""
+
+    def model() -> tuple[Policy, ...]:
+        quorum = Quorum(rng.randint(1, replicas - 1), late=rng.choice(("drop", "requeue")))
+        own = {**_local(rng, replicas), "quorum": None, "staleness": rng.choice([1, 4, UNBOUNDED, UNBOUNDED])}
+        chosen = Policy(quorum=quorum, every=rng.choice([1, 1, 2])), Policy(**own)
+        check_composition({str(i): p for i, p in enumerate(chosen)}, replicas)
+        return chosen
+
+    return _sound(model)
+
+
 def _like(rng: random.Random, replicas: int, quorum: Completion) -> Policy:
     """A sound policy with this quorum."""
     kinds = [_plain, _plain, _filtered, _local] if cutting(quorum) else [_plain]

@@ -7,6 +7,7 @@ stays as it was.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from flowml import filters
 from flowml.errors import PolicyError
 from flowml.policy import (
     UNBOUNDED,
+    Deadline,
     Gossip,
     Hierarchy,
     Mean,
@@ -29,16 +31,30 @@ from flowml.policy import (
 )
 from flowml.policy.graphs import RandomPairs
 
+LIMITS = (1.0, 5.0, 20.0, 100.0)
 _BASES = (Sum(), Outer(), Mix(0.3), StalenessScaled(0.5), StalenessScaled())
 
 
 def rarer(policies: tuple[Policy, ...], replicas: int, seed: int) -> tuple[Policy, ...]:
     """The policies of the stores, where equal ones stay equal."""
-    rng = random.Random(f"rarer {seed}")
-    if rng.random() >= 0.2:
+    policies = _changed(policies, replicas, random.Random(f"limits {seed}"), 0.7, _limited_inside)
+    return _changed(policies, replicas, random.Random(f"rarer {seed}"), 0.2, _rarer)
+
+
+def _changed(
+    policies: tuple[Policy, ...],
+    replicas: int,
+    rng: random.Random,
+    share: float,
+    change: Callable[[random.Random, Policy], Policy],
+) -> tuple[Policy, ...]:
+    """A share of the policies, changed if they are then sound."""
+    if rng.random() >= share:
         return policies
-    found = {policy: _rarer(rng, policy) for policy in dict.fromkeys(policies)}
+    found = {policy: change(rng, policy) for policy in dict.fromkeys(policies)}
     chosen = tuple(found[policy] for policy in policies)
+    if chosen == policies:
+        return policies
     try:
         check_composition({str(i): p for i, p in enumerate(chosen)}, replicas)
     except PolicyError:
@@ -86,9 +102,18 @@ def _apply(rng: random.Random, apply: Any) -> Any:
     return apply
 
 
+def _limited_inside(rng: random.Random, policy: Policy) -> Policy:
+    """A limit of the quorum inside sites, if there is one."""
+    topology = policy.topology
+    if not isinstance(topology, Hierarchy) or not isinstance(topology.quorum, Quorum | Deadline):
+        return policy
+    quorum = msgspec.structs.replace(topology.quorum, limit_s=rng.choice((0.3, 1.0, 5.0, 20.0)))
+    return msgspec.structs.replace(policy, topology=msgspec.structs.replace(topology, quorum=quorum))
+
+
 def _limited(rng: random.Random, policy: Policy) -> Any:
     """A limit that some clocks meet, and which ends the fit at others."""
     quorum = policy.quorum
     if not isinstance(quorum, Quorum) or policy.staleness == UNBOUNDED or not policy.clocked or quorum.cuts:
         return quorum
-    return msgspec.structs.replace(quorum, limit_s=rng.choice([1.0, 5.0, 20.0, 100.0]))
+    return msgspec.structs.replace(quorum, limit_s=rng.choice(LIMITS))

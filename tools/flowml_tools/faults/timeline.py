@@ -6,6 +6,7 @@ with a number counts, as a repeated one changes nothing.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -92,6 +93,8 @@ class Timeline:
     """(group, site) -> clock -> what a site that decides alone has decided first."""
     inner_sums: dict[tuple[int, int], list[InnerSum]] = field(default_factory=lambda: defaultdict(list))
     """(store, leader) -> the sums of such a site."""
+    _heard: dict[tuple[str, int], list[Commit]] = field(default_factory=lambda: defaultdict(list))
+    """(worker, group) -> the decisions that it has heard of."""
     _sites_gone: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
     """As `_gone`, the leaders of sites that send nothing more."""
     _gone: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
@@ -149,6 +152,8 @@ class Timeline:
                 self._arrived.setdefault(key, (place, weight))
             case wire.Export(last=True):
                 self.flushed.setdefault(turn.who, place)
+            case wire.Commit(site=None) as told:
+                self._heard[turn.who, told.group].append(Commit(place, turn.at, told))
             case wire.Retired(replica=replica, of_site=True):
                 self._sites_gone[turn.who].append((place, replica))
             case wire.Retired(replica=replica, stage=stage):
@@ -188,7 +193,7 @@ class Timeline:
             case actions.Forward(parts=(wire.Contribution() as told, *_)):
                 whose = [handles[turn.who, handled[0]] for handled, _ in action.contributions]
                 keys = tuple((w.replica, w.clock) for w in whose)
-                made = SiteSum(place, turn.who, told.clock, keys, self._there(told))
+                made = SiteSum(place, turn.who, told.clock, keys, self.there(told.store, told.replica, told.clock))
                 self.site_sums[told.store, told.replica].append(made)
             case actions.Forward(parts=(wire.Gossip() as told, *_)):
                 whose = [handles[turn.who, handled[0]] for handled, _ in action.contributions]
@@ -229,14 +234,27 @@ class Timeline:
                 found |= {key: decay ** (made.clock - key[1]) / self.sum_weight(store, made) for key in made.keys}
         return found
 
-    def _there(self, told: wire.Contribution) -> frozenset[int]:
+    def there(self, of: int, leader: int, clock: int) -> frozenset[int]:
         """The replicas of a site whose contributions to all stores of the group are at its leader."""
-        stores = self.terms.groups[self.terms.group_of[told.store]].stores
-        found = set(self.site_of(told.store, told.replica))
+        stores = self.terms.groups[self.terms.site_groups[of]].stores
+        found = set(self.site_of(of, leader))
         for store in stores:
             whole, known = len(self.terms.stores[store].stages), self._at_leaders[store]
-            found = {r for r in found if len(known.get((r, told.clock), ())) == whole}
+            found = {r for r in found if len(known.get((r, clock), ())) == whole}
         return frozenset(found)
+
+    def site_decided(self, group: Group, leader: int, place: int) -> tuple[int, float]:
+        """The newest clock that a site has decided before a place, or that the others have decided without it, and when
+        it has done so or heard of it."""
+        who, store = self.places.relay((leader,)), group.stores[0]
+        sums = (*self.site_sums[store, leader], *self.inner_sums[store, leader])
+        at = [(s.clock, self.facts[s.place]) for s in sums if s.place < place]
+        found = [(clock, fact.at) for clock, fact in at if isinstance(fact, Turn)]
+        above = group.number if group.above is None else group.above
+        heard = (c for c in self._heard[who, above] if c.place < place and leader in c.message.excluded)
+        found += [(c.message.clock, c.at) for c in heard]
+        newest = max((clock for clock, _ in found), default=-1)
+        return newest, min((at for clock, at in found if clock == newest), default=self.began.get(who, math.inf))
 
     @property
     def turns(self) -> Iterable[Turn]:

@@ -226,7 +226,7 @@ class World:
         if self.driver.machine.over:
             self.history.summary = self.driver.machine.ledger.summary()
             for told in self.driver.machine.traffic.values():
-                for store, _, _, pushed, published in told.stores:
+                for store, _, _, pushed, published, _ in told.stores:
                     before = self.history.traffic.get(store, (0, 0))
                     self.history.traffic[store] = before[0] + pushed, before[1] + published
 
@@ -350,7 +350,7 @@ class Driver:
                     simulation.deliver(name, batch, ())
             case driver.SendSource():
                 pass  # the values of items need no data
-            case driver.Note() | driver.NoteWaits() | driver.NoteStaleness():
+            case driver.Note() | driver.NoteWaits() | driver.NoteStaleness() | driver.NoteForwarded():
                 pass  # for the history of a fit
             case driver.KeepState(_, handle):
                 self._payloads.pop(handle or 0)

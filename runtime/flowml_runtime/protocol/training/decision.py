@@ -134,6 +134,8 @@ class Decision:
                         return []
                 elif not self._arrive(event, now):
                     return []
+            case Tick() if now < self._wake:
+                return []  # another machine here has asked for this time
             case Tick():
                 self._wake = -math.inf
             case _ if self._terms.speculation:
