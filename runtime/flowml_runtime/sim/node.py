@@ -315,9 +315,7 @@ class Node:
 
     def _seconds(self, store: int, nbytes: int) -> float:
         """How long an apply of so many bytes takes here. It is counted."""
-        seconds = self.world.homes.seconds(nbytes, self.number)
-        self.counts.worked(store, seconds)
-        return seconds
+        return self.counts.worked(store, self.world.homes.seconds(nbytes, self.number))
 
     def _in_turn(self, seconds: float, work: Callable[..., None], *args: Any) -> None:
         """Do work of a home that takes so long after all that was given before, as on the lane of its device."""

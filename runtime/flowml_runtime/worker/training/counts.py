@@ -44,13 +44,13 @@ class Counts:
         """Count what the home of a store sends to those of other stores that the optimizer couples to it."""
         self._rows[store][_SHARED] += nbytes
 
-    def worked(self, store: int, seconds: float) -> None:
-        """A home here has worked for a store. Applies without a model take no time, and count nothing."""
-        if not seconds:
-            return
-        row = self._work.setdefault(store, [0, 0.0])
-        row[0] += 1
-        row[1] += seconds
+    def worked(self, store: int, seconds: float) -> float:
+        """A home here has worked for a store, if it takes time in a simulation. Returns the seconds."""
+        if seconds:
+            row = self._work.setdefault(store, [0, 0.0])
+            row[0] += 1
+            row[1] += seconds
+        return seconds
 
     def work(self) -> tuple[tuple[int, int, float], ...]:
         """The work of the homes here, for `wire.Traffic.homes`."""
