@@ -173,6 +173,16 @@ def test_the_reference_is_what_the_docstrings_say() -> None:
     assert check.returncode == 0, "docs/reference.md is out of date: run `make reference`"
 
 
+def test_the_tests_that_the_page_on_loops_names_are_there() -> None:
+    rows = [line for line in (ROOT / "docs" / "loops.md").read_text().splitlines() if "::test_" in line]
+    for row in rows:
+        file = Path()
+        for path, name in re.findall(r"`([\w/.]*)::(test_\w+)`", row):
+            file = ROOT / "tests" / path if path else file
+            assert f"\ndef {name}(" in file.read_text(), f"{file} has no {name}"
+    assert len(rows) > 20
+
+
 def test_the_table_of_optimizers_says_how_they_run() -> None:
     if f"optax=={optax.__version__}" not in (ROOT / "constraints.txt").read_text():
         pytest.skip("another optax has other optimizers")
