@@ -25,6 +25,7 @@ from flowml_tools.bench import (
     memory,
     pipeline,
     policies,
+    recovery,
     simulator,
     stragglers,
     training,
@@ -53,6 +54,7 @@ BENCHMARKS = {
         loops,
         filters,
         policies,
+        recovery,
     )
 }
 DESCRIPTION = (
