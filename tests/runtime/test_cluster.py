@@ -345,3 +345,9 @@ def test_eight_workers_start_with_little_more_work_than_one() -> None:
             processes = psutil.Process().children(recursive=True)
             spent_s.append(sum(t.user + t.system for t in (p.cpu_times() for p in processes)))
     assert spent_s[1] < 3 * spent_s[0], "eight that import it would take nearly eight times as long"
+
+
+def test_workers_share_the_import_of_what_trains() -> None:
+    program = "import sys, flowml_runtime.launch.zygote; print('flowml_runtime.worker.training.host' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "True"  # else each worker imports it when it first trains
