@@ -279,8 +279,9 @@ def _counts_a_site_as_one_replica(patch: Patch) -> None:
 def _leaves_before_it_has_relayed_the_sum_of_its_site(patch: Patch) -> None:
     real: Callable[..., list[Any]] = Member.total
 
-    def total(self: Any, part: int, clock: int) -> list[Any]:
-        return real(self, part, clock) or ([] if self.leads or self._store in self._node.world.layout.local else [None])
+    def total(self: Any, part: int, clock: int, given_up: Any) -> list[Any]:
+        early = [] if self.leads or self._store in self._node.world.layout.local else [None]
+        return real(self, part, clock, given_up) or early
 
     patch.setattr(Member, "total", total)
 
