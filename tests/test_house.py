@@ -157,6 +157,13 @@ def test_every_module_says_what_it_is_for() -> None:
     assert [relative(f) for f in SOURCES if not ast.get_docstring(ast.parse(f.read_text()))] == []
 
 
+def test_the_layout_names_every_module() -> None:
+    layout = (ROOT / "ARCHITECTURE.md").read_text().partition("## From function to plan")[0]
+    named = set(re.findall(r"\w+", layout))
+    modules = [f for package in PACKAGES[:2] for f in package.rglob("*.py") if f.stem != "__init__"]
+    assert [relative(f) for f in modules if f.stem not in named] == []
+
+
 def test_the_version_has_one_source() -> None:
     import flowml as fm
 
