@@ -35,7 +35,7 @@ class Mean(Value, frozen=True, tag=True):
 
 
 class Sum(Value, frozen=True, tag=True):
-    """Apply the sum of the mean gradients of the steps, as if each were applied alone: `"sum"`."""
+    """Apply the sum of the mean gradients of all replicas' steps, as if each were applied alone: `"sum"`."""
 
     averages = False
 

@@ -70,8 +70,8 @@ class Policy(Value, frozen=True):
         pull_filters: the same for the parameters that the home publishes: they act on the difference to what readers
             have, so that what they leave out is part of the next one.
         apply: `"mean"` divides by the number of microbatch gradients that took part, `"sum"` only by the
-            microbatches of one step; `Outer(optimizer)` gives the mean to an optimizer of the home; others are in
-            `flowml.policy.apply`.
+            microbatches of a replica's step; `Outer(optimizer)` gives the mean to an optimizer of the home; others
+            are in `flowml.policy.apply`.
 
     Raises:
         PolicyError: for a composition that is not sound, or a value that a knob does not have.
