@@ -86,17 +86,21 @@ class StorePlanner:
         return [warning]
 
     def _coupling_notes(self) -> list[str]:
-        """Say which layers share a home because of the optimizer, and warn of those that it couples across clocks."""
+        """Warn of layers that the optimizer couples across clocks."""
         layers = list(map(layer_of, self.paths))
         across = [note for use, _ in self.optimizers.uses(self._of_leaves) for note in across_clocks(use, layers)]
         for note in across:
             warnings.warn(f"{note}; give these layers the same quorum, topology and every", FlowmlWarning, stacklevel=2)
-        shared = [
+        return [f"{note}." for note in across]
+
+    def _shared_homes(self) -> list[str]:
+        """Say which layers share a home because of the optimizer."""
+        layers = list(map(layer_of, self.paths))
+        return [
             f"{named(names)} share a home: the optimizer couples them, and {why}."
             for group, why in self._coupled
-            if len(names := tuple(dict.fromkeys(layers[leaf] for leaf in group))) > 1 and self.replicas > 1
+            if len(names := tuple(dict.fromkeys(layers[leaf] for leaf in group))) > 1
         ]
-        return [*(f"{note}." for note in across), *shared]
 
     @cached_property
     def _of_leaves(self) -> list[Policy]:
@@ -191,7 +195,9 @@ class StorePlanner:
     def stores(self, graph: Graph, contributions: Contributions, stages: Sequence[str]) -> tuple[StoreDraft, ...]:
         """Group leaves into stores and their contributions into parts by stage, on a placed graph."""
         stage_of = {name: i for i, name in enumerate(stages)}
-        groups = self._groups(alone=self.replicas == 1 and len(stages) == 1)
+        alone = self.replicas == 1 and len(stages) == 1  # all layers share a home then
+        self.notes.extend([] if alone else self._shared_homes())
+        groups = self._groups(alone)
         groups = [part for group in groups for part in self._by_stage(graph, group, contributions)]
         made = positions(graph)
         groups = pack(self._bundle(graph, group, contributions, made) for group in groups)

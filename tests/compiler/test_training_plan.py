@@ -108,6 +108,20 @@ def test_coupled_layers_share_a_home_where_contributions_share_no_clock() -> Non
     assert any("l0, l1, l2, l3 share a home" in note and "share no clock" in note for note in plan.notes)
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_layers_that_share_a_home_because_an_operation_cannot_be_divided_are_named(replicas: int) -> None:
+    plan = compiled(replicas=replicas, placement=fm.Pipeline(2), optimizer=optax.flatten(optax.adam(1e-3)))
+    assert plan.training is not None and len(plan.training.stores) == 1
+    said = "l0, l1, l2, l3 share a home: the optimizer couples them, and its concatenate of them cannot be divided."
+    assert plan.notes.count(said) == 1
+    assert said in plan.explain()
+
+
+def test_layers_of_a_lone_device_share_a_home_anyway() -> None:
+    plan = compiled(workers=1, optimizer=optax.flatten(optax.adam(1e-3)))
+    assert not any("share a home" in note for note in plan.notes)
+
+
 def test_coupled_layers_of_several_clocks_are_coupled_apart() -> None:
     with pytest.warns(fm.FlowmlWarning, match="the optimizer couples l0 and l1, l2, l3, which share no clock"):
         plan = compiled(replicas=2, optimizer=CLIPPED, policies={"l0*": fm.policies.every(2)})
