@@ -428,10 +428,11 @@ def register_array_like(kind: type) -> None:
     """Let JAX take objects of a subclass of `jax.Array` as arguments. It gets the value by `__jax_array__` when it
     needs it.
 
-    Without these tables `jax.jit`, and with it most of `jax.numpy`, refuses all types but its own.
+    Without these tables `jax.jit`, and with it most of `jax.numpy`, refuses all types but its own. The registry gives a
+    repeated call of `jit` the value at once, and `jax.device_get` the array below a typed key.
     """
     try:
-        from jax._src import core, dtypes
+        from jax._src import core, dtypes, tree_util
 
         def shard(arrays: Sequence[Any], shardings: Any, layouts: Any, copy: Any) -> Any:
             return pxla.shard_args(shardings, layouts, copy, [a.__jax_array__() for a in arrays])  # pyright: ignore
@@ -439,5 +440,8 @@ def register_array_like(kind: type) -> None:
         core.pytype_aval_mappings[kind] = lambda array: array.aval
         pxla.shard_arg_handlers[kind] = shard
         dtypes.canonicalize_value_handlers[kind] = lambda array, **_: array.__jax_array__()
+        tree_util.dispatch_registry.register_node(
+            kind, lambda array: ((array.__jax_array__(),), None), lambda _, values: values[0]
+        )
     except (ImportError, AttributeError, TypeError):  # another version of JAX: jnp.asarray still takes the objects
         return

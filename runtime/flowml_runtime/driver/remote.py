@@ -375,8 +375,7 @@ class Remote(jax.Array):
         return format(self.fetch(), spec) if spec else repr(self)
 
     def __array__(self, dtype: Any = None, context: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = np.asarray(self.fetch())
-        return array if dtype is None else array.astype(dtype)
+        return self.fetch().__array__(dtype, context, copy)
 
     def __jax_array__(self) -> jax.Array:
         return self.fetch()
@@ -400,7 +399,18 @@ class Remote(jax.Array):
 
     def __repr__(self) -> str:
         spec = self.kind.spec
-        return f"Remote({spec.dtype}[{','.join(map(str, spec.shape))}] {self.kind.name!r} on {self.kind.device})"
+        return f"Remote({spec.dtype}[{','.join(map(str, spec.shape))}] {self.kind.name!r} {self._state()})"
+
+    def _state(self) -> str:
+        """Where the value is, or why it cannot be used, in a few words."""
+        batch = self._batch
+        if self._index in batch.gone:
+            return batch.gone[self._index].partition("; ")[0]
+        if batch.owner is None:
+            return "is gone: its cluster is closed"
+        if self.kind.worker in batch.lost:
+            return f"is lost with {self.kind.worker}"
+        return "was not made" if batch.error is not None else f"on {self.kind.device}"
 
 
 _batch_of = attrgetter("_batch")

@@ -296,7 +296,7 @@ class Session:
         local = handle.local
         if local is None or handle.plan.ordered or len(handle.steps):
             return self._submitted(handle, inputs)
-        if handle.kinds or Remote in set(map(type, inputs)):
+        if handle.kinds or handle.brought or Remote in set(map(type, inputs)):
             if not local.keeps or self.held.asked or any(len(p.steps) for p in self._dataflow_plans()):
                 return self._submitted(handle, inputs)  # messages that are under way come first
             return self._call_kept(handle, local, inputs)

@@ -1,0 +1,82 @@
+"""Handles of values that stay: how they look, and what NumPy and JAX make of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flowml as fm
+from flowml.errors import ClusterError
+
+
+@pytest.fixture(params=["threads_cluster", "process_cluster"])
+def cluster(request: pytest.FixtureRequest) -> fm.Cluster:
+    return request.getfixturevalue(request.param)
+
+
+def test_numpy_copies_a_handle_as_it_copies_an_array(cluster: fm.Cluster) -> None:
+    array = jnp.zeros(3)
+    held = fm.put(array, cluster)
+    for copied in (np.array(held), np.array(held, copy=True), np.array(held, np.int32), held.__array__(copy=True)):
+        copied[0] = 1  # the caller may write to a copy
+    assert np.asarray(held).tolist() == [0, 0, 0]
+    assert np.asarray(held).flags.writeable == np.asarray(array).flags.writeable
+    with pytest.raises(ValueError, match="copy"):
+        held.__array__(np.int32, copy=False)
+
+
+def test_device_get_brings_handles_of_numbers_and_of_keys(cluster: fm.Cluster) -> None:
+    tree = {"key": jax.random.key(3), "keys": jax.random.split(jax.random.key(1), 2), "x": jnp.ones(3)}
+    got, want = jax.device_get(fm.put(tree, cluster)), jax.device_get(tree)
+    assert type(got["x"]) is np.ndarray
+    for name in ("key", "keys"):
+        assert (type(got[name]), got[name].dtype) == (type(want[name]), want[name].dtype)
+        np.testing.assert_array_equal(jax.random.key_data(got[name]), jax.random.key_data(want[name]))
+
+
+@pytest.mark.parametrize("value", [jnp.ones(3), jax.random.key(3)], ids=["numbers", "key"])
+def test_repeated_calls_of_jit_bring_a_handle_once_each(
+    threads_cluster: fm.Cluster, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, brought = fm.put(value, threads_cluster), list[str]()
+    fetch = fm.Remote.fetch
+    monkeypatch.setattr(fm.Remote, "fetch", lambda remote: brought.append("") or fetch(remote))
+    same = jax.jit(lambda x: x)
+    for _ in range(3):
+        brought.clear()
+        assert same(held).dtype == value.dtype
+    assert len(brought) == 1
+    held.delete()
+    with pytest.raises(ClusterError, match="was deleted by delete"):
+        same(held)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [lambda x: (x, x + 1), lambda x: (x, x.sum()), lambda x: ({"x": x, "y": x * 2}, x.sum()), lambda x: (2.0, x)],
+    ids=["argument", "argument and sum", "argument and product", "constant"],
+)
+def test_an_output_that_nothing_computes_stays_too(cluster: fm.Cluster, outputs: Any) -> None:
+    program = fm.dataflow(outputs, cluster=cluster, keep=0)
+    for _ in range(3):
+        kept, _ = program(jnp.ones(3))
+        for leaf, want in zip(jax.tree.leaves(kept), jax.tree.leaves(outputs(jnp.ones(3))[0]), strict=True):
+            assert type(leaf) is fm.Remote
+            np.testing.assert_array_equal(leaf.fetch(), want)
+
+
+def test_a_handle_shows_that_its_value_cannot_be_used() -> None:
+    with fm.Cluster.threads(workers=1) as cluster:
+        deleted, donated, there = fm.put([np.ones(3, "f")] * 3, cluster)
+        step = fm.dataflow(lambda x: x + 1, cluster=cluster, keep=0, donate_argnums=0)
+        deleted.delete()
+        result = step(donated)
+        assert "'0' was deleted by delete() at " in repr(deleted)
+        assert "'1' was donated to " in repr(donated) and "test_handles.py" in repr(donated)
+        assert repr(there) == "Remote(float32[3] '2' on worker:0/cpu:0)"
+        assert f"{result}" == "Remote(float32[3] 'result' on worker:0/cpu:0)"
+    assert repr(there) == "Remote(float32[3] '2' is gone: its cluster is closed)"
