@@ -1,8 +1,11 @@
-"""Keeps the large arrays that functions close over out of plans.
+"""Keeps out of plans what functions close over: large arrays, and the functions in Python that a task calls.
 
 A plan names such an array by a digest of its bytes. The bytes go once to each device that reads them, and stay there
 while a program uses them. A program for another shape, and another function that closes over the same array, send
 nothing.
+
+Workers of other processes get a copy of what a task calls. A worker in the process that has compiled the plan calls the
+functions themselves, as jit does.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -56,19 +59,44 @@ class Captured:
         return f"Captured({self.digest!r})"
 
 
+class OwnCall:
+    """What a task calls in Python, in the process that compiled it. A plan that was saved or sent has nothing here."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call: Callable[..., Any] | None = None) -> None:
+        self.call = call
+
+    def __eq__(self, other: object) -> bool:
+        """Plans are equal if they say the same, and the pickled form of the call is part of what they say."""
+        return isinstance(other, OwnCall)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __repr__(self) -> str:
+        return "OwnCall()"
+
+
 _alive: weakref.WeakValueDictionary[str, Captured] = weakref.WeakValueDictionary()
 _lock = threading.Lock()
 
 
-def to_plan(value: Any) -> str:
+def to_plan(value: Any) -> str | None:
     """What msgspec writes for a value of a type that it does not know."""
+    if isinstance(value, OwnCall):
+        return None
     if not isinstance(value, Captured):
         raise NotImplementedError(f"a plan holds no {type(value).__name__}")
     return value.digest
 
 
-def from_plan(kind: type, value: Any) -> Captured:
+def from_plan(kind: type, value: Any) -> Captured | OwnCall:
     """What msgspec has read for a type that it does not know."""
+    if kind is OwnCall:
+        if value is not None:
+            raise ValueError("a plan holds no functions of a process")
+        return OwnCall()
     if kind is not Captured or not isinstance(value, str) or len(value) > _MAX_DIGEST:
         raise ValueError("a closed-over array is named by a digest")
     return Captured(value)

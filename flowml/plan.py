@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 
 from flowml.arrays import ArraySpec, Dimension, Index, Shape
-from flowml.captured import Captured, from_plan, to_plan
+from flowml.captured import Captured, OwnCall, from_plan, to_plan
 from flowml.envelope import seal, unseal
 from flowml.errors import FlowmlError, PlanError, PolicyError, named
 from flowml.home import Applies, Buffer, Coupled, Coupling, Local, Reduction, Site
@@ -100,6 +100,7 @@ class Task(msgspec.Struct, frozen=True):
     flops: float = 0.0
     nbytes: float = 0.0
     seconds: float = 0.0
+    own: OwnCall = OwnCall()
 
 
 # Instructions. Buffers are small integers local to one device's program; `message`, `task`, `layer` and

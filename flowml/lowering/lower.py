@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from flowml.captured import OwnCall
 from flowml.errors import UnsupportedError, one_line
 from flowml.ir import _jax, host
 from flowml.ir.cost import node_bytes, node_flops
@@ -120,9 +121,9 @@ def _lower_group(
 ) -> Task:
     if group.calls_python:
         kind = "python"
-        executable = _pickled(group, table)
+        executable, own = _called(group, table)
     else:
-        kind = "xla"
+        kind, own = "xla", OwnCall()
         try:
             executable = _export(graph, group.nodes, group.inputs, group.outputs, table, group.compiled_in)
         except Exception as error:
@@ -140,6 +141,7 @@ def _lower_group(
         flops=sum(node_flops(n) for n in group.nodes),
         nbytes=sum(node_bytes(graph, n) for n in group.nodes),
         seconds=sum(seconds.get(n.id, 0.0) for n in group.nodes),
+        own=own,
     )
 
 
@@ -181,12 +183,15 @@ def _name(group: TaskGroup, layers: Sequence[str]) -> str:
     return f"task{group.index}:{span}"
 
 
-def _pickled(group: TaskGroup, table: ExecutableTable) -> str:
-    """Pickle the recipe of a node that calls Python. Raises UnsupportedError if something in it cannot be pickled."""
+def _called(group: TaskGroup, table: ExecutableTable) -> tuple[str, OwnCall]:
+    """The recipe of a node that calls Python: the key of its pickled form, and the recipe itself.
+
+    Raises UnsupportedError if something in it cannot be pickled.
+    """
     (node,) = group.nodes
     recipe = recipe_of_node(node, group.inputs, group.outputs, table.traceable)
     try:
-        return table.store(dumps(recipe))
+        return table.store(dumps(recipe)), OwnCall(recipe)
     except Exception as error:  # pickling runs code of the user's objects
         found = next(host.calls(node.equation))
         raise UnsupportedError(

@@ -44,6 +44,7 @@ from flowml_runtime.execution.future import Future
 from flowml_runtime.execution.inline import LocalStep
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.execution.recorder import Recorder
+from flowml_runtime.execution.task_functions import own_calls
 from flowml_runtime.execution.window import IN_FLIGHT
 from flowml_runtime.transport.endpoint import Sender
 
@@ -163,10 +164,11 @@ class Session:
         if plan.training is None:
             self._residents.make_room(self._dataflow_plans(), self.max_programs - 1)
         try:
-            captures = shipping.send(self.endpoint, plan_id, loading, self._captured, self)
-            meanwhile()
-            if workers:
-                loading.wait()  # no deadline: the wait itself is bounded by LOAD_DEADLINE_S
+            with own_calls.offered(plan_id, plan):
+                captures = shipping.send(self.endpoint, plan_id, loading, self._captured, self)
+                meanwhile()
+                if workers:
+                    loading.wait()  # no deadline: the wait itself is bounded by LOAD_DEADLINE_S
             only = self._local.get(workers[0]) if len(plan.programs) == 1 else None
             local = only.local_step(plan_id) if only is not None else None
             handle = loaded(plan_id, plan, workers, self._in_flight, local, captures)

@@ -1,8 +1,8 @@
 """Deserialises and compiles a plan's executables for the devices of a worker.
 
 All slow and fallible work happens here, before the first step: StableHLO is deserialised and compiled once for each
-(fingerprint, donation, device), constants are put on their device, and Python callbacks are unpickled where allowed. A
-step only calls functions.
+(fingerprint, donation, device), constants are put on their device, and Python callbacks are unpickled where allowed,
+unless this process has compiled them. A step only calls functions.
 
 Inside a worker every array is a plain one: a typed PRNG key is held as its uint32 key data, and the compiled task wraps
 and unwraps it. Tasks accept NumPy and JAX arrays, since an aligned NumPy view enters XLA on CPU without a copy.
@@ -336,9 +336,11 @@ def _make_all(
             raise FlowmlError(f"task {task.name!r} cannot be compiled: {type(error).__name__}: {reason}") from error
 
     def key(need: _Need) -> tuple[Any, ...]:
-        """Tasks of one key are made once. One Python function may be declared to return several shapes."""
+        """Tasks of one key are made once. One Python function may be declared to return several shapes, and functions
+        of this process may have one pickled form."""
         task = plan.tasks[need.task]
-        return task.executable, need.donate, need.device, task.outputs if task.kind == "python" else ()
+        call = (task.outputs, id(task.own.call)) if task.kind == "python" else ()
+        return task.executable, need.donate, need.device, call
 
     def turn(key: tuple[Any, ...]) -> str:
         if key[0] not in executables:
@@ -419,6 +421,9 @@ def _load_python(plan: Plan, task: Task, device: JaxDevice, allowed: bool, parts
             f"task {task.name!r} is a Python callback, and this worker does not run Python from plans; "
             "start it with allow_python=True if you trust whoever sends it plans"
         )
-    import cloudpickle
+    function = task.own.call
+    if function is None:
+        import cloudpickle
 
-    return python_task(cloudpickle.loads(_executable(plan, task.executable, parts)), task, plan.settings, device)
+        function = cloudpickle.loads(_executable(plan, task.executable, parts))
+    return python_task(function, task, plan.settings, device)

@@ -1,5 +1,9 @@
 """Makes the function of a task from its executable: compiled StableHLO, or Python where this worker allows it.
 
+A worker in the process of the driver calls the functions of the driver's program, not copies of them. While a plan is
+loaded, the driver offers its calls here by the plan's id. No other plan ever has that id, and the worker's part of the
+plan keeps what it has found.
+
 A task that calls Python is a pickled recipe (`flowml.lowering.recipe`), or a plain function of NumPy arrays. A recipe
 that is one call runs on the thread of the step. Any other is traced and compiled here, and XLA calls the Python
 functions on its own threads. XLA reports an exception of theirs as an error of its own, so the exception itself is kept
@@ -9,19 +13,22 @@ and raised instead.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 
+from flowml.captured import OwnCall
 from flowml.ir import host
 from flowml.ir._compiled import compiled
 from flowml.ir._jax import exact_types, is_wide, under
 from flowml.ir.exports import Imported
 from flowml.ir.keys import key_implementation
 from flowml.lowering.recipe import Recipe
-from flowml.plan import ArraySpec, Setting, Task
+from flowml.plan import ArraySpec, Plan, Setting, Task
 from flowml_runtime.transport.arrays import Array, wire_layout
 
 JaxDevice = Any
@@ -29,6 +36,34 @@ JaxDevice = Any
 
 TaskFunction = Callable[..., Sequence[Array]]
 """Takes the task's inputs as positional arguments, returns its outputs."""
+
+
+class OwnCalls:
+    """What the plans that are being loaded call in this process. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._offered: dict[str, tuple[OwnCall, ...]] = {}
+        """Plan id -> the call of each task."""
+
+    @contextmanager
+    def offered(self, plan_id: str, plan: Plan) -> Generator[None]:
+        """Inside the block, workers of this process find the calls of a plan."""
+        self._offered[plan_id] = tuple([task.own for task in plan.tasks])
+        try:
+            yield
+        finally:
+            del self._offered[plan_id]
+
+    def put_into(self, plan_id: str, plan: Plan) -> Plan:
+        """A plan as it has arrived, with its calls if a driver of this process has sent it."""
+        offered = self._offered.get(plan_id)
+        if offered is None:
+            return plan
+        tasks = [msgspec.structs.replace(t, own=own) for t, own in zip(plan.tasks, offered, strict=True)]
+        return msgspec.structs.replace(plan, tasks=tuple(tasks))
+
+
+own_calls = OwnCalls()
 
 
 def buffer_struct(spec: ArraySpec) -> jax.ShapeDtypeStruct:

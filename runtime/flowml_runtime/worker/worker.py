@@ -44,6 +44,7 @@ from flowml_runtime.execution.recorder import Recorder, Span, clock_id, now_ns
 from flowml_runtime.execution.results import Results
 from flowml_runtime.execution.services import DataflowServices, reserve_edges
 from flowml_runtime.execution.step_program import StepProgram, prepare
+from flowml_runtime.execution.task_functions import own_calls
 from flowml_runtime.execution.window import Windows
 from flowml_runtime.links.prober import Prober
 from flowml_runtime.links.traffic import Traffic
@@ -327,7 +328,7 @@ class Worker:
     def _load(self, plan_id: str, hosted: _Hosted) -> None:
         try:
             data, parts = hosted.arriving.taken()
-            plan = Plan.decode(data.tobytes(), f"plan {plan_id}")
+            plan = own_calls.put_into(plan_id, Plan.decode(data.tobytes(), f"plan {plan_id}"))
             held = self._keeping.held(hosted.driver, hosted.held, f"plan {plan.name!r}")
             programs = load_programs(plan, self.devices, self._cache, python=self.python, parts=parts, held=held)
             del data, parts, held
