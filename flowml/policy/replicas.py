@@ -18,7 +18,7 @@ from flowml.policy.graphs import CompleteGraph
 from flowml.policy.late import Fold, late_name
 from flowml.policy.quorum import Coded, Deadline, Quorum
 from flowml.policy.rhythm import ONCE
-from flowml.policy.topology import Gossip
+from flowml.policy.topology import Gossip, Hierarchy
 from flowml.policy.wording import Value, brief
 
 if TYPE_CHECKING:
@@ -224,11 +224,12 @@ def _check_local(policy: Policy) -> None:
 def _check_summed(policy: Policy, payload: str) -> None:
     """Check that what replicas add up among themselves is all that the global parameters need. Each holds a copy."""
     topology, kind = f"topology={policy.topology!r}", base_of(policy.apply)
-    if policy.sited:
+    if isinstance(policy.topology, Hierarchy):
         raise PolicyError(
-            f"{topology} with {payload} is not sound: what leaders add up has to count by the replicas of their sites, "
-            "and a sum of changes does not know them; use a Hierarchy with remote=flowml.ParameterServer() or "
-            "flowml.Gossip('complete'), or payload=Gradient()"
+            f"{topology} with {payload} is not sound: what sites add up has to count by the replicas of each, and a "
+            "sum of changes does not know them; use a Hierarchy with remote=flowml.ParameterServer() or "
+            "flowml.Gossip('complete'), or payload=Gradient(), or topology=flowml.AllReduce(), with which each replica "
+            "has parameters of its own"
         )
     if isinstance(kind, Consensus | Distill):
         raise PolicyError(

@@ -97,3 +97,49 @@ def test_other_pairs_are_refused_with_the_reason(local: Any, remote: Any) -> Non
     }.get(type(local), "share no memory")
     with pytest.raises(fm.PolicyError, match=f"is not sound: .*{why}.*; give "):
         fm.Hierarchy(local, remote)
+
+
+def in_sites(params: Any, sites: Any, payload: Any, every: int, steps: int, inner: Any) -> Any:
+    """Each site makes one step of its mean gradient. Every so many steps, and at the end, gradients since then are
+    applied to the parameters of all, or the parameters of sites are averaged, by the numbers of their replicas."""
+    alone = isinstance(payload, fm.Gradient)
+    own, states, kept = [params] * len(sites), [inner.init(params)] * len(sites), []
+    counts = [len(site) / 4 for site in sites]
+    for step in range(steps):
+        due = (step + 1) % every == 0 or step == steps - 1
+        gradients = [
+            averaged([1 / len(site)] * len(site), [jax.grad(loss)(p, share(step % STEPS, r)) for r in site])
+            for p, site in zip(own, sites, strict=True)
+        ]
+        if alone:
+            kept.append(averaged(counts, gradients))
+            if due:
+                update, states[0] = inner.update(averaged([1 / len(kept)] * len(kept), kept), states[0], own[0])
+                own, kept = [optax.apply_updates(own[0], update)] * len(sites), []
+            continue
+        for i, gradient in enumerate(gradients):
+            update, states[i] = inner.update(gradient, states[i], own[i])
+            own[i] = optax.apply_updates(own[i], update)
+        if due:
+            own = [averaged(counts, own)] * len(sites)
+    return own[0]
+
+
+@pytest.mark.parametrize("sites", SITES, ids=["uneven", "even"])
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("payload", [fm.Gradient(), fm.Delta(), fm.Weights()], ids=str)
+def test_each_payload_and_rhythm_of_sites_equals_its_loop_or_is_refused(payload: Any, every: int, sites: Any) -> None:
+    policies: dict[str, fm.Policy] = {}
+    for local, remote in product((*LOCAL, fm.Hierarchy()), REMOTE):
+        topology, sums = fm.Hierarchy(local, remote, sites), not isinstance(remote, fm.ParameterServer)
+        if sums and payload != fm.Gradient():
+            with pytest.raises(fm.PolicyError, match=r"by the replicas of each.*; use a Hierarchy with remote="):
+                fm.Policy(topology=topology, every=every, payload=payload)
+        else:
+            policies[f"layer{len(policies):02}"] = fm.Policy(topology=topology, every=every, payload=payload)
+    params, inner, cluster = layers(len(policies)), optax.adam(0.05), fm.SimulatedCluster(4, fm.sim.Constant(0.1), FAST)
+    trainer = fm.Trainer(loss, inner, cluster=cluster, replicas=4, policies=policies)
+    found = trainer.fit(params, SOURCE, batch_size=BATCH, steps=6, shuffle=False, progress=False)
+    expected = in_sites(params, sites, payload, every, 6, inner)
+    for name, value in found.params.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-5, err_msg=str(policies[name]))
