@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import flowml as fm
-from flowml.errors import ClusterError
+from flowml.errors import ClusterError, WorkerError, WorkerLostError
+from tests.conftest import wait_until
+from tests.stalls import stop
 
 
 @pytest.fixture(params=["threads_cluster", "process_cluster"])
@@ -80,3 +82,34 @@ def test_a_handle_shows_that_its_value_cannot_be_used() -> None:
         assert repr(there) == "Remote(float32[3] '2' on worker:0/cpu:0)"
         assert f"{result}" == "Remote(float32[3] 'result' on worker:0/cpu:0)"
     assert repr(there) == "Remote(float32[3] '2' is gone: its cluster is closed)"
+
+
+def fail(value: Any) -> Any:
+    raise ZeroDivisionError("no such quotient")
+
+
+def divide(x: Any) -> Any:
+    return jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32), x)
+
+
+def test_a_value_that_was_not_made_raises_the_kind_of_error_of_its_call(threads_cluster: fm.Cluster) -> None:
+    value = fm.dataflow(divide, cluster=threads_cluster, keep=0)(np.float32(1))
+    with pytest.raises(WorkerError, match="was not made: ZeroDivisionError: no such quotient"):
+        value.fetch()
+    assert repr(value) == "Remote(float32[] 'result' was not made)"
+
+
+def test_values_of_a_call_that_loses_a_worker_are_lost_wherever_they_are() -> None:
+    with fm.Cluster.local(workers=2) as cluster:
+        place = {"a": "worker:0", "b": "worker:1"}
+        step = fm.dataflow(lambda s: {k: v + 1 for k, v in s.items()}, cluster=cluster, placement=place, keep=0)
+        state = jax.block_until_ready(step({"a": jnp.ones(3), "b": jnp.ones(3)}))
+        stop(cluster.pids["worker:1"])
+        state = step(step(state))  # in flight
+        cluster.end_worker("worker:1")
+        wait_until(lambda: len(cluster.devices) == 1, "the loss is known", 30)
+        for use in (state["a"].fetch, state["b"].fetch, lambda: step(state)):
+            with pytest.raises(WorkerLostError, match="worker:1 was lost") as raised:
+                use()
+            assert raised.value.worker == "worker:1"
+        assert "was not made" in repr(state["a"]) and "is lost with worker:1" in repr(state["b"])

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from flowml.devices import worker_of
-from flowml.errors import ClusterError, FlowmlError, WorkerLostError
+from flowml.errors import ClusterError, DeadlineError, FlowmlError, WorkerError, WorkerLostError
 from flowml.ir._jax import ArrayImpl, array_type, default_sharding, register_array_like, struct_of
 from flowml.ir.keys import key_dtype
 from flowml.plan import ArraySpec
@@ -263,8 +263,7 @@ class Remote(jax.Array):
                 "have fetched or saved",
                 worker=self.kind.worker,
             )
-        reason = str(batch.error).partition("\n")[0]
-        raise FlowmlError(f"{what} was not made: {reason}") from batch.error
+        raise _not_made(what, batch.error) from batch.error
 
     def is_usable(self) -> bool:
         """For the runtime: whether `check` raises nothing."""
@@ -411,6 +410,18 @@ class Remote(jax.Array):
         if self.kind.worker in batch.lost:
             return f"is lost with {self.kind.worker}"
         return "was not made" if batch.error is not None else f"on {self.kind.device}"
+
+
+def _not_made(what: str, cause: BaseException | None) -> FlowmlError:
+    """The error of a value whose call failed: of the kind of its cause, so that a caller catches both alike.
+
+    It has no step, because no step of the call that needs the value has begun.
+    """
+    reason, _, _ = str(cause).partition("\n")
+    text = f"{what} was not made: {reason}"
+    if isinstance(cause, WorkerLostError | DeadlineError | WorkerError):
+        return type(cause)(text, worker=cause.worker, node=cause.node)
+    return FlowmlError(text)
 
 
 _batch_of = attrgetter("_batch")
