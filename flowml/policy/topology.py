@@ -68,8 +68,9 @@ class Gossip(Value, frozen=True, tag=True):
             row for each replica, or a graph of `flowml.policy.graphs`.
         every: the number of steps between two rounds. In `Policy(topology=Gossip(...), every=k)` k is meant.
         pull: with `apply=Outer(optimizer)`, how much of a replica's distance from the average of its neighbours is
-            added to the gradient of the outer optimizer. With filters that lose something, by what share of the
-            distance of the public copies a replica moves in a round, in (0, 1].
+            added to the gradient of the outer optimizer: any number above 0. With filters that lose something, by what
+            share of the distance of the public copies a replica moves in a round, in (0, 1]. Else it has no effect,
+            and a policy refuses another than 1.
     """
 
     graph: Graph = RingGraph()
@@ -89,8 +90,11 @@ class Gossip(Value, frozen=True, tag=True):
         msgspec.structs.force_setattr(self, "every", every)
         msgspec.structs.force_setattr(self, "graph", as_graph(self.graph))
         pull = real(self.pull)
-        if pull is None or not 0 <= pull < math.inf:
-            raise PolicyError(f"Gossip(pull={self.pull!r}): it multiplies a distance; give a number of at least 0")
+        if pull is None or not 0 < pull < math.inf:
+            raise PolicyError(
+                f"Gossip(pull={self.pull!r}): it multiplies the distance from the neighbours, and without it replicas "
+                "would never agree; give a number above 0"
+            )
         msgspec.structs.force_setattr(self, "pull", pull)
 
     def __repr__(self) -> str:

@@ -45,5 +45,15 @@ def test_a_layer_counts_the_items_that_its_home_applied(late: str, other: str) -
     assert any(row[i : i + 4] == fates for i in range(len(row)))
 
 
+@pytest.mark.parametrize("other", OTHERS)
+def test_only_layers_that_decide_are_listed(other: str) -> None:
+    ledger = fitted("drop", OTHERS[other]).ledger
+    found = [name[0] for name in ledger.groups]
+    if other in ("synchronous", "quorum"):
+        assert found == ["a", "b"]
+    else:
+        assert found == ["a"] and ledger.dropped == 0
+
+
 def test_one_rule_for_all_layers_needs_no_groups() -> None:
     assert fitted("drop", fm.policies.quorum(0.5)).ledger.groups == {}

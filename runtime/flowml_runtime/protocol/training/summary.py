@@ -31,7 +31,9 @@ class Summary:
     """The summary of a run. `epochs` and `replicas` hold one Tally each, in order; the totals count items.
 
     An item is used if some layer uses it. `groups` has a Tally for each group of layers that decides alone, by its
-    name; it is empty if there is only one. `duplicate` counts grants of items of which another grant is used.
+    name; it is empty if one decides for all. Layers that decide nothing, because their contributions are applied on
+    arrival or added up among replicas, use every item and have none. `duplicate` counts grants of items of which
+    another grant is used.
 
     `unseen` of a replica is always 0, because an item that was not begun belongs to no replica. `seen` lists how many
     examples took part how many times; it is empty if it was not requested. `nonfinite` counts, by layer and replica,
