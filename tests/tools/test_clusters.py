@@ -93,6 +93,25 @@ def test_run_shows_an_error_of_flowml_as_one_line(flowml, script) -> None:
     assert re.fullmatch(r"flowml: error: .*worker:9.*\n", done.stderr)
 
 
+AT_END = """
+import atexit, sys
+import jax.numpy as jnp
+import flowml as fm
+
+double = fm.dataflow(lambda x: x * 2, keep="*")
+state = double(jnp.arange(3.0))
+atexit.register(lambda: print("kept", state.fetch(), "called", double(state).fetch()))
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("options", [("run", "--jit", "auto"), ("trace", "-o", "out.json")])
+def test_what_a_script_does_at_its_end_has_the_cluster(flowml, script, options: tuple[str, ...]) -> None:
+    command, *rest = options
+    done = flowml(command, "--workers", "2", *rest, script(AT_END))
+    assert (done.returncode, done.stdout) == (7, "kept [0. 2. 4.] called [0. 4. 8.]\n"), done.stderr
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_run_takes_its_workers_with_it(start_flowml, script, stop: signal.Signals) -> None:
     process = start_flowml("run", "--workers", "2", script(WAITS))

@@ -14,6 +14,7 @@ import pytest
 import flowml as fm
 from flowml_tools.main import main
 from flowml_tools.trace import Told, story
+from tests.tools.conftest import Flowml
 
 SCRIPT = """
 import jax.numpy as jnp, numpy as np, flowml as fm
@@ -74,11 +75,10 @@ def test_events_are_ordered_by_time_and_by_cause_where_clocks_disagree() -> None
     assert [re.search(r"ms  (\S+)", line)[1] for line in story(told)] == ["c#0.1", "a#0.1", "b#0.1", "b#0.2"]  # pyright: ignore
 
 
-def test_a_script_is_recorded_with_its_arguments(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_script_is_recorded_with_its_arguments(tmp_path: Path, flowml: Flowml) -> None:
     script, out = tmp_path / "script.py", tmp_path / "out.json"
     script.write_text(SCRIPT)
-    assert main(["trace", "--workers", "1", str(script), "-o", str(out), "hello"]) == 0
-    assert "hello 0.0" in capfd.readouterr().out
+    assert "hello 0.0" in flowml("trace", "--workers", "1", script, "-o", out, "hello", check=True).stdout
     assert {e.get("cat") for e in json.loads(out.read_text())["traceEvents"]} >= {"run"}
 
 

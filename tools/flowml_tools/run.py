@@ -62,11 +62,11 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     path = script(arguments.file)
-    with cluster(arguments) as made:
-        if arguments.jit is None:
-            run_script(path, arguments.args)
-        else:
-            run_with_auto_jit(path, arguments.args, made)
+    made = entered(cluster(arguments))
+    if arguments.jit is None:
+        run_script(path, arguments.args)
+    else:
+        run_with_auto_jit(path, arguments.args, made)
     return 0
 
 
@@ -102,6 +102,12 @@ def cluster(arguments: argparse.Namespace) -> Cluster:
         transport=arguments.transport,
         checksum=arguments.checksum,
     )
+
+
+def entered(made: Cluster) -> Cluster:
+    """Make `made` the cluster of a script. It is closed when this process ends, after all that the script leaves for
+    its end: threads that still run, and atexit handlers. These run in reverse order, that of the cluster last."""
+    return made.__enter__()
 
 
 def run_script(path: Path, args: list[str]) -> None:

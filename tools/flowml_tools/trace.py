@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flowml_tools.command import CommandError
-from flowml_tools.run import add_cluster, cluster, run_script
+from flowml_tools.run import add_cluster, cluster, entered, run_script
 from flowml_tools.script import script
 
 SUMMARY = "record a run for Perfetto, or tell a recorded one as a story"
@@ -48,7 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise CommandError("give a script and -o OUT.json to record it, or --story OUT.json to read what was recorded")
     output, args = _output(arguments.output, arguments.args)
     path = script(arguments.file)
-    with cluster(arguments) as running, running.trace(output):
+    with entered(cluster(arguments)).trace(output):
         run_script(path, args)
     return 0
 
