@@ -34,7 +34,7 @@ from flowml.lowering.lower import ExecutableTable, compile_in_constants, lower_g
 from flowml.lowering.partition import partition
 from flowml.lowering.program import Bindings, emit, route
 from flowml.lowering.schedule import Schedule, schedule
-from flowml.lowering.stay import Stay, in_order_of_call, relay, sent, settled
+from flowml.lowering.stay import Stay, in_order_of_call, own_outputs, relay, sent, settled
 from flowml.lowering.verify import verify_plan, verify_schedule
 from flowml.placement import Placement, place
 from flowml.placement.estimate import estimate
@@ -177,6 +177,7 @@ def compile_graph(
     choices = place(graph, devices, placement, links, held)
     verify_placed(graph, choices.assignment, devices)
     graph = partition(graph, choices.assignment)
+    graph = own_outputs(graph, stay, devices[0].name)
     graph, relayed = relay(graph, {**settled(graph, stay), **held})
     verify_partitioned(graph)
     by_name = {d.name: d for d in devices}

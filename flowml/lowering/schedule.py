@@ -92,6 +92,7 @@ def _levels(graph: Graph) -> dict[int, int]:
             level = max(level, levels[parent.id] + apart)
         levels[node.id] = level
     _sink_cheap(graph, levels)
+    _sink_copies(graph, levels)
     return levels
 
 
@@ -103,6 +104,18 @@ def _sink_cheap(graph: Graph, levels: dict[int, int]) -> None:
         stays = exported.intersection(node.outputs) or any(u.device != node.device for u in users)
         if users and not stays and is_cheap(graph, node):
             levels[node.id] = min(levels[u.id] for u in users)
+
+
+def _sink_copies(graph: Graph, levels: dict[int, int]) -> None:
+    """Move a copy of an input for an output to the level of the last reader of the input on its device.
+
+    If the input is donated, the copy can then be in its memory.
+    """
+    for node in graph.nodes:
+        if node.op == "copy" and not graph.consumers.get(node.outputs[0]):
+            for value in node.reads:
+                if value not in graph.producer:
+                    levels[node.id] = max(levels[u.id] for u in graph.consumers[value] if u.device == node.device)
 
 
 def _segments(graph: Graph, levels: Mapping[int, int], milestones: Sequence[Sequence[int]]) -> dict[int, int]:

@@ -19,11 +19,10 @@ import numpy as np
 from flowml.arguments import choice, is_text
 from flowml.errors import PolicyError, named
 from flowml.ir import _jax
-from flowml.ir.graph import Graph, Node, Operand
+from flowml.ir.graph import Graph, Operand
 from flowml.ir.label import layer_of
-from flowml.ir.scopes import Scope
 from flowml.lowering.schedule import Schedule, in_turn
-from flowml.lowering.stay import relay
+from flowml.lowering.stay import Copies, relay
 from flowml.policy import Coded, Policy, Speculate
 
 Rule = Literal["mean", "max", "sum", "first", "local"]
@@ -174,17 +173,13 @@ def settle(graph: Graph, inputs: Sequence[int], first: int) -> tuple[Graph, Stat
         devices.append(made if made in readers or not readers else readers[0])
     graph, _ = relay(graph, dict(zip(inputs, devices, strict=True)))
     used = set(graph.outputs[:first])
-    nodes, values, avals = list(graph.nodes), dict(graph.values), dict(graph.avals)
+    added = Copies(graph)
     for i, (value, device) in enumerate(zip(outputs, devices, strict=True)):
         if value in used or graph.producer[value].device != device:
-            outputs[i] = copy = max(values) + 1
-            values[copy], avals[copy] = values[value], avals[value]
-            number, layer = max(n.id for n in nodes) + 1, graph.producer[value].layer
-            equation = _jax.copy_equation(avals[value])
-            nodes.append(Node(number, "copy", (value,), (copy,), Scope((), ()), layer, device, equation))
+            outputs[i] = added.add(value, graph.producer[value].layer, device)
         used.add(outputs[i])
     changed = (*graph.outputs[:first], *outputs, *graph.outputs[first + len(inputs) :])
-    graph = replace(graph, nodes=tuple(nodes), values=values, avals=avals, outputs=changed)
+    graph = added.placed(replace(graph, outputs=changed))
     return graph, StateValues(tuple(inputs), tuple(outputs), tuple(devices))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -49,15 +49,19 @@ class Keep:
             raise TypeError(f"keep={given!r}: {_FIX}")
         return Keep(positions=tuple(numbers), patterns=tuple(patterns))
 
-    def outputs(self, traced: Trace, returned: Returned, name: str) -> frozenset[int]:
-        """The flat outputs of a function that stay. Raises ValueError for a position or pattern without outputs."""
+    def outputs(self, traced: Trace, returned: Returned, name: str, held: Container[int] = ()) -> frozenset[int]:
+        """The flat outputs of a function that stay. Raises ValueError for a position or pattern without outputs.
+
+        `held` are the inputs that are on a device.
+        """
         graph = traced.graph
         tree = traced.out_tree if returned.plain else returned.tree
         leaves = _leaves(traced, returned, tree.num_leaves)
         flat = {i for found in leaves.values() for i in found}
         kept: set[int] = set()
         if self.everything:
-            kept |= {i for i, o in enumerate(graph.outputs) if o in graph.producer and i in flat}
+            there = graph.producer.keys() | {v for i, v in enumerate(graph.inputs) if i in held}
+            kept |= {i for i, o in enumerate(graph.outputs) if o in there and i in flat}
         if self.auto:
             specs = [graph.values[o] if isinstance(o, int) else None for o in graph.outputs]
             large = {i for i, s in enumerate(specs) if s is not None and s.nbytes > AUTO_BYTES}
@@ -76,7 +80,7 @@ class Keep:
 
 
 EVERYTHING = Keep(everything=True)
-"""All that the program makes stays."""
+"""All that the program makes, or finds on a device, stays."""
 
 
 def _leaves(traced: Trace, returned: Returned, count: int) -> dict[int, Sequence[int]]:
@@ -123,7 +127,7 @@ def stay_of(
     keep: Keep | None, traced: Trace, call: Call, held: dict[int, str], donated: frozenset[int], name: str
 ) -> Stay:
     """What stays on the devices in a call."""
-    kept = keep.outputs(traced, call.returned, name) if keep is not None else frozenset[int]()
+    kept = keep.outputs(traced, call.returned, name, held) if keep is not None else frozenset[int]()
     return Stay(held, kept, donated if kept or held else frozenset())
 
 
@@ -137,7 +141,10 @@ def described(tree: Any) -> Any:
 
 
 def reads_there(plan: Plan, held: Mapping[int, str]) -> bool:
-    """Whether a program for inputs that are sent reads each of these inputs on its own device only."""
+    """Whether a program for inputs that are sent reads each of these inputs on its own device only, and does not return
+    one as it is."""
+    if any(o.kind == "input" and o.index in held for o in plan.outputs):
+        return False
     reads: dict[int, set[str]] = {}
     for program in plan.programs:
         for slot in feed_slots(program):

@@ -195,7 +195,7 @@ def test_every_kind_of_array_stays_and_comes_back_as_from_jit(cluster: fm.Cluste
         ), name
         plain = jax.random.key_data if name == "key" else (lambda a: a)
         np.testing.assert_array_equal(plain(got), plain(want))
-    assert again["flag"] is kept["flag"]  # what is returned unchanged is the same handle
+    assert again["flag"] is not kept["flag"]  # what is returned unchanged is a value of its own too
 
 
 def test_a_handle_is_used_like_an_array(threads_cluster: fm.Cluster) -> None:
