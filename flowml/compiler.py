@@ -212,7 +212,7 @@ def compile_graph(
         nodes=node_views(graph, tasks, table),
         platforms=platforms,
         links=links_used(links, routing.messages),
-        donated=tuple(sorted(i for i in stay.donated if graph.inputs[i] not in graph.output_values)),
+        donated=tuple(sorted(stay.donated)),
         settings=table.settings,
         ordered=graph.ordered,
     )

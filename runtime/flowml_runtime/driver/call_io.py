@@ -136,8 +136,6 @@ class Restorer:
         return results
 
     def _result(self, position: int, value: Any) -> Any:
-        if type(value) is Remote:
-            return value
         return restored(value, self._outputs[position].spec, self._avals[position], own=self._own[position])
 
 

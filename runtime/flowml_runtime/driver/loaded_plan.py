@@ -82,8 +82,8 @@ class LoadedPlan:
     """The outputs that stay on the devices, by slot."""
     kept_bytes: Mapping[str, int] = field(default_factory=dict[str, int], repr=False)
     """By device."""
-    brought: tuple[tuple[int, str], ...] = field(default=(), repr=False)
-    """(position, device) of the results that shall stay on a device and are inputs or constants."""
+    brought: tuple[int, ...] = field(default=(), repr=False)
+    """The positions of the results that shall stay on a device and are constants."""
     overwrites: tuple[int, ...] = field(default=(), repr=False)
     """The inputs that a call takes away from its caller, if they stay on a device."""
     grown: tuple[Sequence[Kind], Mapping[str, int]] = field(default=((), {}), repr=False)
@@ -170,7 +170,7 @@ def loaded(
         local=local,
         kinds=kinds,
         kept_bytes=kept_bytes,
-        brought=_brought(plan, ports),
+        brought=tuple(p for p, o in enumerate(plan.outputs) if o.stays and o.kind == "constant"),
         overwrites=plan.donated,
         unread=frozenset(plan.donated) - {s for port in ports for s in port.slots},
         captures=captures,
@@ -181,14 +181,3 @@ def loaded(
 def _kinds(plan: Plan) -> tuple[Kind, ...]:
     kept = {o.index: o for o in reversed(plan.outputs) if o.kind == "keep"}
     return tuple(Kind(kept[i].spec, kept[i].device, kept[i].name) for i in range(len(kept)))
-
-
-def _brought(plan: Plan, ports: Sequence[FeedPort]) -> tuple[tuple[int, str], ...]:
-    """An input goes to a device that reads it."""
-    reads = {s: port.device for port in reversed(ports) for s in port.slots}
-    first = plan.devices[0] if plan.devices else ""
-    return tuple(
-        (p, reads.get(o.index, first) if o.kind == "input" else first)
-        for p, o in enumerate(plan.outputs)
-        if o.stays and o.kind in ("input", "constant")
-    )

@@ -39,13 +39,13 @@ def results(
     devices: Sequence[Device],
     fetched: Sequence[Array],
 ) -> list[Any]:
-    """The flat results of a call. Inputs and constants that shall stay on a worker are brought to one."""
+    """The flat results of a call. Constants that shall stay on a worker are brought to one."""
     flat = handle.restore(fetched, buffers, kept)
-    stay = [(p, device or devices[0].name) for p, device in handle.brought if type(flat[p]) is not Remote]
-    if stay:
-        specs = handle.plan.outputs
-        kinds = [Kind(specs[p].spec, device, specs[p].name) for p, device in stay]
-        brought = held.bring([flat[p] for p, _ in stay], kinds, f"a call of {handle.plan.name}").handles()
-        for (position, _), remote in zip(stay, brought, strict=True):
+    if handle.brought:
+        device = handle.plan.devices[0] if handle.plan.devices else devices[0].name
+        left = [handle.plan.outputs[p] for p in handle.brought]
+        kinds = [Kind(o.spec, device, o.name) for o in left]
+        brought = held.bring([flat[p] for p in handle.brought], kinds, f"a call of {handle.plan.name}").handles()
+        for position, remote in zip(handle.brought, brought, strict=True):
             flat[position] = remote
     return flat
