@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flowml.data import as_source
@@ -57,10 +58,14 @@ class Evaluation:
         training has `values`."""
         totals: Any = None
         examples = 0
-        for rows, found in self._results(cluster, fn, values, source, batch_size, plan, most):
+        for rows, batch, found in self._results(cluster, fn, values, source, batch_size, plan, most):
             if not isinstance(found, Mapping):
                 raise TypeError(f"{name_of(fn)} returns a {type(found).__name__}; metrics return a dict of means")
+            if totals is None:
+                _check_means(fn, found, values, batch, rows)
             scaled = jax.tree.map(lambda x, rows=rows: np.asarray(x, np.float64) * rows, dict(found))  # pyright: ignore
+            if totals is not None:
+                _check_shapes(fn, totals, scaled, rows)
             totals = scaled if totals is None else jax.tree.map(np.add, totals, scaled)
             examples += rows
         return jax.tree.map(lambda x: x / examples if np.ndim(x) else float(x / examples), totals)
@@ -70,7 +75,7 @@ class Evaluation:
     ) -> Any:
         """What `fn` returns for each example, in order."""
         found: list[Any] = []
-        for rows, result in self._results(cluster, fn, values, source, batch_size, plan):
+        for rows, _, result in self._results(cluster, fn, values, source, batch_size, plan):
             for path, leaf in jax.tree_util.tree_leaves_with_path(result):
                 if np.shape(leaf)[:1] != (rows,):
                     what = path_name(path) or "an array"
@@ -91,8 +96,8 @@ class Evaluation:
         batch_size: int,
         plan: Plan | None,
         most: int | None = None,
-    ) -> Iterator[tuple[int, Any]]:
-        """For each batch the number of its examples, and what the function returns."""
+    ) -> Iterator[tuple[int, Any, Any]]:
+        """For each batch the number of its examples, the batch, and what the function returns."""
         size, data = whole_number("batch_size", batch_size, least=1), as_source(source)
         examples = data.examples if most is None else most
         if not examples:
@@ -102,7 +107,8 @@ class Evaluation:
         held = values if isinstance(cluster, SimulatedCluster) else _brought(cluster, values, plan)
         for start in range(0, examples, size):
             rows = np.arange(start, min(start + size, examples))
-            yield len(rows), program(*held, jax.tree_util.tree_unflatten(data.tree, data.take(rows)))
+            batch = jax.tree_util.tree_unflatten(data.tree, data.take(rows))
+            yield len(rows), batch, program(*held, batch)
 
     def _program(self, cluster: Any, fn: Function) -> Function:
         key = fn, cluster
@@ -118,6 +124,47 @@ class Evaluation:
         if len(self._programs) > MOST_PROGRAMS:
             del self._programs[next(iter(self._programs))]
         return program
+
+
+def _check_means(fn: Function, found: Mapping[str, Any], values: Sequence[Any], batch: Any, rows: int) -> None:
+    """Raise TypeError for a metric that is no mean by its dtype, ValueError for one by its shape."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(found)):
+        dtype = jax.dtypes.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"{name_of(fn)} returns {path_name(path)!r} of dtype {dtype}, and evaluate() takes means over the "
+                "examples of a batch, which are floats; give jnp.mean(...), and for a count multiply the result by the "
+                "number of examples"
+            )
+    if any(map(np.ndim, jax.tree.leaves(dict(found)))):
+        more = _shapes(fn, values, batch, 2 * rows)
+        if more is not None:
+            _check_shapes(fn, more, found, rows)
+
+
+def _shapes(fn: Function, values: Sequence[Any], batch: Any, rows: int) -> Any:
+    """What `fn` would return for so many examples, as structs; None if it takes no such batch."""
+
+    def struct(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else leaf
+
+    more = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), batch)
+    try:
+        return jax.eval_shape(fn, *jax.tree.map(struct, values), more)
+    except Exception:  # it is the user's function, and raises what it likes
+        return None
+
+
+def _check_shapes(fn: Function, expected: Any, found: Any, rows: int) -> None:
+    """Raise ValueError unless metrics of batches of several sizes have the same shapes."""
+    shapes = [dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (dict(expected), dict(found))]
+    for path, leaf in shapes[1].items():
+        if path in shapes[0] and np.shape(shapes[0][path]) != np.shape(leaf):
+            raise ValueError(
+                f"{name_of(fn)} returns {path_name(path)!r} of shape {list(np.shape(leaf))} for {rows} examples, which "
+                "depends on their number, and evaluate() takes means over the examples of a batch; give jnp.mean(..., "
+                "axis=0), or use predict() for a value of each example"
+            )
 
 
 def _brought(cluster: Cluster, values: Sequence[Any], plan: Plan | None) -> Sequence[Any]:

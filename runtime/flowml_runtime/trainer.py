@@ -49,7 +49,7 @@ from flowml_runtime.driver.training.feeding import MAX_SHAPES, first_batch
 from flowml_runtime.driver.training.fingerprint import fingerprint
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Asked, Callback, Last, check_items, compiling, rest_of
-from flowml_runtime.driver.training.initial import OptimizerState, first_state, own_array
+from flowml_runtime.driver.training.initial import by_optimizer, first_state, own_array
 from flowml_runtime.driver.training.lasting import Losses, OnLoss, Runs, prepare
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
@@ -301,7 +301,8 @@ class Trainer:
 
         If the loss has state, it is `metrics(params, state, batch)`. It runs on the cluster, with the placement of
         training. The last batch may be shorter; each counts by its examples. `last="drop"` leaves it out. On a
-        `SimulatedCluster` it takes no virtual time.
+        `SimulatedCluster` it takes no virtual time. Raises TypeError for a metric of integers, such as a count,
+        ValueError for one whose shape depends on the number of examples: see `predict`.
         """
         found, data = self._evaluated(metrics, params, state), as_source(source)
         size = whole_number("batch_size", batch_size, least=1)
@@ -384,12 +385,10 @@ class Trainer:
     ) -> Saving:
         """The values with which a fit begins, and its snapshots."""
         params = jax.tree_util.tree_map(own_array, params)
-        state = first_state(program.spec.optimizer, program.compiled.outer, params, opt_state)
+        optimizer, outer = program.spec.optimizer, program.compiled.outer
+        state = first_state(optimizer, outer, params, opt_state)
         if asked.checkpoint is not None:
-            outer = program.compiled.outer
-            states = (state.own, *state.outer) if isinstance(state, OptimizerState) else (state,)
-            pairs = list(zip((program.spec.optimizer, *outer), states, strict=True))
-            about = msgspec.structs.replace(about, update=fingerprint(pairs, params))
+            about = msgspec.structs.replace(about, update=fingerprint(by_optimizer(optimizer, outer, state), params))
         trees = params, state, program.spec.untrained
         saving = saving_of(asked.checkpoint, asked.resume, program.training, trees, model, about, asked.total)
         if asked.validation is not None:

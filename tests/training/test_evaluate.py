@@ -74,3 +74,50 @@ def test_what_is_no_metric_and_no_prediction_is_refused(threads_cluster: fm.Clus
     silent: Any = fm.SimulatedCluster(2, fm.sim.Constant(0.1), fm.sim.Network(1e-4, 1e9), arithmetic=False)
     with pytest.raises(fm.UnsupportedError, match="computes nothing; give it arithmetic=True"):
         fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=silent).evaluate(mlp(), SOURCE, metrics)
+
+
+@pytest.mark.parametrize("size", [50, 16, 1])
+@pytest.mark.parametrize("form", [lambda e: e.mean(1), jnp.transpose, jnp.ravel], ids=["rows", "columns", "flat"])
+def test_a_value_of_each_example_is_no_metric(threads_cluster: fm.Cluster, form: Any, size: int) -> None:
+    """Batches of one size would be added up otherwise, each example to those of other batches."""
+
+    def each(params: Any, batch: Any) -> Any:
+        return {"all": {"each": form((predict(params, batch["x"]) - batch["y"]) ** 2)}}
+
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads_cluster)
+    wrong = (
+        rf"each returns 'all/each' of shape \[.*\] for {size} examples, which depends .*; give jnp.mean.*predict\(\)"
+    )
+    with pytest.raises(ValueError, match=wrong):
+        trainer.evaluate(mlp(), SOURCE, each, batch_size=size)
+    with pytest.raises(ValueError, match=wrong):
+        simulated = clusters(threads_cluster, threads_cluster)["simulated"]
+        fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=simulated).evaluate(mlp(), SOURCE, each, batch_size=size)
+
+
+def test_metrics_of_a_function_that_takes_one_size_are_compared_batch_by_batch(threads_cluster: fm.Cluster) -> None:
+    def each(params: Any, batch: Any) -> Any:
+        if len(batch["x"]) > 16:
+            raise ValueError("too many")
+        return {"each": batch["x"].mean(1)}
+
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads_cluster)
+    with pytest.raises(ValueError, match=r"'each' of shape \[2\] for 2 examples, which depends on their number"):
+        trainer.evaluate(mlp(), SOURCE, each, batch_size=16)
+
+
+def test_a_metric_as_long_as_a_batch_is_a_mean_if_it_stays_so(threads_cluster: fm.Cluster) -> None:
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads_cluster)
+    found = trainer.evaluate(mlp(), SOURCE, metrics, batch_size=2)  # the bias has two elements
+    np.testing.assert_allclose(found["bias"], metrics(mlp(), SOURCE)["bias"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [jnp.sum, jnp.any], ids=["int32", "bool"])
+def test_a_count_is_no_mean(threads_cluster: fm.Cluster, value: Any) -> None:
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads_cluster)
+    with pytest.raises(TypeError, match=r"count returns 'hits' of dtype (int32|bool), .* are floats; give jnp.mean"):
+
+        def count(params: Any, batch: Any) -> Any:
+            return {"hits": value(predict(params, batch["x"]) > 0)}
+
+        trainer.evaluate(mlp(), SOURCE, count)

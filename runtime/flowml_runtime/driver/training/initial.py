@@ -54,6 +54,12 @@ def first_state(optimizer: Any, outer: Sequence[Any], params: Any, opt_state: An
     return jax.tree_util.tree_map(own_array, opt_state)
 
 
+def by_optimizer(optimizer: Any, outer: Sequence[Any], state: Any) -> list[tuple[Any, Any]]:
+    """Each optimizer of a fit with its state."""
+    states = (state.own, *state.outer) if isinstance(state, OptimizerState) else (state,)
+    return list(zip((optimizer, *outer), states, strict=True))
+
+
 def own_array(leaf: Any) -> jax.Array:
     """A JAX array that shares no memory with a NumPy array, because the caller may change that one later."""
     if not isinstance(leaf, np.ndarray):
