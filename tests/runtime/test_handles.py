@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import jax
@@ -84,7 +85,26 @@ def test_a_handle_shows_that_its_value_cannot_be_used() -> None:
     assert repr(there) == "Remote(float32[3] '2' is gone: its cluster is closed)"
 
 
+PLACE = {"a": "worker:0", "b": "worker:1"}
+CALLED = threading.Event()
+"""All calls of the test are in flight."""
+
+
+def exchange(state: Any) -> Any:
+    """Each worker needs what the other one has."""
+    with fm.layer("a"):
+        a = state["a"] + state["b"]
+    with fm.layer("b"):
+        b = state["b"] - state["a"]
+    return {"a": a, "b": b}
+
+
+def increment(x: Any) -> Any:
+    return x + 1
+
+
 def fail(value: Any) -> Any:
+    assert CALLED.wait(60)
     raise ZeroDivisionError("no such quotient")
 
 
@@ -93,6 +113,7 @@ def divide(x: Any) -> Any:
 
 
 def test_a_value_that_was_not_made_raises_the_kind_of_error_of_its_call(threads_cluster: fm.Cluster) -> None:
+    CALLED.set()
     value = fm.dataflow(divide, cluster=threads_cluster, keep=0)(np.float32(1))
     with pytest.raises(WorkerError, match="was not made: ZeroDivisionError: no such quotient"):
         value.fetch()
@@ -101,8 +122,7 @@ def test_a_value_that_was_not_made_raises_the_kind_of_error_of_its_call(threads_
 
 def test_values_of_a_call_that_loses_a_worker_are_lost_wherever_they_are() -> None:
     with fm.Cluster.local(workers=2) as cluster:
-        place = {"a": "worker:0", "b": "worker:1"}
-        step = fm.dataflow(lambda s: {k: v + 1 for k, v in s.items()}, cluster=cluster, placement=place, keep=0)
+        step = fm.dataflow(lambda s: {k: v + 1 for k, v in s.items()}, cluster=cluster, placement=PLACE, keep=0)
         state = jax.block_until_ready(step({"a": jnp.ones(3), "b": jnp.ones(3)}))
         stop(cluster.pids["worker:1"])
         state = step(step(state))  # in flight
@@ -113,3 +133,36 @@ def test_values_of_a_call_that_loses_a_worker_are_lost_wherever_they_are() -> No
                 use()
             assert raised.value.worker == "worker:1"
         assert "was not made" in repr(state["a"]) and "is lost with worker:1" in repr(state["b"])
+
+
+def test_a_chain_of_values_that_were_not_made_names_the_first_cause(threads_cluster: fm.Cluster) -> None:
+    swap = fm.dataflow(exchange, cluster=threads_cluster, placement=PLACE, keep=0)
+    bad = fm.dataflow(divide, cluster=threads_cluster, keep=0)
+    add = fm.dataflow(increment, cluster=threads_cluster, keep=0)
+    ones = fm.put({"a": np.float32(1), "b": np.float32(1)}, threads_cluster, PLACE)
+    jax.block_until_ready((swap(ones), add(ones["a"])))  # what follows is called while `fail` waits
+    CALLED.clear()
+    state = swap(swap({"a": bad(ones["a"]), "b": ones["b"]}))
+    last = add(add(state["b"]))
+    CALLED.set()
+    for value, lacks in ((state["a"], "input '[ab]'"), (state["b"], "input '[ab]'"), (last, "the input")):
+        cause = "has no value: ZeroDivisionError: no such quotient"
+        with pytest.raises(WorkerError, match=f"was not made: {lacks} {cause} .* step") as raised:
+            value.fetch()
+        assert str(raised.value).count("no value") == 1
+
+
+def test_values_that_follow_from_a_lost_one_are_lost_with_its_worker() -> None:
+    with fm.Cluster.local(workers=2) as cluster:
+        swap = fm.dataflow(exchange, cluster=cluster, placement=PLACE, keep=0)
+        add = fm.dataflow(increment, cluster=cluster, keep=0)
+        state = swap(fm.put({"a": np.float32(1), "b": np.float32(1)}, cluster, PLACE))
+        jax.block_until_ready((state, add(state["a"])))
+        stop(cluster.pids["worker:1"])
+        following = add(add(swap(state)["a"]))  # on worker:0 only
+        cluster.end_worker("worker:1")
+        with pytest.raises(WorkerLostError, match=r"worker:1 was lost, and step .* of 'increment' needs it:") as raised:
+            following.fetch()
+        assert raised.value.worker == "worker:1"
+        assert str(raised.value).count("was lost") == 1
+        np.testing.assert_array_equal(add(state["a"]), 3)  # the worker that stays goes on

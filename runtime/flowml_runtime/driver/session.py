@@ -36,6 +36,8 @@ from flowml_runtime.execution.device_thread import Deadlines
 from flowml_runtime.execution.faults import (
     cluster_closed,
     load_failed,
+    one_line,
+    step_cancelled,
     step_error,
     unreachable,
     worker_lost,
@@ -288,7 +290,7 @@ class Session:
                     return future
                 raise
             told = self._lost(handle.plan, begun, error.worker or "a worker", str(error)) if lost else error
-            self._fail_step(handle, begun, told)
+            self._fail_step(handle, begun, told, one_line(error))
             if lost or isinstance(error, DeadlineError):
                 return future
             raise
@@ -441,15 +443,15 @@ class Session:
         if isinstance(message, wire.Value):
             handle.steps.collect(message.step, message.slots, arrays)
         elif isinstance(message, wire.StepFailed):
-            self._fail_step(handle, message.step, step_error(handle.plan, message, self.remedy))
+            self._fail_step(handle, message.step, step_error(handle.plan, message, self.remedy), message.error)
         elif isinstance(message, wire.Failed):
-            self._stop(handle, lambda step: load_failed(handle.plan, message))
+            self._stop(handle, lambda step: load_failed(handle.plan, message), message.error)
         elif isinstance(message, wire.Unreachable):
             self._without(handle, message.peer, unreachable(message))
 
-    def _fail_step(self, handle: LoadedPlan, step: int, error: BaseException) -> None:
+    def _fail_step(self, handle: LoadedPlan, step: int, error: BaseException, reason: str) -> None:
         if handle.steps.fail(step, error):
-            self._cancel(handle, step)
+            self._cancel(handle, step, error, reason)
 
     def _without(self, handle: LoadedPlan, peer: str, reason: str) -> None:
         """A worker of the plan is lost. No step can begin, and those that miss an output of the worker fail.
@@ -457,20 +459,22 @@ class Session:
         The others may have all of its values already. The workers that still need one report their steps as failed.
         """
         slots = {slot for slot, device in handle.sources.items() if worker_of(device) == peer}
-        self._stop(handle, lambda step: self._lost(handle.plan, step, peer, reason), slots)
+        self._stop(handle, lambda step: self._lost(handle.plan, step, peer, reason), reason, slots)
 
     def _stop(
-        self, handle: LoadedPlan, error: Callable[[int], FlowmlError], slots: Collection[int] | None = None
+        self,
+        handle: LoadedPlan,
+        error: Callable[[int], FlowmlError],
+        reason: str,
+        slots: Collection[int] | None = None,
     ) -> None:
         for step in handle.steps.stop(error, slots):
-            self._cancel(handle, step)
+            self._cancel(handle, step, error(step), reason)
 
-    def _cancel(self, handle: LoadedPlan, step: int) -> None:
-        """Tell the workers that this step is no longer needed, so that none waits for its values."""
-        cancelled = wire.StepFailed(
-            plan_id=handle.plan_id, step=step, worker=self.endpoint.name, node="", kind="cancelled", error=""
-        )
-        self._broadcast(handle.workers, cancelled)
+    def _cancel(self, handle: LoadedPlan, step: int, error: BaseException, reason: str) -> None:
+        """Tell the workers that this step is no longer needed, so that none waits for its values. The steps that read
+        its outputs fail for the same reason."""
+        self._broadcast(handle.workers, step_cancelled(handle.plan_id, step, self.endpoint.name, error, reason))
 
     def _broadcast(self, workers: Sequence[str], message: wire.Wire) -> None:
         for worker in workers:

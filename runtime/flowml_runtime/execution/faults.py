@@ -44,6 +44,13 @@ def step_failed(plan_id: str, step: int, worker: str, node: str, error: BaseExce
     )
 
 
+def step_cancelled(plan_id: str, step: int, driver: str, error: BaseException, reason: str) -> wire.StepFailed:
+    """The message that tells a worker that a step has failed elsewhere with `error`, and why in one line."""
+    lost = error.worker if isinstance(error, WorkerLostError) else None
+    text = sendable(reason)[:MAX_TEXT]
+    return wire.StepFailed(plan_id=plan_id, step=step, worker=lost or driver, node="", kind="cancelled", error=text)
+
+
 def _kind(error: BaseException) -> wire.FaultKind:
     for type_, kind in _KINDS.items():
         if isinstance(error, type_):

@@ -11,12 +11,15 @@ that overwrites a value waits until the steps that were fed with it before have 
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 
-from flowml.errors import FlowmlError
+from flowml.errors import FlowmlError, WorkerLostError
 from flowml_runtime.execution.mailbox import Claim, Scope
 from flowml_runtime.execution.programs import Array
+
+_NO_VALUE = re.compile(r"(?:the )?input.*? has no value: ")
 
 
 class NotMadeError(FlowmlError):
@@ -31,7 +34,9 @@ class Cell:
 
     value: Array = None
     error: str = ""
-    """Why there will be no value."""
+    """Why there will be no value: the first cause, if the step lacked an input for the same reason."""
+    lost: str = ""
+    """The worker whose loss is the cause."""
     readers: int = 0
     """The steps that were fed with it and have not ended."""
     waiting: tuple[tuple[Claim, bool], ...] = ()
@@ -47,6 +52,12 @@ class Cell:
         """Whether a step can take it; `sole`: and overwrite it."""
         return bool(self.error) or (self.value is not None and (not sole or self.readers == 1))
 
+    def why(self, name: str) -> FlowmlError:
+        """The error of a step whose input `name` this is."""
+        if self.lost:
+            return WorkerLostError(self.error, worker=self.lost)
+        return NotMadeError(f"{f'input {name!r}' if name else 'the input'} has no value: {self.error}")
+
 
 class Kept:
     """The kept values of one worker. A driver names its values by numbers. Safe to use from any thread; never waits."""
@@ -56,6 +67,8 @@ class Kept:
         self._cells: dict[str, dict[int, Cell]] = {}
         self._making: dict[Scope, dict[int, Cell]] = {}
         """The outputs that steps were fed for and have not made, by slot."""
+        self._causes: dict[Scope, tuple[str, str]] = {}
+        """Why the driver has cancelled a step of these, and the worker whose loss is the cause."""
 
     def put(self, driver: str, names: Sequence[int], values: Sequence[Array]) -> None:
         """Keep values that the driver sent."""
@@ -126,14 +139,23 @@ class Kept:
                         woken += _settled(cell)
             if not making:
                 self._making.pop(scope, None)
+                self._causes.pop(scope, None)
         _wake(woken)
 
-    def end(self, scope: Scope, error: str = "") -> None:
-        """A step has ended. The outputs that it has not made will not come, because of `error`."""
+    def explain(self, scope: Scope, error: str, lost: str) -> None:
+        """The driver cancels a step because of `error`, or of a `lost` worker: so say its missing outputs later."""
+        with self._lock:
+            if scope in self._making:
+                self._causes.setdefault(scope, (error, lost))
+
+    def end(self, scope: Scope, error: str, lost: str = "") -> None:
+        """A step has ended. The outputs that it has not made will not come, because of `error`, or what the driver has
+        explained. It is the text of the loss if a worker is `lost`."""
         woken: list[Claim] = []
         with self._lock:
+            error, lost = self._causes.pop(scope, (error, lost))
             for cell in self._making.pop(scope, {}).values():
-                cell.error = error or "the step that makes it ended early"
+                cell.error, cell.lost = _NO_VALUE.sub("", error, 1) or "the step that makes it ended early", lost
                 woken += _settled(cell)
         _wake(woken)
 

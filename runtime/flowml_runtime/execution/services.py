@@ -19,7 +19,7 @@ from flowml.instructions import Send
 from flowml.ir._jax import exact_types
 from flowml.plan import ArraySpec, Message
 from flowml_runtime import wire
-from flowml_runtime.execution.kept import Cell, Kept, NotMadeError, cells_of
+from flowml_runtime.execution.kept import Cell, Kept, cells_of
 from flowml_runtime.execution.lane import LARGE_BYTES, ROOM, Lane
 from flowml_runtime.execution.mailbox import Cancelled, Claim, Mailbox, Parked
 from flowml_runtime.execution.programs import Array, JaxDevice, LoadedProgram, feed_slots, overwritten_slots
@@ -345,7 +345,7 @@ class DataflowServices(EdgeServices):
                 raise self._waited(step, slot)
             raise Parked(claim)
         if given.error:
-            raise NotMadeError(f"input {self.loaded.plan.input_names[slot]!r} has no value: {given.error}")
+            raise given.why(self.loaded.plan.input_names[slot])
         return given.value
 
     def _waited(self, step: int, slot: int) -> DeadlineError:

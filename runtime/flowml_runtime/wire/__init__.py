@@ -286,7 +286,10 @@ FaultKind = Literal["error", "deadline", "cancelled", "lost", "diverged", "nonfi
 
 
 class StepFailed(PlanMessage, frozen=True):
-    """A step cannot finish. Worker to driver: the cause. Driver to workers: they stop waiting for the step."""
+    """A step cannot finish. Worker to driver: the cause. Driver to workers: they stop waiting for the step.
+
+    From the driver, `worker` is the lost worker that is the cause, or the driver.
+    """
 
     step: Count
     worker: Name

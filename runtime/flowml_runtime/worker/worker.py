@@ -296,7 +296,9 @@ class Worker:
                 executor.feed(message.step, self._keeping.inputs(peer, message, arrays, *stays))
         elif isinstance(message, wire.StepFailed):
             for device in hosted.devices:
-                self.mailbox.cancel((message.plan_id, message.step, device))
+                scope = message.plan_id, message.step, device
+                self._keeping.kept.explain(scope, message.error, message.worker if message.worker != peer else "")
+                self.mailbox.cancel(scope)
             for windows in hosted.windows.values():
                 windows.cancel(message.step)
         elif isinstance(message, wire.Unload):
@@ -387,7 +389,8 @@ class Worker:
         hosted.windows[loaded.name] = services.windows
 
         def on_fault(step: int, node: str, error: BaseException) -> None:
-            self._keeping.kept.end((plan_id, step, loaded.name), one_line(error))
+            lost = error.worker if isinstance(error, WorkerLostError) else None
+            self._keeping.kept.end((plan_id, step, loaded.name), one_line(error), lost or "")
             self._tell(driver, step_failed(plan_id, step, self.name, node, error))
 
         services.on_fault = on_fault
