@@ -226,8 +226,8 @@ class Remote(jax.Array):
     def fetch(self) -> jax.Array:
         """The value, as an array in this process. Waits until it is made.
 
-        Raises the error of the call that should have made it, WorkerLostError if its worker is lost, ClusterError if
-        the handle was donated or its cluster is closed.
+        Raises the error of the call that should have made it, WorkerLostError if its worker is lost or was lost during
+        that call, ClusterError if the handle was donated or its cluster is closed.
         """
         (array,) = self.check(None).recall([self])
         return array
