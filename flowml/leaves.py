@@ -8,15 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+ARRAYS_ALONE = (
+    "give arrays alone: with equinox `arrays, rest = eqx.partition(state, eqx.is_array)`, and "
+    "`eqx.combine(arrays, rest)` for the step"
+)
+"""The advice for a function in a tree of arrays, as equinox modules have them."""
 
-def why_no_array(value: Any, fix: str = "give a NumPy or JAX array (np.asarray of numbers)") -> str:
+
+def why_no_array(value: Any, fix: str = "") -> str:
     """What is wrong with a value that has to be an array of numbers, as the end of a sentence; "" if it is one.
 
-    `fix` is the advice for a value that is not an array.
+    `fix` is the advice for a value that is not an array; by default an array in its place, or a tree without functions.
     """
     if isinstance(value, jax.Ref):
         return "is a jax Ref, which no worker can write to; pass its value ref[...], and write back what is returned"
     if not isinstance(value, np.ndarray | np.generic | jax.Array):
+        fix = fix or (ARRAYS_ALONE if callable(value) else "give a NumPy or JAX array (np.asarray of numbers)")
         return f"is of type {type(value).__name__}, which is not an array; {fix}"
     dtype = value.dtype
     if isinstance(dtype, np.dtype) and not dtype.isnative:

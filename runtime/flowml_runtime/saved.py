@@ -68,8 +68,12 @@ class Saved:
     places: Mapping[Kind, tuple[int, int] | None]
 
     def place(self, value: Any) -> tuple[int, int] | None:
-        """The leaves that stand for this value; None if the tree has none of its kind, or several."""
-        return self.places.get(_kind(value))
+        """The leaves that stand for this value; None if the tree has none of its kind, or several, or the value has
+        leaves that no tree has, such as functions."""
+        try:
+            return self.places.get(_kind(value))
+        except (TypeError, ValueError, OverflowError):
+            return None
 
 
 def _kind(value: Any) -> Kind:

@@ -49,7 +49,7 @@ from flowml_runtime.driver.training.feeding import MAX_SHAPES, first_batch
 from flowml_runtime.driver.training.fingerprint import fingerprint
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Asked, Callback, Last, check_items, compiling, rest_of
-from flowml_runtime.driver.training.initial import by_optimizer, first_state, own_array
+from flowml_runtime.driver.training.initial import by_optimizer, first_state, own_array, warn_of_watchers
 from flowml_runtime.driver.training.lasting import Losses, OnLoss, Runs, prepare
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.outcome import FitOptions, OnNonFinite
@@ -387,6 +387,7 @@ class Trainer:
         params = jax.tree_util.tree_map(own_array, params)
         optimizer, outer = program.spec.optimizer, program.compiled.outer
         state = first_state(optimizer, outer, params, opt_state)
+        warn_of_watchers(state, self._on_nonfinite, stacklevel=4)
         if asked.checkpoint is not None:
             about = msgspec.structs.replace(about, update=fingerprint(by_optimizer(optimizer, outer, state), params))
         trees = params, state, program.spec.untrained

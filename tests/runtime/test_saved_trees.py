@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import msgspec
@@ -16,6 +17,7 @@ import pytest
 import flowml as fm
 from flowml_runtime import wire
 from flowml_runtime.environment import checkpoints
+from flowml_runtime.saved import Saved
 from flowml_runtime.worker.keeping import Keeping
 
 
@@ -168,3 +170,17 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     path.write_bytes(msgspec.json.encode(found))
     with pytest.raises(fm.CheckpointError, match="names the file"):
         fm.load(where)
+
+
+def test_functions_in_a_tree_are_refused_and_filtered(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    model = eqx.nn.MLP(2, 2, 3, 1, key=jax.random.key(0))
+    whole = model, optax.adam(1e-2).init(eqx.filter(model, eqx.is_inexact_array))
+    for name, take in (("put", lambda: fm.put(whole, threads_cluster)), ("save", lambda: fm.save(whole, tmp_path))):
+        with pytest.raises(TypeError, match=rf"{name}: leaf '0/activation' is of type .*; .*eqx\.partition\(.*combine"):
+            take()
+    there = eqx.combine(fm.put(eqx.filter(whole, eqx.is_array), threads_cluster), whole)
+    where = fm.save(eqx.filter(there, eqx.is_array), tmp_path)
+    loaded = eqx.combine(fm.load(tmp_path, like=eqx.filter(whole, eqx.is_array)), whole)
+    assert loaded[0].activation is model.activation
+    assert_equal(eqx.filter(loaded, eqx.is_array), eqx.filter(whole, eqx.is_array))
+    assert Saved(where, {}).place(there) is None, "a tree that has functions cannot be one that was saved"

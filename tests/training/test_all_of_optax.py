@@ -96,7 +96,7 @@ def test_fits_equal_the_plain_loop(names: list[str]) -> None:
     params = optax.LookaheadParams.init_synced(params) if names == ["lookahead"] else params
     optimizer: Any = optax.partition({**made}, _labels) if len(names) > 1 else made[names[0]]
     places = {"*in:*": "worker:0/cpu:0", "*out:*": "worker:1/cpu:0"}
-    trainer = fm.Trainer(_loss, optimizer, cluster=simulated(), replicas=2, placement=places)
+    trainer = fm.Trainer(_loss, optimizer, cluster=simulated(), replicas=2, placement=places, on_nonfinite="apply")
     result = trainer.fit(params, _source(), batch_size=BATCH, steps=STEPS, progress=False)
     wanted = _loop(optimizer, params, names == VALUED)
     training = result.plan.training

@@ -30,7 +30,9 @@ def simulated(**options: Any) -> fm.SimulatedCluster:
 
 
 def fit(cluster: fm.Cluster, name: str, policies: Any = None, *, replicas: int = 2) -> fm.TrainingResult:
-    trainer = fm.Trainer(mlp_loss, OPTIMIZERS[name], cluster=cluster, replicas=replicas, policies=policies)
+    trainer = fm.Trainer(
+        mlp_loss, OPTIMIZERS[name], cluster=cluster, replicas=replicas, policies=policies, on_nonfinite="apply"
+    )
     return trainer.fit(mlp(), data(), batch_size=BATCH, steps=STEPS, seed=3, progress=False)
 
 

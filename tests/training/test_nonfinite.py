@@ -170,3 +170,34 @@ def test_large_values_are_finite(threads_cluster: fm.Cluster) -> None:
 def test_the_choice_is_checked(threads_cluster: fm.Cluster) -> None:
     with pytest.raises(ValueError, match=r"on_nonfinite='ignore' is unknown; give 'refuse' or 'raise' or 'apply'"):
         fit(threads_cluster, on_nonfinite="ignore")
+
+
+WATCHERS = {
+    "apply_if_finite": optax.apply_if_finite(optax.sgd(0.1), 3),
+    "zero_nans": optax.chain(optax.zero_nans(), optax.sgd(0.1)),
+    "skip_not_finite": optax.MultiSteps(optax.sgd(0.1), 2, should_skip_update_fn=optax.skip_not_finite),
+}
+
+
+@pytest.mark.parametrize("name", WATCHERS)
+def test_an_optimizer_that_watches_for_nan_is_told_of_it_or_says_why_not(name: str) -> None:
+    optimizer = WATCHERS[name]
+    cluster = fm.SimulatedCluster(1, fm.sim.Constant(0.1), fm.sim.Network(1e-4, 1e9), arithmetic=True)
+    with pytest.warns(fm.FlowmlWarning) as caught:
+        fm.Trainer(everywhere, optimizer, cluster=cluster).fit(
+            params(), source(replicas=1), batch_size=ROWS, steps=1, shuffle=False, progress=False
+        )
+    (warned,) = caught
+    assert f"not finite ({name}), and it gets none" in str(warned.message)
+    assert "give Trainer(on_nonfinite='apply')" in str(warned.message)
+    assert warned.filename == __file__
+
+
+def test_with_apply_the_optimizer_counts_what_is_not_finite() -> None:
+    cluster = fm.SimulatedCluster(1, fm.sim.Constant(0.1), fm.sim.Network(1e-4, 1e9), arithmetic=True)
+    optimizer = WATCHERS["apply_if_finite"]
+    data = {**source(replicas=1), "bad": np.repeat([1, np.nan, 1, 1], ROWS).astype(np.float32)}
+    trainer = fm.Trainer(everywhere, optimizer, cluster=cluster, on_nonfinite="apply")
+    result = trainer.fit(params(), data, batch_size=ROWS, steps=STEPS, shuffle=False, progress=False)
+    assert int(result.opt_state.total_notfinite) == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))

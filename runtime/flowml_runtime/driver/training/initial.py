@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flowml.errors import FlowmlWarning, named
 from flowml.ir._jax import array_of, array_type, path_name
 from flowml.training.local import Restarting
 from flowml_runtime.driver.training.fills import filled
@@ -58,6 +60,41 @@ def by_optimizer(optimizer: Any, outer: Sequence[Any], state: Any) -> list[tuple
     """Each optimizer of a fit with its state."""
     states = (state.own, *state.outer) if isinstance(state, OptimizerState) else (state,)
     return list(zip((optimizer, *outer), states, strict=True))
+
+
+def nonfinite_watchers(state: Any) -> list[str]:
+    """The transformations of optax in an optimizer, by its state, that act on gradients that are not finite."""
+    import optax
+
+    found: dict[str, None] = {}
+
+    def look(node: Any) -> bool:
+        if isinstance(node, optax.ApplyIfFiniteState):
+            found["apply_if_finite"] = None
+        if isinstance(node, optax.ZeroNansState):
+            found["zero_nans"] = None
+        if isinstance(node, optax.MultiStepsState) and "num_not_finite" in _keys(node.skip_state):
+            found["skip_not_finite"] = None
+        return False
+
+    jax.tree_util.tree_leaves(state, is_leaf=look)
+    return list(found)
+
+
+def _keys(node: Any) -> Any:
+    return node if isinstance(node, dict) else ()
+
+
+def warn_of_watchers(state: Any, on_nonfinite: str, stacklevel: int) -> None:
+    """Warn of transformations that never get what they act on, because such gradients are refused."""
+    if on_nonfinite == "refuse" and (watchers := nonfinite_watchers(state)):
+        warnings.warn(
+            f"the optimizer acts on gradients that are not finite ({named(watchers)}), and it gets none of them with "
+            "on_nonfinite='refuse', the default, which leaves them out before; give Trainer(on_nonfinite='apply') so "
+            "that the optimizer decides, as in a plain loop",
+            FlowmlWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def own_array(leaf: Any) -> jax.Array:
