@@ -9,7 +9,9 @@ residuals of error feedback, the basis of a low-rank approximation, and cached k
   gradient of the dropped step stays dropped, as without filters. The next push starts only when the fate of the last
   one is known (`protocol.training.terms`).
 * A home decodes a contribution before it applies it. Cached keys are those of the last contribution that was sent, so
-  where keys are cached the home also decodes contributions that it does not apply.
+  where keys are cached the home decodes all contributions in the order in which they came. It may apply them in
+  another order, because a late one can be folded in after a newer one, or not at all.
+* A contribution that waits is kept decoded in a snapshot, so that it does not depend on what the decoder remembers.
 * The weight that ends a weighted part, or a set of factors, is not filtered.
 """
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 import msgspec
@@ -24,7 +27,7 @@ import numpy as np
 
 from flowml.errors import FlowmlError
 from flowml.plan import ArraySpec, StoreSpec
-from flowml.policy import filters
+from flowml.policy import Policy, filters
 from flowml_runtime import wire
 from flowml_runtime.execution.programs import Array
 from flowml_runtime.transport.arrays import Buffer
@@ -133,6 +136,23 @@ def added(kept: Iterable[Kept]) -> tuple[tuple[int, float], ...]:
     return tuple((store, squares) for store, squares in sorted(total.items()) if squares)
 
 
+@dataclass
+class Encoded:
+    """The messages of the contributions to the homes of a worker that came encoded, by the handles of their arrays."""
+
+    alone: dict[int, wire.Contribution] = field(default_factory=dict[int, wire.Contribution])
+    """Those that can be decoded without others."""
+    in_turn: dict[int, wire.Contribution] = field(default_factory=dict[int, wire.Contribution])
+    """Those that depend on the ones before them, in the order in which they came."""
+
+    def add(self, handle: int, message: wire.Contribution, policy: Policy) -> None:
+        (self.in_turn if filters.remembers(policy.home_filters) else self.alone)[handle] = message
+
+    def drop(self, handle: int) -> None:
+        self.alone.pop(handle, None)
+        self.in_turn.pop(handle, None)
+
+
 class Decoder:
     """Decodes the contributions to the stores of one worker.
 
@@ -144,10 +164,6 @@ class Decoder:
         self.buffers: dict[Key, filters.State] = {}
         self._stores = stores
         self._kernels = kernels or {}
-
-    def remembers(self, store: int) -> bool:
-        """Whether what a contribution means depends on the ones before it, applied or not."""
-        return filters.remembers(self._stores[store].policy.home_filters)
 
     def export(self, store: int) -> Arrays:
         """What it remembers of a store, for a snapshot."""

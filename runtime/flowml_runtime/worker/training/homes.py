@@ -25,15 +25,15 @@ from flowml_runtime.protocol.training.terms import RETIRED
 from flowml_runtime.worker.training.applying import Given, Held, applied, given_of
 from flowml_runtime.worker.training.coupled import CoupledHomes, Heard
 from flowml_runtime.worker.training.exchange.agreement import Agreement
-from flowml_runtime.worker.training.filtered import Decoder
+from flowml_runtime.worker.training.filtered import Decoder, Encoded
 from flowml_runtime.worker.training.published import WHOLE, PublicCopy
 from flowml_runtime.worker.training.publisher import Arrays, Publisher
 from flowml_runtime.worker.training.resident import Arrays as Buffers
 from flowml_runtime.worker.training.resident import Resident, loaded, of_home
 from flowml_runtime.worker.training.run import Fault, Run
 
-_Sent = tuple[wire.Contribution | None, Sequence[Array]]
-"""The arrays of a part as they came, with their message if they are filtered."""
+_Sent = Callable[[], Sequence[Array]]
+"""Gives the arrays of a part, decoded. A lane calls it."""
 
 HomeAction = Load | Apply | Couple | Uncouple | Publish | Return | Release
 
@@ -43,8 +43,8 @@ VALUES = "values"
 _Contributed = Sequence[tuple[Sequence[_Sent], float]]
 """The parts of each contribution, and its coefficient."""
 
-_Job = tuple[int, Callable[[], None]]
-"""(store, the work to do for it)"""
+_Job = tuple[int, Callable[[], object]]
+"""(store, the work to do for it, whose result is not used)"""
 
 
 class Homes:
@@ -55,7 +55,7 @@ class Homes:
         run: Run,
         programs: Mapping[str, LoadedProgram],
         payloads: dict[int, Sequence[Array]],
-        contributions: dict[int, wire.Contribution],
+        encoded: Encoded,
         agreement: Agreement,
         on_fault: Fault,
     ) -> None:
@@ -63,7 +63,7 @@ class Homes:
         self._agreement = agreement
         self._programs = programs
         self._payloads = payloads
-        self._contributions = contributions
+        self._encoded = encoded
         self._on_fault = on_fault
         self._specs = run.training.stores
         self._homes = {i: home for i, s in enumerate(self._specs) for home in s.copies if worker_of(home) == run.me}
@@ -75,6 +75,10 @@ class Homes:
         }
         kernels = {home: Kernels(programs[home].device) for home in self._homes.values()}
         self._decoder = Decoder(self._specs, {i: kernels[home] for i, home in self._homes.items()})
+        self._in_turn: dict[int, int] = {}
+        """The stores of the handles that are decoded, or will be by queued work, and wait to be applied or released."""
+        self._decoded: dict[int, Sequence[Array]] = {}
+        """The arrays of these handles. Lanes access it."""
         self._public = {
             i: PublicCopy(self._specs[i], (run.start.seed, i), kernels[home])
             for i, home in self._homes.items()
@@ -112,16 +116,16 @@ class Homes:
         """Queue the actions that one event has caused."""
         jobs: dict[str, list[_Job]] = {}
         """Grouped by device, so that each lane is woken once."""
+        self._decode_in_turn(jobs)
         for action in actions:
             match action:
                 case Load():
                     self._load(action)
                     continue
                 case Release(handle):
-                    message = self._contributions.get(handle)
-                    if message is None or not self._decoder.remembers(message.store):
+                    if handle not in self._in_turn:
                         continue
-                    store, job = message.store, partial(self._remember, self._sent(handle))
+                    store, job = self._in_turn[handle], self._sent(handle)
                 case Apply(store):
                     job = partial(self._apply, action, self._taken(action))
                 case Couple(stores=stores):
@@ -155,8 +159,30 @@ class Homes:
     def _taken(self, action: Apply) -> _Contributed:
         return [([self._sent(h) for h in handles], c) for handles, c in action.contributions]
 
+    def _decode_in_turn(self, jobs: dict[str, list[_Job]]) -> None:
+        """Decode what has come since this was called last and depends on what came before it. Whether and when it is
+        applied makes no difference."""
+        waiting = self._encoded.in_turn
+        for handle in [h for h, message in waiting.items() if message.run == self._run.number]:
+            message, arrays = waiting.pop(handle), self._payloads.pop(handle)
+            self._in_turn[handle] = message.store
+            job = partial(self._decode, handle, message, arrays)
+            jobs.setdefault(self._homes[message.store], []).append((message.store, job))
+
     def _sent(self, handle: int) -> _Sent:
-        return self._contributions.pop(handle, None), self._payloads.pop(handle)
+        if self._in_turn.pop(handle, None) is not None:
+            return partial(self._decoded.pop, handle)
+        arrays, message = self._payloads.pop(handle), self._encoded.alone.pop(handle, None)
+        return (lambda: arrays) if message is None else partial(self._decoder.decode, message, arrays)
+
+    def waiting(self, store: int, handle: int) -> tuple[_Sent, Lane]:
+        """The arrays of a contribution that waits at a store here, and the lane on which to ask for them."""
+        self.carry_out(())
+        lane = self._lanes[self._homes[store]]
+        if handle in self._in_turn:
+            return partial(self._decoded.__getitem__, handle), lane
+        arrays, message = self._payloads[handle], self._encoded.alone.get(handle)
+        return (lambda: arrays) if message is None else partial(self._decoder.decode, message, arrays), lane
 
     def _load(self, action: Load) -> None:
         """Load a store's first value: parameters, then optimizer state."""
@@ -190,17 +216,11 @@ class Homes:
         if not self._run.stopped:
             self._on_fault(step, node, error)
 
-    def _decoded(self, sent: _Sent) -> Sequence[Array]:
-        """The gradients of a part."""
-        message, arrays = sent
-        return arrays if message is None else self._decoder.decode(message, arrays)
-
-    def _remember(self, sent: _Sent) -> None:
-        """Decode a part that is not applied, because later ones refer to it."""
-        self._decoded(sent)
+    def _decode(self, handle: int, message: wire.Contribution, arrays: Sequence[Array]) -> None:
+        self._decoded[handle] = self._decoder.decode(message, arrays)
 
     def _given(self, action: Apply, sent: _Contributed) -> list[Given]:
-        arrays = [([a for part in parts for a in self._decoded(part)], coefficient) for parts, coefficient in sent]
+        arrays = [([a for part in parts for a in part()], coefficient) for parts, coefficient in sent]
         return given_of(self._specs[action.store], arrays, action.staleness, action.full)
 
     def _apply(self, action: Apply, sent: _Contributed) -> None:

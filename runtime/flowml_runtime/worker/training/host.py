@@ -38,6 +38,7 @@ from flowml_runtime.protocol.training.worker import TrainingWorker
 from flowml_runtime.worker.training.exchange.agreement import Agreement
 from flowml_runtime.worker.training.exchange.reductions import Given, Reductions, summed
 from flowml_runtime.worker.training.exchange.relays import Relays
+from flowml_runtime.worker.training.filtered import Encoded
 from flowml_runtime.worker.training.homes import HomeAction, Homes
 from flowml_runtime.worker.training.published import Reader
 from flowml_runtime.worker.training.resident import Arrays, Resident, loaded, of_waiting, row
@@ -78,8 +79,7 @@ class TrainingHost:
         self.machine = TrainingWorker(worker.name, driver, Terms.of(training, 0), Places.of(training))
         self.payloads: dict[int, Sequence[Array]] = {}
         """The arrays of the machine's handles."""
-        self.contributions: dict[int, wire.Contribution] = {}
-        """The messages of those handles whose arrays are filtered."""
+        self.encoded = Encoded()
         self._handles = count(1)
         self._plan_id = plan_id
         self._plan = plan
@@ -156,15 +156,16 @@ class TrainingHost:
             return protocol.Received(peer, message)
         handle = next(self._handles)
         self.payloads[handle] = arrays
-        if isinstance(message, wire.Contribution) and self._filtered(message):
-            self.contributions[handle] = message
+        if isinstance(message, wire.Contribution) and peer != self._driver:  # which sends what a snapshot has decoded
+            self._note_encoded(handle, message)
         return protocol.Received(peer, message, handle)
 
-    def _filtered(self, message: wire.Contribution) -> bool:
-        """Whether a home decodes it. What replicas send to the leader of their site is not encoded."""
+    def _note_encoded(self, handle: int, message: wire.Contribution) -> None:
+        """Note a contribution that a home decodes. What replicas send to the leader of their site is not encoded."""
         stores, store = self._plan.training.stores if self._plan.training else (), message.store
         encoded = store < len(stores) and (message.of_site or not stores[store].relayed)
-        return encoded and bool(stores[store].policy.home_filters)
+        if encoded and stores[store].policy.home_filters:
+            self.encoded.add(handle, message, stores[store].policy)
 
     def _step(self, event: protocol.Event) -> None:
         with self.changed:
@@ -207,7 +208,7 @@ class TrainingHost:
             heapq.heappush(self._wakes, (action.at, action.run))
         elif isinstance(action, protocol.Release):
             self.payloads.pop(action.handle, None)  # the homes take those that they still have to decode
-            self.contributions.pop(action.handle, None)
+            self.encoded.drop(action.handle)
         elif self._fit is not None:
             self._fit.later(action)
 
@@ -246,7 +247,7 @@ class _Fit:
         self.reductions = Reductions(run, host.fail)
         self._payloads = host.payloads
         agreement = Agreement(run, self.reductions.group, host.fail)
-        self._homes = Homes(run, host.programs, host.payloads, host.contributions, agreement, host.fail)
+        self._homes = Homes(run, host.programs, host.payloads, host.encoded, agreement, host.fail)
         self._relays = Relays(run, host.payloads, host.fail)
         stages = Places.of(run.training).stages_on(run.me)
         programs = [host.programs[run.training.replicas[r][s]] for r, s in stages]
@@ -380,10 +381,13 @@ class _Fit:
             (resident.lane or self._exports).put(partial(tell, resident), self._fail)
 
     def _waiting(self, part: wire.Waiting, handle: int) -> Resident:
-        """A part of a contribution that waits for a later clock, as the arrays that came. It is restored by coming
-        again."""
-        arrays = row("array", self._payloads[handle])
-        return Resident(of_waiting(self.run.training.stores[part.store].name, part), lambda: arrays, loaded)
+        """A part of a contribution that waits for a later clock, decoded. It is restored by coming again."""
+        spec = self.run.training.stores[part.store]
+        if spec.relayed and not part.of_site:  # it waits at the leader of a site
+            arrays, lane = partial(self._payloads.__getitem__, handle), None
+        else:
+            arrays, lane = self._homes.waiting(part.store, handle)
+        return Resident(of_waiting(spec.name, part), lambda: row("array", arrays()), loaded, lane)
 
     def _adds_up(self, told: wire.Gossip) -> bool:
         """Whether it is the sum of a site, and leaders add these up among themselves."""

@@ -7,7 +7,7 @@ owner's name says what it belongs to, and not on which worker it is:
     replica/NUMBER/stage/NUMBER/LAYER/... own parameters, sums of gradients, residuals, what neighbours have
     reader/WORKER/LAYER                   what the filters of published versions remember
     site/LEADER/LAYER/...                 what the filters of the sums of a site remember
-    waiting/LAYER/...                     contributions that wait for a later clock or for others, as they came
+    waiting/LAYER/...                     contributions that wait for a later clock or for others, decoded
 
 Every object that keeps an array from one step to the next registers itself in the `Residents` of its worker's run. A
 test walks all objects of a run and finds those that do not.
