@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -64,8 +64,9 @@ class OwnCall:
 
     __slots__ = ("call",)
 
-    def __init__(self, call: Callable[..., Any] | None = None) -> None:
+    def __init__(self, call: Any = None) -> None:
         self.call = call
+        """A `Recipe`, or None."""
 
     def __eq__(self, other: object) -> bool:
         """Plans are equal if they say the same, and the pickled form of the call is part of what they say."""

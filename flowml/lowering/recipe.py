@@ -109,6 +109,24 @@ class Recipe:
             slots.update(zip(step.fills, results, strict=True))
         return [slots[i] for i in self.outputs], token
 
+    @property
+    def calls(self) -> list[host.Call]:
+        """All its calls of Python, also those in loops and branches."""
+        found: list[host.Call] = []
+        for step in self.steps:
+            match step.what:
+                case host.Call():
+                    found.append(step.what)
+                case Inline() | Scan():
+                    found += step.what.body.calls
+                case While():
+                    found += step.what.test.calls + step.what.body.calls
+                case Switch():
+                    found += [call for branch in step.what.branches for call in branch.calls]
+                case Computation():
+                    pass
+        return found
+
     def _slots(self, arrays: Sequence[Any]) -> dict[int, Any]:
         return {**dict(enumerate(arrays)), **dict(self.constants)}
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from jax.experimental import io_callback
 
 import flowml as fm
 from flowml.envelope import seal
+from flowml.lowering.pickling import copied_state
 from flowml.plan import FORMAT
 from tests.training.reference import assert_same
 
@@ -143,3 +146,57 @@ def test_a_plan_that_was_sent_has_no_functions_of_its_sender(threads_cluster: fm
     body = forged[forged.index(b"flowml-plan\x00") + 32 :]
     with pytest.raises(fm.PlanError, match="no functions of a process"):
         fm.Plan.decode(seal(body, FORMAT))
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Has nothing to change."""
+
+    scale: float
+
+    def tell(self, value: Any) -> None:
+        print(self.scale * value)
+
+
+def test_what_a_copy_would_change_is_found() -> None:
+    seen: list[Any] = []
+    table, name, log = np.ones(3), "x", Log()
+    table.flags.writeable = False
+
+    def helper(value: Any) -> None:
+        seen.append(value)
+
+    for function, found in (
+        (lambda v: seen.append(v + 1), "'seen', of type list"),
+        (lambda v: helper(v + 1), "'seen', of type list"),
+        (partial(lambda s, v: s.append(v), seen), "an argument, of type list"),
+        (seen.append, "the bound method list.append"),
+        (log.tell, "the bound method Log.tell"),
+        (lambda v: log.tell(v + 1), "'log', of type Log"),
+        (lambda v: print(name, table * v), ""),
+        (Frozen(2.0).tell, ""),
+        (np.sin, ""),
+        (print, ""),
+        (counted, ""),
+    ):
+        assert copied_state(function) == found
+
+
+def test_process_workers_warn_once_of_what_they_change_copies_of() -> None:
+    log, lists = Log(), [[0.0]]
+    step = everywhere(log, lists)
+
+    def pure(x: jax.Array) -> jax.Array:
+        jax.debug.print("x {}", x)
+        return jax.pure_callback(lambda v: v + len(lists), jax.ShapeDtypeStruct((), jnp.float32), x)
+
+    with fm.Cluster.local(workers=1, allow_python=True) as cluster:
+        program = fm.dataflow(step, cluster=cluster)
+        with pytest.warns(
+            fm.FlowmlWarning, match=r"step: what jax.debug.callback at .* a copy of 'one', of type list"
+        ) as said:
+            program(jnp.float32(0))
+        assert [w.filename for w in said] == [__file__]
+        program(jnp.float32(0))  # no second warning, which would be an error here
+        fm.dataflow(pure, cluster=cluster)(jnp.float32(1))
+    assert (log.told, lists) == ([], [[0.0]])

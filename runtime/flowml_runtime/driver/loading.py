@@ -8,6 +8,7 @@ devices before; see `captures`.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -15,12 +16,14 @@ import msgspec
 import numpy as np
 
 from flowml.devices import Device, worker_of
-from flowml.errors import DeadlineError, FlowmlError, WorkerLostError
+from flowml.errors import DeadlineError, FlowmlError, FlowmlWarning, WorkerLostError
 from flowml.instructions import Run
+from flowml.lowering.pickling import copied_state
 from flowml.plan import ArraySpec, Plan
 from flowml_runtime import wire
 from flowml_runtime.driver.captures import Captured, Captures
 from flowml_runtime.driver.progress import shown
+from flowml_runtime.environment.callers import calling_level
 from flowml_runtime.execution.programs import executable_key, store_tasks
 from flowml_runtime.transport.endpoint import Sender
 
@@ -95,6 +98,25 @@ def send(endpoint: Sender, plan_id: str, loading: Loading, captured: Captured, s
         text = f"{lost.worker} was lost before it had plan {plan.name!r}: {lost}; {session.remedy}"
         raise WorkerLostError(text, worker=lost.worker) from None
     return captures
+
+
+def warn_of_copies(plan: Plan, told: set[str]) -> None:
+    """Warn, once for a program, of effects that change objects of this process: other processes change copies of them.
+
+    `told` are the texts of earlier warnings.
+    """
+    calls = [call for task in plan.tasks if task.own.call is not None for call in task.own.call.calls if not call.pure]
+    for call in calls:
+        state = copied_state(call.function)
+        if state:
+            text = (
+                f"{plan.name}: what {call.construct} changes stays on a worker of another process, which has a copy of "
+                f"{state}; return the value from the function, or use fm.Cluster.threads"
+            )
+            if text not in told:
+                told.add(text)
+                warnings.warn(text, FlowmlWarning, stacklevel=calling_level())
+            return
 
 
 def messages(

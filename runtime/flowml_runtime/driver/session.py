@@ -106,6 +106,8 @@ class Session:
         self._plans: dict[str, LoadedPlan] = {}
         self._handlers: dict[str, PlanHandler] = {}
         self._local: dict[str, LocalWorker] = {}
+        self._told: set[str] = set()
+        """The warnings of plans."""
         self._residents: Residents[LoadedPlan] = Residents(self.unload)
         self.max_programs = MAX_PROGRAMS
         """The number of dataflow plans that stay loaded; calls in flight may keep more."""
@@ -156,6 +158,8 @@ class Session:
                 find_device(program.device, self.devices, f"plan {plan.name!r}")
         except PlacementError as error:
             raise self.explained(error, plan.name) from None
+        if not self._local:
+            shipping.warn_of_copies(plan, self._told)
         plan_id = f"{self.endpoint.name}-{uuid.uuid4().hex[:16]}"
         workers = tuple(dict.fromkeys(worker_of(p.device) for p in plan.programs))
         loading = Loading(plan, workers)

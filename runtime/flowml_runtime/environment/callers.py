@@ -25,3 +25,11 @@ def calling_line() -> str:
             return "an unknown line"
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+def calling_level() -> int:
+    """The `stacklevel` with which a warning of the caller shows that line."""
+    frame, level = sys._getframe(1), 1  # pyright: ignore[reportPrivateUsage]
+    while frame.f_code.co_filename.startswith(_LIBRARY) and frame.f_back is not None:
+        frame, level = frame.f_back, level + 1
+    return level
