@@ -153,3 +153,11 @@ def test_both_ways_to_run_a_step_give_values_of_their_own(one: fm.Cluster, submi
     double(b)
     np.testing.assert_array_equal(a, np.ones(SHAPE))
     np.testing.assert_array_equal(c, np.full(SHAPE, 2))
+
+
+def test_an_array_without_values_is_returned(one: fm.Cluster) -> None:
+    nothing = np.zeros(3, jax.dtypes.float0)
+    program = fm.dataflow(lambda a, b: (a, a, np.zeros(2, jax.dtypes.float0), b + 1), cluster=one, keep=(0, 1, 2, 3))
+    *empty, more = program(nothing, 1.0)
+    assert [(a.dtype, a.shape) for a in empty] == [(jax.dtypes.float0, (n,)) for n in (3, 3, 2)]
+    assert float(more) == 2

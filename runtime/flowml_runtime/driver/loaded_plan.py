@@ -170,7 +170,7 @@ def loaded(
         local=local,
         kinds=kinds,
         kept_bytes=kept_bytes,
-        brought=tuple(p for p, o in enumerate(plan.outputs) if o.stays and o.kind == "constant"),
+        brought=_brought(plan),
         overwrites=plan.donated,
         unread=frozenset(plan.donated) - {s for port in ports for s in port.slots},
         captures=captures,
@@ -181,3 +181,9 @@ def loaded(
 def _kinds(plan: Plan) -> tuple[Kind, ...]:
     kept = {o.index: o for o in reversed(plan.outputs) if o.kind == "keep"}
     return tuple(Kind(kept[i].spec, kept[i].device, kept[i].name) for i in range(len(kept)))
+
+
+def _brought(plan: Plan) -> tuple[int, ...]:
+    """An array of type float0 has no values that could stay anywhere."""
+    constants = [p for p, o in enumerate(plan.outputs) if o.stays and o.kind == "constant"]
+    return tuple(p for p in constants if plan.outputs[p].spec.dtype != "float0")
