@@ -6,9 +6,11 @@ pass makes one after the other, so the first bucket is sent while the rest is co
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+from flowml.ir.label import layer_of
+from flowml.plan import StoreSpec
 from flowml.policy.topology import DOUBLING_BYTES
 
 BUCKET_BYTES = DOUBLING_BYTES
@@ -43,3 +45,15 @@ def pack(bundles: Iterable[Bundle], most_bytes: int = BUCKET_BYTES) -> list[tupl
             leaves, nbytes = (), 0
         open_[bundle.kind] = (*leaves, *bundle.leaves), nbytes + bundle.nbytes
     return sorted(tuple(sorted(b)) for b in (*full, *(leaves for leaves, _ in open_.values())))
+
+
+def layers_of(store: StoreSpec) -> tuple[str, ...]:
+    """The layers in a bucket; the name of the store, if several stores share one of its layers."""
+    layers = tuple(dict.fromkeys(map(layer_of, store.paths)))
+    return layers if joined(layers) == store.name else (store.name,)
+
+
+def joined(names: Sequence[str]) -> str:
+    """The name of a bucket of these layers."""
+    found = tuple(dict.fromkeys(names))
+    return "+".join(found) if len(found) <= 3 else f"{found[0]}+{len(found) - 1} more"

@@ -32,7 +32,7 @@ from flowml.policy import Distill, Factors, Policy, check_composition
 from flowml.policy.apply import Vote, base_of, most_at_once, scales
 from flowml.policy.filters import Form, check_array
 from flowml.training.apply import FOLD_WIDTH, HomeTasks, Payload, normalised
-from flowml.training.buckets import Bundle, pack
+from flowml.training.buckets import Bundle, joined, pack
 from flowml.training.couplings import Exchange, across_clocks, exchanges, lower, lower_member
 from flowml.training.distil import apart
 from flowml.training.drafts import Contributions, PartDraft, StoreDraft, coefficient_dtype, strong, value_of
@@ -268,8 +268,8 @@ class StorePlanner:
 
     def _names(self, groups: Sequence[Sequence[int]]) -> list[str]:
         """The name of each store: its layers, or its parameters if several stores share a layer."""
-        by_layer = [_joined([layer_of(self.paths[leaf]) for leaf in group]) for group in groups]
-        by_path = [_joined([parameter_path(self.paths[leaf]) for leaf in group]) for group in groups]
+        by_layer = [joined([layer_of(self.paths[leaf]) for leaf in group]) for group in groups]
+        by_path = [joined([parameter_path(self.paths[leaf]) for leaf in group]) for group in groups]
         return [layer if by_layer.count(layer) == 1 else path for layer, path in zip(by_layer, by_path, strict=True)]
 
     def _draft(
@@ -489,8 +489,3 @@ class StorePlanner:
         }
         weighted = self.treatments[store.leaves[0]].weighted
         return Payload(parts, shapes, products, weighted, weighted and self._adds_steps(store))
-
-
-def _joined(names: Sequence[str]) -> str:
-    found = tuple(dict.fromkeys(names))
-    return "+".join(found) if len(found) <= 3 else f"{found[0]}+{len(found) - 1} more"

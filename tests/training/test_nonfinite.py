@@ -201,3 +201,41 @@ def test_with_apply_the_optimizer_counts_what_is_not_finite() -> None:
     result = trainer.fit(params(), data, batch_size=ROWS, steps=STEPS, shuffle=False, progress=False)
     assert int(result.opt_state.total_notfinite) == 1
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
+
+
+SERVER, HALVES = fm.ParameterServer(), ((0, 1), (2, 3))
+NAMED: dict[str, tuple[fm.Policy, int, str]] = {
+    "each replica": (fm.Policy(), 3, "of replica 3"),
+    "portions": (fm.policies.speculate(2), 3, "of replica [0-3]"),
+    "sites": (fm.Policy(fm.Hierarchy(SERVER, SERVER, HALVES)), 2, "of the site of replica 2"),
+    "own parameters of sites": (
+        fm.Policy(fm.Hierarchy(SERVER, SERVER, HALVES), payload=fm.Delta()),
+        2,
+        "of the site of replica 2",
+    ),
+    "sums of leaders": (
+        fm.Policy(fm.Hierarchy(SERVER, fm.Ring(), HALVES)),
+        2,
+        "of (the site of replica 2|all replicas together)",
+    ),
+    "leaders that count": (fm.Policy(fm.Hierarchy(SERVER, SERVER, HALVES, quorum=fm.Quorum())), 3, "of replica 3"),
+    "ring": (fm.policies.ring(), 3, "of (replica 3|all replicas together)"),
+}
+
+
+@pytest.mark.parametrize("simulated", [False, True], ids=["threads", "simulated"])
+@pytest.mark.parametrize("kind", NAMED)
+def test_who_made_it_is_named_and_each_layer_counts_it(threads_cluster: fm.Cluster, kind: str, simulated: bool) -> None:
+    policy, number, who = NAMED[kind]
+    virtual = fm.SimulatedCluster(4, fm.sim.Straggler(fm.sim.Constant(0.1), 3, workers=(0,)), fm.sim.Network(1e-3, 1e8))
+    cluster, data = virtual if simulated else threads_cluster, source(1.0, 4)
+    data["bad"][BAD_STEP * ROWS + 6 :][:2] = np.nan  # the share of replica 3
+    trainer = fm.Trainer(loss, optax.sgd(0.1), cluster=cluster, replicas=4, policies=policy)
+    with pytest.warns(fm.FlowmlWarning, match=rf"layer '.*' {who} at step 1 holds"):
+        ledger = trainer.fit(params(), data, batch_size=ROWS, steps=STEPS, shuffle=False).ledger
+    layers = {"a", "b"} if policy.collective else {"b"}
+    assert set(ledger.nonfinite) == layers
+    if kind != "portions":
+        assert all(counts == {number: 1} for counts in ledger.nonfinite.values())
+    else:  # any replica may take the portion, and another a copy of it
+        assert all(replica < 4 for replica in ledger.nonfinite["b"])

@@ -445,7 +445,7 @@ class Executor:
             return
         message, value = sent.message, total.value
         if world.values.computes:
-            message, value = world.checked(node, message, part, value)
+            message, value = world.checked(node, step.replica, message, value)
         self._share(step, store, message, value)
 
     def _update(self, step: Start, store: int, own: OwnRhythm, gradient: Value) -> None:
@@ -455,8 +455,7 @@ class Executor:
         refused = node.start.on_nonfinite != "apply" and not world.values.is_finite(store, 0, gradient)
         world.values.update(self.at, store, gradient, refused=refused)
         if refused and self._leads(store):
-            whose = f"which replica {step.replica} computes"
-            world.refuse(node, store, step.clock, (step.replica,), whose)
+            world.refuse(node, store, step.clock, (step.replica,), "computes")
         self._updated = store
         if store in self._neighbours:
             self._neighbours[store].updated(step)

@@ -160,7 +160,7 @@ class Node:
         world, message = self.world, sent.message
         assert isinstance(message, wire.Contribution)
         if world.values.computes:
-            message, value = world.checked(self, message, message.part, value)
+            message, value = world.checked(self, at[0], message, value)
         store, part, crosses = message.store, message.part, sent.to[0] != self.name
         if world.terms.stores[store].relayed and not message.of_site:
             nbytes = 0 if value is None else world.layout.parts[store][part].nbytes

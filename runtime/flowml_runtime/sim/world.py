@@ -222,12 +222,14 @@ class World:
         row = self.delays.get(worker)
         return row[clock % len(row)] if row else 0.0
 
-    def checked(self, node: Node, message: Any, part: int, value: Value) -> tuple[Any, Value]:
-        """A contribution and its value. If that is not finite and must not be applied, the contribution is empty."""
+    def checked(self, node: Node, replica: int, message: Any, value: Value) -> tuple[Any, Value]:
+        """What a replica contributes, and its value. If that is not finite and must not be applied, it is empty.
+
+        The message may name a portion of the batch instead of the replica."""
+        part = message.part
         if self.values.is_finite(message.store, part, value) or node.start.on_nonfinite == "apply":
             return message, value
-        whose = f"which replica {message.replica} sends"
-        self.refuse(node, message.store, message.clock, (message.replica,), whose)
+        self.refuse(node, message.store, message.clock, (replica,), "sends")
         return msgspec.structs.replace(message, weight=0, empty=True), None
 
     def filtered(self, at: At, message: Any, value: Value, parameters: Value = None) -> tuple[Value, int]:
@@ -249,14 +251,13 @@ class World:
         if self.values.is_finite(store, part, value) or node.start.on_nonfinite == "apply":
             return message, value
         bad = tuple(r for r in sorted(own) if not self.values.is_finite(store, part, own[r]))
-        whose = f"which replicas {', '.join(map(str, bad))} send" if bad else "added up over all replicas"
-        self.refuse(node, store, message.clock, bad, whose)
+        self.refuse(node, store, message.clock, bad, "sends")
         return msgspec.structs.replace(message, weight=0, empty=True), None
 
-    def refuse(self, node: Node, store: int, clock: int, replicas: tuple[int, ...], whose: str) -> None:
+    def refuse(self, node: Node, store: int, clock: int, replicas: tuple[int, ...], verb: str) -> None:
         """A gradient is not finite: report that it is left out, or end the fit."""
         if node.start.on_nonfinite == "raise":
-            error = FlowmlError(sentence(self.layout.names[store], whose))
+            error = FlowmlError(sentence(self.layout.names[store], self.terms.stores[store], replicas, verb))
             self.fail(node, node.start.run + clock, error)
             return
         self.send(node.name, DRIVER, wire.NonFinite(**node.ids, store=store, clock=clock, replicas=replicas))

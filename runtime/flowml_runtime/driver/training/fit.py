@@ -263,7 +263,7 @@ class Fit:
                 case protocol.Feed(replica, item):
                     self._feed(replica, item)
                 case protocol.NoteNonFinite(store, clock, replicas):
-                    _warn(self._history.refused(self._training.stores[store].name, clock, replicas), stacklevel=5)
+                    _warn(self._history.refused(store, clock, replicas), stacklevel=5)
                 case protocol.NoteCommit(clock, excluded, coefficients):
                     self._history.committed(clock, excluded, coefficients)
                 case protocol.NoteWaits():

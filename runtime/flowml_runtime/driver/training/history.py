@@ -20,9 +20,11 @@ import msgspec
 import numpy as np
 
 from flowml.plan import Training
+from flowml.training.buckets import layers_of
 from flowml.training.step import Metrics
 from flowml_runtime import wire
 from flowml_runtime.protocol.training.terms import Terms
+from flowml_runtime.worker.training.finite import sender
 
 Record = dict[str, Any]
 
@@ -66,6 +68,7 @@ class History:
     ) -> None:
         """`leaves_out`: losses that are not finite are left out and counted, as such gradients are. `first` is the step
         of the first record. `done` is the number of work items that were used before."""
+        self._training = training
         self._first = first
         self._leaves_out = leaves_out
         self._members = training.items
@@ -147,16 +150,19 @@ class History:
             self._counted[earlier] = counted
         self._decided = max(self._decided, clock)
 
-    def refused(self, layer: str, clock: int, replicas: Sequence[int]) -> str | None:
-        """Count gradients that were left out. Returns one sentence for a warning, the first time for each layer."""
-        first = layer not in self.nonfinite
-        counts = self.nonfinite.setdefault(layer, Counter())
-        counts.update(replicas)
-        sums = self._sums.setdefault((layer, clock), set())
-        sums.update(replicas)
+    def refused(self, store: int, clock: int, replicas: Sequence[int]) -> str | None:
+        """Count gradients that were left out, for each layer of a bucket. Returns one sentence for a warning, the first
+        time for each store."""
+        spec = self._training.stores[store]
+        layers = layers_of(spec)
+        first = layers[0] not in self.nonfinite
+        for layer in layers:
+            self.nonfinite.setdefault(layer, Counter()).update(replicas)
+            self._sums.setdefault((layer, clock), set()).update(replicas)
         if not first:
             return None
-        whose = f"of replica {', '.join(map(str, replicas))}" if replicas else "of all replicas together"
+        layer, terms = spec.name, Terms.of(self._training, 0).stores[store]
+        whose = f"of {' and '.join(sender(terms, r) for r in replicas)}" if replicas else "of all replicas together"
         weights = "" if self._metrics.weight is None else " (as it does if a weight is below 0 or not finite)"
         return (
             f"the gradient of layer {layer!r} {whose} at step {clock} holds NaN or infinity{weights} and is left out "

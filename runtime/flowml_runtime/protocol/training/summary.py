@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
+from flowml.errors import named
+
 MOST_ROWS = 9
 """The most lines for epochs, for replicas and for groups of layers in the text of a summary."""
 
@@ -37,7 +39,9 @@ class Summary:
 
     `unseen` of a replica is always 0, because an item that was not begun belongs to no replica. `seen` lists how many
     examples took part how many times; it is empty if it was not requested. `nonfinite` counts, by layer and replica,
-    the gradients that were left out because they held NaN or infinity; replica -1 counts such sums of finite gradients.
+    the gradients that were left out because they held NaN or infinity. A sum of several layers, or of a site, is left
+    out whole: it counts for each of its layers, and for the replica that leads the site. Replica -1 counts such sums of
+    finite gradients.
     `nonfinite_losses` counts, by replica, the losses that were left out of the history because they were not finite.
     `left_out` counts the examples of used items that were not computed, because a replica stopped between two
     microbatches. `kept` has by layer the Euclidean norm of what the error feedback of all replicas had not sent at the
@@ -92,8 +96,11 @@ class Summary:
             lines.append(f"examples of used items left out between microbatches: {whose}")
         if self.seen:
             lines.append("examples seen: " + ", ".join(f"{many} × {times}" for times, many in self.seen))
+        alike: dict[str, list[str]] = {}
         for layer, counts in self.nonfinite.items():
-            lines.append(f"not finite and left out of {layer}: {_by_replica(counts)}")
+            alike.setdefault(_by_replica(counts), []).append(layer)
+        for counts, layers in alike.items():
+            lines.append(f"not finite and left out of {named(layers)}: {counts}")
         if self.nonfinite_losses:
             lines.append(f"losses not finite and left out of the history: {_by_replica(self.nonfinite_losses)}")
         for layer, norm in self.kept.items():

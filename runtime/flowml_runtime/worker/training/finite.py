@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from flowml.plan import Part
+from flowml_runtime.protocol.training.terms import StoreTerms
 
 
 def all_finite(arrays: Sequence[Any]) -> bool:
@@ -40,8 +41,18 @@ def _is_finite(array: np.ndarray[Any, Any]) -> bool:
     return bool(np.isfinite(array).all())  # finite values may have a sum that is not
 
 
-def sentence(layer: str, whose: str) -> str:
-    """The message of the error that ends a step."""
+def sender(terms: StoreTerms, replica: int) -> str:
+    """Whose gradient this replica sends, in words: its own, or the sum of the site that it leads."""
+    summed = not terms.relayed and any(site[0] == replica and len(site) > 1 for site in terms.sites)
+    return f"the site of replica {replica}" if summed else f"replica {replica}"
+
+
+def sentence(layer: str, terms: StoreTerms, replicas: Sequence[int], verb: str) -> str:
+    """The message of the error that ends a step. Without replicas the sum over all of them is not finite."""
+    who = " and ".join(sender(terms, r) for r in replicas)
+    whose = (
+        f"which {who} {verb if len(replicas) == 1 else verb.removesuffix('s')}" if who else "added up over all replicas"
+    )
     return (
         f"the gradient of layer {layer!r}, {whose}, holds NaN or infinity; lower the learning rate or look at the "
         "data of this step, or give Trainer(on_nonfinite='refuse') to leave such gradients out"

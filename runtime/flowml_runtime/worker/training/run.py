@@ -84,11 +84,11 @@ class Run:
         """The step number of this clock in messages. It is unique over all fits of the plan."""
         return self.start.run + clock
 
-    def refuse(self, store: int, clock: int, replicas: tuple[int, ...], whose: str) -> None:
-        """Report to the driver that a gradient with NaN or infinity is left out. Raises FlowmlError if that ends the
-        fit."""
+    def refuse(self, store: int, clock: int, replicas: tuple[int, ...], verb: str) -> None:
+        """Report to the driver that a gradient with NaN or infinity is left out. `verb` says what these replicas do
+        with it. Raises FlowmlError if that ends the fit."""
         if self.start.on_nonfinite == "raise":
-            raise FlowmlError(sentence(self.training.stores[store].name, whose))
+            raise FlowmlError(sentence(self.training.stores[store].name, self.terms.stores[store], replicas, verb))
         message = wire.NonFinite(plan_id=self.plan_id, run=self.number, store=store, clock=clock, replicas=replicas)
         self.send(self.driver, message)
 

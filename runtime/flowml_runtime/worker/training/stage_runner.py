@@ -435,7 +435,7 @@ class StageRunner(EdgeServices):
             ):
                 run.shared[store].update(arrays, weight, training.microbatches, self._read_versions[store])
         else:
-            run.refuse(store, clock, (self.replica,), f"which replica {self.replica} computes")
+            run.refuse(store, clock, (self.replica,), "computes")
         run.count_push(store, part, 0, run.me)
         self._on_event(Updated(run.number, self.replica, store, clock, finite))
 
@@ -448,7 +448,7 @@ class StageRunner(EdgeServices):
             with self.recorder.record(self.device, "update", f"store {own.spec.name}", step):
                 own.update(gradients)
         elif gradients and self._leads(store):
-            self.run.refuse(store, clock, (self.replica,), f"which replica {self.replica} computes")
+            self.run.refuse(store, clock, (self.replica,), "computes")
         self._exchange(store, own, before)
         with self.run.changed:
             if not self.machine.pushes(store, clock):
@@ -474,7 +474,7 @@ class StageRunner(EdgeServices):
         inside = training.stores[message.store].relayed and not message.of_site
         counts = counted(arrays, training.stores[message.store].parts[message.part], training.microbatches)
         if self.run.start.on_nonfinite != "apply" and not all_finite(counts):
-            self.run.refuse(message.store, message.clock, (self.replica,), f"which replica {self.replica} sends")
+            self.run.refuse(message.store, message.clock, (self.replica,), "sends")
             message, arrays = msgspec.structs.replace(message, weight=0, empty=True, specs=()), ()
         elif self._encoder.filters(message.store) and not inside:
             message, arrays = self._encoder.encode(message, arrays, parameters)

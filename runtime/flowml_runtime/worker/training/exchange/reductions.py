@@ -262,8 +262,7 @@ class Reductions:
         if self._run.start.on_nonfinite == "apply" or all_finite(sums):
             return True
         bad = tuple(r for r, arrays in own.items() if not all_finite(arrays))
-        whose = f"which replicas {', '.join(map(str, bad))} send" if bad else "added up over all replicas"
-        self._run.refuse(given.store, given.clock, bad, whose)
+        self._run.refuse(given.store, given.clock, bad, "sends")
         return False
 
     def _failed(self, given: Given, error: BaseException) -> None:
