@@ -31,5 +31,6 @@ def bytes_each(workers: int) -> float:
 
 
 def test_the_memory_of_a_machine_does_not_grow_with_their_number() -> None:
-    few, many = bytes_each(100), bytes_each(800)
+    # The least of two: what threads of other tests allocate meanwhile counts too.
+    few, many = (min(bytes_each(workers) for _ in range(2)) for workers in (100, 800))
     assert many < 1.2 * few, f"{few:.0f} bytes for each of 100 machines, {many:.0f} for each of 800"

@@ -97,6 +97,8 @@ class Run:
             match action:
                 case actions.Send(to, message):
                     self._send(me, to, message)
+                case actions.Leave(to, message):
+                    self._send(me, to, message)
                 case actions.Start(_, replica, stage, clock, _, cause):
                     push = self._workers[me].contribution(action, 0, 0, base_version=0, weight=1)
                     self._send(me, push.to, push.message, arrays=True)
