@@ -195,6 +195,7 @@ def test_a_ring_sends_what_it_says(threads_cluster: fm.Cluster, processes: fm.Cl
             "pushed_bytes": 8 * n * size,
             "pushed_wire_bytes": 8 * 2 * (n - 1) * size,
             "published_wire_bytes": 0,
+            "shared_wire_bytes": 0,
         }
         assert "all 2 replicas" in result.table() or n == 4
 
