@@ -22,12 +22,18 @@ class Stay:
     """What stays on the devices between calls, by position among the flat inputs and outputs.
 
     `held` are inputs that are on a device already. `kept` are outputs that are not fetched. `donated` are inputs whose
-    memory the program may overwrite.
+    memory the program may overwrite. The caller sees the first `shown` outputs, or all. Those behind them are states of
+    objects that were passed in, and an input among them is there already.
     """
 
     held: Mapping[int, str] = field(default_factory=dict[int, str])
     kept: frozenset[int] = frozenset()
     donated: frozenset[int] = frozenset()
+    shown: int | None = None
+
+    def shows(self, position: int) -> bool:
+        """Whether the caller sees this output."""
+        return self.shown is None or position < self.shown
 
 
 def settled(graph: Graph, stay: Stay) -> dict[int, str]:
@@ -92,7 +98,7 @@ def own_outputs(graph: Graph, stay: Stay, first: str) -> Graph:
         if isinstance(output, Literal) or graph.values[output].dtype == "float0":
             continue
         kept = position in stay.kept
-        if output in inputs and (kept or output in held):
+        if output in inputs and (kept or (output in held and stay.shows(position))):
             reader = next(iter(graph.consumers.get(output, ())), None)
             device = there.get(output) or (reader.device if reader else first)
             outputs[position] = added.add(output, reader.layer if reader else "", device)

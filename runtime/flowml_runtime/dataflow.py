@@ -309,7 +309,7 @@ class Dataflow(Generic[P, R]):
         key = (given.key, tuple(held.items()))
         programs = self._programs.get(cluster) or {}
         sent = programs.get(given.key)
-        if key not in programs and sent is not None and reads_there(sent.plan, held):
+        if key not in programs and sent is not None and reads_there(sent.plan, sent.returned, held):
             with self._lock:
                 programs[key] = sent
         return self._compiled(cluster, key, self._placement, given)

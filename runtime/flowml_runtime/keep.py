@@ -128,7 +128,12 @@ def stay_of(
 ) -> Stay:
     """What stays on the devices in a call."""
     kept = keep.outputs(traced, call.returned, name, held) if keep is not None else frozenset[int]()
-    return Stay(held, kept, donated if kept or held else frozenset())
+    return Stay(held, kept, donated if kept or held else frozenset(), _shown(call.returned))
+
+
+def _shown(returned: Returned) -> int | None:
+    """How many of the first outputs the caller sees; None for all. The states of objects that were passed in follow."""
+    return None if returned.plain else returned.tree.num_leaves - len(returned.fixed) - len(returned.same)
 
 
 def described(tree: Any) -> Any:
@@ -140,10 +145,10 @@ def described(tree: Any) -> Any:
     return tree_map(of, tree)
 
 
-def reads_there(plan: Plan, held: Mapping[int, str]) -> bool:
+def reads_there(plan: Plan, returned: Returned, held: Mapping[int, str]) -> bool:
     """Whether a program for inputs that are sent reads each of these inputs on its own device only, and does not return
     one as it is."""
-    if any(o.kind == "input" and o.index in held for o in plan.outputs):
+    if any(o.kind == "input" and o.index in held for o in plan.outputs[: _shown(returned)]):
         return False
     reads: dict[int, set[str]] = {}
     for program in plan.programs:

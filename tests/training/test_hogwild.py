@@ -65,7 +65,13 @@ def test_each_update_counts_exactly_once(cluster: Any) -> None:
     np.testing.assert_array_equal(result.params["other"]["b"], np.full(3, -ITEMS, np.float32))
     assert (result.ledger.used, result.ledger.dropped, result.ledger.outstanding) == (ITEMS, 0, 0)
     for traffic in result.traffic.values():
-        assert traffic == {"pushes": ITEMS, "pushed_bytes": 0, "pushed_wire_bytes": 0, "published_wire_bytes": 0, "shared_wire_bytes": 0}
+        assert traffic == {
+            "pushes": ITEMS,
+            "pushed_bytes": 0,
+            "pushed_wire_bytes": 0,
+            "published_wire_bytes": 0,
+            "shared_wire_bytes": 0,
+        }
 
 
 def test_the_loss_falls_as_in_serial(cluster: Any) -> None:

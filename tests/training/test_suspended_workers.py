@@ -63,7 +63,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def test_under_a_quorum_it_is_late() -> None:
-    """Also while snapshots are taken, for which all replicas are asked."""
+    """Without snapshots, which wait for all replicas."""
     times: list[float] = []
     woken: list[float] = []
     with fm.Cluster.local(workers=REPLICAS, lost_after_s=60) as cluster:
@@ -83,7 +83,7 @@ def test_under_a_quorum_it_is_late() -> None:
             if not woken:
                 time.sleep(0.01)  # else the fit would end before the process goes on
 
-        found = fit(cluster, "quorum", callbacks=[callback], on_loss="replace", steps=400)
+        found = fit(cluster, "quorum", callbacks=[callback], steps=400)
     assert found.losses == ()
     assert times[-1] > woken[0]
     meanwhile = sum(woken[0] - LATE_S < t < woken[0] for t in times)

@@ -136,6 +136,8 @@ class Restorer:
         return results
 
     def _result(self, position: int, value: Any) -> Any:
+        if type(value) is Remote:  # of the state of an object that was passed in: it is there already
+            return value
         return restored(value, self._outputs[position].spec, self._avals[position], own=self._own[position])
 
 
