@@ -23,6 +23,8 @@ SOURCE = data()
 REPLICAS = 3
 FAULTY = "worker:1"
 FLIPPED_AT = 10
+MIDDLE_OF_MANTISSA = 1
+"""The byte of a float32 in which the bit is. The change is too small for a number that is not finite."""
 
 Record = dict[str, Any]
 
@@ -33,9 +35,10 @@ def trainer(cluster: fm.Cluster, **options: Any) -> fm.Trainer:
 
 
 def flipping_a_bit() -> Callable[[Record], None]:
-    """From step FLIPPED_AT on: a bit of one parameter of FAULTY changes, in memory, as a fault of memory would do it.
+    """From step FLIPPED_AT on: a bit of one parameter of FAULTY is stuck at 1, as a fault of memory would have it.
 
-    Parameters live in new memory after each step, so the flip is repeated until it meets a version in use.
+    Parameters live in new memory after each step, so it is set again after each. It only ever adds to the size of the
+    parameter: a bit that is flipped back and forth may end where it was.
     """
     found: list[Homes] = []
 
@@ -46,7 +49,7 @@ def flipping_a_bit() -> Callable[[Record], None]:
             assert found
         for held in [held for homes in found for held in homes._held.values()]:
             memory = np.asarray(held.values[held.params - 1])
-            ctypes.cast(memory.ctypes.data, ctypes.POINTER(ctypes.c_uint8))[0] ^= 1
+            ctypes.cast(memory.ctypes.data, ctypes.POINTER(ctypes.c_uint8))[MIDDLE_OF_MANTISSA] |= 0x10
 
     return on_step
 
