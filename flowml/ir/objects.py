@@ -43,11 +43,18 @@ def takes_static_leaves(fn: Callable[..., Any], tree: Any) -> bool:
 
 def static_leaves(fn: Callable[..., Any], given: Any, leaves: Sequence[Any]) -> dict[int, Any]:
     """The leaves of the arguments that are static without being named so, by position."""
-    module = _known("equinox", "Module")
-    if module is None or not any(map(is_static_leaf, leaves)):
+    if _known("equinox", "Module") is None or not any(map(is_static_leaf, leaves)):
         return {}
     if type(fn).__module__.partition(".")[0] == "equinox":
         return {i: leaf for i, leaf in enumerate(leaves) if is_static_leaf(leaf)}
+    return leaves_of_modules(given)
+
+
+def leaves_of_modules(given: Any) -> dict[int, Any]:
+    """The leaves of equinox modules that are no arrays, such as functions, by position among all leaves."""
+    module = _known("equinox", "Module")
+    if module is None:
+        return {}
     found: dict[int, Any] = {}
     position = 0
     for part in tree_leaves(given, is_leaf=lambda x: isinstance(x, module)):

@@ -208,7 +208,7 @@ class Trainer:
         """Train from `params` and return the result. The arguments are not modified.
 
         Args:
-            params: pytree of arrays. Integers, booleans and keys in it are not trained; the result has them too.
+            params: pytree of arrays, or an equinox module. What is not floating is not trained; the result has it too.
             source: a pytree of arrays with one row per example, or an object with `len(source)` and
                 `source[indices]` -> batch pytree. Such an object stays in the caller's process; it may return the same
                 buffer each time, and examples of another shape, for 32 shapes at most, each with a program of its own.
