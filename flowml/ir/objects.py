@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.tree_util import tree_flatten, tree_leaves, tree_unflatten
+from jax.tree_util import tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from flowml.errors import UnsupportedError
 
@@ -62,6 +62,19 @@ def leaves_of_modules(given: Any) -> dict[int, Any]:
         found |= {position + i: leaf for i, leaf in enumerate(inside) if leaf is not None and is_static_leaf(leaf)}
         position += len(inside)
     return found
+
+
+def array_leaves(tree: Any) -> tuple[list[tuple[Any, Any]], Callable[[Sequence[Any]], Any]]:
+    """The leaves of a tree with their paths, without those of equinox modules that are no arrays, and what makes the
+    tree of other leaves in their places."""
+    leaves, structure = tree_flatten_with_path(tree)
+    fixed = leaves_of_modules(tree)
+
+    def made(others: Sequence[Any]) -> Any:
+        rest = iter(others)
+        return tree_unflatten(structure, [fixed[i] if i in fixed else next(rest) for i in range(len(leaves))])
+
+    return [pair for i, pair in enumerate(leaves) if i not in fixed], made
 
 
 # flax nnx

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from jax.tree_util import tree_flatten_with_path, tree_unflatten
-
 from flowml.devices import Device, find_device
 from flowml.errors import PlacementError, named, shadowed
 from flowml.ir._jax import path_name
 from flowml.ir.label import layer_of, matches
+from flowml.ir.objects import array_leaves
 from flowml.leaves import why_no_array
 from flowml.plan import ArraySpec
 from flowml_runtime.driver.call_io import signature
@@ -25,7 +24,8 @@ def put(tree: Any, cluster: Cluster | None = None, placement: Any = None) -> Any
     """Bring the arrays of a pytree to devices, where they stay until their handles are deleted or donated.
 
     Args:
-        tree: a pytree of arrays and numbers. Handles in it stay where they are.
+        tree: a pytree of arrays and numbers. Handles in it stay where they are, and so does what is no array in an
+            equinox module.
         cluster: by default that of the innermost `with cluster:` block.
         placement: a device ("worker:1", "worker:1/cpu:0") for all, or a mapping from patterns to devices, matched with
             the path of each leaf and its layers; what matches none, and everything without a placement, goes to the
@@ -41,9 +41,9 @@ def put(tree: Any, cluster: Cluster | None = None, placement: Any = None) -> Any
     session = where.session
     session.check_owner()
     session.check_workers("nothing can be put on them")
-    leaves, structure = tree_flatten_with_path(tree)
+    leaves, made = array_leaves(tree)
     paths = [path_name(path) for path, _ in leaves]
-    devices = _devices(paths, where.devices, placement)
+    devices = placed(paths, where.devices, placement)
     kinds: list[Kind] = []
     arrays: list[Any] = []
     for path, (_, leaf), device in zip(paths, leaves, devices, strict=True):
@@ -61,29 +61,29 @@ def put(tree: Any, cluster: Cluster | None = None, placement: Any = None) -> Any
         adds[kind.device] = adds.get(kind.device, 0) + kind.nbytes
     session.held.check_room(adds, where.devices, "put")
     handles = iter(session.held.bring(arrays, kinds, "put").handles() if kinds else ())
-    return tree_unflatten(structure, [leaf if type(leaf) is Remote else next(handles) for _, leaf in leaves])
+    return made([leaf if type(leaf) is Remote else next(handles) for _, leaf in leaves])
 
 
-def _devices(paths: Sequence[str], devices: Sequence[Device], placement: Any) -> list[str]:
+def placed(paths: Sequence[str], devices: Sequence[Device], placement: Any, verb: str = "put") -> list[str]:
     """The device of each leaf."""
-    asked = "put: the placement"
+    asked = f"{verb}: the placement"
     if placement is None or (isinstance(placement, str) and placement == "auto"):
         return [devices[0].name] * len(paths)
     if isinstance(placement, str | Device):
         return [_name(placement, devices, asked)] * len(paths)
     if not isinstance(placement, Mapping):
         raise PlacementError(
-            f"put: placement={placement!r} depends on a program; give a device or a mapping such as "
+            f"{verb}: placement={placement!r} depends on a program; give a device or a mapping such as "
             "{'conv*': 'worker:0'}, or call the program with the arrays: it keeps its results where it runs"
         )
     found: dict[int, tuple[str, str]] = {}
     for pattern, wanted in placement.items():
-        device = _name(wanted, devices, f"put: pattern {pattern!r}")
+        device = _name(wanted, devices, f"{verb}: pattern {pattern!r}")
         hit = [i for i, path in enumerate(paths) if _matches(path, str(pattern))]
         if not hit:
-            raise PlacementError(f"put: pattern {pattern!r} matches no leaf; leaves are {named(paths)}")
+            raise PlacementError(f"{verb}: pattern {pattern!r} matches no leaf; leaves are {named(paths)}")
         if pattern != "*" and all(i in found for i in hit):
-            raise PlacementError(shadowed(f"put: pattern {pattern!r}", {paths[i]: found[i][0] for i in hit}))
+            raise PlacementError(shadowed(f"{verb}: pattern {pattern!r}", {paths[i]: found[i][0] for i in hit}))
         for i in hit:
             found.setdefault(i, (str(pattern), device))
     return [found[i][1] if i in found else devices[0].name for i in range(len(paths))]

@@ -1,7 +1,8 @@
 """`save` and `load` keep the state of a loop of one's own on the disk: pytrees of arrays, in the format of checkpoints.
 
-Workers write the values that stay with them, each into a file of its own, if they see the same disk; else the values
-come here first. The tree is there in one step, when all files are on the disk, and the one before is removed then.
+Workers write the values that stay with them, each into a file of its own, and read those that go to them, if they see
+the same disk; else the values come here first. The tree is there in one step, when all files are on the disk, and the
+one before is removed then.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,20 +18,24 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-from jax.tree_util import tree_flatten, tree_flatten_with_path, tree_structure, tree_unflatten
+from jax.tree_util import tree_structure
 
+from flowml.arrays import ArraySpec, dtype_of
 from flowml.errors import CheckpointError
 from flowml.ir._jax import path_name
+from flowml.ir.objects import array_leaves, leaves_of_modules
 from flowml.leaves import why_no_array
 from flowml.numbers import whole_number
 from flowml_runtime.driver.call_io import signature
 from flowml_runtime.driver.checkpoint import nested, newest
+from flowml_runtime.driver.holdings import bytes_on_devices
+from flowml_runtime.driver.remote import Kind as KeptKind
 from flowml_runtime.driver.remote import Owner, Remote
 from flowml_runtime.driver.training.differing import MOST, bounded, differences
 from flowml_runtime.driver.training.outcome import as_buffer, from_buffer
 from flowml_runtime.driver.training.snapshots import Key, hollow, key_of
 from flowml_runtime.environment import checkpoints
-from flowml_runtime.put import put
+from flowml_runtime.put import placed
 
 if TYPE_CHECKING:
     from flowml_runtime.cluster import Cluster
@@ -77,23 +83,26 @@ class Saved:
 
 
 def _kind(value: Any) -> Kind:
-    leaves, structure = tree_flatten(value)
-    return structure, tuple((tuple(shape), str(dtype)) for shape, dtype, _ in map(signature, leaves))
+    return tree_structure(value), _types(leaf for _, leaf in array_leaves(value)[0])
+
+
+def _types(leaves: Iterable[Any]) -> tuple[tuple[tuple[int, ...], str], ...]:
+    return tuple((tuple(shape), str(dtype)) for shape, dtype, _ in map(signature, leaves))
 
 
 def _note(tree: Any, path: Path) -> None:
     """Note where a tree is, for the sessions of its handles."""
-    leaves, structure = tree_flatten(tree)
+    structure, leaves = tree_structure(tree), [leaf for _, leaf in array_leaves(tree)[0]]
     remotes = [leaf for leaf in leaves if type(leaf) is Remote]
     owners = {id(r.owner): r.owner for r in remotes if r.owner is not None}
     places: dict[Kind, tuple[int, int] | None] = {}
-    start = 0
+    fixed, start, whole = leaves_of_modules(tree), 0, 0
     for child in structure.children() if owners else ():
-        end = start + child.num_leaves
-        kind = child, _kind(leaves[start:end])[1]
+        end = start + child.num_leaves - sum(i in fixed for i in range(whole, whole + child.num_leaves))
+        kind = child, _types(leaves[start:end])
         places[kind] = None if kind in places else (start, end)
-        start = end
-    places[structure, _kind(leaves)[1]] = 0, len(leaves)
+        start, whole = end, whole + child.num_leaves
+    places[structure, _types(leaves)] = 0, len(leaves)
     for owner in owners.values():
         owner.saved[:] = [Saved(path, places), *owner.saved][:MOST_SAVED]
 
@@ -110,7 +119,7 @@ def taken_from(record: Saved, values: Mapping[int, tuple[Any, tuple[int, int]]])
     found: dict[int, Any] = {}
     for number, (value, (start, end)) in values.items():
         leaves = [jnp.asarray(from_buffer(arrays[str(i)], tree.leaves[i].dtype)) for i in range(start, end)]
-        found[number] = tree_unflatten(tree_structure(value), leaves)
+        found[number] = array_leaves(value)[1](leaves)
     return found
 
 
@@ -121,7 +130,7 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
     that was saved before. Kept loops that lose a worker go on from the last saved tree: see `docs/loops.md`.
 
     Args:
-        tree: a pytree of arrays, numbers and `fm.Remote`s.
+        tree: a pytree of arrays, numbers and `fm.Remote`s. What is no array in an equinox module is left out.
         path: a directory, which is made if it is not there.
         keep: how many saved trees stay there.
 
@@ -130,7 +139,7 @@ def save(tree: Any, path: str | os.PathLike[str], *, keep: int = 1) -> Path:
     """
     directory = Path(path)
     whole_number("keep", keep, least=1)
-    pairs, _ = tree_flatten_with_path(tree)
+    pairs, _ = array_leaves(tree)
     content = msgspec.json.encode(Tree(tuple(_leaf(p, value) for p, value in pairs), hollow(tree)))
     values = [value for _, value in pairs]
     before = checkpoints.snapshots(directory)
@@ -155,37 +164,50 @@ def load(
 
     Args:
         path: the directory.
-        cluster: a cluster to bring the arrays to, where they stay as with `fm.put`. Without one they come here.
+        cluster: a cluster to bring the arrays to, where they stay as with `fm.put`. Workers that see the directory read
+            them. Without a cluster they come here.
         placement: as for `fm.put`. By default each array goes where it was when it was saved, if that device is there.
-        like: a pytree with the structure of the result, such as `(params, optimizer.init(params))`. Without it
-            containers that are neither dicts nor sequences are dicts by attribute, and tuples are lists.
+        like: a pytree with the structure of the result, such as `(params, optimizer.init(params))`, from which what is
+            no array in an equinox module is taken. Without it containers that are neither dicts nor sequences are dicts
+            by attribute, and tuples are lists.
 
     Raises CheckpointError if there is none, it is damaged, or it differs from `like`: it names the leaves.
     """
-    directory = Path(path)
+    directory, read = Path(path), partial(_loaded, cluster=cluster, placement=placement, like=like)
     if checkpoints.snapshots(directory):
-        found = newest(directory, _read, "Loaded is")
+        found = newest(directory, read, "Loaded is")
         assert found is not None
-        where, (tree, arrays) = found
+        where, (tree, values) = found
     else:
-        where, (tree, arrays) = directory, _read(directory)
-    if like is not None:
-        _check(where, tree, like)
-    values: list[Any] = [from_buffer(arrays[str(i)], leaf.dtype) for i, leaf in enumerate(tree.leaves)]
-    if cluster is None:
-        values = [jnp.asarray(value) for value in values]
-    else:
-        values = _put(values, tree.leaves, cluster, placement)
+        where, (tree, values) = directory, read(directory)
+    if isinstance(values, CheckpointError):
+        raise values
     if like is not None:
         numbers = {leaf.path: i for i, leaf in enumerate(tree.leaves)}
-        paths = (tuple(map(key_of, p)) for p, _ in tree_flatten_with_path(like)[0])
-        loaded = tree_unflatten(tree_structure(like), [values[numbers[p]] for p in paths])
+        pairs, made = array_leaves(like)
+        loaded = made([values[numbers[tuple(map(key_of, p))]] for p, _ in pairs])
     else:
-        pairs = [(leaf.path, value) for leaf, value in zip(tree.leaves, values, strict=True)]
-        loaded = nested([*pairs, *((path, {}) for path in tree.hollow)])
-    if [_keys(map(key_of, p)) for p, _ in tree_flatten_with_path(loaded)[0]] == [_keys(x.path) for x in tree.leaves]:
+        found = [(leaf.path, value) for leaf, value in zip(tree.leaves, values, strict=True)]
+        loaded = nested([*found, *((path, {}) for path in tree.hollow)])
+    if [_keys(map(key_of, p)) for p, _ in array_leaves(loaded)[0]] == [_keys(x.path) for x in tree.leaves]:
         _note(loaded, where)
     return loaded
+
+
+def _loaded(
+    path: Path, cluster: Cluster | None, placement: Any, like: Any
+) -> tuple[Tree, Sequence[Any] | CheckpointError]:
+    """A tree, and the values of its leaves, here or on a cluster; an error in place of these if it differs from `like`.
+
+    Raises CheckpointError if it is damaged.
+    """
+    tree, body = _tree(path)
+    if like is not None and (differs := _differing(path, tree, like)):
+        return tree, differs
+    if cluster is not None:
+        return tree, _on_cluster(path, tree, body, cluster, placement)
+    _, arrays = _read(path)
+    return tree, [jnp.asarray(from_buffer(arrays[str(i)], leaf.dtype)) for i, leaf in enumerate(tree.leaves)]
 
 
 def _keys(path: Iterable[Key]) -> list[str | int]:
@@ -225,40 +247,62 @@ def _written(folder: Path, values: Sequence[Any]) -> list[checkpoints.Entry]:
     return [*checkpoints.write_arrays(folder / checkpoints.DATA, here), *entries.values()]
 
 
-def _read(path: Path) -> tuple[Tree, Mapping[str, np.ndarray[Any, Any]]]:
-    content, arrays = checkpoints.read(path)
+def _tree(path: Path) -> tuple[Tree, checkpoints.Body]:
+    """What a manifest says. Raises CheckpointError for one of something else."""
+    body = checkpoints.manifest(path)
     try:
-        tree = msgspec.json.decode(content, type=Tree)
+        tree = msgspec.json.decode(body.content, type=Tree)
     except msgspec.DecodeError:
         raise CheckpointError(f"{path} holds a fit, and no tree of fm.save; read it with fm.restore") from None
-    lacking = [i for i in range(len(tree.leaves)) if str(i) not in arrays]
+    there = {entry.name for entry in body.arrays}
+    lacking = [i for i in range(len(tree.leaves)) if str(i) not in there]
     if lacking:
         raise CheckpointError(f"the saved tree {path} lacks the arrays of leaves {lacking[:MOST]}; take an older one")
-    return tree, arrays
+    return tree, body
 
 
-def _put(values: Sequence[Any], leaves: Sequence[Leaf], cluster: Cluster, placement: Any) -> list[Any]:
-    """The values on a cluster."""
-    if placement is not None:
-        tree = put(nested([(leaf.path, value) for leaf, value in zip(leaves, values, strict=True)]), cluster, placement)
-        order = jax.tree_util.tree_leaves(nested([(leaf.path, i) for i, leaf in enumerate(leaves)]))
-        return [
-            v for _, v in sorted(zip(order, jax.tree_util.tree_leaves(tree), strict=True), key=lambda pair: pair[0])
-        ]
-    there = {device.name for device in cluster.devices}
-    named = {str(i): value for i, value in enumerate(values)}
-    devices = {str(i): leaf.device for i, leaf in enumerate(leaves) if leaf.device in there}
-    found = put(named, cluster, devices or None)
-    return [found[str(i)] for i in range(len(values))]
+def _read(path: Path) -> tuple[Tree, Mapping[str, np.ndarray[Any, Any]]]:
+    return _tree(path)[0], checkpoints.read(path)[1]
 
 
-def _check(path: Path, tree: Tree, like: Any) -> None:
-    """Raise CheckpointError if a tree differs from one with the leaves of `like`."""
+def _on_cluster(path: Path, tree: Tree, body: checkpoints.Body, cluster: Cluster, placement: Any) -> Sequence[Any]:
+    """The values on a cluster. Raises CheckpointError if one is damaged."""
+    session = cluster.session
+    session.check_owner()
+    session.check_workers("nothing can be loaded on them")
+    names = ["/".join(map(str, _keys(leaf.path))) for leaf in tree.leaves]
+    devices = placed(names, cluster.devices, placement, "load")
+    if placement is None:
+        there = {device.name for device in cluster.devices}
+        before = [leaf.device for leaf in tree.leaves]
+        devices = [device if device in there else first for device, first in zip(before, devices, strict=True)]
+    kinds = [
+        KeptKind(ArraySpec(leaf.shape, _canonical(leaf.dtype)), device, name)
+        for leaf, device, name in zip(tree.leaves, devices, names, strict=True)
+    ]
+    session.held.check_room(bytes_on_devices(kinds), cluster.devices, "load")
+    by_name = {entry.name: entry for entry in body.arrays}
+    entries = [by_name[str(i)] for i in range(len(kinds))]
+
+    def elsewhere(i: int) -> Any:
+        entry = entries[i]
+        return from_buffer(checkpoints.read_arrays(path, entry.file, [entry])[entry.name], tree.leaves[i].dtype)
+
+    return session.held.load(entries, kinds, path, elsewhere, "load") if kinds else []
+
+
+def _canonical(dtype: str) -> str:
+    """The dtype that JAX gives an array of this one, by the setting of 64 bits."""
+    if dtype.startswith("key<"):
+        return dtype
+    return str(jax.dtypes.canonicalize_dtype(dtype_of(dtype)))
+
+
+def _differing(path: Path, tree: Tree, like: Any) -> CheckpointError | None:
+    """The error if a tree differs from one with the leaves of `like`."""
     there = {leaf.path: (leaf.dtype, leaf.shape) for leaf in tree.leaves}
-    here: dict[Any, tuple[str, tuple[int, ...]]] = {}
-    for p, value in tree_flatten_with_path(like)[0]:
-        leaf = _leaf(p, value)
-        here[leaf.path] = leaf.dtype, leaf.shape
-    differs = differences("leaf", there, here)
-    if differs:
-        raise CheckpointError(f"the saved tree {path} differs from like=: {bounded(differs)}; give a tree like it")
+    leaves = (_leaf(p, value) for p, value in array_leaves(like)[0])
+    differs = differences("leaf", there, {leaf.path: (leaf.dtype, leaf.shape) for leaf in leaves})
+    if not differs:
+        return None
+    return CheckpointError(f"the saved tree {path} differs from like=: {bounded(differs)}; give a tree like it")

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,3 +163,30 @@ def test_a_loaded_state_is_a_saved_one(tmp_path: Path) -> None:
         with pytest.warns(fm.FlowmlWarning, match="goes on from"):
             state = step.submit(state, 1.0).result(60)[0]
         assert_is(state, 1)
+
+
+def test_a_loop_of_an_equinox_module_goes_on(tmp_path: Path) -> None:
+    def step_of(state: Any, x: Any) -> Any:
+        model, count = state
+        value, gradient = eqx.filter_value_and_grad(lambda m: jnp.mean(jax.vmap(m)(x) ** 2))(model)
+        return (eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, gradient)), count + 1), value
+
+    model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    x = np.arange(12, dtype=np.float32).reshape(4, 3) / 12
+    wanted: Any = model, jnp.int32(0)
+    for _ in range(4):
+        wanted, _ = eqx.filter_jit(step_of)(wanted, x)
+    with fm.Cluster.threads(workers=2) as cluster:
+        places = {"*layers/0": "worker:0", "*layers/1": "worker:1"}
+        step = fm.dataflow(step_of, cluster=cluster, placement=places, keep=0, donate_argnums=0)
+        state: Any = model, jnp.int32(0)
+        for _ in range(3):
+            state, _ = step(state, x)
+        fm.save(state, tmp_path)
+        state, _ = step(state, x)
+        lose(cluster, "worker:1")
+        with pytest.warns(fm.FlowmlWarning, match="goes on from the state saved"):
+            state, _ = step(state, x)
+        assert state[0].activation is model.activation and int(state[1]) == 4
+        for number in (0, 1):
+            np.testing.assert_allclose(state[0].layers[number].weight, wanted[0].layers[number].weight, rtol=1e-5)

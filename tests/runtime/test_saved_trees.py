@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import pytest
 import flowml as fm
 from flowml_runtime import wire
 from flowml_runtime.environment import checkpoints
-from flowml_runtime.saved import Saved
+from flowml_runtime.saved import Saved, taken_from
 from flowml_runtime.worker.keeping import Keeping
+from tests.conftest import wait_until
 
 
 def state(cluster: fm.Cluster) -> Any:
@@ -135,7 +137,7 @@ class Answers:
     """Takes what a worker answers."""
 
     def __init__(self) -> None:
-        self.written: list[wire.Written] = []
+        self.written: list[Any] = []
 
     def send(self, peer: str, message: Any, arrays: Any = (), timeout_s: float = 0.0) -> None:
         self.written.append(message)
@@ -172,15 +174,102 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
         fm.load(where)
 
 
-def test_functions_in_a_tree_are_refused_and_filtered(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+def test_an_equinox_module_is_saved_without_its_functions(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
     model = eqx.nn.MLP(2, 2, 3, 1, key=jax.random.key(0))
     whole = model, optax.adam(1e-2).init(eqx.filter(model, eqx.is_inexact_array))
-    for name, take in (("put", lambda: fm.put(whole, threads_cluster)), ("save", lambda: fm.save(whole, tmp_path))):
-        with pytest.raises(TypeError, match=rf"{name}: leaf '0/activation' is of type .*; .*eqx\.partition\(.*combine"):
+    there = fm.put(whole, threads_cluster)
+    assert type(there[0].layers[0].weight) is fm.Remote and there[0].activation is model.activation
+    where = fm.save(there, tmp_path)
+    for cluster in (None, threads_cluster):
+        loaded = fm.load(tmp_path, cluster, like=whole)
+        assert loaded[0].activation is model.activation
+        assert_equal(eqx.filter(loaded, eqx.is_array), eqx.filter(whole, eqx.is_array))
+    owner = there[0].layers[0].weight.owner
+    assert owner is not None
+    record = next(record for record in owner.saved if record.path == where)
+    arrays = len(jax.tree.leaves(eqx.filter(model, eqx.is_array)))
+    assert record.place(there[0]) == (0, arrays), "a model has the leaves that are arrays"
+    assert record.place(there) == (0, len(jax.tree.leaves(eqx.filter(whole, eqx.is_array))))
+    found = taken_from(record, {0: (there[0], (0, arrays))})[0]
+    assert found.activation is model.activation
+    assert_equal(eqx.filter(found, eqx.is_array), eqx.filter(model, eqx.is_array))
+
+
+def test_functions_elsewhere_in_a_tree_are_refused(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    tree = {"w": np.ones(3), "f": jax.nn.relu}
+    for name, take in (("put", lambda: fm.put(tree, threads_cluster)), ("save", lambda: fm.save(tree, tmp_path))):
+        with pytest.raises(TypeError, match=rf"{name}: leaf 'f' is of type .*; .*eqx\.partition\(.*combine"):
             take()
-    there = eqx.combine(fm.put(eqx.filter(whole, eqx.is_array), threads_cluster), whole)
-    where = fm.save(eqx.filter(there, eqx.is_array), tmp_path)
-    loaded = eqx.combine(fm.load(tmp_path, like=eqx.filter(whole, eqx.is_array)), whole)
-    assert loaded[0].activation is model.activation
-    assert_equal(eqx.filter(loaded, eqx.is_array), eqx.filter(whole, eqx.is_array))
-    assert Saved(where, {}).place(there) is None, "a tree that has functions cannot be one that was saved"
+    assert Saved(tmp_path, {}).place(tree) is None, "a tree that has functions cannot be one that was saved"
+
+
+def test_workers_read_their_values_and_the_driver_those_of_other_disks(
+    threads_cluster: fm.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = state(threads_cluster)["params"]
+    fm.save(tree, tmp_path)
+    read = checkpoints.read_arrays
+
+    def refused(*_: Any) -> Any:
+        raise fm.CheckpointError("no file")
+
+    monkeypatch.setattr(checkpoints, "read_arrays", refused)  # in the driver
+    assert_equal(jax.tree.map(lambda x: x.fetch(), fm.load(tmp_path, threads_cluster, like=tree)), tree)
+    monkeypatch.setattr(checkpoints, "read_arrays", read)
+    monkeypatch.setattr("flowml_runtime.worker.keeping.read_arrays", refused)
+    there = fm.load(tmp_path, threads_cluster, like=tree)
+    assert_equal(jax.tree.map(lambda x: x.fetch(), there), tree)
+    assert there["b"]["w"].device == "worker:1/cpu:0"
+
+
+@pytest.mark.parametrize("damaged", ["worker0.bin", "worker1.bin", "buffers.bin"])
+def test_a_damaged_file_is_found_also_where_workers_read(
+    threads_cluster: fm.Cluster, tmp_path: Path, damaged: str
+) -> None:
+    tree = state(threads_cluster)
+    fm.save(tree, tmp_path, keep=2)
+    where = fm.save(tree | {"step": 8}, tmp_path, keep=2)
+    data = where / damaged
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    held = threads_cluster.session.held
+    before = sum(held.on(device.name) for device in threads_cluster.devices)
+    with pytest.warns(fm.FlowmlWarning, match=r"changed or is damaged.* Loaded is step-0+1"):
+        loaded = fm.load(tmp_path, threads_cluster, like=tree)
+    assert int(loaded["step"]) == 7
+    assert_equal(jax.tree.map(lambda x: x.fetch(), loaded["params"]), tree["params"])
+    del loaded
+    gc.collect()
+    wait_until(lambda: sum(held.on(d.name) for d in threads_cluster.devices) == before, "the values are freed", 10)
+
+
+def test_a_worker_reads_only_what_its_driver_knows(tmp_path: Path) -> None:
+    """A message from a driver must not make a worker read any other file of its disk."""
+    where = fm.save({"n": np.arange(3.0, dtype=np.float32)}, tmp_path)
+    (entry,) = checkpoints.manifest(where).arrays
+    part = wire.Part(entry.spec, entry.offset, entry.checksum)
+    answers = Answers()
+    keeping = Keeping("worker", answers, {"cpu": jax.devices()[0]})  # type: ignore[arg-type]
+    asked = [
+        (str(where), entry.file, part),
+        (str(where), "../secret.bin", part),
+        (str(where), entry.file, msgspec.structs.replace(part, checksum="0" * 32)),
+        (str(tmp_path), entry.file, part),
+    ]
+    for number, (folder, file, what) in enumerate(asked):
+        message = wire.ReadFile(number=number, device="cpu", names=(number,), folder=folder, file=file, parts=(what,))
+        keeping.on_message("driver", message, ())
+    wait_until(lambda: len(answers.written) == len(asked), "all are answered", 10)
+    assert [answer.kept for answer in answers.written] == [True, False, False, False]
+    np.testing.assert_array_equal(keeping.kept.value("driver", 0), np.arange(3.0))
+    (cell,) = keeping.kept.find("driver", [1])
+    assert cell.error == "its file is not seen from its worker"
+    keeping.close()
+    keeping.join(10)
+
+
+def test_a_tree_of_64_bits_is_loaded_as_put_brings_it(threads_cluster: fm.Cluster, tmp_path: Path) -> None:
+    with jax.enable_x64(True):
+        fm.save({"n": jnp.arange(3), "w": jnp.ones(2)}, tmp_path)
+    loaded = fm.load(tmp_path, threads_cluster)
+    assert [str(leaf.dtype) for leaf in jax.tree.leaves(loaded)] == ["int32", "float32"]
+    np.testing.assert_array_equal(loaded["n"].fetch(), [0, 1, 2])

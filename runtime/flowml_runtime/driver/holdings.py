@@ -1,4 +1,4 @@
-"""Keeps account of the values that stay on the workers for one driver: brings, reads and frees them."""
+"""Keeps account of the values that stay on the workers for one driver: brings, loads, reads and frees them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flowml.arrays import dtype_of
 from flowml.devices import Device
 from flowml.errors import CheckpointError, ClusterError, FlowmlError, WorkerLostError
 from flowml.ir._jax import exact_types
@@ -54,7 +55,8 @@ class Holdings:
         self._next = 1
         self._asked = itertools.count(1)
         self._answers: dict[int, tuple[str, Future[list[Any]]]] = {}
-        """Number of a Recall or Write -> the worker and the answer: the values, or where they are."""
+        """Number of a question -> its worker and the answer: the values (Recall), where they are (Write), or whether
+        they are kept (ReadFile)."""
         self.saved: list[Any] = []
         self._freed: queue.SimpleQueue[tuple[Batch, Sequence[int]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -102,13 +104,18 @@ class Holdings:
     def bring(self, arrays: Sequence[Any], kinds: Sequence[Kind], call: str) -> Batch:
         """Send arrays to the devices of their `kinds`, where they stay. Returns when they are on their way."""
         batch = self.batch(kinds, call)
-        for device in dict.fromkeys(k.device for k in kinds):
-            here = [i for i, k in enumerate(kinds) if k.device == device]
-            names, specs = tuple(batch.first + i for i in here), tuple(kinds[i].spec for i in here)
-            message = wire.Bring(device=device, names=names, specs=specs)
-            sent = [_raw(arrays[i], kinds[i].spec) for i in here]
-            self._endpoint.send(kinds[here[0]].worker, message, sent, self._deadline_s)
+        self._bring(batch, list(enumerate(arrays)))
         return batch
+
+    def _bring(self, batch: Batch, arrays: Sequence[tuple[int, Any]]) -> None:
+        """Send arrays of a batch, each with its index there."""
+        kinds = batch.kinds
+        for device in dict.fromkeys(kinds[i].device for i, _ in arrays):
+            here = [(i, array) for i, array in arrays if kinds[i].device == device]
+            names, specs = tuple(batch.first + i for i, _ in here), tuple(kinds[i].spec for i, _ in here)
+            message = wire.Bring(device=device, names=names, specs=specs)
+            sent = [_raw(array, kinds[i].spec) for i, array in here]
+            self._endpoint.send(kinds[here[0][0]].worker, message, sent, self._deadline_s)
 
     def lend(self, data: np.ndarray[Any, Any], kind: Kind, call: str, *, whole: bool) -> Remote:
         """Send the bytes of an array that no step overwrites to a device, where it stays.
@@ -173,6 +180,41 @@ class Holdings:
             for remote, part in zip(mine, answer.result(), strict=False):
                 yield remote, Entry("", part.spec, part.offset, part.checksum, file)
 
+    def load(
+        self, entries: Sequence[Entry], kinds: Sequence[Kind], folder: Path, elsewhere: Callable[[int], Any], call: str
+    ) -> list[Remote]:
+        """Have workers keep arrays of files, each on the device of its kind. Waits until they have read them. Those of
+        workers that do not see the files are sent: `elsewhere` gives the array of each."""
+        batch = self.batch(kinds, call)
+        parts: dict[tuple[str, str], list[int]] = {}
+        missing: list[int] = []
+        for i, (entry, kind) in enumerate(zip(entries, kinds, strict=True)):
+            if (entry.spec.shape, dtype_of(entry.spec.dtype)) != wire_layout(kind.spec)[:2]:
+                missing.append(i)  # it has 64 bits there, and JAX would make 32 of them here
+                continue
+            parts.setdefault((kind.device, entry.file), []).append(i)
+        asked: list[tuple[list[int], Future[list[bool]]]] = []
+        for (device, file), mine in parts.items():
+            for start in range(0, len(mine), wire.MAX_ARRAYS):
+                piece = mine[start : start + wire.MAX_ARRAYS]
+                question = partial(
+                    wire.ReadFile,
+                    device=device,
+                    names=tuple(batch.first + i for i in piece),
+                    folder=str(folder.resolve()),
+                    file=file,
+                    parts=tuple(wire.Part(e.spec, e.offset, e.checksum) for e in (entries[i] for i in piece)),
+                )
+                asked.append((piece, self._ask(kinds[piece[0]].worker, question)))
+        try:
+            # no deadline: a disk takes as long as it takes, and a lost worker ends the wait
+            missing += [i for piece, answer in asked if not answer.result()[0] for i in piece]
+            self._bring(batch, [(i, elsewhere(i)) for i in missing])
+        except FlowmlError:
+            self.freed(batch, range(len(kinds)))
+            raise
+        return list(batch.handles())
+
     def freed(self, batch: Batch, indices: Sequence[int]) -> None:
         """Handles were deleted or donated. For finalizers: takes no lock, never waits."""
         self._freed.put((batch, indices))
@@ -182,17 +224,22 @@ class Holdings:
         with self._lock:
             self._forget(batch, indices)
 
-    def on_message(self, message: wire.Recalled | wire.Written, arrays: Sequence[Array]) -> None:
+    def on_message(self, message: wire.Recalled | wire.Written | wire.FileRead, arrays: Sequence[Array]) -> None:
         with self._lock:
             _, future = self._answers.pop(message.number, ("", None))
         if future is None:
             return
         error: FlowmlError | None = None
-        if message.error and isinstance(message, wire.Recalled):
-            error = FlowmlError(f"a kept value cannot be read: {message.error}")
-        elif message.error:
-            error = CheckpointError(f"kept values cannot be written: {message.error}")
-        future.complete(list(message.parts if isinstance(message, wire.Written) else arrays), error)
+        match message:
+            case wire.FileRead():
+                found: list[Any] = [message.kept]
+            case wire.Written():
+                found = list(message.parts)
+                error = CheckpointError(f"kept values cannot be written: {message.error}") if message.error else None
+            case wire.Recalled():
+                found = list(arrays)
+                error = FlowmlError(f"a kept value cannot be read: {message.error}") if message.error else None
+        future.complete(found, error)
 
     def on_lost(self, worker: str, reason: str) -> None:
         """All values on a worker are lost."""
@@ -219,7 +266,7 @@ class Holdings:
             if thread is not threading.current_thread():
                 thread.join(CLOSE_S)
 
-    def _ask(self, worker: str, question: Callable[..., wire.Recall | wire.Write]) -> Future[list[Any]]:
+    def _ask(self, worker: str, question: Callable[..., wire.Recall | wire.Write | wire.ReadFile]) -> Future[list[Any]]:
         number = next(self._asked)
         future: Future[list[Any]] = Future("reading a kept value", list)
         with self._lock:

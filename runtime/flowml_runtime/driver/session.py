@@ -381,7 +381,7 @@ class Session:
 
     def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Array]) -> None:
         """Process one message. The endpoint calls this on its receiving threads."""
-        if isinstance(message, wire.Recalled | wire.Written):
+        if isinstance(message, wire.Recalled | wire.Written | wire.FileRead):
             self.held.on_message(message, arrays)
             return
         if isinstance(message, wire.Unreachable):

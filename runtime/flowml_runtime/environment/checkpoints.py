@@ -19,7 +19,7 @@ import secrets
 import shutil
 import socket
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -215,21 +215,36 @@ def read(snapshot: Path) -> tuple[bytes, dict[str, np.ndarray[Any, Any]]]:
 
     Raises CheckpointError for one that is not there, is damaged, or has another format.
     """
+    body = manifest(snapshot)
+    if not body.arrays:
+        read_arrays(snapshot, DATA, ())
+    files = dict.fromkeys(entry.file for entry in body.arrays)
+    found = (read_arrays(snapshot, name, [e for e in body.arrays if e.file == name]) for name in files)
+    return bytes(body.content), {name: array for arrays in found for name, array in arrays.items()}
+
+
+def manifest(snapshot: Path) -> Body:
+    """What a snapshot says of its arrays. Raises CheckpointError as `read` does."""
+    with _reading(snapshot):
+        return _body(snapshot / MANIFEST)
+
+
+def read_arrays(snapshot: Path, file: str, entries: Iterable[Entry]) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of a snapshot in one of its files, by name, each with the checksum of its entry. Raises
+    CheckpointError if one is damaged."""
+    if not _FILE.fullmatch(file):
+        raise CheckpointError(f"the checkpoint {snapshot} names the file {file!r}, which it cannot have; {_FIX}")
+    with _reading(snapshot), (snapshot / file).open("rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        return {entry.name: _array(snapshot, opened, size, entry) for entry in entries}
+
+
+@contextmanager
+def _reading(snapshot: Path) -> Generator[None]:
     try:
-        body = _body(snapshot / MANIFEST)
-        arrays: dict[str, np.ndarray[Any, Any]] = {}
-        for name in dict.fromkeys(entry.file for entry in body.arrays) or (DATA,):
-            if not _FILE.fullmatch(name):
-                raise CheckpointError(
-                    f"the checkpoint {snapshot} names the file {name!r}, which it cannot have; {_FIX}"
-                )
-            with (snapshot / name).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                mine = (entry for entry in body.arrays if entry.file == name)
-                arrays.update((entry.name, _array(snapshot, file, size, entry)) for entry in mine)
+        yield
     except OSError as error:
         raise CheckpointError(f"the checkpoint {snapshot} cannot be read: {error.strerror or error}; {_FIX}") from None
-    return bytes(body.content), arrays
 
 
 _FIX = "take an older one"

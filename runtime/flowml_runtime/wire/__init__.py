@@ -264,6 +264,25 @@ class Written(Message, frozen=True):
     error: Text = ""
 
 
+class ReadFile(Message, frozen=True):
+    """Driver to worker: keep on `device` under `names` the arrays that are `parts` of the file `file` in `folder`.
+    Those with another checksum are not what the driver means. Answered by FileRead `number`."""
+
+    number: Count
+    device: Name
+    names: Annotated[tuple[Count, ...], msgspec.Meta(max_length=MAX_ARRAYS)]
+    folder: Text
+    file: Name
+    parts: Annotated[tuple[Part, ...], msgspec.Meta(max_length=MAX_ARRAYS)]
+
+
+class FileRead(Message, frozen=True):
+    """ReadFile `number` is done: whether its arrays are kept. Else the worker does not see that file."""
+
+    number: Count
+    kept: bool
+
+
 class Drop(Message, frozen=True):
     """Driver to worker: the kept values `names` are not needed any more."""
 
@@ -344,7 +363,7 @@ class Traced(PlanMessage, frozen=True):
 # fmt: off
 Wire = (
     Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
-    | Loaded | Unload | Value | Bring | BringPiece | Recall | Recalled | Write | Written | Drop
+    | Loaded | Unload | Value | Bring | BringPiece | Recall | Recalled | Write | Written | ReadFile | FileRead | Drop
     | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | ModelState | Gossip | Ask | Grant | Begin | Contribution
     | Arrived | Commit | Computed | Halt | Published | Applied | Collective | Shared | Settled | Report | NonFinite

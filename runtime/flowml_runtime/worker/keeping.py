@@ -1,4 +1,4 @@
-"""Serves a driver's messages about the values that stay on this worker: bring, read, write and free them."""
+"""Serves a driver's messages about the values that stay on this worker: bring, read, write, load and free them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from flowml.arrays import ArraySpec
 from flowml.errors import FlowmlError
 from flowml.ir._jax import exact_types
 from flowml_runtime import service, wire
-from flowml_runtime.environment.checkpoints import write_invited
+from flowml_runtime.environment.checkpoints import Entry, read_arrays, write_invited
 from flowml_runtime.execution.faults import one_line
 from flowml_runtime.execution.kept import Cell, Kept
 from flowml_runtime.execution.lane import Lane
+from flowml_runtime.execution.mailbox import Scope
 from flowml_runtime.execution.programs import Array, Held, JaxDevice
 from flowml_runtime.execution.services import own_array
 from flowml_runtime.transport.arrays import Buffer, aligned_empty, shaped, wire_layout
@@ -44,7 +45,7 @@ class Keeping:
     def on_message(
         self,
         driver: str,
-        message: wire.Bring | wire.BringPiece | wire.Recall | wire.Write | wire.Drop,
+        message: wire.Bring | wire.BringPiece | wire.Recall | wire.Write | wire.ReadFile | wire.Drop,
         arrays: Sequence[Array],
     ) -> None:
         match message:
@@ -58,6 +59,11 @@ class Keeping:
                 self._read(partial(self._answer, driver, message.number), self.kept.find(driver, message.names), 0)
             case wire.Write():
                 self._read(partial(self._write, driver, message), self.kept.find(driver, message.names), 0)
+            case wire.ReadFile():
+                self.kept.open(driver, _read_by(driver, message), 0, message.names)
+                self._answers.put(
+                    partial(self._read_file, driver, message), lambda _: self._file_read(driver, message, kept=False)
+                )
             case wire.Drop():
                 self.kept.drop(driver, message.names)
 
@@ -157,6 +163,22 @@ class Keeping:
         finally:
             self.kept.leave(cells)
 
+    def _read_file(self, driver: str, message: wire.ReadFile) -> None:
+        """Keep arrays of a file. Raises CheckpointError if it has none with these checksums."""
+        device, pairs = self._devices[message.device], zip(message.names, message.parts, strict=True)
+        entries = [Entry(str(name), part.spec, part.offset, part.checksum, message.file) for name, part in pairs]
+        found = read_arrays(Path(message.folder), message.file, entries)
+        values = [_placed(found.pop(str(name)), device) for name in message.names]
+        self.kept.fill(_read_by(driver, message), message.names, values)
+        self._file_read(driver, message, kept=True)
+
+    def _file_read(self, driver: str, message: wire.ReadFile, *, kept: bool) -> None:
+        self.kept.end(_read_by(driver, message), "its file is not seen from its worker")
+        try:
+            self._endpoint.send(driver, wire.FileRead(number=message.number, kept=kept))
+        except FlowmlError:
+            return  # the driver is lost
+
     def _answer(self, driver: str, number: int, cells: Sequence[Cell]) -> None:
         arrays, error = _values(cells)
         specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
@@ -166,6 +188,11 @@ class Keeping:
             return  # the driver is lost
         finally:
             self.kept.leave(cells)
+
+
+def _read_by(driver: str, message: wire.ReadFile) -> Scope:
+    """What makes the values of a file, as a step does."""
+    return "", message.number, driver
 
 
 def _values(cells: Sequence[Cell]) -> tuple[Sequence[np.ndarray], str]:

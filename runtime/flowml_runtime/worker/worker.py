@@ -149,7 +149,7 @@ class Worker:
                 self._trace(peer, message)
             case wire.Probe() | wire.Probed():
                 self._prober.on_message(peer, message)
-            case wire.Bring() | wire.BringPiece() | wire.Recall() | wire.Write() | wire.Drop():
+            case wire.Bring() | wire.BringPiece() | wire.Recall() | wire.Write() | wire.ReadFile() | wire.Drop():
                 self._keeping.on_message(peer, message, arrays)
             case _:
                 hosted = self._plans.get(getattr(message, "plan_id", ""))
