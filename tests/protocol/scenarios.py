@@ -14,6 +14,7 @@ the order of sending, but for links that are held.
     reads R[.S] STORE    whether the stage, as it is, may read the store
     lose R               all are told that the replica is lost
     pause                the driver is to take a snapshot soon
+    withdraw             it gives the snapshot up for now that a late replica holds up
     resume               begin the run anew, from its newest snapshot
     show KIND...         also tell of these actions and messages
 """
@@ -147,6 +148,9 @@ class Scenario:
 
     def _pause(self) -> None:
         self._tell("driver", driver.Pause())
+
+    def _withdraw(self) -> None:
+        self._tell("driver", driver.Withdraw())
 
     def _resume(self) -> None:
         self._clear()

@@ -1,7 +1,7 @@
 """Runs with snapshots in any order of messages: each ends, also from its last snapshot, and uses each item once.
 
 A walk draws one command after the other: a step pushes or ends, if it may read, a link is held or freed, the driver
-wants a snapshot, or the run begins anew from the newest one.
+wants a snapshot or gives one up for now, or the run begins anew from the newest one.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def walk(run: str, rng: random.Random) -> Scenario:
         drawn = [f"hold {a} {b}" for a in names for b in names if rng.random() < 0.05]
         anew = ["resume"] if scenario.saved and rng.random() < 0.05 else []
         commands = anew or [*able(scenario), *held, *drawn, *(["pause"] if rng.random() < 0.3 else [])]
+        commands += ["withdraw"] if scenario.driver.heard and rng.random() < 0.3 else []
         if scenario.driver.over:
             break
         if commands:

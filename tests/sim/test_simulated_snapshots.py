@@ -152,3 +152,35 @@ def test_a_simulated_fit_is_validated_as_a_real_one(threads_cluster: fm.Cluster)
     trainer = fm.Trainer(mlp_loss, optax.adam(0.01), cluster=simulated(2, arithmetic=False), replicas=2)
     with pytest.raises(fm.UnsupportedError, match="has no parameters to validate"):
         trainer.fit(mlp(), data(), batch_size=BATCH, steps=6, validation=data(48))
+
+
+@pytest.mark.parametrize(
+    "policy", [fm.policies.quorum(0.75), fm.policies.asynchronous(), fm.policies.quorum(3, late="fold")]
+)
+def test_others_go_on_without_a_replica_that_holds_a_snapshot_up(tmp_path: Path, policy: fm.Policy) -> None:
+    """A second is lost, and snapshots and validations are taken again when the replica is heard of."""
+    parted = fm.sim.Partition([3], 2.0, 8.0)
+    cluster = simulated(4, fm.sim.Constant(0.1), faults=[parted])
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=cluster, replicas=4, policies=policy)
+    checkpoint = fm.Checkpoint(tmp_path, every_steps=5, keep=100)
+    options: dict[str, Any] = {"checkpoint": checkpoint, "validation": data(), "validate_every": 5}
+    shown: list[int] = []
+    result = trainer.fit(
+        mlp(),
+        data(),
+        batch_size=BATCH,
+        steps=150,
+        progress=False,
+        callbacks=[lambda r: shown.append(r["step"])],
+        **options,
+    )
+    assert shown == list(range(150))
+    times = [record["seconds"] for record in result.history]
+    assert sum(2 < t < 8 for t in times) > 30
+    assert max(np.diff(times)) < 1.5
+    steps = [int(p.name.removeprefix("step-")) for p in sorted(tmp_path.iterdir()) if p.name.startswith("step-")]
+    written = np.interp(steps, range(1, 151), times)
+    assert not any(parted.start_s + 1 < at < parted.end_s for at in written)
+    assert sum(at >= parted.end_s for at in written) > 5
+    assert steps[-1] == 150
+    assert sum("validation" in record for record in result.history) == len(steps)

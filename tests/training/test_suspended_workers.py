@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,7 +24,9 @@ from tests.training.test_lost_and_replaced import EXACT, REPLICAS, STEPS, fit
 HOME, NO_HOME = "worker:1", "worker:3"
 """The model has three layers, so three workers hold one each."""
 LOST_AFTER_S = 1.0
-LATE_S = 2.0
+LATE_S = 3.0
+LONG = 400
+"""The steps of a fit that is longer than that."""
 SUSPENDED_AT, WOKEN_AT = 10, 25
 
 Callback = Callable[[dict[str, Any]], None]
@@ -32,6 +35,13 @@ Callback = Callable[[dict[str, Any]], None]
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[fm.Cluster]:
     with closing(fm.Cluster.local(workers=REPLICAS, lost_after_s=LOST_AFTER_S)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def patient() -> Iterator[fm.Cluster]:
+    """One that waits long for a suspended worker."""
+    with closing(fm.Cluster.local(workers=REPLICAS, lost_after_s=60)) as cluster:
         yield cluster
 
 
@@ -62,35 +72,45 @@ def _runs(process: psutil.Process) -> bool:
         return False
 
 
-def test_under_a_quorum_it_is_late() -> None:
-    """Without snapshots, which wait for all replicas."""
+@pytest.mark.parametrize(
+    ("policy", "snapshots"),
+    [("quorum", "none"), ("quorum", "in memory"), ("quorum", "written"), ("asynchronous", "written")],
+)
+def test_others_go_on_without_a_late_one(patient: fm.Cluster, policy: str, snapshots: str, tmp_path: Path) -> None:
+    """Also if a snapshot falls due meanwhile, which is withdrawn after a second."""
     times: list[float] = []
     woken: list[float] = []
-    with fm.Cluster.local(workers=REPLICAS, lost_after_s=60) as cluster:
-        pid = cluster.pids[NO_HOME]
+    options: dict[str, Any] = {"on_loss": "replace"} if snapshots == "in memory" else {}
+    pid = patient.pids[NO_HOME]
 
-        def wake() -> None:
-            woken.append(time.monotonic())
-            os.kill(pid, signal.SIGCONT)
+    def wake() -> None:
+        woken.append(time.monotonic())
+        os.kill(pid, signal.SIGCONT)
 
-        waking = threading.Timer(LATE_S, wake)
+    waking = threading.Timer(LATE_S, wake)
 
-        def callback(record: dict[str, Any]) -> None:
-            times.append(time.monotonic())
-            if record["step"] == SUSPENDED_AT:
-                os.kill(pid, signal.SIGSTOP)
-                waking.start()
-            if not woken:
-                time.sleep(0.01)  # else the fit would end before the process goes on
+    def callback(record: dict[str, Any]) -> None:
+        times.append(time.monotonic())
+        if record["step"] == SUSPENDED_AT:
+            os.kill(pid, signal.SIGSTOP)
+            waking.start()
+        if not woken:
+            time.sleep(0.01)  # else the fit would end before the process goes on
 
-        found = fit(cluster, "quorum", callbacks=[callback], steps=400)
+    path = tmp_path if snapshots == "written" else None
+    found = fit(patient, policy, path, callbacks=[callback], steps=LONG, **options)
     assert found.losses == ()
     assert times[-1] > woken[0]
     meanwhile = sum(woken[0] - LATE_S < t < woken[0] for t in times)
     assert meanwhile > 20, "the others went on"
     ledger = found.ledger
-    assert ledger.replicas[3].used <= 400 - meanwhile + 2, "it had begun two steps at most"
-    assert ledger.used + ledger.dropped + ledger.folded + ledger.unseen == 400 * REPLICAS
+    if policy == "quorum":
+        assert ledger.replicas[3].used <= LONG - meanwhile + 2, "it had begun two steps at most"
+    assert ledger.used + ledger.dropped + ledger.folded + ledger.unseen == LONG * REPLICAS
+    if path is not None:
+        newest = sorted(int(p.name.removeprefix("step-")) for p in path.iterdir() if p.name.startswith("step-"))
+        assert newest[-1] == LONG
+        assert len(newest) == 3, "snapshots were taken again when it went on"
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ class RealTime:
     def now(self) -> float:
         return time.monotonic()
 
-    def next(self, inbox: queue.SimpleQueue[T]) -> T:
-        return inbox.get(timeout=LOOK_UP_S)
+    def next(self, inbox: queue.SimpleQueue[T], until: float) -> T:
+        return inbox.get(timeout=max(0.0, min(LOOK_UP_S, until - time.monotonic())))
 
     def simulated(self) -> None:
         return None

@@ -6,6 +6,7 @@ The clock stands still while the driver works. `next` lets events happen until o
 from __future__ import annotations
 
 import gc
+import math
 import queue
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ from flowml_runtime.sim.world import Layout, World
 T = TypeVar("T")
 _CRASH = 4
 """The kind of the event that a worker stops; see `network.KINDS`."""
+_TIMER = -1
+"""The label of the event that the driver has waited long enough."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class SimulatedSession:
         """The plan and the run of `_world`. The workers of a run get one StartTraining each."""
         self._passed = 0.0
         """The seconds of the runs before that of `_world`."""
+        self._until = math.inf
+        """The newest time until which a fit waits for messages."""
         self._team: Team | None = None
         """The processes of a run that goes on, if there are several."""
         self._world: World | None = None
@@ -250,17 +255,28 @@ class SimulatedSession:
         """Seconds since the first fit began. The clock of each run begins at 0, so that a run repeats exactly."""
         return self._passed + (self._world.clock.now if self._world else 0.0)
 
-    def next(self, inbox: queue.SimpleQueue[T]) -> T:
-        """The next message of a fit. Lets events happen until there is one."""
+    def next(self, inbox: queue.SimpleQueue[T], until: float) -> T:
+        """The next message of a fit. Lets events happen until there is one, or until the time `until`."""
         world = self._world
         if world is None:
             raise SimulationError("no fit has begun on this simulated cluster")
-        if not world.clock.go_on(inbox.empty):
+        idle = inbox.empty
+        if until < math.inf:
+            idle = self._idle_until(until, world.clock, inbox)
+        if not world.clock.go_on(idle):
             raise SimulationError(
                 f"the simulation has come to rest at {world.clock.now:g} s before the end of the fit: nothing is "
                 "under way that could complete a clock; see whether faults lose what a policy waits for"
             )
         return inbox.get_nowait()
+
+    def _idle_until(self, until: float, clock: Clock, inbox: queue.SimpleQueue[Any]) -> Callable[[], bool]:
+        """Whether a fit has no message and the time `until` has not come, which is an event of its own."""
+        end = until - self._passed
+        if self._until != until:
+            self._until = until
+            clock.at(max(end, clock.now), _TIMER, lambda: None)
+        return lambda: inbox.empty() and clock.now < end
 
     def simulated(self) -> Simulated | None:
         return self._simulated

@@ -6,6 +6,7 @@ the thread that called `fit`, and Ctrl-C ends the fit there.
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 import warnings
@@ -123,7 +124,8 @@ class Fit:
         began = self._time.now() - before_s
 
         def show(records: Iterable[Record], *, over: bool = False) -> None:
-            for record in self.saving.validated(records, aligned=self._aligned, over=over):
+            hold = self._machine.hold if self._aligned else None
+            for record in self.saving.validated(records, hold=hold, over=over):
                 progress.show(record)
                 for callback in callbacks:
                     callback(record)
@@ -137,7 +139,8 @@ class Fit:
                 self._take(self._next())
                 if saves:
                     self.saving.tell()
-                    if self.saving.due(self._history.reached, self._time.now(), aligned=self._aligned):
+                    step, now = self._history.reached, self._time.now()
+                    if not self._machine.misses and self.saving.due(step, now, aligned=self._aligned):
                         self._step(protocol.Pause())
                 records = self._history.ready()
                 if records or self._observer.holds or self.saving.measures:
@@ -174,9 +177,15 @@ class Fit:
         while True:
             self._interrupts.check()
             gone = self._handle.steps.stopped
+            until, heard = math.inf, self._machine.heard
+            if heard:
+                until = self.saving.until(self._history.reached, self._time.now(), heard)
             try:
-                return self._time.next(self._inbox)
+                return self._time.next(self._inbox, until)
             except queue.Empty:
+                if self._time.now() >= until:
+                    self._step(protocol.Withdraw())
+                    self.saving.withdrawn()
                 asked = time.monotonic() if asked is None else asked
                 if time.monotonic() - asked >= self._session.deadline_s:  # the report of a failure may have been lost
                     asked = time.monotonic()

@@ -18,6 +18,7 @@ from flowml_runtime import service
 from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.training.history import Record
 from flowml_runtime.driver.training.model import Model
+from flowml_runtime.driver.training.patience import Patience
 from flowml_runtime.driver.training.result import restored
 from flowml_runtime.driver.training.snapshots import Figures, Snapshot, Trees, taken
 from flowml_runtime.driver.training.validation import Validation
@@ -62,6 +63,11 @@ class Saving:
         self._asked_at: float | None = None
         """When the snapshot for memory became due that is being taken."""
         self._pause_s = LEAST_PAUSE_S
+        self._patience = Patience()
+        self._measured: tuple[int, float] | None = None
+        """After how many steps, and when, the time of a step is measured from: the first ones compile."""
+        self._withdrawn = False
+        """Whether a snapshot was withdrawn, so that the next one is not due at a clock."""
 
     def again(self, training: Training) -> Saving:
         """The snapshots of the run of `training` that goes on from the newest one in memory, or from the beginning."""
@@ -93,12 +99,24 @@ class Saving:
         """Whether a snapshot is due that the rhythm of clocks does not bring."""
         if self._saved_at is None:
             self._saved_at = self._kept_at = now
+        if self._measured is None and step > self.first:
+            self._measured = step, now
         if self.keeps and now - (self._kept_at or 0.0) >= self._pause_s:
             self._asked_at = now if self._asked_at is None else self._asked_at
             return True
         if self._checkpoint is not None and self._checkpoint.every_s is not None and self._is_old(step, now):
             return True
-        return not aligned and (self._is_old(step, now) or self._is_unmeasured(step))
+        return (self._withdrawn or not aligned) and (self._is_old(step, now) or self._is_unmeasured(step))
+
+    def until(self, step: int, now: float, heard: int) -> float:
+        """The time at which to withdraw the snapshot for which replicas stand, after `step` steps of the whole fit."""
+        since, at = self._measured or (step, now)
+        return self._patience.until((now - at) / max(step - since, 1), now, heard)
+
+    def withdrawn(self) -> None:
+        """The snapshot that was asked for, or that was due at a clock, is not taken, because a replica is late."""
+        self._withdrawn, self._asked_at = True, None
+        self._patience.withdrawn()
 
     def _is_old(self, step: int, now: float) -> bool:
         """Whether the last checkpoint is older than it should be."""
@@ -129,6 +147,8 @@ class Saving:
         }
         if self._figures is None or step == self.first:
             return
+        self._withdrawn = False
+        self._patience.taken(now)
         snapshot = taken(training, self._figures, step, action.stopped, ledger, buffers, self.trees, self._model)
         over = action.last
         self._keep(snapshot, now)
@@ -154,12 +174,13 @@ class Saving:
         """Whether there are values that `validated` will measure."""
         return self.validation is not None and self.validation.waits
 
-    def validated(self, records: Iterable[Record], *, aligned: bool, over: bool) -> Iterable[Record]:
-        """Measure what is to be validated. Returns these records and those before that waited for the results."""
+    def validated(self, records: Iterable[Record], *, hold: int | None, over: bool) -> Iterable[Record]:
+        """Measure what is to be validated. Returns these records and those before that waited for the results. `hold`:
+        as in `Validation.completed`."""
         if self.validation is None:
             return records
         self.validation.run()
-        return self.validation.completed(records, aligned=aligned, over=over)
+        return self.validation.completed(records, hold=hold, over=over)
 
     def finish(self) -> None:
         """Wait until the last snapshot is written. Warns if it could not be."""

@@ -45,8 +45,8 @@ class Time(Protocol):
         """The time in seconds, from some beginning."""
         ...
 
-    def next(self, inbox: queue.SimpleQueue[T]) -> T:
-        """The next message of a fit. Raises queue.Empty if none comes for about a second."""
+    def next(self, inbox: queue.SimpleQueue[T], until: float, /) -> T:
+        """The next message of a fit. Raises queue.Empty if none comes for about a second, or before `until`."""
         ...
 
     def simulated(self) -> Simulated | None:

@@ -58,13 +58,15 @@ class Validation:
             (steps, *values), self._waiting = self._waiting, None
             self._found[steps - 1] = self._measure(*values)
 
-    def completed(self, records: Iterable[Record], *, aligned: bool, over: bool) -> Iterator[Record]:
-        """The records in order, those with results with "validation". In a fit without common clocks the results belong
-        to the first record that is not out yet."""
+    def completed(self, records: Iterable[Record], *, hold: int | None, over: bool) -> Iterator[Record]:
+        """The records in order, those with results with "validation". `hold` is the clock before which replicas stop
+        next. Without common clocks there is none, and the results belong to the first record that is not out yet, as do
+        those of a snapshot that was taken later because a replica was late."""
         self._held.extend(records)
         while self._held:
             step = self._held[0]["step"]
-            if aligned and not over and (step + 1) % self.every == 0 and step not in self._found:
+            waits = hold is not None and step + 1 >= hold and (step + 1) % self.every == 0
+            if waits and not over and step not in self._found:
                 return
             record = self._held.popleft()
             for found in sorted(s for s in self._found if s <= step or (over and not self._held)):

@@ -34,16 +34,17 @@ What the caller must do:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
 
-from flowml.policy.waits import Waits, side_by_side
+from flowml.policy.waits import Waits
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError, ensure
 from flowml_runtime.protocol.training.accounts import joined
 from flowml_runtime.protocol.training.actions import Received, Release, Send
+from flowml_runtime.protocol.training.commits import Commits
 from flowml_runtime.protocol.training.ledger import Asked, Fate, Ledger, LedgerState, Settled, Work
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.snapshot import Rhythm, Save, Snapshots
@@ -73,11 +74,15 @@ class Pause(msgspec.Struct, frozen=True):
     """Take a snapshot soon."""
 
 
+class Withdraw(msgspec.Struct, frozen=True):
+    """Let the replicas go on that stand for a snapshot, because late ones hold it up."""
+
+
 class Stop(msgspec.Struct, frozen=True):
     """The fit has ended, with or without an error."""
 
 
-Event = Begin | Received | StepFailed | WorkerLost | ReplicaLost | Pause | Stop
+Event = Begin | Received | StepFailed | WorkerLost | ReplicaLost | Pause | Withdraw | Stop
 
 
 class SendStore(msgspec.Struct, frozen=True):
@@ -272,7 +277,7 @@ class TrainingDriver:
         self._stateful = bool(terms.stateful)
         self._to_retire = {(r, s) for r, stages in enumerate(places.stages) for s in range(len(stages))}
         self._to_finish = {(store, home) for store, homes in enumerate(places.homes) for home in homes}
-        self._commits = _Commits(terms, max(clocks))
+        self._commits = Commits(terms, max(clocks))
         self._closed = False
         """Whether the ledger is closed, because the fit is over."""
         self._ended = False
@@ -287,6 +292,21 @@ class TrainingDriver:
         """Whether every stage has retired, so that only the result has to be sent."""
         return not self._to_retire
 
+    @property
+    def hold(self) -> int:
+        """The clock before which replicas stop next."""
+        return self._snapshots.hold
+
+    @property
+    def heard(self) -> int:
+        """How much has come of a snapshot that late replicas hold up, which others could go on without; 0: of none."""
+        return self._snapshots.heard
+
+    @property
+    def misses(self) -> bool:
+        """Whether a snapshot was withdrawn, and nothing is heard yet of the replicas that held it up."""
+        return bool(self._snapshots.silent)
+
     def unfinished(self, worker: str) -> tuple[int, ...]:
         """The stores that a worker has not finished, by their numbers."""
         return tuple(sorted(store for store, home in self._to_finish if home == worker))
@@ -299,7 +319,7 @@ class TrainingDriver:
             return [] if handle is None else [Release(handle, self.number)]
         match event:
             case Received():
-                return self._receive(event)
+                return [*self._receive(event), *self._hear(event.message)]
             case Begin():
                 return self._begin()
             case StepFailed(message):
@@ -309,6 +329,8 @@ class TrainingDriver:
                 return [] if done else [Fail(event, self.number)]
             case Pause():
                 return [*self._snapshots.pause(self._ids(), self.ledger.newest)]
+            case Withdraw():
+                return [*self._snapshots.withdraw(self._ids())]
             case ReplicaLost(replica):
                 self.ledger.step(event)
                 go_on = self._snapshots.lose(self._ids())
@@ -386,6 +408,11 @@ class TrainingDriver:
             case _:
                 raise ProtocolError(f"the driver has no use for {type(message).__name__} during training")
 
+    def _hear(self, message: Any) -> Sequence[Action]:
+        """Note that a replica runs that held a snapshot up."""
+        replica = getattr(message, "replica", None) if self._snapshots.silent else None
+        return () if replica is None else self._snapshots.hear(self._ids(), replica, self.ledger.newest)
+
     def _grant(self, ask: wire.Ask) -> list[Action]:
         actions: list[Action] = []
         for grant in self.ledger.step(Asked(ask.replica, ask.clocks, ask.returned, ask.copy)):
@@ -422,65 +449,3 @@ class TrainingDriver:
             self.ledger.step(Settled(replica, tuple(fates), missing, left_out, late))
             noted.append(NoteFates(tuple(fates), missing, late, self.number))
         return noted
-
-
-class _Commits:
-    """Joins the decisions of all groups, in the order of clocks."""
-
-    def __init__(self, terms: Terms, first: int = 0) -> None:
-        """`first` is the first clock of the run."""
-        self._terms = terms
-        self._decided = [first - 1] * len(terms.groups)
-        self._without: dict[int, frozenset[int]] = {}
-        """Clock -> the replicas that every decision about it so far leaves out."""
-        self._of_sites: dict[tuple[int, int], dict[int | None, wire.Commit]] = {}
-        """(group, clock) -> site -> what the decision means there; None -> the decision itself."""
-        self._next = first
-
-    def is_new(self, group: int, clock: int) -> bool:
-        """Whether the decision is not known yet."""
-        if not group < len(self._decided):
-            raise ProtocolError(f"group {group} has a commit, but there are {len(self._decided)} groups")
-        return clock > self._decided[group]
-
-    def joined(self, commit: wire.Commit) -> tuple[Waits, tuple[int, ...]] | None:
-        """What a decision waited for, and whom it leaves out. None until it is known what it means for all sites.
-
-        The late replicas are those that were late in their sites.
-        """
-        group = self._terms.groups[commit.group]
-        if not group.relayed:
-            if group.number not in self._terms.above:
-                return commit.waits, commit.excluded
-            out = (r for site in group.sites if site[0] in commit.excluded for r in site)
-            return commit.waits, tuple(sorted(out))
-        known = self._of_sites.setdefault((group.number, commit.clock), {})
-        known[commit.site] = commit
-        if len(known) < len(group.sites) + (not group.final):
-            return None
-        del self._of_sites[group.number, commit.clock]
-        whole = known.pop(None).waits if not group.final else None
-        excluded = sorted(replica for commit in known.values() for replica in commit.excluded)
-        return side_by_side([commit.waits for commit in known.values()], whole), tuple(excluded)
-
-    def take(self, group: int, clock: int, excluded: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
-        """The clocks that all groups have decided now, and the replicas that each of these groups leaves out.
-
-        Nothing if no decision may leave a replica out.
-        """
-        self._decided[group] = clock
-        if not self._terms.drops:
-            return []
-        mine = frozenset(excluded)
-        if group not in self._terms.above:  # else it is the sites that say who ends a step
-            self._without[clock] = self._without.get(clock, mine) & mine
-        found: list[tuple[int, tuple[int, ...]]] = []
-        while self._next <= max(self._decided):
-            due = self._terms.due_groups(self._next)
-            if any(self._decided[g.number] < self._next for g in due):
-                break
-            without = self._without.pop(self._next, frozenset[int]())
-            if due:
-                found.append((self._next, () if self._terms.sums else tuple(sorted(without))))
-            self._next += 1
-        return found

@@ -272,6 +272,8 @@ class Fit:
 
     def _held(self, message: wire.Hold, _: Received) -> list[Action]:
         meant = [at for at in self._leading if message.replica in (None, at[0])]
+        if message.replica is None and message.number > self._exported:
+            self.asked = None  # it is withdrawn
         return self._at_stages(meant, stage.Hold(message.clock, message.number))
 
     def _export(self, message: wire.Export, _: Received) -> list[Action]:
@@ -332,9 +334,8 @@ class Fit:
 
     def _settle(self, at: At, made: Sequence[stage.Action | decision.Wake], actions: list[Action]) -> None:
         for (missing, left_out, late), fates in joined(made):
-            about: dict[str, Any] = {"missing": missing, "left_out": left_out, "late": late}
-            told = wire.Settled(**self._ids, replica=at[0], fates=tuple(fates), **about)
-            actions.append(Send(self._driver, told))
+            about: dict[str, Any] = {"missing": missing, "left_out": left_out, "late": late, "fates": tuple(fates)}
+            actions.append(Send(self._driver, wire.Settled(**self._ids, replica=at[0], **about)))
 
     def _start(self, at: At, start: stage.Start, actions: list[Action]) -> None:
         actions.append(Start(self.run, at[0], at[1], start.clock, start.item, self.cause))
@@ -492,9 +493,8 @@ class Fit:
     def _arrive(self, arrival: home.SendArrived) -> list[Action]:
         """A contribution is complete: tell its leader, which may be here."""
         group = self._terms.group_of[arrival.store]
-        about = arrival.store, arrival.replica, arrival.clock, arrival.weight, arrival.copy
+        store, who, clock, weight, copy = arrival.store, arrival.replica, arrival.clock, arrival.weight, arrival.copy
         if group in self._decisions:
-            return self._decide((group,), decision.Arrived(*about))
-        store, who, clock, weight, copy = about
+            return self._decide((group,), decision.Arrived(store, who, clock, weight, copy))
         arrived = wire.Arrived(**self._ids, store=store, replica=who, clock=clock, weight=weight, copy=copy)
         return [Send((self._leaders[group],), arrived)]

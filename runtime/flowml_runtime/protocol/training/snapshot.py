@@ -11,6 +11,9 @@
   has stopped would be waited for. So all stop before the same clock, and one that has no more items retires, but for
   the last one: the homes stay open for it.
 * A run that loses a replica takes no more snapshots. One that begins without it does, of the others.
+* A late replica, or one whose worker is late, holds a snapshot up. If others could go on without it, the caller
+  withdraws the snapshot after a while: those that have stopped go on, and no other is taken before each of the late
+  ones is heard of. One that was due at a clock is then taken later. The last one waits.
 * Each Hold has the next number. What comes because of an earlier one, or again, changes nothing.
 * Work items that a replica holds and has not begun count as not granted, if there are no common clocks.
 """
@@ -59,8 +62,8 @@ class Snapshots:
 
     def __init__(self, terms: Terms, places: Places, rhythm: Rhythm | None, first: int) -> None:
         self._terms = terms
-        self._workers = places.workers
-        self._live = terms.replicas - len(places.lost)
+        self._places, self._workers = places, places.workers
+        self._live = frozenset(range(terms.replicas)).difference(places.lost)
         self._rhythm = None if terms.aligned and first > terms.last_clock else rhythm
         """None also after the last snapshot."""
         self.hold = NO_HOLD if self._rhythm is None else self._next(first)
@@ -77,16 +80,56 @@ class Snapshots:
         """Whether workers have been asked for what they keep, and some have not answered."""
         self._released: set[int] = set()
         """The replicas that may retire, because they have no more items and others may wait for them."""
+        self._waits_anyway = terms.aligned and not terms.drops and terms.speculation is None
+        """Whether replicas wait for late ones at each clock, or at the next push."""
+        self.silent: set[int] = set()
+        """The replicas that held up the snapshot that was withdrawn last, and have not been heard of since."""
 
     def pause(self, ids: dict[str, Any], newest: int) -> list[Send]:
         """Stop soon: before the clock after the `newest` one that was granted, or at once if no replica waits for
         another."""
-        if self._rhythm is None or self.under_way or self._paused:
+        if self._rhythm is None or self.under_way or self._paused or self.silent:
             return []
         clock = newest + 1 if self._terms.aligned or self._terms.paced_by_slowest else 0
         if clock >= self.hold:
             return []
         return [self._hold_all(ids, clock)]
+
+    @property
+    def heard(self) -> int:
+        """The number of messages so far about a snapshot for which replicas stand that could go on without others."""
+        if not self._paused or self._waits_anyway or self._rhythm is None or self._released or self._is_last:
+            return 0
+        return 1 + len(self._exported) + len(self._buffers)
+
+    def withdraw(self, ids: dict[str, Any]) -> list[Send | Release]:
+        """Let the replicas go on that stand for a snapshot. Nothing if none does."""
+        if not self.heard:
+            return []
+        late = (w for w in self._workers if self.under_way and not self._has_told(w))
+        stages = {r for w in late for r, _ in self._places.stages_on(w)}
+        self.silent = set(self._live.difference(self._paused)) | stages
+        self._paused, forgotten = {}, self._forget(ids["cause"])
+        return [*forgotten, self._hold_all(ids, self._terms.last_clock + 1 if self._terms.aligned else AT_END)]
+
+    def _has_told(self, worker: str) -> bool:
+        """Whether all is here that a worker keeps."""
+        told = self._exported.get(worker)
+        return told is not None and sum(peer == worker for peer, _ in self._buffers) == told.buffers
+
+    def _forget(self, cause: int) -> list[Release]:
+        """Drop what workers have told for a snapshot."""
+        told, self._buffers, self._exported, self.under_way = self._buffers, {}, {}, False
+        return [Release(handle, cause) for _, handle in told.values() if handle is not None]
+
+    def hear(self, ids: dict[str, Any], replica: int, newest: int) -> list[Send]:
+        """A replica runs. After the last silent one, the rhythm goes on with what is due after the `newest` clock that
+        was granted."""
+        self.silent.discard(replica)
+        if self.silent or self._paused or self._rhythm is None:
+            return []
+        clock = self._next(newest)
+        return [self._hold_all(ids, clock)] if clock < self.hold else []
 
     def _hold_all(self, ids: dict[str, Any], clock: int) -> Send:
         self._numbers += 1
@@ -95,10 +138,8 @@ class Snapshots:
 
     def lose(self, ids: dict[str, Any]) -> list[Send | Release]:
         """A replica is lost. The others go on."""
-        held, self._rhythm = self.hold != NO_HOLD, None
-        told, self._buffers, self.under_way = self._buffers, {}, False
-        forgotten = [Release(handle, ids["cause"]) for _, handle in told.values() if handle is not None]
-        return [*forgotten, *([self._hold_all(ids, NO_HOLD)] if held else [])]
+        held, self._rhythm, self.silent = self.hold != NO_HOLD, None, set()
+        return [*self._forget(ids["cause"]), *([self._hold_all(ids, NO_HOLD)] if held else [])]
 
     def take(self, ids: dict[str, Any], peer: str, message: Any, handle: Handle | None) -> list[Send | Save | Release]:
         """Process a Paused, an Exported or Buffers. `ids` are for the messages to send."""
@@ -109,7 +150,7 @@ class Snapshots:
                 if replica in self._paused:
                     return []
                 self._paused[replica] = message
-                if len(self._paused) < self._live:
+                if len(self._paused) < len(self._live):
                     return self._release(ids, message)
                 self.under_way = True
                 pushed = tuple((r, *pair) for r, paused in sorted(self._paused.items()) for pair in paused.pushed)
@@ -130,7 +171,7 @@ class Snapshots:
 
     def _release(self, ids: dict[str, Any], paused: wire.Paused) -> list[Send | Save | Release]:
         """Let a replica that has stopped because it has no more items retire, unless it is the last."""
-        last = len(self._released) == self._live - 1
+        last = len(self._released) == len(self._live) - 1
         if not self._terms.paced_by_slowest or paused.clock >= paused.hold or last or paused.replica in self._released:
             return []
         self._released.add(paused.replica)

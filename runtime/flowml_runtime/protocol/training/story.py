@@ -152,6 +152,8 @@ def happened(event: actions.Event | driver.Event) -> str:
             return "begins the fit"
         case driver.Pause():
             return "wants a snapshot"
+        case driver.Withdraw():
+            return "gives up a snapshot for now"
         case driver.Stop():
             return "ends the fit"
 

@@ -1,0 +1,129 @@
+"""A snapshot that late replicas hold up is withdrawn once, and what they still tell of it changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from flowml.policy import UNBOUNDED, AllReduce, Policy, Quorum, Speculate
+from flowml_runtime import wire
+from flowml_runtime.protocol.training.actions import Received, Release, Send
+from flowml_runtime.protocol.training.driver import Begin, Pause, TrainingDriver, Withdraw
+from flowml_runtime.protocol.training.ledger import Work
+from flowml_runtime.protocol.training.places import Places
+from flowml_runtime.protocol.training.snapshot import AT_END, Rhythm, Save
+from flowml_runtime.protocol.training.terms import ReplicaLost, StoreTerms, Terms
+
+IDS: dict[str, Any] = {"plan_id": "p", "run": 100}
+WORKERS = ("a", "b", "c")
+PLACES = Places((("a",), ("b",), ("c",)), (("a",),), ({},))
+CLOCKS, EVERY = 20, 4
+QUORUM, ASYNC = Policy(quorum=Quorum(2)), Policy(staleness=UNBOUNDED)
+
+
+def machine(policy: Policy = QUORUM, every: int = EVERY) -> TrainingDriver:
+    ids: dict[str, Any] = {**IDS, "seed": 0, "shuffle": False, "examples": 1, "source": "fed"}
+    terms = Terms(3, 1, 1, (StoreTerms((0,), policy, policy.collective),), CLOCKS)
+    start, work = wire.StartTraining(**ids, total_clocks=CLOCKS), Work(3, 3 * CLOCKS, 8, CLOCKS, aligned=terms.aligned)
+    driver = TrainingDriver(start, terms, work, PLACES, Rhythm(every))
+    driver.step(Begin())
+    return driver
+
+
+def paused(driver: TrainingDriver, replica: int, clock: int, number: int) -> list[Any]:
+    told = wire.Paused(**IDS, replica=replica, hold=driver.hold, clock=clock, number=number)
+    return driver.step(Received(WORKERS[replica], told))
+
+
+def ask(driver: TrainingDriver, replica: int, *clocks: int) -> list[Any]:
+    return driver.step(Received(WORKERS[replica], wire.Ask(**IDS, replica=replica, clocks=clocks)))
+
+
+def holds(actions: list[Any]) -> list[tuple[int, int]]:
+    """The clock and the number of each Hold."""
+    told = [a.message for a in actions if isinstance(a, Send)]
+    return [(m.clock, m.number) for m in told if isinstance(m, wire.Hold)]
+
+
+def test_those_that_stand_go_on_until_the_late_ones_are_heard_of() -> None:
+    driver = machine()
+    for replica in (0, 1):
+        paused(driver, replica, EVERY, 0)
+    assert driver.heard
+    assert holds(driver.step(Withdraw())) == [(CLOCKS, 1)]
+    assert not driver.heard
+    assert driver.step(Withdraw()) == [], "it is withdrawn once"
+    assert holds(driver.step(Pause())) == [], "none is taken without the late one"
+    assert holds(ask(driver, 0, 4, 5)) == []
+    assert holds(ask(driver, 2, 4, 5)) == [(2 * EVERY, 2)], "the next that is due, after the clocks that are granted"
+    assert holds(driver.step(Pause())) == [(6, 3)]
+
+
+def test_a_late_answer_is_none_to_a_later_hold() -> None:
+    driver = machine()
+    for replica in (0, 1):
+        ask(driver, replica, EVERY - 1, EVERY)
+        paused(driver, replica, EVERY, 0)
+    driver.step(Withdraw())
+    assert holds(paused(driver, 2, EVERY, 0)) == [(2 * EVERY, 2)], "it says that the replica runs"
+    for replica in (0, 1):
+        assert paused(driver, replica, 2 * EVERY, 2) == []
+    assert paused(driver, 2, EVERY, 0) == [], "it comes again"
+    (export,) = paused(driver, 2, 2 * EVERY, 2)
+    assert isinstance(export.message, wire.Export)
+
+
+def test_what_came_of_an_export_is_freed() -> None:
+    driver = machine(ASYNC, every=0)
+    driver.step(Pause())
+    for replica in range(3):
+        paused(driver, replica, 1, 1)
+    told = wire.Exported(**IDS, stages=(), stores=(), buffers=1, number=1)
+    buffers = wire.Buffers(**IDS, owner="home/0/values", names=("w",), number=1)
+    first = driver.heard
+    for worker, handle in (("a", 5), ("b", 6)):
+        driver.step(Received(worker, told))
+        driver.step(Received(worker, buffers, handle))
+    driver.step(Received("c", told))
+    assert driver.heard == first + 5
+    *freed, hold = driver.step(Withdraw())
+    assert freed == [Release(5, driver.number), Release(6, driver.number)]
+    assert holds([hold]) == [(AT_END, 2)]
+    assert driver.misses, "the worker whose buffers are missing"
+    assert driver.step(Received("c", buffers, 7)) == [Release(7, driver.number)]
+    assert not any(isinstance(a, Save) for a in driver.step(Received("c", told)))
+    ask(driver, 2, 0)
+    assert not driver.misses
+    assert holds(driver.step(Pause())) == [(0, 3)]
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(every=4), Policy(AllReduce())])
+def test_where_all_wait_for_a_late_one_the_snapshot_waits_too(policy: Policy) -> None:
+    driver = machine(policy)
+    for replica in (0, 1):
+        paused(driver, replica, EVERY, 0)
+    assert not driver.heard
+    assert driver.step(Withdraw()) == []
+
+
+@pytest.mark.parametrize("policy", [QUORUM, ASYNC, Policy(staleness=2), Policy(quorum=Speculate())])
+def test_where_others_go_on_it_is_withdrawn_and_the_last_one_waits(policy: Policy) -> None:
+    driver = machine(policy)
+    driver.step(Pause())
+    number = 0 if holds(driver.step(Pause())) or driver.hold == EVERY else 1
+    paused(driver, 0, 1, number)
+    assert holds(driver.step(Withdraw()))
+    number += 1
+    paused(driver, 0, CLOCKS, number)
+    assert driver.step(Withdraw()) == []
+
+
+def test_after_a_loss_nothing_is_withdrawn_or_missed() -> None:
+    driver = machine()
+    for replica in (0, 1):
+        paused(driver, replica, EVERY, 0)
+    driver.step(Withdraw())
+    driver.step(ReplicaLost(2))
+    assert not driver.misses
+    assert driver.step(Withdraw()) == []
