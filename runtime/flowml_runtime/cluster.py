@@ -83,6 +83,8 @@ class Cluster:
         """Whether plans of this driver may bring Python to workers that allow it."""
         self.pids: Mapping[str, int] = {}
         """Worker -> process id, for workers that this cluster started."""
+        self.outlives = False
+        """Whether its workers outlive this process, and may keep fits for another driver."""
         self.launched: LaunchedCluster | None = None
         """For the runtime: the processes that this cluster started."""
         self._table: LinkTable | None = None
@@ -244,6 +246,7 @@ class Cluster:
                 transport=transport,
                 checksum=checksum,
                 lost_after_s=lost_after_s,
+                orphan_s=0.0,
             )
             stack.callback(launched.close)
             options = _Options(allow_python, deadline_s, _START_ANOTHER, mode, shares_memory(transport), checksum)
@@ -323,7 +326,9 @@ class Cluster:
             name = f"driver-{uuid.uuid4().hex[:12]}"
             remedy = f"start it again with `flowml worker {address}`"
             options = _Options(allow_python, deadline_s, remedy, mode, shared, checksum)
-            return cls._join(address, find_token(token), TLS.of(tls), name, options, stack, timeout_s)
+            cluster = cls._join(address, find_token(token), TLS.of(tls), name, options, stack, timeout_s)
+            cluster.outlives = True
+            return cluster
 
     @classmethod
     def _join(

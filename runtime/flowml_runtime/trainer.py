@@ -248,7 +248,7 @@ class Trainer:
         validated = validation, validate_every
         asked = Asked.of(source, size, callbacks, progress, validated, (checkpoint, resume), (on_loss, min_replicas))
         cluster = self._here()
-        with self._alone(), writing(checkpoint, resume), heeding_interrupts() as interrupts:
+        with self._alone(), writing(asked, cluster) as asked, heeding_interrupts() as interrupts:
             runs, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
             outcome = runs.run(asked.callbacks)
         result = result_of(runs.fit.saving.trees, outcome, with_shapes(plan, runs.fit.shapes), model, runs.first)
@@ -391,10 +391,10 @@ class Trainer:
         if asked.checkpoint is not None:
             about = msgspec.structs.replace(about, update=fingerprint(by_optimizer(optimizer, outer, state), params))
         trees = params, state, program.spec.untrained
-        saving = saving_of(asked.checkpoint, asked.resume, program.training, trees, model, about, asked.total)
+        saving = saving_of(asked, program.training, trees, model, about)
         if asked.validation is not None:
             saving.validation = self._validation(cluster, program, asked)
-        saving.keeps = asked.on_loss != "raise"
+        saving.keeps = asked.on_loss != "raise" or asked.kept is not None
         return saving
 
     def _look_at_loss(self, program: Program, params: Any, source: Source, order: Any, batch_size: int) -> Looked:

@@ -50,6 +50,11 @@ def seconds(text: str) -> float:
     return value
 
 
+def seconds_or_none(text: str) -> float:
+    """An argparse type for times, of which 0 is one."""
+    return 0.0 if text == "0" else seconds(text)
+
+
 def address(text: str) -> str:
     """An argparse type for HOST:PORT (port 0: any free one)."""
     host, colon, port = text.rpartition(":")
@@ -64,6 +69,13 @@ def add_offer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--platform", default="cpu", help="what JAX calls them: cpu, cuda, … (default cpu)")
     parser.add_argument(
         "--allow-python", action="store_true", help="run the Python callbacks and data sources that plans carry"
+    )
+    parser.add_argument(
+        "--orphan",
+        type=seconds_or_none,
+        default=600.0,
+        metavar="SECONDS",
+        help="how long a worker keeps the newest snapshot of a fit whose driver was lost (default 600)",
     )
 
 

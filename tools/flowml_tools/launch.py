@@ -75,6 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
             transport=arguments.transport,
             checksum=arguments.checksum,
             lost_after_s=arguments.lost_after,
+            orphan_s=arguments.orphan,
         )
         try:
             _announce(cluster.address, path, secured)

@@ -37,6 +37,7 @@ def main(arguments: argparse.Namespace) -> int:
         tls=secured and (str(secured.cert), str(secured.key), str(secured.ca)),
         shared_memory=arguments.transport == "auto",
         checksum=arguments.checksum,
+        orphan_s=arguments.orphan,
     )
     reason = serve(config, joined=lambda name: print(f"joined as {name}; Ctrl-C leaves", flush=True))
     print(f"flowml: {reason}", file=sys.stderr)

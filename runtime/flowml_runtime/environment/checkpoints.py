@@ -3,6 +3,7 @@
     PATH/step-000000000400/buffers.bin      the bytes of all arrays, each at a multiple of 64
     PATH/step-000000000400/manifest.json    {"checksum": of the body, "body": {"format", "content", "arrays": [...]}}
     PATH/.fit                               locked by the fit that writes there
+    PATH/.identity                          the name of the fit for workers that outlive their driver
 
 A snapshot is written into a directory of another name. Its files are on the disk (fsync) before the directory gets its
 name, in one step, and before an older snapshot is removed. So a directory `step-...` is complete, whenever the process
@@ -32,7 +33,7 @@ from flowml.arrays import ArraySpec, dtype_of
 from flowml.errors import CheckpointError, FlowmlWarning
 
 FORMAT = 1
-DATA, MANIFEST, LOCK, TOKEN = "buffers.bin", "manifest.json", ".fit", ".token"
+DATA, MANIFEST, LOCK, TOKEN, IDENTITY = "buffers.bin", "manifest.json", ".fit", ".token", ".identity"
 ALIGNMENT = 64
 MOST_BYTES = 2**30
 """Of a manifest."""
@@ -196,6 +197,23 @@ def _holder(path: Path) -> str:
     except (OSError, ValueError):
         return "another process"
     return f"process {pid} on {host}"
+
+
+def identity(directory: Path, *, anew: bool) -> str:
+    """The name of the fit that writes into a directory. It gets one if it has none, and a new one if it begins `anew`.
+
+    Raises CheckpointError if it can be neither read nor written.
+    """
+    path = directory / IDENTITY
+    try:
+        known = "" if anew or not path.exists() else path.read_text()
+        if not re.fullmatch("fit-[0-9a-f]{32}", known):
+            known = f"fit-{secrets.token_hex(16)}"
+            _write_file(path, known.encode())
+            _sync(directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can be neither read nor written: {error}; give another directory") from None
+    return known
 
 
 def snapshots(directory: Path) -> list[Path]:

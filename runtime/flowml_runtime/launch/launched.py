@@ -23,7 +23,7 @@ from flowml_runtime.protocol.membership import TIMEOUT_S
 from flowml_runtime.transport.addresses import advertised_host
 from flowml_runtime.transport.security import TLS, check_exposure, new_token, split_address
 from flowml_runtime.worker.compile_cache import settings_here
-from flowml_runtime.worker.config import WorkerConfig
+from flowml_runtime.worker.config import ORPHAN_S, WorkerConfig
 from flowml_runtime.worker.ending import Ending
 
 TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
@@ -47,16 +47,19 @@ class LaunchedCluster:
         transport: str = "auto",
         checksum: bool | None = None,
         lost_after_s: float = TIMEOUT_S,
+        orphan_s: float = ORPHAN_S,
     ) -> None:
         """Returns when all workers have joined. If one does not, ends everything it started and raises ClusterError.
 
-        A worker that is silent for `lost_after_s` is lost.
+        A worker that is silent for `lost_after_s` is lost. Workers keep the newest snapshot of a fit whose driver is
+        lost for `orphan_s`.
         """
         check_startable()
         with refusing():
             workers, devices_per_worker = counts(workers, devices_per_worker)
             start_timeout_s = seconds("start_timeout_s", start_timeout_s)
             lost_after_s = seconds("lost_after_s", lost_after_s)
+            orphan_s = seconds("orphan_s", orphan_s, zero=True)
             allow_python, checksum = flag("allow_python", allow_python), flag_or_none("checksum", checksum)
             files, shared, platform = TLS.of(tls), shares_memory(transport), text("platform", platform)
             if token is not None:
@@ -99,6 +102,7 @@ class LaunchedCluster:
                 checksum=checksum,
                 compiled=processes.shared_folder,
                 compile_cache=settings_here(),
+                orphan_s=orphan_s,
             )
             pairs = zip(worker_names(workers), share_cores(cores(), workers), strict=True)
             self._configs = {name: structs.replace(common, name=name, cores=own) for name, own in pairs}

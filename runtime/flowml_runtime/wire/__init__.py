@@ -25,6 +25,13 @@ from flowml_runtime.wire.base import Name as Name
 from flowml_runtime.wire.base import PlanMessage as PlanMessage
 from flowml_runtime.wire.base import Specs as Specs
 from flowml_runtime.wire.base import Text as Text
+from flowml_runtime.wire.kept_fits import Claim as Claim
+from flowml_runtime.wire.kept_fits import Claimed as Claimed
+from flowml_runtime.wire.kept_fits import Completed as Completed
+from flowml_runtime.wire.kept_fits import Recover as Recover
+from flowml_runtime.wire.kept_fits import Recovered as Recovered
+from flowml_runtime.wire.kept_fits import Released as Released
+from flowml_runtime.wire.kept_fits import Version as Version
 from flowml_runtime.wire.snapshot import Buffers as Buffers
 from flowml_runtime.wire.snapshot import Export as Export
 from flowml_runtime.wire.snapshot import Exported as Exported
@@ -368,6 +375,7 @@ Wire = (
     | StartTraining | Source | Batch | StoreValue | OwnState | ModelState | Gossip | Ask | Grant | Begin | Contribution
     | Arrived | Commit | Computed | Halt | Published | Applied | Collective | Shared | Settled | Report | NonFinite
     | Staleness | Forwarded | Traffic | Retired | StopTraining | Hold | Paused | Export | Exported | Buffers
+    | Claim | Claimed | Completed | Recover | Recovered | Released
 )
 # fmt: on
 

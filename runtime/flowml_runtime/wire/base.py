@@ -9,7 +9,7 @@ import msgspec
 from flowml.arrays import ArraySpec
 from flowml.numbers import MOST
 
-PROTOCOL = 7
+PROTOCOL = 8
 """Version of these messages. Peers of another version are refused at their Hello."""
 
 MAX_HEADER_BYTES = 16 * 2**20
@@ -34,6 +34,6 @@ class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class PlanMessage(Message, frozen=True, kw_only=True):
-    """Base of the messages about a loaded plan, or about the trace of that name."""
+    """Base of the messages about a loaded plan, or about the trace or the fit of that name."""
 
     plan_id: Name

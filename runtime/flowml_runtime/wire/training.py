@@ -124,7 +124,8 @@ class StartTraining(TrainingMessage, frozen=True):
     (worker, seconds added to its steps: to that of clock n element n, modulo their number). Replicas compare their
     copies every `check_replicas` steps and at the end; 0: never. `on_nonfinite` says how
     gradients with NaN or infinity are treated. Replicas stop before the clock `hold`, as with `Hold`. `stopped`: the
-    run goes on where a snapshot was taken, whose buffers follow.
+    run goes on where a snapshot was taken, whose buffers follow. `fit`: workers keep what they tell of snapshots, for
+    a driver that goes on with the fit of this name; "": they do not.
     """
 
     total_clocks: Count
@@ -137,6 +138,7 @@ class StartTraining(TrainingMessage, frozen=True):
     on_nonfinite: Literal["refuse", "raise", "apply"] = "refuse"
     hold: Count = MOST
     stopped: Stopped | None = None
+    fit: Annotated[str, msgspec.Meta(max_length=256)] = ""
 
 
 class Source(TrainingMessage, frozen=True):

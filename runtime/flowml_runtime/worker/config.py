@@ -6,6 +6,9 @@ import msgspec
 
 from flowml_runtime.worker.ending import Ending
 
+ORPHAN_S = 600.0
+"""How long workers that outlive their drivers keep a fit whose driver is lost, unless they are told otherwise."""
+
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The configuration of a worker. `cores=()` does not pin it; `name=""` lets the coordinator choose a name."""
@@ -29,7 +32,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A folder that the workers of this machine share, where they keep what they compile. "": they share nothing."""
     compile_cache: tuple[tuple[str, str | int | float | bool | None], ...] = ()
     """The settings of JAX's persistent compilation cache: (name, value)."""
-
+    orphan_s: float = 0.0
+    """How long it keeps the newest snapshot of a fit whose driver is lost."""
     ending: Ending | None = None
     """For tests: where its process ends."""
 

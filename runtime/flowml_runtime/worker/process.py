@@ -70,7 +70,8 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
         name = membership.join(config.name, infos, python=config.python)
         named = {f"{name}/{info.name}": device for info, device in zip(infos, devices, strict=True)}
         hosted.name = name
-        hosted.worker = Worker(name, named, endpoint, python=config.python, cache=ExecutableCache(turns))
+        own: dict[str, Any] = {"cache": ExecutableCache(turns), "orphan_s": config.orphan_s}
+        hosted.worker = Worker(name, named, endpoint, python=config.python, **own)
         endpoint.on_sent = hosted.worker.traffic.sent
         hosted.ready.set()
         joined(name)

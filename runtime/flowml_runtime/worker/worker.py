@@ -52,6 +52,7 @@ from flowml_runtime.protocol.errors import ProtocolError
 from flowml_runtime.transport.endpoint import Sender
 from flowml_runtime.worker.arriving import Arriving
 from flowml_runtime.worker.keeping import Keeping
+from flowml_runtime.worker.kept_fits import KeptFits
 
 MAX_REASON = 1024
 JOIN_S = 5.0
@@ -114,8 +115,10 @@ class Worker:
         *,
         python: bool = False,
         cache: ExecutableCache | None = None,
+        orphan_s: float = 0.0,
     ) -> None:
-        """The workers of one process share one `cache`."""
+        """The workers of one process share one `cache`. The newest snapshot of a fit without driver is kept for
+        `orphan_s`."""
         self.name = name
         self.devices = dict(devices)
         self.endpoint = endpoint
@@ -124,6 +127,7 @@ class Worker:
         self.recorder = Recorder()
         self._prober = Prober(endpoint)
         self._keeping = Keeping(name, endpoint, self.devices)
+        self.kept_fits = KeptFits(name, endpoint, orphan_s, lambda plan_id: plan_id in self._plans)
         self.traffic = Traffic(self._contradicted)
         self._cache = cache or ExecutableCache()
         self._lock = threading.Lock()
@@ -151,6 +155,8 @@ class Worker:
                 self._prober.on_message(peer, message)
             case wire.Bring() | wire.BringPiece() | wire.Recall() | wire.Write() | wire.ReadFile() | wire.Drop():
                 self._keeping.on_message(peer, message, arrays)
+            case wire.Claim() | wire.Completed() | wire.Recover() | wire.Released():
+                self.kept_fits.on_message(peer, message, arrays)
             case _:
                 hosted = self._plans.get(getattr(message, "plan_id", ""))
                 if hosted is not None:
@@ -172,6 +178,7 @@ class Worker:
                     executor.lose(peer, text)
             if hosted.training is not None:
                 hosted.training.on_lost(peer, reason)
+        self.kept_fits.on_lost(peer)
 
     def local_step(self, plan_id: str) -> LocalStep | None:
         """A direct way to run a plan from this process, if the whole plan is one program on this worker."""
@@ -231,7 +238,9 @@ class Worker:
             lane.join(JOIN_S)
         self._deadlines.close(JOIN_S)
         self._keeping.close()
+        self.kept_fits.close()
         self._keeping.join(JOIN_S)
+        self.kept_fits.join(JOIN_S)
         for thread in ending:
             thread.join(JOIN_S)
 

@@ -32,7 +32,7 @@ MOST = 8
 """The most differences that an error names."""
 
 
-def check(snapshot: Snapshot, path: Path, training: Training, now: Figures, trees: Trees, model: Model) -> None:
+def check(snapshot: Snapshot, path: Path | str, training: Training, now: Figures, trees: Trees, model: Model) -> None:
     """Raise CheckpointError if the snapshot belongs to another fit: it says what differs."""
     differs = list(_figures(snapshot.content.figures, now))
     mine = zip(TREES, (*trees[:2], model.state()), strict=True)

@@ -47,6 +47,7 @@ from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.story import entry
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.transport.arrays import own_copy
+from flowml_runtime.worker.kept_fits import key_of
 
 
 class Fit:
@@ -224,6 +225,7 @@ class Fit:
             check_replicas=options.check_replicas,
             on_nonfinite=options.on_nonfinite,
             stopped=self.saving.resumed.content.stopped if self.saving.resumed else None,
+            fit=self.saving.begin(self._handle.workers),
         )
 
     def _take(self, entry: Entry) -> None:
@@ -347,7 +349,8 @@ class Fit:
     def _save(self, action: protocol.Save, clocks: Sequence[int]) -> None:
         """Take a snapshot. Its step is the clock of all replicas, or what they have reported without common clocks."""
         step, now = max(clocks) if self._aligned else self._history.reached, self._time.now()
-        self.saving.save(self._training, step, action, self._machine.ledger.kept(clocks), self._taken, now)
+        ledger, key = self._machine.ledger.kept(clocks), key_of(self._handle.plan_id, self._options.run, action.number)
+        self.saving.save(self._training, step, action, ledger, self._taken, now, key)
 
     def _send_model(self) -> None:
         """Send each stage the leaves of the model's state that stay there."""

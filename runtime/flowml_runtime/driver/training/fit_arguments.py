@@ -18,6 +18,7 @@ from flowml.splits import Shards, Shuffle, WithReplacement
 from flowml.training.pieces import short_items
 from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.training.history import Record
+from flowml_runtime.driver.training.kept import KeptFit
 
 Callback = Callable[[Record], Any]
 OnLoss = Literal["raise", "replace", "shrink"]
@@ -45,6 +46,8 @@ class Asked:
     resume: Literal["auto"] | None
     on_loss: OnLoss
     min_replicas: int
+    kept: KeptFit | None = None
+    """The fit as the workers keep it, if they outlive their driver."""
 
     @staticmethod
     def of(

@@ -17,6 +17,7 @@ from flowml.plan import Training
 from flowml_runtime import service
 from flowml_runtime.driver.checkpoint import Checkpoint
 from flowml_runtime.driver.training.history import Record
+from flowml_runtime.driver.training.kept import KeptFit
 from flowml_runtime.driver.training.model import Model
 from flowml_runtime.driver.training.patience import Patience
 from flowml_runtime.driver.training.result import restored
@@ -41,8 +42,10 @@ class Saving:
         figures: Figures | None = None,
         trees: Trees = (None, None, None),
         model: Model | None = None,
+        kept: KeptFit | None = None,
     ) -> None:
-        """`trees` are those with which the fit begins, `model` the model's state."""
+        """`trees` are those with which the fit begins, `model` the model's state. The workers keep snapshots too if
+        `kept` is given."""
         self.validation: Validation | None = None
         self.resumed = resumed
         self.first = resumed.content.steps if resumed else 0
@@ -51,6 +54,7 @@ class Saving:
         self._figures = figures
         self.trees = trees
         self._model = model or Model()
+        self._kept = kept
         self._saved_step = self._validated_step = self.first
         self._saved_at: float | None = None
         self._writer: threading.Thread | None = None
@@ -76,11 +80,18 @@ class Saving:
             pairs = zip(trees[:2], (found.content.params, found.content.opt_state), strict=True)
             params, state = (restored(tree, found.leaves(leaves)) for tree, leaves in pairs)
             trees = params, state, trees[2]
-        after = Saving(self._checkpoint, found, self._figures, trees, self._model)
+        after = Saving(self._checkpoint, found, self._figures, trees, self._model, self._kept)
         after.keeps, after.validation = self.keeps, self.validation
         if after.validation is not None:
             after.validation.go_back(after.first)
         return after
+
+    def begin(self, workers: Iterable[str]) -> str:
+        """A run begins on these workers. Returns the name under which they keep the fit, "" if they do not."""
+        if self._kept is None:
+            return ""
+        self._kept.begin(workers)
+        return self._kept.fit
 
     @property
     def rhythm(self) -> Rhythm | None:
@@ -140,8 +151,10 @@ class Saving:
         ledger: LedgerState,
         take: Callable[[int | None], Any],
         now: float,
+        key: str,
     ) -> None:
-        """Write a snapshot, or have it validated, or both. `take` gives the arrays of a handle."""
+        """Write a snapshot, or have it validated, or both. `take` gives the arrays of a handle. Workers know it by
+        `key`."""
         buffers: dict[str, Mapping[str, Any]] = {
             owner: dict(zip(names, take(handle), strict=True)) for owner, names, handle in action.buffers
         }
@@ -152,6 +165,8 @@ class Saving:
         snapshot = taken(training, self._figures, step, action.stopped, ledger, buffers, self.trees, self._model)
         over = action.last
         self._keep(snapshot, now)
+        if self._kept is not None:
+            self._kept.completed(key, snapshot)
         if self.validation is not None and (over or self._is_unmeasured(step)):
             self._validated_step = step
             values = zip((*self.trees[:2], self._model.state()), snapshot.trees, strict=True)

@@ -49,12 +49,13 @@ class Rhythm(msgspec.Struct, frozen=True):
 
 class Save(msgspec.Struct, frozen=True):
     """A snapshot is complete: where the machines stand, and the buffers as (owner, names, handle). `last`: the replicas
-    have no more work."""
+    have no more work. `number` is that of the Hold."""
 
     stopped: wire.Stopped
     buffers: tuple[tuple[str, tuple[str, ...], Handle | None], ...]
     cause: int
     last: bool = False
+    number: int = 0
 
 
 class Snapshots:
@@ -198,7 +199,7 @@ class Snapshots:
         kept = sorted(self._buffers.items(), key=lambda one: one[0][1])
         buffers = ((owner, names, handle) for (_, owner), (names, handle) in kept)
         stopped = wire.Stopped(self._clocks, tuple(stages), tuple(stores), tuple(sites), tuple(waiting))
-        return Save(stopped, tuple(buffers), cause, self._is_last)
+        return Save(stopped, tuple(buffers), cause, self._is_last, self._number)
 
     def _go_on(self, ids: dict[str, Any]) -> Sequence[Send]:
         clock = NO_HOLD if self._is_last else self._next(max(self._clocks))

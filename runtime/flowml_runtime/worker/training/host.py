@@ -261,6 +261,7 @@ class _Fit:
                 )
         self._exports = Lane(f"{run.me} snapshots run {run.number}")
         """Tells the driver what no other lane uses."""
+        self._kept_fits = host.worker.kept_fits
         self._fail = partial(host.fail, run.number, "a snapshot")
         self._stages = {
             (r, s): StageRunner(run, host, (r, s), host.programs[run.training.replicas[r][s]], self.reductions)
@@ -373,6 +374,9 @@ class _Fit:
 
         def tell(resident: Resident) -> None:
             arrays = resident.export()
+            if run.start.fit:
+                of = run.plan_id, run.number, action.number
+                self._kept_fits.export(run.driver, run.start.fit, of, resident.owner, arrays)
             specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays.values())
             message = wire.Buffers(**ids, owner=resident.owner, names=tuple(arrays), specs=specs)
             run.send(run.driver, message, list(arrays.values()))

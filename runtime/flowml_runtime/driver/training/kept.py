@@ -1,0 +1,201 @@
+"""The driver's side of fits that outlive their driver: it claims one, and goes on with the snapshot that workers keep.
+
+A fit is known by the identity that its directory of checkpoints has. The workers decide which driver has it
+(`protocol.training.kept_fits`). They are asked in the order of their names, the first one alone, so that of two drivers
+that claim a fit at the same time one has it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import count
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from flowml.errors import CheckpointError, DeadlineError, WorkerLostError
+from flowml.plan import ArraySpec
+from flowml_runtime import wire
+from flowml_runtime.driver.session import Session
+from flowml_runtime.driver.training.snapshots import Content, Snapshot
+
+OWNED_S = 10.0
+"""How long to wait for the loss of the driver that has the fit. One that is gone is lost within seconds."""
+AGAIN_S = 0.1
+"""How long to wait before asking again."""
+TELL_S = 1.0
+
+_Answer = tuple[Any, Sequence[Any]]
+
+
+class KeptFit:
+    """A fit that this driver has claimed, on these workers. Only the thread of the fit calls it."""
+
+    def __init__(self, session: Session, fit: str, workers: Sequence[str]) -> None:
+        """Raises CheckpointError if another driver has it."""
+        self.fit = fit
+        self._session = session
+        self._workers = tuple(workers)
+        self._numbers = count(1)
+        self._changed = threading.Condition()
+        self._answers: dict[int, _Answer | None] = {}
+        """Number of a question -> the answer. None if the worker was lost."""
+        self._asked: dict[int, str] = {}
+        session.register(fit, self)
+        claimed = self._claimed()
+        self._found: Mapping[str, tuple[wire.Version, ...]] = {w: answer.versions for w, answer in claimed.items()}
+        self.keeps = all(answer.orphan_s for answer in claimed.values())
+        """Whether the workers keep snapshots."""
+
+    # The endpoint's threads.
+
+    def on_message(self, peer: str, message: wire.Wire, arrays: Sequence[Any]) -> None:
+        if isinstance(message, wire.Claimed | wire.Recovered):
+            self._answered(message.number, (message, [np.array(a) for a in arrays]))
+
+    def on_lost(self, peer: str, reason: str) -> None:
+        with self._changed:
+            numbers = [n for n, worker in self._asked.items() if worker == peer]
+        for number in numbers:
+            self._answered(number, None)
+
+    # The caller's thread.
+
+    def newest(self, after: int) -> Snapshot | None:
+        """The newest snapshot that the workers keep, if it has more than `after` steps and all of it is there."""
+        complete = {v.key: v.steps for kept in self._found.values() for v in kept if v.complete and v.steps > after}
+        for key in sorted(complete, key=lambda key: complete[key], reverse=True):
+            found = self._recovered(key)
+            if found is not None:
+                return found
+        return None
+
+    def begin(self, workers: Iterable[str]) -> None:
+        """A run begins on these workers, some of which may have taken the places of lost ones."""
+        for worker in workers:
+            self._session.tell(worker, wire.Claim(plan_id=self.fit, number=next(self._numbers)))
+        self._workers = tuple(dict.fromkeys((*self._workers, *workers)))
+
+    def completed(self, key: str, snapshot: Snapshot) -> None:
+        """A snapshot is complete: each worker keeps its part, and the rest but for what is not trained, which another
+        driver has too."""
+        content = msgspec.structs.replace(snapshot.content, untrained=())
+        of_owners = {f"{owner}/{name}" for owner, names in content.owners.items() for name in names}
+        leaves = (leaf.buffer for leaf in (*content.params, *content.opt_state, *content.state))
+        rest = {buffer: snapshot.arrays[buffer] for buffer in leaves if buffer not in of_owners}
+        encoded = np.frombuffer(msgspec.json.encode(content), np.uint8)
+        arrays = [encoded, *(np.asarray(a) for a in rest.values())]
+        specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays)
+        about: dict[str, Any] = {"key": key, "steps": content.steps, "names": tuple(rest), "specs": specs}
+        for worker in self._workers:
+            with suppress(WorkerLostError):
+                self._session.endpoint.send(worker, wire.Completed(plan_id=self.fit, **about), arrays)
+
+    def release(self, *, over: bool) -> None:
+        """Leave the fit to the next driver, or have the workers forget it."""
+        for worker in self._workers:
+            self._session.tell(worker, wire.Released(plan_id=self.fit, over=over))
+        self._session.unregister(self.fit)
+
+    def _claimed(self) -> dict[str, wire.Claimed]:
+        """What the workers answer. Waits for the loss of a driver that has the fit."""
+        deadline = time.monotonic() + OWNED_S
+        while True:
+            found: dict[str, wire.Claimed] = {}
+            for some in (self._workers[:1], self._workers[1:]):
+                found |= {w: answer for w, (answer, _) in self._ask(dict.fromkeys(some, self._claim)).items()}
+                owners = [answer.owner for answer in found.values() if answer.owner]
+                if owners:
+                    break
+            else:
+                return found
+            if time.monotonic() >= deadline:
+                raise CheckpointError(
+                    f"{owners[0]} is training this fit on the same workers; wait for its end, stop it, or give "
+                    "another directory"
+                )
+            threading.Event().wait(AGAIN_S)
+
+    def _claim(self, number: int) -> wire.Claim:
+        return wire.Claim(plan_id=self.fit, number=number)
+
+    def _recovered(self, key: str) -> Snapshot | None:
+        """A snapshot, of the parts that the workers keep. None if one is gone."""
+        kept = {w: v for w, versions in self._found.items() for v in versions if v.key == key}
+        source = next(w for w, version in kept.items() if version.complete)
+        rest = self._read({source: [""]}, key)
+        if rest is None:
+            return None
+        content = msgspec.json.decode(rest.pop("/").tobytes(), type=Content)
+        arrays = {name.removeprefix("/"): array for name, array in rest.items()}
+        places = {owner: worker for worker, version in kept.items() for owner in version.owners}
+        if not places.keys() >= content.owners.keys():
+            return None
+        wanted: dict[str, list[str]] = {}
+        for owner in content.owners:
+            wanted.setdefault(places[owner], []).append(owner)
+        parts = self._read(wanted, key)
+        return None if parts is None else Snapshot(content, arrays | parts)
+
+    def _read(self, wanted: Mapping[str, Sequence[str]], key: str) -> dict[str, Any] | None:
+        """The buffers of these owners at these workers, by "owner/name"."""
+        found: dict[str, Any] = {}
+        for place in range(max(map(len, wanted.values()), default=0)):  # one owner of each worker at a time
+            asked = {worker: owners[place] for worker, owners in wanted.items() if place < len(owners)}
+
+            def question(owner: str) -> Callable[[int], wire.Recover]:
+                return lambda number: wire.Recover(plan_id=self.fit, number=number, key=key, owner=owner)
+
+            answers = self._ask({worker: question(owner) for worker, owner in asked.items()})
+            if len(answers) < len(asked) or not all(answer.found for answer, _ in answers.values()):
+                return None
+            for worker, (answer, arrays) in answers.items():
+                found.update((f"{asked[worker]}/{n}", a) for n, a in zip(answer.names, arrays, strict=True))
+        return found
+
+    def _ask(self, questions: Mapping[str, Callable[[int], wire.Wire]]) -> dict[str, _Answer]:
+        """The answers of workers. Those that are lost have none."""
+        numbers = {worker: next(self._numbers) for worker in questions}
+        with self._changed:
+            self._asked |= {number: worker for worker, number in numbers.items()}
+        for worker, number in numbers.items():
+            try:
+                self._session.endpoint.send(worker, questions[worker](number))
+            except WorkerLostError:
+                self._answered(number, None)
+        deadline_s = self._session.deadline_s
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._answers.keys() >= set(numbers.values()), deadline_s):
+                late = next(w for w, number in numbers.items() if number not in self._answers)
+                raise DeadlineError(
+                    f"{late} has not said for {deadline_s:g} s what it keeps of the fit; see whether it is stuck",
+                    worker=late,
+                )
+            found = {worker: self._answers.pop(number) for worker, number in numbers.items()}
+        return {worker: answer for worker, answer in found.items() if answer is not None}
+
+    def _answered(self, number: int, answer: _Answer | None) -> None:
+        with self._changed:
+            if self._asked.pop(number, None) is not None:
+                self._answers[number] = answer
+                self._changed.notify_all()
+
+
+@contextmanager
+def claimed(cluster: Any, fit: str) -> Generator[KeptFit | None]:
+    """Have a fit on a cluster whose workers outlive their drivers. None if they keep nothing.
+
+    Raises CheckpointError if another driver has it.
+    """
+    workers = sorted({d.worker for d in cluster.devices}, key=lambda name: int(name.rpartition(":")[2]))
+    kept = KeptFit(cluster.session, fit, workers)
+    over = False
+    try:
+        yield kept if kept.keeps else None
+        over = True
+    finally:
+        kept.release(over=over)

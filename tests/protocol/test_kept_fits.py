@@ -1,0 +1,117 @@
+"""What workers keep of fits whose driver may die, and which driver goes on with one."""
+
+from __future__ import annotations
+
+import random
+
+from flowml_runtime.protocol.training.kept_fits import (
+    MOST_ORPHANS,
+    Action,
+    Answer,
+    Claim,
+    Completed,
+    DriverLost,
+    Drop,
+    Event,
+    Exported,
+    KeptFits,
+    Released,
+    Tick,
+    Wake,
+)
+
+
+class Worker:
+    """A machine, and the snapshots of which its host has a part."""
+
+    def __init__(self, orphan_s: float = 10.0) -> None:
+        self.machine = KeptFits(orphan_s)
+        self.parts: set[tuple[str, str]] = set()
+
+    def step(self, event: Event, now: float = 0.0) -> list[Action]:
+        if isinstance(event, Exported | Completed):
+            self.parts.add((event.fit, event.key))
+        actions = self.machine.step(event, now)
+        self.parts -= {(a.fit, a.key) for a in actions if isinstance(a, Drop)}
+        self.machine.validate()
+        return actions
+
+    def owner(self, driver: str, fit: str = "fit") -> str:
+        (answer,) = self.step(Claim(driver, fit, 1))
+        assert isinstance(answer, Answer)
+        return answer.owner
+
+
+def test_a_fit_has_one_driver_until_that_is_lost() -> None:
+    worker = Worker()
+    assert worker.owner("a") == ""
+    assert worker.owner("b") == "a"
+    assert worker.owner("a") == "", "a repeated claim changes nothing"
+    worker.step(Exported("a", "fit", "1"))
+    worker.step(DriverLost("a"))
+    assert worker.owner("b") == ""
+    worker.step(Exported("a", "fit", "2"))
+    worker.step(Completed("a", "fit", "2"))
+    assert worker.parts == {("fit", "1")}, "what the first driver still sends changes nothing"
+    assert worker.step(Released("a", "fit", over=True)) == []
+    assert worker.owner("a") == "b"
+
+
+def test_a_part_stays_until_a_later_snapshot_is_complete() -> None:
+    worker = Worker()
+    worker.owner("a")
+    worker.step(Exported("a", "fit", "1"))
+    worker.step(Completed("a", "fit", "1"))
+    worker.step(Exported("a", "fit", "2"))
+    assert worker.parts == {("fit", "1"), ("fit", "2")}
+    worker.step(Exported("a", "fit", "again 1"))
+    assert worker.parts == {("fit", "1"), ("fit", "again 1")}, "the run of 2 has ended without it"
+    worker.step(Completed("a", "fit", "again 1"))
+    assert worker.parts == {("fit", "again 1")}
+
+
+def test_a_fit_without_a_driver_is_kept_for_a_while() -> None:
+    worker = Worker(orphan_s=10.0)
+    worker.owner("a")
+    worker.step(Completed("a", "fit", "1"))
+    assert worker.step(DriverLost("a"), 5.0) == [Wake(15.0)]
+    assert worker.step(Tick(), 14.0) == [Wake(15.0)]
+    assert worker.step(Tick(), 15.0) == [Drop("fit", "1")]
+    at_once = Worker(orphan_s=0.0)
+    at_once.owner("a")
+    at_once.step(Completed("a", "fit", "1"))
+    at_once.step(DriverLost("a"))
+    assert not at_once.parts
+
+
+def test_few_fits_without_a_driver_are_kept() -> None:
+    worker = Worker()
+    for i in range(MOST_ORPHANS + 3):
+        worker.owner(f"driver {i}", f"fit {i}")
+        worker.step(Completed(f"driver {i}", f"fit {i}", "1"))
+        worker.step(DriverLost(f"driver {i}"))
+    assert worker.parts == {(f"fit {i}", "1") for i in range(3, MOST_ORPHANS + 3)}
+
+
+def test_whenever_a_driver_dies_what_is_complete_somewhere_is_there_everywhere() -> None:
+    for seed in range(300):
+        draws, workers, done = random.Random(seed), [Worker() for _ in range(3)], 0
+        ways: list[list[Event]] = [[Claim("a", "fit", 0)] for _ in workers]
+        """What the driver has sent to each worker, and the worker has not taken."""
+        exported = [0] * len(workers)
+        complete: set[str] = set()
+        for _ in range(draws.randrange(80)):
+            number = draws.randrange(len(workers))
+            if ways[number]:
+                event = ways[number].pop(0)
+                workers[number].step(event)
+                complete |= {event.key} if isinstance(event, Completed) else set()
+            elif exported[number] == done:  # it has taken all of the snapshot before
+                exported[number] += 1
+                workers[number].step(Exported("a", "fit", str(done)))
+            if min(exported) == done + 1:
+                for way in ways:
+                    way.append(Completed("a", "fit", str(done)))
+                done += 1
+        for key in sorted(complete, key=int)[-1:]:
+            assert all(("fit", key) in worker.parts for worker in workers), seed
