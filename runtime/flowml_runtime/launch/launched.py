@@ -104,8 +104,7 @@ class LaunchedCluster:
                 compile_cache=settings_here(),
                 orphan_s=orphan_s,
             )
-            pairs = zip(worker_names(workers), share_cores(cores(), workers), strict=True)
-            self._configs = {name: structs.replace(common, name=name, cores=own) for name, own in pairs}
+            self._configs = _configs(common, workers)
             self._start_all(host, began)
             self._stack = stack.pop_all()
 
@@ -149,6 +148,12 @@ class LaunchedCluster:
     def _on_exit(self, worker: str, reason: str) -> None:
         if self._host is not None:
             self._host.process_exited(worker, reason)
+
+
+def _configs(common: WorkerConfig, workers: int) -> dict[str, WorkerConfig]:
+    """The configuration of each worker, with its share of the cores."""
+    pairs = zip(worker_names(workers), share_cores(cores(), workers), strict=True)
+    return {name: structs.replace(common, name=name, cores=own) for name, own in pairs}
 
 
 def worker_names(workers: int) -> tuple[str, ...]:
