@@ -62,9 +62,7 @@ class LaunchedCluster:
             orphan_s = seconds("orphan_s", orphan_s, zero=True)
             allow_python, checksum = flag("allow_python", allow_python), flag_or_none("checksum", checksum)
             files, shared, platform = TLS.of(tls), shares_memory(transport), text("platform", platform)
-            if token is not None:
-                token = text("token", token)
-        self.token = new_token() if token is None else token
+            self.token = new_token() if token is None else text("token", token)
         check_exposure(bind, files, self.token, "listen on")
         reached_at = advertised_host(bind)
         self._start_timeout_s = start_timeout_s
@@ -93,8 +91,6 @@ class LaunchedCluster:
                 coordinator=self.address,
                 token=self.token,
                 devices=devices_per_worker,
-                core_share=len(cores()) / workers,
-                memory_bytes=memory_bytes() // workers,
                 python=allow_python,
                 platform=platform,
                 tls=files and (str(files.cert), str(files.key), str(files.ca)),
@@ -151,7 +147,9 @@ class LaunchedCluster:
 
 
 def _configs(common: WorkerConfig, workers: int) -> dict[str, WorkerConfig]:
-    """The configuration of each worker, with its share of the cores."""
+    """The configuration of each worker, with its share of the machine."""
+    share = len(cores()) / workers
+    common = structs.replace(common, core_share=share, memory_bytes=memory_bytes() // workers)
     pairs = zip(worker_names(workers), share_cores(cores(), workers), strict=True)
     return {name: structs.replace(common, name=name, cores=own) for name, own in pairs}
 
