@@ -33,7 +33,7 @@ from flowml_runtime.driver.training.history import MAX_AHEAD, Record
 from flowml_runtime.driver.training.slow_homes import slow_homes
 from flowml_runtime.driver.training.stragglers import Straggler, Stragglers, done, free_costs
 from flowml_runtime.driver.training.tables import policy_name
-from flowml_runtime.driver.training.waiting import Among, Bound, Portions, modelled
+from flowml_runtime.driver.training.waiting import Among, Bound, Portions, mixed, modelled, rough
 from flowml_runtime.protocol.training.driver import NoteWaits
 from flowml_runtime.protocol.training.staleness import Rows, counted, may_be_stale
 from flowml_runtime.protocol.training.summary import Summary
@@ -53,17 +53,18 @@ class _Seen:
     pushed: Counter[int] = field(default_factory=Counter[int])
     stale: dict[int, Counter[int]] = field(default_factory=dict[int, Counter[int]])
 
-    def take(self, policy: str, found: Waits, excluded: Sequence[int] = ()) -> None:
-        """A policy has decided its clock, or its replicas have waited once more in a fit without clocks."""
+    def take(self, policy: str, found: Waits, excluded: Sequence[int] = (), *, charge: bool = True) -> None:
+        """A policy has decided its clock, or its replicas have waited once more in a fit without clocks. Without
+        `charge` it does not know what that cost the fit."""
         entry = self.waits.setdefault(policy, {"waited_s": 0.0, "spread_s": 0.0, "late": {}, "left_out": []})
         entry["waited_s"] += found.waited_s
         entry["spread_s"] = max(entry["spread_s"], found.spread_s)
         entry["left_out"] += excluded
         self.left_out.update(excluded)
-        self.spare = max(self.spare, found.spare_s)
+        self.spare = max(self.spare, found.spare_s if charge else 0.0)
         for replica, _, cost in found.late:
             entry["late"][replica] = entry["late"].get(replica, 0.0) + cost
-        self.charge((replica, behind, entry["late"][replica]) for replica, behind, _ in found.late)
+        self.charge((replica, behind, entry["late"][replica] * charge) for replica, behind, _ in found.late)
 
     def charge(self, late: Iterable[tuple[int, float, float]]) -> None:
         """These replicas were late: how many seconds, and what it cost."""
@@ -90,6 +91,8 @@ class Observer:
         """By group the stores whose contributions are never stale."""
         among, alone = modelled(terms)
         self._among = Among(terms, among, began, first) if among and not training.lost else None
+        self._mixed = self._among is not None and mixed(terms)
+        """Whether replicas wait by several rules, so that no leader knows what a late one cost."""
         self._alone = policy_name(training, alone) if alone else None
         self._modelled = [terms.speculation is not None or set(g.stores) <= set(alone) for g in terms.groups]
         """By group whether reports say what its clocks waited for, instead of the leader."""
@@ -146,7 +149,7 @@ class Observer:
             self._without[note.group, note.clock] = frozenset(note.excluded)
         seen = self._at(note.clock)
         if not self._modelled[note.group]:
-            seen.take(self._names[note.group], note.waits, note.excluded)
+            seen.take(self._names[note.group], note.waits, note.excluded, charge=not self._mixed)
         group = self._terms.groups[note.group]
         if group.sites and not group.relayed:  # the leader sends for its site, which is left out as a whole
             fresh = len(frozenset(group.senders).difference(note.excluded))
@@ -168,17 +171,21 @@ class Observer:
             return  # the stage that has the loss counts for its replica
         self._computed[report.replica] += report.seconds  # pyright: ignore[reportArgumentType]
         if self._among is not None:
-            for decided, found in self._among.reported(report, now):
-                if self._alone is None:
-                    self._at(decided).charge((r, behind, cost) for r, behind, cost in found.late if cost)
-                else:
-                    self._at(decided).take(self._alone, found)
+            self._note(self._among.reported(report, now))
         if self._portions is not None:
             found = self._portions.reported(report, now)
             if found is not None:
                 seen.take(self._names[0], found)
         if self._bound is not None:
             self._advanced(report.replica, report.clock + 1, now)
+
+    def _note(self, modelled: Iterable[tuple[int, Waits]]) -> None:
+        """The model says what these clocks waited for."""
+        for decided, found in modelled:
+            if self._alone is None:
+                self._at(decided).charge((r, behind, cost) for r, behind, cost in found.late if cost)
+            else:
+                self._at(decided).take(self._alone, found)
 
     def retired(self, replica: int, now: float) -> None:
         """A replica has no more work."""
@@ -216,6 +223,8 @@ class Observer:
     def rest(self, records: Iterable[Record], seconds: float, sent: Mapping[int, int]) -> Iterator[Record]:
         """Complete all remaining records at the end of the fit. `sent`: by store, the bytes of all contributions."""
         self._held.extend(records)
+        if self._among is not None:
+            self._note(self._among.rest())
         while self._held:
             record = self._held.popleft()
             record.setdefault("seconds", seconds)
@@ -254,18 +263,21 @@ class Observer:
         computed = sorted(self._computed.values())
         middle = computed[(len(computed) - 1) // 2] if computed else 0.0
         homes = slow_homes(self._training, self._terms, traffic, middle)
-        return Stragglers(self._compared, seconds, tuple(found), usual, homes)
+        return Stragglers(self._compared, seconds, tuple(found), usual, homes, rough(self._terms))
 
     def _costs(self, until: Sequence[float]) -> dict[int, float]:
         """What late replicas have cost by the records, and after the last one."""
         costs = {r: float(self._cost[r]) for r in self._late}
         usual = sum(self._left_out.values()) / self._terms.replicas  # if all were left out alike
         for r, times in self._left_out.items():
-            if times > usual:
+            if times > usual and not self._mixed:
                 costs[r] += self._spare[r] * (times - usual) / (self._compared - usual)
-        if self._terms.drops and costs:  # at the end the fit waits until a replica that is left out has stopped
+        model = self._among if self._mixed else None
+        if self._terms.drops and costs and (model is None or model.skips):
+            # at the end the fit waits until a replica that is left out has stopped
             last = max(costs, key=until.__getitem__)
-            costs[last] += max(until[last] - sorted(until)[(len(until) - 1) // 2], 0.0)
+            left = 0.0 if model is None else model.left
+            costs[last] += max(until[last] - sorted(until)[(len(until) - 1) // 2], left, 0.0)
         return costs
 
     def _at(self, clock: int) -> _Seen:
@@ -283,7 +295,7 @@ class Observer:
             name, bound = self._bound
             found = bound.reported(replica, clock, now)
             if found is not None:
-                self._at(self._next).take(name, found)
+                self._at(self._next).take(name, found, charge=not self._mixed)
 
     def _is_known(self, step: int) -> bool:
         """Whether a step is decided, and homes have told how stale its contributions were, or it has waited enough."""
@@ -335,7 +347,7 @@ class Observer:
         before = self._last
         self._last = (before[0] if before[0] == pushed else pushed, before[1] if before[1] == stale else stale)
         record["waits"], (record["pushed_bytes"], record["staleness"]) = seen.waits, self._last
-        self._compared += bool(seen.waits) or not self._terms.aligned
+        self._compared += bool(seen.waits or seen.late) or not self._terms.aligned
         for replica, (behind, cost) in seen.late.items():
             self._behind[replica] += behind  # pyright: ignore[reportArgumentType]
             self._cost[replica] += cost  # pyright: ignore[reportArgumentType]

@@ -1,26 +1,30 @@
 """Estimates what slow replicas cost where no home decides a clock, from what replicas report to the driver.
 
-Among     replicas that add up gradients or average parameters among themselves: the fit is run again without what
-          made them late (`paces`)
+Among     replicas that add up gradients or average parameters among themselves, or wait by several rules: the fit is
+          run again without what made them late (`paces`)
 Bound     replicas that may not run further ahead of the slowest one than their staleness allows
 Portions  replicas that take portions of a batch: what it takes longer than the good ones need for their shares
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from flowml.policy import Gossip, can_read
+from flowml.policy import UNBOUNDED, Completion, Consensus, Deadline, Gossip, Quorum, can_read
+from flowml.policy.apply import base_of
 from flowml.policy.waits import MOST_LATE, Waits, punctual, shared
 from flowml_runtime import wire
-from flowml_runtime.driver.training.paces import Paces
+from flowml_runtime.driver.training.history import MAX_AHEAD
+from flowml_runtime.driver.training.paces import Paces, Times
 from flowml_runtime.driver.training.stragglers import SLOW
 from flowml_runtime.protocol.training.clocks import Clocks
-from flowml_runtime.protocol.training.terms import RETIRED, Terms
+from flowml_runtime.protocol.training.terms import RETIRED, StoreTerms, Terms
 
 Rows = list[tuple[int, float, float]]
 """(replica, how far behind the middle replica, its share of the cost)."""
@@ -29,8 +33,10 @@ Rows = list[tuple[int, float, float]]
 def modelled(terms: Terms) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The stores whose clocks `Among` models, and those of them for which it alone says what late replicas cost.
 
-    It cannot model clocks that leave replicas out. Where a home decides, the arrivals there say the same, unless
-    decisions overlap or a site arrives as one. But if the home itself stands still, all arrivals are late alike.
+    Where one rule keeps all replicas in step, and a home decides by it, the arrivals there say the same, unless
+    decisions overlap or a site arrives as one. But if the home itself stands still, all arrivals are late alike. Clocks
+    that leave replicas out are modelled only beside other rules: each home sees what it waits for itself, and the fit
+    waits for whatever takes longest.
     """
     decided = {store: group for group in terms.groups for store in group.stores}
     found: list[int] = []
@@ -41,21 +47,72 @@ def modelled(terms: Terms) -> tuple[tuple[int, ...], tuple[int, ...]]:
             found.append(number)
             if among or store.policy.every.delay or store.sites:
                 alone.append(number)
+    if mixed(terms):
+        found = [s for s, store in enumerate(terms.stores) if _rule(terms, s, store) is not None]
+        return tuple(found), tuple(alone)
     return (tuple(found) if alone or not terms.drops else ()), tuple(alone)
 
 
+def mixed(terms: Terms) -> bool:
+    """Whether layers of replicas that share clocks have several rules, or none and one, and `Among` models all.
+
+    If each rule may leave replicas out, a decision of one is no later because of the others, so the arrivals do say
+    what it waited for.
+    """
+    return _several(terms) and not any(
+        store.sites_decide
+        or isinstance(base_of(store.policy.apply), Consensus)
+        or not all(map(_is_plain, (store.policy.quorum, store.policy.site_quorum)))
+        for store in terms.stores
+    )
+
+
+def rough(terms: Terms) -> bool:
+    """Whether layers have such rules that `Among` does not model together."""
+    return _several(terms) and not mixed(terms)
+
+
+def _several(terms: Terms) -> bool:
+    if not terms.aligned or terms.speculation or terms.cut:
+        return False
+    rules = {_rule(terms, s, store) for s, store in enumerate(terms.stores)}
+    dropping = {group.number for group in terms.groups if group.drops}
+    return len(rules) > 1 and not rules <= {None, *dropping}
+
+
+def _is_plain(quorum: Completion | None) -> bool:
+    """Whether it waits for the first so many replicas, and then at most for some time."""
+    if isinstance(quorum, Deadline):
+        return not quorum.cuts
+    return quorum is None or (isinstance(quorum, Quorum) and quorum.of == "replicas" and not quorum.ends_epoch)
+
+
+def _rule(terms: Terms, number: int, store: StoreTerms) -> object:
+    """What makes replicas wait for each other because of this store, as a value; None if nothing does."""
+    policy, group = store.policy, terms.group_of.get(number)
+    if isinstance(policy.remote, Gossip):
+        return policy.remote, policy.every, policy.staleness
+    if store.collective:
+        return "sums", policy.every, policy.staleness, policy.local
+    if group is not None:
+        return group
+    return None if store.shared or policy.staleness == UNBOUNDED else ("bound", policy.every, policy.staleness)
+
+
 class Among:
-    """The clocks of stores that the replicas keep in step among themselves.
+    """The clocks of stores that the replicas keep in step among themselves, or by several rules.
 
     A replica is late in a step if its own work takes clearly longer than that of the middle replica. Two models of the
     fit run side by side: one with the durations that were reported, and one in which late steps take as long as the
-    middle replica's. The cost of a clock is how much more the first one is behind after it. It is charged to the
-    replicas that were late since the clock before, in proportion to what they were behind, or else to those before.
+    middle replica's, and no replica skips a step. The cost of a clock is how much more the first one is behind after
+    it. It is charged to the replicas that were late since the clock before, in proportion to what they were behind, or
+    else to those before.
     """
 
     def __init__(self, terms: Terms, stores: Sequence[int], began: float, first: int = 0) -> None:
         """`first` is the first clock."""
         self._replicas = terms.replicas
+        self._last = terms.last_clock
         self._began = began
         self._paces = Paces(terms, stores, runs=2)
         self._behind = 0.0
@@ -67,28 +124,63 @@ class Among:
         self._reports: dict[int, dict[int, tuple[float, float]]] = {}
         """Clock -> replica -> when it reported, and the duration of its own work."""
         self._clock = first
+        self._reached = np.full(self._replicas, first - 1) if self._paces.skips else None
+        """The newest clock that each replica has reported, if they may skip some."""
+        self._started = math.inf
+        """When the first step began."""
+        self.left = 0.0
+        """By how much the last replica is behind at the end, beyond what is charged."""
+
+    @property
+    def skips(self) -> bool:
+        """Whether replicas may leave out clocks. Then what they do after the last one is not charged."""
+        return self._reached is not None
 
     def reported(self, report: wire.Report, now: float) -> list[tuple[int, Waits]]:
-        """What the clocks waited for, if this was the last report that was missing."""
+        """What the clocks waited for that are over for all replicas."""
         self._reports.setdefault(report.clock, {})[report.replica] = now, report.seconds
+        if self._reached is not None:
+            self._reached[report.replica] = max(self._reached[report.replica], report.clock)
         found: list[tuple[int, Waits]] = []
-        while len(self._reports.get(self._clock, ())) == self._replicas:
-            waited = self._step(self._reports.pop(self._clock))
-            found += [] if waited is None else [(self._clock, waited)]
-            self._clock += 1
+        while self._is_over():
+            found += self._next()
         return found
 
-    def _step(self, reports: dict[int, tuple[float, float]]) -> Waits | None:
+    def rest(self) -> list[tuple[int, Waits]]:
+        """What the remaining clocks waited for, after the last report."""
+        found: list[tuple[int, Waits]] = []
+        while self._reached is not None and self._reports:
+            found += self._next()
+        return found
+
+    def _is_over(self) -> bool:
+        reports = self._reports.get(self._clock, ())
+        if self._reached is None or len(reports) == self._replicas:
+            return len(reports) == self._replicas
+        if len(self._reports) > MAX_AHEAD:
+            return True
+        return bool(self._reports) and int(self._reached.min()) >= self._clock
+
+    def _next(self) -> list[tuple[int, Waits]]:
+        reports, clock = self._reports.pop(self._clock, {}), self._clock
+        self._clock += 1
+        waited = self._step(clock, reports) if reports else None
+        return [] if waited is None else [(clock, waited)]
+
+    def _step(self, clock: int, reports: dict[int, tuple[float, float]]) -> Waits | None:
+        if self._started == math.inf:
+            self._started = min(at - own for at, own in reports.values())
         rows, middle = _late({r: own for r, (_, own) in reports.items()})
-        own = np.array([[reports[r][1] for r in range(self._replicas)]] * 2)
-        own[1, [r for r, _, _ in rows]] = middle
-        ends = self._paces.step(self._clock, own)
+        own = np.full((2, self._replicas), np.inf)
+        own[:, list(reports)] = [seconds for _, seconds in reports.values()]
+        own[1, [r for r in range(self._replicas) if r not in reports] + [r for r, _, _ in rows]] = middle
+        until = self._paces.step(clock, own)
         for replica, behind, share in rows:
             known = self._late.get(replica, (0.0, 0.0))
             self._late[replica] = known[0] + behind, known[1] + share
-        if not self._paces.due(self._clock):
+        if not self._paces.due(clock) and clock != self._last:
             return None
-        cost = max(float(ends[0] - ends[1]) - self._behind, 0.0)
+        cost = max(self._lag(clock, until, reports) - self._behind, 0.0)
         self._behind += cost
         late, self._late = [(r, *seconds) for r, seconds in self._late.items()], {}
         self._charged = late or [(r, 0.0, share) for r, _, share in self._charged]
@@ -97,6 +189,26 @@ class Among:
         times = [at for at, _ in reports.values()]
         began, self._began = self._began, max(*times, self._began)
         return Waits(self._began - began, max(times) - min(times), charged if late or cost else ())
+
+    def _lag(self, clock: int, until: Times, reports: dict[int, tuple[float, float]]) -> float:
+        """By how much the fit is behind the one without late replicas, after `clock`.
+
+        If replicas may be left out, the middle one is the measure. What leaves early in a step, or is read late in it,
+        lets others wait less than the model says, so the fit itself is a bound.
+        """
+        last = float(until[0].max() - until[1].max())
+        if self._reached is None:
+            return last
+        times = np.array([at - self._started for at, _ in reports.values()])
+        real = times.max() if clock == self._last else _middle(times)
+        lag = float(min(_middle(until[0]), real) - _middle(until[1]))
+        self.left = min(last, float(times.max() - until[1].max())) - max(lag, self._behind)
+        return lag
+
+
+def _middle(times: NDArray[np.float64]) -> np.float64:
+    middle = (len(times) - 1) // 2
+    return np.partition(times, middle)[middle]
 
 
 def _late(own: dict[int, float]) -> tuple[Rows, float]:
