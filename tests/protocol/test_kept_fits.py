@@ -55,6 +55,7 @@ def test_a_fit_has_one_driver_until_that_is_lost() -> None:
     assert worker.parts == {("fit", "1")}, "what the first driver still sends changes nothing"
     assert worker.step(Released("a", "fit", over=True)) == []
     assert worker.owner("a") == "b"
+    assert worker.step(Claim("b", "fit", 7)) == [Answer("b", "fit", 7, "", ("a",))]
 
 
 def test_a_part_stays_until_a_later_snapshot_is_complete() -> None:

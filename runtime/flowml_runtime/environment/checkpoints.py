@@ -20,7 +20,7 @@ import secrets
 import shutil
 import socket
 import warnings
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -98,6 +98,9 @@ def writing(directory: Path, step: int) -> Generator[Path]:
 def complete(folder: Path, content: bytes, entries: Sequence[Entry], keep: int) -> Path:
     """Make the snapshot in a folder of `writing` complete, whose arrays are in files there."""
     directory, number = folder.parent, folder.name.split("-")[1]
+    holder = _holder(directory / LOCK)[:2]
+    if holder[0] and holder != _here():
+        raise CheckpointError(f"process {holder[0]} on {holder[1]} has taken {directory} over, as this one was lost")
     body = msgspec.json.encode(Body(FORMAT, msgspec.Raw(content), tuple(entries)))
     _write_file(folder / MANIFEST, msgspec.json.encode(_Manifest(_checksum(body), msgspec.Raw(body))))
     (folder / TOKEN).unlink(missing_ok=True)
@@ -143,27 +146,54 @@ def prepare(directory: Path) -> None:
         )
 
 
+class InUseError(CheckpointError):
+    """Another fit writes into a directory: that of the driver `driver`, "" if it has said no name."""
+
+    def __init__(self, directory: Path, holder: str, driver: str) -> None:
+        super().__init__(
+            f"{directory} is in use by a fit of {holder}; wait for its end, stop it, or give another directory"
+        )
+        self.driver = driver
+
+
 @contextmanager
-def locked(directory: Path) -> Generator[None]:
-    """Be the only fit that writes into a directory. Raises CheckpointError if another one does.
+def locked(directory: Path, driver: str = "", lost: Collection[str] = ()) -> Generator[None]:
+    """Be the only fit that writes into a directory. Raises InUseError if another one does.
 
     The kernel gives the lock back when the process ends, however it ends, so that none is left by a killed one. The
-    file says who has it.
+    file says who has it: this process, as `driver` of a cluster. A suspended process keeps its lock, so that of a
+    driver that is known to be `lost` is taken from it: it writes nothing more, see `complete`.
     """
     path = directory / LOCK
     file = _lock(path)
+    if file is None and _holder(path)[2] in lost:
+        with _one_at_a_time(directory):
+            if _holder(path)[2] in lost:
+                path.unlink(missing_ok=True)
+        file = _lock(path)
     if file is None:
-        raise CheckpointError(
-            f"{directory} is in use by a fit of {_holder(path)}; wait for its end, stop it, or give another directory"
-        )
+        pid, host, of = _holder(path)
+        raise InUseError(directory, f"process {pid} on {host}" if pid else "another process", of)
     with file:
         try:
             file.truncate(0)
-            file.write(f"{os.getpid()} {socket.gethostname()}".encode())
+            file.write(" ".join((*_here(), driver)).encode())
             file.flush()
             yield
         finally:
-            path.unlink(missing_ok=True)  # while it is locked: later it may be that of another fit
+            if _is_at(file, path):
+                path.unlink(missing_ok=True)  # while it is locked: later it may be that of another fit
+
+
+@contextmanager
+def _one_at_a_time(directory: Path) -> Generator[None]:
+    """Wait until no other process takes a lock over."""
+    number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(number)
 
 
 def _lock(path: Path) -> BinaryIO | None:
@@ -183,20 +213,30 @@ def _lock(path: Path) -> BinaryIO | None:
                 stacklevel=5,
             )
             return file
-        try:
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except FileNotFoundError:
-            pass
+        if _is_at(file, path):
+            return file
         file.close()  # the fit that had it has removed it meanwhile
 
 
-def _holder(path: Path) -> str:
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether this is the file of that name."""
     try:
-        pid, host = path.read_text().split()
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _here() -> tuple[str, str]:
+    return str(os.getpid()), socket.gethostname()
+
+
+def _holder(path: Path) -> tuple[str, str, str]:
+    """The process, the machine and the driver that have a lock, as far as its file says."""
+    try:
+        pid, host, *driver = path.read_text().split()
     except (OSError, ValueError):
-        return "another process"
-    return f"process {pid} on {host}"
+        return "", "", ""
+    return pid, host, driver[0] if driver else ""
 
 
 def identity(directory: Path, *, anew: bool) -> str:

@@ -41,12 +41,13 @@ class Claim(PlanMessage, frozen=True):
 
 class Claimed(PlanMessage, frozen=True):
     """The fit is that of the driver that has claimed it, or still that of the driver `owner`. If its driver is lost,
-    the worker keeps its part for `orphan_s` seconds."""
+    the worker keeps its part for `orphan_s` seconds. Earlier drivers of it were `lost`."""
 
     number: Count
     owner: Annotated[str, msgspec.Meta(max_length=256)] = ""
     orphan_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_DEADLINE_S)] = 0.0
     versions: Annotated[tuple[Version, ...], msgspec.Meta(max_length=16)] = ()
+    lost: Annotated[tuple[Name, ...], msgspec.Meta(max_length=16)] = ()
 
 
 class Completed(PlanMessage, frozen=True):

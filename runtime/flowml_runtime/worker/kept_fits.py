@@ -105,7 +105,7 @@ class KeptFits:
                 steps = self._contents[fit, key][0] if key == complete else 0
                 owners = tuple(self._parts.get((fit, key), ()))
                 versions.append(wire.Version(key, owners, key == complete, steps))
-        about: dict[str, Any] = {"owner": answer.owner, "orphan_s": self._machine.orphan_s}
+        about: dict[str, Any] = {"owner": answer.owner, "orphan_s": self._machine.orphan_s, "lost": answer.lost}
         return wire.Claimed(plan_id=fit, number=answer.number, **about, versions=tuple(versions))
 
     def _recover(self, driver: str, message: wire.Recover) -> None:

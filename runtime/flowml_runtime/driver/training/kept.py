@@ -35,8 +35,8 @@ _Answer = tuple[Any, Sequence[Any]]
 class KeptFit:
     """A fit that this driver has claimed, on these workers. Only the thread of the fit calls it."""
 
-    def __init__(self, session: Session, fit: str, workers: Sequence[str]) -> None:
-        """Raises CheckpointError if another driver has it."""
+    def __init__(self, session: Session, fit: str, workers: Sequence[str], wait_s: float) -> None:
+        """Waits so long for the loss of another driver that has it, and raises CheckpointError if that is not lost."""
         self.fit = fit
         self._session = session
         self._workers = tuple(workers)
@@ -46,10 +46,12 @@ class KeptFit:
         """Number of a question -> the answer. None if the worker was lost."""
         self._asked: dict[int, str] = {}
         session.register(fit, self)
-        claimed = self._claimed()
+        claimed = self._claimed(wait_s)
         self._found: Mapping[str, tuple[wire.Version, ...]] = {w: answer.versions for w, answer in claimed.items()}
         self.keeps = all(answer.orphan_s for answer in claimed.values())
         """Whether the workers keep snapshots."""
+        self.lost = {driver for answer in claimed.values() for driver in answer.lost}
+        """The drivers that had it and were lost."""
 
     # The endpoint's threads.
 
@@ -101,9 +103,9 @@ class KeptFit:
             self._session.tell(worker, wire.Released(plan_id=self.fit, over=over))
         self._session.unregister(self.fit)
 
-    def _claimed(self) -> dict[str, wire.Claimed]:
-        """What the workers answer. Waits for the loss of a driver that has the fit."""
-        deadline = time.monotonic() + OWNED_S
+    def _claimed(self, wait_s: float) -> dict[str, wire.Claimed]:
+        """What the workers answer."""
+        deadline = time.monotonic() + wait_s
         while True:
             found: dict[str, wire.Claimed] = {}
             for some in (self._workers[:1], self._workers[1:]):
@@ -114,6 +116,7 @@ class KeptFit:
             else:
                 return found
             if time.monotonic() >= deadline:
+                self._session.unregister(self.fit)
                 raise CheckpointError(
                     f"{owners[0]} is training this fit on the same workers; wait for its end, stop it, or give "
                     "another directory"
@@ -186,16 +189,13 @@ class KeptFit:
 
 
 @contextmanager
-def claimed(cluster: Any, fit: str) -> Generator[KeptFit | None]:
-    """Have a fit on a cluster whose workers outlive their drivers. None if they keep nothing.
-
-    Raises CheckpointError if another driver has it.
-    """
+def claimed(cluster: Any, fit: str, wait_s: float = OWNED_S) -> Generator[KeptFit]:
+    """Have a fit on a cluster whose workers outlive their drivers. Raises CheckpointError if another driver has it."""
     workers = sorted({d.worker for d in cluster.devices}, key=lambda name: int(name.rpartition(":")[2]))
-    kept = KeptFit(cluster.session, fit, workers)
+    kept = KeptFit(cluster.session, fit, workers, wait_s)
     over = False
     try:
-        yield kept if kept.keeps else None
+        yield kept
         over = True
     finally:
         kept.release(over=over)

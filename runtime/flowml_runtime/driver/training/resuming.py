@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,19 +42,43 @@ def writing(asked: Asked, cluster: Any) -> Generator[Asked]:
         return
     if not isinstance(checkpoint, Checkpoint):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"checkpoint={checkpoint!r}: give an fm.Checkpoint(path, every_steps=...)")
-    checkpoints.prepare(checkpoint.directory)
-    with checkpoints.locked(checkpoint.directory):
-        if resume is None and checkpoints.snapshots(checkpoint.directory):
-            raise CheckpointError(
-                f"{checkpoint.directory} has checkpoints of an earlier fit; give resume='auto' to go on from the "
-                "newest, or another directory"
-            )
+    directory, anew = checkpoint.directory, resume is None
+    checkpoints.prepare(directory)
+    with ExitStack() as stack:
         if not getattr(cluster, "outlives", False):
+            stack.enter_context(checkpoints.locked(directory))
+            _check_empty(directory, anew=anew)
             yield asked
             return
-        fit = checkpoints.identity(checkpoint.directory, anew=resume is None)
-        with claimed(cluster, fit) as kept:
-            yield replace(asked, kept=kept)
+        kept = _taken(stack, directory, cluster, anew=anew)
+        yield replace(asked, kept=kept if kept.keeps else None)
+
+
+def _taken(stack: ExitStack, directory: Path, cluster: Any, *, anew: bool) -> KeptFit:
+    """Have a directory, and its fit on workers that outlive their driver. If the process that has the directory is the
+    fit's driver, and was lost by the workers, it is suspended, and loses the directory too."""
+    me = cluster.session.endpoint.name
+    try:
+        stack.enter_context(checkpoints.locked(directory, me))
+    except checkpoints.InUseError as error:
+        if anew or not error.driver:
+            raise
+        try:
+            kept = stack.enter_context(claimed(cluster, checkpoints.identity(directory, anew=False), 0.0))
+        except CheckpointError:
+            raise error from None
+        stack.enter_context(checkpoints.locked(directory, me, kept.lost))
+        return kept
+    _check_empty(directory, anew=anew)
+    return stack.enter_context(claimed(cluster, checkpoints.identity(directory, anew=anew)))
+
+
+def _check_empty(directory: Path, *, anew: bool) -> None:
+    if anew and checkpoints.snapshots(directory):
+        raise CheckpointError(
+            f"{directory} has checkpoints of an earlier fit; give resume='auto' to go on from the newest, or another "
+            "directory"
+        )
 
 
 def saving_of(asked: Asked, training: Training, trees: Trees, model: Model, now: Figures) -> Saving:
@@ -89,12 +113,23 @@ def saving_of(asked: Asked, training: Training, trees: Trees, model: Model, now:
 
 
 def _newest(checkpoint: Checkpoint, kept: KeptFit | None, trees: Trees) -> tuple[Path | str, Snapshot] | None:
-    """The newest snapshot, and where it is: on the disk, or on the workers if they keep a newer one."""
+    """The newest snapshot, and where it is: on the disk, or on the workers if they keep a newer one, which is written
+    first, because they keep it only until the next."""
     written = checkpoints.snapshots(checkpoint.directory)
     held = None if kept is None else kept.newest(checkpoints.step_of(written[0]) if written else 0)
     if held is None:
         return newest(checkpoint.directory)
-    return f"of step {held.content.steps} that the workers keep", with_untrained(held, trees[2])
+    snapshot, where = with_untrained(held, trees[2]), f"of step {held.content.steps} that the workers keep"
+    try:
+        snapshot.write(checkpoint.directory, checkpoint.keep)
+    except OSError as error:
+        warnings.warn(
+            f"the checkpoint {where} could not be written to {checkpoint.directory}: {error}; the fit goes on from it, "
+            "and older checkpoints are as they were; see whether the disk is full or read-only",
+            FlowmlWarning,
+            stacklevel=6,
+        )
+    return where, snapshot
 
 
 def _in_form(

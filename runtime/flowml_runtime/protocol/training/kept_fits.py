@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from flowml_runtime.protocol.errors import ProtocolError
 
 MOST_ORPHANS = 2
+MOST_LOST = 4
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,13 @@ Event = Claim | Exported | Completed | Released | DriverLost | Tick
 
 @dataclass(frozen=True)
 class Answer:
-    """Tell the driver that has claimed a fit who trains it: `owner`, or "" for itself."""
+    """Tell the driver that has claimed a fit who trains it: `owner`, or "" for itself, after those that were `lost`."""
 
     driver: str
     fit: str
     number: int
     owner: str
+    lost: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ class _Fit:
     """When an orphaned one is dropped."""
     complete: str = ""
     begun: str = ""
+    lost: tuple[str, ...] = ()
+    """The drivers that had it and were lost, the newest `MOST_LOST`."""
 
     @property
     def keys(self) -> list[str]:
@@ -141,8 +145,7 @@ class KeptFits:
                     return []
                 return self._drop(fit) if over else self._orphan(fit, now)
             case DriverLost(driver):
-                lost = [name for name, fit in self._fits.items() if fit.driver == driver]
-                return [action for name in lost for action in self._orphan(name, now)]
+                return self._lose(driver, now)
             case Tick():
                 over = [n for n, fit in self._fits.items() if not fit.driver and fit.until <= now]
                 return [*(a for name in over for a in self._drop(name)), *self._wakes()]
@@ -168,7 +171,7 @@ class KeptFits:
         if not fit.driver:
             fit.driver = claim.driver
         owner = "" if fit.driver == claim.driver else fit.driver
-        return [Answer(claim.driver, claim.fit, claim.number, owner)]
+        return [Answer(claim.driver, claim.fit, claim.number, owner, fit.lost)]
 
     def _exported(self, fit: _Fit | None, name: str, key: str) -> list[Action]:
         if fit is None:
@@ -184,6 +187,12 @@ class KeptFits:
         before = fit.keys
         fit.complete, fit.begun = key, ""
         return [Drop(name, old) for old in before if old != key]
+
+    def _lose(self, driver: str, now: float) -> list[Action]:
+        mine = [(name, fit) for name, fit in self._fits.items() if fit.driver == driver]
+        for _, fit in mine:
+            fit.lost = (*fit.lost, driver)[-MOST_LOST:]
+        return [action for name, _ in mine for action in self._orphan(name, now)]
 
     def _orphan(self, name: str, now: float) -> list[Action]:
         fit = self._fits.pop(name)
