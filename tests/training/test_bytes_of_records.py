@@ -43,7 +43,7 @@ def loss(params: Any, batch: Any) -> jax.Array:
     return jnp.mean((batch["x"] @ params["w"] + params["b"] - batch["y"]) ** 2)
 
 
-def check(cluster: Any, policy: fm.Policy, **options: Any) -> Any:
+def check(cluster: Any, policy: fm.Policy | dict[str, fm.Policy], **options: Any) -> Any:
     seen: list[dict[str, Any]] = []
     trainer = fm.Trainer(loss, optax.sgd(0.05), cluster=cluster, replicas=4, policies=policy, **options)
     result = trainer.fit(
@@ -57,6 +57,8 @@ def check(cluster: Any, policy: fm.Policy, **options: Any) -> Any:
     assert len(seen) == STEPS and seen == result.history, "a record has changed after callbacks had it"
     for layer, counts in result.traffic.items():
         assert sum(r["pushed_bytes"].get(layer, 0) for r in seen) == counts["pushed_bytes"], layer
+        crossed = sum(amount for name, amount in counts.items() if "wire" in name)
+        assert sum(r["wire_bytes"].get(layer, 0) for r in seen) == crossed, layer
         stale = sum((Counter(r["staleness"].get(layer)) for r in seen), Counter[int]())
         assert stale == Counter(result.staleness.get(layer)), layer
     return result
@@ -69,9 +71,37 @@ def test_the_bytes_of_records_add_up_in_virtual_time(policy: fm.Policy) -> None:
     network = fm.sim.Network(1e-4, 1e9)
     result = check(fm.SimulatedCluster(workers, machines, network, devices_per_worker=4 // workers), policy)
     assert any(counts["pushes"] for counts in result.traffic.values())
+    if workers > 1:
+        assert any(r["wire_bytes"] for r in result.history[:-1]), "no bytes are told before the end"
 
 
-@pytest.mark.parametrize("name", ["quorum", "copies", "site quorum", "free"])
+ROUNDS = {"no_loco": fm.policies.no_loco(2), "exponential": fm.policies.gossip("exponential", every=2)}
+OUTER = {
+    "diloco": fm.policies.diloco(4, delay=1, alpha=0.5),
+    "gaia": fm.policies.gaia(0.01, sites=2),
+}
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_the_bytes_of_records_add_up_for_random_mixes(seed: int) -> None:
+    """Of two layers with policies of their own, one of which sends to neighbours in half of the cases."""
+    rng = np.random.default_rng(seed)
+    names = [name for name in POLICIES if name not in ("shared", "coded", "copies")]
+    others = {**POLICIES, **ROUNDS, **OUTER}
+    pairs = [str(rng.choice(names)), str(rng.choice([*names, *(["gossip", *ROUNDS, *OUTER] * 2)]))]
+    machines = fm.sim.Straggler(fm.sim.LogNormal(0.1, 0.5), factor=3, workers=(int(rng.integers(4)),))
+    cluster = fm.SimulatedCluster(4, machines, fm.sim.Network(1e-4, 1e6), seed=seed)
+    check(cluster, dict(zip(("w", "b"), map(others.__getitem__, pairs), strict=True)))
+
+
+def test_each_round_of_gossip_is_in_its_record() -> None:
+    cluster = fm.SimulatedCluster(4, fm.sim.Constant(0.1), fm.sim.Network(1e-4, 1e9))
+    result = check(cluster, fm.policies.gossip())
+    rounds = {r["wire_bytes"]["w"] for r in result.history[1:-1]}  # the first has the first parameters too
+    assert rounds == {2 * 4 * PARAMS["w"].nbytes}, "to two neighbours each"
+
+
+@pytest.mark.parametrize("name", ["quorum", "copies", "site quorum", "free", "gossip", "sum"])
 def test_the_bytes_of_records_add_up_on_threads(threads_cluster: fm.Cluster, name: str) -> None:
     check(threads_cluster, POLICIES[name], delays={"worker:3": 0.02})
 

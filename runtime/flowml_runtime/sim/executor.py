@@ -157,9 +157,9 @@ class Executor:
 
     def _report(self, step: Start) -> None:
         world = self._world
-        pushed = self._node.counts.take_pushed()
+        pushed, crossed = self._node.counts.take()
         slots, arrays = world.values.report(self._state) or ((), None)
-        if not slots and not pushed:
+        if not slots and not pushed and not crossed:
             return
         message = wire.Report(
             plan_id=self._node.start.plan_id,
@@ -171,6 +171,7 @@ class Executor:
             slots=slots,
             seconds=world.clock.now - self._began - self._waited,
             pushed=pushed,
+            crossed=crossed,
         )
         self._node.send(DRIVER, message, arrays)
 

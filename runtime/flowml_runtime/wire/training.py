@@ -358,8 +358,8 @@ class Settled(TrainingMessage, frozen=True):
 class Report(TrainingMessage, frozen=True):
     """Loss (slot 0) and aux leaves of one replica's step, summed over its microbatches, sent by the stage that computes
     them. `seconds`: how long the step took, less the time that its stage waited for other replicas and for homes.
-    `pushed`: (store, bytes of contributions) that this worker has sent since its last Report. A stage without such
-    values reports only those."""
+    `pushed`: (store, bytes of contributions) that this worker has sent since its last Report. `crossed`: (store, bytes
+    of all kinds) that it has sent to other workers since then. A stage without such values reports only those."""
 
     replica: Count
     clock: Count
@@ -367,6 +367,7 @@ class Report(TrainingMessage, frozen=True):
     slots: tuple[Count, ...]
     seconds: float
     pushed: tuple[tuple[Count, Count], ...] = ()
+    crossed: tuple[tuple[Count, Count], ...] = ()
 
 
 class NonFinite(TrainingMessage, frozen=True):

@@ -38,7 +38,7 @@ from flowml_runtime.driver.training.inbox import Entry, Lost
 from flowml_runtime.driver.training.observer import Observer
 from flowml_runtime.driver.training.outcome import FitOptions, Outcome, as_buffer, from_buffer
 from flowml_runtime.driver.training.saving import Saving
-from flowml_runtime.driver.training.traffic import kept_norms, sent_bytes
+from flowml_runtime.driver.training.traffic import kept_norms, sent_bytes, totals
 from flowml_runtime.driver.training.training_session import IgnoreMessages, TrainingSession
 from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol
@@ -147,9 +147,8 @@ class Fit:
                 if records or self._observer.holds or self.saving.measures:
                     show(self._observer.ready(records, self._time.now() - began))
             seconds = self._time.now() - began
-            counts = sent_bytes(self._training, self._machine.traffic.values()).values()
-            sent = {store: found["pushed_bytes"] for store, found in enumerate(counts)}
-            show(self._observer.rest(self._history.rest(), seconds, sent), over=True)
+            sent, crossed = totals(self._training, self._machine.traffic.values())
+            show(self._observer.rest(self._history.rest(), seconds, sent, crossed), over=True)
             seconds = self._time.now() - began
         finally:
             progress.close()
@@ -159,7 +158,7 @@ class Fit:
 
     def held(self, step: int, seconds: float) -> list[Record]:
         """The records before a step that this run, which has ended early after `seconds`, has not shown."""
-        return [r for r in self._observer.rest(self._history.rest(), seconds, {}) if r["step"] < step]
+        return [r for r in self._observer.rest(self._history.rest(), seconds, {}, {}) if r["step"] < step]
 
     # The endpoint's threads.
 

@@ -3,6 +3,8 @@
     record["waits"]         policy -> what its clock waited for: "waited_s" since the decision before, "spread_s"
                             between the first and the last arrival, "late" (replica -> seconds that it cost), "left_out"
     record["pushed_bytes"]  layer -> bytes of the contributions that replicas have sent
+    record["wire_bytes"]    layer -> all bytes for it that workers have sent to other workers: contributions, what sums
+                            and averages exchange, parameters, and what homes share
     record["staleness"]     layer -> {number of versions that a contribution was behind: how many such}
 
 The leader of a group of layers says what each of its clocks waited for, in its commit. Where replicas add up gradients
@@ -51,6 +53,7 @@ class _Seen:
     spare: float = 0.0
     """How much earlier the decision would have been with one more good replica, the largest of all policies."""
     pushed: Counter[int] = field(default_factory=Counter[int])
+    crossed: Counter[int] = field(default_factory=Counter[int])
     stale: dict[int, Counter[int]] = field(default_factory=dict[int, Counter[int]])
 
     def take(self, policy: str, found: Waits, excluded: Sequence[int] = (), *, charge: bool = True) -> None:
@@ -121,7 +124,9 @@ class Observer:
         self._held: deque[Record] = deque()
         self._told_bytes: Counter[int] = Counter()
         """By store, the bytes of all reports."""
-        self._last: tuple[Mapping[str, int], Mapping[str, Mapping[int, int]]] = ({}, {})
+        self._told_crossed: Counter[int] = Counter()
+        """The same, of those that crossed to another worker."""
+        self._last: tuple[Mapping[str, Any], ...] = ({}, {}, {})
         """The bytes and the staleness of the record before. Equal ones are shared, because records are many."""
         self._compared = 0
         self._late: Counter[int] = Counter()
@@ -167,6 +172,9 @@ class Observer:
         for store, nbytes in report.pushed:
             seen.pushed[store] = seen.pushed.get(store, 0) + nbytes
             self._told_bytes[store] += nbytes
+        for store, nbytes in report.crossed:
+            seen.crossed[store] = seen.crossed.get(store, 0) + nbytes
+            self._told_crossed[store] += nbytes
         if not report.slots:
             return  # the stage that has the loss counts for its replica
         self._computed[report.replica] += report.seconds  # pyright: ignore[reportArgumentType]
@@ -220,8 +228,11 @@ class Observer:
                 return
             yield self._complete(self._held.popleft())
 
-    def rest(self, records: Iterable[Record], seconds: float, sent: Mapping[int, int]) -> Iterator[Record]:
-        """Complete all remaining records at the end of the fit. `sent`: by store, the bytes of all contributions."""
+    def rest(
+        self, records: Iterable[Record], seconds: float, sent: Mapping[int, int], crossed: Mapping[int, int]
+    ) -> Iterator[Record]:
+        """Complete all remaining records at the end of the fit. `sent`: by store, the bytes of all contributions.
+        `crossed`: all that went to other workers."""
         self._held.extend(records)
         if self._among is not None:
             self._note(self._among.rest())
@@ -229,7 +240,7 @@ class Observer:
             record = self._held.popleft()
             record.setdefault("seconds", seconds)
             if not self._held:
-                self._add_rest(record["step"], sent)
+                self._add_rest(record["step"], sent, crossed)
             yield self._complete(record)
 
     def staleness(self) -> dict[str, dict[int, int]]:
@@ -317,25 +328,29 @@ class Observer:
         leaders = {(store, site[0]) for site in terms.sites if not without.issuperset(site)}
         return leaders <= self._sums.get(step, set())
 
-    def _counts(self, seen: _Seen) -> tuple[dict[str, int], dict[str, dict[int, int]]]:
-        """The bytes and the staleness by layer. The staleness is added to that of the fit."""
+    def _counts(self, seen: _Seen) -> tuple[dict[str, int], dict[str, int], dict[str, dict[int, int]]]:
+        """The bytes of both kinds and the staleness by layer. The staleness is added to that of the fit."""
         for store, found in seen.stale.items():
             self._stale.setdefault(store, Counter()).update(found)
         stores = self._training.stores
-        pushed = {stores[s].name: seen.pushed[s] for s in sorted(seen.pushed)}
-        return pushed, {stores[s].name: dict(sorted(seen.stale[s].items())) for s in sorted(seen.stale)}
+        pushed, crossed = ({stores[s].name: c[s] for s in sorted(c)} for c in (seen.pushed, seen.crossed))
+        return pushed, crossed, {stores[s].name: dict(sorted(seen.stale[s].items())) for s in sorted(seen.stale)}
 
-    def _add_rest(self, step: int, sent: Mapping[int, int]) -> None:
+    def _add_rest(self, step: int, sent: Mapping[int, int], crossed: Mapping[int, int]) -> None:
         """Whatever is known at the end, and belongs to no record before, belongs to the last one."""
         seen = self._of(step)
         for other in [s for s in self._open if s != step]:
             late = self._open.pop(other)
             seen.pushed.update(late.pushed)
+            seen.crossed.update(late.crossed)
             for store, found in late.stale.items():
                 seen.stale.setdefault(store, Counter()).update(found)
         for store, nbytes in sent.items():
             if nbytes > self._told_bytes[store]:
                 seen.pushed[store] += nbytes - self._told_bytes[store]
+        for store, nbytes in crossed.items():
+            if nbytes > self._told_crossed[store]:
+                seen.crossed[store] += nbytes - self._told_crossed[store]
 
     def _complete(self, record: Record) -> Record:
         seen = self._open.pop(record["step"], None) or _Seen()
@@ -343,10 +358,9 @@ class Observer:
         for key in [key for key in self._without if key[1] == record["step"]]:
             del self._without[key]
         self._next = record["step"] + 1
-        pushed, stale = self._counts(seen)
-        before = self._last
-        self._last = (before[0] if before[0] == pushed else pushed, before[1] if before[1] == stale else stale)
-        record["waits"], (record["pushed_bytes"], record["staleness"]) = seen.waits, self._last
+        found = self._counts(seen)
+        self._last = tuple(b if b == new else new for b, new in zip(self._last, found, strict=True))
+        record["waits"], (record["pushed_bytes"], record["wire_bytes"], record["staleness"]) = seen.waits, self._last
         self._compared += bool(seen.waits or seen.late) or not self._terms.aligned
         for replica, (behind, cost) in seen.late.items():
             self._behind[replica] += behind  # pyright: ignore[reportArgumentType]

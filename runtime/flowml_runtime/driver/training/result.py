@@ -28,7 +28,7 @@ class TrainingResult:
 
     `history` is a list of dicts with the keys "step", "epoch", "loss", "seconds" (since the start), "replicas" (whose
     loss is in the mean), "aux" if the loss returns it, and "validation" where it was measured. What the policies did at
-    the step is in "waits", "pushed_bytes" and "staleness", by policy or layer.
+    the step is in "waits", "pushed_bytes", "wire_bytes" and "staleness", by policy or layer.
     `traffic` counts bytes by layer, and `staleness` how many
     contributions were how many versions behind; `table()` formats them, and `stragglers()` says who was late.
     Of a fit that went on from a checkpoint `resumed_at` is the first step of this call (else 0). The ledger is that of

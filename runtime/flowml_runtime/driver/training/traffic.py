@@ -20,6 +20,13 @@ def sent_bytes(training: Training, traffic: Iterable[wire.Traffic]) -> dict[str,
     return totals
 
 
+def totals(training: Training, traffic: Iterable[wire.Traffic]) -> tuple[dict[int, int], dict[int, int]]:
+    """By store the bytes of contributions, and all bytes that crossed to another worker."""
+    rows = list(enumerate(sent_bytes(training, traffic).values()))
+    pushed = {store: found["pushed_bytes"] for store, found in rows}
+    return pushed, {store: sum(n for name, n in found.items() if "wire" in name) for store, found in rows}
+
+
 def kept_norms(training: Training, traffic: Iterable[wire.Traffic]) -> dict[str, float]:
     """By layer the norm of what error feedback has not sent."""
     squares: dict[int, float] = {}

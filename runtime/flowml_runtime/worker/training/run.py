@@ -22,7 +22,7 @@ from flowml_runtime.execution.recorder import Recorder
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.transport.endpoint import Sender
 from flowml_runtime.worker.training.applying import Held
-from flowml_runtime.worker.training.counts import Counts
+from flowml_runtime.worker.training.counts import Bytes, Counts
 from flowml_runtime.worker.training.filtered import Encoder, added
 from flowml_runtime.worker.training.finite import sentence
 from flowml_runtime.worker.training.published import StoreView
@@ -133,10 +133,10 @@ class Run:
         with self.counting:
             self.counts.push(store, part, nbytes, crosses=destination != self.me, told=told)
 
-    def take_pushed(self) -> tuple[tuple[int, int], ...]:
-        """(store, bytes of contributions) since this was called last."""
+    def take_counts(self) -> tuple[Bytes, Bytes]:
+        """See `Counts.take`."""
         with self.counting:
-            return self.counts.take_pushed()
+            return self.counts.take()
 
     def count_crossing(self, store: int, nbytes: int) -> None:
         """Count the bytes sent to other workers to add up a push, which is counted already."""

@@ -238,7 +238,8 @@ class StageRunner(EdgeServices):
             self.run.send(self.run.driver, message, host_view(own.state, self.loaded.device))
 
     def _report(self, clock: int, seconds: float) -> None:
-        if not (pushed := self.run.take_pushed()) and not self._fetched:
+        pushed, crossed = self.run.take_counts()
+        if not pushed and not crossed and not self._fetched:
             return
         coded = self._pieces if self.run.training.code is not None else ()
         slots, values = self._fetched.sums(self.machine.cut.used, coded)
@@ -251,6 +252,7 @@ class StageRunner(EdgeServices):
             slots=slots,
             seconds=seconds,
             pushed=pushed,
+            crossed=crossed,
             specs=tuple(ArraySpec(v.shape, v.dtype.name) for v in values),
         )
         self.run.send(self.run.driver, message, values)
