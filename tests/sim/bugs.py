@@ -24,6 +24,7 @@ from flowml_runtime.protocol.training.ledger import Ledger, WorkQueue
 from flowml_runtime.protocol.training.portions import Portions
 from flowml_runtime.protocol.training.replica import Replica
 from flowml_runtime.protocol.training.site import Site
+from flowml_runtime.protocol.training.snapshot import Snapshots
 from flowml_runtime.protocol.training.stage import Hold
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.protocol.training.untold import Untold
@@ -315,6 +316,37 @@ def _stops_for_a_hold_that_is_over(patch: Patch) -> None:
     patch.setattr(Replica, "_take", take)
 
 
+def _counts_who_had_stopped_for_a_withdrawn_snapshot(patch: Patch) -> None:
+    real: Callable[..., list[Any]] = Snapshots.withdraw
+
+    def withdraw(self: Any, ids: Any) -> list[Any]:
+        before = dict(self._paused)
+        done = real(self, ids)
+        self._paused = before
+        return done
+
+    patch.setattr(Snapshots, "withdraw", withdraw)
+
+
+def _counts_late_answers_to_a_withdrawn_snapshot(patch: Patch) -> None:
+    real: Callable[..., list[Any]] = Snapshots.take
+
+    def take(self: Any, ids: Any, peer: str, message: Any, handle: Any) -> list[Any]:
+        return real(self, ids, peer, msgspec.structs.replace(message, number=self._number), handle)
+
+    patch.setattr(Snapshots, "take", take)
+
+
+def _withdraws_a_snapshot_without_a_new_hold(patch: Patch) -> None:
+    real: Callable[..., list[Any]] = Snapshots.withdraw
+
+    def withdraw(self: Any, ids: Any) -> list[Any]:
+        real(self, ids)
+        return []
+
+    patch.setattr(Snapshots, "withdraw", withdraw)
+
+
 def _does_not_count_a_shared_update(patch: Patch) -> None:
     real: Callable[..., list[Any]] = Home._count  # pyright: ignore[reportPrivateUsage]
 
@@ -359,6 +391,9 @@ BUGS: dict[str, Callable[[Patch], None]] = {
     "a late neighbour is left out of an average": _averages_without_a_late_neighbour,
     "a snapshot is taken before all is applied": _saves_before_all_is_applied,
     "a replica stops for a hold that is over": _stops_for_a_hold_that_is_over,
+    "who had stopped for a withdrawn snapshot counts": _counts_who_had_stopped_for_a_withdrawn_snapshot,
+    "late answers to a withdrawn snapshot count": _counts_late_answers_to_a_withdrawn_snapshot,
+    "a snapshot is withdrawn without a new hold": _withdraws_a_snapshot_without_a_new_hold,
     "a shared update is not counted": _does_not_count_a_shared_update,
 }
 

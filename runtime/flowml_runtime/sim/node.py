@@ -410,12 +410,12 @@ class Node:
         self.send(DRIVER, told)
 
     def _export(self, action: protocol.Export) -> None:
-        self._asked = action
-        self._in_turn(0.0, self._send_buffers)
+        self._in_turn(0.0, self._send_buffers, action)
 
-    def _send_buffers(self) -> None:
+    def _send_buffers(self, newly: protocol.Export | None = None) -> None:
         """Tell the driver what lives here between steps, once all has come that neighbours have sent."""
-        asked, kept = self._asked, [stage.kept() for stage in self.stages.values()]
+        self._asked = asked = newly or self._asked
+        kept = [stage.kept() for stage in self.stages.values()]
         if asked is None or not all(one.rests for one in kept):
             return
         self._asked = None

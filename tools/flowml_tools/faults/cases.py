@@ -54,6 +54,8 @@ class Case:
     """When snapshots are taken; None: never."""
     pauses: tuple[float, ...] = ()
     """When snapshots are asked for beside those."""
+    patience_s: float | None = None
+    """How long replicas stand for a snapshot before it is withdrawn; None: until all have stopped."""
     again: bool = False
     """Whether another fit then begins on the same workers, where steps of the first one may still run."""
 
@@ -105,7 +107,9 @@ class Case:
             again=not any(p.local or p.adds_up or p.filters or p.pull_filters for p in chosen),
         )
         case = _longer_after_a_loss(_with_own_parameters_apart(case))
-        return _with_slow_homes(_with_snapshots(_in_another_place(case, shared or workers)), shared or workers)
+        return _with_slow_homes(
+            _with_late_answers(_with_snapshots(_in_another_place(case, shared or workers))), shared or workers
+        )
 
     def world(self) -> World:
         """The run, ready to go."""
@@ -129,6 +133,7 @@ class Case:
             homes=self.homes,
             rhythm=self.rhythm,
             pauses=self.pauses,
+            patience_s=self.patience_s,
         )
         if self.lost is not None:
             run.lose(*self.lost)
@@ -157,6 +162,7 @@ class Case:
         trouble += (
             [f"snapshots are asked for at {', '.join(f'{at:.2f}' for at in self.pauses)} s"] if self.pauses else []
         )
+        trouble += [f"they are withdrawn after {self.patience_s:g} s"] if self.patience_s is not None else []
         trouble += [f"the fit is ended at {self.interrupted_s:.2f} s"] if self.interrupted_s is not None else []
         return "\n".join([*lines, f"faults: {'; '.join(trouble) or 'none'}"])
 
@@ -217,6 +223,20 @@ def _with_snapshots(case: Case) -> Case:
     pauses = tuple(sorted(rng.uniform(0, 6) for _ in range(rng.randrange(3))))
     rhythm = Rhythm(rng.choice([0, 1, 2, 3]), rng.choice([0, 0, 2]))
     return replace(case, rhythm=rhythm, pauses=pauses, twice=rng.choice([case.twice, 0.3]))
+
+
+def _with_late_answers(case: Case) -> Case:
+    """Half of the cases with snapshots withdraw those that are held up, and in half of these a replica is suspended for
+    a while, drawn from numbers of their own. A lost one is not: what it sent comes before it is known to be lost."""
+    rng = random.Random(f"late answers {case.seed}")
+    if case.rhythm is None or rng.random() < 0.5:
+        return case
+    faults, patience_s = case.faults, rng.choice([0.1, 0.5, 2.0])
+    if case.workers is None and case.lost is None and rng.random() < 0.5:
+        replica, start = rng.randrange(case.replicas), rng.uniform(0, 4)
+        suspended = range(replica * case.stages, (replica + 1) * case.stages)
+        faults = (*faults, sim.Partition(tuple(suspended), start, start + rng.choice([1.0, 3.0, 8.0])))
+    return replace(case, faults=faults, patience_s=patience_s)
 
 
 def _with_slow_homes(case: Case, workers: int) -> Case:

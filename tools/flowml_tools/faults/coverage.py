@@ -25,8 +25,10 @@ FAULTS = (
     "home crashed",
     "worker crashed",
     "driver ended",
+    "withdrawn",
 )
-"""The kinds of faults. A crash of a worker that is no home, and of one that is, ends the fit; so does the driver."""
+"""The kinds of faults. A crash of a worker that is no home, and of one that is, ends the fit; so does the driver.
+With "withdrawn" snapshots are that a replica holds up."""
 
 
 def faults_of(case: Case) -> list[str]:
@@ -42,6 +44,7 @@ def faults_of(case: Case) -> list[str]:
         "home crashed": case.crashed is not None and case.crashes_home,
         "worker crashed": case.crashed is not None and not case.crashes_home,
         "driver ended": case.interrupted_s is not None,
+        "withdrawn": case.patience_s is not None,
     }
     return [name for name, there in found.items() if there] or ["none"]
 

@@ -7,11 +7,14 @@ and copies stand at this cut, and the values are those of these versions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from flowml_tools.faults.history import Saved
+from flowml_runtime import wire
+from flowml_runtime.protocol.training import actions, driver
+from flowml_tools.faults.history import DRIVER, Saved, Turn
 from flowml_tools.faults.timeline import Timeline
 
 
@@ -27,7 +30,7 @@ def snapshots(seen: Timeline) -> Iterator[str]:
 
 
 def _rhythm(seen: Timeline, saved: list[Saved]) -> Iterator[str]:
-    """One at the end, and one at each clock that the rhythm says, if there are common clocks."""
+    """One at the end, and one at each clock that the rhythm says, if there are common clocks and none is late."""
     assert seen.rhythm is not None
     if [one.last for one in saved].count(True) != 1 or not saved[-1].last:
         yield f"of {len(saved)} snapshots there is not exactly the last one at the end"
@@ -35,8 +38,26 @@ def _rhythm(seen: Timeline, saved: list[Saved]) -> Iterator[str]:
         return
     taken = {max(one.stopped.clocks) for one in saved}
     due = {c for n in (seen.rhythm.every, seen.rhythm.also) if n for c in range(n, seen.terms.total_clocks, n)}
+    due = {c for c in due if not any(start <= c < end for start, end in _withdrawn(seen))}
     if not due <= taken:
         yield f"snapshots are due before clocks {sorted(due)}, and there are those before {sorted(taken)}"
+
+
+def _withdrawn(seen: Timeline) -> list[tuple[int, float]]:
+    """From which clock to which the rhythm stood still: after each snapshot that was withdrawn until the next Hold."""
+    found: list[tuple[int, float]] = []
+    stop, since = 0, None
+    for fact in seen.facts:
+        if not isinstance(fact, Turn) or fact.who != DRIVER:
+            continue
+        for message in (action.message for action in fact.wanted if isinstance(action, actions.Send)):
+            if isinstance(message, wire.StartTraining):
+                stop = message.hold
+            elif isinstance(message, wire.Hold) and message.replica is None:
+                found += [(since, message.clock)] if since is not None else []
+                since = stop if isinstance(fact.event, driver.Withdraw) else None
+                stop = message.clock
+    return [*found, *([(since, math.inf)] if since is not None else [])]
 
 
 def _stages(seen: Timeline, saved: Saved, where: str) -> Iterator[str]:

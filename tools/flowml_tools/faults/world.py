@@ -150,6 +150,8 @@ class World:
     """When snapshots are taken; None: never."""
     pauses: Sequence[float] = ()
     """When snapshots are asked for, beside those of the rhythm."""
+    patience_s: float | None = None
+    """How long replicas stand for a snapshot before it is withdrawn; None: until all have stopped."""
 
     def __post_init__(self) -> None:
         layout, self.rng = self.layout, random.Random(self.seed)
@@ -305,6 +307,8 @@ class Driver:
         self.commits: list[driver.NoteCommit] = []
         self.duplicates: list[wire.Item] = []
         """The items of which another copy counts."""
+        self._heard = self._waits = 0
+        """How much had come of a snapshot that is held up, at the newest event, and the number of that wait."""
         self._peer = ""
         self._payloads: dict[int, Any] = {}
         self._handles = itertools.count(1)
@@ -329,8 +333,16 @@ class Driver:
         turn = Turn(self.world.clock.now, DRIVER, self.machine.number, event, wanted)
         self.world.histories[run].facts.append(turn)
         self.machine.validate()
+        if self.machine.heard != self._heard:
+            self._heard, self._waits = self.machine.heard, self._waits + 1
+            if self._heard and self.world.patience_s is not None:
+                self.world.clock.after(self.world.patience_s, 0, self._withdraw, self._waits)
         for action in wanted:
             self._act(action)
+
+    def _withdraw(self, wait: int) -> None:
+        if wait == self._waits and not self.ended:
+            self.tell(driver.Withdraw())
 
     def _act(self, action: driver.Action) -> None:
         simulation, ids = self.world.simulation, {"plan_id": PLAN, "run": self.history.run}

@@ -111,8 +111,8 @@ class Fit:
         """The only stage here, as on most workers."""
         self._shown = [(-1, -1)] * len(terms.stores)
         """(version, floor) of each store, as read here."""
-        self._hold, self._exported = start.hold, -1
-        """The number of the newest Export is `_exported`."""
+        self._hold, self._exported, self.held = start.hold, -1, 0
+        """The numbers of the newest Export and of the newest Hold for all replicas."""
         self.asked: wire.Export | None = None
         """What the driver has asked for, until everything is applied."""
 
@@ -152,7 +152,7 @@ class Fit:
     def export(self) -> list[Action]:
         """Tell the driver what lives here between steps, once everything is applied that replicas have sent."""
         asked = self.asked
-        if asked is None or not self._rests(asked):
+        if asked is None or asked.number < self.held or not self._rests(asked):
             return []
         self.asked = None
         flushed = self._at_home(home.Flush()) if asked.last else []
@@ -272,8 +272,8 @@ class Fit:
 
     def _held(self, message: wire.Hold, _: Received) -> list[Action]:
         meant = [at for at in self._leading if message.replica in (None, at[0])]
-        if message.replica is None and message.number > self._exported:
-            self.asked = None  # it is withdrawn
+        if message.replica is None:
+            self.held = max(self.held, message.number)
         return self._at_stages(meant, stage.Hold(message.clock, message.number))
 
     def _export(self, message: wire.Export, _: Received) -> list[Action]:

@@ -122,6 +122,11 @@ class TrainingWorker:
             raise ProtocolError(f"stage {at[1]} of replica {at[0]} is asked for while no run is under way")
         return self._fit.stages[at]
 
+    @property
+    def held(self) -> int:
+        """The number of the newest Hold for all replicas of the run under way. A snapshot of an earlier one is over."""
+        return 0 if self._fit is None else self._fit.held
+
     def contribution(
         self,
         start: Start,

@@ -243,7 +243,7 @@ class _Fit:
     """The stage runners and stores of one run on this worker."""
 
     def __init__(self, run: Run, host: TrainingHost) -> None:
-        self.run = run
+        self.run, self._machine = run, host.machine
         self.reductions = Reductions(run, host.fail)
         self._payloads = host.payloads
         agreement = Agreement(run, self.reductions.group, host.fail)
@@ -373,8 +373,13 @@ class _Fit:
         run.send(run.driver, wire.Exported(**ids, **about, waiting=parts, buffers=expected))
 
         def tell(resident: Resident) -> None:
-            arrays = resident.export()
-            if run.start.fit:
+            try:
+                arrays = resident.export()
+            except BaseException:
+                if self._machine.held > action.number:  # the snapshot was withdrawn, and a step has begun meanwhile
+                    return
+                raise
+            if run.start.fit and self._machine.held <= action.number:
                 of = run.plan_id, run.number, action.number
                 self._kept_fits.export(run.driver, run.start.fit, of, resident.owner, arrays)
             specs = tuple(ArraySpec(a.shape, a.dtype.name) for a in arrays.values())
