@@ -1,8 +1,9 @@
 """Leaves replicas out of a training plan whose workers are lost.
 
 The executables and the instruction lists of the others stay as they are, so that nothing is compiled again. Stores that
-were on devices of those replicas move to the same stage of one that is left. The number of replicas stays too: each
-clock has as many places as before, and the machines know from its beginning that some are lost.
+were on devices of those replicas move to the same stage of one that is left. Where each replica has a copy, the sums of
+gradients are among the workers that are left. The number of replicas stays too: each clock has as many places as
+before, and the machines know from its beginning that some are lost.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import msgspec
 
 from flowml.devices import worker_of
 from flowml.errors import UnsupportedError
-from flowml.plan import Plan, StoreSpec, Training
+from flowml.plan import Part, Plan, StoreSpec, Training
 from flowml.policy import Gossip
 
 
@@ -26,6 +27,8 @@ def without(plan: Plan, workers: Collection[str]) -> Plan:
     left = [devices for r, devices in enumerate(training.replicas) if r not in lost]
 
     def moved(number: int, store: StoreSpec) -> StoreSpec:
+        if store.collective:
+            return _among(store, training, lost)
         if store.home not in gone:
             return store
         stage = next(devices.index(store.home) for devices in training.replicas if store.home in devices)
@@ -35,6 +38,28 @@ def without(plan: Plan, workers: Collection[str]) -> Plan:
     programs = tuple(program for program in plan.programs if program.device not in gone)
     shrunk = msgspec.structs.replace(training, lost=lost, stores=stores)
     return msgspec.structs.replace(plan, programs=programs, training=shrunk)
+
+
+def _among(store: StoreSpec, training: Training, lost: Collection[int]) -> StoreSpec:
+    """A store of which each replica has a copy, without the lost ones, in whose place stands that of another."""
+    live = [r for r in range(len(training.replicas)) if r not in lost]
+    share = len(store.readers) // len(training.replicas)
+    stands = [live[0] if r in lost else r for r in range(len(training.replicas))]
+    homes = tuple(store.homes[r] for r in stands)
+    readers = tuple(reader for r in stands for reader in store.readers[r * share : (r + 1) * share])
+
+    def part(one: Part) -> Part:
+        if one.reduction is None:
+            return one
+        left = {worker_of(training.replicas[r][one.stage]) for r in live}
+        ranks = [(w, h) for w, h in zip(one.reduction.workers, one.reduction.hosts, strict=True) if w in left]
+        workers, hosts = zip(*ranks, strict=True)
+        return msgspec.structs.replace(
+            one, reduction=msgspec.structs.replace(one.reduction, workers=workers, hosts=hosts)
+        )
+
+    parts = tuple(map(part, store.parts))
+    return msgspec.structs.replace(store, home=homes[0], homes=homes, readers=readers, parts=parts)
 
 
 def check_shrinks(training: Training) -> None:
@@ -47,9 +72,9 @@ def check_shrinks(training: Training) -> None:
     elif training.state:
         why = "the state of the model is joined from all replicas"
     for store in training.stores:
-        if store.collective or isinstance(store.policy.remote, Gossip):
-            why = f"the replicas exchange layer {store.name!r} among themselves"
-        elif store.sites:
+        if store.sites:
             why = f"the replicas of layer {store.name!r} are in sites"
+        elif isinstance(store.policy.remote, Gossip):
+            why = f"the replicas average layer {store.name!r} with their neighbours"
     if why:
         raise UnsupportedError(f"on_loss='shrink': {why}, so none can be left out; give on_loss='replace'")

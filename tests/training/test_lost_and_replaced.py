@@ -27,6 +27,7 @@ POLICIES: dict[str, Any] = {
     "DiLoCo": fm.policies.diloco(4),
     "Downpour": fm.policies.downpour(2, 4, optax.adagrad(0.05)),
     "sums": fm.policies.all_reduce(),
+    "gossip": fm.policies.gossip(),
 }
 EXACT = {"synchronous", "DiLoCo", "sums"}
 """Those whose result does not depend on who is faster."""
@@ -184,7 +185,7 @@ def test_a_step_that_ends_its_worker_each_time_ends_the_fit(threads: fm.Cluster)
     assert source.ended >= 11
 
 
-@pytest.mark.parametrize("policy", ["synchronous", "quorum", "bounded", "DiLoCo", "Downpour"])
+@pytest.mark.parametrize("policy", ["synchronous", "quorum", "bounded", "DiLoCo", "Downpour", "sums"])
 def test_a_fit_goes_on_with_fewer_replicas(processes: fm.Cluster, policy: str, tmp_path: Path) -> None:
     seen: list[int] = []
     try:
@@ -254,8 +255,8 @@ def test_what_cannot_be(threads: fm.Cluster) -> None:
         fit(threads, "synchronous", on_loss="replace", min_replicas=2)
     with pytest.raises(ValueError, match="min_replicas=5 can never be met: the Trainer has 4 replicas"):
         fit(threads, "synchronous", on_loss="shrink", min_replicas=5)
-    with pytest.raises(UnsupportedError, match=r"the replicas exchange layer .* give on_loss='replace'"):
-        fit(threads, "sums", on_loss="shrink")
+    with pytest.raises(UnsupportedError, match=r"the replicas average layer .* give on_loss='replace'"):
+        fit(threads, "gossip", on_loss="shrink")
     simulated = fm.SimulatedCluster(workers=4, compute=fm.sim.Constant(0.1), network=fm.sim.Network(1e-4, 1e9))
     with pytest.raises(UnsupportedError, match="churn"):
         fit(simulated, "synchronous", on_loss="replace")  # type: ignore[arg-type]

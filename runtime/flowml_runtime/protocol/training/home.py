@@ -371,7 +371,7 @@ class Home:
         if not exact:
             weights = [weight for _, _, weight in weighed if weight]
             absent = missing * max(weights) if living is None else store.absent((g for g, _ in full), living)
-            summed = self._terms.replicas if store.terms.collective else 1
+            summed = self._terms.replicas - len(self._lost) if store.terms.collective else 1
             each = store.terms.policy.coefficients(weights, self._terms.microbatches, absent, summed)
             part = sum(weights) / max(sum(weights) + absent, 1) if store.terms.policy.apply.averages else part
             factors = [c * factor for c, factor in zip(each, factors, strict=True)]

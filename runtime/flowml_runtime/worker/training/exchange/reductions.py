@@ -91,7 +91,7 @@ class Reductions:
         run, number = self._run, count()
         for s, store in enumerate(run.training.stores):
             for p, part in enumerate(store.parts):
-                senders = store.leaders or range(len(run.training.replicas))
+                senders = store.leaders or run.training.live
                 bucket = self._bucket(next(number), part, part.reduction, senders)
                 if bucket is not None:
                     homes = tuple(dict.fromkeys(worker_of(store.homes[r]) for r in bucket.replicas))
@@ -210,9 +210,9 @@ class Reductions:
         if not bucket.homes:
             self._tell_site(bucket, given, done.result())
             return
-        run, replicas = self._run, len(self._run.training.replicas)
+        run, live = self._run, self._run.training.live
         sums: Sequence[Array] = done.result()
-        weight, decided = given.weight * replicas, run.training.stores[given.store].sites_decide
+        weight, decided = given.weight * len(live), run.training.stores[given.store].sites_decide
         if decided:  # the sum ends with the number of gradients in it
             weight, sums = round(float(np.asarray(sums[-1])[0])), sums[:-1]
         message = wire.Contribution(
@@ -221,7 +221,7 @@ class Reductions:
             cause=given.cause,
             store=given.store,
             part=given.part,
-            replica=0,
+            replica=live[0],
             incarnation=0,
             clock=given.clock,
             base_version=0,  # unused, because a sum is never stale

@@ -1,0 +1,84 @@
+"""Replicas that add up gradients among themselves go on without the lost ones, as those of a parameter server do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import optax
+import pytest
+
+import flowml as fm
+from flowml.policy import Delta
+from tests.training.reference import BATCH, assert_close, data, mlp, mlp_loss
+from tests.training.test_lost_and_replaced import COUPLED
+
+WORKERS, STEPS = 4, 12
+SUMS: dict[str, tuple[fm.Policy, fm.Policy]] = {
+    "all-reduce": (fm.policies.all_reduce(), fm.policies.synchronous()),
+    "ring": (fm.Policy(topology=fm.Ring()), fm.policies.synchronous()),
+    "tree": (fm.Policy(topology=fm.Tree()), fm.policies.synchronous()),
+    "every": (fm.Policy(topology=fm.AllReduce(), every=4), fm.policies.every(4)),
+    "changes": (
+        fm.Policy(topology=fm.AllReduce(), payload=Delta(), every=4),
+        fm.Policy(payload=Delta(), every=4),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[fm.Cluster]:
+    with closing(fm.Cluster.threads(workers=WORKERS)) as cluster:
+        yield cluster
+
+
+def shrunk(cluster: fm.Cluster, policy: fm.Policy, ends: dict[int, str], **layout: Any) -> fm.TrainingResult:
+    """A fit of which these workers end at these steps."""
+
+    def end(record: dict[str, Any]) -> None:
+        if record["step"] in ends:
+            cluster.end_worker(ends[record["step"]])
+
+    optimizer = layout.pop("optimizer", optax.adam(1e-2))
+    trainer = fm.Trainer(mlp_loss, optimizer, cluster=cluster, policies=policy, **{"replicas": WORKERS, **layout})
+    options: dict[str, Any] = {"batch_size": BATCH, "steps": STEPS, "seed": 3, "progress": False}
+    try:
+        with pytest.warns(fm.FlowmlWarning, match="was left out with its replica"):
+            return trainer.fit(mlp(), data(), callbacks=[end], on_loss="shrink", **options)
+    finally:
+        cluster.bring_back(cluster.lost)
+
+
+def assert_alike(cluster: fm.Cluster, sums: fm.Policy, server: fm.Policy, ends: dict[int, str], **layout: Any) -> None:
+    found, wanted = shrunk(cluster, sums, dict(ends), **layout), shrunk(cluster, server, dict(ends), **layout)
+    assert [loss.resumed_at for loss in found.losses] == [loss.resumed_at for loss in wanted.losses]
+    assert found.ledger == wanted.ledger
+    assert found.ledger.outstanding == 0
+    assert_close((found.params, found.opt_state), (wanted.params, wanted.opt_state))
+    assert [r["replicas"] for r in found.history] == [r["replicas"] for r in wanted.history]
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_goes_on_as_a_parameter_server_does(threads: fm.Cluster, name: str) -> None:
+    """Both begin anew without worker 0, the first home, and then without worker 2: there is no snapshot before."""
+    assert_alike(threads, *SUMS[name], {0: "worker:0", 1: "worker:2"})
+
+
+def test_one_replica_is_left(threads: fm.Cluster) -> None:
+    assert_alike(threads, *SUMS["ring"], {0: "worker:0", 1: "worker:2", 2: "worker:3"})
+
+
+def test_replicas_that_share_workers() -> None:
+    """Two replicas are on each worker, which adds their gradients up before it sends them."""
+    with fm.Cluster.threads(workers=2, devices_per_worker=2) as cluster:
+        assert_alike(cluster, *SUMS["all-reduce"], {0: "worker:0"})
+
+
+def test_stages(threads: fm.Cluster) -> None:
+    layout: dict[str, Any] = {"replicas": 2, "placement": fm.Pipeline(2), "microbatches": 2}
+    assert_alike(threads, *SUMS["all-reduce"], {0: "worker:1"}, **layout)
+
+
+def test_homes_that_exchange_values(threads: fm.Cluster) -> None:
+    assert_alike(threads, *SUMS["all-reduce"], {0: "worker:0"}, optimizer=COUPLED)
