@@ -2,8 +2,9 @@
 
 The executables and the instruction lists of the others stay as they are, so that nothing is compiled again. Stores that
 were on devices of those replicas move to the same stage of one that is left. Where each replica has a copy, the sums of
-gradients are among the workers that are left. The number of replicas stays too: each clock has as many places as
-before, and the machines know from its beginning that some are lost.
+gradients are among the workers that are left, and the graph of a gossip is among the replicas that are left. The number
+of replicas stays too: each clock has as many places as before, and the machines know from its beginning that some are
+lost.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from flowml.devices import worker_of
 from flowml.errors import UnsupportedError
 from flowml.plan import Part, Plan, StoreSpec, Training
 from flowml.policy import Gossip
+from flowml.policy.graphs import OwnMatrix
 
 
 def without(plan: Plan, workers: Collection[str]) -> Plan:
@@ -75,6 +77,15 @@ def check_shrinks(training: Training) -> None:
         if store.sites:
             why = f"the replicas of layer {store.name!r} are in sites"
         elif isinstance(store.policy.remote, Gossip):
-            why = f"the replicas average layer {store.name!r} with their neighbours"
+            why = _why_graph_stays(store, store.policy.remote) or why
     if why:
         raise UnsupportedError(f"on_loss='shrink': {why}, so none can be left out; give on_loss='replace'")
+
+
+def _why_graph_stays(store: StoreSpec, gossip: Gossip) -> str:
+    """Why the graph of a gossip cannot be formed anew among fewer replicas, if it cannot."""
+    if isinstance(gossip.graph, OwnMatrix):
+        return f"the mixing matrix of layer {store.name!r} is for {len(gossip.graph.rows)} replicas"
+    if store.policy.tracked or store.policy.mirrored:
+        return f"the replicas of layer {store.name!r} know of each other's parameters what filters or changes have told"
+    return ""

@@ -36,8 +36,8 @@ class Neighbours:
         assert isinstance(spec.policy.remote, Gossip)
         self._run = run
         self._store = store
-        self._senders = spec.leaders or tuple(range(len(run.training.replicas)))
-        """The replicas that take part in rounds: one of each site."""
+        self._senders = spec.leaders or run.training.live
+        """The replicas that take part in rounds: one of each site. The graph is among them."""
         self._replica = self._senders.index(replica)
         """Its number among them."""
         self._gossip = spec.policy.remote

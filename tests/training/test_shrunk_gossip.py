@@ -1,0 +1,90 @@
+"""Replicas that average with their neighbours go on without the lost ones, in a graph among those that are left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import flowml as fm
+from flowml import filters
+from flowml.data import epoch_order
+from flowml.errors import UnsupportedError
+from flowml.policy import Gossip
+from flowml.policy.graphs import matrix
+from tests.training.reference import BATCH, EXAMPLES, assert_close, data, mlp, mlp_loss
+from tests.training.test_gossip import OWN, averaged, mean
+
+WORKERS, STEPS = 4, 9
+SOURCE = data()
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[fm.Cluster]:
+    with closing(fm.Cluster.threads(workers=WORKERS)) as cluster:
+        yield cluster
+
+
+def shares(step: int, left: int) -> list[Any]:
+    """The items of a step of which the lost replicas have none: the others take the next ones of the epoch."""
+    per_epoch, size = EXAMPLES // BATCH, BATCH // WORKERS
+    order = epoch_order(EXAMPLES, 0, step // per_epoch)[step % per_epoch * left * size :][: left * size]
+    return [{name: rows[part] for name, rows in SOURCE.items()} for part in np.split(order, left)]
+
+
+def loop(gossip: Gossip, left: int, inner: Any) -> Any:
+    """The mean over replicas after a fit of which so many take part from the beginning."""
+    own, states = [mlp() for _ in range(left)], [inner.init(mlp()) for _ in range(left)]
+    gradient = jax.jit(jax.grad(mlp_loss))
+    for step in range(STEPS):
+        updates: list[Any] = []
+        for r, share in enumerate(shares(step, left)):
+            update, states[r] = inner.update(gradient(own[r], share), states[r], own[r])
+            updates.append(update)
+        if gossip.due(step):
+            own = [averaged(row, own) for row in matrix(gossip.graph, left, step // gossip.every)]
+        own = [optax.apply_updates(p, u) for p, u in zip(own, updates, strict=True)]
+    return mean(own)
+
+
+@pytest.mark.parametrize("graph", ["ring", "exponential", "complete", "random_pairs", "torus"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_graph_is_formed_anew_among_those_that_are_left(threads: fm.Cluster, graph: str, every: int) -> None:
+    """Two workers end at the first step, before there is a snapshot, so that the fit begins anew without them."""
+    policy, inner = fm.policies.gossip(graph, every), optax.sgd(0.1)
+    ends = {0: "worker:0", 1: "worker:2"} if every == 3 else {0: "worker:0"}
+
+    def end(record: dict[str, Any]) -> None:
+        if record["step"] in ends:
+            threads.end_worker(ends[record["step"]])
+
+    trainer = fm.Trainer(mlp_loss, inner, cluster=threads, replicas=WORKERS, policies=policy)
+    try:
+        with pytest.warns(fm.FlowmlWarning, match="was left out with its replica"):
+            found = trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=STEPS, callbacks=[end], on_loss="shrink")
+    finally:
+        threads.bring_back(threads.lost)
+    assert {loss.resumed_at for loss in found.losses} == {0}
+    left = WORKERS - len(ends)
+    assert found.ledger.used == left * STEPS
+    assert found.ledger.outstanding == 0
+    assert isinstance(policy.remote, Gossip)
+    assert_close(found.params, loop(policy.remote, left, inner))
+
+
+@pytest.mark.parametrize(
+    ("policy", "why"),
+    [
+        (fm.policies.gossip(OWN), "the mixing matrix of layer .* is for 4 replicas"),
+        (fm.policies.choco([filters.quantise(8)]), "know of each other's parameters"),
+    ],
+)
+def test_what_cannot_be_formed_anew_is_refused(threads: fm.Cluster, policy: fm.Policy, why: str) -> None:
+    trainer = fm.Trainer(mlp_loss, optax.sgd(0.1), cluster=threads, replicas=WORKERS, policies=policy)
+    with pytest.raises(UnsupportedError, match=f"{why}.* give on_loss='replace'"):
+        trainer.fit(mlp(), SOURCE, batch_size=BATCH, steps=STEPS, on_loss="shrink")
