@@ -14,7 +14,7 @@ from collections.abc import Collection
 import msgspec
 
 from flowml.devices import worker_of
-from flowml.errors import UnsupportedError
+from flowml.errors import UnsupportedError, named
 from flowml.plan import Part, Plan, StoreSpec, Training
 from flowml.policy import Gossip
 from flowml.policy.graphs import OwnMatrix
@@ -42,6 +42,16 @@ def without(plan: Plan, workers: Collection[str]) -> Plan:
     return msgspec.structs.replace(plan, programs=programs, training=shrunk)
 
 
+def why_too_few(training: Training, left: Collection[int]) -> str:
+    """Why these replicas cannot go on without the others, if they cannot."""
+    if training.code is None or training.code.decode(left) is not None:
+        return ""
+    rules = named(sorted({store.policy.describe() for store in training.stores}))
+    return (
+        f"replicas {named([str(r) for r in left])} are left, of which the code cannot decode a batch (policy: {rules})"
+    )
+
+
 def _among(store: StoreSpec, training: Training, lost: Collection[int]) -> StoreSpec:
     """A store of which each replica has a copy, without the lost ones, in whose place stands that of another."""
     live = [r for r in range(len(training.replicas)) if r not in lost]
@@ -67,11 +77,7 @@ def _among(store: StoreSpec, training: Training, lost: Collection[int]) -> Store
 def check_shrinks(training: Training) -> None:
     """Raise UnsupportedError if a fit of this plan cannot go on with fewer replicas."""
     why = ""
-    if training.code is not None:
-        why = "the replicas of a code compute examples for each other"
-    elif training.speculation is not None:
-        why = "the replicas take portions of one batch"
-    elif training.state:
+    if training.state:
         why = "the state of the model is joined from all replicas"
     for store in training.stores:
         if store.sites:

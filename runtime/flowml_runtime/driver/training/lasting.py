@@ -24,7 +24,7 @@ import jax
 
 from flowml.devices import worker_of
 from flowml.errors import FlowmlError, FlowmlWarning, UnsupportedError, WorkerLostError
-from flowml.training.without import check_shrinks
+from flowml.training.without import check_shrinks, why_too_few
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.training.fit import Fit
 from flowml_runtime.driver.training.fit_arguments import Callback, OnLoss
@@ -100,10 +100,17 @@ class Losses:
     def _leave_out(self, workers: Sequence[str], error: FlowmlError) -> None:
         self.gone.update(dict.fromkeys(workers))
         replicas = self._program.training.replicas
-        left = sum({*map(worker_of, devices)}.isdisjoint(self.gone) for devices in replicas)
-        if left < self._least:
+        left = [r for r, devices in enumerate(replicas) if {*map(worker_of, devices)}.isdisjoint(self.gone)]
+        why = why_too_few(self._program.training, left)
+        if why:
             raise WorkerLostError(
-                f"{error}. {left} of {len(replicas)} replicas are left, and the fit needs {self._least} "
+                f"{error}. {why}; give on_loss='replace', or a code for more stragglers",
+                worker=workers[0],
+                step=error.step,
+            ) from error
+        if len(left) < self._least:
+            raise WorkerLostError(
+                f"{error}. {len(left)} of {len(replicas)} replicas are left, and the fit needs {self._least} "
                 "(min_replicas=); give on_loss='replace', or more replicas",
                 worker=workers[0],
                 step=error.step,
