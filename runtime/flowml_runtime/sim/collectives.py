@@ -84,8 +84,11 @@ class _Sum:
     finished: set[str] = field(default_factory=set[str])
 
     def values(self) -> list[Value]:
-        """The pushes of all replicas: the workers in the order of ranks, and the replicas of each in order."""
-        return [self.given[w][r] for w in self.workers for r in sorted(self.given[w])]
+        """The pushes of all replicas: the workers in the order of ranks, and the replicas of each in order.
+
+        A rank that only sends is done before others have pushed.
+        """
+        return [mine[r] for mine in (self.given.get(w, {}) for w in self.workers) for r in sorted(mine)]
 
 
 class Collectives:
