@@ -7,7 +7,7 @@ reads a leaf gets a copy like any other value. Each replica has state of its own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
@@ -27,7 +27,8 @@ from flowml.policy import Coded, Policy, Speculate
 
 Rule = Literal["mean", "max", "sum", "first", "local"]
 """How the replicas' values of a leaf are joined. `sum` adds up what each replica has added. `first` is the value of
-replica 0. With `local` every replica keeps its own, and that of replica 0 is shown."""
+replica 0. With `local` every replica keeps its own, and that of replica 0 is shown. If that is lost, the first one that
+is left stands for it. A lost replica counts in `max` and `sum`, and not in `mean`."""
 
 WANTED = "with has_state=True a loss returns (scalar, state) or (scalar, (state, aux))"
 
@@ -115,22 +116,23 @@ def _first(rules: Mapping[str, Rule], path: str) -> Rule | None:
     return None
 
 
-def joined(rule: Rule, begun: Sequence[Any], ended: Sequence[Any]) -> list[Any]:
-    """The value of a leaf that each replica goes on with, from those with which it began and ended."""
+def joined(rule: Rule, begun: Sequence[Any], ended: Sequence[Any], lost: Collection[int] = ()) -> list[Any]:
+    """The value of a leaf that each replica goes on with, from those with which it began and ended. Some are `lost`."""
+    live = [x for r, x in enumerate(ended) if r not in lost]
     arrays = [np.asarray(x) for x in ended]
     dtype = arrays[0].dtype
     match rule:
         case "local":
             return list(ended)
         case "first":
-            value = arrays[0]
+            value = np.asarray(live[0])
         case "max":
             value = np.max(arrays, axis=0)
         case "sum":
             value = np.asarray(begun[0]) + sum(x - np.asarray(b) for x, b in zip(arrays, begun, strict=True))
         case "mean":
             wide = np.float32 if dtype.itemsize < 4 else dtype
-            value = np.mean([x.astype(wide) for x in arrays], axis=0, dtype=wide)
+            value = np.mean([np.asarray(x).astype(wide) for x in live], axis=0, dtype=wide)
     return [np.asarray(value).astype(dtype)] * len(ended)
 
 

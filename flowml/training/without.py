@@ -77,8 +77,6 @@ def _among(store: StoreSpec, training: Training, lost: Collection[int]) -> Store
 def check_shrinks(training: Training) -> None:
     """Raise UnsupportedError if a fit of this plan cannot go on with fewer replicas."""
     why = ""
-    if training.state:
-        why = "the state of the model is joined from all replicas"
     for store in training.stores:
         if store.sites:
             why = f"the replicas of layer {store.name!r} are in sites"

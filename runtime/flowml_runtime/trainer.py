@@ -249,14 +249,15 @@ class Trainer:
         asked = Asked.of(source, size, callbacks, progress, validated, (checkpoint, resume), (on_loss, min_replicas))
         cluster = self._here()
         with self._alone(), writing(asked, cluster) as asked, heeding_interrupts() as interrupts:
-            runs, plan, model = self._begin(cluster, asked, params, opt_state, state, interrupts)
+            runs = self._begin(cluster, asked, params, opt_state, state, interrupts)
             outcome = runs.run(asked.callbacks)
-        result = result_of(runs.fit.saving.trees, outcome, with_shapes(plan, runs.fit.shapes), model, runs.first)
+        saving = runs.fit.saving
+        result = result_of(saving.trees, outcome, with_shapes(runs.plan, runs.fit.shapes), saving.model, runs.first)
         return self._told(cluster, result, asked, params, state)
 
     def _begin(
         self, cluster: TrainingCluster, asked: Asked, params: Any, opt_state: Any, state: Any, interrupts: Interrupts
-    ) -> tuple[Runs, Plan, Model]:
+    ) -> Runs:
         """Compile and load what a fit needs."""
         prepare(cluster, asked.on_loss)
         workers_of(cluster.devices, self._delays)  # raises an error before anything is compiled
@@ -284,8 +285,7 @@ class Trainer:
             with paused_collector(len(cluster.devices)):
                 return Fit(cluster.session, handle, data, now, program.compiled, variant, *own)
 
-        runs = Runs(program, make, make(handle, options.run, saving), losses)
-        return runs, program.compiled.plan, model
+        return Runs(program, make, make(handle, options.run, saving), losses)
 
     def evaluate(
         self,

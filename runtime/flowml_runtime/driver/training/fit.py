@@ -356,10 +356,10 @@ class Fit:
         for stage in dict.fromkeys(leaf.stage for leaf in self._training.state):
             mine = [i for i, leaf in enumerate(self._training.state) if leaf.stage == stage]
             specs = tuple(self._training.state[i].spec for i in mine)
-            for replica, devices in enumerate(self._training.replicas):
+            for replica in self._training.live:
                 arrays = [np.asarray(self._model[replica][i]) for i in mine]
                 message = wire.ModelState(**self._ids, replica=replica, stage=stage, specs=specs)
-                self._send(worker_of(devices[stage]), message, arrays)
+                self._send(worker_of(self._training.replicas[replica][stage]), message, arrays)
 
     def _keep_model(self, replica: int, stage: int, arrays: Sequence[Any]) -> None:
         mine = [i for i, leaf in enumerate(self._training.state) if leaf.stage == stage]

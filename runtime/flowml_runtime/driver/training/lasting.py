@@ -24,6 +24,7 @@ import jax
 
 from flowml.devices import worker_of
 from flowml.errors import FlowmlError, FlowmlWarning, UnsupportedError, WorkerLostError
+from flowml.plan import Plan
 from flowml.training.without import check_shrinks, why_too_few
 from flowml_runtime.driver.loaded_plan import LoadedPlan
 from flowml_runtime.driver.training.fit import Fit
@@ -136,6 +137,11 @@ class Runs:
         """The newest losses without a new step before them."""
         self._reached = -1
         """`_told` at the newest loss."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan with all replicas."""
+        return self._program.compiled.plan
 
     def run(self, callbacks: Sequence[Callback]) -> Outcome:
         """Train to the end. Raises the error of a loss that the fit cannot go on after."""

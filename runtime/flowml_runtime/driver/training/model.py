@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ class Model:
     dtypes: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     replicas: tuple[tuple[Any, ...], ...] = field(default=(), repr=False)
+    lost: Mapping[int, tuple[Any, ...]] = field(default_factory=dict[int, tuple[Any, ...]], repr=False)
+    """The replicas that are left out, and the leaves that each of them had at the snapshot before."""
 
     @staticmethod
     def of(state: Any, rules: Mapping[str, Rule] | None, replicas: int) -> Model:
@@ -31,15 +33,26 @@ class Model:
         buffers = tuple(as_buffer(x) for x in leaves)
         return Model(tree, tuple(spec_of(x).dtype for x in leaves), found, (buffers,) * replicas)
 
-    def after(self, ended: Sequence[Sequence[Any]]) -> Model:
-        """The state that replicas go on with, if they have ended with these leaves."""
+    def without(self, lost: Iterable[int], ended: Sequence[tuple[Any, ...]]) -> Model:
+        """The same for a run that leaves out these replicas, which have ended with these leaves."""
+        return replace(self, lost={**{r: ended[r] for r in lost}, **self.lost})
+
+    def last(self, ended: Sequence[tuple[Any, ...]]) -> Model:
+        """The last state of each replica, if those that are left have ended with these leaves."""
+        return replace(self, replicas=tuple(self.lost.get(r, leaves) for r, leaves in enumerate(ended)))
+
+    def after(self, ended: Sequence[tuple[Any, ...]]) -> Model:
+        """The state that replicas go on with, if those that are left have ended with these leaves."""
+        last = self.last(ended).replicas
         leaves = [
-            joined(rule, [begun[i] for begun in self.replicas], [end[i] for end in ended])
+            joined(rule, [begun[i] for begun in self.replicas], [end[i] for end in last], self.lost)
             for i, rule in enumerate(self.rules)
         ]
         return replace(self, replicas=tuple(zip(*leaves, strict=True)) or self.replicas)
 
-    def state(self, replica: int = 0) -> Any:
-        """The state of a replica, in the caller's structure."""
+    def state(self, replica: int | None = None) -> Any:
+        """The state of a replica, by default the first that is left, in the caller's structure."""
+        if replica is None:
+            replica = next(r for r in range(len(self.replicas)) if r not in self.lost)
         pairs = zip(self.replicas[replica], self.dtypes, strict=True)
         return jax.tree_util.tree_unflatten(self.tree, [jax.numpy.asarray(from_buffer(x, d)) for x, d in pairs])

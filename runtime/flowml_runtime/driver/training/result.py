@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -82,7 +82,7 @@ class TrainingResult:
 def result_of(trees: Trees, outcome: Outcome, plan: Plan, model: Model, first: int) -> TrainingResult:
     """The result of a fit that began with these trees and this state of the model."""
     params, state, untrained = trees
-    ended = replace(model, replicas=outcome.model)
+    ended = model.last(outcome.model)
     simulated = outcome.simulated
     return TrainingResult(
         params=whole_of(untrained, restored(params, outcome.params)),

@@ -53,7 +53,7 @@ class Saving:
         self._checkpoint = checkpoint
         self._figures = figures
         self.trees = trees
-        self._model = model or Model()
+        self.model = model or Model()
         self._kept = kept
         self._saved_step = self._validated_step = self.first
         self._saved_at: float | None = None
@@ -80,7 +80,9 @@ class Saving:
             pairs = zip(trees[:2], (found.content.params, found.content.opt_state), strict=True)
             params, state = (restored(tree, found.leaves(leaves)) for tree, leaves in pairs)
             trees = params, state, trees[2]
-        after = Saving(self._checkpoint, found, self._figures, trees, self._model, self._kept)
+        ended = self.newest.states(training, self.model) if self.newest is not None else self.model.replicas
+        model = self.model.without(training.lost, ended)
+        after = Saving(self._checkpoint, found, self._figures, trees, model, self._kept)
         after.keeps, after.validation = self.keeps, self.validation
         if after.validation is not None:
             after.validation.go_back(after.first)
@@ -162,14 +164,14 @@ class Saving:
             return
         self._withdrawn = False
         self._patience.taken(now)
-        snapshot = taken(training, self._figures, step, action.stopped, ledger, buffers, self.trees, self._model)
+        snapshot = taken(training, self._figures, step, action.stopped, ledger, buffers, self.trees, self.model)
         over = action.last
         self._keep(snapshot, now)
         if self._kept is not None:
             self._kept.completed(key, snapshot)
         if self.validation is not None and (over or self._is_unmeasured(step)):
             self._validated_step = step
-            values = zip((*self.trees[:2], self._model.state()), snapshot.trees, strict=True)
+            values = zip((*self.trees[:2], self.model.state()), snapshot.trees, strict=True)
             params, _, state = (restored(like, snapshot.leaves(leaves)) for like, leaves in values)
             self.validation.give(step, params, state)
         if self._checkpoint is not None and (over or self._is_old(step, now)):

@@ -131,6 +131,12 @@ class Snapshot:
         """Their values. Those of typed keys are keys."""
         return [from_buffer(self.arrays[leaf.buffer], leaf.dtype) for leaf in leaves]
 
+    def states(self, training: Training, model: Model) -> tuple[tuple[Any, ...], ...]:
+        """The leaves of the model's state at each replica. `model` is the state with which the fit began."""
+        owners = self.content.owners.items()
+        buffers = {o: {n: self.arrays[f"{o}/{n}"] for n in names} for o, names in owners if o.endswith("/model/state")}
+        return _states(training, buffers, model)
+
     def of_live(self, training: Training) -> Snapshot:
         """The part for a run of `training` that leaves out the replicas that are lost. What of their contributions
         waits is dropped, as the ledger says."""
