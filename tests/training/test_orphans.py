@@ -33,12 +33,12 @@ STOP_AT = 10
 DRIVER = points("""
     before after send StartTraining 2
     before after send Grant 6
-    before after soon take Report 30
+    before after soon take Report 100
     before after send Hold 2
-    before after take Paused 6
-    before after send Export 6
-    before after soon take Exported 7
-    before after soon take Buffers 12
+    before after take Paused 9
+    before after send Export 9
+    before after soon take Exported 11
+    before after soon take Buffers 30
     before after send Completed 6
     before after send Completed 8
     before after soon send Hold 14
@@ -47,8 +47,8 @@ DRIVER = points("""
     before after send StopTraining 1
     before after send Released 2
 """)
-EARLY = ("StartTraining", "Grant", "Hold 2")
-"""At these points no snapshot is complete, and the next driver may have to begin."""
+LATE = ("Completed", "Retired", "StopTraining", "Released")
+"""At these points a snapshot is complete. At the others there may be none yet, and the next driver begins."""
 GRID = [(policy, at) for policy in EVERY_POLICY for at in DRIVER]
 FEW = [(policy, DRIVER[(11 * place + 20) % len(DRIVER)]) for place, policy in enumerate(EVERY_POLICY)]
 
@@ -106,8 +106,7 @@ def test_another_driver_goes_on_with_what_workers_keep(
     assert done.returncode == -signal.SIGKILL, f"it has not come to the point {at}"
     with fm.Cluster.connect(launched.address, launched.token) as cluster:
         found = train(cluster, policy, tmp_path, resume="auto")
-    if not str(at).startswith(EARLY, str(at).index(at.message)):
-        assert found.resumed_at > 0
+    assert found.resumed_at > 0 or at.message not in LATE
     assert [record["step"] for record in found.history] == list(range(found.resumed_at, STEPS))
     assert fm.restore(tmp_path).step == STEPS
     assert_fates(found, policy, whole.get(policy))
