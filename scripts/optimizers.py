@@ -21,6 +21,8 @@ from tests.training.optimizers import FOUND, REFUSED, built
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "training.md"
 BEGIN, END = "<!-- optimizers: scripts/optimizers.py -->", "<!-- end -->"
+ALONE = ": each home updates its layers alone"
+BATCH = jax.ShapeDtypeStruct((8, 4), "float32")
 WIDTH = 24
 """Of matrices, which are larger than what homes exchange."""
 
@@ -37,14 +39,14 @@ def main() -> int:
 
 def table() -> str:
     """A row for each way to run, with the optimizers that run so."""
-    rows: dict[tuple[int, str], list[str]] = {}
+    rows: dict[tuple[float, str], list[str]] = {}
     for name in sorted(FOUND):
         rows.setdefault(way(name), []).append(f"`{name}`")
     lines = [f"| {text} | {', '.join(names)} |" for (_, text), names in sorted(rows.items())]
     return "\n".join(["| how it runs | optimizers |", "|---|---|", *lines])
 
 
-def way(name: str) -> tuple[int, str]:
+def way(name: str) -> tuple[float, str]:
     """How an optimizer runs, and where that stands in the table."""
     if name in REFUSED:
         return 9, f"refused by a Trainer: {REFUSED[name][1]}"
@@ -52,7 +54,8 @@ def way(name: str) -> tuple[int, str]:
     if name == "contrib.scale_by_muon":
         params = {layer: {"w": rest["w"]} for layer, rest in params.items()}
     params = optax.LookaheadParams.init_synced(params) if name == "lookahead" else params
-    slices, value = sliced(built(name), params)
+    slices, wants = sliced(built(name), params)
+    value = "value" in wants
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     first, because = slices.together
     layers = [next((layer for layer in ("first", "last") if layer in path), "value") for path in (*paths, "value")]
@@ -61,19 +64,20 @@ def way(name: str) -> tuple[int, str]:
         return 5, f"coupled layers share a home, because of {' and '.join(sorted(set(because.values())))}"
     stores = [[i for i in range(slices.count) if layers[i] == layer] for layer in dict.fromkeys(layers[: slices.count])]
     if all(slices.is_closed(leaves) for leaves in stores):
-        return 0, "per leaf: each home updates its layers alone"
+        clipped = "examples" in wants
+        return 0.5 if clipped else 0, "per leaf" + (", with the clipped gradient of each example" if clipped else ALONE)
     rounds = len(slices.divide(stores).combinations)
     with_loss = ", with the value of the loss" if value else ""
     return 1 + value, f"per leaf, with coupled values in {rounds} round{'s' if rounds > 1 else ''}{with_loss}"
 
 
-def sliced(optimizer: Any, params: Any) -> tuple[OptimizerSlices, bool]:
-    """The slices of an optimizer, and whether it takes the value of the loss."""
+def sliced(optimizer: Any, params: Any) -> tuple[OptimizerSlices, frozenset[str]]:
+    """The slices of an optimizer, and what it wants beside gradients of the batch."""
     wants: frozenset[str] = frozenset()
     while True:
-        spec, given = adapted(TrainingSpec(lambda params, batch: 0.0, optimizer), params, jnp.asarray, wants)
+        spec, given = adapted(TrainingSpec(lambda params, batch: 0.0, optimizer), params, jnp.asarray, wants, BATCH)
         try:
-            return slice_optimizer(spec.optimizer, given), "value" in wants
+            return slice_optimizer(spec.optimizer, given), wants
         except WantedError as error:
             wants |= {error.what}
 

@@ -2,12 +2,13 @@
 
 Each of these is a wrapper of the optimizer, and of the loss where that takes other parameters:
 
-    pair      `optax.LookaheadParams`: the loss takes the fast parameters, and the optimizer their gradients
-    untrained leaves of the parameters that are not trained (`untrained`)
-    "state"   an update leaves a state of another form than `init` does, such as the measures of `optax.monitor`
-    "value"   the optimizer takes the value of the loss (`valued`)
+    "examples"  the optimizer takes the gradient of each example (`private`)
+    pair        `optax.LookaheadParams`: the loss takes the fast parameters, and the optimizer their gradients
+    untrained   leaves of the parameters that are not trained (`untrained`)
+    "state"     an update leaves a state of another form than `init` does, such as the measures of `optax.monitor`
+    "value"     the optimizer takes the value of the loss (`valued`)
 
-Tracing the update shows whether the last two are wanted, so the compiler raises `WantedError`, and is called again.
+Tracing the update shows whether those in quotes are wanted, so the compiler raises `WantedError`, and is called again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from flowml.errors import UnsupportedError
+from flowml.training.private import with_examples
 from flowml.training.untrained import parted
 from flowml.training.valued import with_value
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class WantedError(UnsupportedError):
-    """The optimizer wants `what`: "state" or "value"."""
+    """The optimizer wants `what`: "examples", "state" or "value"."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"the optimizer wants another {what}")
@@ -37,9 +39,12 @@ class WantedError(UnsupportedError):
 
 
 def adapted(
-    spec: TrainingSpec, params: Any, own: Callable[[Any], jax.Array], wants: Collection[str]
+    spec: TrainingSpec, params: Any, own: Callable[[Any], jax.Array], wants: Collection[str], batch: Any
 ) -> tuple[TrainingSpec, Any]:
-    """The training that is compiled, and its parameters. `own` makes an array that no caller can change."""
+    """The training that is compiled for a global batch, and its parameters. `own` makes an array that no caller can
+    change."""
+    if "examples" in wants:
+        spec = with_examples(spec, params, batch)
     if is_pair(params):
         spec = replace(spec, loss=_of_fast(spec.loss), optimizer=FastOptimizer(spec.optimizer))
     spec, params = parted(spec, params, own)

@@ -28,6 +28,7 @@ from flowml.plan import ArraySpec
 from flowml.training.adapted import GrownOptimizer, WantedError
 from flowml.training.coupled import Coupling, Inputs, divide, program
 from flowml.training.ownership import Ownership, opened, ownership, together
+from flowml.training.private import PrivateOptimizer, wants_examples
 from flowml.training.valued import ValuedOptimizer
 
 
@@ -201,20 +202,20 @@ def slice_optimizer(optimizer: Any, params: Any) -> OptimizerSlices:
 
 
 def _check_wanted(optimizer: Any, params: Any, state: Any) -> None:
-    """Raise WantedError if the update reads the value of the loss where it is given, UnsupportedError if it wants the
-    gradient of each example."""
-    from optax import contrib
-
-    private = contrib.DifferentiallyPrivateAggregateState
-    nodes = jax.tree_util.tree_leaves(state, is_leaf=lambda node: isinstance(node, private))
-    if any(isinstance(node, private) for node in nodes):
-        raise UnsupportedError(
-            "the optimizer wants the gradient of each example (contrib.differentially_private_aggregate), and a "
-            "Trainer has that of a batch; write the loop with fm.dataflow, with jax.vmap(jax.grad(loss), (None, 0))"
-        )
+    """Raise WantedError if the update wants the gradient of each example, or reads the value of the loss where it is
+    given."""
+    if wants_examples(state) and not _has(optimizer, PrivateOptimizer):
+        raise WantedError("examples")
     kinds = [p.kind for p in inspect.signature(optimizer.update).parameters.values()]
     if inspect.Parameter.VAR_KEYWORD in kinds and _reads_value(optimizer, params, state):
         raise WantedError("value")
+
+
+def _has(optimizer: Any, kind: type) -> bool:
+    """Whether an optimizer, or one that it wraps, is of a kind."""
+    while optimizer is not None and not isinstance(optimizer, kind):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer is not None
 
 
 def _check_updated(optimizer: Any, params: tuple[Any, Any], state: tuple[Any, Any]) -> None:
@@ -232,7 +233,7 @@ def _check_updated(optimizer: Any, params: tuple[Any, Any], state: tuple[Any, An
     )
     if before == after:
         return
-    if isinstance(getattr(optimizer, "optimizer", None), GrownOptimizer) or isinstance(optimizer, GrownOptimizer):
+    if _has(optimizer, GrownOptimizer):
         raise TypeError("the state of the optimizer has another form after each update; keep its shapes and dtypes")
     raise WantedError("state")
 
@@ -271,12 +272,20 @@ def _explain(optimizer: Any, error: Exception, gradients: Any, params: Any, stat
             f"the optimizer wants more than gradients, state, parameters and the value of the loss ({error}). A line "
             "search or a second gradient evaluates the loss again within one update, and the homes that update layers "
             "do not hold the model; use an optimizer without such arguments, fm.methods.lbfgs for L-BFGS with a line "
-            "search, or write the loop with fm.dataflow"
+            f"search, or write the loop with fm.dataflow: {_written(error)}"
         ) from None
 
 
 def _wants(error: Exception) -> bool:
     return "keyword-only argument" in str(error) or "must be provided" in str(error)
+
+
+def _written(error: Exception) -> str:
+    """The update in a loop of one's own, for an optimizer that has failed with this error."""
+    again = "obj_fn=lambda p: loss(p, batch)"
+    if "obj_fn" not in str(error):
+        again = "value=value, grad=gradients, value_fn=lambda p: loss(p, batch)"
+    return f"optimizer.update(gradients, state, params, {again})"
 
 
 def _dependencies(graph: Graph) -> tuple[int, ...]:

@@ -450,7 +450,7 @@ class Trainer:
         self, cluster: TrainingCluster, spec: TrainingSpec, params: Any, state: Any, batch: Any
     ) -> tuple[Program, Any]:
         """The program, and the parameters as it takes them: those that are trained, with the value if it is wanted."""
-        taken, given = adapted(spec, params, own_array, self._wants)
+        taken, given = adapted(spec, params, own_array, self._wants, batch)
         try:
             return self._program(cluster, taken, structs_of(given, state), batch), given
         except WantedError as error:

@@ -21,7 +21,7 @@ import pytest
 import flowml as fm
 from flowml.data import epoch_order
 from flowml.errors import UnsupportedError
-from tests.training.optimizers import APART, FOUND, MORE, NAMES, REFUSED, VALUED, built
+from tests.training.optimizers import APART, FOUND, MORE, NAMES, PRIVATE, REFUSED, VALUED, built
 from tests.training.test_coupled_fits import simulated
 
 STEPS, BATCH, EXAMPLES, WIDTH = 4, 8, 24, 4
@@ -125,9 +125,7 @@ def _own_step(name: str, optimizer: Any) -> Callable[..., Any]:
         params, state = kept
         value, gradients = jax.value_and_grad(_loss)(params, batch)
         given: dict[str, Any] = {}
-        if REFUSED[name][1].endswith("each example"):
-            gradients = jax.vmap(jax.grad(_loss), (None, 0))(params, jax.tree.map(lambda x: x[:, None], batch))
-        elif evaluates:
+        if evaluates:
             given = {"value": value, "grad": gradients, "value_fn": lambda params: _loss(params, batch)}
         else:
             given = {"obj_fn": lambda params: _loss(params, batch)}
@@ -170,5 +168,5 @@ def test_what_is_no_optimizer_is_refused() -> None:
 
 
 def test_the_tables_name_what_optax_has() -> None:
-    missing = {*REFUSED, *APART, *MORE} - set(FOUND)
+    missing = {*REFUSED, *APART, *PRIVATE, *MORE} - set(FOUND)
     assert not missing, "these are in no module any more"

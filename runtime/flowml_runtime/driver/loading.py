@@ -35,6 +35,9 @@ PART_BYTES = 2**20
 
 PIECE_BYTES = 8 * 2**20
 
+AT_ONCE = 8
+"""The workers whose messages are encoded before the first of them is sent."""
+
 
 class Loading:
     """The state of a load: the workers that have not answered yet, and the first error."""
@@ -91,9 +94,12 @@ def send(endpoint: Sender, plan_id: str, loading: Loading, captured: Captured, s
     plan, workers = loading.plan, loading.workers
     try:
         captures = captured.of(plan, session.devices)
-        for worker in workers:
-            for message, data in messages(plan_id, plan, worker, workers, session.deadline_s, captures):
-                endpoint.send(worker, message, [data], LOAD_DEADLINE_S)
+        for start in range(0, len(workers), AT_ONCE):  # a worker that compiles takes the cores from what encodes
+            some = workers[start : start + AT_ONCE]
+            pieces = {w: list(messages(plan_id, plan, w, workers, session.deadline_s, captures)) for w in some}
+            for worker in some:
+                for message, data in pieces[worker]:
+                    endpoint.send(worker, message, [data], LOAD_DEADLINE_S)
     except WorkerLostError as lost:
         text = f"{lost.worker} was lost before it had plan {plan.name!r}: {lost}; {session.remedy}"
         raise WorkerLostError(text, worker=lost.worker) from None
