@@ -77,6 +77,17 @@ def test_reports_count_by_their_weight(threads_cluster: fm.Cluster, policy: fm.P
     assert (record["loss"], record["replicas"]) == (1.75, 2)
 
 
+def test_a_last_step_that_nobody_reports_has_a_record(threads_cluster: fm.Cluster) -> None:
+    """A replica that has pushed may be told to stop before it reports, and the others have skipped the step."""
+    history = History(training(threads_cluster, fm.policies.quorum(2)), 4, Metrics())
+    for replica in range(REPLICAS):
+        report(history, replica, 0, 1.0)
+    history.committed(1, ())
+    records = history.rest(2)
+    assert [(r["step"], r["replicas"]) for r in records] == [(0, 3), (1, 0)]
+    assert math.isnan(records[1]["loss"])
+
+
 def _with_slots(plan: Training) -> Training:
     import msgspec
 

@@ -34,7 +34,7 @@ POLICIES = {
 }
 
 
-def simulated(policy: fm.Policy, machines: Any, replicas: int, steps: int = 20) -> fm.TrainingResult:
+def simulated(policy: Any, machines: Any, replicas: int, steps: int = 20) -> fm.TrainingResult:
     cluster = fm.SimulatedCluster(replicas, machines, fm.sim.Network(1e-4, 1e9), arithmetic=False)
     trainer = fm.Trainer(loss, optax.sgd(0.05), cluster=cluster, replicas=replicas, policies=policy)
     return trainer.fit(PARAMS, SOURCE, batch_size=4 * replicas, steps=steps, progress=False)
@@ -61,6 +61,19 @@ def test_steps_that_vary_leave_the_cost_within_a_sixth(name: str) -> None:
     assert worst.replica == 7
     assert worst.cost_s == pytest.approx(slow.virtual_seconds - ideal.virtual_seconds, rel=1 / 6)
     assert sum(other.cost_s for other in others) < 0.2 * worst.cost_s
+
+
+@pytest.mark.parametrize("first", ["bound", "none"])
+def test_a_layer_that_leaves_early_in_a_step_does_not_hide_the_waits_for_it(first: str) -> None:
+    """Others begin their steps before the slow replica reports its own."""
+    rules = {"bound": named.asynchronous(5), "none": named.downpour(2, 2)}
+    policies = {"w": rules[first], "b": rules["none" if first == "bound" else "bound"]}
+    steady = fm.sim.Constant(0.1)
+    slow = simulated(policies, fm.sim.Straggler(steady, 3, workers=(3,)), 4, steps=30)
+    ideal = simulated(policies, steady, 4, steps=30)
+    (found,) = slow.stragglers()
+    assert found.replica == 3
+    assert found.cost_s == pytest.approx(slow.virtual_seconds - ideal.virtual_seconds, rel=0.15)
 
 
 def test_a_member_of_a_site_is_named_and_not_its_leader() -> None:

@@ -148,7 +148,7 @@ class Fit:
                     show(self._observer.ready(records, self._time.now() - began))
             seconds = self._time.now() - began
             sent, crossed = totals(self._training, self._machine.traffic.values())
-            show(self._observer.rest(self._history.rest(), seconds, sent, crossed), over=True)
+            show(self._observer.rest(self._history.rest(self._options.total), seconds, sent, crossed), over=True)
             seconds = self._time.now() - began
         finally:
             progress.close()

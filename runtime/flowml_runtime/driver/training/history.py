@@ -213,10 +213,10 @@ class History:
             found.append(self._close())
         return found
 
-    def rest(self) -> list[Record]:
-        """Records of all remaining steps, after the last report."""
+    def rest(self, steps: int = 0) -> list[Record]:
+        """Records of all remaining steps, after the last report: of so many at least, where replicas share clocks."""
         found: list[Record] = []
-        while self._open and self.step <= max(self._open):
+        while (self._aligned and self.step < steps) or (self._open and self.step <= max(self._open)):
             found.append(self._close())
         return found
 

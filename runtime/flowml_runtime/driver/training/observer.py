@@ -185,7 +185,7 @@ class Observer:
             if found is not None:
                 seen.take(self._names[0], found)
         if self._bound is not None:
-            self._advanced(report.replica, report.clock + 1, now)
+            self._advanced(report.replica, report.clock + 1, now, report.seconds)
 
     def _note(self, modelled: Iterable[tuple[int, Waits]]) -> None:
         """The model says what these clocks waited for."""
@@ -301,10 +301,10 @@ class Observer:
             found = self._open[step] = _Seen()
         return found
 
-    def _advanced(self, replica: int, clock: int, now: float) -> None:
+    def _advanced(self, replica: int, clock: int, now: float, own: float = 0.0) -> None:
         if self._bound is not None:
             name, bound = self._bound
-            found = bound.reported(replica, clock, now)
+            found = bound.reported(replica, clock, now, own)
             if found is not None:
                 self._at(self._next).take(name, found, charge=not self._mixed)
 

@@ -227,29 +227,37 @@ class Bound:
     def __init__(self, terms: Terms, store: int) -> None:
         self._policy = terms.stores[store].policy
         self._clocks = Clocks(terms.replicas, terms.stores[store].senders(terms.members))
-        self._others = max(terms.replicas - 1, 1)
-        self._waiting: dict[int, tuple[int, float]] = {}
-        """Replica that waits -> the clock that it cannot begin, and since when."""
+        self._replicas, self._others = terms.replicas, max(terms.replicas - 1, 1)
+        self._waiting: dict[int, tuple[float, int]] = {}
+        """Replica that waits -> since when, and which replica was the slowest then."""
+        self._slowest = 0
         self.waited: Counter[int] = Counter()
         """By replica, the seconds that it has waited."""
 
-    def reported(self, replica: int, clock: int, now: float) -> Waits | None:
-        """What others have waited for this replica, which now is at `clock`; `RETIRED` if it has no more work."""
+    def reported(self, replica: int, clock: int, now: float, own: float = 0.0) -> Waits | None:
+        """What this replica, which now is at `clock` after a step of so many seconds of its `own`, has waited for.
+
+        `clock` is `RETIRED` if it has no more work. It has waited until its step began: a slower one may have sent long
+        before it reported what the replica waited for.
+        """
         if clock <= self._clocks[replica]:
             return None
+        since, slowest = self._waiting.pop(replica, (math.inf, 0))
+        waited = now - own - since
         self._clocks.raise_to(clock, replica)
-        freed = [(r, since) for r, (at, since) in self._waiting.items() if self._may_begin(at)]
-        for waiting, since in freed:
-            del self._waiting[waiting]
-            self.waited[waiting] += now - since  # pyright: ignore[reportArgumentType]
-        self._waiting.pop(replica, None)
         if clock < RETIRED and not self._may_begin(clock):
-            self._waiting[replica] = (clock, now)
-        waited = [now - since for r, since in freed if r != replica]
-        if not waited:
+            self._waiting[replica] = now, self._find_slowest()
+        if waited <= 0:
             return None
-        cost = sum(waited) / self._others
-        return Waits(cost, 0.0, ((replica, max(waited), cost),))
+        self.waited[replica] += waited  # pyright: ignore[reportArgumentType]
+        cost = waited / self._others
+        return Waits(cost, 0.0, ((slowest, waited, cost),))
+
+    def _find_slowest(self) -> int:
+        """A replica that all wait for. It changes with the floor, so few waits need a search."""
+        if self._clocks[self._slowest] > self._clocks.floor:
+            self._slowest = min(range(self._replicas), key=self._clocks.__getitem__)
+        return self._slowest
 
     def _may_begin(self, clock: int) -> bool:
         every, floor = self._policy.every, self._clocks.floor
