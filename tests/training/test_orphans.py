@@ -22,6 +22,8 @@ import pytest
 import flowml as fm
 from flowml.errors import CheckpointError
 from flowml_runtime.driver.training import saving
+from flowml_runtime.driver.training.kept import claimed
+from flowml_runtime.environment import checkpoints
 from flowml_runtime.launch.launched import LaunchedCluster
 from flowml_runtime.worker.ending import Ending, Ends
 from tests.training.reference import assert_same
@@ -121,6 +123,12 @@ def test_a_suspended_driver_is_refused_when_it_wakes_up(tmp_path: Path) -> None:
             with fm.Cluster.connect(launched.address, launched.token) as cluster:
                 with pytest.raises(CheckpointError, match=rf"in use by a fit of process {old.pid} on .*; wait for its"):
                     train(cluster, "asynchronous", tmp_path, resume="auto")
+                name = checkpoints.identity(tmp_path, anew=False)
+                with (
+                    pytest.raises(CheckpointError, match=r"driver-\w+ is training this fit on the same workers"),
+                    claimed(cluster, name, wait_s=0.0),
+                ):
+                    pass
                 old.send_signal(signal.SIGSTOP)
                 found = eventually(lambda: train(cluster, "asynchronous", tmp_path, resume="auto"))
                 assert found.resumed_at > 0
@@ -131,6 +139,16 @@ def test_a_suspended_driver_is_refused_when_it_wakes_up(tmp_path: Path) -> None:
         assert told.splitlines()[-1].startswith(b"flowml.errors."), told
         assert sorted(p.name for p in tmp_path.iterdir()) == before
         assert_fates(found, "asynchronous", None)
+
+
+def test_after_a_while_nothing_is_kept_and_the_workers_are_free(tmp_path: Path) -> None:
+    with closing(LaunchedCluster(workers=REPLICAS, orphan_s=1e-3)) as launched:
+        started = command(launched, "asynchronous", tmp_path, "after send Completed 8")
+        assert subprocess.run(**started, timeout=100, check=False).returncode == -signal.SIGKILL
+        with fm.Cluster.connect(launched.address, launched.token) as cluster:
+            found = train(cluster, "asynchronous", tmp_path, resume="auto")
+    assert found.resumed_at == 0
+    assert_fates(found, "asynchronous", None)
 
 
 def eventually(attempt: Any, timeout_s: float = 30.0) -> fm.TrainingResult:
