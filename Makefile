@@ -40,7 +40,7 @@ wheel: $(STAMP)  ## build the wheel and use it in an environment of its own
 faults: $(STAMP)  ## 100,000 random training runs with faults, checked; FAULTS_ARGS="--seed 7" repeats one
 	@$(VENV)/bin/flowml faults $(or $(FAULTS_ARGS),--seeds 100000)
 
-kills: $(STAMP)  ## kill -9 of worker, home, leader and driver at each point of a run, under four policies
+kills: $(STAMP)  ## kill -9 of worker, home, leader, coordinator and driver at each point of a run, under four policies
 	@FLOWML_KILLS=1 $(PY) -m pytest -n $(TEST_JOBS) --dist worksteal --timeout=120 tests/training/test_kills.py tests/training/test_orphans.py
 
 reference: $(STAMP)  ## write docs/reference.md from the docstrings, tables of docs/training.md and docs/methods

@@ -161,12 +161,12 @@ class Peer:
                 self.machine.step(membership.Working(self.NAME))
 
     def state(self) -> str:
-        seat = self.machine._seats.get(self.NAME)  # pyright: ignore
-        if seat is None:
-            return "lost" if self.NAME in self.machine._last_life else "unknown"  # pyright: ignore
-        if self._now_s - seat.heard_s <= self.TIMEOUT_S / 2:
+        heard = self.machine._heard.get(self.NAME)  # pyright: ignore
+        if heard is None:
+            return "lost" if self.NAME in self.machine._roster.lives else "unknown"  # pyright: ignore
+        if self._now_s - heard.heard_s <= self.TIMEOUT_S / 2:
             return "member"
-        return "at work" if self._now_s - seat.seen_s <= self.TIMEOUT_S / 2 else "silent"
+        return "at work" if self._now_s - heard.seen_s <= self.TIMEOUT_S / 2 else "silent"
 
     def validate(self) -> None:
         self.machine.validate()

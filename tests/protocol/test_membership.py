@@ -1,4 +1,4 @@
-"""The membership machine: who is let in, who is lost, and that everybody hears of it."""
+"""The membership machine: who is admitted, who is lost, that all members are told, and what its log gives again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from flowml_runtime import wire
 from flowml_runtime.protocol.membership import (
     Action,
+    Append,
+    Close,
     ConnectionLost,
     Coordinator,
     Event,
@@ -23,13 +25,16 @@ from flowml_runtime.protocol.membership import (
     Tick,
     Working,
 )
+from flowml_runtime.protocol.roster import Joined, Left, Record, Roster
 
 VERSION, PROTOCOL = "1.0", 7
+PROCESS = wire.Process("machine", 42)
 CPU = wire.DeviceInfo(name="cpu:0", platform="cpu", memory_bytes=10, cores=1.0)
 
 
 def join(name: str = "", life: int = 1, at: str = "h:1", **changes: object) -> wire.Join:
     fields = {"worker": name, "address": at, "incarnation": life, "protocol": PROTOCOL, "version": VERSION}
+    fields["process"] = PROCESS
     return wire.Join(**{**fields, "devices": () if name.startswith("driver") else (CPU,), **changes})  # type: ignore[arg-type]
 
 
@@ -66,7 +71,8 @@ def names(view: wire.Members) -> list[str]:
 def test_a_worker_is_named_welcomed_and_announced() -> None:
     machine = admitted(cluster(), "driver", "worker:0")
     actions = machine.step(Received("joining-9", join(at="h:9")))
-    assert actions[:3] == [
+    assert actions[:4] == [
+        Append(Joined(machine.members[-1], PROCESS)),
         Know("joining-9", "h:9"),
         Rename("joining-9", "worker:1"),
         Send("worker:1", wire.Welcome(worker="worker:1", heartbeat_s=0.5)),
@@ -138,11 +144,21 @@ def test_a_free_name_is_given_again_to_a_later_life_only() -> None:
 def test_a_loss_is_told_once_with_its_reason(event: Event, reason: str) -> None:
     machine = admitted(cluster(), "driver", "worker:0", "worker:1")
     actions = machine.step(event)
-    assert actions[0] == Forget("worker:1")
+    assert actions[:2] == [Append(Left(("worker:1",))), Forget("worker:1")]
     assert {p: (names(v), v.lost) for p, v in views(actions).items()} == {
         peer: (["driver", "worker:0"], (("worker:1", reason),)) for peer in ("driver", "worker:0")
     }
     assert machine.step(event) == []
+
+
+def test_the_end_of_a_process_is_no_loss_of_one_that_has_its_name_by_now() -> None:
+    machine = admitted(cluster(), "worker:0")
+    assert machine.step(ProcessExited("worker:0", "killed", wire.Process("machine", 41))) == []
+    assert machine.step(ProcessExited("worker:0", "killed", wire.Process("another", 42))) == []
+    assert machine.step(ProcessExited("worker:0", "killed", PROCESS)) == [
+        Append(Left(("worker:0",))),
+        Forget("worker:0"),
+    ]
 
 
 def test_silence_is_a_loss_and_a_heartbeat_of_an_earlier_life_is_silence() -> None:
@@ -161,8 +177,8 @@ def test_a_coordinator_that_was_suspended_blames_nobody() -> None:
     machine = admitted(cluster(), "worker:0")
     assert machine.step(Tick(1000.0)) == []
     later = [a for t in range(1, 18) for a in machine.step(Tick(1000 + t / 4))]
-    assert set(later) == {Look("worker:0")}  # silent it is
-    assert machine.step(Tick(1005.5)) == [Forget("worker:0")]
+    assert set(later) == {Look("worker:0", PROCESS)}  # silent it is
+    assert machine.step(Tick(1005.5)) == [Append(Left(("worker:0",))), Forget("worker:0")]
 
 
 def test_a_silent_worker_that_is_seen_at_work_is_borne_with_for_a_while() -> None:
@@ -184,6 +200,65 @@ def test_a_silent_worker_that_is_seen_at_work_is_borne_with_for_a_while() -> Non
     assert 5 < at["worker:1"] < 10
 
 
+def restarted(machine: Coordinator, log: list[Record], now_s: float) -> tuple[Coordinator, list[Action]]:
+    """A coordinator with the log of another, and what it does first."""
+    successor = Coordinator(VERSION, PROTOCOL, away_s=60.0, roster=Roster(log))
+    assert successor.members == machine.members
+    return successor, successor.step(Tick(now_s))
+
+
+def logged(actions: list[Action]) -> list[Record]:
+    return [a.record for a in actions if isinstance(a, Append)]
+
+
+def test_a_restarted_coordinator_has_its_members_and_gives_them_time_to_come_back() -> None:
+    machine, log = cluster(away_s=60.0), list[Record]()
+    for number, name in enumerate(["driver", "worker:0", "worker:1"]):
+        log += logged(machine.step(Received(f"joining-{number}", join(name, at=f"h:{number}"))))
+    machine, first = restarted(machine, log, 1000.0)
+    assert first == [Know("driver", "h:0"), Know("worker:0", "h:1"), Know("worker:1", "h:2")]
+    for name, port in (("driver", 0), ("worker:0", 1)):
+        welcome, view = machine.step(Received(name, join(name, at=f"h:{port}")))
+        assert isinstance(welcome, Send)
+        assert welcome.message == wire.Welcome(worker=name, heartbeat_s=0.5, away_s=60.0)
+        assert isinstance(view, Send)
+        assert isinstance(view.message, wire.Members)
+        assert (view.message.epoch, view.message.lost) == (3, ())
+    lost: dict[float, tuple[str, ...]] = {}
+    for tick in range(1, 24):
+        for name in ("driver", "worker:0"):
+            machine.step(Received(name, wire.Heartbeat(worker=name, incarnation=1)))
+        for record in logged(machine.step(Tick(1000 + tick / 4))):
+            assert isinstance(record, Left)
+            lost[tick / 4] = record.names
+    assert lost == {5.25: ("worker:1",)}
+
+
+def test_a_lost_incarnation_stays_refused_after_a_restart() -> None:
+    machine, log = cluster(), list[Record]()
+    log += logged(machine.step(Received("joining-0", join("worker:0", life=5))))
+    log += logged(machine.step(ConnectionLost("worker:0", "gone")))
+    machine, _ = restarted(machine, log, 0.0)
+    assert "not later than 5" in refusal(machine.step(Received("joining-1", join("worker:0", life=5))))
+    assert Rename("joining-2", "worker:0") in machine.step(Received("joining-2", join("worker:0", life=6)))
+
+
+def test_a_worker_whose_name_was_logged_and_not_told_gets_the_same_name() -> None:
+    machine = cluster()
+    log = logged(machine.step(Received("joining-0", join())))
+    machine, _ = restarted(machine, log, 0.0)
+    actions = machine.step(Received("joining-0", join()))
+    assert actions[:2] == [Know("joining-0", "h:1"), Rename("joining-0", "worker:0")]
+    assert logged(actions) == []
+
+
+def test_members_are_told_that_the_cluster_ends() -> None:
+    machine = admitted(cluster(), "driver", "worker:0")
+    assert machine.step(Close("it was closed")) == [
+        Send(name, wire.Refused(reason="it was closed")) for name in ("driver", "worker:0")
+    ]
+
+
 SMALL = st.integers(0, 5)
 
 
@@ -197,10 +272,14 @@ class Membership(RuleBasedStateMachine):
         self.view: dict[str, wire.Members] = {}
         self.lives: dict[str, int] = {}
         self.left: set[str] = set()
+        self.log: list[Record] = []
 
     def take(self, event: Event) -> list[Action]:
         before = {m.worker: m for m in self.machine.members}
         actions = self.machine.step(event)
+        kinds = [type(a) for a in actions]
+        assert Append not in kinds[kinds.count(Append) :], "what is told is on disk"
+        self.log += logged(actions)
         told = views(actions)
         after = {m.worker: m for m in self.machine.members}
         if before != after:
@@ -244,9 +323,17 @@ class Membership(RuleBasedStateMachine):
         assert beaten <= after
         self.left |= before - after
 
+    @rule(compacted=st.booleans())
+    def restarts(self, compacted: bool) -> None:
+        if compacted:
+            self.log = [Roster(self.log).whole()]
+        self.machine, known = restarted(self.machine, self.log, self.clock)
+        assert known == [Know(m.worker, m.address) for m in self.machine.members]
+
     @invariant()
     def holds(self) -> None:
         self.machine.validate()
+        assert Roster(self.log).whole() == self.machine._roster.whole()  # pyright: ignore
         for view in self.view.values():
             assert view.members == self.machine.members
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 
 from flowml.errors import ClusterError
 from flowml_runtime import wire
+from flowml_runtime.environment.processes import AtWork
 from flowml_runtime.launch.local import LocalWorkers
+from flowml_runtime.launch.starting import Starting
 from flowml_runtime.membership.coordinator import CoordinatorHost
 from flowml_runtime.membership.member import Membership, passing_name
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
@@ -31,24 +34,29 @@ def busy() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_busy_process_works_and_a_suspended_or_sleeping_one_does_not(busy: subprocess.Popen[bytes]) -> None:
-    with closing(LocalWorkers(lambda *_: None)) as workers:
-        workers.pids["worker:0"] = busy.pid
-        wait_until(lambda: workers.works("worker:0"), "it works")
-        busy.send_signal(signal.SIGSTOP)
-        wait_until(lambda: not workers.works("worker:0"), "it is suspended")
-        busy.send_signal(signal.SIGCONT)
-        wait_until(lambda: workers.works("worker:0"), "it works again")
-        with subprocess.Popen(["sleep", "60"]) as asleep:
-            workers.pids["worker:1"] = asleep.pid
-            wait_until(lambda: not workers.works("worker:1"), "it sleeps")
-            asleep.kill()
-        assert not workers.works("worker:1")
-        assert not workers.works("worker:2")
+    works = AtWork()
+    wait_until(lambda: works(busy.pid), "it works")
+    busy.send_signal(signal.SIGSTOP)
+    wait_until(lambda: not works(busy.pid), "it is suspended")
+    busy.send_signal(signal.SIGCONT)
+    wait_until(lambda: works(busy.pid), "it works again")
+    with subprocess.Popen(["sleep", "60"]) as asleep:
+        wait_until(lambda: not works(asleep.pid), "it sleeps")
+        asleep.kill()
+    assert not works(asleep.pid)
 
 
 def test_a_silent_worker_is_lost_when_it_stops_working(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_work = {"worker:0"}
-    host = CoordinatorHost("127.0.0.1:0", TOKEN, works=at_work.__contains__, heartbeat_s=0.1, timeout_s=0.5)
+    at_work = [os.getpid()]
+    starting = Starting()
+    host = CoordinatorHost(
+        "127.0.0.1:0",
+        TOKEN,
+        works=at_work.__contains__,
+        heartbeat_s=0.1,
+        timeout_s=0.5,
+        on_members=starting.on_members,
+    )
     endpoint = GrpcEndpoint(passing_name(), TOKEN)
     ended: list[str] = []
     monkeypatch.setattr(Membership, "_beat", lambda *_: None)
@@ -56,7 +64,7 @@ def test_a_silent_worker_is_lost_when_it_stops_working(monkeypatch: pytest.Monke
     with closing(host), closing(endpoint):
         silent.join("worker:0", (CPU,))
         with pytest.raises(ClusterError, match="worker:1 did not start"):
-            host.wait_for(("worker:0", "worker:1"), 2.0, time.monotonic())  # four times the timeout, in which it stays
+            starting.wait_for(("worker:0", "worker:1"), 2.0, time.monotonic())  # four times the timeout: it stays
         assert ended == []
         at_work.clear()
         wait_until(lambda: ended, "it is lost")

@@ -159,6 +159,34 @@ def test_a_launched_cluster_serves_scripts_and_takes_more_workers(flowml, start_
     assert not token_file.exists()
 
 
+def coordinator(start_flowml, *options: str) -> tuple[subprocess.Popen[str], str, Path]:
+    """A coordinator by itself: its process, address and token file."""
+    process = start_flowml("coordinator", *options)
+    found = re.search(r"cluster at (\S+), token in (\S+)", read_until(process.stdout, "Ctrl-C stops it."))
+    assert found is not None
+    return process, found[1], Path(found[2])
+
+
+def test_a_coordinator_that_is_started_again_is_where_it_was_and_its_workers_go_on(
+    flowml, start_flowml, script, tmp_path: Path
+) -> None:
+    first, address, token_file = coordinator(start_flowml, "--state", "state")
+    assert token_file == tmp_path / "state" / "token"
+    assert token_file.stat().st_mode & 0o777 == 0o600
+    worker = start_flowml("worker", address, "--token-file", token_file)
+    read_until(worker.stdout, "joined as worker:0")
+    for stop in (signal.SIGKILL, signal.SIGINT):
+        first.send_signal(signal.SIGKILL) if stop == signal.SIGKILL else interrupt(first)
+        first.wait(timeout=20)
+        first, again, same = coordinator(start_flowml, "--state", "state")
+        assert (again, same) == (address, token_file)
+        done = flowml("run", "--on", address, "--token-file", token_file, script(DOUBLE), check=True)
+        assert done.stdout == "[] __main__ 42.0\n"
+    assert worker.poll() is None
+    refused = flowml("coordinator", "--state", "state")
+    assert (refused.returncode, "another coordinator uses it" in refused.stderr) == (1, True)
+
+
 WAY = """
 import flowml_runtime.cluster as c, flowml as fm, jax.numpy as jnp
 print(c.current_cluster().links.between("worker:0", "worker:1").way)

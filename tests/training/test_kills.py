@@ -1,9 +1,11 @@
-"""Workers are killed at named points of a run: no acknowledged update is lost, none is applied twice.
+"""Processes are killed at named points of a run: no acknowledged update is lost, none is applied twice.
 
 `make kills` runs every cell of policy x role x point, and `make test` one of each policy and role. Fits with a common
 clock and no quorum must end with the same bits and the same ledger as one without a kill. For the others the model
 itself counts: its parameters are one number for each example, whose gradient is 1 for this example and 0 for all
 others. So each parameter shows how often, and with which weight, the work item of its example was applied.
+
+A coordinator that is killed is started again where it was. Workers and driver go on without it, and none is lost.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import optax
 import pytest
 
 import flowml as fm
-from flowml_runtime.worker.ending import Ending
+from flowml_runtime.launch.launched import LaunchedCluster
+from flowml_runtime.transport.ending import Ending
 from tests.conftest import wait_until
 from tests.training.reference import assert_same
 from tests.training.test_lost_and_replaced import EVERY, POLICIES, REPLICAS, STEPS, fit
@@ -81,12 +84,20 @@ LEADER = points("""
 """)
 
 
+COORDINATOR = points("""
+    before after soon take Heartbeat 8
+    before after soon take Heartbeat 20
+""")
+"""Each member sends two in a second."""
+
+
 def cells() -> Iterator[tuple[str, str, Ending]]:
     for policy in EVERY_POLICY:
         clocked = policy in CLOCKED
         yield from ((policy, "worker", at) for at in WORKER)
         yield from ((policy, "home", at) for at in [*HOME, *(HOME_OF_CLOCKED if clocked else HOME_ON_ARRIVAL)])
         yield from ((policy, "leader", at) for at in LEADER if clocked)
+        yield from ((policy, "coordinator", at) for at in COORDINATOR)
 
 
 def few(grid: Sequence[tuple[str, str, Ending]]) -> list[tuple[str, str, Ending]]:
@@ -99,11 +110,25 @@ def few(grid: Sequence[tuple[str, str, Ending]]) -> list[tuple[str, str, Ending]
 
 GRID = list(cells())
 EXAMPLES = STEPS * REPLICAS
+TAKEOVER_S = 10.0
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[fm.Cluster]:
     with closing(fm.Cluster.local(workers=REPLICAS)) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def launched() -> Iterator[LaunchedCluster]:
+    """With a coordinator in a process of its own."""
+    with closing(LaunchedCluster(workers=REPLICAS, state="")) as launched:
+        yield launched
+
+
+@pytest.fixture(scope="module")
+def connected(launched: LaunchedCluster) -> Iterator[fm.Cluster]:
+    with closing(fm.Cluster.connect(launched.address, launched.token)) as cluster:
         yield cluster
 
 
@@ -136,28 +161,11 @@ def count(cluster: fm.Cluster, policy: str, path: Path | None = None, **options:
     return trainer.fit(params, source, batch_size=REPLICAS, steps=STEPS, progress=False, **options)
 
 
-@pytest.mark.parametrize(
-    ("policy", "role", "at"), GRID if ALL else few(GRID), ids=lambda value: str(value).replace(" ", "-")
-)
-@pytest.mark.filterwarnings("ignore:worker.. was lost")
-def test_a_kill(
-    cluster: fm.Cluster,
-    whole: dict[str, fm.TrainingResult],
-    policy: str,
-    role: str,
-    at: Ending,
-    tmp_path: Path,
-) -> None:
-    victim = ROLES[role]
-    doom(cluster, victim, at)
-    pid = cluster.pids[victim]
-    found = (fit if policy in EXACT else count)(cluster, policy, tmp_path, on_loss="replace")
-    assert cluster.pids.get(victim) != pid, f"it has not come to the point {at}"
-    if at.message not in ("Retired", "StoreValue"):
-        assert [loss.workers for loss in found.losses] == [(victim,)]
+def check(found: fm.TrainingResult, policy: str, path: Path, whole: dict[str, fm.TrainingResult]) -> None:
+    """Nothing that was acknowledged is lost, and nothing was applied twice."""
     assert [record["step"] for record in found.history] == list(range(STEPS))
-    assert fm.restore(tmp_path).step == STEPS
-    assert_same(fm.restore(tmp_path).params, found.params)
+    assert fm.restore(path).step == STEPS
+    assert_same(fm.restore(path).params, found.params)
     ledger = found.ledger
     assert ledger.used + ledger.dropped + ledger.folded + ledger.unseen == EXAMPLES
     assert ledger.outstanding == 0
@@ -180,3 +188,52 @@ def test_a_kill(
         np.testing.assert_allclose(
             np.sort(applied), expected, rtol=1e-6, err_msg="each once, with its weight in the mean"
         )
+
+
+def chosen(*, coordinator: bool) -> Any:
+    grid = [cell for cell in (GRID if ALL else few(GRID)) if (cell[1] == "coordinator") == coordinator]
+    return pytest.mark.parametrize(("policy", "role", "at"), grid, ids=lambda value: str(value).replace(" ", "-"))
+
+
+@chosen(coordinator=False)
+@pytest.mark.filterwarnings("ignore:worker.. was lost")
+def test_a_kill(
+    cluster: fm.Cluster,
+    whole: dict[str, fm.TrainingResult],
+    policy: str,
+    role: str,
+    at: Ending,
+    tmp_path: Path,
+) -> None:
+    victim = ROLES[role]
+    doom(cluster, victim, at)
+    pid = cluster.pids[victim]
+    found = (fit if policy in EXACT else count)(cluster, policy, tmp_path, on_loss="replace")
+    assert cluster.pids.get(victim) != pid, f"it has not come to the point {at}"
+    if at.message not in ("Retired", "StoreValue"):
+        assert [loss.workers for loss in found.losses] == [(victim,)]
+    check(found, policy, tmp_path, whole)
+
+
+@chosen(coordinator=True)
+def test_a_kill_of_the_coordinator(
+    launched: LaunchedCluster,
+    connected: fm.Cluster,
+    whole: dict[str, fm.TrainingResult],
+    policy: str,
+    role: str,
+    at: Ending,
+    tmp_path: Path,
+) -> None:
+    launched.end_coordinator(at)
+    wait_until(lambda: launched.processes.coordinator, "it is there again", TAKEOVER_S)
+    pid = launched.processes.coordinator
+
+    def wait(record: dict[str, Any]) -> None:
+        if record["step"] == STEPS // 2:  # in the middle of the fit
+            wait_until(lambda: launched.processes.coordinator not in (0, pid), "another has taken over", TAKEOVER_S)
+
+    found = (fit if policy in EXACT else count)(connected, policy, tmp_path, on_loss="replace", callbacks=[wait])
+    assert found.losses == ()
+    assert len(connected.devices) == REPLICAS
+    check(found, policy, tmp_path, whole)

@@ -25,7 +25,7 @@ from flowml_runtime.driver.training import saving
 from flowml_runtime.driver.training.kept import claimed
 from flowml_runtime.environment import checkpoints
 from flowml_runtime.launch.launched import LaunchedCluster
-from flowml_runtime.worker.ending import Ending, Ends
+from flowml_runtime.transport.ending import Ending, Ends
 from tests.training.reference import assert_same
 from tests.training.test_kills import ALL, CLOCKED, EVERY_POLICY, EXACT, EXAMPLES, count, points
 from tests.training.test_lost_and_replaced import REPLICAS, STEPS, fit

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +96,28 @@ def add_transport(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_bind(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that says where a coordinator listens."""
+    parser.add_argument(
+        "--bind",
+        type=address,
+        default="127.0.0.1:0",
+        metavar="HOST:PORT",
+        help="where to listen (default 127.0.0.1, any free port); beyond loopback TLS is required",
+    )
+
+
+def add_lost_after(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that says when a silent worker is lost."""
+    parser.add_argument(
+        "--lost-after",
+        type=seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="how long a worker may be silent before it is lost (default 5)",
+    )
+
+
 def add_connection(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a command that connects to a running cluster."""
     parser.add_argument(
@@ -145,6 +169,21 @@ def connection_options(token_file: Path, secured: TLS | None) -> str:
     if secured is not None:
         files |= {"--tls-cert": secured.cert, "--tls-key": secured.key, "--tls-ca": secured.ca}
     return " ".join(f"{option} {shlex.quote(str(path))}" for option, path in files.items())
+
+
+def announce(at: str, token_file: Path, secured: TLS | None) -> None:
+    """Print how to use and to stop the cluster at an address."""
+    options = connection_options(token_file, secured)
+    files = {} if secured is None else {"cert": str(secured.cert), "key": str(secured.key), "ca": str(secured.ca)}
+    print(f"cluster at {at}, token in {token_file}")
+    print("  in Python:   import flowml as fm; from pathlib import Path")
+    print(
+        f"               fm.Cluster.connect({at!r}, token=Path({str(token_file)!r}){f', tls={files}' if files else ''})"
+    )
+    print(f"  a script:    flowml run --on {at} {options} FILE.py")
+    print(f"  one more:    flowml worker {at} {options}")
+    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a shell script starts background commands like this
+    print(f"`kill {os.getpid()}` stops it." if deaf else "Ctrl-C stops it.", flush=True)
 
 
 def connect(at: str, arguments: argparse.Namespace) -> Cluster:

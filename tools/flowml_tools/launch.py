@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from flowml_tools.command import (
+    add_bind,
+    add_lost_after,
     add_offer,
     add_tls,
     add_transport,
-    address,
-    connection_options,
+    announce,
     count,
     positive,
     read_token,
-    seconds,
     tls,
 )
-
-if TYPE_CHECKING:
-    from flowml_runtime.transport.security import TLS
 
 SUMMARY = "start a cluster and print how to connect to it"
 DESCRIPTION = """\
@@ -38,21 +32,15 @@ run until Ctrl-C. The token is written to a file that only its owner can read, a
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--workers", type=positive, default=1, metavar="N", help="workers to start (default 1)")
     parser.add_argument("--on", choices=["local"], default="local", help="where the workers run (default local)")
-    parser.add_argument(
-        "--bind",
-        type=address,
-        default="127.0.0.1:0",
-        metavar="HOST:PORT",
-        help="where to listen (default 127.0.0.1, any free port); beyond loopback TLS is required",
-    )
+    add_bind(parser)
     parser.add_argument("--token-file", type=Path, metavar="F", help="use the token in F, or write a new one there")
     parser.add_argument(
-        "--lost-after",
-        type=seconds,
-        default=5.0,
-        metavar="SECONDS",
-        help="how long a worker may be silent before it is lost (default 5)",
+        "--state",
+        default="",
+        metavar="DIR",
+        help="where the coordinator keeps its log (default: a temporary folder, removed at the end)",
     )
+    add_lost_after(parser)
     add_tls(parser)
     add_transport(parser)
     add_offer(parser)
@@ -76,27 +64,14 @@ def main(arguments: argparse.Namespace) -> int:
             checksum=arguments.checksum,
             lost_after_s=arguments.lost_after,
             orphan_s=arguments.orphan,
+            state=arguments.state,
         )
         try:
-            _announce(cluster.address, path, secured)
+            announce(cluster.address, path, secured)
             cluster.wait()  # no deadline: it runs until it is stopped, and a signal ends the wait
         finally:
             cluster.close()
     return 0
-
-
-def _announce(at: str, token_file: Path, secured: TLS | None) -> None:
-    options = connection_options(token_file, secured)
-    files = {} if secured is None else {"cert": str(secured.cert), "key": str(secured.key), "ca": str(secured.ca)}
-    print(f"cluster at {at}, token in {token_file}")
-    print("  in Python:   import flowml as fm; from pathlib import Path")
-    print(
-        f"               fm.Cluster.connect({at!r}, token=Path({str(token_file)!r}){f', tls={files}' if files else ''})"
-    )
-    print(f"  a script:    flowml run --on {at} {options} FILE.py")
-    print(f"  one more:    flowml worker {at} {options}")
-    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a shell script starts background commands like this
-    print(f"`kill {os.getpid()}` stops it." if deaf else "Ctrl-C stops it.", flush=True)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from flowml_runtime.environment.streams import open_standard_streams
-from flowml_tools import bench, doctor, faults, launch, reproduce, run, simulate, trace, viz, worker
+from flowml_tools import bench, coordinator, doctor, faults, launch, reproduce, run, simulate, trace, viz, worker
 from flowml_tools.command import CommandError
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flowml", description=DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"flowml {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (run, launch, worker, simulate, reproduce, faults, viz, trace, bench, doctor):
+    for module in (run, launch, coordinator, worker, simulate, reproduce, faults, viz, trace, bench, doctor):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name,

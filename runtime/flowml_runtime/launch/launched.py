@@ -16,15 +16,19 @@ from flowml_runtime.environment.forks import check_owner, check_startable, is_fo
 from flowml_runtime.environment.machine import cores, memory_bytes, share_cores
 from flowml_runtime.execution.future import wait_heeding_signals
 from flowml_runtime.launch.capacity import check_room, room
+from flowml_runtime.launch.coordinating import CoordinatorProcess
 from flowml_runtime.launch.local import LocalWorkers
 from flowml_runtime.launch.options import counts, refusing
+from flowml_runtime.launch.starting import Starting
 from flowml_runtime.membership.coordinator import CoordinatorHost
+from flowml_runtime.membership.member import COORDINATOR
+from flowml_runtime.membership.process import CoordinatorConfig, coordinator_of
 from flowml_runtime.protocol.membership import TIMEOUT_S
 from flowml_runtime.transport.addresses import advertised_host
+from flowml_runtime.transport.ending import Ending
 from flowml_runtime.transport.security import TLS, check_exposure, new_token, split_address
 from flowml_runtime.worker.compile_cache import settings_here
 from flowml_runtime.worker.config import ORPHAN_S, WorkerConfig
-from flowml_runtime.worker.ending import Ending
 
 TLSFiles = TLS | Mapping[str, str | os.PathLike[str]] | None
 """Paths of PEM files under "cert", "key" and "ca"."""
@@ -48,11 +52,15 @@ class LaunchedCluster:
         checksum: bool | None = None,
         lost_after_s: float = TIMEOUT_S,
         orphan_s: float = ORPHAN_S,
+        state: str | os.PathLike[str] | None = None,
     ) -> None:
         """Returns when all workers have joined. If one does not, ends everything it started and raises ClusterError.
 
         A worker that is silent for `lost_after_s` is lost. Workers keep the newest snapshot of a fit whose driver is
-        lost for `orphan_s`.
+        lost for `orphan_s`. With `state` the coordinator is a process of its own, which
+        is started again if it ends. The folder `state` keeps its log, also for a later cluster at the same address;
+        with "" the log is in a temporary folder, which is removed at the end. Without `state` the coordinator is in
+        this process and ends with it.
         """
         check_startable()
         with refusing():
@@ -68,24 +76,25 @@ class LaunchedCluster:
         self._start_timeout_s = start_timeout_s
         self._owner = this_process()
         self._over, self._failure = threading.Event(), ""
-        self._host: CoordinatorHost | None = None
+        self._coordinator: CoordinatorHost | CoordinatorProcess | None = None
+        self._starting = Starting()
         began = time.monotonic()
         check_room(workers, start_timeout_s, room())
         with ExitStack() as stack:
-            processes = self.processes = LocalWorkers(self._on_exit)  # first, because it takes the longest
+            processes = self.processes = LocalWorkers(self._on_exit, self._on_listening)  # first: it takes the longest
             stack.callback(processes.close)
-            host = self._host = CoordinatorHost(
-                bind,
-                self.token,
-                files,
-                works=processes.works,
+            config = CoordinatorConfig(
+                bind=bind,
+                token=self.token,
+                state=processes.state_folder if state is None or state == "" else os.path.abspath(state),
+                tls=files and (str(files.cert), str(files.key), str(files.ca)),
                 shared_memory=shared,
                 checksum=checksum,
-                timeout_s=lost_after_s,
-                on_failure=self._on_failure,
+                lost_after_s=lost_after_s,
             )
-            stack.callback(host.close)
-            self.address = f"{reached_at}:{split_address(host.address)[1]}"
+            start = self._start_coordinator_here if state is None else self._start_coordinator
+            port = split_address(start(config, reached_at, began, stack))[1]
+            self.address = f"{reached_at}:{port}"
             self.pids: Mapping[str, int] = processes.pids
             common = WorkerConfig(
                 coordinator=self.address,
@@ -101,16 +110,36 @@ class LaunchedCluster:
                 orphan_s=orphan_s,
             )
             self._configs = _configs(common, workers)
-            self._start_all(host, began)
+            self._start_all(began)
             self._stack = stack.pop_all()
 
-    def _start_all(self, host: CoordinatorHost, began: float) -> None:
+    def _start_coordinator_here(
+        self, config: CoordinatorConfig, reached_at: str, began: float, stack: ExitStack
+    ) -> str:
+        """Start a coordinator in this process. Returns its address."""
+        host = self._coordinator = coordinator_of(
+            config, on_members=self._starting.on_members, on_failure=self._on_failure
+        )
+        stack.callback(host.close)
+        return host.address
+
+    def _start_coordinator(self, config: CoordinatorConfig, reached_at: str, began: float, stack: ExitStack) -> str:
+        """Start a coordinator process. Returns its address."""
+        deadline_s = began + self._start_timeout_s
+        self.processes.wait_ready(deadline_s)
+        process = CoordinatorProcess(self.processes, config, self._starting.on_members, self._on_failure)
+        self._coordinator = process
+        stack.callback(process.close)
+        process.start(lambda address: f"{reached_at}:{split_address(address)[1]}", deadline_s)
+        return process.address
+
+    def _start_all(self, began: float) -> None:
         """Start the workers, and return when all have joined."""
         deadline_s = began + self._start_timeout_s
         self.processes.wait_ready(deadline_s)
         for config in self._configs.values():
             self.processes.start(config, deadline_s)
-        host.wait_for(tuple(self._configs), self._start_timeout_s, began)
+        self._starting.wait_for(tuple(self._configs), self._start_timeout_s, began)
 
     def wait(self) -> None:
         """Return when the cluster is closed. Raises ClusterError if its coordinator has failed."""
@@ -131,6 +160,13 @@ class LaunchedCluster:
         config = structs.replace(self._configs[worker], ending=ending)
         self.processes.start(config, time.monotonic() + self._start_timeout_s)
 
+    def end_coordinator(self, ending: Ending | None = None) -> None:
+        """Kill the coordinator process, which is started again. Tests say at what point that one is to end."""
+        if not isinstance(self._coordinator, CoordinatorProcess):
+            raise ClusterError("the coordinator is in this process; give state=, and it is in one of its own")
+        self._coordinator.end_with(ending)
+        self.processes.kill(COORDINATOR)
+
     def close(self) -> None:
         """End the workers and the coordinator. Idempotent. Does nothing in a fork of the process that started them."""
         if not is_foreign(self._owner):
@@ -141,9 +177,18 @@ class LaunchedCluster:
         self._failure = reason
         self._over.set()
 
-    def _on_exit(self, worker: str, reason: str) -> None:
-        if self._host is not None:
-            self._host.process_exited(worker, reason)
+    def _on_exit(self, name: str, pid: int, reason: str) -> None:
+        coordinator = self._coordinator
+        if name == COORDINATOR and isinstance(coordinator, CoordinatorProcess):
+            coordinator.has_ended(reason)
+            return
+        self._starting.on_exit(name, reason)
+        if coordinator is not None:
+            coordinator.process_exited(name, pid, reason)
+
+    def _on_listening(self, address: str) -> None:
+        if isinstance(self._coordinator, CoordinatorProcess):
+            self._coordinator.on_listening(address)
 
 
 def _configs(common: WorkerConfig, workers: int) -> dict[str, WorkerConfig]:

@@ -26,9 +26,10 @@ import psutil
 from flowml.errors import ClusterError
 from flowml_runtime import service
 from flowml_runtime.environment import allocator
+from flowml_runtime.environment.processes import SUSPENDED
 from flowml_runtime.environment.streams import open_standard_streams
-from flowml_runtime.launch.spawning import Exited, Kill, Ready, Report, Request, Start, Started, hear
-from flowml_runtime.worker.config import WorkerConfig
+from flowml_runtime.launch.spawning import Config, Exited, Kill, Listening, Ready, Report, Request, Start, Started, hear
+from flowml_runtime.membership.member import COORDINATOR
 
 TERM_S = 1.0
 """How long workers may take to end after SIGTERM. After that they are killed."""
@@ -41,28 +42,37 @@ LOG_LINES = 5
 """Number of lines of a worker's log that an error quotes."""
 
 _SHARED = "compiled"
+_STATE = "coordinator"
 _STARTER = "the process that starts workers"
-_SUSPENDED = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
 _reports = msgspec.json.Decoder(Report)
 
 
 class LocalWorkers:
-    """The worker processes of one owner. `on_exit(worker, reason)` is called when one ends before `close`."""
+    """The worker processes of one owner, and its coordinator if that is one of them.
 
-    def __init__(self, on_exit: Callable[[str, str], None]) -> None:
+    `on_exit(name, pid, reason)` is called when one ends before `close`, and `on_listening(address)` when the
+    coordinator can be joined.
+    """
+
+    def __init__(
+        self, on_exit: Callable[[str, int, str], None], on_listening: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.pids: dict[str, int] = {}
         """Worker -> process id, for live workers."""
+        self.coordinator = 0
+        """The process id of the coordinator, or 0."""
         self._on_exit = on_exit
+        self._on_listening = on_listening
         self._lock = threading.Lock()
         self._changed = threading.Condition()
         self._expected: set[str] = set()
+        self._ends: dict[str, int] = {}
+        """Worker -> how many of its processes have ended."""
         self._ready = False
         """Whether the zygote reads requests. Before that it has started no worker and does not notice our end."""
         self._gone = False
         """Whether the zygote has ended."""
         self._closing = False
-        self._cpu_s: dict[int, float] = {}
-        """Process -> its CPU time at the last call of `works`."""
         open_standard_streams()
         self._folder = _log_folder()
         try:
@@ -88,7 +98,7 @@ class LocalWorkers:
             how = "has ended" if self._gone else "was not ready in time; allow more with start_timeout_s="
             raise ClusterError(f"{_STARTER} {how}{_quoted(_log_file(self._folder, 'zygote'))}")
 
-    def start(self, config: WorkerConfig, deadline_s: float) -> None:
+    def start(self, config: Config, deadline_s: float) -> None:
         """Start one more worker. The coordinator sees whether it joins. `deadline_s` is as in `wait_ready`.
 
         Raises ClusterError if the zygote is too busy with earlier workers to read the request in time.
@@ -102,6 +112,11 @@ class LocalWorkers:
     def shared_folder(self) -> str:
         """A folder for the workers alone, which is removed at their end. "" if there is none."""
         return "" if self._folder is None else str(self._folder / _SHARED)
+
+    @property
+    def state_folder(self) -> str:
+        """A folder for the coordinator alone, which is removed at the end. "" if there is none."""
+        return "" if self._folder is None else str(self._folder / _STATE)
 
     def close(self) -> None:
         """Ask the workers to end, then kill those that do not. All have ended when this returns. Idempotent."""
@@ -117,9 +132,9 @@ class LocalWorkers:
         try:
             self._zygote.wait(KILL_S)
         except subprocess.TimeoutExpired:
-            for pid in [*self.pids.values(), self._zygote.pid]:  # it is stuck and has not reaped them
+            for pid in [*self.pids.values(), self.coordinator, self._zygote.pid]:  # it is stuck, has not reaped them
                 with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL) if pid else None
             with suppress(subprocess.TimeoutExpired):  # a process that a dead disk blocks cannot be killed
                 self._zygote.wait(KILL_S)
         self._watcher.join(KILL_S)
@@ -130,36 +145,17 @@ class LocalWorkers:
         """Kill suspended workers: they can neither end on a request nor receive messages."""
         for worker, pid in list(self.pids.items()):
             with suppress(psutil.Error):
-                if psutil.Process(pid).status() in _SUSPENDED:
+                if psutil.Process(pid).status() in SUSPENDED:
                     self._request(Kill(worker, signal.SIGKILL))
 
     def kill(self, worker: str) -> None:
         """Kill a worker, and return when its process has ended. Does nothing if it has ended before."""
         with self._changed:
-            runs = worker in self._expected
+            runs, ended = worker in self._expected, self._ends.get(worker, 0)
         if runs:
             self._request(Kill(worker, signal.SIGKILL))
-            with self._changed:
-                self._changed.wait_for(lambda: worker not in self._expected, KILL_S)
-
-    def works(self, worker: str) -> bool:
-        """Whether a worker's process has run since the last call, or would run if it got a core.
-
-        False for a process that is suspended, asleep or ended. Call it several times: the first call has no earlier CPU
-        time and sees only the state of the threads.
-        """
-        pid = self.pids.get(worker)
-        if pid is None:
-            return False
-        try:
-            process = psutil.Process(pid)
-            if process.status() in (*_SUSPENDED, psutil.STATUS_ZOMBIE):
-                return False
-            used = sum(process.cpu_times()[:2])
-            before, self._cpu_s[pid] = self._cpu_s.get(pid, used), used
-            return used > before or _wants_core(pid)
-        except (psutil.Error, OSError):
-            return False
+            with self._changed:  # another may be started at once
+                self._changed.wait_for(lambda: self._ends.get(worker, 0) > ended, KILL_S)
 
     def _end_workers(self) -> None:
         for number, wait_s in ((signal.SIGTERM, TERM_S), (signal.SIGKILL, KILL_S)):
@@ -223,23 +219,30 @@ class LocalWorkers:
                 with self._changed:
                     self._ready = True
                     self._changed.notify_all()
+            case Started(worker, pid) if worker == COORDINATOR:
+                self.coordinator = pid
             case Started(worker, pid):
                 self.pids[worker] = pid
+            case Listening(address):
+                self._on_listening(address)
             case Exited(worker, _, _, reason) if reason:
                 self._ended(worker, reason)
-            case Exited(worker, pid) if self.pids.get(worker) != pid:
+            case Exited(worker, pid) if pid not in (self.pids.get(worker), self.coordinator):
                 pass  # another process has its name by now
             case Exited(worker, pid, status):
                 how = f"was killed by {_signal(-status)}" if status < 0 else f"ended with status {status}"
                 self._ended(worker, f"its process {pid} {how}{_quoted(self._log(worker))}")
 
     def _ended(self, worker: str, reason: str) -> None:
-        self.pids.pop(worker, None)
-        if not self._closing:
-            self._on_exit(worker, reason)
-        with self._changed:
+        pid = self.pids.pop(worker, 0)
+        if worker == COORDINATOR:
+            pid, self.coordinator = self.coordinator, 0
+        with self._changed:  # first, because another may be started at once
             self._expected.discard(worker)
+            self._ends[worker] = self._ends.get(worker, 0) + 1
             self._changed.notify_all()
+        if not self._closing:
+            self._on_exit(worker, pid, reason)
 
     def _log(self, worker: str) -> Path:
         return _log_file(self._folder, worker.replace(":", "-"))
@@ -296,12 +299,6 @@ def _import_path() -> Iterator[str]:
             yield os.path.abspath(entry)
         except FileNotFoundError:
             continue
-
-
-def _wants_core(pid: int) -> bool:
-    """Whether a thread of the process runs, or waits for a core or a disk."""
-    stats = (entry.read_text() for entry in Path(f"/proc/{pid}/task").glob("*/stat"))
-    return any(stat.rpartition(")")[2].split()[0] in ("R", "D") for stat in stats)
 
 
 def _signal(number: int) -> str:

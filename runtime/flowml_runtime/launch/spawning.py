@@ -6,13 +6,16 @@ import socket
 
 import msgspec
 
+from flowml_runtime.membership.process import CoordinatorConfig
 from flowml_runtime.worker.config import WorkerConfig
+
+Config = WorkerConfig | CoordinatorConfig
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
-    """Owner to zygote: start a worker that writes its errors to the file `log`."""
+    """Owner to zygote: start a worker, or a coordinator, that writes its errors to the file `log`."""
 
-    config: WorkerConfig
+    config: Config
     log: str
 
 
@@ -34,6 +37,12 @@ class Started(msgspec.Struct, frozen=True, tag=True):
     pid: int
 
 
+class Listening(msgspec.Struct, frozen=True, tag=True):
+    """Coordinator to owner: it can be joined at an address. It is short, so nothing of the zygote comes inside it."""
+
+    address: str
+
+
 class Exited(msgspec.Struct, frozen=True, tag=True):
     """Zygote to owner: the process `pid` of a worker ended with `status` (of os.waitstatus_to_exitcode), or none (0)
     could start for `reason`."""
@@ -45,7 +54,7 @@ class Exited(msgspec.Struct, frozen=True, tag=True):
 
 
 Request = Start | Kill
-Report = Ready | Started | Exited
+Report = Ready | Started | Listening | Exited
 
 
 def hear(other: socket.socket) -> bytes:

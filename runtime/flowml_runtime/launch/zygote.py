@@ -35,8 +35,10 @@ from flowml.errors import FlowmlError  # noqa: E402
 from flowml_runtime import service  # noqa: E402
 from flowml_runtime.environment.streams import open_standard_streams  # noqa: E402
 from flowml_runtime.launch.spawning import (  # noqa: E402
+    Config,
     Exited,
     Kill,
+    Listening,
     Ready,
     Report,
     Request,
@@ -44,7 +46,7 @@ from flowml_runtime.launch.spawning import (  # noqa: E402
     Started,
     hear,
 )
-from flowml_runtime.worker.config import WorkerConfig  # noqa: E402
+from flowml_runtime.membership.process import CoordinatorConfig, serve_coordinator  # noqa: E402
 from flowml_runtime.worker.process import LOST_COORDINATOR, serve  # noqa: E402
 from flowml_runtime.worker.training import host as host_of_training  # noqa: E402
 
@@ -150,7 +152,7 @@ def _obey(request: Request, control: socket.socket, children: dict[int, _Child])
                 return None
 
 
-def _start(config: WorkerConfig, log: str, control: socket.socket, inherited: list[int]) -> _Child:
+def _start(config: Config, log: str, control: socket.socket, inherited: list[int]) -> _Child:
     """Fork a worker. If that is not possible, raises OSError and leaves no process."""
     pid = os.fork()
     if pid == 0:
@@ -172,7 +174,7 @@ def _tell(control: socket.socket, report: Report) -> None:
         return  # the owner has ended; the next read shows it
 
 
-def _be_worker(config: WorkerConfig, log: str, control: socket.socket, inherited: list[int]) -> NoReturn:
+def _be_worker(config: Config, log: str, control: socket.socket, inherited: list[int]) -> NoReturn:
     """Run the worker in the child process. Never returns to the zygote's loop."""
     status = 1
     try:
@@ -187,7 +189,11 @@ def _be_worker(config: WorkerConfig, log: str, control: socket.socket, inherited
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _stop)
         service.start("flowml-lifeline", lambda: _end_with(control), service.end_process)
-        print(serve(config), file=sys.stderr)
+        if isinstance(config, CoordinatorConfig):
+            reason = serve_coordinator(config, lambda address: _tell(control, Listening(address)))
+        else:
+            reason = serve(config)
+        print(reason, file=sys.stderr)
         status = LOST_COORDINATOR
     except SystemExit:
         status = 0

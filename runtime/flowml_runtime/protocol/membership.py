@@ -1,36 +1,47 @@
 """Keeps the membership of a cluster: it admits peers, monitors them, and tells all members of changes.
 
-Two kinds of peer join: workers, which offer devices, and observers (drivers), which offer none. Both are in
-`Members`, so that every member has the address of every other. A name with an incarnation is one life of a peer. A peer
-that joins again must have a later incarnation, so that messages of an earlier life are never taken for those of its
-successor. A peer is lost when the first of these happens: its process ends, its connection breaks, it leaves, or it is
-silent for `timeout_s`. If the host can see that a silent peer's process is at work, and only lacks a core because the
-machine is busy, the peer may be silent for `patience_s`.
+Two kinds of peer join: workers, which offer devices, and observers (drivers and launchers), which offer none. Both
+are in `Members`, so that every member has the address of every other. A name with an incarnation is one life of a
+peer. A peer that joins again must have a later incarnation, so that messages of an earlier life are never taken for
+those of its successor. A peer is lost when the first of these happens: its process ends, its connection breaks, it
+leaves, or it is silent for `timeout_s`. If the host can see that a silent peer's process is at work, and only lacks a
+core because the machine is busy, the peer may be silent for `patience_s`.
+
+A coordinator may be durable: its host logs a `Record` of each change before anyone is told of it. If its process ends,
+another with the same log goes on. Meanwhile members work, and ask to join again until they are answered or `away_s`
+have passed. Nobody is lost because the coordinator was away: a member of the log is lost when it has been silent for
+`timeout_s` of the new coordinator's time. One that was lost before is refused as ever, because its incarnation is in
+the log.
 
 Duties of the host:
 
 1. Pass on every Join, Heartbeat and Leave as `Received` from the peer that sent it, and do the actions in order.
 2. Tick several times per heartbeat. Time advances only with ticks.
 3. Report the end of a peer's connection once, and before any message from a later life of that peer.
-4. A peer joins under a unique temporary name, and then uses the name that `Welcome` gives it.
-5. Answer `Look` with `Working` if the process is at work. Do not answer otherwise, or if it is on another machine.
+4. Tick before any other event.
+5. Have each `Append` on disk before the actions after it are done. If that fails, end.
+6. A peer joins under a unique temporary name, and then uses the name that `Welcome` gives it.
+7. Answer `Look` with `Working` if the process is at work. Do not answer otherwise, or if it is on another machine.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flowml_runtime import wire
 from flowml_runtime.protocol.errors import ProtocolError
+from flowml_runtime.protocol.roster import Joined, Left, Record, Roster
 
 HEARTBEAT_S = 0.5
 TIMEOUT_S = 5.0
 PATIENCE_S = 30.0
 MAX_MEMBERS = 1024
+AWAY_S = 60.0
+"""How long members wait for a durable coordinator that has ended."""
 
 _WORKER = re.compile(r"worker:(0|[1-9]\d{0,8})")
-_OBSERVER = re.compile(r"driver(-[0-9a-zA-Z]{1,64})?")
+_OBSERVER = re.compile(r"(driver|launcher)(-[0-9a-zA-Z]{1,64})?")
 
 
 @dataclass(frozen=True)
@@ -49,10 +60,12 @@ class ConnectionLost:
 
 @dataclass(frozen=True)
 class ProcessExited:
-    """The process of `worker` has ended. Its parent reports this."""
+    """The process of `worker` has ended. Its parent reports this. With `process` only that one is meant, and not one
+    that has the worker's name by now."""
 
     worker: str
     reason: str
+    process: wire.Process | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +80,14 @@ class Tick:
     now_s: float
 
 
-Event = Received | ConnectionLost | ProcessExited | Working | Tick
+@dataclass(frozen=True)
+class Close:
+    """The cluster ends, and its members are told."""
+
+    reason: str
+
+
+Event = Received | ConnectionLost | ProcessExited | Working | Tick | Close
 
 
 @dataclass(frozen=True)
@@ -104,16 +124,23 @@ class Look:
     """`worker` has been silent for a while: check whether its process is at work, if this machine can tell."""
 
     worker: str
-
-
-Action = Know | Rename | Send | Forget | Look
+    process: wire.Process | None = None
 
 
 @dataclass(frozen=True)
-class _Seat:
-    """A member, the time of its last message, and the time when its process was last seen at work."""
+class Append:
+    """Write a record to the log, if there is one."""
 
-    member: wire.Member
+    record: Record
+
+
+Action = Know | Rename | Send | Forget | Look | Append
+
+
+@dataclass
+class _Heard:
+    """The time of a member's last message, and the time when its process was last seen at work."""
+
     heard_s: float
     seen_s: float = 0.0
 
@@ -130,51 +157,64 @@ class Coordinator:
         timeout_s: float = TIMEOUT_S,
         patience_s: float = PATIENCE_S,
         max_members: int = MAX_MEMBERS,
+        away_s: float = 0.0,
+        roster: Roster | None = None,
     ) -> None:
+        """`roster` is what the log of an earlier coordinator gives. `away_s` is above 0 if there is a log."""
         self._version = version
         self._protocol = protocol
         self._heartbeat_s = heartbeat_s
         self._timeout_s = timeout_s
         self._patience_s = patience_s
         self._max_members = max_members
+        self._away_s = away_s
         self._now_s: float | None = None
-        self._epoch = 0
-        self._seats: dict[str, _Seat] = {}
-        self._last_life: dict[str, int] = {}
-        """Worker -> its latest incarnation, kept after its loss. Observers never return under the same name."""
+        self._roster = roster or Roster()
+        self._heard: dict[str, _Heard] = {}
+        """The members, from the first tick on."""
 
     @property
     def members(self) -> tuple[wire.Member, ...]:
-        return tuple(seat.member for seat in self._seats.values())
+        return tuple(self._roster.members.values())
 
     def step(self, event: Event) -> list[Action]:
         """Process one event. Returns the resulting actions, in order."""
         match event:
             case Tick(now_s):
                 return self._tick(now_s)
-            case ConnectionLost(peer, reason) | ProcessExited(peer, reason):
+            case ConnectionLost(peer, reason):
                 return self._lose({peer: reason})
+            case ProcessExited(worker, reason, process):
+                another = process is not None and self._roster.processes.get(worker) != process
+                return [] if another else self._lose({worker: reason})
             case Working(worker):
-                return self._see(worker)
+                if (heard := self._heard.get(worker)) is not None:
+                    heard.seen_s = self._now()
+                return []
+            case Close(reason):
+                return [Send(name, wire.Refused(reason=reason)) for name in self._heard]
             case Received(peer, message):
                 return self._receive(peer, message)
 
     def validate(self) -> None:
         """Raises ProtocolError if an invariant does not hold."""
-        addresses = [seat.member.address for seat in self._seats.values()]
+        roster = self._roster
+        addresses = [member.address for member in self.members]
         if len(set(addresses)) != len(addresses):
             raise ProtocolError(f"two members share an address: {sorted(addresses)}")
-        if len(self._seats) > self._max_members:
-            raise ProtocolError(f"{len(self._seats)} members, more than {self._max_members}")
-        for name, seat in self._seats.items():
-            member = seat.member
+        if len(addresses) > self._max_members:
+            raise ProtocolError(f"{len(addresses)} members, more than {self._max_members}")
+        if self._now_s is not None and self._heard.keys() != roster.members.keys():
+            raise ProtocolError(f"members {sorted(roster.members)}, and heard of are {sorted(self._heard)}")
+        for name, member in roster.members.items():
             if member.worker != name or any(d.name.rpartition("/")[0] != name for d in member.devices):
                 raise ProtocolError(f"{name} has the seat or devices of another: {member}")
             if bool(member.devices) != bool(_WORKER.fullmatch(name)):
                 raise ProtocolError(f"{name} has {len(member.devices)} devices")
-            if member.devices and self._last_life.get(name) != member.incarnation:
+            if member.devices and roster.lives.get(name) != member.incarnation:
                 raise ProtocolError(f"{name} lives in incarnation {member.incarnation}, not its latest")
-            if seat.heard_s > self._now():
+        for name, heard in self._heard.items():
+            if heard.heard_s > self._now():
                 raise ProtocolError(f"{name} was heard of in the future")
 
     def _receive(self, peer: str, message: wire.Join | wire.Heartbeat | wire.Leave) -> list[Action]:
@@ -191,59 +231,65 @@ class Coordinator:
         return self._now_s or 0.0
 
     def _tick(self, now_s: float) -> list[Action]:
-        last = now_s if self._now_s is None else self._now_s
-        slept = max(0.0, now_s - last - self._heartbeat_s)
-        self._now_s = max(now_s, last)
+        if self._now_s is None:
+            return self._begin(now_s)
+        slept = max(0.0, now_s - self._now_s - self._heartbeat_s)
+        self._now_s = max(now_s, self._now_s)
         if slept:
             # The coordinator itself was suspended, so the heartbeats of that time have not been read yet.
-            for name, seat in self._seats.items():
-                self._seats[name] = replace(seat, heard_s=min(seat.heard_s + slept, self._now_s))
-        overdue = {n: limit for n, s in self._seats.items() if (limit := self._overdue_s(s))}
+            for heard in self._heard.values():
+                heard.heard_s = min(heard.heard_s + slept, self._now_s)
+        overdue = {n: limit for n, h in self._heard.items() if (limit := self._overdue_s(h))}
         lost = self._lose({n: f"no heartbeat for {limit:g} s" for n, limit in overdue.items()})
-        return [*lost, *(Look(n) for n, s in self._seats.items() if self._now() - s.heard_s > self._timeout_s / 2)]
+        silent = [n for n, h in self._heard.items() if self._now() - h.heard_s > self._timeout_s / 2]
+        return [*lost, *(Look(n, self._roster.processes[n]) for n in silent)]
 
-    def _overdue_s(self, seat: _Seat) -> float:
+    def _begin(self, now_s: float) -> list[Action]:
+        self._now_s = now_s
+        self._heard = {name: _Heard(now_s) for name in self._roster.members}
+        return [Know(member.worker, member.address) for member in self.members]
+
+    def _overdue_s(self, heard: _Heard) -> float:
         """The limit of silence that a member has exceeded; 0 if none."""
         now = self._now()
-        if now - seat.heard_s > self._patience_s:
+        if now - heard.heard_s > self._patience_s:
             return self._patience_s
-        return self._timeout_s if now - max(seat.heard_s, seat.seen_s) > self._timeout_s else 0.0
-
-    def _see(self, worker: str) -> list[Action]:
-        seat = self._seats.get(worker)
-        if seat is not None:
-            self._seats[worker] = replace(seat, seen_s=self._now())
-        return []
+        return self._timeout_s if now - max(heard.heard_s, heard.seen_s) > self._timeout_s else 0.0
 
     def _hear(self, worker: str, incarnation: int) -> None:
-        seat = self._seats.get(worker)
-        if seat is not None and seat.member.incarnation == incarnation:
-            self._seats[worker] = replace(seat, heard_s=self._now())
+        heard = self._heard.get(worker)
+        if heard is not None and self._roster.members[worker].incarnation == incarnation:
+            heard.heard_s = self._now()
 
     def _join(self, peer: str, join: wire.Join) -> list[Action]:
-        name = join.worker or self._free_name(join.incarnation)
-        if self._is_seated(name, join):  # it asked again because the answer was slow
+        name = join.worker or self._name_of(join) or self._free_name(join.incarnation)
+        if self._name_of(join) == name:  # it asks again: the answer was slow, or the coordinator was away
             self._hear(name, join.incarnation)
-            return [Send(name, self._welcome(name)), Send(name, self._view({}))]
+            again = [] if peer == name else [Know(peer, join.address), Rename(peer, name)]
+            return [*again, Send(name, self._welcome(name)), Send(name, self._view({}))]
         objection = self._objection(name, join)
         if objection is not None:
             # A peer that uses the name of a live member gets no answer, because the answer would go to that member.
             answer = Send(peer, wire.Refused(reason=objection))
-            return [] if peer in self._seats else [Know(peer, join.address), answer, Forget(peer)]
-        lost = {name: f"a new {name} took its place"} if name in self._seats else {}
+            return [] if peer in self._heard else [Know(peer, join.address), answer, Forget(peer)]
+        lost = {name: f"a new {name} took its place"} if name in self._heard else {}
         devices = tuple(_named(d, name) for d in join.devices)
         member = wire.Member(
             worker=name, address=join.address, incarnation=join.incarnation, devices=devices, python=join.python
         )
-        self._seats[name] = _Seat(member, self._now())
-        if devices:
-            self._last_life[name] = join.incarnation
+        self._heard[name] = _Heard(self._now())
         named = [Know(peer, join.address), *([Rename(peer, name)] if peer != name else [])]
-        return [*named, Send(name, self._welcome(name)), *self._announce(lost)]
+        return [
+            self._change(Joined(member, join.process)),
+            *named,
+            Send(name, self._welcome(name)),
+            *self._announce(lost),
+        ]
 
-    def _is_seated(self, name: str, join: wire.Join) -> bool:
-        seat = self._seats.get(name)
-        return seat is not None and (seat.member.address, seat.member.incarnation) == (join.address, join.incarnation)
+    def _name_of(self, join: wire.Join) -> str:
+        """The name of the member that asks, or "" if it is none."""
+        own = join.address, join.incarnation
+        return next((m.worker for m in self.members if (m.address, m.incarnation) == own), "")
 
     def _objection(self, name: str, join: wire.Join) -> str | None:
         """Why this peer is not admitted and how to fix that, or None."""
@@ -258,8 +304,8 @@ class Coordinator:
             return f"{name!r} is not a valid name for a {role}; give no name, and the cluster chooses one"
         if len({d.name.rpartition("/")[2] for d in join.devices}) != len(join.devices):
             return f"two of its devices have the same name: {', '.join(d.name for d in join.devices)}; name each once"
-        for holder, seat in self._seats.items():
-            if holder != name and seat.member.address == join.address:
+        for holder, member in self._roster.members.items():
+            if holder != name and member.address == join.address:
                 return f"its address {join.address} is that of {holder}; each peer needs a different address"
         latest = self._latest_life(name)
         if join.incarnation <= latest:
@@ -267,34 +313,37 @@ class Coordinator:
                 f"its incarnation {join.incarnation} of {name} is not later than {latest}, seen before; "
                 "start it again, and if that does not help set its clock"
             )
-        if name not in self._seats and len(self._seats) >= self._max_members:
+        if name not in self._heard and len(self._heard) >= self._max_members:
             return f"the cluster is full with {self._max_members} members"
         return None
 
     def _latest_life(self, name: str) -> int:
-        seat = self._seats.get(name)
-        return seat.member.incarnation if seat is not None else self._last_life.get(name, -1)
+        member = self._roster.members.get(name)
+        return member.incarnation if member is not None else self._roster.lives.get(name, -1)
 
     def _free_name(self, incarnation: int) -> str:
         """The first worker name that no member has, and that no peer has had with a later incarnation."""
-        numbers = range(len(self._seats) + len(self._last_life) + 1)
+        numbers = range(len(self._heard) + len(self._roster.lives) + 1)
         names = (f"worker:{i}" for i in numbers)
-        return next(n for n in names if n not in self._seats and self._latest_life(n) < incarnation)
+        return next(n for n in names if n not in self._heard and self._latest_life(n) < incarnation)
 
     def _lose(self, reasons: dict[str, str]) -> list[Action]:
-        lost = {name: reason for name, reason in reasons.items() if self._seats.pop(name, None) is not None}
-        return [*map(Forget, lost), *self._announce(lost)] if lost else []
+        lost = {name: reason for name, reason in reasons.items() if self._heard.pop(name, None) is not None}
+        return [self._change(Left(tuple(lost))), *map(Forget, lost), *self._announce(lost)] if lost else []
+
+    def _change(self, record: Record) -> Append:
+        self._roster.apply(record)
+        return Append(record)
 
     def _announce(self, lost: dict[str, str]) -> list[Action]:
-        self._epoch += 1
         view = self._view(lost)
-        return [Send(name, view) for name in self._seats]
+        return [Send(name, view) for name in self._heard]
 
     def _view(self, lost: dict[str, str]) -> wire.Members:
-        return wire.Members(epoch=self._epoch, members=self.members, lost=tuple(lost.items()))
+        return wire.Members(epoch=self._roster.epoch, members=self.members, lost=tuple(lost.items()))
 
     def _welcome(self, name: str) -> wire.Welcome:
-        return wire.Welcome(worker=name, heartbeat_s=self._heartbeat_s)
+        return wire.Welcome(worker=name, heartbeat_s=self._heartbeat_s, away_s=self._away_s)
 
 
 def _named(device: wire.DeviceInfo, worker: str) -> wire.DeviceInfo:

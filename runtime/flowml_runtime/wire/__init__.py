@@ -92,6 +92,13 @@ class DeviceInfo(msgspec.Struct, frozen=True):
     cores: float
 
 
+class Process(msgspec.Struct, frozen=True):
+    """A process: the kernel and namespace of its number, and the number."""
+
+    machine: Name
+    pid: Count
+
+
 class Join(Message, frozen=True):
     """A worker asks to join. `worker` is the name that it asks for; "" lets the coordinator choose."""
 
@@ -102,11 +109,15 @@ class Join(Message, frozen=True):
     version: Name
     devices: tuple[DeviceInfo, ...]
     python: bool = False
+    process: Process | None = None
 
 
 class Welcome(Message, frozen=True):
+    """The answer to a Join. A member whose coordinator has ended waits `away_s` for it to come back."""
+
     worker: Name
     heartbeat_s: float
+    away_s: float = 0.0
 
 
 class Refused(Message, frozen=True):
@@ -137,6 +148,14 @@ class Members(Message, frozen=True):
 class Leave(Message, frozen=True):
     worker: Name
     reason: Text = ""
+
+
+class Exited(Message, frozen=True):
+    """From the process that started a worker: the worker's process has ended."""
+
+    worker: Name
+    process: Process
+    reason: Text
 
 
 class Probe(Message, frozen=True):
@@ -369,7 +388,7 @@ class Traced(PlanMessage, frozen=True):
 
 # fmt: off
 Wire = (
-    Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Probe | Probed | Contradicted | LoadPlan
+    Hello | Join | Welcome | Refused | Heartbeat | Members | Leave | Exited | Probe | Probed | Contradicted | LoadPlan
     | Loaded | Unload | Value | Bring | BringPiece | Recall | Recalled | Write | Written | ReadFile | FileRead | Drop
     | Taken | StepFailed | StepCheck | Failed | Unreachable | Trace | Traced
     | StartTraining | Source | Batch | StoreValue | OwnState | ModelState | Gossip | Ask | Grant | Begin | Contribution

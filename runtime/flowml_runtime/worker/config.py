@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from flowml_runtime.worker.ending import Ending
+from flowml_runtime.transport.ending import Ending
 
 ORPHAN_S = 600.0
 """How long workers that outlive their drivers keep a fit whose driver is lost, unless they are told otherwise."""
 
 
-class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The configuration of a worker. `cores=()` does not pin it; `name=""` lets the coordinator choose a name."""
 
     coordinator: str

@@ -21,11 +21,11 @@ from flowml_runtime.environment.spread import Spread, threads
 from flowml_runtime.execution.future import wait_heeding_signals
 from flowml_runtime.execution.programs import ExecutableCache, JaxDevice
 from flowml_runtime.membership.member import Membership, passing_name
+from flowml_runtime.membership.process import tls_of
+from flowml_runtime.transport.ending import Ends
 from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint, bind_towards
-from flowml_runtime.transport.security import TLS
 from flowml_runtime.worker.compile_cache import share_compilations
 from flowml_runtime.worker.config import WorkerConfig
-from flowml_runtime.worker.ending import Ends
 from flowml_runtime.worker.worker import Worker
 
 LOST_COORDINATOR = 1
@@ -48,7 +48,7 @@ def serve(config: WorkerConfig, joined: Callable[[str], None] = lambda _: None) 
     before = threads()
     devices = _devices(config)
     turns = share_compilations(config, Spread(everywhere, threads() - before))
-    tls = TLS.of(dict(zip(("cert", "key", "ca"), config.tls, strict=True))) if config.tls else None
+    tls = tls_of(config.tls)
     hosted = _Hosted()
     bind = bind_towards(config.coordinator)
     endpoint = GrpcEndpoint(

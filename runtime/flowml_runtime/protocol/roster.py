@@ -1,0 +1,74 @@
+"""What a coordinator must not forget when its process ends: who is a member, and which incarnations were used.
+
+A roster changes by records only, and the records of a log give the same roster again. So a coordinator that is started
+again with the log of its predecessor has the same members, refuses the same incarnations, and goes on counting changes.
+When a member was heard last is not in it: a new coordinator gives each member a whole timeout to come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from flowml_runtime import wire
+
+
+class Joined(msgspec.Struct, frozen=True, tag=True):
+    """A peer became a member. It takes the place of a member of its name."""
+
+    member: wire.Member
+    process: wire.Process | None = None
+
+
+class Left(msgspec.Struct, frozen=True, tag=True):
+    """Members were lost, or left, at the same time."""
+
+    names: tuple[wire.Name, ...]
+
+
+class Whole(msgspec.Struct, frozen=True, tag=True):
+    """A whole roster. It stands for all records before it."""
+
+    epoch: wire.Count
+    members: tuple[wire.Member, ...]
+    lives: dict[wire.Name, wire.Count]
+    processes: dict[wire.Name, wire.Process | None]
+
+
+Record = Joined | Left | Whole
+
+
+class Roster:
+    """The members of a cluster, by name and in the order in which they joined."""
+
+    def __init__(self, records: Iterable[Record] = ()) -> None:
+        self.epoch = 0
+        """The number of changes."""
+        self.members: dict[str, wire.Member] = {}
+        self.lives: dict[str, int] = {}
+        """Worker -> its latest incarnation, kept after its loss. Observers never return under the same name."""
+        self.processes: dict[str, wire.Process | None] = {}
+        """The process of each member, if it said which."""
+        for record in records:
+            self.apply(record)
+
+    def apply(self, record: Record) -> None:
+        match record:
+            case Joined(member, process):
+                self.epoch += 1
+                self.processes[member.worker] = process
+                self.members[member.worker] = member
+                if member.devices:
+                    self.lives[member.worker] = member.incarnation
+            case Left(names):
+                self.epoch += 1
+                for name in names:
+                    del self.members[name], self.processes[name]
+            case Whole(epoch, members, lives, processes):
+                self.epoch, self.lives, self.processes = epoch, dict(lives), dict(processes)
+                self.members = {m.worker: m for m in members}
+
+    def whole(self) -> Whole:
+        """The one record that gives this roster."""
+        return Whole(self.epoch, tuple(self.members.values()), dict(self.lives), dict(self.processes))

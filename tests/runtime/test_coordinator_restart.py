@@ -1,0 +1,173 @@
+"""A coordinator that ends and is started again with its log: members come back, and what was lost stays lost."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+
+from flowml.errors import ClusterError
+from flowml_runtime import wire
+from flowml_runtime.membership import log as logs
+from flowml_runtime.membership.coordinator import CoordinatorHost
+from flowml_runtime.membership.log import RosterLog
+from flowml_runtime.membership.member import Membership, passing_name
+from flowml_runtime.protocol.roster import Joined, Left, Record
+from flowml_runtime.transport.grpc_endpoint import GrpcEndpoint
+from tests.conftest import wait_until
+
+TOKEN = "t"
+CPU = wire.DeviceInfo(name="cpu:0", platform="cpu", memory_bytes=1, cores=1.0)
+
+
+def member(number: int, incarnation: int = 1) -> wire.Member:
+    return wire.Member(worker=f"worker:{number}", address=f"h:{number}", incarnation=incarnation, devices=(CPU,))
+
+
+def test_a_log_gives_the_same_roster_again(tmp_path: Path) -> None:
+    process = wire.Process("machine", 42)
+    records: list[Record] = [Joined(member(0), process), Joined(member(1)), Left(("worker:0",))]
+    with closing(RosterLog(tmp_path)) as log:
+        log.append(records[:2])
+        log.append(records[2:])
+    with closing(RosterLog(tmp_path)) as log:
+        assert log.roster.epoch == 3
+        assert list(log.roster.members) == ["worker:1"]
+        assert log.roster.lives == {"worker:0": 1, "worker:1": 1}
+
+
+def test_a_long_log_is_replaced_by_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "MOST_RECORDS", 10)
+    with closing(RosterLog(tmp_path)) as log:
+        for life in range(11):
+            log.append([Joined(member(0, life))])
+    for _ in range(2):
+        with closing(RosterLog(tmp_path)) as log:
+            assert (log.roster.epoch, log.roster.lives) == (11, {"worker:0": 10})
+    with closing(sqlite3.connect(tmp_path / "coordinator.sqlite")) as database:
+        assert database.execute("SELECT count(*) FROM records").fetchone() == (1,)
+
+
+def test_incarnations_of_coordinators_grow_if_the_clock_goes_back(tmp_path: Path) -> None:
+    with closing(RosterLog(tmp_path)) as log:
+        assert log.next_incarnation(1000) == 1000
+    with closing(RosterLog(tmp_path)) as log:
+        assert log.next_incarnation(7) == 1001
+
+
+def test_one_process_has_the_log(tmp_path: Path) -> None:
+    with closing(RosterLog(tmp_path)), pytest.raises(ClusterError, match="another coordinator uses it; stop that one"):
+        RosterLog(tmp_path)
+
+
+def test_a_log_that_cannot_be_used_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ClusterError, match=r"cannot be used: (File exists|Not a directory)"):
+        RosterLog(tmp_path / "file")
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "coordinator.sqlite").write_bytes(b"not a database" * 100)
+    with pytest.raises(ClusterError, match=r"damaged: .* remove it"):
+        RosterLog(damaged)
+    with closing(RosterLog(tmp_path / "newer")) as log:
+        log.note("format", "2")
+    with pytest.raises(ClusterError, match="has format 2, and this flowml reads format 1"):
+        RosterLog(tmp_path / "newer")
+    with closing(RosterLog(tmp_path / "records")) as log:
+        log.append([Joined(member(0))])
+        log._db.execute("UPDATE records SET record = '{}'")  # pyright: ignore
+    with pytest.raises(ClusterError, match="damaged"):
+        RosterLog(tmp_path / "records")
+
+
+class Peer:
+    """A member, and what it hears."""
+
+    def __init__(self, address: str, stack: ExitStack) -> None:
+        self.ended: list[str] = []
+        self.lost: list[tuple[str, str]] = []
+        self.endpoint = GrpcEndpoint(passing_name(), TOKEN)
+        self.membership = Membership(
+            self.endpoint,
+            address,
+            lambda *_: None,
+            lambda peer, reason: self.lost.append((peer, reason)),
+            on_end=self.ended.append,
+        )
+        stack.callback(self.endpoint.close)
+        stack.callback(self.membership.leave)
+
+    @property
+    def members(self) -> list[str]:
+        return [m.worker for m in self.membership.members]
+
+
+def coordinator(folder: Path, bind: str = "127.0.0.1:0") -> CoordinatorHost:
+    log = RosterLog(folder)
+    return CoordinatorHost(bind, TOKEN, log=log, works=lambda _: False, heartbeat_s=0.1, timeout_s=1.0)
+
+
+def test_members_come_back_and_one_that_does_not_is_lost(tmp_path: Path) -> None:
+    first = coordinator(tmp_path)
+    with ExitStack() as stack:
+        driver, one, two = (Peer(first.address, stack) for _ in range(3))
+        driver.membership.join("driver")
+        assert [p.membership.join("", (CPU,)) for p in (one, two)] == ["worker:0", "worker:1"]
+        wait_until(lambda: len(driver.members) == 3, "all have joined")
+        epoch = driver.membership._epoch  # pyright: ignore
+        first.close()
+        with pytest.raises(ClusterError, match="cannot be reached"):
+            Peer(first.address, stack).membership.join("worker:9", (CPU,))
+        two.membership.leave()
+        two.endpoint.close()
+        second = coordinator(tmp_path, first.address)
+        stack.callback(second.close)
+        wait_until(lambda: driver.members == ["driver", "worker:0"], "the one that did not come back is lost")
+        assert driver.membership._epoch == epoch + 1  # pyright: ignore
+        assert one.members == driver.members
+        assert (driver.ended, one.ended) == ([], [])
+        assert driver.lost == one.lost == [("worker:1", "no heartbeat for 1 s")]
+        newcomer = Peer(first.address, stack)
+        assert newcomer.membership.join("", (CPU,)) == "worker:1"
+        wait_until(lambda: len(one.members) == 3, "a newcomer is announced")
+
+
+def test_a_lost_member_stays_refused_after_a_restart(tmp_path: Path) -> None:
+    first = coordinator(tmp_path)
+    with ExitStack() as stack:
+        driver, one = (Peer(first.address, stack) for _ in range(2))
+        driver.membership.join("driver")
+        one.membership.join("worker:0", (CPU,))
+        first.process_exited("worker:0", os.getpid(), "it was killed")  # as if it were suspended, and cut off
+        wait_until(lambda: driver.members == ["driver"], "it is lost")
+        first.close()
+        second = coordinator(tmp_path, first.address)
+        stack.callback(second.close)
+        wait_until(lambda: one.ended, "it has come back in vain")
+        assert "is not later than" in one.ended[0]
+        assert driver.members == ["driver"]
+        assert driver.ended == []
+
+
+def test_members_of_a_cluster_that_is_closed_end_at_once(tmp_path: Path) -> None:
+    host = coordinator(tmp_path)
+    with ExitStack() as stack:
+        one = Peer(host.address, stack)
+        one.membership.join("worker:0", (CPU,))
+        host.close("the cluster was closed")
+        wait_until(lambda: one.ended == ["the cluster was closed"], "it ends")
+
+
+def test_a_coordinator_that_cannot_write_its_log_tells_nobody_and_fails(tmp_path: Path) -> None:
+    log, failed = RosterLog(tmp_path), threading.Event()
+    host = CoordinatorHost("127.0.0.1:0", TOKEN, log=log, on_failure=lambda _: failed.set())
+    with closing(host), ExitStack() as stack:
+        log._db.execute("PRAGMA max_page_count=1")  # pyright: ignore
+        log._db.execute("DROP TABLE records")  # pyright: ignore
+        with pytest.raises(ClusterError):
+            Peer(host.address, stack).membership.join("worker:0", (CPU,), timeout_s=5.0)
+        assert failed.wait(10)
