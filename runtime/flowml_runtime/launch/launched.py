@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 from msgspec import structs
 
@@ -57,10 +58,9 @@ class LaunchedCluster:
         """Returns when all workers have joined. If one does not, ends everything it started and raises ClusterError.
 
         A worker that is silent for `lost_after_s` is lost. Workers keep the newest snapshot of a fit whose driver is
-        lost for `orphan_s`. With `state` the coordinator is a process of its own, which
-        is started again if it ends. The folder `state` keeps its log, also for a later cluster at the same address;
-        with "" the log is in a temporary folder, which is removed at the end. Without `state` the coordinator is in
-        this process and ends with it.
+        lost for `orphan_s`. With `state` the coordinator is a process of its own, which is started again if it ends.
+        The folder `state` keeps its log, also for a later cluster at the same address; with "" the log is in a
+        temporary folder, which is removed at the end. Without `state` the coordinator is in this process.
         """
         check_startable()
         with refusing():
@@ -96,22 +96,27 @@ class LaunchedCluster:
             port = split_address(start(config, reached_at, began, stack))[1]
             self.address = f"{reached_at}:{port}"
             self.pids: Mapping[str, int] = processes.pids
-            common = WorkerConfig(
-                coordinator=self.address,
-                token=self.token,
-                devices=devices_per_worker,
-                python=allow_python,
-                platform=platform,
-                tls=files and (str(files.cert), str(files.key), str(files.ca)),
-                shared_memory=shared,
-                checksum=checksum,
-                compiled=processes.shared_folder,
-                compile_cache=settings_here(),
-                orphan_s=orphan_s,
-            )
-            self._configs = _configs(common, workers)
+            options = {"devices": devices_per_worker, "python": allow_python, "platform": platform, "orphan_s": orphan_s}
+            self._configs = self._workers(workers, config, options)
             self._start_all(began)
             self._stack = stack.pop_all()
+
+    def _workers(self, workers: int, like: CoordinatorConfig, options: Mapping[str, Any]) -> dict[str, WorkerConfig]:
+        """The configuration of each worker, with its share of the machine. It connects as its coordinator does."""
+        common = WorkerConfig(
+            coordinator=self.address,
+            token=like.token,
+            core_share=len(cores()) / workers,
+            memory_bytes=memory_bytes() // workers,
+            tls=like.tls,
+            shared_memory=like.shared_memory,
+            checksum=like.checksum,
+            compiled=self.processes.shared_folder,
+            compile_cache=settings_here(),
+            **options,
+        )
+        pairs = zip(worker_names(workers), share_cores(cores(), workers), strict=True)
+        return {name: structs.replace(common, name=name, cores=own) for name, own in pairs}
 
     def _start_coordinator_here(
         self, config: CoordinatorConfig, reached_at: str, began: float, stack: ExitStack
@@ -189,14 +194,6 @@ class LaunchedCluster:
     def _on_listening(self, address: str) -> None:
         if isinstance(self._coordinator, CoordinatorProcess):
             self._coordinator.on_listening(address)
-
-
-def _configs(common: WorkerConfig, workers: int) -> dict[str, WorkerConfig]:
-    """The configuration of each worker, with its share of the machine."""
-    share = len(cores()) / workers
-    common = structs.replace(common, core_share=share, memory_bytes=memory_bytes() // workers)
-    pairs = zip(worker_names(workers), share_cores(cores(), workers), strict=True)
-    return {name: structs.replace(common, name=name, cores=own) for name, own in pairs}
 
 
 def worker_names(workers: int) -> tuple[str, ...]:
