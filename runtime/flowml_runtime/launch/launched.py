@@ -96,7 +96,12 @@ class LaunchedCluster:
             port = split_address(start(config, reached_at, began, stack))[1]
             self.address = f"{reached_at}:{port}"
             self.pids: Mapping[str, int] = processes.pids
-            options = {"devices": devices_per_worker, "python": allow_python, "platform": platform, "orphan_s": orphan_s}
+            options = {
+                "devices": devices_per_worker,
+                "python": allow_python,
+                "platform": platform,
+                "orphan_s": orphan_s,
+            }
             self._configs = self._workers(workers, config, options)
             self._start_all(began)
             self._stack = stack.pop_all()
