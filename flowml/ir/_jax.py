@@ -59,6 +59,9 @@ SETTINGS = (
 )
 """Settings that are part of a plan: the 64-bit setting, and those that change what the code of a callback computes."""
 
+CALLBACK_LOG = "jax._src.callback"
+"""The name of the log in which JAX notes the errors of callbacks."""
+
 ArrayImpl: type = xla_client.ArrayImpl  # pyright: ignore[reportPrivateImportUsage]
 """The class of all arrays of this process. `jax.Array`, its base, has not all of its methods."""
 

@@ -289,7 +289,9 @@ def test_an_exception_whose_result_nobody_uses_ends_the_call(threads_cluster: fm
         program(X + 1)
 
 
-def test_equinox_error_if_raises_the_users_message(threads_cluster: fm.Cluster) -> None:
+def test_equinox_error_if_raises_the_users_message(
+    threads_cluster: fm.Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
     def fn(x: jax.Array) -> jax.Array:
         x = eqx.error_if(x, x[0] < 0, "x must be positive")
 
@@ -304,6 +306,7 @@ def test_equinox_error_if_raises_the_users_message(threads_cluster: fm.Cluster) 
         with pytest.raises(fm.WorkerError, match=message):
             program(bad)
     assert_same(program(X), X * 8)
+    assert not caplog.records, "JAX logs what is raised"
 
 
 def test_a_loss_prints_for_each_microbatch_and_replica(

@@ -13,6 +13,8 @@ and raised instead.
 from __future__ import annotations
 
 import itertools
+import logging
+import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +26,7 @@ import numpy as np
 from flowml.captured import OwnCall
 from flowml.ir import host
 from flowml.ir._compiled import compiled
-from flowml.ir._jax import exact_types, is_wide, under
+from flowml.ir._jax import CALLBACK_LOG, exact_types, is_wide, under
 from flowml.ir.exports import Imported
 from flowml.ir.keys import key_implementation
 from flowml.lowering.recipe import Recipe
@@ -64,6 +66,29 @@ class OwnCalls:
 
 
 own_calls = OwnCalls()
+
+
+class _Logged(logging.Filter):
+    """Leaves out of JAX's log the errors of callbacks that the driver raises: JAX logs each with its traceback, on the
+    thread that ran the callback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._mine = threading.local()
+
+    def leave_out(self, error: BaseException) -> None:
+        self._mine.error = id(error)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None or getattr(self._mine, "error", None) != id(error):
+            return True
+        self._mine.error = None
+        return False
+
+
+_logged = _Logged()
+logging.getLogger(CALLBACK_LOG).addFilter(_logged)
 
 
 def buffer_struct(spec: ArraySpec) -> jax.ShapeDtypeStruct:
@@ -149,6 +174,7 @@ def _traced(recipe: Recipe, task: Task, settings: tuple[Setting, ...], device: J
                     return call(*arrays)
             except BaseException as error:
                 raised.setdefault(int(number), error)
+                _logged.leave_out(error)
                 raise
 
         return guarded
