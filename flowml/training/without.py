@@ -9,13 +9,13 @@ lost.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import msgspec
 
 from flowml.devices import worker_of
 from flowml.errors import UnsupportedError, named
-from flowml.plan import Part, Plan, StoreSpec, Training
+from flowml.plan import Part, Plan, Reduction, Site, StoreSpec, Training
 from flowml.policy import Gossip
 from flowml.policy.graphs import OwnMatrix
 
@@ -29,6 +29,8 @@ def without(plan: Plan, workers: Collection[str]) -> Plan:
     left = [devices for r, devices in enumerate(training.replicas) if r not in lost]
 
     def moved(number: int, store: StoreSpec) -> StoreSpec:
+        if store.sites:
+            store = _in_sites(store, training, lost)
         if store.collective:
             return _among(store, training, lost)
         if store.home not in gone:
@@ -63,23 +65,36 @@ def _among(store: StoreSpec, training: Training, lost: Collection[int]) -> Store
     def part(one: Part) -> Part:
         if one.reduction is None:
             return one
-        left = {worker_of(training.replicas[r][one.stage]) for r in live}
-        ranks = [(w, h) for w, h in zip(one.reduction.workers, one.reduction.hosts, strict=True) if w in left]
-        workers, hosts = zip(*ranks, strict=True)
-        return msgspec.structs.replace(
-            one, reduction=msgspec.structs.replace(one.reduction, workers=workers, hosts=hosts)
-        )
+        return msgspec.structs.replace(one, reduction=_fewer(one.reduction, one.stage, training, live))
 
     parts = tuple(map(part, store.parts))
     return msgspec.structs.replace(store, home=homes[0], homes=homes, readers=readers, parts=parts)
+
+
+def _fewer(how: Reduction, stage: int, training: Training, live: Iterable[int]) -> Reduction:
+    """How the workers of this stage of these replicas add up, of those that did so before."""
+    left = {worker_of(training.replicas[r][stage]) for r in live}
+    workers, hosts = zip(*((w, h) for w, h in zip(how.workers, how.hosts, strict=True) if w in left), strict=True)
+    return msgspec.structs.replace(how, workers=workers, hosts=hosts)
+
+
+def _in_sites(store: StoreSpec, training: Training, lost: Collection[int]) -> StoreSpec:
+    """A store whose sites are of the replicas that are left. The first of each leads it; a site without any is gone."""
+    sites: list[Site] = []
+    for site in store.sites:
+        live = tuple(r for r in site.replicas if r not in lost)
+        pairs = zip(store.parts, site.reductions, strict=True) if len(live) > 1 and site.reductions else ()
+        sites += [Site(live, tuple(_fewer(how, p.stage, training, live) for p, how in pairs))] if live else []
+    return msgspec.structs.replace(store, sites=tuple(sites))
 
 
 def check_shrinks(training: Training) -> None:
     """Raise UnsupportedError if a fit of this plan cannot go on with fewer replicas."""
     why = ""
     for store in training.stores:
-        if store.sites:
-            why = f"the replicas of layer {store.name!r} are in sites"
+        others = store.relayed or store.collective or store.local or not store.policy.clocked
+        if store.sites and (others or isinstance(store.policy.remote, Gossip)):
+            why = f"the leader of a site of layer {store.name!r} keeps more for the others than their sum"
         elif isinstance(store.policy.remote, Gossip):
             why = _why_graph_stays(store, store.policy.remote) or why
     if why:

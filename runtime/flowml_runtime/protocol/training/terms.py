@@ -270,11 +270,11 @@ class Terms:
 
     @cached_property
     def site_numbers(self) -> dict[int, tuple[int, ...]]:
-        """For each store with sites, the number of the site of each replica."""
+        """For each store with sites, the number of the site of each replica; -1 for a lost one."""
         found: dict[Sites, tuple[int, ...]] = {}
         for sites in {store.sites for store in self.stores if store.sites}:
             numbers = {replica: number for number, site in enumerate(sites) for replica in site}
-            found[sites] = tuple(map(numbers.__getitem__, range(self.replicas)))
+            found[sites] = tuple(numbers.get(replica, -1) for replica in range(self.replicas))
         return {number: found[store.sites] for number, store in enumerate(self.stores) if store.sites}
 
     def site_of(self, store: int, replica: int) -> tuple[int, ...]:
