@@ -1,4 +1,4 @@
-"""What a peer sends after it was forgotten is refused, although another has its name by then."""
+"""What a peer sends after it was forgotten or lost is refused, although another has its name by then."""
 
 from __future__ import annotations
 
@@ -29,4 +29,20 @@ def test_a_forgotten_peer_that_still_speaks_is_not_taken_for_the_next_of_its_nam
     assert a.received()[1].reason == "it is the second"
     assert a.lost.empty()
     for peer in (a, first, second):
+        peer.endpoint.close()
+
+
+def test_a_newcomer_refuses_the_earlier_life_of_a_member_that_it_never_knew() -> None:
+    """A suspended worker that is lost and replaced goes on, and speaks first to one that has joined since."""
+    older, a = Peer(GrpcEndpoint("b", TOKEN)).start(), Peer(GrpcEndpoint("a", TOKEN)).start()
+    newer = Peer(GrpcEndpoint("b", TOKEN)).start()
+    for peer in (older, newer):
+        peer.endpoint.know({"a": a.endpoint.address})
+    a.endpoint.know({"b": newer.endpoint.address}, {"b": newer.endpoint.incarnation})
+    try_send(older.endpoint, "a", wire.Leave(worker="b", reason="it is the earlier"))
+    assert "counts as lost here" in older.lost.get(timeout=WAIT_S)[1]
+    newer.endpoint.send("a", wire.Leave(worker="b", reason="it is the later"))
+    assert a.received()[1].reason == "it is the later"
+    assert a.lost.empty()
+    for peer in (a, older, newer):
         peer.endpoint.close()

@@ -213,7 +213,8 @@ class Membership:
         for worker, reason in self._losses(view).items():
             if worker != own:
                 self._endpoint.lose(worker, reason)
-        self._endpoint.know({m.worker: m.address for m in view.members if m.worker != own})
+        others = [m for m in view.members if m.worker != own]
+        self._endpoint.know({m.worker: m.address for m in others}, {m.worker: m.incarnation for m in others})
         self.members = view.members
         self._on_members(view.members)
         with self._changed:

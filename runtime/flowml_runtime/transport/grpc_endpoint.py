@@ -73,6 +73,8 @@ class _Peer:
     name: str
     address: str = ""
     incarnation: int = 0
+    earliest: int = 0
+    """Earlier incarnations are refused: they were lost before this endpoint knew of the peer."""
     lost: str = ""
     stream: AnyStream | None = None
     expectation: Expectation | None = None
@@ -148,8 +150,9 @@ class GrpcEndpoint:
         if self._local is not None:
             self._local.start()
 
-    def know(self, peers: Mapping[str, str]) -> None:
-        """Raises ClusterError for an address beyond this machine without TLS."""
+    def know(self, peers: Mapping[str, str], incarnations: Mapping[str, int] | None = None) -> None:
+        """Earlier incarnations than the given ones are refused. Raises ClusterError for an address beyond this machine
+        without TLS."""
         for name, address in peers.items():
             check_exposure(address, self._tls, self._token, "connect to")
             stale: AnyStream | None = None
@@ -160,6 +163,7 @@ class GrpcEndpoint:
                 elif peer.address != address:
                     stale = peer.stream
                     self._peers[name] = _Peer(name, address)
+                self._peers[name].earliest = (incarnations or {}).get(name, 0)
             if stale is not None:
                 stale.abort()
 
@@ -415,7 +419,8 @@ class GrpcEndpoint:
             )
         with self._lock:
             peer = self._peers.setdefault(hello.peer, _Peer(hello.peer))
-            if hello.incarnation < peer.incarnation or (hello.incarnation == peer.incarnation and peer.lost):
+            earliest = max(peer.incarnation, peer.earliest)
+            if hello.incarnation < earliest or (hello.incarnation == peer.incarnation and peer.lost):
                 raise _Refused(f"{hello.peer} counts as lost here; start it again")
             if peer.incarnation in (0, hello.incarnation) and not peer.lost:
                 peer.incarnation = hello.incarnation
