@@ -259,3 +259,20 @@ def test_what_cannot_be(threads: fm.Cluster) -> None:
     simulated = fm.SimulatedCluster(workers=4, compute=fm.sim.Constant(0.1), network=fm.sim.Network(1e-4, 1e9))
     with pytest.raises(UnsupportedError, match="churn"):
         fit(simulated, "synchronous", on_loss="replace")  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint")
+@pytest.mark.parametrize("policy", ["synchronous", "sums", "gossip", "DiLoCo"])
+def test_a_checkpoint_of_fewer_replicas_goes_on_with_all(threads: fm.Cluster, policy: str, tmp_path: Path) -> None:
+    """The replicas that were lost have no place in it, and begin with what the others have."""
+    callbacks = [killing(threads, {8: "worker:0"}, [])]
+    try:
+        with pytest.warns(fm.FlowmlWarning, match="worker:0 was lost"):
+            shrunk = fit(threads, policy, tmp_path, callbacks=callbacks, on_loss="shrink", steps=20)
+    finally:
+        threads.bring_back(threads.lost)
+    found = fit(threads, policy, tmp_path, resume="auto")
+    assert (found.resumed_at, len(found.history)) == (20, STEPS - 20)
+    assert found.history[-1]["replicas"] == REPLICAS
+    assert found.history[0]["loss"] < shrunk.history[0]["loss"]
+    assert found.ledger.outstanding == 0

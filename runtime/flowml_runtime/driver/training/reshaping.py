@@ -68,8 +68,10 @@ def reshaped(snapshot: Snapshot, training: Training, total: int, now: Figures, m
 
 
 def _same_stores(content: Content, training: Training) -> bool:
-    """Whether replicas and stores are the same, and each store that is on other stages is on one there and here."""
-    if content.figures.replicas != len(training.replicas):
+    """Whether replicas and stores are the same, and each store that is on other stages is on one there and here. A fit
+    that has gone on without lost replicas has fewer than it began with."""
+    live = {stage.replica for stage in content.stopped.stages}
+    if content.figures.replicas != len(training.replicas) or (live and len(live) < len(training.replicas)):
         return False
     if content.layers != tuple(map(Layer.of, training.stores)):
         return False
