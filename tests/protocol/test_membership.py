@@ -216,9 +216,10 @@ def test_a_restarted_coordinator_has_its_members_and_gives_them_time_to_come_bac
     for number, name in enumerate(["driver", "worker:0", "worker:1"]):
         log += logged(machine.step(Received(f"joining-{number}", join(name, at=f"h:{number}"))))
     machine, first = restarted(machine, log, 1000.0)
-    assert first == [Know("driver", "h:0"), Know("worker:0", "h:1"), Know("worker:1", "h:2")]
+    assert first == []
     for name, port in (("driver", 0), ("worker:0", 1)):
-        welcome, view = machine.step(Received(name, join(name, at=f"h:{port}")))
+        know, welcome, view = machine.step(Received(name, join(name, at=f"h:{port}")))
+        assert know == Know(name, f"h:{port}")
         assert isinstance(welcome, Send)
         assert welcome.message == wire.Welcome(worker=name, heartbeat_s=0.5, away_s=60.0)
         assert isinstance(view, Send)
@@ -241,6 +242,20 @@ def test_a_lost_incarnation_stays_refused_after_a_restart() -> None:
     machine, _ = restarted(machine, log, 0.0)
     assert "not later than 5" in refusal(machine.step(Received("joining-1", join("worker:0", life=5))))
     assert Rename("joining-2", "worker:0") in machine.step(Received("joining-2", join("worker:0", life=6)))
+
+
+def test_a_member_that_is_not_back_is_sent_nothing() -> None:
+    machine, log = cluster(away_s=60.0), list[Record]()
+    for number, name in enumerate(["driver", "worker:0"]):
+        log += logged(machine.step(Received(f"joining-{number}", join(name, at=f"h:{number}"))))
+    machine, _ = restarted(machine, log, 0.0)
+    assert set(views(machine.step(Received("joining-2", join("worker:1", at="h:2"))))) == {"worker:1"}
+    assert set(views(machine.step(Received("driver", join("driver", at="h:0"))))) == {"driver"}
+    assert set(views(machine.step(Received("joining-3", join("worker:2", at="h:3"))))) == {
+        "driver",
+        "worker:1",
+        "worker:2",
+    }
 
 
 def test_a_worker_whose_name_was_logged_and_not_told_gets_the_same_name() -> None:
@@ -273,6 +288,8 @@ class Membership(RuleBasedStateMachine):
         self.lives: dict[str, int] = {}
         self.left: set[str] = set()
         self.log: list[Record] = []
+        self.away: set[str] = set()
+        """Members that have not joined the newest coordinator."""
 
     def take(self, event: Event) -> list[Action]:
         before = {m.worker: m for m in self.machine.members}
@@ -283,10 +300,12 @@ class Membership(RuleBasedStateMachine):
         told = views(actions)
         after = {m.worker: m for m in self.machine.members}
         if before != after:
-            assert set(told) == set(after)
+            self.away = {n for n in self.away if after.get(n) == before.get(n)}
+            assert set(told) == set(after) - self.away
             for view in told.values():
                 assert {n for n, _ in view.lost} == {n for n in before if after.get(n) != before[n]}
-        self.view = {n: told.get(n, self.view.get(n)) for n in after}  # type: ignore[assignment]
+        self.away -= set(told)
+        self.view = {n: told.get(n, self.view.get(n)) for n in after if n not in self.away}  # type: ignore[assignment]
         return actions
 
     @rule(name=st.sampled_from(["", "worker:0", "worker:1", "driver", "x"]), life=SMALL, port=SMALL)
@@ -328,7 +347,9 @@ class Membership(RuleBasedStateMachine):
         if compacted:
             self.log = [Roster(self.log).whole()]
         self.machine, known = restarted(self.machine, self.log, self.clock)
-        assert known == [Know(m.worker, m.address) for m in self.machine.members]
+        assert known == []
+        self.away = {m.worker for m in self.machine.members}
+        self.view = {}
 
     @invariant()
     def holds(self) -> None:

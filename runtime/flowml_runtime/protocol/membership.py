@@ -10,8 +10,9 @@ core because the machine is busy, the peer may be silent for `patience_s`.
 A coordinator may be durable: its host logs a `Record` of each change before anyone is told of it. If its process ends,
 another with the same log goes on. Meanwhile members work, and ask to join again until they are answered or `away_s`
 have passed. Nobody is lost because the coordinator was away: a member of the log is lost when it has been silent for
-`timeout_s` of the new coordinator's time. One that was lost before is refused as ever, because its incarnation is in
-the log.
+`timeout_s` of the new coordinator's time. It is sent nothing before it has asked to join again: it makes its connection
+anew with each question, and a message on the one before would break it. One that was lost before is refused as ever,
+because its incarnation is in the log.
 
 Duties of the host:
 
@@ -143,6 +144,8 @@ class _Heard:
 
     heard_s: float
     seen_s: float = 0.0
+    back: bool = True
+    """Whether it has joined this coordinator, and not only an earlier one with the same log."""
 
 
 class Coordinator:
@@ -192,7 +195,7 @@ class Coordinator:
                     heard.seen_s = self._now()
                 return []
             case Close(reason):
-                return [Send(name, wire.Refused(reason=reason)) for name in self._heard]
+                return [Send(name, wire.Refused(reason=reason)) for name, heard in self._heard.items() if heard.back]
             case Received(peer, message):
                 return self._receive(peer, message)
 
@@ -246,8 +249,8 @@ class Coordinator:
 
     def _begin(self, now_s: float) -> list[Action]:
         self._now_s = now_s
-        self._heard = {name: _Heard(now_s) for name in self._roster.members}
-        return [Know(member.worker, member.address) for member in self.members]
+        self._heard = {name: _Heard(now_s, back=False) for name in self._roster.members}
+        return []
 
     def _overdue_s(self, heard: _Heard) -> float:
         """The limit of silence that a member has exceeded; 0 if none."""
@@ -265,8 +268,9 @@ class Coordinator:
         name = join.worker or self._name_of(join) or self._free_name(join.incarnation)
         if self._name_of(join) == name:  # it asks again: the answer was slow, or the coordinator was away
             self._hear(name, join.incarnation)
-            again = [] if peer == name else [Know(peer, join.address), Rename(peer, name)]
-            return [*again, Send(name, self._welcome(name)), Send(name, self._view({}))]
+            self._heard[name].back = True
+            again = [] if peer == name else [Rename(peer, name)]
+            return [Know(peer, join.address), *again, Send(name, self._welcome(name)), Send(name, self._view({}))]
         objection = self._objection(name, join)
         if objection is not None:
             # A peer that uses the name of a live member gets no answer, because the answer would go to that member.
@@ -337,7 +341,7 @@ class Coordinator:
 
     def _announce(self, lost: dict[str, str]) -> list[Action]:
         view = self._view(lost)
-        return [Send(name, view) for name in self._heard]
+        return [Send(name, view) for name, heard in self._heard.items() if heard.back]
 
     def _view(self, lost: dict[str, str]) -> wire.Members:
         return wire.Members(epoch=self._roster.epoch, members=self.members, lost=tuple(lost.items()))
