@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -13,16 +13,19 @@ import msgspec
 from flowml.errors import UnsupportedError
 from flowml.ir import _jax, _mlir
 from flowml.ir._compiled import compile_module
-from flowml.ir.forms import form_of
+from flowml.ir.forms import Exported, Form, form_of
 from flowml.ir.stablehlo import forbidden
+
+_EXPORTED = Exported(max_bytes=64 * 2**20)
+"""What this process exported. Forms hold constants, whose bytes the exports repeat, so they are bounded too."""
 
 
 def export(
     fn: Callable[..., Any],
     inputs: Sequence[Any],
     platforms: Sequence[str],
-    known: MutableMapping[Any, bytes] | None = None,
-    form: Any = None,
+    known: MutableMapping[Form, bytes] | None = None,
+    form: Form | None = None,
 ) -> bytes:
     """Lower a function of flat arrays and serialise it as StableHLO: one module for each of `platforms`.
 
@@ -31,13 +34,14 @@ def export(
     runs, and any error that JAX raises for what it cannot lower.
     """
     known = {} if known is None else known
-    if form is not None and form in known:
-        return known[form]
+    context = tuple(platforms), _jax.trace_context()
+    if form is not None and (data := _found(known, context, form)) is not None:
+        return data
     traced = jax.jit(fn, keep_unused=True).trace(*inputs)
     if form is None:
         form = form_of(traced.jaxpr.jaxpr, traced.jaxpr.consts)
-        if form in known:
-            return known[form]
+        if form is not None and (data := _found(known, context, form)) is not None:
+            return data
     modules: dict[str, bytes] = {}
     for platform in platforms:
         module = _jax.lowered(traced, platform)
@@ -46,6 +50,15 @@ def export(
         modules[platform] = _mlir.write(module)
     data = msgspec.msgpack.encode(modules)
     if form is not None:
+        known[form] = data
+        if form.lasting:
+            _EXPORTED.add((context, form), data)
+    return data
+
+
+def _found(known: MutableMapping[Form, bytes], context: Hashable, form: Form) -> bytes | None:
+    """What was exported before: for the same program, or for another one of this process."""
+    if (data := known.get(form)) is None and form.lasting and (data := _EXPORTED.get((context, form))) is not None:
         known[form] = data
     return data
 

@@ -3,11 +3,18 @@
 Exporting takes tens of milliseconds and a model repeats its layers, so without this most of the planning time of a deep
 model would be exports. Parts of a form are compared by value where the value is complete, else by identity. Different
 functions therefore never have equal forms, but equal functions may have different ones.
+
+What this process exported stays known, within bounds, because programs repeat each other: another placement or policy
+of the same model, an optimizer's update of the same shapes, an evaluation beside a training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import enum
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,51 +22,107 @@ import numpy as np
 from jax.extend import core as jex
 
 
-def form_of(jaxpr: Any, constants: Sequence[Any]) -> Any:
-    """A hashable value that is equal only for functions that do the same; None if there is none."""
+@dataclass(frozen=True)
+class Form:
+    """A hashable value that is equal only for functions that do the same."""
+
+    value: Hashable
+    lasting: bool = field(compare=False)
+    """Whether all of it is compared by value. A form that is not holds functions and objects of the user."""
+
+
+class Exported:
+    """The newest exports of this process, by what they were exported for and their form. Any thread may use it."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._nbytes = 0
+        self._lock = threading.Lock()
+        self._exports: OrderedDict[Hashable, bytes] = OrderedDict()
+
+    def get(self, key: Hashable) -> bytes | None:
+        with self._lock:
+            if (found := self._exports.get(key)) is not None:
+                self._exports.move_to_end(key)
+            return found
+
+    def add(self, key: Hashable, data: bytes) -> None:
+        """Remember an export, and forget the oldest ones if they have too many bytes together."""
+        with self._lock:
+            self._nbytes += len(data) - len(self._exports.pop(key, b""))
+            self._exports[key] = data
+            while self._nbytes > self._max_bytes:
+                self._nbytes -= len(self._exports.popitem(last=False)[1])
+
+    def __len__(self) -> int:
+        return len(self._exports)
+
+
+def form_of(jaxpr: Any, constants: Sequence[Any]) -> Form | None:
+    """The form of a function; None if it has none."""
+    writer = _Writer()
     try:
-        form = _form(jaxpr, constants)
-        hash(form)
+        value = writer.form(jaxpr, constants)
+        hash(value)
     except TypeError:  # a parameter has no hash, or a constant is not a plain array
         return None
-    return form
+    return Form(value, writer.lasting)
 
 
-def _form(jaxpr: Any, constants: Sequence[Any]) -> Any:
-    numbers: dict[Any, int] = {}
+class _Writer:
+    """Writes a form, and notes whether it holds something that is not compared by value alone."""
 
-    def write(variable: Any) -> Any:
-        numbers[variable] = len(numbers)
-        return variable.aval
+    def __init__(self) -> None:
+        self.lasting = True
 
-    def read(atom: Any) -> Any:
-        return (atom.aval, _value(np.asarray(atom.val))) if isinstance(atom, jex.Literal) else numbers[atom]
+    def form(self, jaxpr: Any, constants: Sequence[Any]) -> Hashable:
+        numbers: dict[Any, int] = {}
 
-    held = tuple((write(v), _value(c)) for v, c in zip(jaxpr.constvars, constants, strict=True))
-    taken = tuple(map(write, jaxpr.invars))
-    steps: list[Any] = []
-    for equation in jaxpr.eqns:
-        operands = tuple(map(read, equation.invars))
-        results = tuple(map(write, equation.outvars))
-        steps.append((equation.primitive, _value(equation.params), operands, results, repr(equation.ctx)))
-    return held, taken, tuple(steps), tuple(map(read, jaxpr.outvars))
+        def write(variable: Any) -> Any:
+            numbers[variable] = len(numbers)
+            return variable.aval
+
+        def read(atom: Any) -> Any:
+            if isinstance(atom, jex.Literal):
+                return atom.aval, self._value(np.asarray(atom.val))
+            return numbers[atom]
+
+        held = tuple((write(v), self._value(c)) for v, c in zip(jaxpr.constvars, constants, strict=True))
+        taken = tuple(map(write, jaxpr.invars))
+        steps: list[Any] = []
+        for equation in jaxpr.eqns:
+            operands = tuple(map(read, equation.invars))
+            results = tuple(map(write, equation.outvars))
+            steps.append((equation.primitive, self._value(equation.params), operands, results, repr(equation.ctx)))
+        return held, taken, tuple(steps), tuple(map(read, jaxpr.outvars))
+
+    def _value(self, value: Any) -> Any:
+        """A value with its type. 1, True and 1.0 are equal but compute different results, and so are 0.0 and -0.0."""
+        match value:
+            case jex.ClosedJaxpr():
+                return self.form(value.jaxpr, value.consts)
+            case jex.Jaxpr():
+                return self.form(value, [])
+            case dict():
+                return tuple((k, self._value(v)) for k, v in sorted(value.items()))
+            case list() | tuple():
+                return type(value), tuple(map(self._value, value))
+            case np.ndarray() | np.generic() | jax.Array():
+                array = np.asarray(value)
+                return array.dtype, array.shape, array.tobytes()
+            case float() | complex():
+                return type(value), repr(value)
+            case _:
+                self.lasting = self.lasting and _is_plain(value)
+                return type(value), value
 
 
-def _value(value: Any) -> Any:
-    """A value with its type. 1, True and 1.0 are equal but compute different results, and so are 0.0 and -0.0."""
-    match value:
-        case jex.ClosedJaxpr():
-            return _form(value.jaxpr, value.consts)
-        case jex.Jaxpr():
-            return _form(value, [])
-        case dict():
-            return tuple((k, _value(v)) for k, v in sorted(value.items()))
-        case list() | tuple():
-            return type(value), tuple(map(_value, value))
-        case np.ndarray() | np.generic() | jax.Array():
-            array = np.asarray(value)
-            return array.dtype, array.shape, array.tobytes()
-        case float() | complex():
-            return type(value), repr(value)
-        case _:
-            return type(value), value
+def _is_plain(value: Any) -> bool:
+    """Whether a value is compared by value and keeps nothing of the user's alive, as functions and tree structures do.
+
+    JAX's own values, such as a mesh or the mark of an unspecified sharding, are equal only if they mean the same.
+    """
+    if value is None or isinstance(value, bool | int | str | bytes | np.dtype | type | enum.Enum | jax.sharding.Mesh):
+        return True
+    own = type(value).__module__.startswith("jax.")
+    return own and not callable(value) and not hasattr(value, "call_wrapped")
