@@ -86,7 +86,7 @@ class Stragglers(Sequence[Straggler]):
       In a pipeline the waits of earlier stages count as work, so the cost is at most this much too small.
     * Where layers have several rules, and not all of them may leave replicas out, no home knows what the others wait
       for. The fit is modelled in the same way, with quorums, deadlines and bounds of staleness. In simulated fits of 21
-      mixes the cost was within 15% of the truth plus 5% of the fit (20% if steps varied). A rule that is not modelled
+      mixes the cost was within 15% of the truth (20% if steps varied) or, if more, 5% of the fit. A rule not modelled
       (samples, microbatches, codes, consensus, sites that decide alone) makes the costs of such a fit `rough`.
     * Where replicas take work items when they are free, it is what the fit took longer than its items take at the pace
       of the middle replica.
