@@ -17,7 +17,7 @@ from flowml.ir.forms import Exported, Form, form_of
 from flowml.ir.stablehlo import forbidden
 
 _EXPORTED = Exported(max_bytes=64 * 2**20)
-"""What this process exported. Forms hold constants, whose bytes the exports repeat, so they are bounded too."""
+"""What this process exported."""
 
 
 def export(
@@ -52,13 +52,13 @@ def export(
     if form is not None:
         known[form] = data
         if form.lasting:
-            _EXPORTED.add((context, form), data)
+            _EXPORTED.add(context, form, data)
     return data
 
 
 def _found(known: MutableMapping[Form, bytes], context: Hashable, form: Form) -> bytes | None:
     """What was exported before: for the same program, or for another one of this process."""
-    if (data := known.get(form)) is None and form.lasting and (data := _EXPORTED.get((context, form))) is not None:
+    if (data := known.get(form)) is None and form.lasting and (data := _EXPORTED.get(context, form)) is not None:
         known[form] = data
     return data
 

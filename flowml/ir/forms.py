@@ -11,6 +11,7 @@ of the same model, an optimizer's update of the same shapes, an evaluation besid
 from __future__ import annotations
 
 import enum
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -29,30 +30,36 @@ class Form:
     value: Hashable
     lasting: bool = field(compare=False)
     """Whether all of it is compared by value. A form that is not holds functions and objects of the user."""
+    nbytes: int = field(compare=False)
+    """About how much memory it takes, which is many times that of the export."""
 
 
 class Exported:
     """The newest exports of this process, by what they were exported for and their form. Any thread may use it."""
 
     def __init__(self, max_bytes: int) -> None:
+        """The bound is of exports and forms together."""
         self._max_bytes = max_bytes
         self._nbytes = 0
         self._lock = threading.Lock()
-        self._exports: OrderedDict[Hashable, bytes] = OrderedDict()
+        self._exports: OrderedDict[tuple[Hashable, Form], bytes] = OrderedDict()
 
-    def get(self, key: Hashable) -> bytes | None:
+    def get(self, context: Hashable, form: Form) -> bytes | None:
         with self._lock:
-            if (found := self._exports.get(key)) is not None:
-                self._exports.move_to_end(key)
+            if (found := self._exports.get((context, form))) is not None:
+                self._exports.move_to_end((context, form))
             return found
 
-    def add(self, key: Hashable, data: bytes) -> None:
-        """Remember an export, and forget the oldest ones if they have too many bytes together."""
+    def add(self, context: Hashable, form: Form, data: bytes) -> None:
+        """Remember an export, and forget the oldest ones if all have too many bytes together."""
         with self._lock:
-            self._nbytes += len(data) - len(self._exports.pop(key, b""))
-            self._exports[key] = data
+            if (context, form) in self._exports:  # another thread has exported the same meanwhile
+                return
+            self._exports[context, form] = data
+            self._nbytes += form.nbytes + len(data)
             while self._nbytes > self._max_bytes:
-                self._nbytes -= len(self._exports.popitem(last=False)[1])
+                (_, oldest), old = self._exports.popitem(last=False)
+                self._nbytes -= oldest.nbytes + len(old)
 
     def __len__(self) -> int:
         return len(self._exports)
@@ -66,14 +73,19 @@ def form_of(jaxpr: Any, constants: Sequence[Any]) -> Form | None:
         hash(value)
     except TypeError:  # a parameter has no hash, or a constant is not a plain array
         return None
-    return Form(value, writer.lasting)
+    return Form(value, writer.lasting, writer.nbytes)
+
+
+EQUATION_BYTES = 1024
+"""The memory that the form of an equation takes, rounded up: the tuples, their numbers and strings."""
 
 
 class _Writer:
-    """Writes a form, and notes whether it holds something that is not compared by value alone."""
+    """Writes a form, and notes its size, and whether it holds something that is not compared by value alone."""
 
     def __init__(self) -> None:
         self.lasting = True
+        self.nbytes = 0
 
     def form(self, jaxpr: Any, constants: Sequence[Any]) -> Hashable:
         numbers: dict[Any, int] = {}
@@ -93,7 +105,9 @@ class _Writer:
         for equation in jaxpr.eqns:
             operands = tuple(map(read, equation.invars))
             results = tuple(map(write, equation.outvars))
-            steps.append((equation.primitive, self._value(equation.params), operands, results, repr(equation.ctx)))
+            context = sys.intern(repr(equation.ctx))
+            steps.append((equation.primitive, self._value(equation.params), operands, results, context))
+        self.nbytes += EQUATION_BYTES * len(steps)
         return held, taken, tuple(steps), tuple(map(read, jaxpr.outvars))
 
     def _value(self, value: Any) -> Any:
@@ -109,6 +123,7 @@ class _Writer:
                 return type(value), tuple(map(self._value, value))
             case np.ndarray() | np.generic() | jax.Array():
                 array = np.asarray(value)
+                self.nbytes += array.nbytes
                 return array.dtype, array.shape, array.tobytes()
             case float() | complex():
                 return type(value), repr(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from flowml.ir.exports import export
-from flowml.ir.forms import Exported, form_of
+from flowml.ir.forms import Exported, Form, form_of
 
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 X = jax.ShapeDtypeStruct((8, 8), jnp.float32)
@@ -111,12 +112,33 @@ def test_forms_of_plain_functions_last(fn: Callable[..., Any]) -> None:
 
 
 def test_the_oldest_are_forgotten() -> None:
-    exported = Exported(max_bytes=10)
-    for key in range(4):
-        exported.add(key, b"123")
-        exported.get(0)
-    assert [exported.get(k) for k in range(4)] == [b"123", None, b"123", b"123"]
-    exported.add(2, b"1234567")
-    assert [exported.get(k) for k in range(4)] == [None, None, b"1234567", b"123"]
-    exported.add(5, bytes(11))
-    assert len(exported) == 0
+    exported, forms = Exported(max_bytes=10), [Form(key, lasting=True, nbytes=1) for key in range(5)]
+    for form in forms[:4]:
+        exported.add("cpu", form, b"12")
+        exported.get("cpu", forms[0])
+    assert [exported.get("cpu", form) for form in forms[:4]] == [b"12", None, b"12", b"12"]
+    assert exported.get("gpu", forms[0]) is None
+    exported.add("cpu", forms[2], b"12")
+    assert len(exported) == 3, "the same again counts once"
+    exported.add("cpu", forms[4], bytes(10))
+    assert len(exported) == 0, "what is larger than the bound is not kept"
+
+
+def test_the_size_of_a_form_is_what_it_takes() -> None:
+    """Forms are many times larger than exports, so a bound on exports alone let them grow to gigabytes."""
+
+    def deep(x: Any) -> Any:
+        for _ in range(100):
+            x = jnp.tanh(jnp.where(x > 0, x, x + np.ones((8, 8), np.float32)) @ x)
+        return x.sum()
+
+    traced = jax.jit(jax.grad(deep)).trace(X)
+    gc.collect()
+    tracemalloc.start()
+    found = form_of(traced.jaxpr.jaxpr, traced.jaxpr.consts)
+    gc.collect()
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert found is not None
+    assert taken / 2 < found.nbytes < 3 * taken
+    assert found.nbytes > 5 * len(export(jax.grad(deep), [X], ["cpu"]))
