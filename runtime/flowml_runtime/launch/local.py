@@ -132,9 +132,9 @@ class LocalWorkers:
         try:
             self._zygote.wait(KILL_S)
         except subprocess.TimeoutExpired:
-            for pid in [*self.pids.values(), self.coordinator, self._zygote.pid]:  # it is stuck, has not reaped them
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL) if pid else None
+            for pid in filter(None, [*self.pids.values(), self.coordinator, self._zygote.pid]):
+                with suppress(ProcessLookupError):  # the zygote is stuck, so it has not reaped them
+                    os.kill(pid, signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):  # a process that a dead disk blocks cannot be killed
                 self._zygote.wait(KILL_S)
         self._watcher.join(KILL_S)

@@ -65,7 +65,7 @@ class KeptFits:
 
     def export(self, driver: str, fit: str, of: tuple[str, int, int], owner: str, arrays: Mapping[str, Array]) -> None:
         """Keep the buffers of an owner. `of` is the plan, the run and the number of the snapshot."""
-        copies, key = _copies(tuple(arrays), tuple(arrays.values())), key_of(*of)
+        copies, key = _copies(tuple(arrays), tuple(arrays.values())), protocol.key_of(*of)
         with self._changed:
             if not self._hosts(of[0]):  # its driver was lost, which may be known here already
                 return
@@ -140,11 +140,6 @@ class KeptFits:
                     self._wake_at = None
                     self._step(protocol.Tick())
             self._ticks = False
-
-
-def key_of(plan_id: str, run: int, number: int) -> str:
-    """The key of a snapshot."""
-    return f"{plan_id}/{run}/{number}"
 
 
 def _copies(names: Sequence[str], arrays: Sequence[Array]) -> dict[str, np.ndarray]:

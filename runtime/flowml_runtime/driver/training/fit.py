@@ -43,11 +43,11 @@ from flowml_runtime.driver.training.training_session import IgnoreMessages, Trai
 from flowml_runtime.execution.programs import buffer_struct
 from flowml_runtime.protocol.training import driver as protocol
 from flowml_runtime.protocol.training.actions import Received, Release, Send
+from flowml_runtime.protocol.training.kept_fits import key_of
 from flowml_runtime.protocol.training.places import Places
 from flowml_runtime.protocol.training.story import entry
 from flowml_runtime.protocol.training.terms import Terms
 from flowml_runtime.transport.arrays import own_copy
-from flowml_runtime.worker.kept_fits import key_of
 
 
 class Fit:

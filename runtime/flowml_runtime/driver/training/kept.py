@@ -191,7 +191,7 @@ class KeptFit:
 @contextmanager
 def claimed(cluster: Any, fit: str, wait_s: float = OWNED_S) -> Generator[KeptFit]:
     """Have a fit on a cluster whose workers outlive their drivers. Raises CheckpointError if another driver has it."""
-    workers = sorted({d.worker for d in cluster.devices}, key=lambda name: int(name.rpartition(":")[2]))
+    workers = list(dict.fromkeys(d.worker for d in cluster.devices))
     kept = KeptFit(cluster.session, fit, workers, wait_s)
     over = False
     try:

@@ -30,6 +30,11 @@ MOST_ORPHANS = 2
 MOST_LOST = 4
 
 
+def key_of(plan_id: str, run: int, number: int) -> str:
+    """The key of a snapshot, from its plan, its run and the number of its Hold."""
+    return f"{plan_id}/{run}/{number}"
+
+
 @dataclass(frozen=True)
 class Claim:
     """A driver wants to train a fit."""
